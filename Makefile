@@ -1,0 +1,56 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first if it is not there.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+EXTRA  ?= cpu
+# uv does not read pip's configuration; where pip knows a folder of wheels, hand it over. Elsewhere uv finds
+# PyTorch's CPU builds by itself.
+FIND_LINKS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null)
+ifneq ($(FIND_LINKS),)
+export UV_FIND_LINKS := $(FIND_LINKS)
+else ifeq ($(EXTRA),cpu)
+export UV_TORCH_BACKEND := cpu
+endif
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test test-slow lint bench results lock clean help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready-$(EXTRA)  ## create .venv and install everything, pinned (EXTRA=cpu or gpu); safe to repeat
+
+$(VENV)/.ready-$(EXTRA): requirements/$(EXTRA).txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements/$(EXTRA).txt
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about ten minutes on 2 cores
+	$(BIN)/python jobs/rl_math.py --preset tiny --output-dir outputs/demo
+
+test: setup  ## unit, parity and system tests
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-slow: setup  ## learning curves over three seeds and kill tests
+	$(BIN)/python -m pytest -q -m slow --timeout 5400 tests
+
+lint: setup  ## ruff, mypy, and the floor plan
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup  ## timings as ratios, written to docs/results/bench.json
+	$(BIN)/python benchmarks/run.py
+
+results: setup  ## rewrite the documents' tables from docs/results/*.json
+	$(BIN)/python docs/make_tables.py
+
+lock:  ## compile the pinned requirements of both machines
+	$(BIN)/uv pip compile -q --python $(BIN)/python --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra cpu --extra dev pyproject.toml -o requirements/cpu.txt
+	env -u UV_TORCH_BACKEND -u UV_FIND_LINKS $(BIN)/uv pip compile -q --python $(BIN)/python --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra gpu --extra dev pyproject.toml -o requirements/gpu.txt
+
+clean:  ## remove the environment and all outputs
+	rm -rf $(VENV) outputs build *.egg-info

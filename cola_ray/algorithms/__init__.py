@@ -1,0 +1,1 @@
+"""Pure functions on tensors: no Ray, no vLLM, no input or output."""

@@ -1,0 +1,1 @@
+"""The CoLA model: Hugging Face classes, conversion of checkpoints, and the vLLM plug-in."""
