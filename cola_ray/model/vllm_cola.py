@@ -1,0 +1,283 @@
+"""CoLA inside vLLM: policy layers with paged key/value cache, actions sampled in the engine.
+
+    forward          base layers ─> e ─> policy layers ─> row [e ; p], one graph           (every token)
+    compute_logits   head(p) ─> sample action ─> world model(e, action) ─> token logits     (last tokens only)
+
+Prefill, chunking and prefix caching need nothing more: only the position-wise world model depends on the action.
+Which request owns which row of ``compute_logits`` is told by a :class:`RowTable`, filled by :class:`RowTracker`
+(vLLM's V1 model runner) or :class:`CoLAModelState` (V2, the default on GPUs).
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor as LogitsLayer
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from cola_ray.algorithms.latent_actions import sample_actions
+from cola_ray.model.action_columns import BASE, BASE_TOKENS, LOWEST_LOG_PROB, NUM_COLUMNS, SCALE, STEP, ActionRequest
+
+ROW_TRACKER = f"{__name__}:RowTracker"
+"""What an engine passes as ``logits_processors``."""
+
+
+def engine_overrides(vocab_size: int) -> dict[str, int]:
+    """``hf_overrides`` that pad the served vocabulary by the action columns."""
+    return {"vocab_size": vocab_size + NUM_COLUMNS, "unpadded_vocab_size": vocab_size}
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
+)
+class CoLAModel(LlamaModel):
+    """Base layers, then policy layers as further paged layers. Output row: [e ; p], width 2H."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_type=LlamaDecoderLayer):
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        config = vllm_config.model_config.hf_config
+        # vLLM binds a layer's cache by the one integer in its name, so policy layers count on from the base's.
+        self.policy_layers = nn.ModuleList(
+            layer_type(vllm_config=vllm_config, prefix=f"{prefix}.policy_layers.{config.num_hidden_layers + index}")
+            for index in range(config.num_policy_layers)
+        )
+        self.policy_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+        e = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        hidden, residual = e, None
+        for layer in self.policy_layers:
+            hidden, residual = layer(positions, hidden, residual)
+        hidden, _ = self.policy_norm(hidden, residual)
+        return torch.cat([e, hidden], -1)
+
+
+class WorldModelBlock(nn.Module):
+    """``s + down(silu(gate([s; c])) * up([s; c]))``, split over tensor-parallel ranks like a Llama MLP."""
+
+    def __init__(self, hidden: int, inner: int, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            2 * hidden, [inner] * 2, bias=False, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(inner, hidden, bias=False, prefix=f"{prefix}.down_proj")
+
+    def forward(self, state: Tensor, code: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(torch.cat([state, code], -1))[0].chunk(2, -1)
+        return state + self.down_proj(F.silu(gate) * up)[0]
+
+
+class CoLAForCausalLM(nn.Module):
+    """The served model. Without the padded columns (plain ``vllm serve``) it answers with tokens alone."""
+
+    hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.model_config = vllm_config.model_config
+        config = self.config = vllm_config.model_config.hf_config
+        if vllm_config.parallel_config.pipeline_parallel_size != 1:
+            raise ValueError("pipeline_parallel_size: CoLA's policy layers read the base's last state; use 1")
+        hidden = config.hidden_size
+        self.vocab_size = getattr(config, "unpadded_vocab_size", config.vocab_size)
+        self.model = CoLAModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.policy_head = nn.Linear(hidden, config.num_actions, bias=False)
+        self.codebook = nn.Embedding(config.num_actions, hidden)
+        self.world_model = nn.ModuleList(
+            WorldModelBlock(hidden, config.intermediate_size, maybe_prefix(prefix, f"world_model.{index}"))
+            for index in range(config.num_world_model_layers)
+        )
+        self.lm_head = ParallelLMHead(config.vocab_size, hidden, prefix=maybe_prefix(prefix, "lm_head"))
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_layer = LogitsLayer(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        self.rows = RowTable.of(vllm_config)
+
+    @staticmethod
+    def get_model_state_cls() -> type["CoLAModelState"]:
+        return CoLAModelState
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **_):
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Rows [e ; p] (N, 2H) -> logits (N, V + 8) whose last columns carry the action."""
+        e, policy_hidden = hidden_states.chunk(2, -1)
+        action_logits = F.linear(policy_hidden, self.policy_head.weight).float()
+        rows = self.rows.params(e.shape[0], e.device)
+        actions, log_probs = sample_actions(action_logits, *rows)
+        state, code = e, self.codebook(actions)
+        for block in self.world_model:
+            state = block(state, code)
+        if self.config.world_model_form == "released":
+            # clone: vLLM's norm may work in place
+            state = self.model.norm(state.clone()) - e
+        # The bare base, for comparison: its own logits are lm_head(e).
+        state = torch.where((rows[-1] == BASE_TOKENS)[:, None], e, state)
+        logits = self.logits_layer(self.lm_head, state)
+        if logits is None:  # tensor-parallel ranks that do not sample
+            return None
+        logits = logits.float()
+        if logits.shape[-1] > self.vocab_size:
+            logits[:, self.vocab_size :] = BASE
+            logits[:, self.vocab_size + 1] -= STEP * actions
+            logits[:, self.vocab_size + 2] += SCALE * log_probs.clamp_min(LOWEST_LOG_PROB)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Take a checkpoint in our names; the inverse dynamics model is not served."""
+        return AutoWeightsLoader(self).load_weights(self._served(weights), mapper=self.hf_to_vllm_mapper)
+
+    def _served(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        padding = self.config.vocab_size - self.vocab_size
+        for name, tensor in weights:
+            if name.startswith("idm.") or (name == "lm_head.weight" and self.config.tie_word_embeddings):
+                continue
+            if name in ("model.embed_tokens.weight", "lm_head.weight") and padding:
+                tensor = F.pad(tensor, (0, 0, 0, padding))
+            yield served_name(name), tensor
+
+    def policy_modules(self) -> list[nn.Module]:
+        """What a weight update replaces."""
+        return [*self.model.policy_layers, self.model.policy_norm, self.policy_head]
+
+
+def served_name(name: str) -> str:
+    """Our parameter name -> its place in the served module tree."""
+    if name.startswith("policy.head."):
+        return name.replace("policy.head.", "policy_head.")
+    return name.replace("policy.layers.", "model.policy_layers.").replace("policy.norm.", "model.policy_norm.")
+
+
+class RowTable:
+    """Which request owns which row of ``compute_logits``. One per engine, found by its config's instance id."""
+
+    _by_engine: dict[str, "RowTable"] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[ActionRequest, int, list[int]]] | None = None  # V1: request, prompt length, output
+        self.on_device: tuple[Tensor, ...] | None = None  # V2
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> "RowTable":
+        return cls._by_engine.setdefault(vllm_config.instance_id, cls())
+
+    def params(self, num_rows: int, device: torch.device) -> tuple[Tensor, ...]:
+        """temperature, top_k, seed, position, forced: each (N,). Greedy where rows are unknown (profiling runs)."""
+        if self.on_device is not None and self.on_device[0].shape[0] == num_rows:
+            return self.on_device
+        if self.requests is None or len(self.requests) != num_rows:
+            zero = torch.zeros(num_rows, dtype=torch.int64, device=device)
+            return zero.float(), zero, zero, zero, zero - 1
+        temperature = np.empty(num_rows, np.float32)
+        whole = np.empty((4, num_rows), np.int64)
+        for row, (request, prompt_length, output) in enumerate(self.requests):
+            step = len(output)
+            temperature[row] = request.temperature
+            forced = request.forced[step] if step < len(request.forced) else -1
+            whole[:, row] = request.top_k, request.seed, prompt_length - 1 + step, forced
+        columns = torch.from_numpy(whole).to(device, non_blocking=True)
+        return torch.from_numpy(temperature).to(device, non_blocking=True), *columns.unbind(0)
+
+
+class RowTracker(LogitsProcessor):
+    """V1 model runner: a logits processor that touches no logits and only mirrors the persistent batch."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        args = sampling_params.extra_args or {}
+        if args.get("action_temperature", 1.0) < 0:
+            raise ValueError("action_temperature: must be >= 0 (0 is greedy)")
+        if sampling_params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: a prompt's positions have no actions to score; leave it unset")
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.table = RowTable.of(vllm_config)
+        self.rows: dict[int, tuple[ActionRequest, int, list[int]]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def apply(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is None:
+            return
+        rows = self.rows
+        for index in batch_update.removed:
+            rows.pop(index, None)
+        for index, params, prompt, output in batch_update.added:
+            rows[index] = (ActionRequest.from_params(params.extra_args, params.seed), len(prompt or ()), output)
+        for source, target, way in batch_update.moved:
+            moved, replaced = rows.pop(source, None), rows.pop(target, None)
+            if moved is not None:
+                rows[target] = moved
+            if replaced is not None and way is MoveDirectionality.SWAP:
+                rows[source] = replaced
+        self.table.requests = [rows[index] for index in range(batch_update.batch_size)]
+
+
+class CoLAModelState(DefaultModelState):
+    """V2 model runner: per-request values live on the device, gathered by the batch's index mapping."""
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.table = RowTable.of(vllm_config)
+        slots = self.max_num_reqs
+        self.temperature = np.zeros(slots, np.float32)
+        self.top_k_and_seed = np.zeros((2, slots), np.int64)
+        self.prompt_length = np.zeros(slots, np.int64)
+        self.forced: dict[int, Tensor] = {}
+        self.mirror: tuple[Tensor, Tensor] | None = None  # device copies, renewed when a request arrives
+
+    def add_request(self, req_index, new_req_data) -> None:
+        super().add_request(req_index, new_req_data)
+        params = new_req_data.sampling_params
+        request = ActionRequest.from_params(params.extra_args, params.seed)
+        self.temperature[req_index] = request.temperature
+        self.top_k_and_seed[:, req_index] = request.top_k, request.seed
+        self.prompt_length[req_index] = len(new_req_data.prompt_token_ids or ())
+        self.forced.pop(req_index, None)
+        if request.forced:
+            self.forced[req_index] = torch.tensor(request.forced, dtype=torch.int64, device=self.device)
+        self.mirror = None
+
+    def prepare_inputs(self, input_batch, req_states):
+        if self.mirror is None:
+            self.mirror = (
+                torch.from_numpy(self.temperature.copy()).to(self.device, non_blocking=True),
+                torch.from_numpy(self.top_k_and_seed.copy()).to(self.device, non_blocking=True),
+            )
+        slots = input_batch.idx_mapping.long()
+        position = input_batch.positions[input_batch.logits_indices].long()
+        forced = torch.full_like(position, -1)
+        for row, slot in enumerate(input_batch.idx_mapping_np.tolist() if self.forced else ()):
+            wanted = self.forced.get(slot)
+            if wanted is not None:  # indexed on the device, so that no step waits for the host
+                step = position[row] - (int(self.prompt_length[slot]) - 1)
+                inside = (step >= 0) & (step < wanted.numel())
+                forced[row] = torch.where(inside, wanted[step.clamp(0, wanted.numel() - 1)], forced[row])
+        temperature, whole = self.mirror
+        self.table.on_device = (temperature[slots], whole[0][slots], whole[1][slots], position, forced)
+        return super().prepare_inputs(input_batch, req_states)
+
+    def prepare_dummy_inputs(self, num_reqs, num_tokens):
+        self.table.on_device = None
+        return super().prepare_dummy_inputs(num_reqs, num_tokens)

@@ -1,0 +1,1 @@
+"""Rollouts: vLLM engines that sample latent actions, and the Ray actor around one."""

@@ -1,0 +1,162 @@
+"""One in-process vLLM engine: prompt ids in, tokens, actions and log-probabilities out; weights applied between."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cola_ray.model.action_columns import decode, sampling_args
+from cola_ray.weights import Bucket, WeightReceiver
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: Sequence[int]
+    seed: int
+    temperature: float
+    top_k: int
+    max_new_tokens: int
+    actions: Sequence[int] = ()  # forced at the first steps
+
+
+@dataclass(frozen=True)
+class Completion:
+    token_ids: np.ndarray  # (L,) int64, the stop token included
+    actions: np.ndarray  # (L,) int64
+    log_probs: np.ndarray  # (L,) float32, of the actions, under the distribution sampled from
+    truncated: bool  # out of budget, not stopped
+
+
+class LatentEngine:
+    """vLLM over a CoLA checkpoint.
+
+    Args:
+        model_path: a directory of :class:`CoLAForCausalLM`.
+        dtype: "float32" or "bfloat16".
+        max_model_len: prompt plus completion, in tokens.
+        stop_token_id: ends a completion.
+        kv_cache_mb: key/value cache on CPU.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        dtype: str,
+        max_model_len: int,
+        stop_token_id: int,
+        max_num_seqs: int = 64,
+        kv_cache_mb: int = 256,
+        tensor_parallel_size: int = 1,
+        num_threads: int = 1,
+        **engine_args: object,
+    ) -> None:
+        prepare_process(num_threads)
+        import torch
+        import vllm
+        from transformers import AutoConfig
+
+        import cola_ray  # noqa: F401
+        from cola_ray.model.vllm_cola import ROW_TRACKER, engine_overrides
+
+        torch.set_num_threads(num_threads)
+        self.vllm = vllm
+        self.stop_token_id = stop_token_id
+        self.vocab_size = AutoConfig.from_pretrained(model_path).vocab_size
+        self.version = 0
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            engine_args.setdefault("kv_cache_memory_bytes", kv_cache_mb << 20)
+            engine_args.setdefault("distributed_executor_backend", "uni")
+            engine_args.setdefault("enforce_eager", True)
+        self.llm = vllm.LLM(
+            model_path,
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            tensor_parallel_size=tensor_parallel_size,
+            logits_processors=[ROW_TRACKER],
+            hf_overrides=engine_overrides(self.vocab_size),
+            seed=0,
+            **engine_args,
+        )
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """All completions, in the order of the requests."""
+        params = [
+            self.vllm.SamplingParams(
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=[self.stop_token_id],
+                detokenize=False,
+                **sampling_args(
+                    self.vocab_size,
+                    temperature=request.temperature,
+                    top_k=request.top_k,
+                    seed=request.seed,
+                    actions=list(request.actions),
+                ),
+            )
+            for request in requests
+        ]
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [
+            Completion(*decode(output.outputs[0]), truncated=output.outputs[0].finish_reason == "length")
+            for output in outputs
+        ]
+
+    def update_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
+        """Replace the policy by ``version`` and drop the prefix cache, whose policy entries are stale now.
+
+        Raises:
+            WeightTransferError: the buckets are not exactly the policy's tensors; nothing was changed.
+        """
+        receiver = WeightReceiver(version)
+        for bucket in buckets:
+            receiver.add(bucket)
+        self.llm.apply_model(lambda model: load_policy(model, receiver))
+        self.reset_prefix_cache()
+        self.version = version
+
+    def reset_prefix_cache(self) -> None:
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests are still running during a weight update")
+
+
+def prepare_process(num_threads: int) -> None:
+    """Environment that vLLM reads on import: engine in this process, V1 model runner, our thread count."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+
+
+def load_policy(model: "nn.Module", receiver: WeightReceiver) -> None:
+    """Runs beside the served model: complete update of the policy's modules, or an error before any change.
+
+    On CPU vLLM repacks linear weights at load and frees the originals, so writing into parameters would do nothing;
+    its layer-wise reload restores, loads and repacks, here for the policy's modules only.
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    config = model.config
+    layer_tensors = ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj",
+                     "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    expected = [
+        f"policy.layers.{layer}.{name}.weight" for layer in range(config.num_policy_layers) for name in layer_tensors
+    ]
+    tensors = receiver.finish([*expected, "policy.norm.weight", "policy.head.weight"])
+    modules = model.policy_modules()
+    for module in modules:
+        initialize_layerwise_reload(module)
+    model.load_weights(tensors)
+    for module in modules:
+        finalize_layerwise_reload(module, model.model_config)

@@ -1,0 +1,104 @@
+"""GSM8K, and every generator of reasoning-gym."""
+
+import random
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cola_ray.tasks.protocol import Problem, Split
+
+_HELD_OUT_OF = 8
+
+
+class ReasoningGym:
+    """A procedural generator by its reasoning-gym name, scored by the generator's own verifier.
+
+    Distinct questions only. A question is held out when its checksum says so, whatever the seed, so no run trains
+    on a problem that another run is tested on.
+
+    Args:
+        exact: reward 1 or 0 only; some generators' verifiers give part marks for a near miss.
+    """
+
+    def __init__(
+        self, name: str, options: Mapping[str, Any], num_problems: int, seed: int, exact: bool = False
+    ) -> None:
+        import reasoning_gym
+
+        self.exact = exact
+        self.dataset = reasoning_gym.create_dataset(name, size=num_problems, seed=seed, **options)
+        self._splits: dict[Split, list[Problem]] = {"train": [], "heldout": []}
+        self._entries: dict[Split, list[dict]] = {"train": [], "heldout": []}
+        seen = set()
+        for entry in self.dataset:
+            question = entry["question"]
+            if question in seen:
+                continue
+            seen.add(question)
+            split: Split = "heldout" if zlib.crc32(question.encode()) % _HELD_OUT_OF == 0 else "train"
+            self._splits[split].append(Problem(len(self._splits[split]), question, str(entry["answer"])))
+            self._entries[split].append(entry)
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return self._splits[split]
+
+    def score(self, split: Split, index: int, response: str) -> float:
+        score = float(self.dataset.score_answer(response.strip(), self._entries[split][index]))
+        return float(score >= 1.0) if self.exact else score
+
+
+class Gsm8k:
+    """Grade-school word problems (Cobbe et al. 2021): the last number of a response must equal the answer."""
+
+    INSTRUCTION = "\nThink step by step, then give the result after ####."
+
+    def __init__(self, path: str, seed: int) -> None:
+        import datasets
+
+        self._splits: dict[Split, list[Problem]] = {}
+        self._answers: dict[Split, list[str]] = {}
+        for split, name in (("train", "train"), ("heldout", "test")):
+            if Path(path).is_dir():
+                rows = datasets.load_dataset("json", data_files=str(Path(path) / f"{name}.jsonl"), split="train")
+            else:
+                rows = datasets.load_dataset(path, "main", split=name)
+            order = list(range(len(rows)))
+            random.Random(seed).shuffle(order)
+            pairs = [(rows[i]["question"], rows[i]["answer"]) for i in order]
+            self._splits[split] = [Problem(i, q + self.INSTRUCTION, a) for i, (q, a) in enumerate(pairs)]
+            self._answers[split] = [answer.split("####")[-1].strip().replace(",", "") for _, answer in pairs]
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return self._splits[split]
+
+    def score(self, split: Split, index: int, response: str) -> float:
+        found = final_number(response)
+        return float(found is not None and numbers_equal(self._answers[split][index], found))
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def final_number(response: str) -> str | None:
+    """The answer a response commits to: inside the last \\boxed{}, after the last ####, or its last number."""
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", response)
+    marked = response.rsplit("####", 1)
+    region = boxed[-1] if boxed else (marked[1] if len(marked) == 2 else response)
+    numbers = _NUMBER.findall(region)
+    if not numbers:
+        return None
+    return (numbers[0] if boxed or len(marked) == 2 else numbers[-1]).replace(",", "")
+
+
+def numbers_equal(gold: str, answer: str) -> bool:
+    """Equality by math-verify, so that 0.5 equals 1/2.
+
+    Its own time limit works through signals and only in a main thread; what comes here is a short number, so it is
+    switched off.
+    """
+    from math_verify import parse, verify
+
+    gold_parsed, answer_parsed = (parse(f"${text[:64]}$", parsing_timeout=None) for text in (gold, answer))
+    return bool(verify(gold_parsed, answer_parsed, timeout_seconds=None))
