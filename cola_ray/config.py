@@ -84,6 +84,8 @@ class PretrainConfig(_Branch):
     """Weight of log K - H(batch's mean code usage)."""
     revive_every: int = 0
     """Every so many steps, codes unused since the last time take over the most used code's row. 0: never."""
+    response_only: bool = False
+    """Prompt/response pairs: learn from response tokens only. The stages fta_* always do."""
     base_target_accuracy: float = 0.0
     """Stage base stops once this share of held-out problems is right under greedy decoding. 0: never early."""
     save_every: int = 100
@@ -244,6 +246,7 @@ def _tiny() -> Config:
             base_lr=2e-3,
             warmup_steps=20,
             balance_coef=0.01,
+            response_only=True,
             base_target_accuracy=0.3,
         ),
         rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=256, kv_cache_mb=128),

@@ -40,6 +40,8 @@ def discounted_sum_to_go(values: Tensor, mask: Tensor, decay: float = 1.0) -> Te
 
     Example: values [1, 2, 3], mask [1, 0, 1], decay 0.5 -> [2.5, 0, 3].
     """
+    if decay == 1.0:
+        return (values * mask).flip(1).cumsum(1).flip(1) * mask
     out = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):

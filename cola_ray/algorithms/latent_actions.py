@@ -45,16 +45,16 @@ def gumbel_noise(seed: Tensor, position: Tensor, num_actions: int) -> Tensor:
 
 
 def action_log_probs(logits: Tensor, temperature: Tensor, top_k: Tensor) -> Tensor:
-    """Log-probabilities (..., K) float64 of the distribution that is sampled: temperature and truncation included.
+    """Log-probabilities (..., K) of the distribution that is sampled: temperature and truncation included.
 
     Args:
-        logits: (..., K), any float type.
+        logits: (..., K); the result has their type.
         temperature: (...,); 0 means greedy, whose scores are those of temperature 1.
         top_k: (...,) int64; 0 keeps all K. Ties at the k-th value are all kept.
     """
     num_actions = logits.shape[-1]
-    temperature = torch.where(temperature > 0, temperature, torch.ones_like(temperature)).double()
-    scaled = logits.double() / temperature[..., None]
+    temperature = torch.where(temperature > 0, temperature, torch.ones_like(temperature))
+    scaled = logits / temperature[..., None].to(logits.dtype)
     if bool(((top_k > 0) & (top_k < num_actions)).any()):
         keep = torch.where(top_k > 0, top_k.clamp(max=num_actions), torch.full_like(top_k, num_actions))
         kth = scaled.sort(dim=-1, descending=True).values.gather(-1, (keep - 1)[..., None])
@@ -81,7 +81,7 @@ def sample_actions(
         actions (N,) int64 and their log-probabilities (N,) float32. A forced action outside the
         truncation has log-probability -inf.
     """
-    log_probs = action_log_probs(logits, temperature, top_k)
+    log_probs = action_log_probs(logits.double(), temperature, top_k)  # double: rounding must not decide a draw
     noise = gumbel_noise(seed, position, logits.shape[-1])
     drawn = torch.where(temperature > 0, (log_probs + noise).argmax(-1), log_probs.argmax(-1))
     actions = torch.where(forced >= 0, forced, drawn)

@@ -103,6 +103,15 @@ class ActionStack(nn.Module):
         return self.head(self.norm(hidden)).float()
 
 
+class Codebook(nn.Embedding):
+    """K rows of width H, looked up by action ids (...) or mixed by one-hots (..., K), straight-through ones too."""
+
+    def forward(self, actions: Tensor) -> Tensor:
+        if actions.is_floating_point():
+            return actions.to(self.weight.dtype) @ self.weight
+        return super().forward(actions)
+
+
 class WorldModelBlock(nn.Module):
     """``down(silu(gate([s; c])) * up([s; c]))``: input 2H, inner I, output H, no bias, no norm."""
 
@@ -135,7 +144,7 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.model = LlamaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.idm = ActionStack(config, config.num_idm_layers)
-        self.codebook = nn.Embedding(config.num_actions, config.hidden_size)
+        self.codebook = Codebook(config.num_actions, config.hidden_size)
         self.world_model = nn.ModuleList(WorldModelBlock(config) for _ in range(config.num_world_model_layers))
         self.policy = ActionStack(config, config.num_policy_layers)
         self.post_init()
@@ -210,11 +219,7 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
     def world_model_logits(self, e: Tensor, actions: Tensor) -> Tensor:
         """Next-token logits (..., V) from states e (..., H) and actions (...) int64, or one-hots (..., K)."""
-        if actions.is_floating_point():
-            code = actions.to(e.dtype) @ self.codebook.weight
-        else:
-            code = self.codebook(actions)
-        state = e
+        state, code = e, self.codebook(actions)
         for block in self.world_model:
             state = state + block(state, code)
         if self.config.world_model_form == "released":

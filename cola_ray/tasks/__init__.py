@@ -1,10 +1,10 @@
 """Tasks with verifiable answers behind one small protocol; :func:`make_task` picks one by name."""
 
 from cola_ray.config import TaskConfig
-from cola_ray.tasks.protocol import Problem, Task
+from cola_ray.tasks.protocol import Problem, Task, render_prompt
 from cola_ray.tasks.verifiable import Gsm8k, ReasoningGym
 
-__all__ = ["Problem", "Task", "make_task"]
+__all__ = ["Problem", "Task", "make_task", "render_prompt"]
 
 # Sums and differences of two to four one-digit numbers: small enough that a base of 0.8 M parameters trained for
 # seconds is right sometimes, not always.
@@ -16,5 +16,5 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     if config.name == "gsm8k":
         return Gsm8k(config.path, seed)
     if config.name == "arithmetic":
-        return ReasoningGym("chain_sum", {**ARITHMETIC_OPTIONS, **config.options}, config.num_problems, seed, exact=True)
+        return ReasoningGym("chain_sum", {**ARITHMETIC_OPTIONS, **config.options}, config.num_problems, seed, bare=True)
     return ReasoningGym(config.name, config.options, config.num_problems, seed)

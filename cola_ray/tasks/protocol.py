@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from transformers import PreTrainedTokenizerBase
+
 Split = Literal["train", "heldout"]
 
 
@@ -26,3 +28,11 @@ class Task(Protocol):
     def score(self, split: Split, index: int, response: str) -> float:
         """Reward in 0..1 of a response to problem ``index``."""
         ...
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """A question's prompt ids: through the chat template where the tokenizer has one, else the bare text."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": question}]
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    return tokenizer(question, add_special_tokens=False)["input_ids"]

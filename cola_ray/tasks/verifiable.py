@@ -19,21 +19,22 @@ class ReasoningGym:
     on a problem that another run is tested on.
 
     Args:
-        exact: reward 1 or 0 only; some generators' verifiers give part marks for a near miss.
+        bare: the question without the sentence before its colon ("... problem: 4 + 3 ="), and reward 1 or 0 only,
+            where the generator would give part marks for a near miss.
     """
 
     def __init__(
-        self, name: str, options: Mapping[str, Any], num_problems: int, seed: int, exact: bool = False
+        self, name: str, options: Mapping[str, Any], num_problems: int, seed: int, bare: bool = False
     ) -> None:
         import reasoning_gym
 
-        self.exact = exact
+        self.bare = bare
         self.dataset = reasoning_gym.create_dataset(name, size=num_problems, seed=seed, **options)
         self._splits: dict[Split, list[Problem]] = {"train": [], "heldout": []}
         self._entries: dict[Split, list[dict]] = {"train": [], "heldout": []}
         seen = set()
         for entry in self.dataset:
-            question = entry["question"]
+            question = entry["question"].rsplit(":", 1)[-1].strip() if bare else entry["question"]
             if question in seen:
                 continue
             seen.add(question)
@@ -46,7 +47,7 @@ class ReasoningGym:
 
     def score(self, split: Split, index: int, response: str) -> float:
         score = float(self.dataset.score_answer(response.strip(), self._entries[split][index]))
-        return float(score >= 1.0) if self.exact else score
+        return float(score >= 1.0) if self.bare else score
 
 
 class Gsm8k:

@@ -1,0 +1,413 @@
+"""Everything that happens in a run, top to bottom. The only file that says ``ray.remote``.
+
+    pretrain(config)   TorchTrainer: ZeRO-3 ranks over the stages                        -> a CoLA model
+    run_rl(config)     RolloutWorker actors <- Controller actor <- TorchTrainer: ZeRO-3 ranks -> a better policy
+
+Both return the summary they write to ``output_dir/summary.json``; both track into MLflow and can be resumed.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cola_ray.config import Config, ConfigError
+from cola_ray.controller import Controller
+from cola_ray.experience import Batch
+from cola_ray.rollout.worker import RolloutWorker
+from cola_ray.tracking import Display, Tracker, peak_memory_gb, plot, print_summary, write_json
+from cola_ray.weights import Bucket
+
+# --- pre-training -------------------------------------------------------------------------------------------------
+
+
+def pretrain(config: Config) -> dict[str, Any]:
+    """Run the stages of ``config.pretrain``; leaves ``output_dir/model``. Returns the summary.
+
+    Raises:
+        ConfigError: before any process starts.
+        RuntimeError: a stage failed more often than ``cluster.max_failures``; the message is the last cause.
+    """
+    config.check()
+    config = config.resolve_paths("pretrain")
+    output = _prepare_output(config)
+    started = time.time()
+    with _cluster(config), _tracker(config, "pretrain") as tracker:
+        mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+        title, stages = "pretrain", config.pretrain.stages
+        first_step = {stage: sum(config.pretrain.steps.get(s, 0) for s in stages[:i]) for i, stage in enumerate(stages)}
+
+        def show(event: dict[str, Any], display: Display) -> None:
+            metrics = event["metrics"]
+            stage, step, total = metrics["stage"], metrics["step"], metrics["steps"]
+            tracker.log(first_step[stage] + step, metrics)
+            shown = {k: metrics[f"{stage}/{k}"] for k in ("loss", "base_loss", "accuracy") if f"{stage}/{k}" in metrics}
+            note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+            display.update(f"{title}: {stage}", step, total, note, milestone=step % 100 == 0 or step == total)
+
+        with Display(title, total=1) as display, _polling(lambda: ray.get(mailbox.drain.remote()), show, display):
+            _fit(config, _pretrain_rank, {"config": config.model_dump(), "mailbox": mailbox})
+        summary = _pretrain_summary(config, tracker, time.time() - started)
+        write_json(output / "summary.json", summary)
+        losses = {f"{stage} loss": tracker.series(f"{stage}/loss") for stage in stages}
+        plot(output / "pretrain.png", "latent pre-training", losses, {})
+    print_summary(f"pre-training, {config.preset}: {output / 'model'}", summary)
+    return summary
+
+
+def _pretrain_rank(loop: dict[str, Any]) -> None:
+    config = _enter_rank(loop)
+    from cola_ray.learner import pretrain
+
+    mailbox, rank = loop["mailbox"], ray.train.get_context().get_world_rank()
+
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        if rank == 0 and (metrics["step"] % 10 == 0 or metrics["step"] == metrics["steps"] or folder is not None):
+            mailbox.push.remote({"metrics": {**metrics, "memory/learner_gb": peak_memory_gb()}})
+        if folder is not None:
+            _report(metrics, folder)
+
+    with _last_checkpoint() as checkpoint:
+        pretrain.train_loop(config, checkpoint, report)
+
+
+def _pretrain_summary(config: Config, tracker: Tracker, seconds: float) -> dict[str, Any]:
+    summary: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stages": list(config.pretrain.stages)}
+    wanted = ("base/accuracy", "actions/loss", "actions/base_loss", "actions/alive", "actions/top_share",
+              "actions/reachable_tokens", "actions/covered", "policy/loss", "policy/accuracy", "memory/learner_gb")  # fmt: skip
+    for name in wanted:
+        values = tracker.series(name)[1]
+        if values:
+            summary[name.replace("/", "_")] = max(values) if name.startswith("memory") else values[-1]
+    return summary | {"wall_seconds": round(seconds, 1)}
+
+
+# --- RL -----------------------------------------------------------------------------------------------------------
+
+
+def run_rl(config: Config) -> dict[str, Any]:
+    """RL of the policy over latent actions; leaves ``output_dir/model``. Returns the summary.
+
+    For the tiny preset the model that RL starts from is made first where it is missing.
+
+    Raises:
+        ConfigError: before any process starts.
+        RuntimeError: the run failed; the message names the cause.
+    """
+    config.check()
+    _check_start_model(config)
+    started = time.time()
+    with _cluster(config):
+        if not config.start_model.exists():
+            pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
+        model_path = str(config.start_model.resolve())
+        config = config.resolve_paths("rl_math")
+        output = _prepare_output(config)
+        with _tracker(config, "rl") as tracker:
+            workers, controller, facts = _place(config, model_path)
+            _print_arithmetic(config)
+
+            def show(event: dict[str, Any], display: Display) -> None:
+                step, metrics = event["step"], event["metrics"]
+                tracker.log(step, metrics)
+                names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", "eval/accuracy": "accuracy"}
+                note = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics)
+                display.update("rl", step, config.rl.max_steps, note, milestone="eval/accuracy" in metrics or step % 10 == 0)
+
+            try:
+                with (
+                    Display("rl", config.rl.max_steps) as display,
+                    _polling(lambda: ray.get(controller.drain.remote()), show, display),
+                ):
+                    if not _checkpoint_exists(output):
+                        ray.get(controller.start.remote())
+                    _fit(
+                        config,
+                        _rl_rank,
+                        {"config": config.model_dump(), "model_path": model_path, "controller": controller},
+                    )
+                memory = ray.get([worker.peak_memory_gb.remote() for worker in workers])
+            finally:
+                for actor in (*workers, controller):
+                    ray.kill(actor)
+            summary = _rl_summary(config, tracker, facts, memory, time.time() - started)
+            write_json(output / "summary.json", summary)
+            plot(
+                output / "reward.png",
+                f"{config.task.name}: {config.rl.algorithm} over {config.model.num_actions} latent actions",
+                {"reward (train, sampled)": tracker.series("reward/mean"),
+                 "accuracy (held out, greedy)": tracker.series("eval/accuracy")},
+                {"base": summary["base_accuracy"], "behaviour cloned": summary["bc_accuracy"]},
+            )  # fmt: skip
+        print_summary(f"RL, {config.preset}: {output}", summary)
+    return summary
+
+
+def _check_start_model(config: Config) -> None:
+    if config.preset != "tiny" and not config.start_model.exists():
+        raise ConfigError(
+            f"model.path = {str(config.start_model)!r}: no CoLA model there; make one with "
+            f"`python jobs/pretrain.py --preset {config.preset}` or give the path of one"
+        )
+
+
+def _place(config: Config, model_path: str) -> tuple[list[Any], Any, dict[str, Any]]:
+    """Rollout workers and the controller over them."""
+    rollout, gpus = config.rollout, int(config.cluster.use_gpu)
+    worker_class = ray.remote(RolloutWorker).options(num_cpus=1, num_gpus=gpus * rollout.tensor_parallel_size)
+    workers = [worker_class.remote(config, model_path) for _ in range(rollout.num_workers)]
+    facts = ray.get(workers[0].facts.remote())
+    controller_class = ray.remote(Controller).options(num_cpus=0, max_concurrency=256)
+    return workers, controller_class.remote(config, workers, _call, facts), facts
+
+
+async def _call(worker: Any, method: str, *args: Any) -> Any:
+    return await getattr(worker, method).remote(*args)
+
+
+def _rl_rank(loop: dict[str, Any]) -> None:
+    config = _enter_rank(loop)
+    from cola_ray.learner import rl
+
+    with _last_checkpoint() as checkpoint:
+        rl.train_loop(config, loop["model_path"], RemoteController(loop["controller"]), checkpoint, _report)
+
+
+class RemoteController:
+    """The learner's :class:`~cola_ray.learner.rl.BatchSource` over the controller actor."""
+
+    def __init__(self, controller: Any) -> None:
+        self.controller = controller
+
+    def next_batch(self, rank: int, version: int) -> Batch | None:
+        return ray.get(self.controller.next_batch.remote(rank, version))
+
+    def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
+        metrics["memory/learner_gb"] = peak_memory_gb()
+        # References travel through the controller unopened; each worker maps the payload from its node's store.
+        ray.get(self.controller.publish.remote(version, [ray.put(bucket) for bucket in buckets], metrics))
+
+    def state(self) -> dict:
+        return ray.get(self.controller.state.remote())
+
+    def restore(self, state: dict, buckets: list[Bucket]) -> None:
+        ray.get(self.controller.restore.remote(state, [ray.put(bucket) for bucket in buckets]))
+
+
+def _rl_summary(
+    config: Config, tracker: Tracker, facts: dict[str, Any], worker_memory: list[float], seconds: float
+) -> dict[str, Any]:
+    def last(name: str) -> float:
+        return tracker.series(name)[1][-1]
+
+    accuracy = tracker.series("eval/accuracy")[1]
+    return {
+        "preset": config.preset,
+        "task": config.task.name,
+        "algorithm": config.rl.algorithm,
+        "seed": config.seed,
+        "base_accuracy": last("eval/base_accuracy"),
+        "bc_accuracy": accuracy[0],
+        "rl_accuracy": accuracy[-1],
+        "eval_problems": min(config.rl.eval_problems, facts["num_heldout"]),
+        "steps": config.rl.max_steps,
+        "reward_first": tracker.series("reward/mean")[1][0],
+        "reward_last": last("reward/mean"),
+        "alive_actions": int(last("actions/alive")),
+        "rollout_mismatch": last("policy/rollout_mismatch"),
+        "seconds_per_step": sum(tracker.series("time/step")[1]) / max(len(tracker.series("time/step")[1]), 1),
+        "wall_seconds": round(seconds, 1),
+        "peak_memory_learner_gb": last("memory/learner_gb"),
+        "peak_memory_worker_gb": max(worker_memory),
+        "vllm_version": facts["vllm_version"],
+        "deepspeed_stage": int(last("learner/zero_stage")),
+        "mlflow_run_id": tracker.run.info.run_id,
+    }
+
+
+def _print_arithmetic(config: Config) -> None:
+    """The derived numbers that people otherwise guess."""
+    rl, ranks = config.rl, config.cluster.learner_ranks
+    sequences = rl.prompts_per_step * rl.group_size
+    micro = -(-sequences // ranks // rl.micro_batch_size)
+    print(
+        f"a step: {rl.prompts_per_step} prompts x {rl.group_size} completions = {sequences} sequences; "
+        f"{ranks} ranks x {micro} micro-batches of up to {rl.micro_batch_size}; {rl.updates_per_batch} update(s)"
+    )
+
+
+# --- Ray ----------------------------------------------------------------------------------------------------------
+
+
+class Mailbox:
+    """Events on their way from a learner rank to the driver."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def push(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def drain(self) -> list[dict[str, Any]]:
+        events, self.events = self.events, []
+        return events
+
+
+@contextlib.contextmanager
+def _cluster(config: Config) -> Iterator[None]:
+    """Attach to the cluster that is there, or start one on this machine and stop it afterwards."""
+    if ray.is_initialized():
+        yield
+        return
+    environment = {"env_vars": {**_worker_environment(config)}}
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    if address:
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
+        needed = config.cluster.learner_ranks + config.rollout.num_workers + 2
+        ray.init(
+            num_cpus=max(needed, os.cpu_count() or 1),
+            include_dashboard=False,
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _worker_environment(config: Config) -> dict[str, str]:
+    variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
+    if not config.cluster.use_gpu:
+        variables |= {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "DS_ACCELERATOR": "cpu"}
+    return variables
+
+
+def _fit(config: Config, rank_loop: Callable[[dict[str, Any]], None], loop: dict[str, Any]) -> None:
+    """Ray Train over the ZeRO-3 ranks; restarted from the last checkpoint when a rank dies."""
+    gpus = config.cluster.use_gpu
+    trainer = TorchTrainer(
+        rank_loop,
+        train_loop_config=loop,
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.learner_ranks, use_gpu=gpus, resources_per_worker={"GPU": 1} if gpus else {"CPU": 1}
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=RunConfig(
+            name="learner",
+            storage_path=str(Path(config.output_dir) / "checkpoints"),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    result = trainer.fit()
+    if result.error is not None:
+        raise RuntimeError(str(result.error)) from result.error
+
+
+def _enter_rank(loop: dict[str, Any]) -> Config:
+    """What every learner rank does first: threads, process group, settings."""
+    config = Config.model_validate(loop["config"])
+    import deepspeed
+    import torch
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not config.cluster.use_gpu:
+        torch.set_num_threads(config.cluster.threads_per_process)
+    os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
+    deepspeed.init_distributed(dist_backend="nccl" if config.cluster.use_gpu else "gloo")
+    return config
+
+
+@contextlib.contextmanager
+def _last_checkpoint() -> Iterator[Path | None]:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+    else:
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+
+def _report(metrics: dict[str, Any], folder: Path | None) -> None:
+    """Every rank uploads its own shard; Ray Train merges them into one checkpoint."""
+    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)) if folder else None)
+
+
+# --- the run's folder, its tracker, its display -------------------------------------------------------------------
+
+
+def _prepare_output(config: Config) -> Path:
+    """The run's folder; without ``resume`` what an earlier run left there is removed."""
+    output = Path(config.output_dir)
+    if not config.resume:
+        for name in ("checkpoints", "stages", "model"):
+            shutil.rmtree(output / name, ignore_errors=True)
+        for name in ("summary.json", "mlflow_run_id", "reward.png", "pretrain.png"):
+            (output / name).unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "config.json", config.model_dump())
+    return output
+
+
+def _checkpoint_exists(output: Path) -> bool:
+    return any((output / "checkpoints" / "learner").glob("checkpoint_*"))
+
+
+@contextlib.contextmanager
+def _tracker(config: Config, job: str) -> Iterator[Tracker]:
+    output = Path(config.output_dir)
+    tracker = Tracker(config.tracking_uri, job, output, _flat(config.model_dump()))
+    try:
+        yield tracker
+    except BaseException:
+        tracker.finish(output, failed=True)
+        raise
+    tracker.finish(output, failed=False)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return out
+
+
+@contextlib.contextmanager
+def _polling(
+    drain: Callable[[], list[dict[str, Any]]], show: Callable[[dict[str, Any], Display], None], display: Display
+) -> Iterator[None]:
+    """Show events as they come, from a thread of their own, and the last ones at the end."""
+    stop = threading.Event()
+
+    def flush() -> None:
+        for event in drain():
+            show(event, display)
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            flush()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            flush()

@@ -1,0 +1,133 @@
+"""Text for pre-training: loaded through ``datasets``, tokenised once, packed, and dealt out by step and rank.
+
+A packed row holds whole documents side by side; ``position_ids`` restart at each, which is also what keeps their
+attention apart. Which rows a step trains on is a pure function of (seed, step): a resumed run needs no cursor.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from cola_ray.config import DataConfig
+from cola_ray.tasks import Task, render_prompt
+
+Document = tuple[list[int], int]
+"""Token ids, and how many of them are prompt."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """R rows of T tokens.
+
+    ``loss_mask[r, t]`` is true where position t predicts a token worth learning, namely the one at t + 1: never
+    across documents, never in a row's padding, and only response tokens where ``response_only``.
+    """
+
+    input_ids: np.ndarray  # (R, T) int64
+    position_ids: np.ndarray  # (R, T) int64
+    loss_mask: np.ndarray  # (R, T) bool
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def step_indices(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        """Rows of a step: each epoch is a permutation of its own; the last short batch runs into the next epoch."""
+        first = step * batch_size
+        epochs = range(first // len(self), (first + batch_size - 1) // len(self) + 1)
+        order = np.concatenate([np.random.default_rng((seed, epoch)).permutation(len(self)) for epoch in epochs])
+        offset = first - epochs.start * len(self)
+        return order[offset : offset + batch_size]
+
+
+def load_documents(
+    data: DataConfig, task: Task, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[list[Document], bool]:
+    """Documents of ``data.path``, or of the task's training problems where it is empty; and whether they are pairs.
+
+    Raises:
+        ValueError: the data has neither the prompt/response columns nor the text column.
+    """
+    if not data.path:
+        pairs: Iterable[tuple[str, str]] = ((p.question, p.solution) for p in task.problems("train"))
+        return _pair_documents(pairs, tokenizer, max_tokens), True
+    rows = _open(data.path)
+    columns = rows.column_names
+    if data.prompt_field in columns and data.response_field in columns:
+        pairs = zip(rows[data.prompt_field], rows[data.response_field], strict=True)
+        return _pair_documents(pairs, tokenizer, max_tokens), True
+    if data.text_field in columns:
+        ids = tokenizer(list(rows[data.text_field]), add_special_tokens=False)["input_ids"]
+        eos = tokenizer.eos_token_id
+        pieces = [[*text, eos][i : i + max_tokens] for text in ids for i in range(0, len(text) + 1, max_tokens)]
+        return [(piece, 0) for piece in pieces if len(piece) > 1], False
+    raise ValueError(
+        f"data.path = {data.path!r}: has columns {columns}; name the right ones with data.prompt_field and "
+        "data.response_field, or data.text_field"
+    )
+
+
+def pack(documents: Sequence[Document], length: int, pad_id: int, response_only: bool) -> PackedRows:
+    """First-fit over a few open rows, in the documents' order; a document longer than a row is cut."""
+    rows: list[list[Document]] = []
+    open_rows: list[tuple[int, int]] = []  # (row, space left), newest last
+    for ids, num_prompt in documents:
+        ids = ids[:length]
+        for slot, (row, space) in enumerate(open_rows):
+            if space >= len(ids):
+                rows[row].append((ids, num_prompt))
+                open_rows[slot] = (row, space - len(ids))
+                break
+        else:
+            rows.append([(ids, num_prompt)])
+            open_rows = [*open_rows[-7:], (len(rows) - 1, length - len(ids))]
+    shape = (len(rows), length)
+    input_ids = np.full(shape, pad_id, np.int64)
+    position_ids, loss_mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    for row, packed in enumerate(rows):
+        start = 0
+        for ids, num_prompt in packed:
+            end = start + len(ids)
+            input_ids[row, start:end] = ids
+            position_ids[row, start:end] = np.arange(len(ids))
+            first = max(num_prompt - 1, 0) if response_only else 0
+            loss_mask[row, start + first : end - 1] = True
+            start = end
+        position_ids[row, start:] = np.arange(length - start)
+    return PackedRows(input_ids, position_ids, loss_mask)
+
+
+def _pair_documents(
+    pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[Document]:
+    documents = []
+    for prompt, response in pairs:
+        prompt_ids = render_prompt(tokenizer, prompt)
+        response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+        ids = [*prompt_ids, *response_ids, tokenizer.eos_token_id]
+        if len(prompt_ids) < max_tokens:
+            documents.append((ids[:max_tokens], len(prompt_ids)))
+    return documents
+
+
+def _open(path: str):
+    """A file, a folder of files of one kind, or a hub id, as one ``datasets`` table."""
+    import datasets
+
+    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+    source = Path(path)
+    if source.is_dir():
+        files = sorted(file for file in source.iterdir() if file.suffix in loaders)
+        if not files:
+            raise ValueError(f"data.path = {path!r}: no .jsonl, .json, .parquet or .txt file in this folder")
+        kind = files[0].suffix
+        return datasets.load_dataset(
+            loaders[kind], data_files=[str(file) for file in files if file.suffix == kind], split="train"
+        )
+    if source.is_file():
+        if source.suffix not in loaders:
+            raise ValueError(f"data.path = {path!r}: cannot read {source.suffix!r}; use .jsonl, .json, .parquet or .txt")
+        return datasets.load_dataset(loaders[source.suffix], data_files=str(source), split="train")
+    return datasets.load_dataset(path, split="train")

@@ -1,0 +1,146 @@
+"""DeepSpeed ZeRO-3 around a module of which only named parts train.
+
+Only what is asked to train has gradients or optimizer state, by construction: everything else is frozen before the
+optimizer exists, and the optimizer is built over the trained parameters alone.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is NaN or infinite; raised on every rank before the optimizer can act on it."""
+
+
+class ZeroEngine:
+    """One rank of a ZeRO-3 group. ``torch.distributed`` must be initialised.
+
+    Args:
+        module: full, identical on all ranks; is partitioned in place.
+        trained: name prefixes of the parameters that train, e.g. ``("cola.policy.",)``.
+        lr: peak; ``step(lr)`` may override it, so that a schedule is a pure function of the step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        trained: Sequence[str],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        grad_clip: float = 1.0,
+        bfloat16: bool = False,
+    ) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name.startswith(tuple(trained)))
+        self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not self.trained:
+            raise ValueError(f"no parameter's name starts with any of {tuple(trained)}")
+        optimizer = torch.optim.AdamW([p for _, p in self.trained], lr=lr, betas=betas, weight_decay=weight_decay)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # ours to cut; DeepSpeed only needs a number
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": grad_clip,
+                "zero_optimization": {
+                    "stage": 3,
+                    "overlap_comm": torch.cuda.is_available(),
+                    "stage3_param_persistence_threshold": 0,
+                },
+                "bf16": {"enabled": bfloat16},
+                # torch's AdamW starts at once; DeepSpeed's own would compile a CPU kernel first.
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "steps_per_print": 1 << 30,
+            },
+        )
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.device = self.engine.device
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.engine.zero_optimization_stage())
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss_share: Tensor, *, last: bool) -> None:
+        """Accumulate a micro-batch. ``loss_share`` is this rank's share of the global loss: shares *add up*.
+
+        Raises:
+            NonFiniteError: on every rank, if the share of any rank is not finite.
+        """
+        finite = torch.isfinite(loss_share.detach()).to(torch.int32)
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        if not bool(finite):
+            raise NonFiniteError(f"loss is not finite (rank {self.rank}: {loss_share.item()})")
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages gradients over ranks; shares add up, hence the factor.
+        self.engine.backward(loss_share * self.world_size)
+
+    def step(self, lr: float | None = None) -> float:
+        """Clip, step, clear. Returns the gradient norm before clipping.
+
+        Raises:
+            NonFiniteError: the norm is not finite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] if lr is None else lr
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"gradient norm is {norm}")
+        return norm
+
+    def stream(self, strip: str, bucket_bytes: int = 64 << 20) -> Iterator[tuple[str, Tensor]]:
+        """The trained parameters, whole, bucket by bucket: (name without ``strip``, tensor).
+
+        A collective: every rank must iterate to the end. Sizes come from ``ds_numel``, since a partitioned
+        parameter's own ``numel()`` is zero.
+        """
+        for bucket in _buckets(self.trained, bucket_bytes):
+            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+                for name, parameter in bucket:
+                    yield name.removeprefix(strip), parameter.detach()
+
+    def save(self, folder: Path) -> None:
+        """This rank's shard of parameters and optimizer; all ranks call."""
+        self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
+        if path is None:
+            raise FileNotFoundError(f"no DeepSpeed checkpoint in {folder}")
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def _buckets(parameters: Iterable[tuple[str, nn.Parameter]], limit: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    bucket: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in parameters:
+        nbytes = parameter.ds_numel * parameter.element_size()
+        if bucket and size + nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += nbytes
+    if bucket:
+        yield bucket
+
+
+def warmup_cosine(step: int, total: int, warmup: int, final_ratio: float) -> float:
+    """Learning-rate factor: linear to 1 over ``warmup`` steps, then cosine to ``final_ratio`` at ``total``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

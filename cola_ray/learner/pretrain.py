@@ -1,0 +1,463 @@
+"""From a base to a model that RL can start on: one Ray Train worker's loop over the stages.
+
+    base        (tiny only) a small Llama is trained on the task's problems
+    actions     IDM + codebook + world model, base frozen; straight-through Gumbel actions
+    policy      behaviour cloning of the IDM's actions
+    fta_idm     the base alone, under the IDM's actions; response tokens only
+    fta_policy  the base alone, under actions sampled from the policy
+
+Each stage starts from the directory the one before left and leaves one of its own, so a run resumes at a stage, and
+within it at the last checkpoint. Legend: B rows, T positions, K actions, V vocabulary.
+Source: Jia et al. 2025, stages 1 and 2; departures are named where they are made.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from cola_ray.algorithms.latent_actions import (
+    gumbel_noise,
+    negative_entropy,
+    sample_actions,
+    straight_through_gumbel,
+    usage,
+    usage_imbalance,
+)
+from cola_ray.config import Config, PretrainStage
+from cola_ray.learner.corpus import PackedRows, load_documents, pack
+from cola_ray.learner.engine import ZeroEngine, warmup_cosine
+from cola_ray.model import conversion
+from cola_ray.model.modeling_cola import CoLAForCausalLM
+from cola_ray.tasks import Task, make_task, render_prompt
+
+TRAINED: dict[PretrainStage, tuple[str, ...]] = {
+    "base": ("model.",),
+    "actions": ("model.idm.", "model.codebook.", "model.world_model."),
+    "policy": ("model.policy.",),
+    "fta_idm": ("model.model.", "model.lm_head."),
+    "fta_policy": ("model.model.", "model.lm_head."),
+}
+"""What a stage trains: name prefixes inside :class:`StageModule`."""
+
+Report = Callable[[dict[str, Any], Path | None], None]
+MEASURED_STATES = 32  # states a rank on which all K actions are tried, for the reachable-tokens metric
+
+
+class StageModule(nn.Module):
+    """A stage's loss on packed rows, so that ZeRO-3 sees one forward."""
+
+    def __init__(self, model: CoLAForCausalLM | LlamaForCausalLM, stage: PretrainStage, config: Config) -> None:
+        super().__init__()
+        self.model, self.stage, self.settings = model, stage, config.pretrain
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, noise_seed: Tensor, measure: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Args: (B, T) each, ``noise_seed`` (B,) int64. Returns the loss *sum* over masked-in positions, and sums."""
+        labels = input_ids[:, 1:]
+        mask = loss_mask[:, :-1]
+        if self.stage == "base":
+            logits = self.model(input_ids=input_ids, position_ids=position_ids).logits[:, :-1]
+            loss = F.cross_entropy(logits[mask].float(), labels[mask], reduction="sum")
+            return loss, {"loss": loss.detach()}
+        base_trains = self.stage.startswith("fta")
+        with torch.set_grad_enabled(base_trains and torch.is_grad_enabled()):
+            e = self.model.encode(input_ids, position_ids=position_ids)
+        if self.stage == "actions":
+            return self._actions_loss(e, position_ids, labels, mask, noise_seed, measure)
+        if self.stage == "policy":
+            with torch.no_grad():
+                wanted = self.model.inverse_dynamics_actions(e, position_ids=position_ids)
+            logits = self.model.policy_logits(e, position_ids=position_ids)[:, :-1]
+            loss = F.cross_entropy(logits[mask], wanted[mask], reduction="sum")
+            return loss, {"loss": loss.detach(), "counts": self._counts(wanted[mask])}
+        with torch.no_grad():
+            if self.stage == "fta_idm":
+                actions = self.model.inverse_dynamics_actions(e, position_ids=position_ids)
+            else:
+                actions = self._sampled_actions(e, position_ids, noise_seed)
+        logits = self.model.world_model_logits(e[:, :-1], actions)
+        loss = F.cross_entropy(logits[mask].float(), labels[mask], reduction="sum")
+        return loss, {"loss": loss.detach(), "counts": self._counts(actions[mask])}
+
+    def _actions_loss(
+        self, e: Tensor, position_ids: Tensor, labels: Tensor, mask: Tensor, noise_seed: Tensor, measure: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``CE(logits_t, x_{t+1}) + entropy_coef * sum p log p`` (paper), plus the optional balance term (ours)."""
+        settings = self.settings
+        logits = self.model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:]
+        batch, steps, num_actions = logits.shape
+        index = torch.arange(steps, device=e.device)
+        noise = gumbel_noise(noise_seed.repeat_interleave(steps), index.repeat(batch), num_actions)
+        one_hot, relaxed = straight_through_gumbel(
+            logits[mask], noise.view_as(logits)[mask].float(), settings.gumbel_tau
+        )
+        states, targets = e[:, :-1][mask], labels[mask]
+        cross_entropy = F.cross_entropy(
+            self.model.world_model_logits(states, one_hot).float(), targets, reduction="sum"
+        )
+        loss = cross_entropy + settings.entropy_coef * negative_entropy(relaxed).sum()
+        if settings.balance_coef:
+            loss = loss + settings.balance_coef * usage_imbalance(relaxed) * len(targets)
+        sums = {"loss": cross_entropy.detach(), "counts": self._counts(one_hot.argmax(-1))}
+        with torch.no_grad():
+            base = self.model.lm_head(states).float()
+            sums["base_loss"] = F.cross_entropy(base, targets, reduction="sum")
+            if measure:
+                sums |= self._reachable(states[:MEASURED_STATES], targets[:MEASURED_STATES])
+        return loss, sums
+
+    def _reachable(self, states: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Over all K actions in each state: how many distinct next tokens, and is the right one among them?"""
+        num_actions = self.model.config.num_actions
+        tried = states[:, None].expand(-1, num_actions, -1)
+        actions = torch.arange(num_actions, device=states.device).expand(len(states), -1)
+        tokens = self.model.world_model_logits(tried, actions).argmax(-1)  # (S, K)
+        ordered = tokens.sort(-1).values
+        distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(-1)
+        return {
+            "reachable": distinct.float().sum(),
+            "covered": (tokens == targets[:, None]).any(-1).float().sum(),
+            "states": torch.tensor(float(len(states)), device=states.device),
+        }
+
+    def _sampled_actions(self, e: Tensor, position_ids: Tensor, noise_seed: Tensor) -> Tensor:
+        logits = self.model.policy_logits(e, position_ids=position_ids)[:, :-1]
+        batch, steps, num_actions = logits.shape
+        rows = batch * steps
+        zero = torch.zeros(rows, dtype=torch.int64, device=e.device)
+        index = torch.arange(steps, device=e.device).repeat(batch)
+        seeds = noise_seed.repeat_interleave(steps)
+        flat = logits.reshape(rows, num_actions)
+        actions, _ = sample_actions(flat, torch.ones(rows, device=e.device), zero, seeds, index, zero - 1)
+        return actions.view(batch, steps)
+
+    def _counts(self, actions: Tensor) -> Tensor:
+        return torch.bincount(actions, minlength=self.model.config.num_actions).float()
+
+    @torch.no_grad()
+    def correct(self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
+        """Is greedy decoding right? (B,) bool.
+
+        Greedy decoding gives the reference answer if and only if, fed that answer, every argmax is its next token;
+        so one forward tells, without generating.
+        """
+        if self.stage == "base":
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        else:
+            e = self.model.encode(input_ids, attention_mask)
+            logits = self.model.world_model_logits(e, self.model.policy_logits(e, attention_mask).argmax(-1))
+        right = logits[:, :-1].argmax(-1) == input_ids[:, 1:]
+        return (right | ~answer_mask[:, :-1]).all(-1)
+
+
+def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
+    """All stages, on every rank. ``report(metrics, checkpoint folder or None)`` is a collective."""
+    rank = torch.distributed.get_rank()
+    output = Path(config.output_dir)
+    task = make_task(config.task, config.seed)
+    resumed = json.loads((checkpoint / "pretrain.json").read_text()) if checkpoint else {}
+    current = start_model(config, task, rank)
+    for stage in config.pretrain.stages:
+        target = output / "stages" / stage
+        if not (target / "done.json").exists():
+            same = checkpoint if resumed.get("stage") == stage else None
+            _run_stage(config, stage, task, current, target, same, resumed.get("step", 0) if same else 0, report)
+        current = target
+    if rank == 0:
+        _replace(current, output / "model")
+    torch.distributed.barrier()
+
+
+def start_model(config: Config, task: Task, rank: int) -> Path:
+    """The directory that the first stage reads: the given base with CoLA attached, or a fresh tiny Llama."""
+    target = Path(config.output_dir) / "stages" / "start"
+    if rank == 0 and not (target / "done.json").exists():
+        staging = _staging(target)
+        if config.model.path:
+            model: nn.Module = CoLAForCausalLM.from_pretrained(config.model.path, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        elif config.model.base:
+            model = attach(config, config.model.base)
+            tokenizer = load_tokenizer(config.model.base)
+        else:
+            tokenizer = make_tokenizer(task)
+            model = make_tiny_llama(len(tokenizer), tokenizer.eos_token_id, config.seed)
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        (staging / "done.json").write_text("{}")
+        _replace(staging, target)
+    torch.distributed.barrier()
+    return target
+
+
+def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
+    sizes = config.model.model_dump(
+        include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers"}
+    )
+    return conversion.attach(base_path, seed=config.seed, dtype=getattr(torch, config.model.dtype), **sizes)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    return AutoTokenizer.from_pretrained(str(path))
+
+
+def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 entries, trained on the task's own problems; numbers stay whole words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [text for problem in task.problems("train") for text in (problem.question, problem.solution)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_tiny_llama(vocab_size: int, eos_token_id: int, seed: int) -> LlamaForCausalLM:
+    """A Llama of 0.85 M parameters; heads of 32, the least that vLLM serves on CPU."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab_size + -vocab_size % 8,
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=eos_token_id,
+                pad_token_id=0,
+            )
+        )
+
+
+# --- one stage ----------------------------------------------------------------------------------------------------
+
+
+def _run_stage(
+    config: Config,
+    stage: PretrainStage,
+    task: Task,
+    source: Path,
+    target: Path,
+    checkpoint: Path | None,
+    first_step: int,
+    report: Report,
+) -> None:
+    settings = config.pretrain
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    rows = _load_rows(config, stage, task, tokenizer)
+    base_trains = stage == "base" or stage.startswith("fta")
+    peak_lr = settings.base_lr if base_trains else settings.lr
+    module = StageModule(_open_model(config, stage, source), stage, config)
+    bfloat16 = config.model.dtype == "bfloat16"
+    zero = ZeroEngine(module, TRAINED[stage], lr=peak_lr, weight_decay=0.01, bfloat16=bfloat16)
+    if checkpoint is not None:
+        zero.load(checkpoint)
+    total = settings.steps[stage] if settings.max_steps is None else min(settings.steps[stage], settings.max_steps)
+    heldout = list(_heldout_batches(task, tokenizer, rank, world_size)) if _has_answers(config) else []
+    used = torch.zeros(config.model.num_actions)
+    metrics: dict[str, Any] = {}
+    for step in range(first_step, total):
+        started = time.perf_counter()
+        lr = peak_lr * warmup_cosine(step, total, min(settings.warmup_steps, total), settings.min_lr_ratio)
+        metrics, counts = _train_step(config, zero, rows, stage, step, lr)
+        seconds = time.perf_counter() - started
+        metrics |= {"stage": stage, "step": step + 1, "steps": total, f"{stage}/lr": lr, "time/step": seconds}
+        metrics[f"{stage}/tokens_per_second"] = settings.batch_size * rows.input_ids.shape[1] / seconds
+        used += counts
+        if stage == "actions" and settings.revive_every and (step + 1) % settings.revive_every == 0:
+            metrics["actions/revived"] = revive_dead_codes(module.model, used, config.seed + step)
+            used.zero_()
+        last = step + 1 == total
+        if heldout and stage in ("base", "policy") and ((step + 1) % 25 == 0 or last):
+            metrics[f"{stage}/accuracy"] = _accuracy(zero, heldout)
+            target_accuracy = settings.base_target_accuracy
+            last = last or (stage == "base" and 0 < target_accuracy <= metrics["base/accuracy"])
+        if (step + 1) % settings.save_every == 0 and not last:
+            with tempfile.TemporaryDirectory() as folder:
+                zero.save(Path(folder))
+                if rank == 0:
+                    (Path(folder) / "pretrain.json").write_text(json.dumps({"stage": stage, "step": step + 1}))
+                report(metrics, Path(folder))
+        else:
+            report(metrics, None)
+        if last:
+            break
+    _leave(config, stage, zero, source, target, tokenizer, metrics)
+
+
+def _train_step(
+    config: Config, zero: ZeroEngine, rows: PackedRows, stage: PretrainStage, step: int, lr: float
+) -> tuple[dict[str, Any], Tensor]:
+    settings = config.pretrain
+    wanted = rows.step_indices(config.seed, step, settings.batch_size)
+    num_tokens = max(int(rows.loss_mask[wanted, :-1].sum()), 1)  # over all ranks: the loss's one denominator
+    mine = wanted[zero.rank :: zero.world_size]
+    sums: dict[str, Tensor] = {}
+    starts = range(0, len(mine), settings.micro_batch_size)
+    for start in starts:
+        picked = mine[start : start + settings.micro_batch_size]
+        tensors = [torch.from_numpy(a[picked]).to(zero.device) for a in (rows.input_ids, rows.position_ids, rows.loss_mask)]
+        # Noise depends on the row and the step, not on the rank that happens to hold it.
+        seeds = torch.from_numpy(picked.astype(np.int64)) + (step << 32) + (config.seed << 56)
+        loss, found = zero(*tensors, seeds.to(zero.device), start == 0 and step % 10 == 0)
+        zero.backward(loss / num_tokens, last=start == starts[-1])
+        for name, value in found.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+    grad_norm = zero.step(lr)
+    for value in sums.values():
+        torch.distributed.all_reduce(value)
+    metrics: dict[str, Any] = {f"{stage}/loss": float(sums["loss"]) / num_tokens, f"{stage}/grad_norm": grad_norm}
+    if "base_loss" in sums:
+        metrics["actions/base_loss"] = float(sums["base_loss"]) / num_tokens
+    if "states" in sums:
+        metrics["actions/reachable_tokens"] = float(sums["reachable"] / sums["states"])
+        metrics["actions/covered"] = float(sums["covered"] / sums["states"])
+    counts = sums.get("counts", torch.zeros(config.model.num_actions)).cpu()
+    return metrics | (usage(counts) if "counts" in sums else {}), counts
+
+
+def revive_dead_codes(model: CoLAForCausalLM, counts: Tensor, seed: int) -> int:
+    """Give codes that were never used the most used code's row, and its IDM logit row, plus a little noise.
+
+    The most used code is thereby split, and training can tell the halves apart. All ranks call with the same
+    arguments; works on ZeRO-3's full-precision copies. Returns how many codes were revived.
+    """
+    dead = (counts == 0).nonzero()[:, 0]
+    if not len(dead):
+        return 0
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in (model.codebook.weight, model.idm.head.weight):
+        table = safe_get_full_fp32_param(parameter).clone()
+        row = table[counts.argmax()]
+        noise = torch.randn(len(dead), table.shape[1], generator=generator).to(table) * 0.1 * row.std()
+        table[dead.to(table.device)] = row + noise
+        safe_set_full_fp32_param(parameter, table)
+    return len(dead)
+
+
+def _load_rows(config: Config, stage: PretrainStage, task: Task, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
+    settings = config.pretrain
+    documents, are_pairs = load_documents(config.data, task, tokenizer, settings.sequence_length)
+    if stage.startswith("fta") and not are_pairs:
+        raise ValueError(f"pretrain.stages: {stage} needs prompt/response pairs; data.path = {config.data.path!r} has text")
+    response_only = are_pairs and (settings.response_only or stage.startswith("fta"))
+    return pack(documents, settings.sequence_length, tokenizer.pad_token_id or tokenizer.eos_token_id, response_only)
+
+
+def _has_answers(config: Config) -> bool:
+    """Tasks whose solution is the one right response, so that teacher forcing measures greedy accuracy."""
+    return config.task.name != "gsm8k" and not config.data.path
+
+
+def _heldout_batches(
+    task: Task, tokenizer: PreTrainedTokenizerBase, rank: int, world_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's share of 512 held-out problems: ids, attention mask, answer mask; every rank the same number."""
+    problems = list(task.problems("heldout"))[:512]
+    problems = problems[: len(problems) // world_size * world_size][rank::world_size]
+    pad = tokenizer.pad_token_id or tokenizer.eos_token_id
+    for start in range(0, len(problems), 64):
+        pairs = []
+        for problem in problems[start : start + 64]:
+            prompt = render_prompt(tokenizer, problem.question)
+            answer = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+            pairs.append((prompt, [*answer, tokenizer.eos_token_id]))
+        width = max(len(p) + len(a) for p, a in pairs)
+        ids = torch.full((len(pairs), width), pad)
+        attention, answers = torch.zeros(len(pairs), width, dtype=torch.int64), torch.zeros(len(pairs), width, dtype=torch.bool)
+        for row, (prompt, answer) in enumerate(pairs):
+            end = len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor(prompt + answer)
+            attention[row, :end] = 1
+            answers[row, len(prompt) - 1 : end - 1] = True
+        yield ids, attention, answers
+
+
+def _accuracy(zero: ZeroEngine, batches: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+    module = zero.engine.module
+    right = torch.zeros(2)
+    for batch in batches:
+        correct = module.correct(*(tensor.to(zero.device) for tensor in batch))
+        right += torch.tensor([float(correct.sum()), float(len(correct))])
+    torch.distributed.all_reduce(right)
+    return float(right[0] / right[1])
+
+
+def _leave(
+    config: Config,
+    stage: PretrainStage,
+    zero: ZeroEngine,
+    source: Path,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: dict,
+) -> None:
+    """Rank 0 writes the stage's model: the one it started from with the trained tensors in place. All ranks call."""
+    trained = {name: tensor.cpu().clone() for name, tensor in zero.stream("model.")}
+    zero.close()
+    if zero.rank == 0:
+        staging = _staging(target)
+        model = _open_model(config, stage, source)
+        model.load_state_dict(model.state_dict() | trained)
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        (staging / "done.json").write_text(json.dumps(metrics))
+        _replace(staging, target)
+    torch.distributed.barrier()
+
+
+def _open_model(config: Config, stage: PretrainStage, source: Path) -> CoLAForCausalLM | LlamaForCausalLM:
+    """What a stage starts from. Attaching is deterministic in the seed, so it may be done again."""
+    dtype = getattr(torch, config.model.dtype)
+    if stage == "base":
+        return LlamaForCausalLM.from_pretrained(source, dtype=dtype)
+    if json.loads((source / "config.json").read_text())["model_type"] == "llama":
+        return attach(config, source)
+    return CoLAForCausalLM.from_pretrained(source, dtype=dtype)
+
+
+def _staging(target: Path) -> Path:
+    staging = target.with_name(target.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Put ``source`` at ``target`` in one rename; ``source`` stays where it is not a staging folder."""
+    if source.suffix != ".tmp":
+        staging = _staging(target)
+        shutil.copytree(source, staging, dirs_exist_ok=True)
+        source = staging
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)

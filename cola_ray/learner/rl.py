@@ -1,0 +1,284 @@
+"""The RL learner: one Ray Train worker's loop, and the objective it optimises.
+
+    next_batch(rank) ─> e = base(x), once, no gradient ─> policy(e), reference(e) ─> objective ─> ZeRO-3 step
+         ^                                                                                            │
+         └──── workers hold version v+1, slots freed <── publish(v+1, policy buckets, metrics) <──────┘
+
+Only the policy trains. The reference is a frozen copy of the policy's layers, and both read the same e; the LM head
+and the world model are never evaluated here. Legend: B sequences, T positions, K actions.
+"""
+
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cola_ray.algorithms.advantages import discounted_sum_to_go
+from cola_ray.algorithms.latent_actions import action_log_probs
+from cola_ray.algorithms.policy_loss import clipped_policy_gradient, entropy, exact_kl, kl_estimate
+from cola_ray.config import Config
+from cola_ray.experience import Batch
+from cola_ray.learner.engine import ZeroEngine
+from cola_ray.model.modeling_cola import CoLAForCausalLM
+from cola_ray.weights import Bucket, WeightSender
+
+
+class BatchSource(Protocol):
+    """What the learner needs of the controller."""
+
+    def next_batch(self, rank: int, version: int) -> Batch | None:
+        """This rank's share of the batch to train version ``version`` on; None when the run is over."""
+        ...
+
+    def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
+        """Hand out new weights; returns when every worker holds them."""
+        ...
+
+    def state(self) -> dict:
+        """The controller's cursor, to store in a checkpoint."""
+        ...
+
+    def restore(self, state: dict, buckets: list[Bucket]) -> None:
+        """Go back to a checkpoint's cursor, with its weights."""
+        ...
+
+
+class PolicyAndReference(nn.Module):
+    """The frozen model, its trainable policy and a frozen copy of that policy as it was at the start of RL."""
+
+    def __init__(self, cola: CoLAForCausalLM) -> None:
+        super().__init__()
+        self.cola = cola
+        self.reference = copy.deepcopy(cola.policy)
+        # Neither is part of the RL update.
+        del cola.idm, cola.world_model, cola.codebook
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Policy and reference logits, (B, T, K) each, from one pass of the base."""
+        with torch.no_grad():
+            e = self.cola.encode(input_ids, attention_mask)
+            reference_logits = self.reference(e, attention_mask)
+        return self.cola.policy(e, attention_mask), reference_logits
+
+
+def policy_objective(
+    logits: Tensor,
+    reference_logits: Tensor,
+    batch: dict[str, Tensor],
+    old_log_probs: Tensor | None,
+    *,
+    kl_coef: float,
+    clip_low: float,
+    clip_high: float,
+    temperature: float,
+    top_k: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO's objective over latent actions, as a sum over the masked-in actions.
+
+    Per-action reward ``-kl_coef * (log pi_old - log pi_ref)``, the outcome at the last action, lambda = 1 without a
+    critic: every action's advantage is the outcome's plus the sum of KL rewards from it on (specification of CoLA's
+    RL stage; Shao et al. 2024 for the group baseline).
+
+    Args:
+        logits, reference_logits: (B, T, K).
+        batch: tensors of :class:`Batch` fields, (B, T).
+        old_log_probs: (B, T) at the start of the batch's updates; None on the first, where they are the current.
+        temperature, top_k: of the rollouts; scores are those of the distribution sampled from.
+
+    Returns:
+        loss sum (scalar) and metric sums over actions.
+    """
+    actions, mask = batch["actions"], batch["action_mask"]
+    shape = (*logits.shape[:-1],)
+    kind = {"dtype": torch.float32, "device": logits.device}
+    wanted = (torch.full(shape, temperature, **kind), torch.full(shape, top_k, device=logits.device))
+    all_log_probs = action_log_probs(logits.float(), *wanted)
+    all_ref_log_probs = action_log_probs(reference_logits.float(), wanted[0], torch.zeros_like(wanted[1]))
+    log_probs = all_log_probs.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
+    ref_log_probs = all_ref_log_probs.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
+    old = log_probs.detach() if old_log_probs is None else old_log_probs
+    advantages = batch["advantages"]
+    if kl_coef:
+        penalty = -kl_coef * kl_estimate(old, ref_log_probs, "k1")
+        advantages = advantages + discounted_sum_to_go(penalty, mask)
+    loss, clipped = clipped_policy_gradient(log_probs, old, advantages, mask, clip_low, clip_high)
+    with torch.no_grad():
+        mismatch = (old - batch["rollout_log_probs"]).abs().masked_fill(~mask, 0.0)
+        metrics = {
+            "policy/loss": loss.detach(),
+            "policy/clip_fraction": clipped.float(),
+            "policy/entropy": entropy(all_log_probs)[mask].sum(),
+            "policy/kl": exact_kl(all_log_probs, all_ref_log_probs)[mask].sum(),
+            "policy/rollout_mismatch": mismatch.sum(),
+            "policy/rollout_mismatch_max": mismatch.max(),
+        }
+    return loss, metrics
+
+
+class RLLearner:
+    """One rank: a ZeRO-3 engine over :class:`PolicyAndReference`, and the step on a batch."""
+
+    def __init__(self, config: Config, model_path: str) -> None:
+        self.config = config
+        dtype = getattr(torch, config.model.dtype)
+        cola = CoLAForCausalLM.from_pretrained(model_path, dtype=dtype)
+        rl = config.rl
+        self.zero = ZeroEngine(
+            PolicyAndReference(cola),
+            ("cola.policy.",),
+            lr=rl.lr,
+            betas=rl.adam_betas,
+            grad_clip=rl.grad_clip,
+            bfloat16=dtype is torch.bfloat16,
+        )
+        self.sender = WeightSender()
+        self.version = 0
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """``updates_per_batch`` optimizer steps on this rank's share; returns metrics reduced over ranks.
+
+        Raises:
+            NonFiniteError: loss or gradient is NaN or infinite; the weights are those before this update.
+        """
+        rl = self.config.rl
+        started = time.perf_counter()
+        size = rl.micro_batch_size
+        starts = list(range(0, len(batch.input_ids), size))
+        pieces = [_tensors(batch.rows(start, start + size), self.zero.device) for start in starts]
+        old: list[Tensor | None] = [None] * len(pieces)
+        if rl.updates_per_batch > 1:
+            with torch.no_grad():
+                old = [self._log_probs(piece) for piece in pieces]
+        lr = rl.lr * min(1.0, (self.version + 1) / max(rl.warmup_steps, 1))
+        sums: dict[str, Tensor] = {}
+        for update in range(rl.updates_per_batch):
+            for index, piece in enumerate(pieces):
+                logits, reference_logits = self.zero(piece["input_ids"], piece["attention_mask"])
+                loss, metrics = policy_objective(
+                    logits,
+                    reference_logits,
+                    piece,
+                    old[index],
+                    kl_coef=rl.kl_coef,
+                    clip_low=rl.clip_low,
+                    clip_high=rl.clip_high,
+                    temperature=self.config.rollout.temperature,
+                    top_k=self.config.rollout.top_k,
+                )
+                self.zero.backward(loss / batch.num_actions_global, last=index == len(pieces) - 1)
+                if update == 0:  # what the batch said of the policy that made it
+                    for name, value in metrics.items():
+                        known = sums.get(name, torch.zeros_like(value))
+                        sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
+            grad_norm = self.zero.step(lr)
+        self.version += 1
+        reduced = _reduce(sums, batch.num_actions_global)
+        seconds = time.perf_counter() - started
+        tokens = float(batch.attention_mask.sum()) * self.zero.world_size
+        return reduced | {
+            "policy/grad_norm": grad_norm,
+            "policy/lr": lr,
+            "learner/tokens_per_second": tokens / seconds,
+            "learner/padding_share": batch.padding_share,
+            "time/learn": seconds,
+        }
+
+    def _log_probs(self, piece: dict[str, Tensor]) -> Tensor:
+        logits, _ = self.zero(piece["input_ids"], piece["attention_mask"])
+        shape = logits.shape[:-1]
+        wanted = (
+            torch.full(shape, self.config.rollout.temperature, device=logits.device),
+            torch.full(shape, self.config.rollout.top_k, device=logits.device),
+        )
+        scored = action_log_probs(logits.float(), *wanted).gather(-1, piece["actions"][..., None])[..., 0]
+        return scored.masked_fill(~piece["action_mask"], 0.0)
+
+    def buckets(self) -> list[Bucket]:
+        """The policy's weights under the current version; on ranks above 0 an empty list. All ranks call."""
+        tensors = self.zero.stream("cola.")
+        if self.zero.rank:
+            for _ in tensors:
+                pass
+            return []
+        return list(self.sender.buckets(self.version, tensors))
+
+    def save(self, folder: Path, controller_state: dict | None) -> None:
+        self.zero.save(folder)
+        if self.zero.rank == 0:
+            state = {"version": self.version, "controller": controller_state}
+            (folder / "rl.json").write_text(json.dumps(state))
+
+    def load(self, folder: Path) -> dict:
+        self.zero.load(folder)
+        state = json.loads((folder / "rl.json").read_text())
+        self.version = state["version"]
+        return state["controller"]
+
+
+def train_loop(
+    config: Config,
+    model_path: str,
+    source: BatchSource,
+    checkpoint: Path | None,
+    report: Callable[[dict[str, float], Path | None], None],
+) -> None:
+    """Train until the source has no more batches. Runs on every rank; ``report`` is a collective."""
+    learner = RLLearner(config, model_path)
+    is_first = learner.zero.rank == 0
+    if checkpoint is not None:
+        state = learner.load(checkpoint)
+        buckets = learner.buckets()
+        if is_first:
+            source.restore(state, buckets)
+        torch.distributed.barrier()
+    while (batch := source.next_batch(learner.zero.rank, learner.version)) is not None:
+        metrics = learner.step(batch)
+        started = time.perf_counter()
+        buckets = learner.buckets()
+        metrics["time/gather"] = time.perf_counter() - started
+        metrics["learner/zero_stage"] = float(learner.zero.zero_stage)
+        if is_first:
+            source.publish(learner.version, buckets, metrics)
+        due = learner.version % config.rl.save_every == 0 or learner.version == config.rl.max_steps
+        if due:
+            with tempfile.TemporaryDirectory() as folder:
+                learner.save(Path(folder), source.state() if is_first else None)
+                report(metrics, Path(folder))
+    tensors = {name: tensor.cpu().clone() for name, tensor in learner.zero.stream("cola.")}
+    if is_first:
+        export(model_path, tensors, Path(config.output_dir) / "model")
+
+
+def export(start_model: str, trained: dict[str, Tensor], target: Path) -> None:
+    """The start model with the trained tensors in place, as a Hugging Face directory, with its tokenizer."""
+    from transformers import AutoTokenizer
+
+    model = CoLAForCausalLM.from_pretrained(start_model, dtype="auto")
+    unknown = trained.keys() - model.state_dict().keys()
+    if unknown:
+        raise ValueError(f"trained tensors that the model does not have: {sorted(unknown)[:3]}")
+    model.load_state_dict(trained, strict=False)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(start_model).save_pretrained(target)
+
+
+def _tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    names = ("input_ids", "attention_mask", "actions", "action_mask", "rollout_log_probs", "advantages")
+    # A copy: arrays from Ray's object store are read-only.
+    return {name: torch.tensor(getattr(batch, name), device=device) for name in names}
+
+
+def _reduce(sums: dict[str, Tensor], num_actions: int) -> dict[str, float]:
+    out = {}
+    for name, value in sums.items():
+        is_max = name.endswith("_max")
+        total = value.detach().clone().float()
+        torch.distributed.all_reduce(total, torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM)
+        out[name] = float(total) if is_max else float(total) / num_actions
+    return out

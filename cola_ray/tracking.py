@@ -1,0 +1,127 @@
+"""What people see of a run: MLflow, the progress display, the summary, the plots."""
+
+import json
+import os
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Tracker:
+    """An MLflow run with one metrics history; a resumed run continues the same one.
+
+    Args:
+        uri: tracking server or database; empty for a sqlite file beside ``output_dir``.
+        job: becomes the experiment's name.
+        params: flat settings.
+    """
+
+    def __init__(self, uri: str, job: str, output_dir: Path, params: Mapping[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        import mlflow
+
+        self.mlflow = mlflow
+        self.history: dict[int, dict[str, float]] = {}
+        self.id_file = output_dir / "mlflow_run_id"
+        mlflow.set_tracking_uri(uri or f"sqlite:///{output_dir.parent / 'mlflow.db'}")
+        mlflow.set_experiment(f"cola_ray/{job}")
+        known = self.id_file.read_text().strip() if self.id_file.exists() else None
+        self.run = mlflow.start_run(run_id=known, run_name=None if known else output_dir.name)
+        self.id_file.write_text(self.run.info.run_id)
+        if known is None:
+            mlflow.log_params({name: str(value)[:500] for name, value in params.items()})
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Numbers go to MLflow under their names; a step seen before is merged, never moved back."""
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        self.history.setdefault(step, {}).update(numbers)
+        self.mlflow.log_metrics(numbers, step=step, run_id=self.run.info.run_id)  # called from a thread of its own
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        steps = [step for step in sorted(self.history) if name in self.history[step]]
+        return steps, [self.history[step][name] for step in steps]
+
+    def finish(self, output_dir: Path, failed: bool) -> None:
+        for name in ("summary.json", "reward.png", "pretrain.png"):
+            if (output_dir / name).exists():
+                self.mlflow.log_artifact(str(output_dir / name))
+        self.mlflow.end_run("FAILED" if failed else "FINISHED")
+
+
+class Display:
+    """One progress line; plain lines, one in a while, where the output is not a terminal."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.console = Console(highlight=False)
+        self.title, self.total = title, total
+        self.last_line = 0.0
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task(title, total=total, note="")
+
+    def __enter__(self) -> "Display":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def say(self, line: str) -> None:
+        self.console.print(line)
+
+    def update(self, title: str, step: int, total: int, note: str, milestone: bool) -> None:
+        self.progress.update(self.task, description=title, completed=step, total=total, note=note)
+        if not self.console.is_terminal and milestone:
+            self.console.print(f"{title} {step}/{total}  {note}")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """In one rename, so that a reader never sees half a file."""
+    staging = path.with_suffix(".tmp")
+    staging.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    staging.replace(path)
+
+
+def print_summary(title: str, rows: Mapping[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def plot(path: Path, title: str, series: Mapping[str, tuple[list[int], list[float]]], levels: Mapping[str, float]) -> None:
+    """Lines over steps, and dashed levels, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for label, (steps, values) in series.items():
+        if steps:
+            axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
+    for index, (label, level) in enumerate(levels.items()):
+        axes.axhline(level, linestyle="--", linewidth=1, color=f"C{index + len(series)}", label=f"{label} {level:.3f}")
+    axes.set(xlabel="step", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def peak_memory_gb() -> float:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

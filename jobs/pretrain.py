@@ -1,0 +1,18 @@
+"""Latent pre-training: discover actions (IDM, codebook, world model), clone the policy, optionally fine-tune the base.
+
+Examples:
+    python jobs/pretrain.py --preset tiny
+    python jobs/pretrain.py --preset smollm2-135m --data.path DATA/train.jsonl --pretrain.max-steps 5
+    python jobs/pretrain.py --preset llama-3.1-8b --data.path org/corpus --pretrain.stages actions policy
+"""
+
+import sys
+
+from cola_ray.config import ConfigError, from_command_line
+from cola_ray.driver import pretrain
+
+if __name__ == "__main__":
+    try:
+        pretrain(from_command_line(__doc__ or ""))
+    except ConfigError as error:
+        sys.exit(str(error))

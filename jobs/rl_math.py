@@ -1,0 +1,19 @@
+"""RL with verifiable rewards in the latent action space: vLLM rollouts, ZeRO-3 learner, MLflow, one command.
+
+Examples:
+    python jobs/rl_math.py --preset tiny                      (makes its own base and latent model first)
+    python jobs/rl_math.py --preset tiny --rl.kl-coef 0.01 --seed 1
+    python jobs/rl_math.py --preset smollm2-135m --task.name gsm8k --task.path DATA/gsm8k --rl.max-steps 2
+    python jobs/rl_math.py --preset tiny --resume             (continue from the last checkpoint)
+"""
+
+import sys
+
+from cola_ray.config import ConfigError, from_command_line
+from cola_ray.driver import run_rl
+
+if __name__ == "__main__":
+    try:
+        run_rl(from_command_line(__doc__ or ""))
+    except ConfigError as error:
+        sys.exit(str(error))
