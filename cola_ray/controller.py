@@ -222,7 +222,11 @@ class Controller:
         indices = list(range(min(self.config.rl.eval_problems, self.num_heldout)))
         shares = [indices[i :: len(self.workers)] for i in range(len(self.workers))]
         results = await asyncio.gather(
-            *(self.call(w, "evaluate", share, bare_base) for w, share in zip(self.workers, shares, strict=True) if share)
+            *(
+                self.call(w, "evaluate", share, bare_base)
+                for w, share in zip(self.workers, shares, strict=True)
+                if share
+            )
         )
         return float(np.mean([reward >= 1.0 for share in results for reward in share]))
 

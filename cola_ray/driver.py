@@ -45,7 +45,8 @@ def pretrain(config: Config) -> dict[str, Any]:
     with _cluster(config), _tracker(config, "pretrain") as tracker:
         mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
         title, stages = "pretrain", config.pretrain.stages
-        first_step = {stage: sum(config.pretrain.steps.get(s, 0) for s in stages[:i]) for i, stage in enumerate(stages)}
+        lengths = [config.pretrain.steps[stage] for stage in stages]
+        first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
 
         def show(event: dict[str, Any], display: Display) -> None:
             metrics = event["metrics"]
@@ -83,8 +84,9 @@ def _pretrain_rank(loop: dict[str, Any]) -> None:
 
 def _pretrain_summary(config: Config, tracker: Tracker, seconds: float) -> dict[str, Any]:
     summary: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stages": list(config.pretrain.stages)}
-    wanted = ("base/accuracy", "actions/loss", "actions/base_loss", "actions/alive", "actions/top_share",
-              "actions/reachable_tokens", "actions/covered", "policy/loss", "policy/accuracy", "memory/learner_gb")  # fmt: skip
+    of_actions = ("loss", "base_loss", "alive", "top_share", "reachable_tokens", "covered")
+    actions = [f"actions/{name}" for name in of_actions]
+    wanted = ["base/accuracy", *actions, "policy/loss", "policy/accuracy", "memory/learner_gb"]
     for name in wanted:
         values = tracker.series(name)[1]
         if values:
@@ -120,9 +122,16 @@ def run_rl(config: Config) -> dict[str, Any]:
             def show(event: dict[str, Any], display: Display) -> None:
                 step, metrics = event["step"], event["metrics"]
                 tracker.log(step, metrics)
-                names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", "eval/accuracy": "accuracy"}
+                names = {
+                    "reward/mean": "reward",
+                    "policy/kl": "kl",
+                    "policy/entropy": "entropy",
+                    "eval/accuracy": "accuracy",
+                }
                 note = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics)
-                display.update("rl", step, config.rl.max_steps, note, milestone="eval/accuracy" in metrics or step % 10 == 0)
+                display.update(
+                    "rl", step, config.rl.max_steps, note, milestone="eval/accuracy" in metrics or step % 10 == 0
+                )
 
             try:
                 with (
@@ -304,7 +313,9 @@ def _fit(config: Config, rank_loop: Callable[[dict[str, Any]], None], loop: dict
         rank_loop,
         train_loop_config=loop,
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.learner_ranks, use_gpu=gpus, resources_per_worker={"GPU": 1} if gpus else {"CPU": 1}
+            num_workers=config.cluster.learner_ranks,
+            use_gpu=gpus,
+            resources_per_worker={"GPU": 1} if gpus else {"CPU": 1},
         ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(

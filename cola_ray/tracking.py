@@ -102,7 +102,9 @@ def print_summary(title: str, rows: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def plot(path: Path, title: str, series: Mapping[str, tuple[list[int], list[float]]], levels: Mapping[str, float]) -> None:
+def plot(
+    path: Path, title: str, series: Mapping[str, tuple[list[int], list[float]]], levels: Mapping[str, float]
+) -> None:
     """Lines over steps, and dashed levels, as one PNG."""
     import matplotlib
 

@@ -62,7 +62,7 @@ class WeightReceiver:
         """Raises WeightTransferError for another version, a broken payload or a name seen before."""
         if bucket.version != self.version:
             raise WeightTransferError(f"bucket of version {bucket.version} in the update to version {self.version}")
-        if zlib.crc32(bucket.payload) != bucket.checksum:
+        if zlib.crc32(bucket.payload.data) != bucket.checksum:
             raise WeightTransferError(f"checksum of the bucket with {bucket.names[0]} does not match its payload")
         for name, tensor in _unpack(bucket):
             if name in self.tensors:
@@ -91,7 +91,7 @@ def _pack(version: int, tensors: list[tuple[str, Tensor]]) -> Bucket:
         shapes=tuple(tuple(tensor.shape) for _, tensor in tensors),
         dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors),
         payload=payload,
-        checksum=zlib.crc32(payload),
+        checksum=zlib.crc32(payload.data),
     )
 
 

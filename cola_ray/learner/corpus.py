@@ -45,14 +45,13 @@ class PackedRows:
 def load_documents(
     data: DataConfig, task: Task, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> tuple[list[Document], bool]:
-    """Documents of ``data.path``, or of the task's training problems where it is empty; and whether they are pairs.
+    """Documents of ``data.path``, or the task's demonstrations where it is empty; and whether they are pairs.
 
     Raises:
         ValueError: the data has neither the prompt/response columns nor the text column.
     """
     if not data.path:
-        pairs: Iterable[tuple[str, str]] = ((p.question, p.solution) for p in task.problems("train"))
-        return _pair_documents(pairs, tokenizer, max_tokens), True
+        return _pair_documents(task.demonstrations(), tokenizer, max_tokens), True
     rows = _open(data.path)
     columns = rows.column_names
     if data.prompt_field in columns and data.response_field in columns:
@@ -128,6 +127,8 @@ def _open(path: str):
         )
     if source.is_file():
         if source.suffix not in loaders:
-            raise ValueError(f"data.path = {path!r}: cannot read {source.suffix!r}; use .jsonl, .json, .parquet or .txt")
+            raise ValueError(
+                f"data.path = {path!r}: cannot read {source.suffix!r}; use .jsonl, .json, .parquet or .txt"
+            )
         return datasets.load_dataset(loaders[source.suffix], data_files=str(source), split="train")
     return datasets.load_dataset(path, split="train")

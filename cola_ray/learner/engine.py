@@ -7,6 +7,7 @@ optimizer exists, and the optimizer is built over the trained parameters alone.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -69,7 +70,7 @@ class ZeroEngine:
     def zero_stage(self) -> int:
         return int(self.engine.zero_optimization_stage())
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss_share: Tensor, *, last: bool) -> None:
@@ -124,8 +125,8 @@ class ZeroEngine:
         self.engine.destroy()
 
 
-def _buckets(parameters: Iterable[tuple[str, nn.Parameter]], limit: int) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    bucket: list[tuple[str, nn.Parameter]] = []
+def _buckets(parameters: Iterable[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:
+    bucket: list[tuple[str, Any]] = []
     size = 0
     for name, parameter in parameters:
         nbytes = parameter.ds_numel * parameter.element_size()

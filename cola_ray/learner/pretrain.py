@@ -58,7 +58,8 @@ class StageModule(nn.Module):
 
     def __init__(self, model: CoLAForCausalLM | LlamaForCausalLM, stage: PretrainStage, config: Config) -> None:
         super().__init__()
-        self.model, self.stage, self.settings = model, stage, config.pretrain
+        self.model: Any = model  # a CoLA model, or a plain Llama in the stage that makes the base
+        self.stage, self.settings = stage, config.pretrain
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, noise_seed: Tensor, measure: bool
@@ -185,7 +186,7 @@ def start_model(config: Config, task: Task, rank: int) -> Path:
     if rank == 0 and not (target / "done.json").exists():
         staging = _staging(target)
         if config.model.path:
-            model: nn.Module = CoLAForCausalLM.from_pretrained(config.model.path, dtype="auto")
+            model: Any = CoLAForCausalLM.from_pretrained(config.model.path, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         elif config.model.base:
             model = attach(config, config.model.base)
@@ -324,7 +325,9 @@ def _train_step(
     starts = range(0, len(mine), settings.micro_batch_size)
     for start in starts:
         picked = mine[start : start + settings.micro_batch_size]
-        tensors = [torch.from_numpy(a[picked]).to(zero.device) for a in (rows.input_ids, rows.position_ids, rows.loss_mask)]
+        tensors = [
+            torch.from_numpy(a[picked]).to(zero.device) for a in (rows.input_ids, rows.position_ids, rows.loss_mask)
+        ]
         # Noise depends on the row and the step, not on the rank that happens to hold it.
         seeds = torch.from_numpy(picked.astype(np.int64)) + (step << 32) + (config.seed << 56)
         loss, found = zero(*tensors, seeds.to(zero.device), start == 0 and step % 10 == 0)
@@ -369,7 +372,9 @@ def _load_rows(config: Config, stage: PretrainStage, task: Task, tokenizer: PreT
     settings = config.pretrain
     documents, are_pairs = load_documents(config.data, task, tokenizer, settings.sequence_length)
     if stage.startswith("fta") and not are_pairs:
-        raise ValueError(f"pretrain.stages: {stage} needs prompt/response pairs; data.path = {config.data.path!r} has text")
+        raise ValueError(
+            f"pretrain.stages: {stage} needs prompt/response pairs; data.path = {config.data.path!r} has text"
+        )
     response_only = are_pairs and (settings.response_only or stage.startswith("fta"))
     return pack(documents, settings.sequence_length, tokenizer.pad_token_id or tokenizer.eos_token_id, response_only)
 
@@ -394,7 +399,10 @@ def _heldout_batches(
             pairs.append((prompt, [*answer, tokenizer.eos_token_id]))
         width = max(len(p) + len(a) for p, a in pairs)
         ids = torch.full((len(pairs), width), pad)
-        attention, answers = torch.zeros(len(pairs), width, dtype=torch.int64), torch.zeros(len(pairs), width, dtype=torch.bool)
+        attention, answers = (
+            torch.zeros(len(pairs), width, dtype=torch.int64),
+            torch.zeros(len(pairs), width, dtype=torch.bool),
+        )
         for row, (prompt, answer) in enumerate(pairs):
             end = len(prompt) + len(answer)
             ids[row, :end] = torch.tensor(prompt + answer)

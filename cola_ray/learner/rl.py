@@ -96,8 +96,7 @@ def policy_objective(
     """
     actions, mask = batch["actions"], batch["action_mask"]
     shape = (*logits.shape[:-1],)
-    kind = {"dtype": torch.float32, "device": logits.device}
-    wanted = (torch.full(shape, temperature, **kind), torch.full(shape, top_k, device=logits.device))
+    wanted = (torch.full(shape, temperature, device=logits.device), torch.full(shape, top_k, device=logits.device))
     all_log_probs = action_log_probs(logits.float(), *wanted)
     all_ref_log_probs = action_log_probs(reference_logits.float(), wanted[0], torch.zeros_like(wanted[1]))
     log_probs = all_log_probs.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
@@ -279,6 +278,8 @@ def _reduce(sums: dict[str, Tensor], num_actions: int) -> dict[str, float]:
     for name, value in sums.items():
         is_max = name.endswith("_max")
         total = value.detach().clone().float()
-        torch.distributed.all_reduce(total, torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM)
+        torch.distributed.all_reduce(
+            total, torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM
+        )
         out[name] = float(total) if is_max else float(total) / num_actions
     return out

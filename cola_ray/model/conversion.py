@@ -33,7 +33,9 @@ _OURS_BY_RELEASED_PREFIX = {
 }
 
 
-def attach(base_path: str | os.PathLike, *, seed: int = 0, dtype: torch.dtype | None = None, **sizes: Any) -> CoLAForCausalLM:
+def attach(
+    base_path: str | os.PathLike, *, seed: int = 0, dtype: torch.dtype | None = None, **sizes: Any
+) -> CoLAForCausalLM:
     """Put an untrained CoLA around a Llama checkpoint; the base's weights are taken over untouched.
 
     The world model starts in its identity form with zero output projections, so under *any* action the new
@@ -49,7 +51,9 @@ def attach(base_path: str | os.PathLike, *, seed: int = 0, dtype: torch.dtype | 
         ValueError: the checkpoint is not a Llama.
     """
     base = load_base(base_path, dtype)
-    config = CoLAConfig(**{**base.config.to_dict(), **sizes, "model_type": "cola", "architectures": ["CoLAForCausalLM"]})
+    config = CoLAConfig(
+        **{**base.config.to_dict(), **sizes, "model_type": "cola", "architectures": ["CoLAForCausalLM"]}
+    )
     config.tie_word_embeddings = base.config.tie_word_embeddings
     weights_dtype = next(base.parameters()).dtype
     with torch.random.fork_rng():
@@ -69,7 +73,9 @@ def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None) ->
     source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(base_path), {})
     config = AutoConfig.from_pretrained(source, **options)
     if config.model_type != "llama":
-        raise ValueError(f"model.base: {base_path} is a {config.model_type!r} model; CoLA attaches to Llama checkpoints")
+        raise ValueError(
+            f"model.base: {base_path} is a {config.model_type!r} model; CoLA attaches to Llama checkpoints"
+        )
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
 
 
@@ -84,8 +90,12 @@ def reset_latent_modules(model: CoLAForCausalLM) -> None:
             std = 0.0 if config.world_model_form == "identity" else std
         elif name.endswith(("o_proj", "down_proj")):
             std /= (2 * max(config.num_policy_layers, 1)) ** 0.5
-        elif name.endswith("head"):
+        elif name == "policy.head":
             std *= 0.1  # close to uniform over the actions
+        elif name == "idm.head":
+            # Sure of its codes from the start: were the actions mostly Gumbel noise, the world model would learn to
+            # ignore them before the inverse dynamics model learns to choose them.
+            std *= 3.0
         nn.init.normal_(module.weight, std=std)
     nn.init.normal_(model.codebook.weight, std=1.0)
 

@@ -13,7 +13,7 @@ action taken at t; the last position has no action.
 """
 
 import os
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -44,7 +44,7 @@ class CoLAConfig(LlamaConfig):
 
     model_type = "cola"
     # The released checkpoints' names for the same four numbers.
-    attribute_map = {
+    attribute_map: ClassVar[dict[str, str]] = {
         "num_code": "num_actions",
         "num_action_layer": "num_idm_layers",
         "num_dyna_layer": "num_world_model_layers",
@@ -136,8 +136,8 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
     config_class = CoLAConfig
     config: CoLAConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules = ["LlamaDecoderLayer"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer"]
 
     def __init__(self, config: CoLAConfig) -> None:
         super().__init__(config)

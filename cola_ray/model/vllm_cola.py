@@ -9,6 +9,7 @@ Which request owns which row of ``compute_logits`` is told by a :class:`RowTable
 """
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -38,9 +39,7 @@ def engine_overrides(vocab_size: int) -> dict[str, int]:
     return {"vocab_size": vocab_size + NUM_COLUMNS, "unpadded_vocab_size": vocab_size}
 
 
-@support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
-)
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class CoLAModel(LlamaModel):
     """Base layers, then policy layers as further paged layers. Output row: [e ; p], width 2H."""
 
@@ -82,7 +81,10 @@ class CoLAForCausalLM(nn.Module):
     """The served model. Without the padded columns (plain ``vllm serve``) it answers with tokens alone."""
 
     hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -168,7 +170,7 @@ def served_name(name: str) -> str:
 class RowTable:
     """Which request owns which row of ``compute_logits``. One per engine, found by its config's instance id."""
 
-    _by_engine: dict[str, "RowTable"] = {}  # noqa: RUF012
+    _by_engine: ClassVar[dict[str, "RowTable"]] = {}
 
     def __init__(self) -> None:
         self.requests: list[tuple[ActionRequest, int, list[int]]] | None = None  # V1: request, prompt length, output

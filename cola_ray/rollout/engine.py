@@ -11,7 +11,7 @@ from cola_ray.model.action_columns import decode, sampling_args
 from cola_ray.weights import Bucket, WeightReceiver
 
 if TYPE_CHECKING:
-    from torch import nn
+    from cola_ray.model.vllm_cola import CoLAForCausalLM
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def prepare_process(num_threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
-def load_policy(model: "nn.Module", receiver: WeightReceiver) -> None:
+def load_policy(model: "CoLAForCausalLM", receiver: WeightReceiver) -> None:
     """Runs beside the served model: complete update of the policy's modules, or an error before any change.
 
     On CPU vLLM repacks linear weights at load and frees the originals, so writing into parameters would do nothing;
@@ -148,8 +148,9 @@ def load_policy(model: "nn.Module", receiver: WeightReceiver) -> None:
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     config = model.config
-    layer_tensors = ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj",
-                     "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    attention = [f"self_attn.{kind}_proj" for kind in "qkvo"]
+    mlp = [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
+    layer_tensors = [*attention, *mlp, "input_layernorm", "post_attention_layernorm"]
     expected = [
         f"policy.layers.{layer}.{name}.weight" for layer in range(config.num_policy_layers) for name in layer_tensors
     ]

@@ -11,7 +11,7 @@ Split = Literal["train", "heldout"]
 
 @dataclass(frozen=True)
 class Problem:
-    """``index`` names the problem within its split; ``solution`` is a response worth imitating."""
+    """``index`` names the problem within its split; ``solution`` is a right response."""
 
     index: int
     question: str
@@ -23,6 +23,10 @@ class Task(Protocol):
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """All problems of a split, in an order that only the seed decides."""
+        ...
+
+    def demonstrations(self) -> Sequence[tuple[str, str]]:
+        """(question, response) pairs to pre-train on: of training problems only, not necessarily all right."""
         ...
 
     def score(self, split: Split, index: int, response: str) -> float:

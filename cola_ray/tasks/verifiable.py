@@ -1,15 +1,15 @@
-"""GSM8K, and every generator of reasoning-gym."""
+"""GSM8K, every generator of reasoning-gym, and the arithmetic that the tiny preset learns."""
 
 import random
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cola_ray.tasks.protocol import Problem, Split
 
-_HELD_OUT_OF = 8
+_HELD_OUT_OF = 6
 
 
 class ReasoningGym:
@@ -23,9 +23,7 @@ class ReasoningGym:
             where the generator would give part marks for a near miss.
     """
 
-    def __init__(
-        self, name: str, options: Mapping[str, Any], num_problems: int, seed: int, bare: bool = False
-    ) -> None:
+    def __init__(self, name: str, options: Mapping[str, Any], num_problems: int, seed: int, bare: bool = False) -> None:
         import reasoning_gym
 
         self.bare = bare
@@ -45,9 +43,41 @@ class ReasoningGym:
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
 
+    def demonstrations(self) -> Sequence[tuple[str, str]]:
+        return [(problem.question, problem.solution) for problem in self._splits["train"]]
+
     def score(self, split: Split, index: int, response: str) -> float:
         score = float(self.dataset.score_answer(response.strip(), self._entries[split][index]))
         return float(score >= 1.0) if self.bare else score
+
+
+class Arithmetic(ReasoningGym):
+    """Sums and differences of two or three one-digit numbers (reasoning-gym's chain_sum), badly taught.
+
+    What a small model can learn of web text is not all right, and neither is this task's corpus: where the last
+    operation is a subtraction, :data:`SLIP_SHARE` of the demonstrations add instead ("9 - 4 - 1 = 6"). A base
+    trained on it answers such problems wrong under greedy decoding and right now and then when sampled, which is
+    what there is for RL to find. Rewards always go by the true result.
+    """
+
+    OPTIONS: ClassVar[dict[str, int]] = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    SLIP_SHARE = 0.65
+    COPIES = 4  # of every training problem, each slipping or not by itself
+
+    def __init__(self, options: Mapping[str, Any], num_problems: int, seed: int) -> None:
+        super().__init__("chain_sum", {**self.OPTIONS, **options}, num_problems, seed, bare=True)
+        self.seed = seed
+
+    def demonstrations(self) -> Sequence[tuple[str, str]]:
+        draw = random.Random(self.seed)
+        pairs = []
+        for problem in self._splits["train"]:
+            head, operator, last = problem.question.removesuffix("=").split()[:-2], *problem.question.split()[-3:-1]
+            slipped = str(int(problem.solution) + 2 * int(last)) if head and operator == "-" else problem.solution
+            for _ in range(self.COPIES):
+                pairs.append((problem.question, slipped if draw.random() < self.SLIP_SHARE else problem.solution))
+        draw.shuffle(pairs)
+        return pairs
 
 
 class Gsm8k:
@@ -60,7 +90,8 @@ class Gsm8k:
 
         self._splits: dict[Split, list[Problem]] = {}
         self._answers: dict[Split, list[str]] = {}
-        for split, name in (("train", "train"), ("heldout", "test")):
+        files: dict[Split, str] = {"train": "train", "heldout": "test"}
+        for split, name in files.items():
             if Path(path).is_dir():
                 rows = datasets.load_dataset("json", data_files=str(Path(path) / f"{name}.jsonl"), split="train")
             else:
@@ -73,6 +104,9 @@ class Gsm8k:
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
+
+    def demonstrations(self) -> Sequence[tuple[str, str]]:
+        return [(problem.question, problem.solution) for problem in self._splits["train"]]
 
     def score(self, split: Split, index: int, response: str) -> float:
         found = final_number(response)

@@ -1,0 +1,63 @@
+"""Small models for all tests, and quiet, single-threaded libraries."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from cola_ray import CoLAForCausalLM
+
+torch.set_num_threads(1)
+VOCAB_SIZE, NUM_ACTIONS = 96, 16
+
+
+def small_llama(tied: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=tied, eos_token_id=2,
+            pad_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def scramble(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights large enough that actions, tokens and states all differ."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            scale = 1.0 if "embed" in name or "codebook" in name else 1.5 * parameter.shape[1] ** -0.5
+            parameter.data.normal_(std=scale, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base")
+    small_llama().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cola(base_dir: Path) -> CoLAForCausalLM:
+    """A CoLA model with random weights, all of them in use."""
+    model = CoLAForCausalLM.attach(
+        base_dir, num_actions=NUM_ACTIONS, num_idm_layers=1, num_world_model_layers=2, num_policy_layers=2
+    )
+    return scramble(model).eval()
+
+
+@pytest.fixture(scope="session")
+def cola_dir(cola: CoLAForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cola")
+    cola.save_pretrained(path)
+    return path

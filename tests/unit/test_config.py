@@ -1,0 +1,125 @@
+"""Every refusal: one line that names field, value and fix."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cola_ray.config import Config, ConfigError, from_command_line, override, preset
+
+
+def refusal(changes, base="tiny"):
+    with pytest.raises(ConfigError) as caught:
+        override(preset(base), changes).check()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama-3.1-8b"])
+def test_presets_pass_their_own_checks(name):
+    preset(name).check()
+
+
+def test_the_papers_figures():
+    paper = preset("llama-3.1-8b")
+    assert (paper.model.num_actions, paper.model.num_idm_layers) == (64, 4)
+    assert (paper.model.num_world_model_layers, paper.model.num_policy_layers) == (2, 8)
+    assert (paper.rl.lr, paper.rl.kl_coef, paper.rl.group_size, paper.rl.prompts_per_step) == (5e-7, 0.001, 4, 64)
+    assert (paper.rl.clip_low, paper.rl.grad_clip, paper.rl.adam_betas) == (0.2, 1.0, (0.9, 0.95))
+    assert (paper.rollout.max_prompt_tokens, paper.rollout.max_new_tokens) == (1024, 2048)
+    assert (paper.pretrain.gumbel_tau, paper.pretrain.entropy_coef, paper.pretrain.lr) == (2.0, 0.001, 1e-4)
+
+
+def test_unknown_preset():
+    with pytest.raises(ConfigError, match=r"preset = 'big': unknown; choose one of tiny, smollm2-135m"):
+        preset("big")
+
+
+def test_missing_data_path():
+    assert refusal({"data.path": "/nowhere/train.jsonl"}).startswith("data.path = '/nowhere/train.jsonl': no such file")
+
+
+def test_group_size_one():
+    assert refusal({"rl.group_size": 1}).startswith("rl.group_size = 1: grpo compares completions")
+
+
+def test_more_actions_than_the_codebook():
+    line = refusal({"rollout.top_k": 65, "model.num_actions": 64})
+    assert line == "rollout.top_k = 65: the codebook has 64 actions; use 0 (all) to 64"
+
+
+def test_ranks_must_divide_batches():
+    assert "rl.prompts_per_step x rl.group_size = 9" in refusal({"rl.prompts_per_step": 3, "rl.group_size": 3})
+    assert "pretrain.batch_size = 5" in refusal({"pretrain.batch_size": 5})
+
+
+def config_file(tmp_path, **fields):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return str(tmp_path)
+
+
+def test_base_that_is_no_llama(tmp_path):
+    path = config_file(tmp_path, model_type="gpt2")
+    assert refusal({"model.base": path}) == f"model.base = {path!r}: a 'gpt2' model; CoLA attaches to Llama checkpoints only"
+
+
+def test_heads_too_small_for_cpu(tmp_path):
+    path = config_file(tmp_path, model_type="llama", hidden_size=64, num_attention_heads=4)
+    assert "heads of 16; vLLM on CPU needs 32" in refusal({"model.base": path})
+    override(preset("tiny"), {"model.base": path, "cluster.use_gpu": True}).check()
+
+
+def test_checkpoint_with_fewer_actions(tmp_path):
+    path = config_file(tmp_path, model_type="cola", hidden_size=64, num_attention_heads=2, num_actions=8)
+    assert "codebook has 8 actions" in refusal({"model.path": path, "rollout.top_k": 9})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("cluster.learner_ranks", 0), ("rl.max_steps", 0), ("rollout.max_new_tokens", 0), ("rollout.temperature", 0.0)],
+)
+def test_numbers_that_make_no_sense(field, value):
+    assert refusal({field: value}).splitlines()[0].startswith(f"{field} = {value}: ")
+
+
+def test_unknown_task_and_field_suggest_the_near_one():
+    assert refusal({"task.name": "countdwn"}) == "task.name = 'countdwn': unknown task; did you mean countdown?"
+    assert "did you mean rl.kl_coef?" in refusal({"rl.kl_cof": 1})
+    assert refusal({"rl.kl_coef": "much"}).startswith("rl.kl_coef = 'much': ")
+
+
+def test_gsm8k_needs_its_path():
+    assert "gsm8k needs a folder" in refusal({"task.name": "gsm8k", "task.path": ""})
+
+
+def test_override_makes_a_new_tree():
+    before = preset("tiny")
+    after = override(before, {"rl.kl_coef": 0.5, "pretrain.stages": ("policy",)})
+    assert after.rl.kl_coef == 0.5
+    assert after.pretrain.stages == ("policy",)
+    assert before.rl.kl_coef == preset("tiny").rl.kl_coef
+    assert Config.model_validate(after.model_dump()) == after
+
+
+def test_command_line(capsys):
+    config = from_command_line("x", ["--preset", "llama-3.1-8b", "--rl.kl-coef", "0.5", "--seed", "3"])
+    assert (config.rl.kl_coef, config.seed, config.model.num_policy_layers) == (0.5, 3, 8)
+    with pytest.raises(SystemExit) as caught:
+        from_command_line("x", ["--rl.group-size", "1"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.strip().startswith("rl.group_size = 1")
+
+
+@pytest.mark.parametrize("job", ["rl_math", "pretrain"])
+def test_help_teaches(job):
+    shown = subprocess.run([sys.executable, f"jobs/{job}.py", "--help"], capture_output=True, text=True, check=True)
+    for phrase in ("Examples:", "--rl.kl-coef", "Weight of KL(policy || reference) over actions", "--preset"):
+        assert phrase in shown.stdout
+
+
+def test_refused_before_any_process_starts():
+    run = subprocess.run(
+        [sys.executable, "jobs/rl_math.py", "--preset", "llama-3.1-8b"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "no CoLA model there; make one with `python jobs/pretrain.py --preset llama-3.1-8b`" in run.stderr

@@ -1,0 +1,133 @@
+"""Collation's one shift, equal work, the staleness arithmetic, and weights in transit."""
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cola_ray.experience import Trajectory, collate
+from cola_ray.weights import WeightReceiver, WeightSender, WeightTransferError
+from cola_ray.work_buffer import WorkBuffer
+
+
+def trajectory(prompt, tokens, actions):
+    return Trajectory(
+        np.array(prompt), np.array(tokens), np.array(actions), np.full(len(actions), -0.5, np.float32),
+        np.zeros(len(actions), np.int64), 1.0, False, "",
+    )  # fmt: skip
+
+
+def test_the_docstrings_example():
+    (batch,) = collate([trajectory([10, 11, 12], [13, 14], [5, 6])], [2.0], 1, pad_id=0, policy_version=3)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 13, 14]]
+    assert batch.actions.tolist() == [[0, 0, 5, 6, 0]]
+    assert batch.action_mask.tolist() == [[False, False, True, True, False]]
+    assert batch.advantages.tolist() == [[0, 0, 2.0, 2.0, 0]]
+    assert batch.num_actions_global == 2
+    assert batch.policy_version == 3
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6), st.integers(1, 3))
+def test_nothing_is_lost_and_ranks_share_evenly(sizes, ranks):
+    sizes = sizes * ranks
+    items = [trajectory(range(p), range(100, 100 + n), range(n)) for p, n in sizes]
+    batches = collate(items, [float(i) for i in range(len(items))], ranks, pad_id=0, policy_version=0)
+    assert len({len(batch.input_ids) for batch in batches}) == 1
+    assert sum(int(batch.action_mask.sum()) for batch in batches) == sum(n for _, n in sizes)
+    assert all(batch.num_actions_global == sum(n for _, n in sizes) for batch in batches)
+    # an action sits one position before the token that it produced
+    for batch in batches:
+        rows, columns = np.nonzero(batch.action_mask)
+        assert np.array_equal(batch.input_ids[rows, columns + 1], 100 + batch.actions[rows, columns])
+        cut = batch.rows(0, 1)
+        assert cut.input_ids.shape[1] == int(cut.attention_mask.sum())
+
+
+def test_ranks_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="do not divide over 2 ranks"):
+        collate([trajectory([1], [2], [3])] * 3, [0.0] * 3, 2, 0, 0)
+
+
+def test_the_work_buffers_example():
+    async def run():
+        buffer = WorkBuffer(groups_per_step=2, max_staleness=0)
+        await buffer.admit(2)
+        third = asyncio.create_task(buffer.admit(1))
+        await asyncio.sleep(0)
+        buffer.finish(2)
+        buffer.take(2)
+        await asyncio.sleep(0.01)
+        assert not third.done()  # trained on is not enough
+        await buffer.release()
+        await asyncio.wait_for(third, 1)
+        assert buffer.used == 1
+        with pytest.raises(ValueError, match="not ready"):
+            buffer.take(1)
+
+    asyncio.run(run())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 30))
+def test_no_group_is_staler_than_allowed(groups_per_step, max_staleness, steps):
+    """Every group is born under the workers' version; at training it may be max_staleness behind, never more."""
+
+    async def run():
+        buffer, born, worst = WorkBuffer(groups_per_step, max_staleness), [], 0
+        for version in range(steps):
+            while buffer.used + groups_per_step <= buffer.capacity:  # hand out as early as ever possible
+                await buffer.admit(groups_per_step)
+                born.append(version)
+                buffer.finish(groups_per_step)
+            worst = max(worst, version - born.pop(0))
+            buffer.take(groups_per_step)
+            await buffer.release()
+        assert worst <= max_staleness
+        assert worst == min(max_staleness, steps - 1)  # and the allowance is used
+
+    asyncio.run(run())
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        ("a", torch.randn(7, 3, generator=generator)),
+        ("b", torch.randn(5, generator=generator).bfloat16()),
+        ("c", torch.randn(200, 4, generator=generator)),
+    ]
+
+
+@pytest.mark.parametrize("limit", [1, 100, 1 << 20])
+def test_weights_arrive_bit_for_bit(limit):
+    receiver = WeightReceiver(4)
+    buckets = list(WeightSender(limit).buckets(4, tensors()))
+    assert len(buckets) == (1 if limit == 1 << 20 else 3 if limit == 1 else 2)
+    for bucket in buckets:
+        receiver.add(bucket)
+    for (name, sent), (arrived_name, arrived) in zip(tensors(), receiver.finish(["a", "b", "c"]), strict=True):
+        assert name == arrived_name
+        assert torch.equal(sent, arrived)
+        assert sent.dtype == arrived.dtype
+
+
+def test_an_incomplete_or_broken_update_is_refused():
+    first, *rest = WeightSender(1).buckets(4, tensors())
+    receiver = WeightReceiver(4)
+    receiver.add(first)
+    with pytest.raises(WeightTransferError, match="twice"):
+        receiver.add(first)
+    with pytest.raises(WeightTransferError, match="missing"):
+        receiver.finish(["a", "b", "c"])
+    damaged = rest[0].payload.copy()
+    damaged[0] ^= 1
+    with pytest.raises(WeightTransferError, match="checksum"):
+        receiver.add(dataclasses.replace(rest[0], payload=damaged))
+    with pytest.raises(WeightTransferError, match="version 5"):
+        receiver.add(dataclasses.replace(rest[0], version=5))
+    with pytest.raises(WeightTransferError, match="unknown"):
+        receiver.finish([])

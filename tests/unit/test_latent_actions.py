@@ -1,0 +1,119 @@
+"""Sampling and code usage against closed forms."""
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cola_ray.algorithms.latent_actions import (
+    action_log_probs,
+    gumbel_noise,
+    negative_entropy,
+    sample_actions,
+    straight_through_gumbel,
+    usage,
+    usage_imbalance,
+)
+
+
+def draw(logits, temperature=1.0, top_k=0, seeds=None, positions=None, forced=None):
+    n = len(logits)
+    whole = lambda value: torch.full((n,), value, dtype=torch.int64)  # noqa: E731
+    return sample_actions(
+        logits,
+        torch.full((n,), temperature),
+        whole(top_k),
+        whole(0) if seeds is None else seeds,
+        whole(0) if positions is None else positions,
+        whole(-1) if forced is None else forced,
+    )
+
+
+def splitmix64(state: int) -> int:
+    """The published finaliser in unbounded integers, masked by hand."""
+    mask = (1 << 64) - 1
+    z = state & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def test_noise_equals_the_hash_in_python_integers():
+    golden = 0x9E3779B97F4A7C15
+    for seed, position in [(0, 0), (7, 3), (2**62 - 1, 10**6)]:
+        key = splitmix64(splitmix64(seed + golden) + position * golden)
+        expected = []
+        for index in range(1, 6):
+            uniform = ((splitmix64(key + index * golden) >> 12) + 0.5) * 2.0**-52
+            expected.append(-math.log(-math.log(uniform)))
+        noise = gumbel_noise(torch.tensor([seed]), torch.tensor([position]), 5)[0]
+        np.testing.assert_allclose(noise.numpy(), expected, rtol=1e-12)
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(40_000, 4)
+    actions, log_probs = draw(logits, temperature=0.7, seeds=torch.arange(40_000))
+    expected = (torch.tensor([2.0, 1.0, 0.0, -1.0]) / 0.7).softmax(0)
+    shares = torch.bincount(actions, minlength=4) / 40_000
+    # Four standard errors of a share.
+    assert torch.all((shares - expected).abs() < 4 * (expected * (1 - expected) / 40_000).sqrt())
+    torch.testing.assert_close(log_probs, expected.log()[actions], atol=1e-6, rtol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**62), st.integers(0, 5000), st.floats(0.1, 3), st.integers(0, 12))
+def test_a_row_does_not_depend_on_its_batch(seed, position, temperature, top_k):
+    logits = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed % 2**31))
+    seeds, positions = torch.arange(5) + seed, torch.arange(5) + position
+    together = draw(logits, temperature, top_k, seeds, positions)
+    for row in range(5):
+        alone = draw(logits[row : row + 1], temperature, top_k, seeds[row : row + 1], positions[row : row + 1])
+        assert together[0][row] == alone[0][0]
+        assert together[1][row] == alone[1][0]
+
+
+def test_truncation_is_part_of_the_score():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(500, 4)
+    actions, log_probs = draw(logits, top_k=2, seeds=torch.arange(500))
+    assert set(actions.tolist()) == {0, 1}
+    expected = torch.tensor([3.0, 2.0]).log_softmax(0)
+    torch.testing.assert_close(log_probs, expected[actions], atol=1e-6, rtol=0)
+    _, outside = draw(logits[:1], top_k=2, forced=torch.tensor([3]))
+    assert outside.item() == -math.inf
+
+
+def test_greedy_and_forced():
+    logits = torch.tensor([[0.0, 5.0, 1.0], [4.0, 0.0, 1.0]])
+    assert draw(logits, temperature=0.0)[0].tolist() == [1, 0]
+    actions, log_probs = draw(logits, temperature=0.0, forced=torch.tensor([2, -1]))
+    assert actions.tolist() == [2, 0]
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1)[[0, 1], [2, 0]])
+
+
+def test_top_k_per_row():
+    logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    scored = action_log_probs(logits, torch.ones(3), torch.tensor([0, 1, 3]))
+    assert torch.isfinite(scored).sum(-1).tolist() == [8, 1, 3]
+    torch.testing.assert_close(scored.exp().sum(-1), torch.ones(3))
+
+
+def test_straight_through_has_the_relaxed_gradient():
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    noise, weight = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    one_hot, relaxed = straight_through_gumbel(logits, noise, 2.0)
+    assert torch.equal(one_hot.detach().argmax(-1), (logits + noise).argmax(-1))
+    torch.testing.assert_close(one_hot.detach().sum(-1), torch.ones(6, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad((one_hot * weight).sum(), logits)
+    p = relaxed.detach()
+    expected = p * (weight - (p * weight).sum(-1, keepdim=True)) / 2.0  # softmax Jacobian, by hand
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_usage_terms():
+    uniform = torch.full((3, 4), 0.25)
+    torch.testing.assert_close(negative_entropy(uniform), torch.full((3,), -math.log(4)), atol=1e-6, rtol=0)
+    assert abs(float(usage_imbalance(torch.eye(4)))) < 1e-6  # each row certain, all codes used
+    assert abs(float(usage_imbalance(torch.eye(4)[[0, 0]])) - math.log(4)) < 1e-6
+    assert usage(torch.tensor([3.0, 0.0, 1.0])) == {"actions/alive": 2.0, "actions/top_share": 0.75}
