@@ -68,7 +68,8 @@ class StageModule(nn.Module):
         labels = input_ids[:, 1:]
         mask = loss_mask[:, :-1]
         if self.stage == "base":
-            logits = self.model(input_ids=input_ids, position_ids=position_ids).logits[:, :-1]
+            # Without use_cache=False transformers would not see that rows are packed and attend across documents.
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
             loss = F.cross_entropy(logits[mask].float(), labels[mask], reduction="sum")
             return loss, {"loss": loss.detach()}
         base_trains = self.stage.startswith("fta")

@@ -1,0 +1,163 @@
+"""vLLM and PyTorch choose the same actions and tokens; published weights arrive; stale caches are dropped.
+
+One engine serves all tests here: starting it takes longer than using it. float32 throughout.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_ACTIONS, VOCAB_SIZE
+
+from cola_ray.model.action_columns import BASE_TOKENS, decode, sampling_args
+from cola_ray.rollout.engine import LatentEngine, Request
+from cola_ray.weights import WeightSender, WeightTransferError
+
+STOP = 7
+LOG_PROB_TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def engine(cola_dir):
+    # Small blocks, a small cache and a small token budget: chunked prefill and preemption happen all the time.
+    engine = LatentEngine(
+        str(cola_dir), dtype="float32", max_model_len=160, stop_token_id=STOP, max_num_seqs=64,
+        block_size=16, num_gpu_blocks_override=96, max_num_batched_tokens=160, disable_log_stats=False,
+    )  # fmt: skip
+    yield engine
+    del engine.llm
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """64 requests of mixed length, seed, temperature, truncation, forced actions and budget; some share a prefix."""
+    draw = np.random.default_rng(3)
+    shared = draw.integers(8, VOCAB_SIZE, 40).tolist()
+    return [
+        Request(
+            prompt_ids=(shared if i % 4 == 0 else []) + draw.integers(8, VOCAB_SIZE, 1 + (i * 13) % 60).tolist(),
+            seed=1000 + i,
+            temperature=[1.0, 0.0, 0.7, 1.3][i % 4],
+            top_k=[0, 0, 3, 9][(i // 4) % 4],
+            max_new_tokens=10 + (i * 37) % 40,
+            actions=[(i + t) % NUM_ACTIONS for t in range(i % 12)] if i % 5 == 0 else [],
+        )
+        for i in range(64)
+    ]
+
+
+def reference(model, request):
+    forced = torch.tensor([list(request.actions)]) if request.actions else None
+    columns = model.generate_latent(
+        torch.tensor([request.prompt_ids]), max_new_tokens=request.max_new_tokens, temperature=request.temperature,
+        top_k=request.top_k, seed=request.seed, actions=forced, eos_token_id=STOP,
+    )  # fmt: skip
+    return [column[0].numpy() for column in columns]
+
+
+def assert_same(completion, expected):
+    tokens, actions, log_probs = expected
+    assert completion.token_ids.tolist() == tokens.tolist()
+    assert completion.actions.tolist() == actions.tolist()
+    finite = np.isfinite(log_probs)  # a forced action outside the truncation has no finite score
+    np.testing.assert_allclose(completion.log_probs[finite], log_probs[finite], atol=LOG_PROB_TOLERANCE)
+
+
+def preemptions(engine):
+    return sum(metric.value for metric in engine.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+def test_64_mixed_requests_equal_each_alone_and_pytorch(engine, cola, requests):
+    together = engine.generate(requests)
+    assert preemptions(engine) > 0, "the cache was meant to be too small"
+    assert {completion.truncated for completion in together} == {True, False}
+    again = engine.generate(requests)  # prefix cache hits
+    backwards = engine.generate(requests[::-1])[::-1]
+    for request, completion, second, third in zip(requests, together, again, backwards, strict=True):
+        expected = reference(cola, request)
+        assert_same(completion, expected)
+        for other in (second, third, engine.generate([request])[0]):
+            assert other.token_ids.tolist() == completion.token_ids.tolist()
+            assert other.actions.tolist() == completion.actions.tolist()
+
+
+def test_bare_base_on_request(engine, cola):
+    prompt = list(range(10, 22))
+    found = engine.generate([Request(prompt, 0, 0.0, 0, 6, actions=[BASE_TOKENS] * 6)])[0]
+    sequence = torch.tensor([prompt])
+    for token in found.token_ids:
+        expected = cola.lm_head(cola.encode(sequence)[:, -1]).argmax(-1)
+        assert token == expected.item()
+        sequence = torch.cat([sequence, expected[None]], 1)
+
+
+def test_impossible_wishes_are_refused(engine):
+    with pytest.raises(ValueError, match="action_temperature"):
+        engine.generate([Request([9, 10], 0, -1.0, 0, 3)])
+
+
+def policy_tensors(model):
+    return [(f"policy.{name}", tensor) for name, tensor in model.policy.state_dict().items()]
+
+
+def publish(engine, model, version):
+    engine.update_weights(version, list(WeightSender(1 << 12).buckets(version, policy_tensors(model))))
+
+
+@pytest.fixture
+def other(cola):
+    """The same model with another policy."""
+    model = copy.deepcopy(cola)
+    generator = torch.Generator().manual_seed(9)
+    for parameter in model.policy.parameters():
+        parameter.data += 0.1 * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_published_weights_reach_the_engine(engine, cola, other):
+    request = Request(list(range(20, 60)), 5, 1.0, 0, 12)
+    before = engine.generate([request])[0]
+    assert_same(before, reference(cola, request))
+    publish(engine, other, 1)
+    after = engine.generate([request])[0]
+    assert engine.version == 1
+    assert_same(after, reference(other, request))
+    assert not np.allclose(before.log_probs[:1], after.log_probs[:1], atol=1e-3)
+    publish(engine, cola, 2)
+    assert_same(engine.generate([request])[0], reference(cola, request))
+
+
+def test_prefix_cache_must_be_dropped_with_the_old_policy(engine, cola, other, monkeypatch):
+    """Without the reset, a cached prompt answers with the old policy's keys and values."""
+    request = Request(list(range(20, 84)), 5, 0.0, 0, 4)
+    engine.generate([request])  # fills the cache under the old policy
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "reset_prefix_cache", lambda: None)
+        publish(engine, other, 3)
+    expected = reference(other, request)[2]
+    stale = engine.generate([request])[0].log_probs
+    assert np.abs(stale[0] - expected[0]) > 1e-3, "the stale cache should have shown"
+    engine.reset_prefix_cache()
+    np.testing.assert_allclose(engine.generate([request])[0].log_probs, expected, atol=LOG_PROB_TOLERANCE)
+    publish(engine, cola, 4)
+
+
+def test_an_incomplete_update_changes_nothing(engine, cola):
+    request = Request(list(range(20, 40)), 5, 1.0, 0, 6)
+    with pytest.raises(WeightTransferError, match=r"missing \['policy.head.weight'\]"):
+        engine.update_weights(9, list(WeightSender().buckets(9, policy_tensors(cola)[:-1])))
+    assert engine.version != 9
+    assert_same(engine.generate([request])[0], reference(cola, request))
+
+
+def test_siblings_of_n_draw_their_own_actions(engine):
+    """vLLM's own n > 1 needs a token temperature; top_k = 1 keeps tokens greedy given the action."""
+    wishes = sampling_args(VOCAB_SIZE, seed=3) | {"temperature": 1.0, "top_k": 1, "seed": 11, "n": 6}
+    params = engine.vllm.SamplingParams(max_tokens=12, detokenize=False, ignore_eos=True, **wishes)
+    first, second = (
+        engine.llm.generate([{"prompt_token_ids": [20, 21, 22]}], [params], use_tqdm=False)[0].outputs for _ in range(2)
+    )
+    actions = [tuple(decode(output)[1].tolist()) for output in first]
+    assert len(set(actions)) == 6
+    assert actions == [tuple(decode(output)[1].tolist()) for output in second]

@@ -1,0 +1,130 @@
+"""ZeRO-3 on two ranks against one plain PyTorch process: the same losses and weights over 20 RL steps."""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import NUM_ACTIONS, VOCAB_SIZE
+
+from cola_ray import CoLAForCausalLM
+from cola_ray.config import Config, override, preset
+from cola_ray.experience import Batch, Trajectory, collate
+from cola_ray.learner.rl import PolicyAndReference, RLLearner, _tensors, export, policy_objective
+
+STEPS, TOLERANCE = 20, 1e-5
+
+
+def settings() -> Config:
+    changes = {"rl.lr": 3e-4, "rl.kl_coef": 0.05, "rl.micro_batch_size": 3, "model.num_actions": NUM_ACTIONS,
+               "rollout.temperature": 0.8}  # fmt: skip
+    return override(preset("tiny"), changes)
+
+
+def batches(ranks: int) -> list[list[Batch]]:
+    """20 steps of ten random trajectories of mixed length; for any number of ranks the same ones."""
+    draw = np.random.default_rng(0)
+    steps = []
+    for step in range(STEPS):
+        items = []
+        for _ in range(10):
+            length = int(draw.integers(1, 9))
+            items.append(
+                Trajectory(
+                    prompt_ids=draw.integers(3, VOCAB_SIZE, int(draw.integers(2, 12))),
+                    token_ids=draw.integers(3, VOCAB_SIZE, length),
+                    actions=draw.integers(0, NUM_ACTIONS, length),
+                    rollout_log_probs=-draw.random(length).astype(np.float32),
+                    versions=np.full(length, step), reward=0.0, truncated=False, text="",
+                )  # fmt: skip
+            )
+        steps.append(collate(items, draw.normal(size=10).tolist(), ranks, pad_id=0, policy_version=step))
+    return steps
+
+
+def zero_rank(rank: int, port: int, model_dir: str, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    learner = RLLearner(settings(), model_dir)
+    assert learner.zero.zero_stage == 3
+    assert {name.split(".")[1] for name, _ in learner.zero.trained} == {"policy"}
+    losses = []
+    for step, parts in enumerate(batches(2)):
+        losses.append(learner.step(parts[rank])["policy/loss"])
+        if step == 9:  # half-way: save, wreck, load
+            learner.save(Path(out), {"cursor": 1} if rank == 0 else None)
+            torch.distributed.barrier()
+    straight = {name: tensor.clone() for name, tensor in learner.zero.stream("cola.")}
+    assert learner.load(Path(out)) == {"cursor": 1}
+    assert learner.version == 10
+    for parts in batches(2)[10:]:
+        learner.step(parts[rank])
+    resumed = {name: tensor.clone() for name, tensor in learner.zero.stream("cola.")}
+    if rank == 0:
+        torch.save({"losses": losses, "policy": straight, "resumed": resumed}, f"{out}/result.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(cola_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("zero")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(zero_rank, (port, str(cola_dir), str(out)), nprocs=2)
+    return torch.load(out / "result.pt")
+
+
+def plain(cola_dir):
+    config = settings()
+    module = PolicyAndReference(CoLAForCausalLM.from_pretrained(cola_dir))
+    parameters = list(module.cola.policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.rl.lr, betas=config.rl.adam_betas, weight_decay=0.0)
+    losses = []
+    for (batch,) in batches(1):
+        piece = _tensors(batch, torch.device("cpu"))
+        logits, reference_logits = module(piece["input_ids"], piece["attention_mask"])
+        loss, _ = policy_objective(
+            logits, reference_logits, piece, None, kl_coef=config.rl.kl_coef, clip_low=0.2, clip_high=0.2,
+            temperature=0.8, top_k=0,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        (loss / batch.num_actions_global).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.rl.grad_clip)
+        optimizer.step()
+        losses.append(float(loss) / batch.num_actions_global)
+    return losses, {f"policy.{name}": tensor for name, tensor in module.cola.policy.state_dict().items()}
+
+
+def test_two_zero3_ranks_equal_one_plain_process(cola_dir, two_ranks):
+    losses, policy = plain(cola_dir)
+    np.testing.assert_allclose(two_ranks["losses"], losses, atol=TOLERANCE)
+    assert policy.keys() == two_ranks["policy"].keys()
+    for name, tensor in policy.items():
+        torch.testing.assert_close(two_ranks["policy"][name], tensor, atol=TOLERANCE, rtol=0, msg=name)
+
+
+def test_saved_and_loaded_equals_straight_through_bit_for_bit(two_ranks):
+    for name, tensor in two_ranks["policy"].items():
+        assert torch.equal(tensor, two_ranks["resumed"][name]), name
+
+
+def test_only_policy_tensors_change(cola, cola_dir, two_ranks, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models
+
+    start = tmp_path / "start"
+    cola.save_pretrained(start)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(start)
+    export(str(start), two_ranks["policy"], tmp_path / "model")
+    after = CoLAForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in cola.state_dict().items():
+        assert torch.equal(after[name], tensor) != name.startswith("policy."), name
