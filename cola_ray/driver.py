@@ -58,6 +58,7 @@ def pretrain(config: Config) -> dict[str, Any]:
 
         with Display(title, total=1) as display, _polling(lambda: ray.get(mailbox.drain.remote()), show, display):
             _fit(config, _pretrain_rank, {"config": config.model_dump(), "mailbox": mailbox})
+        ray.kill(mailbox)
         summary = _pretrain_summary(config, tracker, time.time() - started)
         write_json(output / "summary.json", summary)
         losses = {f"{stage} loss": tracker.series(f"{stage}/loss") for stage in stages}

@@ -33,8 +33,17 @@ class Tracker:
         known = self.id_file.read_text().strip() if self.id_file.exists() else None
         self.run = mlflow.start_run(run_id=known, run_name=None if known else output_dir.name)
         self.id_file.write_text(self.run.info.run_id)
-        if known is None:
+        if known is not None:
+            self._recall()
+        else:
             mlflow.log_params({name: str(value)[:500] for name, value in params.items()})
+
+    def _recall(self) -> None:
+        """Take up the history of the run that is resumed."""
+        client = self.mlflow.MlflowClient()
+        for name in client.get_run(self.run.info.run_id).data.metrics:
+            for point in client.get_metric_history(self.run.info.run_id, name):
+                self.history.setdefault(point.step, {})[name] = point.value
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Numbers go to MLflow under their names; a step seen before is merged, never moved back."""

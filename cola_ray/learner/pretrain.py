@@ -331,7 +331,7 @@ def _train_step(
         ]
         # Noise depends on the row and the step, not on the rank that happens to hold it.
         seeds = torch.from_numpy(picked.astype(np.int64)) + (step << 32) + (config.seed << 56)
-        loss, found = zero(*tensors, seeds.to(zero.device), start == 0 and step % 10 == 0)
+        loss, found = zero(*tensors, seeds.to(zero.device), start == 0 and (step + 1) % 10 == 0)
         zero.backward(loss / num_tokens, last=start == starts[-1])
         for name, value in found.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value

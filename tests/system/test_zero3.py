@@ -38,7 +38,10 @@ def batches(ranks: int) -> list[list[Batch]]:
                     token_ids=draw.integers(3, VOCAB_SIZE, length),
                     actions=draw.integers(0, NUM_ACTIONS, length),
                     rollout_log_probs=-draw.random(length).astype(np.float32),
-                    versions=np.full(length, step), reward=0.0, truncated=False, text="",
+                    versions=np.full(length, step),
+                    reward=0.0,
+                    truncated=False,
+                    text="",
                 )  # fmt: skip
             )
         steps.append(collate(items, draw.normal(size=10).tolist(), ranks, pad_id=0, policy_version=step))

@@ -60,7 +60,10 @@ def config_file(tmp_path, **fields):
 
 def test_base_that_is_no_llama(tmp_path):
     path = config_file(tmp_path, model_type="gpt2")
-    assert refusal({"model.base": path}) == f"model.base = {path!r}: a 'gpt2' model; CoLA attaches to Llama checkpoints only"
+    assert (
+        refusal({"model.base": path})
+        == f"model.base = {path!r}: a 'gpt2' model; CoLA attaches to Llama checkpoints only"
+    )
 
 
 def test_heads_too_small_for_cpu(tmp_path):

@@ -57,7 +57,9 @@ def test_save_and_load_through_auto_class(tmp_path, ids, tied):
     assert isinstance(loaded, CoLAForCausalLM)
     assert loaded.config.num_actions == 8
     assert loaded.config.world_model_form == "identity"
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
 def released_checkpoint(path):
