@@ -86,8 +86,6 @@ class PretrainConfig(_Branch):
     """Every so many steps, codes unused since the last time take over the most used code's row. 0: never."""
     response_only: bool = False
     """Prompt/response pairs: learn from response tokens only. The stages fta_* always do."""
-    base_target_accuracy: float = 0.0
-    """Stage base stops once this share of held-out problems is right under greedy decoding. 0: never early."""
     save_every: int = 100
     """Steps between checkpoints inside a stage."""
 
@@ -241,7 +239,7 @@ def _tiny() -> Config:
         task=TaskConfig(name="arithmetic"),
         pretrain=PretrainConfig(
             stages=("base", "actions", "policy"),
-            steps={"base": 800, "actions": 300, "policy": 100, "fta_idm": 50, "fta_policy": 50},
+            steps={"base": 600, "actions": 300, "policy": 100, "fta_idm": 50, "fta_policy": 50},
             batch_size=12,
             micro_batch_size=6,
             sequence_length=128,
@@ -251,7 +249,6 @@ def _tiny() -> Config:
             warmup_steps=20,
             balance_coef=0.01,
             response_only=True,
-            base_target_accuracy=0.47,
         ),
         rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=256, kv_cache_mb=128),
         rl=RLConfig(

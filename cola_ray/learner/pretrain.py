@@ -300,8 +300,6 @@ def _run_stage(
         last = step + 1 == total
         if heldout and stage in ("base", "policy") and ((step + 1) % 25 == 0 or last):
             metrics[f"{stage}/accuracy"] = _accuracy(zero, heldout)
-            target_accuracy = settings.base_target_accuracy
-            last = last or (stage == "base" and 0 < target_accuracy <= metrics["base/accuracy"])
         if (step + 1) % settings.save_every == 0 and not last:
             with tempfile.TemporaryDirectory() as folder:
                 zero.save(Path(folder))
@@ -310,8 +308,6 @@ def _run_stage(
                 report(metrics, Path(folder))
         else:
             report(metrics, None)
-        if last:
-            break
     _leave(config, stage, zero, source, target, tokenizer, metrics)
 
 

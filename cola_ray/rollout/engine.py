@@ -93,6 +93,7 @@ class LatentEngine:
             self.vllm.SamplingParams(
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=[self.stop_token_id],
+                ignore_eos=True,  # the one stop token above, not whatever else the checkpoint lists
                 detokenize=False,
                 **sampling_args(
                     self.vocab_size,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_ACTIONS, VOCAB_SIZE
+from vllm.exceptions import VLLMValidationError
 
 from cola_ray.model.action_columns import BASE_TOKENS, decode, sampling_args
 from cola_ray.rollout.engine import LatentEngine, Request
@@ -23,7 +24,7 @@ def engine(cola_dir):
     # Small blocks, a small cache and a small token budget: chunked prefill and preemption happen all the time.
     engine = LatentEngine(
         str(cola_dir), dtype="float32", max_model_len=160, stop_token_id=STOP, max_num_seqs=64,
-        block_size=16, num_gpu_blocks_override=96, max_num_batched_tokens=160, disable_log_stats=False,
+        block_size=32, num_gpu_blocks_override=32, max_num_batched_tokens=160, disable_log_stats=False,
     )  # fmt: skip
     yield engine
     del engine.llm
@@ -93,7 +94,7 @@ def test_bare_base_on_request(engine, cola):
 
 
 def test_impossible_wishes_are_refused(engine):
-    with pytest.raises(ValueError, match="action_temperature"):
+    with pytest.raises(VLLMValidationError, match="action_temperature"):
         engine.generate([Request([9, 10], 0, -1.0, 0, 3)])
 
 

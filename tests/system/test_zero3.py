@@ -42,7 +42,7 @@ def batches(ranks: int) -> list[list[Batch]]:
                     reward=0.0,
                     truncated=False,
                     text="",
-                )  # fmt: skip
+                )
             )
         steps.append(collate(items, draw.normal(size=10).tolist(), ranks, pad_id=0, policy_version=step))
     return steps
@@ -121,8 +121,8 @@ def test_saved_and_loaded_equals_straight_through_bit_for_bit(two_ranks):
 
 
 def test_only_policy_tensors_change(cola, cola_dir, two_ranks, tmp_path):
-    from transformers import PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
     start = tmp_path / "start"
     cola.save_pretrained(start)
