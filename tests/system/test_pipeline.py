@@ -14,14 +14,13 @@ from cola_ray import CoLAForCausalLM
 ROOT = Path(__file__).parents[2]
 # A base trained just long enough to be right now and then, so that RL has something to learn from.
 PRETRAIN = ["--pretrain.steps", "base", "120", "actions", "40", "policy", "40"]
-RL = ["--rl.prompts-per-step", "8", "--rl.group-size", "8", "--rl.eval-problems", "64", "--rl.eval-every", "0"]
+RL = ["--rl.prompts-per-step", "8", "--rl.group-size", "8", "--rl.eval-problems", "64", "--rl.eval-every", "0",
+      "--rl.save-every", "2"]  # fmt: skip
 
 
 def run_job(job: str, where: Path, *args: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--preset", "tiny", *PRETRAIN, *RL, "--rl.save-every", "2", *args],
-        cwd=where, capture_output=True, text=True, check=False, timeout=500,
-    )  # fmt: skip
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--preset", "tiny", *PRETRAIN, *RL, *args]
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
