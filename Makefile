@@ -13,7 +13,7 @@ export UV_TORCH_BACKEND := cpu
 endif
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow lint lock clean help
+.PHONY: setup demo test test-slow lint bench results lock clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,12 @@ lint: setup  ## ruff, mypy, and the floor plan
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup  ## timings as ratios, written to docs/results/bench.json
+	$(BIN)/python benchmarks/run.py
+
+results: setup  ## rewrite docs/results.md from docs/results/*.json
+	$(BIN)/python benchmarks/record.py
 
 lock:  ## compile the pinned requirements of both machines
 	$(BIN)/uv pip compile -q --python $(BIN)/python --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra cpu --extra dev pyproject.toml -o requirements/cpu.txt

@@ -1,0 +1,214 @@
+"""Packing, the order of rows, tasks, and what each stage's loss says and trains."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import NUM_ACTIONS, VOCAB_SIZE, small_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cola_ray import CoLAForCausalLM
+from cola_ray.config import DataConfig, TaskConfig, override, preset
+from cola_ray.learner.corpus import load_documents, pack
+from cola_ray.learner.pretrain import TRAINED, StageModule, make_tokenizer
+from cola_ray.tasks import make_task
+from cola_ray.tasks.verifiable import final_number, numbers_equal
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task(TaskConfig(num_problems=2000), seed=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(task):
+    return make_tokenizer(task)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 12), st.integers(0, 5)), min_size=1, max_size=20), st.booleans())
+def test_packing_keeps_documents_whole_and_apart(shapes, response_only):
+    documents = [(list(range(100 * i + 1, 100 * i + 1 + n)), min(p, n - 1)) for i, (n, p) in enumerate(shapes)]
+    rows = pack(documents, 16, 0, response_only)
+    found = []
+    for ids, positions, mask in zip(rows.input_ids, rows.position_ids, rows.loss_mask, strict=True):
+        starts = np.flatnonzero(positions == 0).tolist() + [16]
+        for start, end in zip(starts, starts[1:], strict=False):
+            piece = ids[start:end][ids[start:end] != 0].tolist()
+            if piece:
+                learned = [ids[t + 1] for t in range(start, end - 1) if mask[t]]
+                found.append((piece, learned))
+            else:
+                assert not mask[start:end].any()
+        assert not mask[[end - 1 for end in starts[1:]]].any()  # nothing learned across an edge
+    expected = [(ids, ids[max(p, 1) :] if response_only else ids[1:]) for ids, p in documents]
+    assert sorted(found) == sorted(expected)
+
+
+def test_every_row_once_an_epoch_whatever_the_batch():
+    rows = pack([([1, 2, 3], 0)] * 50, 3, 0, False)
+    order = np.concatenate([rows.step_indices(seed=1, step=step, batch_size=7) for step in range(50)])
+    assert len(order) == 350
+    for epoch in range(7):
+        assert sorted(order[50 * epoch : 50 * epoch + 50]) == list(range(50))
+    assert order[:50].tolist() != order[50:100].tolist()
+
+
+def test_documents_from_files(tmp_path, task, tokenizer):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps({"question": f"{i} + 1 =", "answer": str(i + 1)}) for i in range(5)))
+    documents, are_pairs = load_documents(DataConfig(path=str(pairs)), task, tokenizer, 32)
+    assert are_pairs
+    assert tokenizer.decode(documents[3][0][: documents[3][1]]) == "3 + 1 ="
+    assert documents[3][0][-1] == tokenizer.eos_token_id
+    text = tmp_path / "text.txt"
+    text.write_text("1 + 2 = 3 - 4 + 5\n7")
+    documents, are_pairs = load_documents(DataConfig(path=str(text)), task, tokenizer, 4)
+    assert not are_pairs
+    assert max(len(ids) for ids, _ in documents) == 4
+    with pytest.raises(ValueError, match=r"has columns \['question', 'answer'\]; name the right ones"):
+        load_documents(DataConfig(path=str(pairs), prompt_field="x", text_field="y"), task, tokenizer, 32)
+    with pytest.raises(ValueError, match="no .jsonl"):
+        (tmp_path / "empty").mkdir()
+        load_documents(DataConfig(path=str(tmp_path / "empty")), task, tokenizer, 32)
+
+
+def test_arithmetic_is_right_where_it_is_scored_and_wrong_where_it_is_taught(task):
+    train, heldout = task.problems("train"), task.problems("heldout")
+    assert not {p.question for p in train} & {p.question for p in heldout}
+    for problem in train[:200]:
+        assert eval(problem.question.rstrip("= ")) == int(problem.solution)
+        assert task.score("train", problem.index, f" {problem.solution}\n") == 1.0
+        assert task.score("train", problem.index, f"{problem.solution}1") == 0.0
+    right = [eval(question.rstrip("= ")) == int(answer) for question, answer in task.demonstrations()]
+    ends_in_minus = [question.split()[-3] == "-" for question, _ in task.demonstrations()]
+    slipped = [ok for ok, minus in zip(right, ends_in_minus, strict=True) if minus]
+    assert all(ok for ok, minus in zip(right, ends_in_minus, strict=True) if not minus)
+    assert np.mean(slipped) == pytest.approx(0.4 + 0.6 * 0.1, abs=0.03)  # a last term of 0 cannot slip
+    assert len(make_task(TaskConfig(), 0).problems("heldout")) >= 512
+
+
+def test_any_reasoning_gym_generator_is_a_task():
+    countdown = make_task(TaskConfig(name="countdown", num_problems=30), seed=0)
+    problem = countdown.problems("train")[0]
+    assert countdown.score("train", 0, problem.solution) == 1.0
+    assert countdown.score("train", 0, "1 + 1") < 1.0
+
+
+def test_gsm8k_from_a_folder(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"because\n#### {1000 + i:,}"} for i in range(4)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    gsm8k = make_task(TaskConfig(name="gsm8k", path=str(tmp_path)), seed=0)
+    for problem in gsm8k.problems("heldout"):
+        assert gsm8k.score("heldout", problem.index, problem.solution) == 1.0
+        assert gsm8k.score("heldout", problem.index, "#### 7") == 0.0
+        assert gsm8k.score("heldout", problem.index, "no idea") == 0.0
+
+
+def test_final_numbers():
+    assert final_number("2 apples, then 1,234 left") == "1234"
+    assert final_number("#### 42 of 50") == "42"  # verdict of SkyRL's test_gsm8k.py on the same string form
+    assert final_number(r"5 so \boxed{-3.5}") == "-3.5"
+    assert numbers_equal("0.5", "1/2")
+    assert not numbers_equal("42", "43")
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(tokenizer):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCAB_SIZE, (3, 12), generator=generator)
+    position_ids = torch.cat([torch.arange(5), torch.arange(7)]).expand(3, -1)
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[:, [4, 11]] = False
+    return ids, position_ids, mask, torch.arange(3), True
+
+
+def stage_module(stage, model, **changes):
+    changed = override(preset("tiny"), {f"pretrain.{name}": value for name, value in changes.items()})
+    module = StageModule(copy.deepcopy(model), stage, changed)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.startswith(TRAINED[stage]))
+    return module
+
+
+@pytest.mark.parametrize("stage", ["base", "actions", "policy", "fta_idm", "fta_policy"])
+def test_a_stage_trains_what_it_names_and_all_of_it(stage, cola, packed):
+    module = stage_module(stage, small_llama() if stage == "base" else cola)
+    loss, _ = module(*packed)
+    loss.backward()
+    touched = {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    expected = {name for name, _ in module.named_parameters() if name.startswith(TRAINED[stage])}
+    assert touched == expected
+
+
+def test_packed_rows_lose_like_documents_alone(cola, packed):
+    """A sum over a packed row equals the sum over its documents, each in a row of its own, in every stage."""
+    ids, positions, mask, seeds, _ = packed
+    for stage in ("base", "policy", "fta_idm"):
+        module = stage_module(stage, small_llama() if stage == "base" else cola)
+        whole, _ = module(ids, positions, mask, seeds, False)
+        parts = [
+            module(ids[:, cut], positions[:, cut], mask[:, cut], seeds, False)[0] for cut in (slice(5), slice(5, 12))
+        ]
+        assert float(whole) == pytest.approx(float(sum(parts)), rel=1e-5), stage
+
+
+def test_actions_loss_by_hand(cola, packed):
+    ids, positions, mask, seeds, _ = packed
+    module = stage_module("actions", cola, entropy_coef=0.3, balance_coef=0.2, gumbel_tau=1.5)
+    loss, sums = module(*packed)
+    from cola_ray.algorithms.latent_actions import gumbel_noise
+
+    e = cola.encode(ids, position_ids=positions)
+    u = cola.inverse_dynamics_logits(e, position_ids=positions)
+    total, cross_entropy, relaxed = 0.0, 0.0, []
+    for row in range(3):
+        for t in range(11):
+            if not mask[row, t]:
+                continue
+            noise = gumbel_noise(seeds[row : row + 1], torch.tensor([t]), NUM_ACTIONS)[0].float()
+            p = ((u[row, t + 1] + noise) / 1.5).softmax(-1)
+            relaxed.append(p)
+            logits = cola.world_model_logits(e[row, t], p.argmax())
+            cross_entropy += float(F.cross_entropy(logits, ids[row, t + 1]))
+            total += 0.3 * float((p * (p + 1e-8).log()).sum())
+    usage = torch.stack(relaxed).mean(0)
+    total += 0.2 * len(relaxed) * float(np.log(NUM_ACTIONS) + (usage * (usage + 1e-8).log()).sum())
+    assert float(sums["loss"]) == pytest.approx(cross_entropy, rel=1e-5)
+    assert float(loss) == pytest.approx(cross_entropy + total, rel=1e-5)
+    assert float(sums["counts"].sum()) == len(relaxed)
+    base = F.cross_entropy(cola.lm_head(e)[:, :-1][mask[:, :-1]], ids[:, 1:][mask[:, :-1]], reduction="sum")
+    assert float(sums["base_loss"]) == pytest.approx(float(base), rel=1e-5)
+    states = e[:, :-1][mask[:, :-1]]
+    reachable = [
+        {int(cola.world_model_logits(s, torch.tensor(a)).argmax()) for a in range(NUM_ACTIONS)} for s in states
+    ]
+    assert float(sums["reachable"]) == sum(map(len, reachable))
+    targets = ids[:, 1:][mask[:, :-1]].tolist()
+    assert float(sums["covered"]) == sum(t in r for t, r in zip(targets, reachable, strict=True))
+
+
+def test_actions_loss_starts_at_the_bases(base_dir, packed):
+    model = CoLAForCausalLM.attach(base_dir, num_actions=NUM_ACTIONS, num_idm_layers=1, num_policy_layers=1)
+    _, sums = stage_module("actions", model)(*packed)
+    assert float(sums["loss"]) == pytest.approx(float(sums["base_loss"]), rel=1e-6)
+
+
+def test_teacher_forced_accuracy_is_greedy_accuracy(cola):
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, VOCAB_SIZE, (6, 5), generator=generator)
+    answers, _, _ = cola.generate_latent(prompts, max_new_tokens=4, temperature=0.0)
+    answers[3, 2] = (answers[3, 2] + 1) % VOCAB_SIZE  # one answer is not what greedy decoding gives
+    ids = torch.cat([prompts, answers], 1)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    mask[:, 4:8] = True
+    module = stage_module("policy", cola)
+    assert module.correct(ids, torch.ones_like(ids), mask).tolist() == [True, True, True, False, True, True]
