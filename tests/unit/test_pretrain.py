@@ -1,6 +1,7 @@
 """Packing, the order of rows, tasks, and what each stage's loss says and trains."""
 
 import copy
+import itertools
 import json
 
 import numpy as np
@@ -36,8 +37,8 @@ def test_packing_keeps_documents_whole_and_apart(shapes, response_only):
     rows = pack(documents, 16, 0, response_only)
     found = []
     for ids, positions, mask in zip(rows.input_ids, rows.position_ids, rows.loss_mask, strict=True):
-        starts = np.flatnonzero(positions == 0).tolist() + [16]
-        for start, end in zip(starts, starts[1:], strict=False):
+        starts = [*np.flatnonzero(positions == 0).tolist(), 16]
+        for start, end in itertools.pairwise(starts):
             piece = ids[start:end][ids[start:end] != 0].tolist()
             if piece:
                 learned = [ids[t + 1] for t in range(start, end - 1) if mask[t]]
@@ -72,8 +73,8 @@ def test_documents_from_files(tmp_path, task, tokenizer):
     assert max(len(ids) for ids, _ in documents) == 4
     with pytest.raises(ValueError, match=r"has columns \['question', 'answer'\]; name the right ones"):
         load_documents(DataConfig(path=str(pairs), prompt_field="x", text_field="y"), task, tokenizer, 32)
-    with pytest.raises(ValueError, match="no .jsonl"):
-        (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no \.jsonl"):
         load_documents(DataConfig(path=str(tmp_path / "empty")), task, tokenizer, 32)
 
 
