@@ -20,6 +20,7 @@ import ray
 import ray.train
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
 
 from cola_ray.config import Config, ConfigError
 from cola_ray.controller import Controller
@@ -43,7 +44,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     output = _prepare_output(config)
     started = time.time()
     with _cluster(config), _tracker(config, "pretrain") as tracker:
-        mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+        mailbox = Queue(actor_options={"num_cpus": 0})
         title, stages = "pretrain", config.pretrain.stages
         lengths = [config.pretrain.steps[stage] for stage in stages]
         first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
@@ -56,9 +57,12 @@ def pretrain(config: Config) -> dict[str, Any]:
             note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
             display.update(f"{title}: {stage}", step, total, note, milestone=step % 100 == 0 or step == total)
 
-        with Display(title, total=1) as display, _polling(lambda: ray.get(mailbox.drain.remote()), show, display):
+        with (
+            Display(title, total=1) as display,
+            _polling(lambda: mailbox.get_nowait_batch(mailbox.qsize()), show, display),
+        ):
             _fit(config, _pretrain_rank, {"config": config.model_dump(), "mailbox": mailbox})
-        ray.kill(mailbox)
+        mailbox.shutdown(force=True)
         summary = _pretrain_summary(config, tracker, time.time() - started)
         write_json(output / "summary.json", summary)
         losses = {f"{stage} loss": tracker.series(f"{stage}/loss") for stage in stages}
@@ -75,7 +79,7 @@ def _pretrain_rank(loop: dict[str, Any]) -> None:
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         if rank == 0 and (metrics["step"] % 10 == 0 or metrics["step"] == metrics["steps"] or folder is not None):
-            mailbox.push.remote({"metrics": {**metrics, "memory/learner_gb": peak_memory_gb()}})
+            mailbox.put({"metrics": {**metrics, "memory/learner_gb": peak_memory_gb()}})
         if folder is not None:
             _report(metrics, folder)
 
@@ -257,20 +261,6 @@ def _print_arithmetic(config: Config) -> None:
 
 
 # --- Ray ----------------------------------------------------------------------------------------------------------
-
-
-class Mailbox:
-    """Events on their way from a learner rank to the driver."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    def push(self, event: dict[str, Any]) -> None:
-        self.events.append(event)
-
-    def drain(self) -> list[dict[str, Any]]:
-        events, self.events = self.events, []
-        return events
 
 
 @contextlib.contextmanager

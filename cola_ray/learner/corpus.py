@@ -43,7 +43,7 @@ class PackedRows:
 
 
 def load_documents(
-    data: DataConfig, task: Task, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    data: DataConfig, task: Task | None, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> tuple[list[Document], bool]:
     """Documents of ``data.path``, or the task's demonstrations where it is empty; and whether they are pairs.
 
@@ -51,6 +51,7 @@ def load_documents(
         ValueError: the data has neither the prompt/response columns nor the text column.
     """
     if not data.path:
+        assert task is not None
         return _pair_documents(task.demonstrations(), tokenizer, max_tokens), True
     rows = _open(data.path)
     columns = rows.column_names

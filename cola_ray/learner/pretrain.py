@@ -167,7 +167,9 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     """All stages, on every rank. ``report(metrics, checkpoint folder or None)`` is a collective."""
     rank = torch.distributed.get_rank()
     output = Path(config.output_dir)
-    task = make_task(config.task, config.seed)
+    # With a corpus of its own and a base that brings its tokenizer, a run needs no task at all.
+    needs_task = not config.data.path or not (config.model.base or config.model.path)
+    task = make_task(config.task, config.seed) if needs_task else None
     resumed = json.loads((checkpoint / "pretrain.json").read_text()) if checkpoint else {}
     current = start_model(config, task, rank)
     for stage in config.pretrain.stages:
@@ -181,7 +183,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     torch.distributed.barrier()
 
 
-def start_model(config: Config, task: Task, rank: int) -> Path:
+def start_model(config: Config, task: Task | None, rank: int) -> Path:
     """The directory that the first stage reads: the given base with CoLA attached, or a fresh tiny Llama."""
     target = Path(config.output_dir) / "stages" / "start"
     if rank == 0 and not (target / "done.json").exists():
@@ -193,6 +195,7 @@ def start_model(config: Config, task: Task, rank: int) -> Path:
             model = attach(config, config.model.base)
             tokenizer = load_tokenizer(config.model.base)
         else:
+            assert task is not None  # train_loop made one, since there is no base
             tokenizer = make_tokenizer(task)
             model = make_tiny_llama(len(tokenizer), tokenizer.eos_token_id, config.seed)
         model.save_pretrained(staging)
@@ -264,7 +267,7 @@ def make_tiny_llama(vocab_size: int, eos_token_id: int, seed: int) -> LlamaForCa
 def _run_stage(
     config: Config,
     stage: PretrainStage,
-    task: Task,
+    task: Task | None,
     source: Path,
     target: Path,
     checkpoint: Path | None,
@@ -283,7 +286,9 @@ def _run_stage(
     if checkpoint is not None:
         zero.load(checkpoint)
     total = settings.steps[stage] if settings.max_steps is None else min(settings.steps[stage], settings.max_steps)
-    heldout = list(_heldout_batches(task, tokenizer, rank, world_size)) if _has_answers(config) else []
+    heldout = []
+    if task is not None and _has_answers(config):
+        heldout = list(_heldout_batches(task, tokenizer, rank, world_size))
     used = torch.zeros(config.model.num_actions)
     metrics: dict[str, Any] = {}
     for step in range(first_step, total):
@@ -365,7 +370,9 @@ def revive_dead_codes(model: CoLAForCausalLM, counts: Tensor, seed: int) -> int:
     return len(dead)
 
 
-def _load_rows(config: Config, stage: PretrainStage, task: Task, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
+def _load_rows(
+    config: Config, stage: PretrainStage, task: Task | None, tokenizer: PreTrainedTokenizerBase
+) -> PackedRows:
     settings = config.pretrain
     documents, are_pairs = load_documents(config.data, task, tokenizer, settings.sequence_length)
     if stage.startswith("fta") and not are_pairs:
