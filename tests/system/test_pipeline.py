@@ -13,7 +13,7 @@ from cola_ray import CoLAForCausalLM
 
 ROOT = Path(__file__).parents[2]
 # A base trained just long enough to be right now and then, so that RL has something to learn from.
-PRETRAIN = ["--pretrain.steps", "base", "120", "actions", "40", "policy", "40"]
+PRETRAIN = ["--pretrain.steps.base", "120", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40"]
 RL = ["--rl.prompts-per-step", "8", "--rl.group-size", "8", "--rl.eval-problems", "64", "--rl.eval-every", "0",
       "--rl.save-every", "2"]  # fmt: skip
 
