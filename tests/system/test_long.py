@@ -50,16 +50,8 @@ def learner_pids(parent: int) -> list[int]:
 
 
 def test_a_killed_rank_resumes_on_the_same_loss_curve(tmp_path):
-    short = [
-        "--pretrain.steps.base",
-        "60",
-        "--pretrain.steps.actions",
-        "60",
-        "--pretrain.steps.policy",
-        "5",
-        "--pretrain.save-every",
-        "20",
-    ]
+    short = ["--pretrain.steps.base", "60", "--pretrain.steps.actions", "60", "--pretrain.steps.policy", "5",
+             "--pretrain.save-every", "20"]  # fmt: skip
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
