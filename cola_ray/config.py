@@ -76,6 +76,8 @@ class PretrainConfig(_Branch):
     """Peak learning rate where the base trains: stages base, fta_idm, fta_policy."""
     warmup_steps: int = 100
     """Linear warm-up."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
     gumbel_tau: float = 2.0
     """Relaxation temperature of the straight-through action."""
     entropy_coef: float = 0.001
@@ -239,7 +241,7 @@ def _tiny() -> Config:
         task=TaskConfig(name="arithmetic"),
         pretrain=PretrainConfig(
             stages=("base", "actions", "policy"),
-            steps={"base": 600, "actions": 300, "policy": 100, "fta_idm": 50, "fta_policy": 50},
+            steps={"base": 900, "actions": 300, "policy": 100, "fta_idm": 50, "fta_policy": 50},
             batch_size=12,
             micro_batch_size=6,
             sequence_length=128,
@@ -252,7 +254,7 @@ def _tiny() -> Config:
         ),
         rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=256, kv_cache_mb=128),
         rl=RLConfig(
-            max_steps=60,
+            max_steps=80,
             prompts_per_step=64,
             group_size=8,
             lr=5e-4,

@@ -29,7 +29,11 @@ class Tracker:
         self.history: dict[int, dict[str, float]] = {}
         self.id_file = output_dir / "mlflow_run_id"
         mlflow.set_tracking_uri(uri or f"sqlite:///{output_dir.parent / 'mlflow.db'}")
-        mlflow.set_experiment(f"cola_ray/{job}")
+        experiment = f"cola_ray/{job}"
+        if not uri and mlflow.get_experiment_by_name(experiment) is None:
+            # A local store would put its artifacts into the working directory; they belong beside the database.
+            mlflow.create_experiment(experiment, artifact_location=(output_dir.parent / "mlartifacts").as_uri())
+        mlflow.set_experiment(experiment)
         known = self.id_file.read_text().strip() if self.id_file.exists() else None
         self.run = mlflow.start_run(run_id=known, run_name=None if known else output_dir.name)
         self.id_file.write_text(self.run.info.run_id)

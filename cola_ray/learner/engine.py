@@ -33,7 +33,7 @@ class ZeroEngine:
         trained: Sequence[str],
         *,
         lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float],
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
         bfloat16: bool = False,

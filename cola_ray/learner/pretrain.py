@@ -282,7 +282,9 @@ def _run_stage(
     peak_lr = settings.base_lr if base_trains else settings.lr
     module = StageModule(_open_model(config, stage, source), stage, config)
     bfloat16 = config.model.dtype == "bfloat16"
-    zero = ZeroEngine(module, TRAINED[stage], lr=peak_lr, weight_decay=0.01, bfloat16=bfloat16)
+    zero = ZeroEngine(
+        module, TRAINED[stage], lr=peak_lr, betas=settings.adam_betas, weight_decay=0.01, bfloat16=bfloat16
+    )
     if checkpoint is not None:
         zero.load(checkpoint)
     total = settings.steps[stage] if settings.max_steps is None else min(settings.steps[stage], settings.max_steps)
