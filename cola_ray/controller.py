@@ -1,24 +1,30 @@
 """The controller: hands prompts out, collects groups, feeds the learner, spreads new weights.
 
-                    admit (slots free)                    finish
-    train problems ───────────────────> workers.generate ────────> ready groups ──┐ take
-         cursor          ^                                                        v
-                         │ release: all workers hold v+1                   next_batch(rank)
-                         └──────────── publish(v+1) <─── learner trains <─────────┘
+              admit (slots free)                        finish
+    tickets ───────────────────> workers.generate_groups ─────> one step's groups ─> collate ──┐ take
+    (step, prompt)  ^                 │ a worker dies: its share goes to another               v
+                    │                 v                                                 next_batch(rank, v)
+                    │ release     seat refilled: new worker, current weights                   │
+                    └──────────── spread(v+1) <─────────── publish(v+1) <─── learner trains <──┘
 
 Who waits for what:
-    produce       waits for free slots; freed by publish (and by dropped groups)
-    next_batch    waits for a step's worth of ready groups; ready through produce
-    publish       waits for every worker to load the weights; then frees the slots and evaluates when due
+    _produce      waits for free slots; freed by spread. Steps v .. v + max_staleness are generated at the same time
+    next_batch    waits for step v's groups
+    publish       waits for the spread before it, and returns while its own goes on: the learner is not held up
+    spread        waits until every live worker holds v+1; then evaluates when due, then frees step v's slots
+    a lost share  waits for any seat that is ready
 
-The class is plain asyncio; the driver makes it a Ray actor and hands in the workers. A failure anywhere in
-``produce`` is raised in the learner's next call: nothing waits on something that is dead.
+With ``max_staleness = 0`` this is strictly on-policy: step v+1 is handed out when all workers hold v+1.
+The class is plain asyncio; the driver makes it a Ray actor and hands in the pool of workers. A failure anywhere is
+raised in the learner's next call and told to the driver: nothing waits on something that is dead.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,188 +32,295 @@ import torch
 from cola_ray.algorithms.advantages import group_normalised, leave_one_out
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.config import Config
-from cola_ray.experience import Batch, Group, collate
+from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
 from cola_ray.weights import Bucket
 from cola_ray.work_buffer import WorkBuffer
 
 ADVANTAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"grpo": group_normalised, "rloo": leave_one_out}
 
-WorkerCall = Callable[..., Awaitable[Any]]
-"""``call(worker, method, *args)``: the driver binds it to a Ray actor call."""
+
+class WorkerLostError(RuntimeError):
+    """A worker's process is gone; what it was asked for must be asked of another."""
+
+
+class WorkerPool(Protocol):
+    """How to make, ask and end workers: Ray actors in a run."""
+
+    def spawn(self) -> Any: ...
+
+    def call(self, worker: Any, method: str, *args: Any) -> Awaitable[Any]:
+        """Raises WorkerLostError when the process is gone, and whatever the method raised otherwise."""
+        ...
+
+    def kill(self, worker: Any) -> None: ...
+
+
+@dataclass
+class Seat:
+    """A worker's place: who sits there now, and what it owes."""
+
+    number: int
+    worker: Any
+    ready: bool = True  # holds the current weights
+    owed_tokens: float = 0.0
+    losses: int = 0  # in a row, without a share completed
+
+
+@dataclass
+class Ledger:
+    """What became of prompts and workers, over the whole run."""
+
+    regenerated_groups: int = 0
+    worker_losses: int = 0
+    failed_rewards: int = 0
+    response_length: float = field(default=0.0)  # running mean, to weigh what a worker owes
 
 
 class Controller:
-    """One run's state between workers and learner.
+    """One run's state between workers and learner."""
 
-    Args:
-        config: the run's.
-        workers: handles, opaque here.
-        call: how to call a method of a worker.
-        facts: what a worker told about the task and the tokenizer.
-    """
-
-    def __init__(self, config: Config, workers: Sequence[Any], call: WorkerCall, facts: dict[str, Any]) -> None:
+    def __init__(self, config: Config, pool: WorkerPool) -> None:
         rl = config.rl
-        self.config, self.workers, self.call = config, list(workers), call
-        self.num_train, self.num_heldout = facts["num_train"], facts["num_heldout"]
-        self.pad_token_id = facts["pad_token_id"]
+        self.config, self.pool = config, pool
+        self.seats = [Seat(number, pool.spawn()) for number in range(config.rollout.num_workers)]
         self.buffer = WorkBuffer(rl.prompts_per_step, rl.max_staleness)
-        self.cursor = 0  # problems handed out so far
-        self.version = 0
-        self.ready: list[Group] = []
+        self.ledger = Ledger(response_length=config.rollout.max_new_tokens)
+        self.version = 0  # that every ready worker holds
+        self.weights: tuple[int, Sequence[Bucket]] | None = None  # what a new worker must be given
         self.step_batches: dict[int, list[Batch]] = {}  # version -> a batch a rank
         self.rollout_metrics: dict[int, dict[str, float]] = {}
         self.events: list[dict[str, Any]] = []  # for the driver, in order
         self.changed = asyncio.Condition()
-        self.failure: BaseException | None = None
+        self.failure: str | None = None
+        self.handed_out = -1  # the last version a batch was given out for
+        self.last_version = rl.max_steps  # training ends when the learner holds it
         self.producer: asyncio.Task | None = None
+        self.spreading: asyncio.Task | None = None
+        self.chores: set[asyncio.Task] = set()
+        self.pending: dict[str, float] = {}  # what is being waited for, since when
+        self.published_at = 0.0
 
     # --- the driver's side --------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Evaluate the start policy and the bare base, then begin to hand prompts out."""
-        if self.version == 0:
+    async def start(self, resumed: bool) -> dict[str, Any]:
+        """Wait for the workers; evaluate the start policy and the bare base unless this resumes. Returns facts."""
+        self._spawn(self._watch_for_stalls())
+        self.facts = await self._ask(self.seats[0], "facts")
+        if not resumed:
             base = await self._greedy_accuracy(bare_base=True)
             start = await self._greedy_accuracy(bare_base=False)
             self._event(0, {"eval/base_accuracy": base, "eval/accuracy": start})
-        self._start_producer()
+        return self.facts
 
-    async def drain(self) -> list[dict[str, Any]]:
-        """Events since the last call: ``{"step": version, "metrics": {...}}``."""
+    async def drain(self) -> tuple[list[dict[str, Any]], str | None]:
+        """Events since the last call, ``{"step": version, "metrics": {...}}``, and why the run failed, if it did."""
         events, self.events = self.events, []
-        return events
+        return events, self.failure
+
+    async def stop(self) -> int:
+        """End early and in order: after the step that ranks are training on. Returns the last version."""
+        async with self.changed:
+            self.last_version = min(self.last_version, self.handed_out + 1)
+            self.changed.notify_all()
+        return self.last_version
+
+    async def workers(self) -> list[Any]:
+        return [seat.worker for seat in self.seats]
 
     # --- the learner's side -------------------------------------------------------------------------------------
 
+    async def begin(self, version: int, buckets: Sequence[Bucket]) -> None:
+        """Go on from ``version``, which the learner holds: forget what is under way, spread ``buckets``, produce.
+
+        A first start, a resumed run and a learner that died and came back all begin here.
+        """
+        for task in (self.producer, self.spreading):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self.buffer = WorkBuffer(self.config.rl.prompts_per_step, self.config.rl.max_staleness)
+        self.step_batches, self.rollout_metrics = {}, {}
+        self.handed_out, self.published_at = version - 1, time.perf_counter()
+        await self._update_workers(version, buckets)
+        self.producer = self._spawn(self._produce(version))
+
     async def next_batch(self, rank: int, version: int) -> Batch | None:
         """This rank's share of the batch that version ``version`` is to train on; None when the run is over."""
-        if version >= self.config.rl.max_steps:
+        with self._waiting_for(f"groups of step {version}"):
+            async with self.changed:
+                await self.changed.wait_for(
+                    lambda: version in self.step_batches or version >= self.last_version or self.failure
+                )
+        self._raise_failure()
+        if version >= self.last_version:
+            if self.spreading is not None:
+                await asyncio.gather(self.spreading)
             return None
-        async with self.changed:
-            await self.changed.wait_for(lambda: version in self.step_batches or self.failure is not None)
-        if self.failure is not None:
-            raise RuntimeError(f"rollouts failed: {self.failure}") from self.failure
+        self.handed_out = max(self.handed_out, version)
+        self.pending[f"the learner's step {version}"] = time.monotonic()
         return self.step_batches[version][rank]
 
     async def publish(self, version: int, buckets: Sequence[Bucket], metrics: dict[str, float]) -> None:
-        """Load ``buckets`` into every worker; then, and only then, free the slots that were trained on."""
-        started = time.perf_counter()
-        await self._update_workers(version, buckets)
-        merged = {**self.rollout_metrics.pop(version - 1, {}), **metrics, "time/sync": time.perf_counter() - started}
-        self.step_batches.pop(version - 1, None)
-        await self._evaluate_if_due(version, merged)
-        merged["time/step"] = merged["time/rollout"] + merged["time/learn"] + merged["time/sync"]
-        self._event(version, merged)
-        await self.buffer.release()
+        """Take over new weights and the metrics of the step that made them; returns before workers hold them."""
+        self.pending.pop(f"the learner's step {version - 1}", None)
+        if self.spreading is not None:
+            with self._waiting_for(f"workers to hold version {version - 1}"):
+                await asyncio.gather(self.spreading, return_exceptions=True)
+        self._raise_failure()
+        self.spreading = self._spawn(self._spread(version, buckets, metrics))
 
-    async def state(self) -> dict[str, int]:
-        """The cursor of the next prompt that no trained batch holds."""
-        return {"cursor": self.version * self.config.rl.prompts_per_step, "version": self.version}
+    async def fail(self, reason: str) -> None:
+        """The learner cannot go on; the driver is told and the run ends."""
+        async with self.changed:
+            self.failure = self.failure or reason
+            self.changed.notify_all()
 
-    async def restore(self, state: dict[str, int], buckets: Sequence[Bucket]) -> None:
-        """Forget what is under way, hand ``buckets`` to the workers, go on from ``state``'s cursor."""
-        if self.producer is not None:
-            self.producer.cancel()
-            await asyncio.gather(self.producer, return_exceptions=True)
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+
+    # --- production ---------------------------------------------------------------------------------------------
+
+    async def _produce(self, first: int) -> None:
         rl = self.config.rl
-        self.buffer = WorkBuffer(rl.prompts_per_step, rl.max_staleness)
-        self.ready, self.step_batches, self.rollout_metrics, self.failure = [], {}, {}, None
-        self.cursor = state["cursor"]
-        await self._update_workers(state["version"], buckets)
-        self._start_producer()
+        async with asyncio.TaskGroup() as steps:
+            for target in range(first, rl.max_steps):
+                await self.buffer.admit(rl.prompts_per_step)
+                steps.create_task(self._produce_step(target))
 
-    # --- the loop -----------------------------------------------------------------------------------------------
-
-    def _start_producer(self) -> None:
-        self.producer = asyncio.get_running_loop().create_task(self._produce())
-
-    async def _produce(self) -> None:
-        try:
-            while self.cursor < self.config.rl.max_steps * self.config.rl.prompts_per_step:
-                await self._produce_step()
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # whatever a worker raised is the learner's to see
-            async with self.changed:
-                self.failure = error
-                self.changed.notify_all()
-
-    async def _produce_step(self) -> None:
-        """Admit, generate, score and collate one step's groups."""
+    async def _produce_step(self, target: int) -> None:
+        """Generate, score and collate one step's groups."""
         wanted = self.config.rl.prompts_per_step
-        await self.buffer.admit(wanted)
         started = time.perf_counter()
-        target = self.cursor // wanted
-        groups: list[Group] = []
-        while len(groups) < wanted:
-            indices = [self._problem(self.cursor + offset) for offset in range(wanted - len(groups))]
-            round_number = self.cursor // self.num_train
-            found = await self._generate(indices, round_number)
-            kept = [group for group in found if group.trajectories]
-            if not kept:
-                raise RuntimeError("every prompt is longer than rollout.max_prompt_tokens; raise it")
-            groups += kept
-            if len(groups) < wanted:
-                self.cursor += len(found) - len(kept)
-        self.cursor = (target + 1) * wanted
-        self.buffer.finish(wanted)
+        tickets = [self._ticket(position) for position in range(target * wanted, (target + 1) * wanted)]
+        groups = await self._generate(tickets)
         seconds = time.perf_counter() - started
-        batches = self._collate(groups)
-        self.rollout_metrics[target] = self._measure(groups, seconds)
+        if self.config.cluster.colocated:
+            await self._ask_all("sleep")
+        self.buffer.finish(wanted)
+        self._check_rewards(groups)
+        batches = self._collate(groups, target)
+        self.rollout_metrics[target] = self._measure(groups, target, seconds)
         self.buffer.take(wanted)
         async with self.changed:
             self.step_batches[target] = batches
             self.changed.notify_all()
 
-    async def _generate(self, indices: Sequence[int], round_number: int) -> list[Group]:
-        """Deal the problems out evenly; a group stays whole, so that its prompt is computed once."""
-        shares = [list(indices[i :: len(self.workers)]) for i in range(len(self.workers))]
-        pending = [
-            self.call(worker, "generate_groups", share, round_number)
-            for worker, share in zip(self.workers, shares, strict=True)
-            if share
-        ]
-        results = await asyncio.gather(*pending)
-        by_index = {group.problem_index: group for share in results for group in share}
-        return [by_index[index] for index in indices]
+    def _ticket(self, position: int) -> Ticket:
+        """The training problem that is handed out at ``position`` of the run: a new permutation every epoch."""
+        num_train = self.facts["num_train"]
+        epoch, offset = divmod(position, num_train)
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(num_train)
+        return Ticket(position, int(order[offset]))
 
-    def _problem(self, position: int) -> int:
-        """Which training problem is handed out at ``position``: a new permutation every epoch."""
-        epoch, offset = divmod(position, self.num_train)
-        order = np.random.default_rng((self.config.seed, epoch)).permutation(self.num_train)
-        return int(order[offset])
+    async def _generate(self, tickets: Sequence[Ticket]) -> list[Group]:
+        """Every ticket's group, in order. A group stays whole, so that its prompt is computed once."""
+        shares = await self._deal(tickets)
+        results = await asyncio.gather(*(self._generate_share(seat, share) for seat, share in shares))
+        groups = sorted((group for share in results for group in share), key=lambda group: group.position)
+        if [group.position for group in groups] != [ticket.position for ticket in tickets]:
+            raise RuntimeError("groups came back that are not exactly those handed out")
+        return groups
 
-    def _collate(self, groups: Sequence[Group]) -> list[Batch]:
-        rewards = torch.tensor(np.stack([group.rewards for group in groups]))
-        if not bool(torch.isfinite(rewards).all()):
-            raise RuntimeError(f"a reward is not finite: {rewards[~torch.isfinite(rewards)][:3].tolist()}")
-        advantages = ADVANTAGES[self.config.rl.algorithm](rewards).flatten().tolist()
-        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-        return collate(trajectories, advantages, self.config.cluster.learner_ranks, self.pad_token_id, self.version)
+    async def _deal(self, tickets: Sequence[Ticket]) -> list[tuple[Seat, list[Ticket]]]:
+        """Each ticket to the ready worker that owes the fewest tokens."""
+        ready = await self._ready_seats()
+        owed = {seat.number: seat.owed_tokens for seat in ready}
+        shares: dict[int, list[Ticket]] = {seat.number: [] for seat in ready}
+        for ticket in tickets:
+            least = min(owed, key=lambda number: (owed[number], number))
+            shares[least].append(ticket)
+            owed[least] += self._expected_tokens(1)
+        return [(seat, shares[seat.number]) for seat in ready if shares[seat.number]]
 
-    def _measure(self, groups: Sequence[Group], seconds: float) -> dict[str, float]:
-        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    async def _generate_share(self, seat: Seat, share: list[Ticket]) -> list[Group]:
+        expected = self._expected_tokens(len(share))
+        while True:
+            seat.owed_tokens += expected
+            try:
+                groups: list[Group] = await self._ask(seat, "generate_groups", share)
+                seat.losses = 0
+                return groups
+            except WorkerLostError:
+                self.ledger.regenerated_groups += len(share)
+                seat = min(await self._ready_seats(), key=lambda other: other.owed_tokens)
+            finally:
+                seat.owed_tokens = max(seat.owed_tokens - expected, 0.0)
+
+    def _expected_tokens(self, num_groups: int) -> float:
+        return num_groups * self.config.rl.group_size * self.ledger.response_length
+
+    def _check_rewards(self, groups: Sequence[Group]) -> None:
+        failures = [t.failure for group in groups for t in group.trajectories if t.failure]
+        self.ledger.failed_rewards += len(failures)
+        share = len(failures) / (len(groups) * self.config.rl.group_size)
+        if share > self.config.task.max_failed_rewards:
+            raise RuntimeError(
+                f"{share:.0%} of a step's rewards failed, more than task.max_failed_rewards = "
+                f"{self.config.task.max_failed_rewards:.0%}; the first one {failures[0]}"
+            )
+
+    def _collate(self, groups: Sequence[Group], target: int) -> list[Batch]:
+        trajectories: list[Trajectory] = []
+        advantages: list[float] = []
+        for group in groups:
+            trajectories += group.scored
+            if len(group.scored) > 1:
+                rewards = torch.from_numpy(group.rewards)[None]
+                advantages += ADVANTAGES[self.config.rl.algorithm](rewards)[0].tolist()
+            else:  # nothing left to compare with
+                advantages += [0.0] * len(group.scored)
+        if not trajectories:
+            raise RuntimeError("a step has no sample with a reward")
+        return collate(
+            trajectories, advantages, self.config.cluster.learner_ranks, self.facts["pad_token_id"], target,
+            self.config.rl.micro_batch_tokens,
+        )  # fmt: skip
+
+    def _measure(self, groups: Sequence[Group], target: int, seconds: float) -> dict[str, float]:
+        trajectories = [trajectory for group in groups for trajectory in group.scored]
         rewards = np.array([trajectory.reward for trajectory in trajectories])
         lengths = np.array([len(trajectory.token_ids) for trajectory in trajectories])
         actions = np.concatenate([trajectory.actions for trajectory in trajectories])
-        staleness = self.version - np.concatenate([trajectory.versions for trajectory in trajectories])
+        staleness = target - np.concatenate([trajectory.versions for trajectory in trajectories])
         counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
+        self.ledger.response_length = 0.9 * self.ledger.response_length + 0.1 * float(lengths.mean())
         return {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
-            "reward/zero_variance_groups": float(np.mean([group.rewards.std() == 0 for group in groups])),
+            "reward/zero_variance_groups": float(np.mean([np.ptp(g.rewards) == 0 for g in groups if g.scored])),
+            "reward/failed": float(self.ledger.failed_rewards),
             "rollout/response_length": float(lengths.mean()),
             "rollout/truncated": float(np.mean([trajectory.truncated for trajectory in trajectories])),
             "rollout/tokens_per_second": float(lengths.sum() / seconds),
+            "rollout/regenerated_groups": float(self.ledger.regenerated_groups),
+            "rollout/worker_losses": float(self.ledger.worker_losses),
             "staleness/mean": float(staleness.mean()),
+            "staleness/max": float(staleness.max()),
             "time/rollout": seconds,
             **usage(counts),
         }
 
+    # --- weights ------------------------------------------------------------------------------------------------
+
+    async def _spread(self, version: int, buckets: Sequence[Bucket], metrics: dict[str, float]) -> None:
+        """Load ``buckets`` into every worker; then, and only then, free the slots that were trained on."""
+        started = time.perf_counter()
+        await self._update_workers(version, buckets)
+        merged = {**self.rollout_metrics.pop(version - 1, {}), **metrics, "time/sync": time.perf_counter() - started}
+        self.step_batches.pop(version - 1, None)
+        merged["time/step"] = time.perf_counter() - self.published_at
+        await self._evaluate_if_due(version, merged)
+        self.published_at = time.perf_counter()
+        self._event(version, merged)
+        await self.buffer.release(self.config.rl.prompts_per_step)
+
     async def _update_workers(self, version: int, buckets: Sequence[Bucket]) -> None:
-        held = await asyncio.gather(*(self.call(w, "update_weights", version, *buckets) for w in self.workers))
-        if any(reported != version for reported in held):
-            raise RuntimeError(f"workers hold versions {held} after version {version} was published")
+        """Every ready worker holds ``version`` on return; one that is being replaced will before it is ready."""
+        self.weights = (version, buckets)
+        if self.config.cluster.colocated:
+            await self._ask_all("wake_up")
+        await self._ask_all("update_weights", version, *buckets)
         self.version = version
 
     async def _evaluate_if_due(self, version: int, metrics: dict[str, float]) -> None:
@@ -219,16 +332,123 @@ class Controller:
 
     async def _greedy_accuracy(self, bare_base: bool) -> float:
         """Share of held-out problems with full reward under greedy decoding."""
-        indices = list(range(min(self.config.rl.eval_problems, self.num_heldout)))
-        shares = [indices[i :: len(self.workers)] for i in range(len(self.workers))]
-        results = await asyncio.gather(
-            *(
-                self.call(w, "evaluate", share, bare_base)
-                for w, share in zip(self.workers, shares, strict=True)
-                if share
-            )
-        )
+        indices = list(range(min(self.config.rl.eval_problems, self.facts["num_heldout"])))
+
+        async def evaluate(share: list[int]) -> list[float]:
+            while True:
+                seat = min(await self._ready_seats(), key=lambda other: other.owed_tokens)
+                seat.owed_tokens += (owed := len(share) * self.ledger.response_length)
+                try:
+                    return await self._ask(seat, "evaluate", share, bare_base)
+                except WorkerLostError:
+                    continue
+                finally:
+                    seat.owed_tokens = max(seat.owed_tokens - owed, 0.0)
+
+        count = len(self.seats)
+        shares = [share for share in (indices[i::count] for i in range(count)) if share]
+        results = await asyncio.gather(*(evaluate(share) for share in shares))
         return float(np.mean([reward >= 1.0 for share in results for reward in share]))
+
+    # --- workers ------------------------------------------------------------------------------------------------
+
+    async def _ask(self, seat: Seat, method: str, *args: Any) -> Any:
+        worker = seat.worker
+        with self._waiting_for(f"worker {seat.number}: {method}"):
+            try:
+                return await self.pool.call(worker, method, *args)
+            except WorkerLostError as lost:
+                if seat.worker is worker and seat.ready:  # the first to notice
+                    self._replace(seat, lost)
+                raise
+
+    async def _ask_all(self, method: str, *args: Any) -> None:
+        """Of every ready worker; one that is lost on the way is replaced, and that is all there is to do."""
+        asked = [self._ask(seat, method, *args) for seat in self.seats if seat.ready]
+        for result in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, WorkerLostError):
+                raise result
+
+    async def _ready_seats(self) -> list[Seat]:
+        async with self.changed:
+            await self.changed.wait_for(lambda: any(seat.ready for seat in self.seats))
+        return [seat for seat in self.seats if seat.ready]
+
+    def _replace(self, seat: Seat, lost: BaseException) -> None:
+        seat.ready = False
+        seat.losses += 1
+        self.ledger.worker_losses += 1
+        limit = self.config.rollout.max_restarts
+        if seat.losses > limit:
+            raise RuntimeError(f"worker {seat.number} died {seat.losses} times without completing a share: {lost}")
+        self._spawn(self._refill(seat))
+
+    async def _refill(self, seat: Seat) -> None:
+        """A new worker that holds the current weights, also if they change meanwhile."""
+        self.pool.kill(seat.worker)
+        seat.worker = self.pool.spawn()
+        given = None
+        try:
+            while given is not self.weights:
+                given = self.weights
+                if given is not None:
+                    with self._waiting_for(f"worker {seat.number}: start again"):
+                        await self.pool.call(seat.worker, "update_weights", given[0], *given[1])
+        except WorkerLostError as lost:
+            self._replace(seat, lost)
+            return
+        async with self.changed:
+            seat.ready = True
+            self.changed.notify_all()
+
+    # --- tasks, events, and what is waited for --------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
+        """A task whose failure is the run's."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                await self.fail(_reason(error))
+                raise
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self.chores.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task) -> None:
+        self.chores.discard(task)
+        if not task.cancelled():
+            task.exception()  # was told already
+
+    @contextlib.contextmanager
+    def _waiting_for(self, what: str) -> Iterator[None]:
+        since = self.pending[what] = time.monotonic()
+        try:
+            yield
+        finally:
+            if self.pending.get(what) == since:
+                del self.pending[what]
+
+    async def _watch_for_stalls(self) -> None:
+        limit = self.config.cluster.stall_timeout_s
+        while True:
+            await asyncio.sleep(min(limit / 4, 5.0))
+            now = time.monotonic()
+            stuck = [f"{what} ({now - since:.0f} s)" for what, since in self.pending.items() if now - since > limit]
+            if stuck:
+                raise RuntimeError(
+                    f"no progress for cluster.stall_timeout_s = {limit:g} s; waiting for: {', '.join(stuck)}"
+                )
 
     def _event(self, step: int, metrics: dict[str, float]) -> None:
         self.events.append({"step": step, "metrics": metrics})
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause in words: the innermost of a task group's, without the wrapping."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cola_ray.config import Config, ConfigError
-from cola_ray.controller import Controller
+from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Batch
 from cola_ray.rollout.worker import RolloutWorker
 from cola_ray.tracking import Display, Tracker, peak_memory_gb, plot, print_summary, write_json
@@ -57,11 +58,13 @@ def pretrain(config: Config) -> dict[str, Any]:
             note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
             display.update(f"{title}: {stage}", step, total, note, milestone=step % 100 == 0 or step == total)
 
-        with (
-            Display(title, total=1) as display,
-            _polling(lambda: mailbox.get_nowait_batch(mailbox.qsize()), show, display),
-        ):
-            _fit(config, _pretrain_rank, {"config": config.model_dump(), "mailbox": mailbox})
+        with Display(title, total=1) as display:
+
+            def poll() -> None:
+                for event in mailbox.get_nowait_batch(mailbox.qsize()):
+                    show(event, display)
+
+            _fit(config, _pretrain_rank, {"config": config.model_dump(), "mailbox": mailbox}, poll, stop=None)
         mailbox.shutdown(force=True)
         summary = _pretrain_summary(config, tracker, time.time() - started)
         write_json(output / "summary.json", summary)
@@ -121,39 +124,13 @@ def run_rl(config: Config) -> dict[str, Any]:
         config = config.resolve_paths("rl_math")
         output = _prepare_output(config)
         with _tracker(config, "rl") as tracker:
-            workers, controller, facts = _place(config, model_path)
-            _print_arithmetic(config)
-
-            def show(event: dict[str, Any], display: Display) -> None:
-                step, metrics = event["step"], event["metrics"]
-                tracker.log(step, metrics)
-                names = {
-                    "reward/mean": "reward",
-                    "policy/kl": "kl",
-                    "policy/entropy": "entropy",
-                    "eval/accuracy": "accuracy",
-                }
-                note = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics)
-                display.update(
-                    "rl", step, config.rl.max_steps, note, milestone="eval/accuracy" in metrics or step % 10 == 0
-                )
-
+            controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=256).remote(
+                config, RayWorkers(config, model_path)
+            )  # fmt: skip
             try:
-                with (
-                    Display("rl", config.rl.max_steps) as display,
-                    _polling(lambda: ray.get(controller.drain.remote()), show, display),
-                ):
-                    if not _checkpoint_exists(output):
-                        ray.get(controller.start.remote())
-                    _fit(
-                        config,
-                        _rl_rank,
-                        {"config": config.model_dump(), "model_path": model_path, "controller": controller},
-                    )
-                memory = ray.get([worker.peak_memory_gb.remote() for worker in workers])
+                facts, memory = _train(config, model_path, controller, tracker)
             finally:
-                for actor in (*workers, controller):
-                    ray.kill(actor)
+                ray.kill(controller)  # and with it the workers, which it owns
             summary = _rl_summary(config, tracker, facts, memory, time.time() - started)
             write_json(output / "summary.json", summary)
             plot(
@@ -167,6 +144,34 @@ def run_rl(config: Config) -> dict[str, Any]:
     return summary
 
 
+def _train(config: Config, model_path: str, controller: Any, tracker: Tracker) -> tuple[dict[str, Any], list[float]]:
+    """The loop between controller and learner until it ends; returns the run's facts and the workers' memory."""
+    facts = ray.get(controller.start.remote(_checkpoint_exists(Path(config.output_dir))))
+    _print_arithmetic(config, facts)
+    names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", "eval/accuracy": "accuracy"}
+    with Display("rl", config.rl.max_steps) as display:
+
+        def poll() -> None:
+            events, failure = ray.get(controller.drain.remote())
+            for event in events:
+                step, metrics = event["step"], event["metrics"]
+                tracker.log(step, metrics)
+                note = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics)
+                milestone = "eval/accuracy" in metrics or step % 10 == 0
+                display.update("rl", step, config.rl.max_steps, note, milestone)
+            if failure:
+                raise RuntimeError(failure)
+
+        def stop() -> None:
+            last = ray.get(controller.stop.remote())
+            display.say(f"stopping after step {last}; once more to stop at once")
+
+        loop = {"config": config.model_dump(), "model_path": model_path, "controller": controller}
+        _fit(config, _rl_rank, loop, poll, stop)
+    workers = ray.get(controller.workers.remote())
+    return facts, ray.get([worker.peak_memory_gb.remote() for worker in workers])
+
+
 def _check_start_model(config: Config) -> None:
     if config.preset != "tiny" and not config.start_model.exists():
         raise ConfigError(
@@ -175,18 +180,29 @@ def _check_start_model(config: Config) -> None:
         )
 
 
-def _place(config: Config, model_path: str) -> tuple[list[Any], Any, dict[str, Any]]:
-    """Rollout workers and the controller over them."""
-    rollout, gpus = config.rollout, int(config.cluster.use_gpu)
-    worker_class = ray.remote(RolloutWorker).options(num_cpus=1, num_gpus=gpus * rollout.tensor_parallel_size)
-    workers = [worker_class.remote(config, model_path) for _ in range(rollout.num_workers)]
-    facts = ray.get(workers[0].facts.remote())
-    controller_class = ray.remote(Controller).options(num_cpus=0, max_concurrency=256)
-    return workers, controller_class.remote(config, workers, _call, facts), facts
+class RayWorkers:
+    """The controller's :class:`~cola_ray.controller.WorkerPool`: rollout actors, owned by the controller's process."""
 
+    def __init__(self, config: Config, model_path: str) -> None:
+        gpus = int(config.cluster.use_gpu) * config.rollout.tensor_parallel_size
+        # Colocated, an engine takes half of each GPU's booking and the learner the other.
+        share = 0.5 if config.cluster.colocated else 1
+        self.actor = ray.remote(RolloutWorker).options(num_cpus=1, num_gpus=gpus * share, max_concurrency=256)
+        self.args = (config, model_path)
 
-async def _call(worker: Any, method: str, *args: Any) -> Any:
-    return await getattr(worker, method).remote(*args)
+    def spawn(self) -> Any:
+        return self.actor.remote(*self.args)
+
+    async def call(self, worker: Any, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(worker, method).remote(*args)
+        except ray.exceptions.RayActorError as error:
+            raise WorkerLostError(str(error).strip().splitlines()[0]) from error
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+    def kill(self, worker: Any) -> None:
+        ray.kill(worker)
 
 
 def _rl_rank(loop: dict[str, Any]) -> None:
@@ -203,19 +219,19 @@ class RemoteController:
     def __init__(self, controller: Any) -> None:
         self.controller = controller
 
+    def begin(self, version: int, buckets: list[Bucket]) -> None:
+        # References travel through the controller unopened; each worker maps the payload from its node's store.
+        ray.get(self.controller.begin.remote(version, [ray.put(bucket) for bucket in buckets]))
+
     def next_batch(self, rank: int, version: int) -> Batch | None:
         return ray.get(self.controller.next_batch.remote(rank, version))
 
     def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
         metrics["memory/learner_gb"] = peak_memory_gb()
-        # References travel through the controller unopened; each worker maps the payload from its node's store.
         ray.get(self.controller.publish.remote(version, [ray.put(bucket) for bucket in buckets], metrics))
 
-    def state(self) -> dict:
-        return ray.get(self.controller.state.remote())
-
-    def restore(self, state: dict, buckets: list[Bucket]) -> None:
-        ray.get(self.controller.restore.remote(state, [ray.put(bucket) for bucket in buckets]))
+    def fail(self, reason: str) -> None:
+        ray.get(self.controller.fail.remote(reason))
 
 
 def _rl_summary(
@@ -249,15 +265,18 @@ def _rl_summary(
     }
 
 
-def _print_arithmetic(config: Config) -> None:
+def _print_arithmetic(config: Config, facts: dict[str, Any]) -> None:
     """The derived numbers that people otherwise guess."""
     rl, ranks = config.rl, config.cluster.learner_ranks
     sequences = rl.prompts_per_step * rl.group_size
-    micro = -(-sequences // ranks // rl.micro_batch_size)
     print(
-        f"a step: {rl.prompts_per_step} prompts x {rl.group_size} completions = {sequences} sequences; "
-        f"{ranks} ranks x {micro} micro-batches of up to {rl.micro_batch_size}; {rl.updates_per_batch} update(s)"
+        f"a step: {rl.prompts_per_step} prompts x {rl.group_size} completions = {sequences} sequences; {ranks} ranks x "
+        f"micro-batches of up to {rl.micro_batch_tokens} tokens; {rl.updates_per_batch} update(s); "
+        f"rollouts up to {rl.max_staleness} version(s) behind"
     )
+    print(f"{facts['num_train']} training problems, {facts['num_heldout']} held out", end="")
+    left_out = facts["num_too_long"]
+    print(f"; {left_out} longer than rollout.max_prompt_tokens left out" if left_out else "")
 
 
 # --- Ray ----------------------------------------------------------------------------------------------------------
@@ -278,6 +297,7 @@ def _cluster(config: Config) -> Iterator[None]:
         # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
         needed = config.cluster.learner_ranks + config.rollout.num_workers + 2
         ray.init(
+            address="local",
             num_cpus=max(needed, os.cpu_count() or 1),
             include_dashboard=False,
             runtime_env=environment,
@@ -297,16 +317,28 @@ def _worker_environment(config: Config) -> dict[str, str]:
     return variables
 
 
-def _fit(config: Config, rank_loop: Callable[[dict[str, Any]], None], loop: dict[str, Any]) -> None:
-    """Ray Train over the ZeRO-3 ranks; restarted from the last checkpoint when a rank dies."""
+def _fit(
+    config: Config,
+    rank_loop: Callable[[dict[str, Any]], None],
+    loop: dict[str, Any],
+    poll: Callable[[], None],
+    stop: Callable[[], None] | None,
+) -> None:
+    """Ray Train over the ZeRO-3 ranks; restarted from the last checkpoint when a rank dies.
+
+    ``fit`` runs in a thread of its own, so that this one can ``poll`` twice a second, fail as soon as polling does,
+    and answer signals: the first Ctrl-C or SIGTERM calls ``stop`` and waits for the orderly end, the next one ends
+    at once, as does the first where there is no ``stop``.
+    """
     gpus = config.cluster.use_gpu
+    share = 0.5 if config.cluster.colocated else 1
     trainer = TorchTrainer(
         rank_loop,
         train_loop_config=loop,
         scaling_config=ScalingConfig(
             num_workers=config.cluster.learner_ranks,
             use_gpu=gpus,
-            resources_per_worker={"GPU": 1} if gpus else {"CPU": 1},
+            resources_per_worker={"GPU": share} if gpus else {"CPU": 1},
         ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
@@ -316,9 +348,48 @@ def _fit(config: Config, rank_loop: Callable[[dict[str, Any]], None], loop: dict
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    result = trainer.fit()
-    if result.error is not None:
-        raise RuntimeError(str(result.error)) from result.error
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    with _signals() as received:
+        thread.start()
+        asked = False
+        while thread.is_alive():
+            thread.join(0.5)
+            poll()
+            if received and not asked and stop is not None:
+                stop()
+                asked = True
+            elif len(received) > int(asked):
+                raise KeyboardInterrupt
+    poll()
+    if errors:
+        raise RuntimeError(str(errors[0])) from errors[0]
+    if received:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The SIGINT and SIGTERM that came so far; elsewhere than in a main thread, none."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {
+        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _enter_rank(loop: dict[str, Any]) -> Config:
@@ -387,29 +458,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
     return out
-
-
-@contextlib.contextmanager
-def _polling(
-    drain: Callable[[], list[dict[str, Any]]], show: Callable[[dict[str, Any], Display], None], display: Display
-) -> Iterator[None]:
-    """Show events as they come, from a thread of their own, and the last ones at the end."""
-    stop = threading.Event()
-
-    def flush() -> None:
-        for event in drain():
-            show(event, display)
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            flush()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            flush()

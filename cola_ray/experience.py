@@ -1,4 +1,4 @@
-"""The data that crosses processes: Trajectory -> Group -> Batch, and the one place where positions shift.
+"""The data that crosses processes: Ticket -> Trajectory -> Group -> Batch, and the one place where positions shift.
 
 Legend: B sequences, T positions, L actions of a completion.
 
@@ -23,6 +23,14 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True)
+class Ticket:
+    """One prompt handed out: its place in the run's order, which also seeds its draws, and the problem there."""
+
+    position: int
+    problem: int  # counted among the training problems whose prompts fit
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """One finished completion."""
 
@@ -34,23 +42,31 @@ class Trajectory:
     reward: float
     truncated: bool  # ended by the token budget, not by a stop token
     text: str  # the decoded response, for people
+    failure: str = ""  # why there is no reward; such a trajectory is counted and not trained on
+    hidden_states: Array | None = None  # (P + L, H), the base's e at every position, where the engine hands it out
 
 
 @dataclass(frozen=True)
 class Group:
-    """All completions of one prompt."""
+    """All completions of one ticket's prompt."""
 
-    problem_index: int
+    position: int
     trajectories: tuple[Trajectory, ...]
 
     @property
+    def scored(self) -> tuple[Trajectory, ...]:
+        """Those with a reward."""
+        return tuple(trajectory for trajectory in self.trajectories if not trajectory.failure)
+
+    @property
     def rewards(self) -> Array:
-        return np.array([trajectory.reward for trajectory in self.trajectories], np.float32)
+        """Of the scored ones, float32."""
+        return np.array([trajectory.reward for trajectory in self.scored], np.float32)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One learner rank's share of a step, right-padded."""
+    """One learner rank's share of a step, right-padded, cut into micro-batches at the same rows on every rank."""
 
     input_ids: Array  # (B, T) int64
     attention_mask: Array  # (B, T) int64
@@ -58,71 +74,75 @@ class Batch:
     action_mask: Array  # (B, T) bool
     rollout_log_probs: Array  # (B, T) float32, 0 where masked
     advantages: Array  # (B, T) float32, of the outcome; the same at every action of a sequence
+    micro_batches: tuple[tuple[int, int, int], ...]  # (first row, end row, width) of each
     num_actions_global: int  # over all ranks: what a loss sum is divided by
     policy_version: int  # the version the learner holds when it trains on this
+    hidden_states: Array | None = None  # (B, T, H), where the engine computed them
 
     @property
     def padding_share(self) -> float:
-        return 1.0 - float(self.attention_mask.sum()) / self.attention_mask.size
-
-    def rows(self, start: int, stop: int) -> "Batch":
-        """A micro-batch, trimmed to its own longest sequence."""
-        width = int(self.attention_mask[start:stop].sum(1).max())
-
-        def cut(array: Array) -> Array:
-            return array[start:stop, :width]
-
-        return Batch(
-            input_ids=cut(self.input_ids),
-            attention_mask=cut(self.attention_mask),
-            actions=cut(self.actions),
-            action_mask=cut(self.action_mask),
-            rollout_log_probs=cut(self.rollout_log_probs),
-            advantages=cut(self.advantages),
-            num_actions_global=self.num_actions_global,
-            policy_version=self.policy_version,
-        )
+        """Share of the computed positions that hold nothing."""
+        computed = sum((stop - start) * width for start, stop, width in self.micro_batches)
+        return 1.0 - float(self.attention_mask.sum()) / computed
 
 
 def collate(
-    trajectories: Sequence[Trajectory], advantages: Sequence[float], num_ranks: int, pad_id: int, policy_version: int
+    trajectories: Sequence[Trajectory],
+    advantages: Sequence[float],
+    num_ranks: int,
+    pad_id: int,
+    policy_version: int,
+    micro_batch_tokens: int,
 ) -> list[Batch]:
     """Trajectories and their outcome advantages -> one batch a rank.
 
-    Longest first and dealt out in turn, so that ranks get near-equal work and a micro-batch holds sequences of
-    like length. Every rank gets the same number of sequences, which ZeRO-3 needs.
-
-    Raises:
-        ValueError: the number of sequences does not divide over the ranks.
+    Longest first and dealt out in turn, so that ranks get near-equal work and a micro-batch holds sequences of like
+    length. A micro-batch takes as many rows as ``micro_batch_tokens`` allows at its longest row's width, one at
+    least. ZeRO-3 needs every rank to run the same number of them: all ranks cut at the same rows, and where the
+    sequences do not divide, the last ranks get a row without actions.
     """
-    if len(trajectories) % num_ranks:
-        raise ValueError(f"{len(trajectories)} sequences do not divide over {num_ranks} ranks")
-    order = sorted(
-        range(len(trajectories)), key=lambda i: -(len(trajectories[i].prompt_ids) + len(trajectories[i].token_ids))
-    )
+    lengths = [len(t.prompt_ids) + len(t.token_ids) for t in trajectories]
+    order = sorted(range(len(trajectories)), key=lambda i: -lengths[i])
+    widths = [lengths[i] for i in order[::num_ranks]]  # of the longest rank at each row
+    cuts = _cut(widths, micro_batch_tokens)
     num_actions = sum(len(trajectory.actions) for trajectory in trajectories)
-    return [
-        _collate_rank(
-            [trajectories[i] for i in order[rank::num_ranks]],
-            [advantages[i] for i in order[rank::num_ranks]],
-            pad_id,
-            num_actions,
-            policy_version,
-        )
-        for rank in range(num_ranks)
-    ]
+
+    def of_rank(rank: int) -> Batch:
+        mine = order[rank::num_ranks]
+        pairs = [(trajectories[i], advantages[i]) for i in mine]
+        return _collate_rank(pairs, len(widths), cuts, pad_id, num_actions, policy_version)
+
+    return [of_rank(rank) for rank in range(num_ranks)]
+
+
+def _cut(widths: Sequence[int], budget: int) -> tuple[tuple[int, int, int], ...]:
+    """Rows of falling width into runs of at most ``budget`` padded tokens."""
+    cuts, start = [], 0
+    while start < len(widths):
+        rows = max(budget // widths[start], 1)
+        stop = min(start + rows, len(widths))
+        cuts.append((start, stop, widths[start]))
+        start = stop
+    return tuple(cuts)
 
 
 def _collate_rank(
-    trajectories: Sequence[Trajectory], advantages: Sequence[float], pad_id: int, num_actions: int, version: int
+    pairs: Sequence[tuple[Trajectory, float]],
+    num_rows: int,
+    micro_batches: tuple[tuple[int, int, int], ...],
+    pad_id: int,
+    num_actions: int,
+    version: int,
 ) -> Batch:
-    width = max(len(t.prompt_ids) + len(t.token_ids) for t in trajectories)
-    shape = (len(trajectories), width)
+    shape = (num_rows, max(width for _, _, width in micro_batches))
     input_ids = np.full(shape, pad_id, np.int64)
     attention_mask, actions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    attention_mask[len(pairs) :, 0] = 1  # a row without a sequence: one token, no action
     action_mask = np.zeros(shape, bool)
     log_probs, outcome = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for row, (trajectory, advantage) in enumerate(zip(trajectories, advantages, strict=True)):
+    states = pairs[0][0].hidden_states if pairs else None
+    hidden = None if states is None else np.zeros((*shape, states.shape[-1]), states.dtype)
+    for row, (trajectory, advantage) in enumerate(pairs):
         start, length = len(trajectory.prompt_ids), len(trajectory.token_ids)
         end = start + length
         input_ids[row, :start], input_ids[row, start:end] = trajectory.prompt_ids, trajectory.token_ids
@@ -132,4 +152,8 @@ def _collate_rank(
         action_mask[row, acting] = True
         log_probs[row, acting] = trajectory.rollout_log_probs
         outcome[row, acting] = advantage
-    return Batch(input_ids, attention_mask, actions, action_mask, log_probs, outcome, num_actions, version)
+        if hidden is not None and trajectory.hidden_states is not None:
+            hidden[row, : len(trajectory.hidden_states)] = trajectory.hidden_states
+    return Batch(
+        input_ids, attention_mask, actions, action_mask, log_probs, outcome, micro_batches, num_actions, version, hidden
+    )

@@ -1,12 +1,10 @@
 """Staleness as arithmetic: how many groups may exist between hand-out and training.
 
-A slot is charged when a group's prompt is handed out. It is freed when the group is dropped, or when the workers
-*hold* the weights trained on it, never earlier: freed at training, the next group would still start on the old
-weights, one version further behind than allowed.
+A slot is charged when a group's prompt is handed out. It is freed when the workers *hold* the weights trained on it,
+never earlier: freed at training, the next group would still start on the old weights, one version further behind than
+allowed.
 
     handed out ──> in flight ──> ready ──> taken ──> freed
-                       │                              ^
-                       └── dropped ───────────────────┘ (prompt failed, or carries no signal)
 
 Example, max_staleness 0 and 2 groups a step: capacity 2. Groups A, B are handed out; C waits. A and B become ready and
 are taken; C still waits. The workers report version 1; both slots are free, C and D start on version 1.
@@ -48,16 +46,10 @@ class WorkBuffer:
         """The learner was given ``count`` ready groups."""
         self._move("ready", "taken", count)
 
-    async def drop(self, count: int) -> None:
-        """``count`` groups in flight will never be trained on."""
+    async def release(self, count: int) -> None:
+        """Every worker holds the weights trained on ``count`` of the groups that were taken."""
         async with self._freed:
-            self._move("in_flight", None, count)
-            self._freed.notify_all()
-
-    async def release(self) -> None:
-        """Every worker holds the weights trained on what was taken."""
-        async with self._freed:
-            self.taken = 0
+            self._move("taken", None, count)
             self._freed.notify_all()
 
     def _move(self, source: str, target: str | None, count: int) -> None:

@@ -4,18 +4,25 @@ Only what is asked to train has gradients or optimizer state, by construction: e
 optimizer exists, and the optimizer is built over the trained parameters alone.
 """
 
+import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is NaN or infinite; raised on every rank before the optimizer can act on it."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that must not be loaded."""
 
 
 class ZeroEngine:
@@ -91,15 +98,21 @@ class ZeroEngine:
         """Clip, step, clear. Returns the gradient norm before clipping.
 
         Raises:
-            NonFiniteError: the norm is not finite.
+            NonFiniteError: on every rank, if a gradient is not finite; the weights are untouched.
         """
+        # DeepSpeed looks for overflow in fp16 only, and would step on a NaN.
+        finite = torch.ones((), dtype=torch.int32, device=self.device)
+        for _, parameter in self.trained:
+            gradient = safe_get_local_grad(parameter)
+            if gradient is not None:
+                finite &= torch.isfinite(gradient).all().to(torch.int32)
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        if not bool(finite):
+            raise NonFiniteError("a gradient is not finite")
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if lr is None else lr
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm is {norm}")
-        return norm
+        return float(self.engine.get_global_grad_norm())
 
     def stream(self, strip: str, bucket_bytes: int = 64 << 20) -> Iterator[tuple[str, Tensor]]:
         """The trained parameters, whole, bucket by bucket: (name without ``strip``, tensor).
@@ -113,16 +126,32 @@ class ZeroEngine:
                     yield name.removeprefix(strip), parameter.detach()
 
     def save(self, folder: Path) -> None:
-        """This rank's shard of parameters and optimizer; all ranks call."""
+        """This rank's shard of parameters and optimizer, and the checksums of its files; all ranks call."""
         self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
+        written = folder.rglob(f"*pp_rank_{self.rank}_mp_rank*")
+        mine = {str(path.relative_to(folder)): _checksum(path) for path in written}
+        (folder / f"checksums-{self.rank}.json").write_text(json.dumps(mine))
 
     def load(self, folder: Path) -> None:
+        """Raises CheckpointError where a file is missing or not the one that was written."""
+        for name, checksum in json.loads((folder / f"checksums-{self.rank}.json").read_text()).items():
+            if not (folder / name).exists() or _checksum(folder / name) != checksum:
+                raise CheckpointError(f"{folder / name} is damaged or missing; remove its checkpoint folder to resume "
+                                      "from the one before")  # fmt: skip
         path, _ = self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
         if path is None:
-            raise FileNotFoundError(f"no DeepSpeed checkpoint in {folder}")
+            raise CheckpointError(f"no DeepSpeed checkpoint in {folder}")
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _buckets(parameters: Iterable[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:

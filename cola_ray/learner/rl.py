@@ -2,7 +2,7 @@
 
     next_batch(rank) ─> e = base(x), once, no gradient ─> policy(e), reference(e) ─> objective ─> ZeRO-3 step
          ^                                                                                            │
-         └──── workers hold version v+1, slots freed <── publish(v+1, policy buckets, metrics) <──────┘
+         └────────────────────────────── publish(v+1, policy buckets, metrics) <──────────────────────┘
 
 Only the policy trains. The reference is a frozen copy of the policy's layers, and both read the same e; the LM head
 and the world model are never evaluated here. Legend: B sequences, T positions, K actions.
@@ -21,10 +21,16 @@ from torch import Tensor, nn
 
 from cola_ray.algorithms.advantages import discounted_sum_to_go
 from cola_ray.algorithms.latent_actions import action_log_probs
-from cola_ray.algorithms.policy_loss import clipped_policy_gradient, entropy, exact_kl, kl_estimate
+from cola_ray.algorithms.policy_loss import (
+    clipped_policy_gradient,
+    entropy,
+    exact_kl,
+    kl_estimate,
+    truncated_importance_weights,
+)
 from cola_ray.config import Config
 from cola_ray.experience import Batch
-from cola_ray.learner.engine import ZeroEngine
+from cola_ray.learner.engine import NonFiniteError, ZeroEngine
 from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.weights import Bucket, WeightSender
 
@@ -32,20 +38,20 @@ from cola_ray.weights import Bucket, WeightSender
 class BatchSource(Protocol):
     """What the learner needs of the controller."""
 
+    def begin(self, version: int, buckets: list[Bucket]) -> None:
+        """The learner holds ``version``, new or from a checkpoint; hand out batches from there on."""
+        ...
+
     def next_batch(self, rank: int, version: int) -> Batch | None:
         """This rank's share of the batch to train version ``version`` on; None when the run is over."""
         ...
 
     def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
-        """Hand out new weights; returns when every worker holds them."""
+        """Hand over new weights; may return before workers hold them."""
         ...
 
-    def state(self) -> dict:
-        """The controller's cursor, to store in a checkpoint."""
-        ...
-
-    def restore(self, state: dict, buckets: list[Bucket]) -> None:
-        """Go back to a checkpoint's cursor, with its weights."""
+    def fail(self, reason: str) -> None:
+        """Training cannot go on, and trying again would not help."""
         ...
 
 
@@ -59,23 +65,31 @@ class PolicyAndReference(nn.Module):
         # Neither is part of the RL update.
         del cola.idm, cola.world_model, cola.codebook
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Policy and reference logits, (B, T, K) each, from one pass of the base."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        hidden_states: Tensor | None = None,
+        reference_logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Policy logits (B, T, K), e (B, T, H) and reference logits (B, T, K); the last two computed unless given."""
         with torch.no_grad():
-            e = self.cola.encode(input_ids, attention_mask)
-            reference_logits = self.reference(e, attention_mask)
-        return self.cola.policy(e, attention_mask), reference_logits
+            if hidden_states is None:
+                hidden_states = self.cola.encode(input_ids, attention_mask)
+            if reference_logits is None:
+                reference_logits = self.reference(hidden_states, attention_mask)
+        return self.cola.policy(hidden_states, attention_mask), hidden_states, reference_logits
 
 
 def policy_objective(
     logits: Tensor,
-    reference_logits: Tensor,
     batch: dict[str, Tensor],
     old_log_probs: Tensor | None,
     *,
     kl_coef: float,
     clip_low: float,
     clip_high: float,
+    importance_cap: float,
     temperature: float,
     top_k: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,12 +97,15 @@ def policy_objective(
 
     Per-action reward ``-kl_coef * (log pi_old - log pi_ref)``, the outcome at the last action, lambda = 1 without a
     critic: every action's advantage is the outcome's plus the sum of KL rewards from it on (specification of CoLA's
-    RL stage; Shao et al. 2024 for the group baseline).
+    RL stage; Shao et al. 2024 for the group baseline). Each action is weighed by
+    ``min(pi_old / pi_rollout, importance_cap)``, for rollouts that an older version or another engine's arithmetic
+    drew; the ratio that is clipped is against ``pi_old``, the learner's own at the start of the batch.
 
     Args:
-        logits, reference_logits: (B, T, K).
-        batch: tensors of :class:`Batch` fields, (B, T).
+        logits: (B, T, K).
+        batch: tensors of :class:`Batch` fields (B, T), and ``reference_logits`` (B, T, K).
         old_log_probs: (B, T) at the start of the batch's updates; None on the first, where they are the current.
+        importance_cap: 0 for no weight.
         temperature, top_k: of the rollouts; scores are those of the distribution sampled from.
 
     Returns:
@@ -98,7 +115,7 @@ def policy_objective(
     shape = (*logits.shape[:-1],)
     wanted = (torch.full(shape, temperature, device=logits.device), torch.full(shape, top_k, device=logits.device))
     all_log_probs = action_log_probs(logits.float(), *wanted)
-    all_ref_log_probs = action_log_probs(reference_logits.float(), wanted[0], torch.zeros_like(wanted[1]))
+    all_ref_log_probs = action_log_probs(batch["reference_logits"].float(), wanted[0], torch.zeros_like(wanted[1]))
     log_probs = all_log_probs.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
     ref_log_probs = all_ref_log_probs.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
@@ -106,7 +123,10 @@ def policy_objective(
     if kl_coef:
         penalty = -kl_coef * kl_estimate(old, ref_log_probs, "k1")
         advantages = advantages + discounted_sum_to_go(penalty, mask)
-    loss, clipped = clipped_policy_gradient(log_probs, old, advantages, mask, clip_low, clip_high)
+    weights = torch.ones_like(advantages)
+    if importance_cap:
+        weights = truncated_importance_weights(old, batch["rollout_log_probs"], importance_cap)
+    loss, clipped = clipped_policy_gradient(log_probs, old, weights * advantages, mask, clip_low, clip_high)
     with torch.no_grad():
         mismatch = (old - batch["rollout_log_probs"]).abs().masked_fill(~mask, 0.0)
         metrics = {
@@ -114,6 +134,8 @@ def policy_objective(
             "policy/clip_fraction": clipped.float(),
             "policy/entropy": entropy(all_log_probs)[mask].sum(),
             "policy/kl": exact_kl(all_log_probs, all_ref_log_probs)[mask].sum(),
+            "policy/importance_weight": weights[mask].sum(),
+            "policy/importance_capped": ((weights >= importance_cap) & mask).float().sum() * bool(importance_cap),
             "policy/rollout_mismatch": mismatch.sum(),
             "policy/rollout_mismatch_max": mismatch.max(),
         }
@@ -147,9 +169,7 @@ class RLLearner:
         """
         rl = self.config.rl
         started = time.perf_counter()
-        size = rl.micro_batch_size
-        starts = list(range(0, len(batch.input_ids), size))
-        pieces = [_tensors(batch.rows(start, start + size), self.zero.device) for start in starts]
+        pieces = [_tensors(batch, *cut, self.zero.device) for cut in batch.micro_batches]
         old: list[Tensor | None] = [None] * len(pieces)
         if rl.updates_per_batch > 1:
             with torch.no_grad():
@@ -158,19 +178,20 @@ class RLLearner:
         sums: dict[str, Tensor] = {}
         for update in range(rl.updates_per_batch):
             for index, piece in enumerate(pieces):
-                logits, reference_logits = self.zero(piece["input_ids"], piece["attention_mask"])
                 loss, metrics = policy_objective(
-                    logits,
-                    reference_logits,
+                    self._logits(piece),
                     piece,
                     old[index],
                     kl_coef=rl.kl_coef,
                     clip_low=rl.clip_low,
                     clip_high=rl.clip_high,
+                    importance_cap=rl.importance_cap,
                     temperature=self.config.rollout.temperature,
                     top_k=self.config.rollout.top_k,
                 )
                 self.zero.backward(loss / batch.num_actions_global, last=index == len(pieces) - 1)
+                if rl.updates_per_batch == 1:
+                    pieces[index] = {}  # its states are not needed again
                 if update == 0:  # what the batch said of the policy that made it
                     for name, value in metrics.items():
                         known = sums.get(name, torch.zeros_like(value))
@@ -188,8 +209,15 @@ class RLLearner:
             "time/learn": seconds,
         }
 
+    def _logits(self, piece: dict[str, Tensor]) -> Tensor:
+        """Of the policy. Leaves in ``piece`` what later updates on the same batch need again."""
+        names = ("input_ids", "attention_mask", "hidden_states", "reference_logits")
+        logits, e, reference_logits = self.zero(*(piece.get(name) for name in names))
+        piece |= {"hidden_states": e, "reference_logits": reference_logits}
+        return logits
+
     def _log_probs(self, piece: dict[str, Tensor]) -> Tensor:
-        logits, _ = self.zero(piece["input_ids"], piece["attention_mask"])
+        logits = self._logits(piece)
         shape = logits.shape[:-1]
         wanted = (
             torch.full(shape, self.config.rollout.temperature, device=logits.device),
@@ -207,17 +235,15 @@ class RLLearner:
             return []
         return list(self.sender.buckets(self.version, tensors))
 
-    def save(self, folder: Path, controller_state: dict | None) -> None:
+    def save(self, folder: Path) -> None:
+        """This rank's shard and its checksums; the version stands for all else, since every draw follows from it."""
         self.zero.save(folder)
         if self.zero.rank == 0:
-            state = {"version": self.version, "controller": controller_state}
-            (folder / "rl.json").write_text(json.dumps(state))
+            (folder / "rl.json").write_text(json.dumps({"version": self.version}))
 
-    def load(self, folder: Path) -> dict:
+    def load(self, folder: Path) -> None:
         self.zero.load(folder)
-        state = json.loads((folder / "rl.json").read_text())
-        self.version = state["version"]
-        return state["controller"]
+        self.version = json.loads((folder / "rl.json").read_text())["version"]
 
 
 def train_loop(
@@ -231,24 +257,38 @@ def train_loop(
     learner = RLLearner(config, model_path)
     is_first = learner.zero.rank == 0
     if checkpoint is not None:
-        state = learner.load(checkpoint)
-        buckets = learner.buckets()
-        if is_first:
-            source.restore(state, buckets)
-        torch.distributed.barrier()
-    while (batch := source.next_batch(learner.zero.rank, learner.version)) is not None:
-        metrics = learner.step(batch)
+        learner.load(checkpoint)
+    buckets = learner.buckets()
+    if is_first:
+        source.begin(learner.version, buckets)
+    torch.distributed.barrier()
+    saved = learner.version
+    metrics: dict[str, float] = {}
+    while True:
         started = time.perf_counter()
-        buckets = learner.buckets()
-        metrics["time/gather"] = time.perf_counter() - started
-        metrics["learner/zero_stage"] = float(learner.zero.zero_stage)
-        if is_first:
-            source.publish(learner.version, buckets, metrics)
-        due = learner.version % config.rl.save_every == 0 or learner.version == config.rl.max_steps
-        if due:
+        batch = source.next_batch(learner.zero.rank, learner.version)
+        waited = time.perf_counter() - started
+        if batch is not None:
+            try:
+                metrics = learner.step(batch) | {"time/wait": waited}
+            except NonFiniteError as error:
+                source.fail(f"step {learner.version}: {error}")
+                raise
+            started = time.perf_counter()
+            buckets = learner.buckets()
+            metrics["time/gather"] = time.perf_counter() - started
+            metrics["learner/zero_stage"] = float(learner.zero.zero_stage)
+            if is_first:
+                source.publish(learner.version, buckets, metrics)
+        if learner.version > saved and (batch is None or learner.version % config.rl.save_every == 0):
             with tempfile.TemporaryDirectory() as folder:
-                learner.save(Path(folder), source.state() if is_first else None)
+                learner.save(Path(folder))
                 report(metrics, Path(folder))
+            saved = learner.version
+        if batch is None:
+            break
+    if learner.version < config.rl.max_steps:  # stopped early; the checkpoint is what is left
+        return
     tensors = {name: tensor.cpu().clone() for name, tensor in learner.zero.stream("cola.")}
     if is_first:
         export(model_path, tensors, Path(config.output_dir) / "model")
@@ -267,10 +307,13 @@ def export(start_model: str, trained: dict[str, Tensor], target: Path) -> None:
     AutoTokenizer.from_pretrained(start_model).save_pretrained(target)
 
 
-def _tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    names = ("input_ids", "attention_mask", "actions", "action_mask", "rollout_log_probs", "advantages")
+def _tensors(batch: Batch, start: int, stop: int, width: int, device: torch.device) -> dict[str, Tensor]:
+    """A micro-batch on the device."""
+    names = ["input_ids", "attention_mask", "actions", "action_mask", "rollout_log_probs", "advantages"]
+    if batch.hidden_states is not None:
+        names.append("hidden_states")
     # A copy: arrays from Ray's object store are read-only.
-    return {name: torch.tensor(getattr(batch, name), device=device) for name in names}
+    return {name: torch.tensor(getattr(batch, name)[start:stop, :width], device=device) for name in names}
 
 
 def _reduce(sums: dict[str, Tensor], num_actions: int) -> dict[str, float]:

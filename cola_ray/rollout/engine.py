@@ -1,9 +1,17 @@
-"""One in-process vLLM engine: prompt ids in, tokens, actions and log-probabilities out; weights applied between."""
+"""One in-process vLLM engine: prompt ids in, tokens, actions and log-probabilities out; weights applied between steps.
+
+    submit(request) ... ─> step() ─> [(id, completion)]        continuous batching: submit at any time between steps
+                             │
+                 update_weights(version, buckets)               between two steps; requests in flight go on with it
+
+A request in flight at an update keeps its tokens. Its key/value entries of the policy layers are stale, so it is
+preempted and computed again under the new weights; ``Completion.versions`` tells which version chose each action.
+"""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +37,7 @@ class Completion:
     token_ids: np.ndarray  # (L,) int64, the stop token included
     actions: np.ndarray  # (L,) int64
     log_probs: np.ndarray  # (L,) float32, of the actions, under the distribution sampled from
+    versions: np.ndarray  # (L,) int64, the policy version that chose each action
     truncated: bool  # out of budget, not stopped
 
 
@@ -69,6 +78,8 @@ class LatentEngine:
         self.stop_token_id = stop_token_id
         self.vocab_size = AutoConfig.from_pretrained(model_path).vocab_size
         self.version = 0
+        self.in_flight: dict[str, _InFlight] = {}
+        self.num_submitted = 0
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             engine_args.setdefault("kv_cache_memory_bytes", kv_cache_mb << 20)
@@ -84,33 +95,62 @@ class LatentEngine:
             logits_processors=[ROW_TRACKER],
             hf_overrides=engine_overrides(self.vocab_size),
             seed=0,
+            async_scheduling=False,  # a weight update must know exactly how far each request is
             **engine_args,
         )
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """All completions, in the order of the requests."""
-        params = [
-            self.vllm.SamplingParams(
-                max_tokens=request.max_new_tokens,
-                stop_token_ids=[self.stop_token_id],
-                ignore_eos=True,  # the one stop token above, not whatever else the checkpoint lists
-                detokenize=False,
-                **sampling_args(
-                    self.vocab_size,
-                    temperature=request.temperature,
-                    top_k=request.top_k,
-                    seed=request.seed,
-                    actions=list(request.actions),
-                ),
-            )
-            for request in requests
-        ]
-        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [
-            Completion(*decode(output.outputs[0]), truncated=output.outputs[0].finish_reason == "length")
-            for output in outputs
-        ]
+        """All completions, in the order of the requests; nothing else may be in flight."""
+        ids = [self.submit(request) for request in requests]
+        finished: dict[str, Completion] = {}
+        while self.num_in_flight:
+            finished |= self.step()
+        return [finished[request_id] for request_id in ids]
+
+    def submit(self, request: Request) -> str:
+        """Queue a request; returns its id, under which ``step`` will hand out the completion.
+
+        Raises:
+            ValueError: vLLM refuses it, e.g. a prompt longer than the model's context.
+        """
+        params = self.vllm.SamplingParams(
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=[self.stop_token_id],
+            ignore_eos=True,  # the one stop token above, not whatever else the checkpoint lists
+            detokenize=False,
+            output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+            **sampling_args(
+                self.vocab_size,
+                temperature=request.temperature,
+                top_k=request.top_k,
+                seed=request.seed,
+                actions=list(request.actions),
+            ),
+        )
+        self.num_submitted += 1
+        name, prompt = str(self.num_submitted), {"prompt_token_ids": list(request.prompt_ids)}
+        self.in_flight[name] = _InFlight(self.llm.llm_engine.add_request(name, prompt, params), [(0, self.version)])
+        return name
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self.in_flight)
+
+    def step(self) -> dict[str, Completion]:
+        """One forward pass over the running batch; returns what finished in it."""
+        return {
+            output.request_id: self._complete(self.in_flight.pop(output.request_id), output.outputs[0])
+            for output in self.llm.llm_engine.step()
+        }
+
+    def _complete(self, request: "_InFlight", output: Any) -> Completion:
+        token_ids, actions, log_probs = decode(output)
+        starts, versions = zip(*request.versions, strict=True)
+        lengths = np.diff([*starts, len(actions)])
+        return Completion(
+            token_ids, actions, log_probs, np.repeat(np.array(versions, np.int64), lengths),
+            truncated=output.finish_reason == "length",
+        )  # fmt: skip
 
     def update_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
         """Replace the policy by ``version`` and drop the prefix cache, whose policy entries are stale now.
@@ -124,10 +164,28 @@ class LatentEngine:
         self.llm.apply_model(lambda model: load_policy(model, receiver))
         self.reset_prefix_cache()
         self.version = version
+        # How far each request is, is known to the scheduler alone before the request ends.
+        running = self.llm.llm_engine.engine_core.engine_core.scheduler.requests
+        for request in self.in_flight.values():
+            request.versions.append((running[request.engine_id].num_output_tokens, version))
 
     def reset_prefix_cache(self) -> None:
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache: requests are still running during a weight update")
+        """Forget all keys and values; requests in flight are computed again, without new draws."""
+        if not self.llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM kept its prefix cache during a weight update")
+
+    def sleep(self) -> None:
+        """Free the GPU for a colocated learner: weights to host memory, cache dropped."""
+        self.llm.sleep(level=1)
+
+    def wake_up(self) -> None:
+        self.llm.wake_up()
+
+
+@dataclass
+class _InFlight:
+    engine_id: str  # vLLM's own name of the request
+    versions: list[tuple[int, int]]  # (first output position, version), ascending
 
 
 def prepare_process(num_threads: int) -> None:

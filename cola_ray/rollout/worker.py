@@ -1,15 +1,28 @@
-"""What runs in a rollout actor: an engine, a tokenizer and a task. Stateless but for weights and caches."""
+"""What runs in a rollout actor: an engine, a tokenizer and a task. Stateless but for weights and caches.
 
+    generate_groups ─┐                      ┌─> completions ─> RewardProcess ─> Groups
+    evaluate        ─┼─> engine.submit ─> _run: one step after the other, in a thread
+    update_weights  ─┘        gate: closed while an update waits for requests in flight (update_mode drain)
+
+Calls overlap: the actor is asyncio, and all requests share one running batch. A failed step is the error of every
+call that waits on it.
+"""
+
+import asyncio
+import functools
 import resource
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from cola_ray.config import Config
-from cola_ray.experience import Group, Trajectory
+from cola_ray.experience import Group, Ticket, Trajectory
 from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Completion, LatentEngine, Request, prepare_process
+from cola_ray.rollout.scoring import Reward, RewardProcess
 from cola_ray.tasks import make_task, render_prompt
+from cola_ray.tasks.protocol import Split
 from cola_ray.weights import Bucket
 
 
@@ -22,8 +35,10 @@ class RolloutWorker:
 
         rollout = config.rollout
         self.config = config
+        make = functools.partial(make_task, config.task, config.seed)
+        self.rewards = RewardProcess(make, config.task.reward_timeout_s)
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.task = make_task(config.task, config.seed)
+        self.task = make()
         self.engine = LatentEngine(
             model_path,
             dtype=config.model.dtype,
@@ -33,53 +48,56 @@ class RolloutWorker:
             kv_cache_mb=rollout.kv_cache_mb,
             tensor_parallel_size=rollout.tensor_parallel_size,
             num_threads=config.cluster.threads_per_process,
+            enable_sleep_mode=config.cluster.colocated,
         )
+        questions = [problem.question for problem in self.task.problems("train")]
+        self.prompts = [render_prompt(self.tokenizer, question) for question in questions]
+        self.fitting = [i for i, prompt in enumerate(self.prompts) if len(prompt) <= rollout.max_prompt_tokens]
+        self.gate = asyncio.Lock()  # held by whoever submits, and by an update that drains
+        self.waiting: dict[str, asyncio.Future[Completion]] = {}
+        self.runner: asyncio.Task | None = None
+        self.between_steps = asyncio.Lock()
+        self.stepper = ThreadPoolExecutor(1)  # one thread for all steps: OpenMP keeps a team for every caller
 
-    def facts(self) -> dict[str, object]:
+    async def facts(self) -> dict[str, object]:
         """What the driver wants to know once: sizes and versions."""
         import vllm
 
         return {
-            "num_train": len(self.task.problems("train")),
+            "num_train": len(self.fitting),
+            "num_too_long": len(self.prompts) - len(self.fitting),
             "num_heldout": len(self.task.problems("heldout")),
             "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             "vllm_version": vllm.__version__,
         }
 
-    def generate_groups(self, indices: Sequence[int], round_number: int) -> list[Group]:
-        """One group of ``rl.group_size`` completions for each training problem, scored.
+    async def generate_groups(self, tickets: Sequence[Ticket]) -> list[Group]:
+        """A group of ``rl.group_size`` scored completions for each ticket, in order.
 
-        Seeds depend on (run seed, round, problem, sibling) alone, so who generates a group and when does not matter.
-        A prompt longer than ``rollout.max_prompt_tokens`` yields a group without trajectories.
+        Draws depend on (run seed, ticket's position, sibling) alone, so who generates a group, when, and how often
+        does not matter.
         """
         size, rollout = self.config.rl.group_size, self.config.rollout
-        problems = self.task.problems("train")
-        prompts = {index: render_prompt(self.tokenizer, problems[index].question) for index in indices}
-        fitting = [index for index in indices if len(prompts[index]) <= rollout.max_prompt_tokens]
+        indices = [self.fitting[ticket.problem] for ticket in tickets]
         requests = [
             Request(
-                prompts[index],
-                seed=self._seed(round_number, index, sibling),
+                self.prompts[index],
+                seed=self._seed(ticket.position, sibling),
                 temperature=rollout.temperature,
                 top_k=rollout.top_k,
                 max_new_tokens=rollout.max_new_tokens,
             )
-            for index in fitting
+            for ticket, index in zip(tickets, indices, strict=True)
             for sibling in range(size)
         ]
-        completions = iter(self.engine.generate(requests))
-        return [
-            Group(
-                index,
-                tuple(self._scored(index, prompts[index], next(completions)) for _ in range(size))
-                if index in fitting
-                else (),
-            )
-            for index in indices
-        ]
+        completions = await self._complete(requests)
+        owners = [index for index in indices for _ in range(size)]
+        rewards = await self._score("train", owners, completions)
+        made = iter(zip(owners, completions, rewards, strict=True))
+        return [Group(ticket.position, tuple(self._trajectory(*next(made)) for _ in range(size))) for ticket in tickets]
 
-    def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
-        """Greedy rewards on held-out problems: of the policy, or of the bare base."""
+    async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
+        """Greedy rewards on held-out problems, of the policy or of the bare base; 0 where scoring failed."""
         rollout = self.config.rollout
         problems = self.task.problems("heldout")
         prompts = [render_prompt(self.tokenizer, problems[index].question) for index in indices]
@@ -88,35 +106,76 @@ class RolloutWorker:
             Request(prompt[-rollout.max_prompt_tokens :], 0, 0.0, 0, rollout.max_new_tokens, actions)
             for prompt in prompts
         ]
-        completions = self.engine.generate(requests)
-        return [
-            self.task.score("heldout", index, self._text(completion.token_ids))
-            for index, completion in zip(indices, completions, strict=True)
-        ]
+        completions = await self._complete(requests)
+        return [reward.value for reward in await self._score("heldout", indices, completions)]
 
-    def update_weights(self, version: int, *buckets: Bucket) -> int:
-        self.engine.update_weights(version, buckets)
+    async def update_weights(self, version: int, *buckets: Bucket) -> int:
+        """Hold ``version`` on return. Mode drain lets requests in flight end first; continue swaps between steps."""
+        if self.config.rollout.update_mode == "drain":
+            async with self.gate:
+                if self.runner is not None:
+                    await self.runner
+                self.engine.update_weights(version, buckets)
+        else:
+            async with self.between_steps:
+                self.engine.update_weights(version, buckets)
         return version
 
-    def peak_memory_gb(self) -> float:
+    async def sleep(self) -> None:
+        self.engine.sleep()
+
+    async def wake_up(self) -> None:
+        self.engine.wake_up()
+
+    async def peak_memory_gb(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    def _scored(self, index: int, prompt: Sequence[int], completion: Completion) -> Trajectory:
-        text = self._text(completion.token_ids)
+    async def _score(self, split: Split, indices: Sequence[int], completions: Sequence[Completion]) -> list[Reward]:
+        pairs = zip(indices, completions, strict=True)
+        items = [(split, index, self._text(completion)) for index, completion in pairs]
+        return await asyncio.to_thread(self.rewards.score, items)
+
+    async def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Submitted in one go, so that who shares a batch with whom does not depend on timing."""
+        async with self.gate, self.between_steps:
+            futures = []
+            for request in requests:
+                future = asyncio.get_running_loop().create_future()
+                self.waiting[self.engine.submit(request)] = future
+                futures.append(future)
+            if self.runner is None or self.runner.done():
+                self.runner = asyncio.create_task(self._run())
+        return await asyncio.gather(*futures)
+
+    async def _run(self) -> None:
+        """Step until nothing is in flight."""
+        try:
+            while self.engine.num_in_flight:
+                async with self.between_steps:
+                    finished = await asyncio.get_running_loop().run_in_executor(self.stepper, self.engine.step)
+                for name, completion in finished.items():
+                    self.waiting.pop(name).set_result(completion)
+        except Exception as error:
+            failed, self.waiting = self.waiting, {}
+            for future in failed.values():
+                future.set_exception(error)
+
+    def _trajectory(self, index: int, completion: Completion, reward: Reward) -> Trajectory:
         return Trajectory(
-            prompt_ids=np.asarray(prompt, np.int64),
+            prompt_ids=np.asarray(self.prompts[index], np.int64),
             token_ids=completion.token_ids,
             actions=completion.actions,
             rollout_log_probs=completion.log_probs,
-            versions=np.full(len(completion.actions), self.engine.version, np.int64),
-            reward=self.task.score("train", index, text),
+            versions=completion.versions,
+            reward=reward.value,
             truncated=completion.truncated,
-            text=text,
+            text=self._text(completion),
+            failure=reward.failure,
         )
 
-    def _text(self, token_ids: np.ndarray) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+    def _text(self, completion: Completion) -> str:
+        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
-    def _seed(self, round_number: int, index: int, sibling: int) -> int:
-        entropy = (self.config.seed, round_number, index, sibling)
+    def _seed(self, position: int, sibling: int) -> int:
+        entropy = (self.config.seed, position, sibling)
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)
