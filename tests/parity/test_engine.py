@@ -129,6 +129,42 @@ def test_published_weights_reach_the_engine(engine, cola, other):
     assert_same(engine.generate([request])[0], reference(cola, request))
 
 
+def test_requests_in_flight_continue_on_new_weights(engine, cola, other):
+    """Tokens before the update are the old policy's, those after it the new one's: as PyTorch says, bit by bit."""
+    requests = [Request(list(range(20 + i, 40 + i)), 50 + i, 1.0, 0, 16) for i in range(8)]
+    ids = [engine.submit(request) for request in requests]
+    finished = {}
+    for _ in range(5):
+        finished |= engine.step()
+    assert engine.num_in_flight
+    publish(engine, other, 10)
+    while engine.num_in_flight:
+        finished |= engine.step()
+    mixed = 0
+    for name, request in zip(ids, requests, strict=True):
+        completion = finished[name]
+        old = int((completion.versions != 10).sum())
+        assert sorted(completion.versions == 10) == list(completion.versions == 10), "versions only grow"
+        mixed += 0 < old < len(completion.versions)
+        assert_same(completion, replayed(cola, other, request, old))
+    assert mixed >= 2, "the update was meant to fall amid the requests"
+    publish(engine, cola, 11)
+
+
+def replayed(first, second, request, switch):
+    """Token by token without any cache: ``switch`` steps by one model, the rest by the other."""
+    ids, columns = list(request.prompt_ids), ([], [], [])
+    for step in range(request.max_new_tokens):
+        model = first if step < switch else second
+        found = model.generate_latent(torch.tensor([ids]), max_new_tokens=1, temperature=1.0, seed=request.seed)
+        for column, value in zip(columns, found, strict=True):
+            column.append(value[0, 0].item())
+        ids.append(columns[0][-1])
+        if ids[-1] == STOP:
+            break
+    return [np.array(column) for column in columns]
+
+
 def test_prefix_cache_must_be_dropped_with_the_old_policy(engine, cola, other, monkeypatch):
     """Without the reset, a cached prompt answers with the old policy's keys and values."""
     request = Request(list(range(20, 84)), 5, 0.0, 0, 4)

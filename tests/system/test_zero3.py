@@ -13,13 +13,14 @@ from conftest import NUM_ACTIONS, VOCAB_SIZE
 from cola_ray import CoLAForCausalLM
 from cola_ray.config import Config, override, preset
 from cola_ray.experience import Batch, Trajectory, collate
+from cola_ray.learner.engine import CheckpointError, NonFiniteError
 from cola_ray.learner.rl import PolicyAndReference, RLLearner, _tensors, export, policy_objective
 
 STEPS, TOLERANCE = 20, 1e-5
 
 
 def settings() -> Config:
-    changes = {"rl.lr": 3e-4, "rl.kl_coef": 0.05, "rl.micro_batch_size": 3, "model.num_actions": NUM_ACTIONS,
+    changes = {"rl.lr": 3e-4, "rl.kl_coef": 0.05, "rl.micro_batch_tokens": 40, "model.num_actions": NUM_ACTIONS,
                "rollout.temperature": 0.8}  # fmt: skip
     return override(preset("tiny"), changes)
 
@@ -44,7 +45,9 @@ def batches(ranks: int) -> list[list[Batch]]:
                     text="",
                 )
             )
-        steps.append(collate(items, draw.normal(size=10).tolist(), ranks, pad_id=0, policy_version=step))
+        steps.append(
+            collate(items, draw.normal(size=10).tolist(), ranks, 0, step, micro_batch_tokens=40 if ranks > 1 else 10**6)
+        )
     return steps
 
 
@@ -62,14 +65,26 @@ def zero_rank(rank: int, port: int, model_dir: str, out: str) -> None:
     for step, parts in enumerate(batches(2)):
         losses.append(learner.step(parts[rank])["policy/loss"])
         if step == 9:  # half-way: save, wreck, load
-            learner.save(Path(out), {"cursor": 1} if rank == 0 else None)
+            learner.save(Path(out))
             torch.distributed.barrier()
+    shard = next(Path(out).rglob(f"*pp_rank_{rank}_mp_rank*optim_states.pt"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match="damaged or missing"):
+        learner.load(Path(out))
+    shard.write_bytes(whole)
     straight = {name: tensor.clone() for name, tensor in learner.zero.stream("cola.")}
-    assert learner.load(Path(out)) == {"cursor": 1}
+    learner.load(Path(out))
     assert learner.version == 10
     for parts in batches(2)[10:]:
         learner.step(parts[rank])
     resumed = {name: tensor.clone() for name, tensor in learner.zero.stream("cola.")}
+    poisoned = batches(2)[0][rank]
+    poisoned.advantages[0, :] = np.nan if rank == 1 else 0.0
+    with pytest.raises(NonFiniteError):  # on both ranks, though one alone has seen it
+        learner.step(poisoned)
+    for name, tensor in learner.zero.stream("cola."):
+        assert torch.equal(tensor, resumed[name]), name
     if rank == 0:
         torch.save({"losses": losses, "policy": straight, "resumed": resumed}, f"{out}/result.pt")
     torch.distributed.barrier()
@@ -93,11 +108,11 @@ def plain(cola_dir):
     optimizer = torch.optim.AdamW(parameters, lr=config.rl.lr, betas=config.rl.adam_betas, weight_decay=0.0)
     losses = []
     for (batch,) in batches(1):
-        piece = _tensors(batch, torch.device("cpu"))
-        logits, reference_logits = module(piece["input_ids"], piece["attention_mask"])
+        piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
+        logits, _, piece["reference_logits"] = module(piece["input_ids"], piece["attention_mask"])
         loss, _ = policy_objective(
-            logits, reference_logits, piece, None, kl_coef=config.rl.kl_coef, clip_low=0.2, clip_high=0.2,
-            temperature=0.8, top_k=0,
+            logits, piece, None, importance_cap=config.rl.importance_cap, kl_coef=config.rl.kl_coef, clip_low=0.2,
+            clip_high=0.2, temperature=0.8, top_k=0,
         )  # fmt: skip
         optimizer.zero_grad()
         (loss / batch.num_actions_global).backward()

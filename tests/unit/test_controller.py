@@ -1,0 +1,191 @@
+"""The controller over plain Python workers: staleness, exactly once, lost workers, failures told."""
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cola_ray.config import override, preset
+from cola_ray.controller import Controller, WorkerLostError
+from cola_ray.experience import Group, Trajectory
+
+STEPS, PROMPTS, GROUP = 6, 4, 2
+
+
+@dataclasses.dataclass
+class Worker:
+    """Answers at once, with the version it holds; dies or fails when told to."""
+
+    version: int = 0
+    dies_at: set = dataclasses.field(default_factory=set)  # positions
+    failure: str = ""
+    reward_failure: str = ""
+    dead: bool = False
+    hangs: bool = False
+
+
+class Pool:
+    def __init__(self, **first):
+        self.workers, self.first, self.served = [], first, []
+
+    def spawn(self):
+        self.workers.append(Worker(**self.first) if not self.workers else Worker())
+        return self.workers[-1]
+
+    def kill(self, worker):
+        worker.dead = True
+
+    async def call(self, worker, method, *args):
+        await asyncio.sleep(0)
+        if worker.dead:
+            raise WorkerLostError("dead")
+        if method == "generate_groups":
+            return await self.generate(worker, *args)
+        if method == "update_weights":
+            worker.version = args[0]
+            return worker.version
+        facts = {"num_train": 10, "num_heldout": 3, "pad_token_id": 0, "num_too_long": 0}
+        return {"facts": facts, "evaluate": [1.0]}[method]
+
+    async def generate(self, worker, tickets):
+        version = worker.version
+        await asyncio.sleep(0.001)
+        if worker.hangs:
+            await asyncio.sleep(60)
+        if worker.failure:
+            raise ValueError(worker.failure)
+        if worker.dies_at & {ticket.position for ticket in tickets}:
+            worker.dead = True
+            raise WorkerLostError("killed")
+        self.served += [(ticket.position, ticket.problem) for ticket in tickets]
+        return [
+            Group(ticket.position, tuple(self.trajectory(worker, version, i) for i in range(GROUP)))
+            for ticket in tickets
+        ]
+
+    def trajectory(self, worker, version, sibling):
+        one = np.ones(1, np.int64)
+        failure = worker.reward_failure if sibling == 0 else ""
+        return Trajectory(one, one, one, -np.ones(1, np.float32), one * version, float(sibling), False, "", failure)
+
+
+def config(**changes):
+    fixed = {"rl.max_steps": STEPS, "rl.prompts_per_step": PROMPTS, "rl.group_size": GROUP, "rl.eval_every": 0,
+             "rollout.num_workers": 2, "cluster.learner_ranks": 1}  # fmt: skip
+    return override(preset("tiny"), fixed | changes)
+
+
+async def train(controller, first=0, until=STEPS):
+    """What the learner does. Returns the batches."""
+    await controller.begin(first, [])
+    batches, version = [], first
+    while version < until and (batch := await controller.next_batch(0, version)) is not None:
+        batches.append(batch)
+        version += 1
+        await controller.publish(version, [], {"time/learn": 0.0})
+    if until == STEPS:
+        assert await controller.next_batch(0, version) is None
+    return batches
+
+
+def run(pool, changes=None, act=train):
+    async def whole():
+        controller = Controller(config(**(changes or {})), pool)
+        await controller.start(resumed=False)
+        return controller, await asyncio.wait_for(act(controller), 20)
+
+    return asyncio.run(whole())
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_every_prompt_once_and_never_staler_than_allowed(max_staleness):
+    pool = Pool()
+    controller, batches = run(pool, {"rl.max_staleness": max_staleness})
+    assert sorted(position for position, _ in pool.served) == list(range(STEPS * PROMPTS))
+    assert [batch.policy_version for batch in batches] == list(range(STEPS))
+    events = [event for event in controller.events if event["step"]]
+    assert [event["step"] for event in events] == list(range(1, STEPS + 1))
+    stalest = [event["metrics"]["staleness/max"] for event in events]
+    assert max(stalest) <= max_staleness
+    if max_staleness == 1:
+        assert max(stalest) == 1, "the allowance is meant to be used"
+
+
+def test_an_epoch_serves_every_problem_before_any_again():
+    pool = Pool()
+    run(pool)
+    problems = [problem for _, problem in sorted(pool.served)]
+    assert sorted(problems[:10]) == sorted(problems[10:20]) == list(range(10))
+    assert problems[:10] != problems[10:20]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_lost_worker_costs_nothing_but_time(max_staleness):
+    pool = Pool(dies_at={8, 9, 10, 11})
+    controller, batches = run(pool, {"rl.max_staleness": max_staleness})
+    assert sorted(position for position, _ in pool.served) == list(range(STEPS * PROMPTS))
+    assert len(batches) == STEPS
+    assert controller.ledger.worker_losses == 1
+    assert controller.ledger.regenerated_groups > 0
+    assert len(pool.workers) == 3
+    assert all(worker.version == STEPS for worker in pool.workers if not worker.dead), "replacements follow updates"
+
+
+def test_a_worker_that_always_dies_ends_the_run():
+    class Doomed(Pool):
+        def spawn(self):
+            self.workers.append(Worker(dies_at=set(range(100))))
+            return self.workers[-1]
+
+    with pytest.raises(RuntimeError, match=r"died 4 times without completing a share"):
+        run(Doomed())
+
+
+def test_a_workers_error_is_told_in_its_own_words():
+    with pytest.raises(RuntimeError, match="ValueError: no KV cache left"):
+        run(Pool(failure="no KV cache left"))
+
+
+def test_what_hangs_is_named():
+    with pytest.raises(RuntimeError, match=r"waiting for: .*worker 0: generate_groups"):
+        run(Pool(hangs=True), {"cluster.stall_timeout_s": 0.4})
+
+
+def test_failed_rewards_are_left_out_and_counted():
+    pool = Pool(reward_failure="returned nan")
+    controller, batches = run(pool, {"task.max_failed_rewards": 0.5})
+    assert controller.ledger.failed_rewards > 0
+    trained = sum(int(batch.action_mask.sum()) for batch in batches)
+    assert trained == STEPS * PROMPTS * GROUP - controller.ledger.failed_rewards
+
+
+def test_too_many_failed_rewards_end_the_run():
+    with pytest.raises(RuntimeError, match=r"max_failed_rewards = 10%; the first one returned nan"):
+        run(Pool(reward_failure="returned nan"))
+
+
+def test_begin_goes_back_to_a_version():
+    """A learner that died at version 3 and comes back with version 2 gets the same prompts again."""
+    pool = Pool()
+
+    async def act(controller):
+        await train(controller, until=3)
+        served = dict(pool.served)
+        pool.served.clear()
+        await train(controller, first=2)
+        assert {position: served.get(position, problem) for position, problem in pool.served} == dict(pool.served)
+        assert sorted(dict(pool.served)) == list(range(2 * PROMPTS, STEPS * PROMPTS))
+
+    run(pool, act=act)
+
+
+def test_stop_ends_after_the_step_under_way():
+    async def act(controller):
+        await controller.begin(0, [])
+        assert await controller.next_batch(0, 0) is not None
+        assert await controller.stop() == 1
+        await controller.publish(1, [], {"time/learn": 0.0})
+        assert await controller.next_batch(0, 1) is None
+
+    run(Pool(), act=act)
