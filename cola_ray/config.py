@@ -163,6 +163,8 @@ class RLConfig(_Branch):
     """Versions a rollout may lag behind the learner. 0 is strictly on-policy; 1 overlaps rollouts with learning."""
     importance_cap: float = 2.0
     """Truncation of pi_learner / pi_rollout, the weight that corrects staleness and engine mismatch. 0: no weight."""
+    cache_hidden_states: bool = False
+    """The engine hands the base's states out with the tokens, and the learner holds no base at all."""
     eval_every: int = 10
     """Steps between greedy evaluations; 0 only at start and end."""
     eval_problems: int = 512

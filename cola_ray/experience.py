@@ -43,7 +43,9 @@ class Trajectory:
     truncated: bool  # ended by the token budget, not by a stop token
     text: str  # the decoded response, for people
     failure: str = ""  # why there is no reward; such a trajectory is counted and not trained on
-    hidden_states: Array | None = None  # (P + L, H), the base's e at every position, where the engine hands it out
+    hidden_states: Array | None = (
+        None  # (P + L - 1, H), e at all but the last token, if the engine sends it; bf16 as int16
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Batch:
     micro_batches: tuple[tuple[int, int, int], ...]  # (first row, end row, width) of each
     num_actions_global: int  # over all ranks: what a loss sum is divided by
     policy_version: int  # the version the learner holds when it trains on this
-    hidden_states: Array | None = None  # (B, T, H), where the engine computed them
+    hidden_states: Array | None = None  # (B, T, H), where the engine sends them; bfloat16 as int16
 
     @property
     def padding_share(self) -> float:

@@ -56,14 +56,20 @@ class BatchSource(Protocol):
 
 
 class PolicyAndReference(nn.Module):
-    """The frozen model, its trainable policy and a frozen copy of that policy as it was at the start of RL."""
+    """The frozen model, its trainable policy and a frozen copy of that policy as it was at the start of RL.
 
-    def __init__(self, cola: CoLAForCausalLM) -> None:
+    Args:
+        without_base: the states come with every batch; the base is dropped.
+    """
+
+    def __init__(self, cola: CoLAForCausalLM, without_base: bool = False) -> None:
         super().__init__()
         self.cola = cola
         self.reference = copy.deepcopy(cola.policy)
-        # Neither is part of the RL update.
+        # Not part of the RL update.
         del cola.idm, cola.world_model, cola.codebook
+        if without_base:
+            del cola.model, cola.lm_head
 
     def forward(
         self,
@@ -151,7 +157,7 @@ class RLLearner:
         cola = CoLAForCausalLM.from_pretrained(model_path, dtype=dtype)
         rl = config.rl
         self.zero = ZeroEngine(
-            PolicyAndReference(cola),
+            PolicyAndReference(cola, without_base=rl.cache_hidden_states),
             ("cola.policy.",),
             lr=rl.lr,
             betas=rl.adam_betas,
@@ -313,7 +319,10 @@ def _tensors(batch: Batch, start: int, stop: int, width: int, device: torch.devi
     if batch.hidden_states is not None:
         names.append("hidden_states")
     # A copy: arrays from Ray's object store are read-only.
-    return {name: torch.tensor(getattr(batch, name)[start:stop, :width], device=device) for name in names}
+    piece = {name: torch.tensor(getattr(batch, name)[start:stop, :width], device=device) for name in names}
+    if "hidden_states" in piece and piece["hidden_states"].dtype is torch.int16:  # NumPy has no bfloat16
+        piece["hidden_states"] = piece["hidden_states"].view(torch.bfloat16)
+    return piece
 
 
 def _reduce(sums: dict[str, Tensor], num_actions: int) -> dict[str, float]:

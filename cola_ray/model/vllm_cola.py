@@ -9,7 +9,7 @@ Which request owns which row of ``compute_logits`` is told by a :class:`RowTable
 """
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor as LogitsLayer
@@ -34,9 +35,13 @@ ROW_TRACKER = f"{__name__}:RowTracker"
 """What an engine passes as ``logits_processors``."""
 
 
-def engine_overrides(vocab_size: int) -> dict[str, int]:
-    """``hf_overrides`` that pad the served vocabulary by the action columns."""
-    return {"vocab_size": vocab_size + NUM_COLUMNS, "unpadded_vocab_size": vocab_size}
+def engine_overrides(vocab_size: int, keep_hidden_states: bool = False) -> dict[str, Any]:
+    """``hf_overrides`` that pad the served vocabulary by the action columns, and ask for a :class:`StateStore`."""
+    return {
+        "vocab_size": vocab_size + NUM_COLUMNS,
+        "unpadded_vocab_size": vocab_size,
+        "keep_hidden_states": keep_hidden_states,
+    }
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
@@ -107,6 +112,7 @@ class CoLAForCausalLM(nn.Module):
         self.logits_layer = LogitsLayer(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.rows = RowTable.of(vllm_config)
+        self.states = StateStore(vllm_config, hidden) if getattr(config, "keep_hidden_states", False) else None
 
     @staticmethod
     def get_model_state_cls() -> type["CoLAModelState"]:
@@ -116,7 +122,10 @@ class CoLAForCausalLM(nn.Module):
         return self.model.embed_input_ids(input_ids)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **_):
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        rows = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if self.states is not None:
+            self.states.write(rows[:, : self.config.hidden_size])
+        return rows
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Rows [e ; p] (N, 2H) -> logits (N, V + 8) whose last columns carry the action."""
@@ -165,6 +174,38 @@ def served_name(name: str) -> str:
     if name.startswith("policy.head."):
         return name.replace("policy.head.", "policy_head.")
     return name.replace("policy.layers.", "model.policy_layers.").replace("policy.norm.", "model.policy_norm.")
+
+
+class StateStore:
+    """e of every cached position, at the slot of its keys and values.
+
+    So prefix caching, chunked prefill and preemption need no thought here: whoever shares a block shares its states,
+    and since the base is frozen they outlive weight updates.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, hidden: int) -> None:
+        self.cache, self.dtype, self.hidden = vllm_config.cache_config, vllm_config.model_config.dtype, hidden
+        self.table: Tensor | None = None
+
+    def write(self, e: Tensor) -> None:
+        mappings = get_forward_context().slot_mapping
+        if not mappings:  # a profiling run
+            return
+        slots = next(iter(mappings.values())).long()[: e.shape[0]]
+        num_slots = self.cache.num_gpu_blocks * self.cache.block_size
+        if self.table is None:
+            self.table = torch.zeros(num_slots + 1, self.hidden, dtype=self.dtype, device=e.device)
+        # Padded rows have slot -1; they go to a row that nobody reads.
+        self.table.index_copy_(0, torch.where(slots < 0, num_slots, slots), e[: len(slots)])
+
+    def read(self, blocks: list[int], length: int) -> np.ndarray:
+        """(length, H) of a sequence whose cache lies in ``blocks``; bfloat16 as its int16 bits, for NumPy."""
+        assert self.table is not None
+        size = self.cache.block_size
+        starts = torch.tensor(blocks, device=self.table.device) * size
+        slots = (starts[:, None] + torch.arange(size, device=self.table.device)).flatten()[:length]
+        states = self.table[slots].cpu()
+        return (states.view(torch.int16) if states.dtype is torch.bfloat16 else states).numpy()
 
 
 class RowTable:

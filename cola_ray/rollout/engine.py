@@ -39,6 +39,7 @@ class Completion:
     log_probs: np.ndarray  # (L,) float32, of the actions, under the distribution sampled from
     versions: np.ndarray  # (L,) int64, the policy version that chose each action
     truncated: bool  # out of budget, not stopped
+    hidden_states: np.ndarray | None  # (P + L - 1, H), e where the engine keeps it; bfloat16 as int16
 
 
 class LatentEngine:
@@ -50,6 +51,7 @@ class LatentEngine:
         max_model_len: prompt plus completion, in tokens.
         stop_token_id: ends a completion.
         kv_cache_mb: key/value cache on CPU.
+        keep_hidden_states: completions bring the base's states along.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class LatentEngine:
         kv_cache_mb: int = 256,
         tensor_parallel_size: int = 1,
         num_threads: int = 1,
+        keep_hidden_states: bool = False,
         **engine_args: object,
     ) -> None:
         prepare_process(num_threads)
@@ -93,11 +96,25 @@ class LatentEngine:
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
             logits_processors=[ROW_TRACKER],
-            hf_overrides=engine_overrides(self.vocab_size),
+            hf_overrides=engine_overrides(self.vocab_size, keep_hidden_states),
             seed=0,
             async_scheduling=False,  # a weight update must know exactly how far each request is
             **engine_args,
         )
+        self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self.last_blocks: dict[str, list[int]] = {}
+        if keep_hidden_states:
+            self._remember_blocks(self.scheduler.kv_cache_manager)
+
+    def _remember_blocks(self, manager: Any) -> None:
+        """A finished request's cache is freed within its last step; its states are still there, if one knows where."""
+        free = manager.free
+
+        def remember_and_free(request: Any) -> None:
+            self.last_blocks[request.request_id] = manager.get_block_ids(request.request_id)[0]
+            free(request)
+
+        manager.free = remember_and_free
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """All completions, in the order of the requests; nothing else may be in flight."""
@@ -129,7 +146,8 @@ class LatentEngine:
         )
         self.num_submitted += 1
         name, prompt = str(self.num_submitted), {"prompt_token_ids": list(request.prompt_ids)}
-        self.in_flight[name] = _InFlight(self.llm.llm_engine.add_request(name, prompt, params), [(0, self.version)])
+        engine_id = self.llm.llm_engine.add_request(name, prompt, params)
+        self.in_flight[name] = _InFlight(engine_id, len(request.prompt_ids), [(0, self.version)])
         return name
 
     @property
@@ -147,9 +165,13 @@ class LatentEngine:
         token_ids, actions, log_probs = decode(output)
         starts, versions = zip(*request.versions, strict=True)
         lengths = np.diff([*starts, len(actions)])
+        blocks, states = self.last_blocks.pop(request.engine_id, None), None
+        if blocks is not None:
+            computed = request.prompt_length + len(actions) - 1
+            states = self.llm.apply_model(lambda model: model.states.read(blocks, computed))[0]
         return Completion(
             token_ids, actions, log_probs, np.repeat(np.array(versions, np.int64), lengths),
-            truncated=output.finish_reason == "length",
+            truncated=output.finish_reason == "length", hidden_states=states,
         )  # fmt: skip
 
     def update_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
@@ -165,9 +187,8 @@ class LatentEngine:
         self.reset_prefix_cache()
         self.version = version
         # How far each request is, is known to the scheduler alone before the request ends.
-        running = self.llm.llm_engine.engine_core.engine_core.scheduler.requests
         for request in self.in_flight.values():
-            request.versions.append((running[request.engine_id].num_output_tokens, version))
+            request.versions.append((self.scheduler.requests[request.engine_id].num_output_tokens, version))
 
     def reset_prefix_cache(self) -> None:
         """Forget all keys and values; requests in flight are computed again, without new draws."""
@@ -185,6 +206,7 @@ class LatentEngine:
 @dataclass
 class _InFlight:
     engine_id: str  # vLLM's own name of the request
+    prompt_length: int
     versions: list[tuple[int, int]]  # (first output position, version), ascending
 
 

@@ -48,6 +48,7 @@ class RolloutWorker:
             kv_cache_mb=rollout.kv_cache_mb,
             tensor_parallel_size=rollout.tensor_parallel_size,
             num_threads=config.cluster.threads_per_process,
+            keep_hidden_states=config.rl.cache_hidden_states,
             enable_sleep_mode=config.cluster.colocated,
         )
         questions = [problem.question for problem in self.task.problems("train")]
@@ -171,6 +172,7 @@ class RolloutWorker:
             truncated=completion.truncated,
             text=self._text(completion),
             failure=reward.failure,
+            hidden_states=completion.hidden_states,
         )
 
     def _text(self, completion: Completion) -> str:

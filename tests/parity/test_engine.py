@@ -17,6 +17,7 @@ from cola_ray.weights import WeightSender, WeightTransferError
 
 STOP = 7
 LOG_PROB_TOLERANCE = 2e-5
+STATE_TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,7 @@ def engine(cola_dir):
     engine = LatentEngine(
         str(cola_dir), dtype="float32", max_model_len=160, stop_token_id=STOP, max_num_seqs=64,
         block_size=32, num_gpu_blocks_override=32, max_num_batched_tokens=160, disable_log_stats=False,
+        keep_hidden_states=True,
     )  # fmt: skip
     yield engine
     del engine.llm
@@ -81,6 +83,11 @@ def test_64_mixed_requests_equal_each_alone_and_pytorch(engine, cola, requests):
         for other in (second, third, engine.generate([request])[0]):
             assert other.token_ids.tolist() == completion.token_ids.tolist()
             assert other.actions.tolist() == completion.actions.tolist()
+        # The states handed out are the base's, whoever computed them: cached prefixes and preempted requests too.
+        ids = torch.tensor([[*request.prompt_ids, *completion.token_ids.tolist()[:-1]]])
+        e = cola.encode(ids)[0].detach().numpy()
+        for found in (completion, second, third):
+            np.testing.assert_allclose(found.hidden_states, e, atol=STATE_TOLERANCE)
 
 
 def test_bare_base_on_request(engine, cola):
