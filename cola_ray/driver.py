@@ -11,11 +11,12 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import ray.train
@@ -23,12 +24,31 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cola_ray.config import Config, ConfigError
+from cola_ray.config import Config, ConfigError, from_command_line
 from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Batch
 from cola_ray.rollout.worker import RolloutWorker
 from cola_ray.tracking import Display, Tracker, peak_memory_gb, plot, print_summary, write_json
 from cola_ray.weights import Bucket
+
+
+class RunFailedError(RuntimeError):
+    """A run that ended before its time; the message is the cause, in the words of the part that failed."""
+
+
+def command_line(run: Callable[[Config], dict[str, Any]], description: str) -> NoReturn:
+    """What a job file does: parse, run, exit. Code 2: refused settings; 1: failed; 130: stopped, can be resumed."""
+    try:
+        run(from_command_line(description))
+    except ConfigError as error:
+        sys.exit(str(error))
+    except RunFailedError as error:
+        sys.exit(f"the run failed: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    sys.exit()
+
 
 # --- pre-training -------------------------------------------------------------------------------------------------
 
@@ -38,7 +58,7 @@ def pretrain(config: Config) -> dict[str, Any]:
 
     Raises:
         ConfigError: before any process starts.
-        RuntimeError: a stage failed more often than ``cluster.max_failures``; the message is the last cause.
+        RunFailedError: a stage failed more often than ``cluster.max_failures``; the message is the last cause.
     """
     config.check()
     config = config.resolve_paths("pretrain")
@@ -112,7 +132,7 @@ def run_rl(config: Config) -> dict[str, Any]:
 
     Raises:
         ConfigError: before any process starts.
-        RuntimeError: the run failed; the message names the cause.
+        RunFailedError: the message names the cause.
     """
     config.check()
     _check_start_model(config)
@@ -146,7 +166,10 @@ def run_rl(config: Config) -> dict[str, Any]:
 
 def _train(config: Config, model_path: str, controller: Any, tracker: Tracker) -> tuple[dict[str, Any], list[float]]:
     """The loop between controller and learner until it ends; returns the run's facts and the workers' memory."""
-    facts = ray.get(controller.start.remote(_checkpoint_exists(Path(config.output_dir))))
+    try:
+        facts = ray.get(controller.start.remote(_checkpoint_exists(Path(config.output_dir))))
+    except ray.exceptions.RayTaskError as error:
+        raise RunFailedError(str(error.cause or error)) from None
     _print_arithmetic(config, facts)
     names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", "eval/accuracy": "accuracy"}
     with Display("rl", config.rl.max_steps) as display:
@@ -160,7 +183,7 @@ def _train(config: Config, model_path: str, controller: Any, tracker: Tracker) -
                 milestone = "eval/accuracy" in metrics or step % 10 == 0
                 display.update("rl", step, config.rl.max_steps, note, milestone)
             if failure:
-                raise RuntimeError(failure)
+                raise RunFailedError(failure)
 
         def stop() -> None:
             last = ray.get(controller.stop.remote())
@@ -197,7 +220,10 @@ class RayWorkers:
         try:
             return await getattr(worker, method).remote(*args)
         except ray.exceptions.RayActorError as error:
-            raise WorkerLostError(str(error).strip().splitlines()[0]) from error
+            lines = str(error).strip().splitlines()
+            if "creation task" in lines[0]:  # it never ran: another one would fail in the same way
+                raise RuntimeError(f"a rollout worker could not start: {lines[-1]}") from None
+            raise WorkerLostError(lines[0]) from error
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
@@ -370,7 +396,7 @@ def _fit(
                 raise KeyboardInterrupt
     poll()
     if errors:
-        raise RuntimeError(str(errors[0])) from errors[0]
+        raise RunFailedError(str(errors[0]).strip()) from errors[0]
     if received:
         raise KeyboardInterrupt
 

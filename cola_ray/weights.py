@@ -1,18 +1,20 @@
 """Versioned weights from the learner to the engines: bucketed, complete, checked.
 
-    learner rank 0:  WeightSender.buckets(named tensors)  ->  Bucket, Bucket, ... , each one flat byte array
+    learner rank 0:  WeightSender.buckets(named tensors)  ->  Bucket, Bucket, ...
     engine:          WeightReceiver.add(bucket) ...  ->  finish(expected names) -> [(name, tensor)]
 
-A bucket travels through Ray's object store: shared memory on a node, any node otherwise. The receiver raises on a
+A bucket travels through Ray's object store: shared memory on a node, any node otherwise. Its arrays are the tensors'
+own memory on CPU, so the one copy made is the one into the store; the receiver reads from there. It raises on a
 missing, double or unknown name and on a checksum that does not match; nothing is loaded unless all of it arrived.
 """
 
-import zlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 
@@ -22,14 +24,14 @@ class WeightTransferError(RuntimeError):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Several tensors in one byte array; entry i is ``names[i]`` with its shape and dtype, end to end."""
+    """Several tensors; entry i is ``names[i]`` with its shape, dtype, bytes and their xxh3 checksum."""
 
     version: int
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
-    payload: np.ndarray  # uint8
-    checksum: int
+    payload: tuple[np.ndarray, ...]  # uint8, one a tensor
+    checksums: tuple[int, ...]
 
 
 class WeightSender:
@@ -62,12 +64,16 @@ class WeightReceiver:
         """Raises WeightTransferError for another version, a broken payload or a name seen before."""
         if bucket.version != self.version:
             raise WeightTransferError(f"bucket of version {bucket.version} in the update to version {self.version}")
-        if zlib.crc32(bucket.payload.data) != bucket.checksum:
-            raise WeightTransferError(f"checksum of the bucket with {bucket.names[0]} does not match its payload")
-        for name, tensor in _unpack(bucket):
+        rows = zip(bucket.names, bucket.shapes, bucket.dtypes, bucket.payload, bucket.checksums, strict=True)
+        for name, shape, dtype, data, checksum in rows:
+            if xxhash.xxh3_64_intdigest(data.data) != checksum:
+                raise WeightTransferError(f"checksum of {name} does not match what arrived")
             if name in self.tensors:
                 raise WeightTransferError(f"{name} arrived twice in version {self.version}")
-            self.tensors[name] = tensor
+            with warnings.catch_warnings():
+                # Ray's memory is read-only, which torch warns of; whoever loads the tensor copies out of it.
+                warnings.simplefilter("ignore", UserWarning)
+                self.tensors[name] = torch.from_numpy(data).view(getattr(torch, dtype)).view(shape)
 
     def finish(self, expected: Iterable[str]) -> list[tuple[str, Tensor]]:
         """All tensors, in order of arrival; raises unless their names are exactly the expected ones."""
@@ -79,29 +85,12 @@ class WeightReceiver:
 
 
 def _pack(version: int, tensors: list[tuple[str, Tensor]]) -> Bucket:
-    payload = np.empty(sum(tensor.nbytes for _, tensor in tensors), np.uint8)
-    offset = 0
-    for _, tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        payload[offset : offset + flat.nbytes] = flat
-        offset += flat.nbytes
+    payload = tuple(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, tensor in tensors)
     return Bucket(
         version=version,
         names=tuple(name for name, _ in tensors),
         shapes=tuple(tuple(tensor.shape) for _, tensor in tensors),
         dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors),
         payload=payload,
-        checksum=zlib.crc32(payload.data),
+        checksums=tuple(xxhash.xxh3_64_intdigest(data.data) for data in payload),
     )
-
-
-def _unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-    # Ray hands out read-only memory; torch wants to know that it may write. One copy a bucket settles it.
-    data = torch.from_numpy(np.array(bucket.payload))
-    offset = 0
-    for name, shape, dtype_name in zip(bucket.names, bucket.shapes, bucket.dtypes, strict=True):
-        dtype: torch.dtype = getattr(torch, dtype_name)
-        length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        # A slice may start off the dtype's alignment when dtypes are mixed; clone gives it its own memory.
-        yield name, data[offset : offset + length].clone().view(dtype).view(shape)
-        offset += length

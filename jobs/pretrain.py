@@ -6,13 +6,7 @@ Examples:
     python jobs/pretrain.py --preset llama-3.1-8b --data.path org/corpus --pretrain.stages actions policy
 """
 
-import sys
-
-from cola_ray.config import ConfigError, from_command_line
-from cola_ray.driver import pretrain
+from cola_ray.driver import command_line, pretrain
 
 if __name__ == "__main__":
-    try:
-        pretrain(from_command_line(__doc__ or ""))
-    except ConfigError as error:
-        sys.exit(str(error))
+    command_line(pretrain, __doc__ or "")

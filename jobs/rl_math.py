@@ -7,13 +7,7 @@ Examples:
     python jobs/rl_math.py --preset tiny --resume             (continue from the last checkpoint)
 """
 
-import sys
-
-from cola_ray.config import ConfigError, from_command_line
-from cola_ray.driver import run_rl
+from cola_ray.driver import command_line, run_rl
 
 if __name__ == "__main__":
-    try:
-        run_rl(from_command_line(__doc__ or ""))
-    except ConfigError as error:
-        sys.exit(str(error))
+    command_line(run_rl, __doc__ or "")

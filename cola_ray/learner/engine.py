@@ -6,13 +6,13 @@ optimizer exists, and the optimizer is built over the trained parameters alone.
 
 import json
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import xxhash
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
@@ -146,12 +146,12 @@ class ZeroEngine:
         self.engine.destroy()
 
 
-def _checksum(path: Path) -> int:
-    value = 0
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _buckets(parameters: Iterable[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:

@@ -134,10 +134,10 @@ def test_an_incomplete_or_broken_update_is_refused():
         receiver.add(first)
     with pytest.raises(WeightTransferError, match="missing"):
         receiver.finish(["a", "b", "c"])
-    damaged = rest[0].payload.copy()
+    damaged = rest[0].payload[0].copy()
     damaged[0] ^= 1
-    with pytest.raises(WeightTransferError, match="checksum"):
-        receiver.add(dataclasses.replace(rest[0], payload=damaged))
+    with pytest.raises(WeightTransferError, match="checksum of b"):
+        receiver.add(dataclasses.replace(rest[0], payload=(damaged,)))
     with pytest.raises(WeightTransferError, match="version 5"):
         receiver.add(dataclasses.replace(rest[0], version=5))
     with pytest.raises(WeightTransferError, match="unknown"):

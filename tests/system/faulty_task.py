@@ -1,0 +1,25 @@
+"""Arithmetic whose reward function misbehaves on a share of the problems; used by name in test_faults.py."""
+
+import time
+
+from cola_ray.config import TaskConfig
+from cola_ray.tasks.verifiable import Arithmetic
+
+
+class Faulty(Arithmetic):
+    """Problems 0 of 10 raise, 1 of 10 hang, 2 of 10 are NaN; ``options`` say which, by name."""
+
+    def __init__(self, config: TaskConfig, seed: int) -> None:
+        options = dict(config.options)
+        self.faults = {name for name in ("raise", "hang", "nan") if options.pop(name, False)}
+        super().__init__(options, 500, seed)
+
+    def score(self, split, index, response):
+        fault = {0: "raise", 1: "hang", 2: "nan"}.get(index % 100) if split == "train" else None
+        if fault in self.faults:
+            if fault == "raise":
+                raise KeyError("gold answer")
+            if fault == "hang":
+                time.sleep(600)
+            return float("nan")
+        return super().score(split, index, response)

@@ -1,0 +1,91 @@
+"""Runs of the jobs as subprocesses, for the tests that disturb them: start, watch, kill, compare."""
+
+import contextlib
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class Run:
+    """One job in a folder of its own; its output goes to ``where/log``."""
+
+    def __init__(self, job: str, where: Path, *args: str) -> None:
+        where.mkdir(parents=True, exist_ok=True)
+        self.job, self.where = job, where
+        command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--preset", "tiny", *args]
+        environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}
+        with (where / "log").open("a") as log:
+            self.process = subprocess.Popen(command, cwd=where, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    @property
+    def log(self) -> str:
+        return (self.where / "log").read_text()
+
+    @property
+    def output(self) -> Path:
+        return self.where / "outputs" / f"{self.job}-tiny-seed0"
+
+    def finish(self, code: int = 0, timeout: float = 1800) -> str:
+        """Wait for the end; everything the job printed."""
+        try:
+            self.process.wait(timeout)
+        finally:
+            self.end()
+        assert self.process.returncode == code, self.log[-4000:]
+        return self.log
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def wait_for_step(self, key: str, step: int, timeout: float = 600) -> None:
+        """Until the metric ``key`` has reached ``step``."""
+        deadline = time.monotonic() + timeout
+        while max(self.series(key), default=-1) < step:
+            assert self.process.poll() is None, self.log[-4000:]
+            assert time.monotonic() < deadline, f"{key} did not reach step {step}"
+            time.sleep(0.2)
+
+    def series(self, key: str) -> dict[int, float]:
+        """The last value of each step."""
+        with contextlib.suppress(sqlite3.OperationalError), self._database() as database:
+            query = "select step, value from metrics where key = ? order by step, timestamp"
+            return dict(database.execute(query, (key,)).fetchall())
+        return {}
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        connection = sqlite3.connect(self.where / "outputs" / "mlflow.db", timeout=30)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def actors(self, title: str) -> list[int]:
+        """Processes below the job whose title starts like this, e.g. ray::RolloutWorker."""
+        return [pid for pid, _, args in descendants(self.process.pid) if args.startswith(title)]
+
+    def kill_actor(self, title: str) -> int:
+        victim = self.actors(title)[-1]
+        os.kill(victim, signal.SIGKILL)
+        return victim
+
+
+def descendants(root: int) -> list[tuple[int, int, str]]:
+    """(pid, parent, command line) of every process below ``root``."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in found.splitlines()[1:]]
+    below = {root}
+    while True:
+        more = {int(pid) for pid, parent, _ in rows if int(parent) in below} - below
+        if not more:
+            return [(int(pid), int(parent), args) for pid, parent, args in rows if int(pid) in below - {root}]
+        below |= more
