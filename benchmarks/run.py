@@ -1,74 +1,398 @@
-"""`make bench`: ratios within one run, against what one would use instead; medians of five.
+"""`make bench`: what the design promises, as ratios within one run; medians of five.
 
-latent_vs_hf_generate   tokens/s of the vLLM engine over those of the PyTorch loop on the same model, batch 64
-publish_vs_memcpy       bytes/s of packing, checking and loading a policy over those of one memory copy
+Model-free figures and single-process ones are timed here, one thread each; the overlapped step is a real run.
+What each figure is, and what bounds it: docs/benchmarks.md.
 """
 
+import json
+import os
+import socket
+import sqlite3
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from record import record
+import torch.nn.functional as F
+from record import ROOT, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.rollout.engine import LatentEngine, Request
-from cola_ray.weights import WeightSender
+from cola_ray.config import Config, override, preset
+from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
 
 REPEATS, BATCH, PROMPT, NEW = 5, 64, 32, 32
+POLICY_LAYERS, WORLD_MODEL_LAYERS = 2, 2
+WIDE = LlamaConfig(
+    vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+    num_key_value_heads=8, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, max_position_embeddings=512,
+)  # fmt: skip
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Median of five, after one warm-up."""
+def seconds(action: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median, after one warm-up."""
     action()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         action()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, tie_word_embeddings=True, eos_token_id=0, max_position_embeddings=512,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as path:
-        LlamaForCausalLM(config).save_pretrained(base)
-        model = CoLAForCausalLM.attach(base, num_idm_layers=1, num_policy_layers=2).eval()
-        model.save_pretrained(path)
-        engine = LatentEngine(path, dtype="float32", max_model_len=PROMPT + NEW, stop_token_id=4095)
-    prompts = np.random.default_rng(0).integers(1, 4000, (BATCH, PROMPT))
-    requests = [Request(prompt.tolist(), seed, 1.0, 0, NEW) for seed, prompt in enumerate(prompts)]
-    ids, seeds = torch.from_numpy(prompts), torch.arange(BATCH)
+def flops_per_token(config: LlamaConfig, latent: bool) -> int:
+    """Multiply-adds times two of one decoded token, attention over the cache left out."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer = 4 * hidden * hidden + 3 * hidden * inner
+    total = config.num_hidden_layers * layer + hidden * config.vocab_size
+    if latent:
+        total += POLICY_LAYERS * layer + WORLD_MODEL_LAYERS * 5 * hidden * inner + 64 * hidden
+    return 2 * total
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
+
+
+def prompts() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 31_000, (BATCH, PROMPT))
+
+
+def latent_decoding(latent: str) -> dict[str, float]:
+    from cola_ray.rollout.engine import LatentEngine, Request
+
+    engine = LatentEngine(
+        latent, dtype="float32", max_model_len=256, stop_token_id=31_999, max_num_seqs=BATCH, kv_cache_mb=512
+    )
+    requests = [Request(prompt.tolist(), seed, 1.0, 0, NEW) for seed, prompt in enumerate(prompts())]
+    tokens = []
 
     def decode() -> None:
         engine.reset_prefix_cache()
-        engine.generate(requests)
+        tokens.append(sum(len(completion.actions) for completion in engine.generate(requests)))
 
     in_engine = seconds(decode)
-    in_torch = seconds(lambda: model.generate_latent(ids, max_new_tokens=NEW, seed=seeds))
+    return {"latent_tokens_per_second": tokens[-1] / in_engine, **publishing(engine, latent)}
 
+
+def plain_decoding(base: str) -> dict[str, float]:
+    """vLLM's own Llama on the same base, with the settings of the latent engine."""
+    from cola_ray.rollout.engine import prepare_process
+
+    prepare_process(1)
+    import vllm
+
+    llm = vllm.LLM(
+        base, skip_tokenizer_init=True, dtype="float32", max_model_len=256, max_num_seqs=BATCH,
+        kv_cache_memory_bytes=512 << 20, distributed_executor_backend="uni", enforce_eager=True, seed=0,
+    )  # fmt: skip
+    params = vllm.SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True, detokenize=False)
+    inputs: Any = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts()]
+
+    def decode() -> None:
+        llm.reset_prefix_cache()
+        llm.generate(inputs, params, use_tqdm=False)
+
+    return {"plain_tokens_per_second": BATCH * NEW / seconds(decode)}
+
+
+def torch_decoding(latent: str) -> dict[str, float]:
+    """A generate-style loop with key/value caches in PyTorch."""
+    torch.set_num_threads(1)
+    model = CoLAForCausalLM.from_pretrained(latent).eval()
+    ids, seeds = torch.from_numpy(prompts()), torch.arange(BATCH)
+    in_torch = seconds(lambda: model.generate_latent(ids, max_new_tokens=NEW, seed=seeds))
+    return {"torch_tokens_per_second": BATCH * NEW / in_torch}
+
+
+def publishing(engine: Any, latent: str) -> dict[str, float]:
+    """The learner's tensors into Ray's store, out of it, checked: against one copy of those bytes. Loading apart."""
+    import ray
+
+    from cola_ray.weights import WeightReceiver, WeightSender
+
+    model = CoLAForCausalLM.from_pretrained(latent)
     policy = [(f"policy.{name}", tensor) for name, tensor in model.policy.state_dict().items()]
     nbytes = sum(tensor.nbytes for _, tensor in policy)
-    publish = seconds(lambda: engine.update_weights(1, list(WeightSender().buckets(1, policy))))
-    source = torch.empty(nbytes, dtype=torch.uint8)
-    copy = seconds(source.clone)
-    record(
-        "bench",
-        {
-            "latent_vs_hf_generate": in_torch / in_engine,
-            "latent_tokens_per_second": BATCH * NEW / in_engine,
-            "publish_vs_memcpy": copy / publish,
-            "publish_megabytes": nbytes / 1e6,
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=2 << 30)
+
+    def publish() -> Any:
+        references = [ray.put(bucket) for bucket in WeightSender().buckets(1, policy)]
+        receiver = WeightReceiver(1)
+        for bucket in ray.get(references):
+            receiver.add(bucket)
+        return receiver.finish(dict(policy))
+
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8)
+    target = torch.empty_like(source)
+    published, copied = seconds(publish), seconds(lambda: target.copy_(source))
+    buckets = list(WeightSender().buckets(1, policy))
+    loaded = seconds(lambda: engine.update_weights(1, buckets))
+    ray.shutdown()
+    return {
+        "publish_vs_memcpy": copied / published,
+        "publish_megabytes": nbytes / 1e6,
+        "engine_load_vs_memcpy": copied / loaded,
+    }
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+def random_batch(prompt: int = 64, response: int = 64, count: int = 16, vocab: int = 31_000) -> Batch:
+    draw = np.random.default_rng(0)
+    items = [
+        Trajectory(
+            draw.integers(1, vocab, prompt), draw.integers(1, vocab, response), draw.integers(0, 64, response),
+            np.full(response, -4.0, np.float32), np.zeros(response, np.int64), 0.0, False, "",
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+    (batch,) = collate(items, draw.normal(size=count).tolist(), 1, 0, 0, micro_batch_tokens=count * (prompt + response))
+    return batch
+
+
+def one_rank() -> Config:
+    import deepspeed
+
+    torch.set_num_threads(1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(probe.getsockname()[1])}  # fmt: skip
+    deepspeed.init_distributed(dist_backend="gloo")
+    return override(preset("tiny"), {"model.num_actions": 64, "rl.kl_coef": 0.001})
+
+
+def latent_learning(latent: str) -> dict[str, float]:
+    """Our RL step against a bare DeepSpeed loop of the same arithmetic."""
+    from cola_ray.learner.rl import RLLearner
+
+    learner, batch = RLLearner(one_rank(), latent), random_batch()
+    bare, _ = bare_latent_step(latent, batch)
+    pairs = []
+    for _ in range(2 * REPEATS + 1):  # in turn, so that a slow moment of the machine hits both
+        started = time.perf_counter()
+        learner.step(batch)
+        between = time.perf_counter()
+        bare()
+        pairs.append((between - started, time.perf_counter() - between))
+    return {
+        "latent_step_seconds": statistics.median(ours for ours, _ in pairs[1:]),
+        "learner_vs_bare_deepspeed": statistics.median(ours / theirs for ours, theirs in pairs[1:]),
+        "latent_optimizer_bytes": state_bytes(learner.zero.optimizer),
+    }
+
+
+def token_learning(base: str) -> dict[str, float]:
+    step, optimizer = token_step(base, one_rank(), random_batch())
+    return {"token_step_seconds": seconds(step), "token_optimizer_bytes": state_bytes(optimizer)}
+
+
+def bare_latent_step(latent: str, batch: Batch) -> tuple[Callable[[], None], Any]:
+    """What one would write by hand with DeepSpeed: no frame, no metrics, no checks; the same losses."""
+
+    from cola_ray.learner.rl import PolicyAndReference, _tensors
+
+    module = PolicyAndReference(CoLAForCausalLM.from_pretrained(latent))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.startswith("cola.policy."))
+    engine, optimizer = deepspeed_engine(module)
+
+    def step() -> None:
+        piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
+        mask, actions = piece["action_mask"], piece["actions"]
+        logits, _, reference = engine(piece["input_ids"], piece["attention_mask"])
+        log_probs = logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        reference = reference.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        old = log_probs.detach()
+        advantages = piece["advantages"] - 0.001 * ((old - reference) * mask).flip(1).cumsum(1).flip(1)
+        ratio = (log_probs - old).exp()
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        engine.backward((loss * mask).sum() / batch.num_actions_global)
+        engine.step()
+
+    return step, optimizer
+
+
+def token_step(base: str, config: Config, batch: Batch) -> tuple[Callable[[], None], Any]:
+    """RL over tokens on the same base: all of it trains, with a whole copy of it as the reference."""
+    from cola_ray.learner.rl import _tensors
+
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy = LlamaForCausalLM.from_pretrained(base)
+            self.reference = LlamaForCausalLM.from_pretrained(base).requires_grad_(False)
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            def scored(model: LlamaForCausalLM) -> torch.Tensor:
+                e = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+                labels = ids.roll(-1, 1)[chosen]  # logits only where an action was taken
+                return -F.cross_entropy(model.lm_head(e[chosen]), labels, reduction="none")
+
+            with torch.no_grad():
+                reference = scored(self.reference)
+            return scored(self.policy), reference
+
+    engine, optimizer = deepspeed_engine(Both())
+
+    def step() -> None:
+        piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
+        mask = piece["action_mask"]
+        log_probs, reference = engine(piece["input_ids"], piece["attention_mask"], mask)
+        old = log_probs.detach()
+        advantages = piece["advantages"][mask] - config.rl.kl_coef * (old - reference)
+        ratio = (log_probs - old).exp()
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        engine.backward(loss.sum() / batch.num_actions_global)
+        engine.step()
+
+    return step, optimizer
+
+
+def deepspeed_engine(module: torch.nn.Module) -> tuple[Any, Any]:
+    import deepspeed
+
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=torch.optim.AdamW(trained, lr=1e-6),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1 << 30,
         },
-        about="Hidden 256, 4 + 2 layers, vocabulary 4096, batch 64, 32 + 32 tokens, float32, one thread.",
     )
+    return engine, optimizer
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Of the optimizer's moments."""
+    states = optimizer.optimizer.state.values()
+    return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------
+
+
+class EchoWorker:
+    """Answers with ready-made groups: all that is left of a step is controller, Ray and collation."""
+
+    def __init__(self, config: Config) -> None:
+        self.size = config.rl.group_size
+        one = np.ones(8, np.int64)
+        self.trajectories = tuple(
+            Trajectory(one, one, one, -np.ones(8, np.float32), one, float(i % 2), False, "") for i in range(self.size)
+        )
+
+    async def facts(self) -> dict[str, int]:
+        return {"num_train": 1000, "num_heldout": 4, "pad_token_id": 0, "num_too_long": 0}
+
+    async def evaluate(self, indices: list[int], bare_base: bool) -> list[float]:
+        return [0.0] * len(indices)
+
+    async def update_weights(self, version: int, *_: object) -> int:
+        return version
+
+    async def generate_groups(self, tickets: list[Ticket]) -> list[Group]:
+        return [Group(ticket.position, self.trajectories) for ticket in tickets]
+
+
+def orchestration() -> dict[str, float]:
+    import ray
+
+    from cola_ray.controller import Controller
+    from cola_ray.driver import RayWorkers, RemoteController
+
+    config = override(preset("tiny"), {"rl.max_steps": 40, "rl.eval_every": 0, "cluster.learner_ranks": 1})
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    pool = RayWorkers(config, "")
+    pool.actor, pool.args = ray.remote(EchoWorker).options(num_cpus=1), (config,)
+    controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=64).remote(config, pool)
+    ray.get(controller.start.remote(False))
+    source = RemoteController(controller)
+    source.begin(0, [])
+    times = []
+    for version in range(config.rl.max_steps):
+        started = time.perf_counter()
+        assert source.next_batch(0, version) is not None
+        source.publish(version + 1, [], {"time/learn": 0.0})
+        times.append(time.perf_counter() - started)
+    ray.shutdown()
+    return {"orchestration_ms": 1000 * statistics.median(times[5:])}
+
+
+def overlap() -> dict[str, float]:
+    """A tiny run with one engine and one rank, a core each: apart, then overlapped."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder)
+        short = ["--pretrain.steps.base", "20", "--pretrain.steps.actions", "20", "--pretrain.steps.policy", "5"]
+        common = ["--cluster.learner-ranks", "1", "--rl.max-steps", "30", "--rl.eval-every", "0", "--rl.eval-problems",
+                  "8", "--rl.prompts-per-step", "128", "--rl.save-every", "1000"]  # fmt: skip
+        job = [sys.executable, str(ROOT / "jobs" / "rl_math.py"), "--preset", "tiny", *short, *common]
+        for staleness in (0, 1):
+            subprocess.run(
+                [*job, "--rl.max-staleness", str(staleness), "--output-dir", f"outputs/{staleness}"],
+                cwd=where, check=True, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+        run_ids = [json.loads((where / f"outputs/{s}/summary.json").read_text())["mlflow_run_id"] for s in (0, 1)]
+
+        def median(run_id: str, key: str) -> float:
+            with sqlite3.connect(where / "outputs" / "mlflow.db") as database:
+                query = "select value from metrics where run_uuid = ? and key = ? and step > 5"
+                return statistics.median(value for (value,) in database.execute(query, (run_id, key)))
+
+        apart = {key: median(run_ids[0], f"time/{key}") for key in ("rollout", "learn", "sync", "step")}
+        together = median(run_ids[1], "time/step")
+    return {
+        "rollout_seconds": apart["rollout"],
+        "learn_seconds": apart["learn"],
+        "step_seconds_apart": apart["step"],
+        "step_seconds_overlapped": together,
+        "overlap_vs_max": together / max(apart["rollout"], apart["learn"]),
+    }
+
+
+def isolated(name: str, *args: str) -> dict[str, float]:
+    """Each part in a process of its own, so that none inherits another's threads and memory."""
+    code = f"import json, run; print('RESULT' + json.dumps(run.{name}(*{args!r})))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    print(name, line.removeprefix("RESULT"), flush=True)
+    return json.loads(line.removeprefix("RESULT"))
+
+
+def main() -> None:
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as latent:
+        torch.manual_seed(0)
+        LlamaForCausalLM(WIDE).save_pretrained(base)
+        sizes = {"num_idm_layers": 1, "num_policy_layers": POLICY_LAYERS, "num_world_model_layers": WORLD_MODEL_LAYERS}
+        CoLAForCausalLM.attach(base, **sizes).save_pretrained(latent)
+        figures |= isolated("latent_decoding", latent) | isolated("plain_decoding", base)
+        figures |= isolated("torch_decoding", latent)
+        figures |= isolated("latent_learning", latent) | isolated("token_learning", base)
+    latent_rate = figures["latent_tokens_per_second"]
+    flop_ratio = flops_per_token(WIDE, latent=False) / flops_per_token(WIDE, latent=True)
+    figures["latent_vs_plain_per_flop"] = latent_rate / figures["plain_tokens_per_second"] / flop_ratio
+    figures["latent_vs_hf_generate"] = latent_rate / figures["torch_tokens_per_second"]
+    figures["latent_vs_token_step_time"] = figures["latent_step_seconds"] / figures["token_step_seconds"]
+    figures["latent_vs_token_optimizer_bytes"] = figures["latent_optimizer_bytes"] / figures["token_optimizer_bytes"]
+    figures |= isolated("orchestration")
+    figures |= isolated("overlap")
+    record("bench", figures, about="Hidden 512, 8 + 2 layers, vocabulary 32 000, float32, one thread a process.")
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def _tiny() -> Config:
         task=TaskConfig(name="arithmetic"),
         pretrain=PretrainConfig(
             stages=("base", "actions", "policy"),
-            steps={"base": 900, "actions": 300, "policy": 100, "fta_idm": 50, "fta_policy": 50},
+            steps={"base": 1200, "actions": 450, "policy": 100, "fta_idm": 50, "fta_policy": 50},
             batch_size=12,
             micro_batch_size=6,
             sequence_length=128,

@@ -61,7 +61,7 @@ class Arithmetic(ReasoningGym):
     """
 
     OPTIONS: ClassVar[dict[str, int]] = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
-    SLIP_SHARE = 0.6
+    SLIP_SHARE = 0.62
     COPIES = 8  # of every training problem, each slipping or not by itself
 
     def __init__(self, options: Mapping[str, Any], num_problems: int, seed: int) -> None:
