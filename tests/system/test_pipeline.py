@@ -12,6 +12,7 @@ import torch
 from cola_ray import CoLAForCausalLM
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(1200)
 # A base trained just long enough to be right now and then, so that RL has something to learn from.
 PRETRAIN = ["--pretrain.steps.base", "120", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40"]
 RL = ["--rl.prompts-per-step", "8", "--rl.group-size", "8", "--rl.eval-problems", "64", "--rl.eval-every", "0",
@@ -20,7 +21,7 @@ RL = ["--rl.prompts-per-step", "8", "--rl.group-size", "8", "--rl.eval-problems"
 
 def run_job(job: str, where: Path, *args: str) -> str:
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--preset", "tiny", *PRETRAIN, *RL, *args]
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False, timeout=500)
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False, timeout=1100)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
