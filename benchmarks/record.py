@@ -39,24 +39,35 @@ def hardware() -> str:
 
 
 def write_tables() -> None:
-    """docs/results.md, whole, from docs/results/*.json."""
+    """docs/results.md, whole, from docs/results/*.json; in other documents what stands between a result's marks."""
     lines = [
         "# Results",
         "",
         "Made by `make results` from `docs/results/*.json`; the commands there write the figures.",
         "",
     ]
-    for file in sorted(RESULTS.glob("*.json")):
-        result = json.loads(file.read_text())
-        lines += [f"## {file.stem}", "", result["about"], ""]
-        lines += [
-            f"`{result['command']}` at {result['commit'][:10]}, {result['hardware']}, seeds {result['seeds']}",
-            "",
-        ]
-        lines += ["| figure | value |", "| --- | --- |"]
-        lines += [f"| {name} | {_shown(value)} |" for name, value in result["figures"].items()]
-        lines.append("")
+    results = {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
+    for name, result in results.items():
+        lines += [f"## {name}", "", result["about"], "", *_table(result), ""]
     (ROOT / "docs" / "results.md").write_text("\n".join(lines))
+    for document in (ROOT / "docs").glob("*.md"):
+        text = document.read_text()
+        for name, result in results.items():
+            start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+            if start in text:
+                before, rest = text.split(start, 1)
+                text = before + start + "\n".join(_table(result)) + "\n" + end + rest.split(end, 1)[1]
+        document.write_text(text)
+
+
+def _table(result: Mapping[str, Any]) -> list[str]:
+    return [
+        f"`{result['command']}` at {result['commit'][:10]}, {result['hardware']}, seeds {result['seeds']}",
+        "",
+        "| figure | value |",
+        "| --- | --- |",
+        *(f"| `{name}` | {_shown(value)} |" for name, value in result["figures"].items()),
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -295,6 +295,7 @@ class Controller:
             "rollout/tokens_per_second": float(lengths.sum() / seconds),
             "rollout/regenerated_groups": float(self.ledger.regenerated_groups),
             "rollout/worker_losses": float(self.ledger.worker_losses),
+            "rollout/last_position": float(groups[-1].position),  # tickets up to here have been generated, each once
             "staleness/mean": float(staleness.mean()),
             "staleness/max": float(staleness.max()),
             "time/rollout": seconds,
