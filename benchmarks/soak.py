@@ -2,8 +2,8 @@
 
 python benchmarks/soak.py --minutes 30
 
-Every prompt must be trained on exactly once, and no process may grow: resident memory of each at a tenth of the time and
-at the end.
+Every prompt must be trained on exactly once, and no process may grow: resident memory of each kind at a tenth of the
+time and at the end.
 """
 
 import argparse
