@@ -91,6 +91,18 @@ def test_unknown_task_and_field_suggest_the_near_one():
     assert refusal({"rl.kl_coef": "much"}).startswith("rl.kl_coef = 'much': ")
 
 
+def test_a_task_of_ones_own_must_be_importable():
+    override(preset("tiny"), {"task.name": "cola_ray.tasks.verifiable:Arithmetic"}).check()
+    assert "task.name = 'nowhere:Task': No module named 'nowhere'" in refusal({"task.name": "nowhere:Task"})
+    assert refusal({"task.name": "json:Task"}) == "task.name = 'json:Task': json has no Task"
+
+
+def test_colocation_needs_gpus_and_turns():
+    lines = refusal({"cluster.colocated": True, "rl.max_staleness": 1}).splitlines()
+    assert [line.split(" = ")[0] for line in lines] == ["rl.max_staleness", "cluster.colocated"]
+    assert refusal({"rl.max_staleness": -1}).startswith("rl.max_staleness = -1: use 0")
+
+
 def test_gsm8k_needs_its_path():
     assert "gsm8k needs a folder" in refusal({"task.name": "gsm8k", "task.path": ""})
 
