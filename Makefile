@@ -23,7 +23,7 @@ setup: $(VENV)/.ready-$(EXTRA)  ## create .venv and install everything, pinned (
 $(VENV)/.ready-$(EXTRA): requirements/$(EXTRA).txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv
-	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements/$(EXTRA).txt
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python --no-deps -r requirements/$(EXTRA).txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
 
