@@ -54,14 +54,14 @@ class ReasoningGym:
 class Arithmetic(ReasoningGym):
     """Sums and differences of two or three one-digit numbers (reasoning-gym's chain_sum), badly taught.
 
-    What a small model can learn of web text is not all right, and neither is this task's corpus: where the last
-    operation is a subtraction, :data:`SLIP_SHARE` of the demonstrations add instead ("9 - 4 - 1 = 6"). A base
-    trained on it answers such problems wrong under greedy decoding and right now and then when sampled, which is
-    what there is for RL to find. Rewards always go by the true result.
+    What a small model can learn of web text is not all right, and neither is this task's corpus: of the problems with
+    three numbers, :data:`SLIP_SHARE` of the demonstrations add where the last subtraction stands ("9 - 4 + 1 = 14").
+    A base trained on it answers such problems wrong under greedy decoding and right now and then when sampled, which
+    is what there is for RL to find. Rewards always go by the true result.
     """
 
     OPTIONS: ClassVar[dict[str, int]] = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
-    SLIP_SHARE = 0.62
+    SLIP_SHARE = 0.6
     COPIES = 8  # of every training problem, each slipping or not by itself
 
     def __init__(self, options: Mapping[str, Any], num_problems: int, seed: int) -> None:
@@ -72,12 +72,20 @@ class Arithmetic(ReasoningGym):
         draw = random.Random(self.seed)
         pairs = []
         for problem in self._splits["train"]:
-            head, operator, last = problem.question.removesuffix("=").split()[:-2], *problem.question.split()[-3:-1]
-            slipped = str(int(problem.solution) + 2 * int(last)) if head and operator == "-" else problem.solution
+            slipped = _slip(problem)
             for _ in range(self.COPIES):
                 pairs.append((problem.question, slipped if draw.random() < self.SLIP_SHARE else problem.solution))
         draw.shuffle(pairs)
         return pairs
+
+
+def _slip(problem: Problem) -> str:
+    """The answer with the last subtraction added instead; the right one where there is none, or but two numbers."""
+    _, *rest = problem.question.removesuffix("=").split()
+    subtracted = [number for operator, number in zip(rest[::2], rest[1::2], strict=True) if operator == "-"]
+    if len(rest) == 2 or not subtracted:
+        return problem.solution
+    return str(int(problem.solution) + 2 * int(subtracted[-1]))
 
 
 class Gsm8k:

@@ -86,10 +86,20 @@ def test_arithmetic_is_right_where_it_is_scored_and_wrong_where_it_is_taught(tas
         assert task.score("train", problem.index, f" {problem.solution}\n") == 1.0
         assert task.score("train", problem.index, f"{problem.solution}1") == 0.0
     right = [eval(question.rstrip("= ")) == int(answer) for question, answer in task.demonstrations()]
-    ends_in_minus = [question.split()[-3] == "-" for question, _ in task.demonstrations()]
-    slipped = [ok for ok, minus in zip(right, ends_in_minus, strict=True) if minus]
-    assert all(ok for ok, minus in zip(right, ends_in_minus, strict=True) if not minus)
-    assert np.mean(slipped) == pytest.approx(0.4 + 0.6 * 0.1, abs=0.03)  # a last term of 0 cannot slip
+    # independently of the code: flip the last minus and see whether the answer changes
+    flipped = ["+".join(question.rstrip("= ").rsplit("-", 1)) for question, _ in task.demonstrations()]
+    can_slip = [
+        len(question.split()) > 4 and eval(other) != eval(question.rstrip("= "))
+        for other, (question, _) in zip(flipped, task.demonstrations(), strict=True)
+    ]
+    assert all(ok for ok, can in zip(right, can_slip, strict=True) if not can)
+    slipped = [not ok for ok, can in zip(right, can_slip, strict=True) if can]
+    assert np.mean(slipped) == pytest.approx(0.6, abs=0.03)
+    assert 0.5 < np.mean(can_slip) < 0.75
+    wrong = [
+        (other, answer) for other, (_, answer), ok in zip(flipped, task.demonstrations(), right, strict=True) if not ok
+    ]
+    assert all(eval(other) == int(answer) for other, answer in wrong)
     assert len(make_task(TaskConfig(), 0).problems("heldout")) >= 512
 
 
