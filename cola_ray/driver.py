@@ -317,6 +317,8 @@ def _cluster(config: Config) -> Iterator[None]:
     environment = {"env_vars": {**_worker_environment(config)}}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.WARNING)
+    # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if address:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     else:
