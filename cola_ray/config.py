@@ -259,7 +259,7 @@ def _tiny() -> Config:
         task=TaskConfig(name="arithmetic"),
         pretrain=PretrainConfig(
             stages=("base", "actions", "policy"),
-            steps={"base": 1200, "actions": 450, "policy": 100, "fta_idm": 50, "fta_policy": 50},
+            steps={"base": 800, "actions": 300, "policy": 100, "fta_idm": 50, "fta_policy": 50},
             batch_size=12,
             micro_batch_size=6,
             sequence_length=128,
@@ -272,7 +272,7 @@ def _tiny() -> Config:
         ),
         rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=256, kv_cache_mb=128),
         rl=RLConfig(
-            max_steps=80,
+            max_steps=60,
             prompts_per_step=64,
             group_size=8,
             lr=5e-4,
