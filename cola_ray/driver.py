@@ -9,6 +9,7 @@ Both return the summary they write to ``output_dir/summary.json``; both track in
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -222,13 +223,19 @@ class RayWorkers:
         except ray.exceptions.RayActorError as error:
             lines = str(error).strip().splitlines()
             if "creation task" in lines[0]:  # it never ran: another one would fail in the same way
-                raise RuntimeError(f"a rollout worker could not start: {lines[-1]}") from None
+                raise RuntimeError(f"a rollout worker could not start: {_cause(lines)}") from None
             raise WorkerLostError(lines[0]) from error
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
     def kill(self, worker: Any) -> None:
         ray.kill(worker)
+
+
+def _cause(lines: list[str]) -> str:
+    """What a remote traceback ends in: from its last line that names an exception on, in one line."""
+    starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])[:1000]
 
 
 def _rl_rank(loop: dict[str, Any]) -> None:
