@@ -21,9 +21,10 @@ raised in the learner's next call and told to the driver: nothing waits on somet
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,7 +74,7 @@ class Ledger:
     regenerated_groups: int = 0
     worker_losses: int = 0
     failed_rewards: int = 0
-    response_length: float = field(default=0.0)  # running mean, to weigh what a worker owes
+    response_length: float = 0.0  # running mean, to weigh what a worker owes
 
 
 class Controller:
@@ -210,8 +211,7 @@ class Controller:
         """The training problem that is handed out at ``position`` of the run: a new permutation every epoch."""
         num_train = self.facts["num_train"]
         epoch, offset = divmod(position, num_train)
-        order = np.random.default_rng((self.config.seed, epoch)).permutation(num_train)
-        return Ticket(position, int(order[offset]))
+        return Ticket(position, int(_epoch_order(self.config.seed, epoch, num_train)[offset]))
 
     async def _generate(self, tickets: Sequence[Ticket]) -> list[Group]:
         """Every ticket's group, in order. A group stays whole, so that its prompt is computed once."""
@@ -446,6 +446,11 @@ class Controller:
 
     def _event(self, step: int, metrics: dict[str, float]) -> None:
         self.events.append({"step": step, "metrics": metrics})
+
+
+@functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
+def _epoch_order(seed: int, epoch: int, num_train: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_train)
 
 
 def _reason(error: BaseException) -> str:

@@ -93,8 +93,9 @@ class RolloutWorker:
         ]
         completions = await self._complete(requests)
         owners = [index for index in indices for _ in range(size)]
-        rewards = await self._score("train", owners, completions)
-        made = iter(zip(owners, completions, rewards, strict=True))
+        texts = self._texts(completions)
+        rewards = await self._score("train", owners, texts)
+        made = iter(zip(owners, completions, texts, rewards, strict=True))
         return [Group(ticket.position, tuple(self._trajectory(*next(made)) for _ in range(size))) for ticket in tickets]
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
@@ -108,7 +109,7 @@ class RolloutWorker:
             for prompt in prompts
         ]
         completions = await self._complete(requests)
-        return [reward.value for reward in await self._score("heldout", indices, completions)]
+        return [reward.value for reward in await self._score("heldout", indices, self._texts(completions))]
 
     async def update_weights(self, version: int, *buckets: Bucket) -> int:
         """Hold ``version`` on return. Mode drain lets requests in flight end first; continue swaps between steps."""
@@ -131,9 +132,8 @@ class RolloutWorker:
     async def peak_memory_gb(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    async def _score(self, split: Split, indices: Sequence[int], completions: Sequence[Completion]) -> list[Reward]:
-        pairs = zip(indices, completions, strict=True)
-        items = [(split, index, self._text(completion)) for index, completion in pairs]
+    async def _score(self, split: Split, indices: Sequence[int], texts: Sequence[str]) -> list[Reward]:
+        items = [(split, index, text) for index, text in zip(indices, texts, strict=True)]
         return await asyncio.to_thread(self.rewards.score, items)
 
     async def _complete(self, requests: Sequence[Request]) -> list[Completion]:
@@ -161,7 +161,7 @@ class RolloutWorker:
             for future in failed.values():
                 future.set_exception(error)
 
-    def _trajectory(self, index: int, completion: Completion, reward: Reward) -> Trajectory:
+    def _trajectory(self, index: int, completion: Completion, text: str, reward: Reward) -> Trajectory:
         return Trajectory(
             prompt_ids=np.asarray(self.prompts[index], np.int64),
             token_ids=completion.token_ids,
@@ -170,13 +170,13 @@ class RolloutWorker:
             versions=completion.versions,
             reward=reward.value,
             truncated=completion.truncated,
-            text=self._text(completion),
+            text=text,
             failure=reward.failure,
             hidden_states=completion.hidden_states,
         )
 
-    def _text(self, completion: Completion) -> str:
-        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    def _texts(self, completions: Sequence[Completion]) -> list[str]:
+        return [self.tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
 
     def _seed(self, position: int, sibling: int) -> int:
         entropy = (self.config.seed, position, sibling)
