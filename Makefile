@@ -27,7 +27,7 @@ $(VENV)/.ready-$(EXTRA): requirements/$(EXTRA).txt pyproject.toml
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
 
-demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about ten minutes on 2 cores
+demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about a quarter of an hour on 2 cores
 	$(BIN)/python jobs/rl_math.py --preset tiny --output-dir outputs/demo
 
 test: setup  ## unit, parity and system tests

@@ -126,8 +126,6 @@ class RolloutConfig(_Branch):
     """Concurrent requests in an engine."""
     kv_cache_mb: int = 512
     """Key/value cache of an engine on CPU; on GPU vLLM's memory share rules."""
-    update_mode: Literal["drain", "continue"] = "drain"
-    """New weights: wait for requests in flight to end on the old version, or continue them on the new one."""
     max_restarts: int = 3
     """Times in a row a worker may die without completing a share before the run fails."""
 
@@ -161,6 +159,8 @@ class RLConfig(_Branch):
     """Padded tokens a forward pass, on one rank; at least one sequence."""
     max_staleness: int = 0
     """Versions a rollout may lag behind the learner. 0 is strictly on-policy; 1 overlaps rollouts with learning."""
+    update_mode: Literal["drain", "continue"] = "drain"
+    """At new weights, requests in flight end on the old version first, or continue on the new one."""
     importance_cap: float = 2.0
     """Truncation of pi_learner / pi_rollout, the weight that corrects staleness and engine mismatch. 0: no weight."""
     cache_hidden_states: bool = False
@@ -186,6 +186,8 @@ class ClusterConfig(_Branch):
     """Times the learner is restarted from its last checkpoint before the run fails."""
     colocated: bool = False
     """Learner and engines share GPUs in turn: engines sleep while the learner trains. Needs max_staleness 0."""
+    weight_transport: Literal["object_store", "nccl"] = "object_store"
+    """How new weights reach engines: Ray's object store, or a broadcast between GPUs (gloo where there are none)."""
     stall_timeout_s: float = 1800.0
     """Seconds anything may be waited for before the run fails and names it."""
 
@@ -259,7 +261,7 @@ def _tiny() -> Config:
         task=TaskConfig(name="arithmetic"),
         pretrain=PretrainConfig(
             stages=("base", "actions", "policy"),
-            steps={"base": 800, "actions": 300, "policy": 100, "fta_idm": 50, "fta_policy": 50},
+            steps={"base": 1200, "actions": 450, "policy": 100, "fta_idm": 50, "fta_policy": 50},
             batch_size=12,
             micro_batch_size=6,
             sequence_length=128,
@@ -272,7 +274,7 @@ def _tiny() -> Config:
         ),
         rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=256, kv_cache_mb=128),
         rl=RLConfig(
-            max_steps=60,
+            max_steps=80,
             prompts_per_step=64,
             group_size=8,
             lr=5e-4,

@@ -34,7 +34,7 @@ from cola_ray.algorithms.advantages import group_normalised, leave_one_out
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.config import Config
 from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
-from cola_ray.weights import Bucket
+from cola_ray.weights import Bucket, Channel, Manifest, Offer
 from cola_ray.work_buffer import WorkBuffer
 
 ADVANTAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"grpo": group_normalised, "rloo": leave_one_out}
@@ -97,6 +97,9 @@ class Controller:
         self.last_version = rl.max_steps  # training ends when the learner holds it
         self.producer: asyncio.Task | None = None
         self.spreading: asyncio.Task | None = None
+        self.receiving: asyncio.Task | None = None  # a broadcast that workers take part in
+        self.channel: Channel | None = None
+        self.members: list[Any] = []  # the workers in the channel
         self.chores: set[asyncio.Task] = set()
         self.pending: dict[str, float] = {}  # what is being waited for, since when
         self.published_at = 0.0
@@ -135,10 +138,11 @@ class Controller:
 
         A first start, a resumed run and a learner that died and came back all begin here.
         """
-        for task in (self.producer, self.spreading):
+        for task in (self.producer, self.spreading, self.receiving):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        self.receiving = self.channel = None  # its rank 0 may be another process now
         self.buffer = WorkBuffer(self.config.rl.prompts_per_step, self.config.rl.max_staleness)
         self.step_batches, self.rollout_metrics = {}, {}
         self.handed_out, self.published_at = version - 1, time.perf_counter()
@@ -161,14 +165,36 @@ class Controller:
         self.pending[f"the learner's step {version}"] = time.monotonic()
         return self.step_batches[version][rank]
 
+    async def offer(self, version: int, manifest: Manifest, host: str, port: int) -> Channel:
+        """Have every ready worker take part in a broadcast of ``version``, sent next by the caller, then published.
+
+        Args:
+            host, port: where the caller can be met if a new channel is needed.
+        """
+        await self._settle(version)
+        seats = [seat for seat in self.seats if seat.ready]
+        size = self.config.rollout.tensor_parallel_size
+        if self.channel is None or self.members != [seat.worker for seat in seats]:
+            self.members = [seat.worker for seat in seats]
+            self.channel = Channel(host, port, 1 + size * len(seats))
+        if self.config.cluster.colocated:
+            await self._ask_all("wake_up")
+        offers = [Offer(version, self.channel, 1 + size * index, manifest) for index in range(len(seats))]
+        self.receiving = self._spawn(self._receive(seats, offers))
+        return self.channel
+
     async def publish(self, version: int, buckets: Sequence[Bucket], metrics: dict[str, float]) -> None:
         """Take over new weights and the metrics of the step that made them; returns before workers hold them."""
+        await self._settle(version)
+        self.spreading = self._spawn(self._spread(version, buckets, metrics))
+
+    async def _settle(self, version: int) -> None:
+        """The learner made ``version``; wait until the one before is with all workers."""
         self.pending.pop(f"the learner's step {version - 1}", None)
         if self.spreading is not None:
             with self._waiting_for(f"workers to hold version {version - 1}"):
                 await asyncio.gather(self.spreading, return_exceptions=True)
         self._raise_failure()
-        self.spreading = self._spawn(self._spread(version, buckets, metrics))
 
     async def fail(self, reason: str) -> None:
         """The learner cannot go on; the driver is told and the run ends."""
@@ -319,10 +345,23 @@ class Controller:
     async def _update_workers(self, version: int, buckets: Sequence[Bucket]) -> None:
         """Every ready worker holds ``version`` on return; one that is being replaced will before it is ready."""
         self.weights = (version, buckets)
-        if self.config.cluster.colocated:
+        holders: list[Any] = []
+        if self.receiving is not None:
+            await asyncio.gather(self.receiving)
+            self.receiving, holders = None, self.members
+        elif self.config.cluster.colocated:
             await self._ask_all("wake_up")
-        await self._ask_all("update_weights", version, *buckets)
+        await self._ask_all("update_weights", version, *buckets, spare=holders)
         self.version = version
+
+    async def _receive(self, seats: Sequence[Seat], offers: Sequence[Offer]) -> None:
+        asked = (self._ask(seat, "receive_weights", offer) for seat, offer in zip(seats, offers, strict=True))
+        try:
+            await asyncio.gather(*asked)
+        except WorkerLostError as lost:  # the others wait for it inside the broadcast and cannot be called back
+            raise RuntimeError(
+                f"a worker was lost while weights were broadcast ({lost}); --resume goes on from the last checkpoint"
+            ) from lost
 
     async def _evaluate_if_due(self, version: int, metrics: dict[str, float]) -> None:
         rl = self.config.rl
@@ -363,9 +402,9 @@ class Controller:
                     self._replace(seat, lost)
                 raise
 
-    async def _ask_all(self, method: str, *args: Any) -> None:
-        """Of every ready worker; one that is lost on the way is replaced, and that is all there is to do."""
-        asked = [self._ask(seat, method, *args) for seat in self.seats if seat.ready]
+    async def _ask_all(self, method: str, *args: Any, spare: Sequence[Any] = ()) -> None:
+        """Of every ready worker but ``spare``; one that is lost on the way is replaced, and nothing more is to do."""
+        asked = [self._ask(seat, method, *args) for seat in self.seats if seat.ready and seat.worker not in spare]
         for result in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, WorkerLostError):
                 raise result

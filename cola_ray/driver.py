@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,7 +31,7 @@ from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Batch
 from cola_ray.rollout.worker import RolloutWorker
 from cola_ray.tracking import Display, Tracker, peak_memory_gb, plot, print_summary, write_json
-from cola_ray.weights import Bucket
+from cola_ray.weights import Bucket, Channel, Manifest
 
 
 class RunFailedError(RuntimeError):
@@ -258,6 +259,12 @@ class RemoteController:
 
     def next_batch(self, rank: int, version: int) -> Batch | None:
         return ray.get(self.controller.next_batch.remote(rank, version))
+
+    def offer(self, version: int, manifest: Manifest) -> Channel:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        return ray.get(self.controller.offer.remote(version, manifest, ray.util.get_node_ip_address(), port))
 
     def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
         metrics["memory/learner_gb"] = peak_memory_gb()

@@ -1,25 +1,36 @@
-"""Versioned weights from the learner to the engines: bucketed, complete, checked.
+"""Versioned weights from the learner to the engines, by one of two ways. Complete and checked in both.
 
-    learner rank 0:  WeightSender.buckets(named tensors)  ->  Bucket, Bucket, ...
-    engine:          WeightReceiver.add(bucket) ...  ->  finish(expected names) -> [(name, tensor)]
+    object_store    WeightSender.buckets(named tensors) -> Bucket ... ── Ray ──> WeightReceiver.add(bucket)
+    nccl            Broadcast.send(named tensors) ────────── NCCL ─────────────> BroadcastReceiver(offer)
+                                                                                       └─> finish(expected names)
 
 A bucket travels through Ray's object store: shared memory on a node, any node otherwise. Its arrays are the tensors'
 own memory on CPU, so the one copy made is the one into the store; the receiver reads from there. It raises on a
 missing, double or unknown name and on a checksum that does not match; nothing is loaded unless all of it arrived.
+
+A broadcast goes from the learner's first rank to all engines' GPUs at once, tensor by tensor as ZeRO-3 gathers them,
+straight into loading. All must take part, so the controller offers it first. Without GPUs gloo carries it.
 """
 
+import datetime
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
+Manifest = tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype) of each tensor, in the order of sending
+
 
 class WeightTransferError(RuntimeError):
     """A weight update that must not be loaded."""
+
+
+# --- through Ray's object store -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -77,10 +88,7 @@ class WeightReceiver:
 
     def finish(self, expected: Iterable[str]) -> list[tuple[str, Tensor]]:
         """All tensors, in order of arrival; raises unless their names are exactly the expected ones."""
-        wanted = set(expected)
-        missing, unknown = sorted(wanted - self.tensors.keys()), sorted(self.tensors.keys() - wanted)
-        if missing or unknown:
-            raise WeightTransferError(f"version {self.version}: missing {missing[:3]}, unknown {unknown[:3]}")
+        _check_names(self.version, self.tensors, expected)
         return list(self.tensors.items())
 
 
@@ -94,3 +102,87 @@ def _pack(version: int, tensors: list[tuple[str, Tensor]]) -> Bucket:
         payload=payload,
         checksums=tuple(xxhash.xxh3_64_intdigest(data.data) for data in payload),
     )
+
+
+# --- by broadcast ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A group of the learner's first rank, as rank 0, and every engine's GPUs; another one when its members change."""
+
+    host: str  # of rank 0
+    port: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A version that will be sent over ``channel``, and what it consists of."""
+
+    version: int
+    channel: Channel
+    rank: int  # of the receiving engine's first GPU
+    manifest: Manifest
+
+
+class Broadcast:
+    """This process's end of a channel, kept for as long as the channel stays the same."""
+
+    def __init__(self) -> None:
+        self.channel: Channel | None = None
+        self.group: Any = None
+
+    def join(self, channel: Channel, rank: int, device: torch.device) -> None:
+        """Returns when all members have come."""
+        if channel != self.channel:
+            self.group = _join(channel, rank, device) if channel.world_size > 1 else None
+            self.channel = channel
+
+    def send(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Passes ``tensors`` on, each sent to the other members first."""
+        for name, tensor in tensors:
+            self._carry(tensor.contiguous())
+            yield name, tensor
+
+    def receive(self, manifest: Manifest, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        for name, shape, dtype in manifest:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            self._carry(tensor)
+            yield name, tensor
+
+    def _carry(self, tensor: Tensor) -> None:
+        if self.group is not None:
+            work = self.group.broadcast(tensor, 0)  # NCCL's is ordered by its stream and returns nothing
+            if work is not None:
+                work.wait()
+
+
+class BroadcastReceiver:
+    """Receives what an offer announces, tensor by tensor, while whoever reads ``finish`` loads them."""
+
+    def __init__(self, offer: Offer, end: Broadcast, local_rank: int, device: torch.device) -> None:
+        self.offer, self.end, self.local_rank, self.device = offer, end, local_rank, device
+
+    def finish(self, expected: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """As of :class:`WeightReceiver`; names are checked before anything is received."""
+        _check_names(self.offer.version, [name for name, _, _ in self.offer.manifest], expected)
+        self.end.join(self.offer.channel, self.offer.rank + self.local_rank, self.device)
+        return self.end.receive(self.offer.manifest, self.device)
+
+
+def _join(channel: Channel, rank: int, device: torch.device) -> Any:
+    if device.type == "cuda":
+        from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+
+        return stateless_init_process_group(channel.host, channel.port, rank, channel.world_size, device)
+    patience = datetime.timedelta(minutes=30)
+    store = torch.distributed.TCPStore(channel.host, channel.port, channel.world_size, rank == 0, patience)
+    return torch.distributed.ProcessGroupGloo(store, rank, channel.world_size, patience)
+
+
+def _check_names(version: int, names: Iterable[str], expected: Iterable[str]) -> None:
+    wanted, given = set(expected), set(names)
+    missing, unknown = sorted(wanted - given), sorted(given - wanted)
+    if missing or unknown:
+        raise WeightTransferError(f"version {version}: missing {missing[:3]}, unknown {unknown[:3]}")

@@ -16,6 +16,8 @@ import xxhash
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
+from cola_ray.weights import Manifest
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is NaN or infinite; raised on every rank before the optimizer can act on it."""
@@ -47,7 +49,7 @@ class ZeroEngine:
     ) -> None:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name.startswith(tuple(trained)))
-        self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.trained: list[tuple[str, Any]] = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not self.trained:
             raise ValueError(f"no parameter's name starts with any of {tuple(trained)}")
         optimizer = torch.optim.AdamW([p for _, p in self.trained], lr=lr, betas=betas, weight_decay=weight_decay)
@@ -124,6 +126,13 @@ class ZeroEngine:
             with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
                 for name, parameter in bucket:
                     yield name.removeprefix(strip), parameter.detach()
+
+    def manifest(self, strip: str) -> Manifest:
+        """What ``stream`` yields, without gathering it."""
+        return tuple(
+            (name.removeprefix(strip), tuple(p.ds_shape), str(p.dtype).removeprefix("torch."))
+            for name, p in self.trained
+        )
 
     def save(self, folder: Path) -> None:
         """This rank's shard of parameters and optimizer, and the checksums of its files; all ranks call."""

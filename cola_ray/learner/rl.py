@@ -32,7 +32,7 @@ from cola_ray.config import Config
 from cola_ray.experience import Batch
 from cola_ray.learner.engine import NonFiniteError, ZeroEngine
 from cola_ray.model.modeling_cola import CoLAForCausalLM
-from cola_ray.weights import Bucket, WeightSender
+from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
 
 class BatchSource(Protocol):
@@ -44,6 +44,10 @@ class BatchSource(Protocol):
 
     def next_batch(self, rank: int, version: int) -> Batch | None:
         """This rank's share of the batch to train version ``version`` on; None when the run is over."""
+        ...
+
+    def offer(self, version: int, manifest: Manifest) -> Channel:
+        """Announce a broadcast; the caller sends over the channel that is returned, then publishes."""
         ...
 
     def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
@@ -165,6 +169,7 @@ class RLLearner:
             bfloat16=dtype is torch.bfloat16,
         )
         self.sender = WeightSender()
+        self.broadcast = Broadcast()
         self.version = 0
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -232,13 +237,23 @@ class RLLearner:
         scored = action_log_probs(logits.float(), *wanted).gather(-1, piece["actions"][..., None])[..., 0]
         return scored.masked_fill(~piece["action_mask"], 0.0)
 
-    def buckets(self) -> list[Bucket]:
-        """The policy's weights under the current version; on ranks above 0 an empty list. All ranks call."""
+    def manifest(self) -> Manifest:
+        return self.zero.manifest("cola.")
+
+    def buckets(self, channel: Channel | None = None) -> list[Bucket]:
+        """The policy's weights under the current version; on ranks above 0 an empty list. All ranks call.
+
+        Args:
+            channel: on rank 0, where to broadcast them as well; the buckets then serve workers that come later.
+        """
         tensors = self.zero.stream("cola.")
         if self.zero.rank:
             for _ in tensors:
                 pass
             return []
+        if channel is not None:
+            self.broadcast.join(channel, 0, self.zero.device)
+            tensors = self.broadcast.send(tensors)
         return list(self.sender.buckets(self.version, tensors))
 
     def save(self, folder: Path) -> None:
@@ -281,7 +296,10 @@ def train_loop(
                 source.fail(f"step {learner.version}: {error}")
                 raise
             started = time.perf_counter()
-            buckets = learner.buckets()
+            channel = None
+            if is_first and config.cluster.weight_transport == "nccl":
+                channel = source.offer(learner.version, learner.manifest())
+            buckets = learner.buckets(channel)
             metrics["time/gather"] = time.perf_counter() - started
             metrics["learner/zero_stage"] = float(learner.zero.zero_stage)
             if is_first:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cola_ray.model.action_columns import decode, sampling_args
-from cola_ray.weights import Bucket, WeightReceiver
+from cola_ray.weights import Broadcast, BroadcastReceiver, Bucket, Offer, WeightReceiver
 
 if TYPE_CHECKING:
     from cola_ray.model.vllm_cola import CoLAForCausalLM
@@ -184,6 +184,24 @@ class LatentEngine:
         for bucket in buckets:
             receiver.add(bucket)
         self.llm.apply_model(lambda model: load_policy(model, receiver))
+        self._go_on_with(version)
+
+    def receive_weights(self, offer: Offer) -> None:
+        """The same from a broadcast; returns when all of it has been sent and loaded."""
+
+        def receive(model: "CoLAForCausalLM") -> None:
+            import torch
+            from vllm.distributed import get_tensor_model_parallel_rank
+
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+            end = model.__dict__.setdefault("broadcast", Broadcast())
+            rank = get_tensor_model_parallel_rank()
+            load_policy(model, BroadcastReceiver(offer, end, rank, torch.device(device)))
+
+        self.llm.apply_model(receive)
+        self._go_on_with(offer.version)
+
+    def _go_on_with(self, version: int) -> None:
         self.reset_prefix_cache()
         self.version = version
         # How far each request is, is known to the scheduler alone before the request ends.
@@ -220,7 +238,7 @@ def prepare_process(num_threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
-def load_policy(model: "CoLAForCausalLM", receiver: WeightReceiver) -> None:
+def load_policy(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastReceiver) -> None:
     """Runs beside the served model: complete update of the policy's modules, or an error before any change.
 
     On CPU vLLM repacks linear weights at load and frees the originals, so writing into parameters would do nothing;

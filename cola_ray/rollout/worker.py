@@ -11,7 +11,7 @@ call that waits on it.
 import asyncio
 import functools
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,7 +23,7 @@ from cola_ray.rollout.engine import Completion, LatentEngine, Request, prepare_p
 from cola_ray.rollout.scoring import Reward, RewardProcess
 from cola_ray.tasks import make_task, render_prompt
 from cola_ray.tasks.protocol import Split
-from cola_ray.weights import Bucket
+from cola_ray.weights import Bucket, Offer
 
 
 class RolloutWorker:
@@ -113,15 +113,19 @@ class RolloutWorker:
 
     async def update_weights(self, version: int, *buckets: Bucket) -> int:
         """Hold ``version`` on return. Mode drain lets requests in flight end first; continue swaps between steps."""
-        if self.config.rollout.update_mode == "drain":
-            async with self.gate:
-                if self.runner is not None:
-                    await self.runner
-                self.engine.update_weights(version, buckets)
-        else:
-            async with self.between_steps:
-                self.engine.update_weights(version, buckets)
+        await self._swap(lambda: self.engine.update_weights(version, buckets))
         return version
+
+    async def receive_weights(self, offer: Offer) -> int:
+        """The same by broadcast, together with all other members of the offer's channel."""
+        await self._swap(lambda: self.engine.receive_weights(offer))
+        return offer.version
+
+    async def _swap(self, load: Callable[[], None]) -> None:
+        async with self.gate if self.config.rl.update_mode == "drain" else self.between_steps:
+            if self.config.rl.update_mode == "drain" and self.runner is not None:
+                await self.runner
+            await asyncio.get_running_loop().run_in_executor(self.stepper, load)
 
     async def sleep(self) -> None:
         self.engine.sleep()

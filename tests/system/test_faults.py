@@ -135,10 +135,16 @@ def test_too_many_bad_rewards_end_the_run_with_their_reason(start):
 
 
 def test_staleness_is_used_and_bounded(start):
-    run = start("--rl.max-staleness", "1", "--rollout.update-mode", "continue")
+    run = start("--rl.max-staleness", "1", "--rl.update-mode", "continue")
     run.finish()
     assert max(run.series("staleness/max").values()) == 1
     assert max(run.series("policy/importance_capped").values()) < 0.2
+
+
+def test_weights_by_broadcast_train_the_same_policy(start, straight):
+    run = start("--cluster.weight-transport", "nccl", "--rollout.num-workers", "2")
+    run.finish()
+    assert_same_curve(run, straight, exact=False)
 
 
 def test_states_from_the_engine_train_the_same_policy(start, straight):

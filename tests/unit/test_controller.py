@@ -28,6 +28,7 @@ class Worker:
 class Pool:
     def __init__(self, **first):
         self.workers, self.first, self.served = [], first, []
+        self.offers, self.lost_at = [], set()
 
     def spawn(self):
         self.workers.append(Worker(**self.first) if not self.workers else Worker())
@@ -44,6 +45,13 @@ class Pool:
             return await self.generate(worker, *args)
         if method == "update_weights":
             worker.version = args[0]
+            return worker.version
+        if method == "receive_weights":
+            (offer,) = args
+            self.offers.append(offer)
+            if offer.version in self.lost_at:
+                raise WorkerLostError("killed")
+            worker.version = offer.version
             return worker.version
         facts = {"num_train": 10, "num_heldout": 3, "pad_token_id": 0, "num_too_long": 0}
         return {"facts": facts, "evaluate": [1.0]}[method]
@@ -83,6 +91,8 @@ async def train(controller, first=0, until=STEPS):
     while version < until and (batch := await controller.next_batch(0, version)) is not None:
         batches.append(batch)
         version += 1
+        if controller.config.cluster.weight_transport == "nccl":
+            await controller.offer(version, (), "host", 1000 + version)
         await controller.publish(version, [], {"time/learn": 0.0})
     if until == STEPS:
         assert await controller.next_batch(0, version) is None
@@ -189,3 +199,23 @@ def test_stop_ends_after_the_step_under_way():
         assert await controller.next_batch(0, 1) is None
 
     run(Pool(), act=act)
+
+
+def test_broadcasts_keep_their_channel_until_a_worker_changes():
+    pool = Pool(dies_at={8, 9, 10, 11})
+    run(pool, {"cluster.weight_transport": "nccl"})
+    assert sorted(position for position, _ in pool.served) == list(range(STEPS * PROMPTS))
+    assert all(worker.version == STEPS for worker in pool.workers if not worker.dead)
+    ports = {offer.version: offer.channel.port for offer in pool.offers}
+    assert ports[1] == ports[2] == 1001, "the first channel"
+    assert ports[STEPS] > 1001, "another one after the replacement"
+    last = [offer for offer in pool.offers if offer.version == STEPS]
+    assert [offer.rank for offer in last] == [1, 2]
+    assert {offer.channel.world_size for offer in last} == {3}
+
+
+def test_a_worker_lost_within_a_broadcast_ends_the_run():
+    pool = Pool()
+    pool.lost_at = {2}
+    with pytest.raises(RuntimeError, match=r"lost while weights were broadcast .*--resume"):
+        run(pool, {"cluster.weight_transport": "nccl"})

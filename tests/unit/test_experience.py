@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.experience import Trajectory, collate
-from cola_ray.weights import WeightReceiver, WeightSender, WeightTransferError
+from cola_ray.weights import (
+    Broadcast,
+    BroadcastReceiver,
+    Channel,
+    Offer,
+    WeightReceiver,
+    WeightSender,
+    WeightTransferError,
+)
 from cola_ray.work_buffer import WorkBuffer
 
 
@@ -142,3 +152,43 @@ def test_an_incomplete_or_broken_update_is_refused():
         receiver.add(dataclasses.replace(rest[0], version=5))
     with pytest.raises(WeightTransferError, match="unknown"):
         receiver.finish([])
+
+
+@pytest.fixture
+def sent_over_a_channel():
+    """Two versions over one channel from a sender to two receivers; returns (sent, what each receiver got)."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    versions = [{"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16()} for _ in range(2)]
+    manifest = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in versions[0].items())
+    channel, cpu = Channel("localhost", port, 3), torch.device("cpu")
+
+    def send():
+        end = Broadcast()
+        for tensors in versions:
+            end.join(channel, 0, cpu)
+            list(end.send(tensors.items()))
+
+    def receive(rank):
+        end = Broadcast()
+        offers = [Offer(version, channel, rank, manifest) for version in range(2)]
+        return [dict(BroadcastReceiver(offer, end, 0, cpu).finish(["a", "b"])) for offer in offers]
+
+    with ThreadPoolExecutor() as threads:
+        sending, *receiving = threads.submit(send), threads.submit(receive, 1), threads.submit(receive, 2)
+        sending.result(timeout=30)
+        return versions, [result.result(timeout=30) for result in receiving]
+
+
+def test_a_broadcast_arrives_bit_for_bit_at_every_member(sent_over_a_channel):
+    versions, received = sent_over_a_channel
+    for member in received:
+        for version, tensors in zip(versions, member, strict=True):
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in version.items())
+
+
+def test_a_broadcast_of_other_tensors_is_refused_before_anything_is_received():
+    offer = Offer(4, Channel("localhost", 1, 2), 1, (("a", (3,), "float32"),))
+    with pytest.raises(WeightTransferError, match=r"version 4: missing \['b'\], unknown \['a'\]"):
+        BroadcastReceiver(offer, Broadcast(), 0, torch.device("cpu")).finish(["b"])
