@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# A base trained just long enough to be right now and then, so that RL has something to learn from.
+SHORT_PRETRAINING = [
+    "--pretrain.steps.base", "120", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40"
+]  # fmt: skip
 
 
 class Run:

@@ -8,14 +8,13 @@ import signal
 import time
 
 import pytest
-from runs import Run, descendants
+from runs import SHORT_PRETRAINING, Run, descendants
 from safetensors.torch import load_file
 
 from cola_ray.config import override, preset
 
 pytestmark = pytest.mark.slow
 STEPS = 10
-SHORT = ["--pretrain.steps.base", "120", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40"]
 RL = ["--rl.max-steps", str(STEPS), "--rl.prompts-per-step", "16", "--rl.group-size", "8", "--rl.eval-problems", "64",
       "--rl.eval-every", "0", "--rl.save-every", "2"]  # fmt: skip
 SAME = ("policy/loss", "policy/grad_norm", "reward/mean", "rollout/response_length")
@@ -23,7 +22,7 @@ SAME = ("policy/loss", "policy/grad_norm", "reward/mean", "rollout/response_leng
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    run = Run("pretrain", tmp_path_factory.mktemp("model"), *SHORT)
+    run = Run("pretrain", tmp_path_factory.mktemp("model"), *SHORT_PRETRAINING)
     run.finish()
     return run.where / "outputs" / "pretrain-tiny-seed0" / "model"
 

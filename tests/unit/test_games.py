@@ -1,0 +1,142 @@
+"""Twenty Questions and Guess My City: tables, questions, rules, demonstrations."""
+
+import pytest
+
+from cola_ray.tasks.environment import Replayed
+from cola_ray.tasks.guessing import (
+    INVALID,
+    REFUSAL,
+    GuessCity,
+    TwentyQuestions,
+    article,
+    cities_table,
+    city_oracle,
+    names,
+    objects_table,
+    phrases,
+    table_oracle,
+)
+
+
+def thing(name):
+    return next(thing for thing in (*objects_table(), *cities_table()) if name in thing.names)
+
+
+def test_the_tables_are_the_papers_size_and_tell_everything_apart():
+    objects = objects_table()
+    assert len(objects) == 157
+    assert len({frozenset(thing.attributes) for thing in objects}) == 157
+    assert len(cities_table()) == 91
+    assert len({tuple(city.attributes.values()) for city in cities_table()}) == 91
+
+
+def test_plain_questions_ask_for_their_attribute():
+    for attribute, question in phrases()[1].items():
+        for hidden in objects_table():
+            expected = "Yes." if attribute in hidden.attributes else "No."
+            assert table_oracle(hidden, question) == expected, (question, hidden.names)
+
+
+def test_every_name_wins_and_names_nothing_else():
+    for hidden in objects_table():
+        for name in hidden.names:
+            question = f"Is it {article(name)}?"
+            assert names(question, hidden)
+            assert [other for other in objects_table() if table_oracle(other, question) == "Yes."] == [hidden]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("does it have four LEGS", "Yes."),
+        ("Is it a living thing?", "Yes."),
+        ("Is it bigger than a car?", "No."),
+        ("Is it not a dog?", "No."),
+        ("Is it not edible?", "Yes."),
+        ("Is it a cat?", "No."),
+        ("How do you do?", INVALID),
+        ("", INVALID),
+    ],
+)
+def test_free_questions_about_a_dog(question, answer):
+    assert table_oracle(thing("dog"), question) == answer
+
+
+def play(game, questions, seed=0):
+    game.reset(seed=seed)
+    return [game.step(question) for question in questions]
+
+
+def test_rewards_and_ends_are_the_papers():
+    game = TwentyQuestions()
+    _, info = game.reset(seed=3)
+    hidden = info["hidden"]
+    *asked, won = play(game, ["Is it alive?", "nonsense", f"Is it {article(hidden)}?"], seed=3)
+    assert [(reward, terminated, truncated) for _, reward, terminated, truncated, _ in asked] == [
+        (-1, False, False)
+    ] * 2
+    assert won[:4] == ("Yes.\n", 0.0, True, False)
+    limit = play(game, ["Is it alive?"] * 20, seed=3)
+    assert sum(step[1] for step in limit) == -20
+    assert [step[2] for step in limit] == [False] * 20
+    assert [step[3] for step in limit] == [False] * 19 + [True], "a limit truncates, it does not terminate"
+
+
+def test_a_negated_name_does_not_win():
+    game = TwentyQuestions()
+    _, info = game.reset(seed=3)
+    assert not game.step(f"Is it not {article(info['hidden'])}?")[2]
+
+
+def test_state_goes_on_in_another_game():
+    one, other = TwentyQuestions(), TwentyQuestions()
+    play(one, ["Is it alive?", "Is it round?"], seed=11)
+    other.set_state(one.get_state())
+    assert other.step("Is it soft?") == one.step("Is it soft?")
+    assert other.turn == 3
+
+
+def test_any_gymnasium_style_environment_is_saved_by_replay():
+    class Counter:
+        def reset(self, *, seed=None, options=None):
+            self.total = seed
+            return f"{self.total}", {}
+
+        def step(self, text):
+            self.total += int(text)
+            return f"{self.total}", 1.0, self.total > 100, False, {}
+
+    one, other = Replayed(Counter(), 3), Replayed(Counter(), 3)
+    assert one.reset(seed=5)[0] == "5"
+    assert one.step("1")[:4] == ("6", 1.0, False, False)
+    one.step("2")
+    other.set_state(one.get_state())
+    assert other.step("3")[:4] == ("11", 1.0, False, True)
+
+
+def test_cities_answer_in_sentences():
+    paris = thing("Paris")
+    assert city_oracle(paris, "What country is it in?") == "My city is in France."
+    assert city_oracle(paris, "Which language do they speak?") == "People there speak French."
+    assert city_oracle(paris, "What is it famous for?") == "Visitors come to see the Eiffel Tower."
+    assert city_oracle(paris, "Is it a capital city?") == "Yes, it is a capital."
+    assert city_oracle(paris, "Is it London?") == "No."
+
+
+def test_an_oracle_that_tells_the_city_is_not_heard():
+    game = GuessCity(oracle=lambda hidden, question: f"Well, it is {hidden.names[0]}!")
+    game.reset(seed=0)
+    assert game.step("Where are you from?")[0] == f"{REFUSAL}\n"
+
+
+@pytest.mark.parametrize(("skill", "low", "high"), [(0.3, -18, -16), (1.0, -8, -6.5)])
+def test_demonstrations_are_as_good_as_asked(skill, low, high):
+    """A perfect player halves what is left: log2(157) = 7.3 questions before the guess."""
+    dialogues = TwentyQuestions(skill=skill).demonstrations(300, seed=0)
+    assert dialogues == TwentyQuestions(skill=skill).demonstrations(300, seed=0)
+    returns = []
+    for dialogue in dialogues:
+        last_question, last_answer = dialogue.turns[-1]
+        won = last_answer == "Yes.\n" and any(names(last_question, thing) for thing in objects_table())
+        returns.append(-(len(dialogue.turns) - won))
+    assert low < sum(returns) / len(returns) < high
