@@ -1,0 +1,70 @@
+"""ArCHer's high level: twin critics over whole utterances, and the advantage they give one (Zhou et al. 2024).
+
+    Q_i(s, u) -> r + gamma (1 - terminated) Vbar_i(s')        off-policy: (s, u, r, s') from replay
+    V_i(s)    -> Qbar_i(s, u~)                                 u~ ~ pi(. | s), fresh
+    A(s, u~)   = min(Q_1, Q_2)(s, u~) - min(V_1, V_2)(s)       the policy gradient's weight for all of u~'s actions
+
+Bars are targets, moved by :func:`polyak_` after every critic step. A time limit is no end: ``terminated`` is false for
+a truncated episode, whose last state still has a value. Legend: B transitions; twins are the leading dimension of 2.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
+    """``r + gamma (1 - terminated) Vbar_i(s')``, (2, B); the i-th Q uses the i-th V, without a minimum (section 3.2).
+
+    Args:
+        rewards, terminated: (B,).
+        next_values: (2, B), of the target critics.
+
+    Example: reward -1, not terminated, values [-4, -6], gamma 0.5 -> [-3, -4].
+    """
+    return rewards + gamma * (1.0 - terminated.float()) * next_values
+
+
+def twin_squared_error(values: Tensor, goals: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum_i mean_b w_b (value_ib - goal_ib)^2`` (eqs. 1 and 2): the loss of Q, and with fresh utterances of V.
+
+    Args:
+        values, goals: (2, B); no gradient flows into goals.
+        weights: (B,), of prioritised replay.
+
+    Example: values [[0], [0]], goals [[-3], [-4]] -> 25.
+    """
+    squared = (values - goals.detach()).square()
+    return (squared if weights is None else squared * weights).mean(1).sum()
+
+
+def expectile_loss(v: Tensor, q: Tensor, expectile: float) -> Tensor:
+    """IQL's value loss on replayed utterances, in place of fresh ones: ``mean |e - 1(d < 0)| d^2``, ``d = q - v``.
+
+    Kostrikov et al. 2021, eq. 5; summed over the twins. ``expectile`` 0.5 is half the squared error.
+    """
+    difference = q.detach() - v
+    weight = torch.where(difference > 0, expectile, 1.0 - expectile)
+    return (weight * difference.square()).mean(1).sum()
+
+
+def utterance_advantages(q: Tensor, v: Tensor) -> Tensor:
+    """``min_i Q_i(s, u) - min_i V_i(s)``: (2, B), (2, B) -> (B,). Example: Q [3, 2], V [1, 2] -> 1."""
+    return q.min(0).values - v.min(0).values
+
+
+def soft_value(q: Tensor, prior_log_probs: Tensor, beta: float) -> Tensor:
+    """``beta log sum_z rho(z) exp(q(z) / beta)`` over the last dimension: exact over 64 latent actions.
+
+    At the first position of an utterance this is the inner root value, which takes the place of ``Qbar(s, u~)`` as the
+    target of V: no utterance need be generated. It lies between the mean of q under rho and its maximum.
+    """
+    return beta * torch.logsumexp(prior_log_probs + q / beta, -1)
+
+
+@torch.no_grad()
+def polyak_(target: Iterable[Tensor], online: Iterable[Tensor], tau: float) -> None:
+    """``target <- (1 - tau) target + tau online``, in place."""
+    for slow, fast in zip(target, online, strict=True):
+        slow.lerp_(fast, tau)

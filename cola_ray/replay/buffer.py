@@ -1,0 +1,254 @@
+"""A replay buffer over Arrow: bounded, first in first out, read by columns, and safe on disk.
+
+    append(table) ─> chunks: [ full | full | large | small | new ]     the smallest neighbours are merged: few chunks
+                        │                                  ^
+                 evicted from here                    appended here
+                        └── sample(256) ─> row numbers ─> one Arrow take a chunk ─> table
+
+Rows have numbers that only grow; eviction never renumbers. Nothing on the way of a sample is done row by row in Python.
+
+On disk a snapshot adds one Parquet file of the rows since the last one, ``rows-<first>-<end>.parquet``, written beside,
+synced and renamed. A killed process therefore loses what came after the last snapshot and nothing else, and the folder
+can be read at any time with ``datasets.load_dataset("parquet", data_files="<folder>/*.parquet")``.
+"""
+
+import itertools
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Array = np.ndarray
+_FULL = 512 << 20  # bytes of a chunk that is not merged any further: Arrow's offsets have 31 bits
+_OPEN_CHUNKS = 4  # chunks beside the full ones: each costs a sample one take, fewer cost appends more copying
+_BLOCK = 128  # rows whose priorities are summed together
+
+
+class ReplayError(RuntimeError):
+    """A snapshot that cannot be read, or rows that do not fit the buffer."""
+
+
+class ReplayBuffer:
+    """Rows of one Arrow schema, at most ``max_rows`` of them and about ``max_bytes``.
+
+    Args:
+        max_rows: oldest rows beyond are evicted.
+        max_bytes: likewise, by the chunks' bytes; the last appended table always stays.
+        alpha: exponent of priorities in prioritised sampling (Schaul et al. 2016, eq. 1).
+    """
+
+    def __init__(self, max_rows: int, max_bytes: int, alpha: float = 0.6) -> None:
+        self.max_rows, self.max_bytes, self.alpha = max_rows, max_bytes, alpha
+        self.schema: pa.Schema | None = None
+        self.chunks: list[pa.RecordBatch] = []
+        self.starts: list[int] = []  # number of each chunk's first row
+        self.first, self.end = 0, 0  # rows first..end-1 are there
+        self.saved = 0  # rows before this one are on disk
+        blocks = -(-max_rows // _BLOCK)
+        self.priorities = np.zeros(blocks * _BLOCK)  # by row number modulo its length; already raised to alpha
+        self.block_sums = np.zeros(blocks)
+        self.highest = 1.0
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    @property
+    def nbytes(self) -> int:
+        return sum(chunk.nbytes for chunk in self.chunks)
+
+    def append(self, table: pa.Table) -> tuple[int, int]:
+        """Add rows, evicting old ones where there is no room; returns the numbers (first, end) of the new rows.
+
+        New rows get the highest priority so far, so that each is likely to be seen once.
+        Raises ReplayError for another schema or for more rows than fit.
+        """
+        if self.schema is None:
+            self.schema = table.schema
+        if not table.schema.equals(self.schema):
+            raise ReplayError(f"rows of another schema: {table.schema.names} into {self.schema.names}")
+        if table.num_rows > self.max_rows:
+            raise ReplayError(f"{table.num_rows} rows at once into a buffer of {self.max_rows}")
+        added = (self.end, self.end + table.num_rows)
+        if not table.num_rows:
+            return added
+        self.chunks.append(_one_batch(table))
+        self.starts.append(self.end)
+        self.end += table.num_rows
+        self._set_priorities(np.arange(*added), np.full(table.num_rows, self.highest**self.alpha))
+        self._evict(added[0])
+        self._merge()
+        return added
+
+    # --- sampling -----------------------------------------------------------------------------------------------
+
+    def sample(self, count: int, rng: np.random.Generator) -> tuple[pa.Table, Array]:
+        """``count`` rows, uniformly with replacement, and their numbers; in no order that means anything."""
+        self._require_rows()
+        return self.take(rng.integers(self.first, self.end, count))
+
+    def sample_prioritised(self, count: int, rng: np.random.Generator, beta: float) -> tuple[pa.Table, Array, Array]:
+        """Rows in proportion to priority**alpha, their numbers, and importance weights ``(N p)^-beta`` over their max.
+
+        Proportional prioritisation of Schaul et al. 2016, section 3.3.
+        """
+        self._require_rows()
+        sums = self.block_sums.cumsum()
+        drawn = rng.random(count) * sums[-1]
+        blocks = np.minimum(np.searchsorted(sums, drawn, side="right"), len(sums) - 1)
+        within = self.priorities.reshape(-1, _BLOCK)[blocks].cumsum(1)
+        rest = drawn - (sums[blocks] - self.block_sums[blocks])
+        offsets = np.minimum((within <= rest[:, None]).sum(1), _BLOCK - 1)
+        slots = blocks * _BLOCK + offsets
+        numbers = self._row_at(slots)
+        table, numbers = self.take(numbers)
+        probability = self.priorities[numbers % len(self.priorities)] / sums[-1]
+        weights = (len(self) * probability) ** -beta
+        return table, numbers, weights / weights.max()
+
+    def take(self, numbers: Array) -> tuple[pa.Table, Array]:
+        """These rows, grouped by chunk, and their numbers in the order of the table."""
+        owners = np.searchsorted(self.starts, numbers, side="right") - 1
+        order = np.argsort(owners, kind="stable")
+        numbers, owners = numbers[order], owners[order]
+        hit, cuts = np.unique(owners, return_index=True)
+        pieces = [
+            self.chunks[owner].take(pa.array(mine - self.starts[owner]))
+            for owner, mine in zip(hit, np.split(numbers, cuts[1:]), strict=True)
+        ]
+        return pa.Table.from_batches(pieces), numbers
+
+    def set_priorities(self, numbers: Array, priorities: Array) -> None:
+        """E.g. |TD error| of rows that were trained on; rows evicted meanwhile are passed over."""
+        alive = (numbers >= self.first) & (numbers < self.end)
+        self.highest = max(self.highest, float(priorities.max(initial=0.0)))
+        self._set_priorities(numbers[alive], priorities[alive] ** self.alpha)
+
+    def _set_priorities(self, numbers: Array, values: Array) -> None:
+        slots = numbers % len(self.priorities)
+        self.priorities[slots] = values
+        touched = np.unique(slots // _BLOCK)
+        self.block_sums[touched] = self.priorities.reshape(-1, _BLOCK)[touched].sum(1)
+
+    def _row_at(self, slots: Array) -> Array:
+        """The row number that a slot of ``priorities`` stands for now."""
+        size = len(self.priorities)
+        numbers = slots + (self.end // size) * size
+        return np.where(numbers >= self.end, numbers - size, numbers)
+
+    def _require_rows(self) -> None:
+        if not len(self):
+            raise ReplayError("the replay buffer is empty")
+
+    # --- room ---------------------------------------------------------------------------------------------------
+
+    def _merge(self) -> None:
+        """Join the smallest neighbours until few chunks are left beside the full ones."""
+        while True:
+            sizes = [chunk.nbytes for chunk in self.chunks]
+            pairs = [(one + next_one, i) for i, (one, next_one) in enumerate(itertools.pairwise(sizes))]
+            joinable = [pair for pair in pairs if pair[0] <= _FULL]
+            if not joinable or sum(size <= _FULL // 2 for size in sizes) <= _OPEN_CHUNKS:
+                return
+            _, at = min(joinable)
+            self.chunks[at : at + 2] = [pa.concat_batches(self.chunks[at : at + 2])]
+            self.starts.pop(at + 1)
+
+    def _evict(self, newest: int) -> None:
+        """Rows beyond ``max_rows``; for ``max_bytes`` whole chunks. Never rows from ``newest`` on."""
+        first = max(self.first, self.end - self.max_rows)
+        total = self.nbytes
+        for start, chunk in zip(self.starts, self.chunks, strict=True):
+            if total <= self.max_bytes or start + chunk.num_rows > newest:
+                break
+            total -= chunk.nbytes
+            first = max(first, start + chunk.num_rows)
+        gone = np.arange(self.first, first)
+        self.first = first
+        if len(gone):
+            # A slot may belong to a new row already.
+            gone = gone[gone + len(self.priorities) >= self.end]
+            self._set_priorities(gone, np.zeros(len(gone)))
+        while self.starts and self.starts[0] + self.chunks[0].num_rows <= self.first:
+            self.starts.pop(0)
+            self.chunks.pop(0)
+        dead = self.first - self.starts[0]
+        if dead > max(self.max_rows // 4, 1):  # give their memory back by a copy of the rest
+            self.chunks[0] = pa.concat_batches([self.chunks[0].slice(dead), self.chunks[0].slice(0, 0)])
+            self.starts[0] = self.first
+
+    # --- disk ---------------------------------------------------------------------------------------------------
+
+    def snapshot(self, folder: Path) -> int:
+        """Add the rows since the last snapshot to ``folder``; returns how many. What was evicted is removed there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        first = max(self.saved, self.first)
+        if self.end > first:
+            _write(folder / f"rows-{first:012d}-{self.end:012d}.parquet", self._slice(first))
+        for path, _, end in _files(folder):
+            if end <= self.first:
+                path.unlink()
+        count, self.saved = self.end - first, self.end
+        return count
+
+    def restore(self, folder: Path) -> int:
+        """Fill an empty buffer from ``folder``; returns how many rows.
+
+        Priorities are not kept: every row is as likely as a new one. Raises ReplayError naming the file that cannot
+        be read, or the gap between two.
+        """
+        for path, first, end in _files(folder):
+            if len(self) and first != self.end:
+                raise ReplayError(f"{folder}: rows {self.end} to {first} are missing")
+            try:
+                table = pq.read_table(path)
+            except (pa.ArrowException, OSError) as error:
+                raise ReplayError(f"{path} cannot be read ({error}); remove it and what follows to go on") from None
+            if table.num_rows != end - first:
+                raise ReplayError(f"{path} holds {table.num_rows} rows, not {end - first}")
+            if not len(self):
+                self.first = self.end = first
+            for batch in table.to_batches(max_chunksize=self.max_rows):
+                self.append(pa.Table.from_batches([batch]))
+        self.saved = self.end
+        return len(self)
+
+    def _slice(self, first: int) -> pa.Table:
+        pieces = [
+            chunk.slice(max(first - start, 0))
+            for start, chunk in zip(self.starts, self.chunks, strict=True)
+            if start + chunk.num_rows > first
+        ]
+        return pa.Table.from_batches(pieces)
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    batches = table.to_batches()
+    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+
+
+def _files(folder: Path) -> list[tuple[Path, int, int]]:
+    """Snapshot files as (path, first row, end), in order."""
+    found = []
+    for path in folder.glob("rows-*.parquet"):
+        match = re.fullmatch(r"rows-(\d+)-(\d+)\.parquet", path.name)
+        if match:
+            found.append((path, int(match[1]), int(match[2])))
+    return sorted(found, key=lambda item: item[1])
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    """All of the file or none of it, also across a power cut."""
+    beside = path.with_suffix(".tmp")
+    with beside.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

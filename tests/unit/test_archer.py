@@ -1,0 +1,194 @@
+"""ArCHer's critic: a hand-worked example, and exact values on a small decision process, truncation included."""
+
+import numpy as np
+import pytest
+import torch
+
+from cola_ray.algorithms.archer import (
+    expectile_loss,
+    polyak_,
+    q_targets,
+    soft_value,
+    twin_squared_error,
+    utterance_advantages,
+)
+from cola_ray.replay.critic import Critic, CriticBatch, TwinHeads
+
+
+def test_losses_by_hand():
+    """Two transitions, gamma 0.5. The first goes on: -1 + 0.5 * [-4, -6] = [-3, -4]. The second terminates: 2."""
+    goals = q_targets(
+        torch.tensor([-1.0, 2.0]), torch.tensor([False, True]), torch.tensor([[-4.0, 9.0], [-6.0, 9.0]]), 0.5
+    )
+    assert goals.tolist() == [[-3, 2], [-4, 2]]
+    q = torch.tensor([[-2.0, 2.0], [-4.0, 5.0]])
+    # Squares [[1, 0], [0, 9]]: means 0.5 and 4.5.
+    assert twin_squared_error(q, goals) == 5.0
+    assert twin_squared_error(q, goals, torch.tensor([1.0, 1 / 3])) == pytest.approx(0.5 + 1.5)
+    assert utterance_advantages(q, torch.tensor([[-1.0, 0.0], [-2.0, 1.0]])).tolist() == [-2, 2]
+
+
+def test_goals_get_no_gradient():
+    goals, values = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
+    twin_squared_error(values, goals).backward()
+    assert goals.grad is None
+    assert torch.allclose(values.grad, torch.full((2, 3), -2 / 3))
+
+
+def test_expectiles():
+    """d = [1, -2]: 0.9 * 1 and 0.1 * 4, mean 0.65, twice."""
+    v, q = torch.zeros(2, 2), torch.tensor([[1.0, -2.0]] * 2)
+    assert expectile_loss(v, q, 0.9) == pytest.approx(1.3)
+    assert expectile_loss(v, q, 0.5) == pytest.approx(twin_squared_error(v, q).item() / 2)
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(1e-3, 3.0), (1e6, 1.75)])
+def test_a_soft_value_lies_between_mean_and_maximum(beta, expected):
+    prior = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
+    q = torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)
+    assert soft_value(q, prior.log(), beta).item() == pytest.approx(expected, abs=1e-2)
+    by_hand = 0.7 * np.log((prior * (q / 0.7).exp()).sum().item())
+    assert soft_value(q, prior.log(), 0.7).item() == pytest.approx(by_hand)
+
+
+def test_polyak_moves_by_its_share():
+    slow, fast = [torch.tensor([0.0, 10.0])], [torch.tensor([1.0, 0.0])]
+    polyak_(slow, fast, 0.1)
+    assert slow[0].tolist() == pytest.approx([0.1, 9.0])
+
+
+# --- a chain of four states, two utterances ---------------------------------------------------------------------------
+
+STATES, GAMMA = 4, 0.9
+STAY, GO = 0, 1
+POLICY = torch.tensor([[0.3, 0.7], [0.5, 0.5], [0.8, 0.2], [0.4, 0.6]])  # pi(utterance | state)
+
+
+def outcome(state: int, utterance: int) -> tuple[float, int, bool]:
+    """Reward, next state, terminated: going on from the last state ends the episode with 5, all else costs 1."""
+    if utterance == STAY:
+        return -1.0, state, False
+    return (5.0, 0, True) if state == STATES - 1 else (-1.0, state + 1, False)
+
+
+def exact_values() -> tuple[torch.Tensor, torch.Tensor]:
+    """By solving the linear system of policy evaluation in float64; a time limit changes nothing."""
+    pi = POLICY.double()
+    transition, reward = torch.zeros(STATES, STATES, dtype=torch.float64), torch.zeros(STATES, dtype=torch.float64)
+    for state in range(STATES):
+        for utterance in (STAY, GO):
+            r, after, terminated = outcome(state, utterance)
+            reward[state] += pi[state, utterance] * r
+            transition[state, after] += pi[state, utterance] * (not terminated)
+    v = torch.linalg.solve(torch.eye(STATES, dtype=torch.float64) - GAMMA * transition, reward)
+    q = torch.zeros(STATES, 2, dtype=torch.float64)
+    for state in range(STATES):
+        for utterance in (STAY, GO):
+            r, after, terminated = outcome(state, utterance)
+            q[state, utterance] = r + GAMMA * (not terminated) * v[after]
+    return q, v
+
+
+class TableHeads(torch.nn.Module):
+    """The heads' interface over one-hot features: as many parameters as values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_table = torch.nn.Parameter(torch.zeros(2, STATES, 2))
+        self.v_table = torch.nn.Parameter(torch.zeros(2, STATES))
+
+    def q_values(self, states, utterances):
+        return torch.einsum("ksu,bs,bu->kb", self.q_table, states, utterances)
+
+    def values(self, states):
+        return torch.einsum("ks,bs->kb", self.v_table, states)
+
+
+def every_transition(rng: np.random.Generator) -> CriticBatch:
+    """All of them once, ``terminated`` only where the rules end an episode, and fresh utterances from the policy."""
+    pairs = [(state, utterance) for state in range(STATES) for utterance in (STAY, GO)]
+    results = [outcome(*pair) for pair in pairs]
+    eye = torch.eye(max(STATES, 2))
+    # 100 copies a state in exact proportion to the policy stand for fresh draws without their noise.
+    fresh = [(s, u) for s in range(STATES) for u in (STAY, GO) for _ in range(round(100 * float(POLICY[s, u])))]
+    order = rng.permutation(len(fresh))
+    return CriticBatch(
+        states=eye[[s for s, _ in pairs]],
+        utterances=eye[[u for _, u in pairs]][:, :2],
+        next_states=eye[[after for _, after, _ in results]],
+        rewards=torch.tensor([r for r, _, _ in results]),
+        terminated=torch.tensor([ended for *_, ended in results]),
+        fresh_states=eye[[fresh[i][0] for i in order]],
+        fresh_utterances=eye[[fresh[i][1] for i in order]][:, :2],
+    )
+
+
+def table_critic(**changes) -> Critic:
+    critic = Critic(STATES, **{"gamma": GAMMA, "tau": 0.1, "lr": 0.05, "grad_clip": 1e9} | changes)
+    critic.online, critic.target = TableHeads(), TableHeads().requires_grad_(False)
+    critic.optimizer = torch.optim.SGD(critic.online.parameters(), lr=1.0)
+    return critic
+
+
+def test_fitted_values_converge_to_the_exact_ones():
+    critic, rng = table_critic(), np.random.default_rng(0)
+    for _ in range(2000):
+        critic.step(every_transition(rng))
+    q, v = exact_values()
+    for twin in range(2):
+        torch.testing.assert_close(critic.online.q_table[twin].double(), q, atol=1e-3, rtol=0)
+        torch.testing.assert_close(critic.online.v_table[twin].double(), v, atol=1e-3, rtol=0)
+
+
+def test_taking_a_time_limit_for_an_end_would_be_wrong():
+    """What the exact-value test would not notice if truncation did not matter: it does, by far more than 1e-3."""
+    critic, rng = table_critic(), np.random.default_rng(0)
+    for _ in range(2000):
+        batch = every_transition(rng)
+        cut = batch.terminated.clone()
+        cut[0] = True  # staying in the first state, cut by a limit and mistaken for an end
+        critic.step(CriticBatch(**{**vars(batch), "terminated": cut}))
+    assert (critic.online.q_table[0].double() - exact_values()[0]).abs().max() > 0.1
+
+
+def test_high_expectiles_approach_the_best_replayed_utterance():
+    critic, rng = table_critic(expectile=0.99), np.random.default_rng(0)
+    for _ in range(4000):
+        critic.step(every_transition(rng))
+    best = torch.zeros(STATES, dtype=torch.float64)
+    for _ in range(200):  # value iteration
+        moves = [[outcome(s, u) for u in (STAY, GO)] for s in range(STATES)]
+        best = torch.tensor([max(r + GAMMA * (not end) * best[after].item() for r, after, end in m) for m in moves])
+    torch.testing.assert_close(critic.online.v_table[0], best.float(), atol=0.1, rtol=0)
+
+
+def test_network_heads_learn_and_states_resume():
+    torch.manual_seed(0)
+    shape = {"gamma": 0.95, "tau": 0.1, "lr": 1e-3, "grad_clip": 1.0}
+    critic, again = Critic(16, **shape), Critic(16, **shape, seed=1)
+    states, utterances = torch.randn(64, 16), torch.randn(64, 16)
+    rewards = states[:, 0] + utterances[:, 1]
+    batch = CriticBatch(states, utterances, states, rewards, torch.ones(64, dtype=torch.bool), states, utterances)
+    first = [critic.step(batch)["critic/td_error"] for _ in range(300)]
+    assert first[-1] < 0.2 * first[0]
+    again.load_state_dict(critic.state_dict())
+    assert again.step(batch) == critic.step(batch)
+    assert critic.td_errors(batch).shape == (64,)
+    assert critic.advantages(states.numpy(), utterances.numpy()).shape == (64,)
+
+
+def test_a_poisoned_reward_is_told_and_changes_nothing():
+    critic = Critic(8, gamma=0.95, tau=0.1, lr=1e-3, grad_clip=1.0)
+    before = {name: tensor.clone() for name, tensor in critic.online.state_dict().items()}
+    x = torch.randn(4, 8)
+    ended = torch.zeros(4, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="critic's loss is nan at its step 0"):
+        critic.step(CriticBatch(x, x, x, torch.tensor([0.0, float("nan"), 0, 0]), ended, x, x))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in critic.online.state_dict().items())
+
+
+def test_heads_have_the_papers_shape():
+    heads = TwinHeads(6)
+    assert [tuple(p.shape) for p in heads.q[0].parameters() if p.ndim == 2] == [(6, 12), (6, 6), (1, 6)]
+    assert [tuple(p.shape) for p in heads.v[1].parameters() if p.ndim == 2] == [(6, 6), (6, 6), (1, 6)]
+    assert heads.q_values(torch.zeros(3, 6), torch.zeros(3, 6)).shape == (2, 3)
