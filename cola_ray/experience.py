@@ -1,4 +1,7 @@
-"""The data that crosses processes: Ticket -> Trajectory -> Group -> Batch, and the one place where positions shift.
+"""The data that crosses processes, and the one place where positions shift.
+
+    Ticket ─> Trajectory ─> Group ──────┐
+    Ticket ─> Turn ─> Episode ──────────┴─> collate ─> Batch, one a learner rank
 
 Legend: B sequences, T positions, L actions of a completion.
 
@@ -43,9 +46,13 @@ class Trajectory:
     truncated: bool  # ended by the token budget, not by a stop token
     text: str  # the decoded response, for people
     failure: str = ""  # why there is no reward; such a trajectory is counted and not trained on
-    hidden_states: Array | None = (
-        None  # (P + L - 1, H), e at all but the last token, if the engine sends it; bf16 as int16
-    )
+    # (P + L - 1, H), e at all but the last token, if the engine sends it; bf16 as int16
+    hidden_states: Array | None = None
+    action_mask: Array | None = None  # (L,) bool, false at an environment's tokens; None: the policy said all of it
+
+    @property
+    def num_actions(self) -> int:
+        return len(self.actions) if self.action_mask is None else int(self.action_mask.sum())
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,49 @@ class Group:
     def rewards(self) -> Array:
         """Of the scored ones, float32."""
         return np.array([trajectory.reward for trajectory in self.scored], np.float32)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance within an episode's ids, and what it brought."""
+
+    start: int  # of the utterance's tokens; ids before it are the state it was chosen in
+    end: int  # one past its last token
+    reward: float
+    state_features: Array | None = None  # (H,), e at the state's last token, if the engine sends it
+    utterance_features: Array | None = None  # (H,), e at the utterance's last token that was read
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One finished multi-turn episode: all ids in order, the environment's and the policy's."""
+
+    position: int  # of its ticket
+    ids: Array  # (N,) int64
+    actions: Array  # (N,) int64, at the token that the action produced; 0 at the environment's
+    rollout_log_probs: Array  # (N,) float32, likewise
+    versions: Array  # (N,) int64, likewise
+    turns: tuple[Turn, ...]
+    terminated: bool  # by the environment's rules; else by a limit, and the last state still has a value
+    text: str
+    final_features: Array | None = None  # (H,), e at the last token of all, where a limit cut the episode
+    failure: str = ""  # of the environment; such an episode is counted and not trained on
+
+    @property
+    def total_reward(self) -> float:
+        """The undiscounted return."""
+        return sum(turn.reward for turn in self.turns)
+
+    def as_trajectory(self) -> Trajectory:
+        """The whole episode as one sequence whose masked-in actions are the policy's."""
+        first = self.turns[0].start
+        mask = np.zeros(len(self.ids), bool)
+        for turn in self.turns:
+            mask[turn.start : turn.end] = True
+        return Trajectory(
+            self.ids[:first], self.ids[first:], self.actions[first:], self.rollout_log_probs[first:],
+            self.versions[first:], self.total_reward, not self.terminated, self.text, action_mask=mask[first:],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,7 +157,7 @@ def collate(
     order = sorted(range(len(trajectories)), key=lambda i: -lengths[i])
     widths = [lengths[i] for i in order[::num_ranks]]  # of the longest rank at each row
     cuts = _cut(widths, micro_batch_tokens)
-    num_actions = sum(len(trajectory.actions) for trajectory in trajectories)
+    num_actions = sum(trajectory.num_actions for trajectory in trajectories)
 
     def of_rank(rank: int) -> Batch:
         mine = order[rank::num_ranks]
@@ -151,7 +201,7 @@ def _collate_rank(
         attention_mask[row, :end] = 1
         acting = slice(start - 1, end - 1)  # the shift: an action sits where it was chosen
         actions[row, acting] = trajectory.actions
-        action_mask[row, acting] = True
+        action_mask[row, acting] = True if trajectory.action_mask is None else trajectory.action_mask
         log_probs[row, acting] = trajectory.rollout_log_probs
         outcome[row, acting] = advantage
         if hidden is not None and trajectory.hidden_states is not None:

@@ -20,7 +20,7 @@ from cola_ray.config import Config
 from cola_ray.experience import Group, Ticket, Trajectory
 from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Completion, LatentEngine, Request, prepare_process
-from cola_ray.rollout.scoring import Reward, RewardProcess
+from cola_ray.rollout.isolation import Reward, RewardProcess
 from cola_ray.tasks import make_task, render_prompt
 from cola_ray.tasks.protocol import Split
 from cola_ray.weights import Bucket, Offer

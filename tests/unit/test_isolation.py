@@ -1,4 +1,4 @@
-"""Rewards in their own process: raised, overdue, NaN, and a process that dies; always one answer each, in order."""
+"""User code in its own process: raised, overdue, NaN, and a process that dies; always one answer each, in order."""
 
 import functools
 import os
@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from cola_ray.rollout.scoring import Reward, RewardProcess
+from cola_ray.rollout.isolation import EnvironmentProcess, Reward, RewardProcess
+from cola_ray.tasks.guessing import TwentyQuestions
 
 
 class Moody:
@@ -56,3 +57,35 @@ def test_a_task_that_cannot_be_built_says_so():
     with pytest.raises(RuntimeError, match="could not be built: OSError: no such data"):
         process.score([("train", 0, "1")])
     process.close()
+
+
+class Trap(TwentyQuestions):
+    """A game that does what is said."""
+
+    def step(self, utterance):
+        if utterance == "hang":
+            time.sleep(60)
+        if utterance == "exit":
+            os._exit(4)
+        if utterance == "nan":
+            return "", float("nan"), False, False, {}
+        return super().step(utterance)
+
+
+def test_an_environment_that_fails_costs_its_own_episode():
+    """Episode 1 goes on after each failure of another, in a new process where the old one had to be killed."""
+    games = EnvironmentProcess(Trap, timeout_s=1.0)
+    alone = TwentyQuestions()
+    assert games.reset(1, seed=5).value.observation == alone.reset(seed=5)[0]
+    state = games.reset(1, seed=5).value.state
+    failures = []
+    for fault in ("hang", "exit", "nan", ""):
+        other = games.reset(2, seed=6).value
+        failures.append(games.step(2, other.state, fault).failure)
+        outcome = games.step(1, state, "Is it alive?").value
+        state = outcome.state
+        expected = alone.step("Is it alive?")
+        assert (outcome.observation, outcome.reward, outcome.terminated, outcome.truncated) == expected[:4]
+    assert failures == ["took longer than 1 s", "ended its process with exit code 4", "returned the reward nan", ""]
+    assert state == alone.get_state()
+    games.close()

@@ -1,0 +1,127 @@
+"""The multi-turn loop: ids and masks, rewards in their turns, cut episodes, failing environments, many at once."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cola_ray.experience import collate
+from cola_ray.rollout.episode import Table, play
+from cola_ray.rollout.isolation import EnvironmentProcess
+from cola_ray.tasks.guessing import TwentyQuestions, article
+
+END = 1
+
+
+def encode(text):
+    return [ord(letter) + 2 for letter in text]
+
+
+def decode(ids):
+    return "".join(chr(int(i) - 2) for i in ids if i != END)
+
+
+class Slow(TwentyQuestions):
+    def step(self, utterance):
+        if utterance == "hang":
+            time.sleep(60)
+        return super().step(utterance)
+
+
+@pytest.fixture(scope="module")
+def table():
+    processes = [EnvironmentProcess(Slow, timeout_s=1.5) for _ in range(2)]
+    yield Table(processes, encode, decode, max_state_tokens=2000)
+    for process in processes:
+        process.close()
+
+
+def speaker(lines, heard=None):
+    """Says the lines in turn, then the first one for ever."""
+
+    async def speak(ids, turn):
+        if heard is not None:
+            heard.append(decode(ids))
+        text = lines[turn] if turn < len(lines) else lines[0]
+        token_ids = np.array([*encode(text), END])
+        size = len(token_ids)
+        states = np.arange(len(ids) + size - 1, dtype=np.float32)[:, None]
+        return SimpleNamespace(
+            token_ids=token_ids, actions=np.arange(size) + 1, log_probs=-np.arange(size, dtype=np.float32),
+            versions=np.full(size, turn), hidden_states=states,
+        )  # fmt: skip
+
+    return speak
+
+
+def run(table, lines, seed=3, heard=None, **more):
+    return asyncio.run(play(more.pop("position", 0), seed, table, speaker(lines, heard), **more))
+
+
+def hidden(seed):
+    return TwentyQuestions().reset(seed=seed)[1]["hidden"]
+
+
+def test_a_won_episode(table):
+    heard = []
+    win = f"Is it {article(hidden(3))}?"
+    episode = run(table, ["Is it alive?", win], heard=heard)
+    alive = "Yes." if "Yes" in heard[1] else "No."
+    assert heard == ["Questions:\n", f"Questions:\nIs it alive?{alive}\n"], "each state is the whole transcript"
+    assert episode.text == f"Questions:\nIs it alive?{alive}\n{win}Yes.\n"
+    assert [turn.reward for turn in episode.turns] == [-1, 0]
+    assert (episode.total_reward, episode.terminated, episode.failure) == (-1, True, "")
+    assert episode.final_features is None, "nothing follows an end"
+    first, second = episode.turns
+    assert decode(episode.ids[first.start : first.end]) == "Is it alive?"
+    assert episode.ids[first.end - 1] == END, "the stop token belongs to the utterance: its action is trained as well"
+    assert decode(episode.ids[first.end : second.start]) == f"{alive}\n"
+    # Features are those of the last token before the utterance, and of the last one read within it.
+    assert (first.state_features, first.utterance_features) == (first.start - 1, first.end - 2)
+
+
+def test_only_the_policys_own_actions_are_trained_on(table):
+    episode = run(table, ["Is it alive?", f"Is it {article(hidden(3))}?"])
+    trajectory = episode.as_trajectory()
+    said = sum(turn.end - turn.start for turn in episode.turns)
+    assert trajectory.num_actions == said < len(trajectory.token_ids)
+    (batch,) = collate([trajectory], [0.5], 1, 0, 0, 4096)
+    assert batch.num_actions_global == batch.action_mask.sum() == said
+    for turn in episode.turns:
+        places = slice(turn.start - 1, turn.end - 1)
+        assert batch.action_mask[0, places].all()
+        assert (batch.actions[0, places] == np.arange(turn.end - turn.start) + 1).all()
+        assert (batch.input_ids[0, turn.start : turn.end] == episode.ids[turn.start : turn.end]).all()
+    assert not batch.actions[~batch.action_mask].any()
+
+
+def test_twenty_questions_truncate_and_the_last_state_is_looked_at(table):
+    episode = run(table, ["Is it alive?"], look=speaker(["?"]))
+    assert len(episode.turns) == 20
+    assert not episode.terminated
+    assert episode.total_reward == -20
+    assert episode.final_features == len(episode.ids) - 1
+
+
+def test_a_transcript_that_is_too_long_truncates(table):
+    small = Table(table.environments, encode, decode, max_state_tokens=60)
+    episode = run(small, ["Is it alive?"])
+    assert not episode.terminated
+    assert 60 < len(episode.ids) < 60 + 30
+
+
+def test_many_at_once_and_the_failing_ones_fail_alone(table):
+    async def both():
+        bad = play(0, 3, table, speaker(["Is it alive?", "hang"]))
+        good = [play(i, i, table, speaker(["Is it alive?", "Is it round?"])) for i in range(1, 40)]
+        return await asyncio.gather(bad, *good)
+
+    bad, *good = asyncio.run(both())
+    assert bad.failure == "took longer than 1.5 s"
+    assert len(bad.turns) == 2, "what was said is kept"
+    assert [episode.position for episode in good] == list(range(1, 40))
+    assert {(len(episode.turns), episode.failure) for episode in good} == {(20, "")}
+    alone = run(table, ["Is it alive?", "Is it round?"], seed=7, position=7)
+    assert good[6].text == alone.text
