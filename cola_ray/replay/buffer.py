@@ -12,6 +12,7 @@ synced and renamed. A killed process therefore loses what came after the last sn
 can be read at any time with ``datasets.load_dataset("parquet", data_files="<folder>/*.parquet")``.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -181,17 +182,26 @@ class ReplayBuffer:
 
     # --- disk ---------------------------------------------------------------------------------------------------
 
-    def snapshot(self, folder: Path) -> int:
-        """Add the rows since the last snapshot to ``folder``; returns how many. What was evicted is removed there."""
+    def snapshot(self, folder: Path, lock: contextlib.AbstractContextManager | None = None) -> int:
+        """Add the rows since the last snapshot to ``folder``; returns how many. What was evicted is removed there.
+
+        Args:
+            lock: held while the buffer is looked at, but not while the disk is written.
+        """
+        lock = lock or contextlib.nullcontext()
         folder.mkdir(parents=True, exist_ok=True)
-        first = max(self.saved, self.first)
-        if self.end > first:
-            _write(folder / f"rows-{first:012d}-{self.end:012d}.parquet", self._slice(first))
-        for path, _, end in _files(folder):
-            if end <= self.first:
+        with lock:
+            first, end = max(self.saved, self.first), self.end
+            table = self._slice(first) if end > first else None
+        if table is not None:
+            _write(folder / f"rows-{first:012d}-{end:012d}.parquet", table)
+        with lock:
+            self.saved = end
+            oldest = self.first
+        for path, _, last in _files(folder):
+            if last <= oldest:
                 path.unlink()
-        count, self.saved = self.end - first, self.end
-        return count
+        return end - first
 
     def restore(self, folder: Path) -> int:
         """Fill an empty buffer from ``folder``; returns how many rows.

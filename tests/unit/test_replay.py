@@ -1,10 +1,14 @@
 """The replay buffer: what is in it, how it is drawn, what survives on disk."""
 
+import asyncio
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -13,7 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cola_ray.experience import Episode, Turn
 from cola_ray.replay.buffer import ReplayBuffer, ReplayError
+from cola_ray.replay.service import ReplayShard, Shards
+from cola_ray.replay.transitions import as_rows, critic_batch, features
 
 
 def rows(first, count):
@@ -160,3 +167,115 @@ def test_sigkill_while_saving_loses_at_most_what_was_not_saved(tmp_path):
     buffer = ReplayBuffer(100_000, 1 << 30)
     assert buffer.restore(tmp_path) >= said
     assert contents(buffer) == list(range(len(buffer)))
+
+
+# --- shards, and episodes as rows -------------------------------------------------------------------------------------
+
+
+def shards_over(*shards, seed=0):
+    async def ask(number, method, *args):
+        return await asyncio.to_thread(getattr(shards[number], method), *args)
+
+    return Shards(len(shards), ask, seed)
+
+
+def test_shards_are_sampled_as_one_buffer(tmp_path):
+    parts = [ReplayShard(1000, 1 << 30, str(tmp_path / str(i)), 0, seed=i) for i in range(3)]
+    shards = shards_over(*parts)
+
+    async def fill_and_sample():
+        await asyncio.gather(*(shards.insert(f"episode {n}", rows(10 * n, 10)) for n in range(60)))
+        return await shards.size(), await shards.sample(30_000)
+
+    size, sample = asyncio.run(fill_and_sample())
+    assert size == 600
+    held = [part.size()[0] for part in parts]
+    assert all(count % 10 == 0 for count in held), "an episode stays in one shard"
+    assert min(held) > 100
+    counts = np.bincount(sample["n"].to_numpy(), minlength=600)
+    assert abs(counts - 50).max() < 6 * 50**0.5, "uniform over all rows, whichever shard holds them"
+
+
+def test_a_shard_saves_by_itself_and_comes_back(tmp_path):
+    shard = ReplayShard(1000, 1 << 30, str(tmp_path), 0.05, seed=0)
+    for n in range(20):
+        shard.insert(rows(10 * n, 10))
+    deadline = time.monotonic() + 20
+    while shard.buffer.saved < 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    again = ReplayShard(1000, 1 << 30, str(tmp_path), 0, seed=0)
+    assert again.size()[2] == 200
+    assert contents(again.buffer) == list(range(200))
+
+
+def test_a_full_disk_is_told_to_producers(tmp_path, monkeypatch):
+    shard = ReplayShard(1000, 1 << 30, str(tmp_path), 0.02, seed=0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cola_ray.replay.buffer._write", full)
+    shard.insert(rows(0, 10))
+    deadline = time.monotonic() + 20
+    while not shard.failure:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=r"replay snapshots fail: OSError: .*No space left on device"):
+        shard.insert(rows(10, 1))
+
+
+def test_several_producers_and_consumers_at_once(tmp_path):
+    shard = ReplayShard(500, 1 << 30, str(tmp_path), 0.01, seed=0)
+    shard.insert(rows(0, 10))
+    numbers = itertools.count()
+
+    def produce():
+        for _ in range(50):
+            shard.insert(rows(100 * next(numbers), 10))
+
+    def consume():
+        for _ in range(100):
+            table, _ = shard.sample(32)
+            pairs = zip(table["n"].to_pylist(), table["text"].to_pylist(), strict=True)
+            assert all(text.startswith(f"turn {n} ") for n, text in pairs)
+
+    with ThreadPoolExecutor() as threads:
+        jobs = [threads.submit(produce) for _ in range(3)] + [threads.submit(consume) for _ in range(3)]
+        for job in jobs:
+            job.result(timeout=60)
+    assert shard.size()[0] == 500
+
+
+def episode(position, rewards, terminated):
+    """Opening of 2 ids, then utterances of 3 and observations of 2; features count up."""
+    ids = np.arange(2 + 5 * len(rewards))
+    turns = tuple(
+        Turn(2 + 5 * i, 5 + 5 * i, r, np.full(4, 10 * i, np.float32), np.full(4, 10 * i + 5, np.float32))
+        for i, r in enumerate(rewards)
+    )
+    final = None if terminated else np.full(4, 10 * len(rewards), np.float32)
+    return Episode(position, ids, ids + 100, -ids.astype(np.float32), ids * 0 + 7, turns, terminated, "", final)
+
+
+def test_episodes_become_rows_and_rows_a_critics_batch():
+    table = as_rows([episode(3, [-1.0, -1.0, 0.0], True), episode(4, [-1.0, -1.0], False)], width=4)
+    assert table.num_rows == 5
+    assert table["terminated"].to_pylist() == [False, False, True, False, False], "a limit is no end"
+    assert table["state_ids"][1].as_py() == list(range(7))
+    assert table["utterance_ids"][1].as_py() == [7, 8, 9]
+    assert table["actions"][1].as_py() == [107, 108, 109]
+    assert features(table, "next_state")[:, 0].tolist() == [10, 20, 0, 10, 20]
+    buffer = ReplayBuffer(10, 1 << 20)
+    buffer.append(table)
+    back, _ = buffer.take(np.array([4, 1]))
+    batch = critic_batch(back, features(back, "state"), features(back, "utterance"))
+    assert batch.rewards.tolist() == [-1, -1]
+    assert batch.utterances[:, 0].tolist() in ([15, 15], [15.0, 15.0])
+    assert batch.next_states[:, 0].tolist() == [20, 20]
+
+
+def test_a_failed_episode_never_enters_replay():
+    broken = Episode(9, *[np.zeros(1)] * 4, (), False, "", failure="raised ValueError: no")
+    with pytest.raises(ValueError, match="episode 9 has no features to learn from: raised ValueError: no"):
+        as_rows([broken], width=4)

@@ -1,0 +1,116 @@
+"""Replay as a service: shards of a :class:`ReplayBuffer`, each an actor, saved as they go.
+
+    producers ── insert(rows) ──> shard of the key ──┐                      ┌── sample(n): n rows, drawn over all shards
+                                  shard of the key ──┼── snapshot thread ──>│   in proportion to what they hold
+                                                     └── folder/shard-<i>/  └── set_priorities(tokens, |TD error|)
+
+A shard is a plain class; the driver makes it an actor and hands a :class:`Shards` to whoever produces or consumes. A
+shard that is killed comes back with what its last snapshot held, and says how many rows that is.
+"""
+
+import asyncio
+import threading
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cola_ray.replay.buffer import ReplayBuffer
+
+Array = np.ndarray
+
+
+class ReplayShard:
+    """One actor's buffer. Thread-safe: several producers and consumers call at once.
+
+    Args:
+        folder: of its snapshots; what is there is restored.
+        snapshot_every_s: seconds between snapshots; 0 saves only when asked.
+    """
+
+    def __init__(
+        self, max_rows: int, max_bytes: int, folder: str, snapshot_every_s: float, seed: int, alpha: float = 0.6
+    ) -> None:
+        self.buffer = ReplayBuffer(max_rows, max_bytes, alpha)
+        self.folder, self.lock, self.saving = Path(folder), threading.Lock(), threading.Lock()
+        self.rng = np.random.default_rng(seed)
+        self.restored = self.buffer.restore(self.folder) if self.folder.exists() else 0
+        self.failure = ""
+        if snapshot_every_s:
+            threading.Thread(target=self._save_now_and_then, args=(snapshot_every_s,), daemon=True).start()
+
+    def insert(self, rows: pa.Table) -> int:
+        """Returns how many rows the shard holds then. Raises what the last snapshot failed with, if it did."""
+        with self.lock:
+            if self.failure:
+                raise RuntimeError(f"replay snapshots fail: {self.failure}")
+            self.buffer.append(rows)
+            return len(self.buffer)
+
+    def size(self) -> tuple[int, int, int]:
+        """Rows held, their bytes, and rows restored from disk at the start."""
+        with self.lock:
+            return len(self.buffer), self.buffer.nbytes, self.restored
+
+    def sample(self, count: int) -> tuple[pa.Table, Array]:
+        with self.lock:
+            return self.buffer.sample(count, self.rng)
+
+    def sample_prioritised(self, count: int, beta: float) -> tuple[pa.Table, Array, Array]:
+        with self.lock:
+            return self.buffer.sample_prioritised(count, self.rng, beta)
+
+    def set_priorities(self, numbers: Array, priorities: Array) -> None:
+        with self.lock:
+            self.buffer.set_priorities(numbers, priorities)
+
+    def snapshot(self) -> int:
+        """Save what is new; returns how many rows."""
+        with self.saving:
+            return self.buffer.snapshot(self.folder, self.lock)
+
+    def _save_now_and_then(self, seconds: float) -> None:
+        pause = threading.Event()
+        while not pause.wait(seconds):
+            try:
+                self.snapshot()
+            except OSError as error:  # a full disk: said at the next insert, and tried again
+                self.failure = f"{type(error).__name__}: {error}"
+            else:
+                self.failure = ""
+
+
+Ask = Callable[..., Awaitable[Any]]
+"""(number of the shard, method, *arguments) -> what that shard's method returns."""
+
+
+class Shards:
+    """All shards as one buffer. ``ask`` reaches them: Ray actors in a run, plain objects in a test."""
+
+    def __init__(self, count: int, ask: Ask, seed: int) -> None:
+        self.count, self.ask = count, ask
+        self.rng = np.random.default_rng(seed)
+
+    async def insert(self, key: str, rows: pa.Table) -> None:
+        """Rows of one key, e.g. an episode, stay together."""
+        await self.ask(zlib.crc32(key.encode()) % self.count, "insert", rows)
+
+    async def size(self) -> int:
+        return sum(rows for rows, _, _ in await self._ask_all("size"))
+
+    async def sample(self, count: int) -> pa.Table:
+        """``count`` rows, uniform over all shards."""
+        sizes = np.array([rows for rows, _, _ in await self._ask_all("size")], float)
+        wanted = self.rng.multinomial(count, sizes / sizes.sum())
+        hit = [(shard, int(n)) for shard, n in enumerate(wanted) if n]
+        pieces = await asyncio.gather(*(self.ask(shard, "sample", n) for shard, n in hit))
+        return pa.concat_tables([table for table, _ in pieces])
+
+    async def snapshot(self) -> int:
+        return sum(await self._ask_all("snapshot"))
+
+    async def _ask_all(self, method: str) -> Sequence[Any]:
+        return await asyncio.gather(*(self.ask(shard, method) for shard in range(self.count)))
