@@ -198,7 +198,7 @@ class Config(_Branch):
     preset: str = "tiny"
     """tiny, smollm2-135m or llama-3.1-8b: sets every default below."""
     output_dir: str = ""
-    """Folder of checkpoints, summary and plots. Empty: outputs/<job>-<preset>."""
+    """Folder of checkpoints, summary and plots. Empty: outputs/<job>-<preset>, of a submitted job below ~/cola_ray."""
     seed: int = 0
     """Of data order, initial weights and action noise."""
     resume: bool = False
@@ -216,7 +216,7 @@ class Config(_Branch):
     @property
     def pretrained_dir(self) -> Path:
         """Where pretrain.py leaves the CoLA model that RL of this preset and seed starts from."""
-        return Path("outputs") / f"pretrain-{self.preset}-seed{self.seed}" / "model"
+        return _results_root() / "outputs" / f"pretrain-{self.preset}-seed{self.seed}" / "model"
 
     @property
     def start_model(self) -> Path:
@@ -227,7 +227,7 @@ class Config(_Branch):
         output = self.output_dir or (
             str(self.pretrained_dir.parent) if job == "pretrain" else f"outputs/{job}-{self.preset}-seed{self.seed}"
         )
-        changes: dict[str, Any] = {"output_dir": str(Path(output).resolve())}
+        changes: dict[str, Any] = {"output_dir": str((_results_root() / output).resolve())}
         for field, value in (
             ("data.path", self.data.path),
             ("task.path", self.task.path),
@@ -246,6 +246,11 @@ class Config(_Branch):
         lines = [line for rule in _RULES for line in rule(self)]
         if lines:
             raise ConfigError("\n".join(lines))
+
+
+def _results_root() -> Path:
+    """What relative outputs are relative to: here, or ~/cola_ray for a submitted job, whose copy Ray deletes."""
+    return Path.home() / "cola_ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path()
 
 
 # --- presets ------------------------------------------------------------------------------------------------------

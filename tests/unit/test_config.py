@@ -138,3 +138,13 @@ def test_refused_before_any_process_starts():
     )
     assert run.returncode != 0
     assert "no CoLA model there; make one with `python jobs/pretrain.py --preset llama-3.1-8b`" in run.stderr
+
+
+def test_a_submitted_jobs_results_do_not_go_where_ray_deletes_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    config = preset("tiny").resolve_paths("rl_math")
+    assert config.output_dir == str(tmp_path / "cola_ray" / "outputs" / "rl_math-tiny-seed0")
+    assert config.start_model.is_relative_to(tmp_path)
+    absolute = override(preset("tiny"), {"output_dir": "/data/run"}).resolve_paths("rl_math")
+    assert absolute.output_dir == "/data/run"
