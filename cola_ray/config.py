@@ -48,17 +48,17 @@ class ModelConfig(_Branch):
 
 class TaskConfig(_Branch):
     name: str = "arithmetic"
-    """arithmetic, gsm8k, any reasoning-gym generator (countdown, ...), or your own class as package.module:Class."""
+    """arithmetic, gsm8k, a reasoning-gym generator, package.module:Class; for agents: twenty_questions, guess_city."""
     path: str = ""
     """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. Others: leave empty."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
-    """Arguments of a reasoning-gym generator, e.g. min_terms 2."""
+    """Arguments of a reasoning-gym generator or an environment, e.g. min_terms 2."""
     num_problems: int = 20_000
     """Problems a procedural generator makes; a sixth of the distinct ones is held out."""
     reward_timeout_s: float = 30.0
-    """Seconds a reward may take; longer costs its own sample."""
+    """Seconds a reward or an environment's step may take; longer costs its own sample or episode."""
     max_failed_rewards: float = 0.1
-    """Share of a step's rewards that may raise, time out or be NaN before the run fails."""
+    """Share of a step's rewards or episodes that may raise, time out or be NaN before the run fails."""
 
 
 class PretrainConfig(_Branch):
@@ -126,17 +126,20 @@ class RolloutConfig(_Branch):
     """Concurrent requests in an engine."""
     kv_cache_mb: int = 512
     """Key/value cache of an engine on CPU; on GPU vLLM's memory share rules."""
+    environment_processes: int = 2
+    """Processes that a worker's multi-turn environments share."""
     max_restarts: int = 3
     """Times in a row a worker may die without completing a share before the run fails."""
 
 
 class RLConfig(_Branch):
-    algorithm: Literal["grpo", "rloo"] = "grpo"
-    """grpo: group-normalised advantages. rloo: leave-one-out baseline."""
+    algorithm: Literal["grpo", "rloo", "archer", "filtered_bc"] = "grpo"
+    """grpo: group-normalised advantages. rloo: leave-one-out baseline. For agents also: archer: advantages of whole
+    utterances by an off-policy critic. filtered_bc: clone the best of all episodes so far."""
     max_steps: int = 100
     """Learner steps."""
     prompts_per_step: int = 64
-    """Groups a step."""
+    """Groups a step; for agents, environment seeds a step."""
     group_size: int = 4
     """Completions of one prompt."""
     lr: float = 5e-7
@@ -171,6 +174,40 @@ class RLConfig(_Branch):
     """Held-out problems an evaluation asks."""
     save_every: int = 20
     """Steps between checkpoints."""
+
+
+class ReplayConfig(_Branch):
+    max_rows: int = 100_000
+    """Turns kept, over all shards; the oldest go first."""
+    max_mb: int = 4096
+    """Their size, over all shards."""
+    shards: int = 1
+    """Actors that share them."""
+    snapshot_every_s: float = 30.0
+    """Seconds between snapshots; a shard that dies loses no more."""
+    kept_share: float = 0.1
+    """filtered_bc: share of the best episodes that are cloned."""
+
+
+class CriticConfig(_Branch):
+    gamma: float = 0.95
+    """Discount of a turn."""
+    tau: float = 0.1
+    """Share of the critic that its target takes over after each step."""
+    lr: float = 3e-4
+    """Adam's."""
+    grad_clip: float = 1.0
+    """Norm of its gradients."""
+    steps: int = 50
+    """Critic steps an iteration."""
+    batch_size: int = 256
+    """Turns a critic step."""
+    fresh_states: int = 512
+    """Replayed states that the policy speaks in anew, an iteration: targets of V and the actor's batch."""
+    warmup_iterations: int = 10
+    """Iterations that train the critic alone."""
+    expectile: float = 0.0
+    """0: V follows fresh utterances. Above 0.5: IQL's expectile over replayed ones."""
 
 
 class ClusterConfig(_Branch):
@@ -211,6 +248,8 @@ class Config(_Branch):
     pretrain: PretrainConfig = PretrainConfig()
     rollout: RolloutConfig = RolloutConfig()
     rl: RLConfig = RLConfig()
+    replay: ReplayConfig = ReplayConfig()
+    critic: CriticConfig = CriticConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property
@@ -334,11 +373,33 @@ _PRESETS: dict[str, Callable[[], Config]] = {
 }
 
 
-def preset(name: str) -> Config:
-    """A complete tree by name; ConfigError for an unknown one."""
+# What multi-turn agents need otherwise, by preset; the rest is the preset's.
+_AGENTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "task.name": "twenty_questions",
+        "task.options": {"skill": 0.3},
+        "task.num_problems": 4000,
+        "pretrain.sequence_length": 288,
+        "pretrain.batch_size": 8,
+        "pretrain.micro_batch_size": 4,
+        "rollout.max_prompt_tokens": 288,
+        "rollout.max_new_tokens": 16,
+        "rl.algorithm": "archer",
+        "rl.max_steps": 60,
+        "rl.group_size": 1,
+        "rl.lr": 1e-4,
+        "rl.eval_problems": 64,
+    },
+    "smollm2-135m": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
+    "llama-3.1-8b": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
+}
+
+
+def preset(name: str, agents: bool = False) -> Config:
+    """A complete tree by name, for problems with answers or for multi-turn agents; ConfigError for an unknown one."""
     if name not in _PRESETS:
         raise ConfigError(f"preset = {name!r}: unknown; choose one of {', '.join(_PRESETS)}")
-    return _PRESETS[name]()
+    return override(_PRESETS[name](), _AGENTS[name] if agents else {})
 
 
 def _smollm2_weights() -> str:
@@ -378,7 +439,7 @@ def _dotted_fields(node: BaseModel, prefix: str = "") -> list[str]:
     return names
 
 
-def from_command_line(description: str, argv: Sequence[str] | None = None) -> Config:
+def from_command_line(description: str, argv: Sequence[str] | None = None, agents: bool = False) -> Config:
     """Parse ``--preset NAME`` and ``--branch.field value``; on a mistake print one line each and exit with 2."""
     import tyro
 
@@ -390,7 +451,7 @@ def from_command_line(description: str, argv: Sequence[str] | None = None) -> Co
         elif arg.startswith("--preset="):
             name = arg.removeprefix("--preset=")
     try:
-        config = tyro.cli(Config, args=args, default=preset(name), description=description)
+        config = tyro.cli(Config, args=args, default=preset(name, agents), description=description)
         config.check()
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -402,7 +463,7 @@ def from_command_line(description: str, argv: Sequence[str] | None = None) -> Co
 
 
 def _check_group_size(config: Config) -> list[str]:
-    if config.rl.group_size >= 2:
+    if config.rl.group_size >= 2 or config.rl.algorithm in ("archer", "filtered_bc"):
         return []
     wants = f"{config.rl.algorithm} compares completions of one prompt; use 2 or more"
     return [f"rl.group_size = {config.rl.group_size}: {wants}"]
@@ -482,7 +543,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _check_task(config: Config) -> list[str]:
-    if config.task.name in ("arithmetic", "gsm8k"):
+    if config.task.name in ("arithmetic", "gsm8k", "twenty_questions", "guess_city"):
         return []
     if ":" in config.task.name:
         return _check_own_task(config.task.name)

@@ -78,7 +78,9 @@ class Ledger:
 
 
 class Controller:
-    """One run's state between workers and learner."""
+    """One run's state between workers and learner; its heirs make other batches of other rollouts."""
+
+    MEASURE = "accuracy"  # what an evaluation is called
 
     def __init__(self, config: Config, pool: WorkerPool) -> None:
         rl = config.rl
@@ -111,9 +113,8 @@ class Controller:
         self._spawn(self._watch_for_stalls())
         self.facts = await self._ask(self.seats[0], "facts")
         if not resumed:
-            base = await self._greedy_accuracy(bare_base=True)
-            start = await self._greedy_accuracy(bare_base=False)
-            self._event(0, {"eval/base_accuracy": base, "eval/accuracy": start})
+            base, start = [await self._evaluate(bare_base) for bare_base in (True, False)]
+            self._event(0, {f"eval/base_{self.MEASURE}": base, f"eval/{self.MEASURE}": start})
         return self.facts
 
     async def drain(self) -> tuple[list[dict[str, Any]], str | None]:
@@ -216,22 +217,28 @@ class Controller:
                 steps.create_task(self._produce_step(target))
 
     async def _produce_step(self, target: int) -> None:
-        """Generate, score and collate one step's groups."""
-        wanted = self.config.rl.prompts_per_step
-        started = time.perf_counter()
-        tickets = [self._ticket(position) for position in range(target * wanted, (target + 1) * wanted)]
-        groups = await self._generate(tickets)
-        seconds = time.perf_counter() - started
+        batches, self.rollout_metrics[target] = await self._make_step(target)
         if self.config.cluster.colocated:
             await self._ask_all("sleep")
+        wanted = self.config.rl.prompts_per_step
         self.buffer.finish(wanted)
-        self._check_rewards(groups)
-        batches = self._collate(groups, target)
-        self.rollout_metrics[target] = self._measure(groups, target, seconds)
         self.buffer.take(wanted)
         async with self.changed:
             self.step_batches[target] = batches
             self.changed.notify_all()
+
+    async def _make_step(self, target: int) -> tuple[list[Batch], dict[str, float]]:
+        """One step's groups, generated, scored and collated: a batch a rank, and metrics."""
+        started = time.perf_counter()
+        groups: list[Group] = await self._generate(self._tickets(target), "generate_groups")
+        seconds = time.perf_counter() - started
+        failures = [t.failure for group in groups for t in group.trajectories if t.failure]
+        self._check_failures(failures, len(groups) * self.config.rl.group_size, "rewards")
+        return self._collate(groups, target), self._measure(groups, target, seconds)
+
+    def _tickets(self, target: int) -> list[Ticket]:
+        wanted = self.config.rl.prompts_per_step
+        return [self._ticket(position) for position in range(target * wanted, (target + 1) * wanted)]
 
     def _ticket(self, position: int) -> Ticket:
         """The training problem that is handed out at ``position`` of the run: a new permutation every epoch."""
@@ -239,14 +246,14 @@ class Controller:
         epoch, offset = divmod(position, num_train)
         return Ticket(position, int(_epoch_order(self.config.seed, epoch, num_train)[offset]))
 
-    async def _generate(self, tickets: Sequence[Ticket]) -> list[Group]:
-        """Every ticket's group, in order. A group stays whole, so that its prompt is computed once."""
+    async def _generate(self, tickets: Sequence[Ticket], method: str) -> list[Any]:
+        """What workers make of each ticket, in order. A group stays whole, so that its prompt is computed once."""
         shares = await self._deal(tickets)
-        results = await asyncio.gather(*(self._generate_share(seat, share) for seat, share in shares))
-        groups = sorted((group for share in results for group in share), key=lambda group: group.position)
-        if [group.position for group in groups] != [ticket.position for ticket in tickets]:
+        results = await asyncio.gather(*(self._generate_share(seat, share, method) for seat, share in shares))
+        made = sorted((item for share in results for item in share), key=lambda item: item.position)
+        if [item.position for item in made] != [ticket.position for ticket in tickets]:
             raise RuntimeError("groups came back that are not exactly those handed out")
-        return groups
+        return made
 
     async def _deal(self, tickets: Sequence[Ticket]) -> list[tuple[Seat, list[Ticket]]]:
         """Each ticket to the ready worker that owes the fewest tokens."""
@@ -259,14 +266,14 @@ class Controller:
             owed[least] += self._expected_tokens(1)
         return [(seat, shares[seat.number]) for seat in ready if shares[seat.number]]
 
-    async def _generate_share(self, seat: Seat, share: list[Ticket]) -> list[Group]:
+    async def _generate_share(self, seat: Seat, share: list[Ticket], method: str) -> list[Any]:
         expected = self._expected_tokens(len(share))
         while True:
             seat.owed_tokens += expected
             try:
-                groups: list[Group] = await self._ask(seat, "generate_groups", share)
+                made: list[Any] = await self._ask(seat, method, share)
                 seat.losses = 0
-                return groups
+                return made
             except WorkerLostError:
                 self.ledger.regenerated_groups += len(share)
                 seat = min(await self._ready_seats(), key=lambda other: other.owed_tokens)
@@ -276,13 +283,13 @@ class Controller:
     def _expected_tokens(self, num_groups: int) -> float:
         return num_groups * self.config.rl.group_size * self.ledger.response_length
 
-    def _check_rewards(self, groups: Sequence[Group]) -> None:
-        failures = [t.failure for group in groups for t in group.trajectories if t.failure]
+    def _check_failures(self, failures: Sequence[str], count: int, what: str) -> None:
+        """Count what user code failed at; raises when that is too large a share."""
         self.ledger.failed_rewards += len(failures)
-        share = len(failures) / (len(groups) * self.config.rl.group_size)
+        share = len(failures) / count
         if share > self.config.task.max_failed_rewards:
             raise RuntimeError(
-                f"{share:.0%} of a step's rewards failed, more than task.max_failed_rewards = "
+                f"{share:.0%} of a step's {what} failed, more than task.max_failed_rewards = "
                 f"{self.config.task.max_failed_rewards:.0%}; the first one {failures[0]}"
             )
 
@@ -367,28 +374,35 @@ class Controller:
         rl = self.config.rl
         if version == rl.max_steps or (rl.eval_every and version % rl.eval_every == 0):
             started = time.perf_counter()
-            metrics["eval/accuracy"] = await self._greedy_accuracy(bare_base=False)
+            metrics[f"eval/{self.MEASURE}"] = await self._evaluate(bare_base=False)
             metrics["time/eval"] = time.perf_counter() - started
 
-    async def _greedy_accuracy(self, bare_base: bool) -> float:
+    async def _evaluate(self, bare_base: bool) -> float:
         """Share of held-out problems with full reward under greedy decoding."""
-        indices = list(range(min(self.config.rl.eval_problems, self.facts["num_heldout"])))
+        return float(np.mean([reward >= 1.0 for reward in await self._greedy_rewards(bare_base)]))
 
-        async def evaluate(share: list[int]) -> list[float]:
+    async def _greedy_rewards(self, bare_base: bool) -> list[float]:
+        indices = range(min(self.config.rl.eval_problems, self.facts["num_heldout"]))
+        return await self._share_out(indices, "evaluate", bare_base)
+
+    async def _share_out(self, items: Sequence[Any], method: str, *args: Any) -> list[Any]:
+        """``method(items, *args)`` gives a result an item; here, over all workers, also if some die. In order."""
+
+        async def of_a_share(share: list[Any]) -> list[Any]:
             while True:
                 seat = min(await self._ready_seats(), key=lambda other: other.owed_tokens)
                 seat.owed_tokens += (owed := len(share) * self.ledger.response_length)
                 try:
-                    return await self._ask(seat, "evaluate", share, bare_base)
+                    return await self._ask(seat, method, share, *args)
                 except WorkerLostError:
                     continue
                 finally:
                     seat.owed_tokens = max(seat.owed_tokens - owed, 0.0)
 
         count = len(self.seats)
-        shares = [share for share in (indices[i::count] for i in range(count)) if share]
-        results = await asyncio.gather(*(evaluate(share) for share in shares))
-        return float(np.mean([reward >= 1.0 for share in results for reward in share]))
+        shares = [share for share in (list(items[i::count]) for i in range(count)) if share]
+        results = await asyncio.gather(*(of_a_share(share) for share in shares))
+        return [results[i % len(shares)][i // len(shares)] for i in range(len(items))]
 
     # --- workers ------------------------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cola_ray.config import DataConfig
-from cola_ray.tasks import Task, render_prompt
+from cola_ray.tasks import PlayedTask, Task, render_prompt
 
-Document = tuple[list[int], int]
-"""Token ids, and how many of them are prompt."""
+Document = tuple[list[int], list[bool]]
+"""Token ids, and which of them are the model's own to say: a response, an agent's utterances."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class PackedRows:
 
 
 def load_documents(
-    data: DataConfig, task: Task | None, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    data: DataConfig, task: Task | PlayedTask | None, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> tuple[list[Document], bool]:
-    """Documents of ``data.path``, or the task's demonstrations where it is empty; and whether they are pairs.
+    """Documents of ``data.path``, or the task's demonstrations where it is empty; and whether they have own tokens.
 
     Raises:
         ValueError: the data has neither the prompt/response columns nor the text column.
     """
     if not data.path:
         assert task is not None
-        return _pair_documents(task.demonstrations(), tokenizer, max_tokens), True
+        return _demonstrated(task, tokenizer, max_tokens), True
     rows = _open(data.path)
     columns = rows.column_names
     if data.prompt_field in columns and data.response_field in columns:
@@ -62,7 +62,7 @@ def load_documents(
         ids = tokenizer(list(rows[data.text_field]), add_special_tokens=False)["input_ids"]
         eos = tokenizer.eos_token_id
         pieces = [[*text, eos][i : i + max_tokens] for text in ids for i in range(0, len(text) + 1, max_tokens)]
-        return [(piece, 0) for piece in pieces if len(piece) > 1], False
+        return [(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1], False
     raise ValueError(
         f"data.path = {data.path!r}: has columns {columns}; name the right ones with data.prompt_field and "
         "data.response_field, or data.text_field"
@@ -73,30 +73,44 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, response_only:
     """First-fit over a few open rows, in the documents' order; a document longer than a row is cut."""
     rows: list[list[Document]] = []
     open_rows: list[tuple[int, int]] = []  # (row, space left), newest last
-    for ids, num_prompt in documents:
-        ids = ids[:length]
+    for ids, own in documents:
+        ids, own = ids[:length], own[:length]
         for slot, (row, space) in enumerate(open_rows):
             if space >= len(ids):
-                rows[row].append((ids, num_prompt))
+                rows[row].append((ids, own))
                 open_rows[slot] = (row, space - len(ids))
                 break
         else:
-            rows.append([(ids, num_prompt)])
+            rows.append([(ids, own)])
             open_rows = [*open_rows[-7:], (len(rows) - 1, length - len(ids))]
     shape = (len(rows), length)
     input_ids = np.full(shape, pad_id, np.int64)
     position_ids, loss_mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
     for row, packed in enumerate(rows):
         start = 0
-        for ids, num_prompt in packed:
+        for ids, own in packed:
             end = start + len(ids)
             input_ids[row, start:end] = ids
             position_ids[row, start:end] = np.arange(len(ids))
-            first = max(num_prompt - 1, 0) if response_only else 0
-            loss_mask[row, start + first : end - 1] = True
+            loss_mask[row, start : end - 1] = own[1:] if response_only else True
             start = end
         position_ids[row, start:] = np.arange(length - start)
     return PackedRows(input_ids, position_ids, loss_mask)
+
+
+def _demonstrated(task: Task | PlayedTask, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Document]:
+    if not isinstance(task, PlayedTask):
+        return _pair_documents(task.demonstrations(), tokenizer, max_tokens)
+    documents = []
+    for dialogue in task.dialogues():
+        ids = tokenizer(dialogue.opening, add_special_tokens=False)["input_ids"]
+        own = [False] * len(ids)
+        for utterance, observation in dialogue.turns:  # tokenised piece by piece, as in an episode
+            said = [*tokenizer(utterance, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            heard = tokenizer(observation, add_special_tokens=False)["input_ids"]
+            ids, own = [*ids, *said, *heard], [*own, *[True] * len(said), *[False] * len(heard)]
+        documents.append((ids[:max_tokens], own[:max_tokens]))
+    return documents
 
 
 def _pair_documents(
@@ -107,8 +121,9 @@ def _pair_documents(
         prompt_ids = render_prompt(tokenizer, prompt)
         response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
         ids = [*prompt_ids, *response_ids, tokenizer.eos_token_id]
+        own = [False] * len(prompt_ids) + [True] * (len(ids) - len(prompt_ids))
         if len(prompt_ids) < max_tokens:
-            documents.append((ids[:max_tokens], len(prompt_ids)))
+            documents.append((ids[:max_tokens], own[:max_tokens]))
     return documents
 
 

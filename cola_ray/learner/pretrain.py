@@ -38,7 +38,7 @@ from cola_ray.learner.corpus import PackedRows, load_documents, pack
 from cola_ray.learner.engine import ZeroEngine, warmup_cosine
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
-from cola_ray.tasks import Task, make_task, render_prompt
+from cola_ray.tasks import PlayedTask, Task, render_prompt, to_pretrain_on
 
 TRAINED: dict[PretrainStage, tuple[str, ...]] = {
     "base": ("model.",),
@@ -169,7 +169,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     output = Path(config.output_dir)
     # With a corpus of its own and a base that brings its tokenizer, a run needs no task at all.
     needs_task = not config.data.path or not (config.model.base or config.model.path)
-    task = make_task(config.task, config.seed) if needs_task else None
+    task = to_pretrain_on(config.task, config.seed) if needs_task else None
     resumed = json.loads((checkpoint / "pretrain.json").read_text()) if checkpoint else {}
     current = start_model(config, task, rank)
     for stage in config.pretrain.stages:
@@ -183,7 +183,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     torch.distributed.barrier()
 
 
-def start_model(config: Config, task: Task | None, rank: int) -> Path:
+def start_model(config: Config, task: Task | PlayedTask | None, rank: int) -> Path:
     """The directory that the first stage reads: the given base with CoLA attached, or a fresh tiny Llama."""
     target = Path(config.output_dir) / "stages" / "start"
     if rank == 0 and not (target / "done.json").exists():
@@ -220,7 +220,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(path))
 
 
-def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
+def make_tokenizer(task: Task | PlayedTask) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 512 entries, trained on the task's own problems; numbers stay whole words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -229,7 +229,10 @@ def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [text for problem in task.problems("train") for text in (problem.question, problem.solution)]
+    if isinstance(task, PlayedTask):
+        texts = task.texts()
+    else:
+        texts = [text for problem in task.problems("train") for text in (problem.question, problem.solution)]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=["<pad>", "<eos>"],
@@ -267,7 +270,7 @@ def make_tiny_llama(vocab_size: int, eos_token_id: int, seed: int) -> LlamaForCa
 def _run_stage(
     config: Config,
     stage: PretrainStage,
-    task: Task | None,
+    task: Task | PlayedTask | None,
     source: Path,
     target: Path,
     checkpoint: Path | None,
@@ -289,7 +292,7 @@ def _run_stage(
         zero.load(checkpoint)
     total = settings.steps[stage] if settings.max_steps is None else min(settings.steps[stage], settings.max_steps)
     heldout = []
-    if task is not None and _has_answers(config):
+    if task is not None and not isinstance(task, PlayedTask) and _has_answers(config):
         heldout = list(_heldout_batches(task, tokenizer, rank, world_size))
     used = torch.zeros(config.model.num_actions)
     metrics: dict[str, Any] = {}
@@ -373,7 +376,7 @@ def revive_dead_codes(model: CoLAForCausalLM, counts: Tensor, seed: int) -> int:
 
 
 def _load_rows(
-    config: Config, stage: PretrainStage, task: Task | None, tokenizer: PreTrainedTokenizerBase
+    config: Config, stage: PretrainStage, task: Task | PlayedTask | None, tokenizer: PreTrainedTokenizerBase
 ) -> PackedRows:
     settings = config.pretrain
     documents, are_pairs = load_documents(config.data, task, tokenizer, settings.sequence_length)

@@ -13,7 +13,6 @@ and hundreds of them share one engine and a few environment processes.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -23,14 +22,15 @@ from cola_ray.rollout.isolation import EnvironmentProcess, Outcome
 Array = np.ndarray
 
 
-class Utterance(Protocol):
-    """What a generated turn consists of; the engine's Completion is one."""
+@dataclass(frozen=True)
+class Utterance:
+    """What a generated turn of L tokens in a state of P ids consists of."""
 
-    token_ids: Array
-    actions: Array
-    log_probs: Array
-    versions: Array
-    hidden_states: Array | None
+    token_ids: Array  # (L,), the stop token included
+    actions: Array  # (L,)
+    log_probs: Array  # (L,)
+    versions: Array  # (L,)
+    hidden_states: Array | None  # (P + L - 1, H) float32, e at all but the last token
 
 
 Speak = Callable[[Sequence[int], int], Awaitable[Utterance]]

@@ -1,11 +1,14 @@
-"""What runs in a rollout actor: an engine, a tokenizer and a task. Stateless but for weights and caches.
+"""What runs in a rollout actor: an engine and a tokenizer, shared by all calls. Stateless but for weights and caches.
+
+    EngineWorker     update_weights, sleep, and one running batch that every call submits to
+      RolloutWorker  generate_groups, evaluate: problems with verifiable answers
+      AgentWorker    play_episodes, speak, evaluate: multi-turn environments (rollout/agent.py)
 
     generate_groups ─┐                      ┌─> completions ─> RewardProcess ─> Groups
     evaluate        ─┼─> engine.submit ─> _run: one step after the other, in a thread
     update_weights  ─┘        gate: closed while an update waits for requests in flight (update_mode drain)
 
-Calls overlap: the actor is asyncio, and all requests share one running batch. A failed step is the error of every
-call that waits on it.
+Calls overlap: the actor is asyncio. A failed step is the error of every call that waits on it.
 """
 
 import asyncio
@@ -26,19 +29,16 @@ from cola_ray.tasks.protocol import Split
 from cola_ray.weights import Bucket, Offer
 
 
-class RolloutWorker:
-    """Turns problem indices into scored groups. A plain class; the driver makes it a Ray actor."""
+class EngineWorker:
+    """An engine whose weights follow the learner's. A plain class; the driver makes its heirs Ray actors."""
 
-    def __init__(self, config: Config, model_path: str) -> None:
+    def __init__(self, config: Config, model_path: str, keep_hidden_states: bool) -> None:
         prepare_process(config.cluster.threads_per_process)
         from transformers import AutoTokenizer
 
         rollout = config.rollout
         self.config = config
-        make = functools.partial(make_task, config.task, config.seed)
-        self.rewards = RewardProcess(make, config.task.reward_timeout_s)
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.task = make()
         self.engine = LatentEngine(
             model_path,
             dtype=config.model.dtype,
@@ -48,12 +48,9 @@ class RolloutWorker:
             kv_cache_mb=rollout.kv_cache_mb,
             tensor_parallel_size=rollout.tensor_parallel_size,
             num_threads=config.cluster.threads_per_process,
-            keep_hidden_states=config.rl.cache_hidden_states,
+            keep_hidden_states=keep_hidden_states,
             enable_sleep_mode=config.cluster.colocated,
         )
-        questions = [problem.question for problem in self.task.problems("train")]
-        self.prompts = [render_prompt(self.tokenizer, question) for question in questions]
-        self.fitting = [i for i, prompt in enumerate(self.prompts) if len(prompt) <= rollout.max_prompt_tokens]
         self.gate = asyncio.Lock()  # held by whoever submits, and by an update that drains
         self.waiting: dict[str, asyncio.Future[Completion]] = {}
         self.runner: asyncio.Task | None = None
@@ -65,11 +62,84 @@ class RolloutWorker:
         import vllm
 
         return {
+            "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+            "vllm_version": vllm.__version__,
+        }
+
+    async def update_weights(self, version: int, *buckets: Bucket) -> int:
+        """Hold ``version`` on return. Mode drain lets requests in flight end first; continue swaps between steps."""
+        await self._swap(lambda: self.engine.update_weights(version, buckets))
+        return version
+
+    async def receive_weights(self, offer: Offer) -> int:
+        """The same by broadcast, together with all other members of the offer's channel."""
+        await self._swap(lambda: self.engine.receive_weights(offer))
+        return offer.version
+
+    async def _swap(self, load: Callable[[], None]) -> None:
+        async with self.gate if self.config.rl.update_mode == "drain" else self.between_steps:
+            if self.config.rl.update_mode == "drain" and self.runner is not None:
+                await self.runner
+            await asyncio.get_running_loop().run_in_executor(self.stepper, load)
+
+    async def sleep(self) -> None:
+        self.engine.sleep()
+
+    async def wake_up(self) -> None:
+        self.engine.wake_up()
+
+    async def peak_memory_gb(self) -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    async def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """Submitted in one go, so that who shares a batch with whom does not depend on timing."""
+        async with self.gate, self.between_steps:
+            futures = []
+            for request in requests:
+                future = asyncio.get_running_loop().create_future()
+                self.waiting[self.engine.submit(request)] = future
+                futures.append(future)
+            if self.runner is None or self.runner.done():
+                self.runner = asyncio.create_task(self._run())
+        return await asyncio.gather(*futures)
+
+    async def _run(self) -> None:
+        """Step until nothing is in flight."""
+        try:
+            while self.engine.num_in_flight:
+                async with self.between_steps:
+                    finished = await asyncio.get_running_loop().run_in_executor(self.stepper, self.engine.step)
+                for name, completion in finished.items():
+                    self.waiting.pop(name).set_result(completion)
+        except Exception as error:
+            failed, self.waiting = self.waiting, {}
+            for future in failed.values():
+                future.set_exception(error)
+
+    def _seed(self, *place: int) -> int:
+        """Of a request's draws: depends on the run's seed and ``place`` alone."""
+        return int(np.random.SeedSequence((self.config.seed, *place)).generate_state(1, np.uint64)[0] >> 2)
+
+
+class RolloutWorker(EngineWorker):
+    """Turns problem indices into scored groups."""
+
+    def __init__(self, config: Config, model_path: str) -> None:
+        make = functools.partial(make_task, config.task, config.seed)
+        self.rewards = RewardProcess(make, config.task.reward_timeout_s)
+        super().__init__(config, model_path, config.rl.cache_hidden_states)
+        self.task = make()
+        questions = [problem.question for problem in self.task.problems("train")]
+        self.prompts = [render_prompt(self.tokenizer, question) for question in questions]
+        limit = config.rollout.max_prompt_tokens
+        self.fitting = [i for i, prompt in enumerate(self.prompts) if len(prompt) <= limit]
+
+    async def facts(self) -> dict[str, object]:
+        return {
+            **await super().facts(),
             "num_train": len(self.fitting),
             "num_too_long": len(self.prompts) - len(self.fitting),
             "num_heldout": len(self.task.problems("heldout")),
-            "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-            "vllm_version": vllm.__version__,
         }
 
     async def generate_groups(self, tickets: Sequence[Ticket]) -> list[Group]:
@@ -111,59 +181,9 @@ class RolloutWorker:
         completions = await self._complete(requests)
         return [reward.value for reward in await self._score("heldout", indices, self._texts(completions))]
 
-    async def update_weights(self, version: int, *buckets: Bucket) -> int:
-        """Hold ``version`` on return. Mode drain lets requests in flight end first; continue swaps between steps."""
-        await self._swap(lambda: self.engine.update_weights(version, buckets))
-        return version
-
-    async def receive_weights(self, offer: Offer) -> int:
-        """The same by broadcast, together with all other members of the offer's channel."""
-        await self._swap(lambda: self.engine.receive_weights(offer))
-        return offer.version
-
-    async def _swap(self, load: Callable[[], None]) -> None:
-        async with self.gate if self.config.rl.update_mode == "drain" else self.between_steps:
-            if self.config.rl.update_mode == "drain" and self.runner is not None:
-                await self.runner
-            await asyncio.get_running_loop().run_in_executor(self.stepper, load)
-
-    async def sleep(self) -> None:
-        self.engine.sleep()
-
-    async def wake_up(self) -> None:
-        self.engine.wake_up()
-
-    async def peak_memory_gb(self) -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
     async def _score(self, split: Split, indices: Sequence[int], texts: Sequence[str]) -> list[Reward]:
         items = [(split, index, text) for index, text in zip(indices, texts, strict=True)]
         return await asyncio.to_thread(self.rewards.score, items)
-
-    async def _complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Submitted in one go, so that who shares a batch with whom does not depend on timing."""
-        async with self.gate, self.between_steps:
-            futures = []
-            for request in requests:
-                future = asyncio.get_running_loop().create_future()
-                self.waiting[self.engine.submit(request)] = future
-                futures.append(future)
-            if self.runner is None or self.runner.done():
-                self.runner = asyncio.create_task(self._run())
-        return await asyncio.gather(*futures)
-
-    async def _run(self) -> None:
-        """Step until nothing is in flight."""
-        try:
-            while self.engine.num_in_flight:
-                async with self.between_steps:
-                    finished = await asyncio.get_running_loop().run_in_executor(self.stepper, self.engine.step)
-                for name, completion in finished.items():
-                    self.waiting.pop(name).set_result(completion)
-        except Exception as error:
-            failed, self.waiting = self.waiting, {}
-            for future in failed.values():
-                future.set_exception(error)
 
     def _trajectory(self, index: int, completion: Completion, text: str, reward: Reward) -> Trajectory:
         return Trajectory(
@@ -181,7 +201,3 @@ class RolloutWorker:
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         return [self.tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
-
-    def _seed(self, position: int, sibling: int) -> int:
-        entropy = (self.config.seed, position, sibling)
-        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 2)

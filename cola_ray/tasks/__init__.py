@@ -1,12 +1,40 @@
-"""Tasks with verifiable answers behind one small protocol; :func:`make_task` picks one by name."""
+"""Tasks with verifiable answers, and multi-turn environments, each behind one small protocol and picked by name."""
 
 import importlib
+import itertools
+from collections.abc import Callable, Sequence
 
 from cola_ray.config import TaskConfig
+from cola_ray.tasks.environment import Dialogue, Environment
+from cola_ray.tasks.guessing import GuessCity, TwentyQuestions
 from cola_ray.tasks.protocol import Problem, Task, render_prompt
 from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, ReasoningGym
 
-__all__ = ["Problem", "Task", "make_task", "render_prompt"]
+__all__ = [
+    "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Task", "make_environment", "make_task", "render_prompt",
+    "to_pretrain_on",
+]  # fmt: skip
+
+ENVIRONMENTS: dict[str, Callable[..., Environment]] = {"twenty_questions": TwentyQuestions, "guess_city": GuessCity}
+
+
+class PlayedTask:
+    """A multi-turn environment as something to pre-train on: its demonstrations."""
+
+    def __init__(self, config: TaskConfig, seed: int) -> None:
+        self.environment, self.count, self.seed = make_environment(config), config.num_problems, seed
+
+    def dialogues(self) -> Sequence[Dialogue]:
+        return self.environment.demonstrations(self.count, self.seed)
+
+    def texts(self) -> list[str]:
+        pieces = ((dialogue.opening, *itertools.chain(*dialogue.turns)) for dialogue in self.dialogues())
+        return list(itertools.chain(*pieces))
+
+
+def to_pretrain_on(config: TaskConfig, seed: int) -> Task | PlayedTask:
+    """The task of the settings, of either kind."""
+    return PlayedTask(config, seed) if config.name in ENVIRONMENTS else make_task(config, seed)
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:
@@ -23,3 +51,15 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         task: Task = getattr(importlib.import_module(module), attribute)(config, seed)
         return task
     return ReasoningGym(config.name, config.options, config.num_problems, seed)
+
+
+def make_environment(config: TaskConfig) -> Environment:
+    """One environment of the multi-turn task named in the settings; ``task.options`` are its arguments.
+
+    A name like ``package.module:Class`` is called with the options.
+    """
+    if config.name in ENVIRONMENTS:
+        return ENVIRONMENTS[config.name](**config.options)
+    module, _, attribute = config.name.partition(":")
+    environment: Environment = getattr(importlib.import_module(module), attribute)(**config.options)
+    return environment

@@ -54,7 +54,7 @@ class Pool:
             worker.version = offer.version
             return worker.version
         facts = {"num_train": 10, "num_heldout": 3, "pad_token_id": 0, "num_too_long": 0}
-        return {"facts": facts, "evaluate": [1.0]}[method]
+        return facts if method == "facts" else [1.0] * len(args[0])
 
     async def generate(self, worker, tickets):
         version = worker.version
