@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+MULTI_TURN = ("twenty_questions", "guess_city")
+"""Tasks that are environments; jobs/rl_agent.py plays them."""
+
 PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
 
 
@@ -255,7 +258,8 @@ class Config(_Branch):
     @property
     def pretrained_dir(self) -> Path:
         """Where pretrain.py leaves the CoLA model that RL of this preset and seed starts from."""
-        return _results_root() / "outputs" / f"pretrain-{self.preset}-seed{self.seed}" / "model"
+        task = f"-{self.task.name}" if self.task.name in MULTI_TURN else ""
+        return _results_root() / "outputs" / f"pretrain-{self.preset}{task}-seed{self.seed}" / "model"
 
     @property
     def start_model(self) -> Path:
@@ -543,7 +547,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _check_task(config: Config) -> list[str]:
-    if config.task.name in ("arithmetic", "gsm8k", "twenty_questions", "guess_city"):
+    if config.task.name in ("arithmetic", "gsm8k", *MULTI_TURN):
         return []
     if ":" in config.task.name:
         return _check_own_task(config.task.name)
@@ -554,6 +558,15 @@ def _check_task(config: Config) -> list[str]:
     near = difflib.get_close_matches(config.task.name, ["arithmetic", "gsm8k", *DATASETS], n=1)
     hint = f"did you mean {near[0]}?" if near else "use arithmetic, gsm8k, a reasoning-gym generator or module:Class"
     return [f"task.name = {config.task.name!r}: unknown task; {hint}"]
+
+
+def _check_kind(config: Config) -> list[str]:
+    if config.rl.algorithm in ("grpo", "rloo") or config.task.name in MULTI_TURN:
+        return []
+    return [
+        f"rl.algorithm = {config.rl.algorithm!r}: learns from turns, and task.name = {config.task.name!r} has none; "
+        f"use one of {', '.join(MULTI_TURN)} with jobs/rl_agent.py"
+    ]
 
 
 def _check_own_task(name: str) -> list[str]:
@@ -600,6 +613,7 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_overlap,
     _check_paths,
     _check_task,
+    _check_kind,
     _check_base,
 )
 

@@ -1,9 +1,11 @@
 """Everything that happens in a run, top to bottom. The only file that says ``ray.remote``.
 
-    pretrain(config)   TorchTrainer: ZeRO-3 ranks over the stages                        -> a CoLA model
+    pretrain(config)   TorchTrainer: ZeRO-3 ranks over the stages                             -> a CoLA model
     run_rl(config)     RolloutWorker actors <- Controller actor <- TorchTrainer: ZeRO-3 ranks -> a better policy
+    run_agent(config)  AgentWorker actors <- AgentController actor <- the same learner        -> a better agent
+                                                └── ReplayShard and CriticService actors
 
-Both return the summary they write to ``output_dir/summary.json``; both track into MLflow and can be resumed.
+All return the summary they write to ``output_dir/summary.json``; both track into MLflow and can be resumed.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +29,13 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cola_ray.config import Config, ConfigError, from_command_line
+from cola_ray.agents import AgentController
+from cola_ray.config import MULTI_TURN, Config, ConfigError, from_command_line, override
 from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Batch
-from cola_ray.rollout.worker import RolloutWorker
+from cola_ray.replay.service import CriticService, ReplayShard, Shards
+from cola_ray.rollout.agent import AgentWorker
+from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tracking import Display, Tracker, peak_memory_gb, plot, print_summary, write_json
 from cola_ray.weights import Bucket, Channel, Manifest
 
@@ -38,10 +44,10 @@ class RunFailedError(RuntimeError):
     """A run that ended before its time; the message is the cause, in the words of the part that failed."""
 
 
-def command_line(run: Callable[[Config], dict[str, Any]], description: str) -> NoReturn:
+def command_line(run: Callable[[Config], dict[str, Any]], description: str, agents: bool = False) -> NoReturn:
     """What a job file does: parse, run, exit. Code 2: refused settings; 1: failed; 130: stopped, can be resumed."""
     try:
-        run(from_command_line(description))
+        run(from_command_line(description, agents=agents))
     except ConfigError as error:
         sys.exit(str(error))
     except RunFailedError as error:
@@ -127,8 +133,18 @@ def _pretrain_summary(config: Config, tracker: Tracker, seconds: float) -> dict[
 # --- RL -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What differs between problems with answers and multi-turn agents."""
+
+    name: str
+    measure: str  # of an evaluation, eval/<measure>
+    worker: type[EngineWorker]
+    controller: type[Controller]
+
+
 def run_rl(config: Config) -> dict[str, Any]:
-    """RL of the policy over latent actions; leaves ``output_dir/model``. Returns the summary.
+    """RL of the policy over latent actions on problems with answers; leaves ``output_dir/model``. Returns the summary.
 
     For the tiny preset the model that RL starts from is made first where it is missing.
 
@@ -136,6 +152,21 @@ def run_rl(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: the message names the cause.
     """
+    if config.task.name in MULTI_TURN:
+        raise ConfigError(f"task.name = {config.task.name!r}: an environment of many turns; use jobs/rl_agent.py")
+    return _run(config, _Job("rl_math", "accuracy", RolloutWorker, Controller))
+
+
+def run_agent(config: Config) -> dict[str, Any]:
+    """RL over the turns of a multi-turn environment, with replay and an utterance critic beside it; as ``run_rl``."""
+    if config.task.name not in MULTI_TURN:
+        raise ConfigError(f"task.name = {config.task.name!r}: not an environment; use one of {', '.join(MULTI_TURN)}")
+    if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
+        config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})
+    return _run(config, _Job("rl_agent", "return", AgentWorker, AgentController))
+
+
+def _run(config: Config, job: _Job) -> dict[str, Any]:
     config.check()
     _check_start_model(config)
     started = time.time()
@@ -143,37 +174,82 @@ def run_rl(config: Config) -> dict[str, Any]:
         if not config.start_model.exists():
             pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
         model_path = str(config.start_model.resolve())
-        config = config.resolve_paths("rl_math")
+        config = config.resolve_paths(job.name)
         output = _prepare_output(config)
-        with _tracker(config, "rl") as tracker:
-            controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=256).remote(
-                config, RayWorkers(config, model_path)
+        with _tracker(config, job.name) as tracker:
+            services = _services(config, model_path) if job.controller is AgentController else ()
+            controller = ray.remote(job.controller).options(num_cpus=0, max_concurrency=256).remote(
+                config, RayWorkers(config, model_path, job.worker), *services
             )  # fmt: skip
             try:
-                facts, memory = _train(config, model_path, controller, tracker)
+                facts, memory = _train(config, model_path, job, controller, tracker)
             finally:
                 ray.kill(controller)  # and with it the workers, which it owns
-            summary = _rl_summary(config, tracker, facts, memory, time.time() - started)
+            summary = _rl_summary(config, job, tracker, facts, memory, time.time() - started)
             write_json(output / "summary.json", summary)
             plot(
                 output / "reward.png",
                 f"{config.task.name}: {config.rl.algorithm} over {config.model.num_actions} latent actions",
                 {"reward (train, sampled)": tracker.series("reward/mean"),
-                 "accuracy (held out, greedy)": tracker.series("eval/accuracy")},
-                {"base": summary["base_accuracy"], "behaviour cloned": summary["bc_accuracy"]},
+                 f"{job.measure} (held out, greedy)": tracker.series(f"eval/{job.measure}")},
+                {"base": summary[f"base_{job.measure}"], "behaviour cloned": summary[f"bc_{job.measure}"]},
             )  # fmt: skip
         print_summary(f"RL, {config.preset}: {output}", summary)
     return summary
 
 
-def _train(config: Config, model_path: str, controller: Any, tracker: Tracker) -> tuple[dict[str, Any], list[float]]:
+def _services(config: Config, model_path: str) -> tuple[Shards, "RemoteCritic"]:
+    """Replay shards and the critic; Ray starts one that dies again, and it goes on from its last snapshot."""
+    from transformers import AutoConfig
+
+    output, replay = Path(config.output_dir), config.replay
+    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
+    shard = ray.remote(ReplayShard).options(**lasting)
+    rows, nbytes = replay.max_rows // replay.shards, (replay.max_mb << 20) // replay.shards
+    shards = [
+        shard.remote(rows, nbytes, str(output / "replay" / str(i)), replay.snapshot_every_s, config.seed + i)
+        for i in range(replay.shards)
+    ]
+    stored = Shards(replay.shards, RemoteShards(shards), config.seed)
+    width = AutoConfig.from_pretrained(model_path).hidden_size
+    critic = ray.remote(CriticService).options(**{**lasting, "num_cpus": 1})
+    return stored, RemoteCritic(critic.remote(config.critic, width, stored, str(output / "critic"), config.seed))
+
+
+class RemoteShards:
+    """How :class:`~cola_ray.replay.service.Shards` asks its actors."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors = actors
+
+    async def __call__(self, shard: int, method: str, *args: Any) -> Any:
+        return await getattr(self.actors[shard], method).remote(*args)
+
+
+class RemoteCritic:
+    """The controller's :class:`~cola_ray.agents.CriticClient` over the critic actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def fit(self, fresh_states: Any, fresh_utterances: Any) -> dict[str, float]:
+        return await self.actor.fit.remote(fresh_states, fresh_utterances)
+
+    async def advantages(self, states: Any, utterances: Any) -> Any:
+        return await self.actor.advantages.remote(states, utterances)
+
+
+def _train(
+    config: Config, model_path: str, job: _Job, controller: Any, tracker: Tracker
+) -> tuple[dict[str, Any], list[float]]:
     """The loop between controller and learner until it ends; returns the run's facts and the workers' memory."""
     try:
         facts = ray.get(controller.start.remote(_checkpoint_exists(Path(config.output_dir))))
     except ray.exceptions.RayTaskError as error:
         raise RunFailedError(str(error.cause or error)) from None
     _print_arithmetic(config, facts)
-    names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", "eval/accuracy": "accuracy"}
+    evaluated = f"eval/{job.measure}"
+    names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", evaluated: job.measure}
     with Display("rl", config.rl.max_steps) as display:
 
         def poll() -> None:
@@ -182,7 +258,7 @@ def _train(config: Config, model_path: str, controller: Any, tracker: Tracker) -
                 step, metrics = event["step"], event["metrics"]
                 tracker.log(step, metrics)
                 note = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics)
-                milestone = "eval/accuracy" in metrics or step % 10 == 0
+                milestone = evaluated in metrics or step % 10 == 0
                 display.update("rl", step, config.rl.max_steps, note, milestone)
             if failure:
                 raise RunFailedError(failure)
@@ -208,11 +284,11 @@ def _check_start_model(config: Config) -> None:
 class RayWorkers:
     """The controller's :class:`~cola_ray.controller.WorkerPool`: rollout actors, owned by the controller's process."""
 
-    def __init__(self, config: Config, model_path: str) -> None:
+    def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker) -> None:
         gpus = int(config.cluster.use_gpu) * config.rollout.tensor_parallel_size
         # Colocated, an engine takes half of each GPU's booking and the learner the other.
         share = 0.5 if config.cluster.colocated else 1
-        self.actor = ray.remote(RolloutWorker).options(num_cpus=1, num_gpus=gpus * share, max_concurrency=256)
+        self.actor = ray.remote(worker).options(num_cpus=1, num_gpus=gpus * share, max_concurrency=256)
         self.args = (config, model_path)
 
     def spawn(self) -> Any:
@@ -275,20 +351,20 @@ class RemoteController:
 
 
 def _rl_summary(
-    config: Config, tracker: Tracker, facts: dict[str, Any], worker_memory: list[float], seconds: float
+    config: Config, job: _Job, tracker: Tracker, facts: dict[str, Any], worker_memory: list[float], seconds: float
 ) -> dict[str, Any]:
     def last(name: str) -> float:
         return tracker.series(name)[1][-1]
 
-    accuracy = tracker.series("eval/accuracy")[1]
+    evaluated = tracker.series(f"eval/{job.measure}")[1]
     return {
         "preset": config.preset,
         "task": config.task.name,
         "algorithm": config.rl.algorithm,
         "seed": config.seed,
-        "base_accuracy": last("eval/base_accuracy"),
-        "bc_accuracy": accuracy[0],
-        "rl_accuracy": accuracy[-1],
+        f"base_{job.measure}": last(f"eval/base_{job.measure}"),
+        f"bc_{job.measure}": evaluated[0],
+        f"rl_{job.measure}": evaluated[-1],
         "eval_problems": min(config.rl.eval_problems, facts["num_heldout"]),
         "steps": config.rl.max_steps,
         "reward_first": tracker.series("reward/mean")[1][0],
@@ -314,6 +390,8 @@ def _print_arithmetic(config: Config, facts: dict[str, Any]) -> None:
         f"micro-batches of up to {rl.micro_batch_tokens} tokens; {rl.updates_per_batch} update(s); "
         f"rollouts up to {rl.max_staleness} version(s) behind"
     )
+    if "num_too_long" not in facts:
+        return  # an environment has no list of problems
     print(f"{facts['num_train']} training problems, {facts['num_heldout']} held out", end="")
     left_out = facts["num_too_long"]
     print(f"; {left_out} longer than rollout.max_prompt_tokens left out" if left_out else "")
@@ -470,7 +548,7 @@ def _prepare_output(config: Config) -> Path:
     """The run's folder; without ``resume`` what an earlier run left there is removed."""
     output = Path(config.output_dir)
     if not config.resume:
-        for name in ("checkpoints", "stages", "model"):
+        for name in ("checkpoints", "stages", "model", "replay", "critic"):
             shutil.rmtree(output / name, ignore_errors=True)
         for name in ("summary.json", "mlflow_run_id", "reward.png", "pretrain.png"):
             (output / name).unlink(missing_ok=True)

@@ -109,6 +109,11 @@ class ReplayBuffer:
         weights = (len(self) * probability) ** -beta
         return table, numbers, weights / weights.max()
 
+    def column(self, name: str) -> Array:
+        """A column of numbers over all rows, oldest first."""
+        self._require_rows()
+        return np.concatenate([chunk[name].to_numpy() for chunk in self.chunks])[-len(self) :]
+
     def take(self, numbers: Array) -> tuple[pa.Table, Array]:
         """These rows, grouped by chunk, and their numbers in the order of the table."""
         owners = np.searchsorted(self.starts, numbers, side="right") - 1

@@ -129,7 +129,7 @@ class Critic:
     @torch.no_grad()
     def advantages(self, states: Array, utterances: Array) -> Array:
         """(B, H), (B, H) -> (B,), by the online heads."""
-        s, u = torch.from_numpy(states), torch.from_numpy(utterances)
+        s, u = torch.tensor(states), torch.tensor(utterances)
         return utterance_advantages(self.online.q_values(s, u), self.online.values(s)).numpy()
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ shard that is killed comes back with what its last snapshot held, and says how m
 """
 
 import asyncio
+import os
 import threading
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,8 +18,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from cola_ray.config import CriticConfig
 from cola_ray.replay.buffer import ReplayBuffer
+from cola_ray.replay.critic import Critic
+from cola_ray.replay.transitions import critic_batch
 
 Array = np.ndarray
 
@@ -63,6 +68,17 @@ class ReplayShard:
         with self.lock:
             return self.buffer.sample_prioritised(count, self.rng, beta)
 
+    def totals(self) -> Array:
+        """The returns of the episodes held, one an episode."""
+        with self.lock:
+            return self.buffer.column("total_reward")[self.buffer.column("turn") == 0]
+
+    def sample_above(self, count: int, cutoff: float) -> pa.Table:
+        """``count`` rows, uniformly, of episodes that returned at least ``cutoff``."""
+        with self.lock:
+            good = np.flatnonzero(self.buffer.column("total_reward") >= cutoff) + self.buffer.first
+            return self.buffer.take(self.rng.choice(good, count))[0]
+
     def set_priorities(self, numbers: Array, priorities: Array) -> None:
         with self.lock:
             self.buffer.set_priorities(numbers, priorities)
@@ -98,8 +114,10 @@ class Shards:
         """Rows of one key, e.g. an episode, stay together."""
         await self.ask(zlib.crc32(key.encode()) % self.count, "insert", rows)
 
-    async def size(self) -> int:
-        return sum(rows for rows, _, _ in await self._ask_all("size"))
+    async def size(self) -> tuple[int, int]:
+        """Rows and bytes."""
+        sizes = await self._ask_all("size")
+        return sum(rows for rows, _, _ in sizes), sum(nbytes for _, nbytes, _ in sizes)
 
     async def sample(self, count: int) -> pa.Table:
         """``count`` rows, uniform over all shards."""
@@ -109,8 +127,65 @@ class Shards:
         pieces = await asyncio.gather(*(self.ask(shard, "sample", n) for shard, n in hit))
         return pa.concat_tables([table for table, _ in pieces])
 
+    async def sample_best(self, count: int, share: float) -> tuple[pa.Table, float]:
+        """Rows of the best ``share`` of all episodes, ties kept, and the return that makes one of them."""
+        totals = await self._ask_all("totals")
+        cutoff = float(np.quantile(np.concatenate(totals), 1.0 - share))
+        numbers = np.array([(each >= cutoff).sum() for each in totals], float)
+        wanted = self.rng.multinomial(count, numbers / numbers.sum())
+        hit = [(shard, int(n)) for shard, n in enumerate(wanted) if n]
+        return pa.concat_tables(await asyncio.gather(*(self.ask(i, "sample_above", n, cutoff) for i, n in hit))), cutoff
+
     async def snapshot(self) -> int:
         return sum(await self._ask_all("snapshot"))
 
     async def _ask_all(self, method: str) -> Sequence[Any]:
         return await asyncio.gather(*(self.ask(shard, method) for shard in range(self.count)))
+
+
+class CriticService:
+    """The utterance critic as an actor: samples replay itself, and saves itself after every fit.
+
+    Args:
+        width: of the features.
+        folder: of its checkpoint; what is there is loaded.
+    """
+
+    def __init__(self, config: CriticConfig, width: int, shards: Shards, folder: str, seed: int) -> None:
+        self.config, self.shards, self.file = config, shards, Path(folder) / "critic.pt"
+        self.critic = Critic(
+            width, gamma=config.gamma, tau=config.tau, lr=config.lr, grad_clip=config.grad_clip,
+            expectile=config.expectile, seed=seed,
+        )  # fmt: skip
+        self.rng = np.random.default_rng(seed)
+        if self.file.exists():
+            self.critic.load_state_dict(torch.load(self.file))
+
+    async def fit(self, fresh_states: Array, fresh_utterances: Array) -> dict[str, float]:
+        """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made."""
+        size, metrics = self.config.batch_size, list[dict[str, float]]()
+        coming = asyncio.create_task(self.shards.sample(size))
+        for step in range(self.config.steps):
+            rows = await coming
+            if step + 1 < self.config.steps:
+                coming = asyncio.create_task(self.shards.sample(size))
+            some = self.rng.integers(0, len(fresh_states), size)
+            batch = critic_batch(rows, fresh_states[some], fresh_utterances[some])
+            metrics.append(await asyncio.to_thread(self.critic.step, batch))
+        await asyncio.to_thread(self._save)
+        return {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
+
+    async def advantages(self, states: Array, utterances: Array) -> Array:
+        return self.critic.advantages(states, utterances)
+
+    async def steps_done(self) -> int:
+        return self.critic.steps
+
+    def _save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.file.with_suffix(".tmp")
+        with beside.open("wb") as file:
+            torch.save(self.critic.state_dict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(self.file)

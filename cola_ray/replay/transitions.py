@@ -24,7 +24,8 @@ def schema(width: int) -> pa.Schema:
     return pa.schema({
         "state_ids": pa.list_(pa.int32()), "utterance_ids": pa.list_(pa.int32()), "actions": pa.list_(pa.int16()),
         "reward": pa.float32(), "terminated": pa.bool_(), "position": pa.int64(), "turn": pa.int16(),
-        "version": pa.int32(), "state": features, "utterance": features, "next_state": features,
+        "version": pa.int32(), "total_reward": pa.float32(),
+        "state": features, "utterance": features, "next_state": features,
     })  # fmt: skip
 
 
@@ -47,6 +48,7 @@ def as_rows(episodes: Sequence[Episode], width: int) -> pa.Table:
         "terminated": [episode.terminated and number + 1 == len(episode.turns) for episode, number, _ in turns],
         "position": [episode.position for episode, _, _ in turns],
         "turn": [number for _, number, _ in turns],
+        "total_reward": [episode.total_reward for episode, _, _ in turns],
         "version": [int(episode.versions[turn.start]) for episode, _, turn in turns],
     }
     of_features = {

@@ -8,7 +8,6 @@ speak(states)          ─> one fresh utterance for each state, with the base's 
 import asyncio
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,7 @@ from cola_ray.tasks import make_environment
 
 Array = np.ndarray
 _HELD_OUT = 1 << 32  # evaluation's environment seeds start here, training's at 0
-_FRESH, _CANDIDATE = 1 << 40, 1 << 20  # so that draws of different purposes never share a seed
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """Utterances that a policy said in given states; features are float32."""
-
-    trajectories: list[Trajectory]
-    state_features: Array  # (B, H)
-    utterance_features: Array  # (B, H)
+_FRESH = 1 << 40  # so that fresh utterances never share a seed with an episode's
 
 
 class AgentWorker(EngineWorker):
@@ -75,24 +65,25 @@ class AgentWorker(EngineWorker):
         episodes = await asyncio.gather(*(play(place, place, self.table, speak) for place in places))
         return [float("-inf") if episode.failure else episode.total_reward for episode in episodes]
 
-    async def speak(self, states: Sequence[Array], draw: int) -> Fresh:
-        """A sampled utterance for each state's ids.
+    async def speak(self, states: Sequence[tuple[int, Sequence[int]]], draw: int) -> list[tuple[Trajectory, Array]]:
+        """A sampled utterance in each state, and e at its last token that was read, (H,) float32.
 
         Args:
-            draw: number of this call in the run; with a state's place among ``states`` it seeds the draws.
+            states: (place, ids) each.
+            draw: number of this call in the run; with a state's place it seeds the draws.
         """
-        seeds = [self._seed(_FRESH + draw, place) for place in range(len(states))]
-        requests = [
-            self._request(ids, seed, self.config.rollout.temperature) for ids, seed in zip(states, seeds, strict=True)
-        ]
+        temperature = self.config.rollout.temperature
+        requests = [self._request(ids, self._seed(_FRESH + draw, place), temperature) for place, ids in states]
         completions = await self._complete(requests)
-        trajectories = [
-            Trajectory(np.asarray(ids, np.int64), c.token_ids, c.actions, c.log_probs, c.versions, 0.0, c.truncated, "")
-            for ids, c in zip(states, completions, strict=True)
+        return [
+            (
+                Trajectory(
+                    np.asarray(ids, np.int64), c.token_ids, c.actions, c.log_probs, c.versions, 0.0, c.truncated, ""
+                ),
+                _as_float(c.hidden_states)[-1],
+            )
+            for (_, ids), c in zip(states, completions, strict=True)
         ]
-        spoken = [_as_float(c.hidden_states) for c in completions]
-        before = np.stack([states_of[len(ids) - 1] for ids, states_of in zip(states, spoken, strict=True)])
-        return Fresh(trajectories, before, np.stack([states_of[-1] for states_of in spoken]))
 
     async def _say(self, ids: Sequence[int], seed: int) -> Utterance:
         return await self._submit(ids, seed, self.config.rollout.temperature)

@@ -1,0 +1,188 @@
+"""The controller of multi-turn agents: episodes into replay, the critic beside them, and the actor's batches.
+
+    tickets ──> workers.play_episodes ──> rows ──> replay shards <── critic.fit: 50 steps of (s, u, r, s')
+                                                      │                  ^
+                                                      │ sample           │ features of s, u~
+                                                      v                  │
+                                   states s ──> workers.speak ──> fresh utterances u~ ──> advantages A(s, u~)
+                                                                                               │
+                                            learner <── next_batch: u~'s actions, weighed by A ┘
+
+One iteration makes one step of the learner (ArCHer, Zhou et al. 2024, algorithm 1). The policy does not change within
+an iteration, so one fresh utterance for each sampled state serves both V's targets and the actor. While the critic
+warms up, advantages are zero and the step moves nothing.
+
+``filtered_bc`` clones the best episodes of all that were played; ``grpo`` and ``rloo`` compare episodes of one
+environment seed and need neither replay nor critic.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cola_ray.algorithms.latent_actions import usage
+from cola_ray.config import Config
+from cola_ray.controller import ADVANTAGES, Controller, WorkerPool
+from cola_ray.experience import Batch, Episode, Ticket, Trajectory, collate
+from cola_ray.replay.service import Shards
+from cola_ray.replay.transitions import as_rows, features
+
+Array = np.ndarray
+Metrics = dict[str, float]
+
+
+class CriticClient(Protocol):
+    """How to reach the critic: an actor in a run."""
+
+    async def fit(self, fresh_states: Array, fresh_utterances: Array) -> Metrics: ...
+
+    async def advantages(self, states: Array, utterances: Array) -> Array: ...
+
+
+class AgentController(Controller):
+    """One run's state between workers, replay, critic and learner.
+
+    Args:
+        shards: replay.
+        critic: of utterances; asked by ``archer`` alone.
+    """
+
+    MEASURE = "return"
+
+    def __init__(self, config: Config, pool: WorkerPool, shards: Shards, critic: CriticClient) -> None:
+        super().__init__(config, pool)
+        self.shards, self.critic = shards, critic
+        self.steps = {"archer": self._archer, "filtered_bc": self._filtered_bc}
+
+    async def _make_step(self, target: int) -> tuple[list[Batch], Metrics]:
+        started = time.perf_counter()
+        played: list[Episode] = await self._generate(self._tickets(target), "play_episodes")
+        seconds = time.perf_counter() - started
+        self._check_failures([e.failure for e in played if e.failure], len(played), "episodes")
+        episodes = [episode for episode in played if not episode.failure]
+        if not episodes:
+            raise RuntimeError("a step has no episode that its environment saw to the end")
+        metrics = self._measure_episodes(episodes, target, seconds)
+        algorithm = self.config.rl.algorithm
+        if algorithm in ADVANTAGES:
+            return self._compare(episodes, target), metrics
+        for episode in episodes:
+            await self.shards.insert(str(episode.position), as_rows([episode], self.facts["feature_width"]))
+        batches, more = await self.steps[algorithm](target)
+        return batches, metrics | more
+
+    def _tickets(self, target: int) -> list[Ticket]:
+        """``prompts_per_step`` environment seeds, each played ``group_size`` times."""
+        rl = self.config.rl
+        first = target * rl.prompts_per_step
+        return [
+            Ticket((first + seed) * rl.group_size + sibling, first + seed)
+            for seed in range(rl.prompts_per_step)
+            for sibling in range(rl.group_size)
+        ]
+
+    async def _evaluate(self, bare_base: bool) -> float:
+        """Mean return of greedy episodes on seeds that training never uses; failed ones are left out."""
+        returns = np.array(await self._greedy_rewards(bare_base))
+        return float(returns[np.isfinite(returns)].mean()) if np.isfinite(returns).any() else float("nan")
+
+    # --- algorithms -----------------------------------------------------------------------------------------------
+
+    async def _archer(self, target: int) -> tuple[list[Batch], Metrics]:
+        """REINFORCE on fresh utterances in replayed states, weighed by the critic's advantage (section 3.3)."""
+        started = time.perf_counter()
+        rows = await self.shards.sample(self.config.critic.fresh_states)
+        trajectories, states, utterances = await self._speak(rows, target)
+        spoken = time.perf_counter()
+        metrics = await self.critic.fit(states, utterances)
+        fitted = time.perf_counter()
+        advantages = await self.critic.advantages(states, utterances)
+        metrics |= {
+            "critic/advantage_mean": float(advantages.mean()),
+            "critic/advantage_std": float(advantages.std()),
+            "time/fresh": spoken - started,
+            "time/critic": fitted - spoken,
+        }
+        if target < self.config.critic.warmup_iterations:
+            advantages = np.zeros_like(advantages)
+        return self._actor_batch(trajectories, advantages, target), metrics | await self._replay_size()
+
+    async def _filtered_bc(self, target: int) -> tuple[list[Batch], Metrics]:
+        """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay."""
+        rows, cutoff = await self.shards.sample_best(self.config.critic.fresh_states, self.config.replay.kept_share)
+        trajectories = [
+            Trajectory(
+                np.asarray(state, np.int64), np.asarray(utterance, np.int64), np.asarray(actions, np.int64),
+                np.zeros(len(actions), np.float32), np.full(len(actions), version), 0.0, False, "",
+            )
+            for state, utterance, actions, version in zip(
+                *(rows[name].to_pylist() for name in ("state_ids", "utterance_ids", "actions", "version")), strict=True
+            )
+        ]  # fmt: skip
+        batches = self._actor_batch(trajectories, np.ones(len(trajectories)), target)
+        return batches, {"replay/cutoff": cutoff} | await self._replay_size()
+
+    def _compare(self, episodes: Sequence[Episode], target: int) -> list[Batch]:
+        """On-policy: whole episodes, each weighed against those of the same environment seed."""
+        groups: dict[int, list[Episode]] = {}
+        for episode in episodes:
+            groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
+        advantages = np.zeros(0)
+        for group in groups.values():
+            returns = torch.tensor([[episode.total_reward for episode in group]])
+            own = ADVANTAGES[self.config.rl.algorithm](returns)[0].numpy() if len(group) > 1 else np.zeros(1)
+            advantages = np.concatenate([advantages, own])
+        trajectories = [episode.as_trajectory() for group in groups.values() for episode in group]
+        return self._actor_batch(trajectories, advantages, target)
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    async def _speak(self, rows: pa.Table, draw: int) -> tuple[list[Trajectory], Array, Array]:
+        """A fresh utterance for each row's state, in order of the rows, and features of both."""
+        states = list(enumerate(rows["state_ids"].to_pylist()))
+        spoken = await self._share_out(states, "speak", draw)
+        trajectories = [trajectory for trajectory, _ in spoken]
+        return trajectories, features(rows, "state"), np.stack([utterance for _, utterance in spoken])
+
+    def _actor_batch(self, trajectories: Sequence[Trajectory], advantages: Array, target: int) -> list[Batch]:
+        config = self.config
+        return collate(
+            trajectories, advantages.tolist(), config.cluster.learner_ranks, self.facts["pad_token_id"], target,
+            config.rl.micro_batch_tokens,
+        )  # fmt: skip
+
+    async def _replay_size(self) -> Metrics:
+        rows, nbytes = await self.shards.size()
+        return {"replay/rows": float(rows), "replay/megabytes": nbytes / 1e6}
+
+    def _measure_episodes(self, episodes: Sequence[Episode], target: int, seconds: float) -> Metrics:
+        returns = np.array([episode.total_reward for episode in episodes])
+        turns = [turn for episode in episodes for turn in episode.turns]
+        lengths = np.array([turn.end - turn.start for turn in turns])
+        actions = np.concatenate(
+            [episode.actions[turn.start : turn.end] for episode in episodes for turn in episode.turns]
+        )
+        versions = np.concatenate([e.versions[turn.start : turn.end] for e in episodes for turn in e.turns])
+        counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
+        per_episode = lengths.sum() / len(episodes)
+        self.ledger.response_length = 0.9 * self.ledger.response_length + 0.1 * float(per_episode)
+        return {
+            "reward/mean": float(returns.mean()),
+            "reward/std": float(returns.std()),
+            "reward/failed": float(self.ledger.failed_rewards),
+            "agent/episodes": float((target + 1) * self.config.rl.prompts_per_step * self.config.rl.group_size),
+            "agent/turns": len(turns) / len(episodes),
+            "agent/terminated": float(np.mean([episode.terminated for episode in episodes])),
+            "rollout/response_length": float(lengths.mean()),
+            "rollout/tokens_per_second": float(lengths.sum() / seconds),
+            "rollout/regenerated_groups": float(self.ledger.regenerated_groups),
+            "rollout/worker_losses": float(self.ledger.worker_losses),
+            "staleness/mean": float((target - versions).mean()),
+            "staleness/max": float((target - versions).max()),
+            "time/rollout": seconds,
+            **usage(counts),
+        }

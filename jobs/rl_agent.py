@@ -1,0 +1,13 @@
+"""RL of a multi-turn agent in the latent action space: ArCHer's off-policy utterance critic over whole turns.
+
+Examples:
+    python jobs/rl_agent.py                                   (Twenty Questions; makes its own cloned policy first)
+    python jobs/rl_agent.py --rl.algorithm filtered_bc --seed 1
+    python jobs/rl_agent.py --rl.algorithm grpo --rl.group-size 8 --rl.prompts-per-step 8
+    python jobs/rl_agent.py --task.name guess_city --resume
+"""
+
+from cola_ray.driver import command_line, run_agent
+
+if __name__ == "__main__":
+    command_line(run_agent, __doc__ or "", agents=True)

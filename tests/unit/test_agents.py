@@ -1,0 +1,170 @@
+"""The agents' controller over plain Python workers, with the real replay shards and the real critic."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from cola_ray.agents import AgentController
+from cola_ray.config import override, preset
+from cola_ray.experience import Episode, Trajectory, Turn
+from cola_ray.replay.service import CriticService, ReplayShard, Shards
+
+WIDTH, STEPS, EPISODES = 4, 4, 6
+
+
+class Worker:
+    """A game of one to three turns: saying action 1 is right and pays, anything else costs."""
+
+    def __init__(self):
+        self.version, self.spoken = 0, []
+
+    def episode(self, ticket):
+        draw = np.random.default_rng(ticket.position)
+        turns, position = [], 2
+        for _ in range(1 + ticket.problem % 3):
+            state = np.full(WIDTH, float(ticket.problem % 3), np.float32)
+            turns.append(Turn(position, position + 2, float(draw.integers(-1, 1)), state, state + 1))
+            position += 3
+        ids, ended = np.arange(position), ticket.position % 2 == 0
+        final = None if ended else np.zeros(WIDTH, np.float32)
+        failure = "raised ValueError: bad board" if ticket.position in FAILING else ""
+        return Episode(ticket.position, ids, ids % 3, -np.ones(position, np.float32), ids * 0 + self.version,
+                       tuple(turns), ended, "", final, failure)  # fmt: skip
+
+    def speak(self, states, draw):
+        self.spoken.append(draw)
+        one = np.ones(2, np.int64)
+        return [
+            (Trajectory(np.asarray(ids), one, one, -np.ones(2, np.float32), one * self.version, 0.0, False, ""),
+             np.full(WIDTH, float(place), np.float32))
+            for place, ids in states
+        ]  # fmt: skip
+
+
+FAILING: set[int] = set()
+
+
+class Pool:
+    def __init__(self):
+        self.workers = []
+
+    def spawn(self):
+        self.workers.append(Worker())
+        return self.workers[-1]
+
+    def kill(self, worker): ...
+
+    async def call(self, worker, method, *args):
+        await asyncio.sleep(0)
+        if method == "update_weights":
+            worker.version = args[0]
+            return worker.version
+        if method == "play_episodes":
+            return [worker.episode(ticket) for ticket in args[0]]
+        if method == "speak":
+            return worker.speak(*args)
+        if method == "evaluate":
+            return [float(-index) for index in args[0]]
+        return {"num_train": 1000, "num_heldout": 1000, "pad_token_id": 0, "feature_width": WIDTH}
+
+
+def run(tmp_path, algorithm, **changes):
+    fixed = {"rl.algorithm": algorithm, "rl.max_steps": STEPS, "rl.prompts_per_step": EPISODES, "rl.group_size": 1,
+             "rl.eval_every": 0, "rl.eval_problems": 3, "rollout.num_workers": 2, "cluster.learner_ranks": 1,
+             "critic.steps": 5, "critic.batch_size": 8, "critic.fresh_states": 10, "critic.warmup_iterations": 2,
+             "task.max_failed_rewards": 0.5}  # fmt: skip
+    config = override(preset("tiny", agents=True), fixed | changes)
+    shard = ReplayShard(1000, 1 << 24, str(tmp_path / "replay"), 0, seed=0)
+
+    async def ask(_, method, *args):
+        return getattr(shard, method)(*args)
+
+    pool, shards = Pool(), Shards(1, ask, seed=0)
+    critic = CriticService(config.critic, WIDTH, shards, str(tmp_path / "critic"), seed=0)
+
+    async def whole():
+        controller = AgentController(config, pool, shards, critic)
+        await controller.start(resumed=False)
+        await controller.begin(0, [])
+        batches, version = [], 0
+        while (batch := await controller.next_batch(0, version)) is not None:
+            batches.append(batch)
+            version += 1
+            await controller.publish(version, [], {"time/learn": 0.0})
+        return controller, batches
+
+    controller, batches = asyncio.run(asyncio.wait_for(whole(), 60))
+    return controller, batches, shard, critic, pool
+
+
+def metrics_of(controller):
+    return {event["step"]: event["metrics"] for event in controller.events}
+
+
+def test_archer_fills_replay_fits_the_critic_and_weighs_fresh_utterances(tmp_path):
+    controller, batches, shard, critic, pool = run(tmp_path, "archer")
+    assert len(batches) == STEPS
+    turns = STEPS * sum(1 + i % 3 for i in range(EPISODES))
+    assert shard.size()[0] == turns
+    assert critic.critic.steps == STEPS * 5
+    for batch in batches[:2]:
+        assert not batch.advantages.any(), "while the critic warms up the actor stays"
+    for batch in batches[2:]:
+        assert len(batch.input_ids) == 10
+        assert batch.advantages.any()
+        assert batch.num_actions_global == 20
+    assert {draw for worker in pool.workers for draw in worker.spoken} == set(range(STEPS))
+    metrics = metrics_of(controller)
+    assert metrics[0]["eval/return"] == -1.0, "the mean of 0, -1, -2"
+    assert metrics[STEPS]["eval/return"] == -1.0
+    assert metrics[3]["replay/rows"] == 3 * turns / STEPS
+    assert {"critic/td_error", "critic/advantage_std", "agent/episodes", "time/fresh"} <= metrics[2].keys()
+
+
+def test_filtered_bc_clones_the_best_episodes_and_nothing_else(tmp_path):
+    _, batches, shard, *_ = run(tmp_path, "filtered_bc", **{"replay.kept_share": 0.25})
+    totals = shard.totals()
+    assert len(totals) == STEPS * EPISODES
+    table, _ = shard.buffer.take(np.arange(shard.size()[0]))
+    final_cutoff = np.quantile(totals, 0.75)
+    best = {
+        tuple(row["state_ids"] + row["utterance_ids"])
+        for row in table.to_pylist()
+        if row["total_reward"] >= final_cutoff
+    }
+    last = batches[-1]
+    rows = [tuple(ids[: int(mask.sum())]) for ids, mask in zip(last.input_ids, last.attention_mask, strict=True)]
+    assert set(rows) <= best
+    assert (last.advantages[last.action_mask] == 1).all()
+
+
+def test_grpo_compares_episodes_of_one_seed(tmp_path):
+    _, batches, shard, *_ = run(tmp_path, "grpo", **{"rl.group_size": 3, "rl.prompts_per_step": 2})
+    assert shard.size()[0] == 0, "on-policy: nothing is kept"
+    assert [len(batch.input_ids) for batch in batches] == [6] * STEPS
+    for batch in batches:
+        # Summed over a group, an advantage is zero; every action of an episode has the same one.
+        firsts = [row[mask][0] for row, mask in zip(batch.advantages, batch.action_mask, strict=True)]
+        assert sum(firsts) == pytest.approx(0, abs=1e-5)
+
+
+def test_failing_environments_cost_their_own_episodes_until_they_are_too_many(tmp_path):
+    FAILING.update({1, 7})
+    try:
+        controller, batches, shard, *_ = run(tmp_path, "archer")
+        assert controller.ledger.failed_rewards == 2
+        assert len(batches) == STEPS
+        assert 1 not in shard.buffer.column("position")
+        with pytest.raises(RuntimeError, match=r"17% of a step's episodes failed, .*raised ValueError: bad board"):
+            run(tmp_path / "strict", "archer", **{"task.max_failed_rewards": 0.1})
+    finally:
+        FAILING.clear()
+
+
+def test_the_critic_goes_on_from_its_file(tmp_path):
+    *_, critic, _ = run(tmp_path, "archer")
+    again = CriticService(critic.config, WIDTH, critic.shards, str(tmp_path / "critic"), seed=5)
+    x = np.random.default_rng(0).normal(size=(7, WIDTH)).astype(np.float32)
+    assert again.critic.steps == critic.critic.steps
+    assert np.array_equal(again.critic.advantages(x, x), critic.critic.advantages(x, x))
