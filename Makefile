@@ -13,7 +13,7 @@ export UV_TORCH_BACKEND := cpu
 endif
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow lint bench results lock clean help
+.PHONY: setup demo demo-agent test test-slow lint bench results lock clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ $(VENV)/.ready-$(EXTRA): requirements/$(EXTRA).txt pyproject.toml
 
 demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about a quarter of an hour on 2 cores
 	$(BIN)/python jobs/rl_math.py --preset tiny --output-dir outputs/demo
+
+demo-agent: setup  ## the same for a multi-turn agent: Twenty Questions, ArCHer's critic over utterances
+	$(BIN)/python jobs/rl_agent.py --preset tiny --output-dir outputs/demo-agent
 
 test: setup  ## unit, parity and system tests
 	$(BIN)/python -m pytest -q -m "not slow" tests
