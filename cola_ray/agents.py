@@ -136,8 +136,9 @@ class AgentController(Controller):
             returns = torch.tensor([[episode.total_reward for episode in group]])
             own = ADVANTAGES[self.config.rl.algorithm](returns)[0].numpy() if len(group) > 1 else np.zeros(1)
             advantages = np.concatenate([advantages, own])
-        trajectories = [episode.as_trajectory() for group in groups.values() for episode in group]
-        return self._actor_batch(trajectories, advantages, target)
+        pieces = [episode.as_trajectories() for group in groups.values() for episode in group]
+        trajectories = [trajectory for piece in pieces for trajectory in piece]
+        return self._actor_batch(trajectories, np.repeat(advantages, [len(piece) for piece in pieces]), target)
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -162,11 +163,9 @@ class AgentController(Controller):
     def _measure_episodes(self, episodes: Sequence[Episode], target: int, seconds: float) -> Metrics:
         returns = np.array([episode.total_reward for episode in episodes])
         turns = [turn for episode in episodes for turn in episode.turns]
-        lengths = np.array([turn.end - turn.start for turn in turns])
-        actions = np.concatenate(
-            [episode.actions[turn.start : turn.end] for episode in episodes for turn in episode.turns]
-        )
-        versions = np.concatenate([e.versions[turn.start : turn.end] for e in episodes for turn in e.turns])
+        lengths = np.array([len(turn.token_ids) for turn in turns])
+        actions = np.concatenate([turn.actions for turn in turns])
+        versions = np.concatenate([turn.versions for turn in turns])
         counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
         per_episode = lengths.sum() / len(episodes)
         self.ledger.response_length = 0.9 * self.ledger.response_length + 0.1 * float(per_episode)

@@ -75,10 +75,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance within an episode's ids, and what it brought."""
+    """One utterance of L tokens, the state of P ids that it was said in, and what it brought."""
 
-    start: int  # of the utterance's tokens; ids before it are the state it was chosen in
-    end: int  # one past its last token
+    state_ids: Array  # (P,) int64
+    token_ids: Array  # (L,) int64, the stop token included
+    actions: Array  # (L,) int64
+    rollout_log_probs: Array  # (L,) float32
+    versions: Array  # (L,) int64
     reward: float
     state_features: Array | None = None  # (H,), e at the state's last token, if the engine sends it
     utterance_features: Array | None = None  # (H,), e at the utterance's last token that was read
@@ -86,13 +89,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Episode:
-    """One finished multi-turn episode: all ids in order, the environment's and the policy's."""
+    """One finished multi-turn episode."""
 
     position: int  # of its ticket
-    ids: Array  # (N,) int64
-    actions: Array  # (N,) int64, at the token that the action produced; 0 at the environment's
-    rollout_log_probs: Array  # (N,) float32, likewise
-    versions: Array  # (N,) int64, likewise
     turns: tuple[Turn, ...]
     terminated: bool  # by the environment's rules; else by a limit, and the last state still has a value
     text: str
@@ -104,16 +103,40 @@ class Episode:
         """The undiscounted return."""
         return sum(turn.reward for turn in self.turns)
 
-    def as_trajectory(self) -> Trajectory:
-        """The whole episode as one sequence whose masked-in actions are the policy's."""
-        first = self.turns[0].start
-        mask = np.zeros(len(self.ids), bool)
+    def as_trajectories(self) -> list[Trajectory]:
+        """Sequences to train on, their masked-in actions the policy's.
+
+        Turns whose states continue one another are one sequence; where the oldest turns were dropped from a state
+        that had grown too long, a new one begins.
+        """
+        runs: list[list[Turn]] = []
         for turn in self.turns:
-            mask[turn.start : turn.end] = True
+            if runs and _continues(runs[-1][-1], turn):
+                runs[-1].append(turn)
+            else:
+                runs.append([turn])
+        return [self._as_trajectory(run) for run in runs]
+
+    def _as_trajectory(self, turns: list[Turn]) -> Trajectory:
+        first, last = turns[0], turns[-1]
+        length = len(last.state_ids) + len(last.token_ids)
+        ids = np.concatenate([last.state_ids, last.token_ids])
+        actions, versions = np.zeros(length, np.int64), np.zeros(length, np.int64)
+        log_probs, mask = np.zeros(length, np.float32), np.zeros(length, bool)
+        for turn in turns:
+            said = slice(len(turn.state_ids), len(turn.state_ids) + len(turn.token_ids))
+            actions[said], log_probs[said], versions[said] = turn.actions, turn.rollout_log_probs, turn.versions
+            mask[said] = True
+        start = len(first.state_ids)
         return Trajectory(
-            self.ids[:first], self.ids[first:], self.actions[first:], self.rollout_log_probs[first:],
-            self.versions[first:], self.total_reward, not self.terminated, self.text, action_mask=mask[first:],
+            first.state_ids, ids[start:], actions[start:], log_probs[start:], versions[start:], self.total_reward,
+            not self.terminated, self.text, action_mask=mask[start:],
         )  # fmt: skip
+
+
+def _continues(before: Turn, after: Turn) -> bool:
+    whole = np.concatenate([before.state_ids, before.token_ids])
+    return np.array_equal(after.state_ids[: len(whole)], whole)
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,15 @@ def as_rows(episodes: Sequence[Episode], width: int) -> pa.Table:
     ]
     nowhere = np.zeros(width, np.float32)  # what follows an end is never looked at
     columns = {
-        "state_ids": [episode.ids[: turn.start] for episode, _, turn in turns],
-        "utterance_ids": [episode.ids[turn.start : turn.end] for episode, _, turn in turns],
-        "actions": [episode.actions[turn.start : turn.end] for episode, _, turn in turns],
+        "state_ids": [turn.state_ids for _, _, turn in turns],
+        "utterance_ids": [turn.token_ids for _, _, turn in turns],
+        "actions": [turn.actions for _, _, turn in turns],
         "reward": [turn.reward for _, _, turn in turns],
         "terminated": [episode.terminated and number + 1 == len(episode.turns) for episode, number, _ in turns],
         "position": [episode.position for episode, _, _ in turns],
         "turn": [number for _, number, _ in turns],
         "total_reward": [episode.total_reward for episode, _, _ in turns],
-        "version": [int(episode.versions[turn.start]) for episode, _, turn in turns],
+        "version": [int(turn.versions[0]) for _, _, turn in turns],
     }
     of_features = {
         "state": [turn.state_features for _, _, turn in turns],

@@ -6,11 +6,13 @@
               └────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 Each turn is one request whose prompt is the transcript so far, so the engine's prefix cache holds all but the last
-observation. What the policy said is never tokenised again; only observations are, each once. An episode is a coroutine,
-and hundreds of them share one engine and a few environment processes.
+observation. A transcript that no longer fits loses its oldest turns, never its opening. What the policy said is never
+tokenised again; only observations are, each once. An episode is a coroutine, and hundreds of them share one engine and
+a few environment processes.
 """
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +46,7 @@ class Table:
     environments: Sequence[EnvironmentProcess]
     encode: Callable[[str], list[int]]
     decode: Callable[[Array], str]
-    max_state_tokens: int  # a longer transcript cuts the episode
+    max_state_tokens: int
 
 
 async def play(position: int, seed: int, table: Table, speak: Speak, look: Speak | None = None) -> Episode:
@@ -63,12 +65,11 @@ async def play(position: int, seed: int, table: Table, speak: Speak, look: Speak
         if record.said:
             record.rewards.append(outcome.reward)
         record.observe(outcome.observation)
-        if outcome.terminated or outcome.truncated or len(record.ids) > table.max_state_tokens:
-            if not (outcome.terminated or outcome.truncated):
-                await asyncio.to_thread(home.forget, position)
-            final = None if outcome.terminated or look is None else await look(record.ids, len(record.said))
+        if outcome.terminated or outcome.truncated:
+            final = None if outcome.terminated or look is None else await look(record.state(), len(record.said))
             return record.episode(outcome.terminated, final)
-        text = record.say(await speak(record.ids, len(record.said)))
+        state = record.state()
+        text = record.say(state, await speak(state, len(record.said)))
         answer = await asyncio.to_thread(home.step, position, outcome.state, text)
     await asyncio.to_thread(home.forget, position)
     return record.episode(terminated=False, final=None, failure=answer.failure)
@@ -79,35 +80,42 @@ class _Record:
 
     def __init__(self, position: int, table: Table) -> None:
         self.position, self.table = position, table
-        self.ids: list[int] = []
-        self.said: list[tuple[int, Utterance]] = []  # (where it starts, utterance)
+        self.segments: list[list[int]] = []  # opening, utterance, observation, utterance, ...
+        self.said: list[tuple[list[int], Utterance]] = []  # (state, utterance)
         self.rewards: list[float] = []
         self.words: list[str] = []
 
+    def state(self) -> list[int]:
+        """The opening and as many of the last turns as fit; at the very least the end of the last observation."""
+        opening, *rest = self.segments
+        limit, kept = self.table.max_state_tokens, list(rest)
+        while kept and len(opening) + sum(map(len, kept)) > limit:
+            del kept[:2]
+        ids = [*opening, *itertools.chain(*kept)] if kept or not rest else rest[-1]
+        return ids[-limit:]
+
     def observe(self, observation: str) -> None:
-        self.ids = [*self.ids, *self.table.encode(observation)]
+        self.segments.append(self.table.encode(observation))
         self.words.append(observation)
 
-    def say(self, utterance: Utterance) -> str:
+    def say(self, state: list[int], utterance: Utterance) -> str:
         text = self.table.decode(utterance.token_ids)
-        self.said.append((len(self.ids), utterance))
-        self.ids = [*self.ids, *(int(token) for token in utterance.token_ids)]
+        self.said.append((state, utterance))
+        self.segments.append([int(token) for token in utterance.token_ids])
         self.words.append(text)
         return text
 
     def episode(self, terminated: bool, final: Utterance | None, failure: str = "") -> Episode:
-        length = len(self.ids)
-        actions, versions = np.zeros(length, np.int64), np.zeros(length, np.int64)
-        log_probs = np.zeros(length, np.float32)
         turns = []
-        for (start, said), reward in zip(self.said, [*self.rewards, 0.0], strict=False):
-            end = start + len(said.token_ids)
-            actions[start:end], log_probs[start:end], versions[start:end] = said.actions, said.log_probs, said.versions
+        # The last utterance has no reward where the environment failed at it.
+        for (state, said), reward in zip(self.said, [*self.rewards, 0.0], strict=False):
             states = said.hidden_states
-            features = (None, None) if states is None else (states[start - 1], states[-1])
-            turns.append(Turn(start, end, reward, *features))
-        last = None if final is None or final.hidden_states is None else final.hidden_states[length - 1]
-        return Episode(
-            self.position, np.asarray(self.ids, np.int64), actions, log_probs, versions, tuple(turns), terminated,
-            "".join(self.words), last, failure,
-        )  # fmt: skip
+            features = (None, None) if states is None else (states[len(state) - 1], states[-1])
+            turns.append(
+                Turn(
+                    np.asarray(state, np.int64), said.token_ids, said.actions, said.log_probs, said.versions, reward,
+                    *features,
+                )
+            )  # fmt: skip
+        last = None if final is None or final.hidden_states is None else final.hidden_states[len(self.state()) - 1]
+        return Episode(self.position, tuple(turns), terminated, "".join(self.words), last, failure)

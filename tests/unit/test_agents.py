@@ -21,16 +21,17 @@ class Worker:
 
     def episode(self, ticket):
         draw = np.random.default_rng(ticket.position)
-        turns, position = [], 2
+        turns, ids = [], np.arange(2)
         for _ in range(1 + ticket.problem % 3):
-            state = np.full(WIDTH, float(ticket.problem % 3), np.float32)
-            turns.append(Turn(position, position + 2, float(draw.integers(-1, 1)), state, state + 1))
-            position += 3
-        ids, ended = np.arange(position), ticket.position % 2 == 0
+            features = np.full(WIDTH, float(ticket.problem % 3), np.float32)
+            said = np.arange(2)
+            turns.append(Turn(ids, said, said, -np.ones(2, np.float32), said * 0 + self.version,
+                              float(draw.integers(-1, 1)), features, features + 1))  # fmt: skip
+            ids = np.concatenate([ids, said, [7]])
+        ended = ticket.position % 2 == 0
         final = None if ended else np.zeros(WIDTH, np.float32)
         failure = "raised ValueError: bad board" if ticket.position in FAILING else ""
-        return Episode(ticket.position, ids, ids % 3, -np.ones(position, np.float32), ids * 0 + self.version,
-                       tuple(turns), ended, "", final, failure)  # fmt: skip
+        return Episode(ticket.position, tuple(turns), ended, "", final, failure)
 
     def speak(self, states, draw):
         self.spoken.append(draw)

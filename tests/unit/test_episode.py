@@ -75,25 +75,26 @@ def test_a_won_episode(table):
     assert (episode.total_reward, episode.terminated, episode.failure) == (-1, True, "")
     assert episode.final_features is None, "nothing follows an end"
     first, second = episode.turns
-    assert decode(episode.ids[first.start : first.end]) == "Is it alive?"
-    assert episode.ids[first.end - 1] == END, "the stop token belongs to the utterance: its action is trained as well"
-    assert decode(episode.ids[first.end : second.start]) == f"{alive}\n"
+    assert decode(first.token_ids) == "Is it alive?"
+    assert first.token_ids[-1] == END, "the stop token belongs to the utterance: its action is trained as well"
+    said = len(first.state_ids) + len(first.token_ids)
+    assert decode(second.state_ids[said:]) == f"{alive}\n"
     # Features are those of the last token before the utterance, and of the last one read within it.
-    assert (first.state_features, first.utterance_features) == (first.start - 1, first.end - 2)
+    assert (first.state_features, first.utterance_features) == (len(first.state_ids) - 1, said - 2)
 
 
 def test_only_the_policys_own_actions_are_trained_on(table):
     episode = run(table, ["Is it alive?", f"Is it {article(hidden(3))}?"])
-    trajectory = episode.as_trajectory()
-    said = sum(turn.end - turn.start for turn in episode.turns)
+    (trajectory,) = episode.as_trajectories()
+    said = sum(len(turn.token_ids) for turn in episode.turns)
     assert trajectory.num_actions == said < len(trajectory.token_ids)
     (batch,) = collate([trajectory], [0.5], 1, 0, 0, 4096)
     assert batch.num_actions_global == batch.action_mask.sum() == said
     for turn in episode.turns:
-        places = slice(turn.start - 1, turn.end - 1)
-        assert batch.action_mask[0, places].all()
-        assert (batch.actions[0, places] == np.arange(turn.end - turn.start) + 1).all()
-        assert (batch.input_ids[0, turn.start : turn.end] == episode.ids[turn.start : turn.end]).all()
+        start, end = len(turn.state_ids), len(turn.state_ids) + len(turn.token_ids)
+        assert batch.action_mask[0, start - 1 : end - 1].all()
+        assert (batch.actions[0, start - 1 : end - 1] == np.arange(end - start) + 1).all()
+        assert (batch.input_ids[0, start:end] == turn.token_ids).all()
     assert not batch.actions[~batch.action_mask].any()
 
 
@@ -102,14 +103,23 @@ def test_twenty_questions_truncate_and_the_last_state_is_looked_at(table):
     assert len(episode.turns) == 20
     assert not episode.terminated
     assert episode.total_reward == -20
-    assert episode.final_features == len(episode.ids) - 1
+    (whole,) = episode.as_trajectories()
+    last_answer = len(encode(episode.text.splitlines()[-1].split("?")[-1])) + 1
+    assert episode.final_features == len(whole.prompt_ids) + len(whole.token_ids) + last_answer - 1
 
 
-def test_a_transcript_that_is_too_long_truncates(table):
+def test_a_transcript_that_is_too_long_loses_its_oldest_turns(table):
+    heard = []
     small = Table(table.environments, encode, decode, max_state_tokens=60)
-    episode = run(small, ["Is it alive?"])
-    assert not episode.terminated
-    assert 60 < len(episode.ids) < 60 + 30
+    episode = run(small, [f"Is it {letter}?" for letter in "abcdefghij"], heard=heard)
+    assert len(episode.turns) == 20
+    assert max(len(turn.state_ids) for turn in episode.turns) <= 60
+    lines = heard[6].splitlines()
+    assert lines[0] == "Questions:"
+    assert [line[:8] for line in lines[1:]] == ["Is it f?"], "as many whole turns as fit, the newest"
+    pieces = episode.as_trajectories()
+    assert len(pieces) > 1
+    assert sum(piece.num_actions for piece in pieces) == sum(len(turn.token_ids) for turn in episode.turns)
 
 
 def test_many_at_once_and_the_failing_ones_fail_alone(table):

@@ -188,7 +188,7 @@ def test_shards_are_sampled_as_one_buffer(tmp_path):
         return await shards.size(), await shards.sample(30_000)
 
     size, sample = asyncio.run(fill_and_sample())
-    assert size == 600
+    assert size == (600, sum(part.size()[1] for part in parts))
     held = [part.size()[0] for part in parts]
     assert all(count % 10 == 0 for count in held), "an episode stays in one shard"
     assert min(held) > 100
@@ -251,11 +251,12 @@ def episode(position, rewards, terminated):
     """Opening of 2 ids, then utterances of 3 and observations of 2; features count up."""
     ids = np.arange(2 + 5 * len(rewards))
     turns = tuple(
-        Turn(2 + 5 * i, 5 + 5 * i, r, np.full(4, 10 * i, np.float32), np.full(4, 10 * i + 5, np.float32))
+        Turn(ids[: 2 + 5 * i], ids[2 + 5 * i : 5 + 5 * i], ids[2 + 5 * i : 5 + 5 * i] + 100, np.zeros(3, np.float32),
+             np.full(3, 7), r, np.full(4, 10 * i, np.float32), np.full(4, 10 * i + 5, np.float32))
         for i, r in enumerate(rewards)
-    )
+    )  # fmt: skip
     final = None if terminated else np.full(4, 10 * len(rewards), np.float32)
-    return Episode(position, ids, ids + 100, -ids.astype(np.float32), ids * 0 + 7, turns, terminated, "", final)
+    return Episode(position, turns, terminated, "", final)
 
 
 def test_episodes_become_rows_and_rows_a_critics_batch():
@@ -276,6 +277,6 @@ def test_episodes_become_rows_and_rows_a_critics_batch():
 
 
 def test_a_failed_episode_never_enters_replay():
-    broken = Episode(9, *[np.zeros(1)] * 4, (), False, "", failure="raised ValueError: no")
+    broken = Episode(9, (), False, "", failure="raised ValueError: no")
     with pytest.raises(ValueError, match="episode 9 has no features to learn from: raised ValueError: no"):
         as_rows([broken], width=4)
