@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-MULTI_TURN = ("twenty_questions", "guess_city")
+MULTI_TURN = ("twenty_questions", "guess_city", "textworld", "jericho")
 """Tasks that are environments; jobs/rl_agent.py plays them."""
 
 PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
@@ -51,9 +51,12 @@ class ModelConfig(_Branch):
 
 class TaskConfig(_Branch):
     name: str = "arithmetic"
-    """arithmetic, gsm8k, a reasoning-gym generator, package.module:Class; for agents: twenty_questions, guess_city."""
+    """arithmetic, gsm8k, a reasoning-gym generator, or your own as package.module:Class. For agents: twenty_questions,
+    guess_city, textworld, jericho."""
     path: str = ""
     """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. Others: leave empty."""
+    game: str = ""
+    """jericho: the z-machine file to play."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Arguments of a reasoning-gym generator or an environment, e.g. min_terms 2."""
     num_problems: int = 20_000
@@ -274,6 +277,7 @@ class Config(_Branch):
         for field, value in (
             ("data.path", self.data.path),
             ("task.path", self.task.path),
+            ("task.game", self.task.game),
             ("model.base", self.model.base),
         ):
             if value and Path(value).exists():
@@ -547,6 +551,10 @@ def _looks_local(path: str) -> bool:
 
 
 def _check_task(config: Config) -> list[str]:
+    if config.task.name in ("textworld", "jericho") and importlib.util.find_spec(config.task.name) is None:
+        return [f"task.name = {config.task.name!r}: needs the package {config.task.name}; `make games` installs it"]
+    if config.task.name == "jericho" and not Path(config.task.game).is_file():
+        return [f"task.game = {config.task.game!r}: no such file; give a z-machine game, e.g. detective.z5"]
     if config.task.name in ("arithmetic", "gsm8k", *MULTI_TURN):
         return []
     if ":" in config.task.name:

@@ -4,7 +4,7 @@ A packed row holds whole documents side by side; ``position_ids`` restart at eac
 attention apart. Which rows a step trains on is a pure function of (seed, step): a resumed run needs no cursor.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cola_ray.config import DataConfig
 from cola_ray.tasks import PlayedTask, Task, render_prompt
+from cola_ray.tasks.environment import Dialogue
 
 Document = tuple[list[int], list[bool]]
 """Token ids, and which of them are the model's own to say: a response, an agent's utterances."""
@@ -101,16 +102,21 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, response_only:
 def _demonstrated(task: Task | PlayedTask, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Document]:
     if not isinstance(task, PlayedTask):
         return _pair_documents(task.demonstrations(), tokenizer, max_tokens)
-    documents = []
-    for dialogue in task.dialogues():
-        ids = tokenizer(dialogue.opening, add_special_tokens=False)["input_ids"]
-        own = [False] * len(ids)
-        for utterance, observation in dialogue.turns:  # tokenised piece by piece, as in an episode
-            said = [*tokenizer(utterance, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            heard = tokenizer(observation, add_special_tokens=False)["input_ids"]
-            ids, own = [*ids, *said, *heard], [*own, *[True] * len(said), *[False] * len(heard)]
-        documents.append((ids[:max_tokens], own[:max_tokens]))
-    return documents
+    return [document for dialogue in task.dialogues() for document in _windows(dialogue, tokenizer, max_tokens)]
+
+
+def _windows(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Iterator[Document]:
+    """A dialogue, tokenised piece by piece as in an episode; a long one in stretches, each after the opening."""
+    opening = tokenizer(dialogue.opening, add_special_tokens=False)["input_ids"]
+    ids, own = list(opening), [False] * len(opening)
+    for utterance, observation in dialogue.turns:
+        said = [*tokenizer(utterance, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        heard = tokenizer(observation, add_special_tokens=False)["input_ids"]
+        if len(ids) > len(opening) and len(ids) + len(said) + len(heard) > max_tokens:
+            yield ids[:max_tokens], own[:max_tokens]
+            ids, own = list(opening), [False] * len(opening)
+        ids, own = [*ids, *said, *heard], [*own, *[True] * len(said), *[False] * len(heard)]
+    yield ids[:max_tokens], own[:max_tokens]
 
 
 def _pair_documents(

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from cola_ray.config import TaskConfig
+from cola_ray.tasks.adventures import Jericho, TextWorld
 from cola_ray.tasks.environment import Dialogue, Environment
 from cola_ray.tasks.guessing import GuessCity, TwentyQuestions
 from cola_ray.tasks.protocol import Problem, Task, render_prompt
@@ -15,7 +16,12 @@ __all__ = [
     "to_pretrain_on",
 ]  # fmt: skip
 
-ENVIRONMENTS: dict[str, Callable[..., Environment]] = {"twenty_questions": TwentyQuestions, "guess_city": GuessCity}
+ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
+    "twenty_questions": TwentyQuestions,
+    "guess_city": GuessCity,
+    "textworld": TextWorld,
+    "jericho": Jericho,
+}
 
 
 class PlayedTask:
@@ -59,7 +65,8 @@ def make_environment(config: TaskConfig) -> Environment:
     A name like ``package.module:Class`` is called with the options.
     """
     if config.name in ENVIRONMENTS:
-        return ENVIRONMENTS[config.name](**config.options)
+        game = {"game": config.game} if config.name == "jericho" else {}
+        return ENVIRONMENTS[config.name](**game, **config.options)
     module, _, attribute = config.name.partition(":")
     environment: Environment = getattr(importlib.import_module(module), attribute)(**config.options)
     return environment

@@ -140,3 +140,36 @@ def test_demonstrations_are_as_good_as_asked(skill, low, high):
         won = last_answer == "Yes.\n" and any(names(last_question, thing) for thing in objects_table())
         returns.append(-(len(dialogue.turns) - won))
     assert low < sum(returns) / len(returns) < high
+
+
+# --- text adventures, where their packages are installed --------------------------------------------------------------
+
+
+def test_textworld_pays_for_its_coin_and_saves_by_replay():
+    pytest.importorskip("textworld")
+    from cola_ray.tasks.adventures import TextWorld
+
+    game = TextWorld(level=2, games=1)
+    opening, info = game.reset(seed=0)
+    assert "retrieve the coin" in opening or "coin" in opening
+    rewards = []
+    while True:
+        state, way = game.get_state(), info["way"]
+        _, reward, terminated, truncated, info = game.step(way[0])
+        rewards.append(reward)
+        if terminated:
+            break
+        assert not truncated
+    assert rewards == [0.0] * (len(rewards) - 1) + [1.0]
+    again = TextWorld(level=2, games=1)
+    again.set_state(state)
+    assert again.step(way[0])[1:3] == (1.0, True)
+    assert all(dialogue.turns for dialogue in game.demonstrations(3, seed=0))
+
+
+def test_a_missing_game_file_is_named():
+    pytest.importorskip("jericho")
+    from cola_ray.tasks.adventures import Jericho
+
+    with pytest.raises(ValueError, match=r"task.game = 'nowhere.z5': no such z-machine file"):
+        Jericho("nowhere.z5")

@@ -16,7 +16,7 @@ from cola_ray import CoLAForCausalLM
 from cola_ray.config import DataConfig, TaskConfig, override, preset
 from cola_ray.learner.corpus import load_documents, pack
 from cola_ray.learner.pretrain import TRAINED, StageModule, make_tokenizer
-from cola_ray.tasks import make_task
+from cola_ray.tasks import make_task, to_pretrain_on
 from cola_ray.tasks.verifiable import final_number, numbers_equal
 
 
@@ -30,10 +30,27 @@ def tokenizer(task):
     return make_tokenizer(task)
 
 
+def test_dialogues_teach_utterances_and_long_ones_come_in_stretches():
+    played = to_pretrain_on(TaskConfig(name="twenty_questions", num_problems=30), seed=0)
+    tokenizer = make_tokenizer(played)
+    whole, have_own = load_documents(DataConfig(), played, tokenizer, 10_000)
+    assert have_own
+    assert len(whole) == 30
+    for (ids, own), dialogue in zip(whole, played.dialogues(), strict=True):
+        spoken = "".join(f"{utterance}<eos>" for utterance, _ in dialogue.turns)
+        assert tokenizer.decode([token for token, mine in zip(ids, own, strict=True) if mine]) == spoken
+        heard = dialogue.opening + "".join(observation for _, observation in dialogue.turns)
+        assert tokenizer.decode([token for token, mine in zip(ids, own, strict=True) if not mine]) == heard
+    pieces, _ = load_documents(DataConfig(), played, tokenizer, 80)
+    assert max(len(ids) for ids, _ in pieces) <= 80
+    assert all(tokenizer.decode(ids).startswith("Questions:\n") for ids, _ in pieces)
+    assert sum(sum(own) for _, own in pieces) == sum(sum(own) for _, own in whole), "no turn is lost"
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(2, 12), st.integers(0, 5)), min_size=1, max_size=20), st.booleans())
-def test_packing_keeps_documents_whole_and_apart(shapes, response_only):
-    documents = [(list(range(100 * i + 1, 100 * i + 1 + n)), min(p, n - 1)) for i, (n, p) in enumerate(shapes)]
+@given(st.lists(st.lists(st.booleans(), min_size=2, max_size=12), min_size=1, max_size=20), st.booleans())
+def test_packing_keeps_documents_whole_and_apart(owns, response_only):
+    documents = [(list(range(100 * i + 1, 100 * i + 1 + len(own))), own) for i, own in enumerate(owns)]
     rows = pack(documents, 16, 0, response_only)
     found = []
     for ids, positions, mask in zip(rows.input_ids, rows.position_ids, rows.loss_mask, strict=True):
@@ -46,12 +63,15 @@ def test_packing_keeps_documents_whole_and_apart(shapes, response_only):
             else:
                 assert not mask[start:end].any()
         assert not mask[[end - 1 for end in starts[1:]]].any()  # nothing learned across an edge
-    expected = [(ids, ids[max(p, 1) :] if response_only else ids[1:]) for ids, p in documents]
+    expected = [
+        (ids, [token for token, mine in zip(ids[1:], own[1:], strict=True) if mine or not response_only])
+        for ids, own in documents
+    ]
     assert sorted(found) == sorted(expected)
 
 
 def test_every_row_once_an_epoch_whatever_the_batch():
-    rows = pack([([1, 2, 3], 0)] * 50, 3, 0, False)
+    rows = pack([([1, 2, 3], [True] * 3)] * 50, 3, 0, False)
     order = np.concatenate([rows.step_indices(seed=1, step=step, batch_size=7) for step in range(50)])
     assert len(order) == 350
     for epoch in range(7):
@@ -64,7 +84,7 @@ def test_documents_from_files(tmp_path, task, tokenizer):
     pairs.write_text("\n".join(json.dumps({"question": f"{i} + 1 =", "answer": str(i + 1)}) for i in range(5)))
     documents, are_pairs = load_documents(DataConfig(path=str(pairs)), task, tokenizer, 32)
     assert are_pairs
-    assert tokenizer.decode(documents[3][0][: documents[3][1]]) == "3 + 1 ="
+    assert tokenizer.decode(documents[3][0][: documents[3][1].index(True)]) == "3 + 1 ="
     assert documents[3][0][-1] == tokenizer.eos_token_id
     text = tmp_path / "text.txt"
     text.write_text("1 + 2 = 3 - 4 + 5\n7")

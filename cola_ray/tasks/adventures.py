@@ -1,0 +1,172 @@
+"""Text adventures: any z-machine file through Jericho, and games that TextWorld makes at a chosen difficulty.
+
+Both packages are optional (``make games``); Jericho's licence is the GPL-2.0. Rewards are the increments of the game's
+own score; an episode is cut after ``max_turns``, 50 as in the ArCHer paper's Detective (Zhou et al. 2024, section 5).
+"""
+
+import random
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cola_ray.tasks.environment import Dialogue, Replayed, Transition
+
+
+class Jericho:
+    """A z-machine game; its state is the machine's.
+
+    Args:
+        game: path of the file.
+        skill: share of the demonstrations' steps that follow Jericho's walkthrough.
+    """
+
+    def __init__(self, game: str, max_turns: int = 50, skill: float = 0.7) -> None:
+        import jericho
+
+        if not Path(game).is_file():
+            raise ValueError(f"task.game = {game!r}: no such z-machine file")
+        self.env = jericho.FrotzEnv(game)
+        self.max_turns, self.skill, self.turn = max_turns, skill, 0
+
+    def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
+        self.env.seed(seed)
+        observation, info = self.env.reset()
+        self.turn = 0
+        return tidy(observation), dict(info)
+
+    def step(self, utterance: str) -> Transition:
+        command = first_line(utterance)
+        observation, reward, done, info = self.env.step(command or "look")
+        self.turn += 1
+        ended = bool(done or self.env.victory() or self.env.game_over())
+        cut = self.turn >= self.max_turns and not ended
+        return f"\n{tidy(observation)}", float(reward), ended, cut, dict(info)
+
+    def get_state(self) -> tuple[int, Any]:
+        return self.turn, self.env.get_state()
+
+    def set_state(self, state: tuple[int, Any]) -> None:
+        self.turn, machine = state
+        self.env.reset()
+        self.env.set_state(machine)
+
+    def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
+        """The walkthrough, now and then left for one of its own commands at the wrong place."""
+        draw = random.Random(seed)
+        commands = [command.lower() for command in self.env.get_walkthrough()]
+        return [self._demonstration(draw, commands) for _ in range(count)]
+
+    def _demonstration(self, draw: random.Random, commands: Sequence[str]) -> Dialogue:
+        opening, _ = self.reset(seed=draw.randrange(1 << 30))
+        turns, place = [], 0
+        while place < len(commands):
+            if draw.random() < self.skill:
+                command, place = commands[place], place + 1
+            else:
+                command = draw.choice(commands)
+            observation, _, terminated, truncated, _ = self.step(command)
+            turns.append((command, observation))
+            if terminated or truncated:
+                break
+        return Dialogue(opening, tuple(turns))
+
+
+class TextWorld(Replayed):
+    """Games of one of TextWorld's challenges, made as they are needed and kept for the process.
+
+    Args:
+        challenge: tw-coin_collector, tw-treasure_hunter, tw-simple or tw-cooking.
+        level: of the first two, 1 to 300 and 1 to 30.
+        games: how many different ones there are; an episode's seed picks one.
+        skill: share of the demonstrations' steps that follow the way to win.
+    """
+
+    def __init__(
+        self,
+        challenge: str = "tw-coin_collector",
+        level: int = 1,
+        games: int = 8,
+        max_turns: int = 50,
+        skill: float = 0.7,
+    ) -> None:
+        super().__init__(_TextWorldGames(challenge, level, games), max_turns)
+        self.skill = skill
+
+    def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
+        draw = random.Random(seed)
+        return [self._demonstration(draw) for _ in range(count)]
+
+    def _demonstration(self, draw: random.Random) -> Dialogue:
+        opening, info = self.reset(seed=draw.randrange(1 << 30))
+        turns = []
+        while True:
+            command = info["way"][0] if info["way"] and draw.random() < self.skill else draw.choice(info["possible"])
+            observation, _, terminated, truncated, info = self.step(command)
+            turns.append((command, observation))
+            if terminated or truncated:
+                return Dialogue(opening, tuple(turns))
+
+
+class _TextWorldGames:
+    """The challenge in gymnasium's signature."""
+
+    def __init__(self, challenge: str, level: int, games: int) -> None:
+        import textworld.challenges
+
+        if challenge not in textworld.challenges.CHALLENGES:
+            raise ValueError(
+                f"task.options.challenge = {challenge!r}: use one of {sorted(textworld.challenges.CHALLENGES)}"
+            )
+        self.make = textworld.challenges.CHALLENGES[challenge][1]
+        self.settings = {"level": level, **_SETTINGS.get(challenge, {})}
+        self.games = games
+        self.folder = tempfile.TemporaryDirectory(prefix="cola_ray-textworld-")
+
+    def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
+        import textworld
+
+        wanted = textworld.EnvInfos(admissible_commands=True, policy_commands=True, score=True)
+        self.env = textworld.start(str(self._file(seed % self.games)), wanted)
+        state = self.env.reset()
+        self.score = 0
+        return tidy(state.feedback), self._info(state)
+
+    def step(self, utterance: str) -> Transition:
+        state, _, done = self.env.step(first_line(utterance) or "look")
+        gained, self.score = state.score - self.score, state.score
+        return f"\n{tidy(state.feedback)}", float(gained), bool(done), False, self._info(state)
+
+    def _info(self, state: Any) -> dict[str, Any]:
+        return {"way": list(state.policy_commands or []), "possible": list(state.admissible_commands)}
+
+    def _file(self, number: int) -> Path:
+        import textworld
+
+        path = Path(self.folder.name) / f"{number}.z8"
+        if not path.exists():
+            options = textworld.GameOptions()
+            options.seeds, options.path, options.force_recompile = number, str(path), True
+            textworld.generator.compile_game(self.make(self.settings, options), options)
+        return path
+
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "tw-simple": {"rewards": "dense", "goal": "detailed", "test": False},
+    "tw-cooking": {"recipe": 1, "take": 1, "go": 1, "open": False, "cook": False, "cut": False, "drop": False,
+                   "split": "train", "recipe_seed": 0},
+}  # fmt: skip
+
+
+def first_line(utterance: str) -> str:
+    """What is typed: games take one line."""
+    lines = utterance.strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def tidy(feedback: str) -> str:
+    """The game's text without banners, status line and prompt, one blank line at most between paragraphs."""
+    lines = [line.rstrip() for line in feedback.splitlines()]
+    words = [line for line in lines if not line.startswith(">") and not re.fullmatch(r"[\s$\\_|/]+", line)]
+    return re.sub(r"\n{2,}", "\n", "\n".join(words)).strip() + "\n> "
