@@ -3,8 +3,8 @@
 python benchmarks/replay.py [--rows 1000000] [--soak-rows 10000000]
 
 A batch is 256 text transitions as an utterance critic wants them: token ids of state, utterance and next state, padded
-to matrices, beside rewards and flags. The list gives Python rows that are padded one by one; Arrow gives flat values and
-offsets that are padded at once. All three deliver the same batch, and so do their bare lookups, timed apart.
+to matrices, beside rewards and flags. The list gives Python rows that are padded one by one; Arrow gives flat values
+and offsets that are padded at once. All three deliver the same batch, and so do their bare lookups, timed apart.
 """
 
 import argparse
