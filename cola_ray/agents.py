@@ -57,6 +57,7 @@ class AgentController(Controller):
         super().__init__(config, pool)
         self.shards, self.critic = shards, critic
         self.steps = {"archer": self._archer, "filtered_bc": self._filtered_bc}
+        self.critic_steps = 0.0
 
     async def _make_step(self, target: int) -> tuple[list[Batch], Metrics]:
         started = time.perf_counter()
@@ -70,6 +71,8 @@ class AgentController(Controller):
         algorithm = self.config.rl.algorithm
         if algorithm in ADVANTAGES:
             return self._compare(episodes, target), metrics
+        for shard, rows in await self.shards.came_back():
+            self._say(f"replay shard {shard} was started again and has the {rows} turns of its last snapshot")
         for episode in episodes:
             await self.shards.insert(str(episode.position), as_rows([episode], self.facts["feature_width"]))
         batches, more = await self.steps[algorithm](target)
@@ -100,6 +103,10 @@ class AgentController(Controller):
         spoken = time.perf_counter()
         metrics = await self.critic.fit(states, utterances)
         fitted = time.perf_counter()
+        expected = self.critic_steps + self.config.critic.steps
+        if self.critic_steps and metrics["critic/steps"] < expected:
+            self._say(f"the critic was started again: {metrics['critic/steps']:.0f} steps instead of {expected:.0f}")
+        self.critic_steps = metrics["critic/steps"]
         advantages = await self.critic.advantages(states, utterances)
         metrics |= {
             "critic/advantage_mean": float(advantages.mean()),

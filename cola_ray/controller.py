@@ -118,7 +118,7 @@ class Controller:
         return self.facts
 
     async def drain(self) -> tuple[list[dict[str, Any]], str | None]:
-        """Events since the last call, ``{"step": version, "metrics": {...}}``, and why the run failed, if it did."""
+        """Events since the last call, ``{"step": version, "metrics": {...}}`` or ``{"say": line}``, and any failure."""
         events, self.events = self.events, []
         return events, self.failure
 
@@ -499,6 +499,10 @@ class Controller:
 
     def _event(self, step: int, metrics: dict[str, float]) -> None:
         self.events.append({"step": step, "metrics": metrics})
+
+    def _say(self, line: str) -> None:
+        """To whoever watches the run."""
+        self.events.append({"say": line})
 
 
 @functools.lru_cache(maxsize=2)  # a step may reach into the next epoch

@@ -255,6 +255,9 @@ def _train(
         def poll() -> None:
             events, failure = ray.get(controller.drain.remote())
             for event in events:
+                if "say" in event:
+                    display.say(event["say"])
+                    continue
                 step, metrics = event["step"], event["metrics"]
                 tracker.log(step, metrics)
                 note = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics)

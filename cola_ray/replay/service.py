@@ -55,10 +55,10 @@ class ReplayShard:
             self.buffer.append(rows)
             return len(self.buffer)
 
-    def size(self) -> tuple[int, int, int]:
-        """Rows held, their bytes, and rows restored from disk at the start."""
+    def size(self) -> tuple[int, int, int, int]:
+        """Rows held, their bytes, rows restored from disk at the start, and this process."""
         with self.lock:
-            return len(self.buffer), self.buffer.nbytes, self.restored
+            return len(self.buffer), self.buffer.nbytes, self.restored, os.getpid()
 
     def sample(self, count: int) -> tuple[pa.Table, Array]:
         with self.lock:
@@ -109,6 +109,7 @@ class Shards:
     def __init__(self, count: int, ask: Ask, seed: int) -> None:
         self.count, self.ask = count, ask
         self.rng = np.random.default_rng(seed)
+        self.processes: dict[int, int] = {}  # of the shards, as last seen
 
     async def insert(self, key: str, rows: pa.Table) -> None:
         """Rows of one key, e.g. an episode, stay together."""
@@ -117,11 +118,20 @@ class Shards:
     async def size(self) -> tuple[int, int]:
         """Rows and bytes."""
         sizes = await self._ask_all("size")
-        return sum(rows for rows, _, _ in sizes), sum(nbytes for _, nbytes, _ in sizes)
+        return sum(rows for rows, *_ in sizes), sum(nbytes for _, nbytes, *_ in sizes)
+
+    async def came_back(self) -> list[tuple[int, int]]:
+        """Shards that were started again since the last call, each with the rows that its snapshots held."""
+        found = []
+        for shard, (_, _, restored, process) in enumerate(await self._ask_all("size")):
+            if self.processes.setdefault(shard, process) != process:
+                found.append((shard, restored))
+            self.processes[shard] = process
+        return found
 
     async def sample(self, count: int) -> pa.Table:
         """``count`` rows, uniform over all shards."""
-        sizes = np.array([rows for rows, _, _ in await self._ask_all("size")], float)
+        sizes = np.array([rows for rows, *_ in await self._ask_all("size")], float)
         wanted = self.rng.multinomial(count, sizes / sizes.sum())
         hit = [(shard, int(n)) for shard, n in enumerate(wanted) if n]
         pieces = await asyncio.gather(*(self.ask(shard, "sample", n) for shard, n in hit))
@@ -173,13 +183,11 @@ class CriticService:
             batch = critic_batch(rows, fresh_states[some], fresh_utterances[some])
             metrics.append(await asyncio.to_thread(self.critic.step, batch))
         await asyncio.to_thread(self._save)
-        return {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
+        means = {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
+        return means | {"critic/steps": float(self.critic.steps)}
 
     async def advantages(self, states: Array, utterances: Array) -> Array:
         return self.critic.advantages(states, utterances)
-
-    async def steps_done(self) -> int:
-        return self.critic.steps
 
     def _save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -196,6 +196,25 @@ def test_shards_are_sampled_as_one_buffer(tmp_path):
     assert abs(counts - 50).max() < 6 * 50**0.5, "uniform over all rows, whichever shard holds them"
 
 
+def test_a_shard_that_was_started_again_is_noticed_once(tmp_path):
+    first = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    first.insert(rows(0, 10))
+    first.snapshot()
+    first.insert(rows(10, 10))
+    current = first
+
+    async def ask(_, method, *args):
+        size = getattr(current, method)(*args)
+        return (*size[:3], id(current)) if method == "size" else size
+
+    shards = Shards(1, ask, seed=0)
+    assert asyncio.run(shards.came_back()) == []
+    current = second = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    assert asyncio.run(shards.came_back()) == [(0, 10)]
+    assert asyncio.run(shards.came_back()) == []
+    assert second.size()[0] == 10, "what came after the snapshot is lost, and no more"
+
+
 def test_a_shard_saves_by_itself_and_comes_back(tmp_path):
     shard = ReplayShard(1000, 1 << 30, str(tmp_path), 0.05, seed=0)
     for n in range(20):

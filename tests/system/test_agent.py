@@ -1,0 +1,58 @@
+"""Agents as a user runs them: a short ArCHer run, real from end to end, and its services killed."""
+
+import json
+import os
+import signal
+import time
+
+import datasets
+import pytest
+from runs import Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+SHORT = ["--pretrain.steps.base", "150", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40",
+         "--task.num-problems", "400"]  # fmt: skip
+RL = ["--rl.max-steps", "6", "--rl.prompts-per-step", "16", "--rl.eval-problems", "16", "--rl.eval-every", "3",
+      "--critic.steps", "10", "--critic.batch-size", "64", "--critic.fresh-states", "64",
+      "--critic.warmup-iterations", "2", "--replay.snapshot-every-s", "1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = Run("rl_agent", tmp_path_factory.mktemp("agent"), *SHORT, *RL)
+    run.finish()
+    return run
+
+
+def test_an_archer_run_end_to_end(finished):
+    summary = json.loads((finished.output / "summary.json").read_text())
+    assert {"base_return", "bc_return", "rl_return"} <= summary.keys()
+    assert -20 <= summary["rl_return"] <= 0
+    assert list(finished.series("reward/mean")) == [1, 2, 3, 4, 5, 6]
+    rows = finished.series("replay/rows")
+    turns = finished.series("agent/turns")
+    assert rows[6] == pytest.approx(sum(16 * value for value in turns.values()))
+    assert max(finished.series("policy/rollout_mismatch_max").values()) < 1e-4
+    norms = finished.series("policy/grad_norm")
+    assert norms[1] == norms[2] == 0.0, "while the critic warms up nothing moves the actor"
+    assert norms[3] > 0
+    assert (finished.output / "reward.png").stat().st_size > 5000
+    saved = str(finished.output / "replay" / "0" / "*.parquet")
+    shown = datasets.load_dataset("parquet", data_files=saved, split="train", cache_dir=finished.where)
+    assert {"state_ids", "reward", "terminated", "next_state"} <= set(shown.column_names)
+
+
+def test_killed_services_cost_one_snapshot_interval_and_are_told(finished, tmp_path):
+    model = finished.where / "outputs" / "pretrain-tiny-twenty_questions-seed0" / "model"
+    run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, "--rl.max-steps", "12")
+    run.wait_for_step("replay/rows", 3)
+    time.sleep(2)
+    for title in ("ray::ReplayShard", "ray::CriticService"):
+        (victim,) = run.actors(title)
+        os.kill(victim, signal.SIGKILL)
+    shown = run.finish()
+    assert "replay shard 0 was started again and has the" in shown
+    rows, turns = run.series("replay/rows"), run.series("agent/turns")
+    everything = sum(16 * value for value in turns.values())
+    assert everything - rows[12] < 3 * 16 * 20, "at most what an interval brought is lost"
+    assert list(run.series("reward/mean")) == list(range(1, 13))
