@@ -12,13 +12,14 @@ One iteration makes one step of the learner (ArCHer, Zhou et al. 2024, algorithm
 an iteration, so one fresh utterance for each sampled state serves both V's targets and the actor. While the critic
 warms up, advantages are zero and the step moves nothing.
 
+``chai`` leaves the policy as it is: the critic chooses among several of its utterances (Verma et al. 2022).
 ``filtered_bc`` clones the best episodes of all that were played; ``grpo`` and ``rloo`` compare episodes of one
 environment seed and need neither replay nor critic.
 """
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,10 @@ class CriticClient(Protocol):
 
     async def advantages(self, states: Array, utterances: Array) -> Array: ...
 
+    def judge(self) -> Any:
+        """The heads' weights, or a reference to them that calls of workers resolve."""
+        ...
+
 
 class AgentController(Controller):
     """One run's state between workers, replay, critic and learner.
@@ -56,12 +61,12 @@ class AgentController(Controller):
     def __init__(self, config: Config, pool: WorkerPool, shards: Shards, critic: CriticClient) -> None:
         super().__init__(config, pool)
         self.shards, self.critic = shards, critic
-        self.steps = {"archer": self._archer, "filtered_bc": self._filtered_bc}
+        self.steps = {"archer": self._archer, "chai": self._archer, "filtered_bc": self._filtered_bc}
         self.critic_steps = 0.0
 
     async def _make_step(self, target: int) -> tuple[list[Batch], Metrics]:
         started = time.perf_counter()
-        played: list[Episode] = await self._generate(self._tickets(target), "play_episodes")
+        played: list[Episode] = await self._generate(self._tickets(target), "play_episodes", *self._judge())
         seconds = time.perf_counter() - started
         self._check_failures([e.failure for e in played if e.failure], len(played), "episodes")
         episodes = [episode for episode in played if not episode.failure]
@@ -90,7 +95,7 @@ class AgentController(Controller):
 
     async def _evaluate(self, bare_base: bool) -> float:
         """Mean return of greedy episodes on seeds that training never uses; failed ones are left out."""
-        returns = np.array(await self._greedy_rewards(bare_base))
+        returns = np.array(await self._greedy_rewards(bare_base, *self._judge()))
         return float(returns[np.isfinite(returns)].mean()) if np.isfinite(returns).any() else float("nan")
 
     # --- algorithms -----------------------------------------------------------------------------------------------
@@ -114,7 +119,7 @@ class AgentController(Controller):
             "time/fresh": spoken - started,
             "time/critic": fitted - spoken,
         }
-        if target < self.config.critic.warmup_iterations:
+        if self.config.rl.algorithm == "chai" or target < self.config.critic.warmup_iterations:
             advantages = np.zeros_like(advantages)
         return self._actor_batch(trajectories, advantages, target), metrics | await self._replay_size()
 
@@ -146,6 +151,10 @@ class AgentController(Controller):
         pieces = [episode.as_trajectories() for group in groups.values() for episode in group]
         trajectories = [trajectory for piece in pieces for trajectory in piece]
         return self._actor_batch(trajectories, np.repeat(advantages, [len(piece) for piece in pieces]), target)
+
+    def _judge(self) -> tuple[Any, ...]:
+        """For ``chai`` the critic's heads, which the players choose by once there are some."""
+        return (self.critic.judge(),) if self.config.rl.algorithm == "chai" and self.critic_steps else ()
 
     # --- parts ----------------------------------------------------------------------------------------------------
 

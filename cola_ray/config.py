@@ -139,9 +139,10 @@ class RolloutConfig(_Branch):
 
 
 class RLConfig(_Branch):
-    algorithm: Literal["grpo", "rloo", "archer", "filtered_bc"] = "grpo"
+    algorithm: Literal["grpo", "rloo", "archer", "chai", "filtered_bc"] = "grpo"
     """grpo: group-normalised advantages. rloo: leave-one-out baseline. For agents also: archer: advantages of whole
-    utterances by an off-policy critic. filtered_bc: clone the best of all episodes so far."""
+    utterances by an off-policy critic. chai: the policy stays, and the critic chooses among its utterances.
+    filtered_bc: clone the best of all episodes so far."""
     max_steps: int = 100
     """Learner steps."""
     prompts_per_step: int = 64
@@ -212,6 +213,8 @@ class CriticConfig(_Branch):
     """Replayed states that the policy speaks in anew, an iteration: targets of V and the actor's batch."""
     warmup_iterations: int = 10
     """Iterations that train the critic alone."""
+    candidates: int = 5
+    """chai: utterances to choose from, a turn."""
     expectile: float = 0.0
     """0: V follows fresh utterances. Above 0.5: IQL's expectile over replayed ones."""
 
@@ -471,7 +474,7 @@ def from_command_line(description: str, argv: Sequence[str] | None = None, agent
 
 
 def _check_group_size(config: Config) -> list[str]:
-    if config.rl.group_size >= 2 or config.rl.algorithm in ("archer", "filtered_bc"):
+    if config.rl.group_size >= 2 or config.rl.algorithm in ("archer", "chai", "filtered_bc"):
         return []
     wants = f"{config.rl.algorithm} compares completions of one prompt; use 2 or more"
     return [f"rl.group_size = {config.rl.group_size}: {wants}"]

@@ -246,10 +246,10 @@ class Controller:
         epoch, offset = divmod(position, num_train)
         return Ticket(position, int(_epoch_order(self.config.seed, epoch, num_train)[offset]))
 
-    async def _generate(self, tickets: Sequence[Ticket], method: str) -> list[Any]:
+    async def _generate(self, tickets: Sequence[Ticket], method: str, *args: Any) -> list[Any]:
         """What workers make of each ticket, in order. A group stays whole, so that its prompt is computed once."""
         shares = await self._deal(tickets)
-        results = await asyncio.gather(*(self._generate_share(seat, share, method) for seat, share in shares))
+        results = await asyncio.gather(*(self._generate_share(seat, share, method, *args) for seat, share in shares))
         made = sorted((item for share in results for item in share), key=lambda item: item.position)
         if [item.position for item in made] != [ticket.position for ticket in tickets]:
             raise RuntimeError("groups came back that are not exactly those handed out")
@@ -266,12 +266,12 @@ class Controller:
             owed[least] += self._expected_tokens(1)
         return [(seat, shares[seat.number]) for seat in ready if shares[seat.number]]
 
-    async def _generate_share(self, seat: Seat, share: list[Ticket], method: str) -> list[Any]:
+    async def _generate_share(self, seat: Seat, share: list[Ticket], method: str, *args: Any) -> list[Any]:
         expected = self._expected_tokens(len(share))
         while True:
             seat.owed_tokens += expected
             try:
-                made: list[Any] = await self._ask(seat, method, share)
+                made: list[Any] = await self._ask(seat, method, share, *args)
                 seat.losses = 0
                 return made
             except WorkerLostError:
@@ -381,9 +381,9 @@ class Controller:
         """Share of held-out problems with full reward under greedy decoding."""
         return float(np.mean([reward >= 1.0 for reward in await self._greedy_rewards(bare_base)]))
 
-    async def _greedy_rewards(self, bare_base: bool) -> list[float]:
+    async def _greedy_rewards(self, bare_base: bool, *args: Any) -> list[float]:
         indices = range(min(self.config.rl.eval_problems, self.facts["num_heldout"]))
-        return await self._share_out(indices, "evaluate", bare_base)
+        return await self._share_out(indices, "evaluate", bare_base, *args)
 
     async def _share_out(self, items: Sequence[Any], method: str, *args: Any) -> list[Any]:
         """``method(items, *args)`` gives a result an item; here, over all workers, also if some die. In order."""

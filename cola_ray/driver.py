@@ -238,6 +238,9 @@ class RemoteCritic:
     async def advantages(self, states: Any, utterances: Any) -> Any:
         return await self.actor.advantages.remote(states, utterances)
 
+    def judge(self) -> Any:
+        return self.actor.judge.remote()
+
 
 def _train(
     config: Config, model_path: str, job: _Job, controller: Any, tracker: Tracker

@@ -11,7 +11,32 @@ a truncated episode, whose last state still has a value. Legend: B transitions; 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class TwinHeads(nn.Module):
+    """Two Q and two V heads over features of width ``width``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.q = nn.ModuleList(_mlp(2 * width, width) for _ in range(2))
+        self.v = nn.ModuleList(_mlp(width, width) for _ in range(2))
+
+    def q_values(self, states: Tensor, utterances: Tensor) -> Tensor:
+        """(B, H), (B, H) -> (2, B)."""
+        both = torch.cat([self.norm(states), self.norm(utterances)], -1)
+        return torch.stack([head(both)[:, 0] for head in self.q])
+
+    def values(self, states: Tensor) -> Tensor:
+        """(B, H) -> (2, B)."""
+        return torch.stack([head(self.norm(states))[:, 0] for head in self.v])
+
+
+def _mlp(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+    )  # fmt: skip
 
 
 def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:

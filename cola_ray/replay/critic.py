@@ -16,34 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cola_ray.algorithms.archer import expectile_loss, polyak_, q_targets, twin_squared_error, utterance_advantages
+from cola_ray.algorithms.archer import (
+    TwinHeads,
+    expectile_loss,
+    polyak_,
+    q_targets,
+    twin_squared_error,
+    utterance_advantages,
+)
 
 Array = np.ndarray
-
-
-class TwinHeads(nn.Module):
-    """Two Q and two V heads over features of width ``width``."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.q = nn.ModuleList(_mlp(2 * width, width) for _ in range(2))
-        self.v = nn.ModuleList(_mlp(width, width) for _ in range(2))
-
-    def q_values(self, states: Tensor, utterances: Tensor) -> Tensor:
-        """(B, H), (B, H) -> (2, B)."""
-        both = torch.cat([self.norm(states), self.norm(utterances)], -1)
-        return torch.stack([head(both)[:, 0] for head in self.q])
-
-    def values(self, states: Tensor) -> Tensor:
-        """(B, H) -> (2, B)."""
-        return torch.stack([head(self.norm(states))[:, 0] for head in self.v])
-
-
-def _mlp(inputs: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,6 +119,10 @@ class Critic:
         """``|Q_i - target|``, mean over the twins: priorities of the replayed rows, (B,)."""
         q = self.online.q_values(batch.states, batch.utterances)
         return (q - self._q_targets(batch)).abs().mean(0).numpy()
+
+    def judge(self) -> dict[str, Array]:
+        """The target heads' weights, for a player who chooses among utterances (CHAI)."""
+        return {name: tensor.numpy().copy() for name, tensor in self.target.state_dict().items()}
 
     def state_dict(self) -> dict[str, object]:
         return {

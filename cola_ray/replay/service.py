@@ -189,6 +189,9 @@ class CriticService:
     async def advantages(self, states: Array, utterances: Array) -> Array:
         return self.critic.advantages(states, utterances)
 
+    def judge(self) -> dict[str, Array]:
+        return self.critic.judge()
+
     def _save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         beside = self.file.with_suffix(".tmp")

@@ -7,12 +7,12 @@ speak(states)          ─> one fresh utterance for each state, with the base's 
 
 import asyncio
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from cola_ray.algorithms.archer import TwinHeads
 from cola_ray.config import Config
 from cola_ray.experience import Episode, Ticket, Trajectory
 from cola_ray.model.action_columns import BASE_TOKENS
@@ -23,6 +23,7 @@ from cola_ray.rollout.worker import EngineWorker
 from cola_ray.tasks import make_environment
 
 Array = np.ndarray
+Weights = Mapping[str, Array]
 _HELD_OUT = 1 << 32  # evaluation's environment seeds start here, training's at 0
 _FRESH = 1 << 40  # so that fresh utterances never share a seed with an episode's
 
@@ -41,29 +42,36 @@ class AgentWorker(EngineWorker):
         width = self.engine.llm.llm_engine.model_config.get_hidden_size()
         return {**await super().facts(), "num_train": _HELD_OUT, "num_heldout": _HELD_OUT, "feature_width": width}
 
-    async def play_episodes(self, tickets: Sequence[Ticket]) -> list[Episode]:
+    async def play_episodes(self, tickets: Sequence[Ticket], judge: Weights | None = None) -> list[Episode]:
         """One sampled episode a ticket, in order; draws depend on (run seed, ticket, turn) alone."""
+        heads = self._heads(judge)
 
-        def player(ticket: Ticket):
+        async def one(ticket: Ticket) -> Episode:
             async def speak(ids: Sequence[int], turn: int) -> Utterance:
-                return await self._say(ids, self._seed(ticket.position, turn))
+                return await self._say(ids, (ticket.position, turn), heads)
 
-            return speak
+            return await play(ticket.position, ticket.problem, self.table, speak, self._look)
 
-        return await asyncio.gather(
-            *(play(t.position, t.problem, self.table, player(t), self._look) for t in tickets)
-        )  # fmt: skip
+        return await asyncio.gather(*(one(ticket) for ticket in tickets))
 
-    async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
-        """Returns of greedy episodes on environment seeds that training never uses; -inf where one failed."""
+    async def evaluate(self, indices: Sequence[int], bare_base: bool, judge: Weights | None = None) -> list[float]:
+        """Returns of episodes on environment seeds that training never uses; -inf where one failed.
 
-        async def speak(ids: Sequence[int], _: int) -> Utterance:
-            actions = [BASE_TOKENS] * self.config.rollout.max_new_tokens if bare_base else []
-            return await self._submit(ids, 0, 0.0, actions=actions)
+        Greedy; with a judge, whose player must sample to have a choice, the best of the sampled.
+        """
+        heads = None if bare_base else self._heads(judge)
+        forced = [BASE_TOKENS] * self.config.rollout.max_new_tokens if bare_base else []
 
-        places = [_HELD_OUT + index for index in indices]
-        episodes = await asyncio.gather(*(play(place, place, self.table, speak) for place in places))
-        return [float("-inf") if episode.failure else episode.total_reward for episode in episodes]
+        async def one(place: int) -> float:
+            async def speak(ids: Sequence[int], turn: int) -> Utterance:
+                if heads is not None:
+                    return await self._say(ids, (place, turn), heads)
+                return (await self._submit([self._request(ids, 0, 0.0, actions=forced)]))[0]
+
+            episode = await play(place, place, self.table, speak)
+            return float("-inf") if episode.failure else episode.total_reward
+
+        return await asyncio.gather(*(one(_HELD_OUT + index) for index in indices))
 
     async def speak(self, states: Sequence[tuple[int, Sequence[int]]], draw: int) -> list[tuple[Trajectory, Array]]:
         """A sampled utterance in each state, and e at its last token that was read, (H,) float32.
@@ -85,19 +93,35 @@ class AgentWorker(EngineWorker):
             for (_, ids), c in zip(states, completions, strict=True)
         ]
 
-    async def _say(self, ids: Sequence[int], seed: int) -> Utterance:
-        return await self._submit(ids, seed, self.config.rollout.temperature)
+    async def _say(self, ids: Sequence[int], place: tuple[int, int], judge: TwinHeads | None) -> Utterance:
+        """A sampled utterance; with a judge the best of ``critic.candidates`` by the smaller of its two Q."""
+        count = 1 if judge is None else self.config.critic.candidates
+        seeds = [self._seed(*place, *((candidate,) if candidate else ())) for candidate in range(count)]
+        spoken = await self._submit([self._request(ids, seed, self.config.rollout.temperature) for seed in seeds])
+        if judge is None:
+            return spoken[0]
+        with torch.no_grad():
+            read = [one.hidden_states for one in spoken if one.hidden_states is not None]
+            states = torch.tensor(read[0][len(ids) - 1]).expand(count, -1)
+            utterances = torch.tensor(np.stack([states_of[-1] for states_of in read]))
+            return spoken[int(judge.q_values(states, utterances).min(0).values.argmax())]
 
     async def _look(self, ids: Sequence[int], _: int) -> Utterance:
         """Reads a state: its features come with a completion of one token that nobody uses."""
-        return await self._submit(ids, 0, 0.0, max_new_tokens=1)
+        return (await self._submit([self._request(ids, 0, 0.0, max_new_tokens=1)]))[0]
 
-    async def _submit(self, ids: Sequence[int], seed: int, temperature: float, **more: Any) -> Utterance:
-        (completion,) = await self._complete([self._request(ids, seed, temperature, **more)])
-        return Utterance(
-            completion.token_ids, completion.actions, completion.log_probs, completion.versions,
-            _as_float(completion.hidden_states),
-        )  # fmt: skip
+    async def _submit(self, requests: Sequence[Request]) -> list[Utterance]:
+        return [
+            Utterance(c.token_ids, c.actions, c.log_probs, c.versions, _as_float(c.hidden_states))
+            for c in await self._complete(requests)
+        ]
+
+    def _heads(self, judge: Weights | None) -> TwinHeads | None:
+        if judge is None:
+            return None
+        heads = TwinHeads(len(judge["norm.weight"]))
+        heads.load_state_dict({name: torch.tensor(array) for name, array in judge.items()})
+        return heads
 
     def _request(
         self,

@@ -6,7 +6,9 @@ import sys
 import time
 
 import pytest
+import torch
 from runs import ROOT, Run
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -38,3 +40,22 @@ def test_a_killed_rank_resumes_on_the_same_loss_curve(tmp_path):
     assert found.keys() == expected.keys()
     for step, loss in expected.items():
         assert found[step] == pytest.approx(loss, abs=1e-6), step
+
+
+def test_every_stage_runs_under_zero3_with_codes_revived(tmp_path):
+    """Base, actions, policy, and both kinds of fine-tuning under actions, each opening the model of the one before."""
+    stages = ["base", "actions", "policy", "fta_idm", "fta_policy"]
+    run = Run("pretrain", tmp_path, "--pretrain.stages", *stages, "--pretrain.max-steps", "30",
+              "--pretrain.revive-every", "10", "--pretrain.balance-coef", "0")  # fmt: skip
+    run.finish()
+    model = tmp_path / "outputs" / "pretrain-tiny-seed0"
+    assert json.loads((model / "summary.json").read_text())["stages"] == stages
+    for index, stage in enumerate(stages):
+        found = run.series(f"{stage}/loss")
+        assert max(found) == 30 * (index + 1), stage
+        assert (model / "stages" / stage / "done.json").exists()
+    assert run.series("actions/revived"), "codes were looked after"
+    tensors = {stage: load_file(model / "stages" / stage / "model.safetensors") for stage in stages[1:]}
+    for before, after, moves in (("actions", "policy", False), ("policy", "fta_idm", True)):
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(tensors[before][name], tensors[after][name]) != moves, "the base trains in fta alone"

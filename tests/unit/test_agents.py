@@ -48,7 +48,7 @@ FAILING: set[int] = set()
 
 class Pool:
     def __init__(self):
-        self.workers = []
+        self.workers, self.judges = [], []
 
     def spawn(self):
         self.workers.append(Worker())
@@ -62,6 +62,7 @@ class Pool:
             worker.version = args[0]
             return worker.version
         if method == "play_episodes":
+            self.judges += args[1:]
             return [worker.episode(ticket) for ticket in args[0]]
         if method == "speak":
             return worker.speak(*args)
@@ -121,6 +122,13 @@ def test_archer_fills_replay_fits_the_critic_and_weighs_fresh_utterances(tmp_pat
     assert metrics[STEPS]["eval/return"] == -1.0
     assert metrics[3]["replay/rows"] == 3 * turns / STEPS
     assert {"critic/td_error", "critic/advantage_std", "agent/episodes", "time/fresh"} <= metrics[2].keys()
+
+
+def test_chai_leaves_the_policy_and_hands_the_critic_to_the_players(tmp_path):
+    _, batches, _, critic, pool = run(tmp_path, "chai")
+    assert not any(batch.advantages.any() for batch in batches)
+    assert len(pool.judges) == 2 * (STEPS - 1), "both workers, in every iteration but the first"
+    assert pool.judges[0].keys() == critic.critic.target.state_dict().keys()
 
 
 def test_filtered_bc_clones_the_best_episodes_and_nothing_else(tmp_path):

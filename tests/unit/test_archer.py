@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cola_ray.algorithms.archer import (
+    TwinHeads,
     expectile_loss,
     polyak_,
     q_targets,
@@ -12,7 +13,7 @@ from cola_ray.algorithms.archer import (
     twin_squared_error,
     utterance_advantages,
 )
-from cola_ray.replay.critic import Critic, CriticBatch, TwinHeads
+from cola_ray.replay.critic import Critic, CriticBatch
 
 
 def test_losses_by_hand():
