@@ -173,7 +173,7 @@ def latent_learning(latent: str) -> dict[str, float]:
     """Our RL step against a bare DeepSpeed loop of the same arithmetic."""
     from cola_ray.learner.rl import RLLearner
 
-    learner, batch = RLLearner(one_rank(), latent), random_batch()
+    learner, batch = RLLearner(one_rank(), CoLAForCausalLM.from_pretrained(latent)), random_batch()
     bare, _ = bare_latent_step(latent, batch)
     pairs = []
     for _ in range(2 * REPEATS + 1):  # in turn, so that a slow moment of the machine hits both

@@ -153,12 +153,14 @@ def policy_objective(
 
 
 class RLLearner:
-    """One rank: a ZeRO-3 engine over :class:`PolicyAndReference`, and the step on a batch."""
+    """One rank: a ZeRO-3 engine over :class:`PolicyAndReference`, and the step on a batch.
 
-    def __init__(self, config: Config, model_path: str) -> None:
+    Args:
+        cola: the start model, in ``config.model.dtype``; taken over.
+    """
+
+    def __init__(self, config: Config, cola: CoLAForCausalLM) -> None:
         self.config = config
-        dtype = getattr(torch, config.model.dtype)
-        cola = CoLAForCausalLM.from_pretrained(model_path, dtype=dtype)
         rl = config.rl
         self.zero = ZeroEngine(
             PolicyAndReference(cola, without_base=rl.cache_hidden_states),
@@ -166,7 +168,7 @@ class RLLearner:
             lr=rl.lr,
             betas=rl.adam_betas,
             grad_clip=rl.grad_clip,
-            bfloat16=dtype is torch.bfloat16,
+            bfloat16=config.model.dtype == "bfloat16",
         )
         self.sender = WeightSender()
         self.broadcast = Broadcast()
@@ -275,7 +277,7 @@ def train_loop(
     report: Callable[[dict[str, float], Path | None], None],
 ) -> None:
     """Train until the source has no more batches. Runs on every rank; ``report`` is a collective."""
-    learner = RLLearner(config, model_path)
+    learner = RLLearner(config, CoLAForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype)))
     is_first = learner.zero.rank == 0
     if checkpoint is not None:
         learner.load(checkpoint)

@@ -58,7 +58,7 @@ def zero_rank(rank: int, port: int, model_dir: str, out: str) -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
-    learner = RLLearner(settings(), model_dir)
+    learner = RLLearner(settings(), CoLAForCausalLM.from_pretrained(model_dir))
     assert learner.zero.zero_stage == 3
     assert {name.split(".")[1] for name, _ in learner.zero.trained} == {"policy"}
     losses = []
