@@ -103,6 +103,11 @@ class PretrainConfig(_Branch):
     save_every: int = 100
     """Steps between checkpoints inside a stage."""
 
+    def num_steps(self, stage: PretrainStage) -> int:
+        """Optimizer steps of a stage, capped."""
+        steps = self.steps[stage]
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
 
 class DataConfig(_Branch):
     path: str = ""

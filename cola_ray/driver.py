@@ -75,7 +75,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     with _cluster(config), _tracker(config, "pretrain") as tracker:
         mailbox = Queue(actor_options={"num_cpus": 0})
         title, stages = "pretrain", config.pretrain.stages
-        lengths = [config.pretrain.steps[stage] for stage in stages]
+        lengths = [config.pretrain.num_steps(stage) for stage in stages]
         first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
 
         def show(event: dict[str, Any], display: Display) -> None:

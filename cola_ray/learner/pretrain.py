@@ -290,7 +290,7 @@ def _run_stage(
     )
     if checkpoint is not None:
         zero.load(checkpoint)
-    total = settings.steps[stage] if settings.max_steps is None else min(settings.steps[stage], settings.max_steps)
+    total = settings.num_steps(stage)
     heldout = []
     if task is not None and not isinstance(task, PlayedTask) and _has_answers(config):
         heldout = list(_heldout_batches(task, tokenizer, rank, world_size))

@@ -44,7 +44,10 @@ class Isolated:
         self.start()
 
     def start(self) -> None:
-        context = mp.get_context("spawn")  # a fork would inherit the engine's threads and locks
+        # A fork would inherit the engine's threads and locks, and a spawned process pays for all imports each time: a
+        # server that has imported them, and nothing else, forks instead.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(self.make, theirs), daemon=True)
         self.process.start()
