@@ -11,13 +11,13 @@ import statistics
 import time
 
 import deepspeed
-import numpy as np
 import torch
 from record import record
+from run import random_batch
 
 from cola_ray import CoLAConfig, CoLAForCausalLM
 from cola_ray.config import Config, override, preset
-from cola_ray.experience import Batch, Trajectory, collate
+from cola_ray.experience import Batch
 from cola_ray.learner.rl import RLLearner
 
 LLAMA_31_8B = {
@@ -46,19 +46,6 @@ def random_model(shape: dict[str, int], device: torch.device) -> CoLAForCausalLM
         model = CoLAForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     return model
-
-
-def random_batch(sequences: int, prompt: int, response: int, vocab: int, micro_batch_tokens: int) -> Batch:
-    draw = np.random.default_rng(0)
-    items = [
-        Trajectory(
-            draw.integers(1, vocab, prompt), draw.integers(1, vocab, response), draw.integers(0, 64, response),
-            np.full(response, -4.0, np.float32), np.zeros(response, np.int64), 0.0, False, "",
-        )
-        for _ in range(sequences)
-    ]  # fmt: skip
-    (batch,) = collate(items, draw.normal(size=sequences).tolist(), 1, 0, 0, micro_batch_tokens)
-    return batch
 
 
 def flops(model: CoLAForCausalLM, batch: Batch) -> float:
@@ -91,7 +78,7 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo")
     shape = TINY if args.shape == "tiny" else LLAMA_31_8B
     model = random_model(shape, device)
-    batch = random_batch(args.sequences, 128, args.response, shape["vocab_size"], args.micro_batch_tokens)
+    batch = random_batch(128, args.response, args.sequences, shape["vocab_size"], args.micro_batch_tokens)
     work = flops(model, batch)
     learner = RLLearner(settings(gpu), model)
     times = []

@@ -144,7 +144,9 @@ def publishing(engine: Any, latent: str) -> dict[str, float]:
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
-def random_batch(prompt: int = 64, response: int = 64, count: int = 16, vocab: int = 31_000) -> Batch:
+def random_batch(
+    prompt: int = 64, response: int = 64, count: int = 16, vocab: int = 31_000, micro_batch_tokens: int = 1 << 30
+) -> Batch:
     draw = np.random.default_rng(0)
     items = [
         Trajectory(
@@ -153,7 +155,7 @@ def random_batch(prompt: int = 64, response: int = 64, count: int = 16, vocab: i
         )
         for _ in range(count)
     ]  # fmt: skip
-    (batch,) = collate(items, draw.normal(size=count).tolist(), 1, 0, 0, micro_batch_tokens=count * (prompt + response))
+    (batch,) = collate(items, draw.normal(size=count).tolist(), 1, 0, 0, micro_batch_tokens)
     return batch
 
 
