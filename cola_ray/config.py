@@ -393,7 +393,6 @@ _PRESETS: dict[str, Callable[[], Config]] = {
 _AGENTS: dict[str, dict[str, Any]] = {
     "tiny": {
         "task.name": "twenty_questions",
-        "task.options": {"skill": 0.3},
         "task.num_problems": 4000,
         "pretrain.sequence_length": 288,
         "pretrain.batch_size": 8,
