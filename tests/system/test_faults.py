@@ -119,8 +119,8 @@ def test_an_engines_error_reaches_the_terminal_at_once(start):
 
 
 def test_rewards_that_misbehave_cost_their_own_samples(start):
-    run = start("--task.name", "faulty_task:Faulty", "--task.reward-timeout-s", "2", "--task.options",
-                "raise", "1", "hang", "1", "nan", "1")  # fmt: skip
+    run = start("--task.name", "faulty_task:Faulty", "--task.reward-timeout-s", "2", "--task.max-failed-rewards", "0.5",
+                "--task.options", "raise", "1", "hang", "1", "nan", "1")  # fmt: skip
     run.finish()
     failed = max(run.series("reward/failed").values())
     assert failed > 0
