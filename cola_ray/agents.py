@@ -28,7 +28,7 @@ import torch
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.config import Config
 from cola_ray.controller import ADVANTAGES, Controller, WorkerPool
-from cola_ray.experience import Batch, Episode, Ticket, Trajectory, collate
+from cola_ray.experience import Batch, Episode, Ticket, Trajectory
 from cola_ray.replay.service import Shards
 from cola_ray.replay.transitions import as_rows, features
 
@@ -121,7 +121,7 @@ class AgentController(Controller):
         }
         if self.config.rl.algorithm == "chai" or target < self.config.critic.warmup_iterations:
             advantages = np.zeros_like(advantages)
-        return self._actor_batch(trajectories, advantages, target), metrics | await self._replay_size()
+        return self._batches(trajectories, advantages.tolist(), target), metrics | await self._replay_size()
 
     async def _filtered_bc(self, target: int) -> tuple[list[Batch], Metrics]:
         """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay."""
@@ -135,7 +135,7 @@ class AgentController(Controller):
                 *(rows[name].to_pylist() for name in ("state_ids", "utterance_ids", "actions", "version")), strict=True
             )
         ]  # fmt: skip
-        batches = self._actor_batch(trajectories, np.ones(len(trajectories)), target)
+        batches = self._batches(trajectories, [1.0] * len(trajectories), target)
         return batches, {"replay/cutoff": cutoff} | await self._replay_size()
 
     def _compare(self, episodes: Sequence[Episode], target: int) -> list[Batch]:
@@ -143,14 +143,14 @@ class AgentController(Controller):
         groups: dict[int, list[Episode]] = {}
         for episode in episodes:
             groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
-        advantages = np.zeros(0)
+        trajectories, advantages = list[Trajectory](), list[float]()
         for group in groups.values():
-            returns = torch.tensor([[episode.total_reward for episode in group]])
-            own = ADVANTAGES[self.config.rl.algorithm](returns)[0].numpy() if len(group) > 1 else np.zeros(1)
-            advantages = np.concatenate([advantages, own])
-        pieces = [episode.as_trajectories() for group in groups.values() for episode in group]
-        trajectories = [trajectory for piece in pieces for trajectory in piece]
-        return self._actor_batch(trajectories, np.repeat(advantages, [len(piece) for piece in pieces]), target)
+            relative = self._relative_advantages([episode.total_reward for episode in group])
+            for episode, advantage in zip(group, relative, strict=True):
+                pieces = episode.as_trajectories()
+                trajectories += pieces
+                advantages += [advantage] * len(pieces)
+        return self._batches(trajectories, advantages, target)
 
     def _judge(self) -> tuple[Any, ...]:
         """For ``chai`` the critic's heads, which the players choose by once there are some."""
@@ -164,13 +164,6 @@ class AgentController(Controller):
         spoken = await self._share_out(states, "speak", draw)
         trajectories = [trajectory for trajectory, _ in spoken]
         return trajectories, features(rows, "state"), np.stack([utterance for _, utterance in spoken])
-
-    def _actor_batch(self, trajectories: Sequence[Trajectory], advantages: Array, target: int) -> list[Batch]:
-        config = self.config
-        return collate(
-            trajectories, advantages.tolist(), config.cluster.learner_ranks, self.facts["pad_token_id"], target,
-            config.rl.micro_batch_tokens,
-        )  # fmt: skip
 
     async def _replay_size(self) -> Metrics:
         rows, nbytes = await self.shards.size()

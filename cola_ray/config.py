@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MULTI_TURN = ("twenty_questions", "guess_city", "textworld", "jericho")
 """Tasks that are environments; jobs/rl_agent.py plays them."""
+COMPARING = ("grpo", "rloo")
+"""Algorithms that compare completions or episodes of one group; the others learn from an agent's turns."""
 
 PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
 
@@ -478,7 +480,7 @@ def from_command_line(description: str, argv: Sequence[str] | None = None, agent
 
 
 def _check_group_size(config: Config) -> list[str]:
-    if config.rl.group_size >= 2 or config.rl.algorithm in ("archer", "chai", "filtered_bc"):
+    if config.rl.group_size >= 2 or config.rl.algorithm not in COMPARING:
         return []
     wants = f"{config.rl.algorithm} compares completions of one prompt; use 2 or more"
     return [f"rl.group_size = {config.rl.group_size}: {wants}"]
@@ -576,7 +578,7 @@ def _check_task(config: Config) -> list[str]:
 
 
 def _check_kind(config: Config) -> list[str]:
-    if config.rl.algorithm in ("grpo", "rloo") or config.task.name in MULTI_TURN:
+    if config.rl.algorithm in COMPARING or config.task.name in MULTI_TURN:
         return []
     return [
         f"rl.algorithm = {config.rl.algorithm!r}: learns from turns, and task.name = {config.task.name!r} has none; "

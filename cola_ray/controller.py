@@ -298,13 +298,19 @@ class Controller:
         advantages: list[float] = []
         for group in groups:
             trajectories += group.scored
-            if len(group.scored) > 1:
-                rewards = torch.from_numpy(group.rewards)[None]
-                advantages += ADVANTAGES[self.config.rl.algorithm](rewards)[0].tolist()
-            else:  # nothing left to compare with
-                advantages += [0.0] * len(group.scored)
+            advantages += self._relative_advantages(group.rewards)
         if not trajectories:
             raise RuntimeError("a step has no sample with a reward")
+        return self._batches(trajectories, advantages, target)
+
+    def _relative_advantages(self, rewards: Sequence[float] | np.ndarray) -> list[float]:
+        """Of one group's members, each against the others; zero where there is nothing to compare with."""
+        if len(rewards) < 2:
+            return [0.0] * len(rewards)
+        return ADVANTAGES[self.config.rl.algorithm](torch.tensor(rewards, dtype=torch.float32)[None])[0].tolist()
+
+    def _batches(self, trajectories: Sequence[Trajectory], advantages: Sequence[float], target: int) -> list[Batch]:
+        """One for each learner rank."""
         return collate(
             trajectories, advantages, self.config.cluster.learner_ranks, self.facts["pad_token_id"], target,
             self.config.rl.micro_batch_tokens,

@@ -16,7 +16,9 @@ import contextlib
 import itertools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -199,7 +201,8 @@ class ReplayBuffer:
             first, end = max(self.saved, self.first), self.end
             table = self._slice(first) if end > first else None
         if table is not None:
-            _write(folder / f"rows-{first:012d}-{end:012d}.parquet", table)
+            path = folder / f"rows-{first:012d}-{end:012d}.parquet"
+            write_whole(path, lambda file: pq.write_table(table, file, compression="zstd"))
         with lock:
             self.saved = end
             oldest = self.first
@@ -254,11 +257,11 @@ def _files(folder: Path) -> list[tuple[Path, int, int]]:
     return sorted(found, key=lambda item: item[1])
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """All of the file or none of it, also across a power cut."""
     beside = path.with_suffix(".tmp")
     with beside.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     beside.rename(path)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 
 from cola_ray.config import CriticConfig
-from cola_ray.replay.buffer import ReplayBuffer
+from cola_ray.replay.buffer import ReplayBuffer, write_whole
 from cola_ray.replay.critic import Critic
 from cola_ray.replay.transitions import critic_batch
 
@@ -194,9 +194,4 @@ class CriticService:
 
     def _save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_suffix(".tmp")
-        with beside.open("wb") as file:
-            torch.save(self.critic.state_dict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(self.file)
+        write_whole(self.file, lambda file: torch.save(self.critic.state_dict(), file))
