@@ -49,7 +49,8 @@ def command_line(run: Callable[[Config], dict[str, Any]], description: str, agen
     try:
         run(from_command_line(description, agents=agents))
     except ConfigError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except RunFailedError as error:
         sys.exit(f"the run failed: {error}")
     except KeyboardInterrupt:

@@ -136,7 +136,7 @@ def test_refused_before_any_process_starts():
     run = subprocess.run(
         [sys.executable, "jobs/rl_math.py", "--preset", "llama-3.1-8b"], capture_output=True, text=True, check=False
     )
-    assert run.returncode != 0
+    assert run.returncode == 2, "refused settings, as jobs promise"
     assert "no CoLA model there; make one with `python jobs/pretrain.py --preset llama-3.1-8b`" in run.stderr
 
 
