@@ -35,15 +35,15 @@ WIDE = LlamaConfig(
 )  # fmt: skip
 
 
-def seconds(action: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median, after one warm-up."""
-    action()
+def seconds(action: Callable[[], object], repeats: int = REPEATS, warm_ups: int = 1, pause: float = 0.0) -> float:
+    """Median, after warm-ups; a pause before each lets others tidy up what the one before left."""
     times = []
-    for _ in range(repeats):
+    for _ in range(warm_ups + repeats):
+        time.sleep(pause)
         started = time.perf_counter()
         action()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return statistics.median(times[warm_ups:])
 
 
 def flops_per_token(config: LlamaConfig, latent: bool) -> int:
@@ -63,21 +63,41 @@ def prompts() -> np.ndarray:
     return np.random.default_rng(0).integers(1, 31_000, (BATCH, PROMPT))
 
 
+def rollout_prompts() -> tuple[np.ndarray, np.ndarray]:
+    """What rollouts look like: groups of 8 share a prompt of 128 tokens, answers have 8 to 64. Prompts and lengths."""
+    draw = np.random.default_rng(1)
+    return draw.integers(1, 31_000, (BATCH // 8, 128)).repeat(8, 0), draw.integers(8, 65, BATCH)
+
+
+def gemm_rate() -> float:
+    """FLOP/s of a decode step's usual product, one thread: the most that decoding can reach here."""
+    torch.set_num_threads(1)
+    x, w = torch.randn(BATCH, WIDE.hidden_size), torch.randn(WIDE.intermediate_size, WIDE.hidden_size)
+    return 2 * BATCH * w.numel() / seconds(lambda: torch.nn.functional.linear(x, w), repeats=200)
+
+
 def latent_decoding(latent: str) -> dict[str, float]:
     from cola_ray.rollout.engine import LatentEngine, Request
 
     engine = LatentEngine(
         latent, dtype="float32", max_model_len=256, stop_token_id=31_999, max_num_seqs=BATCH, kv_cache_mb=512
     )
-    requests = [Request(prompt.tolist(), seed, 1.0, 0, NEW) for seed, prompt in enumerate(prompts())]
-    tokens = []
+    uniform = [Request(prompt.tolist(), seed, 1.0, 0, NEW) for seed, prompt in enumerate(prompts())]
+    ragged = [
+        Request(prompt.tolist(), seed, 1.0, 0, int(length))
+        for seed, (prompt, length) in enumerate(zip(*rollout_prompts(), strict=True))
+    ]
 
-    def decode() -> None:
+    def decode(requests: list[Any]) -> None:
         engine.reset_prefix_cache()
-        tokens.append(sum(len(completion.actions) for completion in engine.generate(requests)))
+        done = sum(len(completion.actions) for completion in engine.generate(requests))
+        assert done == sum(request.max_new_tokens for request in requests)
 
-    in_engine = seconds(decode)
-    return {"latent_tokens_per_second": tokens[-1] / in_engine, **publishing(engine, latent)}
+    return {
+        "latent_tokens_per_second": BATCH * NEW / seconds(lambda: decode(uniform)),
+        "latent_rollouts_seconds": seconds(lambda: decode(ragged)),
+        "engine_load_vs_memcpy": loading(engine, latent),
+    }
 
 
 def plain_decoding(base: str) -> dict[str, float]:
@@ -102,43 +122,77 @@ def plain_decoding(base: str) -> dict[str, float]:
 
 
 def torch_decoding(latent: str) -> dict[str, float]:
-    """A generate-style loop with key/value caches in PyTorch."""
-    torch.set_num_threads(1)
+    """A generate-style loop with key/value caches in PyTorch; every row runs until the longest has ended."""
+    rate = gemm_rate()
     model = CoLAForCausalLM.from_pretrained(latent).eval()
-    ids, seeds = torch.from_numpy(prompts()), torch.arange(BATCH)
-    in_torch = seconds(lambda: model.generate_latent(ids, max_new_tokens=NEW, seed=seeds))
-    return {"torch_tokens_per_second": BATCH * NEW / in_torch}
+    seeds = torch.arange(BATCH)
+    uniform = torch.from_numpy(prompts())
+    shared, lengths = rollout_prompts()
+    ragged, longest = torch.from_numpy(shared), int(lengths.max())
+    return {
+        "gemm_gflops_per_second": rate / 1e9,
+        "torch_tokens_per_second": BATCH
+        * NEW
+        / seconds(lambda: model.generate_latent(uniform, max_new_tokens=NEW, seed=seeds)),
+        "torch_rollouts_seconds": seconds(lambda: model.generate_latent(ragged, max_new_tokens=longest, seed=seeds)),
+    }
 
 
-def publishing(engine: Any, latent: str) -> dict[str, float]:
-    """The learner's tensors into Ray's store, out of it, checked: against one copy of those bytes. Loading apart."""
+def loading(engine: Any, latent: str) -> float:
+    """New weights into the engine, which repacks them on CPU, against one copy of them."""
+    from cola_ray.weights import WeightSender
+
+    model = CoLAForCausalLM.from_pretrained(latent)
+    policy = [(f"policy.{name}", tensor) for name, tensor in model.policy.state_dict().items()]
+    buckets = list(WeightSender().buckets(1, policy))
+    return memcpy_seconds(sum(tensor.nbytes for _, tensor in policy)) / seconds(
+        lambda: engine.update_weights(1, buckets)
+    )
+
+
+def memcpy_seconds(nbytes: int) -> float:
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return seconds(lambda: target.copy_(source), warm_ups=3)
+
+
+def publishing() -> dict[str, float]:
+    """A policy's tensors into Ray's store, out of it, checked: against one copy of those bytes. Loading apart.
+
+    One policy layer of Llama-3.1-8B in bfloat16, and two layers of the small model, whose tensors have 1 to 3 MB.
+    """
     import ray
 
     from cola_ray.weights import WeightReceiver, WeightSender
 
-    model = CoLAForCausalLM.from_pretrained(latent)
-    policy = [(f"policy.{name}", tensor) for name, tensor in model.policy.state_dict().items()]
-    nbytes = sum(tensor.nbytes for _, tensor in policy)
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=2 << 30)
+    torch.set_num_threads(1)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=3 << 30)
 
-    def publish() -> Any:
-        references = [ray.put(bucket) for bucket in WeightSender().buckets(1, policy)]
-        receiver = WeightReceiver(1)
-        for bucket in ray.get(references):
-            receiver.add(bucket)
-        return receiver.finish(dict(policy))
+    def against_memcpy(hidden: int, inner: int, keys: int, layers: int, dtype: torch.dtype) -> float:
+        shapes = [(hidden, hidden)] * 2 + [(keys, hidden)] * 2 + [(inner, hidden)] * 3 + [(hidden,)] * 2
+        tensors = [
+            (f"{layer}.{i}", torch.ones(shape, dtype=dtype))
+            for layer in range(layers)
+            for i, shape in enumerate(shapes)
+        ]
 
-    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8)
-    target = torch.empty_like(source)
-    published, copied = seconds(publish), seconds(lambda: target.copy_(source))
-    buckets = list(WeightSender().buckets(1, policy))
-    loaded = seconds(lambda: engine.update_weights(1, buckets))
-    ray.shutdown()
-    return {
-        "publish_vs_memcpy": copied / published,
-        "publish_megabytes": nbytes / 1e6,
-        "engine_load_vs_memcpy": copied / loaded,
+        def publish() -> None:
+            references = [ray.put(bucket) for bucket in WeightSender().buckets(1, tensors)]
+            receiver = WeightReceiver(1)
+            for bucket in ray.get(references):
+                receiver.add(bucket)
+            receiver.finish(dict(tensors))
+
+        # Warm and with pauses: in a run seconds pass between two versions, and the older one's memory is used again.
+        published = seconds(publish, warm_ups=5, pause=1.0)
+        return memcpy_seconds(sum(tensor.nbytes for _, tensor in tensors)) / published
+
+    figures = {
+        "publish_vs_memcpy": against_memcpy(4096, 14336, 1024, 1, torch.bfloat16),
+        "publish_small_vs_memcpy": against_memcpy(512, 1536, 512, 2, torch.float32),
     }
+    ray.shutdown()
+    return figures
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
@@ -384,12 +438,18 @@ def main() -> None:
         sizes = {"num_idm_layers": 1, "num_policy_layers": POLICY_LAYERS, "num_world_model_layers": WORLD_MODEL_LAYERS}
         CoLAForCausalLM.attach(base, **sizes).save_pretrained(latent)
         figures |= isolated("latent_decoding", latent) | isolated("plain_decoding", base)
-        figures |= isolated("torch_decoding", latent)
+        figures |= isolated("torch_decoding", latent) | isolated("publishing")
         figures |= isolated("latent_learning", latent) | isolated("token_learning", base)
     latent_rate = figures["latent_tokens_per_second"]
     flop_ratio = flops_per_token(WIDE, latent=False) / flops_per_token(WIDE, latent=True)
     figures["latent_vs_plain_per_flop"] = latent_rate / figures["plain_tokens_per_second"] / flop_ratio
     figures["latent_vs_hf_generate"] = latent_rate / figures["torch_tokens_per_second"]
+    figures["latent_vs_hf_generate_rollouts"] = figures["torch_rollouts_seconds"] / figures["latent_rollouts_seconds"]
+    # Reading the prompts costs as much again as writing the answers: equally many tokens, but for the LM head.
+    flops = (
+        flops_per_token(WIDE, latent=True) + flops_per_token(WIDE, latent=True) - 2 * WIDE.hidden_size * WIDE.vocab_size
+    )
+    figures["latent_decode_share_of_gemm_rate"] = latent_rate * flops / figures["gemm_gflops_per_second"] / 1e9
     figures["latent_vs_token_step_time"] = figures["latent_step_seconds"] / figures["token_step_seconds"]
     figures["latent_vs_token_optimizer_bytes"] = figures["latent_optimizer_bytes"] / figures["token_optimizer_bytes"]
     figures |= isolated("orchestration")

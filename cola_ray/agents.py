@@ -14,7 +14,7 @@ warms up, advantages are zero and the step moves nothing.
 
 ``chai`` leaves the policy as it is: the critic chooses among several of its utterances (Verma et al. 2022).
 ``filtered_bc`` clones the best episodes of all that were played; ``grpo`` and ``rloo`` compare episodes of one
-environment seed and need neither replay nor critic.
+environment seed, ``ppo`` has its own value head in the learner, and none of the three needs replay or critic.
 """
 
 import time
@@ -26,8 +26,8 @@ import pyarrow as pa
 import torch
 
 from cola_ray.algorithms.latent_actions import usage
-from cola_ray.config import Config
-from cola_ray.controller import ADVANTAGES, Controller, WorkerPool
+from cola_ray.config import OF_TURNS, Config
+from cola_ray.controller import Controller, WorkerPool
 from cola_ray.experience import Batch, Episode, Ticket, Trajectory
 from cola_ray.replay.service import Shards
 from cola_ray.replay.transitions import as_rows, features
@@ -74,8 +74,8 @@ class AgentController(Controller):
             raise RuntimeError("a step has no episode that its environment saw to the end")
         metrics = self._measure_episodes(episodes, target, seconds)
         algorithm = self.config.rl.algorithm
-        if algorithm in ADVANTAGES:
-            return self._compare(episodes, target), metrics
+        if algorithm not in OF_TURNS:
+            return self._whole_episodes(episodes, target), metrics
         for shard, rows in await self.shards.came_back():
             self._say(f"replay shard {shard} was started again and has the {rows} turns of its last snapshot")
         for episode in episodes:
@@ -138,8 +138,8 @@ class AgentController(Controller):
         batches = self._batches(trajectories, [1.0] * len(trajectories), target)
         return batches, {"replay/cutoff": cutoff} | await self._replay_size()
 
-    def _compare(self, episodes: Sequence[Episode], target: int) -> list[Batch]:
-        """On-policy: whole episodes, each weighed against those of the same environment seed."""
+    def _whole_episodes(self, episodes: Sequence[Episode], target: int) -> list[Batch]:
+        """On-policy: rewards of each turn for PPO, and each return against those of the same environment seed."""
         groups: dict[int, list[Episode]] = {}
         for episode in episodes:
             groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
@@ -147,7 +147,7 @@ class AgentController(Controller):
         for group in groups.values():
             relative = self._relative_advantages([episode.total_reward for episode in group])
             for episode, advantage in zip(group, relative, strict=True):
-                pieces = episode.as_trajectories()
+                pieces = episode.as_trajectories(self.config.critic.gamma)
                 trajectories += pieces
                 advantages += [advantage] * len(pieces)
         return self._batches(trajectories, advantages, target)

@@ -21,7 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 MULTI_TURN = ("twenty_questions", "guess_city", "textworld", "jericho")
 """Tasks that are environments; jobs/rl_agent.py plays them."""
 COMPARING = ("grpo", "rloo")
-"""Algorithms that compare completions or episodes of one group; the others learn from an agent's turns."""
+"""Algorithms that compare completions or episodes of one group."""
+OF_TURNS = ("archer", "chai", "filtered_bc")
+"""Algorithms that learn from an agent's turns in replay."""
 
 PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
 
@@ -146,10 +148,10 @@ class RolloutConfig(_Branch):
 
 
 class RLConfig(_Branch):
-    algorithm: Literal["grpo", "rloo", "archer", "chai", "filtered_bc"] = "grpo"
-    """grpo: group-normalised advantages. rloo: leave-one-out baseline. For agents also: archer: advantages of whole
-    utterances by an off-policy critic. chai: the policy stays, and the critic chooses among its utterances.
-    filtered_bc: clone the best of all episodes so far."""
+    algorithm: Literal["grpo", "rloo", "ppo", "archer", "chai", "filtered_bc"] = "grpo"
+    """grpo: group-normalised advantages. rloo: leave-one-out baseline. ppo: a value head on the base's states, and GAE.
+    For agents also: archer: advantages of whole utterances by an off-policy critic. chai: the policy stays, and the
+    critic chooses among its utterances. filtered_bc: clone the best of all episodes so far."""
     max_steps: int = 100
     """Learner steps."""
     prompts_per_step: int = 64
@@ -172,6 +174,12 @@ class RLConfig(_Branch):
     """Ratio's upper clip, 1 + clip_high."""
     updates_per_batch: int = 1
     """Optimizer steps on one batch of rollouts."""
+    gae_lambda: float = 0.95
+    """ppo: decay of temporal-difference errors over actions."""
+    value_lr: float = 1e-3
+    """Learning rate of the value head's Adam: ppo, and archer with critic.token_baseline."""
+    value_steps: int = 4
+    """The value head's gradient steps on one batch."""
     micro_batch_tokens: int = 16_384
     """Padded tokens a forward pass, on one rank; at least one sequence."""
     max_staleness: int = 0
@@ -205,7 +213,7 @@ class ReplayConfig(_Branch):
 
 class CriticConfig(_Branch):
     gamma: float = 0.95
-    """Discount of a turn."""
+    """Discount of a turn; ppo's too."""
     tau: float = 0.1
     """Share of the critic that its target takes over after each step."""
     lr: float = 3e-4
@@ -222,6 +230,8 @@ class CriticConfig(_Branch):
     """Iterations that train the critic alone."""
     candidates: int = 5
     """chai: utterances to choose from, a turn."""
+    token_baseline: bool = False
+    """archer: subtract a value head's guess of the utterance's advantage, learnt at every token."""
     expectile: float = 0.0
     """0: V follows fresh utterances. Above 0.5: IQL's expectile over replayed ones."""
 
@@ -578,7 +588,7 @@ def _check_task(config: Config) -> list[str]:
 
 
 def _check_kind(config: Config) -> list[str]:
-    if config.rl.algorithm in COMPARING or config.task.name in MULTI_TURN:
+    if config.rl.algorithm not in OF_TURNS or config.task.name in MULTI_TURN:
         return []
     return [
         f"rl.algorithm = {config.rl.algorithm!r}: learns from turns, and task.name = {config.task.name!r} has none; "

@@ -37,7 +37,7 @@ from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
 from cola_ray.weights import Bucket, Channel, Manifest, Offer
 from cola_ray.work_buffer import WorkBuffer
 
-ADVANTAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"grpo": group_normalised, "rloo": leave_one_out}
+COMPARISONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"grpo": group_normalised, "rloo": leave_one_out}
 
 
 class WorkerLostError(RuntimeError):
@@ -304,10 +304,15 @@ class Controller:
         return self._batches(trajectories, advantages, target)
 
     def _relative_advantages(self, rewards: Sequence[float] | np.ndarray) -> list[float]:
-        """Of one group's members, each against the others; zero where there is nothing to compare with."""
+        """Of one group's members, each against the others; zero where there is nothing to compare with.
+
+        An algorithm that does not compare gets the rewards: its baseline is the learner's value head.
+        """
+        if self.config.rl.algorithm not in COMPARISONS:
+            return [float(reward) for reward in rewards]
         if len(rewards) < 2:
             return [0.0] * len(rewards)
-        return ADVANTAGES[self.config.rl.algorithm](torch.tensor(rewards, dtype=torch.float32)[None])[0].tolist()
+        return COMPARISONS[self.config.rl.algorithm](torch.tensor(rewards, dtype=torch.float32)[None])[0].tolist()
 
     def _batches(self, trajectories: Sequence[Trajectory], advantages: Sequence[float], target: int) -> list[Batch]:
         """One for each learner rank."""

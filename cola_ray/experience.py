@@ -49,6 +49,9 @@ class Trajectory:
     # (P + L - 1, H), e at all but the last token, if the engine sends it; bf16 as int16
     hidden_states: Array | None = None
     action_mask: Array | None = None  # (L,) bool, false at an environment's tokens; None: the policy said all of it
+    # (L,) float32 both; None: all of the reward at the last action, which nothing follows
+    rewards: Array | None = None
+    discounts: Array | None = None  # what the value after each action is worth: 1 within a turn, 0 at an end
 
     @property
     def num_actions(self) -> int:
@@ -83,6 +86,7 @@ class Turn:
     rollout_log_probs: Array  # (L,) float32
     versions: Array  # (L,) int64
     reward: float
+    observation_ids: Array  # (O,) int64, what the environment answered
     state_features: Array | None = None  # (H,), e at the state's last token, if the engine sends it
     utterance_features: Array | None = None  # (H,), e at the utterance's last token that was read
 
@@ -103,11 +107,15 @@ class Episode:
         """The undiscounted return."""
         return sum(turn.reward for turn in self.turns)
 
-    def as_trajectories(self) -> list[Trajectory]:
+    def as_trajectories(self, gamma: float = 1.0) -> list[Trajectory]:
         """Sequences to train on, their masked-in actions the policy's.
 
         Turns whose states continue one another are one sequence; where the oldest turns were dropped from a state
-        that had grown too long, a new one begins.
+        that had grown too long, a new one begins. One that something follows, unseen in it, ends with the last
+        observation: the value there stands for what follows.
+
+        Args:
+            gamma: discount of a turn.
         """
         runs: list[list[Turn]] = []
         for turn in self.turns:
@@ -115,22 +123,25 @@ class Episode:
                 runs[-1].append(turn)
             else:
                 runs.append([turn])
-        return [self._as_trajectory(run) for run in runs]
+        return [self._as_trajectory(run, self.terminated and run is runs[-1], gamma) for run in runs]
 
-    def _as_trajectory(self, turns: list[Turn]) -> Trajectory:
+    def _as_trajectory(self, turns: list[Turn], ends: bool, gamma: float) -> Trajectory:
         first, last = turns[0], turns[-1]
-        length = len(last.state_ids) + len(last.token_ids)
-        ids = np.concatenate([last.state_ids, last.token_ids])
-        actions, versions = np.zeros(length, np.int64), np.zeros(length, np.int64)
-        log_probs, mask = np.zeros(length, np.float32), np.zeros(length, bool)
+        ids = np.concatenate([last.state_ids, last.token_ids, *(() if ends else (last.observation_ids,))])
+        actions, versions = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
+        log_probs, rewards = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32)
+        mask, discounts = np.zeros(len(ids), bool), np.ones(len(ids), np.float32)
         for turn in turns:
-            said = slice(len(turn.state_ids), len(turn.state_ids) + len(turn.token_ids))
+            end = len(turn.state_ids) + len(turn.token_ids)
+            said = slice(len(turn.state_ids), end)
             actions[said], log_probs[said], versions[said] = turn.actions, turn.rollout_log_probs, turn.versions
             mask[said] = True
+            rewards[end - 1], discounts[end - 1] = turn.reward, 0.0 if ends and turn is last else gamma
         start = len(first.state_ids)
         return Trajectory(
             first.state_ids, ids[start:], actions[start:], log_probs[start:], versions[start:], self.total_reward,
-            not self.terminated, self.text, action_mask=mask[start:],
+            not self.terminated, self.text, action_mask=mask[start:], rewards=rewards[start:],
+            discounts=discounts[start:],
         )  # fmt: skip
 
 
@@ -149,6 +160,8 @@ class Batch:
     action_mask: Array  # (B, T) bool
     rollout_log_probs: Array  # (B, T) float32, 0 where masked
     advantages: Array  # (B, T) float32, of the outcome; the same at every action of a sequence
+    rewards: Array  # (B, T) float32, of each action; all of these three are 0 where masked
+    discounts: Array  # (B, T) float32, of the value after each action
     micro_batches: tuple[tuple[int, int, int], ...]  # (first row, end row, width) of each
     num_actions_global: int  # over all ranks: what a loss sum is divided by
     policy_version: int  # the version the learner holds when it trains on this
@@ -214,7 +227,7 @@ def _collate_rank(
     attention_mask, actions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     attention_mask[len(pairs) :, 0] = 1  # a row without a sequence: one token, no action
     action_mask = np.zeros(shape, bool)
-    log_probs, outcome = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    log_probs, outcome, rewards, discounts = (np.zeros(shape, np.float32) for _ in range(4))
     states = pairs[0][0].hidden_states if pairs else None
     hidden = None if states is None else np.zeros((*shape, states.shape[-1]), states.dtype)
     for row, (trajectory, advantage) in enumerate(pairs):
@@ -227,8 +240,13 @@ def _collate_rank(
         action_mask[row, acting] = True if trajectory.action_mask is None else trajectory.action_mask
         log_probs[row, acting] = trajectory.rollout_log_probs
         outcome[row, acting] = advantage
+        if trajectory.rewards is None or trajectory.discounts is None:
+            rewards[row, end - 2], discounts[row, start - 1 : end - 2] = advantage, 1.0
+        else:
+            rewards[row, acting], discounts[row, acting] = trajectory.rewards, trajectory.discounts
         if hidden is not None and trajectory.hidden_states is not None:
             hidden[row, : len(trajectory.hidden_states)] = trajectory.hidden_states
     return Batch(
-        input_ids, attention_mask, actions, action_mask, log_probs, outcome, micro_batches, num_actions, version, hidden
-    )
+        input_ids, attention_mask, actions, action_mask, log_probs, outcome, rewards, discounts, micro_batches,
+        num_actions, version, hidden,
+    )  # fmt: skip

@@ -1,18 +1,18 @@
 """The RL learner: one Ray Train worker's loop, and the objective it optimises.
 
     next_batch(rank) ─> e = base(x), once, no gradient ─> policy(e), reference(e) ─> objective ─> ZeRO-3 step
-         ^                                                                                            │
+         ^                    └─> value head (ppo, or ArCHer's token baseline) ─> advantages ─^       │
          └────────────────────────────── publish(v+1, policy buckets, metrics) <──────────────────────┘
 
-Only the policy trains. The reference is a frozen copy of the policy's layers, and both read the same e; the LM head
-and the world model are never evaluated here. Legend: B sequences, T positions, K actions.
+Of the model, only the policy trains. The reference is a frozen copy of the policy's layers, and both read the same e;
+the LM head and the world model are never evaluated here. Legend: B sequences, T positions, K actions.
 """
 
 import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +31,7 @@ from cola_ray.algorithms.policy_loss import (
 from cola_ray.config import Config
 from cola_ray.experience import Batch
 from cola_ray.learner.engine import NonFiniteError, ZeroEngine
+from cola_ray.learner.value import ValueLearner
 from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
@@ -170,6 +171,7 @@ class RLLearner:
             grad_clip=rl.grad_clip,
             bfloat16=config.model.dtype == "bfloat16",
         )
+        self.value = _value_learner(config, cola.config.hidden_size, self.zero.device)
         self.sender = WeightSender()
         self.broadcast = Broadcast()
         self.version = 0
@@ -184,18 +186,22 @@ class RLLearner:
         started = time.perf_counter()
         pieces = [_tensors(batch, *cut, self.zero.device) for cut in batch.micro_batches]
         old: list[Tensor | None] = [None] * len(pieces)
-        if rl.updates_per_batch > 1:
+        sums: dict[str, Tensor] = {}
+        if rl.updates_per_batch > 1 or self.value is not None:
             with torch.no_grad():
                 old = [self._log_probs(piece) for piece in pieces]
+        if self.value is not None:
+            self._charge_kl(pieces, old)
+            sums = self.value.advantages(pieces, batch.num_actions_global)
+            self.value.fit(pieces, batch.num_actions_global)
         lr = rl.lr * min(1.0, (self.version + 1) / max(rl.warmup_steps, 1))
-        sums: dict[str, Tensor] = {}
         for update in range(rl.updates_per_batch):
             for index, piece in enumerate(pieces):
                 loss, metrics = policy_objective(
                     self._logits(piece),
                     piece,
                     old[index],
-                    kl_coef=rl.kl_coef,
+                    kl_coef=rl.kl_coef if self.value is None else 0.0,  # else the advantages have it already
                     clip_low=rl.clip_low,
                     clip_high=rl.clip_high,
                     importance_cap=rl.importance_cap,
@@ -212,6 +218,9 @@ class RLLearner:
             grad_norm = self.zero.step(lr)
         self.version += 1
         reduced = _reduce(sums, batch.num_actions_global)
+        if self.value is not None:
+            variance = reduced.pop("value/returns_square") - reduced["value/returns"] ** 2
+            reduced["value/explained_variance"] = 1.0 - reduced.pop("value/error") / max(variance, 1e-12)
         seconds = time.perf_counter() - started
         tokens = float(batch.attention_mask.sum()) * self.zero.world_size
         return reduced | {
@@ -230,11 +239,20 @@ class RLLearner:
         return logits
 
     def _log_probs(self, piece: dict[str, Tensor]) -> Tensor:
-        logits = self._logits(piece)
+        return self._score(self._logits(piece), piece, self.config.rollout.top_k)
+
+    def _charge_kl(self, pieces: Sequence[dict[str, Tensor]], old: Sequence[Tensor | None]) -> None:
+        """The KL penalty of each action as a reward, where a value head learns to expect it."""
+        for piece, log_probs in zip(pieces, old, strict=True):
+            reference = self._score(piece["reference_logits"], piece, 0)
+            piece["rewards"] = piece["rewards"] - self.config.rl.kl_coef * kl_estimate(log_probs, reference, "k1")
+
+    def _score(self, logits: Tensor, piece: dict[str, Tensor], top_k: int) -> Tensor:
+        """(B, T) log-probabilities of the actions taken, 0 where masked."""
         shape = logits.shape[:-1]
         wanted = (
             torch.full(shape, self.config.rollout.temperature, device=logits.device),
-            torch.full(shape, self.config.rollout.top_k, device=logits.device),
+            torch.full(shape, top_k, device=logits.device),
         )
         scored = action_log_probs(logits.float(), *wanted).gather(-1, piece["actions"][..., None])[..., 0]
         return scored.masked_fill(~piece["action_mask"], 0.0)
@@ -262,11 +280,30 @@ class RLLearner:
         """This rank's shard and its checksums; the version stands for all else, since every draw follows from it."""
         self.zero.save(folder)
         if self.zero.rank == 0:
+            if self.value is not None:
+                torch.save(self.value.state_dict(), folder / "value.pt")
             (folder / "rl.json").write_text(json.dumps({"version": self.version}))
 
     def load(self, folder: Path) -> None:
         self.zero.load(folder)
+        if self.value is not None:
+            self.value.load_state_dict(torch.load(folder / "value.pt", map_location=self.zero.device))
         self.version = json.loads((folder / "rl.json").read_text())["version"]
+
+
+def _value_learner(config: Config, width: int, device: torch.device) -> ValueLearner | None:
+    """PPO's, over the whole episode; or ArCHer's baseline within an utterance, whose advantage is all its reward."""
+    rl = config.rl
+    if rl.algorithm == "ppo":
+        decay, whiten = rl.gae_lambda, True
+    elif rl.algorithm == "archer" and config.critic.token_baseline:
+        decay, whiten = 1.0, False
+    else:
+        return None
+    return ValueLearner(
+        width, device, lr=rl.value_lr, grad_clip=rl.grad_clip, decay=decay, whiten=whiten, steps=rl.value_steps,
+        seed=config.seed,
+    )  # fmt: skip
 
 
 def train_loop(
@@ -336,6 +373,7 @@ def export(start_model: str, trained: dict[str, Tensor], target: Path) -> None:
 def _tensors(batch: Batch, start: int, stop: int, width: int, device: torch.device) -> dict[str, Tensor]:
     """A micro-batch on the device."""
     names = ["input_ids", "attention_mask", "actions", "action_mask", "rollout_log_probs", "advantages"]
+    names += ["rewards", "discounts"]
     if batch.hidden_states is not None:
         names.append("hidden_states")
     # A copy: arrays from Ray's object store are read-only.

@@ -88,6 +88,8 @@ class LatentEngine:
             engine_args.setdefault("kv_cache_memory_bytes", kv_cache_mb << 20)
             engine_args.setdefault("distributed_executor_backend", "uni")
             engine_args.setdefault("enforce_eager", True)
+            # vLLM's blocks of 128 on CPU would share no prefix shorter than that; 32 is the least its kernels take.
+            engine_args.setdefault("block_size", 32)
         self.llm = vllm.LLM(
             model_path,
             skip_tokenizer_init=True,

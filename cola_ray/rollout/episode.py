@@ -107,14 +107,15 @@ class _Record:
 
     def episode(self, terminated: bool, final: Utterance | None, failure: str = "") -> Episode:
         turns = []
-        # The last utterance has no reward where the environment failed at it.
-        for (state, said), reward in zip(self.said, [*self.rewards, 0.0], strict=False):
+        # The last utterance has neither reward nor answer where the environment failed at it.
+        answers = [*self.segments[2::2], []]
+        for (state, said), reward, answer in zip(self.said, [*self.rewards, 0.0], answers, strict=False):
             states = said.hidden_states
             features = (None, None) if states is None else (states[len(state) - 1], states[-1])
             turns.append(
                 Turn(
                     np.asarray(state, np.int64), said.token_ids, said.actions, said.log_probs, said.versions, reward,
-                    *features,
+                    np.asarray(answer, np.int64), *features,
                 )
             )  # fmt: skip
         last = None if final is None or final.hidden_states is None else final.hidden_states[len(self.state()) - 1]

@@ -26,7 +26,7 @@ class Worker:
             features = np.full(WIDTH, float(ticket.problem % 3), np.float32)
             said = np.arange(2)
             turns.append(Turn(ids, said, said, -np.ones(2, np.float32), said * 0 + self.version,
-                              float(draw.integers(-1, 1)), features, features + 1))  # fmt: skip
+                              float(draw.integers(-1, 1)), np.array([7]), features, features + 1))  # fmt: skip
             ids = np.concatenate([ids, said, [7]])
         ended = ticket.position % 2 == 0
         final = None if ended else np.zeros(WIDTH, np.float32)

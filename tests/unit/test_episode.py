@@ -104,8 +104,10 @@ def test_twenty_questions_truncate_and_the_last_state_is_looked_at(table):
     assert not episode.terminated
     assert episode.total_reward == -20
     (whole,) = episode.as_trajectories()
-    last_answer = len(encode(episode.text.splitlines()[-1].split("?")[-1])) + 1
-    assert episode.final_features == len(whole.prompt_ids) + len(whole.token_ids) + last_answer - 1
+    assert decode(episode.turns[-1].observation_ids) == episode.text.splitlines()[-1].split("?")[-1] + "\n"
+    # The sequence goes on to that state's last token, for a value head to read.
+    assert episode.final_features == len(whole.prompt_ids) + len(whole.token_ids) - 1
+    assert whole.action_mask.sum() == sum(len(turn.token_ids) for turn in episode.turns)
 
 
 def test_a_transcript_that_is_too_long_loses_its_oldest_turns(table):

@@ -271,7 +271,7 @@ def episode(position, rewards, terminated):
     ids = np.arange(2 + 5 * len(rewards))
     turns = tuple(
         Turn(ids[: 2 + 5 * i], ids[2 + 5 * i : 5 + 5 * i], ids[2 + 5 * i : 5 + 5 * i] + 100, np.zeros(3, np.float32),
-             np.full(3, 7), r, np.full(4, 10 * i, np.float32), np.full(4, 10 * i + 5, np.float32))
+             np.full(3, 7), r, ids[5 + 5 * i : 7 + 5 * i], *np.float32([[10 * i] * 4, [10 * i + 5] * 4]))
         for i, r in enumerate(rewards)
     )  # fmt: skip
     final = None if terminated else np.full(4, 10 * len(rewards), np.float32)

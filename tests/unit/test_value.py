@@ -1,0 +1,108 @@
+"""PPO's value side: GAE against a brute force over lists, and two ranks against one."""
+
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cola_ray.algorithms.advantages import generalised_advantages
+from cola_ray.experience import Episode, Turn, collate
+from cola_ray.learner.value import ValueLearner
+
+WIDTH, NUMBERS = 5, st.floats(-3, 3, width=32)
+
+
+@given(st.data(), st.integers(1, 7), st.floats(0, 1), st.floats(0, 1))
+def test_gae_is_the_double_sum_over_the_actions_alone(data, length, gamma, decay):
+    """A_i = sum_j decay^(j-i) (prod g_i..g_{j-1}) delta_j, with what is not an action taken out beforehand."""
+    mask = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    draw = st.lists(NUMBERS, min_size=length, max_size=length)
+    rewards, values, final = data.draw(draw), data.draw(draw), data.draw(NUMBERS)
+    discounts = data.draw(st.lists(st.sampled_from([1.0, gamma, 0.0]), min_size=length, max_size=length))
+    acting = [t for t in range(length) if mask[t]]
+    after = [*(values[t] for t in acting[1:]), final][: len(acting)]
+    deltas = [rewards[t] + discounts[t] * v - values[t] for t, v in zip(acting, after, strict=True)]
+    wanted = np.zeros(length)
+    for i, t in enumerate(acting):
+        passed = 1.0
+        for j in range(i, len(acting)):
+            wanted[t] += passed * deltas[j]
+            passed *= discounts[acting[j]] * decay
+    tensors = [torch.tensor([column], dtype=torch.float64) for column in (rewards, discounts, values)]
+    got = generalised_advantages(*tensors, torch.tensor([final], dtype=torch.float64), torch.tensor([mask]), decay)
+    np.testing.assert_allclose(got[0].numpy(), wanted, atol=1e-9)
+
+
+def episode(terminated: bool) -> Episode:
+    """Two turns of two tokens each, with one token of opening and of each answer."""
+    two = np.arange(2)
+    turns = [
+        Turn(np.arange(1 + 3 * i), two, two, -np.ones(2, np.float32), two * 0, -1.0, np.array([9])) for i in range(2)
+    ]
+    turns[1] = Turn(np.array([0, 0, 1, 9]), two, two, -np.ones(2, np.float32), two * 0, 2.0, np.array([9]))
+    return Episode(0, tuple(turns), terminated, "")
+
+
+@pytest.mark.parametrize("terminated", [True, False])
+def test_rewards_and_discounts_stand_at_the_ends_of_turns(terminated):
+    (trajectory,) = episode(terminated).as_trajectories(gamma=0.5)
+    (batch,) = collate([trajectory], [0.0], 1, 0, 0, 1000)
+    # ids 0 | 0 1 | 9 | 0 1 (| 9): actions at positions 0, 1 and 3, 4.
+    assert batch.action_mask[0].tolist()[:5] == [True, True, False, True, True]
+    assert batch.rewards[0].tolist()[:5] == [0, -1, 0, 0, 2]
+    assert batch.discounts[0][batch.action_mask[0]].tolist() == [1, 0.5, 1, 0 if terminated else 0.5]
+    assert batch.attention_mask.sum() == (6 if terminated else 7), "what is cut off is valued after the last answer"
+    # By hand with V = 0 but 4 at the very end, decay 1: the last action gets 2 + 0.5 * 4, the second -1 + 0.5 of that.
+    advantages = generalised_advantages(
+        torch.tensor(batch.rewards), torch.tensor(batch.discounts), torch.zeros(batch.rewards.shape),
+        torch.tensor([4.0]), torch.tensor(batch.action_mask), 1.0,
+    )  # fmt: skip
+    last = 2.0 if terminated else 4.0
+    assert advantages[0, :5].tolist() == [-1 + last / 2, -1 + last / 2, 0, last, last]
+
+
+def pieces(rows: slice) -> list[dict[str, torch.Tensor]]:
+    torch.manual_seed(3)
+    mask = torch.rand(6, 8) < 0.7
+    whole = {
+        "hidden_states": torch.randn(6, 8, WIDTH), "rewards": torch.randn(6, 8) * mask, "action_mask": mask,
+        "discounts": torch.rand(6, 8) * mask, "attention_mask": torch.ones(6, 8, dtype=torch.long),
+    }  # fmt: skip
+    return [{name: tensor[rows][i : i + 2] for name, tensor in whole.items()} for i in range(0, len(mask[rows]), 2)]
+
+
+def rank(number: int, size: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=size)
+    learner = ValueLearner(
+        WIDTH, torch.device("cpu"), lr=1e-2, grad_clip=1.0, decay=0.9, whiten=True, steps=3, seed=0
+    )  # fmt: skip
+    count = sum(int(piece["action_mask"].sum()) for piece in pieces(slice(0, 6)))
+    mine = pieces(slice(0, 6) if size == 1 else slice(4 * number, 4 + 2 * number))
+    for _ in range(4):
+        learner.advantages(mine, count)
+        learner.fit(mine, count)
+    torch.save(
+        [learner.state_dict()["head"], torch.cat([piece["advantages"] for piece in mine])], f"{out}/{size}-{number}"
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_fit_the_same_head_as_one(tmp_path):
+    for size in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(rank, (size, port, str(tmp_path)), nprocs=size)
+    alone, *both = [torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1")]
+    for name, tensor in alone[0].items():
+        torch.testing.assert_close(both[0][0][name], tensor, atol=1e-5, rtol=1e-5)
+        assert torch.equal(both[0][0][name], both[1][0][name]), "every rank holds the same head"
+    torch.testing.assert_close(torch.cat([both[0][1], both[1][1]]), alone[1], atol=1e-4, rtol=1e-4)
+    acted = alone[1][torch.cat([piece["action_mask"] for piece in pieces(slice(0, 6))])]
+    assert abs(float(acted.mean())) < 1e-5
+    assert float(acted.square().mean()) == pytest.approx(1.0, abs=1e-4)
