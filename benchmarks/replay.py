@@ -110,7 +110,7 @@ def speed(num_rows: int) -> dict[str, float]:
         "batch_ms": batch["ours"],
         "batch_vs_arrow_take": batch["take"] / batch["ours"],
         "batch_vs_python_list": batch["list"] / batch["ours"],
-        "prioritised_ms": milliseconds(lambda: buffer.sample_prioritised(BATCH, rng, 0.4)),
+        "prioritised_ms": milliseconds(lambda: buffer.sample_prioritised(BATCH, rng)),
     }
 
 

@@ -56,11 +56,14 @@ class ModelConfig(_Branch):
 class TaskConfig(_Branch):
     name: str = "arithmetic"
     """arithmetic, gsm8k, a reasoning-gym generator, or your own as package.module:Class. For agents: twenty_questions,
-    guess_city, textworld, jericho."""
+    guess_city, textworld, jericho, or your own, a class with reset and step."""
     path: str = ""
     """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. Others: leave empty."""
     game: str = ""
     """jericho: the z-machine file to play."""
+    oracle: str = ""
+    """twenty_questions, guess_city: model that answers, at the OpenAI-compatible endpoint OPENAI_BASE_URL with the key
+    OPENAI_API_KEY. Empty: tables, offline."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Arguments of a reasoning-gym generator or an environment, e.g. min_terms 2."""
     num_problems: int = 20_000
@@ -230,6 +233,8 @@ class CriticConfig(_Branch):
     """Iterations that train the critic alone."""
     candidates: int = 5
     """chai: utterances to choose from, a turn."""
+    priority_beta: float = 0.0
+    """Above 0, e.g. 0.4: turns with a large error are replayed more often, and weighed down with this exponent."""
     token_baseline: bool = False
     """archer: subtract a value head's guess of the utterance's advantage, learnt at every token."""
     expectile: float = 0.0
@@ -281,7 +286,7 @@ class Config(_Branch):
     @property
     def pretrained_dir(self) -> Path:
         """Where pretrain.py leaves the CoLA model that RL of this preset and seed starts from."""
-        task = f"-{self.task.name}" if self.task.name in MULTI_TURN else ""
+        task = f"-{self.task.name.replace(':', '.')}" if is_environment(self.task.name) else ""
         return _results_root() / "outputs" / f"pretrain-{self.preset}{task}-seed{self.seed}" / "model"
 
     @property
@@ -313,6 +318,17 @@ class Config(_Branch):
         lines = [line for rule in _RULES for line in rule(self)]
         if lines:
             raise ConfigError("\n".join(lines))
+
+
+def is_environment(task: str) -> bool:
+    """Whether a task has many turns, by its name; of your own, whether the class has a ``step``."""
+    if ":" not in task:
+        return task in MULTI_TURN
+    module, _, attribute = task.partition(":")
+    try:
+        return hasattr(getattr(importlib.import_module(module), attribute, None), "step")
+    except ImportError:
+        return False
 
 
 def _results_root() -> Path:
@@ -574,6 +590,10 @@ def _check_task(config: Config) -> list[str]:
         return [f"task.name = {config.task.name!r}: needs the package {config.task.name}; `make games` installs it"]
     if config.task.name == "jericho" and not Path(config.task.game).is_file():
         return [f"task.game = {config.task.game!r}: no such file; give a z-machine game, e.g. detective.z5"]
+    if config.task.oracle and config.task.name not in ("twenty_questions", "guess_city"):
+        return [f"task.oracle = {config.task.oracle!r}: {config.task.name} asks nobody; leave it out"]
+    if config.task.oracle and "OPENAI_BASE_URL" not in os.environ:
+        return [f"task.oracle = {config.task.oracle!r}: set OPENAI_BASE_URL to an OpenAI-compatible endpoint"]
     if config.task.name in ("arithmetic", "gsm8k", *MULTI_TURN):
         return []
     if ":" in config.task.name:
@@ -588,7 +608,7 @@ def _check_task(config: Config) -> list[str]:
 
 
 def _check_kind(config: Config) -> list[str]:
-    if config.rl.algorithm not in OF_TURNS or config.task.name in MULTI_TURN:
+    if config.rl.algorithm not in OF_TURNS or is_environment(config.task.name):
         return []
     return [
         f"rl.algorithm = {config.rl.algorithm!r}: learns from turns, and task.name = {config.task.name!r} has none; "

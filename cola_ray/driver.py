@@ -30,7 +30,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cola_ray.agents import AgentController
-from cola_ray.config import MULTI_TURN, Config, ConfigError, from_command_line, override
+from cola_ray.config import MULTI_TURN, Config, ConfigError, from_command_line, is_environment, override
 from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Batch
 from cola_ray.replay.service import CriticService, ReplayShard, Shards
@@ -153,15 +153,16 @@ def run_rl(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: the message names the cause.
     """
-    if config.task.name in MULTI_TURN:
+    if is_environment(config.task.name):
         raise ConfigError(f"task.name = {config.task.name!r}: an environment of many turns; use jobs/rl_agent.py")
     return _run(config, _Job("rl_math", "accuracy", RolloutWorker, Controller))
 
 
 def run_agent(config: Config) -> dict[str, Any]:
     """RL over the turns of a multi-turn environment, with replay and an utterance critic beside it; as ``run_rl``."""
-    if config.task.name not in MULTI_TURN:
-        raise ConfigError(f"task.name = {config.task.name!r}: not an environment; use one of {', '.join(MULTI_TURN)}")
+    if not is_environment(config.task.name):
+        known = ", ".join(MULTI_TURN)
+        raise ConfigError(f"task.name = {config.task.name!r}: not an environment; use {known} or your own class")
     if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
         config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})
     return _run(config, _Job("rl_agent", "return", AgentWorker, AgentController))

@@ -92,8 +92,13 @@ class ReplayBuffer:
         self._require_rows()
         return self.take(rng.integers(self.first, self.end, count))
 
-    def sample_prioritised(self, count: int, rng: np.random.Generator, beta: float) -> tuple[pa.Table, Array, Array]:
-        """Rows in proportion to priority**alpha, their numbers, and importance weights ``(N p)^-beta`` over their max.
+    @property
+    def priority_total(self) -> float:
+        """Sum of priority**alpha over all rows."""
+        return float(self.block_sums.sum())
+
+    def sample_prioritised(self, count: int, rng: np.random.Generator) -> tuple[pa.Table, Array, Array]:
+        """Rows in proportion to priority**alpha, their numbers and what each was drawn in proportion to.
 
         Proportional prioritisation of Schaul et al. 2016, section 3.3.
         """
@@ -107,9 +112,7 @@ class ReplayBuffer:
         slots = blocks * _BLOCK + offsets
         numbers = self._row_at(slots)
         table, numbers = self.take(numbers)
-        probability = self.priorities[numbers % len(self.priorities)] / sums[-1]
-        weights = (len(self) * probability) ** -beta
-        return table, numbers, weights / weights.max()
+        return table, numbers, self.priorities[numbers % len(self.priorities)]
 
     def column(self, name: str) -> Array:
         """A column of numbers over all rows, oldest first."""
@@ -270,3 +273,14 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def importance_weights(shares: Array, rows: int, beta: float) -> Array:
+    """``(N p)^-beta`` over its maximum: what undoes prioritised sampling (Schaul et al. 2016, section 3.4).
+
+    Args:
+        shares: ``p`` of each drawn row.
+        rows: N.
+    """
+    weights = (rows * shares) ** -beta
+    return weights / weights.max()

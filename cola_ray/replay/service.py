@@ -2,7 +2,7 @@
 
     producers ── insert(rows) ──> shard of the key ──┐                      ┌── sample(n): n rows, drawn over all shards
                                   shard of the key ──┼── snapshot thread ──>│   in proportion to what they hold
-                                                     └── folder/shard-<i>/  └── set_priorities(tokens, |TD error|)
+                                                     └── folder/shard-<i>/  └── set_priorities(draw, |TD error|)
 
 A shard is a plain class; the driver makes it an actor and hands a :class:`Shards` to whoever produces or consumes. A
 shard that is killed comes back with what its last snapshot held, and says how many rows that is.
@@ -13,6 +13,7 @@ import os
 import threading
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyarrow as pa
 import torch
 
 from cola_ray.config import CriticConfig
-from cola_ray.replay.buffer import ReplayBuffer, write_whole
+from cola_ray.replay.buffer import ReplayBuffer, importance_weights, write_whole
 from cola_ray.replay.critic import Critic
 from cola_ray.replay.transitions import critic_batch
 
@@ -64,9 +65,14 @@ class ReplayShard:
         with self.lock:
             return self.buffer.sample(count, self.rng)
 
-    def sample_prioritised(self, count: int, beta: float) -> tuple[pa.Table, Array, Array]:
+    def sample_prioritised(self, count: int) -> tuple[pa.Table, Array, Array]:
         with self.lock:
-            return self.buffer.sample_prioritised(count, self.rng, beta)
+            return self.buffer.sample_prioritised(count, self.rng)
+
+    def priority_total(self) -> tuple[int, float]:
+        """Rows held, and the sum of their priorities."""
+        with self.lock:
+            return len(self.buffer), self.buffer.priority_total
 
     def totals(self) -> Array:
         """The returns of the episodes held, one an episode."""
@@ -103,6 +109,15 @@ Ask = Callable[..., Awaitable[Any]]
 """(number of the shard, method, *arguments) -> what that shard's method returns."""
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Rows, where they are kept, and their importance weights; in one order."""
+
+    rows: pa.Table
+    places: tuple[tuple[int, Array], ...] = ()  # (shard, row numbers there)
+    weights: Array | None = None
+
+
 class Shards:
     """All shards as one buffer. ``ask`` reaches them: Ray actors in a run, plain objects in a test."""
 
@@ -136,6 +151,26 @@ class Shards:
         hit = [(shard, int(n)) for shard, n in enumerate(wanted) if n]
         pieces = await asyncio.gather(*(self.ask(shard, "sample", n) for shard, n in hit))
         return pa.concat_tables([table for table, _ in pieces])
+
+    async def sample_prioritised(self, count: int, beta: float) -> "Draw":
+        """``count`` rows in proportion to their priorities over all shards."""
+        held = await self._ask_all("priority_total")
+        totals = np.array([total for _, total in held])
+        wanted = self.rng.multinomial(count, totals / totals.sum())
+        hit = [(shard, int(n)) for shard, n in enumerate(wanted) if n]
+        pieces = await asyncio.gather(*(self.ask(shard, "sample_prioritised", n) for shard, n in hit))
+        shares = np.concatenate([drawn for *_, drawn in pieces]) / totals.sum()
+        return Draw(
+            pa.concat_tables([table for table, *_ in pieces]),
+            tuple((shard, numbers) for (shard, _), (_, numbers, _) in zip(hit, pieces, strict=True)),
+            importance_weights(shares, sum(rows for rows, _ in held), beta),
+        )
+
+    async def set_priorities(self, draw: "Draw", priorities: Array) -> None:
+        """New priorities, e.g. |TD error|, of rows that were drawn."""
+        cuts = np.cumsum([len(numbers) for _, numbers in draw.places])[:-1]
+        pieces = zip(draw.places, np.split(priorities, cuts), strict=True)
+        await asyncio.gather(*(self.ask(shard, "set_priorities", numbers, new) for (shard, numbers), new in pieces))
 
     async def sample_best(self, count: int, share: float) -> tuple[pa.Table, float]:
         """Rows of the best ``share`` of all episodes, ties kept, and the return that makes one of them."""
@@ -173,18 +208,25 @@ class CriticService:
 
     async def fit(self, fresh_states: Array, fresh_utterances: Array) -> dict[str, float]:
         """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made."""
-        size, metrics = self.config.batch_size, list[dict[str, float]]()
-        coming = asyncio.create_task(self.shards.sample(size))
+        metrics = list[dict[str, float]]()
+        coming = asyncio.create_task(self._draw())
         for step in range(self.config.steps):
-            rows = await coming
+            draw = await coming
             if step + 1 < self.config.steps:
-                coming = asyncio.create_task(self.shards.sample(size))
-            some = self.rng.integers(0, len(fresh_states), size)
-            batch = critic_batch(rows, fresh_states[some], fresh_utterances[some])
+                coming = asyncio.create_task(self._draw())
+            some = self.rng.integers(0, len(fresh_states), self.config.batch_size)
+            batch = critic_batch(draw.rows, fresh_states[some], fresh_utterances[some], draw.weights)
             metrics.append(await asyncio.to_thread(self.critic.step, batch))
+            if draw.places:
+                await self.shards.set_priorities(draw, await asyncio.to_thread(self.critic.td_errors, batch))
         await asyncio.to_thread(self._save)
         means = {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
         return means | {"critic/steps": float(self.critic.steps)}
+
+    async def _draw(self) -> Draw:
+        if self.config.priority_beta:
+            return await self.shards.sample_prioritised(self.config.batch_size, self.config.priority_beta)
+        return Draw(await self.shards.sample(self.config.batch_size))
 
     async def advantages(self, states: Array, utterances: Array) -> Array:
         return self.critic.advantages(states, utterances)

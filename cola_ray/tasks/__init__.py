@@ -4,10 +4,10 @@ import importlib
 import itertools
 from collections.abc import Callable, Sequence
 
-from cola_ray.config import TaskConfig
+from cola_ray.config import TaskConfig, is_environment
 from cola_ray.tasks.adventures import Jericho, TextWorld
 from cola_ray.tasks.environment import Dialogue, Environment
-from cola_ray.tasks.guessing import GuessCity, TwentyQuestions
+from cola_ray.tasks.guessing import ChatOracle, GuessCity, TwentyQuestions
 from cola_ray.tasks.protocol import Problem, Task, render_prompt
 from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, ReasoningGym
 
@@ -21,6 +21,20 @@ ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
     "guess_city": GuessCity,
     "textworld": TextWorld,
     "jericho": Jericho,
+}
+
+# What an endpoint is told that answers in place of the tables, and the only answers there may be.
+ORACLES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "twenty_questions": (
+        "We play Twenty Questions and the hidden object is: {name}. Answer each question with exactly one of "
+        '"Yes.", "No." and, if it cannot be answered so, "Invalid Question."',
+        ("Yes.", "No.", "Invalid Question."),
+    ),
+    "guess_city": (
+        "You live in {name} and somebody guesses where that is. Answer each question truthfully in one short sentence "
+        "without naming the city.",
+        (),
+    ),
 }
 
 
@@ -40,7 +54,7 @@ class PlayedTask:
 
 def to_pretrain_on(config: TaskConfig, seed: int) -> Task | PlayedTask:
     """The task of the settings, of either kind."""
-    return PlayedTask(config, seed) if config.name in ENVIRONMENTS else make_task(config, seed)
+    return PlayedTask(config, seed) if is_environment(config.name) else make_task(config, seed)
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:
@@ -65,8 +79,10 @@ def make_environment(config: TaskConfig) -> Environment:
     A name like ``package.module:Class`` is called with the options.
     """
     if config.name in ENVIRONMENTS:
-        game = {"game": config.game} if config.name == "jericho" else {}
-        return ENVIRONMENTS[config.name](**game, **config.options)
+        named: dict[str, object] = {"game": config.game} if config.name == "jericho" else {}
+        if config.oracle:
+            named["oracle"] = ChatOracle(config.oracle, *ORACLES[config.name])
+        return ENVIRONMENTS[config.name](**named, **config.options)
     module, _, attribute = config.name.partition(":")
     environment: Environment = getattr(importlib.import_module(module), attribute)(**config.options)
     return environment

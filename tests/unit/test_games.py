@@ -1,7 +1,13 @@
 """Twenty Questions and Guess My City: tables, questions, rules, demonstrations."""
 
+import http.server
+import json
+import threading
+
 import pytest
 
+from cola_ray.config import TaskConfig, is_environment
+from cola_ray.tasks import make_environment
 from cola_ray.tasks.environment import Replayed
 from cola_ray.tasks.guessing import (
     INVALID,
@@ -173,3 +179,43 @@ def test_a_missing_game_file_is_named():
 
     with pytest.raises(ValueError, match=r"task.game = 'nowhere.z5': no such z-machine file"):
         Jericho("nowhere.z5")
+
+
+class Endpoint(http.server.BaseHTTPRequestHandler):
+    """Answers as an OpenAI-compatible server does, with what the last message asks it to say."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        system, question = (message["content"] for message in asked["messages"])
+        said = "yes, it is" if "apple" in system and "fruit" in question else "I would rather not say"
+        body = {
+            "id": "1", "object": "chat.completion", "created": 0, "model": asked["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}],
+        }  # fmt: skip
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_endpoint_answers_in_place_of_the_table(monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        game = make_environment(TaskConfig(name="twenty_questions", oracle="some-model"))
+        game.set_state(("apple", 0))
+        assert game.step("Is it a fruit?")[0] == "Yes.\n", "one of the three answers, whatever else was said"
+        assert game.step("What is it?")[0] == "Invalid Question.\n"
+        server.shutdown()
+
+
+def test_an_environment_of_ones_own_is_known_by_its_step():
+    name = "cola_ray.tasks.guessing:GuessCity"
+    assert is_environment(name)
+    assert make_environment(TaskConfig(name=name, options={"skill": 0.1})).skill == 0.1
+    assert not is_environment("cola_ray.tasks.verifiable:Arithmetic")
+    assert not is_environment("no_such_module:Thing")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.experience import Episode, Turn
-from cola_ray.replay.buffer import ReplayBuffer, ReplayError
+from cola_ray.replay.buffer import ReplayBuffer, ReplayError, importance_weights
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.replay.transitions import as_rows, critic_batch, features
 
@@ -80,7 +80,8 @@ def test_prioritised_sampling_follows_the_priorities_and_its_weights_undo_them()
     buffer.set_priorities(numbers, priorities)
     buffer.set_priorities(np.array([0, 1]), np.array([99.0, 99.0]))  # evicted long ago
     rng = np.random.default_rng(0)
-    table, drawn, weights = buffer.sample_prioritised(50_000, rng, beta=1.0)
+    table, drawn, shares = buffer.sample_prioritised(50_000, rng)
+    weights = importance_weights(shares / buffer.priority_total, len(buffer), beta=1.0)
     assert table["n"].to_pylist() == drawn.tolist()
     expected = priorities**0.5 / (priorities**0.5).sum()
     found = np.bincount(drawn - buffer.first, minlength=50) / 50_000
@@ -94,7 +95,7 @@ def test_new_rows_are_drawn_as_the_most_urgent():
     buffer, _ = filled([10])
     buffer.set_priorities(np.arange(10), np.full(10, 1e-9))
     buffer.append(rows(10, 1))
-    _, drawn, _ = buffer.sample_prioritised(1000, np.random.default_rng(0), beta=0.4)
+    _, drawn, _ = buffer.sample_prioritised(1000, np.random.default_rng(0))
     assert (drawn == 10).mean() > 0.99
 
 
@@ -194,6 +195,27 @@ def test_shards_are_sampled_as_one_buffer(tmp_path):
     assert min(held) > 100
     counts = np.bincount(sample["n"].to_numpy(), minlength=600)
     assert abs(counts - 50).max() < 6 * 50**0.5, "uniform over all rows, whichever shard holds them"
+
+
+def test_priorities_reach_over_shards(tmp_path):
+    shards = [ReplayShard(100, 1 << 20, str(tmp_path / str(i)), 0, seed=i) for i in range(2)]
+    shards[0].insert(rows(0, 30))
+    shards[1].insert(rows(100, 10))
+    everywhere = shards_over(*shards)
+
+    async def play():
+        first = await everywhere.sample_prioritised(4000, beta=1.0)
+        drawn = first.rows["n"].to_numpy()
+        assert abs((drawn >= 100).mean() - 0.25) < 0.05, "equal at first, so in proportion to what shards hold"
+        assert set(first.weights) == {1.0}
+        await everywhere.set_priorities(first, np.where(drawn == 100, 64.0, 1.0))
+        return await everywhere.sample_prioritised(20_000, beta=1.0)
+
+    draw = asyncio.run(play())
+    drawn = draw.rows["n"].to_numpy()
+    share = 64**0.6 / (39 + 64**0.6)
+    assert abs((drawn == 100).mean() - share) < 0.02
+    assert (draw.weights * (drawn >= 100)).sum() / draw.weights.sum() == pytest.approx(0.25, abs=0.02)
 
 
 def test_a_shard_that_was_started_again_is_noticed_once(tmp_path):
