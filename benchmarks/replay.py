@@ -2,9 +2,10 @@
 
 python benchmarks/replay.py [--rows 1000000] [--soak-rows 10000000]
 
-A batch is 256 text transitions as an utterance critic wants them: token ids of state, utterance and next state, padded
-to matrices, beside rewards and flags. The list gives Python rows that are padded one by one; Arrow gives flat values
-and offsets that are padded at once. All three deliver the same batch, and so do their bare lookups, timed apart.
+A batch is 256 transitions of Twenty Questions as a critic wants them: ids of state, utterance and next state padded to
+matrices, beside rewards and flags. The list holds text, as a buffer written by hand does, and has each batch tokenised;
+ours holds the ids that were sampled, flat, and pads them at once. A list of ready ids is timed as well, to tell apart
+what tokenising and what lookup and padding cost, and so are the bare lookups.
 """
 
 import argparse
@@ -12,30 +13,48 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from record import record
 
+from cola_ray.config import TaskConfig
+from cola_ray.learner.pretrain import make_tokenizer
 from cola_ray.replay.buffer import ReplayBuffer
+from cola_ray.tasks import PlayedTask
 
-BATCH, WIDTH, REPEATS = 256, 256, 200
+BATCH, WIDTH, REPEATS = 256, 320, 200
+TEXTS = ("state", "utterance", "next")
 
 
-def transitions(first: int, count: int, rng: np.random.Generator) -> pa.Table:
-    """Turns of Twenty Questions as ids: states of up to 20 turns, utterances of about 8 tokens."""
+class Source:
+    """Turns of played episodes, as text and as the same rows in ids."""
 
-    def ids(lengths: np.ndarray) -> pa.Array:
-        offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rng.integers(0, 512, offsets[-1], dtype=np.int32)))
+    def __init__(self, episodes: int = 1000) -> None:
+        task = PlayedTask(TaskConfig(name="twenty_questions", num_problems=episodes), seed=0)
+        self.tokenizer = make_tokenizer(task)
+        self.texts: list[dict[str, Any]] = []
+        for dialogue in task.dialogues():
+            state = dialogue.opening
+            for number, (utterance, answer) in enumerate(dialogue.turns):
+                after = state + utterance + answer
+                last = number + 1 == len(dialogue.turns)
+                self.texts.append({"state": state, "utterance": utterance, "next": after, "reward": -1.0, "last": last})
+                state = after
+        columns: dict[str, Any] = {
+            f"{name}_ids": pa.array(self.ids([row[name] for row in self.texts]), pa.list_(pa.int32())) for name in TEXTS
+        }
+        columns["reward"] = pa.array([row["reward"] for row in self.texts], pa.float32())
+        columns["last"] = pa.array([row["last"] for row in self.texts])
+        self.rows = pa.table(columns)
 
-    turn = rng.integers(0, 20, count)
-    return pa.table({
-        "state_ids": ids(2 + 11 * turn), "utterance_ids": ids(rng.integers(5, 12, count)),
-        "next_ids": ids(13 + 11 * turn), "reward": pa.array(np.full(count, -1.0, np.float32)),
-        "terminated": pa.array(turn == 19), "position": pa.array(np.arange(first, first + count)),
-    })  # fmt: skip
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    def some(self, count: int, rng: np.random.Generator) -> pa.Table:
+        return self.rows.take(pa.array(rng.integers(0, len(self.rows), count))).combine_chunks()
 
 
 def padded(column: pa.ChunkedArray) -> np.ndarray:
@@ -51,20 +70,17 @@ def padded(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def as_matrices(table: pa.Table) -> dict[str, np.ndarray]:
-    names = ("state_ids", "utterance_ids", "next_ids")
-    return {name: padded(table[name]) for name in names} | {
-        name: table[name].to_numpy() for name in ("reward", "terminated")
-    }
+    matrices = {name: padded(table[f"{name}_ids"]) for name in TEXTS}
+    return matrices | {name: table[name].to_numpy() for name in ("reward", "last")}
 
 
-def rows_as_matrices(rows: list[dict]) -> dict[str, np.ndarray]:
+def rows_as_matrices(rows: list[dict], ids: Callable[[list[dict], str], list[list[int]]]) -> dict[str, np.ndarray]:
     out = {}
-    for name in ("state_ids", "utterance_ids", "next_ids"):
-        matrix = np.zeros((len(rows), WIDTH), np.int64)
-        for i, row in enumerate(rows):
-            matrix[i, : len(row[name])] = row[name]
-        out[name] = matrix
-    return out | {name: np.array([row[name] for row in rows]) for name in ("reward", "terminated")}
+    for name in TEXTS:
+        out[name] = np.zeros((len(rows), WIDTH), np.int64)
+        for i, row in enumerate(ids(rows, name)):
+            out[name][i, : len(row)] = row
+    return out | {name: np.array([row[name] for row in rows]) for name in ("reward", "last")}
 
 
 def milliseconds(action: Callable[[], object]) -> float:
@@ -77,15 +93,13 @@ def milliseconds(action: Callable[[], object]) -> float:
     return 1000 * statistics.median(times)
 
 
-def speed(num_rows: int) -> dict[str, float]:
+def speed(source: Source, num_rows: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    buffer, listed = ReplayBuffer(num_rows, 1 << 40), list[dict]()
-    for first in range(0, num_rows, 2000):
-        table = transitions(first, 2000, rng)
-        buffer.append(table)
-        if len(listed) < 100_000:  # a list's speed does not depend on its length, its memory does
-            listed += table.to_pylist()
+    buffer = ReplayBuffer(num_rows, 1 << 40)
+    for _ in range(0, num_rows, 2000):
+        buffer.append(source.some(2000, rng))
     whole = pa.Table.from_batches([pa.concat_batches(buffer.chunks)])
+    texts, ready = source.texts, source.rows.to_pylist()  # a list's speed does not depend on its length
 
     def ours() -> pa.Table:
         return buffer.sample(BATCH, rng)[0]
@@ -93,14 +107,21 @@ def speed(num_rows: int) -> dict[str, float]:
     def plain() -> pa.Table:
         return whole.take(pa.array(rng.integers(0, num_rows, BATCH)))
 
-    def from_list() -> list[dict]:
-        return random.choices(listed, k=BATCH)
+    def from_list(rows: list[dict]) -> list[dict]:
+        return random.choices(rows, k=BATCH)
 
-    lookup = {name: milliseconds(action) for name, action in (("ours", ours), ("take", plain), ("list", from_list))}
+    def tokenised(rows: list[dict], name: str) -> list[list[int]]:
+        return source.ids([row[name] for row in rows])
+
+    def stored(rows: list[dict], name: str) -> list[list[int]]:
+        return [row[f"{name}_ids"] for row in rows]
+
+    lookup = {"ours": milliseconds(ours), "take": milliseconds(plain)}
     batch = {
         "ours": milliseconds(lambda: as_matrices(ours())),
         "take": milliseconds(lambda: as_matrices(plain())),
-        "list": milliseconds(lambda: rows_as_matrices(from_list())),
+        "list": milliseconds(lambda: rows_as_matrices(from_list(texts), tokenised)),
+        "ready": milliseconds(lambda: rows_as_matrices(from_list(ready), stored)),
     }
     return {
         "rows": num_rows,
@@ -110,16 +131,17 @@ def speed(num_rows: int) -> dict[str, float]:
         "batch_ms": batch["ours"],
         "batch_vs_arrow_take": batch["take"] / batch["ours"],
         "batch_vs_python_list": batch["list"] / batch["ours"],
+        "batch_vs_python_list_of_ids": batch["ready"] / batch["ours"],
         "prioritised_ms": milliseconds(lambda: buffer.sample_prioritised(BATCH, rng)),
     }
 
 
-def soak(num_rows: int, capacity: int) -> dict[str, float]:
+def soak(source: Source, num_rows: int, capacity: int) -> dict[str, float]:
     """``num_rows`` through a buffer of ``capacity``, sampled as it goes: memory must stay where it was when full."""
     rng = np.random.default_rng(1)
     buffer, memory, started = ReplayBuffer(capacity, 1 << 40), [], time.perf_counter()
     for first in range(0, num_rows, 5000):
-        buffer.append(transitions(first, 5000, rng))
+        buffer.append(source.some(5000, rng))
         buffer.sample(BATCH, rng)
         if first >= 2 * capacity and first % capacity < 5000:
             memory.append(_resident())
@@ -144,7 +166,8 @@ def main() -> None:
     arguments.add_argument("--soak-rows", type=int, default=10_000_000)
     given = arguments.parse_args()
     pa.set_cpu_count(1)
-    figures = soak(given.soak_rows, 500_000) | speed(given.rows)
+    source = Source()
+    figures = soak(source, given.soak_rows, 500_000) | speed(source, given.rows)
     record("replay", figures, about="Replay of Twenty Questions turns: 256-row batches, medians of 200.")
 
 

@@ -189,9 +189,10 @@ class RLLearner:
         sums: dict[str, Tensor] = {}
         if rl.updates_per_batch > 1 or self.value is not None:
             with torch.no_grad():
-                old = [self._log_probs(piece) for piece in pieces]
+                scored = [self._log_probs(piece) for piece in pieces]
+            old = [*scored]
         if self.value is not None:
-            self._charge_kl(pieces, old)
+            self._charge_kl(pieces, scored)
             sums = self.value.advantages(pieces, batch.num_actions_global)
             self.value.fit(pieces, batch.num_actions_global)
         lr = rl.lr * min(1.0, (self.version + 1) / max(rl.warmup_steps, 1))
@@ -241,7 +242,7 @@ class RLLearner:
     def _log_probs(self, piece: dict[str, Tensor]) -> Tensor:
         return self._score(self._logits(piece), piece, self.config.rollout.top_k)
 
-    def _charge_kl(self, pieces: Sequence[dict[str, Tensor]], old: Sequence[Tensor | None]) -> None:
+    def _charge_kl(self, pieces: Sequence[dict[str, Tensor]], old: Sequence[Tensor]) -> None:
         """The KL penalty of each action as a reward, where a value head learns to expect it."""
         for piece, log_probs in zip(pieces, old, strict=True):
             reference = self._score(piece["reference_logits"], piece, 0)
