@@ -17,6 +17,7 @@ warms up, advantages are zero and the step moves nothing.
 environment seed, ``ppo`` has its own value head in the learner, and none of the three needs replay or critic.
 """
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -30,7 +31,7 @@ from cola_ray.config import OF_TURNS, Config
 from cola_ray.controller import Controller, WorkerPool
 from cola_ray.experience import Batch, Episode, Ticket, Trajectory
 from cola_ray.replay.service import Shards
-from cola_ray.replay.transitions import as_rows, features
+from cola_ray.replay.transitions import as_rows, fresh_rows
 
 Array = np.ndarray
 Metrics = dict[str, float]
@@ -39,12 +40,12 @@ Metrics = dict[str, float]
 class CriticClient(Protocol):
     """How to reach the critic: an actor in a run."""
 
-    async def fit(self, fresh_states: Array, fresh_utterances: Array) -> Metrics: ...
+    async def fit(self, fresh: pa.Table) -> Metrics: ...
 
-    async def advantages(self, states: Array, utterances: Array) -> Array: ...
+    async def advantages(self, fresh: pa.Table) -> Array: ...
 
-    def judge(self) -> Any:
-        """The heads' weights, or a reference to them that calls of workers resolve."""
+    async def judge(self) -> dict[str, Array]:
+        """The heads' weights, for players who choose by them."""
         ...
 
 
@@ -62,11 +63,11 @@ class AgentController(Controller):
         super().__init__(config, pool)
         self.shards, self.critic = shards, critic
         self.steps = {"archer": self._archer, "chai": self._archer, "filtered_bc": self._filtered_bc}
-        self.critic_steps = 0.0
+        self.critic_fitted, self.critic_restarts = False, 0.0
 
     async def _make_step(self, target: int) -> tuple[list[Batch], Metrics]:
         started = time.perf_counter()
-        played: list[Episode] = await self._generate(self._tickets(target), "play_episodes", *self._judge())
+        played: list[Episode] = await self._generate(self._tickets(target), "play_episodes", *await self._judge())
         seconds = time.perf_counter() - started
         self._check_failures([e.failure for e in played if e.failure], len(played), "episodes")
         episodes = [episode for episode in played if not episode.failure]
@@ -78,8 +79,7 @@ class AgentController(Controller):
             return self._whole_episodes(episodes, target), metrics
         for shard, rows in await self.shards.came_back():
             self._say(f"replay shard {shard} was started again and has the {rows} turns of its last snapshot")
-        for episode in episodes:
-            await self.shards.insert(str(episode.position), as_rows([episode], self.facts["feature_width"]))
+        await self._keep(episodes)
         batches, more = await self.steps[algorithm](target)
         return batches, metrics | more
 
@@ -94,8 +94,8 @@ class AgentController(Controller):
         ]
 
     async def _evaluate(self, bare_base: bool) -> float:
-        """Mean return of greedy episodes on seeds that training never uses; failed ones are left out."""
-        returns = np.array(await self._greedy_rewards(bare_base, *self._judge()))
+        """Mean return of episodes on seeds that training never uses; failed ones are left out."""
+        returns = np.array(await self._evaluation_rewards(bare_base, *await self._judge()))
         return float(returns[np.isfinite(returns)].mean()) if np.isfinite(returns).any() else float("nan")
 
     # --- algorithms -----------------------------------------------------------------------------------------------
@@ -104,15 +104,16 @@ class AgentController(Controller):
         """REINFORCE on fresh utterances in replayed states, weighed by the critic's advantage (section 3.3)."""
         started = time.perf_counter()
         rows = await self.shards.sample(self.config.critic.fresh_states)
-        trajectories, states, utterances = await self._speak(rows, target)
+        trajectories, fresh = await self._speak(rows, target)
         spoken = time.perf_counter()
-        metrics = await self.critic.fit(states, utterances)
+        metrics = await self.critic.fit(fresh)
         fitted = time.perf_counter()
-        expected = self.critic_steps + self.config.critic.steps
-        if self.critic_steps and metrics["critic/steps"] < expected:
-            self._say(f"the critic was started again: {metrics['critic/steps']:.0f} steps instead of {expected:.0f}")
-        self.critic_steps = metrics["critic/steps"]
-        advantages = await self.critic.advantages(states, utterances)
+        if metrics["critic/restarts"] > self.critic_restarts:
+            self._say(
+                f"the critic was started again from its last save; it has made {metrics['critic/steps']:.0f} steps"
+            )
+        self.critic_fitted, self.critic_restarts = True, metrics["critic/restarts"]
+        advantages = await self.critic.advantages(fresh)
         metrics |= {
             "critic/advantage_mean": float(advantages.mean()),
             "critic/advantage_std": float(advantages.std()),
@@ -152,18 +153,26 @@ class AgentController(Controller):
                 advantages += [advantage] * len(pieces)
         return self._batches(trajectories, advantages, target)
 
-    def _judge(self) -> tuple[Any, ...]:
+    async def _judge(self) -> tuple[Any, ...]:
         """For ``chai`` the critic's heads, which the players choose by once there are some."""
-        return (self.critic.judge(),) if self.config.rl.algorithm == "chai" and self.critic_steps else ()
+        return (await self.critic.judge(),) if self.config.rl.algorithm == "chai" and self.critic_fitted else ()
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    async def _speak(self, rows: pa.Table, draw: int) -> tuple[list[Trajectory], Array, Array]:
-        """A fresh utterance for each row's state, in order of the rows, and features of both."""
+    async def _keep(self, episodes: Sequence[Episode]) -> None:
+        """Into replay, one insert a shard."""
+        homes: dict[int, list[Episode]] = {}
+        for episode in episodes:
+            homes.setdefault(self.shards.shard_of(str(episode.position)), []).append(episode)
+        width = self.facts["feature_width"]
+        await asyncio.gather(*(self.shards.insert(shard, as_rows(some, width)) for shard, some in homes.items()))
+
+    async def _speak(self, rows: pa.Table, draw: int) -> tuple[list[Trajectory], pa.Table]:
+        """A fresh utterance for each row's state, in order of the rows; and both as rows for the critic."""
         states = list(enumerate(rows["state_ids"].to_pylist()))
         spoken = await self._share_out(states, "speak", draw)
         trajectories = [trajectory for trajectory, _ in spoken]
-        return trajectories, features(rows, "state"), np.stack([utterance for _, utterance in spoken])
+        return trajectories, fresh_rows(rows, trajectories, [utterance for _, utterance in spoken])
 
     async def _replay_size(self) -> Metrics:
         rows, nbytes = await self.shards.size()

@@ -215,6 +215,11 @@ class ReplayConfig(_Branch):
 
 
 class CriticConfig(_Branch):
+    encoder: str = ""
+    """A Hugging Face encoder that reads states and utterances as text and trains with the critic, e.g. roberta-base.
+    Empty: the base's own states, which cost nothing. Not for chai, whose players choose by those."""
+    replicas: int = 1
+    """Actors that share each of the critic's batches."""
     gamma: float = 0.95
     """Discount of a turn; ppo's too."""
     tau: float = 0.1
@@ -304,6 +309,7 @@ class Config(_Branch):
             ("task.path", self.task.path),
             ("task.game", self.task.game),
             ("model.base", self.model.base),
+            ("critic.encoder", self.critic.encoder),
         ):
             if value and Path(value).exists():
                 changes[field] = str(Path(value).resolve())
@@ -515,7 +521,7 @@ def _check_group_size(config: Config) -> list[str]:
 def _check_positive(config: Config) -> list[str]:
     fields = ("rl.prompts_per_step", "rl.max_steps", "rl.micro_batch_tokens", "pretrain.batch_size", "rl.eval_problems",
               "pretrain.micro_batch_size", "rollout.num_workers", "rollout.max_new_tokens", "cluster.learner_ranks",
-              "model.num_actions", "cluster.threads_per_process")  # fmt: skip
+              "model.num_actions", "cluster.threads_per_process", "critic.replicas")  # fmt: skip
     lines = []
     for field in fields:
         branch, leaf = field.split(".")
@@ -607,6 +613,16 @@ def _check_task(config: Config) -> list[str]:
     return [f"task.name = {config.task.name!r}: unknown task; {hint}"]
 
 
+def _check_critic(config: Config) -> list[str]:
+    if not config.critic.encoder:
+        return []
+    if config.rl.algorithm == "chai":
+        return [f"critic.encoder = {config.critic.encoder!r}: chai's players choose by the base's states; leave it out"]
+    if _looks_local(config.critic.encoder) and not Path(config.critic.encoder).exists():
+        return [f"critic.encoder = {config.critic.encoder!r}: no such folder; give one or a hub id"]
+    return []
+
+
 def _check_kind(config: Config) -> list[str]:
     if config.rl.algorithm not in OF_TURNS or is_environment(config.task.name):
         return []
@@ -661,6 +677,7 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_paths,
     _check_task,
     _check_kind,
+    _check_critic,
     _check_base,
 )
 

@@ -390,9 +390,9 @@ class Controller:
 
     async def _evaluate(self, bare_base: bool) -> float:
         """Share of held-out problems with full reward under greedy decoding."""
-        return float(np.mean([reward >= 1.0 for reward in await self._greedy_rewards(bare_base)]))
+        return float(np.mean([reward >= 1.0 for reward in await self._evaluation_rewards(bare_base)]))
 
-    async def _greedy_rewards(self, bare_base: bool, *args: Any) -> list[float]:
+    async def _evaluation_rewards(self, bare_base: bool, *args: Any) -> list[float]:
         indices = range(min(self.config.rl.eval_problems, self.facts["num_heldout"]))
         return await self._share_out(indices, "evaluate", bare_base, *args)
 

@@ -33,7 +33,8 @@ from cola_ray.agents import AgentController
 from cola_ray.config import MULTI_TURN, Config, ConfigError, from_command_line, is_environment, override
 from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Batch
-from cola_ray.replay.service import CriticService, ReplayShard, Shards
+from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
+from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tracking import Display, Tracker, peak_memory_gb, plot, print_summary, write_json
@@ -193,20 +194,20 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
                 output / "reward.png",
                 f"{config.task.name}: {config.rl.algorithm} over {config.model.num_actions} latent actions",
                 {"reward (train, sampled)": tracker.series("reward/mean"),
-                 f"{job.measure} (held out, greedy)": tracker.series(f"eval/{job.measure}")},
+                 f"{job.measure} (held out)": tracker.series(f"eval/{job.measure}")},
                 {"base": summary[f"base_{job.measure}"], "behaviour cloned": summary[f"bc_{job.measure}"]},
             )  # fmt: skip
         print_summary(f"RL, {config.preset}: {output}", summary)
     return summary
 
 
-def _services(config: Config, model_path: str) -> tuple[Shards, "RemoteCritic"]:
-    """Replay shards and the critic; Ray starts one that dies again, and it goes on from its last snapshot."""
+def _services(config: Config, model_path: str) -> tuple[Shards, CriticReplicas]:
+    """Replay shards and the critic; Ray starts one that dies again, and it goes on from what was last saved."""
     from transformers import AutoConfig
 
     output, replay = Path(config.output_dir), config.replay
-    lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
-    shard = ray.remote(ReplayShard).options(**lasting)
+    lasting = {"max_restarts": -1, "max_concurrency": 16}
+    shard = ray.remote(ReplayShard).options(num_cpus=0, max_task_retries=-1, **lasting)
     rows, nbytes = replay.max_rows // replay.shards, (replay.max_mb << 20) // replay.shards
     shards = [
         shard.remote(rows, nbytes, str(output / "replay" / str(i)), replay.snapshot_every_s, config.seed + i)
@@ -214,8 +215,12 @@ def _services(config: Config, model_path: str) -> tuple[Shards, "RemoteCritic"]:
     ]
     stored = Shards(replay.shards, RemoteShards(shards), config.seed)
     width = AutoConfig.from_pretrained(model_path).hidden_size
-    critic = ray.remote(CriticService).options(**{**lasting, "num_cpus": 1})
-    return stored, RemoteCritic(critic.remote(config.critic, width, stored, str(output / "critic"), config.seed))
+    critic = ray.remote(CriticService).options(num_cpus=1, **lasting)
+    replicas = [
+        critic.remote(config.critic, width, model_path, stored, str(output / "critic"), config.seed)
+        for _ in range(config.critic.replicas)
+    ]
+    return stored, CriticReplicas(len(replicas), RemoteReplicas(replicas))
 
 
 class RemoteShards:
@@ -228,20 +233,19 @@ class RemoteShards:
         return await getattr(self.actors[shard], method).remote(*args)
 
 
-class RemoteCritic:
-    """The controller's :class:`~cola_ray.agents.CriticClient` over the critic actor."""
+class RemoteReplicas:
+    """How :class:`~cola_ray.replay.critic_service.CriticReplicas` asks its actors, which Ray starts again."""
 
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors = actors
 
-    async def fit(self, fresh_states: Any, fresh_utterances: Any) -> dict[str, float]:
-        return await self.actor.fit.remote(fresh_states, fresh_utterances)
-
-    async def advantages(self, states: Any, utterances: Any) -> Any:
-        return await self.actor.advantages.remote(states, utterances)
-
-    def judge(self) -> Any:
-        return self.actor.judge.remote()
+    async def __call__(self, replica: int, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self.actors[replica], method).remote(*args)
+        except ray.exceptions.RayActorError as error:
+            raise ReplicaLostError(str(error).splitlines()[0]) from error
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 def _train(
@@ -423,7 +427,7 @@ def _cluster(config: Config) -> Iterator[None]:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     else:
         # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
-        needed = config.cluster.learner_ranks + config.rollout.num_workers + 2
+        needed = config.cluster.learner_ranks + config.rollout.num_workers + config.critic.replicas + 1
         ray.init(
             address="local",
             num_cpus=max(needed, os.cpu_count() or 1),

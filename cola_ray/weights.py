@@ -109,7 +109,7 @@ def _pack(version: int, tensors: list[tuple[str, Tensor]]) -> Bucket:
 
 @dataclass(frozen=True)
 class Channel:
-    """A group of the learner's first rank, as rank 0, and every engine's GPUs; another one when its members change."""
+    """Processes that form a group. For weights: the learner's first rank, as rank 0, and every engine's GPUs."""
 
     host: str  # of rank 0
     port: int
@@ -136,7 +136,7 @@ class Broadcast:
     def join(self, channel: Channel, rank: int, device: torch.device) -> None:
         """Returns when all members have come."""
         if channel != self.channel:
-            self.group = _join(channel, rank, device) if channel.world_size > 1 else None
+            self.group = join(channel, rank, device) if channel.world_size > 1 else None
             self.channel = channel
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -171,7 +171,8 @@ class BroadcastReceiver:
         return self.end.receive(self.offer.manifest, self.device)
 
 
-def _join(channel: Channel, rank: int, device: torch.device) -> Any:
+def join(channel: Channel, rank: int, device: torch.device) -> Any:
+    """A process group of all the channel's members; returns when they have come."""
     if device.type == "cuda":
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 

@@ -1,14 +1,14 @@
 """The utterance critic: twin Q and V heads over features of states and utterances, its optimizer and its targets.
 
     features   e of the frozen base at the last token, sent along by the engine       (hidden_size,)
-               or a trainable Hugging Face encoder of the last 512 tokens' text       (encoder's hidden size)
+               or a Hugging Face encoder of the last 512 tokens' text, trained along  (the encoder's hidden size)
     heads      Q_i([h(s); h(u)]), V_i(h(s)): two hidden ReLU layers of the features' width, i = 1, 2
 
 The base never changes, so its features are stored in the replay buffer once and critic steps run no base at all.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +26,44 @@ from cola_ray.algorithms.archer import (
 )
 
 Array = np.ndarray
+Inputs = Tensor | Mapping[str, Tensor]
+"""Features (B, H), or what a tokenizer makes of B texts."""
+
+
+class EncodedTwins(nn.Module):
+    """:class:`TwinHeads` over the pooled output of an encoder that trains with them (section 3.4 of the paper).
+
+    Args:
+        encoder: of Hugging Face; where it pools nothing, its first token's state counts.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder, self.heads = encoder, TwinHeads(encoder.config.hidden_size)
+
+    def q_values(self, states: Inputs, utterances: Inputs) -> Tensor:
+        return self.heads.q_values(self._pooled(states), self._pooled(utterances))
+
+    def values(self, states: Inputs) -> Tensor:
+        return self.heads.values(self._pooled(states))
+
+    def _pooled(self, texts: Any) -> Tensor:
+        output = self.encoder(**texts)
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
+        return output.last_hidden_state[:, 0] if pooled is None else pooled
 
 
 @dataclass(frozen=True)
 class CriticBatch:
-    """Replayed transitions, and states with a fresh utterance each; features (B, H), the rest (B,)."""
+    """Replayed transitions, B of them, and B' states with a fresh utterance each."""
 
-    states: Tensor
-    utterances: Tensor
-    next_states: Tensor
-    rewards: Tensor
-    terminated: Tensor
-    fresh_states: Tensor  # (B', H)
-    fresh_utterances: Tensor
+    states: Inputs
+    utterances: Inputs
+    next_states: Inputs
+    rewards: Tensor  # (B,)
+    terminated: Tensor  # (B,)
+    fresh_states: Inputs
+    fresh_utterances: Inputs
     weights: Tensor | None = None  # of prioritised replay
 
 
@@ -46,7 +71,7 @@ class Critic:
     """Online heads, target heads and Adam over the online ones.
 
     Args:
-        width: of the features.
+        heads: :class:`TwinHeads` or :class:`EncodedTwins`; taken over.
         gamma: discount of a turn.
         tau: share of the online heads that the targets take over after every step.
         expectile: 0 fits V to fresh utterances (ArCHer); above 0.5, to replayed ones by expectiles (IQL).
@@ -54,38 +79,40 @@ class Critic:
 
     def __init__(
         self,
-        width: int,
+        heads: nn.Module,
         *,
         gamma: float,
         tau: float,
         lr: float,
         grad_clip: float,
         expectile: float = 0.0,
-        seed: int = 0,
     ) -> None:
-        torch.manual_seed(seed)
         self.gamma, self.tau, self.grad_clip, self.expectile = gamma, tau, grad_clip, expectile
-        self.online = TwinHeads(width)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=lr)
+        self.online: Any = heads
+        self.target: Any = copy.deepcopy(heads).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(heads.parameters(), lr=lr)
+        self.average: Callable[[Tensor], None] | None = None  # of gradients over replicas, in place
         self.steps = 0
 
     def step(self, batch: CriticBatch) -> dict[str, float]:
         """One gradient step on Q and V, then the targets move. Returns metrics.
 
-        Raises RuntimeError on a loss that is not finite; the weights are those before.
+        Raises RuntimeError where the gradient is not finite; the weights are those before.
         """
         goals = self._q_targets(batch)
         q = self.online.q_values(batch.states, batch.utterances)
         v, v_loss = self._value_loss(batch)
         loss = twin_squared_error(q, goals, batch.weights) + v_loss
-        if not torch.isfinite(loss):
-            raise RuntimeError(
-                f"the critic's loss is {loss.item()} at its step {self.steps}: a reward or a state is NaN"
-            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.average is not None:
+            self._average_gradients(self.average)
         grad_norm = nn.utils.clip_grad_norm_(self.online.parameters(), self.grad_clip)
+        if not torch.isfinite(grad_norm):  # on every replica alike
+            raise RuntimeError(
+                f"the critic's loss is {loss.item()} at its step {self.steps}, its gradient over all replicas "
+                f"{float(grad_norm)}: a reward or a state is NaN"
+            )
         self.optimizer.step()
         polyak_(self.target.parameters(), self.online.parameters(), self.tau)
         self.steps += 1
@@ -96,6 +123,13 @@ class Critic:
             "critic/v": v.mean().item(),
             "critic/grad_norm": float(grad_norm),
         }
+
+    def _average_gradients(self, average: Callable[[Tensor], None]) -> None:
+        parameters = [p for p in self.online.parameters() if p.grad is not None]
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        average(flat)
+        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
 
     @torch.no_grad()
     def _q_targets(self, batch: CriticBatch) -> Tensor:
@@ -109,10 +143,9 @@ class Critic:
         return v, twin_squared_error(v, self.target.q_values(batch.fresh_states, batch.fresh_utterances))
 
     @torch.no_grad()
-    def advantages(self, states: Array, utterances: Array) -> Array:
-        """(B, H), (B, H) -> (B,), by the online heads."""
-        s, u = torch.tensor(states), torch.tensor(utterances)
-        return utterance_advantages(self.online.q_values(s, u), self.online.values(s)).numpy()
+    def advantages(self, states: Inputs, utterances: Inputs) -> Array:
+        """Of B utterances, (B,), by the online heads."""
+        return utterance_advantages(self.online.q_values(states, utterances), self.online.values(states)).numpy()
 
     @torch.no_grad()
     def td_errors(self, batch: CriticBatch) -> Array:

@@ -19,12 +19,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from cola_ray.config import CriticConfig
-from cola_ray.replay.buffer import ReplayBuffer, importance_weights, write_whole
-from cola_ray.replay.critic import Critic
-from cola_ray.replay.transitions import critic_batch
+from cola_ray.replay.buffer import ReplayBuffer, importance_weights
 
 Array = np.ndarray
 
@@ -45,16 +41,31 @@ class ReplayShard:
         self.rng = np.random.default_rng(seed)
         self.restored = self.buffer.restore(self.folder) if self.folder.exists() else 0
         self.failure = ""
+        held = self.buffer.column("position") if self.restored and "position" in self.buffer.schema.names else [-1]
+        self.last_position = int(np.max(held))
         if snapshot_every_s:
             threading.Thread(target=self._save_now_and_then, args=(snapshot_every_s,), daemon=True).start()
 
     def insert(self, rows: pa.Table) -> int:
-        """Returns how many rows the shard holds then. Raises what the last snapshot failed with, if it did."""
+        """Returns how many rows the shard holds then. Raises what the last snapshot failed with, if it did.
+
+        Episodes that it holds already, by their ``position``, are passed over: a learner that went back to its
+        checkpoint has them played again.
+        """
         with self.lock:
             if self.failure:
                 raise RuntimeError(f"replay snapshots fail: {self.failure}")
+            if "position" in rows.column_names:
+                rows = self._unseen(rows)
             self.buffer.append(rows)
             return len(self.buffer)
+
+    def _unseen(self, rows: pa.Table) -> pa.Table:
+        positions = rows["position"].to_numpy()
+        if len(self.buffer) and positions.min(initial=self.last_position + 1) <= self.last_position:
+            rows = rows.filter(pa.array(~np.isin(positions, self.buffer.column("position"))))
+        self.last_position = max(self.last_position, int(positions.max(initial=-1)))
+        return rows
 
     def size(self) -> tuple[int, int, int, int]:
         """Rows held, their bytes, rows restored from disk at the start, and this process."""
@@ -126,9 +137,12 @@ class Shards:
         self.rng = np.random.default_rng(seed)
         self.processes: dict[int, int] = {}  # of the shards, as last seen
 
-    async def insert(self, key: str, rows: pa.Table) -> None:
-        """Rows of one key, e.g. an episode, stay together."""
-        await self.ask(zlib.crc32(key.encode()) % self.count, "insert", rows)
+    def shard_of(self, key: str) -> int:
+        """Where rows of one key, e.g. an episode, are kept together."""
+        return zlib.crc32(key.encode()) % self.count
+
+    async def insert(self, shard: int, rows: pa.Table) -> None:
+        await self.ask(shard, "insert", rows)
 
     async def size(self) -> tuple[int, int]:
         """Rows and bytes."""
@@ -186,54 +200,3 @@ class Shards:
 
     async def _ask_all(self, method: str) -> Sequence[Any]:
         return await asyncio.gather(*(self.ask(shard, method) for shard in range(self.count)))
-
-
-class CriticService:
-    """The utterance critic as an actor: samples replay itself, and saves itself after every fit.
-
-    Args:
-        width: of the features.
-        folder: of its checkpoint; what is there is loaded.
-    """
-
-    def __init__(self, config: CriticConfig, width: int, shards: Shards, folder: str, seed: int) -> None:
-        self.config, self.shards, self.file = config, shards, Path(folder) / "critic.pt"
-        self.critic = Critic(
-            width, gamma=config.gamma, tau=config.tau, lr=config.lr, grad_clip=config.grad_clip,
-            expectile=config.expectile, seed=seed,
-        )  # fmt: skip
-        self.rng = np.random.default_rng(seed)
-        if self.file.exists():
-            self.critic.load_state_dict(torch.load(self.file))
-
-    async def fit(self, fresh_states: Array, fresh_utterances: Array) -> dict[str, float]:
-        """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made."""
-        metrics = list[dict[str, float]]()
-        coming = asyncio.create_task(self._draw())
-        for step in range(self.config.steps):
-            draw = await coming
-            if step + 1 < self.config.steps:
-                coming = asyncio.create_task(self._draw())
-            some = self.rng.integers(0, len(fresh_states), self.config.batch_size)
-            batch = critic_batch(draw.rows, fresh_states[some], fresh_utterances[some], draw.weights)
-            metrics.append(await asyncio.to_thread(self.critic.step, batch))
-            if draw.places:
-                await self.shards.set_priorities(draw, await asyncio.to_thread(self.critic.td_errors, batch))
-        await asyncio.to_thread(self._save)
-        means = {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
-        return means | {"critic/steps": float(self.critic.steps)}
-
-    async def _draw(self) -> Draw:
-        if self.config.priority_beta:
-            return await self.shards.sample_prioritised(self.config.batch_size, self.config.priority_beta)
-        return Draw(await self.shards.sample(self.config.batch_size))
-
-    async def advantages(self, states: Array, utterances: Array) -> Array:
-        return self.critic.advantages(states, utterances)
-
-    def judge(self) -> dict[str, Array]:
-        return self.critic.judge()
-
-    def _save(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.file, lambda file: torch.save(self.critic.state_dict(), file))

@@ -6,14 +6,17 @@ The base is frozen, so its features never go stale. What a limit cut keeps ``ter
 last state stand for s'.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers import AutoTokenizer
 
-from cola_ray.experience import Episode
-from cola_ray.replay.critic import CriticBatch
+from cola_ray.experience import Episode, Trajectory
+from cola_ray.replay.critic import CriticBatch, Inputs
 
 Array = np.ndarray
 
@@ -23,8 +26,8 @@ def schema(width: int) -> pa.Schema:
     features = pa.list_(pa.float32(), width)
     return pa.schema({
         "state_ids": pa.list_(pa.int32()), "utterance_ids": pa.list_(pa.int32()), "actions": pa.list_(pa.int16()),
-        "reward": pa.float32(), "terminated": pa.bool_(), "position": pa.int64(), "turn": pa.int16(),
-        "version": pa.int32(), "total_reward": pa.float32(),
+        "observation_ids": pa.list_(pa.int32()), "reward": pa.float32(), "terminated": pa.bool_(),
+        "position": pa.int64(), "turn": pa.int16(), "version": pa.int32(), "total_reward": pa.float32(),
         "state": features, "utterance": features, "next_state": features,
     })  # fmt: skip
 
@@ -43,6 +46,7 @@ def as_rows(episodes: Sequence[Episode], width: int) -> pa.Table:
     columns = {
         "state_ids": [turn.state_ids for _, _, turn in turns],
         "utterance_ids": [turn.token_ids for _, _, turn in turns],
+        "observation_ids": [turn.observation_ids for _, _, turn in turns],
         "actions": [turn.actions for _, _, turn in turns],
         "reward": [turn.reward for _, _, turn in turns],
         "terminated": [episode.terminated and number + 1 == len(episode.turns) for episode, number, _ in turns],
@@ -59,9 +63,21 @@ def as_rows(episodes: Sequence[Episode], width: int) -> pa.Table:
     kinds = schema(width)
     arrays = {name: pa.array(values, kinds.field(name).type) for name, values in columns.items()}
     for name, values in of_features.items():
-        stacked = np.stack([nowhere if one is None else one for one in values])
-        arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(stacked.astype(np.float32).ravel()), width)
+        arrays[name] = _as_lists(np.stack([nowhere if one is None else one for one in values]))
     return pa.table(arrays, schema=kinds)
+
+
+def fresh_rows(rows: pa.Table, trajectories: Sequence[Trajectory], utterances: Sequence[Array]) -> pa.Table:
+    """Replayed states, each with the utterance that the policy would say there now, and that one's features."""
+    said = pa.array([trajectory.token_ids for trajectory in trajectories], pa.list_(pa.int32()))
+    return pa.table({
+        "state_ids": rows["state_ids"], "utterance_ids": said,
+        "state": rows["state"], "utterance": _as_lists(np.stack(utterances)),
+    })  # fmt: skip
+
+
+def _as_lists(features: Array) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(features.astype(np.float32).ravel()), features.shape[-1])
 
 
 def features(rows: pa.Table, name: str) -> Array:
@@ -70,17 +86,48 @@ def features(rows: pa.Table, name: str) -> Array:
     return column.flatten().to_numpy().reshape(len(column), -1)
 
 
-def critic_batch(
-    rows: pa.Table, fresh_states: Array, fresh_utterances: Array, weights: Array | None = None
-) -> CriticBatch:
-    """Replayed rows, and states with their fresh utterances as features (B', width)."""
+Read = Callable[[pa.Table, str], Inputs]
+"""(rows, "state" | "utterance" | "next_state") -> what the critic's heads take."""
+
+
+def read_features(rows: pa.Table, name: str) -> Inputs:
+    return torch.tensor(features(rows, name))
+
+
+class TextReader:
+    """Reads rows as text, for a critic with an encoder of its own: the last 512 of the encoder's tokens.
+
+    Args:
+        encoder: whose tokenizer it is, a directory or hub id.
+        policy: whose ids the rows hold.
+    """
+
+    PIECES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "state": ("state_ids",),
+        "utterance": ("utterance_ids",),
+        "next_state": ("state_ids", "utterance_ids", "observation_ids"),
+    }
+
+    def __init__(self, encoder: str, policy: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(encoder, truncation_side="left")
+        self.policy = AutoTokenizer.from_pretrained(policy)
+
+    def __call__(self, rows: pa.Table, name: str) -> Inputs:
+        columns = [rows[column].to_pylist() for column in self.PIECES[name]]
+        ids = [list(itertools.chain(*pieces)) for pieces in zip(*columns, strict=True)]
+        texts = self.policy.batch_decode(ids, skip_special_tokens=True)
+        return dict(self.tokenizer(texts, truncation=True, max_length=512, padding=True, return_tensors="pt"))
+
+
+def critic_batch(read: Read, rows: pa.Table, fresh: pa.Table, weights: Array | None = None) -> CriticBatch:
+    """Replayed rows, and as :func:`fresh_rows` states with their fresh utterances."""
     return CriticBatch(
-        states=torch.tensor(features(rows, "state")),
-        utterances=torch.tensor(features(rows, "utterance")),
-        next_states=torch.tensor(features(rows, "next_state")),
+        states=read(rows, "state"),
+        utterances=read(rows, "utterance"),
+        next_states=read(rows, "next_state"),
         rewards=torch.tensor(rows["reward"].to_numpy()),
         terminated=torch.tensor(rows["terminated"].to_numpy()),
-        fresh_states=torch.tensor(fresh_states),
-        fresh_utterances=torch.tensor(fresh_utterances),
+        fresh_states=read(fresh, "state"),
+        fresh_utterances=read(fresh, "utterance"),
         weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
     )

@@ -1,7 +1,7 @@
 """The rollout actor of multi-turn tasks: an engine, environment processes, and episodes between them.
 
 play_episodes(tickets) ─> Episodes, sampled       hundreds at once: each turn joins the engine's running batch
-evaluate(seeds)        ─> returns, greedy
+evaluate(seeds)        ─> returns on seeds of their own
 speak(states)          ─> one fresh utterance for each state, with the base's features: what the critic asks for
 """
 
@@ -57,16 +57,17 @@ class AgentWorker(EngineWorker):
     async def evaluate(self, indices: Sequence[int], bare_base: bool, judge: Weights | None = None) -> list[float]:
         """Returns of episodes on environment seeds that training never uses; -inf where one failed.
 
-        Greedy; with a judge, whose player must sample to have a choice, the best of the sampled.
+        The policy samples, as it does in training: a greedy player that gets no new answer asks the same again for
+        ever. The bare base can only be greedy.
         """
-        heads = None if bare_base else self._heads(judge)
-        forced = [BASE_TOKENS] * self.config.rollout.max_new_tokens if bare_base else []
+        heads = self._heads(judge)
+        forced = [BASE_TOKENS] * self.config.rollout.max_new_tokens
 
         async def one(place: int) -> float:
             async def speak(ids: Sequence[int], turn: int) -> Utterance:
-                if heads is not None:
-                    return await self._say(ids, (place, turn), heads)
-                return (await self._submit([self._request(ids, 0, 0.0, actions=forced)]))[0]
+                if bare_base:
+                    return (await self._submit([self._request(ids, 0, 0.0, actions=forced)]))[0]
+                return await self._say(ids, (place, turn), heads)
 
             episode = await play(place, place, self.table, speak)
             return float("-inf") if episode.failure else episode.total_reward

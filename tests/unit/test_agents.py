@@ -4,11 +4,13 @@ import asyncio
 
 import numpy as np
 import pytest
+import torch
 
 from cola_ray.agents import AgentController
 from cola_ray.config import override, preset
 from cola_ray.experience import Episode, Trajectory, Turn
-from cola_ray.replay.service import CriticService, ReplayShard, Shards
+from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
+from cola_ray.replay.service import ReplayShard, Shards
 
 WIDTH, STEPS, EPISODES = 4, 4, 6
 
@@ -83,7 +85,8 @@ def run(tmp_path, algorithm, **changes):
         return getattr(shard, method)(*args)
 
     pool, shards = Pool(), Shards(1, ask, seed=0)
-    critic = CriticService(config.critic, WIDTH, shards, str(tmp_path / "critic"), seed=0)
+    service = CriticService(config.critic, WIDTH, "", shards, str(tmp_path / "critic"), seed=0)
+    critic = replicas_over(service)
 
     async def whole():
         controller = AgentController(config, pool, shards, critic)
@@ -97,7 +100,14 @@ def run(tmp_path, algorithm, **changes):
         return controller, batches
 
     controller, batches = asyncio.run(asyncio.wait_for(whole(), 60))
-    return controller, batches, shard, critic, pool
+    return controller, batches, shard, service, pool
+
+
+def replicas_over(*services):
+    async def ask(number, method, *args):
+        return await getattr(services[number], method)(*args)
+
+    return CriticReplicas(len(services), ask)
 
 
 def metrics_of(controller):
@@ -173,7 +183,36 @@ def test_failing_environments_cost_their_own_episodes_until_they_are_too_many(tm
 
 def test_the_critic_goes_on_from_its_file(tmp_path):
     *_, critic, _ = run(tmp_path, "archer")
-    again = CriticService(critic.config, WIDTH, critic.shards, str(tmp_path / "critic"), seed=5)
-    x = np.random.default_rng(0).normal(size=(7, WIDTH)).astype(np.float32)
+    again = CriticService(critic.config, WIDTH, "", critic.shards, str(tmp_path / "critic"), seed=5)
+    asyncio.run(replicas_over(again)._join())
+    x = torch.randn(7, WIDTH)
     assert again.critic.steps == critic.critic.steps
     assert np.array_equal(again.critic.advantages(x, x), critic.critic.advantages(x, x))
+
+
+def test_replicas_step_together_and_after_a_loss_from_the_last_save(tmp_path):
+    _, _, shard, single, _ = run(tmp_path, "archer")
+    services = [
+        CriticService(single.config, WIDTH, "", single.shards, str(tmp_path / "replicas"), seed=0) for _ in range(2)
+    ]
+    lost = []
+
+    async def ask(number, method, *args):
+        if method == "fit" and lost:
+            lost.pop()
+            raise ReplicaLostError("the process is gone")
+        return await getattr(services[number], method)(*args)
+
+    replicas, rows = CriticReplicas(2, ask), shard.buffer.take(np.arange(12))[0]
+
+    async def play():
+        first = await replicas.fit(rows)
+        lost.extend([0, 1])  # neither steps, as if one had died and the other had noticed
+        return first, await replicas.fit(rows), await replicas.advantages(rows)
+
+    first, second, advantages = asyncio.run(play())
+    assert (first["critic/steps"], first["critic/restarts"]) == (5, 0)
+    assert (second["critic/steps"], second["critic/restarts"]) == (10, 1)
+    for one, other in zip(*(service.critic.online.parameters() for service in services), strict=True):
+        assert torch.equal(one, other), "averaged gradients, so the same step on both"
+    np.testing.assert_allclose(advantages, asyncio.run(services[0].advantages(rows)), rtol=1e-5)

@@ -125,8 +125,7 @@ def every_transition(rng: np.random.Generator) -> CriticBatch:
 
 
 def table_critic(**changes) -> Critic:
-    critic = Critic(STATES, **{"gamma": GAMMA, "tau": 0.1, "lr": 0.05, "grad_clip": 1e9} | changes)
-    critic.online, critic.target = TableHeads(), TableHeads().requires_grad_(False)
+    critic = Critic(TableHeads(), **{"gamma": GAMMA, "tau": 0.1, "lr": 0.05, "grad_clip": 1e9} | changes)
     critic.optimizer = torch.optim.SGD(critic.online.parameters(), lr=1.0)
     return critic
 
@@ -166,7 +165,7 @@ def test_high_expectiles_approach_the_best_replayed_utterance():
 def test_network_heads_learn_and_states_resume():
     torch.manual_seed(0)
     shape = {"gamma": 0.95, "tau": 0.1, "lr": 1e-3, "grad_clip": 1.0}
-    critic, again = Critic(16, **shape), Critic(16, **shape, seed=1)
+    critic, again = Critic(TwinHeads(16), **shape), Critic(TwinHeads(16), **shape)
     states, utterances = torch.randn(64, 16), torch.randn(64, 16)
     rewards = states[:, 0] + utterances[:, 1]
     batch = CriticBatch(states, utterances, states, rewards, torch.ones(64, dtype=torch.bool), states, utterances)
@@ -175,11 +174,11 @@ def test_network_heads_learn_and_states_resume():
     again.load_state_dict(critic.state_dict())
     assert again.step(batch) == critic.step(batch)
     assert critic.td_errors(batch).shape == (64,)
-    assert critic.advantages(states.numpy(), utterances.numpy()).shape == (64,)
+    assert critic.advantages(states, utterances).shape == (64,)
 
 
 def test_a_poisoned_reward_is_told_and_changes_nothing():
-    critic = Critic(8, gamma=0.95, tau=0.1, lr=1e-3, grad_clip=1.0)
+    critic = Critic(TwinHeads(8), gamma=0.95, tau=0.1, lr=1e-3, grad_clip=1.0)
     before = {name: tensor.clone() for name, tensor in critic.online.state_dict().items()}
     x = torch.randn(4, 8)
     ended = torch.zeros(4, dtype=torch.bool)

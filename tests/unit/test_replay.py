@@ -14,13 +14,19 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from cola_ray.config import CriticConfig
 from cola_ray.experience import Episode, Turn
 from cola_ray.replay.buffer import ReplayBuffer, ReplayError, importance_weights
+from cola_ray.replay.critic_service import CriticService
 from cola_ray.replay.service import ReplayShard, Shards
-from cola_ray.replay.transitions import as_rows, critic_batch, features
+from cola_ray.replay.transitions import TextReader, as_rows, critic_batch, features, read_features
+from cola_ray.weights import Channel
 
 
 def rows(first, count):
@@ -185,7 +191,8 @@ def test_shards_are_sampled_as_one_buffer(tmp_path):
     shards = shards_over(*parts)
 
     async def fill_and_sample():
-        await asyncio.gather(*(shards.insert(f"episode {n}", rows(10 * n, 10)) for n in range(60)))
+        homes = [shards.shard_of(f"episode {n}") for n in range(60)]
+        await asyncio.gather(*(shards.insert(home, rows(10 * n, 10)) for n, home in enumerate(homes)))
         return await shards.size(), await shards.sample(30_000)
 
     size, sample = asyncio.run(fill_and_sample())
@@ -235,6 +242,16 @@ def test_a_shard_that_was_started_again_is_noticed_once(tmp_path):
     assert asyncio.run(shards.came_back()) == [(0, 10)]
     assert asyncio.run(shards.came_back()) == []
     assert second.size()[0] == 10, "what came after the snapshot is lost, and no more"
+
+
+def test_an_episode_that_is_played_again_is_kept_once(tmp_path):
+    shard = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    shard.insert(as_rows([episode(3, [-1.0, 0.0], True), episode(4, [-1.0], False)], width=4))
+    shard.snapshot()
+    shard = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    shard.insert(as_rows([episode(4, [-1.0], False), episode(5, [-1.0], False)], width=4))
+    shard.insert(as_rows([episode(5, [-1.0], False), episode(3, [-1.0, 0.0], True)], width=4))
+    assert shard.buffer.column("position").tolist() == [3, 3, 4, 5]
 
 
 def test_a_shard_saves_by_itself_and_comes_back(tmp_path):
@@ -311,10 +328,45 @@ def test_episodes_become_rows_and_rows_a_critics_batch():
     buffer = ReplayBuffer(10, 1 << 20)
     buffer.append(table)
     back, _ = buffer.take(np.array([4, 1]))
-    batch = critic_batch(back, features(back, "state"), features(back, "utterance"))
+    batch = critic_batch(read_features, back, back)
     assert batch.rewards.tolist() == [-1, -1]
     assert batch.utterances[:, 0].tolist() in ([15, 15], [15.0, 15.0])
     assert batch.next_states[:, 0].tolist() == [20, 20]
+
+
+def test_an_encoder_reads_the_same_rows_as_text(tmp_path):
+    """A real encoder and its tokenizer, small; the policy's ids are letters."""
+    letters = {"<pad>": 0, "<unk>": 1, **{chr(97 + i): i + 2 for i in range(26)}}
+    split = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    split.pre_tokenizer, split.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    policy, encoder = tmp_path / "policy", tmp_path / "encoder"
+    for folder in (policy, encoder):
+        PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(vocab_size=28, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    ).save_pretrained(encoder)
+
+    rows_of = as_rows([episode(i, [-1.0, -1.0, 0.0], True) for i in range(4)], width=4)
+    read = TextReader(str(encoder), str(policy))
+    assert read.policy.decode(rows_of["state_ids"][0].as_py(), skip_special_tokens=True) == ""
+    tokens = read(rows_of, "next_state")
+    wanted = [rows_of["state_ids"][1].as_py(), rows_of["state_ids"][2].as_py()]
+    said = [[i for i in ids if i > 1] for ids in wanted]
+    pairs = zip(tokens["input_ids"][:2], tokens["attention_mask"][:2], strict=True)
+    got = [row[mask.bool()].tolist() for row, mask in pairs]
+    assert got == said, "the next state is state, utterance and answer: the state of the next row"
+
+    shard = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    shard.insert(rows_of)
+    config = CriticConfig(encoder=str(encoder), steps=20, batch_size=8, lr=3e-3)
+    critic = CriticService(config, 4, str(policy), shards_over(shard), str(tmp_path / "critic"), seed=0)
+    asyncio.run(critic.join(Channel("", 0, 1), 0, None))
+    before = critic.critic.online.encoder.embeddings.word_embeddings.weight.detach().clone()
+    losses = [asyncio.run(critic.fit(rows_of))["critic/loss"] for _ in range(3)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert not torch.equal(before, critic.critic.online.encoder.embeddings.word_embeddings.weight), "it trains along"
+    assert asyncio.run(critic.advantages(rows_of)).shape == (12,)
 
 
 def test_a_failed_episode_never_enters_replay():

@@ -1,0 +1,195 @@
+"""The critic as a service: replicas that step together, saved after every fit, formed anew when one of them dies.
+
+CriticReplicas.fit(fresh) ──> each replica: its share of a batch from replay ─> gradient ─┐
+     │  ^                                        all-reduce: the same step on all <────────┘
+     │  └── a replica is lost: the others' step fails at once; Ray starts it again,
+     v      the first one's last save goes to all, and the fit is made again
+CriticReplicas.advantages(fresh) ──> each replica: a slice
+"""
+
+import asyncio
+import copy
+import functools
+import itertools
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tenacity
+import torch
+from transformers import AutoModel
+
+from cola_ray.algorithms.archer import TwinHeads
+from cola_ray.config import CriticConfig
+from cola_ray.replay.buffer import write_whole
+from cola_ray.replay.critic import Critic, EncodedTwins
+from cola_ray.replay.service import Draw, Shards
+from cola_ray.replay.transitions import Read, TextReader, critic_batch, read_features
+from cola_ray.weights import Channel, join
+
+Array = np.ndarray
+Metrics = dict[str, float]
+
+
+class ReplicaLostError(RuntimeError):
+    """A replica's process is gone, or one that it stepped with."""
+
+
+class CriticService:
+    """One replica. A plain class; the driver makes it an actor.
+
+    Args:
+        width: of the base's features, which ``config.encoder`` takes the place of.
+        model_path: whose ids replay holds.
+        folder: of its checkpoint.
+    """
+
+    def __init__(
+        self, config: CriticConfig, width: int, model_path: str, shards: Shards, folder: str, seed: int
+    ) -> None:
+        self.config, self.width, self.shards, self.seed = config, width, shards, seed
+        self.file = Path(folder) / "critic.pt"
+        self.read: Read = TextReader(config.encoder, model_path) if config.encoder else read_features
+        self.rank, self.size = 0, 1
+
+    async def saved(self) -> Mapping[str, Any] | None:
+        """What the last fit left; None where there was none."""
+        return torch.load(self.file, map_location="cpu") if self.file.exists() else None
+
+    async def address(self) -> tuple[str, int]:
+        """Where the other replicas can meet this one."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return socket.gethostbyname(socket.gethostname()), free.getsockname()[1]
+
+    async def join(self, channel: Channel, rank: int, state: Mapping[str, Any] | None) -> None:
+        """Start from ``state`` together with the channel's other replicas; returns when all have come."""
+        self.rank, self.size = rank, channel.world_size
+        config = self.config
+        torch.manual_seed(self.seed)
+        self.critic = Critic(
+            EncodedTwins(AutoModel.from_pretrained(config.encoder)) if config.encoder else TwinHeads(self.width),
+            gamma=config.gamma, tau=config.tau, lr=config.lr, grad_clip=config.grad_clip, expectile=config.expectile,
+        )  # fmt: skip
+        if state is not None:
+            self.critic.load_state_dict(copy.deepcopy(dict(state)))  # Adam keeps the tensors that it is given
+        self.rng = np.random.default_rng((self.seed, rank, self.critic.steps))
+        if self.size > 1:
+            group = await asyncio.to_thread(join, channel, rank, torch.device("cpu"))
+            self.critic.average = functools.partial(_average, group, self.size)
+
+    async def fit(self, fresh: pa.Table) -> Metrics:
+        """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made."""
+        metrics = list[Metrics]()
+        share = -(-self.config.batch_size // self.size)
+        coming = asyncio.create_task(self._draw(share))
+        for step in range(self.config.steps):
+            draw = await coming
+            if step + 1 < self.config.steps:
+                coming = asyncio.create_task(self._draw(share))
+            some = fresh.take(pa.array(self.rng.integers(0, len(fresh), share)))
+            batch = await asyncio.to_thread(critic_batch, self.read, draw.rows, some, draw.weights)
+            metrics.append(await asyncio.to_thread(self.critic.step, batch))
+            if draw.places:
+                await self.shards.set_priorities(draw, await asyncio.to_thread(self.critic.td_errors, batch))
+        if self.rank == 0:
+            await asyncio.to_thread(self._save)
+        means = {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
+        return means | {"critic/steps": float(self.critic.steps)}
+
+    async def _draw(self, count: int) -> Draw:
+        if self.config.priority_beta:
+            return await self.shards.sample_prioritised(count, self.config.priority_beta)
+        return Draw(await self.shards.sample(count))
+
+    async def advantages(self, fresh: pa.Table) -> Array:
+        """Of each fresh utterance, in batches."""
+        size = self.config.batch_size
+        batches = [fresh.slice(start, size) for start in range(0, len(fresh), size)]
+        return np.concatenate([await asyncio.to_thread(self._advantages, batch) for batch in batches])
+
+    def _advantages(self, rows: pa.Table) -> Array:
+        return self.critic.advantages(self.read(rows, "state"), self.read(rows, "utterance"))
+
+    async def judge(self) -> dict[str, Array]:
+        return self.critic.judge()
+
+    def _save(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.file, lambda file: torch.save(self.critic.state_dict(), file))
+
+
+def _average(group: Any, size: int, gradients: torch.Tensor) -> None:
+    try:
+        group.allreduce(gradients).wait()
+    except RuntimeError as error:
+        raise ReplicaLostError(f"a critic replica is gone: {error}") from error
+    gradients /= size
+
+
+Ask = Callable[..., Awaitable[Any]]
+"""(number of the replica, method, *arguments) -> what it returns; ReplicaLostError where that cannot come."""
+
+
+class CriticReplicas:
+    """All replicas as one critic.
+
+    Args:
+        ask: reaches them: Ray actors in a run, plain objects in a test.
+    """
+
+    def __init__(self, count: int, ask: Ask) -> None:
+        self.count, self.ask = count, ask
+        self.together, self.restarts = False, 0
+
+    async def fit(self, fresh: pa.Table) -> Metrics:
+        """Metrics are the first replica's; ``critic/restarts`` counts how often the replicas were formed anew."""
+        metrics = await self._all("fit", [(fresh,)] * self.count)
+        return metrics[0] | {"critic/restarts": float(self.restarts)}
+
+    async def advantages(self, fresh: pa.Table) -> Array:
+        cuts = np.linspace(0, len(fresh), self.count + 1).astype(int)
+        slices = [(fresh.slice(start, stop - start),) for start, stop in itertools.pairwise(cuts)]
+        return np.concatenate(await self._all("advantages", slices))
+
+    async def judge(self) -> dict[str, Array]:
+        """The target heads' weights."""
+        return (await self._all("judge", [()] * self.count))[0]
+
+    async def _all(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """What each replica makes of its arguments; after a loss once more, from the last save."""
+        patience = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(ReplicaLostError),
+            wait=tenacity.wait_exponential(max=10),
+            stop=tenacity.stop_after_attempt(8),
+            reraise=True,
+        )
+        return await patience(self._once, method, arguments)
+
+    async def _once(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        try:
+            if not self.together:
+                await self._join()
+            return await self._gather((i, method, *given) for i, given in enumerate(arguments))
+        except ReplicaLostError:
+            self.restarts += self.together
+            self.together = False
+            raise
+
+    async def _join(self) -> None:
+        state = await self.ask(0, "saved")
+        host, port = await self.ask(0, "address")
+        channel = Channel(host, port, self.count)
+        await self._gather((i, "join", channel, i, state) for i in range(self.count))
+        self.together = True
+
+    async def _gather(self, calls: Any) -> list[Any]:
+        """All of them to their end; a lost replica counts before what it made the others fail with."""
+        results = await asyncio.gather(*(self.ask(*call) for call in calls), return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        for error in sorted(errors, key=lambda error: not isinstance(error, ReplicaLostError)):
+            raise error
+        return results
