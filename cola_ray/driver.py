@@ -243,7 +243,10 @@ class RemoteReplicas:
         try:
             return await getattr(self.actors[replica], method).remote(*args)
         except ray.exceptions.RayActorError as error:
-            raise ReplicaLostError(str(error).splitlines()[0]) from error
+            lines = str(error).strip().splitlines()
+            if "creation task" in lines[0]:  # started again it would fail in the same way
+                raise RuntimeError(f"a critic could not start: {_cause(lines)}") from None
+            raise ReplicaLostError(lines[0]) from error
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
 

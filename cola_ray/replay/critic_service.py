@@ -164,7 +164,7 @@ class CriticReplicas:
         patience = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(ReplicaLostError),
             wait=tenacity.wait_exponential(max=10),
-            stop=tenacity.stop_after_attempt(8),
+            stop=tenacity.stop_after_delay(600),  # seconds; a process starts within one minute, if slowly
             reraise=True,
         )
         return await patience(self._once, method, arguments)

@@ -52,7 +52,20 @@ def test_killed_services_cost_one_snapshot_interval_and_are_told(finished, tmp_p
         os.kill(victim, signal.SIGKILL)
     shown = run.finish()
     assert "replay shard 0 was started again and has the" in shown
+    assert "the critic was started again from its last save" in shown
+    assert run.series("critic/steps")[12] == 12 * 10, "the fit that was cut short was made again"
     rows, turns = run.series("replay/rows"), run.series("agent/turns")
     everything = sum(16 * value for value in turns.values())
     assert everything - rows[12] < 3 * 16 * 20, "at most what an interval brought is lost"
     assert list(run.series("reward/mean")) == list(range(1, 13))
+
+
+def test_ppo_learns_a_value_and_resumes(finished, tmp_path):
+    model = finished.where / "outputs" / "pretrain-tiny-twenty_questions-seed0" / "model"
+    run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, "--rl.algorithm", "ppo", "--rl.updates-per-batch", "2",
+              "--rl.max-steps", "4", "--rl.save-every", "2")  # fmt: skip
+    run.finish()
+    explained = run.series("value/explained_variance")
+    assert explained[4] > explained[1], "the head has learnt something of the returns"
+    assert max(run.series("policy/grad_norm").values()) > 0
+    assert max(run.series("policy/rollout_mismatch_max").values()) < 1e-4

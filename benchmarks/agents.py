@@ -1,0 +1,115 @@
+"""Sample efficiency on Twenty Questions: ArCHer, CHAI, filtered cloning and PPO from one cloned start, several seeds.
+
+python benchmarks/agents.py --folder outputs/agents [--seeds 0 1 2] [--iterations 60] [--parallel 2]
+
+The paper's claim in shape (Zhou et al. 2024, figure 3): how many episodes until the mean return passes -16 and -15, and
+where each method ends. A method's curve is the mean return of the episodes that it plays while it learns, over the last
+256 of them. Runs that are already in the folder are not made again, so that a stopped benchmark goes on.
+"""
+
+import argparse
+import json
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from record import RESULTS, ROOT, record
+
+THRESHOLDS = (-16.0, -15.0)
+PER_STEP, WINDOW = 64, 256
+COMMON = ["--preset", "tiny", "--task.name", "twenty_questions", "--cluster.learner-ranks", "1", "--rl.eval-every", "0",
+          "--rl.prompts-per-step", str(PER_STEP), "--rl.save-every", "1000"]  # fmt: skip
+METHODS: dict[str, list[str]] = {
+    "archer": ["--rl.algorithm", "archer"],
+    "chai": ["--rl.algorithm", "chai"],
+    "filtered_bc": ["--rl.algorithm", "filtered_bc"],
+    "ppo": ["--rl.algorithm", "ppo"],
+}
+
+
+def run(method: str, seed: int, args: argparse.Namespace) -> None:
+    """One run in a folder of its own; leaves ``returns.json``: mean return of each iteration's episodes."""
+    where = Path(args.folder).resolve() / f"{method}-{seed}"
+    if (where / "returns.json").exists():
+        return
+    where.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "jobs" / "rl_agent.py"), *COMMON, *METHODS[method], "--seed", str(seed)]
+    command += ["--rl.max-steps", str(args.iterations), "--output-dir", "outputs/run"]
+    command += ["--model.path", str(Path(args.model).resolve())]
+    with (where / "log.txt").open("w") as log:
+        subprocess.run(command, cwd=where, check=True, stdout=log, stderr=subprocess.STDOUT)
+    with sqlite3.connect(where / "outputs" / "mlflow.db") as database:
+        query = "select value from metrics where key = 'reward/mean' order by step"
+        returns = [value for (value,) in database.execute(query)]
+    (where / "returns.json").write_text(json.dumps(returns))
+
+
+def smoothed(returns: np.ndarray) -> np.ndarray:
+    """Over the last ``WINDOW`` episodes, less at the start."""
+    width = WINDOW // PER_STEP
+    return np.array([returns[max(0, i + 1 - width) : i + 1].mean() for i in range(len(returns))])
+
+
+def episodes_to(curve: np.ndarray, threshold: float) -> float:
+    """Infinite where it was never reached; not before a whole window has been played."""
+    reached = np.flatnonzero(curve[WINDOW // PER_STEP - 1 :] >= threshold)
+    return float((reached[0] + WINDOW // PER_STEP) * PER_STEP) if len(reached) else float("inf")
+
+
+def plot(curves: dict[str, np.ndarray], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for method, runs in curves.items():
+        episodes = PER_STEP * (1 + np.arange(runs.shape[1]))
+        (line,) = axes.plot(episodes, runs.mean(0), label=method)
+        axes.fill_between(episodes, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.15)
+    for threshold in THRESHOLDS:
+        axes.axhline(threshold, color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="episodes", ylabel=f"mean return of the last {WINDOW}", title="Twenty Questions, tiny preset")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", required=True)
+    parser.add_argument(
+        "--model", required=True, help="the cloned start: a CoLA model that rl_agent.py has pre-trained"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each keeps about one core busy")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.parallel) as pool:
+        jobs = [pool.submit(run, method, seed, args) for seed in args.seeds for method in args.methods]
+        for done, job in enumerate(jobs):
+            job.result()
+            print(f"{done + 1} of {len(jobs)} runs", flush=True)
+    raw = {
+        method: np.array(
+            [json.loads((Path(args.folder) / f"{method}-{seed}/returns.json").read_text()) for seed in args.seeds]
+        )
+        for method in args.methods
+    }
+    curves = {method: np.array([smoothed(returns) for returns in runs]) for method, runs in raw.items()}
+    figures: dict[str, object] = {"episodes": args.iterations * PER_STEP}
+    for method, runs in curves.items():
+        for threshold in THRESHOLDS:
+            figures[f"{method}_episodes_to_{threshold:g}"] = [episodes_to(curve, threshold) for curve in runs]
+        figures[f"{method}_first"] = [float(returns[0]) for returns in raw[method]]
+        figures[f"{method}_last"] = [float(curve[-1]) for curve in runs]
+    plot(curves, RESULTS / "agents.png")
+    record("agents", figures, args.seeds, "Twenty Questions from one cloned start; curves in docs/results/agents.png.")
+
+
+if __name__ == "__main__":
+    main()
