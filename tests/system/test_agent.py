@@ -62,8 +62,10 @@ def test_killed_services_cost_one_snapshot_interval_and_are_told(finished, tmp_p
 
 def test_ppo_learns_a_value_and_resumes(finished, tmp_path):
     model = finished.where / "outputs" / "pretrain-tiny-twenty_questions-seed0" / "model"
-    run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, "--rl.algorithm", "ppo", "--rl.updates-per-batch", "2",
-              "--rl.max-steps", "4", "--rl.save-every", "2")  # fmt: skip
+    settings = ["--rl.algorithm", "ppo", "--rl.updates-per-batch", "2", "--rl.save-every", "2"]
+    run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, *settings, "--rl.max-steps", "2")
+    run.finish()
+    run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, *settings, "--rl.max-steps", "4", "--resume")
     run.finish()
     explained = run.series("value/explained_variance")
     assert explained[4] > explained[1], "the head has learnt something of the returns"
