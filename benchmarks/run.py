@@ -1,9 +1,12 @@
 """`make bench`: what the design promises, as ratios within one run; medians of five.
 
+python benchmarks/run.py [decoding] [publishing] [learning] [orchestration] [overlap]     # some parts; the rest is kept
+
 Model-free figures and single-process ones are timed here, one thread each; the overlapped step is a real run.
 What each figure is, and what bounds it: docs/benchmarks.md.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -18,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
-from record import ROOT, record
+from record import RESULTS, ROOT, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
@@ -395,26 +399,45 @@ def overlap() -> dict[str, float]:
         common = ["--cluster.learner-ranks", "1", "--rl.max-steps", "30", "--rl.eval-every", "0", "--rl.eval-problems",
                   "8", "--rl.prompts-per-step", "128", "--rl.save-every", "1000"]  # fmt: skip
         job = [sys.executable, str(ROOT / "jobs" / "rl_math.py"), "--preset", "tiny", *short, *common]
+
+        def series(staleness: int, key: str) -> dict[int, float]:
+            id_file = where / f"outputs/{staleness}/mlflow_run_id"
+            if not id_file.exists():
+                return {}
+            with sqlite3.connect(where / "outputs" / "mlflow.db", timeout=60) as database:
+                query = "select step, value from metrics where run_uuid = ? and key = ? and step > 5"
+                return dict(database.execute(query, (id_file.read_text().strip(), key)).fetchall())
+
+        def median(staleness: int, key: str) -> float:
+            return statistics.median(series(staleness, key).values())
+
+        def cpu_seconds(process: psutil.Process) -> tuple[int, float]:
+            """The last step, and what all of the run's processes have computed until now."""
+            total = 0.0
+            for one in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    total += one.cpu_times().user + one.cpu_times().system
+            return max(series(1, "time/step"), default=0), total
+
         for staleness in (0, 1):
-            subprocess.run(
-                [*job, "--rl.max-staleness", str(staleness), "--output-dir", f"outputs/{staleness}"],
-                cwd=where, check=True, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
-        run_ids = [json.loads((where / f"outputs/{s}/summary.json").read_text())["mlflow_run_id"] for s in (0, 1)]
-
-        def median(run_id: str, key: str) -> float:
-            with sqlite3.connect(where / "outputs" / "mlflow.db") as database:
-                query = "select value from metrics where run_uuid = ? and key = ? and step > 5"
-                return statistics.median(value for (value,) in database.execute(query, (run_id, key)))
-
-        apart = {key: median(run_ids[0], f"time/{key}") for key in ("rollout", "learn", "sync", "step")}
-        together = median(run_ids[1], "time/step")
+            command = [*job, "--rl.max-staleness", str(staleness), "--output-dir", f"outputs/{staleness}"]
+            running = psutil.Popen(command, cwd=where, stdout=subprocess.DEVNULL)
+            samples = []
+            while running.poll() is None:  # between two steps late in the run all processes have started
+                if staleness and max(series(1, "time/step"), default=0) in (8, 28):
+                    samples.append(cpu_seconds(running))
+                time.sleep(0.2)
+            assert running.returncode == 0
+        apart = {key: median(0, f"time/{key}") for key in ("rollout", "learn", "sync", "step")}
+        together = median(1, "time/step")
+    (first, before), (last, after) = samples[0], samples[-1]
     return {
         "rollout_seconds": apart["rollout"],
         "learn_seconds": apart["learn"],
         "step_seconds_apart": apart["step"],
         "step_seconds_overlapped": together,
         "overlap_vs_max": together / max(apart["rollout"], apart["learn"]),
+        "overlap_vs_all_processes_cpu": together / ((after - before) / (last - first) / len(os.sched_getaffinity(0))),
     }
 
 
@@ -430,30 +453,42 @@ def isolated(name: str, *args: str) -> dict[str, float]:
     return json.loads(line.removeprefix("RESULT"))
 
 
+def decoding(latent: str, base: str) -> dict[str, float]:
+    figures = (
+        isolated("latent_decoding", latent) | isolated("plain_decoding", base) | isolated("torch_decoding", latent)
+    )
+    rate, cost = figures["latent_tokens_per_second"], flops_per_token(WIDE, latent=True)
+    flop_ratio = flops_per_token(WIDE, latent=False) / cost
+    figures["latent_vs_plain_per_flop"] = rate / figures["plain_tokens_per_second"] / flop_ratio
+    figures["latent_vs_hf_generate"] = rate / figures["torch_tokens_per_second"]
+    figures["latent_vs_hf_generate_rollouts"] = figures["torch_rollouts_seconds"] / figures["latent_rollouts_seconds"]
+    # There are as many tokens in the prompts, and reading one costs as much as writing one but for the LM head.
+    read = cost - 2 * WIDE.hidden_size * WIDE.vocab_size
+    figures["latent_decode_share_of_gemm_rate"] = rate * (cost + read) / figures["gemm_gflops_per_second"] / 1e9
+    return figures
+
+
+def learning(latent: str, base: str) -> dict[str, float]:
+    figures = isolated("latent_learning", latent) | isolated("token_learning", base)
+    figures["latent_vs_token_step_time"] = figures["latent_step_seconds"] / figures["token_step_seconds"]
+    figures["latent_vs_token_optimizer_bytes"] = figures["latent_optimizer_bytes"] / figures["token_optimizer_bytes"]
+    return figures
+
+
 def main() -> None:
-    figures: dict[str, float] = {}
+    wanted = sys.argv[1:] or ["decoding", "publishing", "learning", "orchestration", "overlap"]
+    file = RESULTS / "bench.json"
+    figures: dict[str, float] = json.loads(file.read_text())["figures"] if sys.argv[1:] and file.exists() else {}
     with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as latent:
         torch.manual_seed(0)
         LlamaForCausalLM(WIDE).save_pretrained(base)
         sizes = {"num_idm_layers": 1, "num_policy_layers": POLICY_LAYERS, "num_world_model_layers": WORLD_MODEL_LAYERS}
         CoLAForCausalLM.attach(base, **sizes).save_pretrained(latent)
-        figures |= isolated("latent_decoding", latent) | isolated("plain_decoding", base)
-        figures |= isolated("torch_decoding", latent) | isolated("publishing")
-        figures |= isolated("latent_learning", latent) | isolated("token_learning", base)
-    latent_rate = figures["latent_tokens_per_second"]
-    flop_ratio = flops_per_token(WIDE, latent=False) / flops_per_token(WIDE, latent=True)
-    figures["latent_vs_plain_per_flop"] = latent_rate / figures["plain_tokens_per_second"] / flop_ratio
-    figures["latent_vs_hf_generate"] = latent_rate / figures["torch_tokens_per_second"]
-    figures["latent_vs_hf_generate_rollouts"] = figures["torch_rollouts_seconds"] / figures["latent_rollouts_seconds"]
-    # Reading the prompts costs as much again as writing the answers: equally many tokens, but for the LM head.
-    flops = (
-        flops_per_token(WIDE, latent=True) + flops_per_token(WIDE, latent=True) - 2 * WIDE.hidden_size * WIDE.vocab_size
-    )
-    figures["latent_decode_share_of_gemm_rate"] = latent_rate * flops / figures["gemm_gflops_per_second"] / 1e9
-    figures["latent_vs_token_step_time"] = figures["latent_step_seconds"] / figures["token_step_seconds"]
-    figures["latent_vs_token_optimizer_bytes"] = figures["latent_optimizer_bytes"] / figures["token_optimizer_bytes"]
-    figures |= isolated("orchestration")
-    figures |= isolated("overlap")
+        for part in wanted:
+            if part in ("decoding", "learning"):
+                figures |= (decoding if part == "decoding" else learning)(latent, base)
+            else:
+                figures |= isolated(part)
     record("bench", figures, about="Hidden 512, 8 + 2 layers, vocabulary 32 000, float32, one thread a process.")
 
 
