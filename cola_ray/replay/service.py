@@ -41,8 +41,9 @@ class ReplayShard:
         self.rng = np.random.default_rng(seed)
         self.restored = self.buffer.restore(self.folder) if self.folder.exists() else 0
         self.failure = ""
-        held = self.buffer.column("position") if self.restored and "position" in self.buffer.schema.names else [-1]
-        self.last_position = int(np.max(held))
+        self.last_position = -1
+        if self.buffer.schema is not None and "position" in self.buffer.schema.names:
+            self.last_position = int(self.buffer.column("position").max())
         if snapshot_every_s:
             threading.Thread(target=self._save_now_and_then, args=(snapshot_every_s,), daemon=True).start()
 

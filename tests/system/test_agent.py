@@ -67,7 +67,7 @@ def test_ppo_learns_a_value_and_resumes(finished, tmp_path):
     run.finish()
     run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, *settings, "--rl.max-steps", "4", "--resume")
     run.finish()
-    explained = run.series("value/explained_variance")
-    assert explained[4] > explained[1], "the head has learnt something of the returns"
+    guessed = run.series("value/mean")
+    assert guessed[4] < guessed[1], "the head learns that questions cost something"
     assert max(run.series("policy/grad_norm").values()) > 0
     assert max(run.series("policy/rollout_mismatch_max").values()) < 1e-4
