@@ -373,8 +373,8 @@ def export(start_model: str, trained: dict[str, Tensor], target: Path) -> None:
 
 def _tensors(batch: Batch, start: int, stop: int, width: int, device: torch.device) -> dict[str, Tensor]:
     """A micro-batch on the device."""
-    names = ["input_ids", "attention_mask", "actions", "action_mask", "rollout_log_probs", "advantages"]
-    names += ["rewards", "discounts"]
+    names = ["input_ids", "attention_mask", "actions", "action_mask", "rollout_log_probs", "advantages", "rewards",
+             "discounts"]  # fmt: skip
     if batch.hidden_states is not None:
         names.append("hidden_states")
     # A copy: arrays from Ray's object store are read-only.

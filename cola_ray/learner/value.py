@@ -87,13 +87,8 @@ class ValueLearner:
             for piece in pieces:
                 error = (self.head(piece["hidden_states"]) - piece["returns"])[piece["action_mask"]]
                 (error.square().sum() / num_actions).backward()
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.head.parameters()]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            torch.distributed.all_reduce(flat)
-            for parameter, gradient in zip(
-                self.head.parameters(), flat.split([g.numel() for g in gradients]), strict=True
-            ):
-                parameter.grad = gradient.view_as(parameter)
+            for parameter in self.head.parameters():
+                torch.distributed.all_reduce(parameter.grad)
             nn.utils.clip_grad_norm_(self.head.parameters(), self.grad_clip)
             self.optimizer.step()
 
