@@ -1,6 +1,6 @@
 """Sample efficiency on Twenty Questions: ArCHer, CHAI, filtered cloning and PPO from one cloned start, several seeds.
 
-python benchmarks/agents.py --folder outputs/agents [--seeds 0 1 2] [--iterations 60] [--parallel 2]
+python benchmarks/agents.py --folder outputs/agents --model MODEL [--seeds 0 1 2] [--iterations 60] [--parallel 2]
 
 The paper's claim in shape (Zhou et al. 2024, figure 3): how many episodes until the mean return passes -16 and -15, and
 where each method ends. A method's curve is the mean return of the episodes that it plays while it learns, over the last
