@@ -10,6 +10,7 @@ Sizes are counted in tokens, problems or sequences; times end in ``_s``.
 import difflib
 import importlib
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -428,6 +429,7 @@ _AGENTS: dict[str, dict[str, Any]] = {
     "tiny": {
         "task.name": "twenty_questions",
         "task.num_problems": 4000,
+        "pretrain.steps": {"base": 400, "actions": 250, "policy": 100, "fta_idm": 50, "fta_policy": 50},
         "pretrain.sequence_length": 288,
         "pretrain.batch_size": 8,
         "pretrain.micro_batch_size": 4,
@@ -444,11 +446,26 @@ _AGENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str, agents: bool = False) -> Config:
-    """A complete tree by name, for problems with answers or for multi-turn agents; ConfigError for an unknown one."""
+# What a preset needs otherwise for one environment.
+_ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
+    # So many objects that a clone of this size begins where the ArCHer paper's does, at a return of about -17.
+    ("tiny", "twenty_questions"): {"task.options": {"objects": 39}},
+    # Long episodes: a few hundred demonstrations are as many tokens.
+    ("tiny", "textworld"): {"task.num_problems": 400},
+    ("tiny", "jericho"): {"task.num_problems": 400},
+}
+
+
+def preset(name: str, agents: bool = False, task: str = "") -> Config:
+    """A complete tree by name, for problems with answers or for multi-turn agents; ConfigError for an unknown one.
+
+    Args:
+        task: an environment's name, where it is not the preset's own: some have defaults of their own.
+    """
     if name not in _PRESETS:
         raise ConfigError(f"preset = {name!r}: unknown; choose one of {', '.join(_PRESETS)}")
-    return override(_PRESETS[name](), _AGENTS[name] if agents else {})
+    changes = _AGENTS[name] if agents else {}
+    return override(_PRESETS[name](), changes | _ENVIRONMENTS.get((name, task or changes.get("task.name", "")), {}))
 
 
 def _smollm2_weights() -> str:
@@ -493,19 +510,20 @@ def from_command_line(description: str, argv: Sequence[str] | None = None, agent
     import tyro
 
     args = list(sys.argv[1:] if argv is None else argv)
-    name = "tiny"
-    for index, arg in enumerate(args):
-        if arg == "--preset" and index + 1 < len(args):
-            name = args[index + 1]
-        elif arg.startswith("--preset="):
-            name = arg.removeprefix("--preset=")
     try:
-        config = tyro.cli(Config, args=args, default=preset(name, agents), description=description)
+        defaults = preset(_given(args, "--preset") or "tiny", agents, _given(args, "--task.name"))
+        config = tyro.cli(Config, args=args, default=defaults, description=description)
         config.check()
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     return config
+
+
+def _given(args: Sequence[str], flag: str) -> str:
+    """A flag's value on a command line; the last one counts."""
+    split = [piece for arg in args for piece in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
+    return next((value for name, value in reversed(list(itertools.pairwise(split))) if name == flag), "")
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

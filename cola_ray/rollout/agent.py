@@ -83,7 +83,7 @@ class AgentWorker(EngineWorker):
         """
         temperature = self.config.rollout.temperature
         requests = [self._request(ids, self._seed(_FRESH + draw, place), temperature) for place, ids in states]
-        completions = await self._complete(requests)
+        completions = await self.batch.complete(requests)
         return [
             (
                 Trajectory(
@@ -114,7 +114,7 @@ class AgentWorker(EngineWorker):
     async def _submit(self, requests: Sequence[Request]) -> list[Utterance]:
         return [
             Utterance(c.token_ids, c.actions, c.log_probs, c.versions, _as_float(c.hidden_states))
-            for c in await self._complete(requests)
+            for c in await self.batch.complete(requests)
         ]
 
     def _heads(self, judge: Weights | None) -> TwinHeads | None:

@@ -1,12 +1,12 @@
 """What runs in a rollout actor: an engine and a tokenizer, shared by all calls. Stateless but for weights and caches.
 
-    EngineWorker     update_weights, sleep, and one running batch that every call submits to
+    EngineWorker     update_weights, sleep, and the RunningBatch that every call joins
       RolloutWorker  generate_groups, evaluate: problems with verifiable answers
       AgentWorker    play_episodes, speak, evaluate: multi-turn environments (rollout/agent.py)
 
-    generate_groups ─┐                      ┌─> completions ─> RewardProcess ─> Groups
-    evaluate        ─┼─> engine.submit ─> _run: one step after the other, in a thread
-    update_weights  ─┘        gate: closed while an update waits for requests in flight (update_mode drain)
+    generate_groups ─┐                                          ┌─> completions ─> RewardProcess ─> Groups
+    evaluate        ─┼─> arrivals ─> all that have come join, then a step, in a thread; and again
+    update_weights  ─┘       gate: closed while an update waits for requests in flight (update_mode drain)
 
 Calls overlap: the actor is asyncio. A failed step is the error of every call that waits on it.
 """
@@ -27,6 +27,63 @@ from cola_ray.rollout.isolation import Reward, RewardProcess
 from cola_ray.tasks import make_task, render_prompt
 from cola_ray.tasks.protocol import Split
 from cola_ray.weights import Bucket, Offer
+
+
+class RunningBatch:
+    """One engine that many callers share: whoever comes joins the batch before its next step.
+
+    Args:
+        drain: weights are swapped when all requests in flight have ended; else between two steps.
+    """
+
+    def __init__(self, engine: LatentEngine, drain: bool) -> None:
+        self.engine, self.drain = engine, drain
+        self.gate = asyncio.Lock()  # held by a swap that drains, and by whoever joins, for a moment
+        self.between_steps = asyncio.Lock()
+        self.arrivals: list[tuple[Request, asyncio.Future[Completion]]] = []
+        self.waiting: dict[str, asyncio.Future[Completion]] = {}
+        self.runner: asyncio.Task | None = None
+        self.stepper = ThreadPoolExecutor(1)  # one thread for all steps: OpenMP keeps a team for every caller
+
+    async def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """They join in one go, so that who shares a batch with whom does not depend on timing."""
+        async with self.gate:
+            arrivals = [(request, asyncio.get_running_loop().create_future()) for request in requests]
+            self.arrivals += arrivals
+            if self.runner is None or self.runner.done():
+                self.runner = asyncio.create_task(self._run())
+        return await asyncio.gather(*(future for _, future in arrivals))
+
+    async def swap(self, load: Callable[[], None]) -> None:
+        """Run ``load`` while the engine rests."""
+        async with self.gate if self.drain else self.between_steps:
+            if self.drain and self.runner is not None:
+                await self.runner
+            await asyncio.get_running_loop().run_in_executor(self.stepper, load)
+
+    async def _run(self) -> None:
+        """Step until nothing is in flight and nobody waits to be."""
+        try:
+            while self.arrivals or self.engine.num_in_flight:
+                async with self.between_steps:
+                    self._admit()
+                    finished = await asyncio.get_running_loop().run_in_executor(self.stepper, self.engine.step)
+                for name, completion in finished.items():
+                    self.waiting.pop(name).set_result(completion)
+        except Exception as error:
+            futures = [*self.waiting.values(), *(future for _, future in self.arrivals)]
+            self.waiting, self.arrivals = {}, []
+            for future in futures:
+                future.set_exception(error)
+
+    def _admit(self) -> None:
+        """All arrivals: many episodes end a turn in one step, and the next step has all their next turns."""
+        arrivals, self.arrivals = self.arrivals, []
+        for request, future in arrivals:
+            try:
+                self.waiting[self.engine.submit(request)] = future
+            except Exception as error:  # refused: the others go on
+                future.set_exception(error)
 
 
 class EngineWorker:
@@ -51,11 +108,7 @@ class EngineWorker:
             keep_hidden_states=keep_hidden_states,
             enable_sleep_mode=config.cluster.colocated,
         )
-        self.gate = asyncio.Lock()  # held by whoever submits, and by an update that drains
-        self.waiting: dict[str, asyncio.Future[Completion]] = {}
-        self.runner: asyncio.Task | None = None
-        self.between_steps = asyncio.Lock()
-        self.stepper = ThreadPoolExecutor(1)  # one thread for all steps: OpenMP keeps a team for every caller
+        self.batch = RunningBatch(self.engine, drain=config.rl.update_mode == "drain")
 
     async def facts(self) -> dict[str, object]:
         """What the driver wants to know once: sizes and versions."""
@@ -68,19 +121,13 @@ class EngineWorker:
 
     async def update_weights(self, version: int, *buckets: Bucket) -> int:
         """Hold ``version`` on return. Mode drain lets requests in flight end first; continue swaps between steps."""
-        await self._swap(lambda: self.engine.update_weights(version, buckets))
+        await self.batch.swap(lambda: self.engine.update_weights(version, buckets))
         return version
 
     async def receive_weights(self, offer: Offer) -> int:
         """The same by broadcast, together with all other members of the offer's channel."""
-        await self._swap(lambda: self.engine.receive_weights(offer))
+        await self.batch.swap(lambda: self.engine.receive_weights(offer))
         return offer.version
-
-    async def _swap(self, load: Callable[[], None]) -> None:
-        async with self.gate if self.config.rl.update_mode == "drain" else self.between_steps:
-            if self.config.rl.update_mode == "drain" and self.runner is not None:
-                await self.runner
-            await asyncio.get_running_loop().run_in_executor(self.stepper, load)
 
     async def sleep(self) -> None:
         self.engine.sleep()
@@ -90,31 +137,6 @@ class EngineWorker:
 
     async def peak_memory_gb(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-    async def _complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Submitted in one go, so that who shares a batch with whom does not depend on timing."""
-        async with self.gate, self.between_steps:
-            futures = []
-            for request in requests:
-                future = asyncio.get_running_loop().create_future()
-                self.waiting[self.engine.submit(request)] = future
-                futures.append(future)
-            if self.runner is None or self.runner.done():
-                self.runner = asyncio.create_task(self._run())
-        return await asyncio.gather(*futures)
-
-    async def _run(self) -> None:
-        """Step until nothing is in flight."""
-        try:
-            while self.engine.num_in_flight:
-                async with self.between_steps:
-                    finished = await asyncio.get_running_loop().run_in_executor(self.stepper, self.engine.step)
-                for name, completion in finished.items():
-                    self.waiting.pop(name).set_result(completion)
-        except Exception as error:
-            failed, self.waiting = self.waiting, {}
-            for future in failed.values():
-                future.set_exception(error)
 
     def _seed(self, *place: int) -> int:
         """Of a request's draws: depends on the run's seed and ``place`` alone."""
@@ -161,7 +183,7 @@ class RolloutWorker(EngineWorker):
             for ticket, index in zip(tickets, indices, strict=True)
             for sibling in range(size)
         ]
-        completions = await self._complete(requests)
+        completions = await self.batch.complete(requests)
         owners = [index for index in indices for _ in range(size)]
         texts = self._texts(completions)
         rewards = await self._score("train", owners, texts)
@@ -178,7 +200,7 @@ class RolloutWorker(EngineWorker):
             Request(prompt[-rollout.max_prompt_tokens :], 0, 0.0, 0, rollout.max_new_tokens, actions)
             for prompt in prompts
         ]
-        completions = await self._complete(requests)
+        completions = await self.batch.complete(requests)
         return [reward.value for reward in await self._score("heldout", indices, self._texts(completions))]
 
     async def _score(self, split: Split, indices: Sequence[int], texts: Sequence[str]) -> list[Reward]:

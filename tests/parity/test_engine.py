@@ -3,6 +3,7 @@
 One engine serves all tests here: starting it takes longer than using it. float32 throughout.
 """
 
+import asyncio
 import copy
 
 import numpy as np
@@ -13,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 
 from cola_ray.model.action_columns import BASE_TOKENS, decode, sampling_args
 from cola_ray.rollout.engine import LatentEngine, Request
+from cola_ray.rollout.worker import RunningBatch
 from cola_ray.weights import WeightSender, WeightTransferError
 
 STOP = 7
@@ -193,6 +195,35 @@ def test_an_incomplete_update_changes_nothing(engine, cola):
         engine.update_weights(9, list(WeightSender().buckets(9, policy_tensors(cola)[:-1])))
     assert engine.version != 9
     assert_same(engine.generate([request])[0], reference(cola, request))
+
+
+def test_turns_of_many_episodes_share_steps(engine, monkeypatch):
+    """Eight episodes of three turns side by side take hardly more steps than one; a refused request fails alone."""
+    batch, steps, step = RunningBatch(engine, drain=True), [0], engine.step
+
+    def counted():
+        steps[0] += 1
+        return step()
+
+    monkeypatch.setattr(engine, "step", counted)
+
+    async def episode(number):
+        ids = list(range(20, 30 + number))
+        for turn in range(3):
+            (said,) = await batch.complete([Request(ids, 8 * number + turn, 1.0, 0, 5)])
+            ids += said.token_ids.tolist()
+        return ids
+
+    async def all_of_them():
+        refused = batch.complete([Request([20] * 4096, 0, 1.0, 0, 5)])
+        *played, failure = await asyncio.gather(*(episode(n) for n in range(8)), refused, return_exceptions=True)
+        assert isinstance(failure, VLLMValidationError)
+        return played
+
+    together = asyncio.run(all_of_them())
+    assert steps[0] < 2 * 3 * 5, "by turns they would take 8 x 3 x 5"
+    batch = RunningBatch(engine, drain=True)
+    assert asyncio.run(episode(3)) == together[3]
 
 
 def test_siblings_of_n_draw_their_own_actions(engine):
