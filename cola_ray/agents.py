@@ -122,6 +122,8 @@ class AgentController(Controller):
         }
         if self.config.rl.algorithm == "chai" or target < self.config.critic.warmup_iterations:
             advantages = np.zeros_like(advantages)
+        else:
+            advantages = advantages - advantages.mean()  # 0 in truth; what the critics leave is their error
         return self._batches(trajectories, advantages.tolist(), target), metrics | await self._replay_size()
 
     async def _filtered_bc(self, target: int) -> tuple[list[Batch], Metrics]:

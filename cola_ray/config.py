@@ -448,8 +448,8 @@ _AGENTS: dict[str, dict[str, Any]] = {
 
 # What a preset needs otherwise for one environment.
 _ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
-    # So many objects that a clone of this size begins where the ArCHer paper's does, at a return of about -17.
-    ("tiny", "twenty_questions"): {"task.options": {"objects": 39}},
+    # As many objects as let a clone of this size begin where the ArCHer paper's does, at a return of about -17.
+    ("tiny", "twenty_questions"): {"task.options": {"objects": 20}},
     # Long episodes: a few hundred demonstrations are as many tokens.
     ("tiny", "textworld"): {"task.num_problems": 400},
     ("tiny", "jericho"): {"task.num_problems": 400},
@@ -642,6 +642,8 @@ def _check_critic(config: Config) -> list[str]:
 
 
 def _check_kind(config: Config) -> list[str]:
+    if config.rl.cache_hidden_states and is_environment(config.task.name):
+        return ["rl.cache_hidden_states = True: turns do not bring their states to the learner; leave it out"]
     if config.rl.algorithm not in OF_TURNS or is_environment(config.task.name):
         return []
     return [

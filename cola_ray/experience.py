@@ -88,7 +88,7 @@ class Turn:
     reward: float
     observation_ids: Array  # (O,) int64, what the environment answered
     state_features: Array | None = None  # (H,), e at the state's last token, if the engine sends it
-    utterance_features: Array | None = None  # (H,), e at the utterance's last token that was read
+    utterance_features: Array | None = None  # (H,), mean of e over the utterance
 
 
 @dataclass(frozen=True)

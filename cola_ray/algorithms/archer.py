@@ -32,6 +32,11 @@ class TwinHeads(nn.Module):
         """(B, H) -> (2, B)."""
         return torch.stack([head(self.norm(states))[:, 0] for head in self.v])
 
+    def start_at(self, level: Tensor) -> None:
+        """Let every head begin at about ``level``: from 0, a value of -18 is a thousand small steps away."""
+        for head in (*self.q, *self.v):
+            nn.init.constant_(head[-1].bias, float(level))
+
 
 def _mlp(inputs: int, width: int) -> nn.Sequential:
     return nn.Sequential(
@@ -49,6 +54,14 @@ def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
     Example: reward -1, not terminated, values [-4, -6], gamma 0.5 -> [-3, -4].
     """
     return rewards + gamma * (1.0 - terminated.float()) * next_values
+
+
+def typical_value(rewards: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """``mean(r) / (1 - gamma (1 - mean(terminated)))``: what every state is worth if all turns are alike.
+
+    Example: rewards -1, nothing terminated, gamma 0.95 -> -20.
+    """
+    return rewards.mean() / (1.0 - gamma * (1.0 - terminated.float().mean()))
 
 
 def twin_squared_error(values: Tensor, goals: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """The utterance critic: twin Q and V heads over features of states and utterances, its optimizer and its targets.
 
-    features   e of the frozen base at the last token, sent along by the engine       (hidden_size,)
+    features   the frozen base's e: s at its last token, u as the mean over its tokens (hidden_size,)
                or a Hugging Face encoder of the last 512 tokens' text, trained along  (the encoder's hidden size)
     heads      Q_i([h(s); h(u)]), V_i(h(s)): two hidden ReLU layers of the features' width, i = 1, 2
 
@@ -22,6 +22,7 @@ from cola_ray.algorithms.archer import (
     polyak_,
     q_targets,
     twin_squared_error,
+    typical_value,
     utterance_advantages,
 )
 
@@ -46,6 +47,9 @@ class EncodedTwins(nn.Module):
 
     def values(self, states: Inputs) -> Tensor:
         return self.heads.values(self._pooled(states))
+
+    def start_at(self, level: Tensor) -> None:
+        self.heads.start_at(level)
 
     def _pooled(self, texts: Any) -> Tensor:
         output = self.encoder(**texts)
@@ -123,6 +127,14 @@ class Critic:
             "critic/v": v.mean().item(),
             "critic/grad_norm": float(grad_norm),
         }
+
+    def start_at(self, batch: CriticBatch) -> None:
+        """Before the first step: all values as if every turn were like the average one of ``batch``."""
+        level = typical_value(batch.rewards, batch.terminated, self.gamma)
+        if self.average is not None:
+            self.average(level)
+        self.online.start_at(level)
+        self.target.start_at(level)
 
     def _average_gradients(self, average: Callable[[Tensor], None]) -> None:
         parameters = [p for p in self.online.parameters() if p.grad is not None]

@@ -92,6 +92,8 @@ class CriticService:
                 coming = asyncio.create_task(self._draw(share))
             some = fresh.take(pa.array(self.rng.integers(0, len(fresh), share)))
             batch = await asyncio.to_thread(critic_batch, self.read, draw.rows, some, draw.weights)
+            if not self.critic.steps:
+                await asyncio.to_thread(self.critic.start_at, batch)
             metrics.append(await asyncio.to_thread(self.critic.step, batch))
             if draw.places:
                 await self.shards.set_priorities(draw, await asyncio.to_thread(self.critic.td_errors, batch))

@@ -75,23 +75,22 @@ class AgentWorker(EngineWorker):
         return await asyncio.gather(*(one(_HELD_OUT + index) for index in indices))
 
     async def speak(self, states: Sequence[tuple[int, Sequence[int]]], draw: int) -> list[tuple[Trajectory, Array]]:
-        """A sampled utterance in each state, and e at its last token that was read, (H,) float32.
+        """A sampled utterance in each state, and its features, (H,) float32.
 
         Args:
             states: (place, ids) each.
             draw: number of this call in the run; with a state's place it seeds the draws.
         """
         temperature = self.config.rollout.temperature
-        requests = [self._request(ids, self._seed(_FRESH + draw, place), temperature) for place, ids in states]
-        completions = await self.batch.complete(requests)
+        spoken = await self._submit(
+            [self._request(ids, self._seed(_FRESH + draw, place), temperature) for place, ids in states]
+        )
         return [
             (
-                Trajectory(
-                    np.asarray(ids, np.int64), c.token_ids, c.actions, c.log_probs, c.versions, 0.0, c.truncated, ""
-                ),
-                _as_float(c.hidden_states)[-1],
+                Trajectory(np.asarray(ids, np.int64), u.token_ids, u.actions, u.log_probs, u.versions, 0.0, False, ""),
+                u.features()[1],
             )
-            for (_, ids), c in zip(states, completions, strict=True)
+            for (_, ids), u in zip(states, spoken, strict=True)
         ]
 
     async def _say(self, ids: Sequence[int], place: tuple[int, int], judge: TwinHeads | None) -> Utterance:
@@ -102,9 +101,8 @@ class AgentWorker(EngineWorker):
         if judge is None:
             return spoken[0]
         with torch.no_grad():
-            read = [one.hidden_states for one in spoken if one.hidden_states is not None]
-            states = torch.tensor(read[0][len(ids) - 1]).expand(count, -1)
-            utterances = torch.tensor(np.stack([states_of[-1] for states_of in read]))
+            features = [one.features() for one in spoken]
+            states, utterances = (torch.tensor(np.stack(part)) for part in zip(*features, strict=True))
             return spoken[int(judge.q_values(states, utterances).min(0).values.argmax())]
 
     async def _look(self, ids: Sequence[int], _: int) -> Utterance:

@@ -34,6 +34,18 @@ class Utterance:
     versions: Array  # (L,)
     hidden_states: Array | None  # (P + L - 1, H) float32, e at all but the last token
 
+    def features(self) -> tuple[Array, Array]:
+        """What a critic reads, (H,) each: e at the state's last token, and the mean of e over the utterance.
+
+        Not e at the utterance's last token: there the base only has to know that the sentence ends, and of what was
+        said less is left.
+        """
+        assert self.hidden_states is not None, "the engine was asked to keep them"
+        start = len(self.hidden_states) - len(self.token_ids)
+        state = self.hidden_states[start]
+        said = self.hidden_states[start + 1 :]
+        return state, said.mean(0) if len(said) else state
+
 
 Speak = Callable[[Sequence[int], int], Awaitable[Utterance]]
 """(ids of the state, number of the turn) -> an utterance."""
@@ -110,13 +122,12 @@ class _Record:
         # The last utterance has neither reward nor answer where the environment failed at it.
         answers = [*self.segments[2::2], []]
         for (state, said), reward, answer in zip(self.said, [*self.rewards, 0.0], answers, strict=False):
-            states = said.hidden_states
-            features = (None, None) if states is None else (states[len(state) - 1], states[-1])
+            features = (None, None) if said.hidden_states is None else said.features()
             turns.append(
                 Turn(
                     np.asarray(state, np.int64), said.token_ids, said.actions, said.log_probs, said.versions, reward,
                     np.asarray(answer, np.int64), *features,
                 )
             )  # fmt: skip
-        last = None if final is None or final.hidden_states is None else final.hidden_states[len(self.state()) - 1]
+        last = None if final is None or final.hidden_states is None else final.features()[0]
         return Episode(self.position, tuple(turns), terminated, "".join(self.words), last, failure)

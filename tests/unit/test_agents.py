@@ -40,7 +40,7 @@ class Worker:
         one = np.ones(2, np.int64)
         return [
             (Trajectory(np.asarray(ids), one, one, -np.ones(2, np.float32), one * self.version, 0.0, False, ""),
-             np.full(WIDTH, float(place), np.float32))
+             np.random.default_rng(place).normal(size=WIDTH).astype(np.float32))
             for place, ids in states
         ]  # fmt: skip
 

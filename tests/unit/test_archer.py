@@ -11,6 +11,7 @@ from cola_ray.algorithms.archer import (
     q_targets,
     soft_value,
     twin_squared_error,
+    typical_value,
     utterance_advantages,
 )
 from cola_ray.replay.critic import Critic, CriticBatch
@@ -185,6 +186,17 @@ def test_a_poisoned_reward_is_told_and_changes_nothing():
     with pytest.raises(RuntimeError, match="critic's loss is nan at its step 0"):
         critic.step(CriticBatch(x, x, x, torch.tensor([0.0, float("nan"), 0, 0]), ended, x, x))
     assert all(torch.equal(tensor, before[name]) for name, tensor in critic.online.state_dict().items())
+
+
+def test_values_start_where_the_average_turn_leads():
+    """Half of the turns end with 0, the others go on for -1: v = -1/2 + 0.9 * v / 2, so v = -0.5 / 0.55."""
+    rewards, ended = torch.tensor([-1.0, 0.0]), torch.tensor([False, True])
+    assert typical_value(rewards, ended, 0.9) == pytest.approx(-0.5 / 0.55)
+    critic = Critic(TwinHeads(8), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
+    x = torch.randn(2, 8)
+    critic.start_at(CriticBatch(x, x, x, rewards, ended, x, x))
+    for heads in (critic.online, critic.target):
+        assert (heads.values(x) + 0.909).abs().max() < 0.5
 
 
 def test_heads_have_the_papers_shape():

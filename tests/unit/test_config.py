@@ -97,6 +97,16 @@ def test_a_task_of_ones_own_must_be_importable():
     assert refusal({"task.name": "json:Task"}) == "task.name = 'json:Task': json has no Task"
 
 
+def test_an_environment_brings_defaults_that_others_do_not_inherit():
+    def options(*argv):
+        return from_command_line("", argv, agents=True).task.options
+
+    assert options() == options("--preset", "tiny", "--task.name=twenty_questions") == {"objects": 20}
+    assert options("--task.name", "guess_city") == {}
+    assert options("--task.options", "skill", "0.5") == {"skill": 0.5}
+    assert refusal({"task.name": "guess_city", "rl.cache_hidden_states": True}).startswith("rl.cache_hidden_states")
+
+
 def test_colocation_needs_gpus_and_turns():
     lines = refusal({"cluster.colocated": True, "rl.max_staleness": 1}).splitlines()
     assert [line.split(" = ")[0] for line in lines] == ["rl.max_staleness", "cluster.colocated"]

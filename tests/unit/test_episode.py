@@ -2,13 +2,12 @@
 
 import asyncio
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cola_ray.experience import collate
-from cola_ray.rollout.episode import Table, play
+from cola_ray.rollout.episode import Table, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.tasks.guessing import TwentyQuestions, article
 
@@ -48,7 +47,7 @@ def speaker(lines, heard=None):
         token_ids = np.array([*encode(text), END])
         size = len(token_ids)
         states = np.arange(len(ids) + size - 1, dtype=np.float32)[:, None]
-        return SimpleNamespace(
+        return Utterance(
             token_ids=token_ids, actions=np.arange(size) + 1, log_probs=-np.arange(size, dtype=np.float32),
             versions=np.full(size, turn), hidden_states=states,
         )  # fmt: skip
@@ -77,10 +76,11 @@ def test_a_won_episode(table):
     first, second = episode.turns
     assert decode(first.token_ids) == "Is it alive?"
     assert first.token_ids[-1] == END, "the stop token belongs to the utterance: its action is trained as well"
-    said = len(first.state_ids) + len(first.token_ids)
+    before, length = len(first.state_ids), len(first.token_ids)
+    said = before + length
     assert decode(second.state_ids[said:]) == f"{alive}\n"
-    # Features are those of the last token before the utterance, and of the last one read within it.
-    assert (first.state_features, first.utterance_features) == (len(first.state_ids) - 1, said - 2)
+    # Features are those of the last token before the utterance, and the mean of those read within it.
+    assert (first.state_features, first.utterance_features) == (before - 1, before + (length - 2) / 2)
 
 
 def test_only_the_policys_own_actions_are_trained_on(table):
