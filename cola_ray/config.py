@@ -512,7 +512,11 @@ def from_command_line(description: str, argv: Sequence[str] | None = None, agent
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         defaults = preset(_given(args, "--preset") or "tiny", agents, _given(args, "--task.name"))
-        config = tyro.cli(Config, args=args, default=defaults, description=description)
+        # tyro makes a flag of each key that a dictionary has: hand over none, so that any option can be given.
+        unset = override(defaults, {"task.options": {}})
+        config = tyro.cli(Config, args=args, default=unset, description=description)
+        if not config.task.options:
+            config = override(config, {"task.options": defaults.task.options})
         config.check()
     except ConfigError as error:
         print(error, file=sys.stderr)
