@@ -78,3 +78,14 @@ def generalised_advantages(
         next_values = torch.where(here, values[:, t], next_values)
         out[:, t] = torch.where(here, running, torch.zeros_like(running))
     return out
+
+
+def typical_value(rewards: Tensor, discounts: Tensor) -> Tensor:
+    """``mean(r) / (1 - mean(g))``: what every state is worth if all steps are alike; where a value head may begin.
+
+    Args:
+        rewards, discounts: of any one shape; a discount is 0 where the episode ends.
+
+    Example: rewards -1, discounts 0.95 -> -20.
+    """
+    return rewards.mean() / (1.0 - discounts.mean()).clamp_min(1e-3)

@@ -56,14 +56,6 @@ def q_targets(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
     return rewards + gamma * (1.0 - terminated.float()) * next_values
 
 
-def typical_value(rewards: Tensor, terminated: Tensor, gamma: float) -> Tensor:
-    """``mean(r) / (1 - gamma (1 - mean(terminated)))``: what every state is worth if all turns are alike.
-
-    Example: rewards -1, nothing terminated, gamma 0.95 -> -20.
-    """
-    return rewards.mean() / (1.0 - gamma * (1.0 - terminated.float().mean()))
-
-
 def twin_squared_error(values: Tensor, goals: Tensor, weights: Tensor | None = None) -> Tensor:
     """``sum_i mean_b w_b (value_ib - goal_ib)^2`` (eqs. 1 and 2): the loss of Q, and with fresh utterances of V.
 

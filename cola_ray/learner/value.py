@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_ray.algorithms.advantages import generalised_advantages
+from cola_ray.algorithms.advantages import generalised_advantages, typical_value
 
 
 class ValueHead(nn.Module):
@@ -59,6 +59,8 @@ class ValueLearner:
         Returns:
             metric sums over actions: values, returns, their squares, and squared errors of values.
         """
+        if not self.optimizer.state:
+            self._start(pieces)
         sums = {name: torch.zeros((), device=next(self.head.parameters()).device) for name in _METRICS}
         for piece in pieces:
             values, mask = self.head(piece["hidden_states"]), piece["action_mask"]
@@ -80,6 +82,16 @@ class ValueLearner:
                 piece["advantages"] = ((piece["advantages"] - mean) / deviation) * piece["action_mask"]
         return sums
 
+    @torch.no_grad()
+    def _start(self, pieces: Sequence[dict[str, Tensor]]) -> None:
+        """Before the first step: every value as if all actions were like the average one of the global batch."""
+        columns = [torch.cat([piece[name][piece["action_mask"]] for piece in pieces]) for name in _OF_ACTIONS]
+        gathered = [torch.stack([column.sum(), torch.full_like(column.sum(), len(column))]) for column in columns]
+        for sums in gathered:
+            torch.distributed.all_reduce(sums)
+        level = typical_value(*(total / count for total, count in gathered))
+        nn.init.constant_(self.head.layers[-1].get_parameter("bias"), float(level))
+
     def fit(self, pieces: Sequence[dict[str, Tensor]], num_actions: int) -> None:
         """``steps`` gradient steps on ``mean (V - returns)^2``; all ranks call."""
         for _ in range(self.steps):
@@ -100,4 +112,5 @@ class ValueLearner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+_OF_ACTIONS = ("rewards", "discounts")
 _METRICS = ("value/mean", "value/returns", "value/returns_square", "value/error")

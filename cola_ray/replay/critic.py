@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cola_ray.algorithms.advantages import typical_value
 from cola_ray.algorithms.archer import (
     TwinHeads,
     expectile_loss,
     polyak_,
     q_targets,
     twin_squared_error,
-    typical_value,
     utterance_advantages,
 )
 
@@ -130,7 +130,7 @@ class Critic:
 
     def start_at(self, batch: CriticBatch) -> None:
         """Before the first step: all values as if every turn were like the average one of ``batch``."""
-        level = typical_value(batch.rewards, batch.terminated, self.gamma)
+        level = typical_value(batch.rewards, self.gamma * (1.0 - batch.terminated.float()))
         if self.average is not None:
             self.average(level)
         self.online.start_at(level)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cola_ray.algorithms.advantages import typical_value
 from cola_ray.algorithms.archer import (
     TwinHeads,
     expectile_loss,
@@ -11,7 +12,6 @@ from cola_ray.algorithms.archer import (
     q_targets,
     soft_value,
     twin_squared_error,
-    typical_value,
     utterance_advantages,
 )
 from cola_ray.replay.critic import Critic, CriticBatch
@@ -191,7 +191,7 @@ def test_a_poisoned_reward_is_told_and_changes_nothing():
 def test_values_start_where_the_average_turn_leads():
     """Half of the turns end with 0, the others go on for -1: v = -1/2 + 0.9 * v / 2, so v = -0.5 / 0.55."""
     rewards, ended = torch.tensor([-1.0, 0.0]), torch.tensor([False, True])
-    assert typical_value(rewards, ended, 0.9) == pytest.approx(-0.5 / 0.55)
+    assert typical_value(rewards, 0.9 * (~ended).float()) == pytest.approx(-0.5 / 0.55)
     critic = Critic(TwinHeads(8), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
     x = torch.randn(2, 8)
     critic.start_at(CriticBatch(x, x, x, rewards, ended, x, x))
