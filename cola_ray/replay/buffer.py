@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 Array = np.ndarray
 _FULL = 512 << 20  # bytes of a chunk that is not merged any further: Arrow's offsets have 31 bits
-_OPEN_CHUNKS = 4  # chunks beside the full ones: each costs a sample one take, fewer cost appends more copying
+_OPEN_CHUNKS = 2  # chunks beside the full ones: each costs a sample one take, fewer cost appends more copying
 _BLOCK = 128  # rows whose priorities are summed together
 
 
