@@ -42,6 +42,8 @@ class CriticClient(Protocol):
 
     async def fit(self, fresh: pa.Table) -> Metrics: ...
 
+    async def assess(self, rows: pa.Table) -> Metrics: ...
+
     async def advantages(self, fresh: pa.Table) -> Array: ...
 
     async def judge(self) -> dict[str, Array]:
@@ -79,6 +81,8 @@ class AgentController(Controller):
             return self._whole_episodes(episodes, target), metrics
         for shard, rows in await self.shards.came_back():
             self._say(f"replay shard {shard} was started again and has the {rows} turns of its last snapshot")
+        if self.critic_fitted:
+            metrics |= await self.critic.assess(as_rows(episodes, self.facts["feature_width"]))
         await self._keep(episodes)
         batches, more = await self.steps[algorithm](target)
         return batches, metrics | more

@@ -160,6 +160,16 @@ class Critic:
         return utterance_advantages(self.online.q_values(states, utterances), self.online.values(states)).numpy()
 
     @torch.no_grad()
+    def foretold(self, batch: CriticBatch) -> tuple[Array, Array]:
+        """Advantages of replayed utterances and V's temporal-difference errors after them, (B,) each.
+
+        ``r + gamma (1 - terminated) V(s') - V(s)`` with V the mean of the online twins: what an advantage foretells.
+        """
+        v, after = (self.online.values(states).mean(0) for states in (batch.states, batch.next_states))
+        errors = batch.rewards + self.gamma * (1.0 - batch.terminated.float()) * after - v
+        return self.advantages(batch.states, batch.utterances), errors.numpy()
+
+    @torch.no_grad()
     def td_errors(self, batch: CriticBatch) -> Array:
         """``|Q_i - target|``, mean over the twins: priorities of the replayed rows, (B,)."""
         q = self.online.q_values(batch.states, batch.utterances)

@@ -132,6 +132,9 @@ def test_archer_fills_replay_fits_the_critic_and_weighs_fresh_utterances(tmp_pat
     assert metrics[STEPS]["eval/return"] == -1.0
     assert metrics[3]["replay/rows"] == 3 * turns / STEPS
     assert {"critic/td_error", "critic/advantage_std", "agent/episodes", "time/fresh"} <= metrics[2].keys()
+    assert "critic/foresight" not in metrics[1], "nothing was fitted before the first step"
+    assert np.isfinite(metrics[2]["critic/foresight"])
+    assert -1 <= metrics[2]["critic/foresight_correlation"] <= 1
 
 
 def test_chai_leaves_the_policy_and_hands_the_critic_to_the_players(tmp_path):

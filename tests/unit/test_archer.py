@@ -178,6 +178,17 @@ def test_network_heads_learn_and_states_resume():
     assert critic.advantages(states, utterances).shape == (64,)
 
 
+def test_what_an_advantage_foretells_by_hand():
+    """gamma 0.9, tables at zero but V(s0) = 2 and Q(s0, GO) = 5: going on to s1 for -1 errs by -1 + 0 - 2 = -3."""
+    critic, everything = table_critic(), every_transition(np.random.default_rng(0))
+    with torch.no_grad():
+        critic.online.v_table[:, 0], critic.online.q_table[:, 0, GO] = 2.0, 5.0
+    advantages, errors = critic.foretold(everything)
+    assert (advantages[GO], errors[GO]) == pytest.approx((5 - 2, -3))
+    assert errors[STAY] == pytest.approx(-1 + 0.9 * 2 - 2)
+    assert errors[-1] == 5.0, "the last one ends the episode"
+
+
 def test_a_poisoned_reward_is_told_and_changes_nothing():
     critic = Critic(TwinHeads(8), gamma=0.95, tau=0.1, lr=1e-3, grad_clip=1.0)
     before = {name: tensor.clone() for name, tensor in critic.online.state_dict().items()}
