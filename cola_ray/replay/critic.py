@@ -128,9 +128,9 @@ class Critic:
             "critic/grad_norm": float(grad_norm),
         }
 
-    def start_at(self, batch: CriticBatch) -> None:
-        """Before the first step: all values as if every turn were like the average one of ``batch``."""
-        level = typical_value(batch.rewards, self.gamma * (1.0 - batch.terminated.float()))
+    def start_from(self, rewards: Tensor, terminated: Tensor) -> None:
+        """Before the first step: all values as if every turn were like the average of these, (N,) each."""
+        level = typical_value(rewards, self.gamma * (1.0 - terminated.float()))
         if self.average is not None:
             self.average(level)
         self.online.start_at(level)

@@ -33,6 +33,7 @@ from cola_ray.weights import Channel, join
 
 Array = np.ndarray
 Metrics = dict[str, float]
+_TYPICAL_ROWS = 4096  # enough to know how often a turn ends an episode
 
 
 class ReplicaLostError(RuntimeError):
@@ -84,6 +85,10 @@ class CriticService:
 
     async def fit(self, fresh: pa.Table) -> Metrics:
         """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made."""
+        if not self.critic.steps:
+            rows = await self.shards.sample(_TYPICAL_ROWS)
+            columns = (torch.tensor(rows[name].to_numpy()) for name in ("reward", "terminated"))
+            await asyncio.to_thread(self.critic.start_from, *columns)
         metrics = list[Metrics]()
         share = -(-self.config.batch_size // self.size)
         coming = asyncio.create_task(self._draw(share))
@@ -93,8 +98,6 @@ class CriticService:
                 coming = asyncio.create_task(self._draw(share))
             some = fresh.take(pa.array(self.rng.integers(0, len(fresh), share)))
             batch = await asyncio.to_thread(critic_batch, self.read, draw.rows, some, draw.weights)
-            if not self.critic.steps:
-                await asyncio.to_thread(self.critic.start_at, batch)
             metrics.append(await asyncio.to_thread(self.critic.step, batch))
             if draw.places:
                 await self.shards.set_priorities(draw, await asyncio.to_thread(self.critic.td_errors, batch))

@@ -205,7 +205,7 @@ def test_values_start_where_the_average_turn_leads():
     assert typical_value(rewards, 0.9 * (~ended).float()) == pytest.approx(-0.5 / 0.55)
     critic = Critic(TwinHeads(8), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
     x = torch.randn(2, 8)
-    critic.start_at(CriticBatch(x, x, x, rewards, ended, x, x))
+    critic.start_from(rewards, ended)
     for heads in (critic.online, critic.target):
         assert (heads.values(x) + 0.909).abs().max() < 0.5
 
