@@ -81,9 +81,10 @@ class AgentController(Controller):
             return self._whole_episodes(episodes, target), metrics
         for shard, rows in await self.shards.came_back():
             self._say(f"replay shard {shard} was started again and has the {rows} turns of its last snapshot")
+        tables = self._rows_by_shard(episodes)
         if self.critic_fitted:
-            metrics |= await self.critic.assess(as_rows(episodes, self.facts["feature_width"]))
-        await self._keep(episodes)
+            metrics |= await self.critic.assess(pa.concat_tables(tables.values()))
+        await asyncio.gather(*(self.shards.insert(shard, rows) for shard, rows in tables.items()))
         batches, more = await self.steps[algorithm](target)
         return batches, metrics | more
 
@@ -165,13 +166,12 @@ class AgentController(Controller):
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    async def _keep(self, episodes: Sequence[Episode]) -> None:
-        """Into replay, one insert a shard."""
+    def _rows_by_shard(self, episodes: Sequence[Episode]) -> dict[int, pa.Table]:
+        """One insert for each shard that gets any."""
         homes: dict[int, list[Episode]] = {}
         for episode in episodes:
             homes.setdefault(self.shards.shard_of(str(episode.position)), []).append(episode)
-        width = self.facts["feature_width"]
-        await asyncio.gather(*(self.shards.insert(shard, as_rows(some, width)) for shard, some in homes.items()))
+        return {shard: as_rows(some, self.facts["feature_width"]) for shard, some in homes.items()}
 
     async def _speak(self, rows: pa.Table, draw: int) -> tuple[list[Trajectory], pa.Table]:
         """A fresh utterance for each row's state, in order of the rows; and both as rows for the critic."""

@@ -7,10 +7,10 @@
 Sizes are counted in tokens, problems or sequences; times end in ``_s``.
 """
 
+import argparse
 import difflib
 import importlib
 import importlib.util
-import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -529,9 +529,10 @@ def from_command_line(description: str, argv: Sequence[str] | None = None, agent
 
 
 def _given(args: Sequence[str], flag: str) -> str:
-    """A flag's value on a command line; the last one counts."""
-    split = [piece for arg in args for piece in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
-    return next((value for name, value in reversed(list(itertools.pairwise(split))) if name == flag), "")
+    """A flag's value on a command line, which tyro will read again, and refuse where the value is missing."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value", nargs="?")
+    return parser.parse_known_args(args)[0].value or ""
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class ValueLearner:
             metric sums over actions: values, returns, their squares, and squared errors of values.
         """
         if not self.optimizer.state:
-            self._start(pieces)
+            self._start(pieces, num_actions)
         sums = {name: torch.zeros((), device=next(self.head.parameters()).device) for name in _METRICS}
         for piece in pieces:
             values, mask = self.head(piece["hidden_states"]), piece["action_mask"]
@@ -83,13 +83,14 @@ class ValueLearner:
         return sums
 
     @torch.no_grad()
-    def _start(self, pieces: Sequence[dict[str, Tensor]]) -> None:
+    def _start(self, pieces: Sequence[dict[str, Tensor]], num_actions: int) -> None:
         """Before the first step: every value as if all actions were like the average one of the global batch."""
-        columns = [torch.cat([piece[name][piece["action_mask"]] for piece in pieces]) for name in _OF_ACTIONS]
-        gathered = [torch.stack([column.sum(), torch.full_like(column.sum(), len(column))]) for column in columns]
-        for sums in gathered:
-            torch.distributed.all_reduce(sums)
-        level = typical_value(*(total / count for total, count in gathered))
+        columns = [
+            torch.cat([piece[name][piece["action_mask"]] for piece in pieces]) for name in ("rewards", "discounts")
+        ]
+        sums = torch.stack([column.sum() for column in columns])
+        torch.distributed.all_reduce(sums)
+        level = typical_value(*(sums / num_actions))
         nn.init.constant_(self.head.layers[-1].get_parameter("bias"), float(level))
 
     def fit(self, pieces: Sequence[dict[str, Tensor]], num_actions: int) -> None:
@@ -112,5 +113,4 @@ class ValueLearner:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-_OF_ACTIONS = ("rewards", "discounts")
 _METRICS = ("value/mean", "value/returns", "value/returns_square", "value/error")

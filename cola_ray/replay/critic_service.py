@@ -4,8 +4,8 @@ CriticReplicas.fit(fresh) ──> each replica: its share of a batch from replay
      │  ^                                        all-reduce: the same step on all <────────┘
      │  └── a replica is lost: the others' step fails at once; Ray starts it again,
      v      the first one's last save goes to all, and the fit is made again
-CriticReplicas.assess(new rows)  ──> before they are replayed: do advantages foretell what they brought?
-CriticReplicas.advantages(fresh) ──> each replica: a slice
+CriticReplicas.advantages(fresh) ──> each replica: a share
+CriticReplicas.assess(new rows)  ──> likewise, before they are replayed: do advantages foretell what they brought?
 """
 
 import asyncio
@@ -112,34 +112,22 @@ class CriticService:
         return Draw(await self.shards.sample(count))
 
     async def advantages(self, fresh: pa.Table) -> Array:
-        """Of each fresh utterance, in batches."""
+        """Of each fresh utterance."""
+        return np.concatenate(await self._in_batches(self._advantages, fresh))
+
+    async def foretold(self, rows: pa.Table) -> Array:
+        """Advantages of played utterances and V's errors after them, (2, rows)."""
+        return np.concatenate(await self._in_batches(self._foretold, rows), axis=1)
+
+    async def _in_batches(self, of: Callable[[pa.Table], Array], rows: pa.Table) -> list[Array]:
         size = self.config.batch_size
-        batches = [fresh.slice(start, size) for start in range(0, len(fresh), size)]
-        return np.concatenate([await asyncio.to_thread(self._advantages, batch) for batch in batches])
-
-    async def assess(self, rows: pa.Table) -> Metrics:
-        """How well advantages foretell what rows brought that no step has seen yet.
-
-        ``critic/foresight`` is the slope of V's temporal-difference errors over advantages: 1 where an advantage of 1
-        is followed by an error of 1, 0 where it says nothing, below 0 where it misleads. Beside it their correlation.
-        """
-        advantages, errors = await asyncio.to_thread(self._foretold, rows)
-        centred = advantages - advantages.mean()
-        spread = max(float(centred.std() * errors.std()), 1e-12)
-        return {
-            "critic/foresight": float(centred @ errors / max(centred @ centred, 1e-12)),
-            "critic/foresight_correlation": float((centred * errors).mean()) / spread,
-        }
-
-    def _foretold(self, rows: pa.Table) -> tuple[Array, Array]:
-        size = self.config.batch_size
-        slices = [rows.slice(start, size) for start in range(0, len(rows), size)]
-        pairs = [self.critic.foretold(critic_batch(self.read, piece, piece[:1])) for piece in slices]
-        advantages, errors = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        return advantages, errors
+        return [await asyncio.to_thread(of, rows.slice(start, size)) for start in range(0, len(rows), size)]
 
     def _advantages(self, rows: pa.Table) -> Array:
         return self.critic.advantages(self.read(rows, "state"), self.read(rows, "utterance"))
+
+    def _foretold(self, rows: pa.Table) -> Array:
+        return np.stack(self.critic.foretold(critic_batch(self.read, rows, rows[:1])))  # nothing fresh is looked at
 
     async def judge(self) -> dict[str, Array]:
         return self.critic.judge()
@@ -178,12 +166,25 @@ class CriticReplicas:
         return metrics[0] | {"critic/restarts": float(self.restarts)}
 
     async def advantages(self, fresh: pa.Table) -> Array:
-        cuts = np.linspace(0, len(fresh), self.count + 1).astype(int)
-        slices = [(fresh.slice(start, stop - start),) for start, stop in itertools.pairwise(cuts)]
-        return np.concatenate(await self._all("advantages", slices))
+        return np.concatenate(await self._all("advantages", self._shares(fresh)))
 
     async def assess(self, rows: pa.Table) -> Metrics:
-        return (await self._all("assess", [(rows,)] * self.count))[0]
+        """How well advantages foretell what rows brought that no step has seen yet.
+
+        ``critic/foresight`` is the slope of V's temporal-difference errors over advantages: 1 where an advantage of 1
+        is followed by an error of 1, 0 where it says nothing, below 0 where it misleads. Beside it their correlation.
+        """
+        advantages, errors = np.concatenate(await self._all("foretold", self._shares(rows)), axis=1)
+        centred = advantages - advantages.mean()
+        spread = max(float(centred.std() * errors.std()), 1e-12)
+        return {
+            "critic/foresight": float(centred @ errors / max(centred @ centred, 1e-12)),
+            "critic/foresight_correlation": float((centred * errors).mean()) / spread,
+        }
+
+    def _shares(self, rows: pa.Table) -> list[tuple[pa.Table]]:
+        cuts = np.linspace(0, len(rows), self.count + 1).astype(int)
+        return [(rows.slice(start, stop - start),) for start, stop in itertools.pairwise(cuts)]
 
     async def judge(self) -> dict[str, Array]:
         """The target heads' weights."""

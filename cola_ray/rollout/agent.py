@@ -16,7 +16,7 @@ from cola_ray.algorithms.archer import TwinHeads
 from cola_ray.config import Config
 from cola_ray.experience import Episode, Ticket, Trajectory
 from cola_ray.model.action_columns import BASE_TOKENS
-from cola_ray.rollout.engine import Request
+from cola_ray.rollout.engine import Completion, Request
 from cola_ray.rollout.episode import Table, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.rollout.worker import EngineWorker
@@ -82,15 +82,16 @@ class AgentWorker(EngineWorker):
             draw: number of this call in the run; with a state's place it seeds the draws.
         """
         temperature = self.config.rollout.temperature
-        spoken = await self._submit(
-            [self._request(ids, self._seed(_FRESH + draw, place), temperature) for place, ids in states]
-        )
+        requests = [self._request(ids, self._seed(_FRESH + draw, place), temperature) for place, ids in states]
+        completions = await self.batch.complete(requests)
         return [
             (
-                Trajectory(np.asarray(ids, np.int64), u.token_ids, u.actions, u.log_probs, u.versions, 0.0, False, ""),
-                u.features()[1],
+                Trajectory(
+                    np.asarray(ids, np.int64), c.token_ids, c.actions, c.log_probs, c.versions, 0.0, c.truncated, ""
+                ),
+                _utterance(c).features()[1],
             )
-            for (_, ids), u in zip(states, spoken, strict=True)
+            for (_, ids), c in zip(states, completions, strict=True)
         ]
 
     async def _say(self, ids: Sequence[int], place: tuple[int, int], judge: TwinHeads | None) -> Utterance:
@@ -110,10 +111,7 @@ class AgentWorker(EngineWorker):
         return (await self._submit([self._request(ids, 0, 0.0, max_new_tokens=1)]))[0]
 
     async def _submit(self, requests: Sequence[Request]) -> list[Utterance]:
-        return [
-            Utterance(c.token_ids, c.actions, c.log_probs, c.versions, _as_float(c.hidden_states))
-            for c in await self.batch.complete(requests)
-        ]
+        return [_utterance(completion) for completion in await self.batch.complete(requests)]
 
     def _heads(self, judge: Weights | None) -> TwinHeads | None:
         if judge is None:
@@ -140,6 +138,10 @@ class AgentWorker(EngineWorker):
 
     def _decode(self, ids: Array) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _utterance(c: Completion) -> Utterance:
+    return Utterance(c.token_ids, c.actions, c.log_probs, c.versions, _as_float(c.hidden_states))
 
 
 def _as_float(states: Array | None) -> Array:

@@ -32,7 +32,7 @@ class Utterance:
     actions: Array  # (L,)
     log_probs: Array  # (L,)
     versions: Array  # (L,)
-    hidden_states: Array | None  # (P + L - 1, H) float32, e at all but the last token
+    hidden_states: Array  # (P + L - 1, H) float32, e at all but the last token
 
     def features(self) -> tuple[Array, Array]:
         """What a critic reads, (H,) each: e at the state's last token, and the mean of e over the utterance.
@@ -40,7 +40,6 @@ class Utterance:
         Not e at the utterance's last token: there the base only has to know that the sentence ends, and of what was
         said less is left.
         """
-        assert self.hidden_states is not None, "the engine was asked to keep them"
         start = len(self.hidden_states) - len(self.token_ids)
         state = self.hidden_states[start]
         said = self.hidden_states[start + 1 :]
@@ -122,12 +121,11 @@ class _Record:
         # The last utterance has neither reward nor answer where the environment failed at it.
         answers = [*self.segments[2::2], []]
         for (state, said), reward, answer in zip(self.said, [*self.rewards, 0.0], answers, strict=False):
-            features = (None, None) if said.hidden_states is None else said.features()
             turns.append(
                 Turn(
                     np.asarray(state, np.int64), said.token_ids, said.actions, said.log_probs, said.versions, reward,
-                    np.asarray(answer, np.int64), *features,
+                    np.asarray(answer, np.int64), *said.features(),
                 )
             )  # fmt: skip
-        last = None if final is None or final.hidden_states is None else final.features()[0]
+        last = None if final is None else final.features()[0]
         return Episode(self.position, tuple(turns), terminated, "".join(self.words), last, failure)

@@ -224,6 +224,9 @@ def test_turns_of_many_episodes_share_steps(engine, monkeypatch):
     assert steps[0] < 2 * 3 * 5, "by turns they would take 8 x 3 x 5"
     batch = RunningBatch(engine, drain=True)
     assert asyncio.run(episode(3)) == together[3]
+    batch = RunningBatch(engine, drain=True)
+    with pytest.raises(VLLMValidationError):  # and alone, with nothing to step
+        asyncio.run(batch.complete([Request([20] * 4096, 0, 1.0, 0, 5)]))
 
 
 def test_siblings_of_n_draw_their_own_actions(engine):
