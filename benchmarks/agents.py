@@ -21,12 +21,12 @@ from record import RESULTS, ROOT, record
 THRESHOLDS = (-16.0, -15.0)
 PER_STEP, WINDOW = 64, 256
 COMMON = ["--preset", "tiny", "--task.name", "twenty_questions", "--cluster.learner-ranks", "1", "--rl.eval-every", "0",
-          "--rl.prompts-per-step", str(PER_STEP), "--rl.save-every", "1000"]  # fmt: skip
+          "--rl.eval-problems", "8", "--rl.prompts-per-step", str(PER_STEP), "--rl.save-every", "1000"]  # fmt: skip
 METHODS: dict[str, list[str]] = {
     "archer": ["--rl.algorithm", "archer"],
     "chai": ["--rl.algorithm", "chai"],
     "filtered_bc": ["--rl.algorithm", "filtered_bc"],
-    "ppo": ["--rl.algorithm", "ppo"],
+    "ppo": ["--rl.algorithm", "ppo", "--rl.updates-per-batch", "2"],
 }
 
 

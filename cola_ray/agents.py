@@ -125,10 +125,11 @@ class AgentController(Controller):
             "time/fresh": spoken - started,
             "time/critic": fitted - spoken,
         }
+        advantages = advantages - advantages.mean()  # 0 in truth; what the critics leave is their error
         if self.config.rl.algorithm == "chai" or target < self.config.critic.warmup_iterations:
-            advantages = np.zeros_like(advantages)
-        else:
-            advantages = advantages - advantages.mean()  # 0 in truth; what the critics leave is their error
+            # The policy stays as it is; the step that the learner makes all the same is as short as can be.
+            trajectories = trajectories[: self.config.cluster.learner_ranks]
+            advantages = np.zeros(len(trajectories))
         return self._batches(trajectories, advantages.tolist(), target), metrics | await self._replay_size()
 
     async def _filtered_bc(self, target: int) -> tuple[list[Batch], Metrics]:

@@ -25,6 +25,8 @@ COMPARING = ("grpo", "rloo")
 """Algorithms that compare completions or episodes of one group."""
 OF_TURNS = ("archer", "chai", "filtered_bc")
 """Algorithms that learn from an agent's turns in replay."""
+WITH_CRITIC = ("archer", "chai")
+"""Those of them that ask an utterance critic."""
 
 PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
 

@@ -30,7 +30,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cola_ray.agents import AgentController
-from cola_ray.config import MULTI_TURN, Config, ConfigError, from_command_line, is_environment, override
+from cola_ray.config import (
+    MULTI_TURN,
+    OF_TURNS,
+    WITH_CRITIC,
+    Config,
+    ConfigError,
+    from_command_line,
+    is_environment,
+    override,
+)
 from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Batch
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
@@ -202,23 +211,26 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
 
 
 def _services(config: Config, model_path: str) -> tuple[Shards, CriticReplicas]:
-    """Replay shards and the critic; Ray starts one that dies again, and it goes on from what was last saved."""
+    """Replay shards and the critic, none where the algorithm asks neither.
+
+    Ray starts one that dies again, and it goes on from what was last saved.
+    """
     from transformers import AutoConfig
 
-    output, replay = Path(config.output_dir), config.replay
+    output, replay, algorithm = Path(config.output_dir), config.replay, config.rl.algorithm
     lasting = {"max_restarts": -1, "max_concurrency": 16}
     shard = ray.remote(ReplayShard).options(num_cpus=0, max_task_retries=-1, **lasting)
     rows, nbytes = replay.max_rows // replay.shards, (replay.max_mb << 20) // replay.shards
     shards = [
         shard.remote(rows, nbytes, str(output / "replay" / str(i)), replay.snapshot_every_s, config.seed + i)
-        for i in range(replay.shards)
+        for i in range(replay.shards if algorithm in OF_TURNS else 0)
     ]
-    stored = Shards(replay.shards, RemoteShards(shards), config.seed)
+    stored = Shards(len(shards), RemoteShards(shards), config.seed)
     width = AutoConfig.from_pretrained(model_path).hidden_size
     critic = ray.remote(CriticService).options(num_cpus=1, **lasting)
     replicas = [
         critic.remote(config.critic, width, model_path, stored, str(output / "critic"), config.seed)
-        for _ in range(config.critic.replicas)
+        for _ in range(config.critic.replicas if algorithm in WITH_CRITIC else 0)
     ]
     return stored, CriticReplicas(len(replicas), RemoteReplicas(replicas))
 

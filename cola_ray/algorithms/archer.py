@@ -14,23 +14,47 @@ import torch
 from torch import Tensor, nn
 
 
-class TwinHeads(nn.Module):
-    """Two Q and two V heads over features of width ``width``."""
+class Standardised(nn.Module):
+    """``(x - mean) / std``, feature by feature; x as it is until :meth:`measure` has been called."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+    def measure(self, moments: Tensor) -> None:
+        """Args: moments: (2, H), mean of x and of x^2."""
+        self.mean.copy_(moments[0])
+        self.std.copy_((moments[1] - moments[0].square()).clamp_min(1e-12).sqrt())
+
+
+class TwinHeads(nn.Module):
+    """Two Q and two V heads over features of width ``width``.
+
+    A base's features differ in spread by orders of magnitude, and what tells one utterance from another lies in the
+    small ones: each is standardised. (A layer norm over the vector would leave them as small as they are.)
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.states, self.utterances = Standardised(width), Standardised(width)
         self.q = nn.ModuleList(_mlp(2 * width, width) for _ in range(2))
         self.v = nn.ModuleList(_mlp(width, width) for _ in range(2))
 
     def q_values(self, states: Tensor, utterances: Tensor) -> Tensor:
         """(B, H), (B, H) -> (2, B)."""
-        both = torch.cat([self.norm(states), self.norm(utterances)], -1)
+        both = torch.cat([self.states(states), self.utterances(utterances)], -1)
         return torch.stack([head(both)[:, 0] for head in self.q])
 
     def values(self, states: Tensor) -> Tensor:
         """(B, H) -> (2, B)."""
-        return torch.stack([head(self.norm(states))[:, 0] for head in self.v])
+        return torch.stack([head(self.states(states))[:, 0] for head in self.v])
 
     def start_at(self, level: Tensor) -> None:
         """Let every head begin at about ``level``: from 0, a value of -18 is a thousand small steps away."""

@@ -128,13 +128,29 @@ class Critic:
             "critic/grad_norm": float(grad_norm),
         }
 
-    def start_from(self, rewards: Tensor, terminated: Tensor) -> None:
-        """Before the first step: all values as if every turn were like the average of these, (N,) each."""
+    def start_from(
+        self, rewards: Tensor, terminated: Tensor, states: Tensor | None = None, utterances: Tensor | None = None
+    ) -> None:
+        """Before the first step: all values as if every turn were like the average of these N.
+
+        Args:
+            rewards, terminated: (N,).
+            states, utterances: (N, H), of a base whose features the heads are to standardise.
+        """
         level = typical_value(rewards, self.gamma * (1.0 - terminated.float()))
+        self._agree_on(level)
+        for heads in (self.online, self.target):
+            heads.start_at(level)
+        for name, features in (("states", states), ("utterances", utterances)):
+            if features is not None:
+                moments = torch.stack([features.mean(0), features.square().mean(0)])
+                self._agree_on(moments)
+                for heads in (self.online, self.target):
+                    getattr(heads, name).measure(moments)
+
+    def _agree_on(self, measured: Tensor) -> None:
         if self.average is not None:
-            self.average(level)
-        self.online.start_at(level)
-        self.target.start_at(level)
+            self.average(measured)
 
     def _average_gradients(self, average: Callable[[Tensor], None]) -> None:
         parameters = [p for p in self.online.parameters() if p.grad is not None]

@@ -87,8 +87,9 @@ class CriticService:
         """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made."""
         if not self.critic.steps:
             rows = await self.shards.sample(_TYPICAL_ROWS)
-            columns = (torch.tensor(rows[name].to_numpy()) for name in ("reward", "terminated"))
-            await asyncio.to_thread(self.critic.start_from, *columns)
+            columns = [torch.tensor(rows[name].to_numpy()) for name in ("reward", "terminated")]
+            features = [] if self.config.encoder else [self.read(rows, name) for name in ("state", "utterance")]
+            await asyncio.to_thread(self.critic.start_from, *columns, *features)
         metrics = list[Metrics]()
         share = -(-self.config.batch_size // self.size)
         coming = asyncio.create_task(self._draw(share))

@@ -116,7 +116,7 @@ class AgentWorker(EngineWorker):
     def _heads(self, judge: Weights | None) -> TwinHeads | None:
         if judge is None:
             return None
-        heads = TwinHeads(len(judge["norm.weight"]))
+        heads = TwinHeads(len(judge["states.mean"]))
         heads.load_state_dict({name: torch.tensor(array) for name, array in judge.items()})
         return heads
 

@@ -210,6 +210,17 @@ def test_values_start_where_the_average_turn_leads():
         assert (heads.values(x) + 0.909).abs().max() < 0.5
 
 
+def test_features_of_any_spread_are_read_alike():
+    """A feature a thousand times smaller than another changes values as much, once both have been measured."""
+    critic = Critic(TwinHeads(2), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
+    x = torch.randn(512, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-3]) + 5
+    critic.start_from(torch.zeros(512), torch.zeros(512, dtype=torch.bool), x, x)
+    standard = critic.target.states(x)
+    torch.testing.assert_close(standard.mean(0), torch.zeros(2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(standard.std(0, unbiased=False), torch.ones(2), atol=0.05, rtol=0)
+    assert critic.judge()["utterances.mean"] == pytest.approx([5.0, 5.0], abs=0.1)
+
+
 def test_heads_have_the_papers_shape():
     heads = TwinHeads(6)
     assert [tuple(p.shape) for p in heads.q[0].parameters() if p.ndim == 2] == [(6, 12), (6, 6), (1, 6)]
