@@ -143,7 +143,8 @@ class Critic:
             heads.start_at(level)
         for name, features in (("states", states), ("utterances", utterances)):
             if features is not None:
-                moments = torch.stack([features.mean(0), features.square().mean(0)])
+                wide = features.double()  # the difference of two large numbers follows
+                moments = torch.stack([wide.mean(0), wide.square().mean(0)])
                 self._agree_on(moments)
                 for heads in (self.online, self.target):
                     getattr(heads, name).measure(moments)
