@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-MULTI_TURN = ("twenty_questions", "guess_city", "textworld", "jericho")
+MULTI_TURN = ("twenty_questions", "guess_city", "textworld", "jericho", "data_science")
 """Tasks that are environments; jobs/rl_agent.py plays them."""
 COMPARING = ("grpo", "rloo")
 """Algorithms that compare completions or episodes of one group."""
@@ -59,9 +59,10 @@ class ModelConfig(_Branch):
 class TaskConfig(_Branch):
     name: str = "arithmetic"
     """arithmetic, gsm8k, a reasoning-gym generator, or your own as package.module:Class. For agents: twenty_questions,
-    guess_city, textworld, jericho, or your own, a class with reset and step."""
+    guess_city, textworld, jericho, data_science, or your own, a class with reset and step."""
     path: str = ""
-    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. Others: leave empty."""
+    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. data_science: a CSV file whose column to predict
+    the option target names; empty: tables that scikit-learn brings along. Others: leave empty."""
     game: str = ""
     """jericho: the z-machine file to play."""
     oracle: str = ""
@@ -459,6 +460,13 @@ _ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
     # Long episodes: a few hundred demonstrations are as many tokens.
     ("tiny", "textworld"): {"task.num_problems": 400},
     ("tiny", "jericho"): {"task.num_problems": 400},
+    ("tiny", "data_science"): {
+        "task.num_problems": 1500,
+        "task.options": {"rows": 200},
+        "rollout.max_new_tokens": 40,
+        "rl.prompts_per_step": 16,
+        "critic.fresh_states": 64,
+    },
 }
 
 

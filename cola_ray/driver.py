@@ -46,6 +46,7 @@ from cola_ray.replay.critic_service import CriticReplicas, CriticService, Replic
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
+from cola_ray.tasks import make_environment
 from cola_ray.tracking import Display, Tracker, peak_memory_gb, plot, print_summary, write_json
 from cola_ray.weights import Bucket, Channel, Manifest
 
@@ -173,6 +174,14 @@ def run_agent(config: Config) -> dict[str, Any]:
     if not is_environment(config.task.name):
         known = ", ".join(MULTI_TURN)
         raise ConfigError(f"task.name = {config.task.name!r}: not an environment; use {known} or your own class")
+    config.check()
+    try:
+        make_environment(config.task)
+    except (TypeError, ValueError) as error:
+        said = str(error)
+        raise ConfigError(
+            said if said.startswith("task.") else f"task.options = {config.task.options}: {said}"
+        ) from None
     if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
         config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})
     return _run(config, _Job("rl_agent", "return", AgentWorker, AgentController))

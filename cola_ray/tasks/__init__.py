@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from cola_ray.config import TaskConfig, is_environment
 from cola_ray.tasks.adventures import Jericho, TextWorld
+from cola_ray.tasks.data_science import DataScience
 from cola_ray.tasks.environment import Dialogue, Environment
 from cola_ray.tasks.guessing import ChatOracle, GuessCity, TwentyQuestions
 from cola_ray.tasks.protocol import Problem, Task, render_prompt
@@ -21,7 +22,10 @@ ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
     "guess_city": GuessCity,
     "textworld": TextWorld,
     "jericho": Jericho,
+    "data_science": DataScience,
 }
+# Settings that an environment takes beside its options.
+_SETTINGS = {"jericho": "game", "data_science": "path"}
 
 # What an endpoint is told that answers in place of the tables, and the only answers there may be.
 ORACLES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -76,10 +80,12 @@ def make_task(config: TaskConfig, seed: int) -> Task:
 def make_environment(config: TaskConfig) -> Environment:
     """One environment of the multi-turn task named in the settings; ``task.options`` are its arguments.
 
-    A name like ``package.module:Class`` is called with the options.
+    A name like ``package.module:Class`` is called with the options. Raises TypeError or ValueError for options that the
+    environment does not take.
     """
     if config.name in ENVIRONMENTS:
-        named: dict[str, object] = {"game": config.game} if config.name == "jericho" else {}
+        setting = _SETTINGS.get(config.name)
+        named: dict[str, object] = {setting: getattr(config, setting)} if setting else {}
         if config.oracle:
             named["oracle"] = ChatOracle(config.oracle, *ORACLES[config.name])
         return ENVIRONMENTS[config.name](**named, **config.options)
