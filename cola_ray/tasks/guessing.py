@@ -90,7 +90,7 @@ class TwentyQuestions(GuessingGame):
         self.skill = skill
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
-        """By a player who now and then asks what splits the rest in half, and otherwise anything at all."""
+        """By a player who now and then asks what splits the rest in half, and otherwise anything not asked before."""
         draw = random.Random(seed)
         return [self._demonstration(draw) for _ in range(count)]
 
@@ -98,14 +98,16 @@ class TwentyQuestions(GuessingGame):
         _, phrasing = phrases()
         opening, _ = self.reset(seed=draw.randrange(1 << 30))
         left, turns = list(self.things), []
+        anything = [(phrase, attribute) for attribute, phrase in sorted(phrasing.items())]
+        guesses = [(f"Is it {article(thing.names[0])}?", "") for thing in self.things]
         while True:
             if draw.random() < self.skill:
                 utterance, attribute = self._good_question(left, phrasing, draw)
-            elif draw.random() < 0.5:
-                attribute = draw.choice(sorted(phrasing))
-                utterance = phrasing[attribute]
             else:
-                utterance, attribute = f"Is it {article(draw.choice(self.things).names[0])}?", ""
+                utterance, attribute = draw.choice(anything if draw.random() < 0.5 else guesses)
+            for questions in (anything, guesses):
+                if (utterance, attribute) in questions:
+                    questions.remove((utterance, attribute))
             answer, _, terminated, truncated, _ = self.step(utterance)
             turns.append((utterance, answer))
             if terminated or truncated:
