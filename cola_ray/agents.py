@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cola_ray.algorithms.advantages import Outcomes
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.config import OF_TURNS, Config
 from cola_ray.controller import Controller, WorkerPool
@@ -152,9 +153,10 @@ class AgentController(Controller):
         groups: dict[int, list[Episode]] = {}
         for episode in episodes:
             groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
+        played = list(groups.values())
+        outcomes = [Outcomes(torch.tensor([episode.total_reward for episode in group])) for group in played]
         trajectories, advantages = list[Trajectory](), list[float]()
-        for group in groups.values():
-            relative = self._relative_advantages([episode.total_reward for episode in group])
+        for group, relative in zip(played, self._advantages(outcomes), strict=True):
             for episode, advantage in zip(group, relative, strict=True):
                 pieces = episode.as_trajectories(self.config.critic.gamma)
                 trajectories += pieces

@@ -155,10 +155,11 @@ class RolloutConfig(_Branch):
 
 
 class RLConfig(_Branch):
-    algorithm: Literal["grpo", "rloo", "ppo", "archer", "chai", "filtered_bc"] = "grpo"
-    """grpo: group-normalised advantages. rloo: leave-one-out baseline. ppo: a value head on the base's states, and GAE.
-    For agents also: archer: advantages of whole utterances by an off-policy critic. chai: the policy stays, and the
-    critic chooses among its utterances. filtered_bc: clone the best of all episodes so far."""
+    algorithm: Literal["grpo", "rloo", "remax", "reinforce", "ppo", "archer", "chai", "filtered_bc"] = "grpo"
+    """grpo: group-normalised advantages. rloo: leave-one-out baseline. remax: the greedy completion as baseline.
+    reinforce: the batch's mean as baseline. ppo: a value head on the base's states, and GAE. For agents also: archer:
+    advantages of whole utterances by an off-policy critic. chai: the policy stays, and the critic chooses among its
+    utterances. filtered_bc: clone the best of all episodes so far."""
     max_steps: int = 100
     """Learner steps."""
     prompts_per_step: int = 64
@@ -174,7 +175,20 @@ class RLConfig(_Branch):
     grad_clip: float = 1.0
     """Norm over all policy gradients."""
     kl_coef: float = 0.001
-    """Weight of KL(policy || reference) over actions, in the reward, one estimate an action."""
+    """Weight of KL(policy || reference) over actions."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """reward: an action also answers for the divergence of the states that it leads to. loss: for its own state's."""
+    kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
+    """exact: summed over all actions, which 64 make cheap, without the variance of the draw. k1, k2, k3: estimates from
+    the action taken."""
+    kl_target: float = 0.0
+    """Above 0: kl_coef is adapted after every step to keep the divergence an action near this."""
+    entropy_coef: float = 0.0
+    """Weight of a bonus for the policy's entropy, in the loss."""
+    dynamic_sampling: bool = False
+    """Groups without signal, whose advantages are all zero, are left out of the batch."""
+    overlong_buffer: int = 0
+    """Above 0: within so many tokens of rollout.max_new_tokens, a completion's reward falls, by 1 at the limit."""
     clip_low: float = 0.2
     """Ratio's lower clip, 1 - clip_low."""
     clip_high: float = 0.2

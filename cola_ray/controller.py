@@ -23,21 +23,20 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from cola_ray.algorithms.advantages import group_normalised, leave_one_out
+from cola_ray.algorithms import OF_OUTCOMES
+from cola_ray.algorithms.advantages import Outcomes, overlong_penalty
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.config import Config
 from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
 from cola_ray.weights import Bucket, Channel, Manifest, Offer
 from cola_ray.work_buffer import WorkBuffer
-
-COMPARISONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"grpo": group_normalised, "rloo": leave_one_out}
 
 
 class WorkerLostError(RuntimeError):
@@ -294,25 +293,31 @@ class Controller:
             )
 
     def _collate(self, groups: Sequence[Group], target: int) -> list[Batch]:
-        trajectories: list[Trajectory] = []
-        advantages: list[float] = []
-        for group in groups:
-            trajectories += group.scored
-            advantages += self._relative_advantages(group.rewards)
-        if not trajectories:
+        scored = [group for group in groups if group.scored]
+        if not scored:
             raise RuntimeError("a step has no sample with a reward")
-        return self._batches(trajectories, advantages, target)
+        relative = self._advantages([self._outcomes(group) for group in scored])
+        taught = list(zip(scored, relative, strict=True))
+        if self.config.rl.dynamic_sampling:
+            taught = [pair for pair in taught if any(pair[1])] or taught
+        trajectories = [trajectory for group, _ in taught for trajectory in group.scored]
+        return self._batches(trajectories, [one for _, advantages in taught for one in advantages], target)
 
-    def _relative_advantages(self, rewards: Sequence[float] | np.ndarray) -> list[float]:
-        """Of one group's members, each against the others; zero where there is nothing to compare with.
+    def _outcomes(self, group: Group) -> Outcomes:
+        """Rewards as the algorithm sees them: less for what is overlong."""
 
-        An algorithm that does not compare gets the rewards: its baseline is the learner's value head.
-        """
-        if self.config.rl.algorithm not in COMPARISONS:
-            return [float(reward) for reward in rewards]
-        if len(rewards) < 2:
-            return [0.0] * len(rewards)
-        return COMPARISONS[self.config.rl.algorithm](torch.tensor(rewards, dtype=torch.float32)[None])[0].tolist()
+        def shaped(one: Trajectory) -> float:
+            limit, buffer = self.config.rollout.max_new_tokens, self.config.rl.overlong_buffer
+            return one.reward - overlong_penalty(len(one.token_ids), limit, buffer)
+
+        greedy = float("nan") if group.greedy is None or group.greedy.failure else shaped(group.greedy)
+        return Outcomes(torch.tensor([shaped(one) for one in group.scored]), greedy)
+
+    def _advantages(self, prompts: Sequence[Outcomes]) -> list[list[float]]:
+        """Of each prompt's completions. Where the learner's value head is the baseline, the rewards themselves."""
+        algorithm = OF_OUTCOMES.get(self.config.rl.algorithm)
+        found = [one.rewards for one in prompts] if algorithm is None else algorithm(prompts)
+        return [advantages.tolist() for advantages in found]
 
     def _batches(self, trajectories: Sequence[Trajectory], advantages: Sequence[float], target: int) -> list[Batch]:
         """One for each learner rank."""

@@ -64,6 +64,7 @@ class Group:
 
     position: int
     trajectories: tuple[Trajectory, ...]
+    greedy: Trajectory | None = None  # a baseline that is not trained on, where the algorithm wants one
 
     @property
     def scored(self) -> tuple[Trajectory, ...]:

@@ -1,1 +1,24 @@
-"""Pure functions on tensors: no Ray, no vLLM, no input or output."""
+"""Pure functions on tensors: no Ray, no vLLM, no input or output. An algorithm is a file, named as in the settings.
+
+    grpo  rloo  remax  reinforce    outcomes of a step's prompts ─> one advantage a completion
+    ppo                             rewards, discounts and values of actions ─> one advantage an action
+    archer                          features of states and utterances ─> one advantage an utterance
+
+What they have in common: sums over actions (advantages.py), distributions over actions (latent_actions.py), and the
+loss that an advantage enters, with its penalties (policy_loss.py).
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from cola_ray.algorithms import grpo, reinforce, remax, rloo
+from cola_ray.algorithms.advantages import Outcomes
+
+OF_OUTCOMES: dict[str, Callable[[Sequence[Outcomes]], list[Tensor]]] = {
+    "grpo": grpo.advantages,
+    "rloo": rloo.advantages,
+    "remax": remax.advantages,
+    "reinforce": reinforce.advantages,
+}
+"""(outcomes of all prompts of a step) -> (G,) advantages of each prompt's completions."""

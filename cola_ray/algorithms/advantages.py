@@ -1,34 +1,17 @@
-"""Advantages for outcome rewards. Legend: P prompts, G completions a prompt, B sequences, T positions."""
+"""Sums over actions that several algorithms share, and what an outcome is. Legend: B sequences, T positions."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def group_normalised(rewards: Tensor, normalise_std: bool = True, eps: float = 1e-8) -> Tensor:
-    """GRPO: ``(r - mean_G) / max(std_G, eps)`` with the unbiased std (Shao et al. 2024, section 4.1).
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of one prompt."""
 
-    Args:
-        rewards: (P, G) with G >= 2.
-        normalise_std: False leaves the division out (Liu et al. 2025, "Dr. GRPO").
-
-    Returns:
-        advantages (P, G); a group whose rewards are all equal has advantage 0.
-
-    Example: rewards [[1, 0]] -> [[0.7071, -0.7071]]; without std [[0.5, -0.5]].
-    """
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    if not normalise_std:
-        return centred
-    return centred / rewards.std(-1, keepdim=True).clamp_min(eps)
-
-
-def leave_one_out(rewards: Tensor) -> Tensor:
-    """RLOO: ``r_i - mean_{j != i} r_j`` over rewards (P, G) (Ahmadian et al. 2024, eq. 6).
-
-    Example: rewards [[6, 3]] -> [[3, -3]].
-    """
-    group_size = rewards.shape[-1]
-    return (rewards - rewards.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
+    rewards: Tensor  # (G,) of its completions
+    greedy: float = float("nan")  # of the greedy one, where the algorithm asks for it
 
 
 def discounted_sum_to_go(values: Tensor, mask: Tensor, decay: float = 1.0) -> Tensor:
@@ -51,33 +34,27 @@ def discounted_sum_to_go(values: Tensor, mask: Tensor, decay: float = 1.0) -> Te
     return out
 
 
-def generalised_advantages(
-    rewards: Tensor, discounts: Tensor, values: Tensor, final_values: Tensor, mask: Tensor, decay: float
-) -> Tensor:
-    """GAE (Schulman et al. 2016, eq. 16) over masked-in positions only, (B, T).
+def following(values: Tensor, mask: Tensor) -> Tensor:
+    """At every masked-in position the value of the next one in its row, 0 at the last; (B, T).
 
-    ``delta_t = r_t + g_t V_next - V_t``, ``A_t = delta_t + g_t decay A_next``, where "next" is the next masked-in
-    position, and after the last one ``final_values`` with advantage 0. What an environment says between two turns is
-    skipped, so that an utterance's last action is followed by the next utterance's first.
-
-    Args:
-        rewards: (B, T), of each action.
-        discounts: (B, T), ``g_t``: 1 within a turn, gamma at its end, 0 where the episode terminates.
-        values: (B, T), before each action.
-        final_values: (B,), of what a limit cut off.
-        mask: (B, T) bool.
-
-    Example: rewards [0, 1], discounts [1, 0], values [0.5, 0.2], decay 0.5 -> deltas [-0.3, 0.8] -> [0.1, 0.8].
+    Example: values [1, 2, 3], mask [1, 0, 1] -> [3, 0, 0].
     """
-    out = torch.zeros_like(values)
-    next_values, running = final_values, torch.zeros_like(final_values)
+    out, after = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        here, discount = mask[:, t], discounts[:, t]
-        delta = rewards[:, t] + discount * next_values - values[:, t]
-        running = torch.where(here, delta + discount * decay * running, running)
-        next_values = torch.where(here, values[:, t], next_values)
-        out[:, t] = torch.where(here, running, torch.zeros_like(running))
+        here = mask[:, t].bool()
+        out[:, t] = torch.where(here, after, torch.zeros_like(after))
+        after = torch.where(here, values[:, t], after)
     return out
+
+
+def overlong_penalty(length: int, limit: int, buffer: int) -> float:
+    """What a completion's reward loses for its length: 0 up to ``limit - buffer``, then linear to 1 at ``limit``.
+
+    DAPO's soft overlong punishment (Yu et al. 2025, eq. 13), with the sign of a penalty.
+
+    Example: limit 100, buffer 20: length 80 -> 0, 90 -> 0.5, 100 -> 1.
+    """
+    return min(max(length - (limit - buffer), 0) / buffer, 1.0) if buffer else 0.0
 
 
 def typical_value(rewards: Tensor, discounts: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cola_ray.algorithms.advantages import following
+
+Estimator = Literal["exact", "k1", "k2", "k3"]
+
 
 def clipped_policy_gradient(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
@@ -32,6 +36,38 @@ def clipped_policy_gradient(
     return loss.sum(), ((clipped < plain) & mask).sum()
 
 
+def kl_penalties(
+    all_log_probs: Tensor, all_ref_log_probs: Tensor, actions: Tensor, mask: Tensor, estimator: Estimator
+) -> Tensor:
+    """What each action is charged for the divergence that it leads to, before the coefficient; (B, T).
+
+    With an estimate, an action pays for itself: ``log pi(a) - log ref(a)`` for k1. The exact divergence of a state is
+    the same for all of its actions, so that an action pays for the next state's; the state's own enters the loss as
+    it is, differentiated. Both have the same expected gradient; the second without the variance of the draw.
+
+    Args:
+        all_log_probs, all_ref_log_probs: (B, T, K).
+        actions, mask: (B, T).
+    """
+    if estimator == "exact":
+        return following(exact_kl(all_log_probs, all_ref_log_probs), mask)
+    log_probs, ref_log_probs = (
+        one.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0) for one in (all_log_probs, all_ref_log_probs)
+    )
+    return kl_estimate(log_probs, ref_log_probs, estimator)
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, gain: float = 0.1) -> float:
+    """A coefficient that steers the divergence towards ``target`` (Ziegler et al. 2019, section 2.2).
+
+    ``e = clip((kl - target) / target, -0.2, 0.2)``, ``kl_coef (1 + gain e)``.
+
+    Example: kl 0.3, target 0.1, coefficient 0.5 -> 0.51.
+    """
+    error = min(max((kl - target) / target, -0.2), 0.2)
+    return kl_coef * (1.0 + gain * error)
+
+
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
     """Per-action estimates of KL(pi || ref) from samples of pi (Schulman, "Approximating KL divergence", 2020).
 
@@ -51,16 +87,15 @@ def exact_kl(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
 
     With 64 actions the exact value costs nothing and has no sampling variance.
     """
-    # Truncated actions have pi = 0 and log pi = -inf; they contribute 0, not NaN.
+    # Truncated actions have pi = 0 and log pi = -inf; they contribute 0 to value and gradient, not NaN.
     probs = log_probs.exp()
-    terms = probs * (log_probs - ref_log_probs)
-    return torch.where(probs > 0, terms, torch.zeros_like(terms)).sum(-1)
+    return (probs * (log_probs - ref_log_probs).masked_fill(probs == 0, 0.0)).sum(-1)
 
 
 def entropy(log_probs: Tensor) -> Tensor:
     """``-sum_k pi_k log pi_k``: (..., K) -> (...)."""
     probs = log_probs.exp()
-    return -torch.where(probs > 0, probs * log_probs, torch.zeros_like(probs)).sum(-1)
+    return -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
 
 
 def truncated_importance_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:

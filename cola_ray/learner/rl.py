@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from cola_ray.algorithms.advantages import discounted_sum_to_go
 from cola_ray.algorithms.latent_actions import action_log_probs
 from cola_ray.algorithms.policy_loss import (
+    adapted_kl_coef,
     clipped_policy_gradient,
     entropy,
     exact_kl,
     kl_estimate,
+    kl_penalties,
     truncated_importance_weights,
 )
-from cola_ray.config import Config
+from cola_ray.config import Config, RLConfig
 from cola_ray.experience import Batch
 from cola_ray.learner.engine import NonFiniteError, ZeroEngine
 from cola_ray.learner.value import ValueLearner
@@ -97,60 +99,78 @@ def policy_objective(
     batch: dict[str, Tensor],
     old_log_probs: Tensor | None,
     *,
+    rl: RLConfig,
     kl_coef: float,
-    clip_low: float,
-    clip_high: float,
-    importance_cap: float,
     temperature: float,
     top_k: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's objective over latent actions, as a sum over the masked-in actions.
+    """The clipped surrogate over latent actions with its penalties, as a sum over the masked-in actions.
 
-    Per-action reward ``-kl_coef * (log pi_old - log pi_ref)``, the outcome at the last action, lambda = 1 without a
-    critic: every action's advantage is the outcome's plus the sum of KL rewards from it on (specification of CoLA's
-    RL stage; Shao et al. 2024 for the group baseline). Each action is weighed by
+    With the KL in the reward and an outcome's advantage, lambda is 1: every action's advantage is the outcome's minus
+    ``kl_coef`` times the penalties from it on (specification of CoLA's RL stage). Each action is weighed by
     ``min(pi_old / pi_rollout, importance_cap)``, for rollouts that an older version or another engine's arithmetic
     drew; the ratio that is clipped is against ``pi_old``, the learner's own at the start of the batch.
 
     Args:
         logits: (B, T, K).
-        batch: tensors of :class:`Batch` fields (B, T), and ``reference_logits`` (B, T, K).
+        batch: tensors of :class:`Batch` fields (B, T), and ``reference_logits`` (B, T, K); with ``kl_penalties``
+            (B, T) where the batch is used more than once, and none of it left where the advantages hold it.
         old_log_probs: (B, T) at the start of the batch's updates; None on the first, where they are the current.
-        importance_cap: 0 for no weight.
+        kl_coef: in force; it may be adapted from step to step.
         temperature, top_k: of the rollouts; scores are those of the distribution sampled from.
 
     Returns:
         loss sum (scalar) and metric sums over actions.
     """
     actions, mask = batch["actions"], batch["action_mask"]
-    shape = (*logits.shape[:-1],)
-    wanted = (torch.full(shape, temperature, device=logits.device), torch.full(shape, top_k, device=logits.device))
-    all_log_probs = action_log_probs(logits.float(), *wanted)
-    all_ref_log_probs = action_log_probs(batch["reference_logits"].float(), wanted[0], torch.zeros_like(wanted[1]))
-    log_probs = all_log_probs.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
-    ref_log_probs = all_ref_log_probs.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
+    policy, reference = _distributions(logits, batch["reference_logits"], temperature, top_k)
+    log_probs, ref_log_probs = (
+        one.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0) for one in (policy, reference)
+    )
     old = log_probs.detach() if old_log_probs is None else old_log_probs
+    kl, spread = exact_kl(policy, reference), entropy(policy)
     advantages = batch["advantages"]
-    if kl_coef:
-        penalty = -kl_coef * kl_estimate(old, ref_log_probs, "k1")
-        advantages = advantages + discounted_sum_to_go(penalty, mask)
+    if kl_coef and rl.kl_in == "reward":
+        penalties = batch.get("kl_penalties")
+        if penalties is None:
+            penalties = kl_penalties(policy.detach(), reference, actions, mask, rl.kl_estimator)
+        advantages = advantages - kl_coef * discounted_sum_to_go(penalties, mask)
     weights = torch.ones_like(advantages)
-    if importance_cap:
-        weights = truncated_importance_weights(old, batch["rollout_log_probs"], importance_cap)
-    loss, clipped = clipped_policy_gradient(log_probs, old, weights * advantages, mask, clip_low, clip_high)
+    if rl.importance_cap:
+        weights = truncated_importance_weights(old, batch["rollout_log_probs"], rl.importance_cap)
+    loss, clipped = clipped_policy_gradient(
+        log_probs, old, weights * advantages, mask, rl.clip_low, rl.clip_high
+    )  # fmt: skip
+    if rl.kl_estimator == "exact":
+        loss = loss + kl_coef * kl[mask].sum()
+    elif rl.kl_in == "loss":
+        loss = loss + kl_coef * kl_estimate(log_probs, ref_log_probs, rl.kl_estimator)[mask].sum()
+    if rl.entropy_coef:
+        loss = loss - rl.entropy_coef * spread[mask].sum()
     with torch.no_grad():
         mismatch = (old - batch["rollout_log_probs"]).abs().masked_fill(~mask, 0.0)
         metrics = {
             "policy/loss": loss.detach(),
             "policy/clip_fraction": clipped.float(),
-            "policy/entropy": entropy(all_log_probs)[mask].sum(),
-            "policy/kl": exact_kl(all_log_probs, all_ref_log_probs)[mask].sum(),
+            "policy/entropy": spread[mask].sum(),
+            "policy/kl": kl[mask].sum(),
             "policy/importance_weight": weights[mask].sum(),
-            "policy/importance_capped": ((weights >= importance_cap) & mask).float().sum() * bool(importance_cap),
+            "policy/importance_capped": ((weights >= rl.importance_cap) & mask).float().sum() * bool(rl.importance_cap),
             "policy/rollout_mismatch": mismatch.sum(),
             "policy/rollout_mismatch_max": mismatch.max(),
         }
     return loss, metrics
+
+
+def _distributions(logits: Tensor, reference_logits: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all actions, (B, T, K): of the policy as it is sampled from, and of the whole reference."""
+
+    def scored(of: Tensor, kept: int) -> Tensor:
+        shape = of.shape[:-1]
+        heat = torch.full(shape, temperature, device=of.device)
+        return action_log_probs(of.float(), heat, torch.full(shape, kept, device=of.device))
+
+    return scored(logits, top_k), scored(reference_logits, 0)
 
 
 class RLLearner:
@@ -174,7 +194,7 @@ class RLLearner:
         self.value = _value_learner(config, cola.config.hidden_size, self.zero.device)
         self.sender = WeightSender()
         self.broadcast = Broadcast()
-        self.version = 0
+        self.version, self.kl_coef = 0, rl.kl_coef
 
     def step(self, batch: Batch) -> dict[str, float]:
         """``updates_per_batch`` optimizer steps on this rank's share; returns metrics reduced over ranks.
@@ -189,10 +209,9 @@ class RLLearner:
         sums: dict[str, Tensor] = {}
         if rl.updates_per_batch > 1 or self.value is not None:
             with torch.no_grad():
-                scored = [self._log_probs(piece) for piece in pieces]
-            old = [*scored]
+                old = [self._score(piece) for piece in pieces]
         if self.value is not None:
-            self._charge_kl(pieces, scored)
+            self._charge_kl(pieces)
             sums = self.value.advantages(pieces, batch.num_actions_global)
             self.value.fit(pieces, batch.num_actions_global)
         lr = rl.lr * min(1.0, (self.version + 1) / max(rl.warmup_steps, 1))
@@ -202,10 +221,8 @@ class RLLearner:
                     self._logits(piece),
                     piece,
                     old[index],
-                    kl_coef=rl.kl_coef if self.value is None else 0.0,  # else the advantages have it already
-                    clip_low=rl.clip_low,
-                    clip_high=rl.clip_high,
-                    importance_cap=rl.importance_cap,
+                    rl=rl,
+                    kl_coef=self.kl_coef,
                     temperature=self.config.rollout.temperature,
                     top_k=self.config.rollout.top_k,
                 )
@@ -222,11 +239,15 @@ class RLLearner:
         if self.value is not None:
             variance = reduced.pop("value/returns_square") - reduced["value/returns"] ** 2
             reduced["value/explained_variance"] = 1.0 - reduced.pop("value/error") / max(variance, 1e-12)
+        kl_coef = self.kl_coef
+        if rl.kl_target:
+            self.kl_coef = adapted_kl_coef(kl_coef, reduced["policy/kl"], rl.kl_target)
         seconds = time.perf_counter() - started
         tokens = float(batch.attention_mask.sum()) * self.zero.world_size
         return reduced | {
             "policy/grad_norm": grad_norm,
             "policy/lr": lr,
+            "policy/kl_coef": kl_coef,
             "learner/tokens_per_second": tokens / seconds,
             "learner/padding_share": batch.padding_share,
             "time/learn": seconds,
@@ -239,24 +260,20 @@ class RLLearner:
         piece |= {"hidden_states": e, "reference_logits": reference_logits}
         return logits
 
-    def _log_probs(self, piece: dict[str, Tensor]) -> Tensor:
-        return self._score(self._logits(piece), piece, self.config.rollout.top_k)
+    def _score(self, piece: dict[str, Tensor]) -> Tensor:
+        """(B, T) log-probabilities of the actions taken, 0 where masked; leaves ``kl_penalties`` in ``piece``."""
+        rollout, mask, actions = self.config.rollout, piece["action_mask"], piece["actions"]
+        logits = self._logits(piece)
+        policy, reference = _distributions(logits, piece["reference_logits"], rollout.temperature, rollout.top_k)
+        piece["kl_penalties"] = kl_penalties(policy, reference, actions, mask, self.config.rl.kl_estimator)
+        return policy.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
 
-    def _charge_kl(self, pieces: Sequence[dict[str, Tensor]], old: Sequence[Tensor]) -> None:
-        """The KL penalty of each action as a reward, where a value head learns to expect it."""
-        for piece, log_probs in zip(pieces, old, strict=True):
-            reference = self._score(piece["reference_logits"], piece, 0)
-            piece["rewards"] = piece["rewards"] - self.config.rl.kl_coef * kl_estimate(log_probs, reference, "k1")
-
-    def _score(self, logits: Tensor, piece: dict[str, Tensor], top_k: int) -> Tensor:
-        """(B, T) log-probabilities of the actions taken, 0 where masked."""
-        shape = logits.shape[:-1]
-        wanted = (
-            torch.full(shape, self.config.rollout.temperature, device=logits.device),
-            torch.full(shape, top_k, device=logits.device),
-        )
-        scored = action_log_probs(logits.float(), *wanted).gather(-1, piece["actions"][..., None])[..., 0]
-        return scored.masked_fill(~piece["action_mask"], 0.0)
+    def _charge_kl(self, pieces: Sequence[dict[str, Tensor]]) -> None:
+        """Penalties become rewards where a value head learns to expect them."""
+        if self.config.rl.kl_in == "reward":
+            for piece in pieces:
+                piece["rewards"] = piece["rewards"] - self.kl_coef * piece["kl_penalties"]
+                piece["kl_penalties"] = torch.zeros_like(piece["kl_penalties"])
 
     def manifest(self) -> Manifest:
         return self.zero.manifest("cola.")
@@ -283,13 +300,14 @@ class RLLearner:
         if self.zero.rank == 0:
             if self.value is not None:
                 torch.save(self.value.state_dict(), folder / "value.pt")
-            (folder / "rl.json").write_text(json.dumps({"version": self.version}))
+            (folder / "rl.json").write_text(json.dumps({"version": self.version, "kl_coef": self.kl_coef}))
 
     def load(self, folder: Path) -> None:
         self.zero.load(folder)
         if self.value is not None:
             self.value.load_state_dict(torch.load(folder / "value.pt", map_location=self.zero.device))
-        self.version = json.loads((folder / "rl.json").read_text())["version"]
+        saved = json.loads((folder / "rl.json").read_text())
+        self.version, self.kl_coef = saved["version"], saved["kl_coef"]
 
 
 def _value_learner(config: Config, width: int, device: torch.device) -> ValueLearner | None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_ray.algorithms.advantages import generalised_advantages, typical_value
+from cola_ray.algorithms.advantages import typical_value
+from cola_ray.algorithms.ppo import generalised_advantages
 
 
 class ValueHead(nn.Module):

@@ -170,25 +170,29 @@ class RolloutWorker(EngineWorker):
         Draws depend on (run seed, ticket's position, sibling) alone, so who generates a group, when, and how often
         does not matter.
         """
-        size, rollout = self.config.rl.group_size, self.config.rollout
         indices = [self.fitting[ticket.problem] for ticket in tickets]
+        size = self.config.rl.group_size
+        asked = size + (self.config.rl.algorithm == "remax")  # the last of them greedily
         requests = [
-            Request(
-                self.prompts[index],
-                seed=self._seed(ticket.position, sibling),
-                temperature=rollout.temperature,
-                top_k=rollout.top_k,
-                max_new_tokens=rollout.max_new_tokens,
-            )
+            self._request(self.prompts[index], self._seed(ticket.position, sibling), greedy=sibling == size)
             for ticket, index in zip(tickets, indices, strict=True)
-            for sibling in range(size)
+            for sibling in range(asked)
         ]
         completions = await self.batch.complete(requests)
-        owners = [index for index in indices for _ in range(size)]
+        owners = [index for index in indices for _ in range(asked)]
         texts = self._texts(completions)
         rewards = await self._score("train", owners, texts)
-        made = iter(zip(owners, completions, texts, rewards, strict=True))
-        return [Group(ticket.position, tuple(self._trajectory(*next(made)) for _ in range(size))) for ticket in tickets]
+        made = [self._trajectory(*one) for one in zip(owners, completions, texts, rewards, strict=True)]
+        groups = [made[start : start + asked] for start in range(0, len(made), asked)]
+        return [
+            Group(ticket.position, tuple(group[:size]), *group[size:])
+            for ticket, group in zip(tickets, groups, strict=True)
+        ]
+
+    def _request(self, prompt: Sequence[int], seed: int, greedy: bool) -> Request:
+        rollout = self.config.rollout
+        temperature, top_k = (0.0, 0) if greedy else (rollout.temperature, rollout.top_k)
+        return Request(prompt, seed, temperature, top_k, rollout.max_new_tokens)
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
         """Greedy rewards on held-out problems, of the policy or of the bare base; 0 where scoring failed."""

@@ -111,9 +111,8 @@ def plain(cola_dir):
         piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
         logits, _, piece["reference_logits"] = module(piece["input_ids"], piece["attention_mask"])
         loss, _ = policy_objective(
-            logits, piece, None, importance_cap=config.rl.importance_cap, kl_coef=config.rl.kl_coef, clip_low=0.2,
-            clip_high=0.2, temperature=0.8, top_k=0,
-        )  # fmt: skip
+            logits, piece, None, rl=config.rl, kl_coef=config.rl.kl_coef, temperature=0.8, top_k=0
+        )
         optimizer.zero_grad()
         (loss / batch.num_actions_global).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.rl.grad_clip)

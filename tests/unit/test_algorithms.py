@@ -3,20 +3,28 @@
 Literals marked with a source are facts asserted by that project's tests (all Apache-2.0).
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_ray.algorithms.advantages import discounted_sum_to_go, group_normalised, leave_one_out
+from cola_ray.algorithms import OF_OUTCOMES, remax
+from cola_ray.algorithms.advantages import Outcomes, discounted_sum_to_go, following, overlong_penalty
+from cola_ray.algorithms.grpo import group_normalised
 from cola_ray.algorithms.policy_loss import (
+    adapted_kl_coef,
     clipped_policy_gradient,
     entropy,
     exact_kl,
     kl_estimate,
     truncated_importance_weights,
 )
+from cola_ray.algorithms.rloo import leave_one_out
+from cola_ray.config import RLConfig
+from cola_ray.learner.rl import policy_objective
 
 
 def test_group_advantages_by_hand():
@@ -107,3 +115,152 @@ def test_truncated_importance_weights():
     # SkyRL, test_off_policy_correction.py
     weights = truncated_importance_weights(torch.tensor([0.5, -0.5, 3.0]), torch.zeros(3), cap=2.0)
     torch.testing.assert_close(weights, torch.tensor([1.6487, 0.6065, 2.0]), atol=1e-4, rtol=0)
+
+
+# --- outcomes ---------------------------------------------------------------------------------------------------------
+
+
+def step_of(*groups, greedy=float("nan")):
+    return [Outcomes(torch.tensor(group, dtype=torch.float64), greedy) for group in groups]
+
+
+def test_each_algorithms_advantages_by_hand():
+    groups = ([1.0, 0.0], [3.0])
+    found = {name: [one.tolist() for one in of(step_of(*groups, greedy=1.0))] for name, of in OF_OUTCOMES.items()}
+    assert found["grpo"] == [[pytest.approx(0.5**0.5), pytest.approx(-(0.5**0.5))], [0.0]], "alone there is no signal"
+    assert found["rloo"] == [[1.0, -1.0], [0.0]]
+    assert found["remax"] == [[0.0, -1.0], [2.0]]
+    spread = np.std([1, 0, 3], ddof=1)
+    wanted = [[(1 - 4 / 3) / spread, (-4 / 3) / spread], [(3 - 4 / 3) / spread]]
+    assert found["reinforce"] == [pytest.approx(one) for one in wanted]
+    assert remax.advantages(step_of([5.0]))[0].tolist() == [0.0], "without a greedy reward a prompt teaches nothing"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=6), min_size=1, max_size=5), st.floats(-3, 3))
+def test_advantages_do_not_change_when_all_rewards_shift(groups, shift):
+    """All four compare: what is added to every reward, and to the greedy one, cancels."""
+    shifted = [[reward + shift for reward in group] for group in groups]
+    for name, of in OF_OUTCOMES.items():
+        if name in ("grpo", "reinforce") and min(np.ptp(group) for group in groups) < 1e-2:
+            continue  # divided by a spread that is rounding alone
+        before, after = of(step_of(*groups, greedy=0.5)), of(step_of(*shifted, greedy=0.5 + shift))
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rloo", "remax"])
+def test_baselines_leave_the_expected_gradient_as_it_is(name):
+    """Over all pairs of draws from a softmax over three outcomes: E[A grad log pi] = grad E[r]."""
+    logits = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([1.0, 4.0, -2.0], dtype=torch.float64)
+    (wanted,) = torch.autograd.grad((logits.softmax(0) * rewards).sum(), logits)
+    probs, scores = logits.softmax(0).detach(), torch.eye(3, dtype=torch.float64) - logits.softmax(0).detach()
+    found = torch.zeros(3, dtype=torch.float64)
+    for pair in itertools.product(range(3), repeat=2):
+        (advantages,) = OF_OUTCOMES[name](step_of(rewards[list(pair)].tolist(), greedy=float(rewards[0])))
+        weight = probs[list(pair)].prod()
+        found += weight * sum(a * scores[i] for a, i in zip(advantages, pair, strict=True)) / 2
+    torch.testing.assert_close(found, wanted)
+
+
+def test_overlong_completions_pay_in_proportion():
+    paid = [overlong_penalty(length, 100, 20) for length in (0, 80, 90, 100, 130)]
+    assert paid == [0, 0, 0.5, 1, 1]
+    assert overlong_penalty(100, 100, 0) == 0
+
+
+# --- KL ---------------------------------------------------------------------------------------------------------------
+
+
+def two_steps(estimator, kl_in, kl_coef):
+    """Every (action, action) of a policy of two steps and three actions, with the gradient that the loss gives each.
+
+    The second state depends on the first action. Returns the draws' probabilities, their gradients, and the gradient
+    of the exact objective, ``-kl_coef E[KL(s_0) + KL(s_1)]``, all with respect to the table of logits (4, 3).
+    """
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    reference = torch.randn(4, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+    policy = table.log_softmax(-1)
+    divergence = (policy.exp() * (policy - reference)).sum(-1)
+    objective = -kl_coef * (divergence[0] + (policy[0].exp() * divergence[1:]).sum())
+    (wanted,) = torch.autograd.grad(objective, table, retain_graph=True)
+    chances, gradients = [], []
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    rl = RLConfig(kl_in=kl_in, kl_estimator=estimator, importance_cap=0.0)
+    for first, second in itertools.product(range(3), repeat=2):
+        rows, actions = [0, 1 + first], torch.tensor([[first, second]])
+        batch = {
+            "actions": actions, "action_mask": mask, "advantages": torch.zeros(1, 2, dtype=torch.float64),
+            "reference_logits": reference[rows][None], "rollout_log_probs": torch.zeros(1, 2),
+        }  # fmt: skip
+        loss, _ = policy_objective(table[rows][None], batch, None, rl=rl, kl_coef=kl_coef, temperature=1.0, top_k=0)
+        gradients.append(-torch.autograd.grad(loss, table)[0])
+        chances.append(float((policy[0, first] + policy[1 + first, second]).exp().detach()))
+    return torch.tensor(chances, dtype=torch.float64), torch.stack(gradients), wanted
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k1"])
+def test_kl_in_the_reward_has_the_objectives_gradient(estimator):
+    """The whole of it: that of each state, and that of choosing which state comes next."""
+    chances, gradients, wanted = two_steps(estimator, "reward", 0.7)
+    torch.testing.assert_close((chances[:, None, None] * gradients).sum(0), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_the_exact_divergence_has_less_variance_than_an_estimate():
+    def variance(estimator):
+        chances, gradients, wanted = two_steps(estimator, "reward", 0.7)
+        return float((chances[:, None, None] * (gradients - wanted).square()).sum())
+
+    assert variance("exact") < 0.5 * variance("k1")
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k2"])
+def test_kl_in_the_loss_has_each_states_own_gradient(estimator):
+    """Without what the first action does to the second state. Of the estimates only k2's gradient is unbiased for it."""
+    chances, gradients, _ = two_steps(estimator, "loss", 0.7)
+    _, exact, _ = two_steps("exact", "loss", 0.7)
+    mean = (chances[:, None, None] * gradients).sum(0)
+    torch.testing.assert_close(mean, (chances[:, None, None] * exact).sum(0), atol=1e-6, rtol=1e-5)
+    for biased in ("k1", "k3"):
+        _, other, _ = two_steps(biased, "loss", 0.7)
+        assert ((chances[:, None, None] * other).sum(0) - mean).abs().max() > 1e-3
+
+
+def test_truncated_actions_give_no_nan_gradients():
+    logits = torch.randn(1, 4, dtype=torch.float64).requires_grad_()
+    kept = logits.masked_fill(torch.tensor([[False, False, True, True]]), -torch.inf).log_softmax(-1)
+    for of in (entropy(kept), exact_kl(kept, torch.zeros(1, 4, dtype=torch.float64).log_softmax(-1))):
+        (gradient,) = torch.autograd.grad(of.sum(), logits, retain_graph=True)
+        assert torch.isfinite(gradient).all()
+        assert gradient[0, 2:].abs().max() == 0
+
+
+def test_following_skips_observations():
+    values, mask = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[True, False, True, True]])
+    assert following(values, mask).tolist() == [[3.0, 0.0, 4.0, 0.0]]
+
+
+def test_the_coefficient_follows_the_divergence():
+    # Ziegler et al. 2019: by at most 2 % a step, in proportion near the target
+    assert adapted_kl_coef(0.5, 0.3, 0.1) == pytest.approx(0.51)
+    assert adapted_kl_coef(0.5, 0.0, 0.1) == pytest.approx(0.49)
+    assert adapted_kl_coef(0.5, 0.101, 0.1) == pytest.approx(0.5 * 1.001)
+
+
+def test_the_entropy_bonus_spreads_the_policy():
+    logits = torch.tensor([[[1.0, 0.0, -1.0]]], dtype=torch.float64, requires_grad=True)
+    zero, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    batch = {"actions": torch.zeros(1, 1, dtype=torch.long), "action_mask": mask, "advantages": zero,
+             "rollout_log_probs": zero, "reference_logits": torch.zeros(1, 1, 3)}  # fmt: skip
+
+    def loss(x):
+        return policy_objective(
+            x, batch, None, rl=RLConfig(entropy_coef=0.3), kl_coef=0.0, temperature=1.0, top_k=0
+        )[0]  # fmt: skip
+
+    assert torch.autograd.gradcheck(lambda x: -0.3 * entropy(x.log_softmax(-1)).sum(), (logits,))
+    (found,) = torch.autograd.grad(loss(logits), logits)
+    (wanted,) = torch.autograd.grad(-0.3 * entropy(logits.log_softmax(-1)).sum(), logits)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)

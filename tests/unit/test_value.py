@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cola_ray.algorithms.advantages import generalised_advantages
+from cola_ray.algorithms.ppo import generalised_advantages
 from cola_ray.experience import Episode, Turn, collate
 from cola_ray.learner.value import ValueLearner
 

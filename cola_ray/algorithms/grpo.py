@@ -1,0 +1,40 @@
+"""GRPO: a completion against the others of its prompt, in units of their spread.
+
+    A_i = (r_i - mean_j r_j) / std_j r_j        Shao et al. 2024, "DeepSeekMath", section 4.1.2
+    A_i =  r_i - mean_j r_j                     Liu et al. 2025, "Dr. GRPO": hard and easy prompts weigh no more
+
+The same number at every action of a completion; the loss is PPO's clipped surrogate.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cola_ray.algorithms.advantages import Outcomes
+
+
+def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
+    """Zero for a completion that has nothing to be compared with."""
+    return [
+        group_normalised(one.rewards[None])[0] if len(one.rewards) > 1 else torch.zeros_like(one.rewards)
+        for one in prompts
+    ]
+
+
+def group_normalised(rewards: Tensor, normalise_std: bool = True, eps: float = 1e-8) -> Tensor:
+    """``(r - mean_G) / max(std_G, eps)`` with the unbiased std.
+
+    Args:
+        rewards: (P, G) with G >= 2.
+        normalise_std: False leaves the division out.
+
+    Returns:
+        advantages (P, G); a group whose rewards are all equal has advantage 0.
+
+    Example: rewards [[1, 0]] -> [[0.7071, -0.7071]]; without std [[0.5, -0.5]].
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    if not normalise_std:
+        return centred
+    return centred / rewards.std(-1, keepdim=True).clamp_min(eps)

@@ -1,0 +1,19 @@
+"""ReMax: a completion against the greedy one of its prompt.
+
+    A_i = r(x, y_i) - r(x, greedy(x))           Li et al. 2023, "ReMax", eq. 6 and algorithm 1
+
+Unbiased, since the baseline depends on the prompt and the policy alone; it costs one more completion a prompt and works
+with a single sample. Where the greedy completion has no reward, the prompt teaches nothing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cola_ray.algorithms.advantages import Outcomes
+
+
+def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
+    """Example: rewards [1, 0], greedy 1 -> [0, -1]."""
+    return [torch.nan_to_num(one.rewards - one.greedy, nan=0.0) for one in prompts]

@@ -1,0 +1,30 @@
+"""RLOO: a completion against the mean of the other ones of its prompt.
+
+    A_i = r_i - 1/(G-1) sum_{j != i} r_j        Ahmadian et al. 2024, "Back to Basics", eq. 6
+
+An unbiased baseline, since no reward is its own; no value network, and no division by a spread.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cola_ray.algorithms.advantages import Outcomes
+
+
+def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
+    """Zero for a completion that has nothing to be compared with."""
+    return [
+        leave_one_out(one.rewards[None])[0] if len(one.rewards) > 1 else torch.zeros_like(one.rewards)
+        for one in prompts
+    ]
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """``r_i - mean_{j != i} r_j`` over rewards (P, G).
+
+    Example: rewards [[6, 3]] -> [[3, -3]].
+    """
+    group_size = rewards.shape[-1]
+    return (rewards - rewards.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
