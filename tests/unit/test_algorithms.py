@@ -218,7 +218,7 @@ def test_the_exact_divergence_has_less_variance_than_an_estimate():
 
 @pytest.mark.parametrize("estimator", ["exact", "k2"])
 def test_kl_in_the_loss_has_each_states_own_gradient(estimator):
-    """Without what the first action does to the second state. Of the estimates only k2's gradient is unbiased for it."""
+    """Without what the first action does to the second state. Of the estimates only k2's is unbiased for it."""
     chances, gradients, _ = two_steps(estimator, "loss", 0.7)
     _, exact, _ = two_steps("exact", "loss", 0.7)
     mean = (chances[:, None, None] * gradients).sum(0)
