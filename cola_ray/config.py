@@ -155,11 +155,13 @@ class RolloutConfig(_Branch):
 
 
 class RLConfig(_Branch):
-    algorithm: Literal["grpo", "rloo", "remax", "reinforce", "ppo", "archer", "chai", "filtered_bc"] = "grpo"
+    algorithm: Literal[
+        "grpo", "rloo", "remax", "reinforce", "ppo", "etpo", "archer", "chai", "filtered_bc"
+    ] = "grpo"  # fmt: skip
     """grpo: group-normalised advantages. rloo: leave-one-out baseline. remax: the greedy completion as baseline.
-    reinforce: the batch's mean as baseline. ppo: a value head on the base's states, and GAE. For agents also: archer:
-    advantages of whole utterances by an off-policy critic. chai: the policy stays, and the critic chooses among its
-    utterances. filtered_bc: clone the best of all episodes so far."""
+    reinforce: the batch's mean as baseline. ppo: a value head on the base's states, and GAE. etpo: soft Q-learning over
+    actions, with kl_coef as beta. For agents also: archer: advantages of whole utterances by an off-policy critic.
+    chai: the policy stays, and the critic chooses among its utterances. filtered_bc: clone the best of all episodes."""
     max_steps: int = 100
     """Learner steps."""
     prompts_per_step: int = 64
@@ -175,7 +177,8 @@ class RLConfig(_Branch):
     grad_clip: float = 1.0
     """Norm over all policy gradients."""
     kl_coef: float = 0.001
-    """Weight of KL(policy || reference) over actions."""
+    """Weight of KL(policy || reference) over actions. etpo: a choice is decided at a difference in value of about four
+    times this; 0.05 suits rewards of 0 and 1."""
     kl_in: Literal["reward", "loss"] = "reward"
     """reward: an action also answers for the divergence of the states that it leads to. loss: for its own state's."""
     kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
@@ -198,9 +201,11 @@ class RLConfig(_Branch):
     gae_lambda: float = 0.95
     """ppo: decay of temporal-difference errors over actions."""
     value_lr: float = 1e-3
-    """Learning rate of the value head's Adam: ppo, and archer with critic.token_baseline."""
+    """Learning rate of the Adam of the value head, ppo's and archer's with critic.token_baseline, and of etpo's Q."""
     value_steps: int = 4
-    """The value head's gradient steps on one batch."""
+    """Gradient steps of value head or Q on one batch."""
+    target_tau: float = 0.005
+    """etpo: share of Q that its target takes over after each of its steps."""
     micro_batch_tokens: int = 16_384
     """Padded tokens a forward pass, on one rank; at least one sequence."""
     max_staleness: int = 0
@@ -674,6 +679,12 @@ def _check_critic(config: Config) -> list[str]:
     return []
 
 
+def _check_etpo(config: Config) -> list[str]:
+    if config.rl.algorithm != "etpo" or config.rl.kl_coef > 0:
+        return []
+    return [f"rl.kl_coef = {config.rl.kl_coef}: etpo divides by it; use a number above 0, e.g. 0.05"]
+
+
 def _check_kind(config: Config) -> list[str]:
     if config.rl.cache_hidden_states and is_environment(config.task.name):
         return ["rl.cache_hidden_states = True: turns do not bring their states to the learner; leave it out"]
@@ -730,6 +741,7 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_paths,
     _check_task,
     _check_kind,
+    _check_etpo,
     _check_critic,
     _check_base,
 )

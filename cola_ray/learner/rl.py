@@ -1,7 +1,7 @@
 """The RL learner: one Ray Train worker's loop, and the objective it optimises.
 
     next_batch(rank) ─> e = base(x), once, no gradient ─> policy(e), reference(e) ─> objective ─> ZeRO-3 step
-         ^                    └─> value head (ppo, or ArCHer's token baseline) ─> advantages ─^       │
+         ^                    └─> value head (ppo, ArCHer's token baseline), soft Q (etpo) ──^        │
          └────────────────────────────── publish(v+1, policy buckets, metrics) <──────────────────────┘
 
 Of the model, only the policy trains. The reference is a frozen copy of the policy's layers, and both read the same e;
@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cola_ray.algorithms import etpo
 from cola_ray.algorithms.advantages import discounted_sum_to_go
 from cola_ray.algorithms.latent_actions import action_log_probs
 from cola_ray.algorithms.policy_loss import (
@@ -33,6 +34,7 @@ from cola_ray.algorithms.policy_loss import (
 from cola_ray.config import Config, RLConfig
 from cola_ray.experience import Batch
 from cola_ray.learner.engine import NonFiniteError, ZeroEngine
+from cola_ray.learner.soft_q import SoftQLearner
 from cola_ray.learner.value import ValueLearner
 from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
@@ -103,21 +105,22 @@ def policy_objective(
     kl_coef: float,
     temperature: float,
     top_k: int,
+    q: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate over latent actions with its penalties, as a sum over the masked-in actions.
+    """What the policy minimises, a sum over the masked-in actions: the clipped surrogate with its penalties, or ETPO's.
 
-    With the KL in the reward and an outcome's advantage, lambda is 1: every action's advantage is the outcome's minus
-    ``kl_coef`` times the penalties from it on (specification of CoLA's RL stage). Each action is weighed by
-    ``min(pi_old / pi_rollout, importance_cap)``, for rollouts that an older version or another engine's arithmetic
-    drew; the ratio that is clipped is against ``pi_old``, the learner's own at the start of the batch.
+    Each action is weighed by ``min(pi_old / pi_rollout, importance_cap)``, for rollouts that an older version or
+    another engine's arithmetic drew; the ratio that is clipped is against ``pi_old``, the learner's own at the start
+    of the batch.
 
     Args:
         logits: (B, T, K).
         batch: tensors of :class:`Batch` fields (B, T), and ``reference_logits`` (B, T, K); with ``kl_penalties``
-            (B, T) where the batch is used more than once, and none of it left where the advantages hold it.
+            (B, T) where the batch is used more than once, all 0 where the advantages hold them.
         old_log_probs: (B, T) at the start of the batch's updates; None on the first, where they are the current.
         kl_coef: in force; it may be adapted from step to step.
         temperature, top_k: of the rollouts; scores are those of the distribution sampled from.
+        q: (B, T, K), ETPO's; then advantages and rollouts' log-probabilities do not count.
 
     Returns:
         loss sum (scalar) and metric sums over actions.
@@ -129,22 +132,20 @@ def policy_objective(
     )
     old = log_probs.detach() if old_log_probs is None else old_log_probs
     kl, spread = exact_kl(policy, reference), entropy(policy)
-    advantages = batch["advantages"]
-    if kl_coef and rl.kl_in == "reward":
-        penalties = batch.get("kl_penalties")
-        if penalties is None:
-            penalties = kl_penalties(policy.detach(), reference, actions, mask, rl.kl_estimator)
-        advantages = advantages - kl_coef * discounted_sum_to_go(penalties, mask)
-    weights = torch.ones_like(advantages)
-    if rl.importance_cap:
-        weights = truncated_importance_weights(old, batch["rollout_log_probs"], rl.importance_cap)
-    loss, clipped = clipped_policy_gradient(
-        log_probs, old, weights * advantages, mask, rl.clip_low, rl.clip_high
-    )  # fmt: skip
-    if rl.kl_estimator == "exact":
-        loss = loss + kl_coef * kl[mask].sum()
-    elif rl.kl_in == "loss":
-        loss = loss + kl_coef * kl_estimate(log_probs, ref_log_probs, rl.kl_estimator)[mask].sum()
+    weights, clipped = torch.ones_like(log_probs), torch.zeros((), device=logits.device)
+    if q is not None:
+        loss = etpo.actor_loss(policy, reference, q, kl_coef)[mask].sum()
+    else:
+        if rl.importance_cap:
+            weights = truncated_importance_weights(old, batch["rollout_log_probs"], rl.importance_cap)
+        advantages = batch["advantages"] - kl_coef * _charged(policy.detach(), reference, batch, rl)
+        loss, clipped = clipped_policy_gradient(
+            log_probs, old, weights * advantages, mask, rl.clip_low, rl.clip_high
+        )  # fmt: skip
+        if rl.kl_estimator == "exact":
+            loss = loss + kl_coef * kl[mask].sum()
+        elif rl.kl_in == "loss":
+            loss = loss + kl_coef * kl_estimate(log_probs, ref_log_probs, rl.kl_estimator)[mask].sum()
     if rl.entropy_coef:
         loss = loss - rl.entropy_coef * spread[mask].sum()
     with torch.no_grad():
@@ -160,6 +161,16 @@ def policy_objective(
             "policy/rollout_mismatch_max": mismatch.max(),
         }
     return loss, metrics
+
+
+def _charged(policy: Tensor, reference: Tensor, batch: dict[str, Tensor], rl: RLConfig) -> Tensor:
+    """KL that each action's advantage answers for, (B, T): the sum of the penalties from it on (CoLA's RL stage)."""
+    if rl.kl_in == "loss":
+        return torch.zeros_like(batch["advantages"])
+    penalties = batch.get("kl_penalties")
+    if penalties is None:
+        penalties = kl_penalties(policy, reference, batch["actions"], batch["action_mask"], rl.kl_estimator)
+    return discounted_sum_to_go(penalties, batch["action_mask"])
 
 
 def _distributions(logits: Tensor, reference_logits: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +202,9 @@ class RLLearner:
             grad_clip=rl.grad_clip,
             bfloat16=config.model.dtype == "bfloat16",
         )
-        self.value = _value_learner(config, cola.config.hidden_size, self.zero.device)
+        width = cola.config.hidden_size
+        self.value = _value_learner(config, width, self.zero.device)
+        self.soft_q = _soft_q_learner(config, width, cola.config.num_actions, self.zero.device)
         self.sender = WeightSender()
         self.broadcast = Broadcast()
         self.version, self.kl_coef = 0, rl.kl_coef
@@ -207,24 +220,28 @@ class RLLearner:
         pieces = [_tensors(batch, *cut, self.zero.device) for cut in batch.micro_batches]
         old: list[Tensor | None] = [None] * len(pieces)
         sums: dict[str, Tensor] = {}
-        if rl.updates_per_batch > 1 or self.value is not None:
+        if rl.updates_per_batch > 1 or self.value is not None or self.soft_q is not None:
             with torch.no_grad():
                 old = [self._score(piece) for piece in pieces]
         if self.value is not None:
             self._charge_kl(pieces)
             sums = self.value.advantages(pieces, batch.num_actions_global)
             self.value.fit(pieces, batch.num_actions_global)
+        if self.soft_q is not None:
+            sums = self.soft_q.fit(pieces, batch.num_actions_global, self.kl_coef)
         lr = rl.lr * min(1.0, (self.version + 1) / max(rl.warmup_steps, 1))
         for update in range(rl.updates_per_batch):
             for index, piece in enumerate(pieces):
+                logits = self._logits(piece)
                 loss, metrics = policy_objective(
-                    self._logits(piece),
+                    logits,
                     piece,
                     old[index],
                     rl=rl,
                     kl_coef=self.kl_coef,
                     temperature=self.config.rollout.temperature,
                     top_k=self.config.rollout.top_k,
+                    q=None if self.soft_q is None else self.soft_q.q(piece["hidden_states"]),
                 )
                 self.zero.backward(loss / batch.num_actions_global, last=index == len(pieces) - 1)
                 if rl.updates_per_batch == 1:
@@ -266,6 +283,8 @@ class RLLearner:
         logits = self._logits(piece)
         policy, reference = _distributions(logits, piece["reference_logits"], rollout.temperature, rollout.top_k)
         piece["kl_penalties"] = kl_penalties(policy, reference, actions, mask, self.config.rl.kl_estimator)
+        if self.soft_q is not None:
+            piece |= {"policy": policy, "reference": reference}
         return policy.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
 
     def _charge_kl(self, pieces: Sequence[dict[str, Tensor]]) -> None:
@@ -298,16 +317,21 @@ class RLLearner:
         """This rank's shard and its checksums; the version stands for all else, since every draw follows from it."""
         self.zero.save(folder)
         if self.zero.rank == 0:
-            if self.value is not None:
-                torch.save(self.value.state_dict(), folder / "value.pt")
+            for name, head in self._heads():
+                torch.save(head.state_dict(), folder / f"{name}.pt")
             (folder / "rl.json").write_text(json.dumps({"version": self.version, "kl_coef": self.kl_coef}))
 
     def load(self, folder: Path) -> None:
         self.zero.load(folder)
-        if self.value is not None:
-            self.value.load_state_dict(torch.load(folder / "value.pt", map_location=self.zero.device))
+        for name, head in self._heads():
+            head.load_state_dict(torch.load(folder / f"{name}.pt", map_location=self.zero.device))
         saved = json.loads((folder / "rl.json").read_text())
         self.version, self.kl_coef = saved["version"], saved["kl_coef"]
+
+    def _heads(self) -> list[tuple[str, ValueLearner | SoftQLearner]]:
+        """What trains beside the policy, by the name that it is saved under."""
+        heads = {"value": self.value, "soft_q": self.soft_q}
+        return [(name, head) for name, head in heads.items() if head is not None]
 
 
 def _value_learner(config: Config, width: int, device: torch.device) -> ValueLearner | None:
@@ -321,6 +345,16 @@ def _value_learner(config: Config, width: int, device: torch.device) -> ValueLea
         return None
     return ValueLearner(
         width, device, lr=rl.value_lr, grad_clip=rl.grad_clip, decay=decay, whiten=whiten, steps=rl.value_steps,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def _soft_q_learner(config: Config, width: int, num_actions: int, device: torch.device) -> SoftQLearner | None:
+    rl = config.rl
+    if rl.algorithm != "etpo":
+        return None
+    return SoftQLearner(
+        width, num_actions, device, lr=rl.value_lr, tau=rl.target_tau, grad_clip=rl.grad_clip, steps=rl.value_steps,
         seed=config.seed,
     )  # fmt: skip
 

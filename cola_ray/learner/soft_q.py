@@ -1,0 +1,103 @@
+"""ETPO's soft Q: a K-way head on the frozen base's e, trained beside the policy on the same batches.
+
+    e (B, T, H) ─> Qbar(e) ─┐                        pi, rho (B, T, K)
+                            ├─> V of each state ─> targets r + g V(next) ─> squared error of Q(e, action taken)
+    pi, rho ────────────────┘                                              then Qbar follows by Polyak averaging
+    Q(e) ─> actor loss, summed over all K actions ─> the policy's update
+
+The last layer starts at zero: at first every action is worth the same, and the best policy is the reference. The head
+is small and whole on every rank, with an optimizer and a clip of its own.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cola_ray.algorithms import etpo
+from cola_ray.algorithms.archer import polyak_
+
+
+class SoftQHead(nn.Module):
+    """``Q(e, .)``: (..., H) -> (..., K), in float32; 0 for all at first."""
+
+    def __init__(self, width: int, num_actions: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_actions))
+        nn.init.zeros_(self.layers[-1].get_parameter("weight"))
+        nn.init.zeros_(self.layers[-1].get_parameter("bias"))
+
+    def forward(self, e: Tensor) -> Tensor:
+        return self.layers(self.norm(e.float()))
+
+
+class SoftQLearner:
+    """Online head, target head and Adam, the same on every rank. ``torch.distributed`` must be initialised.
+
+    Args:
+        tau: share of the online head that the target takes over after each gradient step.
+        steps: gradient steps a batch.
+    """
+
+    def __init__(
+        self, width: int, num_actions: int, device: torch.device, *, lr: float, tau: float, grad_clip: float,
+        steps: int, seed: int,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(seed)
+        self.online = SoftQHead(width, num_actions).to(device)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=lr)
+        self.tau, self.grad_clip, self.steps = tau, grad_clip, steps
+
+    def fit(self, pieces: Sequence[dict[str, Tensor]], num_actions: int, beta: float) -> dict[str, Tensor]:
+        """``steps`` gradient steps on ``mean (Q(e, a) - target)^2``; all ranks call.
+
+        Args:
+            pieces: of this rank, with ``hidden_states`` (B, T, H), ``policy`` and ``reference`` (B, T, K)
+                log-probabilities, ``rewards`` and ``discounts`` (B, T).
+            num_actions: over all ranks.
+            beta: weight of KL(policy || reference) in values.
+
+        Returns:
+            metric sums over actions, of the first step.
+        """
+        sums: dict[str, Tensor] = {}
+        for step in range(self.steps):
+            self.optimizer.zero_grad()
+            for piece in pieces:
+                mask = piece["action_mask"]
+                goals = self._targets(piece, beta)[mask]
+                taken = self.online(piece["hidden_states"]).gather(-1, piece["actions"][..., None])[..., 0][mask]
+                error = (taken - goals).square().sum()
+                (error / num_actions).backward()
+                if step == 0:
+                    found = {"q/taken": taken.detach().sum(), "q/target": goals.sum(), "q/error": error.detach()}
+                    sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+            for parameter in self.online.parameters():
+                torch.distributed.all_reduce(parameter.grad)
+            nn.utils.clip_grad_norm_(self.online.parameters(), self.grad_clip)
+            self.optimizer.step()
+            polyak_(self.target.parameters(), self.online.parameters(), self.tau)
+        return sums
+
+    @torch.no_grad()
+    def _targets(self, piece: dict[str, Tensor], beta: float) -> Tensor:
+        values = etpo.soft_values(self.target(piece["hidden_states"]), piece["policy"], piece["reference"], beta)
+        last = piece["attention_mask"].sum(1, keepdim=True) - 1
+        final = values.gather(1, last)[:, 0]
+        return etpo.soft_targets(piece["rewards"], piece["discounts"], values, final, piece["action_mask"])
+
+    @torch.no_grad()
+    def q(self, e: Tensor) -> Tensor:
+        """What the policy follows, (B, T, K)."""
+        return self.online(e)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in ("online", "target", "optimizer")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, saved in state.items():
+            getattr(self, name).load_state_dict(saved)
