@@ -70,6 +70,8 @@ class TaskConfig(_Branch):
     OPENAI_API_KEY. Empty: tables, offline."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Arguments of a reasoning-gym generator or an environment, e.g. min_terms 2."""
+    thinking: bool = False
+    """Ask for thoughts in <think> and the answer in <answer> tags; the form alone is worth 0.1. Not for agents."""
     num_problems: int = 20_000
     """Problems a procedural generator makes; a sixth of the distinct ones is held out."""
     reward_timeout_s: float = 30.0

@@ -11,16 +11,16 @@ A call that takes longer than ``timeout_s`` costs its own answer: the process is
 import math
 import multiprocessing as mp
 import multiprocessing.connection
-import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cola_ray.tasks import Task
+from cola_ray.tasks.confine import die_with_parent
 from cola_ray.tasks.environment import Environment
 from cola_ray.tasks.protocol import Split
+from cola_ray.tasks.sandbox import confine_this_process
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,11 @@ class Isolated:
 
 
 def _serve(make: Callable[[], Any], connection: multiprocessing.connection.Connection) -> None:
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    die_with_parent()  # a worker that was killed cannot kill its child, which may hang in user code
     try:
         served = make()
+        if getattr(served, "executes_responses", False):
+            confine_this_process()
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
         return
@@ -123,13 +125,6 @@ def _serve(make: Callable[[], Any], connection: multiprocessing.connection.Conne
             except Exception as error:
                 answer = Answer(failure=f"raised {type(error).__name__}: {error}"[:300])
             connection.send(answer)
-
-
-def _end_with_parent(parent: int) -> None:
-    """A worker that was killed cannot kill its child, which may hang in user code."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------

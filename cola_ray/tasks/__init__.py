@@ -10,7 +10,7 @@ from cola_ray.tasks.data_science import DataScience
 from cola_ray.tasks.environment import Dialogue, Environment
 from cola_ray.tasks.guessing import ChatOracle, GuessCity, TwentyQuestions
 from cola_ray.tasks.protocol import Problem, Task, render_prompt
-from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, ReasoningGym
+from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, ReasoningGym, Thinking
 
 __all__ = [
     "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Task", "make_environment", "make_task", "render_prompt",
@@ -66,6 +66,11 @@ def make_task(config: TaskConfig, seed: int) -> Task:
 
     A name like ``package.module:Class`` is called with (TaskConfig, seed).
     """
+    task = _make_task(config, seed)
+    return Thinking(task) if config.thinking else task
+
+
+def _make_task(config: TaskConfig, seed: int) -> Task:
     if config.name == "gsm8k":
         return Gsm8k(config.path, seed)
     if config.name == "arithmetic":

@@ -144,12 +144,22 @@ def _become(source: str) -> int:
 
 def _confine(settings: dict[str, Any], writable: str) -> None:
     """Raises OSError where the kernel refuses; then nothing may be run."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: the server's end is this one's
+    die_with_parent()
     _limit_resources(settings)
+    bind(settings["readable"], writable)
+
+
+def die_with_parent() -> None:
+    """From here on the end of the process that forked this one is its own."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def bind(readable: list[str], writable: str) -> None:
+    """Give up files and calls, for good: of this thread and of those that it starts. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS, without which neither of the next two is allowed
         raise OSError("no_new_privs was refused")
-    _confine_files(libc, settings["readable"], writable)
+    _confine_files(libc, readable, writable)
     _confine_calls(libc)
 
 

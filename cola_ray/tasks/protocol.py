@@ -19,7 +19,11 @@ class Problem:
 
 
 class Task(Protocol):
-    """Problems of two splits that share no question, and a verifier."""
+    """Problems of two splits that share no question, and a verifier.
+
+    A task whose verifier executes what a response says, be it one formula, has ``executes_responses = True``; the
+    process that scores then gives up files, sockets and other processes once the task has been built.
+    """
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """All problems of a split, in an order that only the seed decides."""

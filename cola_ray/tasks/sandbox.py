@@ -164,6 +164,17 @@ class Sandbox:
             raise NoSandboxError(f"generated programs are not run: {problem}")
 
 
+def confine_this_process() -> None:
+    """No files but libraries to read, no sockets, processes or threads from here on, for a process that has one thread.
+
+    Raises NoSandboxError where the kernel offers no confinement.
+    """
+    try:
+        confine.bind(_libraries(), "/dev/null")
+    except OSError as error:
+        raise NoSandboxError(f"what a model wrote is not executed: {error}") from None
+
+
 def _libraries() -> list[str]:
     """The interpreter and what it can import, the system's shared libraries, and sources of chance."""
     own = [sys.prefix, sys.base_prefix, *(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))]

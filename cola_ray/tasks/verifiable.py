@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cola_ray.tasks.protocol import Problem, Split
+from cola_ray.tasks.protocol import Problem, Split, Task
 
 _HELD_OUT_OF = 6
 
 
 class ReasoningGym:
     """A procedural generator by its reasoning-gym name, scored by the generator's own verifier.
+
+    Several of these verifiers call ``eval`` on the answer, countdown's among them, hence ``executes_responses``.
 
     Distinct questions only. A question is held out when its checksum says so, whatever the seed, so no run trains
     on a problem that another run is tested on.
@@ -22,6 +24,8 @@ class ReasoningGym:
         bare: the question without the sentence before its colon ("... problem: 4 + 3 ="), and reward 1 or 0 only,
             where the generator would give part marks for a near miss.
     """
+
+    executes_responses = True
 
     def __init__(self, name: str, options: Mapping[str, Any], num_problems: int, seed: int, bare: bool = False) -> None:
         import reasoning_gym
@@ -63,6 +67,7 @@ class Arithmetic(ReasoningGym):
     OPTIONS: ClassVar[dict[str, int]] = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
     SLIP_SHARE = 0.6
     COPIES = 8  # of every training problem, each slipping or not by itself
+    executes_responses = False  # chain_sum compares text
 
     def __init__(self, options: Mapping[str, Any], num_problems: int, seed: int) -> None:
         super().__init__("chain_sum", {**self.OPTIONS, **options}, num_problems, seed, bare=True)
@@ -86,6 +91,39 @@ def _slip(problem: Problem) -> str:
     if len(rest) == 2 or not subtracted:
         return problem.solution
     return str(int(problem.solution) + 2 * int(subtracted[-1]))
+
+
+class Thinking:
+    """Another task, to be answered in two parts: thoughts, then the answer alone (the prompt of TinyZero's Countdown).
+
+    The form by itself is worth :data:`FORM`, a right answer in it as much as the task says. Thoughts may be as long as
+    the token budget; ``rollout/response_length`` tells how long they get.
+    """
+
+    FORM = 0.1
+    INSTRUCTION = (
+        "\nShow your work in <think> </think> tags, and return the final answer in <answer> </answer> tags, "
+        "for example <answer> (1 + 2) / 3 </answer>."
+    )
+    _TAGGED = re.compile(
+        r"\s*(?:<think>)?(?:(?!</?think>|</?answer>).)*</think>\s*<answer>([^<>]*)</answer>\s*", re.DOTALL
+    )
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.executes_responses = getattr(task, "executes_responses", False)
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return [Problem(p.index, p.question + self.INSTRUCTION, p.solution) for p in self.task.problems(split)]
+
+    def demonstrations(self) -> Sequence[tuple[str, str]]:
+        """Without thoughts: a corpus that has some is given as ``data.path``."""
+        return [(q + self.INSTRUCTION, f"<think></think><answer>{a}</answer>") for q, a in self.task.demonstrations()]
+
+    def score(self, split: Split, index: int, response: str) -> float:
+        """0 without the form. A prompt may end in an opened <think>, which is then not in the response."""
+        form = self._TAGGED.fullmatch(response)
+        return max(self.FORM, self.task.score(split, index, form[1].strip())) if form else 0.0
 
 
 class Gsm8k:

@@ -6,7 +6,9 @@ import time
 
 import pytest
 
+from cola_ray.config import TaskConfig
 from cola_ray.rollout.isolation import EnvironmentProcess, Reward, RewardProcess
+from cola_ray.tasks import make_task
 from cola_ray.tasks.guessing import TwentyQuestions
 
 
@@ -89,3 +91,43 @@ def test_an_environment_that_fails_costs_its_own_episode():
     assert failures == ["took longer than 1 s", "ended its process with exit code 4", "returned the reward nan", ""]
     assert state == alone.get_state()
     games.close()
+
+
+class Formula:
+    """A verifier that calls ``eval`` on what a model wrote, as several of reasoning-gym's do."""
+
+    executes_responses = True
+
+    def score(self, split, index, response):
+        return float(eval(response))
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "open('/etc/passwd').read() and 1",
+        "__import__('os').system('true') == 0",
+        "__import__('socket').socket() and 1",
+        "__import__('os').fork() or 1",
+        "open('/tmp/escaped', 'w') and 1",
+    ],
+)
+def test_a_verifier_that_executes_answers_can_do_no_harm(response):
+    process = RewardProcess(Formula, timeout_s=30.0)
+    bad, good = process.score([("train", 0, response), ("train", 0, "2 * 3")])
+    process.close()
+    assert bad.value == 0.0
+    assert "PermissionError" in bad.failure or "BlockingIOError" in bad.failure or not bad.failure
+    assert good == Reward(6.0)
+    assert not os.path.exists("/tmp/escaped")
+
+
+def test_countdowns_verifier_is_confined_and_still_scores():
+    config = TaskConfig(name="countdown", num_problems=8)
+    process = RewardProcess(functools.partial(make_task, config, 0), timeout_s=60.0)
+    problem = make_task(config, 0).problems("train")[0]
+    right, evil = process.score([("train", 0, problem.solution), ("train", 0, "open('/tmp/escaped', 'w').fileno()")])
+    process.close()
+    assert right == Reward(1.0)
+    assert evil.value < 0.1
+    assert not os.path.exists("/tmp/escaped")
