@@ -8,15 +8,12 @@ where each method ends. A method's curve is the mean return of the episodes that
 """
 
 import argparse
-import json
-import sqlite3
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import functools
 from pathlib import Path
 
 import numpy as np
-from record import RESULTS, ROOT, record
+from record import RESULTS, record
+from trial import all_of, series, trial
 
 THRESHOLDS = (-16.0, -15.0)
 PER_STEP, WINDOW = 64, 256
@@ -30,21 +27,13 @@ METHODS: dict[str, list[str]] = {
 }
 
 
-def run(method: str, seed: int, args: argparse.Namespace) -> None:
-    """One run in a folder of its own; leaves ``returns.json``: mean return of each iteration's episodes."""
-    where = Path(args.folder).resolve() / f"{method}-{seed}"
-    if (where / "returns.json").exists():
-        return
-    where.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "jobs" / "rl_agent.py"), *COMMON, *METHODS[method], "--seed", str(seed)]
-    command += ["--rl.max-steps", str(args.iterations), "--output-dir", "outputs/run"]
-    command += ["--model.path", str(Path(args.model).resolve())]
-    with (where / "log.txt").open("w") as log:
-        subprocess.run(command, cwd=where, check=True, stdout=log, stderr=subprocess.STDOUT)
-    with sqlite3.connect(where / "outputs" / "mlflow.db") as database:
-        query = "select value from metrics where key = 'reward/mean' order by step"
-        returns = [value for (value,) in database.execute(query)]
-    (where / "returns.json").write_text(json.dumps(returns))
+def returns_of(where: Path, method: str, seed: int, iterations: int, model: str) -> np.ndarray:
+    """Mean return of each iteration's episodes."""
+    trial(
+        where, "rl_agent", *COMMON, *METHODS[method], "--seed", str(seed), "--rl.max-steps", str(iterations),
+        "--model.path", model,
+    )  # fmt: skip
+    return np.array(series(where, "reward/mean"))
 
 
 def smoothed(returns: np.ndarray) -> np.ndarray:
@@ -89,17 +78,17 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each keeps about one core busy")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     args = parser.parse_args()
-    with ThreadPoolExecutor(args.parallel) as pool:
-        jobs = [pool.submit(run, method, seed, args) for seed in args.seeds for method in args.methods]
-        for done, job in enumerate(jobs):
-            job.result()
-            print(f"{done + 1} of {len(jobs)} runs", flush=True)
-    raw = {
-        method: np.array(
-            [json.loads((Path(args.folder) / f"{method}-{seed}/returns.json").read_text()) for seed in args.seeds]
-        )
-        for method in args.methods
-    }
+    folder, model = Path(args.folder).resolve(), str(Path(args.model).resolve())
+    pairs = [(method, seed) for seed in args.seeds for method in args.methods]
+    runs = all_of(
+        [
+            functools.partial(returns_of, folder / f"{method}-{seed}", method, seed, args.iterations, model)
+            for method, seed in pairs
+        ],
+        args.parallel,
+    )
+    found = dict(zip(pairs, runs, strict=True))
+    raw = {method: np.array([found[method, seed] for seed in args.seeds]) for method in args.methods}
     curves = {method: np.array([smoothed(returns) for returns in runs]) for method, runs in raw.items()}
     figures: dict[str, object] = {"episodes": args.iterations * PER_STEP}
     for method, runs in curves.items():

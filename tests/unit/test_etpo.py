@@ -162,3 +162,43 @@ def test_the_fitted_head_finds_the_exact_soft_values(alone):
     other = SoftQLearner(4, 3, torch.device("cpu"), lr=1e-2, tau=0.05, grad_clip=10.0, steps=1, seed=1)
     other.load_state_dict(learner.state_dict())
     assert torch.equal(other.q(states), learner.q(states))
+
+
+def draws(rows):
+    """A micro-batch of random episodes; for any rows the same ones."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (6, 5)
+    whole = {
+        "hidden_states": torch.randn(*shape, 4, generator=draw),
+        "actions": torch.randint(3, shape, generator=draw),
+        "action_mask": torch.rand(shape, generator=draw) > 0.3,
+        "attention_mask": torch.ones(shape, dtype=torch.long),
+        "rewards": torch.randn(shape, generator=draw),
+        "discounts": torch.rand(shape, generator=draw),
+        "policy": torch.randn(*shape, 3, generator=draw).log_softmax(-1),
+        "reference": torch.randn(*shape, 3, generator=draw).log_softmax(-1),
+    }
+    return {name: tensor[rows] for name, tensor in whole.items()}
+
+
+def rank(number, size, port, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=size)
+    learner = SoftQLearner(4, 3, torch.device("cpu"), lr=1e-2, tau=0.1, grad_clip=1.0, steps=3, seed=0)
+    count = int(draws(slice(0, 6))["action_mask"].sum())
+    for _ in range(5):
+        learner.fit([draws(slice(0, 6) if size == 1 else slice(3 * number, 3 * number + 3))], count, 0.3)
+    torch.save(learner.state_dict()["target"], f"{out}/{size}-{number}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_fit_the_same_q_as_one(tmp_path):
+    for size in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        torch.multiprocessing.spawn(rank, (size, port, str(tmp_path)), nprocs=size)
+    alone, *both = [torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1")]
+    for name, tensor in alone.items():
+        torch.testing.assert_close(both[0][name], tensor, atol=1e-5, rtol=1e-5)
+        assert torch.equal(both[0][name], both[1][name]), "every rank holds the same head"
