@@ -23,6 +23,8 @@ MULTI_TURN = ("twenty_questions", "guess_city", "textworld", "jericho", "data_sc
 """Tasks that are environments; jobs/rl_agent.py plays them."""
 COMPARING = ("grpo", "rloo")
 """Algorithms that compare completions or episodes of one group."""
+OF_OUTCOMES = ("grpo", "rloo", "remax", "reinforce")
+"""Algorithms whose advantages come from the outcomes of whole completions."""
 OF_TURNS = ("archer", "chai", "filtered_bc")
 """Algorithms that learn from an agent's turns in replay."""
 WITH_CRITIC = ("archer", "chai")
@@ -190,6 +192,9 @@ class RLConfig(_Branch):
     """Above 0: kl_coef is adapted after every step to keep the divergence an action near this."""
     entropy_coef: float = 0.0
     """Weight of a bonus for the policy's entropy, in the loss."""
+    control_variate: bool = False
+    """A Q over all actions takes out of each advantage what it expected, and its mean is added exactly: the same
+    expected gradient with less variance. For grpo, rloo, remax and reinforce on problems with answers."""
     dynamic_sampling: bool = False
     """Groups without signal, whose advantages are all zero, are left out of the batch."""
     overlong_buffer: int = 0
@@ -681,7 +686,9 @@ def _check_critic(config: Config) -> list[str]:
     return []
 
 
-def _check_etpo(config: Config) -> list[str]:
+def _check_soft_q(config: Config) -> list[str]:
+    if config.rl.control_variate and (config.rl.algorithm not in OF_OUTCOMES or is_environment(config.task.name)):
+        return [f"rl.control_variate = True: for {', '.join(OF_OUTCOMES)} on problems with answers; leave it out"]
     if config.rl.algorithm != "etpo" or config.rl.kl_coef > 0:
         return []
     return [f"rl.kl_coef = {config.rl.kl_coef}: etpo divides by it; use a number above 0, e.g. 0.05"]
@@ -743,7 +750,7 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_paths,
     _check_task,
     _check_kind,
-    _check_etpo,
+    _check_soft_q,
     _check_critic,
     _check_base,
 )

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cola_ray.algorithms import OF_OUTCOMES
+from cola_ray.algorithms import ADVANTAGES
 from cola_ray.algorithms.advantages import Outcomes, overlong_penalty
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.config import Config
@@ -315,7 +315,7 @@ class Controller:
 
     def _advantages(self, prompts: Sequence[Outcomes]) -> list[list[float]]:
         """Of each prompt's completions. Where the learner's value head is the baseline, the rewards themselves."""
-        algorithm = OF_OUTCOMES.get(self.config.rl.algorithm)
+        algorithm = ADVANTAGES.get(self.config.rl.algorithm)
         found = [one.rewards for one in prompts] if algorithm is None else algorithm(prompts)
         return [advantages.tolist() for advantages in found]
 

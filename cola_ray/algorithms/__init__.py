@@ -15,7 +15,7 @@ from torch import Tensor
 from cola_ray.algorithms import grpo, reinforce, remax, rloo
 from cola_ray.algorithms.advantages import Outcomes
 
-OF_OUTCOMES: dict[str, Callable[[Sequence[Outcomes]], list[Tensor]]] = {
+ADVANTAGES: dict[str, Callable[[Sequence[Outcomes]], list[Tensor]]] = {
     "grpo": grpo.advantages,
     "rloo": rloo.advantages,
     "remax": remax.advantages,

@@ -122,6 +122,9 @@ def policy_objective(
         temperature, top_k: of the rollouts; scores are those of the distribution sampled from.
         q: (B, T, K), ETPO's; then advantages and rollouts' log-probabilities do not count.
 
+    With ``control`` (B, T, K) in the batch, an advantage loses the control's value of the action taken and the loss its
+    mean under the policy, exactly: the expected gradient is the same, since ``E[c(a) grad log pi(a)] = grad E[c(a)]``.
+
     Returns:
         loss sum (scalar) and metric sums over actions.
     """
@@ -139,9 +142,14 @@ def policy_objective(
         if rl.importance_cap:
             weights = truncated_importance_weights(old, batch["rollout_log_probs"], rl.importance_cap)
         advantages = batch["advantages"] - kl_coef * _charged(policy.detach(), reference, batch, rl)
+        control = batch.get("control")
+        if control is not None:
+            advantages = advantages - control.gather(-1, actions[..., None])[..., 0]
         loss, clipped = clipped_policy_gradient(
             log_probs, old, weights * advantages, mask, rl.clip_low, rl.clip_high
         )  # fmt: skip
+        if control is not None:
+            loss = loss - (policy.exp() * control).sum(-1)[mask].sum()
         if rl.kl_estimator == "exact":
             loss = loss + kl_coef * kl[mask].sum()
         elif rl.kl_in == "loss":
@@ -228,7 +236,10 @@ class RLLearner:
             sums = self.value.advantages(pieces, batch.num_actions_global)
             self.value.fit(pieces, batch.num_actions_global)
         if self.soft_q is not None:
-            sums = self.soft_q.fit(pieces, batch.num_actions_global, self.kl_coef)
+            if rl.control_variate:  # before this batch has been learnt from: a control must not know it
+                self._control(pieces)
+            beta = 0.0 if rl.control_variate else self.kl_coef
+            sums = self.soft_q.fit(pieces, batch.num_actions_global, beta)
         lr = rl.lr * min(1.0, (self.version + 1) / max(rl.warmup_steps, 1))
         for update in range(rl.updates_per_batch):
             for index, piece in enumerate(pieces):
@@ -241,7 +252,7 @@ class RLLearner:
                     kl_coef=self.kl_coef,
                     temperature=self.config.rollout.temperature,
                     top_k=self.config.rollout.top_k,
-                    q=None if self.soft_q is None else self.soft_q.q(piece["hidden_states"]),
+                    q=self.soft_q.q(piece["hidden_states"]) if self.soft_q and rl.algorithm == "etpo" else None,
                 )
                 self.zero.backward(loss / batch.num_actions_global, last=index == len(pieces) - 1)
                 if rl.updates_per_batch == 1:
@@ -293,6 +304,13 @@ class RLLearner:
             for piece in pieces:
                 piece["rewards"] = piece["rewards"] - self.kl_coef * piece["kl_penalties"]
                 piece["kl_penalties"] = torch.zeros_like(piece["kl_penalties"])
+
+    def _control(self, pieces: Sequence[dict[str, Tensor]]) -> None:
+        """``control``: what Q expects of each action beyond the policy's mean, (B, T, K)."""
+        assert self.soft_q is not None
+        for piece in pieces:
+            q = self.soft_q.q(piece["hidden_states"])
+            piece["control"] = q - etpo.soft_values(q, piece["policy"], piece["reference"], 0.0)[..., None]
 
     def manifest(self) -> Manifest:
         return self.zero.manifest("cola.")
@@ -350,8 +368,9 @@ def _value_learner(config: Config, width: int, device: torch.device) -> ValueLea
 
 
 def _soft_q_learner(config: Config, width: int, num_actions: int, device: torch.device) -> SoftQLearner | None:
+    """ETPO's, or the control variate of an algorithm whose rewards are its advantages."""
     rl = config.rl
-    if rl.algorithm != "etpo":
+    if rl.algorithm != "etpo" and not rl.control_variate:
         return None
     return SoftQLearner(
         width, num_actions, device, lr=rl.value_lr, tau=rl.target_tau, grad_clip=rl.grad_clip, steps=rl.value_steps,

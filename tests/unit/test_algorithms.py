@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_ray.algorithms import OF_OUTCOMES, remax
+from cola_ray.algorithms import ADVANTAGES, remax
 from cola_ray.algorithms.advantages import Outcomes, discounted_sum_to_go, following, overlong_penalty
 from cola_ray.algorithms.grpo import group_normalised
 from cola_ray.algorithms.policy_loss import (
@@ -23,7 +23,7 @@ from cola_ray.algorithms.policy_loss import (
     truncated_importance_weights,
 )
 from cola_ray.algorithms.rloo import leave_one_out
-from cola_ray.config import RLConfig
+from cola_ray.config import OF_OUTCOMES, RLConfig
 from cola_ray.learner.rl import policy_objective
 
 
@@ -126,7 +126,8 @@ def step_of(*groups, greedy=float("nan")):
 
 def test_each_algorithms_advantages_by_hand():
     groups = ([1.0, 0.0], [3.0])
-    found = {name: [one.tolist() for one in of(step_of(*groups, greedy=1.0))] for name, of in OF_OUTCOMES.items()}
+    found = {name: [one.tolist() for one in of(step_of(*groups, greedy=1.0))] for name, of in ADVANTAGES.items()}
+    assert tuple(found) == OF_OUTCOMES
     assert found["grpo"] == [[pytest.approx(0.5**0.5), pytest.approx(-(0.5**0.5))], [0.0]], "alone there is no signal"
     assert found["rloo"] == [[1.0, -1.0], [0.0]]
     assert found["remax"] == [[0.0, -1.0], [2.0]]
@@ -141,7 +142,7 @@ def test_each_algorithms_advantages_by_hand():
 def test_advantages_do_not_change_when_all_rewards_shift(groups, shift):
     """All four compare: what is added to every reward, and to the greedy one, cancels."""
     shifted = [[reward + shift for reward in group] for group in groups]
-    for name, of in OF_OUTCOMES.items():
+    for name, of in ADVANTAGES.items():
         if name in ("grpo", "reinforce") and min(np.ptp(group) for group in groups) < 1e-2:
             continue  # divided by a spread that is rounding alone
         before, after = of(step_of(*groups, greedy=0.5)), of(step_of(*shifted, greedy=0.5 + shift))
@@ -158,7 +159,7 @@ def test_baselines_leave_the_expected_gradient_as_it_is(name):
     probs, scores = logits.softmax(0).detach(), torch.eye(3, dtype=torch.float64) - logits.softmax(0).detach()
     found = torch.zeros(3, dtype=torch.float64)
     for pair in itertools.product(range(3), repeat=2):
-        (advantages,) = OF_OUTCOMES[name](step_of(rewards[list(pair)].tolist(), greedy=float(rewards[0])))
+        (advantages,) = ADVANTAGES[name](step_of(rewards[list(pair)].tolist(), greedy=float(rewards[0])))
         weight = probs[list(pair)].prod()
         found += weight * sum(a * scores[i] for a, i in zip(advantages, pair, strict=True)) / 2
     torch.testing.assert_close(found, wanted)
@@ -264,3 +265,37 @@ def test_the_entropy_bonus_spreads_the_policy():
     (found,) = torch.autograd.grad(loss(logits), logits)
     (wanted,) = torch.autograd.grad(-0.3 * entropy(logits.log_softmax(-1)).sum(), logits)
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def noisy_choice(control):
+    """One choice of three actions with values 1, 4, -2 and a fair coin's noise: each draw's gradient and its chance."""
+    logits = torch.tensor([[[0.3, -0.2, 0.1]]], dtype=torch.float64, requires_grad=True)
+    values, mask = torch.tensor([1.0, 4.0, -2.0], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    probs = logits.softmax(-1)[0, 0]
+    (wanted,) = torch.autograd.grad((probs * values).sum(), logits)
+    chances, gradients = [], []
+    for action, noise in itertools.product(range(3), (-1.0, 1.0)):
+        batch = {
+            "actions": torch.tensor([[action]]), "action_mask": mask, "rollout_log_probs": torch.zeros(1, 1),
+            "advantages": (values[action] + noise).reshape(1, 1), "reference_logits": torch.zeros(1, 1, 3),
+        } | ({} if control is None else {"control": control.reshape(1, 1, 3)})  # fmt: skip
+        rl = RLConfig(importance_cap=0.0)
+        loss, _ = policy_objective(logits, batch, None, rl=rl, kl_coef=0.0, temperature=1.0, top_k=0)
+        gradients.append(-torch.autograd.grad(loss, logits)[0])
+        chances.append(0.5 * float(logits.softmax(-1)[0, 0, action].detach()))
+    chances, gradients = torch.tensor(chances, dtype=torch.float64)[:, None, None, None], torch.stack(gradients)
+    mean = (chances * gradients).sum(0)
+    return mean, float((chances * (gradients - mean).square()).sum()), wanted
+
+
+def test_a_control_over_all_actions_keeps_the_gradient_and_takes_variance_out():
+    probs = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64).softmax(0)
+    values = torch.tensor([1.0, 4.0, -2.0], dtype=torch.float64)
+    mean, plain, wanted = noisy_choice(None)
+    torch.testing.assert_close(mean, wanted, atol=1e-6, rtol=1e-5)
+    right, wrong = values - probs @ values, torch.tensor([5.0, -3.0, 1.0], dtype=torch.float64)
+    for control in (right, wrong):
+        mean, _, _ = noisy_choice(control)
+        torch.testing.assert_close(mean, wanted, atol=1e-6, rtol=1e-5)
+    _, controlled, _ = noisy_choice(right)
+    assert controlled < 0.5 * plain
