@@ -226,7 +226,7 @@ def one_rank() -> Config:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(probe.getsockname()[1])}  # fmt: skip
     deepspeed.init_distributed(dist_backend="gloo")
-    return override(preset("tiny"), {"model.num_actions": 64, "rl.kl_coef": 0.001})
+    return override(preset("tiny"), {"model.num_actions": 64, "rl.kl_coef": 0.001, "rl.kl_estimator": "k1"})
 
 
 def latent_learning(latent: str) -> dict[str, float]:
