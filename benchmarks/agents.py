@@ -2,9 +2,10 @@
 
 python benchmarks/agents.py --folder outputs/agents --model MODEL [--seeds 0 1 2] [--iterations 60] [--parallel 2]
 
-The paper's claim in shape (Zhou et al. 2024, figure 3): how many episodes until the mean return passes -16 and -15, and
-where each method ends. A method's curve is the mean return of the episodes that it plays while it learns, over the last
-256 of them. Runs that are already in the folder are not made again, so that a stopped benchmark goes on.
+The paper's claim in shape (Zhou et al. 2024, figure 3): how many episodes until the mean return passes -13 and -12,
+from about -14, and where each method ends. A method's curve is the mean return of the episodes that it plays while it
+learns, over the last 256 of them. Runs that are already in the folder are not made again, so that a stopped benchmark
+goes on.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import numpy as np
 from record import RESULTS, record
 from trial import all_of, series, trial
 
-THRESHOLDS = (-16.0, -15.0)
+THRESHOLDS = (-13.0, -12.0)
 PER_STEP, WINDOW = 64, 256
 COMMON = ["--preset", "tiny", "--task.name", "twenty_questions", "--cluster.learner-ranks", "1", "--rl.eval-every", "0",
           "--rl.eval-problems", "8", "--rl.prompts-per-step", str(PER_STEP), "--rl.save-every", "1000"]  # fmt: skip
@@ -23,7 +24,7 @@ METHODS: dict[str, list[str]] = {
     "archer": ["--rl.algorithm", "archer"],
     "chai": ["--rl.algorithm", "chai"],
     "filtered_bc": ["--rl.algorithm", "filtered_bc"],
-    "ppo": ["--rl.algorithm", "ppo", "--rl.updates-per-batch", "2"],
+    "ppo": ["--rl.algorithm", "ppo", "--rl.updates-per-batch", "2", "--rl.lr", "1e-3"],
 }
 
 
