@@ -1,6 +1,7 @@
 """Tasks with verifiable answers, and multi-turn environments, each behind one small protocol and picked by name."""
 
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -85,15 +86,26 @@ def _make_task(config: TaskConfig, seed: int) -> Task:
 def make_environment(config: TaskConfig) -> Environment:
     """One environment of the multi-turn task named in the settings; ``task.options`` are its arguments.
 
-    A name like ``package.module:Class`` is called with the options. Raises TypeError or ValueError for options that the
-    environment does not take.
+    A name like ``package.module:Class`` is called with the options. Raises ValueError for an option that the
+    environment does not take, and whatever the environment itself makes of their values.
     """
-    if config.name in ENVIRONMENTS:
-        setting = _SETTINGS.get(config.name)
-        named: dict[str, object] = {setting: getattr(config, setting)} if setting else {}
-        if config.oracle:
-            named["oracle"] = ChatOracle(config.oracle, *ORACLES[config.name])
-        return ENVIRONMENTS[config.name](**named, **config.options)
-    module, _, attribute = config.name.partition(":")
-    environment: Environment = getattr(importlib.import_module(module), attribute)(**config.options)
-    return environment
+    make = _environment_class(config.name)
+    setting = _SETTINGS.get(config.name)
+    named: dict[str, object] = {setting: getattr(config, setting)} if setting else {}
+    if config.oracle:
+        named["oracle"] = ChatOracle(config.oracle, *ORACLES[config.name])
+    parameters = inspect.signature(make).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    taken = [name for name in parameters if name not in ("game", "path", "oracle")]
+    for name, value in config.options.items():
+        if name not in taken and not takes_any:
+            raise ValueError(f"task.options.{name} = {value!r}: {config.name} takes {', '.join(taken)}")
+    return make(**named, **config.options)
+
+
+def _environment_class(name: str) -> Callable[..., Environment]:
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name]
+    module, _, attribute = name.partition(":")
+    made: Callable[..., Environment] = getattr(importlib.import_module(module), attribute)
+    return made

@@ -219,3 +219,8 @@ def test_an_environment_of_ones_own_is_known_by_its_step():
     assert make_environment(TaskConfig(name=name, options={"skill": 0.1})).skill == 0.1
     assert not is_environment("cola_ray.tasks.verifiable:Arithmetic")
     assert not is_environment("no_such_module:Thing")
+
+
+def test_an_unknown_option_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"task.options.objcts = 3: twenty_questions takes objects, .*skill"):
+        make_environment(TaskConfig(name="twenty_questions", options={"objcts": 3}))
