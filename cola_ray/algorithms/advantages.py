@@ -1,5 +1,6 @@
 """Sums over actions that several algorithms share, and what an outcome is. Legend: B sequences, T positions."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,11 @@ class Outcomes:
 
     rewards: Tensor  # (G,) of its completions
     greedy: float = float("nan")  # of the greedy one, where the algorithm asks for it
+
+
+def within_each_prompt(prompts: Sequence[Outcomes], compare: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """``compare`` maps rewards (1, G) to advantages; 0 for a completion that has nothing to be compared with."""
+    return [compare(one.rewards[None])[0] if len(one.rewards) > 1 else torch.zeros_like(one.rewards) for one in prompts]
 
 
 def discounted_sum_to_go(values: Tensor, mask: Tensor, decay: float = 1.0) -> Tensor:
@@ -34,17 +40,16 @@ def discounted_sum_to_go(values: Tensor, mask: Tensor, decay: float = 1.0) -> Te
     return out
 
 
-def following(values: Tensor, mask: Tensor) -> Tensor:
-    """At every masked-in position the value of the next one in its row, 0 at the last; (B, T).
+def following(values: Tensor, mask: Tensor, final_values: Tensor) -> Tensor:
+    """At every masked-in position the value of the next one in its row, ``final_values`` (B,) at the last; (B, T).
 
-    Example: values [1, 2, 3], mask [1, 0, 1] -> [3, 0, 0].
+    Example: values [1, 2, 3], mask [1, 0, 1], final 9 -> [3, 0, 9].
     """
-    out, after = torch.zeros_like(values), torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        here = mask[:, t].bool()
-        out[:, t] = torch.where(here, after, torch.zeros_like(after))
-        after = torch.where(here, values[:, t], after)
-    return out
+    width = values.shape[1]
+    places = torch.arange(width, device=values.device).where(mask, width)
+    here_or_later = places.flip(1).cummin(1).values.flip(1)
+    later = torch.nn.functional.pad(here_or_later[:, 1:], (0, 1), value=width)
+    return torch.cat([values, final_values[:, None]], 1).gather(1, later).masked_fill(~mask, 0.0)
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:

@@ -14,6 +14,8 @@ choice is decided at a difference of about 4 beta. Legend: B sequences, T positi
 import torch
 from torch import Tensor
 
+from cola_ray.algorithms.advantages import following
+
 
 def soft_values(q: Tensor, log_probs: Tensor, ref_log_probs: Tensor, beta: float) -> Tensor:
     """V of a policy, (..., K) each -> (...).
@@ -44,12 +46,7 @@ def soft_targets(rewards: Tensor, discounts: Tensor, values: Tensor, final_value
 
     Example: rewards [0, 1], discounts [1, 0], values [5, 3] -> [3, 1].
     """
-    out, after = torch.zeros_like(values), final_values
-    for t in reversed(range(values.shape[1])):
-        here = mask[:, t]
-        out[:, t] = torch.where(here, rewards[:, t] + discounts[:, t] * after, torch.zeros_like(after))
-        after = torch.where(here, values[:, t], after)
-    return out
+    return (rewards + discounts * following(values, mask, final_values)).masked_fill(~mask, 0.0)
 
 
 def actor_loss(log_probs: Tensor, ref_log_probs: Tensor, q: Tensor, beta: float) -> Tensor:

@@ -8,18 +8,13 @@ The same number at every action of a completion; the loss is PPO's clipped surro
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from cola_ray.algorithms.advantages import Outcomes
+from cola_ray.algorithms.advantages import Outcomes, within_each_prompt
 
 
 def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
-    """Zero for a completion that has nothing to be compared with."""
-    return [
-        group_normalised(one.rewards[None])[0] if len(one.rewards) > 1 else torch.zeros_like(one.rewards)
-        for one in prompts
-    ]
+    return within_each_prompt(prompts, group_normalised)
 
 
 def group_normalised(rewards: Tensor, normalise_std: bool = True, eps: float = 1e-8) -> Tensor:

@@ -50,7 +50,8 @@ def kl_penalties(
         actions, mask: (B, T).
     """
     if estimator == "exact":
-        return following(exact_kl(all_log_probs, all_ref_log_probs), mask)
+        divergences = exact_kl(all_log_probs, all_ref_log_probs)
+        return following(divergences, mask, torch.zeros_like(divergences[:, 0]))
     log_probs, ref_log_probs = (
         one.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0) for one in (all_log_probs, all_ref_log_probs)
     )

@@ -7,18 +7,13 @@ An unbiased baseline, since no reward is its own; no value network, and no divis
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from cola_ray.algorithms.advantages import Outcomes
+from cola_ray.algorithms.advantages import Outcomes, within_each_prompt
 
 
 def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
-    """Zero for a completion that has nothing to be compared with."""
-    return [
-        leave_one_out(one.rewards[None])[0] if len(one.rewards) > 1 else torch.zeros_like(one.rewards)
-        for one in prompts
-    ]
+    return within_each_prompt(prompts, leave_one_out)
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:

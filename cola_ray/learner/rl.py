@@ -113,6 +113,9 @@ def policy_objective(
     another engine's arithmetic drew; the ratio that is clipped is against ``pi_old``, the learner's own at the start
     of the batch.
 
+    With ``control`` (B, T, K) in the batch, an advantage loses the control's value of the action taken and the loss its
+    mean under the policy, exactly: the expected gradient is the same, since ``E[c(a) grad log pi(a)] = grad E[c(a)]``.
+
     Args:
         logits: (B, T, K).
         batch: tensors of :class:`Batch` fields (B, T), and ``reference_logits`` (B, T, K); with ``kl_penalties``
@@ -121,9 +124,6 @@ def policy_objective(
         kl_coef: in force; it may be adapted from step to step.
         temperature, top_k: of the rollouts; scores are those of the distribution sampled from.
         q: (B, T, K), ETPO's; then advantages and rollouts' log-probabilities do not count.
-
-    With ``control`` (B, T, K) in the batch, an advantage loses the control's value of the action taken and the loss its
-    mean under the policy, exactly: the expected gradient is the same, since ``E[c(a) grad log pi(a)] = grad E[c(a)]``.
 
     Returns:
         loss sum (scalar) and metric sums over actions.
@@ -145,9 +145,7 @@ def policy_objective(
         control = batch.get("control")
         if control is not None:
             advantages = advantages - control.gather(-1, actions[..., None])[..., 0]
-        loss, clipped = clipped_policy_gradient(
-            log_probs, old, weights * advantages, mask, rl.clip_low, rl.clip_high
-        )  # fmt: skip
+        loss, clipped = clipped_policy_gradient(log_probs, old, weights * advantages, mask, rl.clip_low, rl.clip_high)
         if control is not None:
             loss = loss - (policy.exp() * control).sum(-1)[mask].sum()
         if rl.kl_estimator == "exact":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cola_ray.algorithms import etpo
 from cola_ray.algorithms.archer import polyak_
+from cola_ray.learner.value import step_together
 
 
 class SoftQHead(nn.Module):
@@ -76,10 +77,7 @@ class SoftQLearner:
                 if step == 0:
                     found = {"q/taken": taken.detach().sum(), "q/target": goals.sum(), "q/error": error.detach()}
                     sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-            for parameter in self.online.parameters():
-                torch.distributed.all_reduce(parameter.grad)
-            nn.utils.clip_grad_norm_(self.online.parameters(), self.grad_clip)
-            self.optimizer.step()
+            step_together(self.online, self.optimizer, self.grad_clip)
             polyak_(self.target.parameters(), self.online.parameters(), self.tau)
         return sums
 

@@ -101,10 +101,7 @@ class ValueLearner:
             for piece in pieces:
                 error = (self.head(piece["hidden_states"]) - piece["returns"])[piece["action_mask"]]
                 (error.square().sum() / num_actions).backward()
-            for parameter in self.head.parameters():
-                torch.distributed.all_reduce(parameter.grad)
-            nn.utils.clip_grad_norm_(self.head.parameters(), self.grad_clip)
-            self.optimizer.step()
+            step_together(self.head, self.optimizer, self.grad_clip)
 
     def state_dict(self) -> dict[str, Any]:
         return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -112,6 +109,14 @@ class ValueLearner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def step_together(head: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
+    """A step on the sum of all ranks' gradients, for a head that every rank holds whole; all ranks call."""
+    for parameter in head.parameters():
+        torch.distributed.all_reduce(parameter.grad)
+    nn.utils.clip_grad_norm_(head.parameters(), grad_clip)
+    optimizer.step()
 
 
 _METRICS = ("value/mean", "value/returns", "value/returns_square", "value/error")

@@ -240,7 +240,8 @@ def test_truncated_actions_give_no_nan_gradients():
 
 def test_following_skips_observations():
     values, mask = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[True, False, True, True]])
-    assert following(values, mask).tolist() == [[3.0, 0.0, 4.0, 0.0]]
+    assert following(values, mask, torch.zeros(1)).tolist() == [[3.0, 0.0, 4.0, 0.0]]
+    assert following(values, mask, torch.tensor([9.0])).tolist() == [[3.0, 0.0, 4.0, 9.0]]
 
 
 def test_the_coefficient_follows_the_divergence():
