@@ -166,6 +166,13 @@ class RLConfig(_Branch):
     reinforce: the batch's mean as baseline. ppo: a value head on the base's states, and GAE. etpo: soft Q-learning over
     actions, with kl_coef as beta. For agents also: archer: advantages of whole utterances by an off-policy critic.
     chai: the policy stays, and the critic chooses among its utterances. filtered_bc: clone the best of all episodes."""
+    action_space: Literal["latent", "token"] = "latent"
+    """latent: actions of the learned codebook; the policy over them trains. token: the plain base chooses tokens and
+    itself trains, through the same workers, tasks and algorithms: what latent actions are compared with."""
+    lora_rank: int = 0
+    """token: above 0, low-rank adapters of this rank train in the base's place."""
+    gradient_checkpointing: bool = False
+    """token: activations are computed again in the backward pass, a third more time for far less memory."""
     max_steps: int = 100
     """Learner steps."""
     prompts_per_step: int = 64
@@ -323,6 +330,13 @@ class Config(_Branch):
         """Where pretrain.py leaves the CoLA model that RL of this preset and seed starts from."""
         task = f"-{self.task.name.replace(':', '.')}" if is_environment(self.task.name) else ""
         return _results_root() / "outputs" / f"pretrain-{self.preset}{task}-seed{self.seed}" / "model"
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether a head over the frozen states trains beside the policy."""
+        rl = self.rl
+        within_turns = rl.algorithm == "archer" and self.critic.token_baseline
+        return rl.algorithm in ("ppo", "etpo") or rl.control_variate or within_turns
 
     @property
     def start_model(self) -> Path:
@@ -598,7 +612,7 @@ def _check_positive(config: Config) -> list[str]:
 
 
 def _check_actions(config: Config) -> list[str]:
-    if config.rollout.top_k <= config.model.num_actions:
+    if config.rl.action_space == "token" or config.rollout.top_k <= config.model.num_actions:
         return []
     return [
         f"rollout.top_k = {config.rollout.top_k}: the codebook has {config.model.num_actions} actions; "
@@ -706,6 +720,23 @@ def _check_kind(config: Config) -> list[str]:
     ]
 
 
+def _check_tokens(config: Config) -> list[str]:
+    rl = config.rl
+    if rl.action_space == "latent":
+        given = [(name, getattr(rl, name)) for name in ("lora_rank", "gradient_checkpointing") if getattr(rl, name)]
+        return [f"rl.{name} = {value}: for rl.action_space token; leave it out" for name, value in given]
+    lines = []
+    if rl.cache_hidden_states:
+        lines.append("rl.cache_hidden_states = True: with rl.action_space token the states change; leave it out")
+    if rl.algorithm == "chai":
+        lines.append(
+            "rl.algorithm = 'chai': its players choose by the frozen base's states; use rl.action_space latent"
+        )
+    if rl.algorithm == "archer" and not config.critic.encoder:
+        lines.append("critic.encoder = '': with rl.action_space token the base's states change; give an encoder")
+    return lines
+
+
 def _check_own_task(name: str) -> list[str]:
     module, _, attribute = name.partition(":")
     try:
@@ -734,7 +765,7 @@ def _check_base(config: Config) -> list[str]:
                 f"{field} = {value!r}: heads of {head}; vLLM on CPU needs 32 or more: use another base or a GPU"
             )
         actions = raw.get("num_actions") or raw.get("num_code")
-        if actions and config.rollout.top_k > actions:
+        if actions and config.rl.action_space == "latent" and config.rollout.top_k > actions:
             lines.append(
                 f"rollout.top_k = {config.rollout.top_k}: the checkpoint's codebook has {actions} actions; lower it"
             )
@@ -752,6 +783,7 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_task,
     _check_kind,
     _check_soft_q,
+    _check_tokens,
     _check_critic,
     _check_base,
 )

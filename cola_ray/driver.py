@@ -42,6 +42,7 @@ from cola_ray.config import (
 )
 from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Batch
+from cola_ray.model.conversion import plain_base
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.agent import AgentWorker
@@ -192,11 +193,14 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
     _check_start_model(config)
     started = time.time()
     with _cluster(config):
-        if not config.start_model.exists():
+        if config.preset == "tiny" and not config.start_model.exists():
             pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
-        model_path = str(config.start_model.resolve())
+        start = config.start_model.resolve()
         config = config.resolve_paths(job.name)
         output = _prepare_output(config)
+        model_path = str(start)
+        if config.rl.action_space == "token":
+            model_path = str(plain_base(start if start.exists() else config.model.base, output / "base"))
         with _tracker(config, job.name) as tracker:
             services = _services(config, model_path) if job.controller is AgentController else ()
             controller = ray.remote(job.controller).options(num_cpus=0, max_concurrency=256).remote(
@@ -210,13 +214,19 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
             write_json(output / "summary.json", summary)
             plot(
                 output / "reward.png",
-                f"{config.task.name}: {config.rl.algorithm} over {config.model.num_actions} latent actions",
+                f"{config.task.name}: {config.rl.algorithm} over {_actions(config)}",
                 {"reward (train, sampled)": tracker.series("reward/mean"),
                  f"{job.measure} (held out)": tracker.series(f"eval/{job.measure}")},
                 {"base": summary[f"base_{job.measure}"], "behaviour cloned": summary[f"bc_{job.measure}"]},
             )  # fmt: skip
         print_summary(f"RL, {config.preset}: {output}", summary)
     return summary
+
+
+def _actions(config: Config) -> str:
+    if config.rl.action_space == "token":
+        return f"tokens, adapters of rank {config.rl.lora_rank}" if config.rl.lora_rank else "tokens"
+    return f"{config.model.num_actions} latent actions"
 
 
 def _services(config: Config, model_path: str) -> tuple[Shards, CriticReplicas]:
@@ -310,6 +320,8 @@ def _train(
 
 
 def _check_start_model(config: Config) -> None:
+    if config.rl.action_space == "token" and config.model.base:
+        return  # which is the start where there is no CoLA model
     if config.preset != "tiny" and not config.start_model.exists():
         raise ConfigError(
             f"model.path = {str(config.start_model)!r}: no CoLA model there; make one with "
@@ -397,6 +409,7 @@ def _rl_summary(
         "preset": config.preset,
         "task": config.task.name,
         "algorithm": config.rl.algorithm,
+        "action_space": config.rl.action_space,
         "seed": config.seed,
         f"base_{job.measure}": last(f"eval/base_{job.measure}"),
         f"bc_{job.measure}": evaluated[0],
@@ -406,6 +419,8 @@ def _rl_summary(
         "reward_first": tracker.series("reward/mean")[1][0],
         "reward_last": last("reward/mean"),
         "alive_actions": int(last("actions/alive")),
+        "trained_parameters": int(last("learner/trained_parameters")),
+        "optimizer_mb": round(last("memory/optimizer_mb"), 2),
         "rollout_mismatch": last("policy/rollout_mismatch"),
         "seconds_per_step": sum(tracker.series("time/step")[1]) / max(len(tracker.series("time/step")[1]), 1),
         "wall_seconds": round(seconds, 1),
@@ -584,7 +599,7 @@ def _prepare_output(config: Config) -> Path:
     """The run's folder; without ``resume`` what an earlier run left there is removed."""
     output = Path(config.output_dir)
     if not config.resume:
-        for name in ("checkpoints", "stages", "model", "replay", "critic"):
+        for name in ("checkpoints", "stages", "model", "base", "replay", "critic"):
             shutil.rmtree(output / name, ignore_errors=True)
         for name in ("summary.json", "mlflow_run_id", "reward.png", "pretrain.png"):
             (output / name).unlink(missing_ok=True)

@@ -37,7 +37,7 @@ def clipped_policy_gradient(
 
 
 def kl_penalties(
-    all_log_probs: Tensor, all_ref_log_probs: Tensor, actions: Tensor, mask: Tensor, estimator: Estimator
+    log_probs: Tensor, ref_log_probs: Tensor, divergences: Tensor, mask: Tensor, estimator: Estimator
 ) -> Tensor:
     """What each action is charged for the divergence that it leads to, before the coefficient; (B, T).
 
@@ -46,15 +46,12 @@ def kl_penalties(
     it is, differentiated. Both have the same expected gradient; the second without the variance of the draw.
 
     Args:
-        all_log_probs, all_ref_log_probs: (B, T, K).
-        actions, mask: (B, T).
+        log_probs, ref_log_probs: (B, T), of the actions taken.
+        divergences: (B, T), exact, of the states that they were taken in.
+        mask: (B, T).
     """
     if estimator == "exact":
-        divergences = exact_kl(all_log_probs, all_ref_log_probs)
         return following(divergences, mask, torch.zeros_like(divergences[:, 0]))
-    log_probs, ref_log_probs = (
-        one.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0) for one in (all_log_probs, all_ref_log_probs)
-    )
     return kl_estimate(log_probs, ref_log_probs, estimator)
 
 

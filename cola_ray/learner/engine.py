@@ -6,7 +6,8 @@ optimizer exists, and the optimizer is built over the trained parameters alone.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ class NonFiniteError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that must not be loaded."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A tensor that leaves the engine: its name outside, the parameters that make it, and how."""
+
+    name: str
+    parameters: tuple[Any, ...]
+    merged: Callable[..., Tensor] = lambda parameter: parameter
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is gathered. A partitioned parameter's own ``numel()`` is zero."""
+        return sum(parameter.ds_numel * parameter.element_size() for parameter in self.parameters)
 
 
 class ZeroEngine:
@@ -116,23 +131,30 @@ class ZeroEngine:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def stream(self, strip: str, bucket_bytes: int = 64 << 20) -> Iterator[tuple[str, Tensor]]:
-        """The trained parameters, whole, bucket by bucket: (name without ``strip``, tensor).
+    def stream(self, wanted: Sequence[Published], bucket_bytes: int = 64 << 20) -> Iterator[tuple[str, Tensor]]:
+        """Tensors, whole, bucket by bucket: (name, tensor). A collective: every rank must iterate to the end."""
+        for bucket in _buckets(wanted, bucket_bytes):
+            with deepspeed.zero.GatheredParameters([p for one in bucket for p in one.parameters]):
+                for one in bucket:
+                    yield one.name, one.merged(*(parameter.detach() for parameter in one.parameters))
 
-        A collective: every rank must iterate to the end. Sizes come from ``ds_numel``, since a partitioned
-        parameter's own ``numel()`` is zero.
-        """
-        for bucket in _buckets(self.trained, bucket_bytes):
-            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
-                for name, parameter in bucket:
-                    yield name.removeprefix(strip), parameter.detach()
-
-    def manifest(self, strip: str) -> Manifest:
-        """What ``stream`` yields, without gathering it."""
+    @staticmethod
+    def manifest(wanted: Sequence[Published]) -> Manifest:
+        """What ``stream`` yields, without gathering it; a merged tensor is as its first part."""
         return tuple(
-            (name.removeprefix(strip), tuple(p.ds_shape), str(p.dtype).removeprefix("torch."))
-            for name, p in self.trained
+            (one.name, tuple(one.parameters[0].ds_shape), str(one.parameters[0].dtype).removeprefix("torch."))
+            for one in wanted
         )
+
+    def trained_parameters(self) -> int:
+        return sum(parameter.ds_numel for _, parameter in self.trained)
+
+    def optimizer_mb(self) -> float:
+        """Adam's moments and the float32 weights that it steps, over all ranks, in MiB; 0 before the first step."""
+        moments = [value for state in self.optimizer.optimizer.state.values() for value in state.values()]
+        held = [*moments, *self.optimizer.fp32_partitioned_groups_flat]
+        mine = sum(one.nbytes for one in held if isinstance(one, Tensor) and one.dim())
+        return mine * self.world_size / 2**20
 
     def save(self, folder: Path) -> None:
         """This rank's shard of parameters and optimizer, and the checksums of its files; all ranks call."""
@@ -163,16 +185,15 @@ def _checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _buckets(parameters: Iterable[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:
-    bucket: list[tuple[str, Any]] = []
+def _buckets(wanted: Iterable[Published], limit: int) -> Iterator[list[Published]]:
+    bucket: list[Published] = []
     size = 0
-    for name, parameter in parameters:
-        nbytes = parameter.ds_numel * parameter.element_size()
-        if bucket and size + nbytes > limit:
+    for one in wanted:
+        if bucket and size + one.nbytes > limit:
             yield bucket
             bucket, size = [], 0
-        bucket.append((name, parameter))
-        size += nbytes
+        bucket.append(one)
+        size += one.nbytes
     if bucket:
         yield bucket
 

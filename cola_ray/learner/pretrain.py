@@ -35,7 +35,7 @@ from cola_ray.algorithms.latent_actions import (
 )
 from cola_ray.config import Config, PretrainStage
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
-from cola_ray.learner.engine import ZeroEngine, warmup_cosine
+from cola_ray.learner.engine import Published, ZeroEngine, warmup_cosine
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.tasks import PlayedTask, Task, render_prompt, to_pretrain_on
@@ -440,7 +440,8 @@ def _leave(
     metrics: dict,
 ) -> None:
     """Rank 0 writes the stage's model: the one it started from with the trained tensors in place. All ranks call."""
-    trained = {name: tensor.cpu().clone() for name, tensor in zero.stream("model.")}
+    published = [Published(name.removeprefix("model."), (parameter,)) for name, parameter in zero.trained]
+    trained = {name: tensor.cpu().clone() for name, tensor in zero.stream(published)}
     zero.close()
     if zero.rank == 0:
         staging = _staging(target)

@@ -5,10 +5,9 @@
          └────────────────────────────── publish(v+1, policy buckets, metrics) <──────────────────────┘
 
 Of the model, only the policy trains. The reference is a frozen copy of the policy's layers, and both read the same e;
-the LM head and the world model are never evaluated here. Legend: B sequences, T positions, K actions.
+the LM head and the world model are never evaluated here. Legend: B sequences, T positions, N of them scored, K actions.
 """
 
-import copy
 import json
 import tempfile
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cola_ray.algorithms import etpo
 from cola_ray.algorithms.advantages import discounted_sum_to_go
@@ -34,9 +33,9 @@ from cola_ray.algorithms.policy_loss import (
 from cola_ray.config import Config, RLConfig
 from cola_ray.experience import Batch
 from cola_ray.learner.engine import NonFiniteError, ZeroEngine
-from cola_ray.learner.soft_q import SoftQLearner
+from cola_ray.learner.policies import LatentPolicy, TokenPolicy, export, make_policy
+from cola_ray.learner.soft_q import SoftQLearner, last_positions
 from cola_ray.learner.value import ValueLearner
-from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
 
@@ -64,38 +63,6 @@ class BatchSource(Protocol):
         ...
 
 
-class PolicyAndReference(nn.Module):
-    """The frozen model, its trainable policy and a frozen copy of that policy as it was at the start of RL.
-
-    Args:
-        without_base: the states come with every batch; the base is dropped.
-    """
-
-    def __init__(self, cola: CoLAForCausalLM, without_base: bool = False) -> None:
-        super().__init__()
-        self.cola = cola
-        self.reference = copy.deepcopy(cola.policy)
-        # Not part of the RL update.
-        del cola.idm, cola.world_model, cola.codebook
-        if without_base:
-            del cola.model, cola.lm_head
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        hidden_states: Tensor | None = None,
-        reference_logits: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Policy logits (B, T, K), e (B, T, H) and reference logits (B, T, K); the last two computed unless given."""
-        with torch.no_grad():
-            if hidden_states is None:
-                hidden_states = self.cola.encode(input_ids, attention_mask)
-            if reference_logits is None:
-                reference_logits = self.reference(hidden_states, attention_mask)
-        return self.cola.policy(hidden_states, attention_mask), hidden_states, reference_logits
-
-
 def policy_objective(
     logits: Tensor,
     batch: dict[str, Tensor],
@@ -113,41 +80,42 @@ def policy_objective(
     another engine's arithmetic drew; the ratio that is clipped is against ``pi_old``, the learner's own at the start
     of the batch.
 
-    With ``control`` (B, T, K) in the batch, an advantage loses the control's value of the action taken and the loss its
+    With ``control`` (N, K) in the batch, an advantage loses the control's value of the action taken and the loss its
     mean under the policy, exactly: the expected gradient is the same, since ``E[c(a) grad log pi(a)] = grad E[c(a)]``.
 
     Args:
-        logits: (B, T, K).
-        batch: tensors of :class:`Batch` fields (B, T), and ``reference_logits`` (B, T, K); with ``kl_penalties``
-            (B, T) where the batch is used more than once, all 0 where the advantages hold them.
+        logits: (N, K), at the positions of ``scored_mask``, which has those of ``action_mask`` at least.
+        batch: tensors of :class:`Batch` fields (B, T), ``scored_mask`` (B, T), and ``reference_logits`` (N, K), None
+            where nothing asks for them; with ``kl_penalties`` (B, T) where the batch is used more than once, all 0
+            where the advantages hold them.
         old_log_probs: (B, T) at the start of the batch's updates; None on the first, where they are the current.
         kl_coef: in force; it may be adapted from step to step.
         temperature, top_k: of the rollouts; scores are those of the distribution sampled from.
-        q: (B, T, K), ETPO's; then advantages and rollouts' log-probabilities do not count.
+        q: (N, K), ETPO's; then advantages and rollouts' log-probabilities do not count.
 
     Returns:
         loss sum (scalar) and metric sums over actions.
     """
-    actions, mask = batch["actions"], batch["action_mask"]
+    mask = batch["action_mask"]
     policy, reference = _distributions(logits, batch["reference_logits"], temperature, top_k)
-    log_probs, ref_log_probs = (
-        one.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0) for one in (policy, reference)
-    )
+    log_probs, ref_log_probs, kl = _of_actions(policy, reference, batch)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
-    kl, spread = exact_kl(policy, reference), entropy(policy)
+    with torch.set_grad_enabled(bool(rl.entropy_coef)):
+        spread = _placed(entropy(policy), batch)
     weights, clipped = torch.ones_like(log_probs), torch.zeros((), device=logits.device)
     if q is not None:
-        loss = etpo.actor_loss(policy, reference, q, kl_coef)[mask].sum()
+        loss = _placed(etpo.actor_loss(policy, reference, q, kl_coef), batch)[mask].sum()
     else:
         if rl.importance_cap:
             weights = truncated_importance_weights(old, batch["rollout_log_probs"], rl.importance_cap)
-        advantages = batch["advantages"] - kl_coef * _charged(policy.detach(), reference, batch, rl)
+        charged = _charged(log_probs.detach(), ref_log_probs, kl.detach(), batch, rl)
+        advantages = batch["advantages"] - kl_coef * charged
         control = batch.get("control")
         if control is not None:
-            advantages = advantages - control.gather(-1, actions[..., None])[..., 0]
+            advantages = advantages - _placed(_taken(control, batch), batch)
         loss, clipped = clipped_policy_gradient(log_probs, old, weights * advantages, mask, rl.clip_low, rl.clip_high)
         if control is not None:
-            loss = loss - (policy.exp() * control).sum(-1)[mask].sum()
+            loss = loss - _placed((policy.exp() * control).sum(-1), batch)[mask].sum()
         if rl.kl_estimator == "exact":
             loss = loss + kl_coef * kl[mask].sum()
         elif rl.kl_in == "loss":
@@ -160,57 +128,85 @@ def policy_objective(
             "policy/loss": loss.detach(),
             "policy/clip_fraction": clipped.float(),
             "policy/entropy": spread[mask].sum(),
-            "policy/kl": kl[mask].sum(),
             "policy/importance_weight": weights[mask].sum(),
             "policy/importance_capped": ((weights >= rl.importance_cap) & mask).float().sum() * bool(rl.importance_cap),
             "policy/rollout_mismatch": mismatch.sum(),
             "policy/rollout_mismatch_max": mismatch.max(),
         }
+        if batch["reference_logits"] is not None:
+            metrics["policy/kl"] = kl[mask].sum()
     return loss, metrics
 
 
-def _charged(policy: Tensor, reference: Tensor, batch: dict[str, Tensor], rl: RLConfig) -> Tensor:
+def _charged(
+    log_probs: Tensor, ref_log_probs: Tensor, divergences: Tensor, batch: dict[str, Tensor], rl: RLConfig
+) -> Tensor:
     """KL that each action's advantage answers for, (B, T): the sum of the penalties from it on (CoLA's RL stage)."""
     if rl.kl_in == "loss":
         return torch.zeros_like(batch["advantages"])
     penalties = batch.get("kl_penalties")
     if penalties is None:
-        penalties = kl_penalties(policy, reference, batch["actions"], batch["action_mask"], rl.kl_estimator)
+        penalties = kl_penalties(log_probs, ref_log_probs, divergences, batch["action_mask"], rl.kl_estimator)
     return discounted_sum_to_go(penalties, batch["action_mask"])
 
 
-def _distributions(logits: Tensor, reference_logits: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of all actions, (B, T, K): of the policy as it is sampled from, and of the whole reference."""
+def _distributions(
+    logits: Tensor, reference_logits: Tensor | None, temperature: float, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all actions, (N, K): of the policy as it is sampled from, and of the whole reference.
+
+    Where there is none, the policy stands for it, at no distance.
+    """
 
     def scored(of: Tensor, kept: int) -> Tensor:
         shape = of.shape[:-1]
         heat = torch.full(shape, temperature, device=of.device)
-        return action_log_probs(of.float(), heat, torch.full(shape, kept, device=of.device))
+        return action_log_probs(of.to(torch.promote_types(of.dtype, torch.float32)), heat, torch.full(shape, kept, device=of.device))
 
-    return scored(logits, top_k), scored(reference_logits, 0)
+    policy = scored(logits, top_k)
+    return policy, policy.detach() if reference_logits is None else scored(reference_logits, 0)
+
+
+def _of_actions(policy: Tensor, reference: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the actions taken, under both, 0 where masked, and the exact KL of their states; (B, T)."""
+    mask = batch["action_mask"]
+    log_probs, ref_log_probs = (
+        _placed(_taken(one, batch), batch).masked_fill(~mask, 0.0) for one in (policy, reference)
+    )
+    return log_probs, ref_log_probs, _placed(exact_kl(policy, reference), batch)
+
+
+def _taken(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """(N, K) -> (N,), of the actions taken."""
+    return values.gather(-1, batch["actions"][batch["scored_mask"]][:, None])[:, 0]
+
+
+def _placed(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """(N,) -> (B, T), 0 at positions that are not scored."""
+    scored = batch["scored_mask"]
+    return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values)
 
 
 class RLLearner:
-    """One rank: a ZeRO-3 engine over :class:`PolicyAndReference`, and the step on a batch.
+    """One rank: a ZeRO-3 engine over the policy, and the step on a batch.
 
     Args:
-        cola: the start model, in ``config.model.dtype``; taken over.
+        policy: as it starts, in ``config.model.dtype``; taken over.
     """
 
-    def __init__(self, config: Config, cola: CoLAForCausalLM) -> None:
-        self.config = config
+    def __init__(self, config: Config, policy: LatentPolicy | TokenPolicy) -> None:
+        self.config, self.policy = config, policy
         rl = config.rl
         self.zero = ZeroEngine(
-            PolicyAndReference(cola, without_base=rl.cache_hidden_states),
-            ("cola.policy.",),
+            policy,
+            policy.trained,
             lr=rl.lr,
             betas=rl.adam_betas,
             grad_clip=rl.grad_clip,
             bfloat16=config.model.dtype == "bfloat16",
         )
-        width = cola.config.hidden_size
-        self.value = _value_learner(config, width, self.zero.device)
-        self.soft_q = _soft_q_learner(config, width, cola.config.num_actions, self.zero.device)
+        self.value = _value_learner(config, policy.width, self.zero.device)
+        self.soft_q = _soft_q_learner(config, policy.width, policy.num_actions, self.zero.device)
         self.sender = WeightSender()
         self.broadcast = Broadcast()
         self.version, self.kl_coef = 0, rl.kl_coef
@@ -224,6 +220,9 @@ class RLLearner:
         rl = self.config.rl
         started = time.perf_counter()
         pieces = [_tensors(batch, *cut, self.zero.device) for cut in batch.micro_batches]
+        if self.soft_q is not None:  # which wants the value after a cut, too
+            for piece in pieces:
+                piece["scored_mask"] = piece["action_mask"] | last_positions(piece["attention_mask"])
         old: list[Tensor | None] = [None] * len(pieces)
         sums: dict[str, Tensor] = {}
         if rl.updates_per_batch > 1 or self.value is not None or self.soft_q is not None:
@@ -250,7 +249,7 @@ class RLLearner:
                     kl_coef=self.kl_coef,
                     temperature=self.config.rollout.temperature,
                     top_k=self.config.rollout.top_k,
-                    q=self.soft_q.q(piece["hidden_states"]) if self.soft_q and rl.algorithm == "etpo" else None,
+                    q=self.soft_q.q(piece) if self.soft_q and rl.algorithm == "etpo" else None,
                 )
                 self.zero.backward(loss / batch.num_actions_global, last=index == len(pieces) - 1)
                 if rl.updates_per_batch == 1:
@@ -276,25 +275,28 @@ class RLLearner:
             "policy/kl_coef": kl_coef,
             "learner/tokens_per_second": tokens / seconds,
             "learner/padding_share": batch.padding_share,
+            "learner/trained_parameters": float(self.zero.trained_parameters()),
+            "memory/optimizer_mb": self.zero.optimizer_mb(),
             "time/learn": seconds,
         }
 
     def _logits(self, piece: dict[str, Tensor]) -> Tensor:
-        """Of the policy. Leaves in ``piece`` what later updates on the same batch need again."""
-        names = ("input_ids", "attention_mask", "hidden_states", "reference_logits")
+        """Of the policy, (N, K). Leaves in ``piece`` what later updates on the same batch need again."""
+        names = ("input_ids", "attention_mask", "scored_mask", "hidden_states", "reference_logits")
         logits, e, reference_logits = self.zero(*(piece.get(name) for name in names))
         piece |= {"hidden_states": e, "reference_logits": reference_logits}
         return logits
 
     def _score(self, piece: dict[str, Tensor]) -> Tensor:
         """(B, T) log-probabilities of the actions taken, 0 where masked; leaves ``kl_penalties`` in ``piece``."""
-        rollout, mask, actions = self.config.rollout, piece["action_mask"], piece["actions"]
+        rollout = self.config.rollout
         logits = self._logits(piece)
         policy, reference = _distributions(logits, piece["reference_logits"], rollout.temperature, rollout.top_k)
-        piece["kl_penalties"] = kl_penalties(policy, reference, actions, mask, self.config.rl.kl_estimator)
+        found = _of_actions(policy, reference, piece)
+        piece["kl_penalties"] = kl_penalties(*found, piece["action_mask"], self.config.rl.kl_estimator)
         if self.soft_q is not None:
             piece |= {"policy": policy, "reference": reference}
-        return policy.gather(-1, actions[..., None])[..., 0].masked_fill(~mask, 0.0)
+        return found[0]
 
     def _charge_kl(self, pieces: Sequence[dict[str, Tensor]]) -> None:
         """Penalties become rewards where a value head learns to expect them."""
@@ -304,14 +306,14 @@ class RLLearner:
                 piece["kl_penalties"] = torch.zeros_like(piece["kl_penalties"])
 
     def _control(self, pieces: Sequence[dict[str, Tensor]]) -> None:
-        """``control``: what Q expects of each action beyond the policy's mean, (B, T, K)."""
+        """``control``: what Q expects of each action beyond the policy's mean, (N, K)."""
         assert self.soft_q is not None
         for piece in pieces:
-            q = self.soft_q.q(piece["hidden_states"])
+            q = self.soft_q.q(piece)
             piece["control"] = q - etpo.soft_values(q, piece["policy"], piece["reference"], 0.0)[..., None]
 
     def manifest(self) -> Manifest:
-        return self.zero.manifest("cola.")
+        return self.zero.manifest(self.policy.published())
 
     def buckets(self, channel: Channel | None = None) -> list[Bucket]:
         """The policy's weights under the current version; on ranks above 0 an empty list. All ranks call.
@@ -319,7 +321,7 @@ class RLLearner:
         Args:
             channel: on rank 0, where to broadcast them as well; the buckets then serve workers that come later.
         """
-        tensors = self.zero.stream("cola.")
+        tensors = self.zero.stream(self.policy.published())
         if self.zero.rank:
             for _ in tensors:
                 pass
@@ -384,7 +386,7 @@ def train_loop(
     report: Callable[[dict[str, float], Path | None], None],
 ) -> None:
     """Train until the source has no more batches. Runs on every rank; ``report`` is a collective."""
-    learner = RLLearner(config, CoLAForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype)))
+    learner = RLLearner(config, make_policy(config, model_path))
     is_first = learner.zero.rank == 0
     if checkpoint is not None:
         learner.load(checkpoint)
@@ -422,22 +424,9 @@ def train_loop(
             break
     if learner.version < config.rl.max_steps:  # stopped early; the checkpoint is what is left
         return
-    tensors = {name: tensor.cpu().clone() for name, tensor in learner.zero.stream("cola.")}
+    tensors = {name: tensor.cpu().clone() for name, tensor in learner.zero.stream(learner.policy.published())}
     if is_first:
         export(model_path, tensors, Path(config.output_dir) / "model")
-
-
-def export(start_model: str, trained: dict[str, Tensor], target: Path) -> None:
-    """The start model with the trained tensors in place, as a Hugging Face directory, with its tokenizer."""
-    from transformers import AutoTokenizer
-
-    model = CoLAForCausalLM.from_pretrained(start_model, dtype="auto")
-    unknown = trained.keys() - model.state_dict().keys()
-    if unknown:
-        raise ValueError(f"trained tensors that the model does not have: {sorted(unknown)[:3]}")
-    model.load_state_dict(trained, strict=False)
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(start_model).save_pretrained(target)
 
 
 def _tensors(batch: Batch, start: int, stop: int, width: int, device: torch.device) -> dict[str, Tensor]:
@@ -450,6 +439,7 @@ def _tensors(batch: Batch, start: int, stop: int, width: int, device: torch.devi
     piece = {name: torch.tensor(getattr(batch, name)[start:stop, :width], device=device) for name in names}
     if "hidden_states" in piece and piece["hidden_states"].dtype is torch.int16:  # NumPy has no bfloat16
         piece["hidden_states"] = piece["hidden_states"].view(torch.bfloat16)
+    piece["scored_mask"] = piece["action_mask"]
     return piece
 
 

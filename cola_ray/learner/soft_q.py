@@ -1,12 +1,13 @@
 """ETPO's soft Q: a K-way head on the frozen base's e, trained beside the policy on the same batches.
 
-    e (B, T, H) ─> Qbar(e) ─┐                        pi, rho (B, T, K)
+    e (N, H) ─> Qbar(e) ────┐                        pi, rho (N, K)
                             ├─> V of each state ─> targets r + g V(next) ─> squared error of Q(e, action taken)
     pi, rho ────────────────┘                                              then Qbar follows by Polyak averaging
     Q(e) ─> actor loss, summed over all K actions ─> the policy's update
 
 The last layer starts at zero: at first every action is worth the same, and the best policy is the reference. The head
-is small and whole on every rank, with an optimizer and a clip of its own.
+is small and whole on every rank, with an optimizer and a clip of its own. N positions are scored: where an action was
+taken, and the last one of a sequence.
 """
 
 import copy
@@ -57,8 +58,8 @@ class SoftQLearner:
         """``steps`` gradient steps on ``mean (Q(e, a) - target)^2``; all ranks call.
 
         Args:
-            pieces: of this rank, with ``hidden_states`` (B, T, H), ``policy`` and ``reference`` (B, T, K)
-                log-probabilities, ``rewards`` and ``discounts`` (B, T).
+            pieces: of this rank, with ``hidden_states`` (B, T, H), ``policy`` and ``reference`` (N, K)
+                log-probabilities at the positions of ``scored_mask`` (B, T), ``rewards`` and ``discounts`` (B, T).
             num_actions: over all ranks.
             beta: weight of KL(policy || reference) in values.
 
@@ -71,7 +72,7 @@ class SoftQLearner:
             for piece in pieces:
                 mask = piece["action_mask"]
                 goals = self._targets(piece, beta)[mask]
-                taken = self.online(piece["hidden_states"]).gather(-1, piece["actions"][..., None])[..., 0][mask]
+                taken = self.online(piece["hidden_states"][mask]).gather(-1, piece["actions"][mask][:, None])[:, 0]
                 error = (taken - goals).square().sum()
                 (error / num_actions).backward()
                 if step == 0:
@@ -83,15 +84,17 @@ class SoftQLearner:
 
     @torch.no_grad()
     def _targets(self, piece: dict[str, Tensor], beta: float) -> Tensor:
-        values = etpo.soft_values(self.target(piece["hidden_states"]), piece["policy"], piece["reference"], beta)
-        last = piece["attention_mask"].sum(1, keepdim=True) - 1
-        final = values.gather(1, last)[:, 0]
+        scored, mask = piece["scored_mask"], piece["attention_mask"]
+        q = self.target(piece["hidden_states"][scored])
+        found = etpo.soft_values(q, piece["policy"], piece["reference"], beta)
+        values = torch.zeros(scored.shape, device=found.device).masked_scatter(scored, found)
+        final = values[last_positions(mask)]
         return etpo.soft_targets(piece["rewards"], piece["discounts"], values, final, piece["action_mask"])
 
     @torch.no_grad()
-    def q(self, e: Tensor) -> Tensor:
-        """What the policy follows, (B, T, K)."""
-        return self.online(e)
+    def q(self, piece: dict[str, Tensor]) -> Tensor:
+        """What the policy follows, (N, K)."""
+        return self.online(piece["hidden_states"][piece["scored_mask"]])
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).state_dict() for name in ("online", "target", "optimizer")}
@@ -99,3 +102,9 @@ class SoftQLearner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, saved in state.items():
             getattr(self, name).load_state_dict(saved)
+
+
+def last_positions(attention_mask: Tensor) -> Tensor:
+    """True at each row's last token, (B, T); padding is on the right."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return places == attention_mask.sum(1, keepdim=True) - 1

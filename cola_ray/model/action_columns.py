@@ -11,6 +11,7 @@ softmax's normaliser and decode to the action (exact) and its log-probability. W
 request by vLLM itself, through preemption, chunked prefill, prefix caching and aborts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +55,20 @@ def sampling_args(
     vocab_size: int, *, temperature: float = 1.0, top_k: int = 0, seed: int = 0, actions: list[int] | None = None
 ) -> dict[str, Any]:
     """Keyword arguments for ``vllm.SamplingParams`` of a latent-action request; ``vocab_size`` is V, unpadded."""
+    return {
+        **acting_args(temperature, top_k, seed, actions),
+        "logprob_token_ids": [vocab_size, vocab_size + 1, vocab_size + 2],
+    }
+
+
+def acting_args(temperature: float, top_k: int, seed: int, actions: Sequence[int] | None) -> dict[str, Any]:
+    """The part of them that says how an action is drawn, latent or token."""
     extra: dict[str, Any] = {"action_temperature": temperature, "action_top_k": top_k, "action_seed": seed}
     if actions:
         extra["actions"] = list(actions)
     return {
-        "temperature": 0.0,  # tokens are greedy given the action
+        "temperature": 0.0,  # for vLLM tokens are greedy, given the action
         "extra_args": extra,
-        "logprob_token_ids": [vocab_size, vocab_size + 1, vocab_size + 2],
         "flat_logprobs": True,
     }
 

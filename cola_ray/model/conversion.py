@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
 
@@ -77,6 +78,49 @@ def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None) ->
             f"model.base: {base_path} is a {config.model_type!r} model; CoLA attaches to Llama checkpoints"
         )
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
+
+
+def plain_base(path: str | os.PathLike, target: str | os.PathLike) -> Path:
+    """A directory of the plain Llama at ``path``, which vLLM can serve, with its tokenizer.
+
+    Args:
+        path: a Llama's directory or hub id, which is the answer itself; a GGUF file or a CoLA checkpoint, whose base is
+            written to ``target``.
+    """
+    if Path(path).suffix == ".gguf":
+        load_base(path).save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name)
+    elif is_released(path) or AutoConfig.from_pretrained(path).model_type == "cola":
+        _detach(Path(path), Path(target))
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    else:
+        return Path(path)
+    tokenizer.save_pretrained(target)
+    return Path(target)
+
+
+def _detach(cola: Path, target: Path) -> None:
+    """File by file, so that no more than one of them is in memory."""
+    target.mkdir(parents=True, exist_ok=True)
+    raw = json.loads((cola / "config.json").read_text())
+    for ours, released in {**CoLAConfig.attribute_map, "world_model_form": "v"}.items():
+        raw.pop(ours, None)
+        raw.pop(released, None)
+    raw |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    places: dict[str, str] = {}
+    for shard in sorted(cola.glob("*.safetensors")):
+        with safe_open(shard, "pt") as tensors:
+            names = [name for name in tensors.keys() if _is_of_base(_to_ours(name))]  # noqa: SIM118  (no dictionary)
+            save_file({name: tensors.get_tensor(name) for name in names}, target / shard.name, {"format": "pt"})
+        places |= dict.fromkeys(names, shard.name)
+    if set(places.values()) != {"model.safetensors"}:
+        index = {"metadata": {}, "weight_map": places}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _is_of_base(name: str) -> bool:
+    return name.startswith(("model.", "lm_head."))
 
 
 def reset_latent_modules(model: CoLAForCausalLM) -> None:

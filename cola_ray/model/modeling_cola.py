@@ -78,8 +78,9 @@ class ActionStack(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None,
+        scored: Tensor | None = None,
     ) -> Tensor:
-        """e (B, T, H) -> logits (B, T, K), float32."""
+        """e (B, T, H) -> logits (B, T, K), float32; (N, K) at the N positions where ``scored`` (B, T) is true."""
         if position_ids is None:
             position_ids = positions(attention_mask, e.shape[:2], e.device)
         mask = create_causal_mask(
@@ -100,7 +101,7 @@ class ActionStack(nn.Module):
                 use_cache=past_key_values is not None,
                 position_embeddings=rotary,
             )
-        return self.head(self.norm(hidden)).float()
+        return self.head(self.norm(hidden if scored is None else hidden[scored])).float()
 
 
 class Codebook(nn.Embedding):

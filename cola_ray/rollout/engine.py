@@ -4,18 +4,22 @@
                              │
                  update_weights(version, buckets)               between two steps; requests in flight go on with it
 
-A request in flight at an update keeps its tokens. Its key/value entries of the policy layers are stale, so it is
+    LatentEngine   a CoLA checkpoint: actions are latent, the policy is what updates replace
+    TokenEngine    a plain Llama: actions are tokens, updates replace all of it, or what adapters change
+
+A request in flight at an update keeps its tokens. Its key/value entries of layers that trained are stale, so it is
 preempted and computed again under the new weights; ``Completion.versions`` tells which version chose each action.
 """
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cola_ray.model.action_columns import decode, sampling_args
+from cola_ray.model.action_columns import acting_args, decode, sampling_args
 from cola_ray.weights import Broadcast, BroadcastReceiver, Bucket, Offer, WeightReceiver
 
 if TYPE_CHECKING:
@@ -32,6 +36,13 @@ class Request:
     actions: Sequence[int] = ()  # forced at the first steps
 
 
+@dataclass
+class _InFlight:
+    engine_id: str  # vLLM's own name of the request
+    prompt_length: int
+    versions: list[tuple[int, int]]  # (first output position, version), ascending
+
+
 @dataclass(frozen=True)
 class Completion:
     token_ids: np.ndarray  # (L,) int64, the stop token included
@@ -42,16 +53,19 @@ class Completion:
     hidden_states: np.ndarray | None  # (P + L - 1, H), e where the engine keeps it; bfloat16 as int16
 
 
-class LatentEngine:
-    """vLLM over a CoLA checkpoint.
+Loader = Callable[[Any, WeightReceiver | BroadcastReceiver], None]
+"""(served model, receiver): a complete update, or an error before any change."""
+
+
+class Engine:
+    """vLLM in this process; what heirs add is what an action is and which weights change.
 
     Args:
-        model_path: a directory of :class:`CoLAForCausalLM`.
+        model_path: a directory that vLLM can serve.
         dtype: "float32" or "bfloat16".
         max_model_len: prompt plus completion, in tokens.
         stop_token_id: ends a completion.
         kv_cache_mb: key/value cache on CPU.
-        keep_hidden_states: completions bring the base's states along.
     """
 
     def __init__(
@@ -65,21 +79,15 @@ class LatentEngine:
         kv_cache_mb: int = 256,
         tensor_parallel_size: int = 1,
         num_threads: int = 1,
-        keep_hidden_states: bool = False,
         **engine_args: object,
     ) -> None:
         prepare_process(num_threads)
         import torch
         import vllm
-        from transformers import AutoConfig
-
-        import cola_ray  # noqa: F401
-        from cola_ray.model.vllm_cola import ROW_TRACKER, engine_overrides
 
         torch.set_num_threads(num_threads)
         self.vllm = vllm
         self.stop_token_id = stop_token_id
-        self.vocab_size = AutoConfig.from_pretrained(model_path).vocab_size
         self.version = 0
         self.in_flight: dict[str, _InFlight] = {}
         self.num_submitted = 0
@@ -97,26 +105,27 @@ class LatentEngine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
-            logits_processors=[ROW_TRACKER],
-            hf_overrides=engine_overrides(self.vocab_size, keep_hidden_states),
             seed=0,
             async_scheduling=False,  # a weight update must know exactly how far each request is
             **engine_args,
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        self.last_blocks: dict[str, list[int]] = {}
-        if keep_hidden_states:
-            self._remember_blocks(self.scheduler.kv_cache_manager)
 
-    def _remember_blocks(self, manager: Any) -> None:
-        """A finished request's cache is freed within its last step; its states are still there, if one knows where."""
-        free = manager.free
+    # --- what heirs say -------------------------------------------------------------------------------------------
 
-        def remember_and_free(request: Any) -> None:
-            self.last_blocks[request.request_id] = manager.get_block_ids(request.request_id)[0]
-            free(request)
+    def _sampling(self, request: Request) -> dict[str, Any]:
+        """Arguments for ``vllm.SamplingParams`` that make it act."""
+        raise NotImplementedError
 
-        manager.free = remember_and_free
+    def _read(self, request: "_InFlight", output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """vLLM's ``CompletionOutput`` -> tokens, actions, log-probabilities, hidden states."""
+        raise NotImplementedError
+
+    def _loader(self) -> "Loader":
+        """What takes new weights in beside the served model; sent to all of an engine's GPUs."""
+        raise NotImplementedError
+
+    # --- requests -------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """All completions, in the order of the requests; nothing else may be in flight."""
@@ -138,13 +147,7 @@ class LatentEngine:
             ignore_eos=True,  # the one stop token above, not whatever else the checkpoint lists
             detokenize=False,
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-            **sampling_args(
-                self.vocab_size,
-                temperature=request.temperature,
-                top_k=request.top_k,
-                seed=request.seed,
-                actions=list(request.actions),
-            ),
+            **self._sampling(request),
         )
         self.num_submitted += 1
         name, prompt = str(self.num_submitted), {"prompt_token_ids": list(request.prompt_ids)}
@@ -164,41 +167,41 @@ class LatentEngine:
         }
 
     def _complete(self, request: "_InFlight", output: Any) -> Completion:
-        token_ids, actions, log_probs = decode(output)
+        token_ids, actions, log_probs, states = self._read(request, output)
         starts, versions = zip(*request.versions, strict=True)
         lengths = np.diff([*starts, len(actions)])
-        blocks, states = self.last_blocks.pop(request.engine_id, None), None
-        if blocks is not None:
-            computed = request.prompt_length + len(actions) - 1
-            states = self.llm.apply_model(lambda model: model.states.read(blocks, computed))[0]
         return Completion(
             token_ids, actions, log_probs, np.repeat(np.array(versions, np.int64), lengths),
             truncated=output.finish_reason == "length", hidden_states=states,
         )  # fmt: skip
 
+    # --- weights --------------------------------------------------------------------------------------------------
+
     def update_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
-        """Replace the policy by ``version`` and drop the prefix cache, whose policy entries are stale now.
+        """Replace the policy by ``version`` and drop the prefix cache, which is stale now.
 
         Raises:
             WeightTransferError: the buckets are not exactly the policy's tensors; nothing was changed.
         """
-        receiver = WeightReceiver(version)
+        receiver, load = WeightReceiver(version), self._loader()
         for bucket in buckets:
             receiver.add(bucket)
-        self.llm.apply_model(lambda model: load_policy(model, receiver))
+        self.llm.apply_model(lambda model: load(model, receiver))
         self._go_on_with(version)
 
     def receive_weights(self, offer: Offer) -> None:
         """The same from a broadcast; returns when all of it has been sent and loaded."""
 
-        def receive(model: "CoLAForCausalLM") -> None:
+        load = self._loader()
+
+        def receive(model: Any) -> None:
             import torch
             from vllm.distributed import get_tensor_model_parallel_rank
 
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
             end = model.__dict__.setdefault("broadcast", Broadcast())
             rank = get_tensor_model_parallel_rank()
-            load_policy(model, BroadcastReceiver(offer, end, rank, torch.device(device)))
+            load(model, BroadcastReceiver(offer, end, rank, torch.device(device)))
 
         self.llm.apply_model(receive)
         self._go_on_with(offer.version)
@@ -223,11 +226,84 @@ class LatentEngine:
         self.llm.wake_up()
 
 
-@dataclass
-class _InFlight:
-    engine_id: str  # vLLM's own name of the request
-    prompt_length: int
-    versions: list[tuple[int, int]]  # (first output position, version), ascending
+class LatentEngine(Engine):
+    """vLLM over a directory of :class:`CoLAForCausalLM`.
+
+    Args:
+        keep_hidden_states: completions bring the base's states along.
+    """
+
+    def __init__(self, model_path: str, *, keep_hidden_states: bool = False, **engine_args: Any) -> None:
+        prepare_process(engine_args.get("num_threads", 1))
+        from transformers import AutoConfig
+
+        import cola_ray  # noqa: F401
+        from cola_ray.model.vllm_cola import engine_overrides
+        from cola_ray.model.vllm_rows import ROW_TRACKER
+
+        self.vocab_size = AutoConfig.from_pretrained(model_path).vocab_size
+        overrides = engine_overrides(self.vocab_size, keep_hidden_states)
+        super().__init__(model_path, logits_processors=[ROW_TRACKER], hf_overrides=overrides, **engine_args)
+        self.last_blocks: dict[str, list[int]] = {}
+        if keep_hidden_states:
+            self._remember_blocks(self.scheduler.kv_cache_manager)
+
+    def _remember_blocks(self, manager: Any) -> None:
+        """A finished request's cache is freed within its last step; its states are still there, if one knows where."""
+        free = manager.free
+
+        def remember_and_free(request: Any) -> None:
+            self.last_blocks[request.request_id] = manager.get_block_ids(request.request_id)[0]
+            free(request)
+
+        manager.free = remember_and_free
+
+    def _sampling(self, request: Request) -> dict[str, Any]:
+        return sampling_args(
+            self.vocab_size,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            seed=request.seed,
+            actions=list(request.actions),
+        )
+
+    def _read(self, request: _InFlight, output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        token_ids, actions, log_probs = decode(output)
+        blocks, states = self.last_blocks.pop(request.engine_id, None), None
+        if blocks is not None:
+            computed = request.prompt_length + len(actions) - 1
+            states = self.llm.apply_model(lambda model: model.states.read(blocks, computed))[0]
+        return token_ids, actions, log_probs, states
+
+    def _loader(self) -> Loader:
+        return load_policy
+
+
+class TokenEngine(Engine):
+    """vLLM over a plain Llama: the token is the action.
+
+    Args:
+        adapters: updates bring the linear layers alone, adapters merged into them.
+    """
+
+    def __init__(self, model_path: str, *, adapters: bool = False, **engine_args: Any) -> None:
+        prepare_process(engine_args.get("num_threads", 1))
+        from cola_ray.model.vllm_rows import TOKEN_SAMPLER
+
+        super().__init__(model_path, logits_processors=[TOKEN_SAMPLER], logprobs_mode="processed_logits", **engine_args)
+        self.adapters = adapters
+
+    def _sampling(self, request: Request) -> dict[str, Any]:
+        args = acting_args(request.temperature, request.top_k, request.seed, request.actions)
+        return args | {"logprobs": 0}  # of the token drawn alone
+
+    def _read(self, _: _InFlight, output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
+        tokens = np.asarray(output.token_ids, np.int64)
+        return tokens, tokens, np.asarray(output.logprobs.logprobs, np.float32).reshape(len(tokens), -1)[:, 0], None
+
+    def _loader(self) -> Loader:
+        load = load_projections if self.adapters else load_llama
+        return functools.partial(load, model_config=self.llm.llm_engine.model_config)
 
 
 def prepare_process(num_threads: int) -> None:
@@ -241,24 +317,63 @@ def prepare_process(num_threads: int) -> None:
 
 
 def load_policy(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastReceiver) -> None:
-    """Runs beside the served model: complete update of the policy's modules, or an error before any change.
+    """A new policy into the served CoLA."""
+    config = model.config
+    layers = _layer_tensors("policy.", config.num_policy_layers, _PROJECTIONS + _NORMS)
+    expected = [*layers, "policy.norm.weight", "policy.head.weight"]
+    _reload(model, receiver, expected, model.policy_modules(), model.model_config)
+
+
+def load_llama(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_config: Any) -> None:
+    """All weights of a served Llama, which does not know its ``model_config``."""
+    config = model.config
+    layers = _layer_tensors("model.", config.num_hidden_layers, _PROJECTIONS + _NORMS)
+    expected = [*layers, "model.embed_tokens.weight", "model.norm.weight"]
+    if not config.tie_word_embeddings:
+        _reload(model, receiver, [*expected, "lm_head.weight"], [model], model_config)
+        return
+    _reload(model, receiver, expected, [model.model], model_config)
+    # On CPU a tied head has a packed copy of the embeddings, which nobody else renews.
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def load_projections(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_config: Any) -> None:
+    """The linear layers of a served Llama."""
+    expected = _layer_tensors("model.", model.config.num_hidden_layers, _PROJECTIONS)
+    held = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
+    modules = [
+        module
+        for attention, mlp in held
+        for module in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    ]
+    _reload(model, receiver, expected, modules, model_config)
+
+
+_PROJECTIONS = (*(f"self_attn.{kind}_proj" for kind in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _layer_tensors(prefix: str, count: int, names: Sequence[str]) -> list[str]:
+    return [f"{prefix}layers.{layer}.{name}.weight" for layer in range(count) for name in names]
+
+
+def _reload(
+    model: Any,
+    receiver: WeightReceiver | BroadcastReceiver,
+    expected: Sequence[str],
+    modules: Sequence[Any],
+    model_config: Any,
+) -> None:
+    """Runs beside the served model: ``modules`` take exactly the tensors ``expected``, or nothing is changed.
 
     On CPU vLLM repacks linear weights at load and frees the originals, so writing into parameters would do nothing;
-    its layer-wise reload restores, loads and repacks, here for the policy's modules only.
+    its layer-wise reload restores, loads and repacks.
     """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    config = model.config
-    attention = [f"self_attn.{kind}_proj" for kind in "qkvo"]
-    mlp = [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
-    layer_tensors = [*attention, *mlp, "input_layernorm", "post_attention_layernorm"]
-    expected = [
-        f"policy.layers.{layer}.{name}.weight" for layer in range(config.num_policy_layers) for name in layer_tensors
-    ]
-    tensors = receiver.finish([*expected, "policy.norm.weight", "policy.head.weight"])
-    modules = model.policy_modules()
+    tensors = receiver.finish(expected)
     for module in modules:
         initialize_layerwise_reload(module)
     model.load_weights(tensors)
     for module in modules:
-        finalize_layerwise_reload(module, model.model_config)
+        finalize_layerwise_reload(module, model_config)

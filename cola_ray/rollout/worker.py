@@ -16,13 +16,14 @@ import functools
 import resource
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
 from cola_ray.config import Config
 from cola_ray.experience import Group, Ticket, Trajectory
 from cola_ray.model.action_columns import BASE_TOKENS
-from cola_ray.rollout.engine import Completion, LatentEngine, Request, prepare_process
+from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
 from cola_ray.rollout.isolation import Reward, RewardProcess
 from cola_ray.tasks import make_task, render_prompt
 from cola_ray.tasks.protocol import Split
@@ -36,7 +37,7 @@ class RunningBatch:
         drain: weights are swapped when all requests in flight have ended; else between two steps.
     """
 
-    def __init__(self, engine: LatentEngine, drain: bool) -> None:
+    def __init__(self, engine: Engine, drain: bool) -> None:
         self.engine, self.drain = engine, drain
         self.gate = asyncio.Lock()  # held by a swap that drains, and by whoever joins, for a moment
         self.between_steps = asyncio.Lock()
@@ -96,7 +97,12 @@ class EngineWorker:
         rollout = config.rollout
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.engine = LatentEngine(
+        self.latent = config.rl.action_space == "latent"
+        settings: dict[str, Any] = {"keep_hidden_states": keep_hidden_states} if self.latent else {}
+        if config.rl.lora_rank:
+            settings["adapters"] = True
+        kind: type[Engine] = LatentEngine if self.latent else TokenEngine
+        self.engine = kind(
             model_path,
             dtype=config.model.dtype,
             max_model_len=rollout.max_prompt_tokens + rollout.max_new_tokens,
@@ -105,8 +111,8 @@ class EngineWorker:
             kv_cache_mb=rollout.kv_cache_mb,
             tensor_parallel_size=rollout.tensor_parallel_size,
             num_threads=config.cluster.threads_per_process,
-            keep_hidden_states=keep_hidden_states,
             enable_sleep_mode=config.cluster.colocated,
+            **settings,
         )
         self.batch = RunningBatch(self.engine, drain=config.rl.update_mode == "drain")
 
@@ -199,7 +205,8 @@ class RolloutWorker(EngineWorker):
         rollout = self.config.rollout
         problems = self.task.problems("heldout")
         prompts = [render_prompt(self.tokenizer, problems[index].question) for index in indices]
-        actions = [BASE_TOKENS] * rollout.max_new_tokens if bare_base else []
+        # Before the first update a plain base is its own start.
+        actions = [BASE_TOKENS] * rollout.max_new_tokens if bare_base and self.latent else []
         requests = [
             Request(prompt[-rollout.max_prompt_tokens :], 0, 0.0, 0, rollout.max_new_tokens, actions)
             for prompt in prompts

@@ -194,9 +194,9 @@ def two_steps(estimator, kl_in, kl_coef):
         rows, actions = [0, 1 + first], torch.tensor([[first, second]])
         batch = {
             "actions": actions, "action_mask": mask, "advantages": torch.zeros(1, 2, dtype=torch.float64),
-            "reference_logits": reference[rows][None], "rollout_log_probs": torch.zeros(1, 2),
+            "reference_logits": reference[rows], "rollout_log_probs": torch.zeros(1, 2), "scored_mask": mask,
         }  # fmt: skip
-        loss, _ = policy_objective(table[rows][None], batch, None, rl=rl, kl_coef=kl_coef, temperature=1.0, top_k=0)
+        loss, _ = policy_objective(table[rows], batch, None, rl=rl, kl_coef=kl_coef, temperature=1.0, top_k=0)
         gradients.append(-torch.autograd.grad(loss, table)[0])
         chances.append(float((policy[0, first] + policy[1 + first, second]).exp().detach()))
     return torch.tensor(chances, dtype=torch.float64), torch.stack(gradients), wanted
@@ -252,10 +252,10 @@ def test_the_coefficient_follows_the_divergence():
 
 
 def test_the_entropy_bonus_spreads_the_policy():
-    logits = torch.tensor([[[1.0, 0.0, -1.0]]], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
     zero, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
     batch = {"actions": torch.zeros(1, 1, dtype=torch.long), "action_mask": mask, "advantages": zero,
-             "rollout_log_probs": zero, "reference_logits": torch.zeros(1, 1, 3)}  # fmt: skip
+             "scored_mask": mask, "rollout_log_probs": zero, "reference_logits": torch.zeros(1, 3)}  # fmt: skip
 
     def loss(x):
         return policy_objective(
@@ -270,21 +270,22 @@ def test_the_entropy_bonus_spreads_the_policy():
 
 def noisy_choice(control):
     """One choice of three actions with values 1, 4, -2 and a fair coin's noise: each draw's gradient and its chance."""
-    logits = torch.tensor([[[0.3, -0.2, 0.1]]], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64, requires_grad=True)
     values, mask = torch.tensor([1.0, 4.0, -2.0], dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
-    probs = logits.softmax(-1)[0, 0]
+    probs = logits.softmax(-1)[0]
     (wanted,) = torch.autograd.grad((probs * values).sum(), logits)
     chances, gradients = [], []
     for action, noise in itertools.product(range(3), (-1.0, 1.0)):
         batch = {
             "actions": torch.tensor([[action]]), "action_mask": mask, "rollout_log_probs": torch.zeros(1, 1),
-            "advantages": (values[action] + noise).reshape(1, 1), "reference_logits": torch.zeros(1, 1, 3),
-        } | ({} if control is None else {"control": control.reshape(1, 1, 3)})  # fmt: skip
+            "advantages": (values[action] + noise).reshape(1, 1), "reference_logits": torch.zeros(1, 3),
+            "scored_mask": mask,
+        } | ({} if control is None else {"control": control[None]})  # fmt: skip
         rl = RLConfig(importance_cap=0.0)
         loss, _ = policy_objective(logits, batch, None, rl=rl, kl_coef=0.0, temperature=1.0, top_k=0)
         gradients.append(-torch.autograd.grad(loss, logits)[0])
-        chances.append(0.5 * float(logits.softmax(-1)[0, 0, action].detach()))
-    chances, gradients = torch.tensor(chances, dtype=torch.float64)[:, None, None, None], torch.stack(gradients)
+        chances.append(0.5 * float(logits.softmax(-1)[0, action].detach()))
+    chances, gradients = torch.tensor(chances, dtype=torch.float64)[:, None, None], torch.stack(gradients)
     mean = (chances * gradients).sum(0)
     return mean, float((chances * (gradients - mean).square()).sum()), wanted
 
@@ -300,3 +301,60 @@ def test_a_control_over_all_actions_keeps_the_gradient_and_takes_variance_out():
         torch.testing.assert_close(mean, wanted, atol=1e-6, rtol=1e-5)
     _, controlled, _ = noisy_choice(right)
     assert controlled < 0.5 * plain
+
+
+# --- the whole objective ----------------------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    "clipped": {"kl_estimator": "exact", "kl_in": "reward"},
+    "estimated": {"kl_estimator": "k3", "kl_in": "loss"},
+    "entropy": {"kl_estimator": "exact", "kl_in": "loss", "entropy_coef": 0.1},
+    "etpo": {"algorithm": "etpo"},
+    "controlled": {"kl_estimator": "k1", "kl_in": "reward", "control_variate": True},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_the_objectives_gradient_is_that_of_its_values(name, top_k):
+    """Against finite differences, on the second update of a batch: what the first one found is given."""
+    draw = torch.Generator().manual_seed(3)
+    rl = RLConfig(**OBJECTIVES[name])
+    mask = torch.tensor([[True, False, True, True], [False, True, True, False]])
+    count, shape = int(mask.sum()), mask.shape
+
+    def random(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    logits = random(count, 5).requires_grad_()
+    actions = torch.zeros(shape, dtype=torch.long)
+    actions[mask] = logits.detach().topk(3).indices[torch.arange(count), torch.randint(3, (count,), generator=draw)]
+    batch = {
+        "actions": actions, "action_mask": mask, "scored_mask": mask, "advantages": random(*shape),
+        "rollout_log_probs": random(*shape) - 2.0, "reference_logits": random(count, 5),
+        "kl_penalties": random(*shape) * mask,
+    }  # fmt: skip
+    if rl.control_variate:
+        batch["control"] = random(count, 5)
+    old = (random(*shape) - 1.5) * mask  # ratios on both sides of the clips
+    q = random(count, 5) if rl.algorithm == "etpo" else None
+
+    def loss(x):
+        return policy_objective(x, batch, old, rl=rl, kl_coef=0.3, temperature=0.7, top_k=top_k, q=q)[0]
+
+    assert torch.autograd.gradcheck(loss, (logits,))
+
+
+def test_without_a_reference_nothing_is_charged_or_measured():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    batch = {
+        "actions": torch.tensor([[1, 2]]), "action_mask": mask, "scored_mask": mask, "advantages": torch.ones(1, 2),
+        "rollout_log_probs": torch.zeros(1, 2), "reference_logits": None,
+    }  # fmt: skip
+    rl = RLConfig(importance_cap=0.0)
+    loss, metrics = policy_objective(logits, batch, None, rl=rl, kl_coef=0.0, temperature=1.0, top_k=0)
+    (found,) = torch.autograd.grad(loss, logits)
+    wanted = logits.softmax(-1).detach() - torch.nn.functional.one_hot(torch.tensor([1, 2]), 4)
+    torch.testing.assert_close(found, wanted)
+    assert "policy/kl" not in metrics

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.algorithms import etpo
-from cola_ray.learner.soft_q import SoftQHead, SoftQLearner
+from cola_ray.learner.soft_q import SoftQHead, SoftQLearner, last_positions
 
 K, LENGTH, GAMMA = 3, 2, 0.9
 
@@ -152,16 +152,18 @@ def test_the_fitted_head_finds_the_exact_soft_values(alone):
         "attention_mask": torch.ones(9, 3, dtype=torch.long),
         "rewards": torch.stack([torch.tensor([0.0, float(reward[a, b]), 0.0]) for a, b in pairs]),
         "discounts": torch.tensor([[1.0, 0.0, 0.0]]).repeat(9, 1),
-        "policy": ref[:1].expand(9, 3, 3), "reference": ref[:1].expand(9, 3, 3),
+        "scored_mask": torch.ones(9, 3, dtype=torch.bool),
+        "policy": ref[:1].expand(27, 3), "reference": ref[:1].expand(27, 3),
     }  # fmt: skip
     for _ in range(1500):
         metrics = learner.fit([batch], 18, beta)
     assert float(metrics["q/error"]) / 18 < 1e-4
-    torch.testing.assert_close(learner.q(states[0]), exact_first, atol=0.02, rtol=0)
-    torch.testing.assert_close(learner.q(states[1:]), exact_second, atol=0.02, rtol=0)
+    q = learner.q({"hidden_states": states[None], "scored_mask": torch.ones(1, 4, dtype=torch.bool)})
+    torch.testing.assert_close(q[0], exact_first, atol=0.02, rtol=0)
+    torch.testing.assert_close(q[1:], exact_second, atol=0.02, rtol=0)
     other = SoftQLearner(4, 3, torch.device("cpu"), lr=1e-2, tau=0.05, grad_clip=10.0, steps=1, seed=1)
     other.load_state_dict(learner.state_dict())
-    assert torch.equal(other.q(states), learner.q(states))
+    assert torch.equal(other.online(states), learner.online(states))
 
 
 def draws(rows):
@@ -178,7 +180,9 @@ def draws(rows):
         "policy": torch.randn(*shape, 3, generator=draw).log_softmax(-1),
         "reference": torch.randn(*shape, 3, generator=draw).log_softmax(-1),
     }
-    return {name: tensor[rows] for name, tensor in whole.items()}
+    some = {name: tensor[rows] for name, tensor in whole.items()}
+    scored = some["scored_mask"] = some["action_mask"] | last_positions(some["attention_mask"])
+    return some | {name: some[name][scored] for name in ("policy", "reference")}
 
 
 def rank(number, size, port, out):

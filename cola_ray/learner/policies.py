@@ -1,0 +1,182 @@
+"""What RL trains, in either action space: a module for ZeRO-3, and the way its weights go out.
+
+                    forward: logits over actions, frozen states e, the reference's logits           goes out
+    LatentPolicy    base (frozen) ─> e ─> policy, reference                                         the policy
+    TokenPolicy     base (trains, or adapters in it) ─> logits;  reference (frozen) ─> e, logits    what trains, merged
+
+Logits are computed at N of the B x T positions: where an action was taken, not in prompts or observations.
+Legend: B sequences, T positions, K actions to choose from, latent ones or tokens.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+from cola_ray.config import Config
+from cola_ray.learner.engine import Published
+from cola_ray.model.conversion import is_released
+from cola_ray.model.modeling_cola import CoLAForCausalLM, positions
+
+States = tuple[Tensor, Tensor | None, Tensor | None]
+"""Logits (N, K); e (B, T, H) and the reference's logits (N, K), both None where nobody asks for them."""
+
+
+class LatentPolicy(nn.Module):
+    """The frozen model, its trainable policy and a frozen copy of that policy as it was at the start of RL.
+
+    Args:
+        cola: taken over.
+        without_base: the states come with every batch; the base is dropped.
+    """
+
+    def __init__(self, cola: CoLAForCausalLM, without_base: bool = False) -> None:
+        super().__init__()
+        self.cola = cola
+        self.reference = copy.deepcopy(cola.policy)
+        self.width, self.num_actions = cola.config.hidden_size, cola.config.num_actions
+        # Not part of the RL update.
+        del cola.idm, cola.world_model, cola.codebook
+        if without_base:
+            del cola.model, cola.lm_head
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return ("cola.policy.",)
+
+    def published(self) -> list[Published]:
+        return [Published(f"policy.{name}", (parameter,)) for name, parameter in self.cola.policy.named_parameters()]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scored_mask: Tensor,
+        hidden_states: Tensor | None = None,
+        reference_logits: Tensor | None = None,
+    ) -> States:
+        """e and the reference's logits are computed unless given."""
+        with torch.no_grad():
+            if hidden_states is None:
+                hidden_states = self.cola.encode(input_ids, attention_mask)
+            if reference_logits is None:
+                reference_logits = self.reference(hidden_states, attention_mask, scored=scored_mask)
+        return self.cola.policy(hidden_states, attention_mask, scored=scored_mask), hidden_states, reference_logits
+
+
+class TokenPolicy(nn.Module):
+    """A plain Llama that trains, whole or by low-rank adapters, and the frozen one that it was at the start of RL.
+
+    Args:
+        base: taken over.
+        lora_rank: of adapters in all linear layers; 0 trains all weights.
+        with_reference: whether anybody asks for the reference and its states. With adapters it costs no memory: it is
+            the base without them.
+        checkpointing: activations are computed again in the backward pass.
+    """
+
+    def __init__(
+        self, base: LlamaForCausalLM, *, lora_rank: int = 0, with_reference: bool = True, checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.width, self.num_actions = base.config.hidden_size, base.config.vocab_size
+        self.with_reference = with_reference
+        self.reference = copy.deepcopy(base) if with_reference and not lora_rank else None
+        self.policy: Any = _adapted(base, lora_rank) if lora_rank else base
+        self.lora_rank = lora_rank
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.train()  # Hugging Face checkpoints in training mode alone; a Llama has no dropout
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        if not self.lora_rank:
+            return ("policy.",)
+        return tuple(name for name, _ in self.named_parameters() if ".lora_" in name)
+
+    def published(self) -> list[Published]:
+        """Merged, where adapters train: engines and users of the result need to know nothing of them."""
+        if not self.lora_rank:
+            return [Published(name, (parameter,)) for name, parameter in self.policy.named_parameters()]
+        return [
+            Published(f"{name}.weight", _parts(module), _merged(module.scaling["default"]))
+            for name, module in self.policy.get_base_model().named_modules()
+            if hasattr(module, "lora_A")
+        ]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scored_mask: Tensor,
+        hidden_states: Tensor | None = None,
+        reference_logits: Tensor | None = None,
+    ) -> States:
+        """The reference's states and logits are computed unless given, or not wanted."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": positions(attention_mask, input_ids.shape, input_ids.device),
+            "use_cache": False,
+        }
+        if self.with_reference and reference_logits is None:
+            with torch.no_grad():
+                hidden_states, reference_logits = self._refer(inputs, scored_mask)
+        llama = self.policy.get_base_model() if self.lora_rank else self.policy
+        return _states_and_logits(llama, inputs, scored_mask)[1], hidden_states, reference_logits
+
+    def _refer(self, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reference is None:
+            with self.policy.disable_adapter():
+                return _states_and_logits(self.policy.get_base_model(), inputs, scored_mask)
+        return _states_and_logits(self.reference, inputs, scored_mask)
+
+
+def _states_and_logits(llama: Any, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
+    states = llama.model(**inputs).last_hidden_state
+    return states, llama.lm_head(states[scored_mask])
+
+
+def _adapted(base: LlamaForCausalLM, rank: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(base, config, autocast_adapter_dtype=False)  # ZeRO-3 wants one type
+
+
+def _parts(module: Any) -> tuple[nn.Parameter, ...]:
+    return module.base_layer.weight, module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
+def _merged(scaling: float) -> Callable[..., Tensor]:
+    """``W + scaling B A`` (Hu et al. 2021, section 4.1), in float32."""
+    return lambda weight, a, b: (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+
+
+def make_policy(config: Config, model_path: str) -> LatentPolicy | TokenPolicy:
+    """Of the run's action space, from the checkpoint at ``model_path``, in ``config.model.dtype``."""
+    rl, dtype = config.rl, getattr(torch, config.model.dtype)
+    if rl.action_space == "latent":
+        return LatentPolicy(CoLAForCausalLM.from_pretrained(model_path, dtype=dtype), rl.cache_hidden_states)
+    return TokenPolicy(
+        LlamaForCausalLM.from_pretrained(model_path, dtype=dtype),
+        lora_rank=rl.lora_rank,
+        with_reference=bool(rl.kl_coef or rl.kl_target) or config.learns_values,
+        checkpointing=rl.gradient_checkpointing,
+    )
+
+
+def export(start_model: str, trained: dict[str, Tensor], target: Path) -> None:
+    """The start model with the trained tensors in place, as a Hugging Face directory, with its tokenizer."""
+    plain = AutoConfig.from_pretrained(start_model).model_type == "llama" and not is_released(start_model)
+    model = (LlamaForCausalLM if plain else CoLAForCausalLM).from_pretrained(start_model, dtype="auto")
+    unknown = trained.keys() - model.state_dict().keys()
+    if unknown:
+        raise ValueError(f"trained tensors that the model does not have: {sorted(unknown)[:3]}")
+    model.load_state_dict(trained, strict=False)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(start_model).save_pretrained(target)

@@ -1,0 +1,106 @@
+"""Whose row is whose inside vLLM's sampler, and the draw of tokens that does without vLLM's own.
+
+request ─> RowTracker mirrors the batch ─> RowTable ─┬─> CoLAForCausalLM.compute_logits draws actions
+                                                     └─> TokenSampler draws tokens of a plain Llama
+"""
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from cola_ray.algorithms.latent_actions import sample_actions
+from cola_ray.model.action_columns import LOWEST_LOG_PROB, ActionRequest
+
+ROW_TRACKER, TOKEN_SAMPLER = f"{__name__}:RowTracker", f"{__name__}:TokenSampler"
+"""What an engine passes as ``logits_processors``: of a CoLA model, of a plain Llama."""
+
+
+class RowTable:
+    """Which request owns which row of ``compute_logits``. One per engine, found by its config's instance id."""
+
+    _by_engine: ClassVar[dict[str, "RowTable"]] = {}
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[ActionRequest, int, list[int]]] | None = None  # V1: request, prompt length, output
+        self.on_device: tuple[Tensor, ...] | None = None  # V2
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> "RowTable":
+        return cls._by_engine.setdefault(vllm_config.instance_id, cls())
+
+    def params(self, num_rows: int, device: torch.device) -> tuple[Tensor, ...]:
+        """temperature, top_k, seed, position, forced: each (N,). Greedy where rows are unknown (profiling runs)."""
+        if self.on_device is not None and self.on_device[0].shape[0] == num_rows:
+            return self.on_device
+        if self.requests is None or len(self.requests) != num_rows:
+            zero = torch.zeros(num_rows, dtype=torch.int64, device=device)
+            return zero.float(), zero, zero, zero, zero - 1
+        temperature = np.empty(num_rows, np.float32)
+        whole = np.empty((4, num_rows), np.int64)
+        for row, (request, prompt_length, output) in enumerate(self.requests):
+            step = len(output)
+            temperature[row] = request.temperature
+            forced = request.forced[step] if step < len(request.forced) else -1
+            whole[:, row] = request.top_k, request.seed, prompt_length - 1 + step, forced
+        columns = torch.from_numpy(whole).to(device, non_blocking=True)
+        return torch.from_numpy(temperature).to(device, non_blocking=True), *columns.unbind(0)
+
+
+class RowTracker(LogitsProcessor):
+    """V1 model runner: a logits processor that touches no logits and only mirrors the persistent batch."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        args = sampling_params.extra_args or {}
+        if args.get("action_temperature", 1.0) < 0:
+            raise ValueError("action_temperature: must be >= 0 (0 is greedy)")
+        if sampling_params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: a prompt's positions have no actions to score; leave it unset")
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.table = RowTable.of(vllm_config)
+        self.rows: dict[int, tuple[ActionRequest, int, list[int]]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def apply(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is None:
+            return
+        rows = self.rows
+        for index in batch_update.removed:
+            rows.pop(index, None)
+        for index, params, prompt, output in batch_update.added:
+            rows[index] = (ActionRequest.from_params(params.extra_args, params.seed), len(prompt or ()), output)
+        for source, target, way in batch_update.moved:
+            moved, replaced = rows.pop(source, None), rows.pop(target, None)
+            if moved is not None:
+                rows[target] = moved
+            if replaced is not None and way is MoveDirectionality.SWAP:
+                rows[source] = replaced
+        self.table.requests = [rows[index] for index in range(batch_update.batch_size)]
+
+
+class TokenSampler(RowTracker):
+    """Draws each row's token itself and leaves it, with its log-probability, as the only finite logit.
+
+    vLLM then takes the greedy token, and hands its logit out (``logprobs_mode="processed_logits"``). The draw is
+    :func:`sample_actions` over the vocabulary, a pure function of seed and position: it survives chunked prefill, which
+    vLLM's seeded sampler does not on CPU, preemption, and a batch of any company.
+    """
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def apply(self, logits: Tensor) -> Tensor:
+        tokens, log_probs = sample_actions(logits, *self.table.params(logits.shape[0], logits.device))
+        logits.fill_(float("-inf"))
+        return logits.scatter_(1, tokens[:, None], log_probs.clamp_min(LOWEST_LOG_PROB)[:, None].to(logits.dtype))
