@@ -18,6 +18,7 @@ from run import random_batch
 from cola_ray import CoLAConfig, CoLAForCausalLM
 from cola_ray.config import Config, override, preset
 from cola_ray.experience import Batch
+from cola_ray.learner.policies import LatentPolicy
 from cola_ray.learner.rl import RLLearner
 
 LLAMA_31_8B = {
@@ -80,7 +81,7 @@ def main() -> None:
     model = random_model(shape, device)
     batch = random_batch(128, args.response, args.sequences, shape["vocab_size"], args.micro_batch_tokens)
     work = flops(model, batch)
-    learner = RLLearner(settings(gpu), model)
+    learner = RLLearner(settings(gpu), LatentPolicy(model))
     times = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()

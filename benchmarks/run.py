@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 from record import RESULTS, ROOT, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -231,9 +230,11 @@ def one_rank() -> Config:
 
 def latent_learning(latent: str) -> dict[str, float]:
     """Our RL step against a bare DeepSpeed loop of the same arithmetic."""
+    from cola_ray.learner.policies import LatentPolicy
     from cola_ray.learner.rl import RLLearner
 
-    learner, batch = RLLearner(one_rank(), CoLAForCausalLM.from_pretrained(latent)), random_batch()
+    learner = RLLearner(one_rank(), LatentPolicy(CoLAForCausalLM.from_pretrained(latent)))
+    batch = random_batch()
     bare, _ = bare_latent_step(latent, batch)
     pairs = []
     for _ in range(2 * REPEATS + 1):  # in turn, so that a slow moment of the machine hits both
@@ -250,67 +251,42 @@ def latent_learning(latent: str) -> dict[str, float]:
 
 
 def token_learning(base: str) -> dict[str, float]:
-    step, optimizer = token_step(base, one_rank(), random_batch())
-    return {"token_step_seconds": seconds(step), "token_optimizer_bytes": state_bytes(optimizer)}
+    """The same over tokens: all of the base trains, with a whole copy of it as the reference."""
+    from cola_ray.learner.policies import TokenPolicy
+    from cola_ray.learner.rl import RLLearner
+
+    config = override(one_rank(), {"rl.action_space": "token"})
+    learner, batch = RLLearner(config, TokenPolicy(LlamaForCausalLM.from_pretrained(base))), random_batch()
+    return {
+        "token_step_seconds": seconds(lambda: learner.step(batch)),
+        "token_optimizer_bytes": state_bytes(learner.zero.optimizer),
+    }
 
 
 def bare_latent_step(latent: str, batch: Batch) -> tuple[Callable[[], None], Any]:
     """What one would write by hand with DeepSpeed: no frame, no metrics, no checks; the same losses."""
 
-    from cola_ray.learner.rl import PolicyAndReference, _tensors
+    from cola_ray.learner.policies import LatentPolicy
+    from cola_ray.learner.rl import _tensors
 
-    module = PolicyAndReference(CoLAForCausalLM.from_pretrained(latent))
+    module = LatentPolicy(CoLAForCausalLM.from_pretrained(latent))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.startswith("cola.policy."))
     engine, optimizer = deepspeed_engine(module)
 
     def step() -> None:
         piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
-        mask, actions = piece["action_mask"], piece["actions"]
-        logits, _, reference = engine(piece["input_ids"], piece["attention_mask"])
-        log_probs = logits.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
-        reference = reference.log_softmax(-1).gather(-1, actions[..., None])[..., 0]
+        mask = piece["action_mask"]
+        logits, _, reference = engine(piece["input_ids"], piece["attention_mask"], mask)
+        taken, place = piece["actions"][mask][:, None], torch.zeros(mask.shape)
+        log_probs, reference = (
+            place.masked_scatter(mask, one.log_softmax(-1).gather(-1, taken)[:, 0]) for one in (logits, reference)
+        )
         old = log_probs.detach()
         advantages = piece["advantages"] - 0.001 * ((old - reference) * mask).flip(1).cumsum(1).flip(1)
         ratio = (log_probs - old).exp()
         loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
         engine.backward((loss * mask).sum() / batch.num_actions_global)
-        engine.step()
-
-    return step, optimizer
-
-
-def token_step(base: str, config: Config, batch: Batch) -> tuple[Callable[[], None], Any]:
-    """RL over tokens on the same base: all of it trains, with a whole copy of it as the reference."""
-    from cola_ray.learner.rl import _tensors
-
-    class Both(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.policy = LlamaForCausalLM.from_pretrained(base)
-            self.reference = LlamaForCausalLM.from_pretrained(base).requires_grad_(False)
-
-        def forward(self, ids: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            def scored(model: LlamaForCausalLM) -> torch.Tensor:
-                e = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
-                labels = ids.roll(-1, 1)[chosen]  # logits only where an action was taken
-                return -F.cross_entropy(model.lm_head(e[chosen]), labels, reduction="none")
-
-            with torch.no_grad():
-                reference = scored(self.reference)
-            return scored(self.policy), reference
-
-    engine, optimizer = deepspeed_engine(Both())
-
-    def step() -> None:
-        piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
-        mask = piece["action_mask"]
-        log_probs, reference = engine(piece["input_ids"], piece["attention_mask"], mask)
-        old = log_probs.detach()
-        advantages = piece["advantages"][mask] - config.rl.kl_coef * (old - reference)
-        ratio = (log_probs - old).exp()
-        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-        engine.backward(loss.sum() / batch.num_actions_global)
         engine.step()
 
     return step, optimizer

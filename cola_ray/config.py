@@ -31,6 +31,8 @@ WITH_CRITIC = ("archer", "chai")
 """Those of them that ask an utterance critic."""
 
 PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
+REWARD_STAGE = "reward"
+"""What jobs/reward_model.py trains, in ``pretrain.steps``."""
 
 
 class ConfigError(ValueError):
@@ -60,13 +62,17 @@ class ModelConfig(_Branch):
 
 class TaskConfig(_Branch):
     name: str = "arithmetic"
-    """arithmetic, gsm8k, a reasoning-gym generator, or your own as package.module:Class. For agents: twenty_questions,
-    guess_city, textworld, jericho, data_science, or your own, a class with reset and step."""
+    """arithmetic, gsm8k, a reasoning-gym generator, preference, or your own as package.module:Class. For agents:
+    twenty_questions, guess_city, textworld, jericho, data_science, or your own, a class with reset and step."""
     path: str = ""
-    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. data_science: a CSV file whose column to predict
+    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and rejected, a
+    .jsonl or .parquet file, a folder of them, or a hub id. data_science: a CSV file whose column to predict
     the option target names; empty: tables that scikit-learn brings along. Others: leave empty."""
     game: str = ""
     """jericho: the z-machine file to play."""
+    reward_model: str = ""
+    """preference: a Hugging Face sequence classifier, directory or hub id, which gets an actor of its own; or an
+    http(s):// endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}."""
     oracle: str = ""
     """twenty_questions, guess_city: model that answers, at the OpenAI-compatible endpoint OPENAI_BASE_URL with the key
     OPENAI_API_KEY. Empty: tables, offline."""
@@ -88,7 +94,7 @@ class PretrainConfig(_Branch):
     max_steps: int | None = None
     """Caps every stage; for trials."""
     steps: dict[str, int] = Field(default_factory=lambda: {"actions": 1000, "policy": 500})
-    """Optimizer steps of each stage."""
+    """Optimizer steps of each stage; reward is a reward model's."""
     batch_size: int = 64
     """Sequences a step, over all ranks."""
     micro_batch_size: int = 8
@@ -118,9 +124,9 @@ class PretrainConfig(_Branch):
     save_every: int = 100
     """Steps between checkpoints inside a stage."""
 
-    def num_steps(self, stage: PretrainStage) -> int:
+    def num_steps(self, stage: str) -> int:
         """Optimizer steps of a stage, capped."""
-        steps = self.steps[stage]
+        steps = self.steps.get(stage, 300)
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
@@ -328,7 +334,8 @@ class Config(_Branch):
     @property
     def pretrained_dir(self) -> Path:
         """Where pretrain.py leaves the CoLA model that RL of this preset and seed starts from."""
-        task = f"-{self.task.name.replace(':', '.')}" if is_environment(self.task.name) else ""
+        own = is_environment(self.task.name) or self.task.name == "preference"
+        task = f"-{self.task.name.replace(':', '.')}" if own else ""
         return _results_root() / "outputs" / f"pretrain-{self.preset}{task}-seed{self.seed}" / "model"
 
     @property
@@ -354,6 +361,7 @@ class Config(_Branch):
             ("task.game", self.task.game),
             ("model.base", self.model.base),
             ("critic.encoder", self.critic.encoder),
+            ("task.reward_model", self.task.reward_model),
         ):
             if value and Path(value).exists():
                 changes[field] = str(Path(value).resolve())
@@ -560,13 +568,17 @@ def _dotted_fields(node: BaseModel, prefix: str = "") -> list[str]:
     return names
 
 
-def from_command_line(description: str, argv: Sequence[str] | None = None, agents: bool = False) -> Config:
+def from_command_line(
+    description: str, argv: Sequence[str] | None = None, agents: bool = False, task: str = ""
+) -> Config:
     """Parse ``--preset NAME`` and ``--branch.field value``; on a mistake print one line each and exit with 2."""
     import tyro
 
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        defaults = preset(_given(args, "--preset") or "tiny", agents, _given(args, "--task.name"))
+        defaults = preset(_given(args, "--preset") or "tiny", agents, _given(args, "--task.name") or task)
+        if task:
+            defaults = override(defaults, {"task.name": task})
         # tyro makes a flag of each key that a dictionary has: hand over none, so that any option can be given.
         unset = override(defaults, {"task.options": {}})
         config = tyro.cli(Config, args=args, default=unset, description=description)
@@ -651,6 +663,7 @@ def _check_paths(config: Config) -> list[str]:
     for field, value in (
         ("data.path", config.data.path),
         ("task.path", config.task.path),
+        ("task.reward_model", "" if is_endpoint(config.task.reward_model) else config.task.reward_model),
         ("model.path", config.model.path),
         ("model.base", config.model.base),
     ):
@@ -658,9 +671,15 @@ def _check_paths(config: Config) -> list[str]:
             lines.append(
                 f"{field} = {value!r}: no such file or folder; give an existing path or a hub id like org/name"
             )
+    if config.task.name == "preference" and not config.task.path:
+        lines.append("task.path = '': preference needs rows with a column prompt: a file, a folder or a hub id")
     if config.task.name == "gsm8k" and not config.task.path:
         lines.append("task.path = '': gsm8k needs a folder with train.jsonl and test.jsonl, or openai/gsm8k")
     return lines
+
+
+def is_endpoint(reward_model: str) -> bool:
+    return reward_model.startswith(("http://", "https://"))
 
 
 def _looks_local(path: str) -> bool:
@@ -678,7 +697,9 @@ def _check_task(config: Config) -> list[str]:
         return [f"task.oracle = {config.task.oracle!r}: {config.task.name} asks nobody; leave it out"]
     if config.task.oracle and "OPENAI_BASE_URL" not in os.environ:
         return [f"task.oracle = {config.task.oracle!r}: set OPENAI_BASE_URL to an OpenAI-compatible endpoint"]
-    if config.task.name in ("arithmetic", "gsm8k", *MULTI_TURN):
+    if config.task.reward_model and config.task.name != "preference":
+        return [f"task.reward_model = {config.task.reward_model!r}: {config.task.name} has a verifier; leave it out"]
+    if config.task.name in ("arithmetic", "gsm8k", "preference", *MULTI_TURN):
         return []
     if ":" in config.task.name:
         return _check_own_task(config.task.name)

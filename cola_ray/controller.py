@@ -521,6 +521,16 @@ class Controller:
         self.events.append({"say": line})
 
 
+class PreferenceController(Controller):
+    """The same where no response is simply right."""
+
+    MEASURE = "reward"
+
+    async def _evaluate(self, bare_base: bool) -> float:
+        """Mean reward of greedy responses to held-out prompts."""
+        return float(np.mean(await self._evaluation_rewards(bare_base)))
+
+
 @functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
 def _epoch_order(seed: int, epoch: int, num_train: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_train)

@@ -2,6 +2,7 @@
 
     pretrain(config)   TorchTrainer: ZeRO-3 ranks over the stages                             -> a CoLA model
     run_rl(config)     RolloutWorker actors <- Controller actor <- TorchTrainer: ZeRO-3 ranks -> a better policy
+    train_reward_model(config)  TorchTrainer: ZeRO-3 ranks over preference pairs             -> a sequence classifier
     run_agent(config)  AgentWorker actors <- AgentController actor <- the same learner        -> a better agent
                                                 └── ReplayShard and CriticService actors
 
@@ -18,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,19 +34,22 @@ from cola_ray.agents import AgentController
 from cola_ray.config import (
     MULTI_TURN,
     OF_TURNS,
+    REWARD_STAGE,
     WITH_CRITIC,
     Config,
     ConfigError,
     from_command_line,
+    is_endpoint,
     is_environment,
     override,
 )
-from cola_ray.controller import Controller, WorkerLostError
+from cola_ray.controller import Controller, PreferenceController, WorkerLostError
 from cola_ray.experience import Batch
 from cola_ray.model.conversion import plain_base
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.agent import AgentWorker
+from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tasks import make_environment
 from cola_ray.tracking import Display, Tracker, peak_memory_gb, plot, print_summary, write_json
@@ -56,10 +60,16 @@ class RunFailedError(RuntimeError):
     """A run that ended before its time; the message is the cause, in the words of the part that failed."""
 
 
-def command_line(run: Callable[[Config], dict[str, Any]], description: str, agents: bool = False) -> NoReturn:
-    """What a job file does: parse, run, exit. Code 2: refused settings; 1: failed; 130: stopped, can be resumed."""
+def command_line(
+    run: Callable[[Config], dict[str, Any]], description: str, agents: bool = False, task: str = ""
+) -> NoReturn:
+    """What a job file does: parse, run, exit. Code 2: refused settings; 1: failed; 130: stopped, can be resumed.
+
+    Args:
+        task: the job's own, where the command line names none.
+    """
     try:
-        run(from_command_line(description, agents=agents))
+        run(from_command_line(description, agents=agents, task=task))
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -82,12 +92,33 @@ def pretrain(config: Config) -> dict[str, Any]:
         RunFailedError: a stage failed more often than ``cluster.max_failures``; the message is the last cause.
     """
     config.check()
-    config = config.resolve_paths("pretrain")
+    return _supervised(config, "pretrain", config.pretrain.stages, _pretrain_rank, "latent pre-training")
+
+
+def train_reward_model(config: Config) -> dict[str, Any]:
+    """A reward model from the preference pairs at ``task.path``, on ``model.base``; as ``pretrain``."""
+    if config.task.name != "preference":
+        raise ConfigError(
+            f"task.name = {config.task.name!r}: reward models learn from preference pairs; use preference"
+        )
+    if not (config.model.base or config.model.path):
+        raise ConfigError(
+            "model.base = '': a reward model starts from a Llama; give a directory, a hub id or .gguf file"
+        )
+    config.check()
+    return _supervised(config, "reward_model", (REWARD_STAGE,), _reward_rank, "reward model")
+
+
+def _supervised(
+    config: Config, job: str, stages: Sequence[str], rank_loop: Callable[[dict[str, Any]], None], about: str
+) -> dict[str, Any]:
+    """Stages of supervised training: progress, metrics, a summary, a plot of losses."""
+    config = config.resolve_paths(job)
     output = _prepare_output(config)
     started = time.time()
-    with _cluster(config), _tracker(config, "pretrain") as tracker:
+    with _cluster(config), _tracker(config, job) as tracker:
         mailbox = Queue(actor_options={"num_cpus": 0})
-        title, stages = "pretrain", config.pretrain.stages
+        title = job
         lengths = [config.pretrain.num_steps(stage) for stage in stages]
         first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
 
@@ -105,13 +136,13 @@ def pretrain(config: Config) -> dict[str, Any]:
                 for event in mailbox.get_nowait_batch(mailbox.qsize()):
                     show(event, display)
 
-            _fit(config, _pretrain_rank, {"config": config.model_dump(), "mailbox": mailbox}, poll, stop=None)
+            _fit(config, rank_loop, {"config": config.model_dump(), "mailbox": mailbox}, poll, stop=None)
         mailbox.shutdown(force=True)
-        summary = _pretrain_summary(config, tracker, time.time() - started)
+        summary = _supervised_summary(config, stages, tracker, time.time() - started)
         write_json(output / "summary.json", summary)
         losses = {f"{stage} loss": tracker.series(f"{stage}/loss") for stage in stages}
-        plot(output / "pretrain.png", "latent pre-training", losses, {})
-    print_summary(f"pre-training, {config.preset}: {output / 'model'}", summary)
+        plot(output / "losses.png", about, losses, {})
+    print_summary(f"{about}, {config.preset}: {output / 'model'}", summary)
     return summary
 
 
@@ -119,6 +150,20 @@ def _pretrain_rank(loop: dict[str, Any]) -> None:
     config = _enter_rank(loop)
     from cola_ray.learner import pretrain
 
+    with _last_checkpoint() as checkpoint:
+        pretrain.train_loop(config, checkpoint, _to_mailbox(loop))
+
+
+def _reward_rank(loop: dict[str, Any]) -> None:
+    config = _enter_rank(loop)
+    from cola_ray.learner import reward_model
+
+    with _last_checkpoint() as checkpoint:
+        reward_model.train_loop(config, checkpoint, _to_mailbox(loop))
+
+
+def _to_mailbox(loop: dict[str, Any]) -> Callable[[dict[str, Any], Path | None], None]:
+    """Where a rank's metrics and checkpoints go."""
     mailbox, rank = loop["mailbox"], ray.train.get_context().get_world_rank()
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
@@ -127,15 +172,15 @@ def _pretrain_rank(loop: dict[str, Any]) -> None:
         if folder is not None:
             _report(metrics, folder)
 
-    with _last_checkpoint() as checkpoint:
-        pretrain.train_loop(config, checkpoint, report)
+    return report
 
 
-def _pretrain_summary(config: Config, tracker: Tracker, seconds: float) -> dict[str, Any]:
-    summary: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stages": list(config.pretrain.stages)}
+def _supervised_summary(config: Config, stages: Sequence[str], tracker: Tracker, seconds: float) -> dict[str, Any]:
+    summary: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stages": list(stages)}
     of_actions = ("loss", "base_loss", "alive", "top_share", "reachable_tokens", "covered")
     actions = [f"actions/{name}" for name in of_actions]
-    wanted = ["base/accuracy", *actions, "policy/loss", "policy/accuracy", "memory/learner_gb"]
+    wanted = ["base/accuracy", *actions, "policy/loss", "policy/accuracy", "reward/loss", "reward/accuracy",
+              "memory/learner_gb"]  # fmt: skip
     for name in wanted:
         values = tracker.series(name)[1]
         if values:
@@ -167,6 +212,13 @@ def run_rl(config: Config) -> dict[str, Any]:
     """
     if is_environment(config.task.name):
         raise ConfigError(f"task.name = {config.task.name!r}: an environment of many turns; use jobs/rl_agent.py")
+    if config.task.name == "preference":
+        if not config.task.reward_model:
+            raise ConfigError(
+                "task.reward_model = '': preference has no verifier; give a model that jobs/reward_model.py left, any "
+                "sequence classifier, or an http(s) endpoint"
+            )
+        return _run(config, _Job("rl_preference", "reward", RolloutWorker, PreferenceController))
     return _run(config, _Job("rl_math", "accuracy", RolloutWorker, Controller))
 
 
@@ -203,8 +255,10 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
             model_path = str(plain_base(start if start.exists() else config.model.base, output / "base"))
         with _tracker(config, job.name) as tracker:
             services = _services(config, model_path) if job.controller is AgentController else ()
+            judge = _judge(config)
+            pool = RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
             controller = ray.remote(job.controller).options(num_cpus=0, max_concurrency=256).remote(
-                config, RayWorkers(config, model_path, job.worker), *services
+                config, pool, *services
             )  # fmt: skip
             try:
                 facts, memory = _train(config, model_path, job, controller, tracker)
@@ -221,6 +275,29 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
             )  # fmt: skip
         print_summary(f"RL, {config.preset}: {output}", summary)
     return summary
+
+
+def _judge(config: Config) -> Judge | None:
+    """Who scores in place of a verifier: an endpoint, or a reward model on an actor of its own."""
+    where = config.task.reward_model
+    if not where:
+        return None
+    if is_endpoint(where):
+        return HttpJudge(where, config.task.reward_timeout_s)
+    rollout, gpus = config.rollout, int(config.cluster.use_gpu)
+    actor = ray.remote(RewardModel).options(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
+    return RemoteJudge(actor.remote(where, rollout.max_prompt_tokens + rollout.max_new_tokens))
+
+
+class RemoteJudge:
+    """A :data:`~cola_ray.rollout.judge.Judge` that asks its actor, which Ray starts again."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        rewards: list[float] = await self.actor.score.remote(list(prompts), list(responses))
+        return rewards
 
 
 def _actions(config: Config) -> str:
@@ -332,12 +409,12 @@ def _check_start_model(config: Config) -> None:
 class RayWorkers:
     """The controller's :class:`~cola_ray.controller.WorkerPool`: rollout actors, owned by the controller's process."""
 
-    def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker) -> None:
+    def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker, *more: Any) -> None:
         gpus = int(config.cluster.use_gpu) * config.rollout.tensor_parallel_size
         # Colocated, an engine takes half of each GPU's booking and the learner the other.
         share = 0.5 if config.cluster.colocated else 1
         self.actor = ray.remote(worker).options(num_cpus=1, num_gpus=gpus * share, max_concurrency=256)
-        self.args = (config, model_path)
+        self.args = (config, model_path, *more)
 
     def spawn(self) -> Any:
         return self.actor.remote(*self.args)
@@ -466,7 +543,7 @@ def _cluster(config: Config) -> Iterator[None]:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     else:
         # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
-        needed = config.cluster.learner_ranks + config.rollout.num_workers + config.critic.replicas + 1
+        needed = config.cluster.learner_ranks + config.rollout.num_workers + config.critic.replicas + 2
         ray.init(
             address="local",
             num_cpus=max(needed, os.cpu_count() or 1),
@@ -601,7 +678,7 @@ def _prepare_output(config: Config) -> Path:
     if not config.resume:
         for name in ("checkpoints", "stages", "model", "base", "replay", "critic"):
             shutil.rmtree(output / name, ignore_errors=True)
-        for name in ("summary.json", "mlflow_run_id", "reward.png", "pretrain.png"):
+        for name in ("summary.json", "mlflow_run_id", "reward.png", "losses.png"):
             (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "config.json", config.model_dump())

@@ -60,7 +60,7 @@ class Tracker:
         return steps, [self.history[step][name] for step in steps]
 
     def finish(self, output_dir: Path, failed: bool) -> None:
-        for name in ("summary.json", "reward.png", "pretrain.png"):
+        for name in ("summary.json", "reward.png", "losses.png"):
             if (output_dir / name).exists():
                 self.mlflow.log_artifact(str(output_dir / name))
         self.mlflow.end_run("FAILED" if failed else "FINISHED")

@@ -6,14 +6,14 @@ attention apart. Which rows a step trains on is a pure function of (seed, step):
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cola_ray.config import DataConfig
-from cola_ray.tasks import PlayedTask, Task, render_prompt
+from cola_ray.tasks import PlayedTask, Prompts, render_prompt
 from cola_ray.tasks.environment import Dialogue
+from cola_ray.tasks.rows import open_rows
 
 Document = tuple[list[int], list[bool]]
 """Token ids, and which of them are the model's own to say: a response, an agent's utterances."""
@@ -44,7 +44,7 @@ class PackedRows:
 
 
 def load_documents(
-    data: DataConfig, task: Task | PlayedTask | None, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    data: DataConfig, task: Prompts | PlayedTask | None, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> tuple[list[Document], bool]:
     """Documents of ``data.path``, or the task's demonstrations where it is empty; and whether they have own tokens.
 
@@ -54,7 +54,7 @@ def load_documents(
     if not data.path:
         assert task is not None
         return _demonstrated(task, tokenizer, max_tokens), True
-    rows = _open(data.path)
+    rows = open_rows(data.path, "data.path")
     columns = rows.column_names
     if data.prompt_field in columns and data.response_field in columns:
         pairs = zip(rows[data.prompt_field], rows[data.response_field], strict=True)
@@ -99,7 +99,7 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, response_only:
     return PackedRows(input_ids, position_ids, loss_mask)
 
 
-def _demonstrated(task: Task | PlayedTask, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Document]:
+def _demonstrated(task: Prompts | PlayedTask, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Document]:
     if not isinstance(task, PlayedTask):
         return _pair_documents(task.demonstrations(), tokenizer, max_tokens)
     return [document for dialogue in task.dialogues() for document in _windows(dialogue, tokenizer, max_tokens)]
@@ -131,26 +131,3 @@ def _pair_documents(
         if len(prompt_ids) < max_tokens:
             documents.append((ids[:max_tokens], own[:max_tokens]))
     return documents
-
-
-def _open(path: str):
-    """A file, a folder of files of one kind, or a hub id, as one ``datasets`` table."""
-    import datasets
-
-    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-    source = Path(path)
-    if source.is_dir():
-        files = sorted(file for file in source.iterdir() if file.suffix in loaders)
-        if not files:
-            raise ValueError(f"data.path = {path!r}: no .jsonl, .json, .parquet or .txt file in this folder")
-        kind = files[0].suffix
-        return datasets.load_dataset(
-            loaders[kind], data_files=[str(file) for file in files if file.suffix == kind], split="train"
-        )
-    if source.is_file():
-        if source.suffix not in loaders:
-            raise ValueError(
-                f"data.path = {path!r}: cannot read {source.suffix!r}; use .jsonl, .json, .parquet or .txt"
-            )
-        return datasets.load_dataset(loaders[source.suffix], data_files=str(source), split="train")
-    return datasets.load_dataset(path, split="train")

@@ -38,7 +38,7 @@ from cola_ray.learner.corpus import PackedRows, load_documents, pack
 from cola_ray.learner.engine import Published, ZeroEngine, warmup_cosine
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
-from cola_ray.tasks import PlayedTask, Task, render_prompt, to_pretrain_on
+from cola_ray.tasks import PlayedTask, Prompts, render_prompt, to_pretrain_on
 
 TRAINED: dict[PretrainStage, tuple[str, ...]] = {
     "base": ("model.",),
@@ -183,7 +183,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     torch.distributed.barrier()
 
 
-def start_model(config: Config, task: Task | PlayedTask | None, rank: int) -> Path:
+def start_model(config: Config, task: Prompts | PlayedTask | None, rank: int) -> Path:
     """The directory that the first stage reads: the given base with CoLA attached, or a fresh tiny Llama."""
     target = Path(config.output_dir) / "stages" / "start"
     if rank == 0 and not (target / "done.json").exists():
@@ -220,7 +220,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(path))
 
 
-def make_tokenizer(task: Task | PlayedTask) -> PreTrainedTokenizerFast:
+def make_tokenizer(task: Prompts | PlayedTask) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 512 entries, trained on the task's own problems; numbers stay whole words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -270,7 +270,7 @@ def make_tiny_llama(vocab_size: int, eos_token_id: int, seed: int) -> LlamaForCa
 def _run_stage(
     config: Config,
     stage: PretrainStage,
-    task: Task | PlayedTask | None,
+    task: Prompts | PlayedTask | None,
     source: Path,
     target: Path,
     checkpoint: Path | None,
@@ -376,7 +376,7 @@ def revive_dead_codes(model: CoLAForCausalLM, counts: Tensor, seed: int) -> int:
 
 
 def _load_rows(
-    config: Config, stage: PretrainStage, task: Task | PlayedTask | None, tokenizer: PreTrainedTokenizerBase
+    config: Config, stage: PretrainStage, task: Prompts | PlayedTask | None, tokenizer: PreTrainedTokenizerBase
 ) -> PackedRows:
     settings = config.pretrain
     documents, are_pairs = load_documents(config.data, task, tokenizer, settings.sequence_length)
@@ -390,11 +390,11 @@ def _load_rows(
 
 def _has_answers(config: Config) -> bool:
     """Tasks whose solution is the one right response, so that teacher forcing measures greedy accuracy."""
-    return config.task.name != "gsm8k" and not config.data.path
+    return config.task.name not in ("gsm8k", "preference") and not config.data.path
 
 
 def _heldout_batches(
-    task: Task, tokenizer: PreTrainedTokenizerBase, rank: int, world_size: int
+    task: Prompts, tokenizer: PreTrainedTokenizerBase, rank: int, world_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share of 512 held-out problems: ids, attention mask, answer mask; every rank the same number."""
     problems = list(task.problems("heldout"))[:512]

@@ -159,9 +159,9 @@ def _distributions(
     """
 
     def scored(of: Tensor, kept: int) -> Tensor:
-        shape = of.shape[:-1]
-        heat = torch.full(shape, temperature, device=of.device)
-        return action_log_probs(of.to(torch.promote_types(of.dtype, torch.float32)), heat, torch.full(shape, kept, device=of.device))
+        rows = of.shape[:-1]
+        heat, limit = torch.full(rows, temperature, device=of.device), torch.full(rows, kept, device=of.device)
+        return action_log_probs(of.to(torch.promote_types(of.dtype, torch.float32)), heat, limit)
 
     policy = scored(logits, top_k)
     return policy, policy.detach() if reference_logits is None else scored(reference_logits, 0)

@@ -144,10 +144,11 @@ class RewardProcess(Isolated):
 
     def score(self, items: Sequence[tuple[Split, int, str]]) -> list[Reward]:
         """A reward for each (split, problem's index, response), in order."""
-        return [_reward(answer) for answer in self.call([("score", *item) for item in items])]
+        return [as_reward(answer) for answer in self.call([("score", *item) for item in items])]
 
 
-def _reward(answer: Answer) -> Reward:
+def as_reward(answer: Answer) -> Reward:
+    """What is no finite number is a failure that says so."""
     if answer.failure:
         return Reward(0.0, answer.failure)
     try:

@@ -25,7 +25,8 @@ from cola_ray.experience import Group, Ticket, Trajectory
 from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
 from cola_ray.rollout.isolation import Reward, RewardProcess
-from cola_ray.tasks import make_task, render_prompt
+from cola_ray.rollout.judge import Judge, judged
+from cola_ray.tasks import make_prompts, make_task, render_prompt
 from cola_ray.tasks.protocol import Split
 from cola_ray.weights import Bucket, Offer
 
@@ -150,13 +151,19 @@ class EngineWorker:
 
 
 class RolloutWorker(EngineWorker):
-    """Turns problem indices into scored groups."""
+    """Turns problem indices into scored groups.
 
-    def __init__(self, config: Config, model_path: str) -> None:
-        make = functools.partial(make_task, config.task, config.seed)
-        self.rewards = RewardProcess(make, config.task.reward_timeout_s)
+    Args:
+        judge: says what responses are worth, in place of the task's verifier.
+    """
+
+    def __init__(self, config: Config, model_path: str, judge: Judge | None = None) -> None:
+        self.judge = judge
+        if judge is None:
+            make = functools.partial(make_task, config.task, config.seed)
+            self.rewards = RewardProcess(make, config.task.reward_timeout_s)
         super().__init__(config, model_path, config.rl.cache_hidden_states)
-        self.task = make()
+        self.task = make_prompts(config.task, config.seed)
         questions = [problem.question for problem in self.task.problems("train")]
         self.prompts = [render_prompt(self.tokenizer, question) for question in questions]
         limit = config.rollout.max_prompt_tokens
@@ -215,6 +222,9 @@ class RolloutWorker(EngineWorker):
         return [reward.value for reward in await self._score("heldout", indices, self._texts(completions))]
 
     async def _score(self, split: Split, indices: Sequence[int], texts: Sequence[str]) -> list[Reward]:
+        if self.judge is not None:
+            problems = self.task.problems(split)
+            return await judged(self.judge, [problems[index].question for index in indices], texts)
         items = [(split, index, text) for index, text in zip(indices, texts, strict=True)]
         return await asyncio.to_thread(self.rewards.score, items)
 

@@ -10,12 +10,13 @@ from cola_ray.tasks.adventures import Jericho, TextWorld
 from cola_ray.tasks.data_science import DataScience
 from cola_ray.tasks.environment import Dialogue, Environment
 from cola_ray.tasks.guessing import ChatOracle, GuessCity, TwentyQuestions
-from cola_ray.tasks.protocol import Problem, Task, render_prompt
+from cola_ray.tasks.preference import Preference
+from cola_ray.tasks.protocol import Problem, Prompts, Task, render_prompt
 from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, ReasoningGym, Thinking
 
 __all__ = [
-    "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Task", "make_environment", "make_task", "render_prompt",
-    "to_pretrain_on",
+    "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Prompts", "Task", "make_environment", "make_prompts",
+    "make_task", "render_prompt", "to_pretrain_on",
 ]  # fmt: skip
 
 ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
@@ -57,9 +58,14 @@ class PlayedTask:
         return list(itertools.chain(*pieces))
 
 
-def to_pretrain_on(config: TaskConfig, seed: int) -> Task | PlayedTask:
-    """The task of the settings, of either kind."""
-    return PlayedTask(config, seed) if is_environment(config.name) else make_task(config, seed)
+def to_pretrain_on(config: TaskConfig, seed: int) -> Prompts | PlayedTask:
+    """The task of the settings, of any kind."""
+    return PlayedTask(config, seed) if is_environment(config.name) else make_prompts(config, seed)
+
+
+def make_prompts(config: TaskConfig, seed: int) -> Prompts:
+    """The task named in the settings, also where a reward model takes a verifier's place."""
+    return Preference(config.path, seed) if config.name == "preference" else make_task(config, seed)
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:

@@ -18,12 +18,8 @@ class Problem:
     solution: str
 
 
-class Task(Protocol):
-    """Problems of two splits that share no question, and a verifier.
-
-    A task whose verifier executes what a response says, be it one formula, has ``executes_responses = True``; the
-    process that scores then gives up files, sockets and other processes once the task has been built.
-    """
+class Prompts(Protocol):
+    """Problems of two splits that share no question."""
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """All problems of a split, in an order that only the seed decides."""
@@ -32,6 +28,14 @@ class Task(Protocol):
     def demonstrations(self) -> Sequence[tuple[str, str]]:
         """(question, response) pairs to pre-train on: of training problems only, not necessarily all right."""
         ...
+
+
+class Task(Prompts, Protocol):
+    """Problems with a verifier.
+
+    A task whose verifier executes what a response says, be it one formula, has ``executes_responses = True``; the
+    process that scores then gives up files, sockets and other processes once the task has been built.
+    """
 
     def score(self, split: Split, index: int, response: str) -> float:
         """Reward in 0..1 of a response to problem ``index``."""

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from runs import SHORT_PRETRAINING, Run
+from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 
@@ -57,3 +58,19 @@ def test_resume_goes_on_in_the_same_run(finished):
     assert after["mlflow_run_id"] == before["mlflow_run_id"]
     assert after["bc_accuracy"] == before["bc_accuracy"]
     assert list(finished.series("reward/mean")) == [1, 2, 3, 4, 5]
+
+
+def test_the_same_run_over_tokens(finished):
+    """The plain base of the same model, in vLLM's own Llama; all of it trains."""
+    model = str(finished.where / "outputs" / "pretrain-tiny-seed0" / "model")
+    run = Run("rl_math", finished.where / "tokens", *RL, "--rl.max-steps", "2", "--rl.action-space", "token",
+              "--model.path", model)  # fmt: skip
+    run.finish()
+    summary = summary_of(run)
+    assert summary["base_accuracy"] == summary["bc_accuracy"] == summary_of(finished)["base_accuracy"]
+    assert max(run.series("policy/rollout_mismatch_max").values()) < 1e-4
+    start = LlamaForCausalLM.from_pretrained(run.output / "base").state_dict()
+    end = LlamaForCausalLM.from_pretrained(run.output / "model").state_dict()
+    assert start.keys() == end.keys()
+    for name, tensor in start.items():
+        assert not torch.equal(end[name], tensor), name

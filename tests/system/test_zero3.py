@@ -1,4 +1,4 @@
-"""ZeRO-3 on two ranks against one plain PyTorch process: the same losses and weights over 20 RL steps."""
+"""ZeRO-3 on two ranks against one plain PyTorch process: same losses and weights over 20 RL steps, in each space."""
 
 import os
 import socket
@@ -9,23 +9,35 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import NUM_ACTIONS, VOCAB_SIZE
+from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.config import Config, override, preset
 from cola_ray.experience import Batch, Trajectory, collate
 from cola_ray.learner.engine import CheckpointError, NonFiniteError
-from cola_ray.learner.rl import PolicyAndReference, RLLearner, _tensors, export, policy_objective
+from cola_ray.learner.policies import export, make_policy
+from cola_ray.learner.rl import RLLearner, _tensors, policy_objective
 
 STEPS, TOLERANCE = 20, 1e-5
+# By what the policy is: settings, and how many actions there are to choose from.
+SPACES = {
+    "latent": ({"model.num_actions": NUM_ACTIONS}, NUM_ACTIONS),
+    "token": ({"rl.action_space": "token"}, VOCAB_SIZE),
+    "adapters": ({"rl.action_space": "token", "rl.lora_rank": 4}, VOCAB_SIZE),
+}
 
 
-def settings() -> Config:
-    changes = {"rl.lr": 3e-4, "rl.kl_coef": 0.05, "rl.micro_batch_tokens": 40, "model.num_actions": NUM_ACTIONS,
-               "rollout.temperature": 0.8}  # fmt: skip
-    return override(preset("tiny"), changes)
+def settings(space: str) -> Config:
+    changes = {"rl.lr": 3e-4, "rl.kl_coef": 0.05, "rl.micro_batch_tokens": 40, "rollout.temperature": 0.8}
+    return override(preset("tiny"), changes | SPACES[space][0])
 
 
-def batches(ranks: int) -> list[list[Batch]]:
+def policy_of(space: str, model_dir: str):
+    torch.manual_seed(0)  # of adapters' first weights
+    return make_policy(settings(space), model_dir)
+
+
+def batches(ranks: int, space: str) -> list[list[Batch]]:
     """20 steps of ten random trajectories of mixed length; for any number of ranks the same ones."""
     draw = np.random.default_rng(0)
     steps = []
@@ -37,7 +49,7 @@ def batches(ranks: int) -> list[list[Batch]]:
                 Trajectory(
                     prompt_ids=draw.integers(3, VOCAB_SIZE, int(draw.integers(2, 12))),
                     token_ids=draw.integers(3, VOCAB_SIZE, length),
-                    actions=draw.integers(0, NUM_ACTIONS, length),
+                    actions=draw.integers(0, SPACES[space][1], length),
                     rollout_log_probs=-draw.random(length).astype(np.float32),
                     versions=np.full(length, step),
                     reward=0.0,
@@ -51,18 +63,18 @@ def batches(ranks: int) -> list[list[Batch]]:
     return steps
 
 
-def zero_rank(rank: int, port: int, model_dir: str, out: str) -> None:
+def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     torch.set_num_threads(1)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
-    learner = RLLearner(settings(), CoLAForCausalLM.from_pretrained(model_dir))
+    learner = RLLearner(settings(space), policy_of(space, model_dir))
+    published = learner.policy.published()
     assert learner.zero.zero_stage == 3
-    assert {name.split(".")[1] for name, _ in learner.zero.trained} == {"policy"}
     losses = []
-    for step, parts in enumerate(batches(2)):
+    for step, parts in enumerate(batches(2, space)):
         losses.append(learner.step(parts[rank])["policy/loss"])
         if step == 9:  # half-way: save, wreck, load
             learner.save(Path(out))
@@ -73,17 +85,17 @@ def zero_rank(rank: int, port: int, model_dir: str, out: str) -> None:
     with pytest.raises(CheckpointError, match="damaged or missing"):
         learner.load(Path(out))
     shard.write_bytes(whole)
-    straight = {name: tensor.clone() for name, tensor in learner.zero.stream("cola.")}
+    straight = {name: tensor.clone() for name, tensor in learner.zero.stream(published)}
     learner.load(Path(out))
     assert learner.version == 10
-    for parts in batches(2)[10:]:
+    for parts in batches(2, space)[10:]:
         learner.step(parts[rank])
-    resumed = {name: tensor.clone() for name, tensor in learner.zero.stream("cola.")}
-    poisoned = batches(2)[0][rank]
+    resumed = {name: tensor.clone() for name, tensor in learner.zero.stream(published)}
+    poisoned = batches(2, space)[0][rank]
     poisoned.advantages[0, :] = np.nan if rank == 1 else 0.0
     with pytest.raises(NonFiniteError):  # on both ranks, though one alone has seen it
         learner.step(poisoned)
-    for name, tensor in learner.zero.stream("cola."):
+    for name, tensor in learner.zero.stream(published):
         assert torch.equal(tensor, resumed[name]), name
     if rank == 0:
         torch.save({"losses": losses, "policy": straight, "resumed": resumed}, f"{out}/result.pt")
@@ -91,25 +103,35 @@ def zero_rank(rank: int, port: int, model_dir: str, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module", params=list(SPACES))
+def space(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def two_ranks(cola_dir, tmp_path_factory):
+def model_dir(space, cola_dir, base_dir):
+    return cola_dir if space == "latent" else base_dir
+
+
+@pytest.fixture(scope="module")
+def two_ranks(space, model_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("zero")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(zero_rank, (port, str(cola_dir), str(out)), nprocs=2)
+    mp.spawn(zero_rank, (port, space, str(model_dir), str(out)), nprocs=2)
     return torch.load(out / "result.pt")
 
 
-def plain(cola_dir):
-    config = settings()
-    module = PolicyAndReference(CoLAForCausalLM.from_pretrained(cola_dir))
-    parameters = list(module.cola.policy.parameters())
+def plain(space, model_dir):
+    config, module = settings(space), policy_of(space, model_dir)
+    parameters = [parameter for name, parameter in module.named_parameters() if name.startswith(module.trained)]
     optimizer = torch.optim.AdamW(parameters, lr=config.rl.lr, betas=config.rl.adam_betas, weight_decay=0.0)
     losses = []
-    for (batch,) in batches(1):
+    for (batch,) in batches(1, space):
         piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
-        logits, _, piece["reference_logits"] = module(piece["input_ids"], piece["attention_mask"])
+        inputs = (piece[name] for name in ("input_ids", "attention_mask", "scored_mask"))
+        logits, _, piece["reference_logits"] = module(*inputs)
         loss, _ = policy_objective(
             logits, piece, None, rl=config.rl, kl_coef=config.rl.kl_coef, temperature=0.8, top_k=0
         )
@@ -118,11 +140,11 @@ def plain(cola_dir):
         torch.nn.utils.clip_grad_norm_(parameters, config.rl.grad_clip)
         optimizer.step()
         losses.append(float(loss) / batch.num_actions_global)
-    return losses, {f"policy.{name}": tensor for name, tensor in module.cola.policy.state_dict().items()}
+    return losses, {one.name: one.merged(*(p.detach() for p in one.parameters)) for one in module.published()}
 
 
-def test_two_zero3_ranks_equal_one_plain_process(cola_dir, two_ranks):
-    losses, policy = plain(cola_dir)
+def test_two_zero3_ranks_equal_one_plain_process(space, model_dir, two_ranks):
+    losses, policy = plain(space, model_dir)
     np.testing.assert_allclose(two_ranks["losses"], losses, atol=TOLERANCE)
     assert policy.keys() == two_ranks["policy"].keys()
     for name, tensor in policy.items():
@@ -134,14 +156,16 @@ def test_saved_and_loaded_equals_straight_through_bit_for_bit(two_ranks):
         assert torch.equal(tensor, two_ranks["resumed"][name]), name
 
 
-def test_only_policy_tensors_change(cola, cola_dir, two_ranks, tmp_path):
+def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    start = tmp_path / "start"
-    cola.save_pretrained(start)
+    kind = CoLAForCausalLM if space == "latent" else LlamaForCausalLM
+    before, start = kind.from_pretrained(model_dir), tmp_path / "start"
+    before.save_pretrained(start)
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(start)
     export(str(start), two_ranks["policy"], tmp_path / "model")
-    after = CoLAForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    for name, tensor in cola.state_dict().items():
-        assert torch.equal(after[name], tensor) != name.startswith("policy."), name
+    after = kind.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in before.state_dict().items():
+        trains = {"latent": name.startswith("policy."), "token": True, "adapters": "_proj" in name}[space]
+        assert torch.equal(after[name], tensor) != trains, name

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Token-level GRPO here against TRL's GRPOTrainer: same base, prompts, reward, group size, step count, machine.
+#
+#   benchmarks/vs_trl.sh FOLDER MODEL [--seeds 0 1 2] [--steps 80]
+#
+# FOLDER: where TRL's own environment and all runs go; what is there is not made again. MODEL: a CoLA model of the tiny
+# preset, e.g. outputs/pretrain-tiny-seed0/model, whose base both start from.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+folder=$(mkdir -p "$1" && cd "$1" && pwd)
+model=$2
+shift 2
+if [ ! -x "$folder/trl/bin/python" ]; then
+    "$root/.venv/bin/python" -m venv "$folder/trl"
+    links=$("$root/.venv/bin/python" -m pip config get global.find-links 2>/dev/null || true)
+    if [ -n "$links" ]; then export UV_FIND_LINKS=$links; else export UV_TORCH_BACKEND=cpu; fi
+    torch=$("$root/.venv/bin/python" -c 'import torch; print(torch.__version__)')
+    # TRL as it is, and what the task needs for its problems and rewards.
+    "$root/.venv/bin/uv" pip install -q --python "$folder/trl/bin/python" \
+        trl==1.16.0 "torch==$torch" pydantic tyro reasoning-gym math-verify xxhash
+fi
+exec "$root/.venv/bin/python" "$root/benchmarks/vs_trl.py" --folder "$folder" --model "$model" "$@"

@@ -1,0 +1,103 @@
+"""Who says what responses to open prompts are worth: a sequence classifier, or an endpoint that somebody runs.
+
+RolloutWorker._score ─> Judge(prompts, responses) ─┬─> RewardModel, on an actor of its own, shared by all workers
+                                                   └─> HttpJudge: POST {"prompts", "responses"} ─> {"rewards"}
+"""
+
+import asyncio
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable, Sequence
+
+import tenacity
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from cola_ray.rollout.isolation import Answer, Reward, as_reward
+from cola_ray.tasks.preference import judged_ids
+
+Judge = Callable[[Sequence[str], Sequence[str]], Awaitable[list[float]]]
+"""(prompts, responses) -> a reward each."""
+
+
+async def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[Reward]:
+    """A reward a response; failures, all of them, where the judge cannot be reached or answers nonsense."""
+    try:
+        values = await judge(prompts, responses)
+    except Exception as error:
+        return [Reward(0.0, f"the reward model: {type(error).__name__}: {error}"[:300])] * len(responses)
+    return [as_reward(Answer(value)) for value in values]
+
+
+class RewardModel:
+    """A Hugging Face sequence classifier; its first logit is the reward.
+
+    Args:
+        path: directory or hub id.
+        max_tokens: longer conversations lose their beginning.
+        batch_size: conversations in a forward pass.
+    """
+
+    def __init__(self, path: str, max_tokens: int, batch_size: int = 64, num_threads: int = 1) -> None:
+        torch.set_num_threads(num_threads)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto").eval().to(self.device)
+        self.max_tokens, self.batch_size = max_tokens, batch_size
+        self.one_at_a_time = asyncio.Lock()
+
+    async def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        async with self.one_at_a_time:
+            return await asyncio.to_thread(self._score, prompts, responses)
+
+    @torch.inference_mode()
+    def _score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        rows = [judged_ids(self.tokenizer, *pair, self.max_tokens) for pair in zip(prompts, responses, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths share a pass
+        rewards = [0.0] * len(rows)
+        for start in range(0, len(rows), self.batch_size):
+            some = order[start : start + self.batch_size]
+            batch = self.tokenizer.pad(
+                {"input_ids": [rows[i] for i in some]}, return_tensors="pt", padding_side="right"
+            )
+            logits = self.model(**batch.to(self.device)).logits[:, 0]
+            for i, reward in zip(some, logits.float().tolist(), strict=True):
+                rewards[i] = reward
+        return rewards
+
+
+class HttpJudge:
+    """An endpoint that takes ``{"prompts": [...], "responses": [...]}`` and answers ``{"rewards": [...]}``.
+
+    A refused or broken connection is tried again for a minute; an answer of another form is an error at once.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url, self.timeout_s = url, timeout_s
+
+    async def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        patience = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(_may_pass),
+            wait=tenacity.wait_exponential(max=10),
+            stop=tenacity.stop_after_delay(60),
+            reraise=True,
+        )
+        return await patience(asyncio.to_thread, self._ask, list(prompts), list(responses))
+
+    def _ask(self, prompts: list[str], responses: list[str]) -> list[float]:
+        body = json.dumps({"prompts": prompts, "responses": responses}).encode()
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
+            said = json.load(answer)
+        rewards = said.get("rewards") if isinstance(said, dict) else None
+        if not isinstance(rewards, list) or len(rewards) != len(responses):
+            raise ValueError(f"{self.url} answered {str(said)[:100]!r}, not {{'rewards': [{len(responses)} numbers]}}")
+        return rewards
+
+
+def _may_pass(error: BaseException) -> bool:
+    """What another try may mend: no connection, a time-out, a server's own error."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500
+    return isinstance(error, (urllib.error.URLError, TimeoutError, ConnectionError))

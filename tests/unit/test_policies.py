@@ -1,0 +1,114 @@
+"""What trains in either action space: logits at the positions asked for, references that stay, weights that go out."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import NUM_ACTIONS, VOCAB_SIZE, scramble, small_llama
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cola_ray import CoLAForCausalLM
+from cola_ray.learner.policies import LatentPolicy, TokenPolicy, export
+from cola_ray.model.conversion import plain_base
+
+
+@pytest.fixture
+def inputs():
+    """ids (2, 7), the second row padded; five positions are scored."""
+    ids = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(2))
+    mask, scored = torch.ones(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.bool)
+    mask[1, 5:] = 0
+    scored[0, 3:6] = scored[1, 2:4] = True
+    return ids, mask, scored
+
+
+@pytest.fixture
+def llama():
+    return scramble(small_llama()).eval()
+
+
+def test_latent_logits_at_the_scored_positions(cola, inputs):
+    ids, mask, scored = inputs
+    policy = LatentPolicy(copy.deepcopy(cola))
+    logits, e, reference = policy(*inputs)
+    torch.testing.assert_close(e[mask.bool()], cola.encode(ids, mask)[mask.bool()])
+    torch.testing.assert_close(logits, cola.policy_logits(cola.encode(ids, mask), mask)[scored])
+    assert torch.equal(logits, reference)
+    assert policy.num_actions == logits.shape[-1] == NUM_ACTIONS
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_token_logits_and_a_reference_that_stays(llama, inputs, rank):
+    ids, mask, scored = inputs
+    wanted = llama(ids, attention_mask=mask).logits[scored].detach()
+    policy = TokenPolicy(copy.deepcopy(llama), lora_rank=rank)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(name.startswith(policy.trained))
+    logits, e, reference = policy(*inputs)
+    torch.testing.assert_close(logits, wanted)
+    torch.testing.assert_close(reference, wanted)
+    states = llama.model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(e[mask.bool()], states[mask.bool()])
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):  # the first moves adapters alone that begin at 0
+        loss = policy(*inputs)[0].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    logits, _, reference = policy(*inputs)
+    assert (logits - wanted).abs().max() > 1e-3
+    torch.testing.assert_close(reference, wanted)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_goes_out_is_the_policy_as_a_plain_llama(llama, inputs, rank, tmp_path):
+    policy = TokenPolicy(copy.deepcopy(llama), lora_rank=rank)
+    for number, (name, parameter) in enumerate(policy.named_parameters()):
+        if name.startswith(policy.trained):
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    llama.save_pretrained(tmp_path / "start")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path / "start")
+    tensors = {one.name: one.merged(*(p.detach() for p in one.parameters)) for one in policy.published()}
+    export(str(tmp_path / "start"), tensors, tmp_path / "end")
+    ids, mask, scored = inputs
+    found = LlamaForCausalLM.from_pretrained(tmp_path / "end")(ids, attention_mask=mask).logits[scored]
+    torch.testing.assert_close(found, policy(*inputs)[0], atol=2e-5, rtol=1e-5)
+    if rank:
+        trained = sum(p.numel() for name, p in policy.named_parameters() if name.startswith(policy.trained))
+        assert trained < 0.2 * sum(p.numel() for p in llama.parameters())
+
+
+def test_nobody_pays_for_a_reference_that_nobody_asks_for(llama, inputs):
+    policy = TokenPolicy(llama, with_reference=False)
+    assert sum(p.numel() for p in policy.parameters()) == sum(p.numel() for p in llama.parameters())
+    _, e, reference = policy(*inputs)
+    assert e is None
+    assert reference is None
+
+
+def test_checkpointing_changes_no_gradient(llama, inputs):
+    gradients = []
+    for checkpointing in (False, True):
+        policy = TokenPolicy(copy.deepcopy(llama), checkpointing=checkpointing, with_reference=False)
+        policy(*inputs)[0].logsumexp(-1).sum().backward()
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shards", ["10GB", "60KB"])
+def test_the_base_of_a_checkpoint_is_a_plain_llama(tmp_path, inputs, tied, shards):
+    scramble(small_llama(tied)).save_pretrained(tmp_path / "llama")
+    cola = CoLAForCausalLM.attach(tmp_path / "llama", num_actions=4, num_idm_layers=1, num_policy_layers=1)
+    cola.save_pretrained(tmp_path / "cola", max_shard_size=shards)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path / "cola")
+    path = plain_base(tmp_path / "cola", tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(path)
+    assert type(base) is LlamaForCausalLM
+    assert not json.loads((path / "config.json").read_text()).keys() & {"num_actions", "num_code", "world_model_form"}
+    ids = inputs[0]
+    torch.testing.assert_close(base(ids).logits, cola.lm_head(cola.encode(ids)))
+    assert plain_base(path, tmp_path / "other") == path, "a plain Llama is its own base"

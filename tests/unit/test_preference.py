@@ -1,0 +1,167 @@
+"""Preference pairs, the reward model they make, and whoever else may judge."""
+
+import asyncio
+import http.server
+import json
+import os
+import socket
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from cola_ray.config import override, preset
+from cola_ray.learner import reward_model
+from cola_ray.rollout.judge import HttpJudge, RewardModel, judged
+from cola_ray.tasks.preference import Preference, judged_ids
+
+WORDS = ["<pad>", "<eos>", "say", "good", "bad", *(f"w{i}" for i in range(60))]
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """What is chosen says good, what is rejected bad, somewhere among other words."""
+    draw, rows = np.random.default_rng(0), []
+    for number in range(120):
+        words = [f"w{i}" for i in draw.integers(0, 60, 3)]
+        said = {which: list(words) for which in ("good", "bad")}
+        for which, one in said.items():
+            one.insert(int(draw.integers(0, 4)), which)
+        rows.append({
+            "prompt": f"say w{number % 60} w{number // 2 % 60}",
+            "chosen": " ".join(said["good"]),
+            "rejected": [{"role": "assistant", "content": " ".join(said["bad"])}],
+        })  # fmt: skip
+    for row in rows:  # one form a column
+        row["rejected"] = row["rejected"][0]["content"]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_prompt_is_on_one_side_with_all_its_pairs(pairs):
+    task, other = Preference(str(pairs), 0), Preference(str(pairs), 1)
+    prompts = {split: {p.question for p in task.problems(split)} for split in ("train", "heldout")}
+    assert not prompts["train"] & prompts["heldout"]
+    assert len(prompts["heldout"]) > 5
+    for split in prompts:
+        assert {pair.prompt for pair in task.pairs(split)} == prompts[split]
+        assert {p.question for p in other.problems(split)} == prompts[split], "whatever the seed"
+    assert all("good" in response for _, response in task.demonstrations())
+
+
+def test_chat_messages_count_by_their_last(tmp_path):
+    row = {name: [{"role": "user", "content": "say w1"}, {"role": "assistant", "content": name}]
+           for name in ("chosen", "rejected")}  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "say w1"}], **row}))
+    task = Preference(str(tmp_path), 0)
+    (pair,) = [*task.pairs("train"), *task.pairs("heldout")]
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("say w1", "chosen", "rejected")
+
+
+def test_rows_without_prompts_are_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}')
+    with pytest.raises(ValueError, match=r"has columns \['question'\]; one named prompt is needed"):
+        Preference(str(tmp_path), 0)
+
+
+def test_long_conversations_lose_their_beginning(tokenizer):
+    ids = judged_ids(tokenizer, "say w1", "good bad", 3)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["good", "bad", "<eos>"]
+
+
+def test_the_loss_is_bradley_terrys():
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    assert reward_model.preference_loss(rewards).item() == pytest.approx(np.log1p(np.exp(-1)) + np.log1p(np.exp(2)))
+    assert torch.autograd.gradcheck(reward_model.preference_loss, (rewards,))
+
+
+@pytest.fixture
+def one_rank():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_reward_model_learns_which_is_better_and_scores_as_it_learnt(pairs, tokenizer, tmp_path, one_rank):
+    small_llama().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = override(
+        preset("tiny", task="preference"),
+        {"task.name": "preference", "task.path": str(pairs), "model.base": str(tmp_path / "base"),
+         "output_dir": str(tmp_path / "out"), "pretrain.max_steps": 40, "pretrain.base_lr": 3e-3,
+         "pretrain.warmup_steps": 5, "cluster.learner_ranks": 1},
+    )  # fmt: skip
+    said = []
+    reward_model.train_loop(config, None, lambda metrics, folder: said.append(metrics))
+    assert said[0]["reward/loss"] == pytest.approx(np.log(2), abs=0.2)
+    assert said[-1]["reward/accuracy"] > 0.9
+    judge = RewardModel(str(tmp_path / "out" / "model"), max_tokens=64, batch_size=7)
+    heldout = Preference(str(pairs), 0).pairs("heldout")
+    prompts = [pair.prompt for pair in heldout]
+    chosen, rejected = (
+        asyncio.run(judge.score(prompts, [getattr(pair, side) for pair in heldout])) for side in ("chosen", "rejected")
+    )
+    assert np.mean(np.array(chosen) > np.array(rejected)) == said[-1]["reward/accuracy"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    alone = [
+        float(model(torch.tensor([judged_ids(tokenizer, pair.prompt, pair.chosen, 64)])).logits) for pair in heldout
+    ]
+    np.testing.assert_allclose(chosen, alone, atol=1e-5)
+
+
+@pytest.fixture
+def endpoint():
+    """Answers each request with the next of ``answers``: (status, body)."""
+    answers, asked = [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            status, body = answers.pop(0)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/", answers, asked
+    server.shutdown()
+
+
+def test_an_endpoint_is_asked_again_when_its_server_stumbles(endpoint):
+    url, answers, asked = endpoint
+    answers += [(503, ""), (200, '{"rewards": [1.5, NaN]}')]
+    first, second = asyncio.run(judged(HttpJudge(url, 5.0), ["a", "b"], ["c", "d"]))
+    assert first.value == 1.5
+    assert second.failure == "returned nan"
+    assert asked[0] == asked[1] == {"prompts": ["a", "b"], "responses": ["c", "d"]}
+
+
+@pytest.mark.parametrize("answer", [(200, '{"scores": [1]}'), (200, '{"rewards": [1, 2]}'), (404, "")])
+def test_an_endpoint_that_answers_otherwise_fails_at_once(endpoint, answer):
+    url, answers, asked = endpoint
+    answers.append(answer)
+    (reward,) = asyncio.run(judged(HttpJudge(url, 5.0), ["a"], ["b"]))
+    assert reward.failure.startswith("the reward model: ")
+    assert len(asked) == 1
