@@ -208,6 +208,9 @@ class RLConfig(_Branch):
     control_variate: bool = False
     """A Q over all actions takes out of each advantage what it expected, and its mean is added exactly: the same
     expected gradient with less variance. For grpo, rloo, remax and reinforce on problems with answers."""
+    marginal_aliases: bool = False
+    """latent: an action's log-probability is that of its token, summed over all actions that give it: the same expected
+    gradient with less variance, for the price of trying all actions on the world model."""
     dynamic_sampling: bool = False
     """Groups without signal, whose advantages are all zero, are left out of the batch."""
     overlong_buffer: int = 0
@@ -744,6 +747,13 @@ def _check_kind(config: Config) -> list[str]:
 
 def _check_tokens(config: Config) -> list[str]:
     rl = config.rl
+    if rl.marginal_aliases:
+        wants = {"rl.action_space": "latent", "rl.kl_estimator": "exact", "rl.cache_hidden_states": False,
+                 "rl.control_variate": False}  # fmt: skip
+        against = {name: value for name, value in wants.items() if getattr(rl, name.split(".")[1]) != value}
+        if against:
+            name, value = next(iter(against.items()))
+            return [f"{name} = {getattr(rl, name.split('.')[1])!r}: rl.marginal_aliases needs {value!r}"]
     if rl.action_space == "latent":
         given = [(name, getattr(rl, name)) for name in ("lora_rank", "gradient_checkpointing") if getattr(rl, name)]
         return [f"rl.{name} = {value}: for rl.action_space token; leave it out" for name, value in given]

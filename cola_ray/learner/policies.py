@@ -22,8 +22,12 @@ from cola_ray.learner.engine import Published
 from cola_ray.model.conversion import is_released
 from cola_ray.model.modeling_cola import CoLAForCausalLM, positions
 
-States = tuple[Tensor, Tensor | None, Tensor | None]
-"""Logits (N, K); e (B, T, H) and the reference's logits (N, K), both None where nobody asks for them."""
+States = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""Logits (N, K); e (B, T, H), the reference's logits (N, K), aliases (N, K): each None where nobody asks for it."""
+
+
+_TRIED_AT_ONCE = 64
+"""States on which all actions are tried in one go: each takes K rows of vocabulary logits."""
 
 
 class LatentPolicy(nn.Module):
@@ -32,15 +36,18 @@ class LatentPolicy(nn.Module):
     Args:
         cola: taken over.
         without_base: the states come with every batch; the base is dropped.
+        with_aliases: tell which actions would have said what was said; all of them are tried on the world model.
     """
 
-    def __init__(self, cola: CoLAForCausalLM, without_base: bool = False) -> None:
+    def __init__(self, cola: CoLAForCausalLM, without_base: bool = False, with_aliases: bool = False) -> None:
         super().__init__()
-        self.cola = cola
+        self.cola, self.with_aliases = cola, with_aliases
         self.reference = copy.deepcopy(cola.policy)
         self.width, self.num_actions = cola.config.hidden_size, cola.config.num_actions
         # Not part of the RL update.
-        del cola.idm, cola.world_model, cola.codebook
+        del cola.idm
+        if not with_aliases:
+            del cola.world_model, cola.codebook
         if without_base:
             del cola.model, cola.lm_head
 
@@ -58,14 +65,29 @@ class LatentPolicy(nn.Module):
         scored_mask: Tensor,
         hidden_states: Tensor | None = None,
         reference_logits: Tensor | None = None,
+        aliases: Tensor | None = None,
     ) -> States:
-        """e and the reference's logits are computed unless given."""
+        """e, the reference's logits and aliases are computed unless given."""
         with torch.no_grad():
             if hidden_states is None:
                 hidden_states = self.cola.encode(input_ids, attention_mask)
             if reference_logits is None:
                 reference_logits = self.reference(hidden_states, attention_mask, scored=scored_mask)
-        return self.cola.policy(hidden_states, attention_mask, scored=scored_mask), hidden_states, reference_logits
+            if self.with_aliases and aliases is None:
+                aliases = self._aliases(hidden_states[scored_mask], input_ids.roll(-1, 1)[scored_mask])
+        logits = self.cola.policy(hidden_states, attention_mask, scored=scored_mask)
+        return logits, hidden_states, reference_logits, aliases
+
+    def _aliases(self, e: Tensor, said: Tensor) -> Tensor:
+        """Which actions give the token that was said: (N, H), (N,) -> (N, K) bool."""
+        actions = torch.arange(self.num_actions, device=e.device)
+        found = [
+            self.cola.world_model_logits(
+                some[:, None].expand(-1, self.num_actions, -1), actions.expand(len(some), -1)
+            ).argmax(-1)
+            for some in e.split(_TRIED_AT_ONCE)
+        ]
+        return torch.cat(found) == said[:, None]
 
 
 class TokenPolicy(nn.Module):
@@ -115,8 +137,9 @@ class TokenPolicy(nn.Module):
         scored_mask: Tensor,
         hidden_states: Tensor | None = None,
         reference_logits: Tensor | None = None,
+        aliases: None = None,
     ) -> States:
-        """The reference's states and logits are computed unless given, or not wanted."""
+        """The reference's states and logits are computed unless given, or not wanted. A token has no aliases."""
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -127,7 +150,7 @@ class TokenPolicy(nn.Module):
             with torch.no_grad():
                 hidden_states, reference_logits = self._refer(inputs, scored_mask)
         llama = self.policy.get_base_model() if self.lora_rank else self.policy
-        return _states_and_logits(llama, inputs, scored_mask)[1], hidden_states, reference_logits
+        return _states_and_logits(llama, inputs, scored_mask)[1], hidden_states, reference_logits, aliases
 
     def _refer(self, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
         if self.reference is None:
@@ -161,7 +184,8 @@ def make_policy(config: Config, model_path: str) -> LatentPolicy | TokenPolicy:
     """Of the run's action space, from the checkpoint at ``model_path``, in ``config.model.dtype``."""
     rl, dtype = config.rl, getattr(torch, config.model.dtype)
     if rl.action_space == "latent":
-        return LatentPolicy(CoLAForCausalLM.from_pretrained(model_path, dtype=dtype), rl.cache_hidden_states)
+        cola = CoLAForCausalLM.from_pretrained(model_path, dtype=dtype)
+        return LatentPolicy(cola, rl.cache_hidden_states, rl.marginal_aliases)
     return TokenPolicy(
         LlamaForCausalLM.from_pretrained(model_path, dtype=dtype),
         lora_rank=rl.lora_rank,

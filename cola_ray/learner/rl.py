@@ -87,7 +87,8 @@ def policy_objective(
         logits: (N, K), at the positions of ``scored_mask``, which has those of ``action_mask`` at least.
         batch: tensors of :class:`Batch` fields (B, T), ``scored_mask`` (B, T), and ``reference_logits`` (N, K), None
             where nothing asks for them; with ``kl_penalties`` (B, T) where the batch is used more than once, all 0
-            where the advantages hold them.
+            where the advantages hold them; with ``aliases`` (N, K) where ratios are to be of tokens, and
+            ``old_marginals`` (B, T) beside ``old_log_probs``.
         old_log_probs: (B, T) at the start of the batch's updates; None on the first, where they are the current.
         kl_coef: in force; it may be adapted from step to step.
         temperature, top_k: of the rollouts; scores are those of the distribution sampled from.
@@ -100,6 +101,10 @@ def policy_objective(
     policy, reference = _distributions(logits, batch["reference_logits"], temperature, top_k)
     log_probs, ref_log_probs, kl = _of_actions(policy, reference, batch)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
+    said, old_said = log_probs, old
+    if batch.get("aliases") is not None:
+        said = _marginals(policy, batch)
+        old_said = said.detach() if old_log_probs is None else batch["old_marginals"]
     with torch.set_grad_enabled(bool(rl.entropy_coef)):
         spread = _placed(entropy(policy), batch)
     weights, clipped = torch.ones_like(log_probs), torch.zeros((), device=logits.device)
@@ -113,7 +118,7 @@ def policy_objective(
         control = batch.get("control")
         if control is not None:
             advantages = advantages - _placed(_taken(control, batch), batch)
-        loss, clipped = clipped_policy_gradient(log_probs, old, weights * advantages, mask, rl.clip_low, rl.clip_high)
+        loss, clipped = clipped_policy_gradient(said, old_said, weights * advantages, mask, rl.clip_low, rl.clip_high)
         if control is not None:
             loss = loss - _placed((policy.exp() * control).sum(-1), batch)[mask].sum()
         if rl.kl_estimator == "exact":
@@ -176,6 +181,18 @@ def _of_actions(policy: Tensor, reference: Tensor, batch: dict[str, Tensor]) -> 
     return log_probs, ref_log_probs, _placed(exact_kl(policy, reference), batch)
 
 
+def _marginals(policy: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probabilities of what was said, (B, T): summed over all actions that say it, which ``aliases`` (N, K) tells.
+
+    What follows depends on the token alone, so ``E[A grad log sum_z pi(z)]`` is the same gradient as
+    ``E[A grad log pi(a)]``, without the variance of which of them was drawn.
+    """
+    # The action taken did say it, whatever this engine's rounding finds.
+    saying = batch["aliases"].scatter(-1, batch["actions"][batch["scored_mask"]][:, None], True)
+    summed = policy.masked_fill(~saying, float("-inf")).logsumexp(-1)
+    return _placed(summed, batch).masked_fill(~batch["action_mask"], 0.0)
+
+
 def _taken(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """(N, K) -> (N,), of the actions taken."""
     return values.gather(-1, batch["actions"][batch["scored_mask"]][:, None])[:, 0]
@@ -185,6 +202,10 @@ def _placed(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """(N,) -> (B, T), 0 at positions that are not scored."""
     scored = batch["scored_mask"]
     return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values)
+
+
+_FOUND = ("hidden_states", "reference_logits", "aliases")
+"""What a forward pass leaves in a micro-batch beside logits, for the next one."""
 
 
 class RLLearner:
@@ -282,9 +303,9 @@ class RLLearner:
 
     def _logits(self, piece: dict[str, Tensor]) -> Tensor:
         """Of the policy, (N, K). Leaves in ``piece`` what later updates on the same batch need again."""
-        names = ("input_ids", "attention_mask", "scored_mask", "hidden_states", "reference_logits")
-        logits, e, reference_logits = self.zero(*(piece.get(name) for name in names))
-        piece |= {"hidden_states": e, "reference_logits": reference_logits}
+        given = ("input_ids", "attention_mask", "scored_mask", *_FOUND)
+        logits, *found = self.zero(*(piece.get(name) for name in given))
+        piece |= dict(zip(_FOUND, found, strict=True))
         return logits
 
     def _score(self, piece: dict[str, Tensor]) -> Tensor:
@@ -292,11 +313,13 @@ class RLLearner:
         rollout = self.config.rollout
         logits = self._logits(piece)
         policy, reference = _distributions(logits, piece["reference_logits"], rollout.temperature, rollout.top_k)
-        found = _of_actions(policy, reference, piece)
-        piece["kl_penalties"] = kl_penalties(*found, piece["action_mask"], self.config.rl.kl_estimator)
+        taken = _of_actions(policy, reference, piece)
+        piece["kl_penalties"] = kl_penalties(*taken, piece["action_mask"], self.config.rl.kl_estimator)
         if self.soft_q is not None:
             piece |= {"policy": policy, "reference": reference}
-        return found[0]
+        if piece["aliases"] is not None:
+            piece["old_marginals"] = _marginals(policy, piece)
+        return taken[0]
 
     def _charge_kl(self, pieces: Sequence[dict[str, Tensor]]) -> None:
         """Penalties become rewards where a value head learns to expect them."""

@@ -25,7 +25,7 @@ def schema(width: int) -> pa.Schema:
     """Of the rows, for features of this width."""
     features = pa.list_(pa.float32(), width)
     return pa.schema({
-        "state_ids": pa.list_(pa.int32()), "utterance_ids": pa.list_(pa.int32()), "actions": pa.list_(pa.int16()),
+        "state_ids": pa.list_(pa.int32()), "utterance_ids": pa.list_(pa.int32()), "actions": pa.list_(pa.int32()),
         "observation_ids": pa.list_(pa.int32()), "reward": pa.float32(), "terminated": pa.bool_(),
         "position": pa.int64(), "turn": pa.int16(), "version": pa.int32(), "total_reward": pa.float32(),
         "state": features, "utterance": features, "next_state": features,

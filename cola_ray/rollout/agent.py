@@ -36,11 +36,13 @@ class AgentWorker(EngineWorker):
         seconds = config.task.reward_timeout_s
         processes = [EnvironmentProcess(make, seconds) for _ in range(config.rollout.environment_processes)]
         super().__init__(config, model_path, keep_hidden_states=True)
+        width = self.engine.llm.llm_engine.model_config.get_hidden_size()
+        self.feature_width = width if self.latent else 1
         self.table = Table(processes, self._encode, self._decode, config.rollout.max_prompt_tokens)
 
     async def facts(self) -> dict[str, object]:
-        width = self.engine.llm.llm_engine.model_config.get_hidden_size()
-        return {**await super().facts(), "num_train": _HELD_OUT, "num_heldout": _HELD_OUT, "feature_width": width}
+        facts = {"num_train": _HELD_OUT, "num_heldout": _HELD_OUT, "feature_width": self.feature_width}
+        return await super().facts() | facts
 
     async def play_episodes(self, tickets: Sequence[Ticket], judge: Weights | None = None) -> list[Episode]:
         """One sampled episode a ticket, in order; draws depend on (run seed, ticket, turn) alone."""
@@ -61,7 +63,7 @@ class AgentWorker(EngineWorker):
         ever. The bare base can only be greedy.
         """
         heads = self._heads(judge)
-        forced = [BASE_TOKENS] * self.config.rollout.max_new_tokens
+        forced = [BASE_TOKENS] * self.config.rollout.max_new_tokens if self.latent else []
 
         async def one(place: int) -> float:
             async def speak(ids: Sequence[int], turn: int) -> Utterance:
@@ -141,11 +143,12 @@ class AgentWorker(EngineWorker):
 
 
 def _utterance(c: Completion) -> Utterance:
-    return Utterance(c.token_ids, c.actions, c.log_probs, c.versions, _as_float(c.hidden_states))
+    # A base that trains has no states worth keeping: its critic reads text, and one zero holds the features' place.
+    states = np.zeros((len(c.token_ids), 1), np.float32) if c.hidden_states is None else _as_float(c.hidden_states)
+    return Utterance(c.token_ids, c.actions, c.log_probs, c.versions, states)
 
 
-def _as_float(states: Array | None) -> Array:
-    assert states is not None, "the engine was asked to keep them"
+def _as_float(states: Array) -> Array:
     if states.dtype == np.int16:  # bfloat16, which NumPy does not know
         return torch.from_numpy(states).view(torch.bfloat16).float().numpy()
     return states.astype(np.float32, copy=False)

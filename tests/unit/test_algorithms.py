@@ -303,6 +303,34 @@ def test_a_control_over_all_actions_keeps_the_gradient_and_takes_variance_out():
     assert controlled < 0.5 * plain
 
 
+def aliased_choice(marginal):
+    """One choice of four actions that say two tokens, worth 2 and -1: each action's gradient and its chance."""
+    logits = torch.tensor([[0.3, -0.2, 0.1, 0.4]], dtype=torch.float64, requires_grad=True)
+    token_of, worth = torch.tensor([0, 0, 1, 1]), torch.tensor([2.0, -1.0], dtype=torch.float64)
+    probs, mask = logits.softmax(-1)[0], torch.ones(1, 1, dtype=torch.bool)
+    (wanted,) = torch.autograd.grad((probs * worth[token_of]).sum(), logits, retain_graph=True)
+    gradients = []
+    for action, token in enumerate(token_of):
+        batch = {
+            "actions": torch.tensor([[action]]), "action_mask": mask, "scored_mask": mask,
+            "advantages": worth[token].reshape(1, 1), "reference_logits": None, "rollout_log_probs": torch.zeros(1, 1),
+        } | ({"aliases": (token_of == token)[None]} if marginal else {})  # fmt: skip
+        rl = RLConfig(importance_cap=0.0)
+        loss, _ = policy_objective(logits, batch, None, rl=rl, kl_coef=0.0, temperature=1.0, top_k=0)
+        gradients.append(-torch.autograd.grad(loss, logits)[0])
+    chances, gradients = probs.detach()[:, None, None], torch.stack(gradients)
+    mean = (chances * gradients).sum(0)
+    return mean, float((chances * (gradients - mean).square()).sum()), wanted
+
+
+def test_marginalising_aliases_keeps_the_gradient_and_takes_variance_out():
+    mean, plain, wanted = aliased_choice(marginal=False)
+    torch.testing.assert_close(mean, wanted)
+    mean, marginal, _ = aliased_choice(marginal=True)
+    torch.testing.assert_close(mean, wanted)
+    assert marginal < 0.5 * plain
+
+
 # --- the whole objective ----------------------------------------------------------------------------------------------
 
 OBJECTIVES = {
@@ -311,6 +339,7 @@ OBJECTIVES = {
     "entropy": {"kl_estimator": "exact", "kl_in": "loss", "entropy_coef": 0.1},
     "etpo": {"algorithm": "etpo"},
     "controlled": {"kl_estimator": "k1", "kl_in": "reward", "control_variate": True},
+    "marginal": {"marginal_aliases": True},
 }
 
 
@@ -336,6 +365,8 @@ def test_the_objectives_gradient_is_that_of_its_values(name, top_k):
     }  # fmt: skip
     if rl.control_variate:
         batch["control"] = random(count, 5)
+    if rl.marginal_aliases:
+        batch |= {"aliases": random(count, 5) > 0, "old_marginals": (random(*shape) - 1.0) * mask}
     old = (random(*shape) - 1.5) * mask  # ratios on both sides of the clips
     q = random(count, 5) if rl.algorithm == "etpo" else None
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cola_ray import CoLAForCausalLM
+from cola_ray.learner import policies
 from cola_ray.learner.policies import LatentPolicy, TokenPolicy, export
 from cola_ray.model.conversion import plain_base
 
@@ -32,11 +33,27 @@ def llama():
 def test_latent_logits_at_the_scored_positions(cola, inputs):
     ids, mask, scored = inputs
     policy = LatentPolicy(copy.deepcopy(cola))
-    logits, e, reference = policy(*inputs)
+    logits, e, reference, aliases = policy(*inputs)
+    assert aliases is None
     torch.testing.assert_close(e[mask.bool()], cola.encode(ids, mask)[mask.bool()])
     torch.testing.assert_close(logits, cola.policy_logits(cola.encode(ids, mask), mask)[scored])
     assert torch.equal(logits, reference)
     assert policy.num_actions == logits.shape[-1] == NUM_ACTIONS
+
+
+def test_aliases_are_the_actions_that_say_the_next_token(cola, inputs, monkeypatch):
+    monkeypatch.setattr(policies, "_TRIED_AT_ONCE", 2)
+    ids, mask, scored = inputs
+    e = cola.encode(ids, mask)
+    for row, place in scored.nonzero().tolist():  # a text that some action says, at least
+        action = torch.tensor(row + place)
+        ids[row, place + 1] = cola.world_model_logits(cola.encode(ids, mask)[row, place], action).argmax()
+    e = cola.encode(ids, mask)
+    _, _, _, aliases = LatentPolicy(copy.deepcopy(cola), with_aliases=True)(ids, mask, scored)
+    for (row, place), found in zip(scored.nonzero().tolist(), aliases, strict=True):
+        tried = [cola.world_model_logits(e[row, place], torch.tensor(a)).argmax() for a in range(NUM_ACTIONS)]
+        assert found.tolist() == [token == ids[row, place + 1] for token in tried]
+        assert found[row + place]
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -46,7 +63,7 @@ def test_token_logits_and_a_reference_that_stays(llama, inputs, rank):
     policy = TokenPolicy(copy.deepcopy(llama), lora_rank=rank)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name.startswith(policy.trained))
-    logits, e, reference = policy(*inputs)
+    logits, e, reference, _ = policy(*inputs)
     torch.testing.assert_close(logits, wanted)
     torch.testing.assert_close(reference, wanted)
     states = llama.model(ids, attention_mask=mask).last_hidden_state
@@ -57,7 +74,7 @@ def test_token_logits_and_a_reference_that_stays(llama, inputs, rank):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    logits, _, reference = policy(*inputs)
+    logits, _, reference, _ = policy(*inputs)
     assert (logits - wanted).abs().max() > 1e-3
     torch.testing.assert_close(reference, wanted)
 
@@ -83,7 +100,7 @@ def test_what_goes_out_is_the_policy_as_a_plain_llama(llama, inputs, rank, tmp_p
 def test_nobody_pays_for_a_reference_that_nobody_asks_for(llama, inputs):
     policy = TokenPolicy(llama, with_reference=False)
     assert sum(p.numel() for p in policy.parameters()) == sum(p.numel() for p in llama.parameters())
-    _, e, reference = policy(*inputs)
+    _, e, reference, _ = policy(*inputs)
     assert e is None
     assert reference is None
 
