@@ -13,12 +13,17 @@ from record import ROOT
 
 
 def trial(where: Path, job: str, *settings: str) -> dict[str, Any]:
-    """The summary of ``jobs/<job>.py`` with these settings, run in ``where`` if it has not been before."""
+    """The summary of ``jobs/<job>.py`` with these settings, run in ``where`` if it has not been before.
+
+    One that was interrupted and left a checkpoint goes on from there.
+    """
     summary = where / "outputs" / "run" / "summary.json"
     if not summary.exists():
         where.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *settings, "--output-dir", "outputs/run"]
-        with (where / "log.txt").open("w") as log:
+        if (where / "outputs" / "run" / "checkpoints").exists():
+            command.append("--resume")
+        with (where / "log.txt").open("a") as log:
             subprocess.run(command, cwd=where, check=True, stdout=log, stderr=subprocess.STDOUT)
     return json.loads(summary.read_text())
 
