@@ -19,7 +19,7 @@ ALGORITHMS: dict[str, list[str]] = {
     "remax": ["--rl.group-size", "4", "--rl.prompts-per-step", "128"],  # the greedy one comes on top
     "reinforce": [],
     "ppo": ["--rl.updates-per-batch", "2", "--rl.value-steps", "8"],
-    "etpo": ["--rl.kl-coef", "0.05", "--rl.value-steps", "8"],
+    "etpo": ["--rl.kl-coef", "0.05", "--rl.value-steps", "20", "--rl.target-tau", "0.05"],
 }
 TINY = ["--preset", "tiny", "--cluster.learner-ranks", "1", "--rl.eval-every", "0"]
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS))
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each keeps about one core busy")
     args = parser.parse_args()
     folder = args.folder.resolve()
