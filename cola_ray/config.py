@@ -212,7 +212,9 @@ class RLConfig(_Branch):
     """latent: an action's log-probability is that of its token, summed over all actions that give it: the same expected
     gradient with less variance, for the price of trying all actions on the world model."""
     dynamic_sampling: bool = False
-    """Groups without signal, whose advantages are all zero, are left out of the batch."""
+    """grpo, rloo: groups whose rewards are all equal have no signal; other prompts take their place."""
+    refill_rounds: int = 2
+    """dynamic_sampling: how often a step asks other prompts for what is missing; after that its batch is smaller."""
     overlong_buffer: int = 0
     """Above 0: within so many tokens of rollout.max_new_tokens, a completion's reward falls, by 1 at the limit."""
     clip_low: float = 0.2
@@ -612,6 +614,13 @@ def _check_group_size(config: Config) -> list[str]:
     return [f"rl.group_size = {config.rl.group_size}: {wants}"]
 
 
+def _check_dynamic_sampling(config: Config) -> list[str]:
+    rl = config.rl
+    if not rl.dynamic_sampling or (rl.algorithm in COMPARING and not is_environment(config.task.name)):
+        return []
+    return [f"rl.dynamic_sampling = True: for {' and '.join(COMPARING)} on problems with answers; leave it out"]
+
+
 def _check_positive(config: Config) -> list[str]:
     fields = ("rl.prompts_per_step", "rl.max_steps", "rl.micro_batch_tokens", "pretrain.batch_size", "rl.eval_problems",
               "pretrain.micro_batch_size", "rollout.num_workers", "rollout.max_new_tokens", "cluster.learner_ranks",
@@ -807,6 +816,7 @@ def _check_base(config: Config) -> list[str]:
 
 _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_group_size,
+    _check_dynamic_sampling,
     _check_positive,
     _check_actions,
     _check_batches,

@@ -38,6 +38,9 @@ from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
 from cola_ray.weights import Bucket, Channel, Manifest, Offer
 from cola_ray.work_buffer import WorkBuffer
 
+_REFILLS = 1 << 40
+"""Tickets that stand in for prompts without signal are numbered from here, so that no draw is made twice."""
+
 
 class WorkerLostError(RuntimeError):
     """A worker's process is gone; what it was asked for must be asked of another."""
@@ -230,10 +233,34 @@ class Controller:
         """One step's groups, generated, scored and collated: a batch a rank, and metrics."""
         started = time.perf_counter()
         groups: list[Group] = await self._generate(self._tickets(target), "generate_groups")
+        taught, more = (await self._with_signal(groups, target)) if self.config.rl.dynamic_sampling else (groups, {})
         seconds = time.perf_counter() - started
         failures = [t.failure for group in groups for t in group.trajectories if t.failure]
         self._check_failures(failures, len(groups) * self.config.rl.group_size, "rewards")
-        return self._collate(groups, target), self._measure(groups, target, seconds)
+        return self._collate(taught, target), self._measure(groups, target, seconds) | more
+
+    async def _with_signal(self, groups: Sequence[Group], target: int) -> tuple[list[Group], dict[str, float]]:
+        """Groups whose rewards differ, from other prompts where too few do (DAPO, Yu et al. 2025, section 3.2).
+
+        Metrics stay those of the first draw, which is a fair sample of the problems. Where no group at all differs,
+        the first draw is the batch.
+        """
+        rl, asked = self.config.rl, 0
+        kept = [group for group in groups if self._differs(group)]
+        for round_number in range(rl.refill_rounds):
+            missing = rl.prompts_per_step - len(kept)
+            if not missing:
+                break
+            first = _REFILLS + (target * rl.refill_rounds + round_number) * rl.prompts_per_step
+            others: list[Group] = await self._generate(
+                [self._ticket(first + i) for i in range(missing)], "generate_groups"
+            )
+            asked += missing
+            kept += [group for group in others if self._differs(group)]
+        return kept or list(groups), {"rollout/refilled_groups": float(asked), "reward/taught_groups": float(len(kept))}
+
+    def _differs(self, group: Group) -> bool:
+        return len(set(self._outcomes(group).rewards.tolist())) > 1
 
     def _tickets(self, target: int) -> list[Ticket]:
         wanted = self.config.rl.prompts_per_step
@@ -297,11 +324,8 @@ class Controller:
         if not scored:
             raise RuntimeError("a step has no sample with a reward")
         relative = self._advantages([self._outcomes(group) for group in scored])
-        taught = list(zip(scored, relative, strict=True))
-        if self.config.rl.dynamic_sampling:
-            taught = [pair for pair in taught if any(pair[1])] or taught
-        trajectories = [trajectory for group, _ in taught for trajectory in group.scored]
-        return self._batches(trajectories, [one for _, advantages in taught for one in advantages], target)
+        trajectories = [trajectory for group in scored for trajectory in group.scored]
+        return self._batches(trajectories, [one for advantages in relative for one in advantages], target)
 
     def _outcomes(self, group: Group) -> Outcomes:
         """Rewards as the algorithm sees them: less for what is overlong."""

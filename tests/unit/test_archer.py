@@ -37,6 +37,41 @@ def test_goals_get_no_gradient():
     assert torch.allclose(values.grad, torch.full((2, 3), -2 / 3))
 
 
+def test_gradients_of_the_losses_are_those_of_their_values():
+    """Against finite differences; the heads' own, through standardised features."""
+    draw = torch.Generator().manual_seed(0)
+    values, goals = (torch.randn(2, 5, generator=draw, dtype=torch.float64).requires_grad_() for _ in range(2))
+    weights = torch.rand(5, generator=draw, dtype=torch.float64)
+    fixed = goals.detach()
+    assert torch.autograd.gradcheck(lambda v: twin_squared_error(v, fixed, weights), (values,))
+    assert torch.autograd.gradcheck(lambda v: expectile_loss(v, fixed, 0.8), (values,))
+    heads = TwinHeads(3).double()
+    states, utterances = (torch.randn(5, 3, generator=draw, dtype=torch.float64) for _ in range(2))
+    heads.states.measure(torch.stack([states.mean(0), states.square().mean(0)]))
+
+    def loss(*parameters):
+        named = dict(zip(dict(heads.named_parameters()), parameters, strict=True))
+        read = [(states, utterances), (states,)]
+        q, v = (
+            torch.func.functional_call(Called(heads, name), {f"heads.{k}": p for k, p in named.items()}, given)
+            for name, given in zip(("q_values", "values"), read, strict=True)
+        )
+        return twin_squared_error(q, fixed, weights) + twin_squared_error(v, fixed)
+
+    assert torch.autograd.gradcheck(loss, tuple(heads.parameters()))
+
+
+class Called(torch.nn.Module):
+    """A module whose forward is another one's method."""
+
+    def __init__(self, heads, method):
+        super().__init__()
+        self.heads, self.method = heads, method
+
+    def forward(self, *given):
+        return getattr(self.heads, self.method)(*given)
+
+
 def test_expectiles():
     """d = [1, -2]: 0.9 * 1 and 0.1 * 4, mean 0.65, twice."""
     v, q = torch.zeros(2, 2), torch.tensor([[1.0, -2.0]] * 2)

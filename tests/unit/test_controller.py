@@ -122,6 +122,44 @@ def test_every_prompt_once_and_never_staler_than_allowed(max_staleness):
         assert max(stalest) == 1, "the allowance is meant to be used"
 
 
+def equal_rewards(pool, problems):
+    """Groups of these problems have rewards that are all equal."""
+    made, wanted = pool.generate, set(problems)
+
+    async def generate(worker, tickets):
+        groups = await made(worker, tickets)
+        return [
+            dataclasses.replace(
+                group, trajectories=tuple(dataclasses.replace(t, reward=1.0) for t in group.trajectories)
+            )
+            if ticket.problem in wanted
+            else group
+            for ticket, group in zip(tickets, groups, strict=True)
+        ]
+
+    pool.generate = generate
+    return pool
+
+
+def test_prompts_without_signal_are_replaced_by_others():
+    pool = equal_rewards(Pool(), range(5))  # half of all problems
+    controller, batches = run(pool, {"rl.dynamic_sampling": True, "rl.refill_rounds": 8})
+    positions = [position for position, _ in pool.served]
+    assert len(positions) == len(set(positions)), "no draw is made twice"
+    assert [int(batch.action_mask.any(1).sum()) for batch in batches] == [PROMPTS * GROUP] * STEPS
+    metrics = [event["metrics"] for event in controller.events if event["step"]]
+    assert sum(one["rollout/refilled_groups"] for one in metrics) == len(positions) - STEPS * PROMPTS > 0
+    assert 0 < sum(one["reward/zero_variance_groups"] for one in metrics) < STEPS, "of the first draw alone"
+
+
+def test_a_step_whose_prompts_all_lack_signal_still_ends():
+    pool = equal_rewards(Pool(), range(10))
+    controller, batches = run(pool, {"rl.dynamic_sampling": True, "rl.refill_rounds": 1})
+    assert len(batches) == STEPS
+    assert not any(batch.advantages.any() for batch in batches)
+    assert {event["metrics"]["reward/taught_groups"] for event in controller.events if event["step"]} == {0.0}
+
+
 def test_an_epoch_serves_every_problem_before_any_again():
     pool = Pool()
     run(pool)
