@@ -10,7 +10,6 @@ import socket
 import statistics
 import time
 
-import deepspeed
 import torch
 from record import record
 from run import random_batch
@@ -18,6 +17,7 @@ from run import random_batch
 from cola_ray import CoLAConfig, CoLAForCausalLM
 from cola_ray.config import Config, override, preset
 from cola_ray.experience import Batch
+from cola_ray.learner.engine import join_group
 from cola_ray.learner.policies import LatentPolicy
 from cola_ray.learner.rl import RLLearner
 
@@ -76,7 +76,7 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(free.getsockname()[1])}  # fmt: skip
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo")
+    join_group("nccl" if gpu else "gloo")
     shape = TINY if args.shape == "tiny" else LLAMA_31_8B
     model = random_model(shape, device)
     batch = random_batch(128, args.response, args.sequences, shape["vocab_size"], args.micro_batch_tokens)

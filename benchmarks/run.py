@@ -217,14 +217,14 @@ def random_batch(
 
 
 def one_rank() -> Config:
-    import deepspeed
+    from cola_ray.learner.engine import join_group
 
     torch.set_num_threads(1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(probe.getsockname()[1])}  # fmt: skip
-    deepspeed.init_distributed(dist_backend="gloo")
+    join_group("gloo")
     return override(preset("tiny"), {"model.num_actions": 64, "rl.kl_coef": 0.001, "rl.kl_estimator": "k1"})
 
 

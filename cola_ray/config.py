@@ -423,7 +423,7 @@ def _tiny() -> Config:
             balance_coef=0.01,
             response_only=True,
         ),
-        rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=256, kv_cache_mb=128),
+        rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=512, kv_cache_mb=128),
         rl=RLConfig(
             max_steps=80,
             prompts_per_step=64,

@@ -643,14 +643,15 @@ def _signals() -> Iterator[list[int]]:
 def _enter_rank(loop: dict[str, Any]) -> Config:
     """What every learner rank does first: threads, process group, settings."""
     config = Config.model_validate(loop["config"])
-    import deepspeed
     import torch
+
+    from cola_ray.learner.engine import join_group
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not config.cluster.use_gpu:
         torch.set_num_threads(config.cluster.threads_per_process)
     os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
-    deepspeed.init_distributed(dist_backend="nccl" if config.cluster.use_gpu else "gloo")
+    join_group("nccl" if config.cluster.use_gpu else "gloo")
     return config
 
 

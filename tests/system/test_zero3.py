@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from cola_ray import CoLAForCausalLM
 from cola_ray.config import Config, override, preset
 from cola_ray.experience import Batch, Trajectory, collate
-from cola_ray.learner.engine import CheckpointError, NonFiniteError
+from cola_ray.learner.engine import CheckpointError, NonFiniteError, join_group
 from cola_ray.learner.policies import export, make_policy
 from cola_ray.learner.rl import RLLearner, _tensors, policy_objective
 
@@ -67,9 +67,7 @@ def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> Non
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     torch.set_num_threads(1)
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo")
+    join_group("gloo")
     learner = RLLearner(settings(space), policy_of(space, model_dir))
     published = learner.policy.published()
     assert learner.zero.zero_stage == 3

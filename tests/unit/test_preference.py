@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from cola_ray.config import override, preset
 from cola_ray.learner import reward_model
+from cola_ray.learner.engine import join_group
 from cola_ray.rollout.judge import HttpJudge, RewardModel, judged
 from cola_ray.tasks.preference import Preference, judged_ids
 
@@ -93,9 +94,7 @@ def one_rank():
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="gloo")
+    join_group("gloo")
     yield
     torch.distributed.destroy_process_group()
 
