@@ -277,7 +277,7 @@ def bare_latent_step(latent: str, batch: Batch) -> tuple[Callable[[], None], Any
     def step() -> None:
         piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
         mask = piece["action_mask"]
-        logits, _, reference = engine(piece["input_ids"], piece["attention_mask"], mask)
+        logits, _, reference, _ = engine(piece["input_ids"], piece["attention_mask"], mask)
         taken, place = piece["actions"][mask][:, None], torch.zeros(mask.shape)
         log_probs, reference = (
             place.masked_scatter(mask, one.log_softmax(-1).gather(-1, taken)[:, 0]) for one in (logits, reference)

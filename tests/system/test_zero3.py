@@ -129,7 +129,7 @@ def plain(space, model_dir):
     for (batch,) in batches(1, space):
         piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
         inputs = (piece[name] for name in ("input_ids", "attention_mask", "scored_mask"))
-        logits, _, piece["reference_logits"] = module(*inputs)
+        logits, _, piece["reference_logits"], _ = module(*inputs)
         loss, _ = policy_objective(
             logits, piece, None, rl=config.rl, kl_coef=config.rl.kl_coef, temperature=0.8, top_k=0
         )
