@@ -37,6 +37,9 @@ def ours(folder: Path, config: Config, model: str) -> dict[str, Any]:
         "accuracy": summary["rl_accuracy"],
         "rewards": series(where, "reward/mean"),
         "step_seconds": series(where, "time/step"),
+        "rollout_seconds": series(where, "time/rollout"),
+        "learn_seconds": series(where, "time/learn"),
+        "response_length": series(where, "rollout/response_length"),
     }
 
 
@@ -86,6 +89,9 @@ def main() -> None:
         "trl_reward_last_10": [float(np.mean(other["rewards"][-10:])) for _, other in pairs],
         "cola_ray_samples_per_second": [size / here for here, _ in seconds],
         "trl_samples_per_second": [size / there for _, there in seconds],
+        "cola_ray_rollout_seconds": [float(np.median(mine["rollout_seconds"][SKIPPED:])) for mine, _ in pairs],
+        "cola_ray_learn_seconds": [float(np.median(mine["learn_seconds"][SKIPPED:])) for mine, _ in pairs],
+        "cola_ray_response_length": [float(np.median(mine["response_length"][SKIPPED:])) for mine, _ in pairs],
         "samples_per_second_ratio": [there / here for here, there in seconds],
         "trl_version": pairs[0][1]["version"],
     }

@@ -364,6 +364,7 @@ class Controller:
             "reward/zero_variance_groups": float(np.mean([np.ptp(g.rewards) == 0 for g in groups if g.scored])),
             "reward/failed": float(self.ledger.failed_rewards),
             "rollout/response_length": float(lengths.mean()),
+            "rollout/distinct": float(np.mean([_distinct(group) for group in groups if group.scored])),
             "rollout/truncated": float(np.mean([trajectory.truncated for trajectory in trajectories])),
             "rollout/tokens_per_second": float(lengths.sum() / seconds),
             "rollout/regenerated_groups": float(self.ledger.regenerated_groups),
@@ -553,6 +554,11 @@ class PreferenceController(Controller):
     async def _evaluate(self, bare_base: bool) -> float:
         """Mean reward of greedy responses to held-out prompts."""
         return float(np.mean(await self._evaluation_rewards(bare_base)))
+
+
+def _distinct(group: Group) -> float:
+    """Different completions of a group over all of them."""
+    return len({one.token_ids.tobytes() for one in group.scored}) / len(group.scored)
 
 
 @functools.lru_cache(maxsize=2)  # a step may reach into the next epoch

@@ -1,14 +1,19 @@
-"""Minutes each, behind `make test-slow`: the learning curve over three seeds, and a rank killed in pre-training."""
+"""Minutes each, behind `make test-slow`: learning curves, a rank killed in pre-training, RL from preferences."""
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from runs import ROOT, Run
+from runs import ROOT, SHORT_PRETRAINING, Run
 from safetensors.torch import load_file
+
+from cola_ray.config import TaskConfig
+from cola_ray.tasks import make_task
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +64,30 @@ def test_every_stage_runs_under_zero3_with_codes_revived(tmp_path):
     for before, after, moves in (("actions", "policy", False), ("policy", "fta_idm", True)):
         name = "model.layers.0.self_attn.q_proj.weight"
         assert torch.equal(tensors[before][name], tensors[after][name]) != moves, "the base trains in fta alone"
+
+
+def test_a_reward_model_teaches_a_policy_what_it_prefers(tmp_path):
+    """Pairs of right and wrong sums: a reward model from them, and RL that only it rewards."""
+    problems = make_task(TaskConfig(num_problems=5000), 0)
+    rows = [
+        {"prompt": p.question, "chosen": p.solution, "rejected": str(int(p.solution) + shift)}
+        for split in ("train", "heldout")
+        for p, shift in zip(problems.problems(split), itertools.cycle((-2, 1, -1, 2)), strict=False)
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    start = Run("pretrain", tmp_path / "start", *SHORT_PRETRAINING)
+    start.finish()
+    model = str(start.output / "model")
+    judge = Run("reward_model", tmp_path / "judge", "--task.path", str(pairs), "--model.path", model,
+                "--pretrain.base-lr", "1e-3", "--pretrain.batch-size", "64", "--pretrain.micro-batch-size", "32",
+                "--pretrain.max-steps", "150")  # fmt: skip
+    judge.finish()
+    assert judge.series("reward/accuracy")[150] > 0.6
+    assert judge.series("reward/loss")[1] == pytest.approx(math.log(2), abs=0.3)
+    run = Run("rl_preference", tmp_path / "rl", "--task.path", str(pairs), "--model.path", model,
+              "--task.reward-model", str(judge.output / "model"), "--rl.max-steps", "15", "--rl.eval-every", "0",
+              "--rl.eval-problems", "128")  # fmt: skip
+    run.finish()
+    rewards = run.series("eval/reward")
+    assert rewards[15] > rewards[0] + 0.5

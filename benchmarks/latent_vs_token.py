@@ -1,0 +1,90 @@
+"""Latent actions against tokens: the same base, task, algorithm and step count, with and without a price on divergence.
+
+python benchmarks/latent_vs_token.py --folder outputs/latent-vs-token --start MODEL [MODEL ...] [--parallel 2]
+
+One start a seed: the CoLA model that pretrain.py left for it. Over tokens its base alone is used, all of whose weights
+train, at a fifth of the policy's learning rate. Runs that are already in the folder are not made again. Accuracy is of
+greedy answers to held-out problems; distinct are a prompt's different completions over all of them, at the last ten
+steps.
+"""
+
+import argparse
+import functools
+import itertools
+from pathlib import Path
+
+import numpy as np
+from record import RESULTS, record
+from trial import all_of, series, trial
+
+SPACES = {"latent": "5e-4", "token": "1e-4"}
+KL_COEFS = ("0.0", "0.01")
+TINY = ["--preset", "tiny", "--cluster.learner-ranks", "1", "--rl.eval-every", "10"]
+
+
+def plot(curves: dict[str, np.ndarray], steps: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, runs in curves.items():
+        at = np.linspace(0, steps, runs.shape[1])
+        (line,) = axes.plot(at, runs.mean(0), marker="o", markersize=3, label=name)
+        axes.fill_between(at, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="learner steps", ylabel="held-out accuracy", title="arithmetic, tiny preset, GRPO")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--start", type=Path, nargs="+", required=True, help="a CoLA model for each of seeds 0, 1, ...")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each keeps about one core busy")
+    args = parser.parse_args()
+    folder, seeds = args.folder.resolve(), range(len(args.start))
+    cases = list(itertools.product(SPACES, KL_COEFS, seeds))
+
+    def where(space: str, kl_coef: str, seed: int) -> Path:
+        return folder / f"{space}-{kl_coef}-{seed}"
+
+    summaries = all_of(
+        [
+            functools.partial(
+                trial, where(space, kl_coef, seed), "rl_math", *TINY, "--rl.action-space", space, "--rl.lr",
+                SPACES[space], "--rl.kl-coef", kl_coef, "--rl.max-steps", str(args.steps), "--seed", str(seed),
+                "--model.path", str(args.start[seed].resolve()),
+            )
+            for space, kl_coef, seed in cases
+        ],
+        args.parallel,
+    )  # fmt: skip
+    found = dict(zip(cases, summaries, strict=True))
+    figures: dict[str, object] = {}
+    curves = {}
+    for space, kl_coef in itertools.product(SPACES, KL_COEFS):
+        runs = [found[space, kl_coef, seed] for seed in seeds]
+        places = [where(space, kl_coef, seed) for seed in seeds]
+        name = f"{space}_kl_{kl_coef}"
+        curves[name] = np.array([series(place, "eval/accuracy") for place in places])
+        figures[f"{name}_start_accuracy"] = [one["bc_accuracy"] for one in runs]
+        figures[f"{name}_accuracy"] = [one["rl_accuracy"] for one in runs]
+        figures[f"{name}_distinct"] = [float(np.mean(series(p, "rollout/distinct")[-10:])) for p in places]
+        figures[f"{name}_entropy"] = [float(np.mean(series(p, "policy/entropy")[-10:])) for p in places]
+        figures[f"{name}_step_seconds"] = [float(np.median(series(p, "time/step")[5:])) for p in places]
+        figures[f"{name}_learn_seconds"] = [float(np.median(series(p, "time/learn")[5:])) for p in places]
+        figures[f"{name}_optimizer_mb"] = runs[0]["optimizer_mb"]
+        figures[f"{name}_trained_parameters"] = runs[0]["trained_parameters"]
+    plot(curves, args.steps, RESULTS / "latent_vs_token.png")
+    record(
+        "latent_vs_token", figures, list(seeds),
+        "GRPO over 16 latent actions and over tokens, from one model a seed; curves in docs/results/latent_vs_token.png.",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
