@@ -82,7 +82,7 @@ def main() -> None:
     plot(curves, args.steps, RESULTS / "latent_vs_token.png")
     record(
         "latent_vs_token", figures, list(seeds),
-        "GRPO over 16 latent actions and over tokens, from one model a seed; curves in docs/results/latent_vs_token.png.",
+        "GRPO over 16 latent actions and over tokens from one model a seed; curves: docs/results/latent_vs_token.png.",
     )  # fmt: skip
 
 
