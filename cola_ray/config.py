@@ -365,6 +365,7 @@ class Config(_Branch):
             ("task.path", self.task.path),
             ("task.game", self.task.game),
             ("model.base", self.model.base),
+            ("model.path", self.model.path),
             ("critic.encoder", self.critic.encoder),
             ("task.reward_model", self.task.reward_model),
         ):

@@ -118,7 +118,6 @@ def _supervised(
     started = time.time()
     with _cluster(config), _tracker(config, job) as tracker:
         mailbox = Queue(actor_options={"num_cpus": 0})
-        title = job
         lengths = [config.pretrain.num_steps(stage) for stage in stages]
         first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
 
@@ -128,9 +127,9 @@ def _supervised(
             tracker.log(first_step[stage] + step, metrics)
             shown = {k: metrics[f"{stage}/{k}"] for k in ("loss", "base_loss", "accuracy") if f"{stage}/{k}" in metrics}
             note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
-            display.update(f"{title}: {stage}", step, total, note, milestone=step % 100 == 0 or step == total)
+            display.update(f"{job}: {stage}", step, total, note, milestone=step % 100 == 0 or step == total)
 
-        with Display(title, total=1) as display:
+        with Display(job, total=1) as display:
 
             def poll() -> None:
                 for event in mailbox.get_nowait_batch(mailbox.qsize()):

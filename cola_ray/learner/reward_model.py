@@ -54,6 +54,8 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     source = output / "base" if (output / "base").exists() else Path(start)
     tokenizer = AutoTokenizer.from_pretrained(source)
     task = Preference(config.task.path, config.seed)
+    if not task.pairs("train"):
+        raise ValueError(f"task.path = {config.task.path!r}: has no columns chosen and rejected to learn from")
     train, heldout = ([_both(tokenizer, pair, config) for pair in task.pairs(split)] for split in ("train", "heldout"))
     classifier = open_classifier(source, tokenizer, config)
     bfloat16 = config.model.dtype == "bfloat16"

@@ -219,6 +219,11 @@ class Engine:
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM kept its prefix cache during a weight update")
 
+    def close(self) -> None:
+        """End vLLM here and now, so that another engine can start in this process."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.scheduler
+
     def sleep(self) -> None:
         """Free the GPU for a colocated learner: weights to host memory, cache dropped."""
         self.llm.sleep(level=1)

@@ -31,7 +31,7 @@ def engine(cola_dir):
         keep_hidden_states=True,
     )  # fmt: skip
     yield engine
-    del engine.llm
+    engine.close()
 
 
 @pytest.fixture(scope="module")

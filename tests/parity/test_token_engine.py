@@ -31,7 +31,7 @@ def engine(llama, tmp_path_factory):
         num_gpu_blocks_override=32, max_num_batched_tokens=160, disable_log_stats=False,
     )  # fmt: skip
     yield engine
-    del engine.llm
+    engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,35 @@ def test_a_task_of_ones_own_must_be_importable():
     assert refusal({"task.name": "json:Task"}) == "task.name = 'json:Task': json has no Task"
 
 
+TOKENS = {"rl.action_space": "token"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"rl.lora_rank": 8}, "rl.lora_rank = 8: for rl.action_space token; leave it out"),
+        (TOKENS | {"rl.cache_hidden_states": True}, "rl.cache_hidden_states = True: with rl.action_space token the"),
+        (TOKENS | {"task.name": "guess_city", "rl.algorithm": "chai"}, "rl.algorithm = 'chai': its players choose by"),
+        (TOKENS | {"task.name": "guess_city", "rl.algorithm": "archer"}, "critic.encoder = '': with rl.action_space"),
+        (TOKENS | {"rl.marginal_aliases": True}, "rl.action_space = 'token': rl.marginal_aliases needs 'latent'"),
+        ({"rl.marginal_aliases": True, "rl.kl_estimator": "k1"}, "rl.kl_estimator = 'k1': rl.marginal_aliases needs"),
+        ({"rl.dynamic_sampling": True, "rl.algorithm": "ppo"}, "rl.dynamic_sampling = True: for grpo and rloo on"),
+        ({"task.reward_model": "http://here"}, "task.reward_model = 'http://here': arithmetic has a verifier"),
+        ({"task.name": "preference"}, "task.path = '': preference needs rows with a column prompt"),
+        (
+            {"task.name": "preference", "task.path": "a/b", "task.reward_model": "./none"},
+            "task.reward_model = './none'",
+        ),
+    ],
+)
+def test_what_does_not_go_together(changes, line):
+    assert refusal(changes).startswith(line)
+
+
+def test_a_codebooks_size_does_not_bound_tokens():
+    override(preset("tiny"), TOKENS | {"rollout.top_k": 50, "rl.lora_rank": 4}).check()
+
+
 def test_an_environment_brings_defaults_that_others_do_not_inherit():
     def options(*argv):
         return from_command_line("", argv, agents=True).task.options
