@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from cola_ray.weights import Manifest
 
+Report = Callable[[dict[str, Any], Path | None], None]
+"""(metrics, folder of a checkpoint or None): how a training loop tells; a collective."""
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is NaN or infinite; raised on every rank before the optimizer can act on it."""

@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from cola_ray.algorithms.latent_actions import (
 )
 from cola_ray.config import Config, PretrainStage
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
-from cola_ray.learner.engine import Published, ZeroEngine, warmup_cosine
+from cola_ray.learner.engine import Published, Report, ZeroEngine, warmup_cosine
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.tasks import PlayedTask, Prompts, render_prompt, to_pretrain_on
@@ -49,7 +49,6 @@ TRAINED: dict[PretrainStage, tuple[str, ...]] = {
 }
 """What a stage trains: name prefixes inside :class:`StageModule`."""
 
-Report = Callable[[dict[str, Any], Path | None], None]
 MEASURED_STATES = 32  # states a rank on which all K actions are tried, for the reachable-tokens metric
 
 
@@ -193,7 +192,7 @@ def start_model(config: Config, task: Prompts | PlayedTask | None, rank: int) ->
             tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         elif config.model.base:
             model = attach(config, config.model.base)
-            tokenizer = load_tokenizer(config.model.base)
+            tokenizer = conversion.load_tokenizer(config.model.base)
         else:
             assert task is not None  # train_loop made one, since there is no base
             tokenizer = make_tokenizer(task)
@@ -211,13 +210,6 @@ def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
         include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers"}
     )
     return conversion.attach(base_path, seed=config.seed, dtype=getattr(torch, config.model.dtype), **sizes)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    path = Path(path)
-    if path.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    return AutoTokenizer.from_pretrained(str(path))
 
 
 def make_tokenizer(task: Prompts | PlayedTask) -> PreTrainedTokenizerFast:

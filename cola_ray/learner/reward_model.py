@@ -8,7 +8,7 @@ Bradley and Terry 1952; Ouyang et al. 2022, eq. 1. Which pairs a step trains on 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from cola_ray.config import Config
-from cola_ray.learner.engine import Published, ZeroEngine, warmup_cosine
+from cola_ray.learner.engine import Published, Report, ZeroEngine, warmup_cosine
 from cola_ray.model.conversion import plain_base
 from cola_ray.tasks.preference import Pair, Preference, judged_ids
-
-Report = Callable[[dict[str, Any], Path | None], None]
 
 
 class PairedRewards(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
 
@@ -80,6 +80,14 @@ def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None) ->
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
 
 
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """Of the checkpoint at ``path`` (directory, hub id or GGUF file)."""
+    file = Path(path)
+    if file.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    return AutoTokenizer.from_pretrained(str(path))
+
+
 def plain_base(path: str | os.PathLike, target: str | os.PathLike) -> Path:
     """A directory of the plain Llama at ``path``, which vLLM can serve, with its tokenizer.
 
@@ -89,13 +97,11 @@ def plain_base(path: str | os.PathLike, target: str | os.PathLike) -> Path:
     """
     if Path(path).suffix == ".gguf":
         load_base(path).save_pretrained(target)
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).parent), gguf_file=Path(path).name)
     elif is_released(path) or AutoConfig.from_pretrained(path).model_type == "cola":
         _detach(Path(path), Path(target))
-        tokenizer = AutoTokenizer.from_pretrained(path)
     else:
         return Path(path)
-    tokenizer.save_pretrained(target)
+    load_tokenizer(path).save_pretrained(target)
     return Path(target)
 
 

@@ -11,6 +11,7 @@ A request in flight at an update keeps its tokens. Its key/value entries of laye
 preempted and computed again under the new weights; ``Completion.versions`` tells which version chose each action.
 """
 
+import abc
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ Loader = Callable[[Any, WeightReceiver | BroadcastReceiver], None]
 """(served model, receiver): a complete update, or an error before any change."""
 
 
-class Engine:
+class Engine(abc.ABC):
     """vLLM in this process; what heirs add is what an action is and which weights change.
 
     Args:
@@ -113,17 +114,17 @@ class Engine:
 
     # --- what heirs say -------------------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _sampling(self, request: Request) -> dict[str, Any]:
         """Arguments for ``vllm.SamplingParams`` that make it act."""
-        raise NotImplementedError
 
-    def _read(self, request: "_InFlight", output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    @abc.abstractmethod
+    def _read(self, request: _InFlight, output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         """vLLM's ``CompletionOutput`` -> tokens, actions, log-probabilities, hidden states."""
-        raise NotImplementedError
 
-    def _loader(self) -> "Loader":
+    @abc.abstractmethod
+    def _loader(self) -> Loader:
         """What takes new weights in beside the served model; sent to all of an engine's GPUs."""
-        raise NotImplementedError
 
     # --- requests -------------------------------------------------------------------------------------------------
 

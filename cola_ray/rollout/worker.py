@@ -16,7 +16,6 @@ import functools
 import resource
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 
@@ -99,11 +98,12 @@ class EngineWorker:
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
         self.latent = config.rl.action_space == "latent"
-        settings: dict[str, Any] = {"keep_hidden_states": keep_hidden_states} if self.latent else {}
-        if config.rl.lora_rank:
-            settings["adapters"] = True
-        kind: type[Engine] = LatentEngine if self.latent else TokenEngine
-        self.engine = kind(
+        make: Callable[..., Engine] = (
+            functools.partial(LatentEngine, keep_hidden_states=keep_hidden_states)
+            if self.latent
+            else functools.partial(TokenEngine, adapters=config.rl.lora_rank > 0)
+        )
+        self.engine = make(
             model_path,
             dtype=config.model.dtype,
             max_model_len=rollout.max_prompt_tokens + rollout.max_new_tokens,
@@ -113,7 +113,6 @@ class EngineWorker:
             tensor_parallel_size=rollout.tensor_parallel_size,
             num_threads=config.cluster.threads_per_process,
             enable_sleep_mode=config.cluster.colocated,
-            **settings,
         )
         self.batch = RunningBatch(self.engine, drain=config.rl.update_mode == "drain")
 

@@ -6,16 +6,13 @@ rows of prompt, chosen, rejected ─┬─> pairs to train a reward model on (le
 """
 
 import random
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from cola_ray.tasks.protocol import Problem, Split, render_prompt
+from cola_ray.tasks.protocol import Problem, Split, render_prompt, split_of
 from cola_ray.tasks.rows import open_rows
-
-_HELD_OUT_OF = 6
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,7 @@ class Preference:
 
     def __init__(self, path: str, seed: int) -> None:
         rows = open_rows(path, "task.path")
-        missing = {"prompt"} - set(rows.column_names)
-        if missing:
+        if "prompt" not in rows.column_names:
             raise ValueError(f"task.path = {path!r}: has columns {rows.column_names}; one named prompt is needed")
         self._pairs: dict[Split, list[Pair]] = {"train": [], "heldout": []}
         self._prompts: dict[Split, list[str]] = {"train": [], "heldout": []}
@@ -51,7 +47,7 @@ class Preference:
         for index in order:
             row = rows[index]
             prompt = _text(row["prompt"])
-            split: Split = "heldout" if zlib.crc32(prompt.encode()) % _HELD_OUT_OF == 0 else "train"
+            split = split_of(prompt)
             if prompt not in seen:
                 seen.add(prompt)
                 self._prompts[split].append(prompt)

@@ -2,14 +2,11 @@
 
 import random
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cola_ray.tasks.protocol import Problem, Split, Task
-
-_HELD_OUT_OF = 6
+from cola_ray.tasks.protocol import Problem, Split, Task, split_of
 
 
 class ReasoningGym:
@@ -40,7 +37,7 @@ class ReasoningGym:
             if question in seen:
                 continue
             seen.add(question)
-            split: Split = "heldout" if zlib.crc32(question.encode()) % _HELD_OUT_OF == 0 else "train"
+            split = split_of(question)
             self._splits[split].append(Problem(len(self._splits[split]), question, str(entry["answer"])))
             self._entries[split].append(entry)
 
