@@ -6,6 +6,10 @@
 # FOLDER: where TRL's own environment and all runs go; what is there is not made again. MODEL: a CoLA model of the tiny
 # preset, e.g. outputs/pretrain-tiny-seed0/model, whose base both start from.
 set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: $0 FOLDER MODEL [--seeds 0 1 2] [--steps 80]; what they are stands at the top of this file" >&2
+    exit 2
+fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 model=$2
