@@ -17,7 +17,6 @@ warms up, advantages are zero and the step moves nothing.
 environment seed, ``ppo`` has its own value head in the learner, and none of the three needs replay or critic.
 """
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -32,7 +31,7 @@ from cola_ray.config import OF_TURNS, Config
 from cola_ray.controller import Controller, WorkerPool
 from cola_ray.experience import Batch, Episode, Ticket, Trajectory
 from cola_ray.replay.service import Shards
-from cola_ray.replay.transitions import as_rows, fresh_rows
+from cola_ray.replay.transitions import as_rows, as_trajectories, fresh_rows
 
 Array = np.ndarray
 Metrics = dict[str, float]
@@ -63,8 +62,8 @@ class AgentController(Controller):
     MEASURE = "return"
 
     def __init__(self, config: Config, pool: WorkerPool, shards: Shards, critic: CriticClient) -> None:
-        super().__init__(config, pool)
-        self.shards, self.critic = shards, critic
+        super().__init__(config, pool, shards)
+        self.critic = critic
         self.steps = {"archer": self._archer, "chai": self._archer, "filtered_bc": self._filtered_bc}
         self.critic_fitted, self.critic_restarts = False, 0.0
 
@@ -79,13 +78,12 @@ class AgentController(Controller):
         metrics = self._measure_episodes(episodes, target, seconds)
         algorithm = self.config.rl.algorithm
         if algorithm not in OF_TURNS:
-            return self._whole_episodes(episodes, target), metrics
-        for shard, rows in await self.shards.came_back():
-            self._say(f"replay shard {shard} was started again and has the {rows} turns of its last snapshot")
-        tables = self._rows_by_shard(episodes)
+            batches, more = await self._whole_episodes(episodes, target)
+            return batches, metrics | more
+        rows = as_rows(episodes, self.facts["feature_width"])
         if self.critic_fitted:
-            metrics |= await self.critic.assess(pa.concat_tables(tables.values()))
-        await asyncio.gather(*(self.shards.insert(shard, rows) for shard, rows in tables.items()))
+            metrics |= await self.critic.assess(rows)
+        await self._store(rows)
         batches, more = await self.steps[algorithm](target)
         return batches, metrics | more
 
@@ -136,32 +134,25 @@ class AgentController(Controller):
     async def _filtered_bc(self, target: int) -> tuple[list[Batch], Metrics]:
         """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay."""
         rows, cutoff = await self.shards.sample_best(self.config.critic.fresh_states, self.config.replay.kept_share)
-        trajectories = [
-            Trajectory(
-                np.asarray(state, np.int64), np.asarray(utterance, np.int64), np.asarray(actions, np.int64),
-                np.zeros(len(actions), np.float32), np.full(len(actions), version), 0.0, False, "",
-            )
-            for state, utterance, actions, version in zip(
-                *(rows[name].to_pylist() for name in ("state_ids", "utterance_ids", "actions", "version")), strict=True
-            )
-        ]  # fmt: skip
+        trajectories = as_trajectories(rows)
         batches = self._batches(trajectories, [1.0] * len(trajectories), target)
         return batches, {"replay/cutoff": cutoff} | await self._replay_size()
 
-    def _whole_episodes(self, episodes: Sequence[Episode], target: int) -> list[Batch]:
-        """On-policy: rewards of each turn for PPO, and each return against those of the same environment seed."""
+    async def _whole_episodes(self, episodes: Sequence[Episode], target: int) -> tuple[list[Batch], Metrics]:
+        """Rewards of each turn for PPO and ETPO, and each return against those of the same environment seed."""
         groups: dict[int, list[Episode]] = {}
         for episode in episodes:
             groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
         played = list(groups.values())
         outcomes = [Outcomes(torch.tensor([episode.total_reward for episode in group])) for group in played]
-        trajectories, advantages = list[Trajectory](), list[float]()
+        trajectories, advantages, positions = list[Trajectory](), list[float](), list[int]()
         for group, relative in zip(played, self._advantages(outcomes), strict=True):
             for episode, advantage in zip(group, relative, strict=True):
                 pieces = episode.as_trajectories(self.config.critic.gamma)
                 trajectories += pieces
                 advantages += [advantage] * len(pieces)
-        return self._batches(trajectories, advantages, target)
+                positions += [episode.position] * len(pieces)
+        return await self._train_on(positions, trajectories, advantages, target)
 
     async def _judge(self) -> tuple[Any, ...]:
         """For ``chai`` the critic's heads, which the players choose by once there are some."""
@@ -169,23 +160,12 @@ class AgentController(Controller):
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    def _rows_by_shard(self, episodes: Sequence[Episode]) -> dict[int, pa.Table]:
-        """One insert for each shard that gets any."""
-        homes: dict[int, list[Episode]] = {}
-        for episode in episodes:
-            homes.setdefault(self.shards.shard_of(str(episode.position)), []).append(episode)
-        return {shard: as_rows(some, self.facts["feature_width"]) for shard, some in homes.items()}
-
     async def _speak(self, rows: pa.Table, draw: int) -> tuple[list[Trajectory], pa.Table]:
         """A fresh utterance for each row's state, in order of the rows; and both as rows for the critic."""
         states = list(enumerate(rows["state_ids"].to_pylist()))
         spoken = await self._share_out(states, "speak", draw)
         trajectories = [trajectory for trajectory, _ in spoken]
         return trajectories, fresh_rows(rows, trajectories, [utterance for _, utterance in spoken])
-
-    async def _replay_size(self) -> Metrics:
-        rows, nbytes = await self.shards.size()
-        return {"replay/rows": float(rows), "replay/megabytes": nbytes / 1e6}
 
     def _measure_episodes(self, episodes: Sequence[Episode], target: int, seconds: float) -> Metrics:
         returns = np.array([episode.total_reward for episode in episodes])

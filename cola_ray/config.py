@@ -175,6 +175,9 @@ class RLConfig(_Branch):
     action_space: Literal["latent", "token"] = "latent"
     """latent: actions of the learned codebook; the policy over them trains. token: the plain base chooses tokens and
     itself trains, through the same workers, tasks and algorithms: what latent actions are compared with."""
+    actor_free: bool = False
+    """etpo over latent actions: no policy trains. The start policy's rho exp(Q / kl_coef) / Z acts, exact over all
+    actions, and Q learns from as many completions of any age, out of replay, as a step generates."""
     lora_rank: int = 0
     """token: above 0, low-rank adapters of this rank train in the base's place."""
     gradient_checkpointing: bool = False
@@ -251,7 +254,7 @@ class RLConfig(_Branch):
 
 class ReplayConfig(_Branch):
     max_rows: int = 100_000
-    """Turns kept, over all shards; the oldest go first."""
+    """Turns kept, with rl.actor_free completions, over all shards; the oldest go first."""
     max_mb: int = 4096
     """Their size, over all shards."""
     shards: int = 1
@@ -349,6 +352,11 @@ class Config(_Branch):
         rl = self.rl
         within_turns = rl.algorithm == "archer" and self.critic.token_baseline
         return rl.algorithm in ("ppo", "etpo") or rl.control_variate or within_turns
+
+    @property
+    def replays(self) -> bool:
+        """Whether what the learner trains on comes out of replay."""
+        return self.rl.algorithm in OF_TURNS or self.rl.actor_free
 
     @property
     def start_model(self) -> Path:
@@ -744,6 +752,20 @@ def _check_soft_q(config: Config) -> list[str]:
     return [f"rl.kl_coef = {config.rl.kl_coef}: etpo divides by it; use a number above 0, e.g. 0.05"]
 
 
+def _check_actor_free(config: Config) -> list[str]:
+    if not config.rl.actor_free:
+        return []
+    wants = {"rl.algorithm": "etpo", "rl.action_space": "latent", "rl.cache_hidden_states": False, "rl.kl_target": 0.0,
+             "rollout.temperature": 1.0, "rollout.top_k": 0}  # fmt: skip
+    lines = []
+    for field, value in wants.items():
+        branch, leaf = field.split(".")
+        given = getattr(getattr(config, branch), leaf)
+        if given != value:
+            lines.append(f"{field} = {given!r}: rl.actor_free needs {value!r}")
+    return lines
+
+
 def _check_kind(config: Config) -> list[str]:
     if config.rl.cache_hidden_states and is_environment(config.task.name):
         return ["rl.cache_hidden_states = True: turns do not bring their states to the learner; leave it out"]
@@ -826,6 +848,7 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_task,
     _check_kind,
     _check_soft_q,
+    _check_actor_free,
     _check_tokens,
     _check_critic,
     _check_base,

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from cola_ray.algorithms import ADVANTAGES
@@ -35,6 +36,8 @@ from cola_ray.algorithms.advantages import Outcomes, overlong_penalty
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.config import Config
 from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
+from cola_ray.replay.service import Shards
+from cola_ray.replay.transitions import as_completion_rows, as_trajectories
 from cola_ray.weights import Bucket, Channel, Manifest, Offer
 from cola_ray.work_buffer import WorkBuffer
 
@@ -80,13 +83,17 @@ class Ledger:
 
 
 class Controller:
-    """One run's state between workers and learner; its heirs make other batches of other rollouts."""
+    """One run's state between workers and learner; its heirs make other batches of other rollouts.
+
+    Args:
+        shards: replay; none where the algorithm asks for none.
+    """
 
     MEASURE = "accuracy"  # what an evaluation is called
 
-    def __init__(self, config: Config, pool: WorkerPool) -> None:
+    def __init__(self, config: Config, pool: WorkerPool, shards: Shards) -> None:
         rl = config.rl
-        self.config, self.pool = config, pool
+        self.config, self.pool, self.shards = config, pool, shards
         self.seats = [Seat(number, pool.spawn()) for number in range(config.rollout.num_workers)]
         self.buffer = WorkBuffer(rl.prompts_per_step, rl.max_staleness)
         self.ledger = Ledger(response_length=config.rollout.max_new_tokens)
@@ -237,7 +244,8 @@ class Controller:
         seconds = time.perf_counter() - started
         failures = [t.failure for group in groups for t in group.trajectories if t.failure]
         self._check_failures(failures, len(groups) * self.config.rl.group_size, "rewards")
-        return self._collate(taught, target), self._measure(groups, target, seconds) | more
+        batches, replayed = await self._collate(taught, target)
+        return batches, self._measure(groups, target, seconds) | more | replayed
 
     async def _with_signal(self, groups: Sequence[Group], target: int) -> tuple[list[Group], dict[str, float]]:
         """Groups whose rewards differ, from other prompts where too few do (DAPO, Yu et al. 2025, section 3.2).
@@ -319,13 +327,38 @@ class Controller:
                 f"{self.config.task.max_failed_rewards:.0%}; the first one {failures[0]}"
             )
 
-    def _collate(self, groups: Sequence[Group], target: int) -> list[Batch]:
+    async def _collate(self, groups: Sequence[Group], target: int) -> tuple[list[Batch], dict[str, float]]:
         scored = [group for group in groups if group.scored]
         if not scored:
             raise RuntimeError("a step has no sample with a reward")
         relative = self._advantages([self._outcomes(group) for group in scored])
         trajectories = [trajectory for group in scored for trajectory in group.scored]
-        return self._batches(trajectories, [one for advantages in relative for one in advantages], target)
+        positions = [group.position for group in scored for _ in group.scored]
+        return await self._train_on(positions, trajectories, [a for advantages in relative for a in advantages], target)
+
+    async def _train_on(
+        self, positions: Sequence[int], trajectories: Sequence[Trajectory], advantages: Sequence[float], target: int
+    ) -> tuple[list[Batch], dict[str, float]]:
+        """A batch a rank: of these; without an actor, of as many out of replay, where these go first."""
+        if not self.config.rl.actor_free:
+            return self._batches(trajectories, advantages, target), {}
+        await self._store(as_completion_rows(positions, trajectories, np.asarray(advantages)))
+        rows = await self.shards.sample(len(trajectories))
+        age = {"replay/age": float(target - np.mean(rows["version"].to_numpy()))}
+        batches = self._batches(as_trajectories(rows), rows["outcome"].to_pylist(), target)
+        return batches, age | await self._replay_size()
+
+    async def _store(self, rows: pa.Table) -> None:
+        """Into replay, each row in its position's shard; one insert for each that gets any."""
+        for shard, held in await self.shards.came_back():
+            self._say(f"replay shard {shard} was started again and has the {held} rows of its last snapshot")
+        homes = np.array([self.shards.shard_of(str(position)) for position in rows["position"].to_pylist()])
+        inserts = (self.shards.insert(int(home), rows.filter(pa.array(homes == home))) for home in np.unique(homes))
+        await asyncio.gather(*inserts)
+
+    async def _replay_size(self) -> dict[str, float]:
+        rows, nbytes = await self.shards.size()
+        return {"replay/rows": float(rows), "replay/megabytes": nbytes / 1e6}
 
     def _outcomes(self, group: Group) -> Outcomes:
         """Rewards as the algorithm sees them: less for what is overlong."""

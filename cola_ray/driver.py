@@ -33,7 +33,6 @@ from ray.util.queue import Queue
 from cola_ray.agents import AgentController
 from cola_ray.config import (
     MULTI_TURN,
-    OF_TURNS,
     REWARD_STAGE,
     WITH_CRITIC,
     Config,
@@ -253,7 +252,7 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
         if config.rl.action_space == "token":
             model_path = str(plain_base(start if start.exists() else config.model.base, output / "base"))
         with _tracker(config, job.name) as tracker:
-            services = _services(config, model_path) if job.controller is AgentController else ()
+            services = _services(config, model_path)[: 2 if job.controller is AgentController else 1]
             judge = _judge(config)
             pool = RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
             controller = ray.remote(job.controller).options(num_cpus=0, max_concurrency=256).remote(
@@ -318,7 +317,7 @@ def _services(config: Config, model_path: str) -> tuple[Shards, CriticReplicas]:
     rows, nbytes = replay.max_rows // replay.shards, (replay.max_mb << 20) // replay.shards
     shards = [
         shard.remote(rows, nbytes, str(output / "replay" / str(i)), replay.snapshot_every_s, config.seed + i)
-        for i in range(replay.shards if algorithm in OF_TURNS else 0)
+        for i in range(replay.shards if config.replays else 0)
     ]
     stored = Shards(len(shards), RemoteShards(shards), config.seed)
     width = AutoConfig.from_pretrained(model_path).hidden_size
@@ -497,7 +496,7 @@ def _rl_summary(
         "alive_actions": int(last("actions/alive")),
         "trained_parameters": int(last("learner/trained_parameters")),
         "optimizer_mb": round(last("memory/optimizer_mb"), 2),
-        "rollout_mismatch": last("policy/rollout_mismatch"),
+        **({} if config.rl.actor_free else {"rollout_mismatch": last("policy/rollout_mismatch")}),
         "seconds_per_step": sum(tracker.series("time/step")[1]) / max(len(tracker.series("time/step")[1]), 1),
         "wall_seconds": round(seconds, 1),
         "peak_memory_learner_gb": last("memory/learner_gb"),

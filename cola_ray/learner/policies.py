@@ -2,6 +2,7 @@
 
                     forward: logits over actions, frozen states e, the reference's logits           goes out
     LatentPolicy    base (frozen) ─> e ─> policy, reference                                         the policy
+    SoftQPolicy     base (frozen) ─> e ─> Q in the logits' place, reference (frozen)                Q
     TokenPolicy     base (trains, or adapters in it) ─> logits;  reference (frozen) ─> e, logits    what trains, merged
 
 Logits are computed at N of the B x T positions: where an action was taken, not in prompts or observations.
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from cola_ray.config import Config
 from cola_ray.learner.engine import Published
 from cola_ray.model.conversion import is_released
-from cola_ray.model.modeling_cola import CoLAForCausalLM, positions
+from cola_ray.model.modeling_cola import CoLAForCausalLM, SoftQHead, positions
 
 States = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """Logits (N, K); e (B, T, H), the reference's logits (N, K), aliases (N, K): each None where nobody asks for it."""
@@ -88,6 +89,47 @@ class LatentPolicy(nn.Module):
             for some in e.split(_TRIED_AT_ONCE)
         ]
         return torch.cat(found) == said[:, None]
+
+
+class SoftQPolicy(nn.Module):
+    """ETPO without an actor: the frozen model, its policy as rho, and the Q by which ``rho exp(Q / beta) / Z`` acts.
+
+    Args:
+        cola: taken over; where its policy has a Q already, training goes on from it.
+    """
+
+    def __init__(self, cola: CoLAForCausalLM, beta: float) -> None:
+        super().__init__()
+        cola.act_softly(beta)
+        self.width, self.num_actions = cola.config.hidden_size, cola.config.num_actions
+        self.q: SoftQHead = cola.policy.soft_q  # type: ignore[assignment]  # which act_softly made
+        cola.policy.soft_q = None
+        self.cola = cola
+        del cola.idm, cola.world_model, cola.codebook
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return ("q.",)
+
+    def published(self) -> list[Published]:
+        return [Published(f"policy.soft_q.{name}", (parameter,)) for name, parameter in self.q.named_parameters()]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scored_mask: Tensor,
+        hidden_states: Tensor | None = None,
+        reference_logits: Tensor | None = None,
+        aliases: None = None,
+    ) -> States:
+        """Q (N, K) first; e and the reference's logits are computed unless given."""
+        with torch.no_grad():
+            if hidden_states is None:
+                hidden_states = self.cola.encode(input_ids, attention_mask)
+            if reference_logits is None:
+                reference_logits = self.cola.policy(hidden_states, attention_mask, scored=scored_mask)
+        return self.q(hidden_states[scored_mask]), hidden_states, reference_logits, None
 
 
 class TokenPolicy(nn.Module):
@@ -180,11 +222,17 @@ def _merged(scaling: float) -> Callable[..., Tensor]:
     return lambda weight, a, b: (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
 
 
-def make_policy(config: Config, model_path: str) -> LatentPolicy | TokenPolicy:
+Policy = LatentPolicy | SoftQPolicy | TokenPolicy
+
+
+def make_policy(config: Config, model_path: str) -> Policy:
     """Of the run's action space, from the checkpoint at ``model_path``, in ``config.model.dtype``."""
     rl, dtype = config.rl, getattr(torch, config.model.dtype)
     if rl.action_space == "latent":
         cola = CoLAForCausalLM.from_pretrained(model_path, dtype=dtype)
+        if rl.actor_free:
+            torch.manual_seed(config.seed)  # every rank draws the same Q
+            return SoftQPolicy(cola, rl.kl_coef)
         return LatentPolicy(cola, rl.cache_hidden_states, rl.marginal_aliases)
     return TokenPolicy(
         LlamaForCausalLM.from_pretrained(model_path, dtype=dtype),
@@ -194,10 +242,12 @@ def make_policy(config: Config, model_path: str) -> LatentPolicy | TokenPolicy:
     )
 
 
-def export(start_model: str, trained: dict[str, Tensor], target: Path) -> None:
+def export(start_model: str, trained: dict[str, Tensor], target: Path, soft_q_beta: float = 0.0) -> None:
     """The start model with the trained tensors in place, as a Hugging Face directory, with its tokenizer."""
     plain = AutoConfig.from_pretrained(start_model).model_type == "llama" and not is_released(start_model)
     model = (LlamaForCausalLM if plain else CoLAForCausalLM).from_pretrained(start_model, dtype="auto")
+    if soft_q_beta:
+        model.act_softly(soft_q_beta)
     unknown = trained.keys() - model.state_dict().keys()
     if unknown:
         raise ValueError(f"trained tensors that the model does not have: {sorted(unknown)[:3]}")

@@ -4,10 +4,12 @@
          ^                    └─> value head (ppo, ArCHer's token baseline), soft Q (etpo) ──^        │
          └────────────────────────────── publish(v+1, policy buckets, metrics) <──────────────────────┘
 
-Of the model, only the policy trains. The reference is a frozen copy of the policy's layers, and both read the same e;
-the LM head and the world model are never evaluated here. Legend: B sequences, T positions, N of them scored, K actions.
+Of the model, only the policy trains, or with ``rl.actor_free`` the Q that makes it. The reference is a frozen copy of
+the policy's layers, and both read the same e; the LM head and the world model are never evaluated here. Legend: B
+sequences, T positions, N of them scored, K actions.
 """
 
+import copy
 import json
 import tempfile
 import time
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from cola_ray.algorithms import etpo
 from cola_ray.algorithms.advantages import discounted_sum_to_go
+from cola_ray.algorithms.archer import polyak_
 from cola_ray.algorithms.latent_actions import action_log_probs
 from cola_ray.algorithms.policy_loss import (
     adapted_kl_coef,
@@ -33,9 +36,10 @@ from cola_ray.algorithms.policy_loss import (
 from cola_ray.config import Config, RLConfig
 from cola_ray.experience import Batch
 from cola_ray.learner.engine import NonFiniteError, ZeroEngine
-from cola_ray.learner.policies import LatentPolicy, TokenPolicy, export, make_policy
-from cola_ray.learner.soft_q import SoftQLearner, last_positions
+from cola_ray.learner.policies import Policy, SoftQPolicy, export, make_policy
+from cola_ray.learner.soft_q import SoftQLearner, last_positions, one_step_targets
 from cola_ray.learner.value import ValueLearner
+from cola_ray.model.modeling_cola import SoftQHead
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
 
@@ -215,9 +219,12 @@ class RLLearner:
         policy: as it starts, in ``config.model.dtype``; taken over.
     """
 
-    def __init__(self, config: Config, policy: LatentPolicy | TokenPolicy) -> None:
+    def __init__(self, config: Config, policy: Policy) -> None:
         self.config, self.policy = config, policy
         rl = config.rl
+        self.target_q: SoftQHead | None = None
+        if isinstance(policy, SoftQPolicy):  # whole on every rank; what it is a copy of will be partitioned
+            self.target_q = copy.deepcopy(policy.q).float().requires_grad_(False)
         self.zero = ZeroEngine(
             policy,
             policy.trained,
@@ -226,6 +233,8 @@ class RLLearner:
             grad_clip=rl.grad_clip,
             bfloat16=config.model.dtype == "bfloat16",
         )
+        if self.target_q is not None:
+            self.target_q.to(self.zero.device)
         self.value = _value_learner(config, policy.width, self.zero.device)
         self.soft_q = _soft_q_learner(config, policy.width, policy.num_actions, self.zero.device)
         self.sender = WeightSender()
@@ -233,53 +242,24 @@ class RLLearner:
         self.version, self.kl_coef = 0, rl.kl_coef
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """``updates_per_batch`` optimizer steps on this rank's share; returns metrics reduced over ranks.
+        """Train on this rank's share of a batch; returns metrics reduced over ranks.
 
         Raises:
-            NonFiniteError: loss or gradient is NaN or infinite; the weights are those before this update.
+            NonFiniteError: loss or gradient is NaN or infinite; the weights are those before the optimizer step.
         """
         rl = self.config.rl
         started = time.perf_counter()
         pieces = [_tensors(batch, *cut, self.zero.device) for cut in batch.micro_batches]
-        if self.soft_q is not None:  # which wants the value after a cut, too
+        if rl.algorithm == "etpo" or self.soft_q is not None:  # which want the value after a cut, too
             for piece in pieces:
                 piece["scored_mask"] = piece["action_mask"] | last_positions(piece["attention_mask"])
-        old: list[Tensor | None] = [None] * len(pieces)
-        sums: dict[str, Tensor] = {}
-        if rl.updates_per_batch > 1 or self.value is not None or self.soft_q is not None:
-            with torch.no_grad():
-                old = [self._score(piece) for piece in pieces]
-        if self.value is not None:
-            self._charge_kl(pieces)
-            sums = self.value.advantages(pieces, batch.num_actions_global)
-            self.value.fit(pieces, batch.num_actions_global)
-        if self.soft_q is not None:
-            if rl.control_variate:  # before this batch has been learnt from: a control must not know it
-                self._control(pieces)
-            beta = 0.0 if rl.control_variate else self.kl_coef
-            sums = self.soft_q.fit(pieces, batch.num_actions_global, beta)
-        lr = rl.lr * min(1.0, (self.version + 1) / max(rl.warmup_steps, 1))
-        for update in range(rl.updates_per_batch):
-            for index, piece in enumerate(pieces):
-                logits = self._logits(piece)
-                loss, metrics = policy_objective(
-                    logits,
-                    piece,
-                    old[index],
-                    rl=rl,
-                    kl_coef=self.kl_coef,
-                    temperature=self.config.rollout.temperature,
-                    top_k=self.config.rollout.top_k,
-                    q=self.soft_q.q(piece) if self.soft_q and rl.algorithm == "etpo" else None,
-                )
-                self.zero.backward(loss / batch.num_actions_global, last=index == len(pieces) - 1)
-                if rl.updates_per_batch == 1:
-                    pieces[index] = {}  # its states are not needed again
-                if update == 0:  # what the batch said of the policy that made it
-                    for name, value in metrics.items():
-                        known = sums.get(name, torch.zeros_like(value))
-                        sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
-            grad_norm = self.zero.step(lr)
+        warmth = min(1.0, (self.version + 1) / max(rl.warmup_steps, 1))
+        if self.target_q is None:
+            lr = rl.lr * warmth
+            sums, grad_norm = self._improve_policy(pieces, batch.num_actions_global, lr)
+        else:
+            lr = rl.value_lr * warmth
+            sums, grad_norm = self._fit_q(pieces, batch.num_actions_global, lr, self.target_q)
         self.version += 1
         reduced = _reduce(sums, batch.num_actions_global)
         if self.value is not None:
@@ -300,6 +280,75 @@ class RLLearner:
             "memory/optimizer_mb": self.zero.optimizer_mb(),
             "time/learn": seconds,
         }
+
+    def _improve_policy(
+        self, pieces: list[dict[str, Tensor]], num_actions: int, lr: float
+    ) -> tuple[dict[str, Tensor], float]:
+        """``updates_per_batch`` optimizer steps, value head or Q first; returns metric sums and the gradient norm."""
+        rl = self.config.rl
+        old: list[Tensor | None] = [None] * len(pieces)
+        sums: dict[str, Tensor] = {}
+        if rl.updates_per_batch > 1 or self.value is not None or self.soft_q is not None:
+            with torch.no_grad():
+                old = [self._score(piece) for piece in pieces]
+        if self.value is not None:
+            self._charge_kl(pieces)
+            sums = self.value.advantages(pieces, num_actions)
+            self.value.fit(pieces, num_actions)
+        if self.soft_q is not None:
+            if rl.control_variate:  # before this batch has been learnt from: a control must not know it
+                self._control(pieces)
+            sums = self.soft_q.fit(pieces, num_actions, 0.0 if rl.control_variate else self.kl_coef)
+        for update in range(rl.updates_per_batch):
+            for index, piece in enumerate(pieces):
+                logits = self._logits(piece)
+                loss, metrics = policy_objective(
+                    logits,
+                    piece,
+                    old[index],
+                    rl=rl,
+                    kl_coef=self.kl_coef,
+                    temperature=self.config.rollout.temperature,
+                    top_k=self.config.rollout.top_k,
+                    q=self.soft_q.q(piece) if self.soft_q and rl.algorithm == "etpo" else None,
+                )
+                self.zero.backward(loss / num_actions, last=index == len(pieces) - 1)
+                if rl.updates_per_batch == 1:
+                    pieces[index] = {}  # its states are not needed again
+                if update == 0:  # what the batch said of the policy that made it
+                    for name, value in metrics.items():
+                        known = sums.get(name, torch.zeros_like(value))
+                        sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
+            grad_norm = self.zero.step(lr)
+        return sums, grad_norm
+
+    def _fit_q(
+        self, pieces: list[dict[str, Tensor]], num_actions: int, lr: float, target: SoftQHead
+    ) -> tuple[dict[str, Tensor], float]:
+        """``value_steps`` optimizer steps on ``mean (Q(e, a) - r - g V(next))^2``; metrics are those of the first."""
+        beta = self.kl_coef
+        sums: dict[str, Tensor] = {}
+        for step in range(self.config.rl.value_steps):
+            for index, piece in enumerate(pieces):
+                q, mask = self._logits(piece), piece["action_mask"]
+                reference = piece["reference"] = piece["reference_logits"].log_softmax(-1)
+                goals = one_step_targets(target, piece, beta)[mask]
+                taken = _placed(_taken(q, piece), piece)[mask]
+                error = (taken - goals).square().sum()
+                self.zero.backward(error / num_actions, last=index == len(pieces) - 1)
+                if step == 0:
+                    with torch.no_grad():
+                        policy = etpo.best_log_probs(q, reference, beta)
+                        found = {
+                            "q/taken": taken.sum(), "q/target": goals.sum(), "q/error": error.detach(),
+                            "policy/kl": _placed(exact_kl(policy, reference), piece)[mask].sum(),
+                            "policy/entropy": _placed(entropy(policy), piece)[mask].sum(),
+                        }  # fmt: skip
+                    sums = {name: sums.get(name, 0.0) + value.detach() for name, value in found.items()}
+            grad_norm = self.zero.step(lr)
+            fitted = [tensor.float().clone() for _, tensor in self.zero.stream(self.policy.published())]
+            polyak_(target.parameters(), fitted, self.config.rl.target_tau)
+        return sums, grad_norm
 
     def _logits(self, piece: dict[str, Tensor]) -> Tensor:
         """Of the policy, (N, K). Leaves in ``piece`` what later updates on the same batch need again."""
@@ -369,9 +418,9 @@ class RLLearner:
         saved = json.loads((folder / "rl.json").read_text())
         self.version, self.kl_coef = saved["version"], saved["kl_coef"]
 
-    def _heads(self) -> list[tuple[str, ValueLearner | SoftQLearner]]:
-        """What trains beside the policy, by the name that it is saved under."""
-        heads = {"value": self.value, "soft_q": self.soft_q}
+    def _heads(self) -> list[tuple[str, ValueLearner | SoftQLearner | SoftQHead]]:
+        """What there is beside the policy, by the name that it is saved under."""
+        heads = {"value": self.value, "soft_q": self.soft_q, "target_q": self.target_q}
         return [(name, head) for name, head in heads.items() if head is not None]
 
 
@@ -393,7 +442,7 @@ def _value_learner(config: Config, width: int, device: torch.device) -> ValueLea
 def _soft_q_learner(config: Config, width: int, num_actions: int, device: torch.device) -> SoftQLearner | None:
     """ETPO's, or the control variate of an algorithm whose rewards are its advantages."""
     rl = config.rl
-    if rl.algorithm != "etpo" and not rl.control_variate:
+    if rl.actor_free or (rl.algorithm != "etpo" and not rl.control_variate):
         return None
     return SoftQLearner(
         width, num_actions, device, lr=rl.value_lr, tau=rl.target_tau, grad_clip=rl.grad_clip, steps=rl.value_steps,
@@ -449,7 +498,8 @@ def train_loop(
         return
     tensors = {name: tensor.cpu().clone() for name, tensor in learner.zero.stream(learner.policy.published())}
     if is_first:
-        export(model_path, tensors, Path(config.output_dir) / "model")
+        beta = config.rl.kl_coef if config.rl.actor_free else 0.0
+        export(model_path, tensors, Path(config.output_dir) / "model", beta)
 
 
 def _tensors(batch: Batch, start: int, stop: int, width: int, device: torch.device) -> dict[str, Tensor]:

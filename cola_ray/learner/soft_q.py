@@ -1,13 +1,14 @@
-"""ETPO's soft Q: a K-way head on the frozen base's e, trained beside the policy on the same batches.
+"""ETPO's soft Q: a K-way head on the frozen base's e, and what it is fitted to.
 
     e (N, H) ─> Qbar(e) ────┐                        pi, rho (N, K)
                             ├─> V of each state ─> targets r + g V(next) ─> squared error of Q(e, action taken)
     pi, rho ────────────────┘                                              then Qbar follows by Polyak averaging
-    Q(e) ─> actor loss, summed over all K actions ─> the policy's update
 
-The last layer starts at zero: at first every action is worth the same, and the best policy is the reference. The head
-is small and whole on every rank, with an optimizer and a clip of its own. N positions are scored: where an action was
-taken, and the last one of a sequence.
+    with an actor   Q(e) ─> actor loss, summed over all K actions ─> the policy's update, on the same batch
+    without         rho exp(Q / beta) / Z acts, V is its own, and batches are of any age
+
+The last layer starts at zero: at first every action is worth the same, and the best policy is the reference. N
+positions are scored: where an action was taken, and the last one of a sequence.
 """
 
 import copy
@@ -15,29 +16,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cola_ray.algorithms import etpo
 from cola_ray.algorithms.archer import polyak_
 from cola_ray.learner.value import step_together
-
-
-class SoftQHead(nn.Module):
-    """``Q(e, .)``: (..., H) -> (..., K), in float32; 0 for all at first."""
-
-    def __init__(self, width: int, num_actions: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_actions))
-        nn.init.zeros_(self.layers[-1].get_parameter("weight"))
-        nn.init.zeros_(self.layers[-1].get_parameter("bias"))
-
-    def forward(self, e: Tensor) -> Tensor:
-        return self.layers(self.norm(e.float()))
+from cola_ray.model.modeling_cola import SoftQHead
 
 
 class SoftQLearner:
-    """Online head, target head and Adam, the same on every rank. ``torch.distributed`` must be initialised.
+    """Beside an actor: online head, target head and Adam, small and whole on every rank, with a clip of its own.
+
+    ``torch.distributed`` must be initialised.
 
     Args:
         tau: share of the online head that the target takes over after each gradient step.
@@ -71,7 +61,7 @@ class SoftQLearner:
             self.optimizer.zero_grad()
             for piece in pieces:
                 mask = piece["action_mask"]
-                goals = self._targets(piece, beta)[mask]
+                goals = one_step_targets(self.target, piece, beta, piece["policy"])[mask]
                 taken = self.online(piece["hidden_states"][mask]).gather(-1, piece["actions"][mask][:, None])[:, 0]
                 error = (taken - goals).square().sum()
                 (error / num_actions).backward()
@@ -81,15 +71,6 @@ class SoftQLearner:
             step_together(self.online, self.optimizer, self.grad_clip)
             polyak_(self.target.parameters(), self.online.parameters(), self.tau)
         return sums
-
-    @torch.no_grad()
-    def _targets(self, piece: dict[str, Tensor], beta: float) -> Tensor:
-        scored, mask = piece["scored_mask"], piece["attention_mask"]
-        q = self.target(piece["hidden_states"][scored])
-        found = etpo.soft_values(q, piece["policy"], piece["reference"], beta)
-        values = torch.zeros(scored.shape, device=found.device).masked_scatter(scored, found)
-        final = values[last_positions(mask)]
-        return etpo.soft_targets(piece["rewards"], piece["discounts"], values, final, piece["action_mask"])
 
     @torch.no_grad()
     def q(self, piece: dict[str, Tensor]) -> Tensor:
@@ -102,6 +83,25 @@ class SoftQLearner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, saved in state.items():
             getattr(self, name).load_state_dict(saved)
+
+
+@torch.no_grad()
+def one_step_targets(target: SoftQHead, piece: dict[str, Tensor], beta: float, policy: Tensor | None = None) -> Tensor:
+    """``r + g V(next)`` at each action, 0 elsewhere, (B, T).
+
+    Args:
+        piece: as for :meth:`SoftQLearner.fit`.
+        policy: (N, K) log-probabilities, whose values count; None for the best policy's.
+    """
+    scored, reference = piece["scored_mask"], piece["reference"]
+    q = target(piece["hidden_states"][scored])
+    if policy is None:
+        found = etpo.best_soft_values(q, reference, beta)
+    else:
+        found = etpo.soft_values(q, policy, reference, beta)
+    values = torch.zeros(scored.shape, device=found.device).masked_scatter(scored, found)
+    final = values[last_positions(piece["attention_mask"])]
+    return etpo.soft_targets(piece["rewards"], piece["discounts"], values, final, piece["action_mask"])
 
 
 def last_positions(attention_mask: Tensor) -> Tensor:

@@ -109,9 +109,8 @@ def _detach(cola: Path, target: Path) -> None:
     """File by file, so that no more than one of them is in memory."""
     target.mkdir(parents=True, exist_ok=True)
     raw = json.loads((cola / "config.json").read_text())
-    for ours, released in {**CoLAConfig.attribute_map, "world_model_form": "v"}.items():
-        raw.pop(ours, None)
-        raw.pop(released, None)
+    of_cola = {*CoLAConfig.attribute_map, *CoLAConfig.attribute_map.values(), "world_model_form", "v", "soft_q_beta"}
+    raw = {name: value for name, value in raw.items() if name not in of_cola}
     raw |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     places: dict[str, str] = {}
@@ -187,8 +186,10 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
     """Write ``model`` in the authors' names; tensors that came from a released checkpoint go back byte-identical.
 
     Raises:
-        ValueError: the world model is in the identity form, which the released code cannot read.
+        ValueError: the world model is in the identity form, or the policy has a Q: the released code reads neither.
     """
+    if model.config.soft_q_beta:
+        raise ValueError("soft_q_beta: a policy with a Q cannot be exported; the released format has no place for it")
     if model.config.world_model_form != "released":
         raise ValueError("world_model_form: 'identity' cannot be exported; the released format implies 'released'")
     Path(path).mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ class CoLAConfig(LlamaConfig):
         num_policy_layers: decoder layers of the policy.
         world_model_form: "identity" reads ``d = e + sum of block outputs`` and is the base language model at
             start; "released" reads ``d = norm(s) - e`` as in the authors' checkpoints.
+        soft_q_beta: above 0, the policy is ``rho exp(Q / beta) / Z``: its layers are rho, and a head Q is added.
     """
 
     model_type = "cola"
@@ -56,6 +57,21 @@ class CoLAConfig(LlamaConfig):
     num_world_model_layers: int = 2
     num_policy_layers: int = 8
     world_model_form: str = "identity"
+    soft_q_beta: float = 0.0
+
+
+class SoftQHead(nn.Module):
+    """``Q(e, .)``: (..., H) -> (..., K), float32; 0 for all at first."""
+
+    def __init__(self, width: int, num_actions: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_actions))
+        nn.init.zeros_(self.layers[-1].get_parameter("weight"))
+        nn.init.zeros_(self.layers[-1].get_parameter("bias"))
+
+    def forward(self, e: Tensor) -> Tensor:
+        return self.layers(self.norm(e.to(self.norm.weight.dtype))).float()
 
 
 class ActionStack(nn.Module):
@@ -71,6 +87,7 @@ class ActionStack(nn.Module):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.num_actions, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.soft_q: SoftQHead | None = None
 
     def forward(
         self,
@@ -101,7 +118,10 @@ class ActionStack(nn.Module):
                 use_cache=past_key_values is not None,
                 position_embeddings=rotary,
             )
-        return self.head(self.norm(hidden if scored is None else hidden[scored])).float()
+        logits: Tensor = self.head(self.norm(hidden if scored is None else hidden[scored])).float()
+        if self.soft_q is None:
+            return logits
+        return logits + self.soft_q(e if scored is None else e[scored]) / self.config.soft_q_beta
 
 
 class Codebook(nn.Embedding):
@@ -148,6 +168,8 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.codebook = Codebook(config.num_actions, config.hidden_size)
         self.world_model = nn.ModuleList(WorldModelBlock(config) for _ in range(config.num_world_model_layers))
         self.policy = ActionStack(config, config.num_policy_layers)
+        if config.soft_q_beta:
+            self.policy.soft_q = SoftQHead(config.hidden_size, config.num_actions)
         self.post_init()
 
     @classmethod
@@ -171,6 +193,13 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         from cola_ray.model import conversion
 
         conversion.export_released(self, path)
+
+    def act_softly(self, beta: float) -> None:
+        """From here on the policy is ``rho exp(Q / beta) / Z``, with a Q of 0 where the checkpoint has none."""
+        self.config.soft_q_beta = beta
+        if self.policy.soft_q is None:
+            head = SoftQHead(self.config.hidden_size, self.config.num_actions)
+            self.policy.soft_q = head.to(device=self.device, dtype=self.policy.head.weight.dtype)
 
     # --- the five maps of the paper -------------------------------------------------------------------------
 

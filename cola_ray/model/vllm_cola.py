@@ -29,16 +29,22 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from cola_ray.algorithms.latent_actions import sample_actions
 from cola_ray.model.action_columns import BASE, BASE_TOKENS, LOWEST_LOG_PROB, NUM_COLUMNS, SCALE, STEP, ActionRequest
+from cola_ray.model.modeling_cola import SoftQHead
 from cola_ray.model.vllm_rows import RowTable
 
 
-def engine_overrides(vocab_size: int, keep_hidden_states: bool = False) -> dict[str, Any]:
-    """``hf_overrides`` that pad the served vocabulary by the action columns, and ask for a :class:`StateStore`."""
-    return {
+def engine_overrides(vocab_size: int, keep_hidden_states: bool = False, soft_q_beta: float = 0.0) -> dict[str, Any]:
+    """``hf_overrides`` that pad the served vocabulary by the action columns, and ask for a :class:`StateStore`.
+
+    Args:
+        soft_q_beta: above 0, the policy gets a Q to act softly by; 0 at first, where the checkpoint has none.
+    """
+    overrides = {
         "vocab_size": vocab_size + NUM_COLUMNS,
         "unpadded_vocab_size": vocab_size,
         "keep_hidden_states": keep_hidden_states,
     }
+    return overrides | ({"soft_q_beta": soft_q_beta} if soft_q_beta else {})
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
@@ -98,6 +104,7 @@ class CoLAForCausalLM(nn.Module):
         self.vocab_size = getattr(config, "unpadded_vocab_size", config.vocab_size)
         self.model = CoLAModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.policy_head = nn.Linear(hidden, config.num_actions, bias=False)
+        self.soft_q = SoftQHead(hidden, config.num_actions) if config.soft_q_beta else None
         self.codebook = nn.Embedding(config.num_actions, hidden)
         self.world_model = nn.ModuleList(
             WorldModelBlock(hidden, config.intermediate_size, maybe_prefix(prefix, f"world_model.{index}"))
@@ -128,6 +135,8 @@ class CoLAForCausalLM(nn.Module):
         """Rows [e ; p] (N, 2H) -> logits (N, V + 8) whose last columns carry the action."""
         e, policy_hidden = hidden_states.chunk(2, -1)
         action_logits = F.linear(policy_hidden, self.policy_head.weight).float()
+        if self.soft_q is not None:
+            action_logits = action_logits + self.soft_q(e) / self.config.soft_q_beta
         rows = self.rows.params(e.shape[0], e.device)
         actions, log_probs = sample_actions(action_logits, *rows)
         state, code = e, self.codebook(actions)
@@ -149,8 +158,9 @@ class CoLAForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take a checkpoint in our names; the inverse dynamics model is not served."""
-        return AutoWeightsLoader(self).load_weights(self._served(weights), mapper=self.hf_to_vllm_mapper)
+        """Take a checkpoint in our names; the inverse dynamics model is not served, and a Q may be still to come."""
+        to_come = {name for name, _ in self.named_parameters() if name.startswith("soft_q.")}
+        return to_come | AutoWeightsLoader(self).load_weights(self._served(weights), mapper=self.hf_to_vllm_mapper)
 
     def _served(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         padding = self.config.vocab_size - self.vocab_size
@@ -163,13 +173,17 @@ class CoLAForCausalLM(nn.Module):
 
     def policy_modules(self) -> list[nn.Module]:
         """What a weight update replaces."""
-        return [*self.model.policy_layers, self.model.policy_norm, self.policy_head]
+        return [
+            *self.model.policy_layers, self.model.policy_norm, self.policy_head, *filter(None, [self.soft_q])
+        ]  # fmt: skip
 
 
 def served_name(name: str) -> str:
     """Our parameter name -> its place in the served module tree."""
     if name.startswith("policy.head."):
         return name.replace("policy.head.", "policy_head.")
+    if name.startswith("policy.soft_q."):
+        return name.removeprefix("policy.")
     return name.replace("policy.layers.", "model.policy_layers.").replace("policy.norm.", "model.policy_norm.")
 
 

@@ -1,6 +1,7 @@
-"""Episodes as replay rows, and replay rows as what the critic reads: columns on both sides.
+"""What was said as replay rows, and replay rows as what the critic and the learner read: columns on both sides.
 
     Episode of n turns ─> n rows (s, u, r, s', terminated) with the base's features of s, u and s'
+    Trajectory         ─> a row: its ids and actions, a reward and a discount an action
 
 The base is frozen, so its features never go stale. What a limit cut keeps ``terminated`` false, and the features of its
 last state stand for s'.
@@ -65,6 +66,41 @@ def as_rows(episodes: Sequence[Episode], width: int) -> pa.Table:
     for name, values in of_features.items():
         arrays[name] = _as_lists(np.stack([nowhere if one is None else one for one in values]))
     return pa.table(arrays, schema=kinds)
+
+
+def as_completion_rows(positions: Sequence[int], trajectories: Sequence[Trajectory], outcomes: Array) -> pa.Table:
+    """One row a trajectory, in order; the outcome is the reward of one that has no rewards of its own."""
+    ids, of_actions = pa.list_(pa.int32()), pa.list_(pa.float32())
+    return pa.table({
+        "position": pa.array(positions, pa.int64()),
+        "state_ids": pa.array([one.prompt_ids for one in trajectories], ids),
+        "utterance_ids": pa.array([one.token_ids for one in trajectories], ids),
+        "actions": pa.array([one.actions for one in trajectories], ids),
+        "version": pa.array([one.versions[0] for one in trajectories], pa.int32()),
+        "action_mask": pa.array([one.action_mask for one in trajectories], pa.list_(pa.bool_())),
+        "rewards": pa.array([one.rewards for one in trajectories], of_actions),
+        "discounts": pa.array([one.discounts for one in trajectories], of_actions),
+        "outcome": pa.array(outcomes, pa.float32()),
+    })  # fmt: skip
+
+
+def as_trajectories(rows: pa.Table) -> list[Trajectory]:
+    """Turns, or whole completions, to train on; what training does not read of a trajectory is left empty."""
+    kinds = {"state_ids": np.int64, "utterance_ids": np.int64, "actions": np.int64, "version": np.int64,
+             "action_mask": bool, "rewards": np.float32, "discounts": np.float32}  # fmt: skip
+    columns = {
+        name: [None if one is None else np.asarray(one, kind) for one in rows[name].to_pylist()]
+        if name in rows.column_names
+        else [None] * len(rows)
+        for name, kind in kinds.items()
+    }
+    return [
+        Trajectory(
+            state, utterance, actions, np.zeros(len(actions), np.float32), np.full(len(actions), version), 0.0, False,
+            "", action_mask=mask, rewards=rewards, discounts=discounts,
+        )
+        for state, utterance, actions, version, mask, rewards, discounts in zip(*columns.values(), strict=True)
+    ]  # fmt: skip
 
 
 def fresh_rows(rows: pa.Table, trajectories: Sequence[Trajectory], utterances: Sequence[Array]) -> pa.Table:

@@ -238,9 +238,12 @@ class LatentEngine(Engine):
 
     Args:
         keep_hidden_states: completions bring the base's states along.
+        soft_q_beta: above 0, actions come from ``rho exp(Q / beta) / Z``, and updates bring Q alone.
     """
 
-    def __init__(self, model_path: str, *, keep_hidden_states: bool = False, **engine_args: Any) -> None:
+    def __init__(
+        self, model_path: str, *, keep_hidden_states: bool = False, soft_q_beta: float = 0.0, **engine_args: Any
+    ) -> None:
         prepare_process(engine_args.get("num_threads", 1))
         from transformers import AutoConfig
 
@@ -249,7 +252,8 @@ class LatentEngine(Engine):
         from cola_ray.model.vllm_rows import ROW_TRACKER
 
         self.vocab_size = AutoConfig.from_pretrained(model_path).vocab_size
-        overrides = engine_overrides(self.vocab_size, keep_hidden_states)
+        overrides = engine_overrides(self.vocab_size, keep_hidden_states, soft_q_beta)
+        self.soft_q_beta = soft_q_beta
         super().__init__(model_path, logits_processors=[ROW_TRACKER], hf_overrides=overrides, **engine_args)
         self.last_blocks: dict[str, list[int]] = {}
         if keep_hidden_states:
@@ -283,7 +287,7 @@ class LatentEngine(Engine):
         return token_ids, actions, log_probs, states
 
     def _loader(self) -> Loader:
-        return load_policy
+        return load_soft_q if self.soft_q_beta else load_policy
 
 
 class TokenEngine(Engine):
@@ -327,8 +331,17 @@ def load_policy(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastRe
     """A new policy into the served CoLA."""
     config = model.config
     layers = _layer_tensors("policy.", config.num_policy_layers, _PROJECTIONS + _NORMS)
-    expected = [*layers, "policy.norm.weight", "policy.head.weight"]
+    expected = [*layers, "policy.norm.weight", "policy.head.weight", *_soft_q_tensors(model)]
     _reload(model, receiver, expected, model.policy_modules(), model.model_config)
+
+
+def load_soft_q(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastReceiver) -> None:
+    """A new Q into the served CoLA; what acts softly by it stays."""
+    _reload(model, receiver, _soft_q_tensors(model), [model.soft_q], model.model_config)
+
+
+def _soft_q_tensors(model: "CoLAForCausalLM") -> list[str]:
+    return [] if model.soft_q is None else [f"policy.soft_q.{name}" for name, _ in model.soft_q.named_parameters()]
 
 
 def load_llama(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_config: Any) -> None:

@@ -98,8 +98,9 @@ class EngineWorker:
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
         self.latent = config.rl.action_space == "latent"
+        beta = config.rl.kl_coef if config.rl.actor_free else 0.0
         make: Callable[..., Engine] = (
-            functools.partial(LatentEngine, keep_hidden_states=keep_hidden_states)
+            functools.partial(LatentEngine, keep_hidden_states=keep_hidden_states, soft_q_beta=beta)
             if self.latent
             else functools.partial(TokenEngine, adapters=config.rl.lora_rank > 0)
         )

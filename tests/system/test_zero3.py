@@ -1,5 +1,6 @@
 """ZeRO-3 on two ranks against one plain PyTorch process: same losses and weights over 20 RL steps, in each space."""
 
+import copy
 import os
 import socket
 from pathlib import Path
@@ -12,16 +13,22 @@ from conftest import NUM_ACTIONS, VOCAB_SIZE
 from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
+from cola_ray.algorithms.archer import polyak_
 from cola_ray.config import Config, override, preset
 from cola_ray.experience import Batch, Trajectory, collate
 from cola_ray.learner.engine import CheckpointError, NonFiniteError, join_group
 from cola_ray.learner.policies import export, make_policy
 from cola_ray.learner.rl import RLLearner, _tensors, policy_objective
+from cola_ray.learner.soft_q import last_positions, one_step_targets
 
 STEPS, TOLERANCE = 20, 1e-5
 # By what the policy is: settings, and how many actions there are to choose from.
 SPACES = {
     "latent": ({"model.num_actions": NUM_ACTIONS}, NUM_ACTIONS),
+    "actor_free": (
+        {"model.num_actions": NUM_ACTIONS, "rl.algorithm": "etpo", "rl.actor_free": True, "rl.value_steps": 2},
+        NUM_ACTIONS,
+    ),
     "token": ({"rl.action_space": "token"}, VOCAB_SIZE),
     "adapters": ({"rl.action_space": "token", "rl.lora_rank": 4}, VOCAB_SIZE),
 }
@@ -34,7 +41,11 @@ def settings(space: str) -> Config:
 
 def policy_of(space: str, model_dir: str):
     torch.manual_seed(0)  # of adapters' first weights
-    return make_policy(settings(space), model_dir)
+    policy = make_policy(settings(space), model_dir)
+    if space == "actor_free":
+        # From a last layer of zeros, Adam's first steps are as long for gradients of 1e-8 as for any: rounding counts.
+        torch.nn.init.normal_(policy.q.layers[-1].weight, std=0.1)
+    return policy
 
 
 def batches(ranks: int, space: str) -> list[list[Batch]]:
@@ -73,7 +84,8 @@ def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> Non
     assert learner.zero.zero_stage == 3
     losses = []
     for step, parts in enumerate(batches(2, space)):
-        losses.append(learner.step(parts[rank])["policy/loss"])
+        metrics = learner.step(parts[rank])
+        losses.append(metrics["q/error" if space == "actor_free" else "policy/loss"])
         if step == 9:  # half-way: save, wreck, load
             learner.save(Path(out))
             torch.distributed.barrier()
@@ -90,7 +102,8 @@ def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> Non
         learner.step(parts[rank])
     resumed = {name: tensor.clone() for name, tensor in learner.zero.stream(published)}
     poisoned = batches(2, space)[0][rank]
-    poisoned.advantages[0, :] = np.nan if rank == 1 else 0.0
+    for array in (poisoned.advantages, poisoned.rewards):
+        array[0, :] = np.nan if rank == 1 else 0.0
     with pytest.raises(NonFiniteError):  # on both ranks, though one alone has seen it
         learner.step(poisoned)
     for name, tensor in learner.zero.stream(published):
@@ -108,7 +121,7 @@ def space(request):
 
 @pytest.fixture(scope="module")
 def model_dir(space, cola_dir, base_dir):
-    return cola_dir if space == "latent" else base_dir
+    return cola_dir if space in ("latent", "actor_free") else base_dir
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +136,8 @@ def two_ranks(space, model_dir, tmp_path_factory):
 
 def plain(space, model_dir):
     config, module = settings(space), policy_of(space, model_dir)
+    if space == "actor_free":
+        return plain_q(config, module)
     parameters = [parameter for name, parameter in module.named_parameters() if name.startswith(module.trained)]
     optimizer = torch.optim.AdamW(parameters, lr=config.rl.lr, betas=config.rl.adam_betas, weight_decay=0.0)
     losses = []
@@ -139,6 +154,29 @@ def plain(space, model_dir):
         optimizer.step()
         losses.append(float(loss) / batch.num_actions_global)
     return losses, {one.name: one.merged(*(p.detach() for p in one.parameters)) for one in module.published()}
+
+
+def plain_q(config, module):
+    target, rl = copy.deepcopy(module.q), config.rl
+    optimizer = torch.optim.AdamW(module.q.parameters(), lr=rl.value_lr, betas=rl.adam_betas, weight_decay=0.0)
+    losses = []
+    for (batch,) in batches(1, "actor_free"):
+        piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
+        mask = piece["action_mask"]
+        piece["scored_mask"] = mask | last_positions(piece["attention_mask"])
+        for step in range(rl.value_steps):
+            _, e, reference, _ = module(*(piece[name] for name in ("input_ids", "attention_mask", "scored_mask")))
+            piece |= {"hidden_states": e, "reference": reference.log_softmax(-1)}
+            goals = one_step_targets(target, piece, rl.kl_coef)[mask]
+            error = (module.q(e[mask]).gather(-1, piece["actions"][mask][:, None])[:, 0] - goals).square().mean()
+            optimizer.zero_grad()
+            error.backward()
+            torch.nn.utils.clip_grad_norm_(module.q.parameters(), rl.grad_clip)
+            optimizer.step()
+            polyak_(target.parameters(), module.q.parameters(), rl.target_tau)
+            if step == 0:
+                losses.append(float(error))
+    return losses, {one.name: one.parameters[0].detach() for one in module.published()}
 
 
 def test_two_zero3_ranks_equal_one_plain_process(space, model_dir, two_ranks):
@@ -158,12 +196,15 @@ def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_p
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    kind = CoLAForCausalLM if space == "latent" else LlamaForCausalLM
+    latent = space in ("latent", "actor_free")
+    kind = CoLAForCausalLM if latent else LlamaForCausalLM
     before, start = kind.from_pretrained(model_dir), tmp_path / "start"
     before.save_pretrained(start)
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(start)
-    export(str(start), two_ranks["policy"], tmp_path / "model")
+    export(str(start), two_ranks["policy"], tmp_path / "model", soft_q_beta=0.05 * (space == "actor_free"))
     after = kind.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in two_ranks["policy"].items():
+        assert torch.equal(after[name], tensor), name
     for name, tensor in before.state_dict().items():
-        trains = {"latent": name.startswith("policy."), "token": True, "adapters": "_proj" in name}[space]
-        assert torch.equal(after[name], tensor) != trains, name
+        trains = {"latent": name.startswith("policy."), "token": True, "adapters": "_proj" in name}
+        assert torch.equal(after[name], tensor) != trains.get(space, False), name

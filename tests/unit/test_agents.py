@@ -219,3 +219,20 @@ def test_replicas_step_together_and_after_a_loss_from_the_last_save(tmp_path):
     for one, other in zip(*(service.critic.online.parameters() for service in services), strict=True):
         assert torch.equal(one, other), "averaged gradients, so the same step on both"
     np.testing.assert_allclose(advantages, asyncio.run(services[0].advantages(rows)), rtol=1e-5)
+
+
+def test_etpo_without_an_actor_replays_whole_episodes(tmp_path):
+    """What comes out of replay is what went in: actions at the agent's own positions, rewards at each turn's end."""
+    controller, batches, shard, *_ = run(tmp_path, "etpo", **{"rl.actor_free": True, "rl.kl_coef": 0.5})
+    assert len(shard.buffer) == EPISODES * STEPS
+    for batch in batches:
+        for mask, rewards, discounts in zip(batch.action_mask, batch.rewards, batch.discounts, strict=True):
+            said = np.flatnonzero(mask)
+            turn_ends, inside = said[1::2], said[::2]  # two actions a turn
+            assert set(rewards[inside]) <= {0.0}
+            assert set(rewards[turn_ends]) <= {-1.0, 0.0}
+            assert (discounts[inside] == 1.0).all()
+            gamma = np.float32(controller.config.critic.gamma)
+            assert (discounts[turn_ends[:-1]] == gamma).all()
+            assert discounts[turn_ends[-1]] in (0.0, gamma)
+    assert controller.events[-1]["metrics"]["replay/age"] > 0

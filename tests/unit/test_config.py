@@ -20,6 +20,16 @@ def test_presets_pass_their_own_checks(name):
     preset(name).check()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rl.algorithm", "grpo"), ("rl.action_space", "token"), ("rl.kl_target", 0.1), ("rollout.temperature", 0.5)],
+)
+def test_what_acts_without_an_actor(field, value):
+    soft = {"rl.algorithm": "etpo", "rl.kl_coef": 0.05, "rl.actor_free": True}
+    override(preset("tiny"), soft).check()
+    assert f"{field} = {value!r}: rl.actor_free needs" in refusal(soft | {field: value})
+
+
 def test_the_papers_figures():
     paper = preset("llama-3.1-8b")
     assert (paper.model.num_actions, paper.model.num_idm_layers) == (64, 4)

@@ -9,6 +9,7 @@ import pytest
 from cola_ray.config import override, preset
 from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Group, Trajectory
+from cola_ray.replay.service import ReplayShard, Shards
 
 STEPS, PROMPTS, GROUP = 6, 4, 2
 
@@ -99,9 +100,16 @@ async def train(controller, first=0, until=STEPS):
     return batches
 
 
-def run(pool, changes=None, act=train):
+def run(pool, changes=None, act=train, folder=""):
+    """Args: folder: of a replay shard, for who asks one."""
+
     async def whole():
-        controller = Controller(config(**(changes or {})), pool)
+        shard = ReplayShard(1000, 1 << 20, str(folder), 0, seed=0) if folder else None
+
+        async def ask(_, method, *args):
+            return getattr(shard, method)(*args)
+
+        controller = Controller(config(**(changes or {})), pool, Shards(int(bool(folder)), ask, seed=0))
         await controller.start(resumed=False)
         return controller, await asyncio.wait_for(act(controller), 20)
 
@@ -120,6 +128,18 @@ def test_every_prompt_once_and_never_staler_than_allowed(max_staleness):
     assert max(stalest) <= max_staleness
     if max_staleness == 1:
         assert max(stalest) == 1, "the allowance is meant to be used"
+
+
+def test_without_an_actor_batches_come_out_of_replay(tmp_path):
+    changes = {"rl.algorithm": "etpo", "rl.actor_free": True, "rl.kl_coef": 0.05}
+    controller, batches = run(Pool(), changes, folder=tmp_path)
+    events = [event["metrics"] for event in controller.events if event["step"]]
+    assert [event["replay/rows"] for event in events] == [PROMPTS * GROUP * (step + 1) for step in range(STEPS)]
+    assert events[0]["replay/age"] == 0 < events[-1]["replay/age"] < STEPS
+    for batch in batches:
+        assert batch.action_mask.sum() == PROMPTS * GROUP, "as many completions as a step makes"
+        assert set(batch.rewards[batch.action_mask]) <= {0.0, 1.0}, "the outcome is the last action's reward"
+    assert {reward for batch in batches for reward in batch.rewards[batch.action_mask]} == {0.0, 1.0}
 
 
 def equal_rewards(pool, problems):

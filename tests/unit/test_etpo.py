@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.algorithms import etpo
-from cola_ray.learner.soft_q import SoftQHead, SoftQLearner, last_positions
+from cola_ray.learner.soft_q import SoftQHead, SoftQLearner, last_positions, one_step_targets
 
 K, LENGTH, GAMMA = 3, 2, 0.9
 
@@ -164,6 +164,27 @@ def test_the_fitted_head_finds_the_exact_soft_values(alone):
     other = SoftQLearner(4, 3, torch.device("cpu"), lr=1e-2, tau=0.05, grad_clip=10.0, steps=1, seed=1)
     other.load_state_dict(learner.state_dict())
     assert torch.equal(other.online(states), learner.online(states))
+
+
+def test_without_an_actor_the_target_is_the_best_policys_value():
+    """Off policy: the target at an action holds for whatever policy the action came from."""
+    torch.manual_seed(0)
+    target, beta = SoftQHead(4, 6), 0.3
+    torch.nn.init.normal_(target.layers[-1].weight)
+    reference = torch.randn(3, 6, dtype=torch.float64).log_softmax(-1).float()
+    piece = {
+        "hidden_states": torch.randn(1, 3, 4), "action_mask": torch.tensor([[True, True, False]]),
+        "scored_mask": torch.ones(1, 3, dtype=torch.bool), "attention_mask": torch.ones(1, 3, dtype=torch.long),
+        "rewards": torch.tensor([[0.5, 2.0, 0.0]]), "discounts": torch.tensor([[1.0, 0.9, 0.0]]),
+        "reference": reference,
+    }  # fmt: skip
+    goals = one_step_targets(target, piece, beta)[0]
+    q = target(piece["hidden_states"])[0].detach()
+    z = [sum(float(reference[i, a].exp() * (q[i, a] / beta).exp()) for a in range(6)) for i in range(3)]
+    by_hand = [0.5 + beta * np.log(z[1]), 2.0 + 0.9 * beta * np.log(z[2]), 0.0]
+    np.testing.assert_allclose(goals.numpy(), by_hand, rtol=1e-5)
+    best = etpo.best_log_probs(q, reference, beta)
+    torch.testing.assert_close(one_step_targets(target, piece, beta, best)[0], goals)
 
 
 def draws(rows):
