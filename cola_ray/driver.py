@@ -37,7 +37,6 @@ from cola_ray.config import (
     WITH_CRITIC,
     Config,
     ConfigError,
-    from_command_line,
     is_endpoint,
     is_environment,
     override,
@@ -45,6 +44,7 @@ from cola_ray.config import (
 from cola_ray.controller import Controller, PreferenceController, WorkerLostError
 from cola_ray.experience import Batch
 from cola_ray.model.conversion import plain_base
+from cola_ray.presets import from_command_line
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.agent import AgentWorker

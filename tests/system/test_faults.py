@@ -11,7 +11,8 @@ import pytest
 from runs import SHORT_PRETRAINING, Run, descendants
 from safetensors.torch import load_file
 
-from cola_ray.config import override, preset
+from cola_ray.config import override
+from cola_ray.presets import preset
 
 pytestmark = pytest.mark.slow
 STEPS = 10

@@ -14,12 +14,13 @@ from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.algorithms.archer import polyak_
-from cola_ray.config import Config, override, preset
+from cola_ray.config import Config, override
 from cola_ray.experience import Batch, Trajectory, collate
 from cola_ray.learner.engine import CheckpointError, NonFiniteError, join_group
 from cola_ray.learner.policies import export, make_policy
 from cola_ray.learner.rl import RLLearner, _tensors, policy_objective
 from cola_ray.learner.soft_q import last_positions, one_step_targets
+from cola_ray.presets import preset
 
 STEPS, TOLERANCE = 20, 1e-5
 # By what the policy is: settings, and how many actions there are to choose from.

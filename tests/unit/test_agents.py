@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cola_ray.agents import AgentController
-from cola_ray.config import override, preset
+from cola_ray.config import override
 from cola_ray.experience import Episode, Trajectory, Turn
+from cola_ray.presets import preset
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from cola_ray.config import Config, ConfigError, from_command_line, override, preset
+from cola_ray.config import Config, ConfigError, override
+from cola_ray.presets import from_command_line, preset
 
 
 def refusal(changes, base="tiny"):

@@ -6,9 +6,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cola_ray.config import override, preset
+from cola_ray.config import override
 from cola_ray.controller import Controller, WorkerLostError
 from cola_ray.experience import Group, Trajectory
+from cola_ray.presets import preset
 from cola_ray.replay.service import ReplayShard, Shards
 
 STEPS, PROMPTS, GROUP = 6, 4, 2

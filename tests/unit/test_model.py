@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from cola_ray import CoLAConfig, CoLAForCausalLM
 from cola_ray.algorithms.latent_actions import action_log_probs
-from cola_ray.config import preset
 from cola_ray.model.conversion import load_base
+from cola_ray.presets import preset
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from conftest import small_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from cola_ray.config import override, preset
+from cola_ray.config import override
 from cola_ray.learner import reward_model
 from cola_ray.learner.engine import join_group
+from cola_ray.presets import preset
 from cola_ray.rollout.judge import HttpJudge, RewardModel, judged
 from cola_ray.tasks.preference import Preference, judged_ids
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.config import DataConfig, TaskConfig, override, preset
+from cola_ray.config import DataConfig, TaskConfig, override
 from cola_ray.learner.corpus import load_documents, pack
 from cola_ray.learner.pretrain import TRAINED, StageModule, make_tokenizer
+from cola_ray.presets import preset
 from cola_ray.tasks import make_task, to_pretrain_on
 from cola_ray.tasks.verifiable import final_number, numbers_equal
 
