@@ -35,25 +35,25 @@ class Standardised(nn.Module):
 
 
 class TwinHeads(nn.Module):
-    """Two Q and two V heads over features of width ``width``.
+    """Two Q and two V heads over features of states, S wide, and of utterances, U wide; hidden layers are U wide.
 
     A base's features differ in spread by orders of magnitude, and what tells one utterance from another lies in the
     small ones: each is standardised. (A layer norm over the vector would leave them as small as they are.)
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, states: int, utterances: int) -> None:
         super().__init__()
-        self.states, self.utterances = Standardised(width), Standardised(width)
-        self.q = nn.ModuleList(_mlp(2 * width, width) for _ in range(2))
-        self.v = nn.ModuleList(_mlp(width, width) for _ in range(2))
+        self.states, self.utterances = Standardised(states), Standardised(utterances)
+        self.q = nn.ModuleList(_mlp(states + utterances, utterances) for _ in range(2))
+        self.v = nn.ModuleList(_mlp(states, utterances) for _ in range(2))
 
     def q_values(self, states: Tensor, utterances: Tensor) -> Tensor:
-        """(B, H), (B, H) -> (2, B)."""
+        """(B, S), (B, U) -> (2, B)."""
         both = torch.cat([self.states(states), self.utterances(utterances)], -1)
         return torch.stack([head(both)[:, 0] for head in self.q])
 
     def values(self, states: Tensor) -> Tensor:
-        """(B, H) -> (2, B)."""
+        """(B, S) -> (2, B)."""
         return torch.stack([head(self.states(states))[:, 0] for head in self.v])
 
     def start_at(self, level: Tensor) -> None:

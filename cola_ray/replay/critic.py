@@ -1,7 +1,7 @@
 """The utterance critic: twin Q and V heads over features of states and utterances, its optimizer and its targets.
 
-    features   the frozen base's e: s at its last token, u as the mean over its tokens (hidden_size,)
-               or a Hugging Face encoder of the last 512 tokens' text, trained along  (the encoder's hidden size)
+    features   the frozen base's e: s at its last token, with the number of its turn, u as the mean over its tokens
+               or a Hugging Face encoder of the last 512 tokens' text, trained along
     heads      Q_i([h(s); h(u)]), V_i(h(s)): two hidden ReLU layers of the features' width, i = 1, 2
 
 The base never changes, so its features are stored in the replay buffer once and critic steps run no base at all.
@@ -28,7 +28,7 @@ from cola_ray.algorithms.archer import (
 
 Array = np.ndarray
 Inputs = Tensor | Mapping[str, Tensor]
-"""Features (B, H), or what a tokenizer makes of B texts."""
+"""Features of B states or utterances, (B, S) or (B, U), or what a tokenizer makes of B texts."""
 
 
 class EncodedTwins(nn.Module):
@@ -40,7 +40,8 @@ class EncodedTwins(nn.Module):
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
-        self.encoder, self.heads = encoder, TwinHeads(encoder.config.hidden_size)
+        width = encoder.config.hidden_size
+        self.encoder, self.heads = encoder, TwinHeads(width, width)
 
     def q_values(self, states: Inputs, utterances: Inputs) -> Tensor:
         return self.heads.q_values(self._pooled(states), self._pooled(utterances))
@@ -135,7 +136,7 @@ class Critic:
 
         Args:
             rewards, terminated: (N,).
-            states, utterances: (N, H), of a base whose features the heads are to standardise.
+            states, utterances: (N, S), (N, U), of a base whose features the heads are to standardise.
         """
         level = typical_value(rewards, self.gamma * (1.0 - terminated.float()))
         self._agree_on(level)

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import tenacity
 import torch
+from torch import nn
 from transformers import AutoModel
 
 from cola_ray.algorithms.archer import TwinHeads
@@ -73,7 +74,7 @@ class CriticService:
         config = self.config
         torch.manual_seed(self.seed)
         self.critic = Critic(
-            EncodedTwins(AutoModel.from_pretrained(config.encoder)) if config.encoder else TwinHeads(self.width),
+            self._heads(),
             gamma=config.gamma, tau=config.tau, lr=config.lr, grad_clip=config.grad_clip, expectile=config.expectile,
         )  # fmt: skip
         if state is not None:
@@ -82,6 +83,11 @@ class CriticService:
         if self.size > 1:
             group = await asyncio.to_thread(join, channel, rank, torch.device("cpu"))
             self.critic.average = functools.partial(_average, group, self.size)
+
+    def _heads(self) -> nn.Module:
+        if self.config.encoder:
+            return EncodedTwins(AutoModel.from_pretrained(self.config.encoder))
+        return TwinHeads(self.width + 1, self.width)  # a state has the number of its turn beside e
 
     async def fit(self, fresh: pa.Table) -> Metrics:
         """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made."""

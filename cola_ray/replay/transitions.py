@@ -107,7 +107,7 @@ def fresh_rows(rows: pa.Table, trajectories: Sequence[Trajectory], utterances: S
     """Replayed states, each with the utterance that the policy would say there now, and that one's features."""
     said = pa.array([trajectory.token_ids for trajectory in trajectories], pa.list_(pa.int32()))
     return pa.table({
-        "state_ids": rows["state_ids"], "utterance_ids": said,
+        "state_ids": rows["state_ids"], "utterance_ids": said, "turn": rows["turn"],
         "state": rows["state"], "utterance": _as_lists(np.stack(utterances)),
     })  # fmt: skip
 
@@ -127,7 +127,12 @@ Read = Callable[[pa.Table, str], Inputs]
 
 
 def read_features(rows: pa.Table, name: str) -> Inputs:
-    return torch.tensor(features(rows, name))
+    """The base's, and of a state the number of its turn: how many are left before a limit is not in e."""
+    found = features(rows, name)
+    if name == "utterance":
+        return torch.tensor(found)
+    turn = rows["turn"].to_numpy().astype(np.float32) + (name == "next_state")
+    return torch.tensor(np.column_stack([found, turn]))
 
 
 class TextReader:

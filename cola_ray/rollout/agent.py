@@ -97,7 +97,11 @@ class AgentWorker(EngineWorker):
         ]
 
     async def _say(self, ids: Sequence[int], place: tuple[int, int], judge: TwinHeads | None) -> Utterance:
-        """A sampled utterance; with a judge the best of ``critic.candidates`` by the smaller of its two Q."""
+        """A sampled utterance; with a judge the best of ``critic.candidates`` by the smaller of its two Q.
+
+        Args:
+            place: (of the episode, number of the turn).
+        """
         count = 1 if judge is None else self.config.critic.candidates
         seeds = [self._seed(*place, *((candidate,) if candidate else ())) for candidate in range(count)]
         spoken = await self._submit([self._request(ids, seed, self.config.rollout.temperature) for seed in seeds])
@@ -106,6 +110,7 @@ class AgentWorker(EngineWorker):
         with torch.no_grad():
             features = [one.features() for one in spoken]
             states, utterances = (torch.tensor(np.stack(part)) for part in zip(*features, strict=True))
+            states = torch.cat([states, torch.full((count, 1), float(place[1]))], 1)
             return spoken[int(judge.q_values(states, utterances).min(0).values.argmax())]
 
     async def _look(self, ids: Sequence[int], _: int) -> Utterance:
@@ -118,7 +123,7 @@ class AgentWorker(EngineWorker):
     def _heads(self, judge: Weights | None) -> TwinHeads | None:
         if judge is None:
             return None
-        heads = TwinHeads(len(judge["states.mean"]))
+        heads = TwinHeads(len(judge["states.mean"]), len(judge["utterances.mean"]))
         heads.load_state_dict({name: torch.tensor(array) for name, array in judge.items()})
         return heads
 

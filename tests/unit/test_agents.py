@@ -189,9 +189,9 @@ def test_the_critic_goes_on_from_its_file(tmp_path):
     *_, critic, _ = run(tmp_path, "archer")
     again = CriticService(critic.config, WIDTH, "", critic.shards, str(tmp_path / "critic"), seed=5)
     asyncio.run(replicas_over(again)._join())
-    x = torch.randn(7, WIDTH)
+    states, utterances = torch.randn(7, WIDTH + 1), torch.randn(7, WIDTH)
     assert again.critic.steps == critic.critic.steps
-    assert np.array_equal(again.critic.advantages(x, x), critic.critic.advantages(x, x))
+    assert np.array_equal(again.critic.advantages(states, utterances), critic.critic.advantages(states, utterances))
 
 
 def test_replicas_step_together_and_after_a_loss_from_the_last_save(tmp_path):

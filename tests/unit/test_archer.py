@@ -45,7 +45,7 @@ def test_gradients_of_the_losses_are_those_of_their_values():
     fixed = goals.detach()
     assert torch.autograd.gradcheck(lambda v: twin_squared_error(v, fixed, weights), (values,))
     assert torch.autograd.gradcheck(lambda v: expectile_loss(v, fixed, 0.8), (values,))
-    heads = TwinHeads(3).double()
+    heads = TwinHeads(3, 3).double()
     states, utterances = (torch.randn(5, 3, generator=draw, dtype=torch.float64) for _ in range(2))
     heads.states.measure(torch.stack([states.mean(0), states.square().mean(0)]))
 
@@ -201,7 +201,7 @@ def test_high_expectiles_approach_the_best_replayed_utterance():
 def test_network_heads_learn_and_states_resume():
     torch.manual_seed(0)
     shape = {"gamma": 0.95, "tau": 0.1, "lr": 1e-3, "grad_clip": 1.0}
-    critic, again = Critic(TwinHeads(16), **shape), Critic(TwinHeads(16), **shape)
+    critic, again = Critic(TwinHeads(16, 16), **shape), Critic(TwinHeads(16, 16), **shape)
     states, utterances = torch.randn(64, 16), torch.randn(64, 16)
     rewards = states[:, 0] + utterances[:, 1]
     batch = CriticBatch(states, utterances, states, rewards, torch.ones(64, dtype=torch.bool), states, utterances)
@@ -225,7 +225,7 @@ def test_what_an_advantage_foretells_by_hand():
 
 
 def test_a_poisoned_reward_is_told_and_changes_nothing():
-    critic = Critic(TwinHeads(8), gamma=0.95, tau=0.1, lr=1e-3, grad_clip=1.0)
+    critic = Critic(TwinHeads(8, 8), gamma=0.95, tau=0.1, lr=1e-3, grad_clip=1.0)
     before = {name: tensor.clone() for name, tensor in critic.online.state_dict().items()}
     x = torch.randn(4, 8)
     ended = torch.zeros(4, dtype=torch.bool)
@@ -238,7 +238,7 @@ def test_values_start_where_the_average_turn_leads():
     """Half of the turns end with 0, the others go on for -1: v = -1/2 + 0.9 * v / 2, so v = -0.5 / 0.55."""
     rewards, ended = torch.tensor([-1.0, 0.0]), torch.tensor([False, True])
     assert typical_value(rewards, 0.9 * (~ended).float()) == pytest.approx(-0.5 / 0.55)
-    critic = Critic(TwinHeads(8), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
+    critic = Critic(TwinHeads(8, 8), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
     x = torch.randn(2, 8)
     critic.start_from(rewards, ended)
     for heads in (critic.online, critic.target):
@@ -247,7 +247,7 @@ def test_values_start_where_the_average_turn_leads():
 
 def test_features_of_any_spread_are_read_alike():
     """A feature a thousand times smaller than another changes values as much, once both have been measured."""
-    critic = Critic(TwinHeads(2), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
+    critic = Critic(TwinHeads(2, 2), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
     x = torch.randn(512, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-3]) + 5
     critic.start_from(torch.zeros(512), torch.zeros(512, dtype=torch.bool), x, x)
     standard = critic.target.states(x)
@@ -257,7 +257,7 @@ def test_features_of_any_spread_are_read_alike():
 
 
 def test_heads_have_the_papers_shape():
-    heads = TwinHeads(6)
+    heads = TwinHeads(6, 6)
     assert [tuple(p.shape) for p in heads.q[0].parameters() if p.ndim == 2] == [(6, 12), (6, 6), (1, 6)]
     assert [tuple(p.shape) for p in heads.v[1].parameters() if p.ndim == 2] == [(6, 6), (6, 6), (1, 6)]
     assert heads.q_values(torch.zeros(3, 6), torch.zeros(3, 6)).shape == (2, 3)

@@ -332,6 +332,8 @@ def test_episodes_become_rows_and_rows_a_critics_batch():
     assert batch.rewards.tolist() == [-1, -1]
     assert batch.utterances[:, 0].tolist() in ([15, 15], [15.0, 15.0])
     assert batch.next_states[:, 0].tolist() == [20, 20]
+    assert batch.states[:, -1].tolist() == [1, 1], "the number of the turn"
+    assert batch.next_states[:, -1].tolist() == [2, 2]
 
 
 def test_an_encoder_reads_the_same_rows_as_text(tmp_path):
