@@ -296,6 +296,25 @@ class CriticConfig(_Branch):
     """0: V follows fresh utterances. Above 0.5: IQL's expectile over replayed ones."""
 
 
+class SearchConfig(_Branch):
+    simulations: int = 32
+    """Completions that a search, or best-of-n, may make of one problem."""
+    max_tokens: int = 0
+    """Tokens that it may generate for one problem; 0 is no limit."""
+    max_seconds: float = 0.0
+    """Time that it may take for one problem; 0 is no limit."""
+    root_breadth: int = 5
+    """Actions that are tried after the prompt, the most probable ones."""
+    breadth: int = 4
+    """Actions that are tried after any other state."""
+    depth: int = 64
+    """Tokens that a node may lie behind the prompt."""
+    c_puct: float = 0.7
+    """Weight of the policy's preference against what was found."""
+    searchers: int = 4
+    """Simulations of one problem at the same time."""
+
+
 class ClusterConfig(_Branch):
     address: str = ""
     """Ray cluster to attach to. Empty: RAY_ADDRESS or the running job's, else a local one for this run."""
@@ -336,6 +355,7 @@ class Config(_Branch):
     rl: RLConfig = RLConfig()
     replay: ReplayConfig = ReplayConfig()
     critic: CriticConfig = CriticConfig()
+    search: SearchConfig = SearchConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property

@@ -62,6 +62,10 @@ def action_log_probs(logits: Tensor, temperature: Tensor, top_k: Tensor) -> Tens
     return scaled.log_softmax(-1)
 
 
+RANKED = -3
+"""As a forced action: RANKED - i takes the i-th most probable one, counted from 0."""
+
+
 def sample_actions(
     logits: Tensor, temperature: Tensor, top_k: Tensor, seed: Tensor, position: Tensor, forced: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +79,7 @@ def sample_actions(
         top_k: (N,) int64; 0 keeps all actions.
         seed: (N,) int64, the request's seed.
         position: (N,) int64, index in its own sequence of the token whose state acts.
-        forced: (N,) int64; an action to take regardless, or -1.
+        forced: (N,) int64; an action to take regardless, or -1, or ``RANKED - i`` for the i-th most probable one.
 
     Returns:
         actions (N,) int64 and their log-probabilities (N,) float32. A forced action outside the
@@ -85,6 +89,10 @@ def sample_actions(
     noise = gumbel_noise(seed, position, logits.shape[-1])
     drawn = torch.where(temperature > 0, (log_probs + noise).argmax(-1), log_probs.argmax(-1))
     actions = torch.where(forced >= 0, forced, drawn)
+    if bool((forced <= RANKED).any()):
+        ranks = (RANKED - forced).clamp(0, logits.shape[-1] - 1)
+        ranked = logits.argsort(dim=-1, descending=True, stable=True).gather(-1, ranks[:, None])[:, 0]
+        actions = torch.where(forced <= RANKED, ranked, actions)
     return actions, log_probs.gather(-1, actions[:, None])[:, 0].float()
 
 

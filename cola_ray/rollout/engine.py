@@ -52,6 +52,7 @@ class Completion:
     versions: np.ndarray  # (L,) int64, the policy version that chose each action
     truncated: bool  # out of budget, not stopped
     hidden_states: np.ndarray | None  # (P + L - 1, H), e where the engine keeps it; bfloat16 as int16
+    computed_tokens: int = 0  # P + L, less what the prefix cache held
 
 
 Loader = Callable[[Any, WeightReceiver | BroadcastReceiver], None]
@@ -164,17 +165,19 @@ class Engine(abc.ABC):
     def step(self) -> dict[str, Completion]:
         """One forward pass over the running batch; returns what finished in it."""
         return {
-            output.request_id: self._complete(self.in_flight.pop(output.request_id), output.outputs[0])
+            output.request_id: self._complete(self.in_flight.pop(output.request_id), output)
             for output in self.llm.llm_engine.step()
         }
 
-    def _complete(self, request: "_InFlight", output: Any) -> Completion:
+    def _complete(self, request: "_InFlight", answer: Any) -> Completion:
+        output = answer.outputs[0]
         token_ids, actions, log_probs, states = self._read(request, output)
         starts, versions = zip(*request.versions, strict=True)
         lengths = np.diff([*starts, len(actions)])
         return Completion(
             token_ids, actions, log_probs, np.repeat(np.array(versions, np.int64), lengths),
             truncated=output.finish_reason == "length", hidden_states=states,
+            computed_tokens=request.prompt_length + len(actions) - (answer.num_cached_tokens or 0),
         )  # fmt: skip
 
     # --- weights --------------------------------------------------------------------------------------------------

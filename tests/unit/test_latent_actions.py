@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.algorithms.latent_actions import (
+    RANKED,
     action_log_probs,
     gumbel_noise,
     negative_entropy,
@@ -90,6 +91,14 @@ def test_greedy_and_forced():
     actions, log_probs = draw(logits, temperature=0.0, forced=torch.tensor([2, -1]))
     assert actions.tolist() == [2, 0]
     torch.testing.assert_close(log_probs, logits.log_softmax(-1)[[0, 1], [2, 0]])
+
+
+def test_ranks():
+    logits = torch.tensor([[0.0, 5.0, 1.0]]).expand(4, 3)
+    wanted = torch.tensor([RANKED, RANKED - 1, RANKED - 2, RANKED - 7])
+    actions, log_probs = draw(logits, forced=wanted)
+    assert actions.tolist() == [1, 2, 0, 0], "beyond the last, the last"
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1)[0, actions])
 
 
 def test_top_k_per_row():

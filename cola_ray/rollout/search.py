@@ -1,0 +1,202 @@
+"""Search over latent actions: PUCT, MCTS-Q, and beam and best-of-n with the same verifier as controls.
+
+    root = prompt
+      │ descend by PUCT to a node with an action not tried yet (virtual loss: the next searcher goes elsewhere)
+      v
+    node ── request: prompt + its tokens, first action forced to the i-th most probable, then the policy to the end
+      │        the engine's prefix cache holds all but the node's last token: a child costs its own tokens
+      v
+    child = the token that the action gave;  value = reward of the whole response;  back up along the path
+
+A node is a sequence of tokens: given its actions they are certain, and states depend on tokens alone. Two actions that
+give the same token are one child, which then has two rollouts. All problems and several searchers a problem are in the
+engine at the same time. What has been found at any moment is an answer: budgets may end a search anywhere.
+
+MCTS-Q (CoLA's released search): where Q's temporal-difference error along the rollout is small nothing is decided, and
+the child is put where it next is not.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cola_ray.algorithms.latent_actions import RANKED
+from cola_ray.algorithms.search import majority, puct
+from cola_ray.config import SearchConfig
+from cola_ray.rollout.engine import Completion, Request
+
+Array = np.ndarray
+Complete = Callable[[Sequence[Request]], Awaitable[list[Completion]]]
+Judge = Callable[[Sequence[Array]], Awaitable[list[float]]]
+"""(responses of one problem, each (L,) ids) -> their rewards."""
+Forks = Callable[[Completion, int], int]
+"""(completion, length of its prompt) -> how many of its tokens to pass before something is decided; at least 1."""
+
+
+@dataclass
+class Node:
+    """A prefix of the response, and what is known of what follows it."""
+
+    tokens: tuple[int, ...] = ()  # after the prompt
+    prior: float = 1.0  # of the action that led here, under the policy
+    ended: bool = False  # by a stop token or the budget: nothing follows
+    children: list["Node"] = field(default_factory=list)
+    tried: int = 0  # actions, from the most probable on
+    visits: int = 0  # with those under way
+    total: float = 0.0
+
+
+@dataclass
+class Found:
+    """What a search of one problem came to; complete at any moment."""
+
+    responses: list[Array] = field(default_factory=list)  # (L,) ids each, in order of arrival
+    actions: list[Array] = field(default_factory=list)  # (L,) each, -1 where an ancestor's rollout chose them
+    rewards: list[float] = field(default_factory=list)
+    simulations: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0  # with prompts, as far as no cache held them
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> int:
+        """Of the best reward; of equals, the first that was found."""
+        return int(np.argmax(self.rewards))
+
+    def voted(self, answer_of: Callable[[Array], str]) -> str:
+        """The answer that most responses give."""
+        return majority([answer_of(response) for response in self.responses])
+
+
+class Spent:
+    """A budget as it is used up; 0 is no limit."""
+
+    def __init__(self, config: SearchConfig, found: Found) -> None:
+        self.config, self.found, self.started, self.begun = config, found, time.perf_counter(), 0
+
+    def allows_another(self) -> bool:
+        """Whether one more simulation may begin; counts it."""
+        config, found = self.config, self.found
+        found.seconds = time.perf_counter() - self.started
+        if self.begun >= config.simulations:
+            return False
+        if config.max_tokens and found.generated_tokens >= config.max_tokens:
+            return False
+        if config.max_seconds and found.seconds >= config.max_seconds:
+            return False
+        self.begun += 1
+        return True
+
+
+class TreeSearch:
+    """PUCT from one prompt.
+
+    Args:
+        complete: the engine.
+        judge: a leaf's value.
+        request: (prompt ids, seed, forced actions, new tokens) -> a request of the run's sampling.
+        max_new_tokens: of a whole response.
+        forks: for MCTS-Q; without, every child is one token long.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        prompt: Sequence[int],
+        complete: Complete,
+        judge: Judge,
+        request: Callable[[Sequence[int], int, Sequence[int], int], Request],
+        max_new_tokens: int,
+        forks: Forks | None = None,
+    ) -> None:
+        self.config, self.prompt, self.max_new_tokens = config, list(prompt), max_new_tokens
+        self.complete, self.judge, self.request, self.forks = complete, judge, request, forks
+        self.root, self.found = Node(), Found()
+
+    async def run(self) -> Found:
+        """Simulate until the budget is used up, or nothing is left to try."""
+        spent = Spent(self.config, self.found)
+
+        async def searcher() -> None:
+            while spent.allows_another():
+                if not await self._simulate(spent.begun):
+                    return
+
+        await asyncio.gather(*(searcher() for _ in range(self.config.searchers)))
+        self.found.seconds = time.perf_counter() - spent.started
+        return self.found
+
+    async def _simulate(self, number: int) -> bool:
+        """One rollout from a new child, backed up; False where the whole tree is known."""
+        path = self._descend()
+        if path is None:
+            return False
+        node = path[-1]
+        rank, node.tried = node.tried, node.tried + 1
+        for one in path:
+            one.visits += 1
+        (made,) = await self.complete([
+            self.request(
+                [*self.prompt, *node.tokens], number, [RANKED - rank], self.max_new_tokens - len(node.tokens)
+            )
+        ])  # fmt: skip
+        response = np.array([*node.tokens, *made.token_ids], np.int64)
+        (value,) = await self.judge([response])
+        child = self._place(node, made)
+        child.visits += 1
+        for one in (*path, child):
+            one.total += value
+        self._record(made, response, value, len(node.tokens))
+        return True
+
+    def _descend(self) -> list[Node] | None:
+        """From the root to a node with an action to try; None where no path leads to one."""
+        path = [self.root]
+        while not self._can_grow(path[-1]):
+            node = path[-1]
+            open_children = [child for child in node.children if self._is_open(child)]
+            if not open_children:
+                return None
+            c = self.config.c_puct
+            path.append(
+                max(open_children, key=lambda child: puct(child.total, child.visits, child.prior, node.visits, c))
+            )
+        return path
+
+    def _can_grow(self, node: Node) -> bool:
+        breadth = self.config.breadth if node.tokens else self.config.root_breadth
+        return not node.ended and node.tried < breadth and len(node.tokens) < self._depth()
+
+    def _is_open(self, node: Node) -> bool:
+        return self._can_grow(node) or any(self._is_open(child) for child in node.children)
+
+    def _depth(self) -> int:
+        return min(self.config.depth, self.max_new_tokens)
+
+    def _place(self, node: Node, made: Completion) -> Node:
+        """The child that a rollout began with; an action that gives a known child's token adds to that one."""
+        length = len(made.token_ids)
+        passed = 1 if self.forks is None else self.forks(made, len(self.prompt) + len(node.tokens))
+        passed = min(max(passed, 1), length)
+        prior = float(np.exp(made.log_probs[0]))
+        first = int(made.token_ids[0])
+        for child in node.children:
+            if child.tokens[len(node.tokens)] == first:
+                child.prior += prior
+                return child
+        tokens = (*node.tokens, *(int(token) for token in made.token_ids[:passed]))
+        child = Node(tokens, prior, ended=passed == length)
+        node.children.append(child)
+        return child
+
+    def _record(self, made: Completion, response: Array, value: float, inherited: int) -> None:
+        found = self.found
+        found.responses.append(response)
+        found.actions.append(np.concatenate([np.full(inherited, -1, np.int64), made.actions]))
+        found.rewards.append(value)
+        found.simulations += 1
+        found.generated_tokens += len(made.token_ids)
+        found.computed_tokens += made.computed_tokens
