@@ -315,6 +315,21 @@ class SearchConfig(_Branch):
     """Simulations of one problem at the same time."""
 
 
+AnswerWay = Literal["greedy", "base", "sample", "beam", "mcts"]
+
+
+class EvalConfig(_Branch):
+    ways: tuple[AnswerWay, ...] = ("base", "greedy", "sample", "mcts")
+    """greedy: the policy's most probable actions. base: the bare base, greedily. sample, beam, mcts: search.simulations
+    completions each, drawn as in training, the most probable that a beam finds, or from a tree search."""
+    problems: int = 256
+    """Held-out problems that are asked."""
+    ks: tuple[int, ...] = (1, 4, 16)
+    """pass@k of the samples."""
+    chunk: int = 64
+    """Problems in the engines at once; what a stopped evaluation may lose."""
+
+
 class ClusterConfig(_Branch):
     address: str = ""
     """Ray cluster to attach to. Empty: RAY_ADDRESS or the running job's, else a local one for this run."""
@@ -356,6 +371,7 @@ class Config(_Branch):
     replay: ReplayConfig = ReplayConfig()
     critic: CriticConfig = CriticConfig()
     search: SearchConfig = SearchConfig()
+    eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property

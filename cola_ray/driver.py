@@ -5,11 +5,14 @@
     train_reward_model(config)  TorchTrainer: ZeRO-3 ranks over preference pairs             -> a sequence classifier
     run_agent(config)  AgentWorker actors <- AgentController actor <- the same learner        -> a better agent
                                                 └── ReplayShard and CriticService actors
+    evaluate(config)   AnswerWorker actors <- Evaluator actor                                 -> predictions, figures
 
 All return the summary they write to ``output_dir/summary.json``; both track into MLflow and can be resumed.
 """
 
 import contextlib
+import functools
+import json
 import logging
 import os
 import re
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow.parquet as pq
 import ray
 import ray.train
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
@@ -42,16 +46,28 @@ from cola_ray.config import (
     override,
 )
 from cola_ray.controller import Controller, PreferenceController, WorkerLostError
+from cola_ray.evaluation import Evaluator, chunks, figures
 from cola_ray.experience import Batch
 from cola_ray.model.conversion import plain_base
 from cola_ray.presets import from_command_line
+from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.agent import AgentWorker
+from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tasks import make_environment
-from cola_ray.tracking import Display, Tracker, peak_memory_gb, plot, print_summary, write_json
+from cola_ray.tracking import (
+    Display,
+    Tracker,
+    peak_memory_gb,
+    plot,
+    plot_against_tokens,
+    print_summary,
+    print_ways,
+    write_json,
+)
 from cola_ray.weights import Bucket, Channel, Manifest
 
 
@@ -523,6 +539,71 @@ def _print_arithmetic(config: Config, facts: dict[str, Any]) -> None:
     print(f"; {left_out} longer than rollout.max_prompt_tokens left out" if left_out else "")
 
 
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Answer held-out problems in all of ``eval.ways``; leaves ``output_dir/predictions``. Returns the summary.
+
+    With ``resume``, chunks that an earlier run with the same settings has answered are not asked again.
+
+    Raises:
+        ConfigError: before any process starts.
+        RunFailedError: the message names the cause.
+    """
+    config.check()
+    if is_environment(config.task.name) or config.task.name == "preference":
+        raise ConfigError(f"task.name = {config.task.name!r}: has no verifier of single answers; use one that has")
+    if not config.start_model.exists():
+        raise ConfigError(f"model.path = {str(config.start_model)!r}: no model there; give a directory")
+    started, model_path = time.time(), str(config.start_model.resolve())
+    config = override(config.resolve_paths("evaluate"), {"model.path": model_path})
+    _refuse_other_predictions(config)
+    output = _prepare_output(config)
+    folder = output / "predictions"
+    with _cluster(config), _tracker(config, "evaluate") as tracker:
+        pool = RayWorkers(config, model_path, AnswerWorker)
+        evaluator = ray.remote(Evaluator).options(num_cpus=0, max_concurrency=256).remote(
+            config, pool, Shards(0, RemoteShards([]), config.seed)
+        )  # fmt: skip
+        try:
+            facts = ray.get(evaluator.open.remote())
+            left = list(chunks(config.eval, facts["num_heldout"], folder))
+            with Display("evaluate", total=len(left)) as display:
+                for number, (way, indices, file) in enumerate(left):
+                    rows = ray.get(evaluator.answer.remote(indices, way))
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(file, functools.partial(pq.write_table, rows))
+                    display.update(f"evaluate: {way}", number + 1, len(left), "", milestone=True)
+        except ray.exceptions.RayTaskError as error:
+            raise RunFailedError(str(error.cause or error)) from None
+        finally:
+            ray.kill(evaluator)
+        found = figures(config.eval, folder, config.seed)
+        for way, of_way in found.items():
+            tracker.log(0, {f"{way}/{name}": value for name, value in of_way.items()})
+        summary = {"preset": config.preset, "task": config.task.name, "model": model_path, "seed": config.seed, **found}
+        summary |= {"wall_seconds": round(time.time() - started, 1)}
+        write_json(output / "summary.json", summary)
+        plot_against_tokens(output / "accuracy.png", found)
+    print_ways(f"{config.task.name}: {folder}", found)
+    return summary
+
+
+def _refuse_other_predictions(config: Config) -> None:
+    """Predictions under other settings would be taken for this run's."""
+    file = Path(config.output_dir) / "config.json"
+    if not config.resume or not file.exists():
+        return
+    before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
+    for branch in ("seed", "model", "task", "rollout", "search"):
+        if before.get(branch) != now[branch]:
+            raise ConfigError(
+                f"resume = True: {file} has another {branch}; give another --output-dir, or leave --resume out to "
+                "answer anew"
+            )
+
+
 # --- Ray ----------------------------------------------------------------------------------------------------------
 
 
@@ -675,7 +756,7 @@ def _prepare_output(config: Config) -> Path:
     """The run's folder; without ``resume`` what an earlier run left there is removed."""
     output = Path(config.output_dir)
     if not config.resume:
-        for name in ("checkpoints", "stages", "model", "base", "replay", "critic"):
+        for name in ("checkpoints", "stages", "model", "base", "replay", "critic", "predictions"):
             shutil.rmtree(output / name, ignore_errors=True)
         for name in ("summary.json", "mlflow_run_id", "reward.png", "losses.png"):
             (output / name).unlink(missing_ok=True)

@@ -60,7 +60,7 @@ class Tracker:
         return steps, [self.history[step][name] for step in steps]
 
     def finish(self, output_dir: Path, failed: bool) -> None:
-        for name in ("summary.json", "reward.png", "losses.png"):
+        for name in ("summary.json", "reward.png", "losses.png", "accuracy.png"):
             if (output_dir / name).exists():
                 self.mlflow.log_artifact(str(output_dir / name))
         self.mlflow.end_run("FAILED" if failed else "FINISHED")
@@ -131,6 +131,47 @@ def plot(
     for index, (label, level) in enumerate(levels.items()):
         axes.axhline(level, linestyle="--", linewidth=1, color=f"C{index + len(series)}", label=f"{label} {level:.3f}")
     axes.set(xlabel="step", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def print_ways(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Figures of several ways of answering, a column each."""
+    names = list(dict.fromkeys(name for figures in found.values() for name in figures if not name.endswith("_ci")))
+    table = Table(title=title)
+    for heading in ("", *found):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name in names:
+        table.add_row(name, *(_with_interval(figures, name) for figures in found.values()))
+    Console().print(table)
+
+
+def _with_interval(figures: Mapping[str, float], name: str) -> str:
+    if name not in figures:
+        return ""
+    interval = f" ±{figures[f'{name}_ci']:.2g}" if f"{name}_ci" in figures else ""
+    return f"{figures[name]:.3g}{interval}"
+
+
+def plot_against_tokens(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Shares of right answers over generated tokens a problem, with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    markers = {"accuracy": "o", "majority": "s", "best": "^"}
+    for index, (way, figures) in enumerate(found.items()):
+        for name, marker in markers.items():
+            if name in figures:
+                axes.errorbar(
+                    figures["generated_tokens"], figures[name], figures[f"{name}_ci"], fmt=marker, color=f"C{index}",
+                    label=f"{way}: {name}",
+                )  # fmt: skip
+    axes.set(xscale="log", xlabel="tokens generated a problem", ylabel="right answers")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -200,3 +200,46 @@ class TreeSearch:
         found.simulations += 1
         found.generated_tokens += len(made.token_ids)
         found.computed_tokens += made.computed_tokens
+
+
+async def beam(
+    config: SearchConfig,
+    prompt: Sequence[int],
+    complete: Complete,
+    judge: Judge,
+    request: Callable[[Sequence[int], int, Sequence[int], int], Request],
+    max_new_tokens: int,
+) -> Found:
+    """As many responses as ``simulations``, the most probable that a beam finds; judged at their end.
+
+    Each step tries the ``breadth`` most probable actions after every open prefix. A response's probability is the sum
+    over the actions that give its tokens, of those that were tried.
+    """
+    found, started = Found(), time.perf_counter()
+    ended: dict[tuple[int, ...], float] = {}
+    open_prefixes: dict[tuple[int, ...], float] = {(): 0.0}
+    while open_prefixes:
+        breadth = config.breadth if () not in open_prefixes else config.root_breadth
+        asked = [(prefix, rank) for prefix in open_prefixes for rank in range(breadth)]
+        made = await complete([request([*prompt, *prefix], 0, [RANKED - rank], 1) for prefix, rank in asked])
+        grown: dict[tuple[int, ...], float] = {}
+        stopped: dict[tuple[int, ...], float] = dict(ended)
+        for (prefix, _), one in zip(asked, made, strict=True):
+            longer = (*prefix, int(one.token_ids[0]))
+            score = open_prefixes[prefix] + float(one.log_probs[0])
+            home = stopped if not one.truncated or len(longer) == max_new_tokens else grown
+            home[longer] = float(np.logaddexp(home.get(longer, -np.inf), score))
+            found.generated_tokens += 1
+            found.computed_tokens += one.computed_tokens
+        kept = sorted({**grown, **stopped}.items(), key=lambda item: -item[1])[: config.simulations]
+        ended = {prefix: score for prefix, score in kept if prefix in stopped}
+        open_prefixes = {prefix: score for prefix, score in kept if prefix in grown}
+        out_of_tokens = config.max_tokens and found.generated_tokens >= config.max_tokens
+        if out_of_tokens or (config.max_seconds and time.perf_counter() - started >= config.max_seconds):
+            ended |= open_prefixes
+            break
+    found.responses = [np.array(prefix, np.int64) for prefix, _ in sorted(ended.items(), key=lambda item: -item[1])]
+    found.actions = [np.full(len(response), -1, np.int64) for response in found.responses]
+    found.rewards = list(await judge(found.responses))
+    found.simulations, found.seconds = len(found.responses), time.perf_counter() - started
+    return found

@@ -74,3 +74,35 @@ def test_the_same_run_over_tokens(finished):
     assert start.keys() == end.keys()
     for name, tensor in start.items():
         assert not torch.equal(end[name], tensor), name
+
+
+def test_etpo_without_an_actor_leaves_a_model_with_a_q(finished):
+    model = str(finished.where / "outputs" / "pretrain-tiny-seed0" / "model")
+    run = Run("rl_math", finished.where / "soft", *RL, "--rl.max-steps", "2", "--rl.algorithm", "etpo",
+              "--rl.actor-free", "--rl.kl-coef", "0.05", "--model.path", model)  # fmt: skip
+    run.finish()
+    assert list(run.series("replay/rows").values()) == [64, 128]
+    assert run.series("policy/kl")[1] == pytest.approx(0, abs=1e-6), "before the first step rho acts"
+    start, end = (CoLAForCausalLM.from_pretrained(path) for path in (model, run.output / "model"))
+    assert end.config.soft_q_beta == 0.05
+    for name, tensor in start.state_dict().items():
+        assert torch.equal(end.state_dict()[name], tensor), name
+    assert end.policy.soft_q.layers[-1].weight.abs().max() > 0
+
+
+def test_evaluation_goes_on_and_refuses_to_mix(finished):
+    model = str(finished.output / "model")
+    args = ["--model.path", model, "--eval.problems", "16", "--eval.chunk", "8", "--search.simulations", "4",
+            "--eval.ks", "1", "4"]  # fmt: skip
+    first = Run("evaluate", finished.where, *args, "--eval.ways", "greedy", "sample")
+    first.finish()
+    whole = summary_of(first)
+    assert 0 <= whole["sample"]["pass_at_1"] <= whole["sample"]["pass_at_4"] == whole["sample"]["best"] <= 1
+    log = Run("evaluate", finished.where, *args, "--eval.ways", "greedy", "sample", "mcts", "--resume").finish()
+    assert "evaluate: mcts 2/2" in log, "what is answered already is not asked again"
+    again = summary_of(first)
+    assert again["sample"] == whole["sample"]
+    assert again["mcts"]["generated_tokens"] > again["greedy"]["generated_tokens"]
+    assert (first.output / "accuracy.png").stat().st_size > 5000
+    refused = Run("evaluate", finished.where, *args, "--search.c-puct", "2", "--resume")
+    assert "has another search; give another --output-dir" in refused.finish(code=2)

@@ -1,0 +1,83 @@
+"""Evaluations: every way of answering over held-out problems, kept as Parquet, summed up with intervals.
+
+problems, in chunks ─> Evaluator ─> AnswerWorkers ─> predictions/<way>/<first>.parquet, one file a chunk
+                                                        │ a chunk that is there is not asked again
+                                                        v
+                                 figures: accuracy, pass@k, majority, best; tokens and seconds a problem
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cola_ray.algorithms.search import majority, pass_at_k
+from cola_ray.config import EvalConfig
+from cola_ray.controller import Controller
+
+_RESAMPLES = 2000
+
+
+class Evaluator(Controller):
+    """The controller's workers without its learner."""
+
+    async def open(self) -> dict[str, Any]:
+        """Wait for the workers; returns facts of the task."""
+        self._spawn(self._watch_for_stalls())
+        self.facts = await self._ask(self.seats[0], "facts")
+        return self.facts
+
+    async def answer(self, indices: Sequence[int], way: str) -> pa.Table:
+        """One row a problem, in order; a worker's death costs its share's time."""
+        answered = await self._share_out(indices, "answer", way)
+        return pa.Table.from_pylist([{"way": way, **asdict(one)} for one in answered])
+
+
+def chunks(config: EvalConfig, num_heldout: int, folder: Path) -> Iterator[tuple[str, list[int], Path]]:
+    """(way, problems, file) of what is still to be asked."""
+    last = min(config.problems, num_heldout)
+    for way in config.ways:
+        for first in range(0, last, config.chunk):
+            file = folder / way / f"{first:06d}.parquet"
+            indices = list(range(first, min(first + config.chunk, last)))
+            if not (file.exists() and pq.read_metadata(file).num_rows == len(indices)):
+                yield way, indices, file
+
+
+def figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Of each way: shares of problems, each with the half-width of its 95 % bootstrap interval as ``<name>_ci``.
+
+    ``accuracy`` is of the first response, ``majority`` of the answer that most responses give, ``best`` of the best by
+    the verifier, which only a verifier can choose; ``pass_at_<k>`` is unbiased. A right response has reward 1.
+    """
+    draw = np.random.default_rng(seed)
+    found: dict[str, dict[str, float]] = {}
+    for way in config.ways:
+        rows = pa.concat_tables(pq.read_table(file) for file in sorted((folder / way).glob("*.parquet"))).to_pylist()
+        shares: dict[str, list[float]] = {"accuracy": [float(row["rewards"][0] >= 1.0) for row in rows]}
+        if max(len(row["rewards"]) for row in rows) > 1:
+            shares["majority"] = [_voted(row["answers"], row["rewards"]) for row in rows]
+            shares["best"] = [float(max(row["rewards"]) >= 1.0) for row in rows]
+        if way == "sample":
+            for k in config.ks:
+                if k <= min(len(row["rewards"]) for row in rows):
+                    right = [(len(row["rewards"]), sum(r >= 1.0 for r in row["rewards"])) for row in rows]
+                    shares[f"pass_at_{k}"] = [pass_at_k(n, c, k) for n, c in right]
+        figures = {"problems": float(len(rows))}
+        for name, values in shares.items():
+            means = np.mean(draw.choice(values, (_RESAMPLES, len(values))), 1)
+            low, high = np.quantile(means, [0.025, 0.975])
+            figures |= {name: float(np.mean(values)), f"{name}_ci": float(high - low) / 2}
+        for name in ("generated_tokens", "computed_tokens", "seconds"):
+            figures[name] = float(np.mean([row[name] for row in rows]))
+        found[way] = figures
+    return found
+
+
+def _voted(answers: Sequence[str], rewards: Sequence[float]) -> float:
+    """Whether the majority's answer is right."""
+    return float(rewards[answers.index(majority(answers))] >= 1.0)

@@ -1,0 +1,15 @@
+"""Evaluate a CoLA model on a task with a verifier: greedily, by samples (pass@k, majority), by beam and by tree search.
+
+Examples:
+    python jobs/evaluate.py --preset tiny --model.path outputs/demo/model
+    python jobs/evaluate.py --eval.ways sample mcts --search.simulations 64 --eval.problems 512
+    python jobs/evaluate.py --task.name gsm8k --task.path DATA/gsm8k --model.path MODEL --rollout.num-workers 8
+    python jobs/evaluate.py --resume                          (answers only what has no prediction yet)
+
+Predictions are Parquet, a row a problem: question, responses, actions, rewards, answers.
+"""
+
+from cola_ray.driver import command_line, evaluate
+
+if __name__ == "__main__":
+    command_line(evaluate, __doc__ or "")
