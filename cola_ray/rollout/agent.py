@@ -21,10 +21,10 @@ from cola_ray.rollout.episode import Table, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.rollout.worker import EngineWorker
 from cola_ray.tasks import make_environment
+from cola_ray.tasks.environment import HELD_OUT
 
 Array = np.ndarray
 Weights = Mapping[str, Array]
-_HELD_OUT = 1 << 32  # evaluation's environment seeds start here, training's at 0
 _FRESH = 1 << 40  # so that fresh utterances never share a seed with an episode's
 
 
@@ -41,7 +41,7 @@ class AgentWorker(EngineWorker):
         self.table = Table(processes, self._encode, self._decode, config.rollout.max_prompt_tokens)
 
     async def facts(self) -> dict[str, object]:
-        facts = {"num_train": _HELD_OUT, "num_heldout": _HELD_OUT, "feature_width": self.feature_width}
+        facts = {"num_train": HELD_OUT, "num_heldout": HELD_OUT, "feature_width": self.feature_width}
         return await super().facts() | facts
 
     async def play_episodes(self, tickets: Sequence[Ticket], judge: Weights | None = None) -> list[Episode]:
@@ -74,7 +74,7 @@ class AgentWorker(EngineWorker):
             episode = await play(place, place, self.table, speak)
             return float("-inf") if episode.failure else episode.total_reward
 
-        return await asyncio.gather(*(one(_HELD_OUT + index) for index in indices))
+        return await asyncio.gather(*(one(HELD_OUT + index) for index in indices))
 
     async def speak(self, states: Sequence[tuple[int, Sequence[int]]], draw: int) -> list[tuple[Trajectory, Array]]:
         """A sampled utterance in each state, and its features, (H,) float32.

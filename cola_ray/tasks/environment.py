@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+HELD_OUT = 1 << 30
+"""Evaluation's seeds start here, training's at 0; NumPy takes none from 2^32 on, and games in C none from 2^31."""
+
 Transition = tuple[str, float, bool, bool, dict[str, Any]]
 
 

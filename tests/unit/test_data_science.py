@@ -10,6 +10,7 @@ from sklearn.naive_bayes import GaussianNB
 from cola_ray.config import TaskConfig
 from cola_ray.tasks import make_environment
 from cola_ray.tasks.data_science import DataScience, code_in
+from cola_ray.tasks.environment import HELD_OUT
 
 GOOD = "Try this:\n```python\nfrom sklearn.naive_bayes import GaussianNB\nmodel = GaussianNB()\n```\nIt is simple."
 
@@ -21,13 +22,14 @@ def iris():
     environment.sandbox.close()
 
 
-def test_the_reward_is_the_mean_auc_of_five_random_halves(iris):
-    iris.reset(seed=3)
+@pytest.mark.parametrize("seed", [3, HELD_OUT + 3])
+def test_the_reward_is_the_mean_auc_of_five_random_halves(iris, seed):
+    iris.reset(seed=seed)
     observation, reward, terminated, truncated, _ = iris.step(GOOD)
     order = np.random.default_rng(0).permutation(150)
     x, y = (part[order] for part in load_iris(return_X_y=True))
     scores = []
-    for seen, unseen in StratifiedShuffleSplit(5, test_size=0.5, random_state=3).split(x, y):
+    for seen, unseen in StratifiedShuffleSplit(5, test_size=0.5, random_state=seed).split(x, y):
         probabilities = GaussianNB().fit(x[seen], y[seen]).predict_proba(x[unseen])
         scores.append(roc_auc_score(y[unseen], probabilities, multi_class="ovr"))
     assert reward == pytest.approx(np.mean(scores), abs=1e-9)
