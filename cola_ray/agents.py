@@ -100,6 +100,9 @@ class AgentController(Controller):
     async def _evaluate(self, bare_base: bool) -> float:
         """Mean return of episodes on seeds that training never uses; failed ones are left out."""
         returns = np.array(await self._evaluation_rewards(bare_base, *await self._judge()))
+        failed = int((~np.isfinite(returns)).sum())
+        if failed:
+            self._say(f"{failed} of {len(returns)} evaluation episodes failed in their environment and do not count")
         return float(returns[np.isfinite(returns)].mean()) if np.isfinite(returns).any() else float("nan")
 
     # --- algorithms -----------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tasks import make_environment
+from cola_ray.tasks.sandbox import NoSandboxError
 from cola_ray.tracking import (
     Display,
     Tracker,
@@ -244,10 +245,10 @@ def run_agent(config: Config) -> dict[str, Any]:
     config.check()
     try:
         make_environment(config.task)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NoSandboxError) as error:
         said = str(error)
         raise ConfigError(
-            said if said.startswith("task.") else f"task.options = {config.task.options}: {said}"
+            said if said.startswith(("task.", "generated")) else f"task.options = {config.task.options}: {said}"
         ) from None
     if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
         config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})

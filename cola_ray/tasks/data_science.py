@@ -73,6 +73,7 @@ class DataScience:
         path: a CSV file instead, with a header.
         target: its column to predict.
         rows: of a table, at most; the first ones of a fixed shuffle.
+        seconds: of CPU that an attempt may use; a quarter more of wall time.
         skill: share of the demonstrations' attempts that run.
     """
 
@@ -89,7 +90,9 @@ class DataScience:
         names = BUNDLED if dataset == "all" else (dataset,)
         self.tables = [read_csv(path, target, rows)] if path else [bundled(name, rows) for name in names]
         self.max_turns, self.skill, self.turn, self.seed = max_turns, skill, 0, 0
-        self.sandbox = Sandbox(Limits(wall_s=3 * seconds, cpu_s=seconds), _PRELOAD)
+        # Stopped before an environment's deadline (task.reward_timeout_s): a slow program costs its reward alone.
+        self.sandbox = Sandbox(Limits(wall_s=1.25 * seconds, cpu_s=seconds), _PRELOAD)
+        self.sandbox.start()
 
     @property
     def table(self) -> Table:

@@ -75,6 +75,15 @@ class Sandbox:
         self.lock = threading.Lock()
         self.server: subprocess.Popen[bytes] | None = None
 
+    def start(self) -> None:
+        """Start the server now, so that the first program does not wait for what is imported.
+
+        Raises NoSandboxError where the kernel offers no confinement.
+        """
+        with self.lock:
+            if self.server is None or self.server.poll() is not None:
+                self._start()
+
     def run(self, source: str, files: Mapping[str, bytes] | None = None, wanted: tuple[str, ...] = ()) -> Ran:
         """Run Python source in a folder of its own. Thread-safe.
 
