@@ -1,0 +1,47 @@
+"""Evaluations kept as Parquet: what is answered is not asked again, and figures against hand-counted ones."""
+
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cola_ray.config import EvalConfig
+from cola_ray.evaluation import chunks, figures
+from cola_ray.rollout.answers import Answered
+
+
+def write(folder, way, first, rewards, answers):
+    file = folder / way / f"{first:06d}.parquet"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        Answered(first + i, "?", said, [[1]] * len(said), [[2]] * len(said), scored, said, 3, 4, 0.5)
+        for i, (scored, said) in enumerate(zip(rewards, answers, strict=True))
+    ]
+    pq.write_table(pa.Table.from_pylist([{"way": way, **asdict(row)} for row in rows]), file)
+
+
+def test_only_what_has_no_whole_file_is_asked(tmp_path):
+    config = EvalConfig(ways=("greedy", "sample"), problems=5, chunk=2)
+    write(tmp_path, "greedy", 0, [[1.0], [0.0]], [["1"], ["2"]])
+    write(tmp_path, "greedy", 2, [[1.0]], [["1"]])  # cut short by another setting of problems
+    left = [(way, indices) for way, indices, _ in chunks(config, 100, tmp_path)]
+    assert left == [("greedy", [2, 3]), ("greedy", [4]), ("sample", [0, 1]), ("sample", [2, 3]), ("sample", [4])]
+    assert [indices for way, indices, _ in chunks(config, 3, tmp_path) if way == "sample"] == [[0, 1], [2]]
+
+
+def test_figures_by_hand(tmp_path):
+    config = EvalConfig(ways=("sample",), ks=(1, 2, 8))
+    rewards = [[0.0, 1.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.5]]
+    answers = [["7", "4", "4"], ["3", "3", "5"], ["1", "2", "1"]]
+    write(tmp_path, "sample", 0, rewards, answers)
+    found = figures(config, tmp_path, seed=0)["sample"]
+    assert found["problems"] == 3
+    assert found["accuracy"] == 0, "of the first response"
+    assert found["best"] == pytest.approx(2 / 3)
+    assert found["majority"] == pytest.approx(1 / 3), "4 is right, 3 and 1 are not"
+    assert found["pass_at_1"] == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
+    assert found["pass_at_2"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert "pass_at_8" not in found, "more than there are samples"
+    assert 0 < found["best_ci"] <= 0.5
+    assert (found["generated_tokens"], found["computed_tokens"]) == (3, 4)
