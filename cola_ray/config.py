@@ -9,6 +9,7 @@ Sizes are counted in tokens, problems or sequences; times end in ``_s``.
 """
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import os
@@ -615,13 +616,14 @@ def _check_actor_free(config: Config) -> list[str]:
         return []
     wants = {"rl.algorithm": "etpo", "rl.action_space": "latent", "rl.cache_hidden_states": False, "rl.kl_target": 0.0,
              "rollout.temperature": 1.0, "rollout.top_k": 0}  # fmt: skip
-    lines = []
-    for field, value in wants.items():
-        branch, leaf = field.split(".")
-        given = getattr(getattr(config, branch), leaf)
-        if given != value:
-            lines.append(f"{field} = {given!r}: rl.actor_free needs {value!r}")
-    return lines
+    return _unlike(config, wants, "rl.actor_free")
+
+
+def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
+    """A line for each dotted field that is not as the setting ``whose`` needs it."""
+    given = {field: functools.reduce(getattr, field.split("."), config) for field in wants}
+    return [f"{field} = {given[field]!r}: {whose} needs {want!r}" for field, want in wants.items()
+            if given[field] != want]  # fmt: skip
 
 
 def _check_kind(config: Config) -> list[str]:
@@ -640,10 +642,9 @@ def _check_tokens(config: Config) -> list[str]:
     if rl.marginal_aliases:
         wants = {"rl.action_space": "latent", "rl.kl_estimator": "exact", "rl.cache_hidden_states": False,
                  "rl.control_variate": False}  # fmt: skip
-        against = {name: value for name, value in wants.items() if getattr(rl, name.split(".")[1]) != value}
+        against = _unlike(config, wants, "rl.marginal_aliases")
         if against:
-            name, value = next(iter(against.items()))
-            return [f"{name} = {getattr(rl, name.split('.')[1])!r}: rl.marginal_aliases needs {value!r}"]
+            return against[:1]
     if rl.action_space == "latent":
         given = [(name, getattr(rl, name)) for name in ("lora_rank", "gradient_checkpointing") if getattr(rl, name)]
         return [f"rl.{name} = {value}: for rl.action_space token; leave it out" for name, value in given]

@@ -245,10 +245,12 @@ def run_agent(config: Config) -> dict[str, Any]:
     config.check()
     try:
         make_environment(config.task)
-    except (TypeError, ValueError, NoSandboxError) as error:
+    except NoSandboxError as error:
+        raise ConfigError(f"task.name = {config.task.name!r}: {error}") from None
+    except (TypeError, ValueError) as error:
         said = str(error)
         raise ConfigError(
-            said if said.startswith(("task.", "generated")) else f"task.options = {config.task.options}: {said}"
+            said if said.startswith("task.") else f"task.options = {config.task.options}: {said}"
         ) from None
     if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
         config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})
@@ -269,7 +271,8 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
         if config.rl.action_space == "token":
             model_path = str(plain_base(start if start.exists() else config.model.base, output / "base"))
         with _tracker(config, job.name) as tracker:
-            services = _services(config, model_path)[: 2 if job.controller is AgentController else 1]
+            replay = _replay(config)
+            services = (replay, _critic(config, model_path, replay)) if job.name == "rl_agent" else (replay,)
             judge = _judge(config)
             pool = RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
             controller = ray.remote(job.controller).options(num_cpus=0, max_concurrency=256).remote(
@@ -321,29 +324,33 @@ def _actions(config: Config) -> str:
     return f"{config.model.num_actions} latent actions"
 
 
-def _services(config: Config, model_path: str) -> tuple[Shards, CriticReplicas]:
-    """Replay shards and the critic, none where the algorithm asks neither.
+_LASTING = {"max_restarts": -1, "max_concurrency": 16}
+"""Ray starts such an actor again when it dies, and it goes on from what was last saved."""
 
-    Ray starts one that dies again, and it goes on from what was last saved.
-    """
-    from transformers import AutoConfig
 
-    output, replay, algorithm = Path(config.output_dir), config.replay, config.rl.algorithm
-    lasting = {"max_restarts": -1, "max_concurrency": 16}
-    shard = ray.remote(ReplayShard).options(num_cpus=0, max_task_retries=-1, **lasting)
+def _replay(config: Config) -> Shards:
+    """Replay, of no shards where nothing is learnt from it."""
+    output, replay = Path(config.output_dir), config.replay
+    shard = ray.remote(ReplayShard).options(num_cpus=0, max_task_retries=-1, **_LASTING)
     rows, nbytes = replay.max_rows // replay.shards, (replay.max_mb << 20) // replay.shards
     shards = [
         shard.remote(rows, nbytes, str(output / "replay" / str(i)), replay.snapshot_every_s, config.seed + i)
         for i in range(replay.shards if config.replays else 0)
     ]
-    stored = Shards(len(shards), RemoteShards(shards), config.seed)
-    width = AutoConfig.from_pretrained(model_path).hidden_size
-    critic = ray.remote(CriticService).options(num_cpus=1, **lasting)
+    return Shards(len(shards), RemoteShards(shards), config.seed)
+
+
+def _critic(config: Config, model_path: str, replay: Shards) -> CriticReplicas:
+    """The utterance critic, of no replicas where the algorithm asks none."""
+    from transformers import AutoConfig
+
+    width, folder = AutoConfig.from_pretrained(model_path).hidden_size, str(Path(config.output_dir) / "critic")
+    critic = ray.remote(CriticService).options(num_cpus=1, **_LASTING)
     replicas = [
-        critic.remote(config.critic, width, model_path, stored, str(output / "critic"), config.seed)
-        for _ in range(config.critic.replicas if algorithm in WITH_CRITIC else 0)
+        critic.remote(config.critic, width, model_path, replay, folder, config.seed)
+        for _ in range(config.critic.replicas if config.rl.algorithm in WITH_CRITIC else 0)
     ]
-    return stored, CriticReplicas(len(replicas), RemoteReplicas(replicas))
+    return CriticReplicas(len(replicas), RemoteReplicas(replicas))
 
 
 class RemoteShards:

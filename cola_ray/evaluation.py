@@ -67,14 +67,14 @@ def figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, 
                 if k <= min(len(row["rewards"]) for row in rows):
                     right = [(len(row["rewards"]), sum(r >= 1.0 for r in row["rewards"])) for row in rows]
                     shares[f"pass_at_{k}"] = [pass_at_k(n, c, k) for n, c in right]
-        figures = {"problems": float(len(rows))}
+        of_way = {"problems": float(len(rows))}
         for name, values in shares.items():
             means = np.mean(draw.choice(values, (_RESAMPLES, len(values))), 1)
             low, high = np.quantile(means, [0.025, 0.975])
-            figures |= {name: float(np.mean(values)), f"{name}_ci": float(high - low) / 2}
+            of_way |= {name: float(np.mean(values)), f"{name}_ci": float(high - low) / 2}
         for name in ("generated_tokens", "computed_tokens", "seconds"):
-            figures[name] = float(np.mean([row[name] for row in rows]))
-        found[way] = figures
+            of_way[name] = float(np.mean([row[name] for row in rows]))
+        found[way] = of_way
     return found
 
 

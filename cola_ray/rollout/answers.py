@@ -8,17 +8,17 @@ mcts         as many, from a tree search
 """
 
 import asyncio
+import functools
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cola_ray.config import Config
-from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Request
-from cola_ray.rollout.search import Found, TreeSearch, beam
+from cola_ray.rollout.search import Found, Question, TreeSearch, beam
 from cola_ray.rollout.worker import RolloutWorker
-from cola_ray.tasks import render_prompt
 
 Array = np.ndarray
 _ANSWERS = 1 << 41  # so that no draw here is one of training
@@ -54,73 +54,53 @@ class AnswerWorker(RolloutWorker):
         return await asyncio.gather(*(self._answer(index, way) for index in indices))
 
     async def _answer(self, index: int, way: str) -> Answered:
-        question = self.task.problems("heldout")[index].question
-        prompt = render_prompt(self.tokenizer, question)[-self.config.rollout.max_prompt_tokens :]
-        found = await self.ways[way](index, prompt)
-        texts = self._decoded(found.responses)
+        found = await self.ways[way](index, self._heldout_prompt(index))
+        texts = self._texts(found.responses)
         answer_of = getattr(self.task, "answer_of", str.strip)
         return Answered(
-            index, question, texts, [response.tolist() for response in found.responses],
-            [actions.tolist() for actions in found.actions], found.rewards, [answer_of(text) for text in texts],
-            found.generated_tokens, found.computed_tokens, found.seconds,
+            index, self.task.problems("heldout")[index].question, texts,
+            [response.tolist() for response in found.responses], [actions.tolist() for actions in found.actions],
+            found.rewards, [answer_of(text) for text in texts], found.generated_tokens, found.computed_tokens,
+            found.seconds,
         )  # fmt: skip
 
     async def _greedy(self, index: int, prompt: list[int]) -> Found:
-        return await self._complete(index, [self._asked(prompt, 0.0)])
+        return await self._complete(index, [self._greedy_request(prompt)])
 
     async def _base(self, index: int, prompt: list[int]) -> Found:
-        limit = self.config.rollout.max_new_tokens
-        actions = [BASE_TOKENS] * limit if self.latent else []
-        return await self._complete(index, [Request(prompt, 0, 0.0, 0, limit, actions)])
+        return await self._complete(index, [self._greedy_request(prompt, bare_base=True)])
 
     async def _sample(self, index: int, prompt: list[int]) -> Found:
-        temperature = self.config.rollout.temperature
         count = self.config.search.simulations
         seeds = [self._seed(_ANSWERS, index, sample) for sample in range(count)]
-        return await self._complete(index, [self._asked(prompt, temperature, seed) for seed in seeds])
+        return await self._complete(index, [self._request(prompt, seed, greedy=False) for seed in seeds])
 
     async def _beam(self, index: int, prompt: list[int]) -> Found:
-        return await beam(
-            self.config.search, prompt, self.batch.complete, self._judge_of(index), self._request_of(index),
-            self.config.rollout.max_new_tokens,
-        )  # fmt: skip
+        return await beam(self.config.search, self._question(index, prompt))
 
     async def _mcts(self, index: int, prompt: list[int]) -> Found:
-        search = TreeSearch(
-            self.config.search, prompt, self.batch.complete, self._judge_of(index), self._request_of(index),
-            self.config.rollout.max_new_tokens,
-        )  # fmt: skip
-        return await search.run()
+        return await TreeSearch(self.config.search, self._question(index, prompt)).run()
 
     async def _complete(self, index: int, requests: Sequence[Request]) -> Found:
-        started = asyncio.get_running_loop().time()
+        started = time.perf_counter()
         made = await self.batch.complete(requests)
         found = Found([one.token_ids for one in made], [one.actions for one in made], simulations=len(made))
-        found.rewards = await self._judge_of(index)(found.responses)
+        found.rewards = await self._judge(index, found.responses)
         found.generated_tokens = sum(len(one.token_ids) for one in made)
         found.computed_tokens = sum(one.computed_tokens for one in made)
-        found.seconds = asyncio.get_running_loop().time() - started
+        found.seconds = time.perf_counter() - started
         return found
 
-    def _asked(self, prompt: list[int], temperature: float, seed: int = 0) -> Request:
-        top_k = self.config.rollout.top_k if temperature else 0
-        return Request(prompt, seed, temperature, top_k, self.config.rollout.max_new_tokens)
-
-    def _request_of(self, index: int) -> Callable[[Sequence[int], int, Sequence[int], int], Request]:
+    def _question(self, index: int, prompt: list[int]) -> Question:
         rollout = self.config.rollout
 
         def request(ids: Sequence[int], number: int, actions: Sequence[int], new_tokens: int) -> Request:
             seed = self._seed(_ANSWERS, index, number)
             return Request(ids, seed, rollout.temperature, rollout.top_k, new_tokens, actions)
 
-        return request
+        judge = functools.partial(self._judge, index)
+        return Question(prompt, rollout.max_new_tokens, self.batch.complete, judge, request)
 
-    def _judge_of(self, index: int) -> Callable[[Sequence[Array]], Awaitable[list[float]]]:
-        async def judge(responses: Sequence[Array]) -> list[float]:
-            scored = await self._score("heldout", [index] * len(responses), self._decoded(responses))
-            return [reward.value for reward in scored]
-
-        return judge
-
-    def _decoded(self, responses: Sequence[Array]) -> list[str]:
-        return [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+    async def _judge(self, index: int, responses: Sequence[Array]) -> list[float]:
+        scored = await self._score("heldout", [index] * len(responses), self._texts(responses))
+        return [reward.value for reward in scored]

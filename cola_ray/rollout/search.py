@@ -71,62 +71,54 @@ class Found:
         return majority([answer_of(response) for response in self.responses])
 
 
-class Spent:
-    """A budget as it is used up; 0 is no limit."""
+@dataclass(frozen=True)
+class Question:
+    """What is to be answered, and by whom.
 
-    def __init__(self, config: SearchConfig, found: Found) -> None:
-        self.config, self.found, self.started, self.begun = config, found, time.perf_counter(), 0
+    Args:
+        max_new_tokens: of a whole response.
+        complete: the engine.
+        judge: a response's value.
+        request: (prompt ids, seed, forced actions, new tokens) -> a request of the run's sampling.
+    """
 
-    def allows_another(self) -> bool:
-        """Whether one more simulation may begin; counts it."""
-        config, found = self.config, self.found
-        found.seconds = time.perf_counter() - self.started
-        if self.begun >= config.simulations:
-            return False
-        if config.max_tokens and found.generated_tokens >= config.max_tokens:
-            return False
-        if config.max_seconds and found.seconds >= config.max_seconds:
-            return False
-        self.begun += 1
-        return True
+    prompt: Sequence[int]
+    max_new_tokens: int
+    complete: Complete
+    judge: Judge
+    request: Callable[[Sequence[int], int, Sequence[int], int], Request]
+
+
+def _over(config: SearchConfig, found: Found) -> bool:
+    """Whether the tokens or the time of ``found`` use up what there is of them; 0 is no limit."""
+    out_of_tokens = bool(config.max_tokens) and found.generated_tokens >= config.max_tokens
+    return out_of_tokens or (bool(config.max_seconds) and found.seconds >= config.max_seconds)
 
 
 class TreeSearch:
     """PUCT from one prompt.
 
     Args:
-        complete: the engine.
-        judge: a leaf's value.
-        request: (prompt ids, seed, forced actions, new tokens) -> a request of the run's sampling.
-        max_new_tokens: of a whole response.
         forks: for MCTS-Q; without, every child is one token long.
     """
 
-    def __init__(
-        self,
-        config: SearchConfig,
-        prompt: Sequence[int],
-        complete: Complete,
-        judge: Judge,
-        request: Callable[[Sequence[int], int, Sequence[int], int], Request],
-        max_new_tokens: int,
-        forks: Forks | None = None,
-    ) -> None:
-        self.config, self.prompt, self.max_new_tokens = config, list(prompt), max_new_tokens
-        self.complete, self.judge, self.request, self.forks = complete, judge, request, forks
+    def __init__(self, config: SearchConfig, question: Question, forks: Forks | None = None) -> None:
+        self.config, self.question, self.forks = config, question, forks
         self.root, self.found = Node(), Found()
+        self.begun = 0  # simulations
 
     async def run(self) -> Found:
         """Simulate until the budget is used up, or nothing is left to try."""
-        spent = Spent(self.config, self.found)
+        started = time.perf_counter()
 
         async def searcher() -> None:
-            while spent.allows_another():
-                if not await self._simulate(spent.begun):
+            while self.begun < self.config.simulations and not _over(self.config, self.found):
+                self.begun += 1
+                if not await self._simulate(self.begun):
                     return
+                self.found.seconds = time.perf_counter() - started
 
         await asyncio.gather(*(searcher() for _ in range(self.config.searchers)))
-        self.found.seconds = time.perf_counter() - spent.started
         return self.found
 
     async def _simulate(self, number: int) -> bool:
@@ -138,13 +130,11 @@ class TreeSearch:
         rank, node.tried = node.tried, node.tried + 1
         for one in path:
             one.visits += 1
-        (made,) = await self.complete([
-            self.request(
-                [*self.prompt, *node.tokens], number, [RANKED - rank], self.max_new_tokens - len(node.tokens)
-            )
-        ])  # fmt: skip
+        asked = self.question
+        left = asked.max_new_tokens - len(node.tokens)
+        (made,) = await asked.complete([asked.request([*asked.prompt, *node.tokens], number, [RANKED - rank], left)])
         response = np.array([*node.tokens, *made.token_ids], np.int64)
-        (value,) = await self.judge([response])
+        (value,) = await asked.judge([response])
         child = self._place(node, made)
         child.visits += 1
         for one in (*path, child):
@@ -174,12 +164,12 @@ class TreeSearch:
         return self._can_grow(node) or any(self._is_open(child) for child in node.children)
 
     def _depth(self) -> int:
-        return min(self.config.depth, self.max_new_tokens)
+        return min(self.config.depth, self.question.max_new_tokens)
 
     def _place(self, node: Node, made: Completion) -> Node:
         """The child that a rollout began with; an action that gives a known child's token adds to that one."""
         length = len(made.token_ids)
-        passed = 1 if self.forks is None else self.forks(made, len(self.prompt) + len(node.tokens))
+        passed = 1 if self.forks is None else self.forks(made, len(self.question.prompt) + len(node.tokens))
         passed = min(max(passed, 1), length)
         prior = float(np.exp(made.log_probs[0]))
         first = int(made.token_ids[0])
@@ -202,14 +192,7 @@ class TreeSearch:
         found.computed_tokens += made.computed_tokens
 
 
-async def beam(
-    config: SearchConfig,
-    prompt: Sequence[int],
-    complete: Complete,
-    judge: Judge,
-    request: Callable[[Sequence[int], int, Sequence[int], int], Request],
-    max_new_tokens: int,
-) -> Found:
+async def beam(config: SearchConfig, question: Question) -> Found:
     """As many responses as ``simulations``, the most probable that a beam finds; judged at their end.
 
     Each step tries the ``breadth`` most probable actions after every open prefix. A response's probability is the sum
@@ -221,25 +204,27 @@ async def beam(
     while open_prefixes:
         breadth = config.breadth if () not in open_prefixes else config.root_breadth
         asked = [(prefix, rank) for prefix in open_prefixes for rank in range(breadth)]
-        made = await complete([request([*prompt, *prefix], 0, [RANKED - rank], 1) for prefix, rank in asked])
+        made = await question.complete(
+            [question.request([*question.prompt, *prefix], 0, [RANKED - rank], 1) for prefix, rank in asked]
+        )
         grown: dict[tuple[int, ...], float] = {}
         stopped: dict[tuple[int, ...], float] = dict(ended)
         for (prefix, _), one in zip(asked, made, strict=True):
             longer = (*prefix, int(one.token_ids[0]))
             score = open_prefixes[prefix] + float(one.log_probs[0])
-            home = stopped if not one.truncated or len(longer) == max_new_tokens else grown
+            home = stopped if not one.truncated or len(longer) == question.max_new_tokens else grown
             home[longer] = float(np.logaddexp(home.get(longer, -np.inf), score))
             found.generated_tokens += 1
             found.computed_tokens += one.computed_tokens
         kept = sorted({**grown, **stopped}.items(), key=lambda item: -item[1])[: config.simulations]
         ended = {prefix: score for prefix, score in kept if prefix in stopped}
         open_prefixes = {prefix: score for prefix, score in kept if prefix in grown}
-        out_of_tokens = config.max_tokens and found.generated_tokens >= config.max_tokens
-        if out_of_tokens or (config.max_seconds and time.perf_counter() - started >= config.max_seconds):
+        found.seconds = time.perf_counter() - started
+        if _over(config, found):
             ended |= open_prefixes
             break
     found.responses = [np.array(prefix, np.int64) for prefix, _ in sorted(ended.items(), key=lambda item: -item[1])]
     found.actions = [np.full(len(response), -1, np.int64) for response in found.responses]
-    found.rewards = list(await judge(found.responses))
+    found.rewards = list(await question.judge(found.responses))
     found.simulations, found.seconds = len(found.responses), time.perf_counter() - started
     return found

@@ -193,7 +193,7 @@ class RolloutWorker(EngineWorker):
         ]
         completions = await self.batch.complete(requests)
         owners = [index for index in indices for _ in range(asked)]
-        texts = self._texts(completions)
+        texts = self._texts([completion.token_ids for completion in completions])
         rewards = await self._score("train", owners, texts)
         made = [self._trajectory(*one) for one in zip(owners, completions, texts, rewards, strict=True)]
         groups = [made[start : start + asked] for start in range(0, len(made), asked)]
@@ -209,17 +209,20 @@ class RolloutWorker(EngineWorker):
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
         """Greedy rewards on held-out problems, of the policy or of the bare base; 0 where scoring failed."""
-        rollout = self.config.rollout
-        problems = self.task.problems("heldout")
-        prompts = [render_prompt(self.tokenizer, problems[index].question) for index in indices]
-        # Before the first update a plain base is its own start.
-        actions = [BASE_TOKENS] * rollout.max_new_tokens if bare_base and self.latent else []
-        requests = [
-            Request(prompt[-rollout.max_prompt_tokens :], 0, 0.0, 0, rollout.max_new_tokens, actions)
-            for prompt in prompts
-        ]
+        requests = [self._greedy_request(self._heldout_prompt(index), bare_base) for index in indices]
         completions = await self.batch.complete(requests)
-        return [reward.value for reward in await self._score("heldout", indices, self._texts(completions))]
+        texts = self._texts([completion.token_ids for completion in completions])
+        return [reward.value for reward in await self._score("heldout", indices, texts)]
+
+    def _heldout_prompt(self, index: int) -> list[int]:
+        question = self.task.problems("heldout")[index].question
+        return render_prompt(self.tokenizer, question)[-self.config.rollout.max_prompt_tokens :]
+
+    def _greedy_request(self, prompt: Sequence[int], bare_base: bool = False) -> Request:
+        limit = self.config.rollout.max_new_tokens
+        # Before the first update a plain base is its own start.
+        actions = [BASE_TOKENS] * limit if bare_base and self.latent else []
+        return Request(prompt, 0, 0.0, 0, limit, actions)
 
     async def _score(self, split: Split, indices: Sequence[int], texts: Sequence[str]) -> list[Reward]:
         if self.judge is not None:
@@ -242,5 +245,5 @@ class RolloutWorker(EngineWorker):
             hidden_states=completion.hidden_states,
         )
 
-    def _texts(self, completions: Sequence[Completion]) -> list[str]:
-        return [self.tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
+    def _texts(self, responses: Sequence[np.ndarray]) -> list[str]:
+        return [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]

@@ -81,8 +81,7 @@ class Sandbox:
         Raises NoSandboxError where the kernel offers no confinement.
         """
         with self.lock:
-            if self.server is None or self.server.poll() is not None:
-                self._start()
+            self._start_if_gone()
 
     def run(self, source: str, files: Mapping[str, bytes] | None = None, wanted: tuple[str, ...] = ()) -> Ran:
         """Run Python source in a folder of its own. Thread-safe.
@@ -128,8 +127,7 @@ class Sandbox:
         return stopped
 
     def _ask(self, request: dict[str, str]) -> dict[str, Any]:
-        if self.server is None or self.server.poll() is not None:
-            self._start()
+        self._start_if_gone()
         assert self.server is not None
         assert self.server.stdin is not None
         self.server.stdin.write(json.dumps(request).encode() + b"\n")
@@ -150,7 +148,9 @@ class Sandbox:
         assert self.server.stdout is not None
         return bool(select.select([self.server.stdout], [], [], seconds)[0])
 
-    def _start(self) -> None:
+    def _start_if_gone(self) -> None:
+        if self.server is not None and self.server.poll() is None:
+            return
         limits = self.limits
         settings = {
             "cpu_s": limits.cpu_s, "memory_mb": limits.memory_mb, "file_mb": limits.file_mb,

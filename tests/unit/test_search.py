@@ -12,7 +12,7 @@ from cola_ray.algorithms.latent_actions import RANKED
 from cola_ray.algorithms.search import majority, pass_at_k, puct
 from cola_ray.config import SearchConfig
 from cola_ray.rollout.engine import Completion, Request
-from cola_ray.rollout.search import TreeSearch
+from cola_ray.rollout.search import Question, TreeSearch
 
 PROMPT = [100, 101]
 
@@ -44,9 +44,8 @@ class Game:
 
     def search(self, forks=None, **settings):
         fixed = {"root_breadth": len(self.priors), "breadth": len(self.priors), "simulations": 10**6, "searchers": 1}
-        tree = TreeSearch(
-            SearchConfig(**(fixed | settings)), PROMPT, self.complete, self.judge, _request, self.depth, forks
-        )
+        question = Question(PROMPT, self.depth, self.complete, self.judge, _request)
+        tree = TreeSearch(SearchConfig(**(fixed | settings)), question, forks)
         return tree, asyncio.run(tree.run())
 
 
