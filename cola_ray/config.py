@@ -33,6 +33,8 @@ WITH_CRITIC = ("archer", "chai")
 PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
 REWARD_STAGE = "reward"
 """What jobs/reward_model.py trains, in ``pretrain.steps``."""
+Q_STAGE = "q"
+"""What jobs/train_q.py trains, there."""
 
 
 class ConfigError(ValueError):
@@ -72,7 +74,8 @@ class TaskConfig(_Branch):
     """jericho: the z-machine file to play."""
     reward_model: str = ""
     """preference: a Hugging Face sequence classifier, directory or hub id, which gets an actor of its own; or an
-    http(s):// endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}."""
+    http(s):// endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}. evaluate.py: leads
+    searches and chooses among answers, while figures are the verifier's."""
     oracle: str = ""
     """twenty_questions, guess_city: model that answers, at the OpenAI-compatible endpoint OPENAI_BASE_URL with the key
     OPENAI_API_KEY. Empty: tables, offline."""
@@ -316,15 +319,33 @@ class SearchConfig(_Branch):
     """Simulations of one problem at the same time."""
 
 
-AnswerWay = Literal["greedy", "base", "sample", "beam", "mcts"]
+class LoggedQConfig(_Branch):
+    path: str = ""
+    """mcts_q: the folder model/ that jobs/train_q.py left."""
+    gamma: float = 1.0
+    """Discount of an action; the reward comes at the last one."""
+    lr: float = 1e-3
+    """Adam's."""
+    copy_every: int = 50
+    """Steps after which the target takes over all of Q."""
+    max_error: float = 0.01
+    """mcts_q: where Q's squared temporal-difference error is below this, nothing is decided."""
+    jump: int = 64
+    """mcts_q: actions that a search may pass over where nothing is decided."""
+
+
+AnswerWay = Literal["greedy", "base", "sample", "beam", "mcts", "mcts_q"]
 
 
 class EvalConfig(_Branch):
     ways: tuple[AnswerWay, ...] = ("base", "greedy", "sample", "mcts")
     """greedy: the policy's most probable actions. base: the bare base, greedily. sample, beam, mcts: search.simulations
-    completions each, drawn as in training, the most probable that a beam finds, or from a tree search."""
+    completions each, drawn as in training, the most probable that a beam finds, or from a tree search; mcts_q: from
+    one that passes over states where q.path's Q says that nothing is decided."""
+    split: Literal["heldout", "train"] = "heldout"
+    """heldout: for figures. train: for answers to learn from, jobs/train_q.py's."""
     problems: int = 256
-    """Held-out problems that are asked."""
+    """Problems that are asked."""
     ks: tuple[int, ...] = (1, 4, 16)
     """pass@k of the samples."""
     chunk: int = 64
@@ -372,6 +393,7 @@ class Config(_Branch):
     replay: ReplayConfig = ReplayConfig()
     critic: CriticConfig = CriticConfig()
     search: SearchConfig = SearchConfig()
+    q: LoggedQConfig = LoggedQConfig()
     eval: EvalConfig = EvalConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -412,6 +434,7 @@ class Config(_Branch):
             ("model.path", self.model.path),
             ("critic.encoder", self.critic.encoder),
             ("task.reward_model", self.task.reward_model),
+            ("q.path", self.q.path),
         ):
             if value and Path(value).exists():
                 changes[field] = str(Path(value).resolve())
@@ -547,6 +570,7 @@ def _check_paths(config: Config) -> list[str]:
         ("task.reward_model", "" if is_endpoint(config.task.reward_model) else config.task.reward_model),
         ("model.path", config.model.path),
         ("model.base", config.model.base),
+        ("q.path", config.q.path),
     ):
         if value and _looks_local(value) and not Path(value).exists():
             lines.append(
@@ -578,8 +602,6 @@ def _check_task(config: Config) -> list[str]:
         return [f"task.oracle = {config.task.oracle!r}: {config.task.name} asks nobody; leave it out"]
     if config.task.oracle and "OPENAI_BASE_URL" not in os.environ:
         return [f"task.oracle = {config.task.oracle!r}: set OPENAI_BASE_URL to an OpenAI-compatible endpoint"]
-    if config.task.reward_model and config.task.name != "preference":
-        return [f"task.reward_model = {config.task.reward_model!r}: {config.task.name} has a verifier; leave it out"]
     if config.task.name in ("arithmetic", "gsm8k", "preference", *MULTI_TURN):
         return []
     if ":" in config.task.name:
@@ -669,6 +691,14 @@ def _check_own_task(name: str) -> list[str]:
     return [] if found else [f"task.name = {name!r}: {module} has no {attribute}"]
 
 
+def _check_answers(config: Config) -> list[str]:
+    if "mcts_q" not in config.eval.ways:
+        return []
+    if not config.q.path:
+        return ["q.path = '': mcts_q asks a Q; train one with jobs/train_q.py and give its folder model/"]
+    return _unlike(config, {"rl.action_space": "latent", "rl.actor_free": False}, "mcts_q")
+
+
 def _check_base(config: Config) -> list[str]:
     """The checkpoint in use must be a Llama, with heads that CPU vLLM can serve and enough actions."""
     for field, value in (("model.path", config.model.path), ("model.base", config.model.base)):
@@ -710,6 +740,7 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_actor_free,
     _check_tokens,
     _check_critic,
+    _check_answers,
     _check_base,
 )
 

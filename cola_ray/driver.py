@@ -3,6 +3,7 @@
     pretrain(config)   TorchTrainer: ZeRO-3 ranks over the stages                             -> a CoLA model
     run_rl(config)     RolloutWorker actors <- Controller actor <- TorchTrainer: ZeRO-3 ranks -> a better policy
     train_reward_model(config)  TorchTrainer: ZeRO-3 ranks over preference pairs             -> a sequence classifier
+    train_q(config)    TorchTrainer: ranks over logged answers                               -> MCTS-Q's values
     run_agent(config)  AgentWorker actors <- AgentController actor <- the same learner        -> a better agent
                                                 └── ReplayShard and CriticService actors
     evaluate(config)   AnswerWorker actors <- Evaluator actor                                 -> predictions, figures
@@ -12,6 +13,7 @@ All return the summary they write to ``output_dir/summary.json``; both track int
 
 import contextlib
 import functools
+import importlib
 import json
 import logging
 import os
@@ -37,6 +39,7 @@ from ray.util.queue import Queue
 from cola_ray.agents import AgentController
 from cola_ray.config import (
     MULTI_TURN,
+    Q_STAGE,
     REWARD_STAGE,
     WITH_CRITIC,
     Config,
@@ -108,7 +111,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         RunFailedError: a stage failed more often than ``cluster.max_failures``; the message is the last cause.
     """
     config.check()
-    return _supervised(config, "pretrain", config.pretrain.stages, _pretrain_rank, "latent pre-training")
+    return _supervised(config, "pretrain", config.pretrain.stages, "pretrain", "latent pre-training")
 
 
 def train_reward_model(config: Config) -> dict[str, Any]:
@@ -122,13 +125,22 @@ def train_reward_model(config: Config) -> dict[str, Any]:
             "model.base = '': a reward model starts from a Llama; give a directory, a hub id or .gguf file"
         )
     config.check()
-    return _supervised(config, "reward_model", (REWARD_STAGE,), _reward_rank, "reward model")
+    return _supervised(config, "reward_model", (REWARD_STAGE,), "reward_model", "reward model")
 
 
-def _supervised(
-    config: Config, job: str, stages: Sequence[str], rank_loop: Callable[[dict[str, Any]], None], about: str
-) -> dict[str, Any]:
-    """Stages of supervised training: progress, metrics, a summary, a plot of losses."""
+def train_q(config: Config) -> dict[str, Any]:
+    """MCTS-Q's values of actions, from the answers at ``data.path`` that evaluate logged; as ``pretrain``."""
+    if not config.data.path:
+        raise ConfigError("data.path = '': Q learns from logged answers; log some with `python jobs/evaluate.py "
+                          "--eval.split train --eval.ways sample` and give its folder predictions/sample")  # fmt: skip
+    config.check()
+    _check_start_model(config)
+    config = override(config, {"model.path": str(config.start_model.resolve())})
+    return _supervised(config, "train_q", (Q_STAGE,), "logged_q", "Q of latent actions")
+
+
+def _supervised(config: Config, job: str, stages: Sequence[str], module: str, about: str) -> dict[str, Any]:
+    """Stages of supervised training by a module of ``learner``: progress, metrics, a summary, a plot of losses."""
     config = config.resolve_paths(job)
     output = _prepare_output(config)
     started = time.time()
@@ -151,7 +163,8 @@ def _supervised(
                 for event in mailbox.get_nowait_batch(mailbox.qsize()):
                     show(event, display)
 
-            _fit(config, rank_loop, {"config": config.model_dump(), "mailbox": mailbox}, poll, stop=None)
+            loop = {"config": config.model_dump(), "mailbox": mailbox, "module": f"cola_ray.learner.{module}"}
+            _fit(config, _supervised_rank, loop, poll, stop=None)
         mailbox.shutdown(force=True)
         summary = _supervised_summary(config, stages, tracker, time.time() - started)
         write_json(output / "summary.json", summary)
@@ -161,20 +174,11 @@ def _supervised(
     return summary
 
 
-def _pretrain_rank(loop: dict[str, Any]) -> None:
+def _supervised_rank(loop: dict[str, Any]) -> None:
     config = _enter_rank(loop)
-    from cola_ray.learner import pretrain
-
+    learner = importlib.import_module(loop["module"])
     with _last_checkpoint() as checkpoint:
-        pretrain.train_loop(config, checkpoint, _to_mailbox(loop))
-
-
-def _reward_rank(loop: dict[str, Any]) -> None:
-    config = _enter_rank(loop)
-    from cola_ray.learner import reward_model
-
-    with _last_checkpoint() as checkpoint:
-        reward_model.train_loop(config, checkpoint, _to_mailbox(loop))
+        learner.train_loop(config, checkpoint, _to_mailbox(loop))
 
 
 def _to_mailbox(loop: dict[str, Any]) -> Callable[[dict[str, Any], Path | None], None]:
@@ -195,7 +199,7 @@ def _supervised_summary(config: Config, stages: Sequence[str], tracker: Tracker,
     of_actions = ("loss", "base_loss", "alive", "top_share", "reachable_tokens", "covered")
     actions = [f"actions/{name}" for name in of_actions]
     wanted = ["base/accuracy", *actions, "policy/loss", "policy/accuracy", "reward/loss", "reward/accuracy",
-              "memory/learner_gb"]  # fmt: skip
+              "q/loss", "q/heldout_loss", "q/heldout_correlation", "memory/learner_gb"]  # fmt: skip
     for name in wanted:
         values = tracker.series(name)[1]
         if values:
@@ -234,6 +238,10 @@ def run_rl(config: Config) -> dict[str, Any]:
                 "sequence classifier, or an http(s) endpoint"
             )
         return _run(config, _Job("rl_preference", "reward", RolloutWorker, PreferenceController))
+    if config.task.reward_model:
+        raise ConfigError(
+            f"task.reward_model = {config.task.reward_model!r}: {config.task.name} has a verifier; leave it out"
+        )
     return _run(config, _Job("rl_math", "accuracy", RolloutWorker, Controller))
 
 
@@ -259,17 +267,17 @@ def run_agent(config: Config) -> dict[str, Any]:
 
 def _run(config: Config, job: _Job) -> dict[str, Any]:
     config.check()
-    _check_start_model(config)
+    makes_its_own = config.preset == "tiny" and not config.model.path
+    if not makes_its_own:
+        _check_start_model(config)
     started = time.time()
     with _cluster(config):
-        if config.preset == "tiny" and not config.start_model.exists():
+        if makes_its_own and not config.start_model.exists():
             pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
         start = config.start_model.resolve()
         config = config.resolve_paths(job.name)
         output = _prepare_output(config)
-        model_path = str(start)
-        if config.rl.action_space == "token":
-            model_path = str(plain_base(start if start.exists() else config.model.base, output / "base"))
+        model_path = _served(config, start)
         with _tracker(config, job.name) as tracker:
             replay = _replay(config)
             services = (replay, _critic(config, model_path, replay)) if job.name == "rl_agent" else (replay,)
@@ -293,6 +301,13 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
             )  # fmt: skip
         print_summary(f"RL, {config.preset}: {output}", summary)
     return summary
+
+
+def _served(config: Config, start: Path) -> str:
+    """What engines and learner open: the CoLA model that a run starts from, or over tokens a plain Llama."""
+    if config.rl.action_space == "latent":
+        return str(start)
+    return str(plain_base(start if start.exists() else config.model.base, Path(config.output_dir) / "base"))
 
 
 def _judge(config: Config) -> Judge | None:
@@ -421,7 +436,7 @@ def _train(
 def _check_start_model(config: Config) -> None:
     if config.rl.action_space == "token" and config.model.base:
         return  # which is the start where there is no CoLA model
-    if config.preset != "tiny" and not config.start_model.exists():
+    if not config.start_model.exists():
         raise ConfigError(
             f"model.path = {str(config.start_model)!r}: no CoLA model there; make one with "
             f"`python jobs/pretrain.py --preset {config.preset}` or give the path of one"
@@ -562,21 +577,21 @@ def evaluate(config: Config) -> dict[str, Any]:
     config.check()
     if is_environment(config.task.name) or config.task.name == "preference":
         raise ConfigError(f"task.name = {config.task.name!r}: has no verifier of single answers; use one that has")
-    if not config.start_model.exists():
-        raise ConfigError(f"model.path = {str(config.start_model)!r}: no model there; give a directory")
-    started, model_path = time.time(), str(config.start_model.resolve())
-    config = override(config.resolve_paths("evaluate"), {"model.path": model_path})
+    _check_start_model(config)
+    started, start = time.time(), config.start_model.resolve()
+    config = override(config.resolve_paths("evaluate"), {"model.path": str(start) if start.exists() else ""})
     _refuse_other_predictions(config)
     output = _prepare_output(config)
-    folder = output / "predictions"
+    model_path, folder = _served(config, start), output / "predictions"
     with _cluster(config), _tracker(config, "evaluate") as tracker:
-        pool = RayWorkers(config, model_path, AnswerWorker)
+        judge = _judge(config)
+        pool = RayWorkers(config, model_path, AnswerWorker, *([judge] if judge else []))
         evaluator = ray.remote(Evaluator).options(num_cpus=0, max_concurrency=256).remote(
             config, pool, Shards(0, RemoteShards([]), config.seed)
         )  # fmt: skip
         try:
             facts = ray.get(evaluator.open.remote())
-            left = list(chunks(config.eval, facts["num_heldout"], folder))
+            left = list(chunks(config.eval, facts[f"num_{config.eval.split}"], folder))
             with Display("evaluate", total=len(left)) as display:
                 for number, (way, indices, file) in enumerate(left):
                     rows = ray.get(evaluator.answer.remote(indices, way))
@@ -604,7 +619,8 @@ def _refuse_other_predictions(config: Config) -> None:
     if not config.resume or not file.exists():
         return
     before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
-    for branch in ("seed", "model", "task", "rollout", "search"):
+    before["split"], now["split"] = (tree.get("eval", {}).get("split") for tree in (before, now))
+    for branch in ("seed", "model", "task", "rollout", "search", "q", "split"):
         if before.get(branch) != now[branch]:
             raise ConfigError(
                 f"resume = True: {file} has another {branch}; give another --output-dir, or leave --resume out to "

@@ -51,8 +51,9 @@ def chunks(config: EvalConfig, num_heldout: int, folder: Path) -> Iterator[tuple
 def figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """Of each way: shares of problems, each with the half-width of its 95 % bootstrap interval as ``<name>_ci``.
 
-    ``accuracy`` is of the first response, ``majority`` of the answer that most responses give, ``best`` of the best by
-    the verifier, which only a verifier can choose; ``pass_at_<k>`` is unbiased. A right response has reward 1.
+    ``accuracy`` is of the first response, ``majority`` of the answer that most responses give, ``best`` of the response
+    of the highest value; where a reward model gives values, ``weighted_majority`` counts votes by them, and the
+    verifier's ``best`` is ``any_right``. ``pass_at_<k>`` is unbiased. A right response has reward 1.
     """
     draw = np.random.default_rng(seed)
     found: dict[str, dict[str, float]] = {}
@@ -61,7 +62,10 @@ def figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, 
         shares: dict[str, list[float]] = {"accuracy": [float(row["rewards"][0] >= 1.0) for row in rows]}
         if max(len(row["rewards"]) for row in rows) > 1:
             shares["majority"] = [_voted(row["answers"], row["rewards"]) for row in rows]
-            shares["best"] = [float(max(row["rewards"]) >= 1.0) for row in rows]
+            shares["best"] = [float(row["rewards"][int(np.argmax(row["values"]))] >= 1.0) for row in rows]
+            if any(row["values"] != row["rewards"] for row in rows):
+                weighted = [_voted(row["answers"], row["rewards"], _weights(row["values"])) for row in rows]
+                shares |= {"weighted_majority": weighted, "any_right": [float(max(r["rewards"]) >= 1.0) for r in rows]}
         if way == "sample":
             for k in config.ks:
                 if k <= min(len(row["rewards"]) for row in rows):
@@ -78,6 +82,11 @@ def figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, 
     return found
 
 
-def _voted(answers: Sequence[str], rewards: Sequence[float]) -> float:
+def _voted(answers: Sequence[str], rewards: Sequence[float], weights: Sequence[float] | None = None) -> float:
     """Whether the majority's answer is right."""
-    return float(rewards[answers.index(majority(answers))] >= 1.0)
+    return float(rewards[answers.index(majority(answers, weights))] >= 1.0)
+
+
+def _weights(values: Sequence[float]) -> list[float]:
+    """Votes by a reward model: logits have any sign, so by its odds."""
+    return [float(weight) for weight in np.exp(np.subtract(values, max(values)))]

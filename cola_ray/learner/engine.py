@@ -6,7 +6,8 @@ optimizer exists, and the optimizer is built over the trained parameters alone.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ from cola_ray.weights import Manifest
 
 Report = Callable[[dict[str, Any], Path | None], None]
 """(metrics, folder of a checkpoint or None): how a training loop tells; a collective."""
+
+
+def report_saved(report: Report, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
+    """Report with a checkpoint, which every rank's ``save`` writes its part of into a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        report(metrics, Path(folder))
 
 
 class NonFiniteError(RuntimeError):
@@ -166,12 +174,19 @@ class ZeroEngine:
         mine = sum(one.nbytes for one in held if isinstance(one, Tensor) and one.dim())
         return mine * self.world_size / 2**20
 
-    def save(self, folder: Path) -> None:
-        """This rank's shard of parameters and optimizer, and the checksums of its files; all ranks call."""
+    def save(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
+        """This rank's shard of parameters and optimizer, and the checksums of its files; all ranks call.
+
+        Args:
+            notes: small files beside them, by name, which the first rank writes.
+        """
         self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
         written = folder.rglob(f"*pp_rank_{self.rank}_mp_rank*")
         mine = {str(path.relative_to(folder)): _checksum(path) for path in written}
         (folder / f"checksums-{self.rank}.json").write_text(json.dumps(mine))
+        if self.rank == 0:
+            for name, text in (notes or {}).items():
+                (folder / name).write_text(text)
 
     def load(self, folder: Path) -> None:
         """Raises CheckpointError where a file is missing or not the one that was written."""

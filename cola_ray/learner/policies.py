@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from cola_ray.config import Config
 from cola_ray.learner.engine import Published
 from cola_ray.model.conversion import is_released
-from cola_ray.model.modeling_cola import CoLAForCausalLM, SoftQHead, positions
+from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead, positions
 
 States = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """Logits (N, K); e (B, T, H), the reference's logits (N, K), aliases (N, K): each None where nobody asks for it."""
@@ -102,7 +102,7 @@ class SoftQPolicy(nn.Module):
         super().__init__()
         cola.act_softly(beta)
         self.width, self.num_actions = cola.config.hidden_size, cola.config.num_actions
-        self.q: SoftQHead = cola.policy.soft_q  # type: ignore[assignment]  # which act_softly made
+        self.q: QHead = cola.policy.soft_q  # type: ignore[assignment]  # which act_softly made
         cola.policy.soft_q = None
         self.cola = cola
         del cola.idm, cola.world_model, cola.codebook

@@ -11,9 +11,9 @@ within it at the last checkpoint. Legend: B rows, T positions, K actions, V voca
 Source: Jia et al. 2025, stages 1 and 2; departures are named where they are made.
 """
 
+import functools
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ from cola_ray.algorithms.latent_actions import (
 )
 from cola_ray.config import Config, PretrainStage
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
-from cola_ray.learner.engine import Published, Report, ZeroEngine, warmup_cosine
+from cola_ray.learner.engine import Published, Report, ZeroEngine, report_saved, warmup_cosine
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.tasks import PlayedTask, Prompts, render_prompt, to_pretrain_on
@@ -303,11 +303,8 @@ def _run_stage(
         if heldout and stage in ("base", "policy") and ((step + 1) % 25 == 0 or last):
             metrics[f"{stage}/accuracy"] = _accuracy(zero, heldout)
         if (step + 1) % settings.save_every == 0 and not last:
-            with tempfile.TemporaryDirectory() as folder:
-                zero.save(Path(folder))
-                if rank == 0:
-                    (Path(folder) / "pretrain.json").write_text(json.dumps({"stage": stage, "step": step + 1}))
-                report(metrics, Path(folder))
+            place = json.dumps({"stage": stage, "step": step + 1})
+            report_saved(report, metrics, functools.partial(zero.save, notes={"pretrain.json": place}))
         else:
             report(metrics, None)
     _leave(config, stage, zero, source, target, tokenizer, metrics)

@@ -5,8 +5,8 @@
 Bradley and Terry 1952; Ouyang et al. 2022, eq. 1. Which pairs a step trains on is a pure function of (seed, step).
 """
 
+import functools
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from cola_ray.config import Config
-from cola_ray.learner.engine import Published, Report, ZeroEngine, warmup_cosine
+from cola_ray.learner.engine import Published, Report, ZeroEngine, report_saved, warmup_cosine
 from cola_ray.model.conversion import plain_base
 from cola_ray.tasks.preference import Pair, Preference, judged_ids
 
@@ -74,11 +74,8 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
             metrics["reward/accuracy"] = _accuracy(zero, heldout, settings.micro_batch_size, pad)
         metrics |= {"stage": "reward", "step": step + 1, "steps": total, "time/step": time.perf_counter() - started}
         if (step + 1) % settings.save_every == 0 and not last:
-            with tempfile.TemporaryDirectory() as folder:
-                zero.save(Path(folder))
-                if rank == 0:
-                    (Path(folder) / "reward.json").write_text(json.dumps({"step": step + 1}))
-                report(metrics, Path(folder))
+            place = json.dumps({"step": step + 1})
+            report_saved(report, metrics, functools.partial(zero.save, notes={"reward.json": place}))
         else:
             report(metrics, None)
     published = [Published(name.removeprefix("classifier."), (parameter,)) for name, parameter in zero.trained]

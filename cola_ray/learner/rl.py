@@ -11,7 +11,6 @@ sequences, T positions, N of them scored, K actions.
 
 import copy
 import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,11 +34,11 @@ from cola_ray.algorithms.policy_loss import (
 )
 from cola_ray.config import Config, RLConfig
 from cola_ray.experience import Batch
-from cola_ray.learner.engine import NonFiniteError, ZeroEngine
+from cola_ray.learner.engine import NonFiniteError, ZeroEngine, report_saved
 from cola_ray.learner.policies import Policy, SoftQPolicy, export, make_policy
 from cola_ray.learner.soft_q import SoftQLearner, last_positions, one_step_targets
 from cola_ray.learner.value import ValueLearner
-from cola_ray.model.modeling_cola import SoftQHead
+from cola_ray.model.modeling_cola import QHead
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
 
@@ -222,7 +221,7 @@ class RLLearner:
     def __init__(self, config: Config, policy: Policy) -> None:
         self.config, self.policy = config, policy
         rl = config.rl
-        self.target_q: SoftQHead | None = None
+        self.target_q: QHead | None = None
         if isinstance(policy, SoftQPolicy):  # whole on every rank; what it is a copy of will be partitioned
             self.target_q = copy.deepcopy(policy.q).float().requires_grad_(False)
         self.zero = ZeroEngine(
@@ -249,7 +248,7 @@ class RLLearner:
         """
         rl = self.config.rl
         started = time.perf_counter()
-        pieces = [_tensors(batch, *cut, self.zero.device) for cut in batch.micro_batches]
+        pieces = [tensors_of(batch, *cut, self.zero.device) for cut in batch.micro_batches]
         if rl.algorithm == "etpo" or self.soft_q is not None:  # which want the value after a cut, too
             for piece in pieces:
                 piece["scored_mask"] = piece["action_mask"] | last_positions(piece["attention_mask"])
@@ -323,7 +322,7 @@ class RLLearner:
         return sums, grad_norm
 
     def _fit_q(
-        self, pieces: list[dict[str, Tensor]], num_actions: int, lr: float, target: SoftQHead
+        self, pieces: list[dict[str, Tensor]], num_actions: int, lr: float, target: QHead
     ) -> tuple[dict[str, Tensor], float]:
         """``value_steps`` optimizer steps on ``mean (Q(e, a) - r - g V(next))^2``; metrics are those of the first."""
         beta = self.kl_coef
@@ -405,11 +404,11 @@ class RLLearner:
 
     def save(self, folder: Path) -> None:
         """This rank's shard and its checksums; the version stands for all else, since every draw follows from it."""
-        self.zero.save(folder)
+        place = json.dumps({"version": self.version, "kl_coef": self.kl_coef})
+        self.zero.save(folder, {"rl.json": place})
         if self.zero.rank == 0:
             for name, head in self._heads():
                 torch.save(head.state_dict(), folder / f"{name}.pt")
-            (folder / "rl.json").write_text(json.dumps({"version": self.version, "kl_coef": self.kl_coef}))
 
     def load(self, folder: Path) -> None:
         self.zero.load(folder)
@@ -418,7 +417,7 @@ class RLLearner:
         saved = json.loads((folder / "rl.json").read_text())
         self.version, self.kl_coef = saved["version"], saved["kl_coef"]
 
-    def _heads(self) -> list[tuple[str, ValueLearner | SoftQLearner | SoftQHead]]:
+    def _heads(self) -> list[tuple[str, ValueLearner | SoftQLearner | QHead]]:
         """What there is beside the policy, by the name that it is saved under."""
         heads = {"value": self.value, "soft_q": self.soft_q, "target_q": self.target_q}
         return [(name, head) for name, head in heads.items() if head is not None]
@@ -488,9 +487,7 @@ def train_loop(
             if is_first:
                 source.publish(learner.version, buckets, metrics)
         if learner.version > saved and (batch is None or learner.version % config.rl.save_every == 0):
-            with tempfile.TemporaryDirectory() as folder:
-                learner.save(Path(folder))
-                report(metrics, Path(folder))
+            report_saved(report, metrics, learner.save)
             saved = learner.version
         if batch is None:
             break
@@ -502,7 +499,7 @@ def train_loop(
         export(model_path, tensors, Path(config.output_dir) / "model", beta)
 
 
-def _tensors(batch: Batch, start: int, stop: int, width: int, device: torch.device) -> dict[str, Tensor]:
+def tensors_of(batch: Batch, start: int, stop: int, width: int, device: torch.device) -> dict[str, Tensor]:
     """A micro-batch on the device."""
     names = ["input_ids", "attention_mask", "actions", "action_mask", "rollout_log_probs", "advantages", "rewards",
              "discounts"]  # fmt: skip

@@ -21,7 +21,7 @@ from torch import Tensor
 from cola_ray.algorithms import etpo
 from cola_ray.algorithms.archer import polyak_
 from cola_ray.learner.value import step_together
-from cola_ray.model.modeling_cola import SoftQHead
+from cola_ray.model.modeling_cola import QHead
 
 
 class SoftQLearner:
@@ -39,7 +39,7 @@ class SoftQLearner:
         steps: int, seed: int,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
-        self.online = SoftQHead(width, num_actions).to(device)
+        self.online = QHead(width, num_actions).to(device)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=lr)
         self.tau, self.grad_clip, self.steps = tau, grad_clip, steps
@@ -86,7 +86,7 @@ class SoftQLearner:
 
 
 @torch.no_grad()
-def one_step_targets(target: SoftQHead, piece: dict[str, Tensor], beta: float, policy: Tensor | None = None) -> Tensor:
+def one_step_targets(target: QHead, piece: dict[str, Tensor], beta: float, policy: Tensor | None = None) -> Tensor:
     """``r + g V(next)`` at each action, 0 elsewhere, (B, T).
 
     Args:

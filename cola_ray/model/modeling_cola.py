@@ -13,10 +13,12 @@ action taken at t; the last position has no action.
 """
 
 import os
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel, LlamaPreTrainedModel
 from transformers.generation import GenerationMixin
@@ -60,7 +62,7 @@ class CoLAConfig(LlamaConfig):
     soft_q_beta: float = 0.0
 
 
-class SoftQHead(nn.Module):
+class QHead(nn.Module):
     """``Q(e, .)``: (..., H) -> (..., K), float32; 0 for all at first."""
 
     def __init__(self, width: int, num_actions: int) -> None:
@@ -72,6 +74,18 @@ class SoftQHead(nn.Module):
 
     def forward(self, e: Tensor) -> Tensor:
         return self.layers(self.norm(e.to(self.norm.weight.dtype))).float()
+
+    def save(self, file: Path) -> None:
+        save_file(self.state_dict(), file)
+
+    @classmethod
+    def open(cls, file: Path) -> "QHead":
+        """What ``save`` wrote; its sizes are in its tensors."""
+        tensors = load_file(file)
+        num_actions, width = tensors["layers.2.weight"].shape
+        head = cls(width, num_actions)
+        head.load_state_dict(tensors)
+        return head
 
 
 class ActionStack(nn.Module):
@@ -87,7 +101,7 @@ class ActionStack(nn.Module):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.num_actions, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
-        self.soft_q: SoftQHead | None = None
+        self.soft_q: QHead | None = None
 
     def forward(
         self,
@@ -169,7 +183,7 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.world_model = nn.ModuleList(WorldModelBlock(config) for _ in range(config.num_world_model_layers))
         self.policy = ActionStack(config, config.num_policy_layers)
         if config.soft_q_beta:
-            self.policy.soft_q = SoftQHead(config.hidden_size, config.num_actions)
+            self.policy.soft_q = QHead(config.hidden_size, config.num_actions)
         self.post_init()
 
     @classmethod
@@ -198,7 +212,7 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         """From here on the policy is ``rho exp(Q / beta) / Z``, with a Q of 0 where the checkpoint has none."""
         self.config.soft_q_beta = beta
         if self.policy.soft_q is None:
-            head = SoftQHead(self.config.hidden_size, self.config.num_actions)
+            head = QHead(self.config.hidden_size, self.config.num_actions)
             self.policy.soft_q = head.to(device=self.device, dtype=self.policy.head.weight.dtype)
 
     # --- the five maps of the paper -------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from cola_ray.algorithms.latent_actions import sample_actions
 from cola_ray.model.action_columns import BASE, BASE_TOKENS, LOWEST_LOG_PROB, NUM_COLUMNS, SCALE, STEP, ActionRequest
-from cola_ray.model.modeling_cola import SoftQHead
+from cola_ray.model.modeling_cola import QHead
 from cola_ray.model.vllm_rows import RowTable
 
 
@@ -104,7 +104,7 @@ class CoLAForCausalLM(nn.Module):
         self.vocab_size = getattr(config, "unpadded_vocab_size", config.vocab_size)
         self.model = CoLAModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.policy_head = nn.Linear(hidden, config.num_actions, bias=False)
-        self.soft_q = SoftQHead(hidden, config.num_actions) if config.soft_q_beta else None
+        self.soft_q = QHead(hidden, config.num_actions) if config.soft_q_beta else None
         self.codebook = nn.Embedding(config.num_actions, hidden)
         self.world_model = nn.ModuleList(
             WorldModelBlock(hidden, config.intermediate_size, maybe_prefix(prefix, f"world_model.{index}"))

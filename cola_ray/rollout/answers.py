@@ -5,6 +5,9 @@ base         the bare base, greedily
 sample       search.simulations completions, drawn as in training
 beam         as many, the most probable that a beam finds
 mcts         as many, from a tree search
+mcts_q       as many, from one that passes over states where nothing is decided
+
+A reward model, where there is one, leads searches and chooses among responses; the verifier says which are right.
 """
 
 import asyncio
@@ -12,11 +15,16 @@ import functools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
-from cola_ray.config import Config
-from cola_ray.rollout.engine import Request
+from cola_ray.algorithms.double_q import first_decision, square_errors
+from cola_ray.config import Config, override
+from cola_ray.model.modeling_cola import QHead
+from cola_ray.rollout.engine import Completion, Request
+from cola_ray.rollout.judge import Judge, judged
 from cola_ray.rollout.search import Found, Question, TreeSearch, beam
 from cola_ray.rollout.worker import RolloutWorker
 
@@ -30,10 +38,12 @@ class Answered:
 
     index: int
     question: str
+    prompt_ids: list[int]
     texts: list[str]
     token_ids: list[list[int]]
     actions: list[list[int]]  # -1 where another response's rollout chose them
-    rewards: list[float]
+    values: list[float]  # by what chooses among responses: the reward model, or the verifier
+    rewards: list[float]  # by the verifier
     answers: list[str]  # what each response commits to, in the task's words
     generated_tokens: int
     computed_tokens: int
@@ -41,26 +51,41 @@ class Answered:
 
 
 class AnswerWorker(RolloutWorker):
-    """Answers held-out problems."""
+    """Answers problems of ``eval.split``, by their index among those whose prompts fit.
 
-    def __init__(self, config: Config, model_path: str) -> None:
-        super().__init__(config, model_path)
+    Args:
+        chooser: values responses in searches, in place of the verifier.
+    """
+
+    def __init__(self, config: Config, model_path: str, chooser: Judge | None = None) -> None:
+        with_q = "mcts_q" in config.eval.ways
+        super().__init__(override(config, {"rl.cache_hidden_states": with_q}), model_path)
+        self.chooser = chooser
+        self.q = QHead.open(Path(config.q.path) / "q.safetensors") if with_q else None
         self.ways: dict[str, Callable[[int, list[int]], Awaitable[Found]]] = {
             "greedy": self._greedy, "base": self._base, "sample": self._sample, "beam": self._beam, "mcts": self._mcts,
+            "mcts_q": self._mcts_q,
         }  # fmt: skip
 
     async def answer(self, indices: Sequence[int], way: str) -> list[Answered]:
-        """Problems by their index, in order; all of them are in the engine at once."""
-        return await asyncio.gather(*(self._answer(index, way) for index in indices))
+        """Problems in order; all of them are in the engine at once."""
+        split = self.config.eval.split
+        places = indices if split == "heldout" else [self.fitting[index] for index in indices]
+        return await asyncio.gather(*(self._answer(place, way) for place in places))
 
     async def _answer(self, index: int, way: str) -> Answered:
-        found = await self.ways[way](index, self._heldout_prompt(index))
+        split = self.config.eval.split
+        prompt = self._heldout_prompt(index) if split == "heldout" else self.prompts[index]
+        found = await self.ways[way](index, prompt)
         texts = self._texts(found.responses)
+        rewards = found.rewards
+        if self.chooser is not None:
+            rewards = [reward.value for reward in await self._score(split, [index] * len(texts), texts)]
         answer_of = getattr(self.task, "answer_of", str.strip)
         return Answered(
-            index, self.task.problems("heldout")[index].question, texts,
+            index, self.task.problems(split)[index].question, list(prompt), texts,
             [response.tolist() for response in found.responses], [actions.tolist() for actions in found.actions],
-            found.rewards, [answer_of(text) for text in texts], found.generated_tokens, found.computed_tokens,
+            found.rewards, rewards, [answer_of(text) for text in texts], found.generated_tokens, found.computed_tokens,
             found.seconds,
         )  # fmt: skip
 
@@ -80,6 +105,21 @@ class AnswerWorker(RolloutWorker):
 
     async def _mcts(self, index: int, prompt: list[int]) -> Found:
         return await TreeSearch(self.config.search, self._question(index, prompt)).run()
+
+    async def _mcts_q(self, index: int, prompt: list[int]) -> Found:
+        return await TreeSearch(self.config.search, self._question(index, prompt), self._undecided).run()
+
+    @torch.inference_mode()
+    def _undecided(self, made: Completion, prompt_length: int) -> int:
+        """How many of a rollout's tokens to pass until Q says that something is decided."""
+        assert self.q is not None
+        assert made.hidden_states is not None
+        states = torch.from_numpy(made.hidden_states)
+        if states.dtype is torch.int16:  # NumPy has no bfloat16
+            states = states.view(torch.bfloat16)
+        config = self.config.q
+        errors = square_errors(self.q(states[prompt_length - 1 :]), torch.from_numpy(made.actions), config.gamma)
+        return first_decision(errors, config.max_error, config.jump)
 
     async def _complete(self, index: int, requests: Sequence[Request]) -> Found:
         started = time.perf_counter()
@@ -102,5 +142,9 @@ class AnswerWorker(RolloutWorker):
         return Question(prompt, rollout.max_new_tokens, self.batch.complete, judge, request)
 
     async def _judge(self, index: int, responses: Sequence[Array]) -> list[float]:
-        scored = await self._score("heldout", [index] * len(responses), self._texts(responses))
+        split, texts, indices = self.config.eval.split, self._texts(responses), [index] * len(responses)
+        if self.chooser is None:
+            scored = await self._score(split, indices, texts)
+        else:
+            scored = await judged(self.chooser, [self.task.problems(split)[index].question] * len(texts), texts)
         return [reward.value for reward in scored]

@@ -121,7 +121,8 @@ TOKENS = {"rl.action_space": "token"}
         (TOKENS | {"rl.marginal_aliases": True}, "rl.action_space = 'token': rl.marginal_aliases needs 'latent'"),
         ({"rl.marginal_aliases": True, "rl.kl_estimator": "k1"}, "rl.kl_estimator = 'k1': rl.marginal_aliases needs"),
         ({"rl.dynamic_sampling": True, "rl.algorithm": "ppo"}, "rl.dynamic_sampling = True: for grpo and rloo on"),
-        ({"task.reward_model": "http://here"}, "task.reward_model = 'http://here': arithmetic has a verifier"),
+        ({"eval.ways": ("mcts_q",)}, "q.path = '': mcts_q asks a Q; train one with jobs/train_q.py"),
+        (TOKENS | {"eval.ways": ("mcts_q",), "q.path": "a/b"}, "rl.action_space = 'token': mcts_q needs 'latent'"),
         ({"task.name": "preference"}, "task.path = '': preference needs rows with a column prompt"),
         (
             {"task.name": "preference", "task.path": "a/b", "task.reward_model": "./none"},

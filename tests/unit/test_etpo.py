@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.algorithms import etpo
-from cola_ray.learner.soft_q import SoftQHead, SoftQLearner, last_positions, one_step_targets
+from cola_ray.learner.soft_q import QHead, SoftQLearner, last_positions, one_step_targets
 
 K, LENGTH, GAMMA = 3, 2, 0.9
 
@@ -109,7 +109,7 @@ def test_no_policy_is_worth_more_than_the_best(seed, beta):
 
 
 def test_where_q_is_zero_the_policy_is_the_reference():
-    head = SoftQHead(4, 6)
+    head = QHead(4, 6)
     e, ref = torch.randn(2, 3, 4), torch.randn(2, 3, 6).log_softmax(-1)
     assert head(e).abs().max() == 0
     torch.testing.assert_close(etpo.best_log_probs(head(e), ref, 0.1), ref)
@@ -169,7 +169,7 @@ def test_the_fitted_head_finds_the_exact_soft_values(alone):
 def test_without_an_actor_the_target_is_the_best_policys_value():
     """Off policy: the target at an action holds for whatever policy the action came from."""
     torch.manual_seed(0)
-    target, beta = SoftQHead(4, 6), 0.3
+    target, beta = QHead(4, 6), 0.3
     torch.nn.init.normal_(target.layers[-1].weight)
     reference = torch.randn(3, 6, dtype=torch.float64).log_softmax(-1).float()
     piece = {

@@ -11,12 +11,12 @@ from cola_ray.evaluation import chunks, figures
 from cola_ray.rollout.answers import Answered
 
 
-def write(folder, way, first, rewards, answers):
+def write(folder, way, first, rewards, answers, values=None):
     file = folder / way / f"{first:06d}.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        Answered(first + i, "?", said, [[1]] * len(said), [[2]] * len(said), scored, said, 3, 4, 0.5)
-        for i, (scored, said) in enumerate(zip(rewards, answers, strict=True))
+        Answered(first + i, "?", [0], said, [[1]] * len(said), [[2]] * len(said), chosen, scored, said, 3, 4, 0.5)
+        for i, (chosen, scored, said) in enumerate(zip(values or rewards, rewards, answers, strict=True))
     ]
     pq.write_table(pa.Table.from_pylist([{"way": way, **asdict(row)} for row in rows]), file)
 
@@ -45,3 +45,14 @@ def test_figures_by_hand(tmp_path):
     assert "pass_at_8" not in found, "more than there are samples"
     assert 0 < found["best_ci"] <= 0.5
     assert (found["generated_tokens"], found["computed_tokens"]) == (3, 4)
+
+
+def test_a_reward_model_chooses_and_the_verifier_judges(tmp_path):
+    config = EvalConfig(ways=("sample",), ks=())
+    rewards, answers = [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]], [["7", "4", "7"], ["3", "5", "6"]]
+    values = [[-1.0, 2.0, 1.0], [-3.0, 2.0, 1.0]]  # right about the first problem alone
+    write(tmp_path, "sample", 0, rewards, answers, values)
+    found = figures(config, tmp_path, seed=0)["sample"]
+    assert (found["any_right"], found["best"]) == (1.0, 0.5)
+    assert found["majority"] == 0.5, "7 has two votes of three; of 3, 5 and 6 the first counts"
+    assert found["weighted_majority"] == 0.5, "e^2 for 4 outweighs e^1 + e^-1 for 7"

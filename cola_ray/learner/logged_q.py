@@ -1,0 +1,188 @@
+"""Q of latent actions from logged answers, for MCTS-Q: one Ray Train worker's loop.
+
+    predictions: prompt, response, actions, reward ─> frozen base ─> e ─> Q(e, .) ─> (Q(e, a) - y)^2 ─> Adam
+                                                                     └──> Qbar(e, .), a copy every so many steps
+
+The head is small and whole on every rank. Which answers a step learns from is a pure function of (seed, step).
+Legend: B answers, T positions, L actions of an answer, K actions to choose from.
+"""
+
+import copy
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cola_ray.algorithms.double_q import double_q_values
+from cola_ray.algorithms.etpo import soft_targets
+from cola_ray.config import Q_STAGE, Config
+from cola_ray.experience import Trajectory, collate
+from cola_ray.learner.engine import NonFiniteError, Report, report_saved, warmup_cosine
+from cola_ray.learner.rl import tensors_of
+from cola_ray.learner.value import step_together
+from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
+from cola_ray.tasks.rows import open_rows
+
+HELD_OUT = 512  # answers at most, the last of the log
+
+
+def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
+    """On every rank; leaves ``output_dir/model/q.safetensors``. ``report`` is a collective."""
+    settings, rank = config.pretrain, torch.distributed.get_rank()
+    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    log = load_log(config.data.path)
+    held_out = min(HELD_OUT, len(log) // 10)
+    train, rest = log[: len(log) - held_out], log[len(log) - held_out :]
+    model = CoLAForCausalLM.from_pretrained(config.start_model, dtype=getattr(torch, config.model.dtype))
+    model = model.to(device).requires_grad_(False)
+    learner = LoggedQLearner(config, model, device)
+    first = learner.load(checkpoint) if checkpoint else 0
+    total = settings.num_steps(Q_STAGE)
+    for step in range(first, total):
+        started = time.perf_counter()
+        draw = np.random.default_rng((config.seed, step))
+        wanted = draw.choice(len(train), settings.batch_size, replace=len(train) < settings.batch_size)
+        factor = warmup_cosine(step, total, min(settings.warmup_steps, total), settings.min_lr_ratio)
+        metrics: dict[str, Any] = learner.step([train[i] for i in wanted], config.q.lr * factor, step)
+        last = step + 1 == total
+        if rest and ((step + 1) % 25 == 0 or last):
+            metrics |= {f"q/heldout_{name}": value for name, value in learner.measure(rest).items()}
+        metrics |= {"stage": Q_STAGE, "step": step + 1, "steps": total, "time/step": time.perf_counter() - started}
+        if (step + 1) % settings.save_every == 0 and not last:
+            report_saved(report, metrics, functools.partial(learner.save, step=step + 1))
+        else:
+            report(metrics, None)
+    if rank == 0:
+        target = Path(config.output_dir) / "model"
+        target.mkdir(parents=True, exist_ok=True)
+        learner.online.save(target / "q.safetensors")
+    torch.distributed.barrier()
+
+
+def load_log(path: str) -> list[Trajectory]:
+    """Answers that jobs/evaluate.py logged, shuffled once; those whose actions nobody recorded are left out.
+
+    Raises:
+        ValueError: the rows are not its predictions, or there are none.
+    """
+    rows = open_rows(path, "data.path")
+    wanted = ("prompt_ids", "token_ids", "actions", "rewards")
+    missing = [name for name in wanted if name not in rows.column_names]
+    if missing:
+        raise ValueError(f"data.path = {path!r}: no columns {', '.join(missing)}; give a folder that evaluate.py left, "
+                         "e.g. outputs/evaluate-.../predictions/sample")  # fmt: skip
+    columns = (rows[name] for name in wanted)
+    found = [
+        _logged(prompt, *one)
+        for prompt, *answers in zip(*columns, strict=True)
+        for one in zip(*answers, strict=True)
+        if one[1] and one[1][-1] >= 0
+    ]
+    if not found:
+        raise ValueError(f"data.path = {path!r}: no answer with recorded actions in it; give sampled answers")
+    np.random.default_rng(0).shuffle(found)  # type: ignore[arg-type]  # a list is shuffled in place too
+    return found
+
+
+def _logged(prompt: list[int], tokens: list[int], actions: list[int], reward: float) -> Trajectory:
+    taken = np.asarray(actions, np.int64)
+    nothing = np.zeros(len(taken), np.float32)
+    return Trajectory(
+        np.asarray(prompt, np.int64), np.asarray(tokens, np.int64), taken, nothing, nothing.astype(np.int64), reward,
+        truncated=False, text="", action_mask=taken >= 0,
+    )  # fmt: skip
+
+
+class LoggedQLearner:
+    """Online head, target head and Adam. ``torch.distributed`` must be initialised.
+
+    Args:
+        model: frozen; only its base is asked.
+    """
+
+    def __init__(self, config: Config, model: CoLAForCausalLM, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.model, self.device = config, model, device
+        self.online = QHead(model.config.hidden_size, model.config.num_actions).to(device)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=config.q.lr)
+
+    def step(self, answers: Sequence[Trajectory], lr: float, number: int) -> dict[str, float]:
+        """A gradient step on the mean squared error over all actions of all ranks' answers; all ranks call.
+
+        Raises:
+            NonFiniteError: on every rank; Q is untouched.
+        """
+        pieces, num_actions = self._mine(answers)
+        self.optimizer.zero_grad()
+        sums = torch.zeros(3, device=self.device)
+        for piece in pieces:
+            q = self.online(piece["hidden_states"])
+            taken, goals = self._taken_and_goals(q, piece)
+            error = (taken - goals).square().sum()
+            (error / num_actions).backward()
+            sums += torch.stack([error, taken.sum(), goals.sum()]).detach()
+        torch.distributed.all_reduce(sums)
+        loss, taken_mean, goal_mean = (sums / num_actions).tolist()
+        if not np.isfinite(loss):
+            raise NonFiniteError(f"q/loss is {loss}; is there a reward that is not finite in data.path?")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        step_together(self.online, self.optimizer, self.config.rl.grad_clip)
+        if (number + 1) % self.config.q.copy_every == 0:
+            self.target.load_state_dict(self.online.state_dict())
+        return {"q/loss": loss, "q/taken": taken_mean, "q/target": goal_mean, "q/lr": lr}
+
+    @torch.no_grad()
+    def measure(self, answers: Sequence[Trajectory]) -> dict[str, float]:
+        """Of answers not learnt from: the loss, and how the value of an action correlates with the answer's reward."""
+        pieces, num_actions = self._mine(answers)
+        sums = torch.zeros(6, device=self.device, dtype=torch.float64)
+        for piece in pieces:
+            taken, goals = self._taken_and_goals(self.online(piece["hidden_states"]), piece)
+            v, r = taken.double(), piece["advantages"][piece["action_mask"]].double()
+            found = [(taken - goals).square().sum(), v.sum(), r.sum(), (v * v).sum(), (r * r).sum(), (v * r).sum()]
+            sums += torch.stack([one.double() for one in found])
+        torch.distributed.all_reduce(sums)
+        loss, v_mean, r_mean, vv, rr, vr = (sums / num_actions).tolist()
+        spread = max((vv - v_mean**2) * (rr - r_mean**2), 0.0) ** 0.5
+        return {"loss": loss, "correlation": (vr - v_mean * r_mean) / spread if spread else 0.0}
+
+    def _mine(self, answers: Sequence[Trajectory]) -> tuple[list[dict[str, Tensor]], int]:
+        """This rank's micro-batches, and the actions of all ranks."""
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rewards = [answer.reward for answer in answers]
+        pad = self.model.config.pad_token_id or 0
+        batch = collate(answers, rewards, ranks, pad, 0, self.config.rl.micro_batch_tokens)[rank]
+        pieces = [tensors_of(batch, *cut, self.device) for cut in batch.micro_batches]
+        with torch.no_grad():
+            for piece in pieces:
+                piece["hidden_states"] = self.model.encode(piece["input_ids"], piece["attention_mask"])
+        return pieces, batch.num_actions_global
+
+    def _taken_and_goals(self, q: Tensor, piece: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(N,) each: Q of the actions taken, and what it should be."""
+        actions, mask = piece["actions"], piece["action_mask"]
+        with torch.no_grad():
+            values = double_q_values(q, self.target(piece["hidden_states"]))
+            nothing = values.new_zeros(len(values))  # follows the last action
+            goals = soft_targets(piece["rewards"], self.config.q.gamma * piece["discounts"], values, nothing, mask)
+        return q[mask].gather(-1, actions[mask][:, None])[:, 0], goals[mask]
+
+    def save(self, folder: Path, step: int) -> None:
+        if torch.distributed.get_rank() == 0:
+            heads = {name: getattr(self, name).state_dict() for name in ("online", "target", "optimizer")}
+            torch.save({**heads, "step": step}, folder / "q.pt")
+
+    def load(self, folder: Path) -> int:
+        """Returns the step to go on from."""
+        saved = torch.load(folder / "q.pt", weights_only=True)
+        step: int = saved.pop("step")
+        for name, state in saved.items():
+            getattr(self, name).load_state_dict(state)
+        return step

@@ -1,0 +1,13 @@
+"""Q of latent actions for MCTS-Q: double Q-learning on a head over the frozen base, from logged answers.
+
+Examples:
+    python jobs/evaluate.py --model.path MODEL --eval.split train --eval.ways sample --eval.problems 4096 \\
+        --output-dir outputs/log
+    python jobs/train_q.py --model.path MODEL --data.path outputs/log/predictions/sample
+    python jobs/evaluate.py --model.path MODEL --eval.ways mcts_q --q.path outputs/train_q-tiny-seed0/model
+"""
+
+from cola_ray.driver import command_line, train_q
+
+if __name__ == "__main__":
+    command_line(train_q, __doc__ or "")
