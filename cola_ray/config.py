@@ -64,11 +64,11 @@ class ModelConfig(_Branch):
 
 class TaskConfig(_Branch):
     name: str = "arithmetic"
-    """arithmetic, gsm8k, a reasoning-gym generator, preference, or your own as package.module:Class. For agents:
-    twenty_questions, guess_city, textworld, jericho, data_science, or your own, a class with reset and step."""
+    """arithmetic, gsm8k, math500, a reasoning-gym generator, preference, or your own as package.module:Class. For
+    agents: twenty_questions, guess_city, textworld, jericho, data_science, or your own, a class with reset and step."""
     path: str = ""
-    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and rejected, a
-    .jsonl or .parquet file, a folder of them, or a hub id. data_science: a CSV file whose column to predict
+    """gsm8k, math500: a folder with train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and
+    rejected, a .jsonl or .parquet file, a folder of them, or a hub id. data_science: a CSV file whose column to predict
     the option target names; empty: tables that scikit-learn brings along. Others: leave empty."""
     game: str = ""
     """jericho: the z-machine file to play."""
@@ -580,6 +580,8 @@ def _check_paths(config: Config) -> list[str]:
         lines.append("task.path = '': preference needs rows with a column prompt: a file, a folder or a hub id")
     if config.task.name == "gsm8k" and not config.task.path:
         lines.append("task.path = '': gsm8k needs a folder with train.jsonl and test.jsonl, or openai/gsm8k")
+    if config.task.name == "math500" and not config.task.path:
+        lines.append("task.path = '': math500 needs a folder with test.jsonl, or HuggingFaceH4/MATH-500")
     return lines
 
 
@@ -602,7 +604,7 @@ def _check_task(config: Config) -> list[str]:
         return [f"task.oracle = {config.task.oracle!r}: {config.task.name} asks nobody; leave it out"]
     if config.task.oracle and "OPENAI_BASE_URL" not in os.environ:
         return [f"task.oracle = {config.task.oracle!r}: set OPENAI_BASE_URL to an OpenAI-compatible endpoint"]
-    if config.task.name in ("arithmetic", "gsm8k", "preference", *MULTI_TURN):
+    if config.task.name in ("arithmetic", "gsm8k", "math500", "preference", *MULTI_TURN):
         return []
     if ":" in config.task.name:
         return _check_own_task(config.task.name)
@@ -610,7 +612,7 @@ def _check_task(config: Config) -> list[str]:
 
     if config.task.name in DATASETS:
         return []
-    near = difflib.get_close_matches(config.task.name, ["arithmetic", "gsm8k", *DATASETS], n=1)
+    near = difflib.get_close_matches(config.task.name, ["arithmetic", "gsm8k", "math500", *DATASETS], n=1)
     hint = f"did you mean {near[0]}?" if near else "use arithmetic, gsm8k, a reasoning-gym generator or module:Class"
     return [f"task.name = {config.task.name!r}: unknown task; {hint}"]
 

@@ -379,7 +379,7 @@ def _load_rows(
 
 def _has_answers(config: Config) -> bool:
     """Tasks whose solution is the one right response, so that teacher forcing measures greedy accuracy."""
-    return config.task.name not in ("gsm8k", "preference") and not config.data.path
+    return config.task.name not in ("gsm8k", "math500", "preference") and not config.data.path
 
 
 def _heldout_batches(

@@ -27,6 +27,7 @@ from cola_ray.rollout.engine import Completion, Request
 from cola_ray.rollout.judge import Judge, judged
 from cola_ray.rollout.search import Found, Question, TreeSearch, beam
 from cola_ray.rollout.worker import RolloutWorker
+from cola_ray.tasks import answer_of
 
 Array = np.ndarray
 _ANSWERS = 1 << 41  # so that no draw here is one of training
@@ -81,12 +82,11 @@ class AnswerWorker(RolloutWorker):
         rewards = found.rewards
         if self.chooser is not None:
             rewards = [reward.value for reward in await self._score(split, [index] * len(texts), texts)]
-        answer_of = getattr(self.task, "answer_of", str.strip)
         return Answered(
             index, self.task.problems(split)[index].question, list(prompt), texts,
             [response.tolist() for response in found.responses], [actions.tolist() for actions in found.actions],
-            found.rewards, rewards, [answer_of(text) for text in texts], found.generated_tokens, found.computed_tokens,
-            found.seconds,
+            found.rewards, rewards, [answer_of(self.task, text) for text in texts], found.generated_tokens,
+            found.computed_tokens, found.seconds,
         )  # fmt: skip
 
     async def _greedy(self, index: int, prompt: list[int]) -> Found:

@@ -11,12 +11,12 @@ from cola_ray.tasks.data_science import DataScience
 from cola_ray.tasks.environment import Dialogue, Environment
 from cola_ray.tasks.guessing import ChatOracle, GuessCity, TwentyQuestions
 from cola_ray.tasks.preference import Preference
-from cola_ray.tasks.protocol import Problem, Prompts, Task, render_prompt
-from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, ReasoningGym, Thinking
+from cola_ray.tasks.protocol import Problem, Prompts, Task, answer_of, render_prompt
+from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, Math500, ReasoningGym, Thinking
 
 __all__ = [
-    "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Prompts", "Task", "make_environment", "make_prompts",
-    "make_task", "render_prompt", "to_pretrain_on",
+    "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Prompts", "Task", "answer_of", "make_environment",
+    "make_prompts", "make_task", "render_prompt", "to_pretrain_on",
 ]  # fmt: skip
 
 ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
@@ -80,6 +80,8 @@ def make_task(config: TaskConfig, seed: int) -> Task:
 def _make_task(config: TaskConfig, seed: int) -> Task:
     if config.name == "gsm8k":
         return Gsm8k(config.path, seed)
+    if config.name == "math500":
+        return Math500(config.path, seed)
     if config.name == "arithmetic":
         return Arithmetic(config.options, config.num_problems, seed)
     if ":" in config.name:

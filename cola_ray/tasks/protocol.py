@@ -41,7 +41,8 @@ class Task(Prompts, Protocol):
     """Problems with a verifier.
 
     A task whose verifier executes what a response says, be it one formula, has ``executes_responses = True``; the
-    process that scores then gives up files, sockets and other processes once the task has been built.
+    process that scores then gives up files, sockets and other processes once the task has been built. One whose
+    responses hold more than the answer has a method ``answer_of``, see below.
     """
 
     def score(self, split: Split, index: int, response: str) -> float:
@@ -55,3 +56,11 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int
         message = [{"role": "user", "content": question}]
         return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
     return tokenizer(question, add_special_tokens=False)["input_ids"]
+
+
+def answer_of(task: Prompts, response: str) -> str:
+    """The answer that a response commits to, as majorities count it; "" where there is none.
+
+    A task says it in a method of this name; without, it is the whole response.
+    """
+    return getattr(task, "answer_of", str.strip)(response)

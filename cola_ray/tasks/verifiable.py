@@ -1,4 +1,4 @@
-"""GSM8K, every generator of reasoning-gym, and the arithmetic that the tiny preset learns."""
+"""GSM8K, MATH-500, every generator of reasoning-gym, and the arithmetic that the tiny preset learns."""
 
 import random
 import re
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cola_ray.tasks.protocol import Problem, Split, Task, split_of
+from cola_ray.tasks.protocol import Problem, Split, Task, answer_of, split_of
+from cola_ray.tasks.rows import open_rows
 
 
 class ReasoningGym:
@@ -122,6 +123,10 @@ class Thinking:
         form = self._TAGGED.fullmatch(response)
         return max(self.FORM, self.task.score(split, index, form[1].strip())) if form else 0.0
 
+    def answer_of(self, response: str) -> str:
+        form = self._TAGGED.fullmatch(response)
+        return answer_of(self.task, form[1]) if form else ""
+
 
 class Gsm8k:
     """Grade-school word problems (Cobbe et al. 2021): the last number of a response must equal the answer."""
@@ -154,6 +159,59 @@ class Gsm8k:
     def score(self, split: Split, index: int, response: str) -> float:
         found = final_number(response)
         return float(found is not None and numbers_equal(self._answers[split][index], found))
+
+    def answer_of(self, response: str) -> str:
+        return final_number(response) or ""
+
+
+class Math500:
+    """Competition problems (Hendrycks et al. 2021; the 500 of Lightman et al. 2023): an expression, not a number.
+
+    Args:
+        path: a hub id, whose split test it takes; a file; or a folder with test.jsonl and, to train on, train.jsonl.
+            Columns problem, solution and answer.
+    """
+
+    INSTRUCTION = "\nThink step by step, then give the result in \\boxed{}."
+
+    def __init__(self, path: str, seed: int) -> None:
+        import datasets
+
+        self._splits: dict[Split, list[Problem]] = {"train": [], "heldout": []}
+        self._answers: dict[Split, list[str]] = {"train": [], "heldout": []}
+        files: dict[Split, Path] = {"train": Path(path) / "train.jsonl", "heldout": Path(path) / "test.jsonl"}
+        if not Path(path).is_dir():
+            given = open_rows(path, "task.path") if Path(path).exists() else datasets.load_dataset(path, split="test")
+            self._take("heldout", given, seed)
+            return
+        for split, file in files.items():
+            if file.exists():
+                self._take(split, open_rows(str(file), "task.path"), seed)
+
+    def _take(self, split: Split, rows: Any, seed: int) -> None:
+        for row in rows.shuffle(seed=seed):
+            problem = Problem(len(self._splits[split]), row["problem"] + self.INSTRUCTION, row["solution"])
+            self._splits[split].append(problem)
+            self._answers[split].append(row["answer"])
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return self._splits[split]
+
+    def demonstrations(self) -> Sequence[tuple[str, str]]:
+        return [(problem.question, problem.solution) for problem in self._splits["train"]]
+
+    def score(self, split: Split, index: int, response: str) -> float:
+        """Equality as math-verify sees it, of the whole response's answer: 1/2, \\frac12 and 0.5 are one."""
+        from math_verify import parse, verify
+
+        gold = parse(f"${self._answers[split][index]}$", parsing_timeout=None)
+        return float(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
+
+    def answer_of(self, response: str) -> str:
+        from math_verify import parse
+
+        found = parse(response, parsing_timeout=None)
+        return str(found[0]) if found else ""
 
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")

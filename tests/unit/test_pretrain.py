@@ -17,7 +17,7 @@ from cola_ray.config import DataConfig, TaskConfig, override
 from cola_ray.learner.corpus import load_documents, pack
 from cola_ray.learner.pretrain import TRAINED, StageModule, make_tokenizer
 from cola_ray.presets import preset
-from cola_ray.tasks import make_task, to_pretrain_on
+from cola_ray.tasks import answer_of, make_task, to_pretrain_on
 from cola_ray.tasks.verifiable import final_number, numbers_equal
 
 
@@ -140,6 +140,33 @@ def test_gsm8k_from_a_folder(tmp_path):
         assert gsm8k.score("heldout", problem.index, problem.solution) == 1.0
         assert gsm8k.score("heldout", problem.index, "#### 7") == 0.0
         assert gsm8k.score("heldout", problem.index, "no idea") == 0.0
+
+
+def test_math500_from_a_folder_and_a_file(tmp_path):
+    rows = [
+        {"problem": f"q{i}", "solution": rf"so \boxed{{\frac{{{i}}}{{7}}}}", "answer": rf"\frac{{{i}}}{{7}}"}
+        for i in (1, 2)
+    ]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for path in (tmp_path, tmp_path / "test.jsonl"):
+        task = make_task(TaskConfig(name="math500", path=str(path)), seed=0)
+        assert task.problems("train") == []
+        for problem in task.problems("heldout"):
+            numerator = problem.question[1]
+            assert task.score("heldout", problem.index, problem.solution) == 1.0
+            assert task.score("heldout", problem.index, f"it is ${numerator}/7$") == 1.0
+            assert task.score("heldout", problem.index, r"\boxed{\frac{3}{7}}") == 0.0
+            assert task.score("heldout", problem.index, "no idea") == 0.0
+
+
+def test_what_a_response_commits_to(tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps({"problem": "q", "solution": "s", "answer": "1"}))
+    math500 = make_task(TaskConfig(name="math500", path=str(tmp_path)), seed=0)
+    assert answer_of(math500, r"\boxed{\frac12}") == answer_of(math500, r"so $\frac{1}{2}$")
+    countdown = make_task(TaskConfig(name="countdown", num_problems=5, thinking=True), seed=0)
+    assert answer_of(countdown, "<think>1</think><answer> 1 + 2 </answer>") == "1 + 2"
+    assert answer_of(countdown, "1 + 2") == ""
+    assert answer_of(make_task(TaskConfig(), 0), " 12 ") == "12"
 
 
 def test_final_numbers():
