@@ -121,6 +121,11 @@ class Controller:
         """Wait for the workers; evaluate the start policy and the bare base unless this resumes. Returns facts."""
         self._spawn(self._watch_for_stalls())
         self.facts = await self._ask(self.seats[0], "facts")
+        if not self.facts.get("num_train", 1):
+            raise ValueError(
+                f"task.name = {self.config.task.name!r}: no problem to train on; all are held out, or longer than "
+                f"rollout.max_prompt_tokens = {self.config.rollout.max_prompt_tokens}"
+            )
         if not resumed:
             base, start = [await self._evaluate(bare_base) for bare_base in (True, False)]
             self._event(0, {f"eval/base_{self.MEASURE}": base, f"eval/{self.MEASURE}": start})
