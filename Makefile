@@ -13,7 +13,7 @@ export UV_TORCH_BACKEND := cpu
 endif
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup games demo demo-agent test test-slow lint bench results lock clean help
+.PHONY: setup games evals demo demo-agent test test-slow lint bench results lock clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ $(VENV)/.ready-$(EXTRA): requirements/$(EXTRA).txt pyproject.toml
 
 games: setup  ## add TextWorld and Jericho (GPL-2.0), for the text adventures
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements/games.txt
+
+evals: setup  ## add sentence encoders, self-BLEU and the evaluation harness
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements/evals.txt -c requirements/$(EXTRA).txt
 
 demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about a quarter of an hour on 2 cores
 	$(BIN)/python jobs/rl_math.py --preset tiny --output-dir outputs/demo

@@ -347,8 +347,8 @@ class EchoWorker:
 def orchestration() -> dict[str, float]:
     import ray
 
+    from cola_ray.actors import RayWorkers, RemoteController
     from cola_ray.controller import Controller
-    from cola_ray.driver import RayWorkers, RemoteController
 
     config = override(preset("tiny"), {"rl.max_steps": 40, "rl.eval_every": 0, "cluster.learner_ranks": 1})
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)

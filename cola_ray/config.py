@@ -352,6 +352,17 @@ class EvalConfig(_Branch):
     """Problems in the engines at once; what a stopped evaluation may lose."""
 
 
+class DiversityConfig(_Branch):
+    prefixes: int = 64
+    """Texts, drawn from data.path or the task's demonstrations, whose beginnings are continued."""
+    prefix_tokens: int = 32
+    """Length of a beginning; half of a shorter text."""
+    continuations: int = 8
+    """Of each beginning, up to rollout.max_new_tokens long."""
+    encoder: str = ""
+    """A sentence-transformers model, directory or hub id. Empty: the MiniLM that `make evals` installs."""
+
+
 class ClusterConfig(_Branch):
     address: str = ""
     """Ray cluster to attach to. Empty: RAY_ADDRESS or the running job's, else a local one for this run."""
@@ -395,6 +406,7 @@ class Config(_Branch):
     search: SearchConfig = SearchConfig()
     q: LoggedQConfig = LoggedQConfig()
     eval: EvalConfig = EvalConfig()
+    diversity: DiversityConfig = DiversityConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property
@@ -515,13 +527,16 @@ def _check_dynamic_sampling(config: Config) -> list[str]:
 def _check_positive(config: Config) -> list[str]:
     fields = ("rl.prompts_per_step", "rl.max_steps", "rl.micro_batch_tokens", "pretrain.batch_size", "rl.eval_problems",
               "pretrain.micro_batch_size", "rollout.num_workers", "rollout.max_new_tokens", "cluster.learner_ranks",
-              "model.num_actions", "cluster.threads_per_process", "critic.replicas")  # fmt: skip
+              "model.num_actions", "cluster.threads_per_process", "critic.replicas", "diversity.prefixes",
+              "diversity.prefix_tokens")  # fmt: skip
     lines = []
     for field in fields:
         branch, leaf = field.split(".")
         value = getattr(getattr(config, branch), leaf)
         if value < 1:
             lines.append(f"{field} = {value}: must be at least 1")
+    if config.diversity.continuations < 2:
+        lines.append(f"diversity.continuations = {config.diversity.continuations}: pairs are compared; use 2 or more")
     if config.rollout.temperature <= 0:
         lines.append(f"rollout.temperature = {config.rollout.temperature}: rollouts must explore; use a number above 0")
     return lines

@@ -1,4 +1,4 @@
-"""Everything that happens in a run, top to bottom. The only file that says ``ray.remote``.
+"""Everything that happens in a training run, top to bottom.
 
     pretrain(config)   TorchTrainer: ZeRO-3 ranks over the stages                             -> a CoLA model
     run_rl(config)     RolloutWorker actors <- Controller actor <- TorchTrainer: ZeRO-3 ranks -> a better policy
@@ -6,21 +6,16 @@
     train_q(config)    TorchTrainer: ranks over logged answers                               -> MCTS-Q's values
     run_agent(config)  AgentWorker actors <- AgentController actor <- the same learner        -> a better agent
                                                 └── ReplayShard and CriticService actors
-    evaluate(config)   AnswerWorker actors <- Evaluator actor                                 -> predictions, figures
 
-All return the summary they write to ``output_dir/summary.json``; both track into MLflow and can be resumed.
+All return the summary they write to ``output_dir/summary.json``; all track into MLflow and can be resumed.
 """
 
 import contextlib
-import functools
 import importlib
-import json
 import logging
 import os
-import re
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -29,36 +24,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pyarrow.parquet as pq
 import ray
 import ray.train
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
+from cola_ray import actors
 from cola_ray.agents import AgentController
 from cola_ray.config import (
     MULTI_TURN,
     Q_STAGE,
     REWARD_STAGE,
-    WITH_CRITIC,
     Config,
     ConfigError,
-    is_endpoint,
     is_environment,
     override,
 )
-from cola_ray.controller import Controller, PreferenceController, WorkerLostError
-from cola_ray.evaluation import Evaluator, chunks, figures
-from cola_ray.experience import Batch
+from cola_ray.controller import Controller, PreferenceController
 from cola_ray.model.conversion import plain_base
 from cola_ray.presets import from_command_line
-from cola_ray.replay.buffer import write_whole
-from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
-from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.agent import AgentWorker
-from cola_ray.rollout.answers import AnswerWorker
-from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tasks import make_environment
 from cola_ray.tasks.sandbox import NoSandboxError
@@ -67,12 +53,9 @@ from cola_ray.tracking import (
     Tracker,
     peak_memory_gb,
     plot,
-    plot_against_tokens,
     print_summary,
-    print_ways,
     write_json,
 )
-from cola_ray.weights import Bucket, Channel, Manifest
 
 
 class RunFailedError(RuntimeError):
@@ -134,7 +117,7 @@ def train_q(config: Config) -> dict[str, Any]:
         raise ConfigError("data.path = '': Q learns from logged answers; log some with `python jobs/evaluate.py "
                           "--eval.split train --eval.ways sample` and give its folder predictions/sample")  # fmt: skip
     config.check()
-    _check_start_model(config)
+    check_start_model(config)
     config = override(config, {"model.path": str(config.start_model.resolve())})
     return _supervised(config, "train_q", (Q_STAGE,), "logged_q", "Q of latent actions")
 
@@ -142,9 +125,9 @@ def train_q(config: Config) -> dict[str, Any]:
 def _supervised(config: Config, job: str, stages: Sequence[str], module: str, about: str) -> dict[str, Any]:
     """Stages of supervised training by a module of ``learner``: progress, metrics, a summary, a plot of losses."""
     config = config.resolve_paths(job)
-    output = _prepare_output(config)
+    output = prepare_output(config)
     started = time.time()
-    with _cluster(config), _tracker(config, job) as tracker:
+    with actors.cluster(config), tracked(config, job) as tracker:
         mailbox = Queue(actor_options={"num_cpus": 0})
         lengths = [config.pretrain.num_steps(stage) for stage in stages]
         first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
@@ -269,23 +252,21 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
     config.check()
     makes_its_own = config.preset == "tiny" and not config.model.path
     if not makes_its_own:
-        _check_start_model(config)
+        check_start_model(config)
     started = time.time()
-    with _cluster(config):
+    with actors.cluster(config):
         if makes_its_own and not config.start_model.exists():
             pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
         start = config.start_model.resolve()
         config = config.resolve_paths(job.name)
-        output = _prepare_output(config)
-        model_path = _served(config, start)
-        with _tracker(config, job.name) as tracker:
-            replay = _replay(config)
-            services = (replay, _critic(config, model_path, replay)) if job.name == "rl_agent" else (replay,)
-            judge = _judge(config)
-            pool = RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
-            controller = ray.remote(job.controller).options(num_cpus=0, max_concurrency=256).remote(
-                config, pool, *services
-            )  # fmt: skip
+        output = prepare_output(config)
+        model_path = served(config, start)
+        with tracked(config, job.name) as tracker:
+            replay = actors.replay(config)
+            services = (replay, actors.critic(config, model_path, replay)) if job.name == "rl_agent" else (replay,)
+            judge = actors.judge(config)
+            pool = actors.RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
+            controller = actors.controller(job.controller, config, pool, *services)
             try:
                 facts, memory = _train(config, model_path, job, controller, tracker)
             finally:
@@ -303,97 +284,17 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
     return summary
 
 
-def _served(config: Config, start: Path) -> str:
+def served(config: Config, start: Path) -> str:
     """What engines and learner open: the CoLA model that a run starts from, or over tokens a plain Llama."""
     if config.rl.action_space == "latent":
         return str(start)
     return str(plain_base(start if start.exists() else config.model.base, Path(config.output_dir) / "base"))
 
 
-def _judge(config: Config) -> Judge | None:
-    """Who scores in place of a verifier: an endpoint, or a reward model on an actor of its own."""
-    where = config.task.reward_model
-    if not where:
-        return None
-    if is_endpoint(where):
-        return HttpJudge(where, config.task.reward_timeout_s)
-    rollout, gpus = config.rollout, int(config.cluster.use_gpu)
-    actor = ray.remote(RewardModel).options(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
-    return RemoteJudge(actor.remote(where, rollout.max_prompt_tokens + rollout.max_new_tokens))
-
-
-class RemoteJudge:
-    """A :data:`~cola_ray.rollout.judge.Judge` that asks its actor, which Ray starts again."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    async def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        rewards: list[float] = await self.actor.score.remote(list(prompts), list(responses))
-        return rewards
-
-
 def _actions(config: Config) -> str:
     if config.rl.action_space == "token":
         return f"tokens, adapters of rank {config.rl.lora_rank}" if config.rl.lora_rank else "tokens"
     return f"{config.model.num_actions} latent actions"
-
-
-_LASTING = {"max_restarts": -1, "max_concurrency": 16}
-"""Ray starts such an actor again when it dies, and it goes on from what was last saved."""
-
-
-def _replay(config: Config) -> Shards:
-    """Replay, of no shards where nothing is learnt from it."""
-    output, replay = Path(config.output_dir), config.replay
-    shard = ray.remote(ReplayShard).options(num_cpus=0, max_task_retries=-1, **_LASTING)
-    rows, nbytes = replay.max_rows // replay.shards, (replay.max_mb << 20) // replay.shards
-    shards = [
-        shard.remote(rows, nbytes, str(output / "replay" / str(i)), replay.snapshot_every_s, config.seed + i)
-        for i in range(replay.shards if config.replays else 0)
-    ]
-    return Shards(len(shards), RemoteShards(shards), config.seed)
-
-
-def _critic(config: Config, model_path: str, replay: Shards) -> CriticReplicas:
-    """The utterance critic, of no replicas where the algorithm asks none."""
-    from transformers import AutoConfig
-
-    width, folder = AutoConfig.from_pretrained(model_path).hidden_size, str(Path(config.output_dir) / "critic")
-    critic = ray.remote(CriticService).options(num_cpus=1, **_LASTING)
-    replicas = [
-        critic.remote(config.critic, width, model_path, replay, folder, config.seed)
-        for _ in range(config.critic.replicas if config.rl.algorithm in WITH_CRITIC else 0)
-    ]
-    return CriticReplicas(len(replicas), RemoteReplicas(replicas))
-
-
-class RemoteShards:
-    """How :class:`~cola_ray.replay.service.Shards` asks its actors."""
-
-    def __init__(self, actors: list[Any]) -> None:
-        self.actors = actors
-
-    async def __call__(self, shard: int, method: str, *args: Any) -> Any:
-        return await getattr(self.actors[shard], method).remote(*args)
-
-
-class RemoteReplicas:
-    """How :class:`~cola_ray.replay.critic_service.CriticReplicas` asks its actors, which Ray starts again."""
-
-    def __init__(self, actors: list[Any]) -> None:
-        self.actors = actors
-
-    async def __call__(self, replica: int, method: str, *args: Any) -> Any:
-        try:
-            return await getattr(self.actors[replica], method).remote(*args)
-        except ray.exceptions.RayActorError as error:
-            lines = str(error).strip().splitlines()
-            if "creation task" in lines[0]:  # started again it would fail in the same way
-                raise RuntimeError(f"a critic could not start: {_cause(lines)}") from None
-            raise ReplicaLostError(lines[0]) from error
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 def _train(
@@ -433,7 +334,7 @@ def _train(
     return facts, ray.get([worker.peak_memory_gb.remote() for worker in workers])
 
 
-def _check_start_model(config: Config) -> None:
+def check_start_model(config: Config) -> None:
     if config.rl.action_space == "token" and config.model.base:
         return  # which is the start where there is no CoLA model
     if not config.start_model.exists():
@@ -443,73 +344,12 @@ def _check_start_model(config: Config) -> None:
         )
 
 
-class RayWorkers:
-    """The controller's :class:`~cola_ray.controller.WorkerPool`: rollout actors, owned by the controller's process."""
-
-    def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker, *more: Any) -> None:
-        gpus = int(config.cluster.use_gpu) * config.rollout.tensor_parallel_size
-        # Colocated, an engine takes half of each GPU's booking and the learner the other.
-        share = 0.5 if config.cluster.colocated else 1
-        self.actor = ray.remote(worker).options(num_cpus=1, num_gpus=gpus * share, max_concurrency=256)
-        self.args = (config, model_path, *more)
-
-    def spawn(self) -> Any:
-        return self.actor.remote(*self.args)
-
-    async def call(self, worker: Any, method: str, *args: Any) -> Any:
-        try:
-            return await getattr(worker, method).remote(*args)
-        except ray.exceptions.RayActorError as error:
-            lines = str(error).strip().splitlines()
-            if "creation task" in lines[0]:  # it never ran: another one would fail in the same way
-                raise RuntimeError(f"a rollout worker could not start: {_cause(lines)}") from None
-            raise WorkerLostError(lines[0]) from error
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
-
-    def kill(self, worker: Any) -> None:
-        ray.kill(worker)
-
-
-def _cause(lines: list[str]) -> str:
-    """What a remote traceback ends in: from its last line that names an exception on, in one line."""
-    starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])[:1000]
-
-
 def _rl_rank(loop: dict[str, Any]) -> None:
     config = _enter_rank(loop)
     from cola_ray.learner import rl
 
     with _last_checkpoint() as checkpoint:
-        rl.train_loop(config, loop["model_path"], RemoteController(loop["controller"]), checkpoint, _report)
-
-
-class RemoteController:
-    """The learner's :class:`~cola_ray.learner.rl.BatchSource` over the controller actor."""
-
-    def __init__(self, controller: Any) -> None:
-        self.controller = controller
-
-    def begin(self, version: int, buckets: list[Bucket]) -> None:
-        # References travel through the controller unopened; each worker maps the payload from its node's store.
-        ray.get(self.controller.begin.remote(version, [ray.put(bucket) for bucket in buckets]))
-
-    def next_batch(self, rank: int, version: int) -> Batch | None:
-        return ray.get(self.controller.next_batch.remote(rank, version))
-
-    def offer(self, version: int, manifest: Manifest) -> Channel:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        return ray.get(self.controller.offer.remote(version, manifest, ray.util.get_node_ip_address(), port))
-
-    def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
-        metrics["memory/learner_gb"] = peak_memory_gb()
-        ray.get(self.controller.publish.remote(version, [ray.put(bucket) for bucket in buckets], metrics))
-
-    def fail(self, reason: str) -> None:
-        ray.get(self.controller.fail.remote(reason))
+        rl.train_loop(config, loop["model_path"], actors.RemoteController(loop["controller"]), checkpoint, _report)
 
 
 def _rl_summary(
@@ -562,110 +402,7 @@ def _print_arithmetic(config: Config, facts: dict[str, Any]) -> None:
     print(f"; {left_out} longer than rollout.max_prompt_tokens left out" if left_out else "")
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------------
-
-
-def evaluate(config: Config) -> dict[str, Any]:
-    """Answer held-out problems in all of ``eval.ways``; leaves ``output_dir/predictions``. Returns the summary.
-
-    With ``resume``, chunks that an earlier run with the same settings has answered are not asked again.
-
-    Raises:
-        ConfigError: before any process starts.
-        RunFailedError: the message names the cause.
-    """
-    config.check()
-    if is_environment(config.task.name) or config.task.name == "preference":
-        raise ConfigError(f"task.name = {config.task.name!r}: has no verifier of single answers; use one that has")
-    _check_start_model(config)
-    started, start = time.time(), config.start_model.resolve()
-    config = override(config.resolve_paths("evaluate"), {"model.path": str(start) if start.exists() else ""})
-    _refuse_other_predictions(config)
-    output = _prepare_output(config)
-    model_path, folder = _served(config, start), output / "predictions"
-    with _cluster(config), _tracker(config, "evaluate") as tracker:
-        judge = _judge(config)
-        pool = RayWorkers(config, model_path, AnswerWorker, *([judge] if judge else []))
-        evaluator = ray.remote(Evaluator).options(num_cpus=0, max_concurrency=256).remote(
-            config, pool, Shards(0, RemoteShards([]), config.seed)
-        )  # fmt: skip
-        try:
-            facts = ray.get(evaluator.open.remote())
-            left = list(chunks(config.eval, facts[f"num_{config.eval.split}"], folder))
-            with Display("evaluate", total=len(left)) as display:
-                for number, (way, indices, file) in enumerate(left):
-                    rows = ray.get(evaluator.answer.remote(indices, way))
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(file, functools.partial(pq.write_table, rows))
-                    display.update(f"evaluate: {way}", number + 1, len(left), "", milestone=True)
-        except ray.exceptions.RayTaskError as error:
-            raise RunFailedError(str(error.cause or error)) from None
-        finally:
-            ray.kill(evaluator)
-        found = figures(config.eval, folder, config.seed)
-        for way, of_way in found.items():
-            tracker.log(0, {f"{way}/{name}": value for name, value in of_way.items()})
-        summary = {"preset": config.preset, "task": config.task.name, "model": model_path, "seed": config.seed, **found}
-        summary |= {"wall_seconds": round(time.time() - started, 1)}
-        write_json(output / "summary.json", summary)
-        plot_against_tokens(output / "accuracy.png", found)
-    print_ways(f"{config.task.name}: {folder}", found)
-    return summary
-
-
-def _refuse_other_predictions(config: Config) -> None:
-    """Predictions under other settings would be taken for this run's."""
-    file = Path(config.output_dir) / "config.json"
-    if not config.resume or not file.exists():
-        return
-    before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
-    before["split"], now["split"] = (tree.get("eval", {}).get("split") for tree in (before, now))
-    for branch in ("seed", "model", "task", "rollout", "search", "q", "split"):
-        if before.get(branch) != now[branch]:
-            raise ConfigError(
-                f"resume = True: {file} has another {branch}; give another --output-dir, or leave --resume out to "
-                "answer anew"
-            )
-
-
 # --- Ray ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _cluster(config: Config) -> Iterator[None]:
-    """Attach to the cluster that is there, or start one on this machine and stop it afterwards."""
-    if ray.is_initialized():
-        yield
-        return
-    environment = {"env_vars": {**_worker_environment(config)}}
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    if address:
-        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
-        needed = config.cluster.learner_ranks + config.rollout.num_workers + config.critic.replicas + 2
-        ray.init(
-            address="local",
-            num_cpus=max(needed, os.cpu_count() or 1),
-            include_dashboard=False,
-            runtime_env=environment,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _worker_environment(config: Config) -> dict[str, str]:
-    variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
-    if not config.cluster.use_gpu:
-        variables |= {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "DS_ACCELERATOR": "cpu"}
-    return variables
 
 
 def _fit(
@@ -776,7 +513,7 @@ def _report(metrics: dict[str, Any], folder: Path | None) -> None:
 # --- the run's folder, its tracker, its display -------------------------------------------------------------------
 
 
-def _prepare_output(config: Config) -> Path:
+def prepare_output(config: Config) -> Path:
     """The run's folder; without ``resume`` what an earlier run left there is removed."""
     output = Path(config.output_dir)
     if not config.resume:
@@ -794,7 +531,7 @@ def _checkpoint_exists(output: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _tracker(config: Config, job: str) -> Iterator[Tracker]:
+def tracked(config: Config, job: str) -> Iterator[Tracker]:
     output = Path(config.output_dir)
     tracker = Tracker(config.tracking_uri, job, output, _flat(config.model_dump()))
     try:

@@ -9,7 +9,8 @@ Examples:
 Predictions are Parquet, a row a problem: question, responses, actions, rewards, answers.
 """
 
-from cola_ray.driver import command_line, evaluate
+from cola_ray.driver import command_line
+from cola_ray.studies import evaluate
 
 if __name__ == "__main__":
     command_line(evaluate, __doc__ or "")

@@ -1,0 +1,221 @@
+"""Actors on a Ray cluster: what they are placed on, how they are asked, what becomes of their deaths.
+
+    cluster(config)     attach to the cluster that is there, or start one on this machine
+    controller(...)     the run's controller, which owns
+    RayWorkers              rollout workers, spawned again when they die
+    replay(config)      ReplayShard actors      ┐
+    critic(config)      CriticService actors    ├ which Ray starts again, and which go on from what they last saved
+    judge(config)       RewardModel actor       ┘
+
+The only file that says ``ray.remote``. What is asked through it knows nothing of Ray: each Remote class is the one
+interface that its callers take, and maps Ray's errors to theirs.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cola_ray.config import WITH_CRITIC, Config, is_endpoint
+from cola_ray.controller import Controller, WorkerLostError
+from cola_ray.experience import Batch
+from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
+from cola_ray.replay.service import ReplayShard, Shards
+from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
+from cola_ray.rollout.worker import EngineWorker, RolloutWorker
+from cola_ray.tracking import peak_memory_gb
+from cola_ray.weights import Bucket, Channel, Manifest
+
+
+@contextlib.contextmanager
+def cluster(config: Config) -> Iterator[None]:
+    """Attach to the cluster that is there, or start one on this machine and stop it afterwards."""
+    if ray.is_initialized():
+        yield
+        return
+    environment = {"env_vars": {**_worker_environment(config)}}
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    if address:
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
+        needed = config.cluster.learner_ranks + config.rollout.num_workers + config.critic.replicas + 2
+        ray.init(
+            address="local",
+            num_cpus=max(needed, os.cpu_count() or 1),
+            include_dashboard=False,
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _worker_environment(config: Config) -> dict[str, str]:
+    variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
+    if not config.cluster.use_gpu:
+        variables |= {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "DS_ACCELERATOR": "cpu"}
+    return variables
+
+
+# --- controller and workers ---------------------------------------------------------------------------------------
+
+
+def controller(make: type[Controller], *args: Any) -> Any:
+    """An actor of this class; what it spawns dies with it."""
+    return ray.remote(make).options(num_cpus=0, max_concurrency=256).remote(*args)
+
+
+class RayWorkers:
+    """The controller's :class:`~cola_ray.controller.WorkerPool`: rollout actors, owned by the controller's process."""
+
+    def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker, *more: Any) -> None:
+        gpus = int(config.cluster.use_gpu) * config.rollout.tensor_parallel_size
+        # Colocated, an engine takes half of each GPU's booking and the learner the other.
+        share = 0.5 if config.cluster.colocated else 1
+        self.actor = ray.remote(worker).options(num_cpus=1, num_gpus=gpus * share, max_concurrency=256)
+        self.args = (config, model_path, *more)
+
+    def spawn(self) -> Any:
+        return self.actor.remote(*self.args)
+
+    async def call(self, worker: Any, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(worker, method).remote(*args)
+        except ray.exceptions.RayActorError as error:
+            lines = str(error).strip().splitlines()
+            if "creation task" in lines[0]:  # it never ran: another one would fail in the same way
+                raise RuntimeError(f"a rollout worker could not start: {_cause(lines)}") from None
+            raise WorkerLostError(lines[0]) from error
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+    def kill(self, worker: Any) -> None:
+        ray.kill(worker)
+
+
+def _cause(lines: list[str]) -> str:
+    """What a remote traceback ends in: from its last line that names an exception on, in one line."""
+    starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])[:1000]
+
+
+class RemoteController:
+    """The learner's :class:`~cola_ray.learner.rl.BatchSource` over the controller actor."""
+
+    def __init__(self, controller: Any) -> None:
+        self.controller = controller
+
+    def begin(self, version: int, buckets: list[Bucket]) -> None:
+        # References travel through the controller unopened; each worker maps the payload from its node's store.
+        ray.get(self.controller.begin.remote(version, [ray.put(bucket) for bucket in buckets]))
+
+    def next_batch(self, rank: int, version: int) -> Batch | None:
+        return ray.get(self.controller.next_batch.remote(rank, version))
+
+    def offer(self, version: int, manifest: Manifest) -> Channel:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        return ray.get(self.controller.offer.remote(version, manifest, ray.util.get_node_ip_address(), port))
+
+    def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
+        metrics["memory/learner_gb"] = peak_memory_gb()
+        ray.get(self.controller.publish.remote(version, [ray.put(bucket) for bucket in buckets], metrics))
+
+    def fail(self, reason: str) -> None:
+        ray.get(self.controller.fail.remote(reason))
+
+
+# --- services -----------------------------------------------------------------------------------------------------
+
+_LASTING = {"max_restarts": -1, "max_concurrency": 16}
+"""Ray starts such an actor again when it dies, and it goes on from what was last saved."""
+
+
+def replay(config: Config) -> Shards:
+    """Replay, of no shards where nothing is learnt from it."""
+    output, settings = Path(config.output_dir), config.replay
+    shard = ray.remote(ReplayShard).options(num_cpus=0, max_task_retries=-1, **_LASTING)
+    rows, nbytes = settings.max_rows // settings.shards, (settings.max_mb << 20) // settings.shards
+    shards = [
+        shard.remote(rows, nbytes, str(output / "replay" / str(i)), settings.snapshot_every_s, config.seed + i)
+        for i in range(settings.shards if config.replays else 0)
+    ]
+    return Shards(len(shards), RemoteShards(shards), config.seed)
+
+
+def critic(config: Config, model_path: str, stored: Shards) -> CriticReplicas:
+    """The utterance critic, of no replicas where the algorithm asks none."""
+    from transformers import AutoConfig
+
+    width, folder = AutoConfig.from_pretrained(model_path).hidden_size, str(Path(config.output_dir) / "critic")
+    actor = ray.remote(CriticService).options(num_cpus=1, **_LASTING)
+    replicas = [
+        actor.remote(config.critic, width, model_path, stored, folder, config.seed)
+        for _ in range(config.critic.replicas if config.rl.algorithm in WITH_CRITIC else 0)
+    ]
+    return CriticReplicas(len(replicas), RemoteReplicas(replicas))
+
+
+class RemoteShards:
+    """How :class:`~cola_ray.replay.service.Shards` asks its actors."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors = actors
+
+    async def __call__(self, shard: int, method: str, *args: Any) -> Any:
+        return await getattr(self.actors[shard], method).remote(*args)
+
+
+class RemoteReplicas:
+    """How :class:`~cola_ray.replay.critic_service.CriticReplicas` asks its actors, which Ray starts again."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors = actors
+
+    async def __call__(self, replica: int, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self.actors[replica], method).remote(*args)
+        except ray.exceptions.RayActorError as error:
+            lines = str(error).strip().splitlines()
+            if "creation task" in lines[0]:  # started again it would fail in the same way
+                raise RuntimeError(f"a critic could not start: {_cause(lines)}") from None
+            raise ReplicaLostError(lines[0]) from error
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+
+def judge(config: Config) -> Judge | None:
+    """Who scores in place of a verifier: an endpoint, or a reward model on an actor of its own."""
+    where = config.task.reward_model
+    if not where:
+        return None
+    if is_endpoint(where):
+        return HttpJudge(where, config.task.reward_timeout_s)
+    rollout, gpus = config.rollout, int(config.cluster.use_gpu)
+    actor = ray.remote(RewardModel).options(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
+    return RemoteJudge(actor.remote(where, rollout.max_prompt_tokens + rollout.max_new_tokens))
+
+
+class RemoteJudge:
+    """A :data:`~cola_ray.rollout.judge.Judge` that asks its actor, which Ray starts again."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        rewards: list[float] = await self.actor.score.remote(list(prompts), list(responses))
+        return rewards

@@ -1,0 +1,167 @@
+"""What a model is like, without training it: every study runs engines, keeps what they said, and sums it up.
+
+    evaluate(config)   Evaluator actor ─> AnswerWorker actors                 -> predictions, figures with intervals
+    diversity(config)  ContinuationWorker actors: latent actions, then tokens -> texts, how different they are
+
+Both return the summary they write to ``output_dir/summary.json``, and track into MLflow.
+"""
+
+import functools
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from cola_ray import actors
+from cola_ray.config import Config, ConfigError, is_environment, override
+from cola_ray.diversity import measure, open_encoder
+from cola_ray.driver import RunFailedError, check_start_model, prepare_output, served, tracked
+from cola_ray.evaluation import Evaluator, chunks, figures
+from cola_ray.replay.buffer import write_whole
+from cola_ray.replay.service import Shards
+from cola_ray.rollout.answers import AnswerWorker
+from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
+from cola_ray.tasks import to_pretrain_on
+from cola_ray.tracking import Display, plot_against_tokens, print_ways, write_json
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Answer held-out problems in all of ``eval.ways``; leaves ``output_dir/predictions``. Returns the summary.
+
+    With ``resume``, chunks that an earlier run with the same settings has answered are not asked again.
+
+    Raises:
+        ConfigError: before any process starts.
+        RunFailedError: the message names the cause.
+    """
+    config.check()
+    if is_environment(config.task.name) or config.task.name == "preference":
+        raise ConfigError(f"task.name = {config.task.name!r}: has no verifier of single answers; use one that has")
+    check_start_model(config)
+    started, start = time.time(), config.start_model.resolve()
+    config = override(config.resolve_paths("evaluate"), {"model.path": str(start) if start.exists() else ""})
+    _refuse_other_predictions(config)
+    output = prepare_output(config)
+    model_path, folder = served(config, start), output / "predictions"
+    with actors.cluster(config), tracked(config, "evaluate") as tracker:
+        judge = actors.judge(config)
+        pool = actors.RayWorkers(config, model_path, AnswerWorker, *([judge] if judge else []))
+        evaluator = actors.controller(Evaluator, config, pool, Shards(0, actors.RemoteShards([]), config.seed))
+        try:
+            facts = ray.get(evaluator.open.remote())
+            left = list(chunks(config.eval, facts[f"num_{config.eval.split}"], folder))
+            with Display("evaluate", total=len(left)) as display:
+                for number, (way, indices, file) in enumerate(left):
+                    rows = ray.get(evaluator.answer.remote(indices, way))
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(file, functools.partial(pq.write_table, rows))
+                    display.update(f"evaluate: {way}", number + 1, len(left), "", milestone=True)
+        except ray.exceptions.RayTaskError as error:
+            raise RunFailedError(str(error.cause or error)) from None
+        finally:
+            ray.kill(evaluator)
+        found = figures(config.eval, folder, config.seed)
+        for way, of_way in found.items():
+            tracker.log(0, {f"{way}/{name}": value for name, value in of_way.items()})
+        summary = {"preset": config.preset, "task": config.task.name, "model": model_path, "seed": config.seed, **found}
+        summary |= {"wall_seconds": round(time.time() - started, 1)}
+        write_json(output / "summary.json", summary)
+        plot_against_tokens(output / "accuracy.png", found)
+    print_ways(f"{config.task.name}: {folder}", found)
+    return summary
+
+
+def diversity(config: Config) -> dict[str, Any]:
+    """Continue texts by chance in all of ``CHANCES``; leaves ``output_dir/continuations.parquet``. Returns the summary.
+
+    Raises:
+        ConfigError: before any process starts.
+        RunFailedError: the message names the cause.
+    """
+    config.check()
+    check_start_model(config)
+    try:
+        embed = open_encoder(config.diversity.encoder)
+    except ModuleNotFoundError as error:
+        encoder = config.diversity.encoder
+        raise ConfigError(f"diversity.encoder = {encoder!r}: {error}; `make evals` installs it") from None
+    started, start = time.time(), config.start_model.resolve()
+    config = override(config.resolve_paths("diversity"), {"model.path": str(start)})
+    output = prepare_output(config)
+    prefixes = _prefixes(config, start)
+    found: dict[str, dict[str, float]] = {}
+    rows = []
+    with actors.cluster(config), tracked(config, "diversity") as tracker:
+        with Display("diversity", total=len(CHANCES)) as display:
+            for space, chances in itertools.groupby(CHANCES, key=_action_space):
+                of_space = override(config, {"rl.action_space": space})
+                pool = actors.RayWorkers(of_space, served(of_space, start), ContinuationWorker)
+                worker = pool.spawn()
+                for chance in chances:
+                    groups = _asked(worker, prefixes, config.diversity.continuations, chance)
+                    found[chance] = measure(groups, embed, config.seed)
+                    rows += [{"chance": chance, "prefix": i, "texts": texts} for i, texts in enumerate(groups)]
+                    display.update(f"diversity: {chance}", len(found), len(CHANCES), "", milestone=True)
+                pool.kill(worker)
+        for way, of_way in found.items():
+            tracker.log(0, {f"{way}/{name}": value for name, value in of_way.items()})
+        pq.write_table(pa.Table.from_pylist(rows), output / "continuations.parquet")
+        summary = {
+            "preset": config.preset,
+            "model": str(start),
+            "seed": config.seed,
+            "prefixes": len(prefixes),
+            **found,
+        }
+        summary |= {"wall_seconds": round(time.time() - started, 1)}
+        write_json(output / "summary.json", summary)
+    print_ways(f"diversity of continuations: {output}", found)
+    return summary
+
+
+def _action_space(chance: Chance) -> str:
+    return "latent" if chance in ("policy", "random_actions") else "token"
+
+
+def _asked(worker: Any, prefixes: list[list[int]], count: int, chance: Chance) -> list[list[str]]:
+    try:
+        return ray.get(worker.continue_prefixes.remote(prefixes, count, chance))
+    except ray.exceptions.RayError as error:
+        raise RunFailedError(str(error).strip().splitlines()[-1]) from None
+
+
+def _prefixes(config: Config, start: Path) -> list[list[int]]:
+    """Beginnings of different texts, chosen by the seed."""
+    from transformers import AutoTokenizer
+
+    from cola_ray.learner.corpus import load_documents
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    task = None if config.data.path else to_pretrain_on(config.task, config.seed)
+    longest = config.rollout.max_prompt_tokens
+    documents, _ = load_documents(config.data, task, tokenizer, longest)
+    order = np.random.default_rng(config.seed).permutation(len(documents))
+    texts = (documents[i][0] for i in order)
+    beginnings = (tuple(ids[: min(config.diversity.prefix_tokens, len(ids) // 2)]) for ids in texts)
+    return [list(one) for one in itertools.islice(dict.fromkeys(filter(None, beginnings)), config.diversity.prefixes)]
+
+
+def _refuse_other_predictions(config: Config) -> None:
+    """Predictions under other settings would be taken for this run's."""
+    file = Path(config.output_dir) / "config.json"
+    if not config.resume or not file.exists():
+        return
+    before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
+    before["split"], now["split"] = (tree.get("eval", {}).get("split") for tree in (before, now))
+    for branch in ("seed", "model", "task", "rollout", "search", "q", "split"):
+        if before.get(branch) != now[branch]:
+            raise ConfigError(
+                f"resume = True: {file} has another {branch}; give another --output-dir, or leave --resume out to "
+                "answer anew"
+            )

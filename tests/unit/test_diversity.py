@@ -1,0 +1,33 @@
+"""How different texts are: against brute force over pairs, and by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from cola_ray.diversity import distinct_n, mean_cosine, measure
+
+
+def test_mean_cosine_is_the_mean_over_pairs():
+    vectors = np.random.default_rng(0).normal(size=(7, 5))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pairs = [float(a @ b) for a, b in itertools.combinations(vectors, 2)]
+    assert mean_cosine(vectors) == pytest.approx(np.mean(pairs))
+
+
+def test_distinct_n_by_hand():
+    assert distinct_n(["a b", "a c"], 1) == 3 / 4
+    assert distinct_n(["a b a b"], 2) == 2 / 3
+    assert distinct_n(["", "a"], 2) == 0
+
+
+def test_groups_are_measured_apart():
+    pytest.importorskip("sacrebleu", reason="make evals installs it")
+    corners = {"one": [1.0, 0.0], "two": [0.0, 1.0]}
+    groups = [["one", "one", "one"], ["one", "two", "two"]]
+    found = measure(groups, lambda texts: np.array([corners[text] for text in texts]), seed=0)
+    assert found["similarity"] == pytest.approx((1 + 1 / 3) / 2)
+    assert found["diversity"] == pytest.approx(1 / found["similarity"])
+    assert found["distinct_1"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert found["self_bleu"] == pytest.approx((100 + (10 + 100 + 100) / 3) / 2)
+    assert 0 < found["similarity_ci"] <= 1 / 3
