@@ -53,7 +53,8 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 def self_bleu(texts: Sequence[str]) -> float:
     """Mean BLEU of each text against all others (Zhu et al. 2018), 0 to 100: 100 where all are the same.
 
-    An order without a match counts as a tenth of one, so that short texts compare at all.
+    Of a text that shares a word with another, an order without a match counts as a tenth of one, so that short texts
+    compare at all.
     """
     from sacrebleu.metrics.bleu import BLEU
 

@@ -29,5 +29,5 @@ def test_groups_are_measured_apart():
     assert found["similarity"] == pytest.approx((1 + 1 / 3) / 2)
     assert found["diversity"] == pytest.approx(1 / found["similarity"])
     assert found["distinct_1"] == pytest.approx((1 / 3 + 2 / 3) / 2)
-    assert found["self_bleu"] == pytest.approx((100 + (10 + 100 + 100) / 3) / 2)
+    assert found["self_bleu"] == pytest.approx((100 + (0 + 100 + 100) / 3) / 2)
     assert 0 < found["similarity_ci"] <= 1 / 3
