@@ -2,23 +2,28 @@
 
     evaluate(config)   Evaluator actor ─> AnswerWorker actors                 -> predictions, figures with intervals
     diversity(config)  ContinuationWorker actors: latent actions, then tokens -> texts, how different they are
+    atlas(config)      the model by itself                                    -> what each action does, a page
 
-Both return the summary they write to ``output_dir/summary.json``, and track into MLflow.
+All return the summary they write to ``output_dir/summary.json``, and track into MLflow.
 """
 
 import functools
 import itertools
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from transformers import PreTrainedTokenizerBase
 
 from cola_ray import actors
+from cola_ray.atlas import Atlas
 from cola_ray.config import Config, ConfigError, is_environment, override
 from cola_ray.diversity import measure, open_encoder
 from cola_ray.driver import RunFailedError, check_start_model, prepare_output, served, tracked
@@ -28,7 +33,12 @@ from cola_ray.replay.service import Shards
 from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
 from cola_ray.tasks import to_pretrain_on
-from cola_ray.tracking import Display, plot_against_tokens, print_ways, write_json
+from cola_ray.tracking import Display, plot_against_tokens, print_summary, print_ways, write_json
+
+if TYPE_CHECKING:
+    from cola_ray.learner.corpus import Document
+
+_STEERED = 8  # actions that the atlas shows texts of
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -94,7 +104,7 @@ def diversity(config: Config) -> dict[str, Any]:
     started, start = time.time(), config.start_model.resolve()
     config = override(config.resolve_paths("diversity"), {"model.path": str(start)})
     output = prepare_output(config)
-    prefixes = _prefixes(config, start)
+    prefixes = _beginnings(config, _texts(config, start)[1])
     found: dict[str, dict[str, float]] = {}
     rows = []
     with actors.cluster(config), tracked(config, "diversity") as tracker:
@@ -136,20 +146,69 @@ def _asked(worker: Any, prefixes: list[list[int]], count: int, chance: Chance) -
         raise RunFailedError(str(error).strip().splitlines()[-1]) from None
 
 
-def _prefixes(config: Config, start: Path) -> list[list[int]]:
-    """Beginnings of different texts, chosen by the seed."""
+def atlas(config: Config) -> dict[str, Any]:
+    """What each latent action does where the model learnt; leaves ``output_dir/atlas.html``.
+
+    On ``diversity.prefixes`` x 8 texts. Runs in this process, on a GPU where ``cluster.use_gpu`` says so. Returns the summary.
+
+    Raises:
+        ConfigError: before anything is loaded.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from cola_ray.learner.corpus import pack
+    from cola_ray.model.modeling_cola import CoLAForCausalLM
+
+    config.check()
+    check_start_model(config)
+    started, start = time.time(), config.start_model.resolve()
+    config = override(config.resolve_paths("atlas"), {"model.path": str(start)})
+    output = prepare_output(config)
+    tokenizer, texts = _texts(config, start)
+    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    disable_progress_bar()
+    model = CoLAForCausalLM.from_pretrained(start, dtype=getattr(torch, config.model.dtype)).eval().to(device)
+    few = texts[: 8 * config.diversity.prefixes]
+    rows = pack(few, config.pretrain.sequence_length, 0, config.pretrain.response_only)
+    found = Atlas(model.config.num_actions)
+    size = config.pretrain.micro_batch_size
+    with tracked(config, "atlas") as tracker:
+        with Display("atlas", total=len(rows)) as display:
+            for first in range(0, len(rows), size):
+                piece = [torch.from_numpy(a[first : first + size]).to(device) for a in astuple(rows)]
+                found.add(model, *piece)
+                display.update("atlas", min(first + size, len(rows)), len(rows), "", milestone=False)
+        most = found.by_usage[:_STEERED]
+        for prefix in _beginnings(config, texts)[:3]:
+            found.steer(model, tokenizer, prefix, most, config.rollout.max_new_tokens)
+        (output / "atlas.html").write_text(found.html(f"Latent actions of {start}", tokenizer))
+        tracker.log(0, found.summary())
+        summary = {"model": str(start), "texts": len(few), **found.summary()}
+        summary |= {"wall_seconds": round(time.time() - started, 1)}
+        write_json(output / "summary.json", summary)
+    print_summary(f"action atlas: {output / 'atlas.html'}", summary)
+    return summary
+
+
+def _beginnings(config: Config, texts: Sequence["Document"]) -> list[list[int]]:
+    """``diversity.prefixes`` different beginnings of texts."""
+    cut = (tuple(ids[: min(config.diversity.prefix_tokens, len(ids) // 2)]) for ids, _ in texts)
+    return [list(one) for one in itertools.islice(dict.fromkeys(filter(None, cut)), config.diversity.prefixes)]
+
+
+def _texts(config: Config, start: Path) -> tuple[PreTrainedTokenizerBase, list["Document"]]:
+    """The tokenizer, and texts of ``data.path`` or the task's demonstrations in an order that the seed decides."""
     from transformers import AutoTokenizer
 
     from cola_ray.learner.corpus import load_documents
 
     tokenizer = AutoTokenizer.from_pretrained(start)
     task = None if config.data.path else to_pretrain_on(config.task, config.seed)
-    longest = config.rollout.max_prompt_tokens
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     documents, _ = load_documents(config.data, task, tokenizer, longest)
     order = np.random.default_rng(config.seed).permutation(len(documents))
-    texts = (documents[i][0] for i in order)
-    beginnings = (tuple(ids[: min(config.diversity.prefix_tokens, len(ids) // 2)]) for ids in texts)
-    return [list(one) for one in itertools.islice(dict.fromkeys(filter(None, beginnings)), config.diversity.prefixes)]
+    return tokenizer, [documents[i] for i in order]
 
 
 def _refuse_other_predictions(config: Config) -> None:
