@@ -149,7 +149,8 @@ def _asked(worker: Any, prefixes: list[list[int]], count: int, chance: Chance) -
 def atlas(config: Config) -> dict[str, Any]:
     """What each latent action does where the model learnt; leaves ``output_dir/atlas.html``.
 
-    On ``diversity.prefixes`` x 8 texts. Runs in this process, on a GPU where ``cluster.use_gpu`` says so. Returns the summary.
+    On ``diversity.prefixes`` x 8 texts, in this process, on a GPU where ``cluster.use_gpu`` says so. Returns the
+    summary.
 
     Raises:
         ConfigError: before anything is loaded.
