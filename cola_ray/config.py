@@ -356,7 +356,7 @@ class DiversityConfig(_Branch):
     prefixes: int = 64
     """Texts, drawn from data.path or the task's demonstrations, whose beginnings are continued."""
     prefix_tokens: int = 32
-    """Length of a beginning; half of a shorter text."""
+    """Length of a beginning at most; of prompts and answers, a beginning ends where an answer starts."""
     continuations: int = 8
     """Of each beginning, up to rollout.max_new_tokens long."""
     encoder: str = ""

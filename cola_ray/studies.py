@@ -193,8 +193,14 @@ def atlas(config: Config) -> dict[str, Any]:
 
 
 def _beginnings(config: Config, texts: Sequence["Document"]) -> list[list[int]]:
-    """``diversity.prefixes`` different beginnings of texts."""
-    cut = (tuple(ids[: min(config.diversity.prefix_tokens, len(ids) // 2)]) for ids, _ in texts)
+    """``diversity.prefixes`` different beginnings of texts: up to where the last answer within reach starts, or half."""
+    most = config.diversity.prefix_tokens
+
+    def beginning(ids: list[int], own: list[bool]) -> tuple[int, ...]:
+        starts = [i for i in range(1, min(most + 1, len(ids))) if own[i] and not own[i - 1]]
+        return tuple(ids[: starts[-1] if starts else min(most, len(ids) // 2)])
+
+    cut = (beginning(*text) for text in texts)
     return [list(one) for one in itertools.islice(dict.fromkeys(filter(None, cut)), config.diversity.prefixes)]
 
 
