@@ -193,7 +193,7 @@ def atlas(config: Config) -> dict[str, Any]:
 
 
 def _beginnings(config: Config, texts: Sequence["Document"]) -> list[list[int]]:
-    """``diversity.prefixes`` different beginnings of texts: up to where the last answer within reach starts, or half."""
+    """``diversity.prefixes`` different ones: up to where the last answer within reach starts, or half of the text."""
     most = config.diversity.prefix_tokens
 
     def beginning(ids: list[int], own: list[bool]) -> tuple[int, ...]:
