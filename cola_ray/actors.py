@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,11 @@ class RemoteController:
 
     def fail(self, reason: str) -> None:
         ray.get(self.controller.fail.remote(reason))
+
+
+def alone(config: Config, work: Callable[..., Any], *args: Any) -> Any:
+    """Reference to what ``work(*args)`` will return from a process of its own, with a GPU where they are used."""
+    return ray.remote(work).options(num_cpus=1, num_gpus=int(config.cluster.use_gpu), max_retries=0).remote(*args)
 
 
 # --- services -----------------------------------------------------------------------------------------------------

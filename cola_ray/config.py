@@ -363,6 +363,20 @@ class DiversityConfig(_Branch):
     """A sentence-transformers model, directory or hub id. Empty: the MiniLM that `make evals` installs."""
 
 
+class HarnessConfig(_Branch):
+    tasks: tuple[str, ...] = ()
+    """Of the evaluation harness, e.g. mmlu gsm8k; or names of your own in include_path."""
+    include_path: str = ""
+    """A folder of your own task files."""
+    num_fewshot: int = -1
+    """Examples before each question; below 0, as many as the task says."""
+    limit: int = 0
+    """Questions of each task; 0 for all."""
+    likelihoods: tuple[Literal["base", "marginal", "greedy"], ...] = ("base", "marginal")
+    """base: the bare base. marginal: CoLA, its tokens' probabilities summed over all actions. greedy: CoLA, under its
+    most probable action."""
+
+
 class ClusterConfig(_Branch):
     address: str = ""
     """Ray cluster to attach to. Empty: RAY_ADDRESS or the running job's, else a local one for this run."""
@@ -407,6 +421,7 @@ class Config(_Branch):
     q: LoggedQConfig = LoggedQConfig()
     eval: EvalConfig = EvalConfig()
     diversity: DiversityConfig = DiversityConfig()
+    harness: HarnessConfig = HarnessConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property

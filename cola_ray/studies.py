@@ -3,10 +3,12 @@
     evaluate(config)   Evaluator actor ─> AnswerWorker actors                 -> predictions, figures with intervals
     diversity(config)  ContinuationWorker actors: latent actions, then tokens -> texts, how different they are
     atlas(config)      the model by itself                                    -> what each action does, a page
+    capabilities(config) the evaluation harness over model and bare base      -> what CoLA kept
 
 All return the summary they write to ``output_dir/summary.json``, and track into MLflow.
 """
 
+import difflib
 import functools
 import itertools
 import json
@@ -114,7 +116,9 @@ def diversity(config: Config) -> dict[str, Any]:
                 pool = actors.RayWorkers(of_space, served(of_space, start), ContinuationWorker)
                 worker = pool.spawn()
                 for chance in chances:
-                    groups = _asked(worker, prefixes, config.diversity.continuations, chance)
+                    groups = _finished(
+                        worker.continue_prefixes.remote(prefixes, config.diversity.continuations, chance)
+                    )
                     found[chance] = measure(groups, embed, config.seed)
                     rows += [{"chance": chance, "prefix": i, "texts": texts} for i, texts in enumerate(groups)]
                     display.update(f"diversity: {chance}", len(found), len(CHANCES), "", milestone=True)
@@ -139,9 +143,10 @@ def _action_space(chance: Chance) -> str:
     return "latent" if chance in ("policy", "random_actions") else "token"
 
 
-def _asked(worker: Any, prefixes: list[list[int]], count: int, chance: Chance) -> list[list[str]]:
+def _finished(answer: Any) -> Any:
+    """What an actor or a task answers."""
     try:
-        return ray.get(worker.continue_prefixes.remote(prefixes, count, chance))
+        return ray.get(answer)
     except ray.exceptions.RayError as error:
         raise RunFailedError(str(error).strip().splitlines()[-1]) from None
 
@@ -190,6 +195,64 @@ def atlas(config: Config) -> dict[str, Any]:
         write_json(output / "summary.json", summary)
     print_summary(f"action atlas: {output / 'atlas.html'}", summary)
     return summary
+
+
+def capabilities(config: Config) -> dict[str, Any]:
+    """Score a CoLA model and its bare base on tasks of the evaluation harness; leaves ``output_dir/harness.json``.
+
+    Raises:
+        ConfigError: before any process starts.
+        RunFailedError: the message names the cause.
+    """
+    config.check()
+    check_start_model(config)
+    harness = config.harness
+    if not harness.tasks:
+        raise ConfigError("harness.tasks = (): nothing to score on; name tasks of the harness, e.g. arc_easy")
+    try:
+        from lm_eval.tasks import TaskManager
+
+        from cola_ray.harness import score
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"harness.tasks = {harness.tasks}: {error}; `make evals` installs it") from None
+    known = TaskManager(include_path=harness.include_path or None).all_tasks
+    for name in harness.tasks:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or ["lm_eval ls tasks"]
+            raise ConfigError(f"harness.tasks = {name!r}: no such task; did you mean {near[0]}?")
+    started, start = time.time(), config.start_model.resolve()
+    config = override(config.resolve_paths("capabilities"), {"model.path": str(start)})
+    output = prepare_output(config)
+    found: dict[str, dict[str, float]] = {}
+    said: dict[str, Any] = {}
+    with actors.cluster(config), tracked(config, "capabilities") as tracker:
+        with Display("capabilities", total=len(harness.likelihoods)) as display:
+            for likelihood in harness.likelihoods:
+                said[likelihood] = _finished(actors.alone(config, score, config, likelihood))
+                found[likelihood] = _scores(said[likelihood]["results"])
+                tracker.log(0, {f"{likelihood}/{name}": value for name, value in found[likelihood].items()})
+                display.update(f"capabilities: {likelihood}", len(found), len(harness.likelihoods), "", milestone=True)
+        write_json(output / "harness.json", said)
+        summary = {"model": str(start), **found, "wall_seconds": round(time.time() - started, 1)}
+        write_json(output / "summary.json", summary)
+    print_ways(f"kept capabilities: {output}", found)
+    return summary
+
+
+def _scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """``task metric`` of every figure, with 1.96 standard errors as ``_ci``."""
+    scores = {}
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if not isinstance(value, int | float) or metric.endswith("_stderr") or not filtered:
+                continue
+            title = f"{task} {metric}"
+            scores[title] = float(value)
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            if isinstance(error, int | float):
+                scores[f"{title}_ci"] = 1.96 * float(error)
+    return scores
 
 
 def _beginnings(config: Config, texts: Sequence["Document"]) -> list[list[int]]:

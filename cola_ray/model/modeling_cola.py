@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from cola_ray.algorithms.latent_actions import sample_actions
 
 WorldModelForm = Literal["identity", "released"]
+Likelihood = Literal["base", "marginal", "greedy"]
 
 
 @strict
@@ -269,6 +270,22 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         if self.config.world_model_form == "released":
             state = self.model.norm(state) - e
         return self.lm_head(state)
+
+    def token_log_probs(self, e: Tensor, policy_logits: Tensor, likelihood: Likelihood) -> Tensor:
+        """Of the next token: states (N, H) and ``policy_logits`` (N, K) -> (N, V) float32.
+
+        marginal: ``log sum_a pi(a | e) p(x | e, a)``, over all actions. greedy: ``log p(x | e, argmax_a pi(a | e))``.
+        base: ``log p(x | e)`` of the bare base. p(x | e, a) is the softmax that the world model was trained with; what
+        CoLA says is its most probable token alone, under which almost every text would have the probability 0.
+        """
+        if likelihood == "base":
+            return self.lm_head(e).float().log_softmax(-1)
+        if likelihood == "greedy":
+            return self.world_model_logits(e, policy_logits.argmax(-1)).float().log_softmax(-1)
+        num_actions = policy_logits.shape[-1]
+        every = torch.arange(num_actions, device=e.device).expand(len(e), -1)
+        tokens = self.world_model_logits(e[:, None].expand(-1, num_actions, -1), every).float().log_softmax(-1)
+        return torch.logsumexp(policy_logits.log_softmax(-1)[..., None] + tokens, 1)
 
     # --- generation -----------------------------------------------------------------------------------------
 

@@ -261,3 +261,17 @@ def test_idm_learns_through_the_straight_through_actions(cola, ids):
     world = model.world_model_logits(e[:, :-1], one_hot)
     torch.nn.functional.cross_entropy(world.flatten(0, 1), ids[:, 1:].flatten()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.idm.parameters())
+
+
+def test_token_probabilities_are_sums_over_actions(cola):
+    e, logits = torch.randn(5, cola.config.hidden_size), torch.randn(5, NUM_ACTIONS)
+    with torch.no_grad():
+        marginal = cola.token_log_probs(e, logits, "marginal")
+        by_hand = sum(
+            logits.softmax(-1)[:, a : a + 1] * cola.world_model_logits(e, torch.full((5,), a)).softmax(-1)
+            for a in range(NUM_ACTIONS)
+        )
+        torch.testing.assert_close(marginal.exp(), by_hand)
+        sure = torch.full((5, NUM_ACTIONS), -1e9).index_fill(1, torch.tensor(3), 0.0)
+        torch.testing.assert_close(cola.token_log_probs(e, sure, "marginal"), cola.token_log_probs(e, sure, "greedy"))
+        torch.testing.assert_close(cola.token_log_probs(e, logits, "base"), cola.lm_head(e).log_softmax(-1))

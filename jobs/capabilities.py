@@ -1,0 +1,16 @@
+"""What CoLA kept of its base: both on tasks of EleutherAI's evaluation harness.
+
+Examples:
+    python jobs/capabilities.py --model.path MODEL --harness.tasks mmlu gsm8k
+    python jobs/capabilities.py --model.path MODEL --harness.tasks mine --harness.include-path my_tasks
+
+Needs the packages of `make evals`. The harness's own command also knows the model:
+    lm_eval --model cola_ray --model_args pretrained=MODEL,likelihood=marginal --tasks arc_easy
+after `import cola_ray.harness`.
+"""
+
+from cola_ray.driver import command_line
+from cola_ray.studies import capabilities
+
+if __name__ == "__main__":
+    command_line(capabilities, __doc__ or "")
