@@ -1,0 +1,41 @@
+"""The evaluation harness's model class: its scores against a plain forward pass."""
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="make evals installs it")
+
+from cola_ray.harness import HarnessModel, _until
+
+
+@pytest.fixture(scope="module")
+def model_dir(cola, tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("cola")
+    cola.save_pretrained(path)
+    words = {word: i for i, word in enumerate(["<pad>", "<unk>", "<eos>", *"abcdefgh"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("likelihood", ["base", "marginal", "greedy"])
+def test_a_continuation_is_scored_token_by_token(model_dir, cola, likelihood):
+    model = HarnessModel(str(model_dir), likelihood, batch_size=2)
+    pairs = [("a b c", " d e"), ("a", " f"), ("h g f e", " d")]
+    encoded = [(pair, *model._encode_pair(*pair)) for pair in pairs]
+    for (_, context, said), (score, greedy) in zip(encoded, model._loglikelihood_tokens(encoded), strict=True):
+        ids = torch.tensor([[*context, *said]])
+        with torch.no_grad():
+            e = cola.encode(ids)
+            log_probs = cola.token_log_probs(e[0], cola.policy_logits(e)[0], likelihood)
+        at = range(len(context) - 1, len(context) + len(said) - 1)
+        assert score == pytest.approx(sum(float(log_probs[i, ids[0, i + 1]]) for i in at), rel=1e-5)
+        assert greedy == all(int(log_probs[i].argmax()) == int(ids[0, i + 1]) for i in at)
+
+
+def test_texts_end_at_the_first_stop():
+    assert _until("4\n5", ["\n"]) == _until("4", "\n") == "4"
