@@ -92,6 +92,15 @@ class Turn:
     utterance_features: Array | None = None  # (H,), mean of e over the utterance
 
 
+def was_said(state_ids: Sequence[int] | Array, token_ids: Sequence[int] | Array) -> bool:
+    """Whether a state's ids hold these very ids, in a row.
+
+    Example: [5, 1, 2, 9], [1, 2] -> True.
+    """
+    state, said = ("".join(map(chr, ids)) for ids in (state_ids, token_ids))
+    return said in state
+
+
 @dataclass(frozen=True)
 class Episode:
     """One finished multi-turn episode."""

@@ -1,6 +1,7 @@
 """The utterance critic: twin Q and V heads over features of states and utterances, its optimizer and its targets.
 
-    features   the frozen base's e: s at its last token, with the number of its turn, u as the mean over its tokens
+    features   the frozen base's e: s at its last token, with the number of its turn; u as the mean over its tokens,
+               with whether it was said before
                or a Hugging Face encoder of the last 512 tokens' text, trained along
     heads      Q_i([h(s); h(u)]), V_i(h(s)): two hidden ReLU layers of the features' width, i = 1, 2
 

@@ -87,7 +87,7 @@ class CriticService:
     def _heads(self) -> nn.Module:
         if self.config.encoder:
             return EncodedTwins(AutoModel.from_pretrained(self.config.encoder))
-        return TwinHeads(self.width + 1, self.width)  # a state has the number of its turn beside e
+        return TwinHeads(self.width + 1, self.width + 1)  # each has one number beside e, see read_features
 
     async def fit(self, fresh: pa.Table) -> Metrics:
         """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoTokenizer
 
-from cola_ray.experience import Episode, Trajectory
+from cola_ray.experience import Episode, Trajectory, was_said
 from cola_ray.replay.critic import CriticBatch, Inputs
 
 Array = np.ndarray
@@ -28,8 +28,8 @@ def schema(width: int) -> pa.Schema:
     return pa.schema({
         "state_ids": pa.list_(pa.int32()), "utterance_ids": pa.list_(pa.int32()), "actions": pa.list_(pa.int32()),
         "observation_ids": pa.list_(pa.int32()), "reward": pa.float32(), "terminated": pa.bool_(),
-        "position": pa.int64(), "turn": pa.int16(), "version": pa.int32(), "total_reward": pa.float32(),
-        "state": features, "utterance": features, "next_state": features,
+        "position": pa.int64(), "turn": pa.int16(), "said_before": pa.bool_(), "version": pa.int32(),
+        "total_reward": pa.float32(), "state": features, "utterance": features, "next_state": features,
     })  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def as_rows(episodes: Sequence[Episode], width: int) -> pa.Table:
         "terminated": [episode.terminated and number + 1 == len(episode.turns) for episode, number, _ in turns],
         "position": [episode.position for episode, _, _ in turns],
         "turn": [number for _, number, _ in turns],
+        "said_before": [was_said(turn.state_ids, turn.token_ids) for _, _, turn in turns],
         "total_reward": [episode.total_reward for episode, _, _ in turns],
         "version": [int(turn.versions[0]) for _, _, turn in turns],
     }
@@ -105,9 +106,10 @@ def as_trajectories(rows: pa.Table) -> list[Trajectory]:
 
 def fresh_rows(rows: pa.Table, trajectories: Sequence[Trajectory], utterances: Sequence[Array]) -> pa.Table:
     """Replayed states, each with the utterance that the policy would say there now, and that one's features."""
-    said = pa.array([trajectory.token_ids for trajectory in trajectories], pa.list_(pa.int32()))
+    said = pa.array([one.token_ids for one in trajectories], pa.list_(pa.int32()))
+    before = pa.array([was_said(one.prompt_ids, one.token_ids) for one in trajectories], pa.bool_())
     return pa.table({
-        "state_ids": rows["state_ids"], "utterance_ids": said, "turn": rows["turn"],
+        "state_ids": rows["state_ids"], "utterance_ids": said, "turn": rows["turn"], "said_before": before,
         "state": rows["state"], "utterance": _as_lists(np.stack(utterances)),
     })  # fmt: skip
 
@@ -127,12 +129,12 @@ Read = Callable[[pa.Table, str], Inputs]
 
 
 def read_features(rows: pa.Table, name: str) -> Inputs:
-    """The base's, and of a state the number of its turn: how many are left before a limit is not in e."""
-    found = features(rows, name)
-    if name == "utterance":
-        return torch.tensor(found)
-    turn = rows["turn"].to_numpy().astype(np.float32) + (name == "next_state")
-    return torch.tensor(np.column_stack([found, turn]))
+    """The base's; of a state the number of its turn, and of an utterance whether its state holds it word for word.
+
+    How many turns are left before a limit is not in e, and what was said before need not be: a small base forgets it.
+    """
+    more = rows["said_before" if name == "utterance" else "turn"].to_numpy().astype(np.float32)
+    return torch.tensor(np.column_stack([features(rows, name), more + (name == "next_state")]))
 
 
 class TextReader:

@@ -14,7 +14,7 @@ import torch
 
 from cola_ray.algorithms.archer import TwinHeads
 from cola_ray.config import Config
-from cola_ray.experience import Episode, Ticket, Trajectory
+from cola_ray.experience import Episode, Ticket, Trajectory, was_said
 from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Completion, Request
 from cola_ray.rollout.episode import Table, Utterance, play
@@ -110,7 +110,9 @@ class AgentWorker(EngineWorker):
         with torch.no_grad():
             features = [one.features() for one in spoken]
             states, utterances = (torch.tensor(np.stack(part)) for part in zip(*features, strict=True))
+            before = [float(was_said(ids, one.token_ids)) for one in spoken]
             states = torch.cat([states, torch.full((count, 1), float(place[1]))], 1)
+            utterances = torch.cat([utterances, torch.tensor(before)[:, None]], 1)
             return spoken[int(judge.q_values(states, utterances).min(0).values.argmax())]
 
     async def _look(self, ids: Sequence[int], _: int) -> Utterance:

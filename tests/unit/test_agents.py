@@ -189,7 +189,7 @@ def test_the_critic_goes_on_from_its_file(tmp_path):
     *_, critic, _ = run(tmp_path, "archer")
     again = CriticService(critic.config, WIDTH, "", critic.shards, str(tmp_path / "critic"), seed=5)
     asyncio.run(replicas_over(again)._join())
-    states, utterances = torch.randn(7, WIDTH + 1), torch.randn(7, WIDTH)
+    states, utterances = torch.randn(7, WIDTH + 1), torch.randn(7, WIDTH + 1)
     assert again.critic.steps == critic.critic.steps
     assert np.array_equal(again.critic.advantages(states, utterances), critic.critic.advantages(states, utterances))
 

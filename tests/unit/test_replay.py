@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cola_ray.config import CriticConfig
-from cola_ray.experience import Episode, Turn
+from cola_ray.experience import Episode, Turn, was_said
 from cola_ray.replay.buffer import ReplayBuffer, ReplayError, importance_weights
 from cola_ray.replay.critic_service import CriticService
 from cola_ray.replay.service import ReplayShard, Shards
@@ -334,6 +334,13 @@ def test_episodes_become_rows_and_rows_a_critics_batch():
     assert batch.next_states[:, 0].tolist() == [20, 20]
     assert batch.states[:, -1].tolist() == [1, 1], "the number of the turn"
     assert batch.next_states[:, -1].tolist() == [2, 2]
+    assert batch.utterances[:, -1].tolist() == [0, 0], "nothing was said twice"
+
+
+def test_what_was_said_before_is_found_word_for_word():
+    assert was_said([5, 1, 2, 9], np.array([1, 2]))
+    assert not was_said([5, 1, 9, 2], [1, 2])
+    assert not was_said([70_000, 1], [7, 1]), "ids, not digits"
 
 
 def test_an_encoder_reads_the_same_rows_as_text(tmp_path):
