@@ -19,6 +19,7 @@ environment seed, ``ppo`` has its own value head in the learner, and none of the
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -128,11 +129,12 @@ class AgentController(Controller):
             "time/critic": fitted - spoken,
         }
         advantages = advantages - advantages.mean()  # 0 in truth; what the critics leave is their error
-        if self.config.rl.algorithm == "chai" or target < self.config.critic.warmup_iterations:
-            # The policy stays as it is; the step that the learner makes all the same is as short as can be.
+        trains = self.config.rl.algorithm != "chai" and target >= self.config.critic.warmup_iterations
+        if not trains:  # what there is to measure is as short as can be
             trajectories = trajectories[: self.config.cluster.learner_ranks]
-            advantages = np.zeros(len(trajectories))
-        return self._batches(trajectories, advantages.tolist(), target), metrics | await self._replay_size()
+            advantages = advantages[: len(trajectories)]
+        batches = self._batches(trajectories, advantages.tolist(), target)
+        return [replace(batch, trains=trains) for batch in batches], metrics | await self._replay_size()
 
     async def _filtered_bc(self, target: int) -> tuple[list[Batch], Metrics]:
         """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay."""

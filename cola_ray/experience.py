@@ -176,6 +176,7 @@ class Batch:
     num_actions_global: int  # over all ranks: what a loss sum is divided by
     policy_version: int  # the version the learner holds when it trains on this
     hidden_states: Array | None = None  # (B, T, H), where the engine sends them; bfloat16 as int16
+    trains: bool = True  # else the learner measures, and the policy stays as it is
 
     @property
     def padding_share(self) -> float:

@@ -252,7 +252,8 @@ class RLLearner:
         if rl.algorithm == "etpo" or self.soft_q is not None:  # which want the value after a cut, too
             for piece in pieces:
                 piece["scored_mask"] = piece["action_mask"] | last_positions(piece["attention_mask"])
-        warmth = min(1.0, (self.version + 1) / max(rl.warmup_steps, 1))
+        # A gradient of next to nothing would still be a whole step: Adam divides by its size.
+        warmth = min(1.0, (self.version + 1) / max(rl.warmup_steps, 1)) if batch.trains else 0.0
         if self.target_q is None:
             lr = rl.lr * warmth
             sums, grad_norm = self._improve_policy(pieces, batch.num_actions_global, lr)

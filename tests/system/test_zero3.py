@@ -3,6 +3,7 @@
 import copy
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from cola_ray.config import Config, override
 from cola_ray.experience import Batch, Trajectory, collate
 from cola_ray.learner.engine import CheckpointError, NonFiniteError, join_group
 from cola_ray.learner.policies import export, make_policy
-from cola_ray.learner.rl import RLLearner, _tensors, policy_objective
+from cola_ray.learner.rl import RLLearner, policy_objective, tensors_of
 from cola_ray.learner.soft_q import last_positions, one_step_targets
 from cola_ray.presets import preset
 
@@ -102,6 +103,9 @@ def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> Non
     for parts in batches(2, space)[10:]:
         learner.step(parts[rank])
     resumed = {name: tensor.clone() for name, tensor in learner.zero.stream(published)}
+    learner.step(replace(batches(2, space)[0][rank], trains=False))
+    for name, tensor in learner.zero.stream(published):
+        assert torch.equal(tensor, resumed[name]), f"{name} moved in a step that does not train"
     poisoned = batches(2, space)[0][rank]
     for array in (poisoned.advantages, poisoned.rewards):
         array[0, :] = np.nan if rank == 1 else 0.0
@@ -143,7 +147,7 @@ def plain(space, model_dir):
     optimizer = torch.optim.AdamW(parameters, lr=config.rl.lr, betas=config.rl.adam_betas, weight_decay=0.0)
     losses = []
     for (batch,) in batches(1, space):
-        piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
+        piece = tensors_of(batch, *batch.micro_batches[0], torch.device("cpu"))
         inputs = (piece[name] for name in ("input_ids", "attention_mask", "scored_mask"))
         logits, _, piece["reference_logits"], _ = module(*inputs)
         loss, _ = policy_objective(
@@ -162,7 +166,7 @@ def plain_q(config, module):
     optimizer = torch.optim.AdamW(module.q.parameters(), lr=rl.value_lr, betas=rl.adam_betas, weight_decay=0.0)
     losses = []
     for (batch,) in batches(1, "actor_free"):
-        piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
+        piece = tensors_of(batch, *batch.micro_batches[0], torch.device("cpu"))
         mask = piece["action_mask"]
         piece["scored_mask"] = mask | last_positions(piece["attention_mask"])
         for step in range(rl.value_steps):

@@ -122,8 +122,9 @@ def test_archer_fills_replay_fits_the_critic_and_weighs_fresh_utterances(tmp_pat
     assert shard.size()[0] == turns
     assert critic.critic.steps == STEPS * 5
     for batch in batches[:2]:
-        assert not batch.advantages.any(), "while the critic warms up the actor stays"
+        assert not batch.trains, "while the critic warms up the actor stays"
     for batch in batches[2:]:
+        assert batch.trains
         assert len(batch.input_ids) == 10
         assert batch.advantages.any()
         assert batch.num_actions_global == 20
@@ -140,7 +141,7 @@ def test_archer_fills_replay_fits_the_critic_and_weighs_fresh_utterances(tmp_pat
 
 def test_chai_leaves_the_policy_and_hands_the_critic_to_the_players(tmp_path):
     _, batches, _, critic, pool = run(tmp_path, "chai")
-    assert not any(batch.advantages.any() for batch in batches)
+    assert not any(batch.trains for batch in batches)
     assert len(pool.judges) == 2 * (STEPS - 1), "both workers, in every iteration but the first"
     assert pool.judges[0].keys() == critic.critic.target.state_dict().keys()
 
