@@ -23,7 +23,10 @@ from cola_ray.learner.rl import RLLearner, policy_objective, tensors_of
 from cola_ray.learner.soft_q import last_positions, one_step_targets
 from cola_ray.presets import preset
 
-STEPS, TOLERANCE = 20, 1e-5
+STEPS, TOLERANCE = 20, 1e-5  # of losses
+# Of weights, which travel up to 6e-3: Adam divides by the size of a gradient, so where one is next to nothing the order
+# of its sums shows. On one processor of several a single weight of 4096 was off by 2.4e-5.
+WEIGHT_TOLERANCE = 1e-4
 # By what the policy is: settings, and how many actions there are to choose from.
 SPACES = {
     "latent": ({"model.num_actions": NUM_ACTIONS}, NUM_ACTIONS),
@@ -189,7 +192,7 @@ def test_two_zero3_ranks_equal_one_plain_process(space, model_dir, two_ranks):
     np.testing.assert_allclose(two_ranks["losses"], losses, atol=TOLERANCE)
     assert policy.keys() == two_ranks["policy"].keys()
     for name, tensor in policy.items():
-        torch.testing.assert_close(two_ranks["policy"][name], tensor, atol=TOLERANCE, rtol=0, msg=name)
+        torch.testing.assert_close(two_ranks["policy"][name], tensor, atol=WEIGHT_TOLERANCE, rtol=0, msg=lambda said, name=name: f"{name}: {said}")
 
 
 def test_saved_and_loaded_equals_straight_through_bit_for_bit(two_ranks):
