@@ -192,7 +192,13 @@ def test_two_zero3_ranks_equal_one_plain_process(space, model_dir, two_ranks):
     np.testing.assert_allclose(two_ranks["losses"], losses, atol=TOLERANCE)
     assert policy.keys() == two_ranks["policy"].keys()
     for name, tensor in policy.items():
-        torch.testing.assert_close(two_ranks["policy"][name], tensor, atol=WEIGHT_TOLERANCE, rtol=0, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(
+            two_ranks["policy"][name],
+            tensor,
+            atol=WEIGHT_TOLERANCE,
+            rtol=0,
+            msg=lambda said, name=name: f"{name}: {said}",
+        )
 
 
 def test_saved_and_loaded_equals_straight_through_bit_for_bit(two_ranks):
