@@ -85,7 +85,7 @@ class AgentController(Controller):
         if self.critic_fitted:
             metrics |= await self.critic.assess(rows)
         await self._store(rows)
-        batches, more = await self.steps[algorithm](target)
+        batches, more = await self.steps[algorithm](episodes, rows, target)
         return batches, metrics | more
 
     def _tickets(self, target: int) -> list[Ticket]:
@@ -108,8 +108,11 @@ class AgentController(Controller):
 
     # --- algorithms -----------------------------------------------------------------------------------------------
 
-    async def _archer(self, target: int) -> tuple[list[Batch], Metrics]:
-        """REINFORCE on fresh utterances in replayed states, weighed by the critic's advantage (section 3.3)."""
+    async def _archer(self, episodes: Sequence[Episode], played: pa.Table, target: int) -> tuple[list[Batch], Metrics]:
+        """REINFORCE on fresh utterances in replayed states, weighed by the critic's advantage (section 3.3).
+
+        Or on those of the episodes just played, which are as fresh as long as no other policy spoke in them.
+        """
         started = time.perf_counter()
         rows = await self.shards.sample(self.config.critic.fresh_states)
         trajectories, fresh = await self._speak(rows, target)
@@ -121,7 +124,8 @@ class AgentController(Controller):
                 f"the critic was started again from its last save; it has made {metrics['critic/steps']:.0f} steps"
             )
         self.critic_fitted, self.critic_restarts = True, metrics["critic/restarts"]
-        advantages = await self.critic.advantages(fresh)
+        of_played = self.config.critic.actor_states == "played"
+        advantages = await self.critic.advantages(played if of_played else fresh)
         metrics |= {
             "critic/advantage_mean": float(advantages.mean()),
             "critic/advantage_std": float(advantages.std()),
@@ -129,6 +133,11 @@ class AgentController(Controller):
             "time/critic": fitted - spoken,
         }
         advantages = advantages - advantages.mean()  # 0 in truth; what the critics leave is their error
+        if of_played:
+            cuts = np.cumsum([len(episode.turns) for episode in episodes])[:-1]
+            parts = zip(episodes, np.split(advantages, cuts), strict=True)
+            trajectories = [one for episode, part in parts for one in episode.as_trajectories(advantages=part.tolist())]
+            advantages = np.zeros(len(trajectories))  # each sequence brings its turns' own
         trains = self.config.rl.algorithm != "chai" and target >= self.config.critic.warmup_iterations
         if not trains:  # what there is to measure is as short as can be
             trajectories = trajectories[: self.config.cluster.learner_ranks]
@@ -136,7 +145,9 @@ class AgentController(Controller):
         batches = self._batches(trajectories, advantages.tolist(), target)
         return [replace(batch, trains=trains) for batch in batches], metrics | await self._replay_size()
 
-    async def _filtered_bc(self, target: int) -> tuple[list[Batch], Metrics]:
+    async def _filtered_bc(
+        self, episodes: Sequence[Episode], played: pa.Table, target: int
+    ) -> tuple[list[Batch], Metrics]:
         """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay."""
         rows, cutoff = await self.shards.sample_best(self.config.critic.fresh_states, self.config.replay.kept_share)
         trajectories = as_trajectories(rows)

@@ -96,8 +96,8 @@ class PretrainConfig(_Branch):
     """Run in this order; each takes the model the one before left."""
     max_steps: int | None = None
     """Caps every stage; for trials."""
-    steps: dict[str, int] = Field(default_factory=lambda: {"actions": 1000, "policy": 500})
-    """Optimizer steps of each stage; reward is a reward model's."""
+    steps: dict[str, int] = Field(default_factory=lambda: {"actions": 1000, "policy": 500, "reward": 300, "q": 1000})
+    """Optimizer steps of each stage; reward is a reward model's, q that of jobs/train_q.py."""
     batch_size: int = 64
     """Sequences a step, over all ranks."""
     micro_batch_size: int = 8
@@ -294,6 +294,9 @@ class CriticConfig(_Branch):
     """chai: utterances to choose from, a turn."""
     priority_beta: float = 0.0
     """Above 0, e.g. 0.4: turns with a large error are replayed more often, and weighed down with this exponent."""
+    actor_states: Literal["replayed", "played"] = "replayed"
+    """archer: replayed: the actor learns from its fresh utterances in fresh_states, as in the paper. played: from all
+    turns of the episodes just played, whose sequences a learner reads once for all of their turns."""
     token_baseline: bool = False
     """archer: subtract a value head's guess of the utterance's advantage, learnt at every token."""
     expectile: float = 0.0

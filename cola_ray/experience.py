@@ -18,7 +18,7 @@ Ids travel from end to end; text is never tokenised again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,6 +52,7 @@ class Trajectory:
     # (L,) float32 both; None: all of the reward at the last action, which nothing follows
     rewards: Array | None = None
     discounts: Array | None = None  # what the value after each action is worth: 1 within a turn, 0 at an end
+    advantages: Array | None = None  # (L,) float32; None: the outcome's at every action
 
     @property
     def num_actions(self) -> int:
@@ -117,7 +118,7 @@ class Episode:
         """The undiscounted return."""
         return sum(turn.reward for turn in self.turns)
 
-    def as_trajectories(self, gamma: float = 1.0) -> list[Trajectory]:
+    def as_trajectories(self, gamma: float = 1.0, advantages: Sequence[float] | None = None) -> list[Trajectory]:
         """Sequences to train on, their masked-in actions the policy's.
 
         Turns whose states continue one another are one sequence; where the oldest turns were dropped from a state
@@ -126,32 +127,39 @@ class Episode:
 
         Args:
             gamma: discount of a turn.
+            advantages: of each turn, in place of its reward; each turn is then by itself.
         """
-        runs: list[list[Turn]] = []
-        for turn in self.turns:
-            if runs and _continues(runs[-1][-1], turn):
-                runs[-1].append(turn)
+        runs: list[list[tuple[Turn, float]]] = []
+        gains = [turn.reward for turn in self.turns] if advantages is None else advantages
+        for turn, gain in zip(self.turns, gains, strict=True):
+            if runs and _continues(runs[-1][-1][0], turn):
+                runs[-1].append((turn, gain))
             else:
-                runs.append([turn])
-        return [self._as_trajectory(run, self.terminated and run is runs[-1], gamma) for run in runs]
+                runs.append([(turn, gain)])
+        made = [
+            self._as_trajectory(run, self.terminated and run is runs[-1], gamma if advantages is None else 0.0)
+            for run in runs
+        ]
+        return made if advantages is not None else [replace(one, advantages=None) for one in made]
 
-    def _as_trajectory(self, turns: list[Turn], ends: bool, gamma: float) -> Trajectory:
-        first, last = turns[0], turns[-1]
+    def _as_trajectory(self, turns: list[tuple[Turn, float]], ends: bool, gamma: float) -> Trajectory:
+        first, last = turns[0][0], turns[-1][0]
         ids = np.concatenate([last.state_ids, last.token_ids, *(() if ends else (last.observation_ids,))])
         actions, versions = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
         log_probs, rewards = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32)
         mask, discounts = np.zeros(len(ids), bool), np.ones(len(ids), np.float32)
-        for turn in turns:
+        gains = np.zeros(len(ids), np.float32)
+        for turn, gain in turns:
             end = len(turn.state_ids) + len(turn.token_ids)
             said = slice(len(turn.state_ids), end)
             actions[said], log_probs[said], versions[said] = turn.actions, turn.rollout_log_probs, turn.versions
-            mask[said] = True
-            rewards[end - 1], discounts[end - 1] = turn.reward, 0.0 if ends and turn is last else gamma
+            mask[said], gains[said] = True, gain
+            rewards[end - 1], discounts[end - 1] = gain, 0.0 if ends and turn is last else gamma
         start = len(first.state_ids)
         return Trajectory(
             first.state_ids, ids[start:], actions[start:], log_probs[start:], versions[start:], self.total_reward,
             not self.terminated, self.text, action_mask=mask[start:], rewards=rewards[start:],
-            discounts=discounts[start:],
+            discounts=discounts[start:], advantages=gains[start:],
         )  # fmt: skip
 
 
@@ -250,7 +258,7 @@ def _collate_rank(
         actions[row, acting] = trajectory.actions
         action_mask[row, acting] = True if trajectory.action_mask is None else trajectory.action_mask
         log_probs[row, acting] = trajectory.rollout_log_probs
-        outcome[row, acting] = advantage
+        outcome[row, acting] = advantage if trajectory.advantages is None else trajectory.advantages
         if trajectory.rewards is None or trajectory.discounts is None:
             rewards[row, end - 2], discounts[row, start - 1 : end - 2] = advantage, 1.0
         else:

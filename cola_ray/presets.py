@@ -36,7 +36,15 @@ def _tiny() -> Config:
         task=TaskConfig(name="arithmetic"),
         pretrain=PretrainConfig(
             stages=("base", "actions", "policy"),
-            steps={"base": 1200, "actions": 450, "policy": 100, "fta_idm": 50, "fta_policy": 50},
+            steps={
+                "base": 1200,
+                "actions": 450,
+                "policy": 100,
+                "fta_idm": 50,
+                "fta_policy": 50,
+                "reward": 300,
+                "q": 1500,
+            },
             batch_size=12,
             micro_batch_size=6,
             sequence_length=128,
@@ -86,7 +94,14 @@ def _llama_31_8b() -> Config:
         model=ModelConfig(base="meta-llama/Llama-3.1-8B"),
         task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
         pretrain=PretrainConfig(
-            steps={"actions": 262_000, "policy": 152_000, "fta_idm": 500, "fta_policy": 500},
+            steps={
+                "actions": 262_000,
+                "policy": 152_000,
+                "fta_idm": 500,
+                "fta_policy": 500,
+                "reward": 300,
+                "q": 2000,
+            },
             batch_size=2048,
             micro_batch_size=4,
             sequence_length=2048,

@@ -20,22 +20,21 @@ def within_each_prompt(prompts: Sequence[Outcomes], compare: Callable[[Tensor], 
     return [compare(one.rewards[None])[0] if len(one.rewards) > 1 else torch.zeros_like(one.rewards) for one in prompts]
 
 
-def discounted_sum_to_go(values: Tensor, mask: Tensor, decay: float = 1.0) -> Tensor:
-    """``y_t = sum_{l >= 0} decay^l values_{t+l}`` over masked-in positions only, (B, T).
+def discounted_sum_to_go(values: Tensor, mask: Tensor, discounts: Tensor) -> Tensor:
+    """``y_t = values_t + discounts_t y_next`` over masked-in positions only, (B, T); "next" is the next one in the row.
 
-    Positions outside the mask (observations, padding) are skipped, not counted as steps, so an
-    observation between two turns costs no decay. Used to spread per-step KL penalties backwards; with
-    decay = 1 an outcome reward reaches every action undiminished.
+    Positions outside the mask (observations, padding) are skipped. Used to spread per-step KL penalties backwards.
 
-    Example: values [1, 2, 3], mask [1, 0, 1], decay 0.5 -> [2.5, 0, 3].
+    Example: values [1, 2, 3], mask [1, 0, 1], discounts 0.5 -> [2.5, 0, 3].
     """
-    if decay == 1.0:
+    followed = (mask.flip(1).cumsum(1).flip(1) - mask.long()) > 0
+    if not bool((mask & followed & (discounts != 1.0)).any()):
         return (values * mask).flip(1).cumsum(1).flip(1) * mask
     out = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         here = mask[:, t].bool()
-        running = torch.where(here, values[:, t] + decay * running, running)
+        running = torch.where(here, values[:, t] + discounts[:, t] * running, running)
         out[:, t] = torch.where(here, running, torch.zeros_like(running))
     return out
 

@@ -149,13 +149,13 @@ def policy_objective(
 def _charged(
     log_probs: Tensor, ref_log_probs: Tensor, divergences: Tensor, batch: dict[str, Tensor], rl: RLConfig
 ) -> Tensor:
-    """KL that each action's advantage answers for, (B, T): the sum of the penalties from it on (CoLA's RL stage)."""
+    """KL that each action's advantage answers for, (B, T): the penalties from it on, discounted (CoLA's RL stage)."""
     if rl.kl_in == "loss":
         return torch.zeros_like(batch["advantages"])
     penalties = batch.get("kl_penalties")
     if penalties is None:
         penalties = kl_penalties(log_probs, ref_log_probs, divergences, batch["action_mask"], rl.kl_estimator)
-    return discounted_sum_to_go(penalties, batch["action_mask"])
+    return discounted_sum_to_go(penalties, batch["action_mask"], batch["discounts"])
 
 
 def _distributions(

@@ -139,6 +139,23 @@ def test_archer_fills_replay_fits_the_critic_and_weighs_fresh_utterances(tmp_pat
     assert -1 <= metrics[2]["critic/foresight_correlation"] <= 1
 
 
+def test_archer_learns_from_the_turns_just_played(tmp_path):
+    _, batches, _, critic, _ = run(tmp_path, "archer", **{"critic.actor_states": "played"})
+    last = batches[-1]
+    assert last.trains
+    turns = 0
+    for mask, advantages, discounts in zip(last.action_mask, last.advantages, last.discounts, strict=True):
+        acting = np.flatnonzero(mask)
+        of_turns = advantages[acting].reshape(-1, 2)  # each utterance has two actions
+        assert np.array_equal(of_turns[:, 0], of_turns[:, 1]), "one advantage a turn"
+        assert discounts[acting].reshape(-1, 2).tolist() == [[1.0, 0.0]] * len(of_turns), "each turn by itself"
+        turns += len(of_turns)
+    assert turns == sum(1 + i % 3 for i in range(EPISODES))
+    total = np.concatenate([row[mask] for row, mask in zip(last.advantages, last.action_mask, strict=True)])
+    assert total.sum() == pytest.approx(0, abs=1e-4), "centred over turns"
+    assert critic.critic.steps == STEPS * 5
+
+
 def test_chai_leaves_the_policy_and_hands_the_critic_to_the_players(tmp_path):
     _, batches, _, critic, pool = run(tmp_path, "chai")
     assert not any(batch.trains for batch in batches)

@@ -44,19 +44,23 @@ def test_leave_one_out_is_reward_minus_the_others_mean(rewards):
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5])
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.0])
 def test_sum_to_go_by_brute_force_skips_observations(decay):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(4, 9, generator=generator, dtype=torch.float64)
     mask = torch.rand(4, 9, generator=generator) > 0.4
-    found = discounted_sum_to_go(values, mask, decay)
+    discounts = torch.where(torch.rand(4, 9, generator=generator) > 0.3, 1.0, decay).double()
+    found = discounted_sum_to_go(values, mask, discounts)
     for row in range(4):
         acting = mask[row].nonzero()[:, 0].tolist()
         for order, t in enumerate(acting):
-            expected = sum(decay**k * float(values[row, s]) for k, s in enumerate(acting[order:]))
+            expected, passed = 0.0, 1.0
+            for s in acting[order:]:
+                expected += passed * float(values[row, s])
+                passed *= float(discounts[row, s])
             assert float(found[row, t]) == pytest.approx(expected, abs=1e-12)
     # what stands at observations must not matter at all
-    assert torch.equal(found, discounted_sum_to_go(values.masked_fill(~mask, 999.0), mask, decay))
+    assert torch.equal(found, discounted_sum_to_go(values.masked_fill(~mask, 999.0), mask, discounts))
 
 
 def test_clipped_loss_by_hand():
@@ -194,7 +198,8 @@ def two_steps(estimator, kl_in, kl_coef):
         rows, actions = [0, 1 + first], torch.tensor([[first, second]])
         batch = {
             "actions": actions, "action_mask": mask, "advantages": torch.zeros(1, 2, dtype=torch.float64),
-            "reference_logits": reference[rows], "rollout_log_probs": torch.zeros(1, 2), "scored_mask": mask,
+            "reference_logits": reference[rows],
+            "discounts": torch.ones(1, 1), "rollout_log_probs": torch.zeros(1, 2), "scored_mask": mask,
         }  # fmt: skip
         loss, _ = policy_objective(table[rows], batch, None, rl=rl, kl_coef=kl_coef, temperature=1.0, top_k=0)
         gradients.append(-torch.autograd.grad(loss, table)[0])
@@ -255,7 +260,8 @@ def test_the_entropy_bonus_spreads_the_policy():
     logits = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
     zero, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
     batch = {"actions": torch.zeros(1, 1, dtype=torch.long), "action_mask": mask, "advantages": zero,
-             "scored_mask": mask, "rollout_log_probs": zero, "reference_logits": torch.zeros(1, 3)}  # fmt: skip
+             "scored_mask": mask,
+             "discounts": torch.ones(1, 1), "rollout_log_probs": zero, "reference_logits": torch.zeros(1, 3)}  # fmt: skip
 
     def loss(x):
         return policy_objective(
@@ -277,7 +283,8 @@ def noisy_choice(control):
     chances, gradients = [], []
     for action, noise in itertools.product(range(3), (-1.0, 1.0)):
         batch = {
-            "actions": torch.tensor([[action]]), "action_mask": mask, "rollout_log_probs": torch.zeros(1, 1),
+            "actions": torch.tensor([[action]]), "action_mask": mask,
+            "discounts": torch.ones(1, 1), "rollout_log_probs": torch.zeros(1, 1),
             "advantages": (values[action] + noise).reshape(1, 1), "reference_logits": torch.zeros(1, 3),
             "scored_mask": mask,
         } | ({} if control is None else {"control": control[None]})  # fmt: skip
@@ -313,7 +320,8 @@ def aliased_choice(marginal):
     for action, token in enumerate(token_of):
         batch = {
             "actions": torch.tensor([[action]]), "action_mask": mask, "scored_mask": mask,
-            "advantages": worth[token].reshape(1, 1), "reference_logits": None, "rollout_log_probs": torch.zeros(1, 1),
+            "advantages": worth[token].reshape(1, 1), "reference_logits": None,
+            "discounts": torch.ones(1, 1), "rollout_log_probs": torch.zeros(1, 1),
         } | ({"aliases": (token_of == token)[None]} if marginal else {})  # fmt: skip
         rl = RLConfig(importance_cap=0.0)
         loss, _ = policy_objective(logits, batch, None, rl=rl, kl_coef=0.0, temperature=1.0, top_k=0)
@@ -360,7 +368,7 @@ def test_the_objectives_gradient_is_that_of_its_values(name, top_k):
     actions[mask] = logits.detach().topk(3).indices[torch.arange(count), torch.randint(3, (count,), generator=draw)]
     batch = {
         "actions": actions, "action_mask": mask, "scored_mask": mask, "advantages": random(*shape),
-        "rollout_log_probs": random(*shape) - 2.0, "reference_logits": random(count, 5),
+        "discounts": torch.ones(1, 1), "rollout_log_probs": random(*shape) - 2.0, "reference_logits": random(count, 5),
         "kl_penalties": random(*shape) * mask,
     }  # fmt: skip
     if rl.control_variate:
@@ -381,7 +389,7 @@ def test_without_a_reference_nothing_is_charged_or_measured():
     logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     batch = {
         "actions": torch.tensor([[1, 2]]), "action_mask": mask, "scored_mask": mask, "advantages": torch.ones(1, 2),
-        "rollout_log_probs": torch.zeros(1, 2), "reference_logits": None,
+        "discounts": torch.ones(1, 1), "rollout_log_probs": torch.zeros(1, 2), "reference_logits": None,
     }  # fmt: skip
     rl = RLConfig(importance_cap=0.0)
     loss, metrics = policy_objective(logits, batch, None, rl=rl, kl_coef=0.0, temperature=1.0, top_k=0)
