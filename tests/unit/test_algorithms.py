@@ -260,8 +260,8 @@ def test_the_entropy_bonus_spreads_the_policy():
     logits = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
     zero, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
     batch = {"actions": torch.zeros(1, 1, dtype=torch.long), "action_mask": mask, "advantages": zero,
-             "scored_mask": mask,
-             "discounts": torch.ones(1, 1), "rollout_log_probs": zero, "reference_logits": torch.zeros(1, 3)}  # fmt: skip
+             "scored_mask": mask, "discounts": torch.ones(1, 1),
+             "rollout_log_probs": zero, "reference_logits": torch.zeros(1, 3)}  # fmt: skip
 
     def loss(x):
         return policy_objective(
