@@ -124,23 +124,26 @@ _AGENTS: dict[str, dict[str, Any]] = {
     "tiny": {
         "task.name": "twenty_questions",
         "task.num_problems": 4000,
-        "pretrain.steps": {"base": 500, "actions": 250, "policy": 100, "fta_idm": 50, "fta_policy": 50},
+        # Where a thing is named, an action for each of a dozen names, which takes them longer to learn.
+        "model.num_actions": 32,
+        "pretrain.steps": {"base": 500, "actions": 500, "policy": 150, "fta_idm": 50, "fta_policy": 50},
         "pretrain.sequence_length": 288,
         "pretrain.batch_size": 8,
         "pretrain.micro_batch_size": 4,
         "rollout.max_prompt_tokens": 288,
         "rollout.max_new_tokens": 16,
         "rl.algorithm": "archer",
-        "rl.max_steps": 60,
+        "rl.max_steps": 40,
         "rl.group_size": 1,
-        # Three times this rate, or a fifth of this divergence's price, and the policy follows its critic's errors into
-        # guesses that it repeats.
-        "rl.lr": 1e-4,
-        "rl.kl_coef": 0.05,
+        "rl.lr": 1e-3,
+        "rl.kl_coef": 0.01,
+        "rl.updates_per_batch": 2,
         "rl.value_steps": 20,
         "rl.eval_problems": 64,
         "critic.fresh_states": 256,
-        "critic.warmup_iterations": 6,
+        "critic.warmup_iterations": 2,
+        # The policy moves fast here: replayed states are soon not those that it comes to.
+        "critic.actor_states": "played",
     },
     "smollm2-135m": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
     "llama-3.1-8b": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
@@ -149,8 +152,8 @@ _AGENTS: dict[str, dict[str, Any]] = {
 
 # What a preset needs otherwise for one environment.
 _ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
-    # A quarter of the objects and good players, so that a base of this size learns how to ask; its clone does not yet.
-    ("tiny", "twenty_questions"): {"task.options": {"objects": 39, "skill": 0.9}},
+    # As many objects as a base of this size has actions for, and players whose clone leaves room above it.
+    ("tiny", "twenty_questions"): {"task.options": {"objects": 12, "skill": 0.6}},
     # Long episodes: a few hundred demonstrations are as many tokens.
     ("tiny", "textworld"): {"task.num_problems": 400},
     ("tiny", "jericho"): {"task.num_problems": 400},

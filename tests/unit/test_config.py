@@ -142,7 +142,7 @@ def test_an_environment_brings_defaults_that_others_do_not_inherit():
     def options(*argv):
         return from_command_line("", argv, agents=True).task.options
 
-    assert options() == options("--preset", "tiny", "--task.name=twenty_questions") == {"objects": 39, "skill": 0.9}
+    assert options() == options("--preset", "tiny", "--task.name=twenty_questions") == {"objects": 12, "skill": 0.6}
     assert options("--task.name", "guess_city") == {}
     assert options("--task.options", "skill", "0.5") == {"skill": 0.5}
     assert refusal({"task.name": "guess_city", "rl.cache_hidden_states": True}).startswith("rl.cache_hidden_states")
