@@ -18,7 +18,6 @@ from record import RESULTS, record
 from trial import all_of, series, trial
 
 SPACES = {"latent": "5e-4", "token": "1e-4"}
-KL_COEFS = ("0.0", "0.01")
 TINY = ["--preset", "tiny", "--cluster.learner-ranks", "1", "--rl.eval-every", "10"]
 
 
@@ -44,10 +43,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--start", type=Path, nargs="+", required=True, help="a CoLA model for each of seeds 0, 1, ...")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--kl-coefs", nargs="+", default=["0.0", "0.01"])
+    parser.add_argument("--name", default="latent_vs_token", help="of the result; another one leaves the full run's")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each keeps about one core busy")
     args = parser.parse_args()
     folder, seeds = args.folder.resolve(), range(len(args.start))
-    cases = list(itertools.product(SPACES, KL_COEFS, seeds))
+    cases = list(itertools.product(SPACES, args.kl_coefs, seeds))
 
     def where(space: str, kl_coef: str, seed: int) -> Path:
         return folder / f"{space}-{kl_coef}-{seed}"
@@ -66,7 +67,7 @@ def main() -> None:
     found = dict(zip(cases, summaries, strict=True))
     figures: dict[str, object] = {}
     curves = {}
-    for space, kl_coef in itertools.product(SPACES, KL_COEFS):
+    for space, kl_coef in itertools.product(SPACES, args.kl_coefs):
         runs = [found[space, kl_coef, seed] for seed in seeds]
         places = [where(space, kl_coef, seed) for seed in seeds]
         name = f"{space}_kl_{kl_coef}"
@@ -79,11 +80,9 @@ def main() -> None:
         figures[f"{name}_learn_seconds"] = [float(np.median(series(p, "time/learn")[5:])) for p in places]
         figures[f"{name}_optimizer_mb"] = runs[0]["optimizer_mb"]
         figures[f"{name}_trained_parameters"] = runs[0]["trained_parameters"]
-    plot(curves, args.steps, RESULTS / "latent_vs_token.png")
-    record(
-        "latent_vs_token", figures, list(seeds),
-        "GRPO over 16 latent actions and over tokens from one model a seed; curves: docs/results/latent_vs_token.png.",
-    )  # fmt: skip
+    plot(curves, args.steps, RESULTS / f"{args.name}.png")
+    about = f"GRPO over 16 latent actions and over tokens from one model a seed; curves: docs/results/{args.name}.png."
+    record(args.name, figures, list(seeds), about)
 
 
 if __name__ == "__main__":
