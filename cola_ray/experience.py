@@ -136,11 +136,10 @@ class Episode:
                 runs[-1].append((turn, gain))
             else:
                 runs.append([(turn, gain)])
-        made = [
-            self._as_trajectory(run, self.terminated and run is runs[-1], gamma if advantages is None else 0.0)
-            for run in runs
-        ]
-        return made if advantages is not None else [replace(one, advantages=None) for one in made]
+        if advantages is not None:
+            gamma = 0.0
+        made = [self._as_trajectory(run, self.terminated and run is runs[-1], gamma) for run in runs]
+        return made if advantages is None else [_turn_by_turn(one) for one in made]
 
     def _as_trajectory(self, turns: list[tuple[Turn, float]], ends: bool, gamma: float) -> Trajectory:
         first, last = turns[0][0], turns[-1][0]
@@ -148,19 +147,29 @@ class Episode:
         actions, versions = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
         log_probs, rewards = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32)
         mask, discounts = np.zeros(len(ids), bool), np.ones(len(ids), np.float32)
-        gains = np.zeros(len(ids), np.float32)
         for turn, gain in turns:
             end = len(turn.state_ids) + len(turn.token_ids)
             said = slice(len(turn.state_ids), end)
             actions[said], log_probs[said], versions[said] = turn.actions, turn.rollout_log_probs, turn.versions
-            mask[said], gains[said] = True, gain
+            mask[said] = True
             rewards[end - 1], discounts[end - 1] = gain, 0.0 if ends and turn is last else gamma
         start = len(first.state_ids)
         return Trajectory(
             first.state_ids, ids[start:], actions[start:], log_probs[start:], versions[start:], self.total_reward,
             not self.terminated, self.text, action_mask=mask[start:], rewards=rewards[start:],
-            discounts=discounts[start:], advantages=gains[start:],
+            discounts=discounts[start:],
         )  # fmt: skip
+
+
+def _turn_by_turn(trajectory: Trajectory) -> Trajectory:
+    """What comes at a turn's end, where its discount is 0, as the advantage of all its actions."""
+    mask, rewards, discounts = trajectory.action_mask, trajectory.rewards, trajectory.discounts
+    assert mask is not None
+    assert rewards is not None
+    assert discounts is not None
+    ends = discounts == 0.0
+    turn_of = np.cumsum(ends) - ends  # number of the turn that a place is in or before
+    return replace(trajectory, advantages=np.append(rewards[ends], np.float32(0.0))[turn_of] * mask)
 
 
 def _continues(before: Turn, after: Turn) -> bool:

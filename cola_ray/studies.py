@@ -8,13 +8,14 @@
 All return the summary they write to ``output_dir/summary.json``, and track into MLflow.
 """
 
+import contextlib
 import difflib
 import functools
 import itertools
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from cola_ray.replay.service import Shards
 from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
 from cola_ray.tasks import to_pretrain_on
-from cola_ray.tracking import Display, plot_against_tokens, print_summary, print_ways, write_json
+from cola_ray.tracking import Display, Tracker, plot_against_tokens, print_summary, print_ways, write_json
 
 if TYPE_CHECKING:
     from cola_ray.learner.corpus import Document
@@ -43,8 +44,45 @@ if TYPE_CHECKING:
 _STEERED = 8  # actions that the atlas shows texts of
 
 
+@dataclass
+class _Study:
+    """One under way; what it finds goes into ``summary``."""
+
+    config: Config
+    start: Path  # the model that is looked at
+    output: Path
+    tracker: Tracker
+    summary: dict[str, Any]
+
+    def found(self, ways: Mapping[str, Mapping[str, float]]) -> None:
+        """Figures of each way, for tracker and summary."""
+        for way, of_way in ways.items():
+            self.tracker.log(0, {f"{way}/{name}": value for name, value in of_way.items()})
+        self.summary |= ways
+
+
+@contextlib.contextmanager
+def _study(config: Config, job: str, check: Callable[[Config], None] = lambda _: None) -> Iterator[_Study]:
+    """A study's folder and tracker; leaves its summary.
+
+    Args:
+        check: of the settings with their paths, before the folder is touched.
+    """
+    check_start_model(config)
+    started, start = time.time(), config.start_model.resolve()
+    config = override(config.resolve_paths(job), {"model.path": str(start) if start.exists() else ""})
+    check(config)
+    output = prepare_output(config)
+    with tracked(config, job) as tracker:
+        about = {"preset": config.preset, "task": config.task.name, "model": str(start), "seed": config.seed}
+        study = _Study(config, start, output, tracker, about)
+        yield study
+        study.summary["wall_seconds"] = round(time.time() - started, 1)
+        write_json(output / "summary.json", study.summary)
+
+
 def evaluate(config: Config) -> dict[str, Any]:
-    """Answer held-out problems in all of ``eval.ways``; leaves ``output_dir/predictions``. Returns the summary.
+    """Answer problems in all of ``eval.ways``; leaves ``output_dir/predictions``. Returns the summary.
 
     With ``resume``, chunks that an earlier run with the same settings has answered are not asked again.
 
@@ -55,15 +93,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     config.check()
     if is_environment(config.task.name) or config.task.name == "preference":
         raise ConfigError(f"task.name = {config.task.name!r}: has no verifier of single answers; use one that has")
-    check_start_model(config)
-    started, start = time.time(), config.start_model.resolve()
-    config = override(config.resolve_paths("evaluate"), {"model.path": str(start) if start.exists() else ""})
-    _refuse_other_predictions(config)
-    output = prepare_output(config)
-    model_path, folder = served(config, start), output / "predictions"
-    with actors.cluster(config), tracked(config, "evaluate") as tracker:
+    with _study(config, "evaluate", _refuse_other_predictions) as study, actors.cluster(config):
+        config, folder = study.config, study.output / "predictions"
         judge = actors.judge(config)
-        pool = actors.RayWorkers(config, model_path, AnswerWorker, *([judge] if judge else []))
+        pool = actors.RayWorkers(config, served(config, study.start), AnswerWorker, *([judge] if judge else []))
         evaluator = actors.controller(Evaluator, config, pool, Shards(0, actors.RemoteShards([]), config.seed))
         try:
             facts = ray.get(evaluator.open.remote())
@@ -79,14 +112,10 @@ def evaluate(config: Config) -> dict[str, Any]:
         finally:
             ray.kill(evaluator)
         found = figures(config.eval, folder, config.seed)
-        for way, of_way in found.items():
-            tracker.log(0, {f"{way}/{name}": value for name, value in of_way.items()})
-        summary = {"preset": config.preset, "task": config.task.name, "model": model_path, "seed": config.seed, **found}
-        summary |= {"wall_seconds": round(time.time() - started, 1)}
-        write_json(output / "summary.json", summary)
-        plot_against_tokens(output / "accuracy.png", found)
+        study.found(found)
+        plot_against_tokens(study.output / "accuracy.png", found)
     print_ways(f"{config.task.name}: {folder}", found)
-    return summary
+    return study.summary
 
 
 def diversity(config: Config) -> dict[str, Any]:
@@ -97,23 +126,20 @@ def diversity(config: Config) -> dict[str, Any]:
         RunFailedError: the message names the cause.
     """
     config.check()
-    check_start_model(config)
     try:
         embed = open_encoder(config.diversity.encoder)
     except ModuleNotFoundError as error:
         encoder = config.diversity.encoder
         raise ConfigError(f"diversity.encoder = {encoder!r}: {error}; `make evals` installs it") from None
-    started, start = time.time(), config.start_model.resolve()
-    config = override(config.resolve_paths("diversity"), {"model.path": str(start)})
-    output = prepare_output(config)
-    prefixes = _beginnings(config, _texts(config, start)[1])
     found: dict[str, dict[str, float]] = {}
     rows = []
-    with actors.cluster(config), tracked(config, "diversity") as tracker:
+    with _study(config, "diversity") as study, actors.cluster(config):
+        config = study.config
+        prefixes = _beginnings(config, _texts(config, study.start)[1])
         with Display("diversity", total=len(CHANCES)) as display:
             for space, chances in itertools.groupby(CHANCES, key=_action_space):
                 of_space = override(config, {"rl.action_space": space})
-                pool = actors.RayWorkers(of_space, served(of_space, start), ContinuationWorker)
+                pool = actors.RayWorkers(of_space, served(of_space, study.start), ContinuationWorker)
                 worker = pool.spawn()
                 for chance in chances:
                     groups = _finished(
@@ -123,20 +149,11 @@ def diversity(config: Config) -> dict[str, Any]:
                     rows += [{"chance": chance, "prefix": i, "texts": texts} for i, texts in enumerate(groups)]
                     display.update(f"diversity: {chance}", len(found), len(CHANCES), "", milestone=True)
                 pool.kill(worker)
-        for way, of_way in found.items():
-            tracker.log(0, {f"{way}/{name}": value for name, value in of_way.items()})
-        pq.write_table(pa.Table.from_pylist(rows), output / "continuations.parquet")
-        summary = {
-            "preset": config.preset,
-            "model": str(start),
-            "seed": config.seed,
-            "prefixes": len(prefixes),
-            **found,
-        }
-        summary |= {"wall_seconds": round(time.time() - started, 1)}
-        write_json(output / "summary.json", summary)
-    print_ways(f"diversity of continuations: {output}", found)
-    return summary
+        pq.write_table(pa.Table.from_pylist(rows), study.output / "continuations.parquet")
+        study.summary["prefixes"] = len(prefixes)
+        study.found(found)
+    print_ways(f"diversity of continuations: {study.output}", found)
+    return study.summary
 
 
 def _action_space(chance: Chance) -> str:
@@ -167,19 +184,15 @@ def atlas(config: Config) -> dict[str, Any]:
     from cola_ray.model.modeling_cola import CoLAForCausalLM
 
     config.check()
-    check_start_model(config)
-    started, start = time.time(), config.start_model.resolve()
-    config = override(config.resolve_paths("atlas"), {"model.path": str(start)})
-    output = prepare_output(config)
-    tokenizer, texts = _texts(config, start)
-    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
-    disable_progress_bar()
-    model = CoLAForCausalLM.from_pretrained(start, dtype=getattr(torch, config.model.dtype)).eval().to(device)
-    few = texts[: 8 * config.diversity.prefixes]
-    rows = pack(few, config.pretrain.sequence_length, 0, config.pretrain.response_only)
-    found = Atlas(model.config.num_actions)
-    size = config.pretrain.micro_batch_size
-    with tracked(config, "atlas") as tracker:
+    device, dtype = torch.device("cuda" if config.cluster.use_gpu else "cpu"), getattr(torch, config.model.dtype)
+    with _study(config, "atlas") as study:
+        config = study.config
+        tokenizer, texts = _texts(config, study.start)
+        disable_progress_bar()
+        model = CoLAForCausalLM.from_pretrained(study.start, dtype=dtype).eval().to(device)
+        few = texts[: 8 * config.diversity.prefixes]
+        rows = pack(few, config.pretrain.sequence_length, 0, config.pretrain.response_only)
+        found, size = Atlas(model.config.num_actions), config.pretrain.micro_batch_size
         with Display("atlas", total=len(rows)) as display:
             for first in range(0, len(rows), size):
                 piece = [torch.from_numpy(a[first : first + size]).to(device) for a in astuple(rows)]
@@ -188,13 +201,12 @@ def atlas(config: Config) -> dict[str, Any]:
         most = found.by_usage[:_STEERED]
         for prefix in _beginnings(config, texts)[:3]:
             found.steer(model, tokenizer, prefix, most, config.rollout.max_new_tokens)
-        (output / "atlas.html").write_text(found.html(f"Latent actions of {start}", tokenizer))
-        tracker.log(0, found.summary())
-        summary = {"model": str(start), "texts": len(few), **found.summary()}
-        summary |= {"wall_seconds": round(time.time() - started, 1)}
-        write_json(output / "summary.json", summary)
-    print_summary(f"action atlas: {output / 'atlas.html'}", summary)
-    return summary
+        page = study.output / "atlas.html"
+        page.write_text(found.html(f"Latent actions of {study.start}", tokenizer))
+        study.tracker.log(0, found.summary())
+        study.summary |= {"texts": len(few), **found.summary()}
+    print_summary(f"action atlas: {page}", study.summary)
+    return study.summary
 
 
 def capabilities(config: Config) -> dict[str, Any]:
@@ -205,7 +217,6 @@ def capabilities(config: Config) -> dict[str, Any]:
         RunFailedError: the message names the cause.
     """
     config.check()
-    check_start_model(config)
     harness = config.harness
     if not harness.tasks:
         raise ConfigError("harness.tasks = (): nothing to score on; name tasks of the harness, e.g. arc_easy")
@@ -220,23 +231,18 @@ def capabilities(config: Config) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1) or ["lm_eval ls tasks"]
             raise ConfigError(f"harness.tasks = {name!r}: no such task; did you mean {near[0]}?")
-    started, start = time.time(), config.start_model.resolve()
-    config = override(config.resolve_paths("capabilities"), {"model.path": str(start)})
-    output = prepare_output(config)
     found: dict[str, dict[str, float]] = {}
     said: dict[str, Any] = {}
-    with actors.cluster(config), tracked(config, "capabilities") as tracker:
+    with _study(config, "capabilities") as study, actors.cluster(config):
         with Display("capabilities", total=len(harness.likelihoods)) as display:
             for likelihood in harness.likelihoods:
-                said[likelihood] = _finished(actors.alone(config, score, config, likelihood))
+                said[likelihood] = _finished(actors.alone(config, score, study.config, likelihood))
                 found[likelihood] = _scores(said[likelihood]["results"])
-                tracker.log(0, {f"{likelihood}/{name}": value for name, value in found[likelihood].items()})
                 display.update(f"capabilities: {likelihood}", len(found), len(harness.likelihoods), "", milestone=True)
-        write_json(output / "harness.json", said)
-        summary = {"model": str(start), **found, "wall_seconds": round(time.time() - started, 1)}
-        write_json(output / "summary.json", summary)
-    print_ways(f"kept capabilities: {output}", found)
-    return summary
+        write_json(study.output / "harness.json", said)
+        study.found(found)
+    print_ways(f"kept capabilities: {study.output}", found)
+    return study.summary
 
 
 def _scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:

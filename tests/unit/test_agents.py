@@ -78,6 +78,7 @@ def run(tmp_path, algorithm, **changes):
     fixed = {"rl.algorithm": algorithm, "rl.max_steps": STEPS, "rl.prompts_per_step": EPISODES, "rl.group_size": 1,
              "rl.eval_every": 0, "rl.eval_problems": 3, "rollout.num_workers": 2, "cluster.learner_ranks": 1,
              "critic.steps": 5, "critic.batch_size": 8, "critic.fresh_states": 10, "critic.warmup_iterations": 2,
+             "critic.actor_states": "replayed", "rl.updates_per_batch": 1,
              "task.max_failed_rewards": 0.5}  # fmt: skip
     config = override(preset("tiny", agents=True), fixed | changes)
     shard = ReplayShard(1000, 1 << 24, str(tmp_path / "replay"), 0, seed=0)
