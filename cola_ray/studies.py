@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from cola_ray import actors
 from cola_ray.atlas import Atlas
@@ -126,6 +127,7 @@ def diversity(config: Config) -> dict[str, Any]:
         RunFailedError: the message names the cause.
     """
     config.check()
+    disable_progress_bar()
     try:
         embed = open_encoder(config.diversity.encoder)
     except ModuleNotFoundError as error:
@@ -178,7 +180,6 @@ def atlas(config: Config) -> dict[str, Any]:
         ConfigError: before anything is loaded.
     """
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from cola_ray.learner.corpus import pack
     from cola_ray.model.modeling_cola import CoLAForCausalLM
