@@ -39,7 +39,7 @@ def cluster(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    environment = {"env_vars": {**_worker_environment(config)}}
+    environment = {"env_vars": _worker_environment(config)}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.WARNING)
     # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
@@ -92,18 +92,23 @@ class RayWorkers:
         return self.actor.remote(*self.args)
 
     async def call(self, worker: Any, method: str, *args: Any) -> Any:
-        try:
-            return await getattr(worker, method).remote(*args)
-        except ray.exceptions.RayActorError as error:
-            lines = str(error).strip().splitlines()
-            if "creation task" in lines[0]:  # it never ran: another one would fail in the same way
-                raise RuntimeError(f"a rollout worker could not start: {_cause(lines)}") from None
-            raise WorkerLostError(lines[0]) from error
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        return await _answer(worker, method, args, "a rollout worker", WorkerLostError)
 
     def kill(self, worker: Any) -> None:
         ray.kill(worker)
+
+
+async def _answer(actor: Any, method: str, args: Sequence[Any], who: str, lost: type[Exception]) -> Any:
+    """What an actor's method returns or raises; ``lost`` where the actor died, RuntimeError where it never ran."""
+    try:
+        return await getattr(actor, method).remote(*args)
+    except ray.exceptions.RayActorError as error:
+        lines = str(error).strip().splitlines()
+        if "creation task" in lines[0]:  # another one, or the same started again, would fail in the same way
+            raise RuntimeError(f"{who} could not start: {_cause(lines)}") from None
+        raise lost(lines[0]) from error
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 def _cause(lines: list[str]) -> str:
@@ -192,15 +197,7 @@ class RemoteReplicas:
         self.actors = actors
 
     async def __call__(self, replica: int, method: str, *args: Any) -> Any:
-        try:
-            return await getattr(self.actors[replica], method).remote(*args)
-        except ray.exceptions.RayActorError as error:
-            lines = str(error).strip().splitlines()
-            if "creation task" in lines[0]:  # started again it would fail in the same way
-                raise RuntimeError(f"a critic could not start: {_cause(lines)}") from None
-            raise ReplicaLostError(lines[0]) from error
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        return await _answer(self.actors[replica], method, args, "a critic", ReplicaLostError)
 
 
 def judge(config: Config) -> Judge | None:

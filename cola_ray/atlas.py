@@ -66,19 +66,12 @@ class Atlas:
         new_tokens: int,
     ) -> None:  # fmt: skip
         """Continue a prefix with each of ``actions`` alone, and with the policy's most probable ones."""
-        ids = torch.tensor([list(prefix)], device=model.device)
-        found = {
-            "prefix": tokenizer.decode(prefix),
-            "policy": tokenizer.decode(self._continue(model, ids, None, new_tokens)),
-        }
-        for action in actions:
-            found[str(action)] = tokenizer.decode(self._continue(model, ids, action, new_tokens))
-        self.steered.append(found)
-
-    def _continue(self, model: CoLAForCausalLM, ids: Tensor, action: int | None, new_tokens: int) -> list[int]:
-        forced = None if action is None else torch.full((1, new_tokens), action, device=ids.device)
+        forced = torch.tensor([-1, *actions], device=model.device)[:, None].expand(-1, new_tokens)
+        ids = torch.tensor([list(prefix)], device=model.device).expand(len(forced), -1)
         tokens, _, _ = model.generate_latent(ids, max_new_tokens=new_tokens, temperature=0.0, actions=forced)
-        return tokens[0].tolist()
+        texts = (tokenizer.decode(row) for row in tokens.tolist())
+        names = ("policy", *map(str, actions))
+        self.steered.append({"prefix": tokenizer.decode(prefix), **dict(zip(names, texts, strict=True))})
 
     @property
     def by_usage(self) -> list[int]:
@@ -88,12 +81,11 @@ class Atlas:
     def summary(self) -> dict[str, float]:
         """Alive actions, entropy of their usage (nats), agreement of world model and labels, tokens a state offers."""
         share = self.labelled / max(self.labelled.sum(), 1)
-        used = share[share > 0]
         return {
             "tokens": float(self.labelled.sum()),
             "alive": float((share > 1e-4).sum()),
-            "usage_entropy": float(-(used * np.log(used)).sum()),
-            "policy_entropy_of_mean": float(_entropy(self.expected)),
+            "usage_entropy": _entropy(self.labelled),
+            "policy_entropy_of_mean": _entropy(self.expected),
             "agreement": float(self.agreed.sum() / max(self.labelled.sum(), 1)),
             "reachable_tokens": float(np.mean(self.reachable)) if self.reachable else 0.0,
         }

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cola_ray.algorithms.search import mean_interval
+
 Embed = Callable[[Sequence[str]], np.ndarray]
 """(texts) -> (len, D), of length 1 each."""
 
@@ -65,7 +67,7 @@ def self_bleu(texts: Sequence[str]) -> float:
     return float(np.mean(scores))
 
 
-def measure(groups: Sequence[Sequence[str]], embed: Embed, seed: int, resamples: int = 2000) -> dict[str, float]:
+def measure(groups: Sequence[Sequence[str]], embed: Embed, seed: int) -> dict[str, float]:
     """Figures of one way of continuing; ``<name>_ci`` is the half-width of a 95 % bootstrap interval over prefixes.
 
     Args:
@@ -73,14 +75,13 @@ def measure(groups: Sequence[Sequence[str]], embed: Embed, seed: int, resamples:
     """
     flat = embed([text for group in groups for text in group])
     size = len(groups[0])
-    cosines = np.array([mean_cosine(flat[start : start + size]) for start in range(0, len(flat), size)])
-    draws = np.random.default_rng(seed).choice(cosines, (resamples, len(cosines))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    cosines = [mean_cosine(flat[start : start + size]) for start in range(0, len(flat), size)]
+    low, high = mean_interval(cosines, np.random.default_rng(seed))
     return {
-        "diversity": 1 / float(cosines.mean()),
-        "diversity_ci": float(1 / low - 1 / high) / 2,
-        "similarity": float(cosines.mean()),
-        "similarity_ci": float(high - low) / 2,
+        "diversity": 1 / float(np.mean(cosines)),
+        "diversity_ci": (1 / low - 1 / high) / 2,
+        "similarity": float(np.mean(cosines)),
+        "similarity_ci": (high - low) / 2,
         "distinct_1": float(np.mean([distinct_n(group, 1) for group in groups])),
         "distinct_2": float(np.mean([distinct_n(group, 2) for group in groups])),
         "self_bleu": float(np.mean([self_bleu(group) for group in groups])),

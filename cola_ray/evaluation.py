@@ -15,11 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cola_ray.algorithms.search import majority, pass_at_k
+from cola_ray.algorithms.search import majority, mean_interval, pass_at_k
 from cola_ray.config import EvalConfig
 from cola_ray.controller import Controller
-
-_RESAMPLES = 2000
 
 
 class Evaluator(Controller):
@@ -73,9 +71,8 @@ def figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, 
                     shares[f"pass_at_{k}"] = [pass_at_k(n, c, k) for n, c in right]
         of_way = {"problems": float(len(rows))}
         for name, values in shares.items():
-            means = np.mean(draw.choice(values, (_RESAMPLES, len(values))), 1)
-            low, high = np.quantile(means, [0.025, 0.975])
-            of_way |= {name: float(np.mean(values)), f"{name}_ci": float(high - low) / 2}
+            low, high = mean_interval(values, draw)
+            of_way |= {name: float(np.mean(values)), f"{name}_ci": (high - low) / 2}
         for name in ("generated_tokens", "computed_tokens", "seconds"):
             of_way[name] = float(np.mean([row[name] for row in rows]))
         found[way] = of_way

@@ -35,6 +35,13 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     return float(1.0 - np.prod(1.0 - k / wrong))
 
 
+def mean_interval(values: Sequence[float], draw: np.random.Generator, resamples: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of a mean: (low, high)."""
+    means = draw.choice(np.asarray(values), (resamples, len(values))).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def majority(answers: Sequence[str], weights: Sequence[float] | None = None) -> str:
     """The answer with the most votes, or the greatest weight; of equals, the one that came first. "" of none.
 

@@ -16,7 +16,7 @@ from cola_ray.algorithms.archer import TwinHeads
 from cola_ray.config import Config
 from cola_ray.experience import Episode, Ticket, Trajectory, was_said
 from cola_ray.model.action_columns import BASE_TOKENS
-from cola_ray.rollout.engine import Completion, Request
+from cola_ray.rollout.engine import Completion, Request, as_float
 from cola_ray.rollout.episode import Table, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.rollout.worker import EngineWorker
@@ -151,11 +151,5 @@ class AgentWorker(EngineWorker):
 
 def _utterance(c: Completion) -> Utterance:
     # A base that trains has no states worth keeping: its critic reads text, and one zero holds the features' place.
-    states = np.zeros((len(c.token_ids), 1), np.float32) if c.hidden_states is None else _as_float(c.hidden_states)
+    states = np.zeros((len(c.token_ids), 1), np.float32) if c.hidden_states is None else as_float(c.hidden_states)
     return Utterance(c.token_ids, c.actions, c.log_probs, c.versions, states)
-
-
-def _as_float(states: Array) -> Array:
-    if states.dtype == np.int16:  # bfloat16, which NumPy does not know
-        return torch.from_numpy(states).view(torch.bfloat16).float().numpy()
-    return states.astype(np.float32, copy=False)

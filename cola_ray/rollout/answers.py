@@ -23,7 +23,7 @@ import torch
 from cola_ray.algorithms.double_q import first_decision, square_errors
 from cola_ray.config import Config, override
 from cola_ray.model.modeling_cola import QHead
-from cola_ray.rollout.engine import Completion, Request
+from cola_ray.rollout.engine import Completion, Request, as_float
 from cola_ray.rollout.judge import Judge, judged
 from cola_ray.rollout.search import Found, Question, TreeSearch, beam
 from cola_ray.rollout.worker import RolloutWorker
@@ -114,10 +114,7 @@ class AnswerWorker(RolloutWorker):
         """How many of a rollout's tokens to pass until Q says that something is decided."""
         assert self.q is not None
         assert made.hidden_states is not None
-        states = torch.from_numpy(made.hidden_states)
-        if states.dtype is torch.int16:  # NumPy has no bfloat16
-            states = states.view(torch.bfloat16)
-        config = self.config.q
+        config, states = self.config.q, torch.from_numpy(as_float(made.hidden_states))
         errors = square_errors(self.q(states[prompt_length - 1 :]), torch.from_numpy(made.actions), config.gamma)
         return first_decision(errors, config.max_error, config.jump)
 

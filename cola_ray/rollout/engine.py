@@ -55,6 +55,15 @@ class Completion:
     computed_tokens: int = 0  # P + L, less what the prefix cache held
 
 
+def as_float(states: np.ndarray) -> np.ndarray:
+    """A completion's hidden states as float32."""
+    if states.dtype == np.int16:  # bfloat16, which NumPy does not know
+        import torch
+
+        return torch.from_numpy(states).view(torch.bfloat16).float().numpy()
+    return states.astype(np.float32, copy=False)
+
+
 Loader = Callable[[Any, WeightReceiver | BroadcastReceiver], None]
 """(served model, receiver): a complete update, or an error before any change."""
 
