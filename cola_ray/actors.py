@@ -13,14 +13,16 @@ interface that its callers take, and maps Ray's errors to theirs.
 
 import contextlib
 import logging
+import math
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
+from ray.util.metrics import Gauge
 
 from cola_ray.config import WITH_CRITIC, Config, is_endpoint
 from cola_ray.controller import Controller, WorkerLostError
@@ -34,13 +36,17 @@ from cola_ray.weights import Bucket, Channel, Manifest
 
 
 @contextlib.contextmanager
-def cluster(config: Config) -> Iterator[None]:
-    """Attach to the cluster that is there, or start one on this machine and stop it afterwards."""
+def cluster(config: Config, runs: int = 1) -> Iterator[None]:
+    """Attach to the cluster that is there, or start one on this machine and stop it afterwards.
+
+    Args:
+        runs: that it has to hold at the same time.
+    """
     if ray.is_initialized():
         yield
         return
     environment = {"env_vars": _worker_environment(config)}
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     logging.getLogger("ray").setLevel(logging.WARNING)
     # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -48,7 +54,7 @@ def cluster(config: Config) -> Iterator[None]:
         ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     else:
         # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
-        needed = config.cluster.learner_ranks + config.rollout.num_workers + config.critic.replicas + 2
+        needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # and what works alone
         ray.init(
             address="local",
             num_cpus=max(needed, os.cpu_count() or 1),
@@ -63,6 +69,75 @@ def cluster(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+# --- places -------------------------------------------------------------------------------------------------------
+
+Part = Literal["learner", "rollout", "service"]
+
+
+def booking(config: Config, part: Part) -> dict[str, float]:
+    """What one process of a part books of its node: a learner rank, an engine, a service."""
+    gpus = 0.0
+    if config.cluster.use_gpu and part != "service":
+        # Colocated, an engine takes half of each GPU's booking and the learner the other.
+        each = 0.5 if config.cluster.colocated else 1.0
+        gpus = each * (config.rollout.tensor_parallel_size if part == "rollout" else 1)
+    group = getattr(config.cluster, f"{part}_group")
+    return {"CPU": 1.0} | ({"GPU": gpus} if gpus else {}) | ({group: 0.001} if group else {})
+
+
+def demand(config: Config) -> dict[str, float]:
+    """What a run books of a cluster."""
+    judges = bool(config.task.reward_model) and not is_endpoint(config.task.reward_model)
+    counts: dict[Part, int] = {
+        "learner": config.cluster.learner_ranks,
+        "rollout": config.rollout.num_workers,
+        "service": config.critic.replicas * (config.rl.algorithm in WITH_CRITIC) + judges,
+    }
+    total = {"CPU": 0.0, "GPU": float(judges and config.cluster.use_gpu)}
+    for part, count in counts.items():
+        for name, amount in booking(config, part).items():
+            total[name] = total.get(name, 0.0) + count * amount
+    return total
+
+
+def _placed(config: Config, part: Part, **more: Any) -> dict[str, Any]:
+    """Options of an actor of a part, on the nodes that its group names."""
+    booked = booking(config, part) | more
+    return {
+        "num_cpus": booked.pop("CPU", 0.0),
+        "num_gpus": booked.pop("GPU", 0.0),
+        "resources": booked,
+        # Said outright, or actors would be squeezed into the place that Ray Tune keeps for a trial's driver.
+        "scheduling_strategy": "DEFAULT",
+    }
+
+
+def exporter(config: Config) -> Callable[[Mapping[str, Any]], None]:
+    """What shows a step's metrics on Ray's dashboard and to its Prometheus, as ``ray_cola_ray_reward_mean``.
+
+    On a cluster of the run's own, which nobody watches, it shows nothing.
+    """
+    if not _address(config):
+        return lambda _: None
+    gauges: dict[str, Gauge] = {}
+    run = Path(config.output_dir).name
+
+    def show(metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                if name not in gauges:
+                    title = "cola_ray_" + re.sub(r"\W", "_", name)
+                    gauges[name] = Gauge(title, description=name, tag_keys=("run",))
+                gauges[name].set(float(value), tags={"run": run})
+
+    return show
+
+
+def _address(config: Config) -> str:
+    """Of the cluster to attach to; empty where a run starts its own."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+
+
 def _worker_environment(config: Config) -> dict[str, str]:
     variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
     if not config.cluster.use_gpu:
@@ -73,19 +148,17 @@ def _worker_environment(config: Config) -> dict[str, str]:
 # --- controller and workers ---------------------------------------------------------------------------------------
 
 
-def controller(make: type[Controller], *args: Any) -> Any:
+def controller(make: type[Controller], config: Config, *args: Any) -> Any:
     """An actor of this class; what it spawns dies with it."""
-    return ray.remote(make).options(num_cpus=0, max_concurrency=256).remote(*args)
+    placed = _placed(config, "service", CPU=0.0)
+    return ray.remote(make).options(**placed, max_concurrency=256).remote(config, *args)
 
 
 class RayWorkers:
     """The controller's :class:`~cola_ray.controller.WorkerPool`: rollout actors, owned by the controller's process."""
 
     def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker, *more: Any) -> None:
-        gpus = int(config.cluster.use_gpu) * config.rollout.tensor_parallel_size
-        # Colocated, an engine takes half of each GPU's booking and the learner the other.
-        share = 0.5 if config.cluster.colocated else 1
-        self.actor = ray.remote(worker).options(num_cpus=1, num_gpus=gpus * share, max_concurrency=256)
+        self.actor = ray.remote(worker).options(**_placed(config, "rollout"), max_concurrency=256)
         self.args = (config, model_path, *more)
 
     def spawn(self) -> Any:
@@ -158,7 +231,7 @@ _LASTING = {"max_restarts": -1, "max_concurrency": 16}
 def replay(config: Config) -> Shards:
     """Replay, of no shards where nothing is learnt from it."""
     output, settings = Path(config.output_dir), config.replay
-    shard = ray.remote(ReplayShard).options(num_cpus=0, max_task_retries=-1, **_LASTING)
+    shard = ray.remote(ReplayShard).options(**_placed(config, "service", CPU=0.0), max_task_retries=-1, **_LASTING)
     rows, nbytes = settings.max_rows // settings.shards, (settings.max_mb << 20) // settings.shards
     shards = [
         shard.remote(rows, nbytes, str(output / "replay" / str(i)), settings.snapshot_every_s, config.seed + i)
@@ -172,7 +245,7 @@ def critic(config: Config, model_path: str, stored: Shards) -> CriticReplicas:
     from transformers import AutoConfig
 
     width, folder = AutoConfig.from_pretrained(model_path).hidden_size, str(Path(config.output_dir) / "critic")
-    actor = ray.remote(CriticService).options(num_cpus=1, **_LASTING)
+    actor = ray.remote(CriticService).options(**_placed(config, "service"), **_LASTING)
     replicas = [
         actor.remote(config.critic, width, model_path, stored, folder, config.seed)
         for _ in range(config.critic.replicas if config.rl.algorithm in WITH_CRITIC else 0)
@@ -207,8 +280,9 @@ def judge(config: Config) -> Judge | None:
         return None
     if is_endpoint(where):
         return HttpJudge(where, config.task.reward_timeout_s)
-    rollout, gpus = config.rollout, int(config.cluster.use_gpu)
-    actor = ray.remote(RewardModel).options(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)
+    rollout = config.rollout
+    placed = _placed(config, "service", GPU=float(config.cluster.use_gpu))
+    actor = ray.remote(RewardModel).options(**placed, max_restarts=-1, max_task_retries=-1)
     return RemoteJudge(actor.remote(where, rollout.max_prompt_tokens + rollout.max_new_tokens))
 
 

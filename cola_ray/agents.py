@@ -18,6 +18,7 @@ environment seed, ``ppo`` has its own value head in the learner, and none of the
 """
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -47,6 +48,10 @@ class CriticClient(Protocol):
 
     async def advantages(self, fresh: pa.Table) -> Array: ...
 
+    async def foretold(self, rows: pa.Table) -> Array:
+        """Advantages of played utterances, and V's temporal-difference errors after them, (2, rows)."""
+        ...
+
     async def judge(self) -> dict[str, Array]:
         """The heads' weights, for players who choose by them."""
         ...
@@ -67,6 +72,8 @@ class AgentController(Controller):
         self.critic = critic
         self.steps = {"archer": self._archer, "chai": self._archer, "filtered_bc": self._filtered_bc}
         self.critic_fitted, self.critic_restarts = False, 0.0
+        # What archer's actor learns from where that was played: episodes and their rows, by iteration.
+        self.recent = deque[tuple[Sequence[Episode], pa.Table]](maxlen=config.critic.reuse)
 
     async def _make_step(self, target: int) -> tuple[list[Batch], Metrics]:
         started = time.perf_counter()
@@ -124,8 +131,14 @@ class AgentController(Controller):
                 f"the critic was started again from its last save; it has made {metrics['critic/steps']:.0f} steps"
             )
         self.critic_fitted, self.critic_restarts = True, metrics["critic/restarts"]
-        of_played = self.config.critic.actor_states == "played"
-        advantages = await self.critic.advantages(played if of_played else fresh)
+        critic = self.config.critic
+        of_played = critic.actor_states == "played"
+        if of_played:
+            self.recent.append((episodes, played))
+            foretold = await self.critic.foretold(pa.concat_tables(rows for _, rows in self.recent))
+            advantages = foretold[int(critic.advantage == "td")]
+        else:
+            advantages = await self.critic.advantages(fresh)
         metrics |= {
             "critic/advantage_mean": float(advantages.mean()),
             "critic/advantage_std": float(advantages.std()),
@@ -134,8 +147,9 @@ class AgentController(Controller):
         }
         advantages = advantages - advantages.mean()  # 0 in truth; what the critics leave is their error
         if of_played:
-            cuts = np.cumsum([len(episode.turns) for episode in episodes])[:-1]
-            parts = zip(episodes, np.split(advantages, cuts), strict=True)
+            learnt = [episode for some, _ in self.recent for episode in some]
+            cuts = np.cumsum([len(episode.turns) for episode in learnt])[:-1]
+            parts = zip(learnt, np.split(advantages, cuts), strict=True)
             trajectories = [one for episode, part in parts for one in episode.as_trajectories(advantages=part.tolist())]
             advantages = np.zeros(len(trajectories))  # each sequence brings its turns' own
         trains = self.config.rl.algorithm != "chai" and target >= self.config.critic.warmup_iterations

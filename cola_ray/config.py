@@ -1,19 +1,17 @@
-"""One frozen tree of settings, and every refusal that can be made before a process starts.
+"""One frozen tree of settings.
 
     config = override(config, {"rl.kl_coef": 0.01})            # a new tree; Ray Tune uses this
-    config.check()                                             # raises ConfigError: field, value, fix
 
-Complete trees come from presets.py.
+Complete trees come from presets.py; what cannot run is refused by refusals.py.
 
 Sizes are counted in tokens, problems or sequences; times end in ``_s``.
 """
 
 import difflib
-import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -297,6 +295,11 @@ class CriticConfig(_Branch):
     actor_states: Literal["replayed", "played"] = "replayed"
     """archer: replayed: the actor learns from its fresh utterances in fresh_states, as in the paper. played: from all
     turns of the episodes just played, whose sequences a learner reads once for all of their turns."""
+    reuse: int = 1
+    """played: iterations whose episodes the actor learns from; older ones are weighed by rl.importance_cap."""
+    advantage: Literal["q", "td"] = "q"
+    """archer: q: Q(s, u) - V(s), as in the paper. td: r + gamma V(s') - V(s) of what was played: what Q is fitted to,
+    without its error on utterances that it has seen little of, but with the draw's variance."""
     token_baseline: bool = False
     """archer: subtract a value head's guess of the utterance's advantage, learnt at every token."""
     expectile: float = 0.0
@@ -380,11 +383,51 @@ class HarnessConfig(_Branch):
     most probable action."""
 
 
+class SweepConfig(_Branch):
+    field: str = "rl.kl_coef"
+    """Any dotted field of these settings."""
+    values: tuple[int | float | str, ...] = (0.0, 0.001, 0.01, 0.1)
+    """What it is set to; a field that takes several parts takes them with commas."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Each value is tried with each of them."""
+    parallel: int = 0
+    """Runs at the same time. 0: as many as the cluster has room for, of a local one that this sweep starts: one."""
+    asha: bool = False
+    """Stop the runs that are behind early: asynchronous successive halving on the training reward."""
+    grace_steps: int = 10
+    """asha: learner steps before a run may be stopped."""
+
+
+class HardwareConfig(_Branch):
+    """What `python -m cola_ray.plan` assumes of the machines."""
+
+    gpu: Literal["a100", "h100", "h200", "l40s"] = "h100"
+    """Data sheets are in plan.py; a100 and h100 with 80 GB."""
+    gpus: int = 0
+    """In the cluster. 0: as many as learner and engines ask for."""
+    gpus_per_node: int = 8
+    """Between which the fast links are."""
+    network_gbs: float = 50.0
+    """GB/s between nodes; 50 is 400 Gbit/s."""
+    memory_gb: float = 0.0
+    """GiB of the machine's memory, for runs on CPU. 0: this one's."""
+    response_tokens: int = 0
+    """Mean length of a completion. 0: half of rollout.max_new_tokens."""
+
+
 class ClusterConfig(_Branch):
     address: str = ""
     """Ray cluster to attach to. Empty: RAY_ADDRESS or the running job's, else a local one for this run."""
     learner_ranks: int = 2
     """ZeRO-3 ranks."""
+    learner_placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    """Of the ranks, in Ray's words: on as few nodes as there are, on one, over many, each on its own."""
+    learner_group: str = ""
+    """Custom resource of the nodes that take learner ranks, as cluster/ names it. Empty: any node."""
+    rollout_group: str = ""
+    """Of the nodes that take engines."""
+    service_group: str = ""
+    """Of the nodes that take controller, replay, critics and reward model."""
     use_gpu: bool = False
     """Place learner ranks and engines on GPUs (nccl); else CPU (gloo)."""
     threads_per_process: int = 1
@@ -412,6 +455,8 @@ class Config(_Branch):
     """Continue the run in output_dir from its last checkpoint."""
     tracking_uri: str = ""
     """MLflow server or database. Empty: sqlite file beside the outputs."""
+    tracking_parent: str = ""
+    """MLflow run that this one is shown below, as a sweep's are."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
@@ -425,6 +470,8 @@ class Config(_Branch):
     eval: EvalConfig = EvalConfig()
     diversity: DiversityConfig = DiversityConfig()
     harness: HarnessConfig = HarnessConfig()
+    sweep: SweepConfig = SweepConfig()
+    hardware: HardwareConfig = HardwareConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @property
@@ -469,16 +516,6 @@ class Config(_Branch):
             if value and Path(value).exists():
                 changes[field] = str(Path(value).resolve())
         return override(self, changes)
-
-    def check(self) -> None:
-        """Refuse what cannot run. Cheap: reads at most the base's config file.
-
-        Raises:
-            ConfigError: one line for each mistake: field, value, fix.
-        """
-        lines = [line for rule in _RULES for line in rule(self)]
-        if lines:
-            raise ConfigError("\n".join(lines))
 
 
 def is_environment(task: str) -> bool:
@@ -525,259 +562,9 @@ def _dotted_fields(node: BaseModel, prefix: str = "") -> list[str]:
     return names
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------
-
-
-def _check_group_size(config: Config) -> list[str]:
-    if config.rl.group_size >= 2 or config.rl.algorithm not in COMPARING:
-        return []
-    wants = f"{config.rl.algorithm} compares completions of one prompt; use 2 or more"
-    return [f"rl.group_size = {config.rl.group_size}: {wants}"]
-
-
-def _check_dynamic_sampling(config: Config) -> list[str]:
-    rl = config.rl
-    if not rl.dynamic_sampling or (rl.algorithm in COMPARING and not is_environment(config.task.name)):
-        return []
-    return [f"rl.dynamic_sampling = True: for {' and '.join(COMPARING)} on problems with answers; leave it out"]
-
-
-def _check_positive(config: Config) -> list[str]:
-    fields = ("rl.prompts_per_step", "rl.max_steps", "rl.micro_batch_tokens", "pretrain.batch_size", "rl.eval_problems",
-              "pretrain.micro_batch_size", "rollout.num_workers", "rollout.max_new_tokens", "cluster.learner_ranks",
-              "model.num_actions", "cluster.threads_per_process", "critic.replicas", "diversity.prefixes",
-              "diversity.prefix_tokens")  # fmt: skip
-    lines = []
-    for field in fields:
-        branch, leaf = field.split(".")
-        value = getattr(getattr(config, branch), leaf)
-        if value < 1:
-            lines.append(f"{field} = {value}: must be at least 1")
-    if config.diversity.continuations < 2:
-        lines.append(f"diversity.continuations = {config.diversity.continuations}: pairs are compared; use 2 or more")
-    if config.rollout.temperature <= 0:
-        lines.append(f"rollout.temperature = {config.rollout.temperature}: rollouts must explore; use a number above 0")
-    return lines
-
-
-def _check_actions(config: Config) -> list[str]:
-    if config.rl.action_space == "token" or config.rollout.top_k <= config.model.num_actions:
-        return []
-    return [
-        f"rollout.top_k = {config.rollout.top_k}: the codebook has {config.model.num_actions} actions; "
-        f"use 0 (all) to {config.model.num_actions}"
-    ]
-
-
-def _check_batches(config: Config) -> list[str]:
-    ranks = max(config.cluster.learner_ranks, 1)
-    lines = []
-    for field, value in (
-        ("rl.prompts_per_step x rl.group_size", config.rl.prompts_per_step * config.rl.group_size),
-        ("pretrain.batch_size", config.pretrain.batch_size),
-    ):
-        if value % ranks:
-            lines.append(f"{field} = {value}: does not divide over cluster.learner_ranks = {ranks}; use a multiple")
-    return lines
-
-
-def _check_overlap(config: Config) -> list[str]:
-    lines = []
-    if config.rl.max_staleness < 0:
-        lines.append(f"rl.max_staleness = {config.rl.max_staleness}: use 0 (strictly on-policy) or more")
-    if config.cluster.colocated and config.rl.max_staleness:
-        lines.append(
-            f"rl.max_staleness = {config.rl.max_staleness}: with cluster.colocated engines sleep while the learner "
-            "trains; use 0"
-        )
-    if config.cluster.colocated and not config.cluster.use_gpu:
-        lines.append("cluster.colocated = True: there are no GPUs to share; set cluster.use_gpu or leave it out")
-    return lines
-
-
-def _check_paths(config: Config) -> list[str]:
-    lines = []
-    for field, value in (
-        ("data.path", config.data.path),
-        ("task.path", config.task.path),
-        ("task.reward_model", "" if is_endpoint(config.task.reward_model) else config.task.reward_model),
-        ("model.path", config.model.path),
-        ("model.base", config.model.base),
-        ("q.path", config.q.path),
-    ):
-        if value and _looks_local(value) and not Path(value).exists():
-            lines.append(
-                f"{field} = {value!r}: no such file or folder; give an existing path or a hub id like org/name"
-            )
-    if config.task.name == "preference" and not config.task.path:
-        lines.append("task.path = '': preference needs rows with a column prompt: a file, a folder or a hub id")
-    if config.task.name == "gsm8k" and not config.task.path:
-        lines.append("task.path = '': gsm8k needs a folder with train.jsonl and test.jsonl, or openai/gsm8k")
-    if config.task.name == "math500" and not config.task.path:
-        lines.append("task.path = '': math500 needs a folder with test.jsonl, or HuggingFaceH4/MATH-500")
-    return lines
-
-
 def is_endpoint(reward_model: str) -> bool:
     return reward_model.startswith(("http://", "https://"))
 
-
-def _looks_local(path: str) -> bool:
-    """A hub id is exactly ``name`` or ``org/name`` without a file's ending; all else is meant as a local path."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (
-        ".gguf", ".jsonl", ".json", ".parquet", ".txt")  # fmt: skip
-
-
-def _check_task(config: Config) -> list[str]:
-    if config.task.name in ("textworld", "jericho") and importlib.util.find_spec(config.task.name) is None:
-        return [f"task.name = {config.task.name!r}: needs the package {config.task.name}; `make games` installs it"]
-    if config.task.name == "jericho" and not Path(config.task.game).is_file():
-        return [f"task.game = {config.task.game!r}: no such file; give a z-machine game, e.g. detective.z5"]
-    if config.task.oracle and config.task.name not in ("twenty_questions", "guess_city"):
-        return [f"task.oracle = {config.task.oracle!r}: {config.task.name} asks nobody; leave it out"]
-    if config.task.oracle and "OPENAI_BASE_URL" not in os.environ:
-        return [f"task.oracle = {config.task.oracle!r}: set OPENAI_BASE_URL to an OpenAI-compatible endpoint"]
-    if config.task.name in ("arithmetic", "gsm8k", "math500", "preference", *MULTI_TURN):
-        return []
-    if ":" in config.task.name:
-        return _check_own_task(config.task.name)
-    from reasoning_gym.factory import DATASETS
-
-    if config.task.name in DATASETS:
-        return []
-    near = difflib.get_close_matches(config.task.name, ["arithmetic", "gsm8k", "math500", *DATASETS], n=1)
-    hint = f"did you mean {near[0]}?" if near else "use arithmetic, gsm8k, a reasoning-gym generator or module:Class"
-    return [f"task.name = {config.task.name!r}: unknown task; {hint}"]
-
-
-def _check_critic(config: Config) -> list[str]:
-    if not config.critic.encoder:
-        return []
-    if config.rl.algorithm == "chai":
-        return [f"critic.encoder = {config.critic.encoder!r}: chai's players choose by the base's states; leave it out"]
-    if _looks_local(config.critic.encoder) and not Path(config.critic.encoder).exists():
-        return [f"critic.encoder = {config.critic.encoder!r}: no such folder; give one or a hub id"]
-    return []
-
-
-def _check_soft_q(config: Config) -> list[str]:
-    if config.rl.control_variate and (config.rl.algorithm not in OF_OUTCOMES or is_environment(config.task.name)):
-        return [f"rl.control_variate = True: for {', '.join(OF_OUTCOMES)} on problems with answers; leave it out"]
-    if config.rl.algorithm != "etpo" or config.rl.kl_coef > 0:
-        return []
-    return [f"rl.kl_coef = {config.rl.kl_coef}: etpo divides by it; use a number above 0, e.g. 0.05"]
-
-
-def _check_actor_free(config: Config) -> list[str]:
-    if not config.rl.actor_free:
-        return []
-    wants = {"rl.algorithm": "etpo", "rl.action_space": "latent", "rl.cache_hidden_states": False, "rl.kl_target": 0.0,
-             "rollout.temperature": 1.0, "rollout.top_k": 0}  # fmt: skip
-    return _unlike(config, wants, "rl.actor_free")
-
-
-def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
-    """A line for each dotted field that is not as the setting ``whose`` needs it."""
-    given = {field: functools.reduce(getattr, field.split("."), config) for field in wants}
-    return [f"{field} = {given[field]!r}: {whose} needs {want!r}" for field, want in wants.items()
-            if given[field] != want]  # fmt: skip
-
-
-def _check_kind(config: Config) -> list[str]:
-    if config.rl.cache_hidden_states and is_environment(config.task.name):
-        return ["rl.cache_hidden_states = True: turns do not bring their states to the learner; leave it out"]
-    if config.rl.algorithm not in OF_TURNS or is_environment(config.task.name):
-        return []
-    return [
-        f"rl.algorithm = {config.rl.algorithm!r}: learns from turns, and task.name = {config.task.name!r} has none; "
-        f"use one of {', '.join(MULTI_TURN)} with jobs/rl_agent.py"
-    ]
-
-
-def _check_tokens(config: Config) -> list[str]:
-    rl = config.rl
-    if rl.marginal_aliases:
-        wants = {"rl.action_space": "latent", "rl.kl_estimator": "exact", "rl.cache_hidden_states": False,
-                 "rl.control_variate": False}  # fmt: skip
-        against = _unlike(config, wants, "rl.marginal_aliases")
-        if against:
-            return against[:1]
-    if rl.action_space == "latent":
-        given = [(name, getattr(rl, name)) for name in ("lora_rank", "gradient_checkpointing") if getattr(rl, name)]
-        return [f"rl.{name} = {value}: for rl.action_space token; leave it out" for name, value in given]
-    lines = []
-    if rl.cache_hidden_states:
-        lines.append("rl.cache_hidden_states = True: with rl.action_space token the states change; leave it out")
-    if rl.algorithm == "chai":
-        lines.append(
-            "rl.algorithm = 'chai': its players choose by the frozen base's states; use rl.action_space latent"
-        )
-    if rl.algorithm == "archer" and not config.critic.encoder:
-        lines.append("critic.encoder = '': with rl.action_space token the base's states change; give an encoder")
-    return lines
-
-
-def _check_own_task(name: str) -> list[str]:
-    module, _, attribute = name.partition(":")
-    try:
-        found = hasattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        return [f"task.name = {name!r}: {error}; the module must be importable from where the job starts"]
-    return [] if found else [f"task.name = {name!r}: {module} has no {attribute}"]
-
-
-def _check_answers(config: Config) -> list[str]:
-    if "mcts_q" not in config.eval.ways:
-        return []
-    if not config.q.path:
-        return ["q.path = '': mcts_q asks a Q; train one with jobs/train_q.py and give its folder model/"]
-    return _unlike(config, {"rl.action_space": "latent", "rl.actor_free": False}, "mcts_q")
-
-
-def _check_base(config: Config) -> list[str]:
-    """The checkpoint in use must be a Llama, with heads that CPU vLLM can serve and enough actions."""
-    for field, value in (("model.path", config.model.path), ("model.base", config.model.base)):
-        config_file = Path(value) / "config.json" if value else None
-        if config_file is None or not config_file.is_file():
-            continue
-        import json
-
-        raw = json.loads(config_file.read_text())
-        kind = raw.get("model_type", "unknown")
-        if kind not in ("llama", "cola"):
-            return [f"{field} = {value!r}: a {kind!r} model; CoLA attaches to Llama checkpoints only"]
-        head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        lines = []
-        if head < 32 and not config.cluster.use_gpu:
-            lines.append(
-                f"{field} = {value!r}: heads of {head}; vLLM on CPU needs 32 or more: use another base or a GPU"
-            )
-        actions = raw.get("num_actions") or raw.get("num_code")
-        if actions and config.rl.action_space == "latent" and config.rollout.top_k > actions:
-            lines.append(
-                f"rollout.top_k = {config.rollout.top_k}: the checkpoint's codebook has {actions} actions; lower it"
-            )
-        return lines
-    return []
-
-
-_RULES: tuple[Callable[[Config], list[str]], ...] = (
-    _check_group_size,
-    _check_dynamic_sampling,
-    _check_positive,
-    _check_actions,
-    _check_batches,
-    _check_overlap,
-    _check_paths,
-    _check_task,
-    _check_kind,
-    _check_soft_q,
-    _check_actor_free,
-    _check_tokens,
-    _check_critic,
-    _check_answers,
-    _check_base,
-)
 
 # Hugging Face libraries stay quiet about progress inside workers; the driver shows its own.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,6 +44,7 @@ from cola_ray.config import (
 from cola_ray.controller import Controller, PreferenceController
 from cola_ray.model.conversion import plain_base
 from cola_ray.presets import from_command_line
+from cola_ray.refusals import check
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tasks import make_environment
@@ -93,7 +94,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: a stage failed more often than ``cluster.max_failures``; the message is the last cause.
     """
-    config.check()
+    check(config)
     return _supervised(config, "pretrain", config.pretrain.stages, "pretrain", "latent pre-training")
 
 
@@ -107,7 +108,7 @@ def train_reward_model(config: Config) -> dict[str, Any]:
         raise ConfigError(
             "model.base = '': a reward model starts from a Llama; give a directory, a hub id or .gguf file"
         )
-    config.check()
+    check(config)
     return _supervised(config, "reward_model", (REWARD_STAGE,), "reward_model", "reward model")
 
 
@@ -116,7 +117,7 @@ def train_q(config: Config) -> dict[str, Any]:
     if not config.data.path:
         raise ConfigError("data.path = '': Q learns from logged answers; log some with `python jobs/evaluate.py "
                           "--eval.split train --eval.ways sample` and give its folder predictions/sample")  # fmt: skip
-    config.check()
+    check(config)
     check_start_model(config)
     config = override(config, {"model.path": str(config.start_model.resolve())})
     return _supervised(config, "train_q", (Q_STAGE,), "logged_q", "Q of latent actions")
@@ -203,10 +204,17 @@ class _Job:
     controller: type[Controller]
 
 
-def run_rl(config: Config) -> dict[str, Any]:
+OnStep = Callable[[int, Mapping[str, Any]], None]
+"""What is told every learner step and its metrics."""
+
+
+def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """RL of the policy over latent actions on problems with answers; leaves ``output_dir/model``. Returns the summary.
 
     For the tiny preset the model that RL starts from is made first where it is missing.
+
+    Args:
+        on_step: is told each step's metrics beside MLflow.
 
     Raises:
         ConfigError: before any process starts.
@@ -220,20 +228,20 @@ def run_rl(config: Config) -> dict[str, Any]:
                 "task.reward_model = '': preference has no verifier; give a model that jobs/reward_model.py left, any "
                 "sequence classifier, or an http(s) endpoint"
             )
-        return _run(config, _Job("rl_preference", "reward", RolloutWorker, PreferenceController))
+        return _run(config, _Job("rl_preference", "reward", RolloutWorker, PreferenceController), on_step)
     if config.task.reward_model:
         raise ConfigError(
             f"task.reward_model = {config.task.reward_model!r}: {config.task.name} has a verifier; leave it out"
         )
-    return _run(config, _Job("rl_math", "accuracy", RolloutWorker, Controller))
+    return _run(config, _Job("rl_math", "accuracy", RolloutWorker, Controller), on_step)
 
 
-def run_agent(config: Config) -> dict[str, Any]:
+def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """RL over the turns of a multi-turn environment, with replay and an utterance critic beside it; as ``run_rl``."""
     if not is_environment(config.task.name):
         known = ", ".join(MULTI_TURN)
         raise ConfigError(f"task.name = {config.task.name!r}: not an environment; use {known} or your own class")
-    config.check()
+    check(config)
     try:
         make_environment(config.task)
     except NoSandboxError as error:
@@ -245,11 +253,11 @@ def run_agent(config: Config) -> dict[str, Any]:
         ) from None
     if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
         config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})
-    return _run(config, _Job("rl_agent", "return", AgentWorker, AgentController))
+    return _run(config, _Job("rl_agent", "return", AgentWorker, AgentController), on_step)
 
 
-def _run(config: Config, job: _Job) -> dict[str, Any]:
-    config.check()
+def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
+    check(config)
     makes_its_own = config.preset == "tiny" and not config.model.path
     if not makes_its_own:
         check_start_model(config)
@@ -261,7 +269,7 @@ def _run(config: Config, job: _Job) -> dict[str, Any]:
         config = config.resolve_paths(job.name)
         output = prepare_output(config)
         model_path = served(config, start)
-        with tracked(config, job.name) as tracker:
+        with tracked(config, job.name, on_step) as tracker:
             replay = actors.replay(config)
             services = (replay, actors.critic(config, model_path, replay)) if job.name == "rl_agent" else (replay,)
             judge = actors.judge(config)
@@ -306,6 +314,7 @@ def _train(
     except ray.exceptions.RayTaskError as error:
         raise RunFailedError(str(error.cause or error)) from None
     _print_arithmetic(config, facts)
+    export = actors.exporter(config)
     evaluated = f"eval/{job.measure}"
     names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", evaluated: job.measure}
     with Display("rl", config.rl.max_steps) as display:
@@ -315,9 +324,11 @@ def _train(
             for event in events:
                 if "say" in event:
                     display.say(event["say"])
+                    tracker.note("say", text=event["say"])
                     continue
                 step, metrics = event["step"], event["metrics"]
                 tracker.log(step, metrics)
+                export(metrics)
                 note = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics)
                 milestone = evaluated in metrics or step % 10 == 0
                 display.update("rl", step, config.rl.max_steps, note, milestone)
@@ -372,6 +383,7 @@ def _rl_summary(
         "steps": config.rl.max_steps,
         "reward_first": tracker.series("reward/mean")[1][0],
         "reward_last": last("reward/mean"),
+        **({"kl_last": last("policy/kl")} if tracker.series("policy/kl")[1] else {}),
         "alive_actions": int(last("actions/alive")),
         "trained_parameters": int(last("learner/trained_parameters")),
         "optimizer_mb": round(last("memory/optimizer_mb"), 2),
@@ -419,14 +431,14 @@ def _fit(
     at once, as does the first where there is no ``stop``.
     """
     gpus = config.cluster.use_gpu
-    share = 0.5 if config.cluster.colocated else 1
     trainer = TorchTrainer(
         rank_loop,
         train_loop_config=loop,
         scaling_config=ScalingConfig(
             num_workers=config.cluster.learner_ranks,
             use_gpu=gpus,
-            resources_per_worker={"GPU": share} if gpus else {"CPU": 1},
+            resources_per_worker=actors.booking(config, "learner"),
+            placement_strategy=config.cluster.learner_placement,
         ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
@@ -531,15 +543,15 @@ def _checkpoint_exists(output: Path) -> bool:
 
 
 @contextlib.contextmanager
-def tracked(config: Config, job: str) -> Iterator[Tracker]:
-    output = Path(config.output_dir)
-    tracker = Tracker(config.tracking_uri, job, output, _flat(config.model_dump()))
+def tracked(config: Config, job: str, on_step: OnStep | None = None) -> Iterator[Tracker]:
+    output, params = Path(config.output_dir), _flat(config.model_dump())
+    tracker = Tracker(config.tracking_uri, job, output, params, config.tracking_parent, on_step)
     try:
         yield tracker
-    except BaseException:
-        tracker.finish(output, failed=True)
+    except BaseException as error:
+        tracker.finish(output, error)
         raise
-    tracker.finish(output, failed=False)
+    tracker.finish(output)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

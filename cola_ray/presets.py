@@ -24,6 +24,7 @@ from cola_ray.config import (
     TaskConfig,
     override,
 )
+from cola_ray.refusals import check
 
 
 def _tiny() -> Config:
@@ -204,7 +205,7 @@ def from_command_line(
         config = tyro.cli(Config, args=args, default=unset, description=description)
         if not config.task.options:
             config = override(config, {"task.options": defaults.task.options})
-        config.check()
+        check(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -32,6 +32,7 @@ from cola_ray.config import Config, ConfigError, is_environment, override
 from cola_ray.diversity import measure, open_encoder
 from cola_ray.driver import RunFailedError, check_start_model, prepare_output, served, tracked
 from cola_ray.evaluation import Evaluator, chunks, figures
+from cola_ray.refusals import check
 from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.service import Shards
 from cola_ray.rollout.answers import AnswerWorker
@@ -63,16 +64,16 @@ class _Study:
 
 
 @contextlib.contextmanager
-def _study(config: Config, job: str, check: Callable[[Config], None] = lambda _: None) -> Iterator[_Study]:
+def _study(config: Config, job: str, refuse: Callable[[Config], None] = lambda _: None) -> Iterator[_Study]:
     """A study's folder and tracker; leaves its summary.
 
     Args:
-        check: of the settings with their paths, before the folder is touched.
+        refuse: settings, with their paths, before the folder is touched.
     """
     check_start_model(config)
     started, start = time.time(), config.start_model.resolve()
     config = override(config.resolve_paths(job), {"model.path": str(start) if start.exists() else ""})
-    check(config)
+    refuse(config)
     output = prepare_output(config)
     with tracked(config, job) as tracker:
         about = {"preset": config.preset, "task": config.task.name, "model": str(start), "seed": config.seed}
@@ -91,7 +92,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: the message names the cause.
     """
-    config.check()
+    check(config)
     if is_environment(config.task.name) or config.task.name == "preference":
         raise ConfigError(f"task.name = {config.task.name!r}: has no verifier of single answers; use one that has")
     with _study(config, "evaluate", _refuse_other_predictions) as study, actors.cluster(config):
@@ -126,7 +127,7 @@ def diversity(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: the message names the cause.
     """
-    config.check()
+    check(config)
     disable_progress_bar()
     try:
         embed = open_encoder(config.diversity.encoder)
@@ -184,7 +185,7 @@ def atlas(config: Config) -> dict[str, Any]:
     from cola_ray.learner.corpus import pack
     from cola_ray.model.modeling_cola import CoLAForCausalLM
 
-    config.check()
+    check(config)
     device, dtype = torch.device("cuda" if config.cluster.use_gpu else "cpu"), getattr(torch, config.model.dtype)
     with _study(config, "atlas") as study:
         config = study.config
@@ -217,7 +218,7 @@ def capabilities(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: the message names the cause.
     """
-    config.check()
+    check(config)
     harness = config.harness
     if not harness.tasks:
         raise ConfigError("harness.tasks = (): nothing to score on; name tasks of the harness, e.g. arc_easy")

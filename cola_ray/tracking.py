@@ -1,9 +1,11 @@
-"""What people see of a run: MLflow, the progress display, the summary, the plots."""
+"""What people see of a run: MLflow, its log, the progress display, the summary, the plots."""
 
+import contextlib
 import json
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +15,50 @@ from rich.table import Table
 
 
 class Tracker:
-    """An MLflow run with one metrics history; a resumed run continues the same one.
+    """An MLflow run with one metrics history, and ``log.jsonl``; a resumed run continues the same ones.
 
     Args:
         uri: tracking server or database; empty for a sqlite file beside ``output_dir``.
         job: becomes the experiment's name.
         params: flat settings.
+        parent: the run that this one is shown below, in its experiment.
+        on_step: is told what is logged.
     """
 
-    def __init__(self, uri: str, job: str, output_dir: Path, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        job: str,
+        output_dir: Path,
+        params: Mapping[str, Any],
+        parent: str = "",
+        on_step: Callable[[int, Mapping[str, Any]], None] | None = None,
+    ) -> None:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         import mlflow
 
         self.mlflow = mlflow
+        self.on_step, self.log_file = on_step, output_dir / "log.jsonl"
         self.history: dict[int, dict[str, float]] = {}
         self.id_file = output_dir / "mlflow_run_id"
         mlflow.set_tracking_uri(uri or f"sqlite:///{output_dir.parent / 'mlflow.db'}")
         experiment = f"cola_ray/{job}"
-        if not uri and mlflow.get_experiment_by_name(experiment) is None:
+        if parent:
+            experiment = mlflow.get_experiment(mlflow.get_run(parent).info.experiment_id).name
+        elif not uri and mlflow.get_experiment_by_name(experiment) is None:
             # A local store would put its artifacts into the working directory; they belong beside the database.
             mlflow.create_experiment(experiment, artifact_location=(output_dir.parent / "mlartifacts").as_uri())
         mlflow.set_experiment(experiment)
         known = self.id_file.read_text().strip() if self.id_file.exists() else None
-        self.run = mlflow.start_run(run_id=known, run_name=None if known else output_dir.name)
+        below = {"mlflow.parentRunId": parent} if parent and not known else None
+        self.run = mlflow.start_run(run_id=known, run_name=None if known else output_dir.name, tags=below)
         self.id_file.write_text(self.run.info.run_id)
         if known is not None:
             self._recall()
         else:
+            self.log_file.unlink(missing_ok=True)
             mlflow.log_params({name: str(value)[:500] for name, value in params.items()})
+        self.note("resume" if known else "start", job=job)
 
     def _recall(self) -> None:
         """Take up the history of the run that is resumed."""
@@ -54,16 +72,28 @@ class Tracker:
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
         self.history.setdefault(step, {}).update(numbers)
         self.mlflow.log_metrics(numbers, step=step, run_id=self.run.info.run_id)  # called from a thread of its own
+        self.note("step", version=step, **numbers)
+        if self.on_step is not None:
+            self.on_step(step, metrics)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """A line of ``log.jsonl``: when, which run, what happened, and what there is to say of it."""
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        with self.log_file.open("a") as file:
+            file.write(json.dumps({"time": when, "run": self.run.info.run_id, "event": event, **facts}) + "\n")
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         steps = [step for step in sorted(self.history) if name in self.history[step]]
         return steps, [self.history[step][name] for step in steps]
 
-    def finish(self, output_dir: Path, failed: bool) -> None:
-        for name in ("summary.json", "reward.png", "losses.png", "accuracy.png"):
+    def finish(self, output_dir: Path, error: BaseException | None = None) -> None:
+        """Args: error: what ended the run before its time."""
+        stopped = isinstance(error, KeyboardInterrupt)
+        self.note("stop" if stopped else "fail" if error else "end", **({"reason": str(error)} if error else {}))
+        for name in ("summary.json", "reward.png", "losses.png", "accuracy.png", "frontier.png"):
             if (output_dir / name).exists():
                 self.mlflow.log_artifact(str(output_dir / name))
-        self.mlflow.end_run("FAILED" if failed else "FINISHED")
+        self.mlflow.end_run("FAILED" if error else "FINISHED")
 
 
 class Display:
@@ -119,18 +149,26 @@ def plot(
     path: Path, title: str, series: Mapping[str, tuple[list[int], list[float]]], levels: Mapping[str, float]
 ) -> None:
     """Lines over steps, and dashed levels, as one PNG."""
+    with _axes(path) as axes:
+        for label, (steps, values) in series.items():
+            if steps:
+                axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
+        for index, (label, level) in enumerate(levels.items()):
+            color = f"C{index + len(series)}"
+            axes.axhline(level, linestyle="--", linewidth=1, color=color, label=f"{label} {level:.3f}")
+        axes.set(xlabel="step", title=title)
+
+
+@contextlib.contextmanager
+def _axes(path: Path) -> Iterator[Any]:
+    """To draw on; what was drawn is a PNG then."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for label, (steps, values) in series.items():
-        if steps:
-            axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
-    for index, (label, level) in enumerate(levels.items()):
-        axes.axhline(level, linestyle="--", linewidth=1, color=f"C{index + len(series)}", label=f"{label} {level:.3f}")
-    axes.set(xlabel="step", title=title)
+    yield axes
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -157,25 +195,29 @@ def _with_interval(figures: Mapping[str, float], name: str) -> str:
 
 def plot_against_tokens(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
     """Shares of right answers over generated tokens a problem, with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     markers = {"accuracy": "o", "majority": "s", "best": "^"}
-    for index, (way, figures) in enumerate(found.items()):
-        for name, marker in markers.items():
-            if name in figures:
-                axes.errorbar(
-                    figures["generated_tokens"], figures[name], figures[f"{name}_ci"], fmt=marker, color=f"C{index}",
-                    label=f"{way}: {name}",
-                )  # fmt: skip
-    axes.set(xscale="log", xlabel="tokens generated a problem", ylabel="right answers")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with _axes(path) as axes:
+        for index, (way, figures) in enumerate(found.items()):
+            for name, marker in markers.items():
+                if name in figures:
+                    axes.errorbar(
+                        figures["generated_tokens"], figures[name], figures[f"{name}_ci"], fmt=marker,
+                        color=f"C{index}", label=f"{way}: {name}",
+                    )  # fmt: skip
+        axes.set(xscale="log", xlabel="tokens generated a problem", ylabel="right answers")
+
+
+def plot_frontier(path: Path, title: str, rows: Sequence[Mapping[str, Any]], measure: str) -> None:
+    """What a sweep's runs reached over how far from the reference they went, a colour for each value."""
+    values = list(dict.fromkeys(row["value"] for row in rows))
+    reached, spent = f"rl_{measure}", "kl_last"
+    with _axes(path) as axes:
+        for index, value in enumerate(values):
+            points = [
+                (row[spent], row[reached]) for row in rows if row["value"] == value and {reached, spent} <= set(row)
+            ]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), "o", color=f"C{index}", label=str(value))
+        axes.set(xlabel="KL from the reference, an action", ylabel=f"{measure} (held out)", title=title)
 
 
 def peak_memory_gb() -> float:

@@ -181,13 +181,17 @@ class CriticReplicas:
         ``critic/foresight`` is the slope of V's temporal-difference errors over advantages: 1 where an advantage of 1
         is followed by an error of 1, 0 where it says nothing, below 0 where it misleads. Beside it their correlation.
         """
-        advantages, errors = np.concatenate(await self._all("foretold", self._shares(rows)), axis=1)
+        advantages, errors = await self.foretold(rows)
         centred = advantages - advantages.mean()
         spread = max(float(centred.std() * errors.std()), 1e-12)
         return {
             "critic/foresight": float(centred @ errors / max(centred @ centred, 1e-12)),
             "critic/foresight_correlation": float((centred * errors).mean()) / spread,
         }
+
+    async def foretold(self, rows: pa.Table) -> Array:
+        """Advantages of played utterances, and V's temporal-difference errors after them, (2, rows)."""
+        return np.concatenate(await self._all("foretold", self._shares(rows)), axis=1)
 
     def _shares(self, rows: pa.Table) -> list[tuple[pa.Table]]:
         cuts = np.linspace(0, len(rows), self.count + 1).astype(int)

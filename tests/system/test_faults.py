@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cola_ray.config import override
 from cola_ray.presets import preset
+from cola_ray.refusals import check
 
 pytestmark = pytest.mark.slow
 STEPS = 10
@@ -156,4 +157,4 @@ def test_states_from_the_engine_train_the_same_policy(start, straight):
 
 def test_the_presets_themselves_are_accepted():
     for name in ("tiny", "smollm2-135m"):
-        override(preset(name), {"rl.max_staleness": 1}).check()
+        check(override(preset(name), {"rl.max_staleness": 1}))

@@ -8,17 +8,18 @@ import pytest
 
 from cola_ray.config import Config, ConfigError, override
 from cola_ray.presets import from_command_line, preset
+from cola_ray.refusals import check
 
 
 def refusal(changes, base="tiny"):
     with pytest.raises(ConfigError) as caught:
-        override(preset(base), changes).check()
+        check(override(preset(base), changes))
     return str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["tiny", "llama-3.1-8b"])
 def test_presets_pass_their_own_checks(name):
-    preset(name).check()
+    check(preset(name))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_presets_pass_their_own_checks(name):
 )
 def test_what_acts_without_an_actor(field, value):
     soft = {"rl.algorithm": "etpo", "rl.kl_coef": 0.05, "rl.actor_free": True}
-    override(preset("tiny"), soft).check()
+    check(override(preset("tiny"), soft))
     assert f"{field} = {value!r}: rl.actor_free needs" in refusal(soft | {field: value})
 
 
@@ -80,7 +81,7 @@ def test_base_that_is_no_llama(tmp_path):
 def test_heads_too_small_for_cpu(tmp_path):
     path = config_file(tmp_path, model_type="llama", hidden_size=64, num_attention_heads=4)
     assert "heads of 16; vLLM on CPU needs 32" in refusal({"model.base": path})
-    override(preset("tiny"), {"model.base": path, "cluster.use_gpu": True}).check()
+    check(override(preset("tiny"), {"model.base": path, "cluster.use_gpu": True}))
 
 
 def test_checkpoint_with_fewer_actions(tmp_path):
@@ -103,7 +104,7 @@ def test_unknown_task_and_field_suggest_the_near_one():
 
 
 def test_a_task_of_ones_own_must_be_importable():
-    override(preset("tiny"), {"task.name": "cola_ray.tasks.verifiable:Arithmetic"}).check()
+    check(override(preset("tiny"), {"task.name": "cola_ray.tasks.verifiable:Arithmetic"}))
     assert "task.name = 'nowhere:Task': No module named 'nowhere'" in refusal({"task.name": "nowhere:Task"})
     assert refusal({"task.name": "json:Task"}) == "task.name = 'json:Task': json has no Task"
 
@@ -135,7 +136,7 @@ def test_what_does_not_go_together(changes, line):
 
 
 def test_a_codebooks_size_does_not_bound_tokens():
-    override(preset("tiny"), TOKENS | {"rollout.top_k": 50, "rl.lora_rank": 4}).check()
+    check(override(preset("tiny"), TOKENS | {"rollout.top_k": 50, "rl.lora_rank": 4}))
 
 
 def test_an_environment_brings_defaults_that_others_do_not_inherit():

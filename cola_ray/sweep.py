@@ -1,0 +1,244 @@
+"""Sweeps: one setting over several values and seeds, each a whole training run, under Ray Tune.
+
+    sweep(config)
+      ├─ pretrain, where the preset makes its own start: once, for all runs
+      ├─ Tuner: grid of sweep.values x sweep.seeds, as many at a time as the cluster has room for
+      │     └─ _trial: run_rl or run_agent in Tune's process; its metrics go to Tune step by step, for ASHA
+      └─ a table, summary.json, frontier.png: what was reached against how far the policy went
+
+A sweep that was killed goes on with --resume: runs that ended are not made again, and the others go on from their own
+last checkpoints, so the table is that of a sweep that nobody disturbed.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from cola_ray import actors
+from cola_ray.config import Config, ConfigError, is_environment, override
+from cola_ray.driver import RunFailedError, check_start_model, prepare_output, pretrain, run_agent, run_rl, tracked
+from cola_ray.refusals import check
+from cola_ray.tracking import Display, plot_frontier, print_ways, write_json
+
+Row = dict[str, Any]
+_REPORTED = ("reward/mean", "policy/kl", "policy/entropy")
+
+
+def sweep(config: Config) -> dict[str, Any]:
+    """Train ``len(sweep.values) x len(sweep.seeds)`` policies; leaves ``runs/``, ``frontier.png``. Returns the summary.
+
+    Raises:
+        ConfigError: before any process starts.
+        RunFailedError: some run failed; the others' results are written, and with ``resume`` it is tried again.
+        KeyboardInterrupt: stopped; can be resumed.
+    """
+    check(config)
+    for settings in grid(config):
+        check(_of_trial(config, settings))
+    makes_its_own = config.preset == "tiny" and not config.model.path
+    if not makes_its_own:
+        check_start_model(config)
+    started = time.time()
+    runs = config.sweep.parallel or 1
+    with actors.cluster(config, runs):
+        if makes_its_own and not config.start_model.exists():
+            pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
+        config = override(config, {"model.path": str(config.start_model.resolve())}).resolve_paths("sweep")
+        _refuse_another_sweep(config)
+        output = prepare_output(config)
+        with tracked(config, "sweep") as tracker:
+            uri = config.tracking_uri or f"sqlite:///{output.parent / 'mlflow.db'}"
+            shared = override(config, {"tracking_uri": uri, "tracking_parent": tracker.run.info.run_id})
+            rows, failures, unfinished = _fit(shared)
+            found = by_value(rows)
+            summary = {"preset": config.preset, "task": config.task.name, "field": config.sweep.field, "values": found,
+                       "runs": rows, "failed": failures, "wall_seconds": round(time.time() - started, 1)}  # fmt: skip
+            write_json(output / "summary.json", summary)
+            measure = "return" if is_environment(config.task.name) else "accuracy"
+            plot_frontier(output / "frontier.png", f"{config.task.name}: {config.sweep.field}", rows, measure)
+    print_ways(f"{config.sweep.field}, {len(rows)} runs: {output}", found)
+    if unfinished and not failures:
+        raise KeyboardInterrupt
+    if failures:
+        raise RunFailedError(
+            f"{len(failures)} of {len(grid(config))} runs failed, the first with: {failures[0]}; --resume tries again"
+        )
+    return summary
+
+
+def grid(config: Config) -> list[Row]:
+    """``{"value": ..., "seed": ...}`` of every run."""
+    return [{"value": value, "seed": seed} for value in config.sweep.values for seed in config.sweep.seeds]
+
+
+def by_value(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Means over seeds of what the runs reached, by the setting's value; ``..._ci`` is half the range."""
+    found: dict[str, dict[str, float]] = {}
+    for value in dict.fromkeys(row["value"] for row in rows):
+        of_value = [row for row in rows if row["value"] == value]
+        names = [name for name, figure in of_value[0].items() if isinstance(figure, float) and name != "value"]
+        figures: dict[str, float] = {}
+        for name in names:
+            some = [row[name] for row in of_value if name in row]
+            figures |= {name: sum(some) / len(some), f"{name}_ci": (max(some) - min(some)) / 2}
+        found[str(value)] = figures
+    return found
+
+
+# --- Ray Tune -----------------------------------------------------------------------------------------------------
+
+
+def _fit(config: Config) -> tuple[list[Row], list[str], int]:
+    """Every run to its end. Rows of what they reached in the grid's order, errors, and how many did not end."""
+    settings = config.sweep
+    trainable = tune.with_resources(tune.with_parameters(_trial, tree=config.model_dump()), {"CPU": 0.1})
+    space = {"value": tune.grid_search(list(settings.values)), "seed": tune.grid_search(list(settings.seeds))}
+    folder = Path(config.output_dir) / "tune"
+    if config.resume and tune.Tuner.can_restore(str(folder)):
+        tuner = tune.Tuner.restore(
+            str(folder), trainable=trainable, resume_unfinished=True, resume_errored=True, param_space=space
+        )
+    else:
+        asha = tune.schedulers.ASHAScheduler(grace_period=settings.grace_steps, max_t=config.rl.max_steps)
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                metric="reward/mean",
+                mode="max",
+                max_concurrent_trials=_room(config),
+                scheduler=asha if settings.asha else None,
+            ),
+            run_config=tune.RunConfig(
+                name=folder.name,
+                storage_path=str(folder.parent),
+                verbose=0,
+                log_to_file=True,
+                callbacks=[_Progress(len(grid(config)), config.rl.max_steps)],
+            ),
+        )
+    results = tuner.fit()
+    rows, failures, unfinished = [], [], 0
+    for settings_of, result in sorted(
+        ((result.config, result) for result in results), key=lambda pair: grid(config).index(_plain(pair[0]))
+    ):
+        if result.error is not None:
+            failures.append(str(result.error).strip().splitlines()[-1])
+        elif not (result.metrics or {}).get("ended") and not settings.asha:
+            unfinished += 1
+        else:
+            known = {name: value for name, value in result.metrics.items() if name in _SHOWN}
+            rows.append({**_plain(settings_of), **known})
+    return rows, failures, unfinished
+
+
+_SHOWN = ("steps", "bc_accuracy", "rl_accuracy", "bc_return", "rl_return", "reward_last", "kl_last", "reward/mean",
+          "policy/kl")  # fmt: skip
+
+
+def _plain(settings: Mapping[str, Any]) -> Row:
+    return {"value": settings["value"], "seed": settings["seed"]}
+
+
+def _trial(settings: dict[str, Any], tree: dict[str, Any]) -> None:
+    """One run, in a process of Ray Tune's; what ended before is told again from its summary."""
+    config = _of_trial(Config.model_validate(tree), settings)
+    file = Path(config.output_dir) / "summary.json"
+    if file.exists():
+        summary = json.loads(file.read_text())
+    else:
+        run = run_agent if is_environment(config.task.name) else run_rl
+        summary = run(config, on_step=_tell_tune)
+    tune.report({**{name: summary[name] for name in _SHOWN if name in summary}, "ended": True})
+
+
+def _tell_tune(step: int, metrics: Mapping[str, Any]) -> None:
+    if "reward/mean" in metrics:
+        tune.report({"step": step, **{name: metrics[name] for name in _REPORTED if name in metrics}})
+
+
+def _of_trial(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The settings of one run, in a folder of its own; each goes on from its last checkpoint where it has one."""
+    name = f"{config.sweep.field}={settings['value']}-seed{settings['seed']}"
+    given: Any = settings["value"]
+    return override(
+        config,
+        {
+            "seed": settings["seed"],
+            config.sweep.field: given.split(",") if isinstance(given, str) and "," in given else given,
+            "output_dir": str(Path(config.output_dir) / "runs" / name.replace("/", "_")),
+            "resume": True,
+        },
+    )
+
+
+def _room(config: Config) -> int:
+    """How many runs the cluster's free resources hold; no more are started, or some would wait for each other's."""
+    free, needs = ray.available_resources(), actors.demand(config)
+    holds = min(int(free.get(name, 0.0) // count) for name, count in needs.items() if count)
+    if not holds:
+        wanted = ", ".join(f"{count:g} {name}" for name, count in needs.items() if count)
+        there = ", ".join(f"{free.get(name, 0.0):g} {name}" for name, count in needs.items() if count)
+        raise RunFailedError(f"a run of this sweep needs {wanted}, and the cluster has {there} free; make runs smaller")
+    return min(holds, config.sweep.parallel or holds, len(grid(config)))
+
+
+class _Progress(tune.Callback):
+    """One line over all runs. Tune stores its callbacks with a sweep's state: the display is made where it is shown."""
+
+    def __init__(self, runs: int, steps: int) -> None:
+        self.runs, self.steps, self.ended = runs, steps, 0
+        self.reached: dict[str, int] = {}
+        self.display: Display | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "display": None}
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        self.reached[trial.trial_id] = self.steps if result.get("ended") else result.get("step", 0)
+        self._show(f"{_title(trial)}: reward {result.get('reward/mean', result.get('reward_last', 0.0)):.3f}", False)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.ended += 1
+        self._show(f"{_title(trial)} ended", True)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.ended += 1
+        self._show(f"{_title(trial)} failed", True)
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        if self.display is not None:
+            self.display.__exit__()
+
+    def _show(self, note: str, milestone: bool) -> None:
+        if self.display is None:
+            self.display = Display("sweep", total=self.runs * self.steps).__enter__()
+        title = f"sweep, {self.ended} of {self.runs} runs"
+        self.display.update(title, sum(self.reached.values()), self.runs * self.steps, note, milestone)
+
+
+def _title(trial: Any) -> str:
+    return f"{trial.config['value']} seed {trial.config['seed']}"
+
+
+def _refuse_another_sweep(config: Config) -> None:
+    """Runs of other settings would be taken for this sweep's."""
+    file = Path(config.output_dir) / "config.json"
+    if not config.resume or not file.exists():
+        return
+    before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
+    for tree in (before, now):
+        tree["sweep"].pop("parallel")
+        for field in ("resume", "cluster", "tracking_uri"):
+            tree.pop(field)
+    other = [field for field in now if before.get(field) != now[field]]
+    if other:
+        raise ConfigError(
+            f"resume = True: {file} has another {other[0]}; give another --output-dir, or leave --resume out to sweep "
+            "anew"
+        )
