@@ -17,7 +17,7 @@ from record import RESULTS, record
 from trial import all_of, series, trial
 
 THRESHOLDS = (-9.0, -8.0)
-PER_STEP, WINDOW = 64, 256
+PER_STEP, WINDOW = 32, 256
 COMMON = ["--preset", "tiny", "--task.name", "twenty_questions", "--cluster.learner-ranks", "1", "--rl.eval-every", "0",
           "--rl.eval-problems", "8", "--rl.prompts-per-step", str(PER_STEP), "--rl.save-every", "1000"]  # fmt: skip
 METHODS: dict[str, list[str]] = {

@@ -46,12 +46,12 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
         yield
         return
     environment = {"env_vars": _worker_environment(config)}
-    address = _address(config)
+    there = address(config)
     logging.getLogger("ray").setLevel(logging.WARNING)
     # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    if address:
-        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
+    if there:
+        ray.init(address=there, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     else:
         # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
         needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # and what works alone
@@ -117,7 +117,7 @@ def exporter(config: Config) -> Callable[[Mapping[str, Any]], None]:
 
     On a cluster of the run's own, which nobody watches, it shows nothing.
     """
-    if not _address(config):
+    if not address(config):
         return lambda _: None
     gauges: dict[str, Gauge] = {}
     run = Path(config.output_dir).name
@@ -133,7 +133,7 @@ def exporter(config: Config) -> Callable[[Mapping[str, Any]], None]:
     return show
 
 
-def _address(config: Config) -> str:
+def address(config: Config) -> str:
     """Of the cluster to attach to; empty where a run starts its own."""
     return config.cluster.address or os.environ.get("RAY_ADDRESS", "")
 

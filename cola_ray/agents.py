@@ -135,8 +135,8 @@ class AgentController(Controller):
         of_played = critic.actor_states == "played"
         if of_played:
             self.recent.append((episodes, played))
-            foretold = await self.critic.foretold(pa.concat_tables(rows for _, rows in self.recent))
-            advantages = foretold[int(critic.advantage == "td")]
+            expected, drawn = await self.critic.foretold(pa.concat_tables(rows for _, rows in self.recent))
+            advantages = (1 - critic.td_share) * expected + critic.td_share * drawn
         else:
             advantages = await self.critic.advantages(fresh)
         metrics |= {

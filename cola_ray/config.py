@@ -297,9 +297,9 @@ class CriticConfig(_Branch):
     turns of the episodes just played, whose sequences a learner reads once for all of their turns."""
     reuse: int = 1
     """played: iterations whose episodes the actor learns from; older ones are weighed by rl.importance_cap."""
-    advantage: Literal["q", "td"] = "q"
-    """archer: q: Q(s, u) - V(s), as in the paper. td: r + gamma V(s') - V(s) of what was played: what Q is fitted to,
-    without its error on utterances that it has seen little of, but with the draw's variance."""
+    td_share: float = 0.0
+    """archer: share of r + gamma V(s') - V(s) in a played utterance's advantage, where Q(s, u) - V(s) is the rest. What
+    was drawn has the variance of the draw; Q has its error on utterances that it has seen little of."""
     token_baseline: bool = False
     """archer: subtract a value head's guess of the utterance's advantage, learnt at every token."""
     expectile: float = 0.0

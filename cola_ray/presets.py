@@ -22,6 +22,7 @@ from cola_ray.config import (
     RLConfig,
     RolloutConfig,
     TaskConfig,
+    is_environment,
     override,
 )
 from cola_ray.refusals import check
@@ -135,6 +136,7 @@ _AGENTS: dict[str, dict[str, Any]] = {
         "rollout.max_new_tokens": 16,
         "rl.algorithm": "archer",
         "rl.max_steps": 40,
+        "rl.prompts_per_step": 32,
         "rl.group_size": 1,
         "rl.lr": 1e-3,
         "rl.kl_coef": 0.01,
@@ -145,6 +147,8 @@ _AGENTS: dict[str, dict[str, Any]] = {
         "critic.warmup_iterations": 2,
         # The policy moves fast here: replayed states are soon not those that it comes to.
         "critic.actor_states": "played",
+        # Q is wrong by more than names differ in worth; what followed has no such error, and more noise.
+        "critic.td_share": 0.5,
     },
     "smollm2-135m": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
     "llama-3.1-8b": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
@@ -197,7 +201,8 @@ def from_command_line(
 
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        defaults = preset(_given(args, "--preset") or "tiny", agents, _given(args, "--task.name") or task)
+        named = _given(args, "--task.name") or task
+        defaults = preset(_given(args, "--preset") or "tiny", agents or is_environment(named), named)
         if task:
             defaults = override(defaults, {"task.name": task})
         # tyro makes a flag of each key that a dictionary has: hand over none, so that any option can be given.

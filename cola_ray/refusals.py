@@ -165,9 +165,11 @@ def _check_task(config: Config) -> list[str]:
 
 def _check_critic(config: Config) -> list[str]:
     critic = config.critic
-    if critic.actor_states == "replayed" and (critic.advantage == "td" or critic.reuse > 1):
-        name, value = ("advantage", "td") if critic.advantage == "td" else ("reuse", critic.reuse)
-        return [f"critic.{name} = {value!r}: of what was played; set critic.actor_states to played"]
+    if critic.actor_states == "replayed" and (critic.td_share or critic.reuse > 1):
+        name, value = ("td_share", critic.td_share) if critic.td_share else ("reuse", critic.reuse)
+        return [f"critic.{name} = {value}: of what was played; set critic.actor_states to played"]
+    if not 0 <= critic.td_share <= 1:
+        return [f"critic.td_share = {critic.td_share}: a share; use 0 to 1"]
     if not config.critic.encoder:
         return []
     if config.rl.algorithm == "chai":

@@ -1,0 +1,269 @@
+"""One command for the papers' matrix: stages as Ray jobs, in the order that their models need, and a report.
+
+    stages(config) ──> what each preset runs: name, job, settings, whose models and answers it reads
+    reproduce(config)
+      ├─ cluster: the one that is there, or a head on this machine
+      ├─ while stages are left: submit those whose needs are done, as many as sweep.parallel
+      │     done: its folder has a summary.json. A stage that fails takes along only those that need it
+      └─ report/index.html and report/report.md: each figure of the papers beside ours
+
+Run it again after a stop or a failure: stages that are done are skipped, and the others go on from their checkpoints.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import tenacity
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from cola_ray import actors
+from cola_ray.config import Config
+from cola_ray.driver import RunFailedError
+from cola_ray.refusals import check
+from cola_ray.report import write_report
+from cola_ray.tracking import Display, print_summary, write_json
+
+ROOT = Path(__file__).parents[1]
+_POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of the matrix. In settings, ``{name}`` is the folder of another stage, which this one then waits for."""
+
+    name: str
+    job: str
+    settings: Sequence[str] = field(default=())
+
+    @property
+    def needs(self) -> list[str]:
+        words = " ".join(self.settings).split("{")[1:]
+        return list(dict.fromkeys(word.split("}")[0] for word in words))
+
+
+def stages(config: Config) -> list[Stage]:
+    """The matrix of a preset; sizes are what its machines do in a few hours (tiny) or the papers' own."""
+    tiny = config.preset == "tiny"
+    math = ["--task.name", config.task.name, *(["--task.path", config.task.path] if config.task.path else [])]
+    data = ["--data.path", config.data.path] if config.data.path else []
+    start = ["--model.path", "{pretrain}/model"]
+    trained = ["--model.path", "{rl_latent}/model"]
+    few = ["--rl.max-steps", "40"] if tiny else []
+    token_lr = ["--rl.lr", "1e-4"] if tiny else []
+    countdown = ["--task.name", "countdown", "--task.thinking", *(_TINY_COUNTDOWN if tiny else [])]
+    agent = ["--task.name", "twenty_questions", "--model.path", "{agent_start}/model"]
+    agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if tiny else []
+    asked = ["--eval.problems", "256"] if tiny else []
+    values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", "0"]
+    return [
+        Stage("pretrain", "pretrain", [*math, *data]),
+        Stage("fta", "pretrain", [*math, *data, *start, "--pretrain.stages", "fta_idm", "fta_policy"]),
+        Stage("rl_latent", "rl_math", [*math, *start]),
+        Stage("rl_token", "rl_math", [*math, *start, "--rl.action-space", "token", *token_lr]),
+        Stage("rl_fta", "rl_math", [*math, "--model.path", "{fta}/model", *few]),
+        Stage("kl_sweep", "sweep_kl", [*math, *start, *values, *few]),
+        Stage("etpo", "rl_math", [*math, *start, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", *few]),
+        Stage("countdown_start", "pretrain", countdown),
+        Stage("countdown_latent", "rl_math", [*countdown, "--model.path", "{countdown_start}/model", *few]),
+        Stage("countdown_token", "rl_math", [*countdown, "--model.path", "{countdown_start}/model", *few,
+                                             "--rl.action-space", "token", *token_lr]),
+        Stage("agent_start", "pretrain", ["--task.name", "twenty_questions", *(_TINY_AGENT if tiny else [])]),
+        Stage("agent_archer", "rl_agent", [*agent, *agent_steps]),
+        Stage("agent_ppo", "rl_agent", [*agent, *agent_steps, "--rl.algorithm", "ppo"]),
+        Stage("answers", "evaluate", [*math, *trained, "--eval.split", "train", "--eval.ways", "sample",
+                                      "--eval.problems", "2048" if tiny else "7000", "--search.simulations", "16"]),
+        Stage("q", "train_q", [*math, *trained, "--data.path", "{answers}/predictions/sample"]),
+        Stage("search", "evaluate", [*math, *trained, *asked, "--q.path", "{q}/model", "--eval.ways", "base", "greedy",
+                                     "sample", "beam", "mcts", "mcts_q"]),
+        Stage("diversity", "diversity", [*math, *data, *start]),
+        Stage("capabilities", "capabilities", [*start, *_harness(config)]),
+        Stage("atlas", "atlas", [*math, *data, *start]),
+    ]  # fmt: skip
+
+
+def _harness(config: Config) -> list[str]:
+    """Tasks of the evaluation harness: those given, else the paper's; for tiny, sums (:func:`write_sums`)."""
+    given = config.harness
+    if given.tasks:
+        more = ["--harness.include-path", given.include_path] if given.include_path else []
+        return ["--harness.tasks", *given.tasks, *more]
+    if config.preset == "tiny":
+        return ["--harness.tasks", "sums", "--harness.include-path", str(Path(config.output_dir) / "sums")]
+    return ["--harness.tasks", "mmlu", "mathqa", "cmmlu"]
+
+
+# A base of a million parameters learns the form and some sums, no search over them.
+_TINY_COUNTDOWN = ["--task.options", "min_numbers", "2", "max_numbers", "3", "--rollout.max-prompt-tokens", "320",
+                   "--rollout.max-new-tokens", "64", "--pretrain.sequence-length", "384"]  # fmt: skip
+_TINY_AGENT: list[str] = []
+
+
+def write_sums(folder: Path) -> None:
+    """A task of the evaluation harness that a base of a million parameters can do: which of four numbers is the sum."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"question": f"{a} + {b} =", "choices": [str(n) for n in (a + b, a + b + 1, a - b, a * b + 20)], "label": 0}
+        for a, b in itertools.product(range(1, 10), repeat=2)
+    ]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "sums.yaml").write_text(
+        "task: sums\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'sums.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: label\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+    )
+
+
+def reproduce(config: Config) -> dict[str, Any]:
+    """Run the matrix of ``config.preset``; leaves ``stages/`` and ``report/``. Returns the summary.
+
+    Raises:
+        ConfigError: before anything starts.
+        RunFailedError: stages failed; the report has the others, and the same command tries them again.
+    """
+    check(config)
+    config = config.resolve_paths("reproduce")
+    output, matrix = Path(config.output_dir), stages(config)
+    started = time.time()
+    (output / "stages").mkdir(parents=True, exist_ok=True)
+    write_sums(output / "sums")
+    write_json(output / "config.json", config.model_dump())
+    with head(config) as address:
+        ran = run(matrix, output / "stages", Submitter(address, config), parallel=config.sweep.parallel or 1)
+    summary = {"preset": config.preset, "stages": ran, "wall_seconds": round(time.time() - started, 1)}
+    write_json(output / "summary.json", summary)
+    page = write_report(output)
+    print_summary(f"reproduction, {config.preset}: {page}", {name: state for name, state in ran.items()})
+    failed = [name for name, state in ran.items() if state != "done"]
+    if failed:
+        raise RunFailedError(f"not done: {', '.join(failed)}; logs are in {output / 'stages'}, and the same command "
+                             "tries them again")  # fmt: skip
+    return summary
+
+
+@contextlib.contextmanager
+def head(config: Config) -> Iterator[str]:
+    """Address of a dashboard that takes jobs: the cluster's that is there, or of a head started on this machine."""
+    there = actors.address(config)
+    if there.startswith("http"):
+        yield there
+    elif there:
+        context = ray.init(address=there, log_to_driver=False)
+        yield f"http://{context.dashboard_url}"
+        ray.shutdown()
+    else:
+        with _local_head(config) as address:
+            yield address
+
+
+@contextlib.contextmanager
+def _local_head(config: Config) -> Iterator[str]:
+    """``ray start --head``, with a token that only this process and its jobs know."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    gcs, dashboard = _free_ports(2)
+    cpus = (config.sweep.parallel or 1) * (int(actors.demand(config)["CPU"]) + 3)
+    ray_command = str(Path(sys.executable).parent / "ray")
+    command = [ray_command, "start", "--head", "--block", "--disable-usage-stats", f"--port={gcs}",
+               f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]  # fmt: skip
+    variables = {**os.environ, "OMP_NUM_THREADS": str(config.cluster.threads_per_process)}
+    with subprocess.Popen(
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+# --- the graph ----------------------------------------------------------------------------------------------------
+
+
+def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel: int) -> dict[str, str]:
+    """Every stage once its needs are done; states by name: done, failed, or needs NAME."""
+    states: dict[str, str] = {stage.name: "done" for stage in matrix if _is_done(folder, stage)}
+    running: dict[str, str] = {}
+    with Display("reproduce", total=len(matrix)) as display:
+        while len(states) < len(matrix):
+            for stage in matrix:
+                missing = [name for name in stage.needs if states.get(name) not in (None, "done")]
+                if stage.name in states or stage.name in running:
+                    continue
+                if missing:
+                    states[stage.name] = f"needs {missing[0]}"
+                elif len(running) < parallel and all(states.get(name) == "done" for name in stage.needs):
+                    running[stage.name] = submitter.submit(stage, folder)
+                    display.update(f"reproduce: {stage.name}", len(states), len(matrix), "started", milestone=True)
+            for name, job in list(running.items()):
+                ended = submitter.ended(job)
+                if ended is None:
+                    continue
+                stage = next(one for one in matrix if one.name == name)
+                states[name] = "done" if ended and _is_done(folder, stage) else "failed"
+                del running[name]
+                display.update(f"reproduce: {name}", len(states), len(matrix), states[name], milestone=True)
+            if running:
+                time.sleep(_POLL_S)
+    return {stage.name: states[stage.name] for stage in matrix}
+
+
+def _is_done(folder: Path, stage: Stage) -> bool:
+    return (folder / stage.name / "summary.json").exists()
+
+
+class Submitter:
+    """Stages as jobs of a Ray cluster.
+
+    Args:
+        address: of its dashboard.
+    """
+
+    def __init__(self, address: str, config: Config) -> None:
+        self.client, self.config = JobSubmissionClient(address), config
+
+    def submit(self, stage: Stage, folder: Path) -> str:
+        """Returns the job's id, by which Ray's own command line finds it."""
+        where = folder / stage.name
+        where.mkdir(parents=True, exist_ok=True)
+        settings = [word.format(**{name: str(folder / name) for name in stage.needs}) for word in stage.settings]
+        words = [sys.executable, str(ROOT / "jobs" / f"{stage.job}.py"), "--preset", self.config.preset, *settings,
+                 "--seed", str(self.config.seed), "--output-dir", str(where), "--resume"]  # fmt: skip
+        entrypoint = f"{shlex.join(words)} > {shlex.quote(str(where / 'log.txt'))} 2>&1"
+        variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}
+        patience = tenacity.Retrying(  # a head that has just started has no agent yet
+            retry=tenacity.retry_if_exception_type(RuntimeError),
+            wait=tenacity.wait_fixed(1),
+            stop=tenacity.stop_after_delay(120),
+            reraise=True,
+        )
+        job: str = patience(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
+        return job
+
+    def ended(self, job: str) -> bool | None:
+        """Whether it succeeded; None while it runs."""
+        status = self.client.get_job_status(job)
+        if status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
+            return bool(status == JobStatus.SUCCEEDED)
+        return None

@@ -1,0 +1,106 @@
+"""The matrix as a graph, and the report. A whole reproduction is in tests/system."""
+
+import json
+
+import pytest
+
+from cola_ray import reproduce
+from cola_ray.config import override
+from cola_ray.presets import from_command_line, preset
+from cola_ray.report import FIGURES, write_report
+from cola_ray.reproduce import Stage
+
+
+@pytest.fixture
+def config(tmp_path):
+    return override(preset("tiny"), {"output_dir": str(tmp_path)})
+
+
+class Jobs:
+    """In a cluster's place for the graph alone: a stage succeeds unless it is named."""
+
+    def __init__(self, fails=()):
+        self.fails, self.submitted = fails, []
+
+    def submit(self, stage, folder):
+        self.submitted.append(stage.name)
+        (folder / stage.name).mkdir(parents=True, exist_ok=True)
+        if stage.name not in self.fails:
+            (folder / stage.name / "summary.json").write_text("{}")
+        return stage.name
+
+    def ended(self, job):
+        return job not in self.fails
+
+
+MATRIX = [
+    Stage("a", "pretrain"),
+    Stage("b", "rl_math", ["--model.path", "{a}/model"]),
+    Stage("c", "evaluate", ["--model.path", "{b}/model", "--q.path", "{a}/q"]),
+    Stage("d", "atlas"),
+]
+
+
+def test_what_a_stage_waits_for():
+    assert [stage.needs for stage in MATRIX] == [[], ["a"], ["b", "a"], []]
+
+
+def test_all_run_in_order_of_their_needs(tmp_path):
+    jobs = Jobs()
+    states = reproduce.run(MATRIX[::-1], tmp_path, jobs, parallel=1)
+    assert set(states.values()) == {"done"}
+    assert [name for name in jobs.submitted if name != "d"] == ["a", "b", "c"]
+
+
+def test_a_failed_stage_takes_along_only_those_that_need_it(tmp_path):
+    assert reproduce.run(MATRIX, tmp_path, Jobs(fails=["a"]), parallel=2) == {
+        "a": "failed", "b": "needs a", "c": "needs b", "d": "done"
+    }  # fmt: skip
+    again = Jobs()
+    assert set(reproduce.run(MATRIX, tmp_path, again, parallel=2).values()) == {"done"}
+    assert again.submitted == ["a", "b", "c"], "d was done"
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2-135m", "llama-3.1-8b"])
+def test_every_stage_has_a_job_and_a_command_line_that_it_takes(name, config, tmp_path, monkeypatch):
+    changes = {"output_dir": str(tmp_path), "task.path": preset(name).task.path}
+    matrix = reproduce.stages(override(preset(name), changes))
+    names = [stage.name for stage in matrix]
+    assert len(set(names)) == len(names)
+    for stage in matrix:
+        assert (reproduce.ROOT / "jobs" / f"{stage.job}.py").exists()
+        assert set(stage.needs) <= set(names)
+        for need in stage.needs:
+            for sub in ("model", "predictions/sample"):
+                (tmp_path / need / sub).mkdir(parents=True, exist_ok=True)
+        words = [word.format(**{need: str(tmp_path / need) for need in stage.needs}) for word in stage.settings]
+        agents = stage.job == "rl_agent" or "twenty_questions" in words
+        from_command_line("", argv=["--preset", name, *words, "--resume"], agents=agents)
+
+
+def test_the_report_names_what_is_missing_and_shows_what_is_there(config, tmp_path):
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    for name, accuracy in (("rl_latent", 0.75), ("rl_token", 0.5)):
+        folder = tmp_path / "stages" / name
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"rl_accuracy": accuracy, "wall_seconds": 90.0}))
+        (folder / "log.txt").write_text("")
+        (folder / "config.json").write_text(config.model_dump_json())
+        lines = [json.dumps({"event": "step", "version": v, "eval/accuracy": accuracy * v / 4}) for v in range(5)]
+        (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert "75.0 / 50.0" in page
+    assert page.count("not there yet: ") == len(FIGURES) - 1
+    assert page.count("data:image/png;base64,") == 1
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| 42.4 / 38.2 | 75.0 / 50.0 |" in text
+    assert "![report/latent_and_token.png](../report/latent_and_token.png)" in text
+
+
+def test_the_sums_of_the_tiny_preset(tmp_path):
+    reproduce.write_sums(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "sums.jsonl").read_text().splitlines()]
+    assert len(rows) == 81
+    for row in rows:
+        assert len(set(row["choices"])) == 4
+        assert eval(row["question"].removesuffix("=")) == int(row["choices"][row["label"]])
