@@ -10,7 +10,7 @@
 
 One iteration makes one step of the learner (ArCHer, Zhou et al. 2024, algorithm 1). The policy does not change within
 an iteration, so one fresh utterance for each sampled state serves both V's targets and the actor. While the critic
-warms up, advantages are zero and the step moves nothing.
+warms up, the learner's step has rate 0.
 
 ``chai`` leaves the policy as it is: the critic chooses among several of its utterances (Verma et al. 2022).
 ``filtered_bc`` clones the best episodes of all that were played; ``grpo`` and ``rloo`` compare episodes of one

@@ -167,7 +167,8 @@ def _check_critic(config: Config) -> list[str]:
     critic = config.critic
     if critic.actor_states == "replayed" and (critic.td_share or critic.reuse > 1):
         name, value = ("td_share", critic.td_share) if critic.td_share else ("reuse", critic.reuse)
-        return [f"critic.{name} = {value}: of what was played; set critic.actor_states to played"]
+        least = 0 if critic.td_share else 1
+        return [f"critic.{name} = {value}: of what was played; set critic.actor_states to played, or this to {least}"]
     if not 0 <= critic.td_share <= 1:
         return [f"critic.td_share = {critic.td_share}: a share; use 0 to 1"]
     if not config.critic.encoder:

@@ -33,9 +33,9 @@ def test_an_archer_run_end_to_end(finished):
     turns = finished.series("agent/turns")
     assert rows[6] == pytest.approx(sum(16 * value for value in turns.values()))
     assert max(finished.series("policy/rollout_mismatch_max").values()) < 1e-4
-    norms = finished.series("policy/grad_norm")
-    assert norms[1] == norms[2] == 0.0, "while the critic warms up nothing moves the actor"
-    assert norms[3] > 0
+    rates = finished.series("policy/lr")
+    assert rates[1] == rates[2] == 0.0, "while the critic warms up nothing moves the actor"
+    assert rates[3] > 0
     assert (finished.output / "reward.png").stat().st_size > 5000
     saved = str(finished.output / "replay" / "0" / "*.parquet")
     shown = datasets.load_dataset("parquet", data_files=saved, split="train", cache_dir=finished.where)

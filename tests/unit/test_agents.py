@@ -78,7 +78,7 @@ def run(tmp_path, algorithm, **changes):
     fixed = {"rl.algorithm": algorithm, "rl.max_steps": STEPS, "rl.prompts_per_step": EPISODES, "rl.group_size": 1,
              "rl.eval_every": 0, "rl.eval_problems": 3, "rollout.num_workers": 2, "cluster.learner_ranks": 1,
              "critic.steps": 5, "critic.batch_size": 8, "critic.fresh_states": 10, "critic.warmup_iterations": 2,
-             "critic.actor_states": "replayed", "rl.updates_per_batch": 1,
+             "critic.actor_states": "replayed", "critic.td_share": 0.0, "rl.updates_per_batch": 1,
              "task.max_failed_rewards": 0.5}  # fmt: skip
     config = override(preset("tiny", agents=True), fixed | changes)
     shard = ReplayShard(1000, 1 << 24, str(tmp_path / "replay"), 0, seed=0)
@@ -155,6 +155,32 @@ def test_archer_learns_from_the_turns_just_played(tmp_path):
     total = np.concatenate([row[mask] for row, mask in zip(last.advantages, last.action_mask, strict=True)])
     assert total.sum() == pytest.approx(0, abs=1e-4), "centred over turns"
     assert critic.critic.steps == STEPS * 5
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_what_followed_takes_its_share_of_an_advantage_and_episodes_serve_again(tmp_path, share):
+    changes = {"critic.actor_states": "played", "critic.td_share": share, "critic.reuse": 2}
+    controller, batches, _, service, _ = run(tmp_path, "archer", **changes)
+    heads, gamma = service.critic.online, service.critic.gamma
+    by_hand = []
+    for ticket in controller._tickets(STEPS - 2) + controller._tickets(STEPS - 1):
+        episode = Worker().episode(ticket)
+        states = [np.append(turn.state_features, number) for number, turn in enumerate(episode.turns)]
+        ends = np.append(np.zeros(WIDTH), len(states))
+        for number, turn in enumerate(episode.turns):
+            last = number + 1 == len(states)
+            with torch.no_grad():
+                # Each state begins with what is said in it.
+                said = torch.tensor(np.append(turn.utterance_features, True))[None].float()
+                now = torch.tensor(states[number])[None].float()
+                then = torch.tensor(ends if last else states[number + 1])[None].float()
+                v, after = heads.values(now), heads.values(then).mean() * (not (last and episode.terminated))
+                expected = heads.q_values(now, said).min() - v.min()
+            drawn = turn.reward + gamma * after - v.mean()
+            by_hand.append(float((1 - share) * expected + share * drawn))
+    rows = zip(batches[-1].advantages, batches[-1].action_mask, strict=True)
+    learnt = np.concatenate([row[mask][::2] for row, mask in rows])  # two actions a turn
+    assert sorted(learnt) == pytest.approx(sorted(np.array(by_hand) - np.mean(by_hand)), abs=1e-4)
 
 
 def test_chai_leaves_the_policy_and_hands_the_critic_to_the_players(tmp_path):
