@@ -142,8 +142,9 @@ def reproduce(config: Config) -> dict[str, Any]:
     (output / "stages").mkdir(parents=True, exist_ok=True)
     write_sums(output / "sums")
     write_json(output / "config.json", config.model_dump())
-    with head(config) as address:
-        ran = run(matrix, output / "stages", Submitter(address, config), parallel=config.sweep.parallel or 1)
+    with head(config) as (address, headers):
+        submitter = Submitter(address, headers, config)
+        ran = run(matrix, output / "stages", submitter, parallel=config.sweep.parallel or 1)
     summary = {"preset": config.preset, "stages": ran, "wall_seconds": round(time.time() - started, 1)}
     write_json(output / "summary.json", summary)
     page = write_report(output)
@@ -156,36 +157,39 @@ def reproduce(config: Config) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def head(config: Config) -> Iterator[str]:
-    """Address of a dashboard that takes jobs: the cluster's that is there, or of a head started on this machine."""
+def head(config: Config) -> Iterator[tuple[str, dict[str, str] | None]]:
+    """A dashboard that takes jobs, and headers for it: of the cluster that is there, or of a head started here."""
     there = actors.address(config)
     if there.startswith("http"):
-        yield there
+        yield there, None
     elif there:
         context = ray.init(address=there, log_to_driver=False)
-        yield f"http://{context.dashboard_url}"
+        yield f"http://{context.dashboard_url}", None
         ray.shutdown()
     else:
-        with _local_head(config) as address:
-            yield address
+        with _local_head(config) as found:
+            yield found
 
 
 @contextlib.contextmanager
-def _local_head(config: Config) -> Iterator[str]:
+def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
     """``ray start --head``, with a token that only this process and its jobs know."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    token = secrets.token_hex(32)
     gcs, dashboard = _free_ports(2)
     cpus = (config.sweep.parallel or 1) * (int(actors.demand(config)["CPU"]) + 3)
-    ray_command = str(Path(sys.executable).parent / "ray")
-    command = [ray_command, "start", "--head", "--block", "--disable-usage-stats", f"--port={gcs}",
-               f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]  # fmt: skip
-    variables = {**os.environ, "OMP_NUM_THREADS": str(config.cluster.threads_per_process)}
-    with subprocess.Popen(
-        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+               f"--port={gcs}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]  # fmt: skip
+    variables = {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "RAY_AUTH_MODE": "token",
+                 "RAY_AUTH_TOKEN": token}  # fmt: skip
+    log = Path(config.output_dir) / "head.log"
+    with (
+        log.open("w") as said,
+        subprocess.Popen(
+            command, env={**os.environ, **variables}, stdout=said, stderr=said, start_new_session=True
+        ) as process,
+    ):
         try:
-            yield f"http://127.0.0.1:{dashboard}"
+            yield f"http://127.0.0.1:{dashboard}", {"Authorization": f"Bearer {token}"}
         finally:
             process.send_signal(signal.SIGTERM)
 
@@ -233,15 +237,24 @@ def _is_done(folder: Path, stage: Stage) -> bool:
     return (folder / stage.name / "summary.json").exists()
 
 
+_PATIENCE = tenacity.Retrying(  # a head that has just started has no dashboard yet, and then no agent
+    retry=tenacity.retry_if_exception_type((RuntimeError, ConnectionError)),
+    wait=tenacity.wait_fixed(1),
+    stop=tenacity.stop_after_delay(120),
+    reraise=True,
+)
+
+
 class Submitter:
     """Stages as jobs of a Ray cluster.
 
     Args:
         address: of its dashboard.
+        headers: with the token of a head that was started here; else Ray finds the user's.
     """
 
-    def __init__(self, address: str, config: Config) -> None:
-        self.client, self.config = JobSubmissionClient(address), config
+    def __init__(self, address: str, headers: dict[str, str] | None, config: Config) -> None:
+        self.client, self.config = _PATIENCE(JobSubmissionClient, address, headers=headers), config
 
     def submit(self, stage: Stage, folder: Path) -> str:
         """Returns the job's id, by which Ray's own command line finds it."""
@@ -252,13 +265,7 @@ class Submitter:
                  "--seed", str(self.config.seed), "--output-dir", str(where), "--resume"]  # fmt: skip
         entrypoint = f"{shlex.join(words)} > {shlex.quote(str(where / 'log.txt'))} 2>&1"
         variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}
-        patience = tenacity.Retrying(  # a head that has just started has no agent yet
-            retry=tenacity.retry_if_exception_type(RuntimeError),
-            wait=tenacity.wait_fixed(1),
-            stop=tenacity.stop_after_delay(120),
-            reraise=True,
-        )
-        job: str = patience(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
+        job: str = _PATIENCE(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
         return job
 
     def ended(self, job: str) -> bool | None:

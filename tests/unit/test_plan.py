@@ -1,5 +1,7 @@
 """The plan's arithmetic, by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from cola_ray import plan
@@ -82,3 +84,42 @@ def test_more_engines_decode_faster_and_nccl_is_quicker(paper, sizes):
     assert many.rollout < few.rollout
     by_nccl = plan.step_time(override(paper, {"cluster.weight_transport": "nccl"}), sizes, gpu)
     assert by_nccl.sync < few.sync
+
+
+def table(heading):
+    """First cell -> last cells, of the first table below a heading of docs/scaling.md."""
+    text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[2:] for row in rows[2:]}
+
+
+SPLITS = [(4, 4, 64), (8, 8, 64), (32, 32, 512)]
+
+
+def split(paper, ranks, engines, prompts):
+    changes = {"cluster.learner_ranks": ranks, "rollout.num_workers": engines, "rl.prompts_per_step": prompts}
+    return override(paper, changes)
+
+
+def test_the_documents_memory_is_what_the_plan_computes(paper, sizes):
+    stated = table("Memory of a learner rank")
+    for column, cluster in enumerate(SPLITS):
+        parts = plan.learner_memory(split(paper, *cluster), sizes)
+        for name, value in (parts | {"together": sum(parts.values())}).items():
+            assert float(stated[name][column]) == pytest.approx(value / 1e9, abs=0.006), name
+
+
+def test_the_documents_times_are_what_the_plan_computes(paper, sizes):
+    stated = table("Seconds of a step")
+    for column, cluster in enumerate(SPLITS):
+        config = split(paper, *cluster)
+        gpu = plan.GPUS["h100"]
+        step = plan.step_time(config, sizes, gpu)
+        by_nccl = plan.step_time(override(config, {"cluster.weight_transport": "nccl"}), sizes, gpu)
+        figures = {
+            "tokens a second, all engines": step.decode_tokens_per_second, "rollout, s": step.rollout,
+            "learning, s": step.learn, "weights by object store, s": step.sync, "weights by nccl, s": by_nccl.sync,
+            "a step, s": step.total(overlapped=False),
+        }  # fmt: skip
+        for name, value in figures.items():
+            assert float(stated[name][column].replace(" ", "")) == pytest.approx(value, rel=0.01, abs=0.05), name
