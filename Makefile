@@ -13,7 +13,7 @@ export UV_TORCH_BACKEND := cpu
 endif
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup games evals demo demo-agent test test-slow lint bench results lock clean help
+.PHONY: setup games evals demo demo-agent reproduce test test-slow lint bench results lock clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ demo: setup  ## train the tiny preset from nothing: base, latent actions, policy
 
 demo-agent: setup  ## the same for a multi-turn agent: Twenty Questions, ArCHer's critic over utterances
 	$(BIN)/python jobs/rl_agent.py --preset tiny --output-dir outputs/demo-agent
+
+reproduce: evals  ## the papers' matrix with the tiny preset, to outputs/reproduce/report/index.html; under three hours
+	$(BIN)/python jobs/reproduce.py --preset tiny --output-dir outputs/reproduce
 
 test: setup  ## unit, parity and system tests
 	$(BIN)/python -m pytest -q -m "not slow" tests
