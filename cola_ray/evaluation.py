@@ -1,12 +1,13 @@
 """Evaluations: every way of answering over held-out problems, kept as Parquet, summed up with intervals.
 
 problems, in chunks ─> Evaluator ─> AnswerWorkers ─> predictions/<way>/<first>.parquet, one file a chunk
-                                                        │ a chunk that is there is not asked again
+(or seeds)                          (AgentWorkers)      │ a chunk that is there is not asked again
                                                         v
                                  figures: accuracy, pass@k, majority, best; tokens and seconds a problem
+                                          (of episodes: return, best return, share solved, turns)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Evaluator(Controller):
         return self.facts
 
     async def answer(self, indices: Sequence[int], way: str) -> pa.Table:
-        """One row a problem, in order; a worker's death costs its share's time."""
+        """One row a problem, or environment seed, in order; a worker's death costs its share's time."""
         answered = await self._share_out(indices, "answer", way)
         return pa.Table.from_pylist([{"way": way, **asdict(one)} for one in answered])
 
@@ -56,7 +57,7 @@ def figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, 
     draw = np.random.default_rng(seed)
     found: dict[str, dict[str, float]] = {}
     for way in config.ways:
-        rows = pa.concat_tables(pq.read_table(file) for file in sorted((folder / way).glob("*.parquet"))).to_pylist()
+        rows = _rows(folder / way)
         shares: dict[str, list[float]] = {"accuracy": [float(row["rewards"][0] >= 1.0) for row in rows]}
         if max(len(row["rewards"]) for row in rows) > 1:
             shares["majority"] = [_voted(row["answers"], row["rewards"]) for row in rows]
@@ -69,14 +70,52 @@ def figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, 
                 if k <= min(len(row["rewards"]) for row in rows):
                     right = [(len(row["rewards"]), sum(r >= 1.0 for r in row["rewards"])) for row in rows]
                     shares[f"pass_at_{k}"] = [pass_at_k(n, c, k) for n, c in right]
-        of_way = {"problems": float(len(rows))}
-        for name, values in shares.items():
-            low, high = mean_interval(values, draw)
-            of_way |= {name: float(np.mean(values)), f"{name}_ci": (high - low) / 2}
+        of_way = {"problems": float(len(rows))} | _with_intervals(shares, draw)
         for name in ("generated_tokens", "computed_tokens", "seconds"):
             of_way[name] = float(np.mean([row[name] for row in rows]))
         found[way] = of_way
     return found
+
+
+def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Of each way of playing: means over environment seeds, with intervals as :func:`figures` has them.
+
+    ``return``, ``solved`` and ``turns`` are means over a seed's episodes, ``best_return`` is of the best of them.
+    Episodes that their environment failed are counted in ``failed`` and nowhere else.
+    """
+    draw = np.random.default_rng(seed)
+    found: dict[str, dict[str, float]] = {}
+    for way in config.ways:
+        rows = _rows(folder / way)
+        means: dict[str, list[float]] = {"return": [], "best_return": [], "solved": [], "turns": []}
+        for row in rows:
+            counted = [place for place, failure in enumerate(row["failures"]) if not failure]
+            if not counted:
+                continue
+            returns = [row["returns"][place] for place in counted]
+            means["return"].append(float(np.mean(returns)))
+            means["best_return"].append(max(returns))
+            for name in ("solved", "turns"):
+                means[name].append(float(np.mean([row[name][place] for place in counted])))
+        failed = sum(bool(failure) for row in rows for failure in row["failures"])
+        of_way = {"problems": float(len(rows)), "failed": float(failed)}
+        found[way] = of_way | (_with_intervals(means, draw) if means["return"] else {})
+        for name in ("generated_tokens", "seconds"):
+            found[way][name] = float(np.mean([row[name] for row in rows]))
+    return found
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return pa.concat_tables(pq.read_table(file) for file in sorted(folder.glob("*.parquet"))).to_pylist()
+
+
+def _with_intervals(samples: Mapping[str, Sequence[float]], draw: np.random.Generator) -> dict[str, float]:
+    """Means, and half the width of their intervals as ``<name>_ci``."""
+    out: dict[str, float] = {}
+    for name, values in samples.items():
+        low, high = mean_interval(values, draw)
+        out |= {name: float(np.mean(values)), f"{name}_ci": (high - low) / 2}
+    return out
 
 
 def _voted(answers: Sequence[str], rewards: Sequence[float], weights: Sequence[float] | None = None) -> float:

@@ -121,7 +121,8 @@ _PRESETS: dict[str, Callable[[], Config]] = {
 }
 
 
-# What multi-turn agents need otherwise, by preset; the rest is the preset's.
+# What multi-turn agents need otherwise: all, and by preset; the rest is the preset's.
+_ALL_AGENTS: dict[str, Any] = {"eval.ways": ["base", "greedy", "sample"], "search.simulations": 4}
 _AGENTS: dict[str, dict[str, Any]] = {
     "tiny": {
         "task.name": "twenty_questions",
@@ -180,7 +181,7 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     """
     if name not in _PRESETS:
         raise ConfigError(f"preset = {name!r}: unknown; choose one of {', '.join(_PRESETS)}")
-    changes = _AGENTS[name] if agents else {}
+    changes = _ALL_AGENTS | _AGENTS[name] if agents else {}
     return override(_PRESETS[name](), changes | _ENVIRONMENTS.get((name, task or changes.get("task.name", "")), {}))
 
 

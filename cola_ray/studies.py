@@ -31,10 +31,11 @@ from cola_ray.atlas import Atlas
 from cola_ray.config import Config, ConfigError, is_environment, override
 from cola_ray.diversity import measure, open_encoder
 from cola_ray.driver import RunFailedError, check_start_model, prepare_output, served, tracked
-from cola_ray.evaluation import Evaluator, chunks, figures
+from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures
 from cola_ray.refusals import check
 from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.service import Shards
+from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
 from cola_ray.tasks import to_pretrain_on
@@ -84,7 +85,7 @@ def _study(config: Config, job: str, refuse: Callable[[Config], None] = lambda _
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Answer problems in all of ``eval.ways``; leaves ``output_dir/predictions``. Returns the summary.
+    """Answer problems, or play episodes, in all of ``eval.ways``; leaves ``predictions``. Returns the summary.
 
     With ``resume``, chunks that an earlier run with the same settings has answered are not asked again.
 
@@ -93,12 +94,20 @@ def evaluate(config: Config) -> dict[str, Any]:
         RunFailedError: the message names the cause.
     """
     check(config)
-    if is_environment(config.task.name) or config.task.name == "preference":
-        raise ConfigError(f"task.name = {config.task.name!r}: has no verifier of single answers; use one that has")
+    if config.task.name == "preference":
+        raise ConfigError("task.name = 'preference': has no verifier; use a task that has, or an environment")
+    plays = is_environment(config.task.name)
+    searches = [way for way in config.eval.ways if way not in ("base", "greedy", "sample")]
+    if plays and searches:
+        raise ConfigError(
+            f"eval.ways = {searches[0]!r}: searches answers of one turn; use base, greedy or sample to play "
+            f"{config.task.name}"
+        )
     with _study(config, "evaluate", _refuse_other_predictions) as study, actors.cluster(config):
         config, folder = study.config, study.output / "predictions"
         judge = actors.judge(config)
-        pool = actors.RayWorkers(config, served(config, study.start), AnswerWorker, *([judge] if judge else []))
+        worker = AgentWorker if plays else AnswerWorker
+        pool = actors.RayWorkers(config, served(config, study.start), worker, *([judge] if judge else []))
         evaluator = actors.controller(Evaluator, config, pool, Shards(0, actors.RemoteShards([]), config.seed))
         try:
             facts = ray.get(evaluator.open.remote())
@@ -113,9 +122,10 @@ def evaluate(config: Config) -> dict[str, Any]:
             raise RunFailedError(str(error.cause or error)) from None
         finally:
             ray.kill(evaluator)
-        found = figures(config.eval, folder, config.seed)
+        found = (episode_figures if plays else figures)(config.eval, folder, config.seed)
         study.found(found)
-        plot_against_tokens(study.output / "accuracy.png", found)
+        names = ("return", "best_return") if plays else ("accuracy", "majority", "best")
+        plot_against_tokens(study.output / "accuracy.png", found, names)
     print_ways(f"{config.task.name}: {folder}", found)
     return study.summary
 

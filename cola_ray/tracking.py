@@ -90,7 +90,7 @@ class Tracker:
         """Args: error: what ended the run before its time."""
         stopped = isinstance(error, KeyboardInterrupt)
         self.note("stop" if stopped else "fail" if error else "end", **({"reason": str(error)} if error else {}))
-        for name in ("summary.json", "reward.png", "losses.png", "accuracy.png", "frontier.png"):
+        for name in ("summary.json", "reward.png", "losses.png", "accuracy.png", "frontier.png", "log.jsonl"):
             if (output_dir / name).exists():
                 self.mlflow.log_artifact(str(output_dir / name))
         self.mlflow.end_run("FAILED" if error else "FINISHED")
@@ -193,18 +193,17 @@ def _with_interval(figures: Mapping[str, float], name: str) -> str:
     return f"{figures[name]:.3g}{interval}"
 
 
-def plot_against_tokens(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
-    """Shares of right answers over generated tokens a problem, with their intervals."""
-    markers = {"accuracy": "o", "majority": "s", "best": "^"}
+def plot_against_tokens(path: Path, found: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> None:
+    """Figures of these names over generated tokens a problem, with their intervals."""
     with _axes(path) as axes:
         for index, (way, figures) in enumerate(found.items()):
-            for name, marker in markers.items():
+            for name, marker in zip(names, "os^", strict=False):
                 if name in figures:
                     axes.errorbar(
                         figures["generated_tokens"], figures[name], figures[f"{name}_ci"], fmt=marker,
                         color=f"C{index}", label=f"{way}: {name}",
                     )  # fmt: skip
-        axes.set(xscale="log", xlabel="tokens generated a problem", ylabel="right answers")
+        axes.set(xscale="log", xlabel="tokens generated a problem", ylabel=", ".join(names))
 
 
 def plot_frontier(path: Path, title: str, rows: Sequence[Mapping[str, Any]], measure: str) -> None:

@@ -2,12 +2,16 @@
 
 play_episodes(tickets) ─> Episodes, sampled       hundreds at once: each turn joins the engine's running batch
 evaluate(seeds)        ─> returns on seeds of their own
+answer(seeds, way)     ─> all that happened there, for jobs/evaluate.py
 speak(states)          ─> one fresh utterance for each state, with the base's features: what the critic asks for
 """
 
 import asyncio
 import functools
+import itertools
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +21,7 @@ from cola_ray.config import Config
 from cola_ray.experience import Episode, Ticket, Trajectory, was_said
 from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Completion, Request, as_float
-from cola_ray.rollout.episode import Table, Utterance, play
+from cola_ray.rollout.episode import Speak, Table, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.rollout.worker import EngineWorker
 from cola_ray.tasks import make_environment
@@ -26,6 +30,23 @@ from cola_ray.tasks.environment import HELD_OUT
 Array = np.ndarray
 Weights = Mapping[str, Array]
 _FRESH = 1 << 40  # so that fresh utterances never share a seed with an episode's
+_AGAIN = 1 << 42  # between the positions of one seed's episodes
+
+
+@dataclass(frozen=True)
+class Played:
+    """All episodes that one way of playing made of one environment seed."""
+
+    index: int
+    texts: list[str]
+    returns: list[float]
+    solved: list[bool]  # ended by the environment's own rules, not by a limit
+    turns: list[int]
+    token_ids: list[list[int]]
+    actions: list[list[int]]
+    failures: list[str]  # of the environment; such an episode does not count
+    generated_tokens: int
+    seconds: float
 
 
 class AgentWorker(EngineWorker):
@@ -49,9 +70,7 @@ class AgentWorker(EngineWorker):
         heads = self._heads(judge)
 
         async def one(ticket: Ticket) -> Episode:
-            async def speak(ids: Sequence[int], turn: int) -> Utterance:
-                return await self._say(ids, (ticket.position, turn), heads)
-
+            speak = self._voice("sample", ticket.position, heads)
             return await play(ticket.position, ticket.problem, self.table, speak, self._look)
 
         return await asyncio.gather(*(one(ticket) for ticket in tickets))
@@ -62,19 +81,43 @@ class AgentWorker(EngineWorker):
         The policy samples, as it does in training: a greedy player that gets no new answer asks the same again for
         ever. The bare base can only be greedy.
         """
-        heads = self._heads(judge)
-        forced = [BASE_TOKENS] * self.config.rollout.max_new_tokens if self.latent else []
+        heads, way = self._heads(judge), "base" if bare_base else "sample"
 
         async def one(place: int) -> float:
-            async def speak(ids: Sequence[int], turn: int) -> Utterance:
-                if bare_base:
-                    return (await self._submit([self._request(ids, 0, 0.0, actions=forced)]))[0]
-                return await self._say(ids, (place, turn), heads)
-
-            episode = await play(place, place, self.table, speak)
+            episode = await play(place, place, self.table, self._voice(way, place, heads))
             return float("-inf") if episode.failure else episode.total_reward
 
         return await asyncio.gather(*(one(HELD_OUT + index) for index in indices))
+
+    async def answer(self, indices: Sequence[int], way: str) -> list[Played]:
+        """Episodes on seeds of ``eval.split``: one each, of ``sample`` as many as ``search.simulations``."""
+        first = HELD_OUT if self.config.eval.split == "heldout" else 0
+        return await asyncio.gather(*(self._play_all(index, first + index, way) for index in indices))
+
+    async def _play_all(self, index: int, seed: int, way: str) -> Played:
+        started = time.perf_counter()
+        places = [seed + again * _AGAIN for again in range(self.config.search.simulations if way == "sample" else 1)]
+        episodes = await asyncio.gather(*(play(place, seed, self.table, self._voice(way, place)) for place in places))
+        said = [[turn.token_ids.tolist() for turn in episode.turns] for episode in episodes]
+        acted = [[turn.actions.tolist() for turn in episode.turns] for episode in episodes]
+        return Played(
+            index, [one.text for one in episodes], [one.total_reward for one in episodes],
+            [one.terminated for one in episodes], [len(one.turns) for one in episodes],
+            [list(itertools.chain(*turns)) for turns in said], [list(itertools.chain(*turns)) for turns in acted],
+            [one.failure for one in episodes], sum(len(turn) for turns in said for turn in turns),
+            time.perf_counter() - started,
+        )  # fmt: skip
+
+    def _voice(self, way: str, place: int, judge: TwinHeads | None = None) -> Speak:
+        """sample, greedy, or base: the bare base, which can only be greedy."""
+
+        async def speak(ids: Sequence[int], turn: int) -> Utterance:
+            if way == "sample":
+                return await self._say(ids, (place, turn), judge)
+            forced = [BASE_TOKENS] * self.config.rollout.max_new_tokens if way == "base" and self.latent else []
+            return (await self._submit([self._request(ids, 0, 0.0, actions=forced)]))[0]
+
+        return speak
 
     async def speak(self, states: Sequence[tuple[int, Sequence[int]]], draw: int) -> list[tuple[Trajectory, Array]]:
         """A sampled utterance in each state, and its features, (H,) float32.

@@ -60,6 +60,23 @@ def test_killed_services_cost_one_snapshot_interval_and_are_told(finished, tmp_p
     assert list(run.series("reward/mean")) == list(range(1, 13))
 
 
+def test_an_agent_is_evaluated_on_seeds_that_training_never_uses(finished, tmp_path):
+    args = ["--task.name", "twenty_questions", "--model.path", str(finished.output / "model"), "--eval.problems", "8",
+            "--eval.chunk", "4", "--search.simulations", "2"]  # fmt: skip
+    run = Run("evaluate", tmp_path, *args)
+    run.finish()
+    summary = json.loads((run.output / "summary.json").read_text())
+    for way in ("base", "greedy", "sample"):
+        assert summary[way]["problems"] == 8
+        assert -20 <= summary[way]["return"] <= summary[way]["best_return"] <= 0
+    rows = datasets.load_dataset("parquet", data_files=str(run.output / "predictions" / "sample" / "*.parquet"),
+                                 split="train", cache_dir=tmp_path)  # fmt: skip
+    assert [len(row["texts"]) for row in rows] == [2] * 8
+    assert all(-total <= turns for row in rows for total, turns in zip(row["returns"], row["turns"], strict=True))
+    refused = Run("evaluate", tmp_path / "refused", *args, "--eval.ways", "mcts")
+    assert "eval.ways = 'mcts': searches answers of one turn" in refused.finish(code=2)
+
+
 def test_ppo_learns_a_value_and_resumes(finished, tmp_path):
     model = finished.where / "outputs" / "pretrain-tiny-twenty_questions-seed0" / "model"
     settings = ["--rl.algorithm", "ppo", "--rl.updates-per-batch", "2", "--rl.save-every", "2"]

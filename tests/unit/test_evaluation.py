@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cola_ray.config import EvalConfig
-from cola_ray.evaluation import chunks, figures
+from cola_ray.evaluation import chunks, episode_figures, figures
+from cola_ray.rollout.agent import Played
 from cola_ray.rollout.answers import Answered
 
 
@@ -56,3 +57,25 @@ def test_a_reward_model_chooses_and_the_verifier_judges(tmp_path):
     assert (found["any_right"], found["best"]) == (1.0, 0.5)
     assert found["majority"] == 0.5, "7 has two votes of three; of 3, 5 and 6 the first counts"
     assert found["weighted_majority"] == 0.5, "e^2 for 4 outweighs e^1 + e^-1 for 7"
+
+
+def test_figures_of_episodes_by_hand(tmp_path):
+    def played(index, returns, solved, turns, failures):
+        none = [[1]] * len(returns)
+        return Played(index, ["?"] * len(returns), returns, solved, turns, none, none, failures, 6, 0.5)
+
+    rows = [
+        played(0, [-3.0, -5.0], [True, False], [4, 6], ["", ""]),
+        played(1, [-1.0, -9.0], [True, True], [2, 1], ["", "raised ValueError"]),
+        played(2, [0.0, 0.0], [False, False], [0, 0], ["hung", "hung"]),
+    ]
+    (tmp_path / "sample").mkdir()
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), tmp_path / "sample" / "000000.parquet")
+    found = episode_figures(EvalConfig(ways=("sample",)), tmp_path, seed=0)["sample"]
+    assert (found["problems"], found["failed"]) == (3, 3)
+    assert found["return"] == pytest.approx((-4 - 1) / 2), "the third seed has no episode that counts"
+    assert found["best_return"] == pytest.approx((-3 - 1) / 2)
+    assert found["solved"] == pytest.approx((0.5 + 1) / 2)
+    assert found["turns"] == pytest.approx((5 + 2) / 2)
+    assert 0 <= found["return_ci"] <= 1.5
+    assert found["generated_tokens"] == 6
