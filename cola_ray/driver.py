@@ -529,9 +529,9 @@ def prepare_output(config: Config) -> Path:
     """The run's folder; without ``resume`` what an earlier run left there is removed."""
     output = Path(config.output_dir)
     if not config.resume:
-        for name in ("checkpoints", "stages", "model", "base", "replay", "critic", "predictions"):
+        for name in ("checkpoints", "stages", "model", "base", "replay", "critic", "predictions", "runs", "tune"):
             shutil.rmtree(output / name, ignore_errors=True)
-        for name in ("summary.json", "mlflow_run_id", "reward.png", "losses.png"):
+        for name in ("summary.json", "mlflow_run_id", "reward.png", "losses.png", "frontier.png"):
             (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "config.json", config.model_dump())

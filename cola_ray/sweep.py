@@ -133,12 +133,13 @@ def _fit(config: Config) -> tuple[list[Row], list[str], int]:
             unfinished += 1
         else:
             known = {name: value for name, value in result.metrics.items() if name in _SHOWN}
+            if not known:  # stopped by ASHA: what was last said of it
+                known = {"steps": result.metrics["step"], "reward_last": result.metrics["reward/mean"]}
             rows.append({**_plain(settings_of), **known})
     return rows, failures, unfinished
 
 
-_SHOWN = ("steps", "bc_accuracy", "rl_accuracy", "bc_return", "rl_return", "reward_last", "kl_last", "reward/mean",
-          "policy/kl")  # fmt: skip
+_SHOWN = ("steps", "bc_accuracy", "rl_accuracy", "bc_return", "rl_return", "reward_last", "kl_last")
 
 
 def _plain(settings: Mapping[str, Any]) -> Row:
@@ -154,7 +155,8 @@ def _trial(settings: dict[str, Any], tree: dict[str, Any]) -> None:
     else:
         run = run_agent if is_environment(config.task.name) else run_rl
         summary = run(config, on_step=_tell_tune)
-    tune.report({**{name: summary[name] for name in _SHOWN if name in summary}, "ended": True})
+    known = {name: summary[name] for name in _SHOWN if name in summary}
+    tune.report({"reward/mean": summary["reward_last"], **known, "ended": True})
 
 
 def _tell_tune(step: int, metrics: Mapping[str, Any]) -> None:

@@ -80,11 +80,11 @@ def test_as_many_runs_as_the_cluster_has_room_for(config, monkeypatch):
 def test_a_run_that_ended_is_told_again_from_its_summary(config, monkeypatch):
     folder = sweep.Path(config.output_dir) / "runs" / "rl.kl_coef=0.0-seed0"
     folder.mkdir(parents=True)
-    (folder / "summary.json").write_text(json.dumps({"rl_accuracy": 0.5, "kl_last": 0.1, "preset": "tiny"}))
+    (folder / "summary.json").write_text(json.dumps({"rl_accuracy": 0.5, "reward_last": 0.4, "preset": "tiny"}))
     told = []
     monkeypatch.setattr(sweep.tune, "report", told.append)
     sweep._trial({"value": 0.0, "seed": 0}, config.model_dump())
-    assert told == [{"rl_accuracy": 0.5, "kl_last": 0.1, "ended": True}]
+    assert told == [{"rl_accuracy": 0.5, "reward_last": 0.4, "reward/mean": 0.4, "ended": True}]
 
 
 def test_progress_is_stored_without_its_display(capsys):
