@@ -81,7 +81,7 @@ def stages(config: Config) -> list[Stage]:
         Stage("countdown_latent", "rl_math", [*countdown, "--model.path", "{countdown_start}/model", *few]),
         Stage("countdown_token", "rl_math", [*countdown, "--model.path", "{countdown_start}/model", *few,
                                              "--rl.action-space", "token", *token_lr]),
-        Stage("agent_start", "pretrain", ["--task.name", "twenty_questions", *(_TINY_AGENT if tiny else [])]),
+        Stage("agent_start", "pretrain", ["--task.name", "twenty_questions"]),
         Stage("agent_archer", "rl_agent", [*agent, *agent_steps]),
         Stage("agent_ppo", "rl_agent", [*agent, *agent_steps, "--rl.algorithm", "ppo"]),
         Stage("answers", "evaluate", [*math, *trained, "--eval.split", "train", "--eval.ways", "sample",
@@ -106,10 +106,10 @@ def _harness(config: Config) -> list[str]:
     return ["--harness.tasks", "mmlu", "mathqa", "cmmlu"]
 
 
-# A base of a million parameters learns the form and some sums, no search over them.
-_TINY_COUNTDOWN = ["--task.options", "min_numbers", "2", "max_numbers", "3", "--rollout.max-prompt-tokens", "320",
-                   "--rollout.max-new-tokens", "64", "--pretrain.sequence-length", "384"]  # fmt: skip
-_TINY_AGENT: list[str] = []
+# What a base of a million parameters can learn of Countdown: which sign to put between two small numbers.
+_TINY_COUNTDOWN = ["--task.options", "min_numbers", "2", "max_numbers", "2", "min_value", "1", "max_value", "12",
+                   "min_target", "1", "max_target", "40", "--rollout.max-prompt-tokens", "160",
+                   "--rollout.max-new-tokens", "24", "--pretrain.sequence-length", "176", "--pretrain.steps.base", "800"]  # fmt: skip
 
 
 def write_sums(folder: Path) -> None:
