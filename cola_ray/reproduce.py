@@ -109,7 +109,8 @@ def _harness(config: Config) -> list[str]:
 # What a base of a million parameters can learn of Countdown: which sign to put between two small numbers.
 _TINY_COUNTDOWN = ["--task.options", "min_numbers", "2", "max_numbers", "2", "min_value", "1", "max_value", "12",
                    "min_target", "1", "max_target", "40", "--rollout.max-prompt-tokens", "160",
-                   "--rollout.max-new-tokens", "24", "--pretrain.sequence-length", "176", "--pretrain.steps.base", "800"]  # fmt: skip
+                   "--rollout.max-new-tokens", "24", "--pretrain.sequence-length", "176",
+                   "--pretrain.steps.base", "800"]  # fmt: skip
 
 
 def write_sums(folder: Path) -> None:
