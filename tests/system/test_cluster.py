@@ -7,6 +7,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from runs import SHORT_PRETRAINING, Run, descendants
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 6
 
 
