@@ -124,40 +124,40 @@ class AgentController(Controller):
         rows = await self.shards.sample(self.config.critic.fresh_states)
         trajectories, fresh = await self._speak(rows, target)
         spoken = time.perf_counter()
-        metrics = await self.critic.fit(fresh)
-        fitted = time.perf_counter()
-        if metrics["critic/restarts"] > self.critic_restarts:
-            self._say(
-                f"the critic was started again from its last save; it has made {metrics['critic/steps']:.0f} steps"
-            )
-        self.critic_fitted, self.critic_restarts = True, metrics["critic/restarts"]
-        critic = self.config.critic
-        of_played = critic.actor_states == "played"
-        if of_played:
+        metrics = await self._fit_critic(fresh)
+        metrics |= {"time/fresh": spoken - started, "time/critic": time.perf_counter() - spoken}
+        if self.config.critic.actor_states == "played":
             self.recent.append((episodes, played))
-            expected, drawn = await self.critic.foretold(pa.concat_tables(rows for _, rows in self.recent))
-            advantages = (1 - critic.td_share) * expected + critic.td_share * drawn
-        else:
-            advantages = await self.critic.advantages(fresh)
-        metrics |= {
-            "critic/advantage_mean": float(advantages.mean()),
-            "critic/advantage_std": float(advantages.std()),
-            "time/fresh": spoken - started,
-            "time/critic": fitted - spoken,
-        }
-        advantages = advantages - advantages.mean()  # 0 in truth; what the critics leave is their error
-        if of_played:
-            learnt = [episode for some, _ in self.recent for episode in some]
-            cuts = np.cumsum([len(episode.turns) for episode in learnt])[:-1]
-            parts = zip(learnt, np.split(advantages, cuts), strict=True)
-            trajectories = [one for episode, part in parts for one in episode.as_trajectories(advantages=part.tolist())]
+            trajectories = await self._weigh_what_was_played(metrics)
             advantages = np.zeros(len(trajectories))  # each sequence brings its turns' own
+        else:
+            advantages = _centred(await self.critic.advantages(fresh), metrics)
         trains = self.config.rl.algorithm != "chai" and target >= self.config.critic.warmup_iterations
         if not trains:  # what there is to measure is as short as can be
             trajectories = trajectories[: self.config.cluster.learner_ranks]
             advantages = advantages[: len(trajectories)]
         batches = self._batches(trajectories, advantages.tolist(), target)
         return [replace(batch, trains=trains) for batch in batches], metrics | await self._replay_size()
+
+    async def _fit_critic(self, fresh: pa.Table) -> Metrics:
+        """Says so when the critic had to be started again."""
+        metrics = await self.critic.fit(fresh)
+        if metrics["critic/restarts"] > self.critic_restarts:
+            self._say(
+                f"the critic was started again from its last save; it has made {metrics['critic/steps']:.0f} steps"
+            )
+        self.critic_fitted, self.critic_restarts = True, metrics["critic/restarts"]
+        return metrics
+
+    async def _weigh_what_was_played(self, metrics: Metrics) -> list[Trajectory]:
+        """Sequences of the recent episodes, each turn with its own advantage."""
+        episodes = [episode for some, _ in self.recent for episode in some]
+        expected, drawn = await self.critic.foretold(pa.concat_tables(rows for _, rows in self.recent))
+        share = self.config.critic.td_share
+        advantages = _centred((1 - share) * expected + share * drawn, metrics)
+        ends = np.cumsum([len(episode.turns) for episode in episodes])[:-1]
+        of_episodes = zip(episodes, np.split(advantages, ends), strict=True)
+        return [one for episode, own in of_episodes for one in episode.as_trajectories(advantages=own.tolist())]
 
     async def _filtered_bc(
         self, episodes: Sequence[Episode], played: pa.Table, target: int
@@ -222,3 +222,9 @@ class AgentController(Controller):
             "time/rollout": seconds,
             **usage(counts),
         }
+
+
+def _centred(advantages: Array, metrics: Metrics) -> Array:
+    """Less their mean, which is 0 in truth: what the critics leave of it is their error. Both go into ``metrics``."""
+    metrics |= {"critic/advantage_mean": float(advantages.mean()), "critic/advantage_std": float(advantages.std())}
+    return advantages - advantages.mean()
