@@ -1,5 +1,7 @@
 """Sample efficiency on Twenty Questions: ArCHer, CHAI, filtered cloning and PPO from one cloned start, several seeds.
 
+ArCHer as the preset has it, whose critic chooses among utterances, and alone, as in the paper.
+
 python benchmarks/agents.py --folder outputs/agents --model MODEL [--seeds 0 1 2] [--iterations 60] [--parallel 2]
 
 The paper's claim in shape (Zhou et al. 2024, figure 3): how many episodes until the mean return passes -9 and -8,
@@ -22,6 +24,7 @@ COMMON = ["--preset", "tiny", "--task.name", "twenty_questions", "--cluster.lear
           "--rl.eval-problems", "8", "--rl.prompts-per-step", str(PER_STEP), "--rl.save-every", "1000"]  # fmt: skip
 METHODS: dict[str, list[str]] = {
     "archer": ["--rl.algorithm", "archer"],
+    "archer_alone": ["--rl.algorithm", "archer", "--critic.no-chooses"],
     "chai": ["--rl.algorithm", "chai"],
     "filtered_bc": ["--rl.algorithm", "filtered_bc", "--rl.lr", "3e-4"],
     "ppo": ["--rl.algorithm", "ppo", "--rl.updates-per-batch", "2", "--rl.lr", "1e-3", "--rl.kl-coef", "0.01"],

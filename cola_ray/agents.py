@@ -154,7 +154,10 @@ class AgentController(Controller):
         episodes = [episode for some, _ in self.recent for episode in some]
         expected, drawn = await self.critic.foretold(pa.concat_tables(rows for _, rows in self.recent))
         share = self.config.critic.td_share
-        advantages = _centred((1 - share) * expected + share * drawn, metrics)
+        advantages = (1 - share) * expected + share * drawn
+        centred = _centred(advantages, metrics)
+        if not self.config.critic.chooses:  # what was chosen is better than the policy's mean, and that is to be learnt
+            advantages = centred
         ends = np.cumsum([len(episode.turns) for episode in episodes])[:-1]
         of_episodes = zip(episodes, np.split(advantages, ends), strict=True)
         return [one for episode, own in of_episodes for one in episode.as_trajectories(advantages=own.tolist())]
@@ -185,8 +188,9 @@ class AgentController(Controller):
         return await self._train_on(positions, trajectories, advantages, target)
 
     async def _judge(self) -> tuple[Any, ...]:
-        """For ``chai`` the critic's heads, which the players choose by once there are some."""
-        return (await self.critic.judge(),) if self.config.rl.algorithm == "chai" and self.critic_fitted else ()
+        """The critic's heads once there are some, where players choose by them."""
+        chooses = self.config.rl.algorithm == "chai" or self.config.critic.chooses
+        return (await self.critic.judge(),) if chooses and self.critic_fitted else ()
 
     # --- parts ----------------------------------------------------------------------------------------------------
 

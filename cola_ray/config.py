@@ -289,7 +289,10 @@ class CriticConfig(_Branch):
     warmup_iterations: int = 10
     """Iterations that train the critic alone."""
     candidates: int = 5
-    """chai: utterances to choose from, a turn."""
+    """chai, or archer with chooses: utterances to choose from, a turn."""
+    chooses: bool = False
+    """archer: players say what the critic likes best of several utterances, as chai's do, and the policy learns from
+    that: what the critic is told, and the states do not show, counts at once. Not with critic.encoder."""
     priority_beta: float = 0.0
     """Above 0, e.g. 0.4: turns with a large error are replayed more often, and weighed down with this exponent."""
     actor_states: Literal["replayed", "played"] = "replayed"

@@ -150,6 +150,8 @@ _AGENTS: dict[str, dict[str, Any]] = {
         "critic.actor_states": "played",
         # Q is wrong by more than names differ in worth; what followed has no such error, and more noise.
         "critic.td_share": 0.5,
+        # A base of this size does not keep what was asked; the critic is told.
+        "critic.chooses": True,
     },
     "smollm2-135m": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
     "llama-3.1-8b": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},

@@ -173,8 +173,9 @@ def _check_critic(config: Config) -> list[str]:
         return [f"critic.td_share = {critic.td_share}: a share; use 0 to 1"]
     if not config.critic.encoder:
         return []
-    if config.rl.algorithm == "chai":
-        return [f"critic.encoder = {config.critic.encoder!r}: chai's players choose by the base's states; leave it out"]
+    if config.rl.algorithm == "chai" or config.critic.chooses:
+        return [f"critic.encoder = {config.critic.encoder!r}: players choose by the base's states; leave it out, or set "
+                "critic.chooses False"]  # fmt: skip
     if _looks_local(config.critic.encoder) and not Path(config.critic.encoder).exists():
         return [f"critic.encoder = {config.critic.encoder!r}: no such folder; give one or a hub id"]
     return []
