@@ -174,8 +174,8 @@ def _check_critic(config: Config) -> list[str]:
     if not config.critic.encoder:
         return []
     if config.rl.algorithm == "chai" or config.critic.chooses:
-        return [f"critic.encoder = {config.critic.encoder!r}: players choose by the base's states; leave it out, or set "
-                "critic.chooses False"]  # fmt: skip
+        named = f"critic.encoder = {config.critic.encoder!r}"
+        return [f"{named}: players choose by the base's states; leave it out, or let critic.chooses be False"]
     if _looks_local(config.critic.encoder) and not Path(config.critic.encoder).exists():
         return [f"critic.encoder = {config.critic.encoder!r}: no such folder; give one or a hub id"]
     return []

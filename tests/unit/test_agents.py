@@ -78,7 +78,8 @@ def run(tmp_path, algorithm, **changes):
     fixed = {"rl.algorithm": algorithm, "rl.max_steps": STEPS, "rl.prompts_per_step": EPISODES, "rl.group_size": 1,
              "rl.eval_every": 0, "rl.eval_problems": 3, "rollout.num_workers": 2, "cluster.learner_ranks": 1,
              "critic.steps": 5, "critic.batch_size": 8, "critic.fresh_states": 10, "critic.warmup_iterations": 2,
-             "critic.actor_states": "replayed", "critic.td_share": 0.0, "rl.updates_per_batch": 1,
+             "critic.actor_states": "replayed", "critic.td_share": 0.0, "critic.chooses": False,
+             "rl.updates_per_batch": 1,
              "task.max_failed_rewards": 0.5}  # fmt: skip
     config = override(preset("tiny", agents=True), fixed | changes)
     shard = ReplayShard(1000, 1 << 24, str(tmp_path / "replay"), 0, seed=0)
@@ -181,6 +182,16 @@ def test_what_followed_takes_its_share_of_an_advantage_and_episodes_serve_again(
     rows = zip(batches[-1].advantages, batches[-1].action_mask, strict=True)
     learnt = np.concatenate([row[mask][::2] for row, mask in rows])  # two actions a turn
     assert sorted(learnt) == pytest.approx(sorted(np.array(by_hand) - np.mean(by_hand)), abs=1e-4)
+
+
+def test_archer_learns_from_what_its_critic_chose(tmp_path):
+    changes = {"critic.actor_states": "played", "critic.chooses": True}
+    _, batches, _, _, pool = run(tmp_path, "archer", **changes)
+    assert len(pool.judges) == 2 * (STEPS - 1), "both workers, in every iteration but the first"
+    last = batches[-1]
+    assert last.trains
+    learnt = np.concatenate([row[mask] for row, mask in zip(last.advantages, last.action_mask, strict=True)])
+    assert abs(learnt.mean()) > 1e-3, "what was chosen may be better than the policy's mean"
 
 
 def test_chai_leaves_the_policy_and_hands_the_critic_to_the_players(tmp_path):
