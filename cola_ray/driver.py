@@ -258,13 +258,10 @@ def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
 
 def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
     check(config)
-    makes_its_own = config.preset == "tiny" and not config.model.path
-    if not makes_its_own:
-        check_start_model(config)
+    require_start_model(config)
     started = time.time()
     with actors.cluster(config):
-        if makes_its_own and not config.start_model.exists():
-            pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
+        make_start_model(config)
         start = config.start_model.resolve()
         config = config.resolve_paths(job.name)
         output = prepare_output(config)
@@ -353,6 +350,22 @@ def check_start_model(config: Config) -> None:
             f"model.path = {str(config.start_model)!r}: no CoLA model there; make one with "
             f"`python jobs/pretrain.py --preset {config.preset}` or give the path of one"
         )
+
+
+def require_start_model(config: Config) -> None:
+    """Before any process starts: ConfigError unless the start model is there or :func:`make_start_model` makes it."""
+    if not _makes_its_own(config):
+        check_start_model(config)
+
+
+def make_start_model(config: Config) -> None:
+    """Pre-train it where the preset makes its own and it is missing."""
+    if _makes_its_own(config) and not config.start_model.exists():
+        pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
+
+
+def _makes_its_own(config: Config) -> bool:
+    return config.preset == "tiny" and not config.model.path
 
 
 def _rl_rank(loop: dict[str, Any]) -> None:

@@ -21,7 +21,15 @@ from ray import tune
 
 from cola_ray import actors
 from cola_ray.config import Config, ConfigError, is_environment, override
-from cola_ray.driver import RunFailedError, check_start_model, prepare_output, pretrain, run_agent, run_rl, tracked
+from cola_ray.driver import (
+    RunFailedError,
+    make_start_model,
+    prepare_output,
+    require_start_model,
+    run_agent,
+    run_rl,
+    tracked,
+)
 from cola_ray.refusals import check
 from cola_ray.tracking import Display, plot_frontier, print_ways, write_json
 
@@ -40,14 +48,11 @@ def sweep(config: Config) -> dict[str, Any]:
     check(config)
     for settings in grid(config):
         check(_of_trial(config, settings))
-    makes_its_own = config.preset == "tiny" and not config.model.path
-    if not makes_its_own:
-        check_start_model(config)
+    require_start_model(config)
     started = time.time()
     runs = config.sweep.parallel or 1
     with actors.cluster(config, runs):
-        if makes_its_own and not config.start_model.exists():
-            pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
+        make_start_model(config)
         config = override(config, {"model.path": str(config.start_model.resolve())}).resolve_paths("sweep")
         _refuse_another_sweep(config)
         output = prepare_output(config)
