@@ -239,7 +239,7 @@ def _is_done(folder: Path, stage: Stage) -> bool:
 
 
 _PATIENCE = tenacity.Retrying(  # a head that has just started has no dashboard yet, and then no agent
-    retry=tenacity.retry_if_exception_type((RuntimeError, ConnectionError)),
+    retry=tenacity.retry_if_exception_type((RuntimeError, OSError)),  # what the connection says, in any words
     wait=tenacity.wait_fixed(1),
     stop=tenacity.stop_after_delay(120),
     reraise=True,
