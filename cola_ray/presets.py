@@ -21,6 +21,7 @@ from cola_ray.config import (
     PretrainConfig,
     RLConfig,
     RolloutConfig,
+    SweepConfig,
     TaskConfig,
     is_environment,
     override,
@@ -67,6 +68,7 @@ def _tiny() -> Config:
             eval_every=20,
             save_every=50,
         ),
+        sweep=SweepConfig(parallel=2),  # one samples while the other learns: two cores are busy
     )
 
 

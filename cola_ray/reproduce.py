@@ -68,7 +68,7 @@ def stages(config: Config) -> list[Stage]:
     agent = ["--task.name", "twenty_questions", "--model.path", "{agent_start}/model"]
     agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if tiny else []
     asked = ["--eval.problems", "256"] if tiny else []
-    values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", "0"]
+    values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", "0", *(["--sweep.parallel", "1"] * tiny)]
     return [
         Stage("pretrain", "pretrain", [*math, *data]),
         Stage("fta", "pretrain", [*math, *data, *start, "--pretrain.stages", "fta_idm", "fta_policy"]),
