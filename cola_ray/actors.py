@@ -51,6 +51,8 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
     # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if there:
+        # A job may have been submitted with variables of its own, the number of threads say: others stay, ours win.
+        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         ray.init(address=there, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     else:
         # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
