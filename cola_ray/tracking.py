@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import filelock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -42,13 +43,9 @@ class Tracker:
         self.history: dict[int, dict[str, float]] = {}
         self.id_file = output_dir / "mlflow_run_id"
         mlflow.set_tracking_uri(uri or f"sqlite:///{output_dir.parent / 'mlflow.db'}")
-        experiment = f"cola_ray/{job}"
-        if parent:
-            experiment = mlflow.get_experiment(mlflow.get_run(parent).info.experiment_id).name
-        elif not uri and mlflow.get_experiment_by_name(experiment) is None:
-            # A local store would put its artifacts into the working directory; they belong beside the database.
-            mlflow.create_experiment(experiment, artifact_location=(output_dir.parent / "mlartifacts").as_uri())
-        mlflow.set_experiment(experiment)
+        # MLflow makes its tables when a database is first opened, and two runs that do so at once break each other.
+        with contextlib.nullcontext() if uri else filelock.FileLock(output_dir.parent / "mlflow.lock"):
+            self._choose_experiment(f"cola_ray/{job}", output_dir, parent, made_here=not uri)
         known = self.id_file.read_text().strip() if self.id_file.exists() else None
         below = {"mlflow.parentRunId": parent} if parent and not known else None
         self.run = mlflow.start_run(run_id=known, run_name=None if known else output_dir.name, tags=below)
@@ -59,6 +56,14 @@ class Tracker:
             self.log_file.unlink(missing_ok=True)
             mlflow.log_params({name: str(value)[:500] for name, value in params.items()})
         self.note("resume" if known else "start", job=job)
+
+    def _choose_experiment(self, name: str, output_dir: Path, parent: str, made_here: bool) -> None:
+        if parent:
+            name = self.mlflow.get_experiment(self.mlflow.get_run(parent).info.experiment_id).name
+        elif made_here and self.mlflow.get_experiment_by_name(name) is None:
+            # A local store would put its artifacts into the working directory; they belong beside the database.
+            self.mlflow.create_experiment(name, artifact_location=(output_dir.parent / "mlartifacts").as_uri())
+        self.mlflow.set_experiment(name)
 
     def _recall(self) -> None:
         """Take up the history of the run that is resumed."""
