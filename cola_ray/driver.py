@@ -470,7 +470,7 @@ def _fit(
             errors.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
-    with _signals() as received:
+    with signals() as received:
         thread.start()
         asked = False
         while thread.is_alive():
@@ -489,7 +489,7 @@ def _fit(
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """The SIGINT and SIGTERM that came so far; elsewhere than in a main thread, none."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

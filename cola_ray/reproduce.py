@@ -32,13 +32,14 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cola_ray import actors
 from cola_ray.config import Config
-from cola_ray.driver import RunFailedError
+from cola_ray.driver import RunFailedError, signals
 from cola_ray.refusals import check
 from cola_ray.report import write_report
 from cola_ray.tracking import Display, print_summary, write_json
 
 ROOT = Path(__file__).parents[1]
 _POLL_S = 2.0
+_STOP_WAIT_S = 60  # that a stage has for its last step and checkpoint before Ray kills it
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
                f"--port={gcs}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]  # fmt: skip
     variables = {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "RAY_AUTH_MODE": "token",
-                 "RAY_AUTH_TOKEN": token}  # fmt: skip
+                 "RAY_AUTH_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S)}  # fmt: skip
     log = Path(config.output_dir) / "head.log"
     with (
         log.open("w") as said,
@@ -207,11 +208,18 @@ def _free_ports(count: int) -> list[int]:
 
 
 def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel: int) -> dict[str, str]:
-    """Every stage once its needs are done; states by name: done, failed, or needs NAME."""
+    """Every stage once its needs are done; states by name: done, failed, or needs NAME.
+
+    Raises:
+        KeyboardInterrupt: stopped, after the stages under way have written their checkpoints.
+    """
     states: dict[str, str] = {stage.name: "done" for stage in matrix if _is_done(folder, stage)}
     running: dict[str, str] = {}
-    with Display("reproduce", total=len(matrix)) as display:
+    with Display("reproduce", total=len(matrix)) as display, signals() as received:
         while len(states) < len(matrix):
+            if received:
+                submitter.stop(list(running.values()))
+                raise KeyboardInterrupt
             for stage in matrix:
                 missing = [name for name in stage.needs if states.get(name) not in (None, "done")]
                 if stage.name in states or stage.name in running:
@@ -268,6 +276,14 @@ class Submitter:
         variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}
         job: str = _PATIENCE(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
         return job
+
+    def stop(self, jobs: Sequence[str]) -> None:
+        """Ask them to end, and wait until they have: they write a checkpoint first."""
+        for job in jobs:
+            self.client.stop_job(job)
+        deadline = time.monotonic() + 2 * _STOP_WAIT_S
+        while time.monotonic() < deadline and any(self.ended(job) is None for job in jobs):
+            time.sleep(_POLL_S)
 
     def ended(self, job: str) -> bool | None:
         """Whether it succeeded; None while it runs."""
