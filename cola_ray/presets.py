@@ -21,7 +21,6 @@ from cola_ray.config import (
     PretrainConfig,
     RLConfig,
     RolloutConfig,
-    SweepConfig,
     TaskConfig,
     is_environment,
     override,
@@ -68,7 +67,6 @@ def _tiny() -> Config:
             eval_every=20,
             save_every=50,
         ),
-        sweep=SweepConfig(parallel=2),  # one samples while the other learns: two cores are busy
     )
 
 

@@ -33,6 +33,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from cola_ray import actors
 from cola_ray.config import Config
 from cola_ray.driver import RunFailedError, signals
+from cola_ray.presets import preset
 from cola_ray.refusals import check
 from cola_ray.report import write_report
 from cola_ray.tracking import Display, print_summary, write_json
@@ -69,7 +70,8 @@ def stages(config: Config) -> list[Stage]:
     agent = ["--task.name", "twenty_questions", "--model.path", "{agent_start}/model"]
     agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if tiny else []
     asked = ["--eval.problems", "256"] if tiny else []
-    values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", "0", *(["--sweep.parallel", "1"] * tiny)]
+    values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", "0"]
+    values += ["--sweep.parallel", "1"] if tiny else []
     return [
         Stage("pretrain", "pretrain", [*math, *data]),
         Stage("fta", "pretrain", [*math, *data, *start, "--pretrain.stages", "fta_idm", "fta_policy"]),
@@ -114,6 +116,28 @@ _TINY_COUNTDOWN = ["--task.options", "min_numbers", "2", "max_numbers", "2", "mi
                    "--pretrain.steps.base", "800"]  # fmt: skip
 
 
+def _machines(config: Config) -> list[str]:
+    """What was said of engines, ranks and tracking holds for every stage."""
+    usual = preset(config.preset)
+    # Two stages of one rank each keep two cores busier than one stage of two ranks, which wait for each other.
+    changes: dict[str, Any] = {"cluster.learner_ranks": 1} if config.preset == "tiny" else {}
+    for branch in ("rollout", "cluster"):
+        now, before = getattr(config, branch).model_dump(), getattr(usual, branch).model_dump()
+        changes |= {f"{branch}.{name}": value for name, value in now.items() if value != before[name]}
+    changes.pop("cluster.address", None)  # Ray tells a job of its cluster
+    if config.tracking_uri:
+        changes["tracking_uri"] = config.tracking_uri
+    words: list[str] = []
+    for name, value in changes.items():
+        branch, _, last = name.replace("_", "-").rpartition(".")
+        dot = "." if branch else ""
+        if isinstance(value, bool):
+            words.append(f"--{branch}{dot}{'' if value else 'no-'}{last}")
+        else:
+            words += [f"--{branch}{dot}{last}", str(value)]
+    return words
+
+
 def write_sums(folder: Path) -> None:
     """A task of the evaluation harness that a base of a million parameters can do: which of four numbers is the sum."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +170,7 @@ def reproduce(config: Config) -> dict[str, Any]:
     write_json(output / "config.json", config.model_dump())
     with head(config) as (address, headers):
         submitter = Submitter(address, headers, config)
-        ran = run(matrix, output / "stages", submitter, parallel=config.sweep.parallel or 1)
+        ran = run(matrix, output / "stages", submitter, _at_once(config))
     summary = {"preset": config.preset, "stages": ran, "wall_seconds": round(time.time() - started, 1)}
     write_json(output / "summary.json", summary)
     page = write_report(output)
@@ -178,7 +202,7 @@ def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
     """``ray start --head``, with a token that only this process and its jobs know."""
     token = secrets.token_hex(32)
     gcs, dashboard = _free_ports(2)
-    cpus = (config.sweep.parallel or 1) * (int(actors.demand(config)["CPU"]) + 3)
+    cpus = _at_once(config) * (int(actors.demand(config)["CPU"]) + 3)
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
                f"--port={gcs}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]  # fmt: skip
     variables = {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "RAY_AUTH_MODE": "token",
@@ -194,6 +218,8 @@ def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
             yield f"http://127.0.0.1:{dashboard}", {"Authorization": f"Bearer {token}"}
         finally:
             process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_WAIT_S)  # it drains its node first
 
 
 def _free_ports(count: int) -> list[int]:
@@ -202,6 +228,10 @@ def _free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def _at_once(config: Config) -> int:
+    return config.sweep.parallel or (2 if config.preset == "tiny" else 1)
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
@@ -270,8 +300,9 @@ class Submitter:
         where = folder / stage.name
         where.mkdir(parents=True, exist_ok=True)
         settings = [word.format(**{name: str(folder / name) for name in stage.needs}) for word in stage.settings]
-        words = [sys.executable, str(ROOT / "jobs" / f"{stage.job}.py"), "--preset", self.config.preset, *settings,
-                 "--seed", str(self.config.seed), "--output-dir", str(where), "--resume"]  # fmt: skip
+        words = [sys.executable, str(ROOT / "jobs" / f"{stage.job}.py"), "--preset", self.config.preset,
+                 *_machines(self.config), *settings, "--seed", str(self.config.seed), "--output-dir", str(where),
+                 "--resume"]  # fmt: skip
         entrypoint = f"{shlex.join(words)} > {shlex.quote(str(where / 'log.txt'))} 2>&1"
         variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}
         job: str = _PATIENCE(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})

@@ -104,3 +104,13 @@ def test_the_sums_of_the_tiny_preset(tmp_path):
     for row in rows:
         assert len(set(row["choices"])) == 4
         assert eval(row["question"].removesuffix("=")) == int(row["choices"][row["label"]])
+
+
+def test_what_is_said_of_machines_holds_for_every_stage(config):
+    said = {"cluster.use_gpu": True, "cluster.address": "http://head:8265", "rollout.num_workers": 3,
+            "tracking_uri": "http://mlflow:5000"}  # fmt: skip
+    words = reproduce._machines(override(config, said))
+    assert not any(word.startswith("--cluster.address") for word in words), "Ray tells a job of its cluster"
+    stage = from_command_line("", ["--preset", "tiny", *words, "--rollout.num-workers", "2"])
+    assert (stage.cluster.learner_ranks, stage.rollout.num_workers, stage.cluster.use_gpu) == (1, 2, True)
+    assert stage.tracking_uri == said["tracking_uri"]

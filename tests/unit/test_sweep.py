@@ -67,7 +67,6 @@ def test_means_over_seeds():
 
 
 def test_as_many_runs_as_the_cluster_has_room_for(config, monkeypatch):
-    config = override(config, {"sweep.parallel": 0})
     needs = actors.demand(config)["CPU"]
     for free, room in ((needs, 1), (3.5 * needs, 3), (100 * needs, 8)):
         monkeypatch.setattr(sweep.ray, "available_resources", lambda free=free: {"CPU": free})
