@@ -94,7 +94,7 @@ FIGURES = (
         "Countdown: seconds a step, latent / token, and reward at the end", "CoLA", "half of the computation",
         lambda f: _each([f"{f[name]['seconds_per_step']:.1f} s, {f[name]['reward_last']:.2f}"
                          for name in ("countdown_latent", "countdown_token")]),
-        "at a million parameters the base is most of the work, and it is the same for both",
+        "tiny: the base is most of the work, it is the same for both, and stages run two at a time",
         ("countdown_latent/reward.png", "countdown_token/reward.png"),
     ),
     Figure(
@@ -110,7 +110,8 @@ FIGURES = (
     Figure(
         "Twenty Questions, return at the end: ArCHer / PPO", "ArCHer, figure 3", "-13.0 / -17.3",
         lambda f: _each([f"{f[name]['reward_last']:.1f}" for name in ("agent_archer", "agent_ppo")]),
-        "a dozen objects in place of 157, latent actions in place of GPT-2's tokens, 2000 episodes in place of 77 000",
+        "latent actions in place of GPT-2's tokens; tiny: 12 objects in place of 157, a thousand episodes in place of "
+        "77 000",
         ("agent_archer/reward.png", "agent_ppo/reward.png"),
     ),
     Figure(

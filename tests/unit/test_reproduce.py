@@ -1,14 +1,19 @@
-"""The matrix as a graph, and the report. A whole reproduction is in tests/system."""
+"""The matrix as a graph, and the report, in a browser where there is one."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
+from matplotlib.image import imread
 
 from cola_ray import reproduce
 from cola_ray.config import override
 from cola_ray.presets import from_command_line, preset
 from cola_ray.report import FIGURES, write_report
 from cola_ray.reproduce import Stage
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 
 
 @pytest.fixture
@@ -78,7 +83,9 @@ def test_every_stage_has_a_job_and_a_command_line_that_it_takes(name, config, tm
         from_command_line("", argv=["--preset", name, *words, "--resume"], agents=agents)
 
 
-def test_the_report_names_what_is_missing_and_shows_what_is_there(config, tmp_path):
+@pytest.fixture
+def page(config, tmp_path):
+    """A report of two stages."""
     (tmp_path / "config.json").write_text(config.model_dump_json())
     for name, accuracy in (("rl_latent", 0.75), ("rl_token", 0.5)):
         folder = tmp_path / "stages" / name
@@ -88,13 +95,35 @@ def test_the_report_names_what_is_missing_and_shows_what_is_there(config, tmp_pa
         (folder / "config.json").write_text(config.model_dump_json())
         lines = [json.dumps({"event": "step", "version": v, "eval/accuracy": accuracy * v / 4}) for v in range(5)]
         (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
-    page = write_report(tmp_path).read_text()
-    assert "75.0 / 50.0" in page
-    assert page.count("not there yet: ") == len(FIGURES) - 1
-    assert page.count("data:image/png;base64,") == 1
+    return write_report(tmp_path)
+
+
+def test_the_report_names_what_is_missing_and_shows_what_is_there(page, tmp_path):
+    text = page.read_text()
+    assert "75.0 / 50.0" in text
+    assert text.count("not there yet: ") == len(FIGURES) - 1
+    assert text.count("data:image/png;base64,") == 1
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| 42.4 / 38.2 | 75.0 / 50.0 |" in text
     assert "![report/latent_and_token.png](../report/latent_and_token.png)" in text
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+def test_a_browser_shows_the_page_with_its_pictures(page, tmp_path):
+    # A picture that does not load has no width; scripts of the page itself there are none.
+    probe = "<script>document.title = [...document.images].map(i => i.naturalWidth > 100).join()</script></html>"
+    (page.parent / "probe.html").write_text(page.read_text().replace("</html>", probe))
+    shot = tmp_path / "page.png"
+    browser = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--window-size=1280,1600", "--virtual-time-budget=2000"]  # fmt: skip
+    done = subprocess.run(
+        [*browser, "--dump-dom", (page.parent / "probe.html").as_uri()], capture_output=True, text=True
+    )
+    assert "<title>true</title>" in done.stdout, done.stderr[-2000:]
+    subprocess.run([*browser, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True)
+    pixels = imread(shot)
+    assert pixels.shape[:2] == (1600, 1280)
+    assert 0.01 < (pixels[..., :3].min(axis=-1) < 0.5).mean() < 0.5, "text and lines on a light page"
 
 
 def test_the_sums_of_the_tiny_preset(tmp_path):
