@@ -55,6 +55,9 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         ray.init(address=there, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     else:
+        # Helpers of Ray Train ask the cluster that was last started on this machine whether a controller lives, and
+        # take its ranks away where that cluster knows of none. With a folder of its own, this one is nobody else's.
+        os.environ.setdefault("RAY_TMPDIR", f"/tmp/cola_ray-{os.getpid()}")
         # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
         needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # and what works alone
         ray.init(

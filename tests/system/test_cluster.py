@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -15,6 +16,9 @@ STEPS = 6
 def cluster(monkeypatch):
     # This process chose its mode when it imported Ray, and its nodes must agree with it.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Or this cluster would be the machine's newest, which other runs on it would ask for what is theirs. A short path:
+    # sockets are made below it.
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="nodes-"))
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": {"service": 1}})
