@@ -20,6 +20,7 @@ from cola_ray.experience import Batch
 from cola_ray.learner.engine import join_group
 from cola_ray.learner.policies import LatentPolicy
 from cola_ray.learner.rl import RLLearner
+from cola_ray.plan import GPUS
 from cola_ray.presets import preset
 
 LLAMA_31_8B = {
@@ -30,8 +31,6 @@ TINY = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_idm_layers": 1, "num_policy_layers": 2,
 }  # fmt: skip
-# Dense bfloat16, from the makers' data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 REPEATS = 5
 
 
@@ -101,7 +100,7 @@ def main() -> None:
     }
     if gpu:
         name = torch.cuda.get_device_name()
-        peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        peak = next((sheet.tflops * 1e12 for part, sheet in GPUS.items() if part in name.lower()), None)
         figures |= {
             "gpu": name,
             "mfu": work / seconds / peak if peak else "unknown peak",

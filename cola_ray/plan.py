@@ -380,6 +380,7 @@ def _time_table(console: Console, config: Config, model: Sizes, gpu: Gpu) -> Non
 
 
 def main() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed need not look for GPUs
     config = from_command_line(__doc__ or "")
     try:
         show(config)
