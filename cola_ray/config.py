@@ -401,6 +401,13 @@ class SweepConfig(_Branch):
     """asha: learner steps before a run may be stopped."""
 
 
+class ReproduceConfig(_Branch):
+    stages: tuple[str, ...] = ()
+    """Names of those to run, with what they need; empty: all."""
+    parallel: int = 0
+    """Stages at the same time. 0: two with the tiny preset, else one."""
+
+
 class HardwareConfig(_Branch):
     """What `python -m cola_ray.plan` assumes of the machines."""
 
@@ -474,6 +481,7 @@ class Config(_Branch):
     diversity: DiversityConfig = DiversityConfig()
     harness: HarnessConfig = HarnessConfig()
     sweep: SweepConfig = SweepConfig()
+    reproduce: ReproduceConfig = ReproduceConfig()
     hardware: HardwareConfig = HardwareConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -104,6 +104,8 @@ def _check_overlap(config: Config) -> list[str]:
 
 def _check_sweep(config: Config) -> list[str]:
     sweep = config.sweep
+    if config.reproduce.parallel < 0:
+        return [f"reproduce.parallel = {config.reproduce.parallel}: stages at the same time, or 0 for the usual number"]
     if sweep.values and sweep.seeds and sweep.parallel >= 0:
         return []
     name = "parallel" if sweep.parallel < 0 else "values" if not sweep.values else "seeds"

@@ -3,7 +3,7 @@
     stages(config) ──> what each preset runs: name, job, settings, whose models and answers it reads
     reproduce(config)
       ├─ cluster: the one that is there, or a head on this machine
-      ├─ while stages are left: submit those whose needs are done, as many as sweep.parallel
+      ├─ while stages are left: submit those whose needs are done, as many as reproduce.parallel
       │     done: its folder has a summary.json. A stage that fails takes along only those that need it
       └─ report/index.html and report/report.md: each figure of the papers beside ours
 
@@ -31,7 +31,7 @@ import tenacity
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cola_ray import actors
-from cola_ray.config import Config
+from cola_ray.config import Config, ConfigError
 from cola_ray.driver import RunFailedError, signals
 from cola_ray.presets import preset
 from cola_ray.refusals import check
@@ -96,6 +96,18 @@ def stages(config: Config) -> list[Stage]:
         Stage("capabilities", "capabilities", [*start, *_harness(config)]),
         Stage("atlas", "atlas", [*math, *data, *start]),
     ]  # fmt: skip
+
+
+def chosen(config: Config) -> list[Stage]:
+    """Those of ``reproduce.stages`` and all that they need; ConfigError for a name that no stage has."""
+    matrix = {stage.name: stage for stage in stages(config)}
+    for name in config.reproduce.stages:
+        if name not in matrix:
+            raise ConfigError(f"reproduce.stages: {name!r} is none of them; choose among {', '.join(matrix)}")
+    wanted = set(config.reproduce.stages or matrix)
+    for stage in reversed(matrix.values()):  # needs stand before what needs them
+        wanted |= set(stage.needs) if stage.name in wanted else set()
+    return [stage for stage in matrix.values() if stage.name in wanted]
 
 
 def _harness(config: Config) -> list[str]:
@@ -163,7 +175,7 @@ def reproduce(config: Config) -> dict[str, Any]:
     """
     check(config)
     config = config.resolve_paths("reproduce")
-    output, matrix = Path(config.output_dir), stages(config)
+    output, matrix = Path(config.output_dir), chosen(config)
     started = time.time()
     (output / "stages").mkdir(parents=True, exist_ok=True)
     write_sums(output / "sums")
@@ -232,7 +244,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _at_once(config: Config) -> int:
-    return config.sweep.parallel or (2 if config.preset == "tiny" else 1)
+    return config.reproduce.parallel or (2 if config.preset == "tiny" else 1)
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------

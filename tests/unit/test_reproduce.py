@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from cola_ray import reproduce
-from cola_ray.config import override
+from cola_ray.config import ConfigError, override
 from cola_ray.presets import from_command_line, preset
 from cola_ray.report import FIGURES, write_report
 from cola_ray.reproduce import Stage
@@ -64,6 +64,14 @@ def test_a_failed_stage_takes_along_only_those_that_need_it(tmp_path):
     again = Jobs()
     assert set(reproduce.run(MATRIX, tmp_path, again, parallel=2).values()) == {"done"}
     assert again.submitted == ["a", "b", "c"], "d was done"
+
+
+def test_some_stages_bring_what_they_need(config):
+    names = [stage.name for stage in reproduce.chosen(override(config, {"reproduce.stages": ("q", "atlas")}))]
+    assert names == ["pretrain", "rl_latent", "answers", "q", "atlas"]
+    assert reproduce.chosen(config) == reproduce.stages(config)
+    with pytest.raises(ConfigError, match=r"reproduce.stages: 'archer' is none of them; choose among pretrain, fta"):
+        reproduce.chosen(override(config, {"reproduce.stages": ("archer",)}))
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2-135m", "llama-3.1-8b"])
