@@ -1,12 +1,13 @@
 """The reproduction's report: each figure of the papers, the paper's number, ours, and what differs.
 
-    stages/<name>/summary.json, log.jsonl, *.png ──> report/index.html (one file, pictures inside) and report/report.md
+    stages/<name>/summary.json, log.jsonl, *.png ──> report/index.html, one file, and report/report.md with pictures
 
 Papers: CoLA (Jia et al. 2025), ArCHer (Zhou et al. 2024), ETPO (Wen et al. 2024).
 """
 
 import base64
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -135,7 +136,7 @@ def write_report(output: Path) -> Path:
             ours = figure.ours(found)
         except KeyError as missing:
             ours = f"not there yet: {missing.args[0]}"
-        pictures = [folder / name for name in figure.pictures if (folder / name).exists()]
+        pictures = [_taken_along(folder / name, report) for name in figure.pictures if (folder / name).exists()]
         rows.append({"figure": figure, "ours": ours, "pictures": pictures})
     stages = [
         {"name": file.parent.name, "exists": file.parent.name in found,
@@ -145,7 +146,7 @@ def write_report(output: Path) -> Path:
     config = json.loads((output / "config.json").read_text())
     title = f"cola_ray: the papers' figures with the preset {config['preset']}"
     lead = [report / "latent_and_token.png"] if (report / "latent_and_token.png").exists() else []
-    (report / "report.md").write_text(_markdown(title, rows, lead, output))
+    (report / "report.md").write_text(_markdown(title, rows, lead))
     page = Template((files("cola_ray") / "report.html").read_text(), autoescape=True)
     text = page.render(title=title, rows=rows, stages=stages, lead=lead, picture=_inline)
     (report / "index.html").write_text(text)
@@ -163,16 +164,20 @@ def _plot_both_spaces(folder: Path, path: Path) -> None:
         plot(path, "right answers (held out) while RL goes on", curves, {})
 
 
+def _taken_along(picture: Path, report: Path) -> Path:
+    """A copy in the report's folder, which then can be sent as it is."""
+    return Path(shutil.copyfile(picture, report / f"{picture.parent.name}-{picture.name}"))
+
+
 def _inline(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _markdown(title: str, rows: Sequence[Mapping[str, Any]], lead: Sequence[Path], output: Path) -> str:
+def _markdown(title: str, rows: Sequence[Mapping[str, Any]], lead: Sequence[Path]) -> str:
     lines = [f"# {title}", "", "| figure | paper | ours | what differs |", "| --- | --- | --- | --- |"]
     for row in rows:
         figure = row["figure"]
         lines.append(f"| {figure.title} ({figure.source}) | {figure.paper} | {row['ours']} | {figure.differs} |")
     pictures = [*lead, *(path for row in rows for path in row["pictures"])]
-    names = [str(path.relative_to(output)) for path in pictures]
-    lines += ["", *(f"![{name}](../{name})" for name in names), ""]
+    lines += ["", *(f"![{path.stem}]({path.name})" for path in pictures), ""]
     return "\n".join(lines)

@@ -113,7 +113,7 @@ def test_the_report_names_what_is_missing_and_shows_what_is_there(page, tmp_path
     assert text.count("data:image/png;base64,") == 1
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| 42.4 / 38.2 | 75.0 / 50.0 |" in text
-    assert "![report/latent_and_token.png](../report/latent_and_token.png)" in text
+    assert "![latent_and_token](latent_and_token.png)" in text
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
