@@ -106,6 +106,9 @@ def _check_sweep(config: Config) -> list[str]:
     sweep = config.sweep
     if config.reproduce.parallel < 0:
         return [f"reproduce.parallel = {config.reproduce.parallel}: stages at the same time, or 0 for the usual number"]
+    if sweep.asha and sweep.grace_steps > config.rl.max_steps:
+        return [f"sweep.grace_steps = {sweep.grace_steps}: no run would be stopped early; use at most rl.max_steps = "
+                f"{config.rl.max_steps}"]  # fmt: skip
     if sweep.values and sweep.seeds and sweep.parallel >= 0:
         return []
     name = "parallel" if sweep.parallel < 0 else "values" if not sweep.values else "seeds"

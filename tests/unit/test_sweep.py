@@ -41,6 +41,8 @@ def test_a_value_that_cannot_run_is_refused_before_anything_starts(config):
         sweep.sweep(override(config, {"sweep.field": "rl.group_size", "sweep.values": [8, 1]}))
     with pytest.raises(ConfigError, match=r"rl.klcoef = 0.0: no such field; did you mean rl.kl_coef"):
         sweep.sweep(override(config, {"sweep.field": "rl.klcoef"}))
+    with pytest.raises(ConfigError, match=r"sweep.grace_steps = 10: .* at most rl.max_steps = 4"):
+        sweep.sweep(override(config, {"sweep.asha": True, "rl.max_steps": 4}))
     with pytest.raises(ConfigError, match=r"sweep.values = \(\): give at least one"):
         sweep.sweep(override(config, {"sweep.values": []}))
 
