@@ -57,6 +57,5 @@ def test_a_run_outlives_the_loss_of_its_rollout_node(cluster, tmp_path):
         run.finish()
     finally:
         run.end()
-    # Once; or again, where a successor was sent to the node before Ray had noticed.
-    assert max(run.series("rollout/worker_losses").values()) in (1, 2)
+    assert max(run.series("rollout/worker_losses").values()) == 1
     assert sorted(run.series("reward/mean")) == list(range(1, STEPS + 1))
