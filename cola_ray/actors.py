@@ -55,9 +55,7 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
         ray.init(address=there, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        # Helpers of Ray Train ask the cluster that was last started on this machine whether a controller lives, and
-        # take its ranks away where that cluster knows of none. With a folder of its own, this one is nobody else's.
-        os.environ.setdefault("RAY_TMPDIR", f"/tmp/cola_ray-{os.getpid()}")
+        os.environ.update(own_folder())
         # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
         needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # and what works alone
         ray.init(
@@ -141,6 +139,16 @@ def exporter(config: Config) -> Callable[[Mapping[str, Any]], None]:
 def address(config: Config) -> str:
     """Of the cluster to attach to; empty where a run starts its own."""
     return config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+
+
+def own_folder() -> dict[str, str]:
+    """Ray's variable for the folder of a cluster that a run starts; one that the user has set stays.
+
+    Helpers of Ray Train ask the cluster that was last started on this machine whether a controller lives, and take its
+    ranks away where that cluster knows of none. With a folder of its own, this one is nobody else's. The path is short,
+    for sockets are made below it.
+    """
+    return {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", f"/tmp/cola_ray-{os.getpid()}")}
 
 
 def _worker_environment(config: Config) -> dict[str, str]:

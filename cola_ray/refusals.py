@@ -104,8 +104,6 @@ def _check_overlap(config: Config) -> list[str]:
 
 def _check_sweep(config: Config) -> list[str]:
     sweep = config.sweep
-    if config.reproduce.parallel < 0:
-        return [f"reproduce.parallel = {config.reproduce.parallel}: stages at the same time, or 0 for the usual number"]
     if sweep.asha and sweep.grace_steps > config.rl.max_steps:
         return [f"sweep.grace_steps = {sweep.grace_steps}: no run would be stopped early; use at most rl.max_steps = "
                 f"{config.rl.max_steps}"]  # fmt: skip
@@ -115,6 +113,12 @@ def _check_sweep(config: Config) -> list[str]:
     return [
         f"sweep.{name} = {getattr(sweep, name)!r}: give at least one; parallel may be 0, as many as there is room for"
     ]
+
+
+def _check_reproduce(config: Config) -> list[str]:
+    if config.reproduce.parallel >= 0:
+        return []
+    return [f"reproduce.parallel = {config.reproduce.parallel}: stages at the same time, or 0 for the usual number"]
 
 
 def _check_paths(config: Config) -> list[str]:
@@ -295,6 +299,7 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_batches,
     _check_overlap,
     _check_sweep,
+    _check_reproduce,
     _check_paths,
     _check_task,
     _check_kind,

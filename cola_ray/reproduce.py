@@ -219,7 +219,7 @@ def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
                f"--port={gcs}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]  # fmt: skip
     variables = {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "RAY_AUTH_MODE": "token",
                  "RAY_AUTH_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S),
-                 "RAY_TMPDIR": f"/tmp/cola_ray-{os.getpid()}"}  # fmt: skip
+                 **actors.own_folder()}  # fmt: skip
     log = Path(config.output_dir) / "head.log"
     with (
         log.open("w") as said,

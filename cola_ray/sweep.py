@@ -109,7 +109,9 @@ def _fit(config: Config) -> tuple[list[Row], list[str], int]:
             str(folder), trainable=trainable, resume_unfinished=True, resume_errored=True, param_space=space
         )
     else:
-        asha = {"grace_period": settings.grace_steps, "max_t": config.rl.max_steps}
+        asha = None
+        if settings.asha:
+            asha = tune.schedulers.ASHAScheduler(grace_period=settings.grace_steps, max_t=config.rl.max_steps)
         tuner = tune.Tuner(
             trainable,
             param_space=space,
@@ -117,7 +119,7 @@ def _fit(config: Config) -> tuple[list[Row], list[str], int]:
                 metric="reward/mean",
                 mode="max",
                 max_concurrent_trials=_room(config),
-                scheduler=tune.schedulers.ASHAScheduler(**asha) if settings.asha else None,
+                scheduler=asha,
             ),
             run_config=tune.RunConfig(
                 name=folder.name,
