@@ -25,7 +25,7 @@ import ray
 from ray.util.metrics import Gauge
 
 from cola_ray.config import WITH_CRITIC, Config, is_endpoint
-from cola_ray.controller import Controller, WorkerLostError
+from cola_ray.controller import Controller, WorkerLostError, WorkerNeverRanError
 from cola_ray.experience import Batch
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
@@ -178,7 +178,13 @@ class RayWorkers:
         return self.actor.remote(*self.args)
 
     async def call(self, worker: Any, method: str, *args: Any) -> Any:
-        return await _answer(worker, method, args, "a rollout worker", WorkerLostError)
+        try:
+            return await _answer(worker, method, args, "a rollout worker", WorkerLostError)
+        except WorkerLostError as lost:
+            # A successor may be sent to a lost machine until Ray's health checks have missed it, and falls with it.
+            if "The actor never ran" in str(lost.__cause__):
+                raise WorkerNeverRanError(str(lost)) from lost
+            raise
 
     def kill(self, worker: Any) -> None:
         ray.kill(worker)

@@ -49,13 +49,19 @@ class WorkerLostError(RuntimeError):
     """A worker's process is gone; what it was asked for must be asked of another."""
 
 
+class WorkerNeverRanError(WorkerLostError):
+    """It was sent to a machine that was gone already: it takes nothing along, and another may run elsewhere."""
+
+
 class WorkerPool(Protocol):
     """How to make, ask and end workers: Ray actors in a run."""
 
     def spawn(self) -> Any: ...
 
     def call(self, worker: Any, method: str, *args: Any) -> Awaitable[Any]:
-        """Raises WorkerLostError when the process is gone, and whatever the method raised otherwise."""
+        """Raises WorkerLostError when the process is gone (WorkerNeverRanError when there never was one), and
+        whatever the method raised otherwise.
+        """
         ...
 
     def kill(self, worker: Any) -> None: ...
@@ -509,10 +515,10 @@ class Controller:
 
     def _replace(self, seat: Seat, lost: BaseException) -> None:
         seat.ready = False
-        seat.losses += 1
-        self.ledger.worker_losses += 1
-        limit = self.config.rollout.max_restarts
-        if seat.losses > limit:
+        if not isinstance(lost, WorkerNeverRanError):
+            seat.losses += 1
+            self.ledger.worker_losses += 1
+        if seat.losses > self.config.rollout.max_restarts:
             raise RuntimeError(f"worker {seat.number} died {seat.losses} times without completing a share: {lost}")
         self._spawn(self._refill(seat))
 

@@ -48,7 +48,8 @@ def test_a_run_outlives_the_loss_of_its_rollout_node(cluster, tmp_path):
         assert "ray::RolloutWorker" in titles_below(rollout)
         assert "ray::Controller" in titles_below(cluster.head_node)
         assert "ray::RolloutWorker" not in titles_below(learner) + titles_below(cluster.head_node)
-        for pid, _, _ in descendants(raylet(rollout)):  # a machine that is lost takes all of its processes along
+        # A machine that is lost takes all of its processes along, without a word from the first to go.
+        for pid in [raylet(rollout), *(pid for pid, _, _ in descendants(raylet(rollout)))]:
             os.kill(pid, signal.SIGKILL)
         cluster.remove_node(rollout, allow_graceful=False)
         newcomer = cluster.add_node(num_cpus=1, resources={"rollout": 1})

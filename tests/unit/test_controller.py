@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cola_ray.config import override
-from cola_ray.controller import Controller, WorkerLostError
+from cola_ray.controller import Controller, WorkerLostError, WorkerNeverRanError
 from cola_ray.experience import Group, Trajectory
 from cola_ray.presets import preset
 from cola_ray.replay.service import ReplayShard, Shards
@@ -199,6 +199,32 @@ def test_a_lost_worker_costs_nothing_but_time(max_staleness):
     assert controller.ledger.regenerated_groups > 0
     assert len(pool.workers) == 3
     assert all(worker.version == STEPS for worker in pool.workers if not worker.dead), "replacements follow updates"
+
+
+def test_successors_that_never_ran_are_no_losses():
+    class Outdated(Pool):
+        """Does not know at once that the first worker's machine is gone."""
+
+        def __init__(self):
+            super().__init__(dies_at={8, 9, 10, 11})
+            self.sent_there = []
+
+        def spawn(self):
+            successor = super().spawn()
+            if len(self.workers) > 2 and len(self.sent_there) < 5:  # more than rollout.max_restarts
+                self.sent_there.append(id(successor))
+            return successor
+
+        async def call(self, worker, method, *args):
+            if id(worker) in self.sent_there:
+                raise WorkerNeverRanError("its node has died")
+            return await super().call(worker, method, *args)
+
+    pool = Outdated()
+    controller, batches = run(pool)
+    assert len(batches) == STEPS
+    assert controller.ledger.worker_losses == 1
+    assert len(pool.sent_there) == 5
 
 
 def test_a_worker_that_always_dies_ends_the_run():
