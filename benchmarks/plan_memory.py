@@ -17,7 +17,7 @@ from cola_ray.presets import from_command_line
 
 PRETRAINED = {"tiny": "30", "smollm2-135m": "1"}  # steps
 RL = {
-    "tiny": ["--rl.max-steps", "3", "--rl.eval-every", "0", "--rl.eval-problems", "64"],
+    "tiny": ["--rl.max-steps", "8", "--rl.eval-every", "0", "--rl.eval-problems", "64"],
     "smollm2-135m": ["--rl.max-steps", "2"],
 }
 

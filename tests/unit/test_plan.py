@@ -34,7 +34,7 @@ def test_a_ranks_share_by_hand(paper, sizes):
     assert parts["Adam"] == 12 * sizes.policy / 8
     assert parts["policy and its gradients"] == 4 * sizes.policy / 8
     assert parts["base and reference"] == 2 * (sizes.learner - sizes.policy) / 8
-    assert parts["gathered parameters"] == 2e9
+    assert parts["gathered parameters"] == 2e9 + 1e8
     # a token of a layer: two norms 2 x 4096 x 6, queries and keys 4 x (4096 + 2 x 1024), attention 8192, MLP 8 x 14336
     assert parts["activations of the policy"] == 16384 * 8 * (49152 + 24576 + 8192 + 114688)
 
