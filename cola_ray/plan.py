@@ -49,10 +49,10 @@ _STORE_GBS = 2.5  # into Ray's object store and out of it, checksums included (d
 # DeepSpeed's defaults for stage 3, in parameters.
 _LIVE, _BUCKET, _PREFETCH = 1e9, 5e8, 5e7
 # Resident memory of a process that has imported what it needs, on CPU, in GiB.
-_PROCESS_GIB = {"learner": 0.75, "engine": 1.85}
-# A learner's heap on CPU over what comes and goes in it: malloc keeps the holes. With its mmap threshold held at 1 MiB the
-# peak of smollm2-135m falls from 2.74 to 2.38 GiB.
-_HEAP = 1.4
+_PROCESS_GIB = {"learner": 0.70, "engine": 1.85}
+# A learner's heap on CPU over what comes and goes in it: malloc keeps the holes. With its mmap threshold held at 1 MiB
+# the peak of smollm2-135m falls from 2.74 to 2.38 GiB.
+_HEAP = 1.5
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def learner_memory(config: Config, model: Sizes) -> Bytes:
         "policy and its gradients": 2 * b * model.policy / ranks,
         # 12 P_policy / M: float32 weights and Adam's two moments
         "Adam": 12 * model.policy / ranks,
-        # b (min(P, 1e9) + min(P, 5e7)): gathered and not yet let go, and the next ones in the buffer that they arrive in
+        # b (min(P, 1e9) + min(P, 5e7)): gathered and not yet let go, and the buffer that the next ones arrive in
         "gathered parameters": heap * b * (min(model.learner, _LIVE) + min(model.learner, _PREFETCH)),
         # b 5e8: DeepSpeed's reduction bucket; on CPU no more of it is touched than there are gradients
         "reduction bucket": b * (_BUCKET if on_gpu else min(_BUCKET, model.policy)),
