@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,15 +152,20 @@ def _machines(config: Config) -> list[str]:
 
 def write_sums(folder: Path) -> None:
     """A task of the evaluation harness that a base of a million parameters can do: which of four numbers is the sum."""
+    pairs = itertools.product(range(1, 10), repeat=2)
+    write_choices(folder, "sums", [(f"{a} + {b} =", [str(n) for n in (a + b, a + b + 1, a - b, a * b + 20)])
+                                   for a, b in pairs])  # fmt: skip
+
+
+def write_choices(folder: Path, name: str, questions: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """A multiple-choice task of the evaluation harness: questions and what may follow them, the right one first."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"question": f"{a} + {b} =", "choices": [str(n) for n in (a + b, a + b + 1, a - b, a * b + 20)], "label": 0}
-        for a, b in itertools.product(range(1, 10), repeat=2)
-    ]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "sums.yaml").write_text(
-        "task: sums\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {folder / 'sums.jsonl'}}}}}\n"
+    data = folder / f"{name}.jsonl"
+    rows = [{"question": question, "choices": list(choices), "label": 0} for question, choices in questions]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
         "doc_to_choice: '{{choices}}'\ndoc_to_target: label\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
     )

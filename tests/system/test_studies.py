@@ -5,6 +5,8 @@ import json
 import pytest
 from runs import SHORT_PRETRAINING, Run
 
+from cola_ray.reproduce import write_choices
+
 pytestmark = pytest.mark.slow
 
 
@@ -52,14 +54,7 @@ def test_the_atlas_is_a_page_with_every_action(model, tmp_path):
 
 def test_both_models_are_scored_by_the_harness(model, tmp_path):
     pytest.importorskip("lm_eval", reason="make evals installs it")
-    rows = [{"question": f"{a} + {b} =", "choices": [str(a + b), "99"], "label": 0} for a in range(4) for b in range(4)]
-    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "sums.yaml").write_text(
-        "task: sums\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'sums.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
-        "doc_to_choice: '{{choices}}'\ndoc_to_target: label\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
-    )
+    write_choices(tmp_path, "sums", [(f"{a} + {b} =", [str(a + b), "99"]) for a in range(4) for b in range(4)])
     _, found = run_study("capabilities", model, tmp_path / "run", "--harness.include-path", str(tmp_path),
                          "--harness.tasks", "sums")  # fmt: skip
     assert found["base"]["sums acc"] > 0.5 < found["marginal"]["sums acc"]
