@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -265,7 +266,7 @@ def _check_answers(config: Config) -> list[str]:
 
 
 def _check_base(config: Config) -> list[str]:
-    """The checkpoint in use must be a Llama, with heads that CPU vLLM can serve and enough actions."""
+    """The checkpoint in use must be a Llama: heads that CPU vLLM can serve, enough actions and room for the texts."""
     for field, value in (("model.path", config.model.path), ("model.base", config.model.base)):
         config_file = Path(value) / "config.json" if value else None
         if config_file is None or not config_file.is_file():
@@ -286,6 +287,13 @@ def _check_base(config: Config) -> list[str]:
         if actions and config.rl.action_space == "latent" and config.rollout.top_k > actions:
             lines.append(
                 f"rollout.top_k = {config.rollout.top_k}: the checkpoint's codebook has {actions} actions; lower it"
+            )
+        limit = raw.get("max_position_embeddings", math.inf)
+        prompt, new = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
+        if prompt + new > limit:
+            lines.append(
+                f"rollout.max_new_tokens = {new}: with rollout.max_prompt_tokens = {prompt} more than the {limit} "
+                f"positions of {field} = {value!r}; lower one of them"
             )
         return lines
     return []

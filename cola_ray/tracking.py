@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -212,14 +213,18 @@ def plot_against_tokens(path: Path, found: Mapping[str, Mapping[str, float]], na
 
 
 def plot_frontier(path: Path, title: str, rows: Sequence[Mapping[str, Any]], measure: str) -> None:
-    """What a sweep's runs reached over how far from the reference they went, a colour for each value."""
+    """What a sweep's runs reached over how far from the reference they went, a colour for each value.
+
+    A line joins the values' means over seeds, in the order they are given.
+    """
     values = list(dict.fromkeys(row["value"] for row in rows))
     reached, spent = f"rl_{measure}", "kl_last"
+    ended = [row for row in rows if {reached, spent} <= set(row)]
+    groups = [[(row[spent], row[reached]) for row in ended if row["value"] == value] for value in values]
     with _axes(path) as axes:
-        for index, value in enumerate(values):
-            points = [
-                (row[spent], row[reached]) for row in rows if row["value"] == value and {reached, spent} <= set(row)
-            ]
+        means = [np.mean(points, axis=0) for points in groups if points]
+        axes.plot(*zip(*means, strict=True) if means else ([], []), "-", color="0.8", label="mean over seeds")
+        for index, (value, points) in enumerate(zip(values, groups, strict=True)):
             axes.plot(*zip(*points, strict=True) if points else ([], []), "o", color=f"C{index}", label=str(value))
         axes.set(xlabel="KL from the reference, an action", ylabel=f"{measure} (held out)", title=title)
 

@@ -89,6 +89,15 @@ def test_checkpoint_with_fewer_actions(tmp_path):
     assert "codebook has 8 actions" in refusal({"model.path": path, "rollout.top_k": 9})
 
 
+def test_texts_longer_than_the_checkpoints_context(tmp_path):
+    path = config_file(tmp_path, model_type="cola", hidden_size=64, num_attention_heads=2, max_position_embeddings=128)
+    check(override(preset("tiny"), {"model.path": path, "rollout.max_new_tokens": 64}))
+    assert refusal({"model.path": path, "rollout.max_new_tokens": 65}) == (
+        "rollout.max_new_tokens = 65: with rollout.max_prompt_tokens = 64 more than the 128 positions of "
+        f"model.path = {path!r}; lower one of them"
+    )
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("cluster.learner_ranks", 0), ("rl.max_steps", 0), ("rollout.max_new_tokens", 0), ("rollout.temperature", 0.0)],
