@@ -8,8 +8,9 @@ import pytest
 from runs import SHORT_PRETRAINING, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
-SWEEP = ["--sweep.values", "0.0", "0.1", "--sweep.seeds", "0", "1", "--rl.max-steps", "4", "--rl.prompts-per-step", "16",
-         "--rl.eval-problems", "64", "--rl.eval-every", "0", "--rl.save-every", "1"]  # fmt: skip
+SWEEP = ["--sweep.values", "0.0", "0.1", "--sweep.seeds", "0", "1", "--rl.max-steps", "4",
+         "--rl.prompts-per-step", "16", "--rl.eval-problems", "64",
+         "--rl.eval-every", "0", "--rl.save-every", "1"]  # fmt: skip
 OUTPUT = "outputs/sweep-tiny-seed0"
 
 
