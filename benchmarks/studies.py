@@ -20,7 +20,7 @@ from cola_ray.reproduce import write_choices, write_sums
 
 SHORT = ["--cluster.learner-ranks", "1", "--pretrain.steps.actions", "80", "--pretrain.steps.policy", "80"]
 SMALL_SAMPLE = ["--diversity.prefixes", "16", "--diversity.continuations", "4", "--rollout.max-new-tokens", "48"]
-PROBLEMS = 100
+PROBLEMS = 32
 
 
 def write_first_sentences(folder: Path, gsm8k: Path) -> None:
