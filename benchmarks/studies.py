@@ -2,8 +2,8 @@
 
 python benchmarks/studies.py --folder outputs/studies --gsm8k DATA/gsm8k
 
-Needs the packages of `make evals`. tiny is pre-trained as its preset says, smollm2-135m for minutes on GSM8K: what is
-checked is the order of ways and whether anything broke, not the paper's scale. The harness asks tiny for sums, and
+Needs the packages of `make evals`. tiny is pre-trained as its preset says, smollm2-135m for half an hour on GSM8K: what
+is checked is the order of ways and whether anything broke, not the paper's scale. The harness asks tiny for sums, and
 smollm2-135m which of four first sentences begins the solution of a problem.
 """
 

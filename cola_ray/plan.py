@@ -146,9 +146,7 @@ def _shape(config: Config) -> dict[str, object]:
 def learner_memory(config: Config, model: Sizes) -> Bytes:
     """Of one ZeRO-3 rank, at the end of the policy's backward pass; on CPU, with its share of the object store."""
     ranks, b = config.cluster.learner_ranks, model.num_bytes
-    on_gpu = config.cluster.use_gpu
-    heap = 1.0 if on_gpu else _HEAP
-    tokens = heap * config.rl.micro_batch_tokens
+    tokens, on_gpu = config.rl.micro_batch_tokens, config.cluster.use_gpu
     parts = {
         # b (P - P_policy) / M: the base and the reference, in M parts
         "base and reference": b * (model.learner - model.policy) / ranks,
@@ -157,7 +155,7 @@ def learner_memory(config: Config, model: Sizes) -> Bytes:
         # 12 P_policy / M: float32 weights and Adam's two moments
         "Adam": 12 * model.policy / ranks,
         # b (min(P, 1e9) + min(P, 5e7)): gathered and not yet let go, and the buffer that the next ones arrive in
-        "gathered parameters": heap * b * (min(model.learner, _LIVE) + min(model.learner, _PREFETCH)),
+        "gathered parameters": b * (min(model.learner, _LIVE) + min(model.learner, _PREFETCH)),
         # b 5e8: DeepSpeed's reduction bucket; on CPU no more of it is touched than there are gradients
         "reduction bucket": b * (_BUCKET if on_gpu else min(_BUCKET, model.policy)),
         # T l_policy (2 H (4 + b) + 2 b (Q + 2 KV) + b H + 4 b I): norms in float32, queries to values with and without
@@ -166,8 +164,12 @@ def learner_memory(config: Config, model: Sizes) -> Bytes:
         # T (b (4 H + 2 I) + b H): what one layer of the base needs at a time, and e
         "activations of the base": tokens * b * (5 * model.width + 2 * model.mlp),
     }  # fmt: skip
+    if on_gpu:
+        return parts
+    come_and_go = ("gathered parameters", "activations of the policy", "activations of the base")
+    parts |= {name: _HEAP * parts[name] for name in come_and_go}
     # 2 b P_policy: this version and the one before it, mapped by rank 0
-    return parts if on_gpu else parts | {"weights for engines": 2 * b * model.policy}
+    return parts | {"weights for engines": 2 * b * model.policy}
 
 
 def _kept_of_a_layer(model: Sizes) -> float:
