@@ -31,6 +31,7 @@ from cola_ray.replay.critic_service import CriticReplicas, CriticService, Replic
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
+from cola_ray.tasks.chat import Prompt
 from cola_ray.tracking import peak_memory_gb
 from cola_ray.weights import Bucket, Channel, Manifest
 
@@ -302,7 +303,8 @@ def judge(config: Config) -> Judge | None:
     rollout = config.rollout
     placed = _placed(config, "service", GPU=float(config.cluster.use_gpu))
     actor = ray.remote(RewardModel).options(**placed, max_restarts=-1, max_task_retries=-1)
-    return RemoteJudge(actor.remote(where, rollout.max_prompt_tokens + rollout.max_new_tokens))
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    return RemoteJudge(actor.remote(where, longest, config.data.date))
 
 
 class RemoteJudge:
@@ -311,6 +313,6 @@ class RemoteJudge:
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
-    async def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    async def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         rewards: list[float] = await self.actor.score.remote(list(prompts), list(responses))
         return rewards

@@ -139,7 +139,9 @@ class DataConfig(_Branch):
     response_field: str = "answer"
     """Column of the response."""
     text_field: str = "text"
-    """Column of plain text, where rows are documents."""
+    """Column of plain text or of whole conversations, where rows are documents."""
+    date: str = ""
+    """YYYY-MM-DD, told to chat templates that show a date. Empty: the start model's, else the day the run began."""
 
 
 class RolloutConfig(_Branch):

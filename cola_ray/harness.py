@@ -20,6 +20,7 @@ from cola_ray.config import Config
 from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.model.modeling_cola import CoLAForCausalLM, Likelihood
 from cola_ray.rollout.engine import LatentEngine, Request
+from cola_ray.tasks.chat import ChatTokenizer
 
 _POSITIONS = 16  # scored at a time, so that (16, K, V) fits
 
@@ -44,6 +45,7 @@ class HarnessModel(TemplateLM):
         self.path, self.likelihood, self.dtype, self.max_gen_toks = pretrained, likelihood, dtype, max_gen_toks
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        self.chat = ChatTokenizer(self.tokenizer, "")
         self.on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = CoLAForCausalLM.from_pretrained(pretrained, dtype=getattr(torch, dtype))
         self.model = model.eval().to(self.on)
@@ -55,18 +57,25 @@ class HarnessModel(TemplateLM):
         return int(self.tokenizer.eos_token_id)
 
     @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        return self.chat.begin[0] if self.chat.begin else self.eot_token_id
+
+    @property
     def tokenizer_name(self) -> str:
         return self.path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+        """As the model was trained on texts, with BOS where the tokenizer has one, unless it is said otherwise."""
+        return [*(self.chat.begin if add_special_tokens is not False else ()), *self.chat.text_ids(string)]
 
     # --- likelihoods ----------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        pairs = [(context, said) for _, context, said in requests]
+        begin = self.chat.begin  # which a text without context has twice: as its context, and as its own
+        pairs = [(context, said[1:] if begin and said[:1] == begin else said) for _, context, said in requests]
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))  # like lengths share a pass
         found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for start in range(0, len(order), self.batch_size):
@@ -105,7 +114,7 @@ class HarnessModel(TemplateLM):
         found = []
         for request in requests:
             (text,) = request.args
-            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            windows = get_rolling_token_windows(self.tok_encode(text, False), self.prefix_token_id, self.max_length, 1)
             pieces = [(("", ""), *make_disjoint_window(window)) for window in windows]
             found.append(sum(score for score, _ in self._loglikelihood_tokens(pieces)))
         return found
@@ -124,7 +133,8 @@ class HarnessModel(TemplateLM):
         return [_until(text, settings.get("until") or []) for text, (_, settings) in zip(texts, asked, strict=True)]
 
     def _request(self, context: str, budget: int, settings: dict[str, Any]) -> Request:
-        prompt = self.tok_encode(context)[-(self.max_length - budget) :]
+        begin = self.chat.begin
+        prompt = [*begin, *self.tok_encode(context, False)[-(self.max_length - budget - len(begin)) :]]
         temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
         forced = [BASE_TOKENS] * budget if self.likelihood == "base" else []
         return Request(prompt, 0, temperature, 0, budget, forced)

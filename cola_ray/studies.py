@@ -39,6 +39,7 @@ from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
 from cola_ray.tasks import to_pretrain_on
+from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tracking import Display, Tracker, plot_against_tokens, print_summary, print_ways, write_json
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ def _texts(config: Config, start: Path) -> tuple[PreTrainedTokenizerBase, list["
     tokenizer = AutoTokenizer.from_pretrained(start)
     task = None if config.data.path else to_pretrain_on(config.task, config.seed)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    documents, _ = load_documents(config.data, task, tokenizer, longest)
+    documents, _ = load_documents(config.data, task, ChatTokenizer(tokenizer, config.data.date), longest)
     order = np.random.default_rng(config.seed).permutation(len(documents))
     return tokenizer, [documents[i] for i in order]
 

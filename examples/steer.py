@@ -11,6 +11,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from cola_ray import CoLAForCausalLM
+from cola_ray.tasks.chat import ChatTokenizer
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = CoLAForCausalLM.from_pretrained(args.model).eval()
-    prompt = tokenizer(args.prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    prompt = torch.tensor([ChatTokenizer(tokenizer, "").prompt_ids(args.prompt)])
     actions = args.actions or list(range(model.config.num_actions))
     forced = torch.tensor([[action] * args.new_tokens for action in actions] + [[-1] * args.new_tokens])
     tokens, _, _ = model.generate_latent(

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from cola_ray.config import DataConfig
-from cola_ray.tasks import PlayedTask, Prompts, render_prompt
+from cola_ray.tasks import PlayedTask, Prompts
+from cola_ray.tasks.chat import ChatTokenizer, Prompt, as_prompt
 from cola_ray.tasks.environment import Dialogue
 from cola_ray.tasks.rows import open_rows
 
@@ -44,25 +44,31 @@ class PackedRows:
 
 
 def load_documents(
-    data: DataConfig, task: Prompts | PlayedTask | None, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    data: DataConfig, task: Prompts | PlayedTask | None, chat: ChatTokenizer, max_tokens: int
 ) -> tuple[list[Document], bool]:
     """Documents of ``data.path``, or the task's demonstrations where it is empty; and whether they have own tokens.
 
+    Prompts are text or chat messages. Responses are text or one message; a text column may hold whole conversations,
+    whose last message is the response.
+
     Raises:
-        ValueError: the data has neither the prompt/response columns nor the text column.
+        ValueError: the data has neither the prompt/response columns nor the text column, or a row is none of these.
     """
     if not data.path:
         assert task is not None
-        return _demonstrated(task, tokenizer, max_tokens), True
+        return _demonstrated(task, chat, max_tokens), True
     rows = open_rows(data.path, "data.path")
     columns = rows.column_names
     if data.prompt_field in columns and data.response_field in columns:
         pairs = zip(rows[data.prompt_field], rows[data.response_field], strict=True)
-        return _pair_documents(pairs, tokenizer, max_tokens), True
+        return _pair_documents(_read(pairs, data), chat, max_tokens), True
     if data.text_field in columns:
-        ids = tokenizer(list(rows[data.text_field]), add_special_tokens=False)["input_ids"]
-        eos = tokenizer.eos_token_id
-        pieces = [[*text, eos][i : i + max_tokens] for text in ids for i in range(0, len(text) + 1, max_tokens)]
+        texts = rows[data.text_field]
+        if len(texts) and not isinstance(texts[0], str):
+            talks = ((conversation[:-1], conversation[-1:]) for conversation in texts)
+            return _pair_documents(_read(talks, data), chat, max_tokens), True
+        ids = ([*chat.begin, *chat.response_ids(text)] for text in texts)
+        pieces = [text[i : i + max_tokens] for text in ids for i in range(0, len(text), max_tokens)]
         return [(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1], False
     raise ValueError(
         f"data.path = {data.path!r}: has columns {columns}; name the right ones with data.prompt_field and "
@@ -99,19 +105,18 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, response_only:
     return PackedRows(input_ids, position_ids, loss_mask)
 
 
-def _demonstrated(task: Prompts | PlayedTask, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Document]:
+def _demonstrated(task: Prompts | PlayedTask, chat: ChatTokenizer, max_tokens: int) -> list[Document]:
     if not isinstance(task, PlayedTask):
-        return _pair_documents(task.demonstrations(), tokenizer, max_tokens)
-    return [document for dialogue in task.dialogues() for document in _windows(dialogue, tokenizer, max_tokens)]
+        return _pair_documents(task.demonstrations(), chat, max_tokens)
+    return [document for dialogue in task.dialogues() for document in _windows(dialogue, chat, max_tokens)]
 
 
-def _windows(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Iterator[Document]:
+def _windows(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterator[Document]:
     """A dialogue, tokenised piece by piece as in an episode; a long one in stretches, each after the opening."""
-    opening = tokenizer(dialogue.opening, add_special_tokens=False)["input_ids"]
+    opening = [*chat.begin, *chat.text_ids(dialogue.opening)]
     ids, own = list(opening), [False] * len(opening)
     for utterance, observation in dialogue.turns:
-        said = [*tokenizer(utterance, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        heard = tokenizer(observation, add_special_tokens=False)["input_ids"]
+        said, heard = chat.response_ids(utterance), chat.text_ids(observation)
         if len(ids) > len(opening) and len(ids) + len(said) + len(heard) > max_tokens:
             yield ids[:max_tokens], own[:max_tokens]
             ids, own = list(opening), [False] * len(opening)
@@ -119,14 +124,25 @@ def _windows(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, max_tokens:
     yield ids[:max_tokens], own[:max_tokens]
 
 
-def _pair_documents(
-    pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> list[Document]:
+def _read(pairs: Iterable[tuple[object, object]], data: DataConfig) -> Iterator[tuple[Prompt, str]]:
+    """Prompts and responses of rows; ValueError names a row that has none."""
+    for number, (asked, answered) in enumerate(pairs, 1):
+        try:
+            prompt, response = as_prompt(asked), as_prompt(answered)
+            if not isinstance(response, str):
+                if len(response) > 1:
+                    raise ValueError(f"a response of {len(response)} messages; one is needed")
+                response = response[0]["content"]
+        except ValueError as error:
+            raise ValueError(f"data.path = {data.path!r}: row {number}: {error}") from None
+        yield prompt, response
+
+
+def _pair_documents(pairs: Iterable[tuple[Prompt, str]], chat: ChatTokenizer, max_tokens: int) -> list[Document]:
     documents = []
     for prompt, response in pairs:
-        prompt_ids = render_prompt(tokenizer, prompt)
-        response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-        ids = [*prompt_ids, *response_ids, tokenizer.eos_token_id]
+        prompt_ids = chat.prompt_ids(prompt)
+        ids = [*prompt_ids, *chat.response_ids(response)]
         own = [False] * len(prompt_ids) + [True] * (len(ids) - len(prompt_ids))
         if len(prompt_ids) < max_tokens:
             documents.append((ids[:max_tokens], own[:max_tokens]))

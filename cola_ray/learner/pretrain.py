@@ -38,7 +38,8 @@ from cola_ray.learner.corpus import PackedRows, load_documents, pack
 from cola_ray.learner.engine import Published, Report, ZeroEngine, report_saved, warmup_cosine
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
-from cola_ray.tasks import PlayedTask, Prompts, render_prompt, to_pretrain_on
+from cola_ray.tasks import PlayedTask, Prompts, to_pretrain_on
+from cola_ray.tasks.chat import ChatTokenizer, as_text
 
 TRAINED: dict[PretrainStage, tuple[str, ...]] = {
     "base": ("model.",),
@@ -224,7 +225,7 @@ def make_tokenizer(task: Prompts | PlayedTask) -> PreTrainedTokenizerFast:
     if isinstance(task, PlayedTask):
         texts = task.texts()
     else:
-        texts = [text for problem in task.problems("train") for text in (problem.question, problem.solution)]
+        texts = [text for p in task.problems("train") for text in (as_text(p.question), p.solution)]
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         special_tokens=["<pad>", "<eos>"],
@@ -272,7 +273,8 @@ def _run_stage(
     settings = config.pretrain
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     tokenizer = AutoTokenizer.from_pretrained(source)
-    rows = _load_rows(config, stage, task, tokenizer)
+    chat = ChatTokenizer(tokenizer, config.data.date)
+    rows = _load_rows(config, stage, task, chat)
     base_trains = stage == "base" or stage.startswith("fta")
     peak_lr = settings.base_lr if base_trains else settings.lr
     module = StageModule(_open_model(config, stage, source), stage, config)
@@ -285,7 +287,7 @@ def _run_stage(
     total = settings.num_steps(stage)
     heldout = []
     if task is not None and not isinstance(task, PlayedTask) and _has_answers(config):
-        heldout = list(_heldout_batches(task, tokenizer, rank, world_size))
+        heldout = list(_heldout_batches(task, chat, rank, world_size))
     used = torch.zeros(config.model.num_actions)
     metrics: dict[str, Any] = {}
     for step in range(first_step, total):
@@ -365,16 +367,17 @@ def revive_dead_codes(model: CoLAForCausalLM, counts: Tensor, seed: int) -> int:
 
 
 def _load_rows(
-    config: Config, stage: PretrainStage, task: Prompts | PlayedTask | None, tokenizer: PreTrainedTokenizerBase
+    config: Config, stage: PretrainStage, task: Prompts | PlayedTask | None, chat: ChatTokenizer
 ) -> PackedRows:
     settings = config.pretrain
-    documents, are_pairs = load_documents(config.data, task, tokenizer, settings.sequence_length)
+    documents, are_pairs = load_documents(config.data, task, chat, settings.sequence_length)
     if stage.startswith("fta") and not are_pairs:
         raise ValueError(
             f"pretrain.stages: {stage} needs prompt/response pairs; data.path = {config.data.path!r} has text"
         )
     response_only = are_pairs and (settings.response_only or stage.startswith("fta"))
-    return pack(documents, settings.sequence_length, tokenizer.pad_token_id or tokenizer.eos_token_id, response_only)
+    pad = chat.tokenizer.pad_token_id or chat.end
+    return pack(documents, settings.sequence_length, pad, response_only)
 
 
 def _has_answers(config: Config) -> bool:
@@ -383,18 +386,15 @@ def _has_answers(config: Config) -> bool:
 
 
 def _heldout_batches(
-    task: Prompts, tokenizer: PreTrainedTokenizerBase, rank: int, world_size: int
+    task: Prompts, chat: ChatTokenizer, rank: int, world_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's share of 512 held-out problems: ids, attention mask, answer mask; every rank the same number."""
     problems = list(task.problems("heldout"))[:512]
     problems = problems[: len(problems) // world_size * world_size][rank::world_size]
-    pad = tokenizer.pad_token_id or tokenizer.eos_token_id
+    pad = chat.tokenizer.pad_token_id or chat.end
     for start in range(0, len(problems), 64):
-        pairs = []
-        for problem in problems[start : start + 64]:
-            prompt = render_prompt(tokenizer, problem.question)
-            answer = tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-            pairs.append((prompt, [*answer, tokenizer.eos_token_id]))
+        some = problems[start : start + 64]
+        pairs = [(chat.prompt_ids(problem.question), chat.response_ids(problem.solution)) for problem in some]
         width = max(len(p) + len(a) for p, a in pairs)
         ids = torch.full((len(pairs), width), pad)
         attention, answers = (

@@ -21,7 +21,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from cola_ray.config import Config
 from cola_ray.learner.engine import Published, Report, ZeroEngine, report_saved, warmup_cosine
 from cola_ray.model.conversion import plain_base
-from cola_ray.tasks.preference import Pair, Preference, judged_ids
+from cola_ray.tasks.chat import ChatTokenizer
+from cola_ray.tasks.preference import Pair, Preference
 
 
 class PairedRewards(nn.Module):
@@ -54,7 +55,8 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     task = Preference(config.task.path, config.seed)
     if not task.pairs("train"):
         raise ValueError(f"task.path = {config.task.path!r}: has no columns chosen and rejected to learn from")
-    train, heldout = ([_both(tokenizer, pair, config) for pair in task.pairs(split)] for split in ("train", "heldout"))
+    chat = ChatTokenizer(tokenizer, config.data.date)
+    train, heldout = ([_both(chat, pair, config) for pair in task.pairs(split)] for split in ("train", "heldout"))
     classifier = open_classifier(source, tokenizer, config)
     bfloat16 = config.model.dtype == "bfloat16"
     zero = ZeroEngine(
@@ -99,9 +101,9 @@ def open_classifier(source: Path, tokenizer: PreTrainedTokenizerBase, config: Co
     return model
 
 
-def _both(tokenizer: PreTrainedTokenizerBase, pair: Pair, config: Config) -> tuple[list[int], list[int]]:
+def _both(chat: ChatTokenizer, pair: Pair, config: Config) -> tuple[list[int], list[int]]:
     limit = config.pretrain.sequence_length
-    chosen, rejected = (judged_ids(tokenizer, pair.prompt, said, limit) for said in (pair.chosen, pair.rejected))
+    chosen, rejected = (chat.judged_ids(pair.prompt, said)[-limit:] for said in (pair.chosen, pair.rejected))
     return chosen, rejected
 
 

@@ -59,7 +59,9 @@ class AgentWorker(EngineWorker):
         super().__init__(config, model_path, keep_hidden_states=True)
         width = self.engine.llm.llm_engine.model_config.get_hidden_size()
         self.feature_width = width if self.latent else 1
-        self.table = Table(processes, self._encode, self._decode, config.rollout.max_prompt_tokens)
+        self.table = Table(
+            processes, self.chat.text_ids, self._decode, config.rollout.max_prompt_tokens, tuple(self.chat.begin)
+        )
 
     async def facts(self) -> dict[str, object]:
         facts = {"num_train": HELD_OUT, "num_heldout": HELD_OUT, "feature_width": self.feature_width}
@@ -184,9 +186,6 @@ class AgentWorker(EngineWorker):
         rollout = self.config.rollout
         top_k = rollout.top_k if temperature else 0
         return Request(list(ids), seed, temperature, top_k, max_new_tokens or rollout.max_new_tokens, actions)
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _decode(self, ids: Array) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -28,6 +28,7 @@ from cola_ray.rollout.judge import Judge, judged
 from cola_ray.rollout.search import Found, Question, TreeSearch, beam
 from cola_ray.rollout.worker import RolloutWorker
 from cola_ray.tasks import answer_of
+from cola_ray.tasks.chat import as_text
 
 Array = np.ndarray
 _ANSWERS = 1 << 41  # so that no draw here is one of training
@@ -83,7 +84,7 @@ class AnswerWorker(RolloutWorker):
         if self.chooser is not None:
             rewards = [reward.value for reward in await self._score(split, [index] * len(texts), texts)]
         return Answered(
-            index, self.task.problems(split)[index].question, list(prompt), texts,
+            index, as_text(self.task.problems(split)[index].question), list(prompt), texts,
             [response.tolist() for response in found.responses], [actions.tolist() for actions in found.actions],
             found.rewards, rewards, [answer_of(self.task, text) for text in texts], found.generated_tokens,
             found.computed_tokens, found.seconds,

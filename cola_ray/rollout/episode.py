@@ -58,6 +58,8 @@ class Table:
     encode: Callable[[str], list[int]]
     decode: Callable[[Array], str]
     max_state_tokens: int
+    begin: Sequence[int] = ()
+    """What every transcript begins with: the tokenizer's BOS, where it has one."""
 
 
 async def play(position: int, seed: int, table: Table, speak: Speak, look: Speak | None = None) -> Episode:
@@ -99,11 +101,11 @@ class _Record:
     def state(self) -> list[int]:
         """The opening and as many of the last turns as fit; at the very least the end of the last observation."""
         opening, *rest = self.segments
-        limit, kept = self.table.max_state_tokens, list(rest)
+        limit, kept = self.table.max_state_tokens - len(self.table.begin), list(rest)
         while kept and len(opening) + sum(map(len, kept)) > limit:
             del kept[:2]
         ids = [*opening, *itertools.chain(*kept)] if kept or not rest else rest[-1]
-        return ids[-limit:]
+        return [*self.table.begin, *ids[-limit:]]
 
     def observe(self, observation: str) -> None:
         self.segments.append(self.table.encode(observation))

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cola_ray.rollout.isolation import Answer, Reward, as_reward
-from cola_ray.tasks.preference import judged_ids
+from cola_ray.tasks.chat import ChatTokenizer, Prompt
 
-Judge = Callable[[Sequence[str], Sequence[str]], Awaitable[list[float]]]
+Judge = Callable[[Sequence[Prompt], Sequence[str]], Awaitable[list[float]]]
 """(prompts, responses) -> a reward each."""
 
 
-async def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[Reward]:
+async def judged(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Reward]:
     """A reward a response; failures, all of them, where the judge cannot be reached or answers nonsense."""
     try:
         values = await judge(prompts, responses)
@@ -36,24 +36,27 @@ class RewardModel:
     Args:
         path: directory or hub id.
         max_tokens: longer conversations lose their beginning.
+        date: for a chat template that shows one.
         batch_size: conversations in a forward pass.
     """
 
-    def __init__(self, path: str, max_tokens: int, batch_size: int = 64, num_threads: int = 1) -> None:
+    def __init__(self, path: str, max_tokens: int, date: str = "", batch_size: int = 64, num_threads: int = 1) -> None:
         torch.set_num_threads(num_threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.chat = ChatTokenizer(self.tokenizer, date)
         self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto").eval().to(self.device)
         self.max_tokens, self.batch_size = max_tokens, batch_size
         self.one_at_a_time = asyncio.Lock()
 
-    async def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    async def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         async with self.one_at_a_time:
             return await asyncio.to_thread(self._score, prompts, responses)
 
     @torch.inference_mode()
-    def _score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        rows = [judged_ids(self.tokenizer, *pair, self.max_tokens) for pair in zip(prompts, responses, strict=True)]
+    def _score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        pairs = zip(prompts, responses, strict=True)
+        rows = [self.chat.judged_ids(prompt, response)[-self.max_tokens :] for prompt, response in pairs]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths share a pass
         rewards = [0.0] * len(rows)
         for start in range(0, len(rows), self.batch_size):
@@ -70,13 +73,15 @@ class RewardModel:
 class HttpJudge:
     """An endpoint that takes ``{"prompts": [...], "responses": [...]}`` and answers ``{"rewards": [...]}``.
 
+    A prompt is text, or a list of chat messages where the rows have those.
+
     A refused or broken connection is tried again for a minute; an answer of another form is an error at once.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.url, self.timeout_s = url, timeout_s
 
-    async def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    async def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         patience = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(_may_pass),
             wait=tenacity.wait_exponential(max=10),
@@ -85,7 +90,7 @@ class HttpJudge:
         )
         return await patience(asyncio.to_thread, self._ask, list(prompts), list(responses))
 
-    def _ask(self, prompts: list[str], responses: list[str]) -> list[float]:
+    def _ask(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
         body = json.dumps({"prompts": prompts, "responses": responses}).encode()
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:

@@ -25,7 +25,8 @@ from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
 from cola_ray.rollout.isolation import Reward, RewardProcess
 from cola_ray.rollout.judge import Judge, judged
-from cola_ray.tasks import make_prompts, make_task, render_prompt
+from cola_ray.tasks import make_prompts, make_task
+from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.protocol import Split
 from cola_ray.weights import Bucket, Offer
 
@@ -97,6 +98,7 @@ class EngineWorker:
         rollout = config.rollout
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self.chat = ChatTokenizer(self.tokenizer, config.data.date)
         self.latent = config.rl.action_space == "latent"
         beta = config.rl.kl_coef if config.rl.actor_free else 0.0
         make: Callable[..., Engine] = (
@@ -164,8 +166,7 @@ class RolloutWorker(EngineWorker):
             self.rewards = RewardProcess(make, config.task.reward_timeout_s)
         super().__init__(config, model_path, config.rl.cache_hidden_states)
         self.task = make_prompts(config.task, config.seed)
-        questions = [problem.question for problem in self.task.problems("train")]
-        self.prompts = [render_prompt(self.tokenizer, question) for question in questions]
+        self.prompts = [self.chat.prompt_ids(problem.question) for problem in self.task.problems("train")]
         limit = config.rollout.max_prompt_tokens
         self.fitting = [i for i, prompt in enumerate(self.prompts) if len(prompt) <= limit]
 
@@ -216,7 +217,7 @@ class RolloutWorker(EngineWorker):
 
     def _heldout_prompt(self, index: int) -> list[int]:
         question = self.task.problems("heldout")[index].question
-        return render_prompt(self.tokenizer, question)[-self.config.rollout.max_prompt_tokens :]
+        return self.chat.prompt_ids(question)[-self.config.rollout.max_prompt_tokens :]
 
     def _greedy_request(self, prompt: Sequence[int], bare_base: bool = False) -> Request:
         limit = self.config.rollout.max_new_tokens

@@ -11,12 +11,12 @@ from cola_ray.tasks.data_science import DataScience
 from cola_ray.tasks.environment import Dialogue, Environment
 from cola_ray.tasks.guessing import ChatOracle, GuessCity, TwentyQuestions
 from cola_ray.tasks.preference import Preference
-from cola_ray.tasks.protocol import Problem, Prompts, Task, answer_of, render_prompt
+from cola_ray.tasks.protocol import Problem, Prompts, Task, answer_of
 from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, Math500, ReasoningGym, Thinking
 
 __all__ = [
     "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Prompts", "Task", "answer_of", "make_environment",
-    "make_prompts", "make_task", "render_prompt", "to_pretrain_on",
+    "make_prompts", "make_task", "to_pretrain_on",
 ]  # fmt: skip
 
 ENVIRONMENTS: dict[str, Callable[..., Environment]] = {

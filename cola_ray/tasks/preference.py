@@ -5,19 +5,20 @@ rows of prompt, chosen, rejected ─┬─> pairs to train a reward model on (le
                                   └─> prompts for RL, a sixth of them held out
 """
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from cola_ray.tasks.protocol import Problem, Split, render_prompt, split_of
+from cola_ray.tasks.chat import Prompt, as_prompt, as_text
+from cola_ray.tasks.protocol import Problem, Split, split_of
 from cola_ray.tasks.rows import open_rows
 
 
 @dataclass(frozen=True)
 class Pair:
-    prompt: str
+    prompt: Prompt
     chosen: str
     rejected: str
 
@@ -29,30 +30,35 @@ class Preference:
 
     Args:
         path: JSON lines, Parquet, a folder of them, or a hub id. Columns ``prompt`` and, for reward models and
-            demonstrations, ``chosen`` and ``rejected``; text, or chat messages whose last one counts.
+            demonstrations, ``chosen`` and ``rejected``, in any of TRL's forms: text or chat messages, and without a
+            column ``prompt`` where both responses begin with it.
 
     Raises:
-        ValueError: there is no column of prompts.
+        ValueError: there are no prompts; or a row, which the message names, is in none of these forms.
     """
 
     def __init__(self, path: str, seed: int) -> None:
         rows = open_rows(path, "task.path")
-        if "prompt" not in rows.column_names:
+        paired = {"chosen", "rejected"} <= set(rows.column_names)
+        if "prompt" not in rows.column_names and not paired:
             raise ValueError(f"task.path = {path!r}: has columns {rows.column_names}; one named prompt is needed")
         self._pairs: dict[Split, list[Pair]] = {"train": [], "heldout": []}
-        self._prompts: dict[Split, list[str]] = {"train": [], "heldout": []}
+        self._prompts: dict[Split, list[Prompt]] = {"train": [], "heldout": []}
         order = list(range(len(rows)))
         random.Random(seed).shuffle(order)
-        paired, seen = {"chosen", "rejected"} <= set(rows.column_names), set()
+        seen = set()
         for index in order:
-            row = rows[index]
-            prompt = _text(row["prompt"])
+            try:
+                read = as_pair(rows[index]) if paired else as_prompt(rows[index]["prompt"])
+            except ValueError as error:
+                raise ValueError(f"task.path = {path!r}: row {index + 1}: {error}") from None
+            prompt = read.prompt if isinstance(read, Pair) else read
             split = split_of(prompt)
-            if prompt not in seen:
-                seen.add(prompt)
+            if as_text(prompt) not in seen:
+                seen.add(as_text(prompt))
                 self._prompts[split].append(prompt)
-            if paired:
-                self._pairs[split].append(Pair(prompt, _text(row["chosen"]), _text(row["rejected"])))
+            if isinstance(read, Pair):
+                self._pairs[split].append(read)
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """Without solutions: there is no right response."""
@@ -61,20 +67,41 @@ class Preference:
     def pairs(self, split: Split) -> Sequence[Pair]:
         return self._pairs[split]
 
-    def demonstrations(self) -> Sequence[tuple[str, str]]:
+    def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
         return [(pair.prompt, pair.chosen) for pair in self._pairs["train"]]
 
 
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else value[-1]["content"]  # type: ignore[index]
+def as_pair(row: Mapping[str, Any]) -> Pair:
+    """A row in any of TRL's forms of preferences.
+
+    Without a prompt of its own, what both responses begin with is the prompt; of text, without the space before the
+    first difference. Responses that repeat an explicit prompt of messages are read without it.
+
+    Raises:
+        ValueError: there is no prompt, or a response is not one message.
+    """
+    chosen, rejected = as_prompt(row["chosen"]), as_prompt(row["rejected"])
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("chosen and rejected are not of one form, text or chat messages")
+    prompt = as_prompt(row["prompt"]) if row.get("prompt") is not None else None
+    if prompt is None:
+        shared = sum(
+            1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
+        )
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+        if isinstance(chosen, str) and shared and chosen[shared - 1] == " ":
+            shared -= 1
+        if shared <= 0:
+            raise ValueError("no prompt: chosen and rejected begin differently, and there is no column prompt")
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    return Pair(prompt, _response("chosen", chosen, prompt), _response("rejected", rejected, prompt))
 
 
-def judged_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_tokens: int) -> list[int]:
-    """What a reward model reads, in training and in use: the conversation, its beginning cut where it is too long."""
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        ids: list[int] = tokenizer.apply_chat_template(turns, return_dict=False)
-    else:
-        ids = [*render_prompt(tokenizer, prompt), *tokenizer(response, add_special_tokens=False)["input_ids"]]
-        ids.append(tokenizer.eos_token_id)
-    return ids[-max_tokens:]
+def _response(name: str, value: Prompt, prompt: Prompt) -> str:
+    if isinstance(value, str):
+        return value
+    asked = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
+    said = value[len(asked) :] if tuple(value[: len(asked)]) == asked else value
+    if len(said) != 1 or said[0]["role"] != "assistant":
+        raise ValueError(f"{name} has {len(said)} messages after the prompt; one of the assistant's is needed")
+    return str(said[0]["content"])

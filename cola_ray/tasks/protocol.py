@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from transformers import PreTrainedTokenizerBase
+from cola_ray.tasks.chat import Prompt, as_text
 
 Split = Literal["train", "heldout"]
 _HELD_OUT_OF = 6
@@ -13,16 +13,19 @@ _HELD_OUT_OF = 6
 
 @dataclass(frozen=True)
 class Problem:
-    """``index`` names the problem within its split; ``solution`` is a right response."""
+    """``index`` names the problem within its split; ``solution`` is a right response.
+
+    The question is text or a conversation, ``[{"role": "system", "content": ...}, ...]``, whose roles are kept.
+    """
 
     index: int
-    question: str
+    question: Prompt
     solution: str
 
 
-def split_of(question: str) -> Split:
+def split_of(question: Prompt) -> Split:
     """A sixth is held out, by the question's checksum: no run, of any seed, trains on what another is tested on."""
-    return "heldout" if zlib.crc32(question.encode()) % _HELD_OUT_OF == 0 else "train"
+    return "heldout" if zlib.crc32(as_text(question).encode()) % _HELD_OUT_OF == 0 else "train"
 
 
 class Prompts(Protocol):
@@ -32,7 +35,7 @@ class Prompts(Protocol):
         """All problems of a split, in an order that only the seed decides."""
         ...
 
-    def demonstrations(self) -> Sequence[tuple[str, str]]:
+    def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
         """(question, response) pairs to pre-train on: of training problems only, not necessarily all right."""
         ...
 
@@ -48,14 +51,6 @@ class Task(Prompts, Protocol):
     def score(self, split: Split, index: int, response: str) -> float:
         """Reward in 0..1 of a response to problem ``index``."""
         ...
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """A question's prompt ids: through the chat template where the tokenizer has one, else the bare text."""
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": question}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    return tokenizer(question, add_special_tokens=False)["input_ids"]
 
 
 def answer_of(task: Prompts, response: str) -> str:

@@ -22,9 +22,12 @@ def open_rows(path: str, field: str) -> Any:
         files = sorted(file for file in source.iterdir() if file.suffix in _LOADERS)
         if not files:
             raise ValueError(f"{field} = {path!r}: no .jsonl, .json, .parquet or .txt file in this folder")
-        kind = files[0].suffix
-        found = [str(file) for file in files if file.suffix == kind]
-        return datasets.load_dataset(_LOADERS[kind], data_files=found, split="train")
+        kinds = {_LOADERS[file.suffix] for file in files} - {"text"} or {"text"}  # a README beside tables is no table
+        if len(kinds) > 1:
+            raise ValueError(f"{field} = {path!r}: has files of {' and '.join(sorted(kinds))}; keep one kind in it")
+        (kind,) = kinds
+        found = [str(file) for file in files if _LOADERS[file.suffix] == kind]
+        return datasets.load_dataset(kind, data_files=found, split="train")
     if source.is_file():
         if source.suffix not in _LOADERS:
             raise ValueError(f"{field} = {path!r}: cannot read {source.suffix!r}; use .jsonl, .json, .parquet or .txt")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cola_ray.tasks.chat import Prompt, as_prompt, as_text, followed_by
 from cola_ray.tasks.protocol import Problem, Split, Task, answer_of, split_of
 from cola_ray.tasks.rows import open_rows
 
@@ -45,7 +46,7 @@ class ReasoningGym:
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
 
-    def demonstrations(self) -> Sequence[tuple[str, str]]:
+    def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
         return [(problem.question, problem.solution) for problem in self._splits["train"]]
 
     def score(self, split: Split, index: int, response: str) -> float:
@@ -71,7 +72,7 @@ class Arithmetic(ReasoningGym):
         super().__init__("chain_sum", {**self.OPTIONS, **options}, num_problems, seed, bare=True)
         self.seed = seed
 
-    def demonstrations(self) -> Sequence[tuple[str, str]]:
+    def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
         draw = random.Random(self.seed)
         pairs = []
         for problem in self._splits["train"]:
@@ -84,7 +85,7 @@ class Arithmetic(ReasoningGym):
 
 def _slip(problem: Problem) -> str:
     """The answer with the last subtraction added instead; the right one where there is none, or but two numbers."""
-    _, *rest = problem.question.removesuffix("=").split()
+    _, *rest = as_text(problem.question).removesuffix("=").split()
     subtracted = [number for operator, number in zip(rest[::2], rest[1::2], strict=True) if operator == "-"]
     if len(rest) == 2 or not subtracted:
         return problem.solution
@@ -112,11 +113,16 @@ class Thinking:
         self.executes_responses = getattr(task, "executes_responses", False)
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        return [Problem(p.index, p.question + self.INSTRUCTION, p.solution) for p in self.task.problems(split)]
+        return [
+            Problem(p.index, followed_by(p.question, self.INSTRUCTION), p.solution) for p in self.task.problems(split)
+        ]
 
-    def demonstrations(self) -> Sequence[tuple[str, str]]:
+    def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
         """Without thoughts: a corpus that has some is given as ``data.path``."""
-        return [(q + self.INSTRUCTION, f"<think></think><answer>{a}</answer>") for q, a in self.task.demonstrations()]
+        return [
+            (followed_by(q, self.INSTRUCTION), f"<think></think><answer>{a}</answer>")
+            for q, a in self.task.demonstrations()
+        ]
 
     def score(self, split: Split, index: int, response: str) -> float:
         """0 without the form. A prompt may end in an opened <think>, which is then not in the response."""
@@ -146,14 +152,14 @@ class Gsm8k:
                 rows = datasets.load_dataset(path, "main", split=name)
             order = list(range(len(rows)))
             random.Random(seed).shuffle(order)
-            pairs = [(rows[i]["question"], rows[i]["answer"]) for i in order]
-            self._splits[split] = [Problem(i, q + self.INSTRUCTION, a) for i, (q, a) in enumerate(pairs)]
+            pairs = [(as_prompt(rows[i]["question"]), rows[i]["answer"]) for i in order]
+            self._splits[split] = [Problem(i, followed_by(q, self.INSTRUCTION), a) for i, (q, a) in enumerate(pairs)]
             self._answers[split] = [answer.split("####")[-1].strip().replace(",", "") for _, answer in pairs]
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
 
-    def demonstrations(self) -> Sequence[tuple[str, str]]:
+    def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
         return [(problem.question, problem.solution) for problem in self._splits["train"]]
 
     def score(self, split: Split, index: int, response: str) -> float:
@@ -190,14 +196,15 @@ class Math500:
 
     def _take(self, split: Split, rows: Any, seed: int) -> None:
         for row in rows.shuffle(seed=seed):
-            problem = Problem(len(self._splits[split]), row["problem"] + self.INSTRUCTION, row["solution"])
+            question = followed_by(as_prompt(row["problem"]), self.INSTRUCTION)
+            problem = Problem(len(self._splits[split]), question, row["solution"])
             self._splits[split].append(problem)
             self._answers[split].append(row["answer"])
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
 
-    def demonstrations(self) -> Sequence[tuple[str, str]]:
+    def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
         return [(problem.question, problem.solution) for problem in self._splits["train"]]
 
     def score(self, split: Split, index: int, response: str) -> float:

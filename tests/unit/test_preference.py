@@ -19,7 +19,8 @@ from cola_ray.learner import reward_model
 from cola_ray.learner.engine import join_group
 from cola_ray.presets import preset
 from cola_ray.rollout.judge import HttpJudge, RewardModel, judged
-from cola_ray.tasks.preference import Preference, judged_ids
+from cola_ray.tasks.chat import ChatTokenizer
+from cola_ray.tasks.preference import Preference
 
 WORDS = ["<pad>", "<eos>", "say", "good", "bad", *(f"w{i}" for i in range(60))]
 
@@ -63,13 +64,14 @@ def test_a_prompt_is_on_one_side_with_all_its_pairs(pairs):
     assert all("good" in response for _, response in task.demonstrations())
 
 
-def test_chat_messages_count_by_their_last(tmp_path):
+def test_chat_messages_keep_their_roles(tmp_path):
     row = {name: [{"role": "user", "content": "say w1"}, {"role": "assistant", "content": name}]
            for name in ("chosen", "rejected")}  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "say w1"}], **row}))
+    prompt = [{"role": "system", "content": "briefly"}, {"role": "user", "content": "say w1"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": prompt, **{n: said[-1:] for n, said in row.items()}}))
     task = Preference(str(tmp_path), 0)
     (pair,) = [*task.pairs("train"), *task.pairs("heldout")]
-    assert (pair.prompt, pair.chosen, pair.rejected) == ("say w1", "chosen", "rejected")
+    assert (list(pair.prompt), pair.chosen, pair.rejected) == (prompt, "chosen", "rejected")
 
 
 def test_rows_without_prompts_are_refused(tmp_path):
@@ -78,9 +80,16 @@ def test_rows_without_prompts_are_refused(tmp_path):
         Preference(str(tmp_path), 0)
 
 
-def test_long_conversations_lose_their_beginning(tokenizer):
-    ids = judged_ids(tokenizer, "say w1", "good bad", 3)
-    assert tokenizer.convert_ids_to_tokens(ids) == ["good", "bad", "<eos>"]
+def test_long_conversations_lose_their_beginning(tokenizer, tmp_path):
+    ids = ChatTokenizer(tokenizer, "").judged_ids("say w1", "good bad")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["say", "w1", "good", "bad", "<eos>"]
+    small = small_llama()
+    small.config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(small.config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judge = RewardModel(str(tmp_path), max_tokens=3)
+    scored = asyncio.run(judge.score(["say w1", "w9 w9"], ["good bad", "good bad"]))
+    assert scored[0] == pytest.approx(scored[1], abs=1e-6)
 
 
 def test_the_loss_is_bradley_terrys():
@@ -122,7 +131,8 @@ def test_a_reward_model_learns_which_is_better_and_scores_as_it_learnt(pairs, to
     assert np.mean(np.array(chosen) > np.array(rejected)) == said[-1]["reward/accuracy"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
     alone = [
-        float(model(torch.tensor([judged_ids(tokenizer, pair.prompt, pair.chosen, 64)])).logits) for pair in heldout
+        float(model(torch.tensor([ChatTokenizer(tokenizer, "").judged_ids(pair.prompt, pair.chosen)])).logits)
+        for pair in heldout
     ]
     np.testing.assert_allclose(chosen, alone, atol=1e-5)
 

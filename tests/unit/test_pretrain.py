@@ -18,6 +18,7 @@ from cola_ray.learner.corpus import load_documents, pack
 from cola_ray.learner.pretrain import TRAINED, StageModule, make_tokenizer
 from cola_ray.presets import preset
 from cola_ray.tasks import answer_of, make_task, to_pretrain_on
+from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.verifiable import final_number, numbers_equal
 
 
@@ -34,7 +35,7 @@ def tokenizer(task):
 def test_dialogues_teach_utterances_and_long_ones_come_in_stretches():
     played = to_pretrain_on(TaskConfig(name="twenty_questions", num_problems=30), seed=0)
     tokenizer = make_tokenizer(played)
-    whole, have_own = load_documents(DataConfig(), played, tokenizer, 10_000)
+    whole, have_own = load_documents(DataConfig(), played, ChatTokenizer(tokenizer, ""), 10_000)
     assert have_own
     assert len(whole) == 30
     for (ids, own), dialogue in zip(whole, played.dialogues(), strict=True):
@@ -42,7 +43,7 @@ def test_dialogues_teach_utterances_and_long_ones_come_in_stretches():
         assert tokenizer.decode([token for token, mine in zip(ids, own, strict=True) if mine]) == spoken
         heard = dialogue.opening + "".join(observation for _, observation in dialogue.turns)
         assert tokenizer.decode([token for token, mine in zip(ids, own, strict=True) if not mine]) == heard
-    pieces, _ = load_documents(DataConfig(), played, tokenizer, 80)
+    pieces, _ = load_documents(DataConfig(), played, ChatTokenizer(tokenizer, ""), 80)
     assert max(len(ids) for ids, _ in pieces) <= 80
     assert all(tokenizer.decode(ids).startswith("Questions:\n") for ids, _ in pieces)
     assert sum(sum(own) for _, own in pieces) == sum(sum(own) for _, own in whole), "no turn is lost"
@@ -83,20 +84,22 @@ def test_every_row_once_an_epoch_whatever_the_batch():
 def test_documents_from_files(tmp_path, task, tokenizer):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(json.dumps({"question": f"{i} + 1 =", "answer": str(i + 1)}) for i in range(5)))
-    documents, are_pairs = load_documents(DataConfig(path=str(pairs)), task, tokenizer, 32)
+    documents, are_pairs = load_documents(DataConfig(path=str(pairs)), task, ChatTokenizer(tokenizer, ""), 32)
     assert are_pairs
     assert tokenizer.decode(documents[3][0][: documents[3][1].index(True)]) == "3 + 1 ="
     assert documents[3][0][-1] == tokenizer.eos_token_id
     text = tmp_path / "text.txt"
     text.write_text("1 + 2 = 3 - 4 + 5\n7")
-    documents, are_pairs = load_documents(DataConfig(path=str(text)), task, tokenizer, 4)
+    documents, are_pairs = load_documents(DataConfig(path=str(text)), task, ChatTokenizer(tokenizer, ""), 4)
     assert not are_pairs
     assert max(len(ids) for ids, _ in documents) == 4
     with pytest.raises(ValueError, match=r"has columns \['question', 'answer'\]; name the right ones"):
-        load_documents(DataConfig(path=str(pairs), prompt_field="x", text_field="y"), task, tokenizer, 32)
+        load_documents(
+            DataConfig(path=str(pairs), prompt_field="x", text_field="y"), task, ChatTokenizer(tokenizer, ""), 32
+        )
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no \.jsonl"):
-        load_documents(DataConfig(path=str(tmp_path / "empty")), task, tokenizer, 32)
+        load_documents(DataConfig(path=str(tmp_path / "empty")), task, ChatTokenizer(tokenizer, ""), 32)
 
 
 def test_arithmetic_is_right_where_it_is_scored_and_wrong_where_it_is_taught(task):
