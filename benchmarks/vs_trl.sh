@@ -21,6 +21,6 @@ if [ ! -x "$folder/trl/bin/python" ]; then
     torch=$("$root/.venv/bin/python" -c 'import torch; print(torch.__version__)')
     # TRL as it is, and what the task needs for its problems and rewards.
     "$root/.venv/bin/uv" pip install -q --python "$folder/trl/bin/python" \
-        trl==1.16.0 "torch==$torch" pydantic tyro reasoning-gym math-verify xxhash
+        trl==1.16.0 "torch==$torch" pydantic wrapt reasoning-gym math-verify xxhash
 fi
 exec "$root/.venv/bin/python" "$root/benchmarks/vs_trl.py" --folder "$folder" --model "$model" "$@"

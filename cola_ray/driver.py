@@ -16,13 +16,12 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
 import ray.train
@@ -32,23 +31,12 @@ from ray.util.queue import Queue
 
 from cola_ray import actors
 from cola_ray.agents import AgentController
-from cola_ray.config import (
-    MULTI_TURN,
-    Q_STAGE,
-    REWARD_STAGE,
-    Config,
-    ConfigError,
-    is_environment,
-    override,
-)
+from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, override
 from cola_ray.controller import Controller, PreferenceController
 from cola_ray.model.conversion import plain_base
-from cola_ray.presets import from_command_line
 from cola_ray.refusals import check
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
-from cola_ray.tasks import make_environment
-from cola_ray.tasks.sandbox import NoSandboxError
 from cola_ray.tracking import (
     Display,
     Tracker,
@@ -57,32 +45,6 @@ from cola_ray.tracking import (
     print_summary,
     write_json,
 )
-
-
-class RunFailedError(RuntimeError):
-    """A run that ended before its time; the message is the cause, in the words of the part that failed."""
-
-
-def command_line(
-    run: Callable[[Config], dict[str, Any]], description: str, agents: bool = False, task: str = ""
-) -> NoReturn:
-    """What a job file does: parse, run, exit. Code 2: refused settings; 1: failed; 130: stopped, can be resumed.
-
-    Args:
-        task: the job's own, where the command line names none.
-    """
-    try:
-        run(from_command_line(description, agents=agents, task=task))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except RunFailedError as error:
-        sys.exit(f"the run failed: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    sys.exit()
-
 
 # --- pre-training -------------------------------------------------------------------------------------------------
 
@@ -94,31 +56,19 @@ def pretrain(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: a stage failed more often than ``cluster.max_failures``; the message is the last cause.
     """
-    check(config)
+    check(config, "pretrain")
     return _supervised(config, "pretrain", config.pretrain.stages, "pretrain", "latent pre-training")
 
 
 def train_reward_model(config: Config) -> dict[str, Any]:
     """A reward model from the preference pairs at ``task.path``, on ``model.base``; as ``pretrain``."""
-    if config.task.name != "preference":
-        raise ConfigError(
-            f"task.name = {config.task.name!r}: reward models learn from preference pairs; use preference"
-        )
-    if not (config.model.base or config.model.path):
-        raise ConfigError(
-            "model.base = '': a reward model starts from a Llama; give a directory, a hub id or .gguf file"
-        )
-    check(config)
+    check(config, "reward_model")
     return _supervised(config, "reward_model", (REWARD_STAGE,), "reward_model", "reward model")
 
 
 def train_q(config: Config) -> dict[str, Any]:
     """MCTS-Q's values of actions, from the answers at ``data.path`` that evaluate logged; as ``pretrain``."""
-    if not config.data.path:
-        raise ConfigError("data.path = '': Q learns from logged answers; log some with `python jobs/evaluate.py "
-                          "--eval.split train --eval.ways sample` and give its folder predictions/sample")  # fmt: skip
-    check(config)
-    check_start_model(config)
+    check(config, "train_q")
     config = override(config, {"model.path": str(config.start_model.resolve())})
     return _supervised(config, "train_q", (Q_STAGE,), "logged_q", "Q of latent actions")
 
@@ -220,45 +170,21 @@ def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: the message names the cause.
     """
-    if is_environment(config.task.name):
-        raise ConfigError(f"task.name = {config.task.name!r}: an environment of many turns; use jobs/rl_agent.py")
+    check(config, "rl_math")
     if config.task.name == "preference":
-        if not config.task.reward_model:
-            raise ConfigError(
-                "task.reward_model = '': preference has no verifier; give a model that jobs/reward_model.py left, any "
-                "sequence classifier, or an http(s) endpoint"
-            )
         return _run(config, _Job("rl_preference", "reward", RolloutWorker, PreferenceController), on_step)
-    if config.task.reward_model:
-        raise ConfigError(
-            f"task.reward_model = {config.task.reward_model!r}: {config.task.name} has a verifier; leave it out"
-        )
     return _run(config, _Job("rl_math", "accuracy", RolloutWorker, Controller), on_step)
 
 
 def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """RL over the turns of a multi-turn environment, with replay and an utterance critic beside it; as ``run_rl``."""
-    if not is_environment(config.task.name):
-        known = ", ".join(MULTI_TURN)
-        raise ConfigError(f"task.name = {config.task.name!r}: not an environment; use {known} or your own class")
-    check(config)
-    try:
-        make_environment(config.task)
-    except NoSandboxError as error:
-        raise ConfigError(f"task.name = {config.task.name!r}: {error}") from None
-    except (TypeError, ValueError) as error:
-        said = str(error)
-        raise ConfigError(
-            said if said.startswith("task.") else f"task.options = {config.task.options}: {said}"
-        ) from None
+    check(config, "rl_agent")
     if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
         config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})
     return _run(config, _Job("rl_agent", "return", AgentWorker, AgentController), on_step)
 
 
 def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
-    check(config)
-    require_start_model(config)
     started = time.time()
     with actors.cluster(config):
         make_start_model(config)
@@ -342,30 +268,10 @@ def _train(
     return facts, ray.get([worker.peak_memory_gb.remote() for worker in workers])
 
 
-def check_start_model(config: Config) -> None:
-    if config.rl.action_space == "token" and config.model.base:
-        return  # which is the start where there is no CoLA model
-    if not config.start_model.exists():
-        raise ConfigError(
-            f"model.path = {str(config.start_model)!r}: no CoLA model there; make one with "
-            f"`python jobs/pretrain.py --preset {config.preset}` or give the path of one"
-        )
-
-
-def require_start_model(config: Config) -> None:
-    """Before any process starts: ConfigError unless the start model is there or :func:`make_start_model` makes it."""
-    if not _makes_its_own(config):
-        check_start_model(config)
-
-
 def make_start_model(config: Config) -> None:
     """Pre-train it where the preset makes its own and it is missing."""
-    if _makes_its_own(config) and not config.start_model.exists():
+    if config.makes_start_model and not config.start_model.exists():
         pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
-
-
-def _makes_its_own(config: Config) -> bool:
-    return config.preset == "tiny" and not config.model.path
 
 
 def _rl_rank(loop: dict[str, Any]) -> None:

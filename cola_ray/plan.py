@@ -17,8 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cola_ray.command_line import from_command_line
 from cola_ray.config import Config, ConfigError, override
-from cola_ray.presets import from_command_line
 
 Bytes = dict[str, float]
 """Component -> bytes."""
@@ -390,7 +390,7 @@ def _time_table(console: Console, config: Config, model: Sizes, gpu: Gpu) -> Non
 
 def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed need not look for GPUs
-    config = from_command_line(__doc__ or "")
+    config = from_command_line("plan", description=__doc__ or "")
     try:
         show(config)
     except ConfigError as error:

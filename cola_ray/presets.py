@@ -1,15 +1,14 @@
-"""Presets, and the command line over them.
+"""Presets: complete trees of settings by name.
 
-    preset("tiny")                 a complete tree
-    from_command_line("...")       ``--preset NAME`` and ``--branch.field value``, checked
+    preset("tiny")                          for problems with answers
+    preset("tiny", agents=True)             for multi-turn agents
+    trial(config, value, seed)              one run of a sweep
 
 A preset's agents and some environments need a few settings otherwise; the command line has the last word.
 """
 
-import argparse
 import importlib.util
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from cola_ray.config import (
     RLConfig,
     RolloutConfig,
     TaskConfig,
-    is_environment,
     override,
 )
-from cola_ray.refusals import check
+from cola_ray.limits import literal
 
 
 def _tiny() -> Config:
@@ -193,35 +191,17 @@ def _smollm2_weights() -> str:
     return str(files[0]) if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-# --- the command line ---------------------------------------------------------------------------------------------
+def trial(config: Config, value: int | float | str, seed: int) -> Config:
+    """The settings of one run of a sweep, in a folder of its own, where it goes on from its last checkpoint.
 
-
-def from_command_line(
-    description: str, argv: Sequence[str] | None = None, agents: bool = False, task: str = ""
-) -> Config:
-    """Parse ``--preset NAME`` and ``--branch.field value``; on a mistake print one line each and exit with 2."""
-    import tyro
-
-    args = list(sys.argv[1:] if argv is None else argv)
-    try:
-        named = _given(args, "--task.name") or task
-        defaults = preset(_given(args, "--preset") or "tiny", agents or is_environment(named), named)
-        if task:
-            defaults = override(defaults, {"task.name": task})
-        # tyro makes a flag of each key that a dictionary has: hand over none, so that any option can be given.
-        unset = override(defaults, {"task.options": {}})
-        config = tyro.cli(Config, args=args, default=unset, description=description)
-        if not config.task.options:
-            config = override(config, {"task.options": defaults.task.options})
-        check(config)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    return config
-
-
-def _given(args: Sequence[str], flag: str) -> str:
-    """A flag's value on a command line, which tyro will read again, and refuse where the value is missing."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, dest="value", nargs="?")
-    return parser.parse_known_args(args)[0].value or ""
+    Raises:
+        ConfigError: ``sweep.field`` is unknown, or cannot have this value.
+    """
+    name = f"{config.sweep.field}={value}-seed{seed}"
+    changes = {
+        "seed": seed,
+        config.sweep.field: tuple(map(literal, str(value).split(","))) if "," in str(value) else value,
+        "output_dir": str(Path(config.output_dir) / "runs" / name.replace("/", "_")),
+        "resume": True,
+    }
+    return override(config, changes)

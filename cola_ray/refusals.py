@@ -1,6 +1,8 @@
-"""Every refusal that can be made before a process starts.
+"""What several settings may not be together, and what a job needs of this machine: found before a process starts.
 
-check(config)                                              # raises ConfigError: field, value, fix
+    check(config, "rl_math")          # raises ConfigError: a line for each mistake
+
+What one setting may be by itself stands in its type (config.py, limits.py).
 """
 
 import difflib
@@ -13,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cola_ray import matrix
 from cola_ray.config import (
     COMPARING,
     MULTI_TURN,
@@ -23,15 +26,22 @@ from cola_ray.config import (
     is_endpoint,
     is_environment,
 )
+from cola_ray.presets import trial
+from cola_ray.tasks import make_environment
+from cola_ray.tasks.sandbox import NoSandboxError
 
 
-def check(config: Config) -> None:
-    """Refuse what cannot run. Cheap: reads at most the base's config file.
+def check(config: Config, job: str = "") -> None:
+    """Refuse what cannot run. Cheap: no weights are read, and neither torch nor Ray is imported.
+
+    Args:
+        job: what is to run, as ``outputs/<job>-<preset>`` names it; empty: the settings by themselves.
 
     Raises:
-        ConfigError: one line for each mistake: field, value, fix.
+        ConfigError: one line for each mistake: ``field = value: why; fix``.
     """
-    lines = [line for rule in _RULES for line in rule(config)]
+    rules = (*_RULES, *_OF_JOB.get(job, ()))
+    lines = dict.fromkeys(line for rule in rules for line in rule(config))
     if lines:
         raise ConfigError("\n".join(lines))
 
@@ -50,24 +60,6 @@ def _check_dynamic_sampling(config: Config) -> list[str]:
     return [f"rl.dynamic_sampling = True: for {' and '.join(COMPARING)} on problems with answers; leave it out"]
 
 
-def _check_positive(config: Config) -> list[str]:
-    fields = ("rl.prompts_per_step", "rl.max_steps", "rl.micro_batch_tokens", "pretrain.batch_size", "rl.eval_problems",
-              "pretrain.micro_batch_size", "rollout.num_workers", "rollout.max_new_tokens", "cluster.learner_ranks",
-              "model.num_actions", "cluster.threads_per_process", "critic.replicas", "critic.reuse",
-              "diversity.prefixes", "diversity.prefix_tokens")  # fmt: skip
-    lines = []
-    for field in fields:
-        branch, leaf = field.split(".")
-        value = getattr(getattr(config, branch), leaf)
-        if value < 1:
-            lines.append(f"{field} = {value}: must be at least 1")
-    if config.diversity.continuations < 2:
-        lines.append(f"diversity.continuations = {config.diversity.continuations}: pairs are compared; use 2 or more")
-    if config.rollout.temperature <= 0:
-        lines.append(f"rollout.temperature = {config.rollout.temperature}: rollouts must explore; use a number above 0")
-    return lines
-
-
 def _check_actions(config: Config) -> list[str]:
     if config.rl.action_space == "token" or config.rollout.top_k <= config.model.num_actions:
         return []
@@ -78,7 +70,7 @@ def _check_actions(config: Config) -> list[str]:
 
 
 def _check_batches(config: Config) -> list[str]:
-    ranks = max(config.cluster.learner_ranks, 1)
+    ranks = config.cluster.learner_ranks
     lines = []
     for field, value in (
         ("rl.prompts_per_step x rl.group_size", config.rl.prompts_per_step * config.rl.group_size),
@@ -91,8 +83,6 @@ def _check_batches(config: Config) -> list[str]:
 
 def _check_overlap(config: Config) -> list[str]:
     lines = []
-    if config.rl.max_staleness < 0:
-        lines.append(f"rl.max_staleness = {config.rl.max_staleness}: use 0 (strictly on-policy) or more")
     if config.cluster.colocated and config.rl.max_staleness:
         lines.append(
             f"rl.max_staleness = {config.rl.max_staleness}: with cluster.colocated engines sleep while the learner "
@@ -101,25 +91,6 @@ def _check_overlap(config: Config) -> list[str]:
     if config.cluster.colocated and not config.cluster.use_gpu:
         lines.append("cluster.colocated = True: there are no GPUs to share; set cluster.use_gpu or leave it out")
     return lines
-
-
-def _check_sweep(config: Config) -> list[str]:
-    sweep = config.sweep
-    if sweep.asha and sweep.grace_steps > config.rl.max_steps:
-        return [f"sweep.grace_steps = {sweep.grace_steps}: no run would be stopped early; use at most rl.max_steps = "
-                f"{config.rl.max_steps}"]  # fmt: skip
-    if sweep.values and sweep.seeds and sweep.parallel >= 0:
-        return []
-    name = "parallel" if sweep.parallel < 0 else "values" if not sweep.values else "seeds"
-    return [
-        f"sweep.{name} = {getattr(sweep, name)!r}: give at least one; parallel may be 0, as many as there is room for"
-    ]
-
-
-def _check_reproduce(config: Config) -> list[str]:
-    if config.reproduce.parallel >= 0:
-        return []
-    return [f"reproduce.parallel = {config.reproduce.parallel}: stages at the same time, or 0 for the usual number"]
 
 
 def _check_paths(config: Config) -> list[str]:
@@ -179,8 +150,6 @@ def _check_critic(config: Config) -> list[str]:
         name, value = ("td_share", critic.td_share) if critic.td_share else ("reuse", critic.reuse)
         least = 0 if critic.td_share else 1
         return [f"critic.{name} = {value}: of what was played; set critic.actor_states to played, or this to {least}"]
-    if not 0 <= critic.td_share <= 1:
-        return [f"critic.td_share = {critic.td_share}: a share; use 0 to 1"]
     if not config.critic.encoder:
         return []
     if config.rl.algorithm == "chai" or config.critic.chooses:
@@ -299,15 +268,125 @@ def _check_base(config: Config) -> list[str]:
     return []
 
 
-_RULES: tuple[Callable[[Config], list[str]], ...] = (
+# --- what single jobs refuse --------------------------------------------------------------------------------------
+
+
+def _check_start(config: Config) -> list[str]:
+    """The CoLA model that a job starts from is there, or the job makes it."""
+    if config.rl.action_space == "token" and config.model.base:
+        return []  # which is the start where there is no CoLA model
+    if config.start_model.exists():
+        return []
+    return [
+        f"model.path = {str(config.start_model)!r}: no CoLA model there; make one with "
+        f"`python jobs/pretrain.py --preset {config.preset}` or give the path of one"
+    ]
+
+
+def _check_start_or_made(config: Config) -> list[str]:
+    return [] if config.makes_start_model else _check_start(config)
+
+
+def _check_reward_model(config: Config) -> list[str]:
+    lines = []
+    if config.task.name != "preference":
+        lines.append(f"task.name = {config.task.name!r}: reward models learn from preference pairs; use preference")
+    if not (config.model.base or config.model.path):
+        lines.append("model.base = '': a reward model starts from a Llama; give a directory, a hub id or .gguf file")
+    return lines
+
+
+def _check_logged(config: Config) -> list[str]:
+    if config.data.path:
+        return []
+    return ["data.path = '': Q learns from logged answers; log some with `python jobs/evaluate.py --eval.split train "
+            "--eval.ways sample` and give its folder predictions/sample"]  # fmt: skip
+
+
+def _check_problems(config: Config) -> list[str]:
+    task = config.task
+    if is_environment(task.name):
+        return [f"task.name = {task.name!r}: an environment of many turns; use jobs/rl_agent.py"]
+    if task.name == "preference" and not task.reward_model:
+        return ["task.reward_model = '': preference has no verifier; give a model that jobs/reward_model.py left, any "
+                "sequence classifier, or an http(s) endpoint"]  # fmt: skip
+    if task.name != "preference" and task.reward_model:
+        return [f"task.reward_model = {task.reward_model!r}: {task.name} has a verifier; leave it out"]
+    return []
+
+
+def _check_agent(config: Config) -> list[str]:
+    if not is_environment(config.task.name):
+        known = ", ".join(MULTI_TURN)
+        return [f"task.name = {config.task.name!r}: not an environment; use {known} or your own class"]
+    if _check_task(config):
+        return []
+    try:
+        make_environment(config.task)
+    except NoSandboxError as error:
+        return [f"task.name = {config.task.name!r}: {error}"]
+    except (TypeError, ValueError) as error:
+        said = str(error)
+        return [said if said.startswith("task.") else f"task.options = {config.task.options}: {said}"]
+    return []
+
+
+def _check_evaluation(config: Config) -> list[str]:
+    if config.task.name == "preference":
+        return ["task.name = 'preference': has no verifier; use a task that has, or an environment"]
+    searches = [way for way in config.eval.ways if way not in ("base", "greedy", "sample")]
+    if not searches or not is_environment(config.task.name):
+        return []
+    return [f"eval.ways = {searches[0]!r}: searches answers of one turn; use base, greedy or sample to play "
+            f"{config.task.name}"]  # fmt: skip
+
+
+def _check_harness(config: Config) -> list[str]:
+    lines = _lacking("lm_eval", "harness.tasks", config.harness.tasks)
+    if not config.harness.tasks:
+        lines.append("harness.tasks = (): nothing to score on; name tasks of the harness, e.g. arc_easy")
+    return lines
+
+
+def _check_encoder(config: Config) -> list[str]:
+    return _lacking("sentence_transformers", "diversity.encoder", config.diversity.encoder)
+
+
+def _lacking(package: str, field: str, value: object) -> list[str]:
+    if importlib.util.find_spec(package):
+        return []
+    return [f"{field} = {value!r}: needs the package {package}; `make evals` installs it"]
+
+
+def _check_sweep(config: Config) -> list[str]:
+    sweep, lines = config.sweep, list[str]()
+    if sweep.asha and sweep.grace_steps > config.rl.max_steps:
+        lines.append(f"sweep.grace_steps = {sweep.grace_steps}: no run would be stopped early; use at most "
+                     f"rl.max_steps = {config.rl.max_steps}")  # fmt: skip
+    for value in sweep.values:
+        try:
+            check(trial(config, value, sweep.seeds[0]), "rl_agent" if is_environment(config.task.name) else "rl_math")
+        except ConfigError as error:
+            lines += str(error).splitlines()
+    return lines
+
+
+def _check_stages(config: Config) -> list[str]:
+    try:
+        matrix.chosen(config)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+Rule = Callable[[Config], list[str]]
+
+_RULES: tuple[Rule, ...] = (
     _check_group_size,
     _check_dynamic_sampling,
-    _check_positive,
     _check_actions,
     _check_batches,
     _check_overlap,
-    _check_sweep,
-    _check_reproduce,
     _check_paths,
     _check_task,
     _check_kind,
@@ -318,3 +397,18 @@ _RULES: tuple[Callable[[Config], list[str]], ...] = (
     _check_answers,
     _check_base,
 )
+
+_OF_JOB: dict[str, tuple[Rule, ...]] = {
+    "pretrain": (),
+    "reward_model": (_check_reward_model,),
+    "train_q": (_check_logged, _check_start),
+    "rl_math": (_check_problems, _check_start_or_made),
+    "rl_preference": (_check_problems, _check_start_or_made),
+    "rl_agent": (_check_agent, _check_start_or_made),
+    "sweep": (_check_sweep,),
+    "evaluate": (_check_evaluation, _check_start),
+    "diversity": (_check_encoder, _check_start),
+    "atlas": (_check_start,),
+    "capabilities": (_check_harness, _check_start),
+    "reproduce": (_check_stages,),
+}

@@ -28,9 +28,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from cola_ray import actors
 from cola_ray.atlas import Atlas
-from cola_ray.config import Config, ConfigError, is_environment, override
+from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
 from cola_ray.diversity import measure, open_encoder
-from cola_ray.driver import RunFailedError, check_start_model, prepare_output, served, tracked
+from cola_ray.driver import prepare_output, served, tracked
 from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures
 from cola_ray.refusals import check
 from cola_ray.replay.buffer import write_whole
@@ -72,7 +72,6 @@ def _study(config: Config, job: str, refuse: Callable[[Config], None] = lambda _
     Args:
         refuse: settings, with their paths, before the folder is touched.
     """
-    check_start_model(config)
     started, start = time.time(), config.start_model.resolve()
     config = override(config.resolve_paths(job), {"model.path": str(start) if start.exists() else ""})
     refuse(config)
@@ -94,16 +93,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: the message names the cause.
     """
-    check(config)
-    if config.task.name == "preference":
-        raise ConfigError("task.name = 'preference': has no verifier; use a task that has, or an environment")
+    check(config, "evaluate")
     plays = is_environment(config.task.name)
-    searches = [way for way in config.eval.ways if way not in ("base", "greedy", "sample")]
-    if plays and searches:
-        raise ConfigError(
-            f"eval.ways = {searches[0]!r}: searches answers of one turn; use base, greedy or sample to play "
-            f"{config.task.name}"
-        )
     with _study(config, "evaluate", _refuse_other_predictions) as study, actors.cluster(config):
         config, folder = study.config, study.output / "predictions"
         judge = actors.judge(config)
@@ -138,13 +129,9 @@ def diversity(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: the message names the cause.
     """
-    check(config)
+    check(config, "diversity")
     disable_progress_bar()
-    try:
-        embed = open_encoder(config.diversity.encoder)
-    except ModuleNotFoundError as error:
-        encoder = config.diversity.encoder
-        raise ConfigError(f"diversity.encoder = {encoder!r}: {error}; `make evals` installs it") from None
+    embed = open_encoder(config.diversity.encoder)
     found: dict[str, dict[str, float]] = {}
     rows = []
     with _study(config, "diversity") as study, actors.cluster(config):
@@ -196,7 +183,7 @@ def atlas(config: Config) -> dict[str, Any]:
     from cola_ray.learner.corpus import pack
     from cola_ray.model.modeling_cola import CoLAForCausalLM
 
-    check(config)
+    check(config, "atlas")
     device, dtype = torch.device("cuda" if config.cluster.use_gpu else "cpu"), getattr(torch, config.model.dtype)
     with _study(config, "atlas") as study:
         config = study.config
@@ -229,16 +216,12 @@ def capabilities(config: Config) -> dict[str, Any]:
         ConfigError: before any process starts.
         RunFailedError: the message names the cause.
     """
-    check(config)
+    check(config, "capabilities")
     harness = config.harness
-    if not harness.tasks:
-        raise ConfigError("harness.tasks = (): nothing to score on; name tasks of the harness, e.g. arc_easy")
-    try:
-        from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager
 
-        from cola_ray.harness import score
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"harness.tasks = {harness.tasks}: {error}; `make evals` installs it") from None
+    from cola_ray.harness import score
+
     known = TaskManager(include_path=harness.include_path or None).all_tasks
     for name in harness.tasks:
         if name not in known:

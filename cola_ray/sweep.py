@@ -20,16 +20,9 @@ import ray
 from ray import tune
 
 from cola_ray import actors
-from cola_ray.config import Config, ConfigError, is_environment, override
-from cola_ray.driver import (
-    RunFailedError,
-    make_start_model,
-    prepare_output,
-    require_start_model,
-    run_agent,
-    run_rl,
-    tracked,
-)
+from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
+from cola_ray.driver import make_start_model, prepare_output, run_agent, run_rl, tracked
+from cola_ray.presets import trial
 from cola_ray.refusals import check
 from cola_ray.tracking import Display, plot_frontier, print_ways, write_json
 
@@ -45,10 +38,7 @@ def sweep(config: Config) -> dict[str, Any]:
         RunFailedError: some run failed; the others' results are written, and with ``resume`` it is tried again.
         KeyboardInterrupt: stopped; can be resumed.
     """
-    check(config)
-    for settings in grid(config):
-        check(_of_trial(config, settings))
-    require_start_model(config)
+    check(config, "sweep")
     started = time.time()
     runs = config.sweep.parallel or 1
     with actors.cluster(config, runs):
@@ -155,7 +145,7 @@ def _plain(settings: Mapping[str, Any]) -> Row:
 
 def _trial(settings: dict[str, Any], tree: dict[str, Any]) -> None:
     """One run, in a process of Ray Tune's; what ended before is told again from its summary."""
-    config = _of_trial(Config.model_validate(tree), settings)
+    config = trial(Config.model_validate(tree), settings["value"], settings["seed"])
     file = Path(config.output_dir) / "summary.json"
     if file.exists():
         summary = json.loads(file.read_text())
@@ -169,21 +159,6 @@ def _trial(settings: dict[str, Any], tree: dict[str, Any]) -> None:
 def _tell_tune(step: int, metrics: Mapping[str, Any]) -> None:
     if "reward/mean" in metrics:
         tune.report({"step": step, **{name: metrics[name] for name in _REPORTED if name in metrics}})
-
-
-def _of_trial(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The settings of one run, in a folder of its own; each goes on from its last checkpoint where it has one."""
-    name = f"{config.sweep.field}={settings['value']}-seed{settings['seed']}"
-    given: Any = settings["value"]
-    return override(
-        config,
-        {
-            "seed": settings["seed"],
-            config.sweep.field: given.split(",") if isinstance(given, str) and "," in given else given,
-            "output_dir": str(Path(config.output_dir) / "runs" / name.replace("/", "_")),
-            "resume": True,
-        },
-    )
 
 
 def _room(config: Config) -> int:

@@ -5,8 +5,7 @@ Examples:
     python jobs/atlas.py --preset smollm2-135m --model.path MODEL --data.path DATA/gsm8k/test.jsonl
 """
 
-from cola_ray.driver import command_line
-from cola_ray.studies import atlas
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(atlas, __doc__ or "")
+    main("atlas", __doc__)

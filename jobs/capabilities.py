@@ -9,8 +9,7 @@ Needs the packages of `make evals`. The harness's own command also knows the mod
 after `import cola_ray.harness`.
 """
 
-from cola_ray.driver import command_line
-from cola_ray.studies import capabilities
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(capabilities, __doc__ or "")
+    main("capabilities", __doc__)

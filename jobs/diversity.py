@@ -8,8 +8,7 @@ Examples:
 Needs the packages of `make evals`. Texts are kept as Parquet.
 """
 
-from cola_ray.driver import command_line
-from cola_ray.studies import diversity
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(diversity, __doc__ or "")
+    main("diversity", __doc__)

@@ -11,8 +11,7 @@ Predictions are Parquet, a row a problem: question, responses, actions, rewards,
 transcripts, returns, turns, actions.
 """
 
-from cola_ray.driver import command_line
-from cola_ray.studies import evaluate
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(evaluate, __doc__ or "")
+    main("evaluate", __doc__)

@@ -6,7 +6,7 @@ Examples:
     python jobs/pretrain.py --preset llama-3.1-8b --data.path org/corpus --pretrain.stages actions policy
 """
 
-from cola_ray.driver import command_line, pretrain
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(pretrain, __doc__ or "")
+    main("pretrain", __doc__)

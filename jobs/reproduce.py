@@ -10,8 +10,7 @@ Leaves report/index.html and report/report.md. The same command again goes on af
 skipped. Each stage is a Ray job; stages/NAME has its log, and `cola_ray status stages/NAME` says how it is doing.
 """
 
-from cola_ray.driver import command_line
-from cola_ray.reproduce import reproduce
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(reproduce, __doc__ or "")
+    main("reproduce", __doc__)

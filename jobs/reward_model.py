@@ -8,7 +8,7 @@ pairs.jsonl has the columns prompt, chosen and rejected. The result, outputs/rew
 jobs/rl_preference.py takes as --task.reward-model.
 """
 
-from cola_ray.driver import command_line, train_reward_model
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(train_reward_model, __doc__ or "", task="preference")
+    main("reward_model", __doc__)

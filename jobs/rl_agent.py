@@ -7,7 +7,7 @@ Examples:
     python jobs/rl_agent.py --task.name guess_city --resume
 """
 
-from cola_ray.driver import command_line, run_agent
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(run_agent, __doc__ or "", agents=True)
+    main("rl_agent", __doc__)

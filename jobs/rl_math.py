@@ -7,7 +7,7 @@ Examples:
     python jobs/rl_math.py --preset tiny --resume             (continue from the last checkpoint)
 """
 
-from cola_ray.driver import command_line, run_rl
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(run_rl, __doc__ or "")
+    main("rl_math", __doc__)

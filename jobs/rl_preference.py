@@ -8,7 +8,7 @@ Examples:
 pairs.jsonl has a column prompt; chosen, where it is there, is what the first policy is cloned from.
 """
 
-from cola_ray.driver import command_line, run_rl
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(run_rl, __doc__ or "", task="preference")
+    main("rl_preference", __doc__)

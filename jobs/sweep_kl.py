@@ -8,8 +8,7 @@ Examples:
     python jobs/sweep_kl.py --task.name twenty_questions      (agents)
 """
 
-from cola_ray.driver import command_line
-from cola_ray.sweep import sweep
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(sweep, __doc__ or "")
+    main("sweep", __doc__)

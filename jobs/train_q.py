@@ -7,7 +7,7 @@ Examples:
     python jobs/evaluate.py --model.path MODEL --eval.ways mcts_q --q.path outputs/train_q-tiny-seed0/model
 """
 
-from cola_ray.driver import command_line, train_q
+from cola_ray.command_line import main
 
 if __name__ == "__main__":
-    command_line(train_q, __doc__ or "")
+    main("train_q", __doc__)

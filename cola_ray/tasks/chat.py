@@ -13,10 +13,12 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
 """``{"role": ..., "content": ...}``."""
@@ -84,7 +86,7 @@ class ChatTokenizer:
             Empty: today.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: str) -> None:
         self.tokenizer = tokenizer
         self._day = datetime.fromisoformat(date) if date else datetime.now()
         added = tokenizer.added_tokens_decoder.values()

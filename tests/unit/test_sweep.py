@@ -8,7 +8,7 @@ import pytest
 
 from cola_ray import actors, sweep
 from cola_ray.config import ConfigError, override
-from cola_ray.presets import preset
+from cola_ray.presets import preset, trial
 
 
 @pytest.fixture
@@ -24,16 +24,16 @@ def test_the_default_grid(config):
 
 
 def test_each_run_has_its_folder_and_goes_on_where_it_was(config, tmp_path):
-    one = sweep._of_trial(config, {"value": 0.01, "seed": 1})
+    one = trial(config, 0.01, 1)
     assert (one.rl.kl_coef, one.seed, one.resume) == (0.01, 1, True)
     assert one.output_dir == str(tmp_path / "runs" / "rl.kl_coef=0.01-seed1")
 
 
 def test_any_dotted_field(config):
     swept = override(config, {"sweep.field": "pretrain.adam_betas", "sweep.values": ["0.9,0.95", "0.8,0.9"]})
-    assert sweep._of_trial(swept, {"value": "0.8,0.9", "seed": 0}).pretrain.adam_betas == (0.8, 0.9)
+    assert trial(swept, "0.8,0.9", 0).pretrain.adam_betas == (0.8, 0.9)
     swept = override(config, {"sweep.field": "rl.algorithm", "sweep.values": ["grpo", "rloo"]})
-    assert sweep._of_trial(swept, {"value": "rloo", "seed": 0}).rl.algorithm == "rloo"
+    assert trial(swept, "rloo", 0).rl.algorithm == "rloo"
 
 
 def test_a_value_that_cannot_run_is_refused_before_anything_starts(config):
@@ -43,7 +43,7 @@ def test_a_value_that_cannot_run_is_refused_before_anything_starts(config):
         sweep.sweep(override(config, {"sweep.field": "rl.klcoef"}))
     with pytest.raises(ConfigError, match=r"sweep.grace_steps = 10: .* at most rl.max_steps = 4"):
         sweep.sweep(override(config, {"sweep.asha": True, "rl.max_steps": 4}))
-    with pytest.raises(ConfigError, match=r"sweep.values = \(\): give at least one"):
+    with pytest.raises(ConfigError, match=r"sweep.values = \[\]: too few; use one or more"):
         sweep.sweep(override(config, {"sweep.values": []}))
 
 

@@ -1,0 +1,205 @@
+"""What a job file does: read the command line, refuse what cannot run, then import what runs it.
+
+    main("rl_math", __doc__)                       exits: 0 done, 1 failed, 2 refused settings, 130 stopped
+    from_command_line("rl_math", argv)             ``--preset NAME`` and ``--branch.field value``, checked
+
+All mistakes are reported together, one line each, before torch, Ray, vLLM or MLflow are imported. Values go through the
+types of config.py; a later flag wins over an earlier one. An option of a dictionary is set by itself
+(``--pretrain.steps.base 800``), or all of them by pairs (``--task.options objects 20 skill 0.3``).
+"""
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override, schemas, try_override
+from cola_ray.limits import literal, wanted
+from cola_ray.presets import preset
+from cola_ray.refusals import check
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What runs it, as ``module:function`` of a Config, and the defaults that are its own."""
+
+    run: str
+    agents: bool = False
+    task: str = ""
+
+
+_JOBS = {
+    "atlas": _Job("cola_ray.studies:atlas"),
+    "capabilities": _Job("cola_ray.studies:capabilities"),
+    "diversity": _Job("cola_ray.studies:diversity"),
+    "evaluate": _Job("cola_ray.studies:evaluate"),
+    "plan": _Job("cola_ray.plan:show"),
+    "pretrain": _Job("cola_ray.driver:pretrain"),
+    "reproduce": _Job("cola_ray.reproduce:reproduce"),
+    "reward_model": _Job("cola_ray.driver:train_reward_model", task="preference"),
+    "rl_agent": _Job("cola_ray.driver:run_agent", agents=True),
+    "rl_math": _Job("cola_ray.driver:run_rl"),
+    "rl_preference": _Job("cola_ray.driver:run_rl", task="preference"),
+    "sweep": _Job("cola_ray.sweep:sweep"),
+    "train_q": _Job("cola_ray.driver:train_q"),
+}
+
+
+def main(job: str, description: str | None) -> NoReturn:
+    """Parse, check, run, exit. Code 2: refused settings; 1: failed; 130: stopped, can be resumed."""
+    config = from_command_line(job, description=description or "")
+    try:
+        module, _, function = _JOBS[job].run.partition(":")
+        getattr(importlib.import_module(module), function)(config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except RunFailedError as error:
+        sys.exit(f"the run failed: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    sys.exit()
+
+
+def from_command_line(job: str, argv: Sequence[str] | None = None, description: str = "") -> Config:
+    """The settings of a job; on a mistake print one line each and exit with 2, for ``--help`` explain and exit."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    given, lines = _read(words)
+    defaults = _defaults(_JOBS[job], given, lines)
+    if {"-h", "--help"} & set(words):
+        _explain(job, description, defaults)
+        raise SystemExit(0)
+    config, wrong = try_override(defaults, given)
+    lines |= wrong
+    try:
+        check(config, job)
+    except ConfigError as error:
+        # Beside a wrong value others are judged with its default: only what was given itself is at fault.
+        named = {line.split(" = ")[0]: line for line in str(error).splitlines()}
+        lines |= {name: line for name, line in named.items() if not lines or (name in given and name not in lines)}
+    if lines:
+        print("\n".join(lines.values()), file=sys.stderr)
+        raise SystemExit(2)
+    return config
+
+
+def _defaults(job: _Job, given: Mapping[str, Any], lines: dict[str, str]) -> Config:
+    """The preset that is asked for, as the job and the task want it; adds a line where there is no such preset."""
+    name, task = given.get("preset", "tiny"), str(given.get("task.name", job.task))
+    with contextlib.suppress(ConfigError):
+        return _of_preset(name, job, task)
+    _, wrong = try_override(preset("tiny"), {"preset": name})
+    lines |= wrong
+    return _of_preset("tiny", job, task)
+
+
+def _of_preset(name: str, job: _Job, task: str) -> Config:
+    defaults = preset(name, job.agents or is_environment(task), task)
+    return override(defaults, {"task.name": job.task}) if job.task else defaults
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _read(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Dotted fields with their values, and a line for each word that is neither."""
+    given: dict[str, Any] = {}
+    lines: dict[str, str] = {}
+    flags = _flags()
+    for flag, values in _grouped(words):
+        usual = flag.replace(".no-", ".", 1).replace("--no-", "--", 1)
+        negated = flag not in flags and schemas().get(flags.get(usual, ""), {}).get("type") == "boolean"
+        field = flags.get(usual if negated else flag)
+        if not flag:
+            lines[" ".join(values)] = f"{' '.join(values)}: belongs to no setting; settings are --branch.field value"
+        elif field is None:  # an option of a dictionary, or a mistake
+            value = literal(values[0]) if len(values) == 1 else tuple(values)
+            given[flag[2:].replace("-", "_")] = value
+        else:
+            value, line = _value(field, values, negated)
+            given |= {} if line else {field: value}
+            lines |= {field: line} if line else {}
+    return given, lines
+
+
+def _grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag, with dashes for underscores, and the words up to the next one; first of all, words without a flag."""
+    groups: list[tuple[str, list[str]]] = [("", [])]
+    for word in words:
+        if word.startswith("--") or word == "-h":
+            name, has_value, value = word.partition("=")
+            groups.append((name.replace("_", "-"), [value] if has_value else []))
+        else:
+            groups[-1][1].append(word)
+    return [(flag, values) for flag, values in groups if (flag or values) and flag not in ("-h", "--help")]
+
+
+def _flags() -> dict[str, str]:
+    return {"--" + field.replace("_", "-"): field for field in schemas()}
+
+
+def _value(field: str, values: Sequence[str], negated: bool) -> tuple[Any, str]:
+    """What a field is given by the words behind its flag; or a line, where they are too few or too many."""
+    schema = schemas()[field]
+    kind = schema.get("type")
+    if kind == "boolean" and not values:
+        return not negated, ""
+    if kind == "array":
+        return tuple(literal(value) if _takes_numbers(schema) else value for value in values), ""
+    if kind == "object" and len(values) % 2 == 0 and values:
+        return {name: literal(value) for name, value in zip(values[::2], values[1::2], strict=True)}, ""
+    if len(values) == 1 and kind != "object" and not negated:
+        return values[0] if kind == "string" else literal(values[0]), ""
+    said = " ".join(values) or "''"
+    return None, f"{field} = {said}: {len(values)} values given; use {wanted(schema)}"
+
+
+def _takes_numbers(schema: Mapping[str, Any]) -> bool:
+    return "integer" in str(schema) or "number" in str(schema)
+
+
+# --- explaining ---------------------------------------------------------------------------------------------------
+
+
+def _explain(job: str, description: str, defaults: Config) -> None:
+    """Every setting with its default and meaning, by branch, below the job's own words and examples."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(Text(description.strip()))
+    console.print(Text(f"\nSettings, with the defaults of --preset {defaults.preset}:"))
+    fields: dict[str, list[str]] = {}
+    for field in schemas():
+        fields.setdefault(field.rpartition(".")[0], []).append(field)
+    for branch, names in fields.items():
+        about = type(defaults).model_fields[branch].description if branch else "the run"
+        console.print(Text(f"\n{branch}: {about}".removeprefix("\n: ") if branch else "\nthe run", style="bold"))
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(width=44, overflow="fold")
+        table.add_column()
+        for field in names:
+            schema = schemas()[field]
+            meaning = " ".join(schema["description"].split())
+            limits = "" if schema.get("type") in ("string", "boolean") else f" [{wanted(schema)}]"
+            table.add_row(Text(_as_typed(field, defaults), style="cyan"), Text(meaning + limits))
+        console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _as_typed(field: str, defaults: Config) -> str:
+    """A flag with its default, as one would type it."""
+    value: Any = defaults
+    for name in field.split("."):
+        value = getattr(value, name)
+    branch, _, leaf = field.replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return f"--{branch}{'.' if branch else ''}{'no-' if value else ''}{leaf}"
+    if isinstance(value, Mapping):
+        value = [word for pair in value.items() for word in pair]
+    words = [str(word) for word in value] if isinstance(value, list | tuple) else [str(value)]
+    return " ".join([f"--{field.replace('_', '-')}", *(words if any(words) else ["''"])])
