@@ -1,12 +1,14 @@
 """GSM8K, MATH-500, every generator of reasoning-gym, and the arithmetic that the tiny preset learns."""
 
 import random
-import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cola_ray.tasks.chat import Prompt, as_prompt, as_text, followed_by
+from cola_ray.tasks.expressions import canonical, final_expression, same_expression
+from cola_ray.tasks.final_answer import final_number
 from cola_ray.tasks.protocol import Problem, Split, Task, answer_of, split_of
 from cola_ray.tasks.rows import open_rows
 
@@ -104,9 +106,7 @@ class Thinking:
         "\nShow your work in <think> </think> tags, and return the final answer in <answer> </answer> tags, "
         "for example <answer> (1 + 2) / 3 </answer>."
     )
-    _TAGGED = re.compile(
-        r"\s*(?:<think>)?(?:(?!</?think>|</?answer>).)*</think>\s*<answer>([^<>]*)</answer>\s*", re.DOTALL
-    )
+    _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -126,16 +126,30 @@ class Thinking:
 
     def score(self, split: Split, index: int, response: str) -> float:
         """0 without the form. A prompt may end in an opened <think>, which is then not in the response."""
-        form = self._TAGGED.fullmatch(response)
-        return max(self.FORM, self.task.score(split, index, form[1].strip())) if form else 0.0
+        answer = self._answer(response)
+        return 0.0 if answer is None else max(self.FORM, self.task.score(split, index, answer))
 
     def answer_of(self, response: str) -> str:
-        form = self._TAGGED.fullmatch(response)
-        return answer_of(self.task, form[1]) if form else ""
+        answer = self._answer(response)
+        return answer_of(self.task, answer) if answer is not None else ""
+
+    def _answer(self, response: str) -> str | None:
+        """What the answer tags hold; None without the form: thoughts, then the answer, each tag once."""
+        thoughts, _, rest = response.strip().removeprefix("<think>").partition("</think>")
+        opening, _, tagged = rest.strip().partition("<answer>")
+        answer, closing, trailing = tagged.partition("</answer>")
+        whole = closing and not opening and not trailing
+        return answer.strip() if whole and not any(tag in thoughts + answer for tag in self._TAGS) else None
 
 
 class Gsm8k:
-    """Grade-school word problems (Cobbe et al. 2021): the last number of a response must equal the answer."""
+    """Grade-school word problems (Cobbe et al. 2021): the number that a response commits to must equal the answer.
+
+    Numbers are read by ``final_answer.py``, of responses and solutions alike, and compared exactly.
+
+    Raises:
+        ValueError: a solution has no number that can be read.
+    """
 
     INSTRUCTION = "\nThink step by step, then give the result after ####."
 
@@ -143,7 +157,7 @@ class Gsm8k:
         import datasets
 
         self._splits: dict[Split, list[Problem]] = {}
-        self._answers: dict[Split, list[str]] = {}
+        self._answers: dict[Split, list[Fraction]] = {}
         files: dict[Split, str] = {"train": "train", "heldout": "test"}
         for split, name in files.items():
             if Path(path).is_dir():
@@ -154,7 +168,7 @@ class Gsm8k:
             random.Random(seed).shuffle(order)
             pairs = [(as_prompt(rows[i]["question"]), rows[i]["answer"]) for i in order]
             self._splits[split] = [Problem(i, followed_by(q, self.INSTRUCTION), a) for i, (q, a) in enumerate(pairs)]
-            self._answers[split] = [answer.split("####")[-1].strip().replace(",", "") for _, answer in pairs]
+            self._answers[split] = [_solved(path, name, row, rows[row]["answer"]) for row in order]
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
@@ -163,11 +177,11 @@ class Gsm8k:
         return [(problem.question, problem.solution) for problem in self._splits["train"]]
 
     def score(self, split: Split, index: int, response: str) -> float:
-        found = final_number(response)
-        return float(found is not None and numbers_equal(self._answers[split][index], found))
+        return float(final_number(response) == self._answers[split][index])
 
     def answer_of(self, response: str) -> str:
-        return final_number(response) or ""
+        found = final_number(response)
+        return "" if found is None else str(found)
 
 
 class Math500:
@@ -208,40 +222,16 @@ class Math500:
         return [(problem.question, problem.solution) for problem in self._splits["train"]]
 
     def score(self, split: Split, index: int, response: str) -> float:
-        """Equality as math-verify sees it, of the whole response's answer: 1/2, \\frac12 and 0.5 are one."""
-        from math_verify import parse, verify
-
-        gold = parse(f"${self._answers[split][index]}$", parsing_timeout=None)
-        return float(verify(gold, parse(response, parsing_timeout=None), timeout_seconds=None))
+        """Numbers are equal exactly, other expressions as math-verify sees it: (x + 1)^2 is x^2 + 2x + 1."""
+        return float(same_expression(self._answers[split][index], final_expression(response)))
 
     def answer_of(self, response: str) -> str:
-        from math_verify import parse
-
-        found = parse(response, parsing_timeout=None)
-        return str(found[0]) if found else ""
+        found = final_expression(response)
+        return "" if found is None else canonical(found)
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-
-
-def final_number(response: str) -> str | None:
-    """The answer a response commits to: inside the last \\boxed{}, after the last ####, or its last number."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", response)
-    marked = response.rsplit("####", 1)
-    region = boxed[-1] if boxed else (marked[1] if len(marked) == 2 else response)
-    numbers = _NUMBER.findall(region)
-    if not numbers:
-        return None
-    return (numbers[0] if boxed or len(marked) == 2 else numbers[-1]).replace(",", "")
-
-
-def numbers_equal(gold: str, answer: str) -> bool:
-    """Equality by math-verify, so that 0.5 equals 1/2.
-
-    Its own time limit works through signals and only in a main thread; what comes here is a short number, so it is
-    switched off.
-    """
-    from math_verify import parse, verify
-
-    gold_parsed, answer_parsed = (parse(f"${text[:64]}$", parsing_timeout=None) for text in (gold, answer))
-    return bool(verify(gold_parsed, answer_parsed, timeout_seconds=None))
+def _solved(path: str, name: str, row: int, solution: str) -> Fraction:
+    answer = final_number(solution)
+    if answer is None:
+        raise ValueError(f"task.path = {path!r}: {name}, row {row + 1}: no number after #### in {solution[-60:]!r}")
+    return answer
