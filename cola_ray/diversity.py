@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cola_ray.algorithms.search import mean_interval
+from cola_ray.algorithms.intervals import with_intervals
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """(texts) -> (len, D), of length 1 each."""
@@ -68,21 +68,22 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def measure(groups: Sequence[Sequence[str]], embed: Embed, seed: int) -> dict[str, float]:
-    """Figures of one way of continuing; ``<name>_ci`` is the half-width of a 95 % bootstrap interval over prefixes.
+    """Figures of one way of continuing, with 95 % bootstrap intervals over prefixes as ``<name>_low``, ``<name>_high``.
 
     Args:
         groups: (N, M) texts.
     """
     flat = embed([text for group in groups for text in group])
     size = len(groups[0])
-    cosines = [mean_cosine(flat[start : start + size]) for start in range(0, len(flat), size)]
-    low, high = mean_interval(cosines, np.random.default_rng(seed))
-    return {
-        "diversity": 1 / float(np.mean(cosines)),
-        "diversity_ci": (1 / low - 1 / high) / 2,
-        "similarity": float(np.mean(cosines)),
-        "similarity_ci": (high - low) / 2,
-        "distinct_1": float(np.mean([distinct_n(group, 1) for group in groups])),
-        "distinct_2": float(np.mean([distinct_n(group, 2) for group in groups])),
-        "self_bleu": float(np.mean([self_bleu(group) for group in groups])),
-    }
+    found = with_intervals(
+        {
+            "similarity": [mean_cosine(flat[start : start + size]) for start in range(0, len(flat), size)],
+            "distinct_1": [distinct_n(group, 1) for group in groups],
+            "distinct_2": [distinct_n(group, 2) for group in groups],
+            "self_bleu": [self_bleu(group) for group in groups],
+        },
+        seed,
+    )
+    ends = {"diversity": "similarity", "diversity_low": "similarity_high", "diversity_high": "similarity_low"}
+    # Texts that point away from each other on average have no reciprocal to speak of.
+    return {name: 1 / found[of] for name, of in ends.items() if found.get(of, 0.0) > 0} | found

@@ -16,18 +16,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cola_ray.algorithms.search import majority, mean_interval, pass_at_k
+from cola_ray.algorithms.intervals import with_intervals
+from cola_ray.algorithms.search import majority, pass_at_k, vote_weights
 from cola_ray.config import EvalConfig
 from cola_ray.controller import Controller
+
+Row = dict[str, Any]
 
 
 class Evaluator(Controller):
     """The controller's workers without its learner."""
 
     async def open(self) -> dict[str, Any]:
-        """Wait for the workers; returns facts of the task."""
+        """Wait for the workers; returns facts of the task. ValueError where it has nothing to ask."""
         self._spawn(self._watch_for_stalls())
         self.facts = await self._ask(self.seats[0], "facts")
+        split = self.config.eval.split
+        if not self.facts[f"num_{split}"]:
+            raise ValueError(
+                f"eval.split = {split!r}: {self.config.task.name} has no such problem, or none within "
+                f"rollout.max_prompt_tokens = {self.config.rollout.max_prompt_tokens}; give the other split, or a "
+                "longer prompt"
+            )
         return self.facts
 
     async def answer(self, indices: Sequence[int], way: str) -> pa.Table:
@@ -47,34 +57,63 @@ def chunks(config: EvalConfig, num_heldout: int, folder: Path) -> Iterator[tuple
                 yield way, indices, file
 
 
-def figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Of each way: shares of problems, each with the half-width of its 95 % bootstrap interval as ``<name>_ci``.
+def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | None = 1.0) -> dict[str, dict[str, float]]:
+    """Of each way: shares and means over problems, with their 95 % intervals as ``<name>_low`` and ``<name>_high``.
 
-    ``accuracy`` is of the first response, ``majority`` of the answer that most responses give, ``best`` of the response
-    of the highest value; where a reward model gives values, ``weighted_majority`` counts votes by them, and the
-    verifier's ``best`` is ``any_right``. ``pass_at_<k>`` is unbiased. A right response has reward 1.
+    ``accuracy`` and ``reward`` are of the first response, ``majority`` is of the answer that most responses give, by
+    value, ``best`` and ``best_reward`` are of the response of the highest value; where a reward model gives values,
+    ``weighted_majority`` counts votes by them, and the verifier's ``best`` is ``any_right``. ``pass_at_<k>`` is
+    unbiased. A problem that got no response in its time is wrong, and has the reward 0. ``failed`` counts responses
+    that the verifier could not score; they are not right, and have no part in means of rewards.
+
+    Args:
+        right_from: the least reward of a right response; None where the task does not say what is right.
     """
-    draw = np.random.default_rng(seed)
     found: dict[str, dict[str, float]] = {}
     for way in config.ways:
-        rows = _rows(folder / way)
-        shares: dict[str, list[float]] = {"accuracy": [float(row["rewards"][0] >= 1.0) for row in rows]}
+        rows = _rows(config, folder / way)
+        if not rows:
+            continue
+        means = {"reward": _rewards(rows, [0] * len(rows))}
         if max(len(row["rewards"]) for row in rows) > 1:
-            shares["majority"] = [_voted(row["answers"], row["rewards"]) for row in rows]
-            shares["best"] = [float(row["rewards"][int(np.argmax(row["values"]))] >= 1.0) for row in rows]
-            if any(row["values"] != row["rewards"] for row in rows):
-                weighted = [_voted(row["answers"], row["rewards"], _weights(row["values"])) for row in rows]
-                shares |= {"weighted_majority": weighted, "any_right": [float(max(r["rewards"]) >= 1.0) for r in rows]}
-        if way == "sample":
-            for k in config.ks:
-                if k <= min(len(row["rewards"]) for row in rows):
-                    right = [(len(row["rewards"]), sum(r >= 1.0 for r in row["rewards"])) for row in rows]
-                    shares[f"pass_at_{k}"] = [pass_at_k(n, c, k) for n, c in right]
-        of_way = {"problems": float(len(rows))} | _with_intervals(shares, draw)
-        for name in ("generated_tokens", "computed_tokens", "seconds"):
-            of_way[name] = float(np.mean([row[name] for row in rows]))
-        found[way] = of_way
+            means["best_reward"] = _rewards(rows, [_best(row) for row in rows])
+        shares = {} if right_from is None else _shares(config, rows, way, right_from)
+        found[way] = {
+            "problems": float(len(rows)),
+            **with_intervals(shares, seed, shares=True),
+            **with_intervals(means, seed),
+            "failed": float(sum(bool(failure) for row in rows for failure in _failures(row))),
+            **{name: float(np.mean([row[name] for row in rows])) for name in _SPENT},
+        }
     return found
+
+
+_SPENT = ("generated_tokens", "computed_tokens", "seconds")
+
+
+def _shares(config: EvalConfig, rows: Sequence[Row], way: str, right_from: float) -> dict[str, list[float]]:
+    """1 or 0 a problem, or for ``pass_at_<k>`` a probability."""
+    scored = [list(zip(row["rewards"], _failures(row), strict=True)) for row in rows]
+    right = [[reward >= right_from and not failure for reward, failure in row] for row in scored]
+    shares = {"accuracy": [float(any(one[:1])) for one in right]}
+    fewest, most = (of(len(one) for one in right) for of in (min, max))
+    if most > 1:
+        pairs = list(zip(rows, right, strict=True))
+        shares["majority"] = [_voted(row["answers"], one) for row, one in pairs]
+        shares["best"] = [float(any(one) and one[_best(row)]) for row, one in pairs]
+        if any(_is_led(row) for row in rows):
+            weighted = [_voted(row["answers"], one, vote_weights(row["values"])) for row, one in pairs]
+            shares |= {"weighted_majority": weighted, "any_right": [float(any(one)) for one in right]}
+    if way == "sample":
+        shares |= {
+            f"pass_at_{k}": [pass_at_k(len(one), sum(one), k) for one in right] for k in config.ks if k <= fewest
+        }
+    return shares
+
+
+def too_few_samples(config: EvalConfig, found: Mapping[str, Mapping[str, float]]) -> list[int]:
+    """Which of ``eval.ks`` the samples were too few for."""
+    return [k for k in config.ks if "accuracy" in found.get("sample", {}) and f"pass_at_{k}" not in found["sample"]]
 
 
 def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, float]]:
@@ -83,11 +122,13 @@ def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, di
     ``return``, ``solved`` and ``turns`` are means over a seed's episodes, ``best_return`` is of the best of them.
     Episodes that their environment failed are counted in ``failed`` and nowhere else.
     """
-    draw = np.random.default_rng(seed)
     found: dict[str, dict[str, float]] = {}
     for way in config.ways:
-        rows = _rows(folder / way)
-        means: dict[str, list[float]] = {"return": [], "best_return": [], "solved": [], "turns": []}
+        rows = _rows(config, folder / way)
+        if not rows:
+            continue
+        means: dict[str, list[float]] = {"return": [], "best_return": [], "turns": []}
+        solved: list[float] = []
         for row in rows:
             counted = [place for place, failure in enumerate(row["failures"]) if not failure]
             if not counted:
@@ -95,34 +136,49 @@ def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, di
             returns = [row["returns"][place] for place in counted]
             means["return"].append(float(np.mean(returns)))
             means["best_return"].append(max(returns))
-            for name in ("solved", "turns"):
-                means[name].append(float(np.mean([row[name][place] for place in counted])))
+            means["turns"].append(float(np.mean([row["turns"][place] for place in counted])))
+            solved.append(float(np.mean([row["solved"][place] for place in counted])))
         failed = sum(bool(failure) for row in rows for failure in row["failures"])
-        of_way = {"problems": float(len(rows)), "failed": float(failed)}
-        found[way] = of_way | (_with_intervals(means, draw) if means["return"] else {})
+        found[way] = {"problems": float(len(rows)), "failed": float(failed), **with_intervals(means, seed)}
+        found[way] |= with_intervals({"solved": solved}, seed, shares=True)
         for name in ("generated_tokens", "seconds"):
             found[way][name] = float(np.mean([row[name] for row in rows]))
     return found
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    return pa.concat_tables(pq.read_table(file) for file in sorted(folder.glob("*.parquet"))).to_pylist()
+def _rows(config: EvalConfig, folder: Path) -> list[Row]:
+    """Of the chunks that these settings make; an earlier run with others may have left more."""
+    files = [file for file in sorted(folder.glob("*.parquet"))
+             if int(file.stem) % config.chunk == 0 and int(file.stem) < config.problems]  # fmt: skip
+    tables = [pq.read_table(file) for file in files]
+    # A chunk without a single answer does not know the type of its columns.
+    return pa.concat_tables(tables, promote_options="permissive").to_pylist()[: config.problems] if tables else []
 
 
-def _with_intervals(samples: Mapping[str, Sequence[float]], draw: np.random.Generator) -> dict[str, float]:
-    """Means, and half the width of their intervals as ``<name>_ci``."""
-    out: dict[str, float] = {}
-    for name, values in samples.items():
-        low, high = mean_interval(values, draw)
-        out |= {name: float(np.mean(values)), f"{name}_ci": (high - low) / 2}
-    return out
+def _failures(row: Row) -> list[str]:
+    """Why the verifier did not score a response, "" where it did."""
+    return row.get("failures") or [""] * len(row["rewards"])
 
 
-def _voted(answers: Sequence[str], rewards: Sequence[float], weights: Sequence[float] | None = None) -> float:
-    """Whether the majority's answer is right."""
-    return float(rewards[answers.index(majority(answers, weights))] >= 1.0)
+def _is_led(row: Row) -> bool:
+    """Whether something else than the verifier gave the values."""
+    pairs = zip(row["values"], row["rewards"], strict=True)
+    return any(value != reward for value, reward in pairs if np.isfinite(value))
 
 
-def _weights(values: Sequence[float]) -> list[float]:
-    """Votes by a reward model: logits have any sign, so by its odds."""
-    return [float(weight) for weight in np.exp(np.subtract(values, max(values)))]
+def _best(row: Row) -> int:
+    """Of the highest value; of equals, and of none, the first."""
+    return int(np.argmax(row["values"])) if row["values"] else 0
+
+
+def _rewards(rows: Sequence[Row], places: Sequence[int]) -> list[float]:
+    """The reward of one response of each problem, where there is one."""
+    pairs = zip(rows, places, strict=True)
+    return [row["rewards"][place] if row["rewards"] else 0.0
+            for row, place in pairs if not any(_failures(row)[place : place + 1])]  # fmt: skip
+
+
+def _voted(answers: Sequence[str], right: Sequence[bool], weights: Sequence[float] | None = None) -> float:
+    """Whether the majority's answer is right: one of the responses that give it."""
+    chosen = majority([answer or None for answer in answers], weights)
+    return float(any(one for answer, one in zip(answers, right, strict=True) if answer == chosen))

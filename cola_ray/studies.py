@@ -13,6 +13,7 @@ import difflib
 import functools
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -27,18 +28,24 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from cola_ray import actors
+from cola_ray.algorithms.intervals import share_interval
 from cola_ray.atlas import Atlas
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
 from cola_ray.diversity import measure, open_encoder
+<<<<<<< HEAD
 from cola_ray.driver import prepare_output, served, tracked
 from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures
+=======
+from cola_ray.driver import RunFailedError, check_start_model, prepare_output, served, tracked
+from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, too_few_samples
+>>>>>>> 544a67c (Searches keep their budgets exactly and have no unit of reward; shares have Wilson's intervals; votes are for values)
 from cola_ray.refusals import check
 from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.service import Shards
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
-from cola_ray.tasks import to_pretrain_on
+from cola_ray.tasks import least_right_reward, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tracking import Display, Tracker, plot_against_tokens, print_summary, print_ways, write_json
 
@@ -114,11 +121,20 @@ def evaluate(config: Config) -> dict[str, Any]:
             raise RunFailedError(str(error.cause or error)) from None
         finally:
             ray.kill(evaluator)
-        found = (episode_figures if plays else figures)(config.eval, folder, config.seed)
+        right_from = least_right_reward(config.task)
+        if plays:
+            found = episode_figures(config.eval, folder, config.seed)
+        else:
+            found = figures(config.eval, folder, config.seed, right_from)
         study.found(found)
-        names = ("return", "best_return") if plays else ("accuracy", "majority", "best")
+        of_answers = ("reward", "best_reward") if right_from is None else ("accuracy", "majority", "best")
+        names = ("return", "best_return") if plays else of_answers
         plot_against_tokens(study.output / "accuracy.png", found, names)
     print_ways(f"{config.task.name}: {folder}", found)
+    too_few = too_few_samples(config.eval, found)
+    if too_few:
+        print(f"pass@k of k = {', '.join(map(str, too_few))} is left out: a problem has fewer samples; give more "
+              "--search.simulations, or smaller --eval.ks")  # fmt: skip
     return study.summary
 
 
@@ -233,7 +249,7 @@ def capabilities(config: Config) -> dict[str, Any]:
         with Display("capabilities", total=len(harness.likelihoods)) as display:
             for likelihood in harness.likelihoods:
                 said[likelihood] = _finished(actors.alone(config, score, study.config, likelihood))
-                found[likelihood] = _scores(said[likelihood]["results"])
+                found[likelihood] = _scores(said[likelihood])
                 display.update(f"capabilities: {likelihood}", len(found), len(harness.likelihoods), "", milestone=True)
         write_json(study.output / "harness.json", said)
         study.found(found)
@@ -241,19 +257,31 @@ def capabilities(config: Config) -> dict[str, Any]:
     return study.summary
 
 
-def _scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """``task metric`` of every figure, with 1.96 standard errors as ``_ci``."""
-    scores = {}
-    for task, metrics in results.items():
+def _scores(said: Mapping[str, Any]) -> dict[str, float]:
+    """``task metric`` of every figure, with the filter of answers where it has one, and 95 % intervals.
+
+    Wilson's for shares of questions, which the harness gives the standard error sqrt(p (1 - p) / (n - 1)); 1.96 of its
+    standard errors for others.
+    """
+    scores: dict[str, float] = {}
+    for task, metrics in said["results"].items():
+        count = said["n-samples"].get(task, {}).get("effective", 0)
         for name, value in metrics.items():
             metric, _, filtered = name.partition(",")
             if not isinstance(value, int | float) or metric.endswith("_stderr") or not filtered:
                 continue
-            title = f"{task} {metric}"
+            title = f"{task} {metric}" + ("" if filtered == "none" else f" ({filtered})")
             scores[title] = float(value)
             error = metrics.get(f"{metric}_stderr,{filtered}")
-            if isinstance(error, int | float):
-                scores[f"{title}_ci"] = 1.96 * float(error)
+            if not isinstance(error, int | float):
+                continue
+            if count > 1 and 0 <= value <= 1 and math.isclose(
+                error, math.sqrt(value * (1 - value) / (count - 1)), rel_tol=1e-6, abs_tol=1e-12
+            ):  # fmt: skip
+                low, high = share_interval(round(value * count), count)
+            else:
+                low, high = value - 1.96 * error, value + 1.96 * error
+            scores |= {f"{title}_low": float(low), f"{title}_high": float(high)}
     return scores
 
 

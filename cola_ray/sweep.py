@@ -20,9 +20,23 @@ import ray
 from ray import tune
 
 from cola_ray import actors
+<<<<<<< HEAD
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
 from cola_ray.driver import make_start_model, prepare_output, run_agent, run_rl, tracked
 from cola_ray.presets import trial
+=======
+from cola_ray.config import Config, ConfigError, is_environment, override
+from cola_ray.driver import (
+    RunFailedError,
+    make_start_model,
+    measured,
+    prepare_output,
+    require_start_model,
+    run_agent,
+    run_rl,
+    tracked,
+)
+>>>>>>> 544a67c (Searches keep their budgets exactly and have no unit of reward; shares have Wilson's intervals; votes are for values)
 from cola_ray.refusals import check
 from cola_ray.tracking import Display, plot_frontier, print_ways, write_json
 
@@ -54,8 +68,8 @@ def sweep(config: Config) -> dict[str, Any]:
             summary = {"preset": config.preset, "task": config.task.name, "field": config.sweep.field, "values": found,
                        "runs": rows, "failed": failures, "wall_seconds": round(time.time() - started, 1)}  # fmt: skip
             write_json(output / "summary.json", summary)
-            measure = "return" if is_environment(config.task.name) else "accuracy"
-            plot_frontier(output / "frontier.png", f"{config.task.name}: {config.sweep.field}", rows, measure)
+            title = f"{config.task.name}: {config.sweep.field}"
+            plot_frontier(output / "frontier.png", title, rows, measured(config))
     print_ways(f"{config.sweep.field}, {len(rows)} runs: {output}", found)
     if unfinished and not failures:
         raise KeyboardInterrupt
@@ -72,15 +86,24 @@ def grid(config: Config) -> list[Row]:
 
 
 def by_value(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Means over seeds of what the runs reached, by the setting's value; ``..._ci`` is half the range."""
+    """By the setting's value, means over seeds of what ``runs`` runs reached.
+
+    ``..._low`` and ``..._high`` are the least and the greatest of them. Runs that were stopped early are counted in
+    ``stopped_early``; they bring their last reward and nothing else.
+    """
     found: dict[str, dict[str, float]] = {}
     for value in dict.fromkeys(row["value"] for row in rows):
         of_value = [row for row in rows if row["value"] == value]
-        names = [name for name, figure in of_value[0].items() if isinstance(figure, float) and name != "value"]
-        figures: dict[str, float] = {}
-        for name in names:
+        figures = {"runs": float(len(of_value))}
+        stopped = sum("stopped_early" in row for row in of_value)
+        if stopped:
+            figures["stopped_early"] = float(stopped)
+        for name in dict.fromkeys(
+            name for row in of_value for name, figure in row.items() if isinstance(figure, float)
+        ):
             some = [row[name] for row in of_value if name in row]
-            figures |= {name: sum(some) / len(some), f"{name}_ci": (max(some) - min(some)) / 2}
+            if name != "value":
+                figures |= {name: sum(some) / len(some), f"{name}_low": min(some), f"{name}_high": max(some)}
         found[str(value)] = figures
     return found
 
@@ -131,12 +154,14 @@ def _fit(config: Config) -> tuple[list[Row], list[str], int]:
         else:
             known = {name: value for name, value in result.metrics.items() if name in _SHOWN}
             if not known:  # stopped by ASHA: what was last said of it
-                known = {"steps": result.metrics["step"], "reward_last": result.metrics["reward/mean"]}
+                known = {"steps": result.metrics["step"], "reward_last": result.metrics["reward/mean"],
+                         "stopped_early": True}  # fmt: skip
             rows.append({**_plain(settings_of), **known})
     return rows, failures, unfinished
 
 
-_SHOWN = ("steps", "bc_accuracy", "rl_accuracy", "bc_return", "rl_return", "reward_last", "kl_last")
+_SHOWN = ("steps", *(f"{when}_{measure}" for measure in ("accuracy", "reward", "return") for when in ("bc", "rl")),
+          "reward_last", "kl_last")  # fmt: skip
 
 
 def _plain(settings: Mapping[str, Any]) -> Row:

@@ -182,8 +182,8 @@ def _axes(path: Path) -> Iterator[Any]:
 
 
 def print_ways(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
-    """Figures of several ways of answering, a column each."""
-    names = list(dict.fromkeys(name for figures in found.values() for name in figures if not name.endswith("_ci")))
+    """Figures of several ways of answering, a column each; in brackets ``<name>_low`` and ``<name>_high``."""
+    names = list(dict.fromkeys(name for figures in found.values() for name in figures if not _is_end(name, figures)))
     table = Table(title=title)
     for heading in ("", *found):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -192,11 +192,16 @@ def print_ways(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
     Console().print(table)
 
 
+def _is_end(name: str, figures: Mapping[str, float]) -> bool:
+    """Whether this is an end of another figure's interval."""
+    return any(name.endswith(end) and name.removesuffix(end) in figures for end in ("_low", "_high"))
+
+
 def _with_interval(figures: Mapping[str, float], name: str) -> str:
     if name not in figures:
         return ""
-    interval = f" ±{figures[f'{name}_ci']:.2g}" if f"{name}_ci" in figures else ""
-    return f"{figures[name]:.3g}{interval}"
+    ends = [figures[f"{name}{end}"] for end in ("_low", "_high") if f"{name}{end}" in figures]
+    return f"{figures[name]:.3g}" + (f" ({ends[0]:.3g}..{ends[1]:.3g})" if len(ends) == 2 else "")
 
 
 def plot_against_tokens(path: Path, found: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> None:
@@ -205,8 +210,10 @@ def plot_against_tokens(path: Path, found: Mapping[str, Mapping[str, float]], na
         for index, (way, figures) in enumerate(found.items()):
             for name, marker in zip(names, "os^", strict=False):
                 if name in figures:
+                    value = figures[name]
+                    below, above = value - figures[f"{name}_low"], figures[f"{name}_high"] - value
                     axes.errorbar(
-                        figures["generated_tokens"], figures[name], figures[f"{name}_ci"], fmt=marker,
+                        figures["generated_tokens"], value, [[max(below, 0.0)], [max(above, 0.0)]], fmt=marker,
                         color=f"C{index}", label=f"{way}: {name}",
                     )  # fmt: skip
         axes.set(xscale="log", xlabel="tokens generated a problem", ylabel=", ".join(names))

@@ -12,9 +12,10 @@ A reward model, where there is one, leads searches and chooses among responses; 
 
 import asyncio
 import functools
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from cola_ray.algorithms.double_q import first_decision, square_errors
 from cola_ray.config import Config, override
 from cola_ray.model.modeling_cola import QHead
 from cola_ray.rollout.engine import Completion, Request, as_float
+from cola_ray.rollout.isolation import Reward
 from cola_ray.rollout.judge import Judge, judged
-from cola_ray.rollout.search import Found, Question, TreeSearch, beam
+from cola_ray.rollout.search import BeamSearch, BestOf, End, Found, Question, TreeSearch
 from cola_ray.rollout.worker import RolloutWorker
 from cola_ray.tasks import answer_of
 from cola_ray.tasks.chat import as_text
@@ -44,12 +46,14 @@ class Answered:
     texts: list[str]
     token_ids: list[list[int]]
     actions: list[list[int]]  # -1 where another response's rollout chose them
-    values: list[float]  # by what chooses among responses: the reward model, or the verifier
-    rewards: list[float]  # by the verifier
-    answers: list[str]  # what each response commits to, in the task's words
+    values: list[float]  # by what chooses among responses: the reward model, or the verifier; -inf where that failed
+    rewards: list[float]  # by the verifier; 0 where it failed
+    answers: list[str]  # what each response commits to, "" where nothing can be read; the same text for equal values
     generated_tokens: int
     computed_tokens: int
     seconds: float
+    failures: list[str] = field(default_factory=list)  # of the verifier, "" where there is none
+    ended_by: End = "simulations"
 
 
 class AnswerWorker(RolloutWorker):
@@ -62,7 +66,7 @@ class AnswerWorker(RolloutWorker):
     def __init__(self, config: Config, model_path: str, chooser: Judge | None = None) -> None:
         with_q = "mcts_q" in config.eval.ways
         super().__init__(override(config, {"rl.cache_hidden_states": with_q}), model_path)
-        self.chooser = chooser
+        self.chooser, self.split = chooser, config.eval.split
         self.q = QHead.open(Path(config.q.path) / "q.safetensors") if with_q else None
         self.ways: dict[str, Callable[[int, list[int]], Awaitable[Found]]] = {
             "greedy": self._greedy, "base": self._base, "sample": self._sample, "beam": self._beam, "mcts": self._mcts,
@@ -71,38 +75,35 @@ class AnswerWorker(RolloutWorker):
 
     async def answer(self, indices: Sequence[int], way: str) -> list[Answered]:
         """Problems in order; all of them are in the engine at once."""
-        split = self.config.eval.split
-        places = indices if split == "heldout" else [self.fitting[index] for index in indices]
-        return await asyncio.gather(*(self._answer(place, way) for place in places))
+        return await asyncio.gather(*(self._answer(self.fitting[self.split][place], way) for place in indices))
 
     async def _answer(self, index: int, way: str) -> Answered:
-        split = self.config.eval.split
-        prompt = self._heldout_prompt(index) if split == "heldout" else self.prompts[index]
+        prompt = self.prompts[self.split][index]
         found = await self.ways[way](index, prompt)
         texts = self._texts(found.responses)
-        rewards = found.rewards
-        if self.chooser is not None:
-            rewards = [reward.value for reward in await self._score(split, [index] * len(texts), texts)]
+        if self.chooser is None:
+            scored = [Reward(value) if math.isfinite(value) else Reward(0.0, "not scored") for value in found.rewards]
+        else:
+            scored = await self._score(self.split, [index] * len(texts), texts)
         return Answered(
-            index, as_text(self.task.problems(split)[index].question), list(prompt), texts,
+            index, as_text(self.task.problems(self.split)[index].question), list(prompt), texts,
             [response.tolist() for response in found.responses], [actions.tolist() for actions in found.actions],
-            found.rewards, rewards, [answer_of(self.task, text) for text in texts], found.generated_tokens,
-            found.computed_tokens, found.seconds,
+            found.rewards, [reward.value for reward in scored], [answer_of(self.task, text) for text in texts],
+            found.generated_tokens, found.computed_tokens, found.seconds, [reward.failure for reward in scored],
+            found.ended_by,
         )  # fmt: skip
 
     async def _greedy(self, index: int, prompt: list[int]) -> Found:
-        return await self._complete(index, [self._greedy_request(prompt)])
+        return await self._complete(index, self._greedy_request(prompt))
 
     async def _base(self, index: int, prompt: list[int]) -> Found:
-        return await self._complete(index, [self._greedy_request(prompt, bare_base=True)])
+        return await self._complete(index, self._greedy_request(prompt, bare_base=True))
 
     async def _sample(self, index: int, prompt: list[int]) -> Found:
-        count = self.config.search.simulations
-        seeds = [self._seed(_ANSWERS, index, sample) for sample in range(count)]
-        return await self._complete(index, [self._request(prompt, seed, greedy=False) for seed in seeds])
+        return await BestOf(self.config.search, self._question(index, prompt)).run()
 
     async def _beam(self, index: int, prompt: list[int]) -> Found:
-        return await beam(self.config.search, self._question(index, prompt))
+        return await BeamSearch(self.config.search, self._question(index, prompt)).run()
 
     async def _mcts(self, index: int, prompt: list[int]) -> Found:
         return await TreeSearch(self.config.search, self._question(index, prompt)).run()
@@ -119,13 +120,12 @@ class AnswerWorker(RolloutWorker):
         errors = square_errors(self.q(states[prompt_length - 1 :]), torch.from_numpy(made.actions), config.gamma)
         return first_decision(errors, config.max_error, config.jump)
 
-    async def _complete(self, index: int, requests: Sequence[Request]) -> Found:
+    async def _complete(self, index: int, request: Request) -> Found:
         started = time.perf_counter()
-        made = await self.batch.complete(requests)
-        found = Found([one.token_ids for one in made], [one.actions for one in made], simulations=len(made))
+        (made,) = await self.batch.complete([request])
+        found = Found([made.token_ids], [made.actions], simulations=1)
         found.rewards = await self._judge(index, found.responses)
-        found.generated_tokens = sum(len(one.token_ids) for one in made)
-        found.computed_tokens = sum(one.computed_tokens for one in made)
+        found.generated_tokens, found.computed_tokens = len(made.token_ids), made.computed_tokens
         found.seconds = time.perf_counter() - started
         return found
 
@@ -137,12 +137,13 @@ class AnswerWorker(RolloutWorker):
             return Request(ids, seed, rollout.temperature, rollout.top_k, new_tokens, actions)
 
         judge = functools.partial(self._judge, index)
-        return Question(prompt, rollout.max_new_tokens, self.batch.complete, judge, request)
+        kept = min(rollout.top_k or self.num_actions, self.num_actions)
+        return Question(prompt, rollout.max_new_tokens, self.batch.complete, judge, request, kept)
 
     async def _judge(self, index: int, responses: Sequence[Array]) -> list[float]:
-        split, texts, indices = self.config.eval.split, self._texts(responses), [index] * len(responses)
+        texts, indices = self._texts(responses), [index] * len(responses)
         if self.chooser is None:
-            scored = await self._score(split, indices, texts)
+            scored = await self._score(self.split, indices, texts)
         else:
-            scored = await judged(self.chooser, [self.task.problems(split)[index].question] * len(texts), texts)
-        return [reward.value for reward in scored]
+            scored = await judged(self.chooser, [self.task.problems(self.split)[index].question] * len(texts), texts)
+        return [-math.inf if reward.failure else reward.value for reward in scored]

@@ -24,7 +24,7 @@ class ContinuationWorker(EngineWorker):
 
     def __init__(self, config: Config, model_path: str) -> None:
         super().__init__(config, model_path, keep_hidden_states=False)
-        self.choices = config.model.num_actions if self.latent else len(self.tokenizer)
+        self.choices = self.num_actions if self.latent else len(self.tokenizer)
 
     async def continue_prefixes(self, prefixes: Sequence[Sequence[int]], count: int, chance: Chance) -> list[list[str]]:
         """``count`` continuations of ``rollout.max_new_tokens`` for each prefix, without it."""

@@ -171,6 +171,11 @@ class Engine(abc.ABC):
     def num_in_flight(self) -> int:
         return len(self.in_flight)
 
+    def abort(self, name: str) -> None:
+        """Forget a request in flight; called between two steps."""
+        self.llm.llm_engine.abort_request([name])
+        del self.in_flight[name]
+
     def step(self) -> dict[str, Completion]:
         """One forward pass over the running batch; returns what finished in it."""
         return {
@@ -280,6 +285,11 @@ class LatentEngine(Engine):
             free(request)
 
         manager.free = remember_and_free
+
+    def abort(self, name: str) -> None:
+        engine_id = self.in_flight[name].engine_id
+        super().abort(name)
+        self.last_blocks.pop(engine_id, None)
 
     def _sampling(self, request: Request) -> dict[str, Any]:
         return sampling_args(

@@ -13,6 +13,7 @@ Calls overlap: the actor is asyncio. A failed step is the error of every call th
 
 import asyncio
 import functools
+import math
 import resource
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,10 @@ class RunningBatch:
         self.stepper = ThreadPoolExecutor(1)  # one thread for all steps: OpenMP keeps a team for every caller
 
     async def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """They join in one go, so that who shares a batch with whom does not depend on timing."""
+        """They join in one go, so that who shares a batch with whom does not depend on timing.
+
+        A caller that is cancelled takes its requests along: they leave the engine before its next step.
+        """
         async with self.gate:
             arrivals = [(request, asyncio.get_running_loop().create_future()) for request in requests]
             self.arrivals += arrivals
@@ -68,15 +72,27 @@ class RunningBatch:
         try:
             while self.arrivals or self.engine.num_in_flight:
                 async with self.between_steps:
+                    self._forget_cancelled()
                     self._admit()
+                    if not self.engine.num_in_flight:
+                        continue
                     finished = await asyncio.get_running_loop().run_in_executor(self.stepper, self.engine.step)
                 for name, completion in finished.items():
-                    self.waiting.pop(name).set_result(completion)
+                    future = self.waiting.pop(name)
+                    if not future.done():  # cancelled within the step
+                        future.set_result(completion)
         except Exception as error:
             futures = [*self.waiting.values(), *(future for _, future in self.arrivals)]
             self.waiting, self.arrivals = {}, []
             for future in futures:
-                future.set_exception(error)
+                if not future.done():
+                    future.set_exception(error)
+
+    def _forget_cancelled(self) -> None:
+        self.arrivals = [(request, future) for request, future in self.arrivals if not future.done()]
+        for name in [name for name, future in self.waiting.items() if future.done()]:
+            del self.waiting[name]
+            self.engine.abort(name)
 
     def _admit(self) -> None:
         """All arrivals: many episodes end a turn in one step, and the next step has all their next turns."""
@@ -118,6 +134,12 @@ class EngineWorker:
             enable_sleep_mode=config.cluster.colocated,
         )
         self.batch = RunningBatch(self.engine, drain=config.rl.update_mode == "drain")
+
+    @property
+    def num_actions(self) -> int:
+        """Codes of the served checkpoint, or tokens of a plain Llama."""
+        served = self.engine.llm.llm_engine.model_config.hf_config
+        return int(served.num_actions if self.latent else served.vocab_size)
 
     async def facts(self) -> dict[str, object]:
         """What the driver wants to know once: sizes and versions."""
@@ -166,16 +188,24 @@ class RolloutWorker(EngineWorker):
             self.rewards = RewardProcess(make, config.task.reward_timeout_s)
         super().__init__(config, model_path, config.rl.cache_hidden_states)
         self.task = make_prompts(config.task, config.seed)
-        self.prompts = [self.chat.prompt_ids(problem.question) for problem in self.task.problems("train")]
+        splits: tuple[Split, ...] = ("train", "heldout")
+        self.prompts = {
+            split: [self.chat.prompt_ids(problem.question) for problem in self.task.problems(split)]
+            for split in splits
+        }
         limit = config.rollout.max_prompt_tokens
-        self.fitting = [i for i, prompt in enumerate(self.prompts) if len(prompt) <= limit]
+        self.fitting = {
+            split: [i for i, prompt in enumerate(prompts) if len(prompt) <= limit]
+            for split, prompts in self.prompts.items()
+        }
 
     async def facts(self) -> dict[str, object]:
         return {
             **await super().facts(),
-            "num_train": len(self.fitting),
-            "num_too_long": len(self.prompts) - len(self.fitting),
-            "num_heldout": len(self.task.problems("heldout")),
+            "num_train": len(self.fitting["train"]),
+            "num_too_long": len(self.prompts["train"]) - len(self.fitting["train"]),
+            "num_heldout": len(self.fitting["heldout"]),
+            "num_heldout_too_long": len(self.prompts["heldout"]) - len(self.fitting["heldout"]),
         }
 
     async def generate_groups(self, tickets: Sequence[Ticket]) -> list[Group]:
@@ -184,11 +214,11 @@ class RolloutWorker(EngineWorker):
         Draws depend on (run seed, ticket's position, sibling) alone, so who generates a group, when, and how often
         does not matter.
         """
-        indices = [self.fitting[ticket.problem] for ticket in tickets]
+        indices = [self.fitting["train"][ticket.problem] for ticket in tickets]
         size = self.config.rl.group_size
         asked = size + (self.config.rl.algorithm == "remax")  # the last of them greedily
         requests = [
-            self._request(self.prompts[index], self._seed(ticket.position, sibling), greedy=sibling == size)
+            self._request(self.prompts["train"][index], self._seed(ticket.position, sibling), greedy=sibling == size)
             for ticket, index in zip(tickets, indices, strict=True)
             for sibling in range(asked)
         ]
@@ -209,15 +239,13 @@ class RolloutWorker(EngineWorker):
         return Request(prompt, seed, temperature, top_k, rollout.max_new_tokens)
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
-        """Greedy rewards on held-out problems, of the policy or of the bare base; 0 where scoring failed."""
-        requests = [self._greedy_request(self._heldout_prompt(index), bare_base) for index in indices]
+        """Greedy rewards on held-out problems that fit, of the policy or of the bare base; NaN where scoring failed."""
+        problems = [self.fitting["heldout"][index] for index in indices]
+        requests = [self._greedy_request(self.prompts["heldout"][problem], bare_base) for problem in problems]
         completions = await self.batch.complete(requests)
         texts = self._texts([completion.token_ids for completion in completions])
-        return [reward.value for reward in await self._score("heldout", indices, texts)]
-
-    def _heldout_prompt(self, index: int) -> list[int]:
-        question = self.task.problems("heldout")[index].question
-        return self.chat.prompt_ids(question)[-self.config.rollout.max_prompt_tokens :]
+        scored = await self._score("heldout", problems, texts)
+        return [math.nan if reward.failure else reward.value for reward in scored]
 
     def _greedy_request(self, prompt: Sequence[int], bare_base: bool = False) -> Request:
         limit = self.config.rollout.max_new_tokens
@@ -234,7 +262,7 @@ class RolloutWorker(EngineWorker):
 
     def _trajectory(self, index: int, completion: Completion, text: str, reward: Reward) -> Trajectory:
         return Trajectory(
-            prompt_ids=np.asarray(self.prompts[index], np.int64),
+            prompt_ids=np.asarray(self.prompts["train"][index], np.int64),
             token_ids=completion.token_ids,
             actions=completion.actions,
             rollout_log_probs=completion.log_probs,

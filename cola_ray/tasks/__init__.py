@@ -15,8 +15,8 @@ from cola_ray.tasks.protocol import Problem, Prompts, Task, answer_of
 from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, Math500, ReasoningGym, Thinking
 
 __all__ = [
-    "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Prompts", "Task", "answer_of", "make_environment",
-    "make_prompts", "make_task", "to_pretrain_on",
+    "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Prompts", "Task", "answer_of", "least_right_reward",
+    "make_environment", "make_prompts", "make_task", "to_pretrain_on",
 ]  # fmt: skip
 
 ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
@@ -89,6 +89,19 @@ def _make_task(config: TaskConfig, seed: int) -> Task:
         task: Task = getattr(importlib.import_module(module), attribute)(config, seed)
         return task
     return ReasoningGym(config.name, config.options, config.num_problems, seed)
+
+
+def least_right_reward(config: TaskConfig) -> float | None:
+    """The reward from which on a response is right; None where the task has rewards and does not say what is right.
+
+    A class of one's own says it in an attribute ``right_from``, see :class:`Task`.
+    """
+    if config.name == "preference":
+        return None
+    if ":" not in config.name:
+        return 1.0
+    module, _, attribute = config.name.partition(":")
+    return getattr(getattr(importlib.import_module(module), attribute), "right_from", None)
 
 
 def make_environment(config: TaskConfig) -> Environment:

@@ -45,7 +45,9 @@ class Task(Prompts, Protocol):
 
     A task whose verifier executes what a response says, be it one formula, has ``executes_responses = True``; the
     process that scores then gives up files, sockets and other processes once the task has been built. One whose
-    responses hold more than the answer has a method ``answer_of``, see below.
+    responses hold more than the answer has a method ``answer_of``, see below. A class whose responses are right or
+    wrong has ``right_from = 1.0``, the least reward of a right one; without it evaluations give the mean reward and no
+    accuracy.
     """
 
     def score(self, split: Split, index: int, response: str) -> float:

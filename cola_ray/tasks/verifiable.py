@@ -27,6 +27,7 @@ class ReasoningGym:
     """
 
     executes_responses = True
+    right_from = 1.0
 
     def __init__(self, name: str, options: Mapping[str, Any], num_problems: int, seed: int, bare: bool = False) -> None:
         import reasoning_gym
@@ -152,6 +153,7 @@ class Gsm8k:
     """
 
     INSTRUCTION = "\nThink step by step, then give the result after ####."
+    right_from = 1.0
 
     def __init__(self, path: str, seed: int) -> None:
         import datasets
@@ -193,6 +195,7 @@ class Math500:
     """
 
     INSTRUCTION = "\nThink step by step, then give the result in \\boxed{}."
+    right_from = 1.0
 
     def __init__(self, path: str, seed: int) -> None:
         import datasets

@@ -30,4 +30,5 @@ def test_groups_are_measured_apart():
     assert found["diversity"] == pytest.approx(1 / found["similarity"])
     assert found["distinct_1"] == pytest.approx((1 / 3 + 2 / 3) / 2)
     assert found["self_bleu"] == pytest.approx((100 + (0 + 100 + 100) / 3) / 2)
-    assert 0 < found["similarity_ci"] < 0.34
+    assert found["similarity_low"] <= found["similarity"] <= found["similarity_high"] == 1.0
+    assert found["diversity_low"] == 1.0

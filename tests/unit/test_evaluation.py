@@ -7,16 +7,30 @@ import pyarrow.parquet as pq
 import pytest
 
 from cola_ray.config import EvalConfig
-from cola_ray.evaluation import chunks, episode_figures, figures
+from cola_ray.evaluation import chunks, episode_figures, figures, too_few_samples
 from cola_ray.rollout.agent import Played
 from cola_ray.rollout.answers import Answered
 
 
-def write(folder, way, first, rewards, answers, values=None):
+def write(folder, way, first, rewards, answers, values=None, failures=None):
     file = folder / way / f"{first:06d}.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        Answered(first + i, "?", [0], said, [[1]] * len(said), [[2]] * len(said), chosen, scored, said, 3, 4, 0.5)
+        Answered(
+            first + i,
+            "?",
+            [0],
+            said,
+            [[1]] * len(said),
+            [[2]] * len(said),
+            chosen,
+            scored,
+            said,
+            3,
+            4,
+            0.5,
+            failures[i] if failures else [""] * len(said),
+        )
         for i, (chosen, scored, said) in enumerate(zip(values or rewards, rewards, answers, strict=True))
     ]
     pq.write_table(pa.Table.from_pylist([{"way": way, **asdict(row)} for row in rows]), file)
@@ -44,7 +58,10 @@ def test_figures_by_hand(tmp_path):
     assert found["pass_at_1"] == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
     assert found["pass_at_2"] == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert "pass_at_8" not in found, "more than there are samples"
-    assert 0 < found["best_ci"] <= 0.5
+    assert found["best_low"] == pytest.approx(0.2077, abs=1e-4), "Wilson's of 2 of 3"
+    assert found["best_high"] == pytest.approx(0.9385, abs=1e-4)
+    assert (found["reward"], found["best_reward"]) == (0.0, pytest.approx((1 + 1 + 0.5) / 3))
+    assert too_few_samples(config, {"sample": found}) == [8]
     assert (found["generated_tokens"], found["computed_tokens"]) == (3, 4)
 
 
@@ -77,5 +94,52 @@ def test_figures_of_episodes_by_hand(tmp_path):
     assert found["best_return"] == pytest.approx((-3 - 1) / 2)
     assert found["solved"] == pytest.approx((0.5 + 1) / 2)
     assert found["turns"] == pytest.approx((5 + 2) / 2)
-    assert 0 <= found["return_ci"] <= 1.5
+    assert (found["return_low"], found["return_high"]) == (-4.0, -1.0), "of two seeds"
     assert found["generated_tokens"] == 6
+
+
+def test_votes_are_for_values_and_what_cannot_be_read_never_wins(tmp_path):
+    rewards = [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    write(tmp_path, "sample", 0, rewards, [["4", "", "", ""], ["", "", "", ""]])
+    found = figures(EvalConfig(ways=("sample",), ks=()), tmp_path, seed=0)["sample"]
+    assert found["majority"] == 0.5
+
+
+def test_none_right_still_has_an_interval(tmp_path):
+    write(tmp_path, "greedy", 0, [[0.0]] * 256, [["1"]] * 256)
+    found = figures(EvalConfig(ways=("greedy",), chunk=256), tmp_path, seed=0)["greedy"]
+    assert (found["accuracy"], found["accuracy_low"]) == (0.0, 0.0)
+    assert found["accuracy_high"] == pytest.approx(1.959964**2 / (256 + 1.959964**2), abs=1e-6)
+
+
+def test_where_nothing_is_simply_right_rewards_are_told_under_their_own_name(tmp_path):
+    write(tmp_path, "sample", 0, [[0.2, 0.7], [0.4, 0.1]], [["1", "2"], ["3", "4"]])
+    config = EvalConfig(ways=("sample",), ks=(1,))
+    found = figures(config, tmp_path, seed=0, right_from=None)["sample"]
+    assert (found["reward"], found["best_reward"]) == (pytest.approx(0.3), pytest.approx(0.55))
+    assert not {"accuracy", "majority", "best", "pass_at_1"} & found.keys()
+    assert figures(config, tmp_path, seed=0, right_from=0.5)["sample"]["best"] == 0.5
+
+
+def test_failed_scores_are_counted_and_problems_without_an_answer_are_wrong(tmp_path):
+    inf = float("inf")
+    rewards, values = [[0.0, 1.0], [], [1.0]], [[-inf, 1.0], [], [1.0]]
+    write(tmp_path, "mcts", 0, rewards, [["1", "2"], [], ["3"]], values, [["took too long", ""], [], [""]])
+    found = figures(EvalConfig(ways=("mcts",)), tmp_path, seed=0)["mcts"]
+    assert (found["problems"], found["failed"]) == (3, 1)
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert found["best"] == pytest.approx(2 / 3)
+    assert "any_right" not in found, "a failure of the verifier is no reward model"
+    assert found["reward"] == pytest.approx(1 / 2), "nothing for the second, and the first is not known"
+
+
+def test_figures_do_not_depend_on_what_else_was_computed_or_lies_there(tmp_path):
+    rewards = [[float(i % 3) / 2] for i in range(6)]
+    for way in ("greedy", "sample"):
+        write(tmp_path, way, 0, rewards, [["1"]] * 6)
+    write(tmp_path, "sample", 6, rewards, [["1"]] * 6)  # of an earlier run that asked more
+    alone = figures(EvalConfig(ways=("sample",), problems=6, chunk=6), tmp_path, seed=3)["sample"]
+    both = figures(EvalConfig(ways=("greedy", "sample"), problems=6, chunk=6), tmp_path, seed=3)["sample"]
+    assert alone == both
+    assert alone["problems"] == 6
+    assert figures(EvalConfig(ways=("mcts",)), tmp_path, seed=0) == {}

@@ -63,9 +63,18 @@ def test_means_over_seeds():
     ]
     found = sweep.by_value(rows)
     assert found["0.1"]["rl_accuracy"] == pytest.approx(0.6)
-    assert found["0.1"]["rl_accuracy_ci"] == pytest.approx(0.1)
+    assert (found["0.1"]["rl_accuracy_low"], found["0.1"]["rl_accuracy_high"]) == (0.5, 0.7)
     assert found["0.1"]["kl_last"] == pytest.approx(0.3)
-    assert found["0.0"] == {"rl_accuracy": 0.9, "rl_accuracy_ci": 0.0}
+    assert found["0.0"] == {"runs": 1.0, "rl_accuracy": 0.9, "rl_accuracy_low": 0.9, "rl_accuracy_high": 0.9}
+
+
+def test_runs_that_were_stopped_early_are_told_apart():
+    rows = [
+        {"value": 0.1, "seed": 0, "steps": 3, "reward_last": 0.1, "stopped_early": True},
+        {"value": 0.1, "seed": 1, "steps": 9, "reward_last": 0.3, "rl_accuracy": 0.7},
+    ]
+    found = sweep.by_value(rows)["0.1"]
+    assert (found["runs"], found["stopped_early"], found["rl_accuracy"]) == (2, 1, 0.7)
 
 
 def test_as_many_runs_as_the_cluster_has_room_for(config, monkeypatch):
