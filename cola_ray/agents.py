@@ -65,8 +65,6 @@ class AgentController(Controller):
         critic: of utterances; asked by ``archer`` alone.
     """
 
-    MEASURE = "return"
-
     def __init__(self, config: Config, pool: WorkerPool, shards: Shards, critic: CriticClient) -> None:
         super().__init__(config, pool, shards)
         self.critic = critic
@@ -105,13 +103,11 @@ class AgentController(Controller):
             for sibling in range(rl.group_size)
         ]
 
-    async def _evaluate(self, bare_base: bool) -> float:
+    async def _evaluate(self, bare_base: bool) -> Metrics:
         """Mean return of episodes on seeds that training never uses; failed ones are left out."""
-        returns = np.array(await self._evaluation_rewards(bare_base, *await self._judge()))
-        failed = int((~np.isfinite(returns)).sum())
-        if failed:
-            self._say(f"{failed} of {len(returns)} evaluation episodes failed in their environment and do not count")
-        return float(returns[np.isfinite(returns)].mean()) if np.isfinite(returns).any() else float("nan")
+        returns = await self._evaluation_rewards(bare_base, *await self._judge())
+        known = [one for one in returns if np.isfinite(one)]
+        return {"return": float(np.mean(known))} if known else {}
 
     # --- algorithms -----------------------------------------------------------------------------------------------
 

@@ -22,8 +22,9 @@ raised in the learner's next call and told to the driver: nothing waits on somet
 import asyncio
 import contextlib
 import functools
+import math
 import time
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,10 +35,11 @@ import torch
 from cola_ray.algorithms import ADVANTAGES
 from cola_ray.algorithms.advantages import Outcomes, overlong_penalty
 from cola_ray.algorithms.latent_actions import usage
-from cola_ray.config import Config
+from cola_ray.config import Config, is_environment
 from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
 from cola_ray.replay.service import Shards
 from cola_ray.replay.transitions import as_completion_rows, as_trajectories
+from cola_ray.tasks import least_right_reward
 from cola_ray.weights import Bucket, Channel, Manifest, Offer
 from cola_ray.work_buffer import WorkBuffer
 
@@ -74,7 +76,7 @@ class Seat:
     number: int
     worker: Any
     ready: bool = True  # holds the current weights
-    owed_tokens: float = 0.0
+    owed_tokens: int = 0
     losses: int = 0  # in a row, without a share completed
 
 
@@ -95,10 +97,9 @@ class Controller:
         shards: replay; none where the algorithm asks for none.
     """
 
-    MEASURE = "accuracy"  # what an evaluation is called
-
     def __init__(self, config: Config, pool: WorkerPool, shards: Shards) -> None:
         rl = config.rl
+        self.right_from = None if is_environment(config.task.name) else least_right_reward(config.task)
         self.config, self.pool, self.shards = config, pool, shards
         self.seats = [Seat(number, pool.spawn()) for number in range(config.rollout.num_workers)]
         self.buffer = WorkBuffer(rl.prompts_per_step, rl.max_staleness)
@@ -132,9 +133,11 @@ class Controller:
                 f"task.name = {self.config.task.name!r}: no problem to train on; all are held out, or longer than "
                 f"rollout.max_prompt_tokens = {self.config.rollout.max_prompt_tokens}"
             )
+        if not self.facts["num_heldout"]:
+            self._say("no problem is held out, or none fits rollout.max_prompt_tokens: nothing is evaluated")
         if not resumed:
             base, start = [await self._evaluate(bare_base) for bare_base in (True, False)]
-            self._event(0, {f"eval/base_{self.MEASURE}": base, f"eval/{self.MEASURE}": start})
+            self._event(0, {f"eval/base_{name}": value for name, value in base.items()} | _evals(start))
         return self.facts
 
     async def drain(self) -> tuple[list[dict[str, Any]], str | None]:
@@ -251,32 +254,31 @@ class Controller:
         """One step's groups, generated, scored and collated: a batch a rank, and metrics."""
         started = time.perf_counter()
         groups: list[Group] = await self._generate(self._tickets(target), "generate_groups")
-        taught, more = (await self._with_signal(groups, target)) if self.config.rl.dynamic_sampling else (groups, {})
+        others = await self._refill_groups(groups, target) if self.config.rl.dynamic_sampling else []
         seconds = time.perf_counter() - started
-        failures = [t.failure for group in groups for t in group.trajectories if t.failure]
-        self._check_failures(failures, len(groups) * self.config.rl.group_size, "rewards")
-        batches, replayed = await self._collate(taught, target)
+        asked = [one for group in (*groups, *others) for one in group.asked]
+        self._check_failures([one.failure for one in asked if one.failure], len(asked), "rewards")
+        taught, more = groups, {"rollout/tokens_per_second": sum(len(one.token_ids) for one in asked) / seconds}
+        if self.config.rl.dynamic_sampling:
+            taught = [group for group in (*groups, *others) if self._differs(group)]
+            more |= {"rollout/refilled_groups": float(len(others)), "reward/taught_groups": float(len(taught))}
+        batches, replayed = await self._collate(taught or groups, target)
         return batches, self._measure(groups, target, seconds) | more | replayed
 
-    async def _with_signal(self, groups: Sequence[Group], target: int) -> tuple[list[Group], dict[str, float]]:
-        """Groups whose rewards differ, from other prompts where too few do (DAPO, Yu et al. 2025, section 3.2).
+    async def _refill_groups(self, groups: Sequence[Group], target: int) -> list[Group]:
+        """Other prompts' groups where too few have rewards that differ (DAPO, Yu et al. 2025, section 3.2).
 
-        Metrics stay those of the first draw, which is a fair sample of the problems. Where no group at all differs,
-        the first draw is the batch.
+        Metrics stay those of the first draw, which is a fair sample of the problems, but for what failed. Where no
+        group at all differs, the first draw is the batch.
         """
-        rl, asked = self.config.rl, 0
-        kept = [group for group in groups if self._differs(group)]
+        rl, others = self.config.rl, list[Group]()
         for round_number in range(rl.refill_rounds):
-            missing = rl.prompts_per_step - len(kept)
+            missing = rl.prompts_per_step - sum(self._differs(group) for group in (*groups, *others))
             if not missing:
                 break
             first = _REFILLS + (target * rl.refill_rounds + round_number) * rl.prompts_per_step
-            others: list[Group] = await self._generate(
-                [self._ticket(first + i) for i in range(missing)], "generate_groups"
-            )
-            asked += missing
-            kept += [group for group in others if self._differs(group)]
-        return kept or list(groups), {"rollout/refilled_groups": float(asked), "reward/taught_groups": float(len(kept))}
+            others += await self._generate([self._ticket(first + i) for i in range(missing)], "generate_groups")
+        return others
 
     def _differs(self, group: Group) -> bool:
         return len(set(self._outcomes(group).rewards.tolist())) > 1
@@ -312,21 +314,26 @@ class Controller:
         return [(seat, shares[seat.number]) for seat in ready if shares[seat.number]]
 
     async def _generate_share(self, seat: Seat, share: list[Ticket], method: str, *args: Any) -> list[Any]:
-        expected = self._expected_tokens(len(share))
         while True:
-            seat.owed_tokens += expected
             try:
-                made: list[Any] = await self._ask(seat, method, share, *args)
-                seat.losses = 0
-                return made
+                return await self._serve(seat, share, self._expected_tokens(len(share)), method, *args)
             except WorkerLostError:
                 self.ledger.regenerated_groups += len(share)
                 seat = min(await self._ready_seats(), key=lambda other: other.owed_tokens)
-            finally:
-                seat.owed_tokens = max(seat.owed_tokens - expected, 0.0)
 
-    def _expected_tokens(self, num_groups: int) -> float:
-        return num_groups * self.config.rl.group_size * self.ledger.response_length
+    async def _serve(self, seat: Seat, share: list[Any], tokens: int, method: str, *args: Any) -> list[Any]:
+        """What a seat's worker makes of a share; it owes these tokens until it has, or is lost."""
+        seat.owed_tokens += tokens
+        try:
+            made: list[Any] = await self._ask(seat, method, share, *args)
+        finally:
+            seat.owed_tokens -= tokens
+        seat.losses = 0
+        return made
+
+    def _expected_tokens(self, num_groups: int) -> int:
+        """Whole ones, so that what is owed comes back to nothing exactly."""
+        return num_groups * self.config.rl.group_size * math.ceil(self.ledger.response_length)
 
     def _check_failures(self, failures: Sequence[str], count: int, what: str) -> None:
         """Count what user code failed at; raises when that is too large a share."""
@@ -395,28 +402,33 @@ class Controller:
         )  # fmt: skip
 
     def _measure(self, groups: Sequence[Group], target: int, seconds: float) -> dict[str, float]:
-        trajectories = [trajectory for group in groups for trajectory in group.scored]
+        """Of a step's first draw; where no reward of it came, what was counted alone."""
+        counted = {
+            "reward/failed": float(self.ledger.failed_rewards),
+            "rollout/regenerated_groups": float(self.ledger.regenerated_groups),
+            "rollout/worker_losses": float(self.ledger.worker_losses),
+            "rollout/last_position": float(groups[-1].position),  # tickets up to here have been generated, each once
+            "time/rollout": seconds,
+        }
+        scored = [group for group in groups if group.scored]
+        if not scored:
+            return counted
+        trajectories = [trajectory for group in scored for trajectory in group.scored]
         rewards = np.array([trajectory.reward for trajectory in trajectories])
         lengths = np.array([len(trajectory.token_ids) for trajectory in trajectories])
         actions = np.concatenate([trajectory.actions for trajectory in trajectories])
         staleness = target - np.concatenate([trajectory.versions for trajectory in trajectories])
         counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
         self.ledger.response_length = 0.9 * self.ledger.response_length + 0.1 * float(lengths.mean())
-        return {
+        return counted | {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
-            "reward/zero_variance_groups": float(np.mean([np.ptp(g.rewards) == 0 for g in groups if g.scored])),
-            "reward/failed": float(self.ledger.failed_rewards),
+            "reward/zero_variance_groups": float(np.mean([np.ptp(group.rewards) == 0 for group in scored])),
             "rollout/response_length": float(lengths.mean()),
-            "rollout/distinct": float(np.mean([_distinct(group) for group in groups if group.scored])),
+            "rollout/distinct": float(np.mean([_distinct(group) for group in scored])),
             "rollout/truncated": float(np.mean([trajectory.truncated for trajectory in trajectories])),
-            "rollout/tokens_per_second": float(lengths.sum() / seconds),
-            "rollout/regenerated_groups": float(self.ledger.regenerated_groups),
-            "rollout/worker_losses": float(self.ledger.worker_losses),
-            "rollout/last_position": float(groups[-1].position),  # tickets up to here have been generated, each once
             "staleness/mean": float(staleness.mean()),
             "staleness/max": float(staleness.max()),
-            "time/rollout": seconds,
             **usage(counts),
         }
 
@@ -459,30 +471,39 @@ class Controller:
         rl = self.config.rl
         if version == rl.max_steps or (rl.eval_every and version % rl.eval_every == 0):
             started = time.perf_counter()
-            metrics[f"eval/{self.MEASURE}"] = await self._evaluate(bare_base=False)
+            metrics |= _evals(await self._evaluate(bare_base=False))
             metrics["time/eval"] = time.perf_counter() - started
 
-    async def _evaluate(self, bare_base: bool) -> float:
-        """Share of held-out problems with full reward under greedy decoding."""
-        return float(np.mean([reward >= 1.0 for reward in await self._evaluation_rewards(bare_base)]))
+    async def _evaluate(self, bare_base: bool) -> dict[str, float]:
+        """Of greedy responses to held-out problems: mean reward, and the share that is right where a task says so.
+
+        Where scoring failed a response is not right, and has no part in the mean.
+        """
+        rewards = await self._evaluation_rewards(bare_base)
+        known = [reward for reward in rewards if math.isfinite(reward)]
+        found = {"reward": float(np.mean(known))} if known else {}
+        if rewards and self.right_from is not None:
+            found["accuracy"] = sum(reward >= self.right_from for reward in known) / len(rewards)
+        return found
 
     async def _evaluation_rewards(self, bare_base: bool, *args: Any) -> list[float]:
+        """Of each held-out problem that is asked; what is not finite has failed, and is said."""
         indices = range(min(self.config.rl.eval_problems, self.facts["num_heldout"]))
-        return await self._share_out(indices, "evaluate", bare_base, *args)
+        rewards = await self._share_out(indices, "evaluate", bare_base, *args)
+        failed = sum(not math.isfinite(reward) for reward in rewards)
+        if failed:
+            self._say(f"{failed} of {len(rewards)} evaluations failed in their task; none is right, or in a mean")
+        return rewards
 
     async def _share_out(self, items: Sequence[Any], method: str, *args: Any) -> list[Any]:
         """``method(items, *args)`` gives a result an item; here, over all workers, also if some die. In order."""
 
         async def of_a_share(share: list[Any]) -> list[Any]:
+            owed = len(share) * math.ceil(self.ledger.response_length)
             while True:
                 seat = min(await self._ready_seats(), key=lambda other: other.owed_tokens)
-                seat.owed_tokens += (owed := len(share) * self.ledger.response_length)
-                try:
-                    return await self._ask(seat, method, share, *args)
-                except WorkerLostError:
-                    continue
-                finally:
-                    seat.owed_tokens = max(seat.owed_tokens - owed, 0.0)
+                with contextlib.suppress(WorkerLostError):
+                    return await self._serve(seat, share, owed, method, *args)
 
         count = len(self.seats)
         shares = [share for share in (list(items[i::count]) for i in range(count)) if share]
@@ -590,14 +611,8 @@ class Controller:
         self.events.append({"say": line})
 
 
-class PreferenceController(Controller):
-    """The same where no response is simply right."""
-
-    MEASURE = "reward"
-
-    async def _evaluate(self, bare_base: bool) -> float:
-        """Mean reward of greedy responses to held-out prompts."""
-        return float(np.mean(await self._evaluation_rewards(bare_base)))
+def _evals(found: Mapping[str, float]) -> dict[str, float]:
+    return {f"eval/{name}": value for name, value in found.items()}
 
 
 def _distinct(group: Group) -> float:

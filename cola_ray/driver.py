@@ -31,12 +31,13 @@ from ray.util.queue import Queue
 
 from cola_ray import actors
 from cola_ray.agents import AgentController
-from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, override
-from cola_ray.controller import Controller, PreferenceController
+from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, is_environment, override
+from cola_ray.controller import Controller
 from cola_ray.model.conversion import plain_base
 from cola_ray.refusals import check
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
+from cola_ray.tasks import least_right_reward
 from cola_ray.tracking import (
     Display,
     Tracker,
@@ -149,7 +150,6 @@ class _Job:
     """What differs between problems with answers and multi-turn agents."""
 
     name: str
-    measure: str  # of an evaluation, eval/<measure>
     worker: type[EngineWorker]
     controller: type[Controller]
 
@@ -172,8 +172,8 @@ def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """
     check(config, "rl_math")
     if config.task.name == "preference":
-        return _run(config, _Job("rl_preference", "reward", RolloutWorker, PreferenceController), on_step)
-    return _run(config, _Job("rl_math", "accuracy", RolloutWorker, Controller), on_step)
+        return _run(config, _Job("rl_preference", RolloutWorker, Controller), on_step)
+    return _run(config, _Job("rl_math", RolloutWorker, Controller), on_step)
 
 
 def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
@@ -181,7 +181,14 @@ def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     check(config, "rl_agent")
     if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
         config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})
-    return _run(config, _Job("rl_agent", "return", AgentWorker, AgentController), on_step)
+    return _run(config, _Job("rl_agent", AgentWorker, AgentController), on_step)
+
+
+def measured(config: Config) -> str:
+    """What an evaluation is called, ``eval/<this>``: return, accuracy, or reward where nothing is simply right."""
+    if is_environment(config.task.name):
+        return "return"
+    return "reward" if least_right_reward(config.task) is None else "accuracy"
 
 
 def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
@@ -199,17 +206,19 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
             pool = actors.RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
             controller = actors.controller(job.controller, config, pool, *services)
             try:
-                facts, memory = _train(config, model_path, job, controller, tracker)
+                facts, memory = _train(config, model_path, controller, tracker)
             finally:
                 ray.kill(controller)  # and with it the workers, which it owns
-            summary = _rl_summary(config, job, tracker, facts, memory, time.time() - started)
+            summary = _rl_summary(config, tracker, facts, memory, time.time() - started)
+            measure = measured(config)
             write_json(output / "summary.json", summary)
             plot(
                 output / "reward.png",
                 f"{config.task.name}: {config.rl.algorithm} over {_actions(config)}",
                 {"reward (train, sampled)": tracker.series("reward/mean"),
-                 f"{job.measure} (held out)": tracker.series(f"eval/{job.measure}")},
-                {"base": summary[f"base_{job.measure}"], "behaviour cloned": summary[f"bc_{job.measure}"]},
+                 f"{measure} (held out)": tracker.series(f"eval/{measure}")},
+                {label: summary[f"{when}_{measure}"] for when, label in (("base", "base"), ("bc", "behaviour cloned"))
+                 if f"{when}_{measure}" in summary},
             )  # fmt: skip
         print_summary(f"RL, {config.preset}: {output}", summary)
     return summary
@@ -228,9 +237,7 @@ def _actions(config: Config) -> str:
     return f"{config.model.num_actions} latent actions"
 
 
-def _train(
-    config: Config, model_path: str, job: _Job, controller: Any, tracker: Tracker
-) -> tuple[dict[str, Any], list[float]]:
+def _train(config: Config, model_path: str, controller: Any, tracker: Tracker) -> tuple[dict[str, Any], list[float]]:
     """The loop between controller and learner until it ends; returns the run's facts and the workers' memory."""
     try:
         facts = ray.get(controller.start.remote(_checkpoint_exists(Path(config.output_dir))))
@@ -238,8 +245,8 @@ def _train(
         raise RunFailedError(str(error.cause or error)) from None
     _print_arithmetic(config, facts)
     export = actors.exporter(config)
-    evaluated = f"eval/{job.measure}"
-    names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", evaluated: job.measure}
+    evaluated = f"eval/{measured(config)}"
+    names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", evaluated: measured(config)}
     with Display("rl", config.rl.max_steps) as display:
 
         def poll() -> None:
@@ -283,21 +290,23 @@ def _rl_rank(loop: dict[str, Any]) -> None:
 
 
 def _rl_summary(
-    config: Config, job: _Job, tracker: Tracker, facts: dict[str, Any], worker_memory: list[float], seconds: float
+    config: Config, tracker: Tracker, facts: dict[str, Any], worker_memory: list[float], seconds: float
 ) -> dict[str, Any]:
     def last(name: str) -> float:
         return tracker.series(name)[1][-1]
 
-    evaluated = tracker.series(f"eval/{job.measure}")[1]
+    measure = measured(config)
+    base, evaluated = (tracker.series(f"eval/{name}")[1] for name in (f"base_{measure}", measure))
+    times = tracker.series("time/step")[1]
     return {
         "preset": config.preset,
         "task": config.task.name,
         "algorithm": config.rl.algorithm,
         "action_space": config.rl.action_space,
         "seed": config.seed,
-        f"base_{job.measure}": last(f"eval/base_{job.measure}"),
-        f"bc_{job.measure}": evaluated[0],
-        f"rl_{job.measure}": evaluated[-1],
+        # Nothing, where nothing is held out.
+        **({f"base_{measure}": base[-1]} if base else {}),
+        **({f"bc_{measure}": evaluated[0], f"rl_{measure}": evaluated[-1]} if evaluated else {}),
         "eval_problems": min(config.rl.eval_problems, facts["num_heldout"]),
         "steps": config.rl.max_steps,
         "reward_first": tracker.series("reward/mean")[1][0],
@@ -307,7 +316,7 @@ def _rl_summary(
         "trained_parameters": int(last("learner/trained_parameters")),
         "optimizer_mb": round(last("memory/optimizer_mb"), 2),
         **({} if config.rl.actor_free else {"rollout_mismatch": last("policy/rollout_mismatch")}),
-        "seconds_per_step": sum(tracker.series("time/step")[1]) / max(len(tracker.series("time/step")[1]), 1),
+        "seconds_per_step": sum(times) / max(len(times), 1),
         "wall_seconds": round(seconds, 1),
         "peak_memory_learner_gb": last("memory/learner_gb"),
         "peak_memory_worker_gb": max(worker_memory),
@@ -329,8 +338,9 @@ def _print_arithmetic(config: Config, facts: dict[str, Any]) -> None:
     if "num_too_long" not in facts:
         return  # an environment has no list of problems
     print(f"{facts['num_train']} training problems, {facts['num_heldout']} held out", end="")
-    left_out = facts["num_too_long"]
-    print(f"; {left_out} longer than rollout.max_prompt_tokens left out" if left_out else "")
+    too_long = facts["num_too_long"], facts["num_heldout_too_long"]
+    left_out = f"; {too_long[0]} and {too_long[1]} longer than rollout.max_prompt_tokens are left out"
+    print(left_out if any(too_long) else "")
 
 
 # --- Ray ----------------------------------------------------------------------------------------------------------

@@ -68,6 +68,11 @@ class Group:
     greedy: Trajectory | None = None  # a baseline that is not trained on, where the algorithm wants one
 
     @property
+    def asked(self) -> tuple[Trajectory, ...]:
+        """All that were generated and wanted a reward, the baseline too."""
+        return self.trajectories if self.greedy is None else (*self.trajectories, self.greedy)
+
+    @property
     def scored(self) -> tuple[Trajectory, ...]:
         """Those with a reward."""
         return tuple(trajectory for trajectory in self.trajectories if not trajectory.failure)

@@ -32,13 +32,8 @@ from cola_ray.algorithms.intervals import share_interval
 from cola_ray.atlas import Atlas
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
 from cola_ray.diversity import measure, open_encoder
-<<<<<<< HEAD
 from cola_ray.driver import prepare_output, served, tracked
-from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures
-=======
-from cola_ray.driver import RunFailedError, check_start_model, prepare_output, served, tracked
 from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, too_few_samples
->>>>>>> 544a67c (Searches keep their budgets exactly and have no unit of reward; shares have Wilson's intervals; votes are for values)
 from cola_ray.refusals import check
 from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.service import Shards

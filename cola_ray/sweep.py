@@ -20,23 +20,9 @@ import ray
 from ray import tune
 
 from cola_ray import actors
-<<<<<<< HEAD
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
-from cola_ray.driver import make_start_model, prepare_output, run_agent, run_rl, tracked
+from cola_ray.driver import make_start_model, measured, prepare_output, run_agent, run_rl, tracked
 from cola_ray.presets import trial
-=======
-from cola_ray.config import Config, ConfigError, is_environment, override
-from cola_ray.driver import (
-    RunFailedError,
-    make_start_model,
-    measured,
-    prepare_output,
-    require_start_model,
-    run_agent,
-    run_rl,
-    tracked,
-)
->>>>>>> 544a67c (Searches keep their budgets exactly and have no unit of reward; shares have Wilson's intervals; votes are for values)
 from cola_ray.refusals import check
 from cola_ray.tracking import Display, plot_frontier, print_ways, write_json
 

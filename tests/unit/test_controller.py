@@ -8,7 +8,7 @@ import pytest
 
 from cola_ray.config import override
 from cola_ray.controller import Controller, WorkerLostError, WorkerNeverRanError
-from cola_ray.experience import Group, Trajectory
+from cola_ray.experience import Group, Ticket, Trajectory
 from cola_ray.presets import preset
 from cola_ray.replay.service import ReplayShard, Shards
 
@@ -25,6 +25,7 @@ class Worker:
     reward_failure: str = ""
     dead: bool = False
     hangs: bool = False
+    tickets: list = dataclasses.field(default_factory=list)  # how many it was handed at a time
 
 
 class Pool:
@@ -60,6 +61,7 @@ class Pool:
 
     async def generate(self, worker, tickets):
         version = worker.version
+        worker.tickets.append(len(tickets))
         await asyncio.sleep(0.001)
         if worker.hangs:
             await asyncio.sleep(60)
@@ -201,6 +203,24 @@ def test_a_lost_worker_costs_nothing_but_time(max_staleness):
     assert all(worker.version == STEPS for worker in pool.workers if not worker.dead), "replacements follow updates"
 
 
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_after_a_loss_nobody_owes_anything_and_both_workers_have_their_share(max_staleness):
+    """The survivor takes the lost share over: what the lost seat owed is paid there, and not by the survivor."""
+    pool = Pool(dies_at={8, 9, 10, 11})
+    controller, _ = run(pool, {"rl.max_staleness": max_staleness})
+    assert [seat.owed_tokens for seat in controller.seats] == [0, 0]
+    asyncio.run(_deals_evenly(controller))
+    if not max_staleness:
+        survivor, successor = (worker for worker in pool.workers if not worker.dead)
+        assert survivor.tickets[-2:] == successor.tickets[-2:] == [PROMPTS // 2] * 2
+
+
+async def _deals_evenly(controller):
+    controller.changed = asyncio.Condition()
+    shares = await controller._deal([Ticket(i, i) for i in range(16)])
+    assert [len(share) for _, share in shares] == [8, 8]
+
+
 def test_successors_that_never_ran_are_no_losses():
     class Outdated(Pool):
         """Does not know at once that the first worker's machine is gone."""
@@ -253,6 +273,85 @@ def test_failed_rewards_are_left_out_and_counted():
     assert controller.ledger.failed_rewards > 0
     trained = sum(int(batch.action_mask.sum()) for batch in batches)
     assert trained == STEPS * PROMPTS * GROUP - controller.ledger.failed_rewards
+
+
+def test_failed_rewards_of_refilled_groups_and_of_baselines_count():
+    pool = equal_rewards(Pool(reward_failure="returned nan"), range(10))
+    changes = {"rl.dynamic_sampling": True, "rl.refill_rounds": 2, "rollout.num_workers": 1}
+    controller, _ = run(pool, changes | {"task.max_failed_rewards": 0.5})
+    drawn = len(pool.served)
+    assert drawn == 3 * STEPS * PROMPTS, "a draw and two refills each step"
+    assert controller.ledger.failed_rewards == drawn
+    with pytest.raises(RuntimeError, match=r"50% of a step's rewards failed"):
+        run(equal_rewards(Pool(reward_failure="nan"), range(10)), changes | {"task.max_failed_rewards": 0.4})
+    assert len(Group(0, (pool.trajectory(Worker(), 0, 1),), pool.trajectory(Worker(), 0, 0)).asked) == 2
+
+
+def test_a_first_draw_without_a_reward_has_no_mean():
+    """Its metrics are those that can be counted, without NaN or a warning; the refilled groups are the batch."""
+    pool = Pool()
+    made = pool.trajectory
+
+    def trajectory(worker, version, sibling):
+        one = made(worker, version, sibling)
+        return dataclasses.replace(one, failure="raised" if len(pool.served) <= PROMPTS else "")
+
+    pool.trajectory = trajectory
+    changes = {"rl.dynamic_sampling": True, "task.max_failed_rewards": 1.0, "rollout.num_workers": 1, "rl.max_steps": 1}
+    controller, _ = run(pool, changes)
+    (metrics,) = [event["metrics"] for event in controller.events if event.get("step")]
+    assert "reward/mean" not in metrics
+    assert metrics["reward/failed"] == PROMPTS * GROUP
+    assert metrics["rollout/refilled_groups"] == PROMPTS
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def evaluations(rewards, task="arithmetic", num_heldout=3):
+    """What is told of the start, with these rewards of held-out problems."""
+
+    class Evaluated(Pool):
+        async def call(self, worker, method, *args):
+            if method == "evaluate":
+                return [rewards[index] for index in args[0]]
+            found = await super().call(worker, method, *args)
+            return found | {"num_heldout": num_heldout} if method == "facts" else found
+
+    async def act(controller):
+        return controller.events
+
+    return run(Evaluated(), {"task.name": task}, act=act)[1]
+
+
+class Shaped:
+    """A task of one's own that does not say what is right."""
+
+
+class Graded:
+    right_from = 0.8
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_evaluation_says_what_it_counts():
+    nan = float("nan")
+    told = evaluations([1.0, 0.4, 0.0])[0]["metrics"]
+    assert told["eval/accuracy"] == told["eval/base_accuracy"] == pytest.approx(1 / 3)
+    assert told["eval/reward"] == pytest.approx(1.4 / 3)
+    shaped = evaluations([0.9, 0.4, 0.2], f"{__name__}:Shaped")[0]["metrics"]
+    assert shaped == {"eval/reward": pytest.approx(0.5), "eval/base_reward": pytest.approx(0.5)}
+    graded = evaluations([0.9, 0.4, 0.2], f"{__name__}:Graded")[0]["metrics"]
+    assert graded["eval/accuracy"] == pytest.approx(1 / 3)
+    events = evaluations([1.0, nan, 0.0])
+    assert events[0]["say"].startswith("1 of 3 evaluations failed")
+    assert events[-1]["metrics"]["eval/accuracy"] == pytest.approx(1 / 3)
+    assert events[-1]["metrics"]["eval/reward"] == pytest.approx(1 / 2)
+    assert evaluations([nan] * 3)[-1]["metrics"] == {"eval/accuracy": 0.0, "eval/base_accuracy": 0.0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_held_out_is_named_and_no_number():
+    said, start = evaluations([], num_heldout=0)
+    assert "nothing is evaluated" in said["say"]
+    assert start["metrics"] == {}
 
 
 def test_too_many_failed_rewards_end_the_run():
