@@ -190,8 +190,7 @@ class RolloutWorker(EngineWorker):
         self.task = make_prompts(config.task, config.seed)
         splits: tuple[Split, ...] = ("train", "heldout")
         self.prompts = {
-            split: [self.chat.prompt_ids(problem.question) for problem in self.task.problems(split)]
-            for split in splits
+            split: [self.chat.prompt_ids(problem.question) for problem in self.task.problems(split)] for split in splits
         }
         limit = config.rollout.max_prompt_tokens
         self.fitting = {

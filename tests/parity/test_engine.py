@@ -230,6 +230,30 @@ def test_turns_of_many_episodes_share_steps(engine, monkeypatch):
         asyncio.run(batch.complete([Request([20] * 4096, 0, 1.0, 0, 5)]))
 
 
+def test_who_is_cancelled_leaves_the_engine_and_the_others_stay(engine, cola):
+    """As when a search's time is up: within a few steps, far before its requests would have ended."""
+    batch = RunningBatch(engine, drain=True)
+    stays, goes = (Request([30 + i, 31, 32], i, 1.0, 0, 60, [3] * 60) for i in range(2))
+
+    async def play():
+        staying = asyncio.create_task(batch.complete([stays]))
+        going = asyncio.create_task(batch.complete([goes, goes]))
+        while engine.num_in_flight < 3:
+            await asyncio.sleep(0.001)
+        going.cancel()
+        await asyncio.gather(going, return_exceptions=True)
+        while engine.num_in_flight == 3:
+            await asyncio.sleep(0.001)
+        assert engine.num_in_flight == 1
+        assert not staying.done()
+        return await staying
+
+    (completion,) = asyncio.run(play())
+    assert_same(completion, reference(cola, stays))
+    assert not engine.num_in_flight
+    assert not engine.last_blocks
+
+
 def test_siblings_of_n_draw_their_own_actions(engine):
     """vLLM's own n > 1 needs a token temperature; top_k = 1 keeps tokens greedy given the action."""
     wishes = sampling_args(VOCAB_SIZE, seed=3) | {"temperature": 1.0, "top_k": 1, "seed": 11, "n": 6}
