@@ -26,6 +26,7 @@ from ray.util.metrics import Gauge
 
 from cola_ray.config import WITH_CRITIC, Config, is_endpoint
 from cola_ray.controller import Controller, WorkerLostError, WorkerNeverRanError
+from cola_ray.display import current
 from cola_ray.experience import Batch
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
@@ -48,6 +49,7 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
         return
     environment = {"env_vars": _worker_environment(config)}
     there = address(config)
+    current().doing(f"attaching to the Ray cluster at {there}" if there else "starting Ray")
     logging.getLogger("ray").setLevel(logging.WARNING)
     # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -70,6 +72,7 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
     try:
         yield
     finally:
+        current().doing("stopping Ray" if not there else "leaving the Ray cluster")
         ray.shutdown()
 
 

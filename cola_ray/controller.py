@@ -121,12 +121,25 @@ class Controller:
         self.chores: set[asyncio.Task] = set()
         self.pending: dict[str, float] = {}  # what is being waited for, since when
         self.published_at = 0.0
+        self.is_open = False
 
     # --- the driver's side --------------------------------------------------------------------------------------
 
     async def start(self, resumed: bool) -> dict[str, Any]:
         """Wait for the workers; evaluate the start policy and the bare base unless this resumes. Returns facts."""
         self._spawn(self._watch_for_stalls())
+        try:
+            await self._open(resumed)
+        except Exception as error:
+            await self.fail(_reason(error))
+            raise
+        async with self.changed:
+            self.is_open = True
+            self.changed.notify_all()
+        return self.facts
+
+    async def _open(self, resumed: bool) -> None:
+        self._doing(f"starting {len(self.seats)} engine{'s' * (len(self.seats) > 1)}, and the learner's ranks")
         self.facts = await self._ask(self.seats[0], "facts")
         if not self.facts.get("num_train", 1):
             raise ValueError(
@@ -136,12 +149,18 @@ class Controller:
         if not self.facts["num_heldout"]:
             self._say("no problem is held out, or none fits rollout.max_prompt_tokens: nothing is evaluated")
         if not resumed:
-            base, start = [await self._evaluate(bare_base) for bare_base in (True, False)]
+            self._doing("evaluating the bare base")
+            base = await self._evaluate(bare_base=True)
+            self._doing("evaluating the start policy")
+            start = await self._evaluate(bare_base=False)
             self._event(0, {f"eval/base_{name}": value for name, value in base.items()} | _evals(start))
-        return self.facts
+        self._doing("starting the learner's ranks")
 
     async def drain(self) -> tuple[list[dict[str, Any]], str | None]:
-        """Events since the last call, ``{"step": version, "metrics": {...}}`` or ``{"say": line}``, and any failure."""
+        """Events since the last call, and any failure.
+
+        ``{"step": version, "metrics": {...}}``, ``{"say": line}``, or ``{"doing": what takes a while now}``.
+        """
         events, self.events = self.events, []
         return events, self.failure
 
@@ -160,8 +179,13 @@ class Controller:
     async def begin(self, version: int, buckets: Sequence[Bucket]) -> None:
         """Go on from ``version``, which the learner holds: forget what is under way, spread ``buckets``, produce.
 
-        A first start, a resumed run and a learner that died and came back all begin here.
+        A first start, a resumed run and a learner that died and came back all begin here. Waits for :meth:`start`.
         """
+        with self._waiting_for("engines to start"):
+            async with self.changed:
+                await self.changed.wait_for(lambda: self.is_open or self.failure)
+        self._raise_failure()
+        self._doing("the first rollouts")
         for task in (self.producer, self.spreading, self.receiving):
             if task is not None:
                 task.cancel()
@@ -184,6 +208,8 @@ class Controller:
         if version >= self.last_version:
             if self.spreading is not None:
                 await asyncio.gather(self.spreading)
+            if rank == 0:
+                self._doing("saving checkpoint and model")
             return None
         self.handed_out = max(self.handed_out, version)
         self.pending[f"the learner's step {version}"] = time.monotonic()
@@ -609,6 +635,9 @@ class Controller:
     def _say(self, line: str) -> None:
         """To whoever watches the run."""
         self.events.append({"say": line})
+
+    def _doing(self, what: str) -> None:
+        self.events.append({"doing": what})
 
 
 def _evals(found: Mapping[str, float]) -> dict[str, float]:

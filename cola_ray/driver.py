@@ -33,13 +33,13 @@ from cola_ray import actors
 from cola_ray.agents import AgentController
 from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, is_environment, override
 from cola_ray.controller import Controller
+from cola_ray.display import current, shown
 from cola_ray.model.conversion import plain_base
 from cola_ray.refusals import check
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tasks import least_right_reward
 from cola_ray.tracking import (
-    Display,
     Tracker,
     peak_memory_gb,
     plot,
@@ -50,6 +50,7 @@ from cola_ray.tracking import (
 # --- pre-training -------------------------------------------------------------------------------------------------
 
 
+@shown()
 def pretrain(config: Config) -> dict[str, Any]:
     """Run the stages of ``config.pretrain``; leaves ``output_dir/model``. Returns the summary.
 
@@ -61,12 +62,14 @@ def pretrain(config: Config) -> dict[str, Any]:
     return _supervised(config, "pretrain", config.pretrain.stages, "pretrain", "latent pre-training")
 
 
+@shown()
 def train_reward_model(config: Config) -> dict[str, Any]:
     """A reward model from the preference pairs at ``task.path``, on ``model.base``; as ``pretrain``."""
     check(config, "reward_model")
     return _supervised(config, "reward_model", (REWARD_STAGE,), "reward_model", "reward model")
 
 
+@shown()
 def train_q(config: Config) -> dict[str, Any]:
     """MCTS-Q's values of actions, from the answers at ``data.path`` that evaluate logged; as ``pretrain``."""
     check(config, "train_q")
@@ -77,14 +80,17 @@ def train_q(config: Config) -> dict[str, Any]:
 def _supervised(config: Config, job: str, stages: Sequence[str], module: str, about: str) -> dict[str, Any]:
     """Stages of supervised training by a module of ``learner``: progress, metrics, a summary, a plot of losses."""
     config = config.resolve_paths(job)
-    output = prepare_output(config)
+    output, display = prepare_output(config), current()
     started = time.time()
     with actors.cluster(config), tracked(config, job) as tracker:
         mailbox = Queue(actor_options={"num_cpus": 0})
         lengths = [config.pretrain.num_steps(stage) for stage in stages]
         first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
 
-        def show(event: dict[str, Any], display: Display) -> None:
+        def show(event: dict[str, Any]) -> None:
+            if "doing" in event:
+                display.doing(f"{job}: {event['doing']}")
+                return
             metrics = event["metrics"]
             stage, step, total = metrics["stage"], metrics["step"], metrics["steps"]
             tracker.log(first_step[stage] + step, metrics)
@@ -92,14 +98,14 @@ def _supervised(config: Config, job: str, stages: Sequence[str], module: str, ab
             note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
             display.update(f"{job}: {stage}", step, total, note, milestone=step % 100 == 0 or step == total)
 
-        with Display(job, total=1) as display:
+        def poll() -> None:
+            for event in mailbox.get_nowait_batch(mailbox.qsize()):
+                show(event)
 
-            def poll() -> None:
-                for event in mailbox.get_nowait_batch(mailbox.qsize()):
-                    show(event, display)
-
-            loop = {"config": config.model_dump(), "mailbox": mailbox, "module": f"cola_ray.learner.{module}"}
-            _fit(config, _supervised_rank, loop, poll, stop=None)
+        display.doing(f"{job}: starting {config.cluster.learner_ranks} learner ranks")
+        loop = {"config": config.model_dump(), "mailbox": mailbox, "module": f"cola_ray.learner.{module}"}
+        _fit(config, _supervised_rank, loop, poll, stop=None)
+        display.doing(f"{job}: writing the summary")
         mailbox.shutdown(force=True)
         summary = _supervised_summary(config, stages, tracker, time.time() - started)
         write_json(output / "summary.json", summary)
@@ -113,20 +119,25 @@ def _supervised_rank(loop: dict[str, Any]) -> None:
     config = _enter_rank(loop)
     learner = importlib.import_module(loop["module"])
     with _last_checkpoint() as checkpoint:
-        learner.train_loop(config, checkpoint, _to_mailbox(loop))
+        learner.train_loop(config, checkpoint, _Mailbox(loop["mailbox"]))
 
 
-def _to_mailbox(loop: dict[str, Any]) -> Callable[[dict[str, Any], Path | None], None]:
-    """Where a rank's metrics and checkpoints go."""
-    mailbox, rank = loop["mailbox"], ray.train.get_context().get_world_rank()
+class _Mailbox:
+    """Where a rank's metrics and checkpoints go: the :class:`~cola_ray.learner.engine.Report` of supervised stages."""
 
-    def report(metrics: dict[str, Any], folder: Path | None) -> None:
-        if rank == 0 and (metrics["step"] % 10 == 0 or metrics["step"] == metrics["steps"] or folder is not None):
-            mailbox.put({"metrics": {**metrics, "memory/learner_gb": peak_memory_gb()}})
+    def __init__(self, mailbox: Queue) -> None:
+        self.mailbox, self.is_first = mailbox, ray.train.get_context().get_world_rank() == 0
+
+    def __call__(self, metrics: dict[str, Any], folder: Path | None) -> None:
+        step, last = metrics["step"], metrics["step"] == metrics["steps"]
+        if self.is_first and (step == 1 or step % 10 == 0 or last or folder is not None):
+            self.mailbox.put({"metrics": {**metrics, "memory/learner_gb": peak_memory_gb()}})
         if folder is not None:
             _report(metrics, folder)
 
-    return report
+    def doing(self, what: str) -> None:
+        if self.is_first:
+            self.mailbox.put({"doing": what})
 
 
 def _supervised_summary(config: Config, stages: Sequence[str], tracker: Tracker, seconds: float) -> dict[str, Any]:
@@ -158,6 +169,7 @@ OnStep = Callable[[int, Mapping[str, Any]], None]
 """What is told every learner step and its metrics."""
 
 
+@shown()
 def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """RL of the policy over latent actions on problems with answers; leaves ``output_dir/model``. Returns the summary.
 
@@ -176,6 +188,7 @@ def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     return _run(config, _Job("rl_math", RolloutWorker, Controller), on_step)
 
 
+@shown()
 def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """RL over the turns of a multi-turn environment, with replay and an utterance critic beside it; as ``run_rl``."""
     check(config, "rl_agent")
@@ -239,38 +252,50 @@ def _actions(config: Config) -> str:
 
 def _train(config: Config, model_path: str, controller: Any, tracker: Tracker) -> tuple[dict[str, Any], list[float]]:
     """The loop between controller and learner until it ends; returns the run's facts and the workers' memory."""
-    try:
-        facts = ray.get(controller.start.remote(_checkpoint_exists(Path(config.output_dir))))
-    except ray.exceptions.RayTaskError as error:
-        raise RunFailedError(str(error.cause or error)) from None
-    _print_arithmetic(config, facts)
-    export = actors.exporter(config)
+    facts: dict[str, Any] = {}
+    begun = controller.start.remote(_checkpoint_exists(Path(config.output_dir)))
+    display, export = current(), actors.exporter(config)
     evaluated = f"eval/{measured(config)}"
     names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", evaluated: measured(config)}
-    with Display("rl", config.rl.max_steps) as display:
 
-        def poll() -> None:
-            events, failure = ray.get(controller.drain.remote())
-            for event in events:
-                if "say" in event:
-                    display.say(event["say"])
-                    tracker.note("say", text=event["say"])
-                    continue
-                step, metrics = event["step"], event["metrics"]
-                tracker.log(step, metrics)
-                export(metrics)
-                note = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics)
-                milestone = evaluated in metrics or step % 10 == 0
-                display.update("rl", step, config.rl.max_steps, note, milestone)
-            if failure:
-                raise RunFailedError(failure)
+    def poll() -> None:
+        if not facts and ray.wait([begun], timeout=0)[0]:
+            try:
+                facts.update(ray.get(begun))
+            except ray.exceptions.RayTaskError as error:
+                raise RunFailedError(str(error.cause or error)) from None
+            _say_arithmetic(config, facts)
+        events, failure = ray.get(controller.drain.remote())
+        for event in events:
+            if "say" in event:
+                display.say(event["say"])
+                tracker.note("say", text=event["say"])
+                continue
+            if "doing" in event:
+                display.doing(event["doing"])
+                continue
+            step, metrics = event["step"], event["metrics"]
+            tracker.log(step, metrics)
+            export(metrics)
+            note = "  ".join(f"{label} {metrics[name]:.3f}" for name, label in names.items() if name in metrics)
+            if step == 0:
+                display.say(f"before RL: {note}")
+                continue
+            display.update("rl", step, config.rl.max_steps, note, milestone=evaluated in metrics or step % 10 == 0)
+        if failure:
+            raise RunFailedError(failure)
 
-        def stop() -> None:
-            last = ray.get(controller.stop.remote())
-            display.say(f"stopping after step {last}; once more to stop at once")
+    def stop() -> None:
+        last = ray.get(controller.stop.remote())
+        display.say(f"stopping after step {last}; once more to stop at once")
 
-        loop = {"config": config.model_dump(), "model_path": model_path, "controller": controller}
-        _fit(config, _rl_rank, loop, poll, stop)
+    loop = {"config": config.model_dump(), "model_path": model_path, "controller": controller}
+    # Engines and ranks start side by side; where they share GPUs, engines first measure what memory is free.
+    while config.cluster.colocated and not facts:
+        poll()
+        time.sleep(0.5)
+    _fit(config, _rl_rank, loop, poll, stop)
+    display.doing("writing the summary")
     workers = ray.get(controller.workers.remote())
     return facts, ray.get([worker.peak_memory_gb.remote() for worker in workers])
 
@@ -326,21 +351,21 @@ def _rl_summary(
     }
 
 
-def _print_arithmetic(config: Config, facts: dict[str, Any]) -> None:
+def _say_arithmetic(config: Config, facts: dict[str, Any]) -> None:
     """The derived numbers that people otherwise guess."""
     rl, ranks = config.rl, config.cluster.learner_ranks
     sequences = rl.prompts_per_step * rl.group_size
-    print(
+    current().say(
         f"a step: {rl.prompts_per_step} prompts x {rl.group_size} completions = {sequences} sequences; {ranks} ranks x "
         f"micro-batches of up to {rl.micro_batch_tokens} tokens; {rl.updates_per_batch} update(s); "
         f"rollouts up to {rl.max_staleness} version(s) behind"
     )
     if "num_too_long" not in facts:
         return  # an environment has no list of problems
-    print(f"{facts['num_train']} training problems, {facts['num_heldout']} held out", end="")
     too_long = facts["num_too_long"], facts["num_heldout_too_long"]
     left_out = f"; {too_long[0]} and {too_long[1]} longer than rollout.max_prompt_tokens are left out"
-    print(left_out if any(too_long) else "")
+    problems = f"{facts['num_train']} training problems, {facts['num_heldout']} held out"
+    current().say(problems + (left_out if any(too_long) else ""))
 
 
 # --- Ray ----------------------------------------------------------------------------------------------------------
@@ -474,6 +499,7 @@ def _checkpoint_exists(output: Path) -> bool:
 @contextlib.contextmanager
 def tracked(config: Config, job: str, on_step: OnStep | None = None) -> Iterator[Tracker]:
     output, params = Path(config.output_dir), _flat(config.model_dump())
+    current().doing("opening MLflow")
     tracker = Tracker(config.tracking_uri, job, output, params, config.tracking_parent, on_step)
     try:
         yield tracker

@@ -30,11 +30,12 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cola_ray import actors
 from cola_ray.config import Config, RunFailedError
+from cola_ray.display import current, shown
 from cola_ray.driver import signals
 from cola_ray.matrix import Stage, chosen, machines
 from cola_ray.refusals import check
 from cola_ray.report import write_report
-from cola_ray.tracking import Display, print_summary, write_json
+from cola_ray.tracking import print_summary, write_json
 
 ROOT = Path(__file__).parents[1]
 _POLL_S = 2.0
@@ -62,6 +63,7 @@ def write_choices(folder: Path, name: str, questions: Iterable[tuple[str, Sequen
     )
 
 
+@shown()
 def reproduce(config: Config) -> dict[str, Any]:
     """Run the matrix of ``config.preset``; leaves ``stages/`` and ``report/``. Returns the summary.
 
@@ -76,11 +78,13 @@ def reproduce(config: Config) -> dict[str, Any]:
     (output / "stages").mkdir(parents=True, exist_ok=True)
     write_sums(output / "sums")
     write_json(output / "config.json", config.model_dump())
+    current().doing("starting a Ray head" if not actors.address(config) else "asking the Ray cluster")
     with head(config) as (address, headers):
         submitter = Submitter(address, headers, config)
         ran = run(matrix, output / "stages", submitter, _at_once(config))
     summary = {"preset": config.preset, "stages": ran, "wall_seconds": round(time.time() - started, 1)}
     write_json(output / "summary.json", summary)
+    current().doing("writing the report")
     page = write_report(output)
     print_summary(f"reproduction, {config.preset}: {page}", {name: state for name, state in ran.items()})
     failed = [name for name, state in ran.items() if state != "done"]
@@ -154,7 +158,7 @@ def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel:
     """
     states: dict[str, str] = {stage.name: "done" for stage in matrix if _is_done(folder, stage)}
     running: dict[str, str] = {}
-    with Display("reproduce", total=len(matrix)) as display, signals() as received:
+    with signals() as received:
         while len(states) < len(matrix):
             if received:
                 submitter.stop(list(running.values()))
@@ -167,7 +171,7 @@ def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel:
                     states[stage.name] = f"needs {missing[0]}"
                 elif len(running) < parallel and all(states.get(name) == "done" for name in stage.needs):
                     running[stage.name] = submitter.submit(stage, folder)
-                    display.update(f"reproduce: {stage.name}", len(states), len(matrix), "started", milestone=True)
+                    current().update("stages", len(states), len(matrix), f"{stage.name} started", milestone=True)
             for name, job in list(running.items()):
                 ended = submitter.ended(job)
                 if ended is None:
@@ -175,7 +179,7 @@ def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel:
                 stage = next(one for one in matrix if one.name == name)
                 states[name] = "done" if ended and _is_done(folder, stage) else "failed"
                 del running[name]
-                display.update(f"reproduce: {name}", len(states), len(matrix), states[name], milestone=True)
+                current().update("stages", len(states), len(matrix), f"{name} {states[name]}", milestone=True)
             if running:
                 time.sleep(_POLL_S)
     return {stage.name: states[stage.name] for stage in matrix}

@@ -31,6 +31,7 @@ from cola_ray import actors
 from cola_ray.algorithms.intervals import share_interval
 from cola_ray.atlas import Atlas
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
+from cola_ray.display import current, shown
 from cola_ray.diversity import measure, open_encoder
 from cola_ray.driver import prepare_output, served, tracked
 from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, too_few_samples
@@ -42,7 +43,7 @@ from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
 from cola_ray.tasks import least_right_reward, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer
-from cola_ray.tracking import Display, Tracker, plot_against_tokens, print_summary, print_ways, write_json
+from cola_ray.tracking import Tracker, plot_against_tokens, print_summary, print_ways, write_json
 
 if TYPE_CHECKING:
     from cola_ray.learner.corpus import Document
@@ -86,6 +87,7 @@ def _study(config: Config, job: str, refuse: Callable[[Config], None] = lambda _
         write_json(output / "summary.json", study.summary)
 
 
+@shown()
 def evaluate(config: Config) -> dict[str, Any]:
     """Answer problems, or play episodes, in all of ``eval.ways``; leaves ``predictions``. Returns the summary.
 
@@ -104,14 +106,16 @@ def evaluate(config: Config) -> dict[str, Any]:
         pool = actors.RayWorkers(config, served(config, study.start), worker, *([judge] if judge else []))
         evaluator = actors.controller(Evaluator, config, pool, Shards(0, actors.RemoteShards([]), config.seed))
         try:
+            current().doing(f"starting {config.rollout.num_workers} engine(s)")
             facts = ray.get(evaluator.open.remote())
             left = list(chunks(config.eval, facts[f"num_{config.eval.split}"], folder))
-            with Display("evaluate", total=len(left)) as display:
-                for number, (way, indices, file) in enumerate(left):
-                    rows = ray.get(evaluator.answer.remote(indices, way))
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(file, functools.partial(pq.write_table, rows))
-                    display.update(f"evaluate: {way}", number + 1, len(left), "", milestone=True)
+            for number, (way, indices, file) in enumerate(left):
+                current().update(f"evaluate: {way}", number, len(left))
+                rows = ray.get(evaluator.answer.remote(indices, way))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, functools.partial(pq.write_table, rows))
+                current().update(f"evaluate: {way}", number + 1, len(left), milestone=True)
+            current().doing("writing the summary")
         except ray.exceptions.RayTaskError as error:
             raise RunFailedError(str(error.cause or error)) from None
         finally:
@@ -133,6 +137,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     return study.summary
 
 
+@shown()
 def diversity(config: Config) -> dict[str, Any]:
     """Continue texts by chance in all of ``CHANCES``; leaves ``output_dir/continuations.parquet``. Returns the summary.
 
@@ -142,25 +147,25 @@ def diversity(config: Config) -> dict[str, Any]:
     """
     check(config, "diversity")
     disable_progress_bar()
+    current().doing("opening the sentence encoder")
     embed = open_encoder(config.diversity.encoder)
     found: dict[str, dict[str, float]] = {}
     rows = []
     with _study(config, "diversity") as study, actors.cluster(config):
         config = study.config
         prefixes = _beginnings(config, _texts(config, study.start)[1])
-        with Display("diversity", total=len(CHANCES)) as display:
-            for space, chances in itertools.groupby(CHANCES, key=_action_space):
-                of_space = override(config, {"rl.action_space": space})
-                pool = actors.RayWorkers(of_space, served(of_space, study.start), ContinuationWorker)
-                worker = pool.spawn()
-                for chance in chances:
-                    groups = _finished(
-                        worker.continue_prefixes.remote(prefixes, config.diversity.continuations, chance)
-                    )
-                    found[chance] = measure(groups, embed, config.seed)
-                    rows += [{"chance": chance, "prefix": i, "texts": texts} for i, texts in enumerate(groups)]
-                    display.update(f"diversity: {chance}", len(found), len(CHANCES), "", milestone=True)
-                pool.kill(worker)
+        for space, chances in itertools.groupby(CHANCES, key=_action_space):
+            of_space = override(config, {"rl.action_space": space})
+            pool = actors.RayWorkers(of_space, served(of_space, study.start), ContinuationWorker)
+            worker = pool.spawn()
+            for chance in chances:
+                current().update(f"diversity: {chance}", len(found), len(CHANCES))
+                groups = _finished(worker.continue_prefixes.remote(prefixes, config.diversity.continuations, chance))
+                found[chance] = measure(groups, embed, config.seed)
+                rows += [{"chance": chance, "prefix": i, "texts": texts} for i, texts in enumerate(groups)]
+                current().update(f"diversity: {chance}", len(found), len(CHANCES), milestone=True)
+            pool.kill(worker)
+        current().doing("writing the summary")
         pq.write_table(pa.Table.from_pylist(rows), study.output / "continuations.parquet")
         study.summary["prefixes"] = len(prefixes)
         study.found(found)
@@ -180,6 +185,7 @@ def _finished(answer: Any) -> Any:
         raise RunFailedError(str(error).strip().splitlines()[-1]) from None
 
 
+@shown()
 def atlas(config: Config) -> dict[str, Any]:
     """What each latent action does where the model learnt; leaves ``output_dir/atlas.html``.
 
@@ -198,17 +204,18 @@ def atlas(config: Config) -> dict[str, Any]:
     device, dtype = torch.device("cuda" if config.cluster.use_gpu else "cpu"), getattr(torch, config.model.dtype)
     with _study(config, "atlas") as study:
         config = study.config
+        current().doing("opening the model and its texts")
         tokenizer, texts = _texts(config, study.start)
         disable_progress_bar()
         model = CoLAForCausalLM.from_pretrained(study.start, dtype=dtype).eval().to(device)
         few = texts[: 8 * config.diversity.prefixes]
         rows = pack(few, config.pretrain.sequence_length, 0, config.pretrain.response_only)
         found, size = Atlas(model.config.num_actions), config.pretrain.micro_batch_size
-        with Display("atlas", total=len(rows)) as display:
-            for first in range(0, len(rows), size):
-                piece = [torch.from_numpy(a[first : first + size]).to(device) for a in astuple(rows)]
-                found.add(model, *piece)
-                display.update("atlas", min(first + size, len(rows)), len(rows), "", milestone=False)
+        for first in range(0, len(rows), size):
+            piece = [torch.from_numpy(a[first : first + size]).to(device) for a in astuple(rows)]
+            found.add(model, *piece)
+            current().update("atlas: actions in the texts", min(first + size, len(rows)), len(rows))
+        current().doing("atlas: texts that one action steers")
         most = found.by_usage[:_STEERED]
         for prefix in _beginnings(config, texts)[:3]:
             found.steer(model, tokenizer, prefix, most, config.rollout.max_new_tokens)
@@ -220,6 +227,7 @@ def atlas(config: Config) -> dict[str, Any]:
     return study.summary
 
 
+@shown()
 def capabilities(config: Config) -> dict[str, Any]:
     """Score a CoLA model and its bare base on tasks of the evaluation harness; leaves ``output_dir/harness.json``.
 
@@ -229,6 +237,7 @@ def capabilities(config: Config) -> dict[str, Any]:
     """
     check(config, "capabilities")
     harness = config.harness
+    current().doing("opening the evaluation harness")
     from lm_eval.tasks import TaskManager
 
     from cola_ray.harness import score
@@ -241,11 +250,12 @@ def capabilities(config: Config) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     said: dict[str, Any] = {}
     with _study(config, "capabilities") as study, actors.cluster(config):
-        with Display("capabilities", total=len(harness.likelihoods)) as display:
-            for likelihood in harness.likelihoods:
-                said[likelihood] = _finished(actors.alone(config, score, study.config, likelihood))
-                found[likelihood] = _scores(said[likelihood])
-                display.update(f"capabilities: {likelihood}", len(found), len(harness.likelihoods), "", milestone=True)
+        for likelihood in harness.likelihoods:
+            current().update(f"capabilities: {likelihood}", len(found), len(harness.likelihoods))
+            said[likelihood] = _finished(actors.alone(config, score, study.config, likelihood))
+            found[likelihood] = _scores(said[likelihood])
+            current().update(f"capabilities: {likelihood}", len(found), len(harness.likelihoods), milestone=True)
+        current().doing("writing the summary")
         write_json(study.output / "harness.json", said)
         study.found(found)
     print_ways(f"kept capabilities: {study.output}", found)

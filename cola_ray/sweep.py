@@ -21,15 +21,17 @@ from ray import tune
 
 from cola_ray import actors
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
+from cola_ray.display import current, shown
 from cola_ray.driver import make_start_model, measured, prepare_output, run_agent, run_rl, tracked
 from cola_ray.presets import trial
 from cola_ray.refusals import check
-from cola_ray.tracking import Display, plot_frontier, print_ways, write_json
+from cola_ray.tracking import plot_frontier, print_ways, write_json
 
 Row = dict[str, Any]
 _REPORTED = ("reward/mean", "policy/kl", "policy/entropy")
 
 
+@shown()
 def sweep(config: Config) -> dict[str, Any]:
     """Train ``len(sweep.values) x len(sweep.seeds)`` policies; leaves ``runs/``, ``frontier.png``. Returns the summary.
 
@@ -128,6 +130,7 @@ def _fit(config: Config) -> tuple[list[Row], list[str], int]:
                 callbacks=[_Progress(len(grid(config)), config.rl.max_steps)],
             ),
         )
+    current().doing("starting the runs")
     results = tuner.fit()
     rows, failures, unfinished = [], [], 0
     for settings_of, result in sorted(
@@ -184,15 +187,11 @@ def _room(config: Config) -> int:
 
 
 class _Progress(tune.Callback):
-    """One line over all runs. Tune stores its callbacks with a sweep's state: the display is made where it is shown."""
+    """One line over all runs."""
 
     def __init__(self, runs: int, steps: int) -> None:
         self.runs, self.steps, self.ended = runs, steps, 0
         self.reached: dict[str, int] = {}
-        self.display: Display | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "display": None}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         self.reached[trial.trial_id] = self.steps if result.get("ended") else result.get("step", 0)
@@ -206,15 +205,9 @@ class _Progress(tune.Callback):
         self.ended += 1
         self._show(f"{_title(trial)} failed", True)
 
-    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
-        if self.display is not None:
-            self.display.__exit__()
-
     def _show(self, note: str, milestone: bool) -> None:
-        if self.display is None:
-            self.display = Display("sweep", total=self.runs * self.steps).__enter__()
-        title = f"sweep, {self.ended} of {self.runs} runs"
-        self.display.update(title, sum(self.reached.values()), self.runs * self.steps, note, milestone)
+        steps = sum(self.reached.values()), self.runs * self.steps
+        current().update("sweep", *steps, f"{self.ended} of {self.runs} runs ended  {note}", milestone)
 
 
 def _title(trial: Any) -> str:

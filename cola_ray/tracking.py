@@ -1,4 +1,4 @@
-"""What people see of a run: MLflow, its log, the progress display, the summary, the plots."""
+"""What people see of a run afterwards: MLflow, its log, the summary, the plots."""
 
 import contextlib
 import json
@@ -12,7 +12,6 @@ from typing import Any
 import filelock
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 
@@ -100,41 +99,6 @@ class Tracker:
             if (output_dir / name).exists():
                 self.mlflow.log_artifact(str(output_dir / name))
         self.mlflow.end_run("FAILED" if error else "FINISHED")
-
-
-class Display:
-    """One progress line; plain lines, one in a while, where the output is not a terminal."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self.console = Console(highlight=False)
-        self.title, self.total = title, total
-        self.last_line = 0.0
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.progress.add_task(title, total=total, note="")
-
-    def __enter__(self) -> "Display":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def say(self, line: str) -> None:
-        self.console.print(line)
-
-    def update(self, title: str, step: int, total: int, note: str, milestone: bool) -> None:
-        self.progress.update(self.task, description=title, completed=step, total=total, note=note)
-        if not self.console.is_terminal and milestone:
-            self.console.print(f"{title} {step}/{total}  {note}")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -20,11 +20,22 @@ from torch import Tensor, nn
 
 from cola_ray.weights import Manifest
 
-Report = Callable[[dict[str, Any], Path | None], None]
-"""(metrics, folder of a checkpoint or None): how a training loop tells; a collective."""
+
+class Report(Protocol):
+    """How a training loop tells what it does."""
+
+    def __call__(self, metrics: dict[str, Any], folder: Path | None) -> None:
+        """A step's metrics, and the folder of a checkpoint; a collective."""
+        ...
+
+    def doing(self, what: str) -> None:
+        """What takes a while before the next step."""
+        ...
 
 
-def report_saved(report: Report, metrics: dict[str, Any], save: Callable[[Path], None]) -> None:
+def report_saved(
+    report: Callable[[dict[str, Any], Path | None], None], metrics: dict[str, Any], save: Callable[[Path], None]
+) -> None:
     """Report with a checkpoint, which every rank's ``save`` writes its part of into a folder."""
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))

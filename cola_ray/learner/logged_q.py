@@ -35,14 +35,17 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     """On every rank; leaves ``output_dir/model/q.safetensors``. ``report`` is a collective."""
     settings, rank = config.pretrain, torch.distributed.get_rank()
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    report.doing("reading the logged answers")
     log = load_log(config.data.path)
     held_out = min(HELD_OUT, len(log) // 10)
     train, rest = log[: len(log) - held_out], log[len(log) - held_out :]
+    report.doing("opening the model")
     model = CoLAForCausalLM.from_pretrained(config.start_model, dtype=getattr(torch, config.model.dtype))
     model = model.to(device).requires_grad_(False)
     learner = LoggedQLearner(config, model, device)
     first = learner.load(checkpoint) if checkpoint else 0
     total = settings.num_steps(Q_STAGE)
+    report.doing("the first step")
     for step in range(first, total):
         started = time.perf_counter()
         draw = np.random.default_rng((config.seed, step))

@@ -171,6 +171,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     needs_task = not config.data.path or not (config.model.base or config.model.path)
     task = to_pretrain_on(config.task, config.seed) if needs_task else None
     resumed = json.loads((checkpoint / "pretrain.json").read_text()) if checkpoint else {}
+    report.doing("making the model to start from")
     current = start_model(config, task, rank)
     for stage in config.pretrain.stages:
         target = output / "stages" / stage
@@ -272,11 +273,13 @@ def _run_stage(
 ) -> None:
     settings = config.pretrain
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    report.doing(f"{stage}: reading the corpus")
     tokenizer = AutoTokenizer.from_pretrained(source)
     chat = ChatTokenizer(tokenizer, config.data.date)
     rows = _load_rows(config, stage, task, chat)
     base_trains = stage == "base" or stage.startswith("fta")
     peak_lr = settings.base_lr if base_trains else settings.lr
+    report.doing(f"{stage}: opening the model")
     module = StageModule(_open_model(config, stage, source), stage, config)
     bfloat16 = config.model.dtype == "bfloat16"
     zero = ZeroEngine(
@@ -288,6 +291,7 @@ def _run_stage(
     heldout = []
     if task is not None and not isinstance(task, PlayedTask) and _has_answers(config):
         heldout = list(_heldout_batches(task, chat, rank, world_size))
+    report.doing(f"{stage}: the first step")
     used = torch.zeros(config.model.num_actions)
     metrics: dict[str, Any] = {}
     for step in range(first_step, total):
@@ -309,6 +313,7 @@ def _run_stage(
             report_saved(report, metrics, functools.partial(zero.save, notes={"pretrain.json": place}))
         else:
             report(metrics, None)
+    report.doing(f"{stage}: saving the model")
     _leave(config, stage, zero, source, target, tokenizer, metrics)
 
 

@@ -46,6 +46,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     """On every rank; leaves ``output_dir/model``. ``report(metrics, checkpoint folder or None)`` is a collective."""
     settings, output = config.pretrain, Path(config.output_dir)
     rank = torch.distributed.get_rank()
+    report.doing("reading the pairs")
     start = config.model.path or config.model.base
     if rank == 0:
         plain_base(start, output / "base")
@@ -57,6 +58,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
         raise ValueError(f"task.path = {config.task.path!r}: has no columns chosen and rejected to learn from")
     chat = ChatTokenizer(tokenizer, config.data.date)
     train, heldout = ([_both(chat, pair, config) for pair in task.pairs(split)] for split in ("train", "heldout"))
+    report.doing("opening the model")
     classifier = open_classifier(source, tokenizer, config)
     bfloat16 = config.model.dtype == "bfloat16"
     zero = ZeroEngine(
@@ -67,6 +69,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
         zero.load(checkpoint)
         first = json.loads((checkpoint / "reward.json").read_text())["step"]
     total, pad = settings.num_steps("reward"), classifier.config.pad_token_id
+    report.doing("the first step")
     for step in range(first, total):
         started = time.perf_counter()
         lr = settings.base_lr * warmup_cosine(step, total, min(settings.warmup_steps, total), settings.min_lr_ratio)
@@ -80,6 +83,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
             report_saved(report, metrics, functools.partial(zero.save, notes={"reward.json": place}))
         else:
             report(metrics, None)
+    report.doing("saving the model")
     published = [Published(name.removeprefix("classifier."), (parameter,)) for name, parameter in zero.trained]
     tensors = {name: tensor.cpu().clone() for name, tensor in zero.stream(published)}
     if rank == 0:

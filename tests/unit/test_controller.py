@@ -119,13 +119,48 @@ def run(pool, changes=None, act=train, folder=""):
     return asyncio.run(whole())
 
 
+def test_a_learner_that_is_there_first_waits_for_the_engines_and_what_they_start_with():
+    async def whole():
+        controller = Controller(config(), pool := Pool(), Shards(0, lambda *_: None, seed=0))
+        learner = asyncio.create_task(train(controller))
+        await asyncio.sleep(0.01)
+        assert not pool.served
+        await controller.start(resumed=False)
+        assert len(await asyncio.wait_for(learner, 20)) == STEPS
+        told = [event for event in controller.events if "say" not in event]
+        first = next(i for i, event in enumerate(told) if event.get("step") == 1)
+        assert {"step": 0, "metrics": {"eval/base_accuracy": 1.0, "eval/accuracy": 1.0}} in told[:first]
+        doing = [event["doing"] for event in told if "doing" in event]
+        assert doing[0].startswith("starting 2 engines")
+        assert doing[-1] == "saving checkpoint and model"
+
+    asyncio.run(whole())
+
+
+def test_engines_that_do_not_start_are_the_waiting_learners_error():
+    class Broken(Pool):
+        async def call(self, worker, method, *args):
+            raise ValueError("no memory")
+
+    async def whole():
+        controller = Controller(config(), Broken(), Shards(0, lambda *_: None, seed=0))
+        learner = asyncio.create_task(controller.begin(0, []))
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="no memory"):
+            await controller.start(resumed=False)
+        with pytest.raises(RuntimeError, match="no memory"):
+            await asyncio.wait_for(learner, 20)
+
+    asyncio.run(whole())
+
+
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 def test_every_prompt_once_and_never_staler_than_allowed(max_staleness):
     pool = Pool()
     controller, batches = run(pool, {"rl.max_staleness": max_staleness})
     assert sorted(position for position, _ in pool.served) == list(range(STEPS * PROMPTS))
     assert [batch.policy_version for batch in batches] == list(range(STEPS))
-    events = [event for event in controller.events if event["step"]]
+    events = [event for event in controller.events if event.get("step")]
     assert [event["step"] for event in events] == list(range(1, STEPS + 1))
     stalest = [event["metrics"]["staleness/max"] for event in events]
     assert max(stalest) <= max_staleness
@@ -136,7 +171,7 @@ def test_every_prompt_once_and_never_staler_than_allowed(max_staleness):
 def test_without_an_actor_batches_come_out_of_replay(tmp_path):
     changes = {"rl.algorithm": "etpo", "rl.actor_free": True, "rl.kl_coef": 0.05}
     controller, batches = run(Pool(), changes, folder=tmp_path)
-    events = [event["metrics"] for event in controller.events if event["step"]]
+    events = [event["metrics"] for event in controller.events if event.get("step")]
     assert [event["replay/rows"] for event in events] == [PROMPTS * GROUP * (step + 1) for step in range(STEPS)]
     assert events[0]["replay/age"] == 0 < events[-1]["replay/age"] < STEPS
     for batch in batches:
@@ -170,7 +205,7 @@ def test_prompts_without_signal_are_replaced_by_others():
     positions = [position for position, _ in pool.served]
     assert len(positions) == len(set(positions)), "no draw is made twice"
     assert [int(batch.action_mask.any(1).sum()) for batch in batches] == [PROMPTS * GROUP] * STEPS
-    metrics = [event["metrics"] for event in controller.events if event["step"]]
+    metrics = [event["metrics"] for event in controller.events if event.get("step")]
     assert sum(one["rollout/refilled_groups"] for one in metrics) == len(positions) - STEPS * PROMPTS > 0
     assert 0 < sum(one["reward/zero_variance_groups"] for one in metrics) < STEPS, "of the first draw alone"
 
@@ -180,7 +215,7 @@ def test_a_step_whose_prompts_all_lack_signal_still_ends():
     controller, batches = run(pool, {"rl.dynamic_sampling": True, "rl.refill_rounds": 1})
     assert len(batches) == STEPS
     assert not any(batch.advantages.any() for batch in batches)
-    assert {event["metrics"]["reward/taught_groups"] for event in controller.events if event["step"]} == {0.0}
+    assert {event["metrics"]["reward/taught_groups"] for event in controller.events if event.get("step")} == {0.0}
 
 
 def test_an_epoch_serves_every_problem_before_any_again():

@@ -1,0 +1,124 @@
+"""What a job's display says, and when, by a clock that the test turns."""
+
+import ast
+import io
+import itertools
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cola_ray import display as module
+from cola_ray.display import QUIET_S, Display, current, shown
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def display(clock):
+    """A plain log's, not entered: no thread beats but the test."""
+    return Display(Console(file=io.StringIO(), soft_wrap=True), clock)
+
+
+def lines(display):
+    return display.console.file.getvalue().splitlines()
+
+
+def test_each_phase_is_told_when_it_begins_and_with_its_time_when_it_ends(display, clock):
+    display.doing("starting Ray")
+    clock.now += 12
+    display.doing("starting Ray")  # the same: nothing new
+    display.doing("opening MLflow")
+    clock.now += 61.5
+    display.doing("")
+    assert lines(display) == [
+        "0:00  starting Ray ...", "0:12  starting Ray: 12.0 s", "0:12  opening MLflow ...",
+        "1:13  opening MLflow: 1 min 1 s",
+    ]  # fmt: skip
+    assert display.seconds == {"starting Ray": 12.0, "opening MLflow": 61.5}
+
+
+def test_a_phase_that_says_nothing_is_never_silent_for_ten_seconds(display, clock):
+    display.doing("importing")
+    told = [clock.now]
+    for _ in range(60):
+        clock.now += 1  # the heartbeat's interval
+        before = len(lines(display))
+        display.beat()
+        if len(lines(display)) > before:
+            told.append(clock.now)
+    assert len(told) > 5
+    assert max(b - a for a, b in itertools.pairwise(told)) <= QUIET_S + 1 < 10
+    assert lines(display)[-1].endswith("importing ...  (1 min 0 s)")
+
+
+def test_steps_are_lines_now_and_then_and_their_last_one_always(display, clock):
+    for step in range(1, 101):
+        clock.now += 0.2
+        display.update("base", step, 100, f"loss {step}", milestone=step == 7)
+    told = [line.split("base ")[1].split()[0] for line in lines(display) if "/100" in line]
+    assert told[0] == "7/100"
+    assert told[-1] == "100/100"
+    assert len(told) <= 2 + 20 / QUIET_S
+    display.doing("")
+    assert lines(display)[-1].endswith("base: 19.8 s")
+
+
+def test_a_step_that_has_not_been_told_is_when_its_phase_ends(display):
+    display.update("rl", 3, 10, "reward 0.5")
+    display.doing("saving")
+    assert "0:00  rl: 0.0 s  3/10  reward 0.5" in lines(display)
+
+
+def test_what_is_shown_of_a_value_is_no_markup(display):
+    display.say("task.options = [red]")
+    assert lines(display) == ["0:00  task.options = [red]"]
+
+
+def test_one_display_a_process(capsys):
+    with shown() as outer:
+        assert current() is outer
+        with shown() as inner:
+            assert inner is outer
+        assert current() is outer
+    assert current() is not outer
+    assert outer.closed.is_set()
+
+
+def test_a_terminal_keeps_each_phase_with_its_time(clock):
+    console = Console(file=io.StringIO(), force_terminal=True, highlight=False, width=100)
+    with Display(console, clock) as display:
+        display.doing("starting Ray")
+        clock.now += 3
+        display.update("base", 5, 10, "loss 1")
+    text = console.file.getvalue()
+    assert "0:03  starting Ray: 3.0 s" in text
+    assert "base" in text
+
+
+def test_whoever_waits_for_ray_is_in_a_phase():
+    """Every job's function opens the display, and nothing of it is imported that takes long."""
+    folder = Path(module.__file__).parent
+    jobs = {"driver": {"pretrain", "train_reward_model", "train_q", "run_rl", "run_agent"},
+            "studies": {"evaluate", "diversity", "atlas", "capabilities"}, "sweep": {"sweep"},
+            "reproduce": {"reproduce"}}  # fmt: skip
+    for name, functions in jobs.items():
+        tree = ast.parse((folder / f"{name}.py").read_text())
+        opened = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)
+                  and "shown()" in [ast.unparse(decorator) for decorator in node.decorator_list]}  # fmt: skip
+        assert functions <= opened
+    imported = {node.module.split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name
+                for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
+                if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
+    assert imported <= {"contextlib", "threading", "time", "collections", "rich"}
