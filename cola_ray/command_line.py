@@ -11,11 +11,12 @@ types of config.py; a later flag wins over an earlier one. An option of a dictio
 import contextlib
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override, schemas, try_override
+from cola_ray.display import current, shown
 from cola_ray.limits import literal, wanted
 from cola_ray.presets import preset
 from cola_ray.refusals import check
@@ -51,8 +52,9 @@ def main(job: str, description: str | None) -> NoReturn:
     """Parse, check, run, exit. Code 2: refused settings; 1: failed; 130: stopped, can be resumed."""
     config = from_command_line(job, description=description or "")
     try:
-        module, _, function = _JOBS[job].run.partition(":")
-        getattr(importlib.import_module(module), function)(config)
+        with shown():
+            run = _imported(_JOBS[job].run)
+            run(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -62,6 +64,13 @@ def main(job: str, description: str | None) -> NoReturn:
         print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     sys.exit()
+
+
+def _imported(name: str) -> Callable[[Config], Any]:
+    current().doing("importing PyTorch, Ray and vLLM")
+    module, _, function = name.partition(":")
+    found: Callable[[Config], Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def from_command_line(job: str, argv: Sequence[str] | None = None, description: str = "") -> Config:

@@ -1,4 +1,4 @@
-"""Small models for all tests, and quiet, single-threaded libraries."""
+"""Small models and seeded draws for all tests, and quiet, single-threaded libraries."""
 
 import os
 
@@ -7,8 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import random
 from pathlib import Path
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -17,6 +20,26 @@ from cola_ray import CoLAForCausalLM
 
 torch.set_num_threads(1)
 VOCAB_SIZE, NUM_ACTIONS = 96, 16
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """What a fixture draws depends on nothing that ran before."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Nor does what a test draws: alone, in any order, the numbers are the same."""
+    _seed()
 
 
 def small_llama(tied: bool = True) -> LlamaForCausalLM:

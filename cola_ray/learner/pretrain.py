@@ -251,6 +251,7 @@ def make_tiny_llama(vocab_size: int, eos_token_id: int, seed: int) -> LlamaForCa
                 num_key_value_heads=2,
                 max_position_embeddings=512,
                 tie_word_embeddings=True,
+                initializer_range=0.06,
                 bos_token_id=None,
                 eos_token_id=eos_token_id,
                 pad_token_id=0,

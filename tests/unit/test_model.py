@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -264,14 +265,18 @@ def test_idm_learns_through_the_straight_through_actions(cola, ids):
 
 
 def test_token_probabilities_are_sums_over_actions(cola):
-    e, logits = torch.randn(5, cola.config.hidden_size), torch.randn(5, NUM_ACTIONS)
+    # The model in float64, whose logits are read in float32: a probability is off by as much, relatively, as its
+    # logit and the log of its sum are absolutely, each rounded to half a last bit of their size.
+    cola = copy.deepcopy(cola).double()
+    e, logits = (torch.randn(5, width, dtype=torch.float64) for width in (cola.config.hidden_size, NUM_ACTIONS))
     with torch.no_grad():
-        marginal = cola.token_log_probs(e, logits, "marginal")
-        by_hand = sum(
-            logits.softmax(-1)[:, a : a + 1] * cola.world_model_logits(e, torch.full((5,), a)).softmax(-1)
-            for a in range(NUM_ACTIONS)
-        )
-        torch.testing.assert_close(marginal.exp(), by_hand)
-        sure = torch.full((5, NUM_ACTIONS), -1e9).index_fill(1, torch.tensor(3), 0.0)
-        torch.testing.assert_close(cola.token_log_probs(e, sure, "marginal"), cola.token_log_probs(e, sure, "greedy"))
-        torch.testing.assert_close(cola.token_log_probs(e, logits, "base"), cola.lm_head(e).log_softmax(-1))
+        each = [cola.world_model_logits(e, torch.full((5,), action)) for action in range(NUM_ACTIONS)]
+        size = max(float(one.abs().max()) for one in each) + math.log(VOCAB_SIZE * NUM_ACTIONS)
+        near = {"rtol": 4 * torch.finfo(torch.float32).eps * size, "atol": 1e-12, "check_dtype": False}
+        by_hand = sum(logits.softmax(-1)[:, [action]] * one.softmax(-1) for action, one in enumerate(each))
+        torch.testing.assert_close(cola.token_log_probs(e, logits, "marginal").exp(), by_hand, **near)
+        sure = torch.full((5, NUM_ACTIONS), -1e9, dtype=torch.float64).index_fill(1, torch.tensor(3), 0.0)
+        marginal, greedy = (cola.token_log_probs(e, sure, way).exp() for way in ("marginal", "greedy"))
+        torch.testing.assert_close(marginal, greedy, **near)
+        base = cola.token_log_probs(e, logits, "base").exp()
+        torch.testing.assert_close(base, cola.lm_head(e).softmax(-1), **near)

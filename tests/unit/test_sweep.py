@@ -98,14 +98,13 @@ def test_a_run_that_ended_is_told_again_from_its_summary(config, monkeypatch):
     assert told == [{"rl_accuracy": 0.5, "reward_last": 0.4, "reward/mean": 0.4, "ended": True}]
 
 
-def test_progress_is_stored_without_its_display(capsys):
+def test_progress_is_told_and_stored(capsys):
     progress = sweep._Progress(runs=2, steps=10)
     trial = SimpleNamespace(trial_id="a", config={"value": 0.1, "seed": 0})
     progress.on_trial_result(1, [], trial, {"step": 4, "reward/mean": 0.5})
     progress.on_trial_complete(1, [], trial)
-    assert "sweep, 1 of 2 runs 4/20  0.1 seed 0 ended" in capsys.readouterr().out
-    again = pickle.loads(pickle.dumps(progress))
-    assert (again.display, again.reached) == (None, {"a": 4})
+    assert "sweep 4/20  1 of 2 runs ended  0.1 seed 0 ended" in capsys.readouterr().out
+    assert pickle.loads(pickle.dumps(progress)).reached == {"a": 4}
 
 
 def test_demand_counts_what_a_run_books(config):
