@@ -109,6 +109,19 @@ def one_rank():
     torch.distributed.destroy_process_group()
 
 
+class Said(list):
+    """What a training loop reports."""
+
+    def __init__(self):
+        self.phases = []
+
+    def __call__(self, metrics, folder):
+        self.append(metrics)
+
+    def doing(self, what):
+        self.phases.append(what)
+
+
 def test_a_reward_model_learns_which_is_better_and_scores_as_it_learnt(pairs, tokenizer, tmp_path, one_rank):
     small_llama().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -118,8 +131,8 @@ def test_a_reward_model_learns_which_is_better_and_scores_as_it_learnt(pairs, to
          "output_dir": str(tmp_path / "out"), "pretrain.max_steps": 40, "pretrain.base_lr": 3e-3,
          "pretrain.warmup_steps": 5, "cluster.learner_ranks": 1},
     )  # fmt: skip
-    said = []
-    reward_model.train_loop(config, None, lambda metrics, folder: said.append(metrics))
+    reward_model.train_loop(config, None, said := Said())
+    assert said.phases == ["reading the pairs", "opening the model", "the first step", "saving the model"]
     assert said[0]["reward/loss"] == pytest.approx(np.log(2), abs=0.2)
     assert said[-1]["reward/accuracy"] > 0.9
     judge = RewardModel(str(tmp_path / "out" / "model"), max_tokens=64, batch_size=7)
