@@ -129,7 +129,7 @@ def test_a_learner_that_is_there_first_waits_for_the_engines_and_what_they_start
         assert len(await asyncio.wait_for(learner, 20)) == STEPS
         told = [event for event in controller.events if "say" not in event]
         first = next(i for i, event in enumerate(told) if event.get("step") == 1)
-        assert {"step": 0, "metrics": {"eval/base_accuracy": 1.0, "eval/accuracy": 1.0}} in told[:first]
+        assert any(event.get("step") == 0 and event["metrics"]["eval/accuracy"] == 1.0 for event in told[:first])
         doing = [event["doing"] for event in told if "doing" in event]
         assert doing[0].startswith("starting 2 engines")
         assert doing[-1] == "saving checkpoint and model"
@@ -352,7 +352,7 @@ def evaluations(rewards, task="arithmetic", num_heldout=3):
             return found | {"num_heldout": num_heldout} if method == "facts" else found
 
     async def act(controller):
-        return controller.events
+        return [event for event in controller.events if "doing" not in event]
 
     return run(Evaluated(), {"task.name": task}, act=act)[1]
 
