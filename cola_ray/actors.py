@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +33,7 @@ from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tasks.chat import Prompt
 from cola_ray.tracking import peak_memory_gb
-from cola_ray.weights import Bucket, Channel, Manifest
+from cola_ray.weights import Bucket, Channel, Manifest, meeting_point
 
 
 @contextlib.contextmanager
@@ -227,10 +226,7 @@ class RemoteController:
         return ray.get(self.controller.next_batch.remote(rank, version))
 
     def offer(self, version: int, manifest: Manifest) -> Channel:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        return ray.get(self.controller.offer.remote(version, manifest, ray.util.get_node_ip_address(), port))
+        return ray.get(self.controller.offer.remote(version, manifest, *meeting_point()))
 
     def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
         metrics["memory/learner_gb"] = peak_memory_gb()

@@ -228,10 +228,13 @@ def collate(
     cuts = _cut(widths, micro_batch_tokens)
     num_actions = sum(trajectory.num_actions for trajectory in trajectories)
 
+    states = next((t.hidden_states for t in trajectories if t.hidden_states is not None), None)
+    like = None if states is None else states[:0]  # of a rank without sequences, too
+
     def of_rank(rank: int) -> Batch:
         mine = order[rank::num_ranks]
         pairs = [(trajectories[i], advantages[i]) for i in mine]
-        return _collate_rank(pairs, len(widths), cuts, pad_id, num_actions, policy_version)
+        return _collate_rank(pairs, len(widths), cuts, pad_id, num_actions, policy_version, like)
 
     return [of_rank(rank) for rank in range(num_ranks)]
 
@@ -254,14 +257,15 @@ def _collate_rank(
     pad_id: int,
     num_actions: int,
     version: int,
+    states: Array | None,
 ) -> Batch:
+    """Args: states: (0, H) of the type of all hidden states, None where the engine sends none."""
     shape = (num_rows, max(width for _, _, width in micro_batches))
     input_ids = np.full(shape, pad_id, np.int64)
     attention_mask, actions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     attention_mask[len(pairs) :, 0] = 1  # a row without a sequence: one token, no action
     action_mask = np.zeros(shape, bool)
     log_probs, outcome, rewards, discounts = (np.zeros(shape, np.float32) for _ in range(4))
-    states = pairs[0][0].hidden_states if pairs else None
     hidden = None if states is None else np.zeros((*shape, states.shape[-1]), states.dtype)
     for row, (trajectory, advantage) in enumerate(pairs):
         start, length = len(trajectory.prompt_ids), len(trajectory.token_ids)

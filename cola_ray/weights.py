@@ -13,6 +13,7 @@ straight into loading. All must take part, so the controller offers it first. Wi
 """
 
 import datetime
+import socket
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -177,9 +178,27 @@ def join(channel: Channel, rank: int, device: torch.device) -> Any:
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
         return stateless_init_process_group(channel.host, channel.port, rank, channel.world_size, device)
-    patience = datetime.timedelta(minutes=30)
-    store = torch.distributed.TCPStore(channel.host, channel.port, channel.world_size, rank == 0, patience)
-    return torch.distributed.ProcessGroupGloo(store, rank, channel.world_size, patience)
+    gloo: Any = torch.distributed.ProcessGroupGloo  # whose options have no public types
+    options = gloo._Options()
+    options._timeout = datetime.timedelta(minutes=30)
+    # By itself gloo would listen where the machine's name leads, which is itself on many.
+    options._devices = [gloo.create_device(hostname=_own_address())]
+    store = torch.distributed.TCPStore(channel.host, channel.port, channel.world_size, rank == 0, options._timeout)
+    return gloo(store, rank, channel.world_size, options)
+
+
+def meeting_point() -> tuple[str, int]:
+    """(address, free port) where other machines can reach this process."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return _own_address(), free.getsockname()[1]
+
+
+def _own_address() -> str:
+    """Of this machine in its cluster, as Ray has it; a machine's own name often means 127.0.0.1 to itself."""
+    import ray.util
+
+    return ray.util.get_node_ip_address()
 
 
 def _check_names(version: int, names: Iterable[str], expected: Iterable[str]) -> None:

@@ -12,7 +12,6 @@ import asyncio
 import copy
 import functools
 import itertools
-import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.critic import Critic, EncodedTwins
 from cola_ray.replay.service import Draw, Shards
 from cola_ray.replay.transitions import Read, TextReader, critic_batch, read_features
-from cola_ray.weights import Channel, join
+from cola_ray.weights import Channel, join, meeting_point
 
 Array = np.ndarray
 Metrics = dict[str, float]
@@ -64,9 +63,7 @@ class CriticService:
 
     async def address(self) -> tuple[str, int]:
         """Where the other replicas can meet this one."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return socket.gethostbyname(socket.gethostname()), free.getsockname()[1]
+        return meeting_point()
 
     async def join(self, channel: Channel, rank: int, state: Mapping[str, Any] | None) -> None:
         """Start from ``state`` together with the channel's other replicas; returns when all have come."""
@@ -119,12 +116,13 @@ class CriticService:
         return Draw(await self.shards.sample(count))
 
     async def advantages(self, fresh: pa.Table) -> Array:
-        """Of each fresh utterance."""
-        return np.concatenate(await self._in_batches(self._advantages, fresh))
+        """Of each fresh utterance; a replica may be asked about none."""
+        return np.concatenate([np.zeros(0, np.float32), *await self._in_batches(self._advantages, fresh)])
 
     async def foretold(self, rows: pa.Table) -> Array:
         """Advantages of played utterances and V's errors after them, (2, rows)."""
-        return np.concatenate(await self._in_batches(self._foretold, rows), axis=1)
+        none = np.zeros((2, 0), np.float32)
+        return np.concatenate([none, *await self._in_batches(self._foretold, rows)], axis=1)
 
     async def _in_batches(self, of: Callable[[pa.Table], Array], rows: pa.Table) -> list[Array]:
         size = self.config.batch_size

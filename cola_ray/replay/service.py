@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cola_ray.replay.buffer import ReplayBuffer, importance_weights
+from cola_ray.replay.buffer import ReplayBuffer, ReplayError, importance_weights
 
 Array = np.ndarray
 
@@ -87,9 +87,17 @@ class ReplayShard:
             return len(self.buffer), self.buffer.priority_total
 
     def totals(self) -> Array:
-        """The returns of the episodes held, one an episode."""
+        """The returns of the episodes held, one an episode, also where its first turns are gone."""
         with self.lock:
-            return self.buffer.column("total_reward")[self.buffer.column("turn") == 0]
+            if not len(self.buffer):
+                return np.zeros(0, np.float32)
+            _, firsts = np.unique(self.buffer.column("position"), return_index=True)
+            return self.buffer.column("total_reward")[firsts]
+
+    def rows_above(self, cutoff: float) -> int:
+        """How many rows there are of episodes that returned at least ``cutoff``."""
+        with self.lock:
+            return int((self.buffer.column("total_reward") >= cutoff).sum()) if len(self.buffer) else 0
 
     def sample_above(self, count: int, cutoff: float) -> pa.Table:
         """``count`` rows, uniformly, of episodes that returned at least ``cutoff``."""
@@ -161,9 +169,7 @@ class Shards:
 
     async def sample(self, count: int) -> pa.Table:
         """``count`` rows, uniform over all shards."""
-        sizes = np.array([rows for rows, *_ in await self._ask_all("size")], float)
-        wanted = self.rng.multinomial(count, sizes / sizes.sum())
-        hit = [(shard, int(n)) for shard, n in enumerate(wanted) if n]
+        hit = self._shares(count, [rows for rows, *_ in await self._ask_all("size")])
         pieces = await asyncio.gather(*(self.ask(shard, "sample", n) for shard, n in hit))
         return pa.concat_tables([table for table, _ in pieces])
 
@@ -171,8 +177,7 @@ class Shards:
         """``count`` rows in proportion to their priorities over all shards."""
         held = await self._ask_all("priority_total")
         totals = np.array([total for _, total in held])
-        wanted = self.rng.multinomial(count, totals / totals.sum())
-        hit = [(shard, int(n)) for shard, n in enumerate(wanted) if n]
+        hit = self._shares(count, totals)
         pieces = await asyncio.gather(*(self.ask(shard, "sample_prioritised", n) for shard, n in hit))
         shares = np.concatenate([drawn for *_, drawn in pieces]) / totals.sum()
         return Draw(
@@ -188,16 +193,26 @@ class Shards:
         await asyncio.gather(*(self.ask(shard, "set_priorities", numbers, new) for (shard, numbers), new in pieces))
 
     async def sample_best(self, count: int, share: float) -> tuple[pa.Table, float]:
-        """Rows of the best ``share`` of all episodes, ties kept, and the return that makes one of them."""
-        totals = await self._ask_all("totals")
-        cutoff = float(np.quantile(np.concatenate(totals), 1.0 - share))
-        numbers = np.array([(each >= cutoff).sum() for each in totals], float)
-        wanted = self.rng.multinomial(count, numbers / numbers.sum())
-        hit = [(shard, int(n)) for shard, n in enumerate(wanted) if n]
+        """``count`` rows, uniform over all those of the best ``share`` of episodes, and the return that makes one.
+
+        Ties are kept. An episode of many turns has as many rows.
+        """
+        totals = np.concatenate(await self._ask_all("totals"))
+        if not len(totals):
+            raise ReplayError("no shard holds an episode")
+        cutoff = float(np.quantile(totals, 1.0 - share, method="higher"))  # a return that there was
+        hit = self._shares(count, await self._ask_all("rows_above", cutoff))
         return pa.concat_tables(await asyncio.gather(*(self.ask(i, "sample_above", n, cutoff) for i, n in hit))), cutoff
+
+    def _shares(self, count: int, held: Sequence[float] | Array) -> list[tuple[int, int]]:
+        """How many of ``count`` draws fall on which shard, in proportion to what each holds."""
+        parts = np.asarray(held, np.float64)
+        if not parts.sum() > 0:
+            raise ReplayError("no shard holds a row to draw")
+        return [(shard, int(n)) for shard, n in enumerate(self.rng.multinomial(count, parts / parts.sum())) if n]
 
     async def snapshot(self) -> int:
         return sum(await self._ask_all("snapshot"))
 
-    async def _ask_all(self, method: str) -> Sequence[Any]:
-        return await asyncio.gather(*(self.ask(shard, method) for shard in range(self.count)))
+    async def _ask_all(self, method: str, *args: Any) -> Sequence[Any]:
+        return await asyncio.gather(*(self.ask(shard, method, *args) for shard in range(self.count)))

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import socket
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cola_ray import actors
+from cola_ray.config import CriticConfig
 from cola_ray.experience import Trajectory, collate
+from cola_ray.replay.critic_service import CriticService
+from cola_ray.replay.service import Shards
 from cola_ray.weights import (
     Broadcast,
     BroadcastReceiver,
@@ -20,6 +25,7 @@ from cola_ray.weights import (
     WeightReceiver,
     WeightSender,
     WeightTransferError,
+    meeting_point,
 )
 from cola_ray.work_buffer import WorkBuffer
 
@@ -72,6 +78,18 @@ def test_sequences_that_do_not_divide_leave_a_row_without_actions():
     batches = collate([trajectory([1], [2], [3])] * 3, [1.0] * 3, 2, 0, 0, 64)
     assert [len(batch.input_ids) for batch in batches] == [2, 2]
     assert [int(batch.action_mask.sum()) for batch in batches] == [2, 1]
+
+
+def test_a_rank_without_sequences_has_states_of_the_same_kind():
+    states = np.ones((2, 4), np.int16)
+    one = dataclasses.replace(trajectory([1], [2, 3], [4, 5]), hidden_states=states)
+    full, empty = collate([one], [1.0], 2, 0, 0, 64)
+    assert empty.hidden_states.shape == full.hidden_states.shape == (1, 3, 4)
+    assert empty.hidden_states.dtype == full.hidden_states.dtype == np.int16
+    assert full.hidden_states.sum() == 8
+    assert not empty.hidden_states.any()
+    assert not empty.action_mask.any()
+    assert (empty.num_actions_global, empty.micro_batches) == (2, full.micro_batches)
 
 
 def test_the_work_buffers_example():
@@ -186,6 +204,23 @@ def test_a_broadcast_arrives_bit_for_bit_at_every_member(sent_over_a_channel):
     for member in received:
         for version, tensors in zip(versions, member, strict=True):
             assert all(torch.equal(tensors[name], tensor) for name, tensor in version.items())
+
+
+def test_services_are_met_where_other_machines_reach_them(monkeypatch, tmp_path):
+    """Not where the machine's own name leads, which may be 127.0.0.1; and at a port that is free."""
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.1.2.3")
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: "127.0.0.1")
+    critic = CriticService(CriticConfig(), 4, "", Shards(0, None, 0), str(tmp_path), seed=0)
+    for host, port in (meeting_point(), asyncio.run(critic.address())):
+        assert host == "10.1.2.3"
+        with socket.socket() as free:
+            free.bind(("", port))
+
+    offered = []
+    monkeypatch.setattr(actors.ray, "get", lambda found: found)
+    offer = types.SimpleNamespace(remote=lambda *args: offered.append(args))
+    actors.RemoteController(types.SimpleNamespace(offer=offer)).offer(3, ())
+    assert offered[0][:3] == (3, (), "10.1.2.3")
 
 
 def test_a_broadcast_of_other_tensors_is_refused_before_anything_is_received():

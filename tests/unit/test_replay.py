@@ -1,6 +1,7 @@
 """The replay buffer: what is in it, how it is drawn, what survives on disk."""
 
 import asyncio
+import collections
 import itertools
 import os
 import signal
@@ -17,13 +18,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cola_ray.config import CriticConfig
 from cola_ray.experience import Episode, Turn, was_said
 from cola_ray.replay.buffer import ReplayBuffer, ReplayError, importance_weights
-from cola_ray.replay.critic_service import CriticService
+from cola_ray.replay.critic_service import CriticReplicas, CriticService
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.replay.transitions import TextReader, as_rows, critic_batch, features, read_features
 from cola_ray.weights import Channel
@@ -315,6 +317,58 @@ def episode(position, rewards, terminated):
     )  # fmt: skip
     final = None if terminated else np.full(4, 10 * len(rewards), np.float32)
     return Episode(position, turns, terminated, "", final)
+
+
+def test_the_best_rows_are_uniform_over_shards_of_unequal_episodes(tmp_path):
+    """One shard has a good episode of 20 turns, another four of 1 turn, a third bad ones, a fourth nothing."""
+    parts = [ReplayShard(1000, 1 << 24, str(tmp_path / str(i)), 0, seed=i) for i in range(4)]
+    parts[0].insert(as_rows([episode(0, [0.0] * 19 + [1.0], True)], 4))
+    parts[1].insert(as_rows([episode(n, [1.0], True) for n in range(1, 5)], 4))
+    parts[2].insert(as_rows([episode(n, [-1.0, 0.0], True) for n in range(5, 10)], 4))
+    draws = 24_000
+    rows_drawn, cutoff = asyncio.run(shards_over(*parts).sample_best(draws, 0.5))
+    assert cutoff == 1.0
+    drawn = zip(rows_drawn["position"].to_pylist(), rows_drawn["turn"].to_pylist(), strict=True)
+    counts = np.array(list(collections.Counter(drawn).values()))
+    assert len(counts) == 24, "each row of the good episodes, and no other"
+    assert stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_an_episode_whose_first_turns_are_gone_still_counts_once(tmp_path):
+    shard = ReplayShard(5, 1 << 24, str(tmp_path), 0, seed=0)
+    shard.insert(as_rows([episode(0, [1.0, 1.0, 1.0], True)], 4))
+    shard.insert(as_rows([episode(1, [0.5, 0.5, 0.5], True), episode(2, [0.0], True)], 4))
+    assert len(shard.buffer) == 5
+    assert shard.buffer.column("turn")[0] != 0
+    assert shard.totals().tolist() == [3.0, 1.5, 0.0]
+    assert shard.rows_above(1.5) == 4
+
+
+def test_shards_without_rows_are_no_error_and_no_shard_with_rows_is_one(tmp_path):
+    empty = [ReplayShard(10, 1 << 20, str(tmp_path / str(i)), 0, seed=i) for i in range(2)]
+    everywhere = shards_over(*empty)
+    for draw in (everywhere.sample(3), everywhere.sample_prioritised(3, 0.4), everywhere.sample_best(3, 0.1)):
+        with pytest.raises(ReplayError, match="no shard holds"):
+            asyncio.run(draw)
+    assert empty[0].totals().shape == (0,)
+    assert asyncio.run(everywhere.size()) == (0, 0)
+
+
+def test_a_replica_that_is_asked_about_no_row_says_nothing(tmp_path):
+    played = as_rows([episode(0, [1.0], True)], 4)
+    shard = ReplayShard(10, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    shard.insert(played)
+    services = [CriticService(CriticConfig(steps=1), 4, "", shards_over(shard), str(tmp_path), seed=0) for _ in "ab"]
+    for service in services:
+        asyncio.run(service.join(Channel("", 0, 1), 0, None))
+
+    async def ask(number, method, *args):
+        return await getattr(services[number], method)(*args)
+
+    replicas = CriticReplicas(2, ask)
+    replicas.together = True
+    assert asyncio.run(replicas.foretold(played)).shape == (2, 1)
+    assert asyncio.run(replicas.advantages(played)).shape == (1,)
 
 
 def test_episodes_become_rows_and_rows_a_critics_batch():
