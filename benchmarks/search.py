@@ -25,7 +25,7 @@ WAYS = ("sample", "beam", "mcts", "mcts_q")
 
 
 def plot(
-    curves: dict[str, list[tuple[float, float, float]]], points: dict[str, tuple[float, float]], path: Path
+    curves: dict[str, list[tuple[float, float, float, float]]], points: dict[str, tuple[float, float]], path: Path
 ) -> None:
     import matplotlib
 
@@ -34,8 +34,8 @@ def plot(
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for way, curve in curves.items():
-        tokens, right, interval = zip(*curve, strict=True)
-        axes.errorbar(tokens, right, interval, marker="o", markersize=4, capsize=2, label=way)
+        tokens, right, low, high = map(np.array, zip(*curve, strict=True))
+        axes.errorbar(tokens, right, (right - low, high - right), marker="o", markersize=4, capsize=2, label=way)
     for way, (tokens, right) in points.items():
         axes.plot(tokens, right, "k*" if way == "greedy" else "kx", label=way)
     axes.set(xscale="log", xlabel="tokens generated a problem", ylabel="problems with a right answer found")
@@ -89,7 +89,7 @@ def main() -> None:
                    "--pretrain.batch-size", "256")  # fmt: skip
     with_q = ["--q.path", str(folder / "q" / "outputs" / "run" / "model")]
     single = trial(folder / "greedy", "evaluate", *asked, "--eval.ways", "base", "greedy")
-    curves: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
+    curves: dict[str, list[tuple[float, float, float, float]]] = {way: [] for way in WAYS}
     figures: dict[str, object] = {f"{way}_right": single[way]["accuracy"] for way in ("base", "greedy")}
     figures |= {"q_heldout_loss": learnt["q_heldout_loss"], "q_heldout_correlation": learnt["q_heldout_correlation"]}
     for budget in args.budgets:
@@ -97,9 +97,9 @@ def main() -> None:
         found = trial(where, "evaluate", *asked, *with_q, "--eval.ways", *WAYS, "--search.simulations", str(budget))
         for way in WAYS:
             of_way = found[way]
-            curves[way].append((of_way["generated_tokens"], of_way["best"], of_way["best_ci"]))
-            figures[f"{way}_{budget}_right"] = of_way["best"]
-            figures[f"{way}_{budget}_interval"] = of_way["best_ci"]
+            best = [of_way[name] for name in ("best", "best_low", "best_high")]
+            curves[way].append((of_way["generated_tokens"], *best))
+            figures |= dict(zip((f"{way}_{budget}_{name}" for name in ("right", "low", "high")), best, strict=True))
             figures[f"{way}_{budget}_tokens"] = of_way["generated_tokens"]
     figures |= saved_tokens(args.model.resolve())
     points = {way: (single[way]["generated_tokens"], single[way]["accuracy"]) for way in ("base", "greedy")}

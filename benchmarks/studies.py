@@ -44,9 +44,9 @@ def look_at(folder: Path, name: str, pretraining: list[str], sample: list[str], 
     kept = trial(folder / f"{name}-capabilities", "capabilities", *about, "--harness.tasks", task,
                  "--harness.include-path", str(folder / "tasks"))  # fmt: skip
     figures = {}
+    measures = ("diversity", "diversity_low", "diversity_high", "distinct_1", "self_bleu")
     for way in ("random_actions", "policy", "base", "random_tokens"):
-        figures |= {f"{name}_{way}_{measured}": different[way][measured]
-                    for measured in ("diversity", "diversity_ci", "distinct_1", "self_bleu")}  # fmt: skip
+        figures |= {f"{name}_{way}_{measured}": different[way][measured] for measured in measures}
     return figures | {f"{name}_{likelihood}_{task}": kept[likelihood][f"{task} acc"]
                       for likelihood in ("base", "marginal")}  # fmt: skip
 

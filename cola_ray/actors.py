@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +131,7 @@ def exporter(config: Config) -> Callable[[Mapping[str, Any]], None]:
 
     def show(metrics: Mapping[str, Any]) -> None:
         for name, value in metrics.items():
-            if isinstance(value, int | float):
+            if isinstance(value, Real):
                 if name not in gauges:
                     title = "cola_ray_" + re.sub(r"\W", "_", name)
                     gauges[name] = Gauge(title, description=name, tag_keys=("run",))

@@ -82,6 +82,8 @@ class AgentController(Controller):
         if not episodes:
             raise RuntimeError("a step has no episode that its environment saw to the end")
         metrics = self._measure_episodes(episodes, target, seconds)
+        said = sum(len(turn.token_ids) for episode in played for turn in episode.turns)
+        metrics["rollout/tokens_per_second"] = said / seconds
         algorithm = self.config.rl.algorithm
         if algorithm not in OF_TURNS:
             batches, more = await self._whole_episodes(episodes, target)
@@ -214,7 +216,6 @@ class AgentController(Controller):
             "agent/turns": len(turns) / len(episodes),
             "agent/terminated": float(np.mean([episode.terminated for episode in episodes])),
             "rollout/response_length": float(lengths.mean()),
-            "rollout/tokens_per_second": float(lengths.sum() / seconds),
             "rollout/regenerated_groups": float(self.ledger.regenerated_groups),
             "rollout/worker_losses": float(self.ledger.worker_losses),
             "staleness/mean": float((target - versions).mean()),

@@ -55,7 +55,7 @@ def _kl_sweep(found: Summaries) -> str:
 
 def _capabilities(found: Summaries) -> str:
     ways = {name: scores for name, scores in found["capabilities"].items() if isinstance(scores, dict)}
-    tasks = [task for task in ways["base"] if not task.endswith("_ci")]
+    tasks = [task for task in ways["base"] if not task.endswith(("_low", "_high"))]
     return "; ".join(f"{task}: base {_percent(ways['base'][task])}, CoLA {_percent(ways['marginal'][task])}"
                      for task in tasks)  # fmt: skip
 
@@ -84,7 +84,7 @@ FIGURES = (
     Figure(
         "pass@k of samples", "CoLA, figure", "rises with k",
         lambda f: _each([f"{name.removeprefix('pass_at_')}: {_percent(value)}" for name, value in
-                         f["search"]["sample"].items() if name.startswith("pass_at_") and not name.endswith("_ci")]),
+                         f["search"]["sample"].items() if name.removeprefix("pass_at_").isdigit()]),
         _TASK,
     ),
     Figure(

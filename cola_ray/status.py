@@ -35,7 +35,9 @@ class Status:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event"] == "step" and event["version"] > 0]
+        """In order; of a step that a learner made again after a loss, the last time."""
+        found = {event["version"]: event for event in self.events if event["event"] == "step" and event["version"] > 0}
+        return [found[version] for version in sorted(found)]
 
     @property
     def state(self) -> str:
@@ -50,8 +52,14 @@ class Status:
 
     @property
     def seconds_per_step(self) -> float:
-        times = [datetime.fromisoformat(step["time"]).timestamp() for step in self.steps[-11:]]
-        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+        """Over the last ten intervals between steps; the time until a resume, or back to an earlier step, is none."""
+        seconds, made = list[float](), list[int]()
+        for before, after in itertools.pairwise(event for event in self.events if event["event"] in ("step", "resume")):
+            if before["event"] == after["event"] == "step" and after["version"] > before["version"]:
+                times = (datetime.fromisoformat(event["time"]).timestamp() for event in (before, after))
+                seconds.append(-next(times) + next(times))
+                made.append(after["version"] - before["version"])
+        return sum(seconds[-10:]) / sum(made[-10:]) if made else 0.0
 
     def latest(self, *names: str) -> float | None:
         """The last value of the first of these metrics that there is."""
@@ -95,7 +103,7 @@ def shown(runs: list[Status]) -> Group:
             _number(run.latest("eval/accuracy", "eval/return", "eval/reward")),
             _number(run.latest("policy/kl")),
             _number(run.seconds_per_step or None),
-            str(timedelta(seconds=int(left))) if run.state == "running" and left else "",
+            str(timedelta(seconds=int(left))) if run.state == "running" and rewards and left > 0 else "",
         )
         words = [event.get("text") or event.get("reason") for event in run.events if {"text", "reason"} & set(event)]
         said += [f"{run.folder.name}: {text}" for text in words[-3:]]

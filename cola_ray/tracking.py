@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Numbers go to MLflow under their names; a step seen before is merged, never moved back."""
-        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
         self.history.setdefault(step, {}).update(numbers)
         self.mlflow.log_metrics(numbers, step=step, run_id=self.run.info.run_id)  # called from a thread of its own
         self.note("step", version=step, **numbers)

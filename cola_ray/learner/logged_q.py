@@ -68,7 +68,9 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
 
 
 def load_log(path: str) -> list[Trajectory]:
-    """Answers that jobs/evaluate.py logged, shuffled once; those whose actions nobody recorded are left out.
+    """Answers that jobs/evaluate.py logged, shuffled once.
+
+    Those whose actions nobody recorded, or that the verifier could not score, are left out.
 
     Raises:
         ValueError: the rows are not its predictions, or there are none.
@@ -79,12 +81,13 @@ def load_log(path: str) -> list[Trajectory]:
     if missing:
         raise ValueError(f"data.path = {path!r}: no columns {', '.join(missing)}; give a folder that evaluate.py left, "
                          "e.g. outputs/evaluate-.../predictions/sample")  # fmt: skip
-    columns = (rows[name] for name in wanted)
+    columns = [rows[name] for name in wanted[1:]]
+    scored = rows["failures"] if "failures" in rows.column_names else ([""] * len(one) for one in rows["rewards"])
     found = [
-        _logged(prompt, *one)
-        for prompt, *answers in zip(*columns, strict=True)
-        for one in zip(*answers, strict=True)
-        if one[1] and one[1][-1] >= 0
+        _logged(prompt, tokens, actions, reward)
+        for prompt, failures, *answers in zip(rows["prompt_ids"], scored, *columns, strict=True)
+        for failure, tokens, actions, reward in zip(failures, *answers, strict=True)
+        if actions and actions[-1] >= 0 and not failure
     ]
     if not found:
         raise ValueError(f"data.path = {path!r}: no answer with recorded actions in it; give sampled answers")

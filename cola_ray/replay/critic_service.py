@@ -166,9 +166,10 @@ class CriticReplicas:
         self.together, self.restarts = False, 0
 
     async def fit(self, fresh: pa.Table) -> Metrics:
-        """Metrics are the first replica's; ``critic/restarts`` counts how often the replicas were formed anew."""
+        """Metrics are means over replicas; ``critic/restarts`` counts how often they were formed anew."""
         metrics = await self._all("fit", [(fresh,)] * self.count)
-        return metrics[0] | {"critic/restarts": float(self.restarts)}
+        means = {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
+        return means | {"critic/restarts": float(self.restarts)}
 
     async def advantages(self, fresh: pa.Table) -> Array:
         return np.concatenate(await self._all("advantages", self._shares(fresh)))

@@ -271,6 +271,7 @@ def test_replicas_step_together_and_after_a_loss_from_the_last_save(tmp_path):
         return first, await replicas.fit(rows), await replicas.advantages(rows)
 
     first, second, advantages = asyncio.run(play())
+    assert 0 < first["critic/loss"] < float("inf"), "a mean over both"
     assert (first["critic/steps"], first["critic/restarts"]) == (5, 0)
     assert (second["critic/steps"], second["critic/restarts"]) == (10, 1)
     for one, other in zip(*(service.critic.online.parameters() for service in services), strict=True):

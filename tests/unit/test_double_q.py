@@ -60,11 +60,11 @@ def best_values():
     return q
 
 
-def write_log(folder, sequences, rewards, actions=None):
+def write_log(folder, sequences, rewards, actions=None, **more):
     folder.mkdir(exist_ok=True)
     row = {
         "prompt_ids": [7], "token_ids": [list(s) for s in sequences], "rewards": list(rewards),
-        "actions": actions or [list(s) for s in sequences],
+        "actions": actions or [list(s) for s in sequences], **more,
     }  # fmt: skip
     pq.write_table(pa.Table.from_pylist([row]), folder / "000000.parquet")
     return str(folder)
@@ -113,6 +113,8 @@ def test_a_log_without_actions_is_refused(tmp_path):
     inherited = write_log(tmp_path / "a", sequences, [1.0, 0.0], [[-1, 1, 1], [-1, -1, -1]])
     (kept,) = load_log(inherited)
     assert kept.action_mask.tolist() == [False, True, True], "another rollout's actions are not known"
+    failing = write_log(tmp_path / "d", sequences, [0.0, 1.0], failures=["took too long", ""])
+    assert [one.reward for one in load_log(failing)] == [1.0], "a failed score is no reward of 0"
     with pytest.raises(ValueError, match="no answer with recorded actions"):
         load_log(write_log(tmp_path / "b", sequences[:1], [1.0], [[-1, -1, -1]]))
     (tmp_path / "c").mkdir()

@@ -66,5 +66,22 @@ def test_a_sweeps_runs_and_what_they_said(tmp_path):
     assert "0.5" in text
 
 
+def test_a_pause_is_no_step_and_a_step_made_again_counts_once(tmp_path):
+    """A step took 2 s; the run stood still for 30 s, went back to version 2 and made 3 once more."""
+    again = [event("step", 42, version=3, **{"reward/mean": 0.9}), event("step", 44, version=4, **{"reward/mean": 0.4})]
+    run = status.read(write(tmp_path, START, *STEPS, event("resume", 40, job="rl_math"), *again))
+    assert run.seconds_per_step == pytest.approx(2.0)
+    assert [step["reward/mean"] for step in run.steps] == [0.1, 0.2, 0.9, 0.4]
+
+
+def test_steps_that_are_told_by_tens_are_ten(tmp_path):
+    some = [event("step", 5 * i, version=10 * i, **{"base/loss": 1.0}) for i in (1, 2, 3)]
+    run = status.read(write(tmp_path, START, *some))
+    assert run.seconds_per_step == pytest.approx(0.5)
+    console = Console(width=160, record=True)
+    console.print(status.shown([run]))
+    assert "day" not in console.export_text(), "pre-training has no RL steps left"
+
+
 def test_a_sparkline_has_its_width():
     assert status._sparkline([float(i) for i in range(1000)]) == status._sparkline([float(i) for i in range(24)])
