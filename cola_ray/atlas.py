@@ -47,6 +47,8 @@ class Atlas:
         """Count packed rows, (B, T) each; where ``mask`` is true, the next token belongs to the same text."""
         e = model.encode(input_ids, position_ids=position_ids)
         mask = mask[:, :-1]
+        if not mask.any():
+            return
         taken = model.inverse_dynamics_actions(e, position_ids=position_ids)[mask]
         states, said = e[:, :-1][mask], input_ids[:, 1:][mask]
         probs = model.policy_logits(e, position_ids=position_ids)[:, :-1][mask].softmax(-1)
@@ -80,10 +82,9 @@ class Atlas:
 
     def summary(self) -> dict[str, float]:
         """Alive actions, entropy of their usage (nats), agreement of world model and labels, tokens a state offers."""
-        share = self.labelled / max(self.labelled.sum(), 1)
         return {
             "tokens": float(self.labelled.sum()),
-            "alive": float((share > 1e-4).sum()),
+            "alive": float((self.labelled > 0).sum()),
             "usage_entropy": _entropy(self.labelled),
             "policy_entropy_of_mean": _entropy(self.expected),
             "agreement": float(self.agreed.sum() / max(self.labelled.sum(), 1)),

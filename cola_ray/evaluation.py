@@ -64,7 +64,7 @@ def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | Non
     value, ``best`` and ``best_reward`` are of the response of the highest value; where a reward model gives values,
     ``weighted_majority`` counts votes by them, and the verifier's ``best`` is ``any_right``. ``pass_at_<k>`` is
     unbiased. A problem that got no response in its time is wrong, and has the reward 0. ``failed`` counts responses
-    that the verifier could not score; they are not right, and have no part in means of rewards.
+    that verifier or reward model could not score; those of the verifier are not right, and in no mean of rewards.
 
     Args:
         right_from: the least reward of a right response; None where the task does not say what is right.
@@ -82,7 +82,7 @@ def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | Non
             "problems": float(len(rows)),
             **with_intervals(shares, seed, shares=True),
             **with_intervals(means, seed),
-            "failed": float(sum(bool(failure) for row in rows for failure in _failures(row))),
+            "failed": float(sum(_failed(row) for row in rows)),
             **{name: float(np.mean([row[name] for row in rows])) for name in _SPENT},
         }
     return found
@@ -158,6 +158,12 @@ def _rows(config: EvalConfig, folder: Path) -> list[Row]:
 def _failures(row: Row) -> list[str]:
     """Why the verifier did not score a response, "" where it did."""
     return row.get("failures") or [""] * len(row["rewards"])
+
+
+def _failed(row: Row) -> int:
+    """Responses without a reward or a value."""
+    pairs = zip(_failures(row), row["values"], strict=True)
+    return sum(bool(failure) or not np.isfinite(value) for failure, value in pairs)
 
 
 def _is_led(row: Row) -> bool:

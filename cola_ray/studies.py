@@ -154,6 +154,10 @@ def diversity(config: Config) -> dict[str, Any]:
     with _study(config, "diversity") as study, actors.cluster(config):
         config = study.config
         prefixes = _beginnings(config, _texts(config, study.start)[1])
+        if not prefixes:
+            raise RunFailedError(
+                "diversity.prefixes: no text to begin with; give texts of two tokens or more as data.path"
+            )
         for space, chances in itertools.groupby(CHANCES, key=_action_space):
             of_space = override(config, {"rl.action_space": space})
             pool = actors.RayWorkers(of_space, served(of_space, study.start), ContinuationWorker)
