@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cola_ray.algorithms.advantages import Outcomes
+from cola_ray.algorithms.advantages import Outcomes, all_alike, centred
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.config import OF_TURNS, Config
 from cola_ray.controller import Controller, WorkerPool
@@ -131,11 +131,17 @@ class AgentController(Controller):
         else:
             advantages = _centred(await self.critic.advantages(fresh), metrics)
         trains = self.config.rl.algorithm != "chai" and target >= self.config.critic.warmup_iterations
-        if not trains:  # what there is to measure is as short as can be
-            trajectories = trajectories[: self.config.cluster.learner_ranks]
-            advantages = advantages[: len(trajectories)]
-        batches = self._batches(trajectories, advantages.tolist(), target)
-        return [replace(batch, trains=trains) for batch in batches], metrics | await self._replay_size()
+        batches = self._batches_that(trains, trajectories, advantages.tolist(), target)
+        return batches, metrics | await self._replay_size()
+
+    def _batches_that(
+        self, trains: bool, trajectories: Sequence[Trajectory], advantages: Sequence[float], target: int
+    ) -> list[Batch]:
+        """One for each rank; where the policy is to stay, of as few sequences as can be measured."""
+        if not trains:
+            count = self.config.cluster.learner_ranks
+            trajectories, advantages = trajectories[:count], advantages[:count]
+        return [replace(batch, trains=trains) for batch in self._batches(trajectories, advantages, target)]
 
     async def _fit_critic(self, fresh: pa.Table) -> Metrics:
         """Says so when the critic had to be started again."""
@@ -163,10 +169,14 @@ class AgentController(Controller):
     async def _filtered_bc(
         self, episodes: Sequence[Episode], played: pa.Table, target: int
     ) -> tuple[list[Batch], Metrics]:
-        """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay."""
+        """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay.
+
+        While all of them returned the same, none is best, and the policy stays.
+        """
         rows, cutoff = await self.shards.sample_best(self.config.critic.fresh_states, self.config.replay.kept_share)
         trajectories = as_trajectories(rows)
-        batches = self._batches(trajectories, [1.0] * len(trajectories), target)
+        trains = not all_alike(torch.from_numpy(await self.shards.returns()))
+        batches = self._batches_that(trains, trajectories, [1.0] * len(trajectories), target)
         return batches, {"replay/cutoff": cutoff} | await self._replay_size()
 
     async def _whole_episodes(self, episodes: Sequence[Episode], target: int) -> tuple[list[Batch], Metrics]:
@@ -175,7 +185,8 @@ class AgentController(Controller):
         for episode in episodes:
             groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
         played = list(groups.values())
-        outcomes = [Outcomes(torch.tensor([episode.total_reward for episode in group])) for group in played]
+        returns = [[episode.total_reward for episode in group] for group in played]
+        outcomes = [Outcomes(torch.tensor(of_group, dtype=torch.float64)) for of_group in returns]
         trajectories, advantages, positions = list[Trajectory](), list[float](), list[int]()
         for group, relative in zip(played, self._advantages(outcomes), strict=True):
             for episode, advantage in zip(group, relative, strict=True):
@@ -228,4 +239,4 @@ class AgentController(Controller):
 def _centred(advantages: Array, metrics: Metrics) -> Array:
     """Less their mean, which is 0 in truth: what the critics leave of it is their error. Both go into ``metrics``."""
     metrics |= {"critic/advantage_mean": float(advantages.mean()), "critic/advantage_std": float(advantages.std())}
-    return advantages - advantages.mean()
+    return centred(torch.from_numpy(advantages)).numpy()

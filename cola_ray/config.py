@@ -44,6 +44,8 @@ MULTI_TURN = ("twenty_questions", "guess_city", "textworld", "jericho", "data_sc
 """Tasks that are environments; jobs/rl_agent.py plays them."""
 COMPARING = ("grpo", "rloo")
 """Algorithms that compare completions or episodes of one group."""
+WITHIN_PROMPTS = (*COMPARING, "remax")
+"""Those and what compares completions with their prompt's greedy one."""
 OF_OUTCOMES = ("grpo", "rloo", "remax", "reinforce")
 """Algorithms whose advantages come from the outcomes of whole completions."""
 OF_TURNS = ("archer", "chai", "filtered_bc")
@@ -274,7 +276,8 @@ class RLConfig(_Branch):
     refill_rounds: Whole = 2
     """dynamic_sampling: how often a step asks other prompts for what is missing; after that its batch is smaller."""
     overlong_buffer: Whole = 0
-    """Above 0: within so many tokens of rollout.max_new_tokens, a completion's reward falls, by 1 at the limit."""
+    """Above 0: within so many tokens of rollout.max_new_tokens, a completion's reward falls, by 1 at the limit. With
+    grpo, rloo and remax only among completions of a prompt whose rewards differ: length alone is no signal."""
     clip_low: Share = 0.2
     """Ratio's lower clip, 1 - clip_low."""
     clip_high: NonNegative = 0.2

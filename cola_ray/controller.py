@@ -33,9 +33,9 @@ import pyarrow as pa
 import torch
 
 from cola_ray.algorithms import ADVANTAGES
-from cola_ray.algorithms.advantages import Outcomes, overlong_penalty
+from cola_ray.algorithms.advantages import Outcomes, all_alike, overlong_penalty
 from cola_ray.algorithms.latent_actions import usage
-from cola_ray.config import Config, is_environment
+from cola_ray.config import WITHIN_PROMPTS, Config, is_environment
 from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
 from cola_ray.replay.service import Shards
 from cola_ray.replay.transitions import as_completion_rows, as_trajectories
@@ -307,7 +307,7 @@ class Controller:
         return others
 
     def _differs(self, group: Group) -> bool:
-        return len(set(self._outcomes(group).rewards.tolist())) > 1
+        return bool(group.scored) and not all_alike(self._outcomes(group).rewards)
 
     def _tickets(self, target: int) -> list[Ticket]:
         wanted = self.config.rl.prompts_per_step
@@ -405,14 +405,19 @@ class Controller:
         return {"replay/rows": float(rows), "replay/megabytes": nbytes / 1e6}
 
     def _outcomes(self, group: Group) -> Outcomes:
-        """Rewards as the algorithm sees them: less for what is overlong."""
+        """Rewards as the algorithm sees them: less for what is overlong.
 
-        def shaped(one: Trajectory) -> float:
-            limit, buffer = self.config.rollout.max_new_tokens, self.config.rl.overlong_buffer
-            return one.reward - overlong_penalty(len(one.token_ids), limit, buffer)
-
-        greedy = float("nan") if group.greedy is None or group.greedy.failure else shaped(group.greedy)
-        return Outcomes(torch.tensor([shaped(one) for one in group.scored]), greedy)
+        Where completions are compared with each other, or with the greedy one, and all have the same reward, length
+        alone teaches nothing: DAPO drops such groups by their accuracy, before the penalty (Yu et al. 2025, eq. 11).
+        """
+        greedy = None if group.greedy is None or group.greedy.failure else group.greedy
+        whole = [*group.scored, *([greedy] if greedy else [])]
+        rewards = torch.tensor([one.reward for one in whole], dtype=torch.float64)
+        limit, buffer = self.config.rollout.max_new_tokens, self.config.rl.overlong_buffer
+        if buffer and not (self.config.rl.algorithm in WITHIN_PROMPTS and all_alike(rewards)):
+            lengths = [len(one.token_ids) for one in whole]
+            rewards -= torch.tensor([overlong_penalty(length, limit, buffer) for length in lengths])
+        return Outcomes(rewards[: len(group.scored)], float(rewards[-1]) if greedy else float("nan"))
 
     def _advantages(self, prompts: Sequence[Outcomes]) -> list[list[float]]:
         """Of each prompt's completions. Where the learner's value head is the baseline, the rewards themselves."""
@@ -449,7 +454,7 @@ class Controller:
         return counted | {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
-            "reward/zero_variance_groups": float(np.mean([np.ptp(group.rewards) == 0 for group in scored])),
+            "reward/zero_variance_groups": float(np.mean([not _has_signal(group) for group in scored])),
             "rollout/response_length": float(lengths.mean()),
             "rollout/distinct": float(np.mean([_distinct(group) for group in scored])),
             "rollout/truncated": float(np.mean([trajectory.truncated for trajectory in trajectories])),
@@ -642,6 +647,11 @@ class Controller:
 
 def _evals(found: Mapping[str, float]) -> dict[str, float]:
     return {f"eval/{name}": value for name, value in found.items()}
+
+
+def _has_signal(group: Group) -> bool:
+    """Whether its rewards differ by more than rounding."""
+    return not all_alike(torch.from_numpy(group.rewards))
 
 
 def _distinct(group: Group) -> float:

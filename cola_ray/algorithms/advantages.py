@@ -1,4 +1,7 @@
-"""Sums over actions that several algorithms share, and what an outcome is. Legend: B sequences, T positions."""
+"""What several algorithms share: what an outcome is, when outcomes differ, and sums over actions.
+
+Legend: B sequences, T positions, G completions of a prompt.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +21,58 @@ class Outcomes:
 def within_each_prompt(prompts: Sequence[Outcomes], compare: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """``compare`` maps rewards (1, G) to advantages; 0 for a completion that has nothing to be compared with."""
     return [compare(one.rewards[None])[0] if len(one.rewards) > 1 else torch.zeros_like(one.rewards) for one in prompts]
+
+
+NOISE = 1e-5
+"""Of numbers of order 1, what rounding may have made. A reward model in float32 gives one answer scores that differ by
+some 1e-6 from batch to batch (eps 1.2e-7 over sums of a few dozen rounded layers); real differences are a hundred times
+this and more. TRL adds 1e-4 to the spread that it divides by (see :func:`within_noise` for what is done here)."""
+
+
+def within_noise(difference: Tensor, largest: Tensor) -> Tensor:
+    """Whether a difference or a spread is no more than rounding makes of values as large as ``largest``.
+
+    ``difference <= NOISE max(1, largest)``: numbers are rounded in proportion to their size, and what networks of order
+    1 compute is rounded as such, however small the result. NaN is not within noise, so that it is not hidden.
+    """
+    return difference <= NOISE * largest.clamp_min(1.0)
+
+
+def all_alike(values: Tensor) -> bool:
+    """Whether values differ by noise alone, so that none is better than another."""
+    wide = values.double()
+    return bool(within_noise(wide.max() - wide.min(), wide.abs().max()))
+
+
+def over_spread(values: Tensor, spread: Tensor, largest: Tensor) -> Tensor:
+    """``values / spread``, and exactly 0 where the spread is noise. All that is standardised is divided here.
+
+    Args:
+        values: differences from a mean.
+        spread: of them, e.g. their standard deviation; broadcasts.
+        largest: the greatest magnitude of what they are differences of; broadcasts.
+    """
+    return torch.where(within_noise(spread, largest), torch.zeros_like(values), values / spread)
+
+
+def centred(values: Tensor) -> Tensor:
+    """Less their mean over the last dimension, computed in float64; exactly 0 where they differ by noise alone.
+
+    Example: [1, 0] -> [0.5, -0.5]; [0.2, 0.2, 0.2] -> [0, 0, 0].
+    """
+    wide = values.double()
+    alike = within_noise(wide.amax(-1, keepdim=True) - wide.amin(-1, keepdim=True), wide.abs().amax(-1, keepdim=True))
+    return (wide - wide.mean(-1, keepdim=True)).masked_fill(alike, 0.0).to(values.dtype)
+
+
+def standardised(values: Tensor) -> Tensor:
+    """:func:`centred`, over the unbiased standard deviation of the last dimension, of two values at least.
+
+    Example: [1, 0] -> [0.7071, -0.7071].
+    """
+    wide = centred(values.double())
+    spread = wide.square().sum(-1, keepdim=True).div(wide.shape[-1] - 1).sqrt()
+    return over_spread(wide, spread, values.double().abs().amax(-1, keepdim=True)).to(values.dtype)
 
 
 def discounted_sum_to_go(values: Tensor, mask: Tensor, discounts: Tensor) -> Tensor:

@@ -13,9 +13,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from cola_ray.algorithms.advantages import within_noise
+
 
 class Standardised(nn.Module):
-    """``(x - mean) / std``, feature by feature; x as it is until :meth:`measure` has been called."""
+    """``(x - mean) / std``, feature by feature, within 10 either way; x as it is until :meth:`measure` was called.
+
+    What is measured once, on the first rows, must hold for all that come. A feature that has not varied yet, such as a
+    flag that nobody has raised, is centred and keeps its own scale. One that hardly varied may come back a thousand of
+    its deviations away, where heads that have seen a few know nothing: it is cut off there.
+    """
+
+    LIMIT = 10.0
 
     mean: Tensor
     std: Tensor
@@ -26,12 +35,14 @@ class Standardised(nn.Module):
         self.register_buffer("std", torch.ones(width))
 
     def forward(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.std
+        return ((features - self.mean) / self.std).clamp(-self.LIMIT, self.LIMIT)
 
     def measure(self, moments: Tensor) -> None:
-        """Args: moments: (2, H), mean of x and of x^2."""
-        self.mean.copy_(moments[0])
-        self.std.copy_((moments[1] - moments[0].square()).clamp_min(1e-12).sqrt())
+        """Args: moments: (2, H) float64, mean of x and of x^2."""
+        mean, square = moments.double()
+        std = (square - mean.square()).clamp_min(0.0).sqrt()
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(within_noise(std, square.sqrt()), torch.ones_like(std), std))
 
 
 class TwinHeads(nn.Module):
@@ -57,8 +68,12 @@ class TwinHeads(nn.Module):
         return torch.stack([head(self.states(states))[:, 0] for head in self.v])
 
     def start_at(self, level: Tensor) -> None:
-        """Let every head begin at about ``level``: from 0, a value of -18 is a thousand small steps away."""
+        """Let every head begin at ``level``, everywhere: from 0, a value of -18 is a thousand small steps away.
+
+        So all advantages begin at exactly 0, and stay there for as long as all rewards agree with the level.
+        """
         for head in (*self.q, *self.v):
+            nn.init.zeros_(head[-1].weight)
             nn.init.constant_(head[-1].bias, float(level))
 
 
@@ -93,14 +108,18 @@ def twin_squared_error(values: Tensor, goals: Tensor, weights: Tensor | None = N
     return (squared if weights is None else squared * weights).mean(1).sum()
 
 
-def expectile_loss(v: Tensor, q: Tensor, expectile: float) -> Tensor:
-    """IQL's value loss on replayed utterances, in place of fresh ones: ``mean |e - 1(d < 0)| d^2``, ``d = q - v``.
+def expectile_loss(v: Tensor, q: Tensor, expectile: float, weights: Tensor | None = None) -> Tensor:
+    """IQL's value loss on replayed utterances, in place of fresh ones: ``mean w |e - 1(d < 0)| d^2``, ``d = q - v``.
 
     Kostrikov et al. 2021, eq. 5; summed over the twins. ``expectile`` 0.5 is half the squared error.
+
+    Args:
+        v, q: (2, B).
+        weights: (B,), of prioritised replay, which drew the same rows.
     """
     difference = q.detach() - v
-    weight = torch.where(difference > 0, expectile, 1.0 - expectile)
-    return (weight * difference.square()).mean(1).sum()
+    each = torch.where(difference > 0, expectile, 1.0 - expectile) * difference.square()
+    return (each if weights is None else each * weights).mean(1).sum()
 
 
 def utterance_advantages(q: Tensor, v: Tensor) -> Tensor:

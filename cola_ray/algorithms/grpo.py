@@ -10,26 +10,23 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cola_ray.algorithms.advantages import Outcomes, within_each_prompt
+from cola_ray.algorithms.advantages import Outcomes, centred, standardised, within_each_prompt
 
 
 def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
     return within_each_prompt(prompts, group_normalised)
 
 
-def group_normalised(rewards: Tensor, normalise_std: bool = True, eps: float = 1e-8) -> Tensor:
-    """``(r - mean_G) / max(std_G, eps)`` with the unbiased std.
+def group_normalised(rewards: Tensor, normalise_std: bool = True) -> Tensor:
+    """``(r - mean_G) / std_G`` with the unbiased std.
 
     Args:
         rewards: (P, G) with G >= 2.
         normalise_std: False leaves the division out.
 
     Returns:
-        advantages (P, G); a group whose rewards are all equal has advantage 0.
+        advantages (P, G); exactly 0 in a group whose rewards are equal, or differ by rounding alone.
 
     Example: rewards [[1, 0]] -> [[0.7071, -0.7071]]; without std [[0.5, -0.5]].
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    if not normalise_std:
-        return centred
-    return centred / rewards.std(-1, keepdim=True).clamp_min(eps)
+    return standardised(rewards) if normalise_std else centred(rewards)

@@ -37,21 +37,35 @@ def clipped_policy_gradient(
 
 
 def kl_penalties(
-    log_probs: Tensor, ref_log_probs: Tensor, divergences: Tensor, mask: Tensor, estimator: Estimator
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    divergences: Tensor,
+    mask: Tensor,
+    discounts: Tensor,
+    estimator: Estimator,
 ) -> Tensor:
-    """What each action is charged for the divergence that it leads to, before the coefficient; (B, T).
+    """What each action is charged, before the coefficient, as a reward of its own; (B, T).
 
-    With an estimate, an action pays for itself: ``log pi(a) - log ref(a)`` for k1. The exact divergence of a state is
-    the same for all of its actions, so that an action pays for the next state's; the state's own enters the loss as
-    it is, differentiated. Both have the same expected gradient; the second without the variance of the draw.
+    The objective is ``V_t = E[r_t + g_t V_t+1] - beta D_t``, with D_t the divergence of the state that action t is
+    taken in. Its gradient with respect to the policy there: ``E[grad log pi(a_t) (r_t + g_t V_t+1)] - beta grad D_t``.
+
+    - exact: D_t is differentiated in the loss, and action t is charged ``g_t D_t+1``, of the state that it leads to.
+    - k1: D_t is the expectation of ``log pi(a_t) - log ref(a_t)``, which action t pays itself; since
+      ``E[grad log pi] = 0``, ``E[k1_t grad log pi(a_t)] = grad D_t``.
+
+    Both have the same expected gradient; the first without the variance of the draw.
 
     Args:
         log_probs, ref_log_probs: (B, T), of the actions taken.
         divergences: (B, T), exact, of the states that they were taken in.
         mask: (B, T).
+        discounts: (B, T), g.
+
+    Example: exact, divergences [1, 10, 100, 1000], discounts [1, 0.5, 1, 0] -> [10, 50, 1000, 0], which sum up to
+    [560, 550, 1000, 0] along those discounts.
     """
     if estimator == "exact":
-        return following(divergences, mask, torch.zeros_like(divergences[:, 0]))
+        return discounts * following(divergences, mask, torch.zeros_like(divergences[:, 0]))
     return kl_estimate(log_probs, ref_log_probs, estimator)
 
 

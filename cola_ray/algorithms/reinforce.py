@@ -11,11 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cola_ray.algorithms.advantages import Outcomes
+from cola_ray.algorithms.advantages import Outcomes, standardised
 
 
-def advantages(prompts: Sequence[Outcomes], eps: float = 1e-8) -> list[Tensor]:
-    """Example: rewards [1], [0] -> [0.7071], [-0.7071]."""
+def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
+    """Exactly 0 where all rewards of the batch are equal, or differ by rounding alone.
+
+    Example: rewards [1], [0] -> [0.7071], [-0.7071].
+    """
     everything = torch.cat([one.rewards for one in prompts])
-    spread = everything.std().clamp_min(eps) if len(everything) > 1 else torch.ones(())
-    return [(one.rewards - everything.mean()) / spread for one in prompts]
+    if len(everything) == 1:
+        return [torch.zeros_like(everything)]
+    return list(standardised(everything).split([len(one.rewards) for one in prompts]))

@@ -11,9 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cola_ray.algorithms.advantages import Outcomes
+from cola_ray.algorithms.advantages import Outcomes, within_noise
 
 
 def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
     """Example: rewards [1, 0], greedy 1 -> [0, -1]."""
-    return [torch.nan_to_num(one.rewards - one.greedy, nan=0.0) for one in prompts]
+    return [_against_greedy(one) for one in prompts]
+
+
+def _against_greedy(one: Outcomes) -> Tensor:
+    greedy = torch.tensor(one.greedy, dtype=torch.float64)
+    if greedy.isnan():
+        return torch.zeros_like(one.rewards)
+    gained = one.rewards.double() - greedy
+    noise = within_noise(gained.abs(), torch.maximum(one.rewards.double().abs(), greedy.abs()))
+    return gained.masked_fill(noise, 0.0).to(one.rewards.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cola_ray.algorithms.advantages import Outcomes, within_each_prompt
+from cola_ray.algorithms.advantages import Outcomes, centred, within_each_prompt
 
 
 def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
@@ -22,4 +22,4 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     Example: rewards [[6, 3]] -> [[3, -3]].
     """
     group_size = rewards.shape[-1]
-    return (rewards - rewards.mean(-1, keepdim=True)) * (group_size / (group_size - 1))
+    return centred(rewards) * (group_size / (group_size - 1))

@@ -18,6 +18,7 @@ import xxhash
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
+from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.weights import Manifest
 
 
@@ -40,10 +41,6 @@ def report_saved(
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         report(metrics, Path(folder))
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is NaN or infinite; raised on every rank before the optimizer can act on it."""
 
 
 class CheckpointError(RuntimeError):

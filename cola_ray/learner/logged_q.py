@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cola_ray.algorithms.advantages import over_spread
 from cola_ray.algorithms.double_q import double_q_values
 from cola_ray.algorithms.etpo import soft_targets
+from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.config import Q_STAGE, Config
 from cola_ray.experience import Trajectory, collate
-from cola_ray.learner.engine import NonFiniteError, Report, report_saved, warmup_cosine
+from cola_ray.learner.engine import Report, report_saved, warmup_cosine
 from cola_ray.learner.rl import tensors_of
 from cola_ray.learner.value import step_together
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
@@ -148,16 +150,26 @@ class LoggedQLearner:
     def measure(self, answers: Sequence[Trajectory]) -> dict[str, float]:
         """Of answers not learnt from: the loss, and how the value of an action correlates with the answer's reward."""
         pieces, num_actions = self._mine(answers)
-        sums = torch.zeros(6, device=self.device, dtype=torch.float64)
+        of_actions = []
         for piece in pieces:
             taken, goals = self._taken_and_goals(self.online(piece["hidden_states"]), piece)
-            v, r = taken.double(), piece["advantages"][piece["action_mask"]].double()
-            found = [(taken - goals).square().sum(), v.sum(), r.sum(), (v * v).sum(), (r * r).sum(), (v * r).sum()]
-            sums += torch.stack([one.double() for one in found])
+            rewards = piece["advantages"][piece["action_mask"]]
+            of_actions.append(torch.stack([taken, rewards, (taken - goals).square()]).double())
+        values, rewards, errors = torch.cat(of_actions, 1)
+        means = self._mean(torch.stack([values, rewards, errors]), num_actions)
+        v, r = values - means[0], rewards - means[1]
+        products = self._mean(torch.stack([v * r, v * v, r * r, values.square(), rewards.square()]), num_actions)
+        correlation = products[0]
+        for spread, largest in zip(products[1:3].sqrt(), products[3:].sqrt(), strict=True):
+            correlation = over_spread(correlation, spread, largest)
+        return {"loss": float(means[2]), "correlation": float(correlation)}
+
+    @staticmethod
+    def _mean(columns: Tensor, num_actions: int) -> Tensor:
+        """Of the (C, N) columns of all ranks: (C,)."""
+        sums = columns.sum(1)
         torch.distributed.all_reduce(sums)
-        loss, v_mean, r_mean, vv, rr, vr = (sums / num_actions).tolist()
-        spread = max((vv - v_mean**2) * (rr - r_mean**2), 0.0) ** 0.5
-        return {"loss": loss, "correlation": (vr - v_mean * r_mean) / spread if spread else 0.0}
+        return sums / num_actions
 
     def _mine(self, answers: Sequence[Trajectory]) -> tuple[list[dict[str, Tensor]], int]:
         """This rank's micro-batches, and the actions of all ranks."""

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from cola_ray.algorithms import etpo
-from cola_ray.algorithms.advantages import discounted_sum_to_go
+from cola_ray.algorithms.advantages import discounted_sum_to_go, within_noise
 from cola_ray.algorithms.archer import polyak_
+from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.algorithms.latent_actions import action_log_probs
 from cola_ray.algorithms.policy_loss import (
     adapted_kl_coef,
@@ -34,7 +35,7 @@ from cola_ray.algorithms.policy_loss import (
 )
 from cola_ray.config import Config, RLConfig
 from cola_ray.experience import Batch
-from cola_ray.learner.engine import NonFiniteError, ZeroEngine, report_saved
+from cola_ray.learner.engine import ZeroEngine, report_saved
 from cola_ray.learner.policies import Policy, SoftQPolicy, export, make_policy
 from cola_ray.learner.soft_q import SoftQLearner, last_positions, one_step_targets
 from cola_ray.learner.value import ValueLearner
@@ -81,7 +82,8 @@ def policy_objective(
 
     Each action is weighed by ``min(pi_old / pi_rollout, importance_cap)``, for rollouts that an older version or
     another engine's arithmetic drew; the ratio that is clipped is against ``pi_old``, the learner's own at the start
-    of the batch.
+    of the batch. An action that ``top_k`` leaves out now, or left out then, has no probability to compare: it weighs 0
+    and is counted.
 
     With ``control`` (N, K) in the batch, an advantage loses the control's value of the action taken and the loss its
     mean under the policy, exactly: the expected gradient is the same, since ``E[c(a) grad log pi(a)] = grad E[c(a)]``.
@@ -90,9 +92,10 @@ def policy_objective(
         logits: (N, K), at the positions of ``scored_mask``, which has those of ``action_mask`` at least.
         batch: tensors of :class:`Batch` fields (B, T), ``scored_mask`` (B, T), and ``reference_logits`` (N, K), None
             where nothing asks for them; with ``kl_penalties`` (B, T) where the batch is used more than once, all 0
-            where the advantages hold them; with ``aliases`` (N, K) where ratios are to be of tokens, and
-            ``old_marginals`` (B, T) beside ``old_log_probs``.
-        old_log_probs: (B, T) at the start of the batch's updates; None on the first, where they are the current.
+            where the advantages hold them; with ``deviation``, a scalar, where they were divided by it; with
+            ``aliases`` (N, K) where ratios are to be of tokens, and ``old_marginals`` (B, T) beside ``old_log_probs``.
+        old_log_probs: (B, T) at the start of the batch's updates, -inf where ``top_k`` left the action out; None on the
+            first, where they are the current.
         kl_coef: in force; it may be adapted from step to step.
         temperature, top_k: of the rollouts; scores are those of the distribution sampled from.
         q: (N, K), ETPO's; then advantages and rollouts' log-probabilities do not count.
@@ -104,38 +107,47 @@ def policy_objective(
     policy, reference = _distributions(logits, batch["reference_logits"], temperature, top_k)
     log_probs, ref_log_probs, kl = _of_actions(policy, reference, batch)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
+    possible = mask & log_probs.isfinite() & old.isfinite()
+    left_out = mask & ~possible
+    log_probs, ref_log_probs, old = (one.masked_fill(~possible, 0.0) for one in (log_probs, ref_log_probs, old))
     said, old_said = log_probs, old
     if batch.get("aliases") is not None:
-        said = _marginals(policy, batch)
+        said = _marginals(policy, batch, possible)
         old_said = said.detach() if old_log_probs is None else batch["old_marginals"]
     with torch.set_grad_enabled(bool(rl.entropy_coef)):
         spread = _placed(entropy(policy), batch)
-    weights, clipped = torch.ones_like(log_probs), torch.zeros((), device=logits.device)
+    weights, clipped = possible.to(log_probs.dtype), torch.zeros((), device=logits.device)
     if q is not None:
         loss = _placed(etpo.actor_loss(policy, reference, q, kl_coef), batch)[mask].sum()
     else:
         if rl.importance_cap:
-            weights = truncated_importance_weights(old, batch["rollout_log_probs"], rl.importance_cap)
+            capped = truncated_importance_weights(old, batch["rollout_log_probs"], rl.importance_cap)
+            weights = capped.masked_fill(~possible, 0.0)
         charged = _charged(log_probs.detach(), ref_log_probs, kl.detach(), batch, rl)
         advantages = batch["advantages"] - kl_coef * charged
         control = batch.get("control")
         if control is not None:
             advantages = advantages - _placed(_taken(control, batch), batch)
-        loss, clipped = clipped_policy_gradient(said, old_said, weights * advantages, mask, rl.clip_low, rl.clip_high)
+        loss, clipped = clipped_policy_gradient(
+            said, old_said, weights * advantages, possible, rl.clip_low, rl.clip_high
+        )
         if control is not None:
             loss = loss - _placed((policy.exp() * control).sum(-1), batch)[mask].sum()
         if rl.kl_estimator == "exact":
-            loss = loss + kl_coef * kl[mask].sum()
+            # In the reward, the other half is in advantages: what divides them divides this.
+            whole = kl_coef / batch["deviation"] if rl.kl_in == "reward" and "deviation" in batch else kl_coef
+            loss = loss + (whole * kl[mask]).sum()
         elif rl.kl_in == "loss":
-            loss = loss + kl_coef * kl_estimate(log_probs, ref_log_probs, rl.kl_estimator)[mask].sum()
+            loss = loss + kl_coef * kl_estimate(log_probs, ref_log_probs, rl.kl_estimator)[possible].sum()
     if rl.entropy_coef:
         loss = loss - rl.entropy_coef * spread[mask].sum()
     with torch.no_grad():
-        mismatch = (old - batch["rollout_log_probs"]).abs().masked_fill(~mask, 0.0)
+        mismatch = (old - batch["rollout_log_probs"]).abs().masked_fill(~possible, 0.0)
         metrics = {
             "policy/loss": loss.detach(),
             "policy/clip_fraction": clipped.float(),
             "policy/entropy": spread[mask].sum(),
+            "policy/left_out": left_out.float().sum(),
             "policy/importance_weight": weights[mask].sum(),
             "policy/importance_capped": ((weights >= rl.importance_cap) & mask).float().sum() * bool(rl.importance_cap),
             "policy/rollout_mismatch": mismatch.sum(),
@@ -154,7 +166,9 @@ def _charged(
         return torch.zeros_like(batch["advantages"])
     penalties = batch.get("kl_penalties")
     if penalties is None:
-        penalties = kl_penalties(log_probs, ref_log_probs, divergences, batch["action_mask"], rl.kl_estimator)
+        penalties = kl_penalties(
+            log_probs, ref_log_probs, divergences, batch["action_mask"], batch["discounts"], rl.kl_estimator
+        )
     return discounted_sum_to_go(penalties, batch["action_mask"], batch["discounts"])
 
 
@@ -176,7 +190,10 @@ def _distributions(
 
 
 def _of_actions(policy: Tensor, reference: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of the actions taken, under both, 0 where masked, and the exact KL of their states; (B, T)."""
+    """Log-probabilities of the actions taken, under both, and the exact KL of their states; (B, T).
+
+    0 where masked; the policy's is -inf where its truncation leaves the action out.
+    """
     mask = batch["action_mask"]
     log_probs, ref_log_probs = (
         _placed(_taken(one, batch), batch).masked_fill(~mask, 0.0) for one in (policy, reference)
@@ -184,16 +201,21 @@ def _of_actions(policy: Tensor, reference: Tensor, batch: dict[str, Tensor]) -> 
     return log_probs, ref_log_probs, _placed(exact_kl(policy, reference), batch)
 
 
-def _marginals(policy: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def _marginals(policy: Tensor, batch: dict[str, Tensor], possible: Tensor) -> Tensor:
     """Log-probabilities of what was said, (B, T): summed over all actions that say it, which ``aliases`` (N, K) tells.
 
     What follows depends on the token alone, so ``E[A grad log sum_z pi(z)]`` is the same gradient as
     ``E[A grad log pi(a)]``, without the variance of which of them was drawn.
+
+    Args:
+        possible: (B, T), where the action taken has a probability; 0 elsewhere.
     """
     # The action taken did say it, whatever this engine's rounding finds.
     saying = batch["aliases"].scatter(-1, batch["actions"][batch["scored_mask"]][:, None], True)
-    summed = policy.masked_fill(~saying, float("-inf")).logsumexp(-1)
-    return _placed(summed, batch).masked_fill(~batch["action_mask"], 0.0)
+    summed = policy.masked_fill(~saying, float("-inf"))
+    # A row without any would have the gradient of log 0, which no mask behind it takes away.
+    summed = summed.masked_fill(~possible[batch["scored_mask"]][:, None], 0.0).logsumexp(-1)
+    return _placed(summed, batch).masked_fill(~possible, 0.0)
 
 
 def _taken(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -209,6 +231,8 @@ def _placed(values: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 _FOUND = ("hidden_states", "reference_logits", "aliases")
 """What a forward pass leaves in a micro-batch beside logits, for the next one."""
+_PLACE = ("version", "trained_steps", "kl_coef")
+"""What a checkpoint holds of a learner beside weights and optimizers."""
 
 
 class RLLearner:
@@ -238,7 +262,7 @@ class RLLearner:
         self.soft_q = _soft_q_learner(config, policy.width, policy.num_actions, self.zero.device)
         self.sender = WeightSender()
         self.broadcast = Broadcast()
-        self.version, self.kl_coef = 0, rl.kl_coef
+        self.version, self.trained_steps, self.kl_coef = 0, 0, rl.kl_coef
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Train on this rank's share of a batch; returns metrics reduced over ranks.
@@ -252,21 +276,19 @@ class RLLearner:
         if rl.algorithm == "etpo" or self.soft_q is not None:  # which want the value after a cut, too
             for piece in pieces:
                 piece["scored_mask"] = piece["action_mask"] | last_positions(piece["attention_mask"])
-        # A gradient of next to nothing would still be a whole step: Adam divides by its size.
-        warmth = min(1.0, (self.version + 1) / max(rl.warmup_steps, 1)) if batch.trains else 0.0
-        if self.target_q is None:
-            lr = rl.lr * warmth
-            sums, grad_norm = self._improve_policy(pieces, batch.num_actions_global, lr)
+        lr, grad_norm, kl_coef = 0.0, 0.0, self.kl_coef
+        if not batch.trains:
+            sums = self._measure(pieces, batch.num_actions_global)
         else:
-            lr = rl.value_lr * warmth
-            sums, grad_norm = self._fit_q(pieces, batch.num_actions_global, lr, self.target_q)
+            self.trained_steps += 1
+            improve, lr = (self._improve_policy, rl.lr) if self.target_q is None else (self._fit_q, rl.value_lr)
+            lr *= min(1.0, self.trained_steps / max(rl.warmup_steps, 1))
+            sums, grad_norm = improve(pieces, batch.num_actions_global, lr)
         self.version += 1
         reduced = _reduce(sums, batch.num_actions_global)
         if self.value is not None:
-            variance = reduced.pop("value/returns_square") - reduced["value/returns"] ** 2
-            reduced["value/explained_variance"] = 1.0 - reduced.pop("value/error") / max(variance, 1e-12)
-        kl_coef = self.kl_coef
-        if rl.kl_target:
+            reduced["value/explained_variance"] = _explained(reduced)
+        if rl.kl_target and batch.trains:
             self.kl_coef = adapted_kl_coef(kl_coef, reduced["policy/kl"], rl.kl_target)
         seconds = time.perf_counter() - started
         tokens = float(batch.attention_mask.sum()) * self.zero.world_size
@@ -281,6 +303,19 @@ class RLLearner:
             "time/learn": seconds,
         }
 
+    @torch.no_grad()
+    def _measure(self, pieces: list[dict[str, Tensor]], num_actions: int) -> dict[str, Tensor]:
+        """Metric sums alone: no gradient, so that the optimizer's moments stay what the steps that train made them."""
+        sums: dict[str, Tensor] = {}
+        if self.value is not None:
+            for piece in pieces:
+                self._score(piece)
+            self._charge_kl(pieces)
+            sums = self.value.advantages(pieces, num_actions)
+        for piece in pieces:
+            _add(sums, self._objective(piece, None)[1])
+        return sums
+
     def _improve_policy(
         self, pieces: list[dict[str, Tensor]], num_actions: int, lr: float
     ) -> tuple[dict[str, Tensor], float]:
@@ -293,6 +328,7 @@ class RLLearner:
                 old = [self._score(piece) for piece in pieces]
         if self.value is not None:
             self._charge_kl(pieces)
+            self.value.start(pieces, num_actions)
             sums = self.value.advantages(pieces, num_actions)
             self.value.fit(pieces, num_actions)
         if self.soft_q is not None:
@@ -301,54 +337,61 @@ class RLLearner:
             sums = self.soft_q.fit(pieces, num_actions, 0.0 if rl.control_variate else self.kl_coef)
         for update in range(rl.updates_per_batch):
             for index, piece in enumerate(pieces):
-                logits = self._logits(piece)
-                loss, metrics = policy_objective(
-                    logits,
-                    piece,
-                    old[index],
-                    rl=rl,
-                    kl_coef=self.kl_coef,
-                    temperature=self.config.rollout.temperature,
-                    top_k=self.config.rollout.top_k,
-                    q=self.soft_q.q(piece) if self.soft_q and rl.algorithm == "etpo" else None,
-                )
+                loss, metrics = self._objective(piece, old[index])
                 self.zero.backward(loss / num_actions, last=index == len(pieces) - 1)
                 if rl.updates_per_batch == 1:
                     pieces[index] = {}  # its states are not needed again
                 if update == 0:  # what the batch said of the policy that made it
-                    for name, value in metrics.items():
-                        known = sums.get(name, torch.zeros_like(value))
-                        sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value
+                    _add(sums, metrics)
             grad_norm = self.zero.step(lr)
         return sums, grad_norm
 
-    def _fit_q(
-        self, pieces: list[dict[str, Tensor]], num_actions: int, lr: float, target: QHead
-    ) -> tuple[dict[str, Tensor], float]:
+    def _objective(self, piece: dict[str, Tensor], old_log_probs: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a micro-batch, or Q's where there is no actor: loss sum and metric sums."""
+        if self.target_q is not None:
+            return self._q_error(piece, self.target_q)
+        rollout = self.config.rollout
+        logits = self._logits(piece)
+        return policy_objective(
+            logits,
+            piece,
+            old_log_probs,
+            rl=self.config.rl,
+            kl_coef=self.kl_coef,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            q=self.soft_q.q(piece) if self.soft_q and self.config.rl.algorithm == "etpo" else None,
+        )
+
+    def _fit_q(self, pieces: list[dict[str, Tensor]], num_actions: int, lr: float) -> tuple[dict[str, Tensor], float]:
         """``value_steps`` optimizer steps on ``mean (Q(e, a) - r - g V(next))^2``; metrics are those of the first."""
-        beta = self.kl_coef
+        assert self.target_q is not None
         sums: dict[str, Tensor] = {}
         for step in range(self.config.rl.value_steps):
             for index, piece in enumerate(pieces):
-                q, mask = self._logits(piece), piece["action_mask"]
-                reference = piece["reference"] = piece["reference_logits"].log_softmax(-1)
-                goals = one_step_targets(target, piece, beta)[mask]
-                taken = _placed(_taken(q, piece), piece)[mask]
-                error = (taken - goals).square().sum()
+                error, metrics = self._objective(piece, None)
                 self.zero.backward(error / num_actions, last=index == len(pieces) - 1)
                 if step == 0:
-                    with torch.no_grad():
-                        policy = etpo.best_log_probs(q, reference, beta)
-                        found = {
-                            "q/taken": taken.sum(), "q/target": goals.sum(), "q/error": error.detach(),
-                            "policy/kl": _placed(exact_kl(policy, reference), piece)[mask].sum(),
-                            "policy/entropy": _placed(entropy(policy), piece)[mask].sum(),
-                        }  # fmt: skip
-                    sums = {name: sums.get(name, 0.0) + value.detach() for name, value in found.items()}
+                    _add(sums, metrics)
             grad_norm = self.zero.step(lr)
             fitted = [tensor.float().clone() for _, tensor in self.zero.stream(self.policy.published())]
-            polyak_(target.parameters(), fitted, self.config.rl.target_tau)
+            polyak_(self.target_q.parameters(), fitted, self.config.rl.target_tau)
         return sums, grad_norm
+
+    def _q_error(self, piece: dict[str, Tensor], target: QHead) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed over actions, with metric sums."""
+        q, mask, beta = self._logits(piece), piece["action_mask"], self.kl_coef
+        reference = piece["reference"] = piece["reference_logits"].log_softmax(-1)
+        goals = one_step_targets(target, piece, beta)[mask]
+        taken = _placed(_taken(q, piece), piece)[mask]
+        error = (taken - goals).square().sum()
+        with torch.no_grad():
+            policy = etpo.best_log_probs(q, reference, beta)
+            return error, {
+                "q/taken": taken.sum(), "q/target": goals.sum(), "q/error": error.detach(),
+                "policy/kl": _placed(exact_kl(policy, reference), piece)[mask].sum(),
+                "policy/entropy": _placed(entropy(policy), piece)[mask].sum(),
+            }  # fmt: skip
 
     def _logits(self, piece: dict[str, Tensor]) -> Tensor:
         """Of the policy, (N, K). Leaves in ``piece`` what later updates on the same batch need again."""
@@ -358,17 +401,21 @@ class RLLearner:
         return logits
 
     def _score(self, piece: dict[str, Tensor]) -> Tensor:
-        """(B, T) log-probabilities of the actions taken, 0 where masked; leaves ``kl_penalties`` in ``piece``."""
+        """As :func:`_of_actions`, of the actions taken, (B, T); leaves ``kl_penalties`` in ``piece``."""
         rollout = self.config.rollout
         logits = self._logits(piece)
         policy, reference = _distributions(logits, piece["reference_logits"], rollout.temperature, rollout.top_k)
-        taken = _of_actions(policy, reference, piece)
-        piece["kl_penalties"] = kl_penalties(*taken, piece["action_mask"], self.config.rl.kl_estimator)
+        log_probs, ref_log_probs, kl = _of_actions(policy, reference, piece)
+        possible = piece["action_mask"] & log_probs.isfinite()
+        piece["kl_penalties"] = kl_penalties(
+            log_probs.masked_fill(~possible, 0.0), ref_log_probs.masked_fill(~possible, 0.0), kl, piece["action_mask"],
+            piece["discounts"], self.config.rl.kl_estimator,
+        )  # fmt: skip
         if self.soft_q is not None:
             piece |= {"policy": policy, "reference": reference}
         if piece["aliases"] is not None:
-            piece["old_marginals"] = _marginals(policy, piece)
-        return taken[0]
+            piece["old_marginals"] = _marginals(policy, piece, possible)
+        return log_probs
 
     def _charge_kl(self, pieces: Sequence[dict[str, Tensor]]) -> None:
         """Penalties become rewards where a value head learns to expect them."""
@@ -405,7 +452,7 @@ class RLLearner:
 
     def save(self, folder: Path) -> None:
         """This rank's shard and its checksums; the version stands for all else, since every draw follows from it."""
-        place = json.dumps({"version": self.version, "kl_coef": self.kl_coef})
+        place = json.dumps({name: getattr(self, name) for name in _PLACE})
         self.zero.save(folder, {"rl.json": place})
         if self.zero.rank == 0:
             for name, head in self._heads():
@@ -416,7 +463,8 @@ class RLLearner:
         for name, head in self._heads():
             head.load_state_dict(torch.load(folder / f"{name}.pt", map_location=self.zero.device))
         saved = json.loads((folder / "rl.json").read_text())
-        self.version, self.kl_coef = saved["version"], saved["kl_coef"]
+        for name in _PLACE:
+            setattr(self, name, saved[name])
 
     def _heads(self) -> list[tuple[str, ValueLearner | SoftQLearner | QHead]]:
         """What there is beside the policy, by the name that it is saved under."""
@@ -514,11 +562,27 @@ def tensors_of(batch: Batch, start: int, stop: int, width: int, device: torch.de
     return piece
 
 
+def _add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """A micro-batch's metric sums to those of the ones before; of maxima, the greater."""
+    for name, value in found.items():
+        known = sums.get(name, torch.zeros_like(value))
+        sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value.detach()
+
+
+def _explained(metrics: dict[str, float]) -> float:
+    """Share of the returns' variance that values explain; 0 where returns do not vary. Takes its own sums out."""
+    variance = torch.tensor(metrics.pop("value/returns_deviation"))
+    unexplained = metrics.pop("value/error")
+    if bool(within_noise(variance.sqrt(), torch.tensor(abs(metrics["value/returns"])))):
+        return 0.0
+    return 1.0 - unexplained / float(variance)
+
+
 def _reduce(sums: dict[str, Tensor], num_actions: int) -> dict[str, float]:
     out = {}
     for name, value in sums.items():
         is_max = name.endswith("_max")
-        total = value.detach().clone().float()
+        total = value.detach().clone().double()
         torch.distributed.all_reduce(
             total, torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM
         )

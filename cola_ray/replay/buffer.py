@@ -28,6 +28,7 @@ Array = np.ndarray
 _FULL = 512 << 20  # bytes of a chunk that is not merged any further: Arrow's offsets have 31 bits
 _OPEN_CHUNKS = 2  # chunks beside the full ones: each costs a sample one take, fewer cost appends more copying
 _BLOCK = 128  # rows whose priorities are summed together
+_LEAST = 1e-6  # priority of a row: errors below are rounding
 
 
 class ReplayError(RuntimeError):
@@ -105,10 +106,12 @@ class ReplayBuffer:
         self._require_rows()
         sums = self.block_sums.cumsum()
         drawn = rng.random(count) * sums[-1]
-        blocks = np.minimum(np.searchsorted(sums, drawn, side="right"), len(sums) - 1)
-        within = self.priorities.reshape(-1, _BLOCK)[blocks].cumsum(1)
+        # Sums are rounded: what falls behind the last row, of all or of its block, is meant for that one.
+        blocks = np.minimum(np.searchsorted(sums, drawn, side="right"), np.flatnonzero(self.block_sums)[-1])
+        priorities = self.priorities.reshape(-1, _BLOCK)[blocks]
         rest = drawn - (sums[blocks] - self.block_sums[blocks])
-        offsets = np.minimum((within <= rest[:, None]).sum(1), _BLOCK - 1)
+        last = _BLOCK - 1 - (priorities[:, ::-1] > 0).argmax(1)
+        offsets = np.minimum((priorities.cumsum(1) <= rest[:, None]).sum(1), last)
         slots = blocks * _BLOCK + offsets
         numbers = self._row_at(slots)
         table, numbers = self.take(numbers)
@@ -132,10 +135,13 @@ class ReplayBuffer:
         return pa.Table.from_batches(pieces), numbers
 
     def set_priorities(self, numbers: Array, priorities: Array) -> None:
-        """E.g. |TD error| of rows that were trained on; rows evicted meanwhile are passed over."""
+        """E.g. |TD error| of rows that were trained on; rows evicted meanwhile are passed over.
+
+        A row without error still has some priority, so that it is seen again (Schaul et al. 2016, section 3.3).
+        """
         alive = (numbers >= self.first) & (numbers < self.end)
         self.highest = max(self.highest, float(priorities.max(initial=0.0)))
-        self._set_priorities(numbers[alive], priorities[alive] ** self.alpha)
+        self._set_priorities(numbers[alive], np.maximum(priorities[alive], _LEAST) ** self.alpha)
 
     def _set_priorities(self, numbers: Array, values: Array) -> None:
         slots = numbers % len(self.priorities)

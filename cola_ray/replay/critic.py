@@ -26,6 +26,7 @@ from cola_ray.algorithms.archer import (
     twin_squared_error,
     utterance_advantages,
 )
+from cola_ray.algorithms.gradients import clip_gradients
 
 Array = np.ndarray
 Inputs = Tensor | Mapping[str, Tensor]
@@ -113,7 +114,7 @@ class Critic:
         loss.backward()
         if self.average is not None:
             self._average_gradients(self.average)
-        grad_norm = nn.utils.clip_grad_norm_(self.online.parameters(), self.grad_clip)
+        grad_norm = clip_gradients(self.online.parameters(), self.grad_clip)
         if not torch.isfinite(grad_norm):  # on every replica alike
             raise RuntimeError(
                 f"the critic's loss is {loss.item()} at its step {self.steps}, its gradient over all replicas "
@@ -169,7 +170,8 @@ class Critic:
     def _value_loss(self, batch: CriticBatch) -> tuple[Tensor, Tensor]:
         if self.expectile:
             v = self.online.values(batch.states)
-            return v, expectile_loss(v, self.target.q_values(batch.states, batch.utterances), self.expectile)
+            q = self.target.q_values(batch.states, batch.utterances)
+            return v, expectile_loss(v, q, self.expectile, batch.weights)
         v = self.online.values(batch.fresh_states)
         return v, twin_squared_error(v, self.target.q_values(batch.fresh_states, batch.fresh_utterances))
 

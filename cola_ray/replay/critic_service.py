@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from cola_ray.algorithms.advantages import centred, over_spread
 from cola_ray.algorithms.archer import TwinHeads
 from cola_ray.config import CriticConfig
 from cola_ray.replay.buffer import write_whole
@@ -179,13 +180,15 @@ class CriticReplicas:
 
         ``critic/foresight`` is the slope of V's temporal-difference errors over advantages: 1 where an advantage of 1
         is followed by an error of 1, 0 where it says nothing, below 0 where it misleads. Beside it their correlation.
+        Both are 0 where all advantages are alike.
         """
-        advantages, errors = await self.foretold(rows)
-        centred = advantages - advantages.mean()
-        spread = max(float(centred.std() * errors.std()), 1e-12)
+        both = torch.from_numpy(await self.foretold(rows)).double()
+        advantages, errors = centred(both)
+        spreads, largest = both.std(1, correction=0), both.abs().amax(1)
+        slope = over_spread((advantages * errors).mean() / spreads[0], spreads[0], largest[0])
         return {
-            "critic/foresight": float(centred @ errors / max(centred @ centred, 1e-12)),
-            "critic/foresight_correlation": float((centred * errors).mean()) / spread,
+            "critic/foresight": float(slope),
+            "critic/foresight_correlation": float(over_spread(slope * spreads[0], spreads[1], largest[1])),
         }
 
     async def foretold(self, rows: pa.Table) -> Array:

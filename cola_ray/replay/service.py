@@ -192,6 +192,10 @@ class Shards:
         pieces = zip(draw.places, np.split(priorities, cuts), strict=True)
         await asyncio.gather(*(self.ask(shard, "set_priorities", numbers, new) for (shard, numbers), new in pieces))
 
+    async def returns(self) -> Array:
+        """Of all episodes held, one an episode."""
+        return np.concatenate(await self._ask_all("totals"))
+
     async def sample_best(self, count: int, share: float) -> tuple[pa.Table, float]:
         """``count`` rows, uniform over all those of the best ``share`` of episodes, and the return that makes one.
 

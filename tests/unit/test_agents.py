@@ -191,7 +191,7 @@ def test_archer_learns_from_what_its_critic_chose(tmp_path):
     last = batches[-1]
     assert last.trains
     learnt = np.concatenate([row[mask] for row, mask in zip(last.advantages, last.action_mask, strict=True)])
-    assert abs(learnt.mean()) > 1e-3, "what was chosen may be better than the policy's mean"
+    assert abs(learnt.mean()) > 0.1 * learnt.std(), "what was chosen may be better than the policy's mean"
 
 
 def test_chai_leaves_the_policy_and_hands_the_critic_to_the_players(tmp_path):
