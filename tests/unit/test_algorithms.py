@@ -20,11 +20,15 @@ from cola_ray.algorithms.policy_loss import (
     entropy,
     exact_kl,
     kl_estimate,
+    kl_penalties,
     truncated_importance_weights,
 )
 from cola_ray.algorithms.rloo import leave_one_out
-from cola_ray.config import OF_OUTCOMES, RLConfig
+from cola_ray.config import OF_OUTCOMES, ConfigError, RLConfig, override
 from cola_ray.learner.rl import policy_objective
+from cola_ray.learner.value import ValueLearner
+from cola_ray.presets import preset
+from cola_ray.refusals import check
 
 
 def test_group_advantages_by_hand():
@@ -232,6 +236,233 @@ def test_kl_in_the_loss_has_each_states_own_gradient(estimator):
     for biased in ("k1", "k3"):
         _, other, _ = two_steps(biased, "loss", 0.7)
         assert ((chances[:, None, None] * other).sum(0) - mean).abs().max() > 1e-3
+
+
+# --- the exact objective of a small decision process -----------------------------------------------------------------
+
+
+DEPTH, CHOICES, DISCOUNTS = 3, 3, (1.0, 0.5, 0.0)
+
+
+class Process:
+    """Three actions of three, a state for every history; all sequences are enumerated, in float64.
+
+    The objective of a state t deep is ``V(s) = E[r + g_t V(s')] - beta KL(s)``, by recursion.
+    """
+
+    def __init__(self, seed, reward_scale=1.0):
+        draw = torch.Generator().manual_seed(seed)
+        self.states = [history for t in range(DEPTH) for history in itertools.product(range(CHOICES), repeat=t)]
+        count = len(self.states)
+        self.table = torch.randn(count, CHOICES, generator=draw, dtype=torch.float64).requires_grad_()
+        self.reference = torch.randn(count, CHOICES, generator=draw, dtype=torch.float64)
+        self.rewards = reward_scale * torch.randn(count, CHOICES, generator=draw, dtype=torch.float64)
+        self.sequences = list(itertools.product(range(CHOICES), repeat=DEPTH))
+        self.rows = torch.tensor([[self.states.index(one[:t]) for t in range(DEPTH)] for one in self.sequences])
+        self.actions = torch.tensor(self.sequences)
+
+    @property
+    def chances(self):
+        return self.table.log_softmax(-1)[self.rows, self.actions].sum(1).exp().detach()
+
+    def value(self, history, beta):
+        policy, reference = self.table.log_softmax(-1), self.reference.log_softmax(-1)
+        row, g = self.states.index(history), DISCOUNTS[len(history)]
+        value = -beta * (policy[row].exp() * (policy[row] - reference[row])).sum()
+        for action in range(CHOICES):
+            after = self.value((*history, action), beta) if g else 0.0
+            value = value + policy[row, action].exp() * (self.rewards[row, action] + g * after)
+        return value
+
+    def wanted(self, beta):
+        """The objective's gradient; of a state t deep over the discount until there, which no algorithm multiplies."""
+        (gradient,) = torch.autograd.grad(self.value((), beta), self.table)
+        passed = torch.tensor([float(np.prod(DISCOUNTS[: len(history)])) for history in self.states])
+        return gradient / passed[:, None]
+
+    def batch(self):
+        shape = self.rows.shape
+        mask = torch.ones(shape, dtype=torch.bool)
+        rewards = self.rewards[self.rows, self.actions]
+        discounts = torch.tensor(DISCOUNTS, dtype=torch.float64).expand(shape)
+        return {
+            "actions": self.actions, "action_mask": mask, "scored_mask": mask, "rewards": rewards,
+            "attention_mask": torch.ones(shape, dtype=torch.long), "discounts": discounts,
+            "advantages": discounted_sum_to_go(rewards, mask, discounts),
+            "rollout_log_probs": torch.zeros(shape, dtype=torch.float64),
+            "reference_logits": self.reference[self.rows.flatten()],
+        }  # fmt: skip
+
+    def found(self, batch, kl_in, estimator, beta, **changes):
+        """The expectation of what the loss teaches, over all sequences by their probabilities."""
+        rl = RLConfig(kl_in=kl_in, kl_estimator=estimator, importance_cap=0.0, **changes)
+        total = torch.zeros_like(self.table)
+        for index, chance in enumerate(self.chances):
+            one = {
+                name: tensor if tensor.dim() == 0 else tensor[index : index + 1]
+                for name, tensor in batch.items()
+                if name != "reference_logits"
+            }
+            rows = self.rows[index]
+            one["reference_logits"] = self.reference[rows]
+            loss, _ = policy_objective(self.table[rows], one, None, rl=rl, kl_coef=beta, temperature=1.0, top_k=0)
+            total -= chance * torch.autograd.grad(loss, self.table)[0]
+        return total
+
+
+def test_charges_by_hand():
+    divergences = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
+    discounts, mask = torch.tensor([[1.0, 0.5, 1.0, 0.0]]), torch.ones(1, 4, dtype=torch.bool)
+    nothing = torch.zeros(1, 4)
+    charges = kl_penalties(nothing, nothing, divergences, mask, discounts, "exact")
+    assert discounted_sum_to_go(charges, mask, discounts).tolist() == [[560.0, 550.0, 1000.0, 0.0]]
+    # an environment's answer in between, whose place has a discount and a divergence that nobody asks for
+    mask = torch.tensor([[True, False, True, True]])
+    charges = kl_penalties(nothing, nothing, divergences, mask, torch.tensor([[0.5, 9.0, 1.0, 0.0]]), "exact")
+    assert charges.tolist() == [[50.0, 0.0, 1000.0, 0.0]]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k1"])
+def test_discounted_kl_in_the_reward_has_the_exact_objectives_gradient(estimator):
+    process = Process(seed=0)
+    for beta in (0.0, 0.1, 3.0):
+        found = process.found(process.batch(), "reward", estimator, beta)
+        torch.testing.assert_close(found, process.wanted(beta), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k1"])
+def test_whitened_advantages_scale_the_whole_gradient(estimator, monkeypatch):
+    """PPO at rewards x 0.1 and beta 0.1, where the divergence is as much as rewards: no direction changes.
+
+    All sequences appear in proportion to the policy, so that the batch is the expectation.
+    """
+    process = Process(seed=0, reward_scale=0.1)
+    quarters = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    process.table = quarters.log().expand(len(process.states), CHOICES).clone().requires_grad_()
+    times = (process.chances * 64).round().long()
+    for name in ("rows", "actions"):
+        setattr(process, name, getattr(process, name).repeat_interleave(times, 0))
+    batch, mask, beta = process.batch(), torch.ones(process.rows.shape, dtype=torch.bool), 0.1
+    policy, reference = (of.detach().log_softmax(-1)[process.rows] for of in (process.table, process.reference))
+    taken = (of.gather(-1, process.actions[..., None])[..., 0] for of in (policy, reference))
+    charges = kl_penalties(*taken, exact_kl(policy, reference), mask, batch["discounts"], estimator)
+    batch |= {
+        "rewards": batch["rewards"] - beta * charges, "kl_penalties": torch.zeros_like(charges),
+        "hidden_states": torch.randn(len(process.states), 4, generator=torch.Generator().manual_seed(1))[process.rows],
+    }  # fmt: skip
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    learner = ValueLearner(
+        4, torch.device("cpu"), lr=1e-3, grad_clip=1.0, decay=1.0, whiten=True, steps=1, seed=0
+    )  # fmt: skip
+    learner.advantages([batch], mask.numel())
+    assert float(batch["advantages"].square().mean()) == pytest.approx(1.0, abs=1e-5)
+    monkeypatch.setattr(Process, "chances", torch.full((len(process.rows),), 1 / len(process.rows)).double())
+    found, wanted = process.found(batch, "reward", estimator, beta), process.wanted(beta)
+    # An exact expectation loses any baseline: the head's values, and the mean. Advantages are in float32: 1e-6.
+    torch.testing.assert_close(found * batch["deviation"], wanted, atol=1e-6, rtol=1e-4)
+    assert torch.cosine_similarity(found.flatten(), wanted.flatten(), 0) == pytest.approx(1.0, abs=1e-6)
+
+
+# --- which estimate belongs where ------------------------------------------------------------------------------------
+
+
+def divergence_after(kl_in, estimator, steps=12):
+    """KL from the reference before and after gradient descent on nothing but the penalty, in expectation."""
+    process = Process(seed=2)
+    process.rewards.zero_()
+    before, after = 0.0, 0.0
+    for step in range(steps + 1):
+        with torch.no_grad():
+            of_states = exact_kl(process.table.log_softmax(-1), process.reference.log_softmax(-1))
+            after = float((process.chances[:, None] * of_states[process.rows]).sum())
+        before = before if step else after
+        process.table.data += process.found(process.batch(), kl_in, estimator, beta=1.0)
+    return before, after
+
+
+@pytest.mark.parametrize(("kl_in", "estimator"), [*itertools.product(("reward", "loss"), ("exact", "k1", "k2", "k3"))])
+def test_the_allowed_estimates_lead_to_the_reference_and_the_others_are_refused(kl_in, estimator):
+    before, after = divergence_after(kl_in, estimator)
+    changes = {"rl.kl_in": kl_in, "rl.kl_estimator": estimator}
+    if (kl_in, estimator) in {("reward", "exact"), ("reward", "k1"), ("loss", "exact"), ("loss", "k2"), ("loss", "k3")}:
+        assert after < 0.6 * before
+        check(override(preset("tiny"), changes))
+    else:
+        assert after > 0.99 * before
+        with pytest.raises(ConfigError, match=f"rl.kl_estimator = '{estimator}'"):
+            check(override(preset("tiny"), changes))
+
+
+# --- actions outside the truncation ----------------------------------------------------------------------------------
+
+
+TRUNCATED = {
+    "grpo": {},
+    "no weight": {"importance_cap": 0.0},
+    "k1 in the reward": {"kl_estimator": "k1"},
+    "k2 in the loss": {"kl_estimator": "k2", "kl_in": "loss"},
+    "k3 in the loss": {"kl_estimator": "k3", "kl_in": "loss"},
+    "exact in the loss": {"kl_in": "loss"},
+    "entropy": {"entropy_coef": 0.1},
+    "etpo": {"algorithm": "etpo"},
+    "controlled": {"control_variate": True},
+    "marginal": {"marginal_aliases": True},
+}
+
+
+@pytest.mark.parametrize("name", TRUNCATED)
+@pytest.mark.parametrize("left_out", ["now", "then", "both", "from the start"])
+def test_an_action_outside_the_top_k_weighs_nothing_and_is_counted(name, left_out):
+    """top_k 2 of 5, and an action that was within it when it was drawn: by an older version, or another arithmetic."""
+    rl, mask = RLConfig(**TRUNCATED[name]), torch.tensor([[True, True, True]])
+    values = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0]] * 3, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    old = torch.tensor([[-0.4, -0.7, -1.3]], dtype=torch.float64)
+    if left_out in ("then", "both"):
+        old[0, 1] = -torch.inf
+    batch = {
+        "actions": torch.tensor([[0, 1 if left_out == "then" else 4, 1]]), "action_mask": mask, "scored_mask": mask,
+        "discounts": torch.ones(1, 1), "rollout_log_probs": torch.full((1, 3), -0.5, dtype=torch.float64),
+        "reference_logits": torch.randn(3, 5, generator=draw, dtype=torch.float64),
+    }  # fmt: skip
+    if rl.control_variate:
+        batch["control"] = torch.randn(3, 5, generator=draw, dtype=torch.float64)
+    if rl.marginal_aliases:
+        batch |= {"aliases": torch.zeros(3, 5, dtype=torch.bool), "old_marginals": old.nan_to_num(neginf=0.0)}
+    q = torch.randn(3, 5, generator=draw, dtype=torch.float64) if rl.algorithm == "etpo" else None
+
+    def taught(advantage):
+        logits = values.clone().requires_grad_()
+        batch["advantages"] = torch.tensor([[1.0, advantage, -1.0]], dtype=torch.float64)
+        given = None if left_out == "from the start" else old
+        loss, metrics = policy_objective(logits, batch, given, rl=rl, kl_coef=0.1, temperature=1.0, top_k=2, q=q)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        return loss, gradient, metrics
+
+    loss, gradient, metrics = taught(1e6)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+    assert all(torch.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["policy/left_out"] == 1
+    assert metrics["policy/importance_weight"] <= 2 * (rl.importance_cap or 1.0)
+    other, same, _ = taught(-3.0)  # whatever it brought
+    torch.testing.assert_close((other, same), (loss, gradient))
+
+
+def test_what_the_top_k_keeps_is_taught_as_without_a_neighbour_that_it_leaves_out():
+    """The gradient of the other actions is theirs alone, over the same number of actions."""
+    logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    both = {
+        "actions": torch.tensor([[1, 2]]), "action_mask": torch.tensor([[True, True]]),
+        "advantages": torch.ones(1, 2, dtype=torch.float64), "discounts": torch.ones(1, 1),
+        "rollout_log_probs": torch.full((1, 2), -1.0, dtype=torch.float64), "reference_logits": None,
+    }  # fmt: skip
+    gradients = []
+    for batch in (both, both | {"action_mask": torch.tensor([[True, False]])}):
+        batch["scored_mask"] = both["action_mask"]
+        loss, _ = policy_objective(logits, batch, None, rl=RLConfig(), kl_coef=0.0, temperature=1.0, top_k=2)
+        gradients.append(torch.autograd.grad(loss, logits)[0])
+    torch.testing.assert_close(*gradients)
 
 
 def test_truncated_actions_give_no_nan_gradients():
