@@ -2,7 +2,8 @@
 
     check(config, "rl_math")          # raises ConfigError: a line for each mistake
 
-What one setting may be by itself stands in its type (config.py, limits.py).
+What one setting may be by itself stands in its type (config.py, limits.py); which options of algorithms go together, in
+the table of combinations.py.
 """
 
 import difflib
@@ -15,12 +16,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cola_ray import matrix
+from cola_ray import combinations, matrix
 from cola_ray.config import (
-    COMPARING,
     MULTI_TURN,
-    OF_OUTCOMES,
-    OF_TURNS,
     Config,
     ConfigError,
     is_endpoint,
@@ -44,20 +42,6 @@ def check(config: Config, job: str = "") -> None:
     lines = dict.fromkeys(line for rule in rules for line in rule(config))
     if lines:
         raise ConfigError("\n".join(lines))
-
-
-def _check_group_size(config: Config) -> list[str]:
-    if config.rl.group_size >= 2 or config.rl.algorithm not in COMPARING:
-        return []
-    wants = f"{config.rl.algorithm} compares completions of one prompt; use 2 or more"
-    return [f"rl.group_size = {config.rl.group_size}: {wants}"]
-
-
-def _check_dynamic_sampling(config: Config) -> list[str]:
-    rl = config.rl
-    if not rl.dynamic_sampling or (rl.algorithm in COMPARING and not is_environment(config.task.name)):
-        return []
-    return [f"rl.dynamic_sampling = True: for {' and '.join(COMPARING)} on problems with answers; leave it out"]
 
 
 def _check_actions(config: Config) -> list[str]:
@@ -145,35 +129,10 @@ def _check_task(config: Config) -> list[str]:
 
 
 def _check_critic(config: Config) -> list[str]:
-    critic = config.critic
-    if critic.actor_states == "replayed" and (critic.td_share or critic.reuse > 1):
-        name, value = ("td_share", critic.td_share) if critic.td_share else ("reuse", critic.reuse)
-        least = 0 if critic.td_share else 1
-        return [f"critic.{name} = {value}: of what was played; set critic.actor_states to played, or this to {least}"]
-    if not config.critic.encoder:
-        return []
-    if config.rl.algorithm == "chai" or config.critic.chooses:
-        named = f"critic.encoder = {config.critic.encoder!r}"
-        return [f"{named}: players choose by the base's states; leave it out, or let critic.chooses be False"]
-    if _looks_local(config.critic.encoder) and not Path(config.critic.encoder).exists():
-        return [f"critic.encoder = {config.critic.encoder!r}: no such folder; give one or a hub id"]
+    encoder = config.critic.encoder
+    if _looks_local(encoder) and not Path(encoder).exists():
+        return [f"critic.encoder = {encoder!r}: no such folder; give one or a hub id"]
     return []
-
-
-def _check_soft_q(config: Config) -> list[str]:
-    if config.rl.control_variate and (config.rl.algorithm not in OF_OUTCOMES or is_environment(config.task.name)):
-        return [f"rl.control_variate = True: for {', '.join(OF_OUTCOMES)} on problems with answers; leave it out"]
-    if config.rl.algorithm != "etpo" or config.rl.kl_coef > 0:
-        return []
-    return [f"rl.kl_coef = {config.rl.kl_coef}: etpo divides by it; use a number above 0, e.g. 0.05"]
-
-
-def _check_actor_free(config: Config) -> list[str]:
-    if not config.rl.actor_free:
-        return []
-    wants = {"rl.algorithm": "etpo", "rl.action_space": "latent", "rl.cache_hidden_states": False, "rl.kl_target": 0.0,
-             "rollout.temperature": 1.0, "rollout.top_k": 0}  # fmt: skip
-    return _unlike(config, wants, "rl.actor_free")
 
 
 def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
@@ -181,40 +140,6 @@ def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
     given = {field: functools.reduce(getattr, field.split("."), config) for field in wants}
     return [f"{field} = {given[field]!r}: {whose} needs {want!r}" for field, want in wants.items()
             if given[field] != want]  # fmt: skip
-
-
-def _check_kind(config: Config) -> list[str]:
-    if config.rl.cache_hidden_states and is_environment(config.task.name):
-        return ["rl.cache_hidden_states = True: turns do not bring their states to the learner; leave it out"]
-    if config.rl.algorithm not in OF_TURNS or is_environment(config.task.name):
-        return []
-    return [
-        f"rl.algorithm = {config.rl.algorithm!r}: learns from turns, and task.name = {config.task.name!r} has none; "
-        f"use one of {', '.join(MULTI_TURN)} with jobs/rl_agent.py"
-    ]
-
-
-def _check_tokens(config: Config) -> list[str]:
-    rl = config.rl
-    if rl.marginal_aliases:
-        wants = {"rl.action_space": "latent", "rl.kl_estimator": "exact", "rl.cache_hidden_states": False,
-                 "rl.control_variate": False}  # fmt: skip
-        against = _unlike(config, wants, "rl.marginal_aliases")
-        if against:
-            return against[:1]
-    if rl.action_space == "latent":
-        given = [(name, getattr(rl, name)) for name in ("lora_rank", "gradient_checkpointing") if getattr(rl, name)]
-        return [f"rl.{name} = {value}: for rl.action_space token; leave it out" for name, value in given]
-    lines = []
-    if rl.cache_hidden_states:
-        lines.append("rl.cache_hidden_states = True: with rl.action_space token the states change; leave it out")
-    if rl.algorithm == "chai":
-        lines.append(
-            "rl.algorithm = 'chai': its players choose by the frozen base's states; use rl.action_space latent"
-        )
-    if rl.algorithm == "archer" and not config.critic.encoder:
-        lines.append("critic.encoder = '': with rl.action_space token the base's states change; give an encoder")
-    return lines
 
 
 def _check_own_task(name: str) -> list[str]:
@@ -382,17 +307,12 @@ def _check_stages(config: Config) -> list[str]:
 Rule = Callable[[Config], list[str]]
 
 _RULES: tuple[Rule, ...] = (
-    _check_group_size,
-    _check_dynamic_sampling,
+    combinations.refused,
     _check_actions,
     _check_batches,
     _check_overlap,
     _check_paths,
     _check_task,
-    _check_kind,
-    _check_soft_q,
-    _check_actor_free,
-    _check_tokens,
     _check_critic,
     _check_answers,
     _check_base,

@@ -87,6 +87,10 @@ def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> Non
     learner = RLLearner(settings(space), policy_of(space, model_dir))
     published = learner.policy.published()
     assert learner.zero.zero_stage == 3
+    for parts in batches(2, space)[:3]:  # a warm-up: what follows must be as if it had not been, see plain()
+        measured = learner.step(replace(parts[rank], trains=False))
+        assert measured["policy/lr"] == measured["policy/grad_norm"] == 0.0
+        assert not learner.zero.optimizer.optimizer.state, "Adam has seen no gradient"
     losses = []
     for step, parts in enumerate(batches(2, space)):
         metrics = learner.step(parts[rank])
@@ -102,11 +106,14 @@ def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> Non
     shard.write_bytes(whole)
     straight = {name: tensor.clone() for name, tensor in learner.zero.stream(published)}
     learner.load(Path(out))
-    assert learner.version == 10
+    assert (learner.version, learner.trained_steps) == (13, 10)
     for parts in batches(2, space)[10:]:
         learner.step(parts[rank])
     resumed = {name: tensor.clone() for name, tensor in learner.zero.stream(published)}
+    learner.config = override(learner.config, {"rl.kl_target": 1e-6, "rl.algorithm": "grpo"})
     learner.step(replace(batches(2, space)[0][rank], trains=False))
+    assert learner.kl_coef == settings(space).rl.kl_coef, "nor does the coefficient follow what did not train"
+    learner.config = settings(space)
     for name, tensor in learner.zero.stream(published):
         assert torch.equal(tensor, resumed[name]), f"{name} moved in a step that does not train"
     poisoned = batches(2, space)[0][rank]

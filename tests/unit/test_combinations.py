@@ -1,0 +1,137 @@
+"""The table of options that do not go together: every row refuses what it is for, and nothing that is in use."""
+
+import re
+
+import pytest
+
+from cola_ray.combinations import COMBINATIONS, refused
+from cola_ray.config import override
+from cola_ray.presets import preset
+
+GAME = {"task.name": "twenty_questions"}
+ETPO = {"rl.algorithm": "etpo", "rl.kl_coef": 0.05}
+SOFT = ETPO | {"rl.actor_free": True}
+TOKENS = {"rl.action_space": "token"}
+ALIASES = {"rl.marginal_aliases": True}
+
+
+def agent(algorithm, **changes):
+    return GAME | {"rl.algorithm": algorithm} | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+REFUSED = [
+    ({"rl.group_size": 1}, "rl.group_size = 1: grpo compares completions of one prompt; use 2 or more"),
+    ({"rl.algorithm": "rloo", "rl.group_size": 1}, "rl.group_size = 1: rloo compares"),
+    ({"rl.algorithm": "reinforce", "rl.group_size": 1, "rl.prompts_per_step": 1}, "rl.prompts_per_step = 1"),
+    (agent("remax"), "rl.algorithm = 'remax': episodes have no greedy one"),
+    ({"rl.algorithm": "archer"}, "rl.algorithm = 'archer': learns from turns"),
+    (TOKENS | agent("chai"), "rl.algorithm = 'chai': its players choose by the frozen base's states"),
+    (TOKENS | agent("archer", critic__chooses=False), "critic.encoder = '': with rl.action_space token"),
+    (agent("chai", critic__encoder="a/b", critic__chooses=False), "critic.encoder = 'a/b': players choose"),
+    (agent("archer", critic__encoder="a/b", critic__chooses=True), "critic.encoder = 'a/b': players choose"),
+    (ETPO | {"rl.kl_coef": 0.0}, "rl.kl_coef = 0.0: etpo divides by it"),
+    ({"rl.kl_estimator": "k2"}, "rl.kl_estimator = 'k2': as a reward its gradient leads away"),
+    (agent("ppo", rl__kl_estimator="k3"), "rl.kl_estimator = 'k3': as a reward its gradient leads away"),
+    ({"rl.kl_estimator": "k1", "rl.kl_in": "loss"}, "rl.kl_estimator = 'k1': in the loss its expected gradient is 0"),
+    (ETPO | {"rl.kl_estimator": "k1"}, "rl.kl_estimator = 'k1': with rl.algorithm etpo nothing reads it"),
+    (ETPO | {"rl.kl_in": "loss"}, "rl.kl_in = 'loss': with rl.algorithm etpo nothing reads it"),
+    (agent("filtered_bc", rl__importance_cap=5.0), "rl.importance_cap = 5.0: with rl.algorithm filtered_bc nothing"),
+    (agent("chai", rl__kl_target=0.1), "rl.kl_target = 0.1: with rl.algorithm chai nothing reads it"),
+    (agent("filtered_bc", rl__kl_target=0.1), "rl.kl_target = 0.1: with rl.algorithm filtered_bc nothing reads it"),
+    ({"rl.kl_target": 0.1, "rl.kl_coef": 0.0}, "rl.kl_target = 0.1: rl.kl_coef is multiplied from step to step"),
+    (agent("chai", rl__entropy_coef=0.1), "rl.entropy_coef = 0.1: no policy trains"),
+    (SOFT | {"rl.entropy_coef": 0.1}, "rl.entropy_coef = 0.1: no policy trains"),
+    (SOFT | {"rl.updates_per_batch": 3}, "rl.updates_per_batch = 3: no policy trains"),
+    (ETPO | {"rl.clip_low": 0.1, "rl.updates_per_batch": 2}, "rl.clip_low = 0.1: with rl.algorithm etpo nothing"),
+    (ETPO | {"rl.clip_high": 0.1, "rl.updates_per_batch": 2}, "rl.clip_high = 0.1: with rl.algorithm etpo nothing"),
+    ({"rl.clip_low": 0.1}, "rl.clip_low = 0.1: ratios are to the policy at the start of a batch"),
+    ({"rl.clip_high": 0.28}, "rl.clip_high = 0.28: ratios are to the policy at the start of a batch"),
+    ({"rl.update_mode": "continue"}, "rl.update_mode = 'continue': nothing is in flight at an update"),
+    ({"rl.algorithm": "ppo", "rl.dynamic_sampling": True}, "rl.dynamic_sampling = True: for grpo and rloo on"),
+    (agent("grpo", rl__group_size=4, rl__dynamic_sampling=True), "rl.dynamic_sampling = True: for grpo and rloo on"),
+    ({"rl.refill_rounds": 5}, "rl.refill_rounds = 5: nothing reads it; set rl.dynamic_sampling"),
+    (agent("ppo", rl__overlong_buffer=4), "rl.overlong_buffer = 4: episodes are limited by their turns"),
+    ({"rl.overlong_buffer": 7, "rollout.max_new_tokens": 6}, "rl.overlong_buffer = 7: more than"),
+    ({"rollout.top_k": 1}, "rollout.top_k = 1: all completions of a prompt would be the same"),
+    (
+        {"rl.algorithm": "ppo", "rl.control_variate": True},
+        "rl.control_variate = True: for grpo, rloo, remax, reinforce",
+    ),
+    ({"rl.gae_lambda": 0.9}, "rl.gae_lambda = 0.9: only ppo reads it"),
+    ({"rl.value_lr": 1e-2}, "rl.value_lr = 0.01: no value head and no Q trains"),
+    ({"rl.algorithm": "ppo", "rl.target_tau": 0.1}, "rl.target_tau = 0.1: only etpo's"),
+    ({"rl.lora_rank": 4}, "rl.lora_rank = 4: for rl.action_space token; leave it out"),
+    ({"rl.gradient_checkpointing": True}, "rl.gradient_checkpointing = True: for rl.action_space token"),
+    (agent("ppo", rl__cache_hidden_states=True), "rl.cache_hidden_states = True: turns do not bring"),
+    (TOKENS | {"rl.cache_hidden_states": True}, "rl.cache_hidden_states = True: with rl.action_space token"),
+    (ALIASES | ETPO, "rl.marginal_aliases = True: with rl.algorithm etpo nothing reads it"),
+    (ALIASES | TOKENS, "rl.action_space = 'token': rl.marginal_aliases needs 'latent'"),
+    (ALIASES | {"rl.kl_estimator": "k1"}, "rl.kl_estimator = 'k1': rl.marginal_aliases needs 'exact'"),
+    (ALIASES | {"rl.cache_hidden_states": True}, "rl.cache_hidden_states = True: rl.marginal_aliases needs False"),
+    (ALIASES | {"rl.control_variate": True}, "rl.control_variate = True: rl.marginal_aliases needs False"),
+    (SOFT | {"rl.algorithm": "grpo"}, "rl.algorithm = 'grpo': rl.actor_free needs 'etpo'"),
+    (SOFT | TOKENS, "rl.action_space = 'token': rl.actor_free needs 'latent'"),
+    (SOFT | {"rl.cache_hidden_states": True}, "rl.cache_hidden_states = True: rl.actor_free needs False"),
+    (SOFT | {"rl.kl_target": 0.1}, "rl.kl_target = 0.1: rl.actor_free needs 0.0"),
+    (SOFT | {"rollout.temperature": 0.5}, "rollout.temperature = 0.5: rl.actor_free needs 1.0"),
+    (SOFT | {"rollout.top_k": 4}, "rollout.top_k = 4: rl.actor_free needs 0"),
+    ({"critic.actor_states": "played"}, "critic.actor_states = 'played': only archer reads it"),
+    ({"critic.reuse": 2}, "critic.reuse = 2: only archer reads it"),
+    ({"critic.td_share": 0.5}, "critic.td_share = 0.5: only archer reads it"),
+    (agent("chai", critic__token_baseline=True), "critic.token_baseline = True: only archer reads it"),
+    ({"critic.chooses": True}, "critic.chooses = True: only archer reads it"),
+    (agent("ppo", critic__encoder="a/b", critic__chooses=False), "critic.encoder = 'a/b': only archer and chai ask"),
+    (agent("ppo", critic__expectile=0.7), "critic.expectile = 0.7: only archer and chai ask"),
+    (agent("filtered_bc", critic__priority_beta=0.4), "critic.priority_beta = 0.4: only archer and chai ask"),
+    (agent("archer", critic__actor_states="replayed", critic__td_share=0.2), "critic.td_share = 0.2: of what was"),
+    (agent("archer", critic__actor_states="replayed", critic__reuse=2, critic__td_share=0.0), "critic.reuse = 2: of"),
+    (agent("archer", replay__kept_share=0.5), "replay.kept_share = 0.5: only filtered_bc reads it"),
+]
+
+
+def settings(changes):
+    """Over the preset of the changes' task, as the command line has it."""
+    return override(preset("tiny", agents="task.name" in changes), changes)
+
+
+@pytest.mark.parametrize(("changes", "line"), REFUSED)
+def test_a_row_refuses_what_it_is_for(changes, line):
+    lines = refused(settings(changes))
+    assert any(one.startswith(line) for one in lines), lines
+    for one in lines:
+        assert re.fullmatch(r"\w+\.\w+ = .+: .+; .+", one)
+        assert "{" not in one
+
+
+def test_every_row_is_tried():
+    seen = {(row.field, row.why) for row in COMBINATIONS}
+    for changes, _ in REFUSED:
+        config = settings(changes)
+        seen -= {(row.field, row.why) for row in COMBINATIONS if row.line(config)}
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rl.algorithm": "etpo", "rl.kl_coef": 0.05, "rl.target_tau": 0.1, "rl.value_lr": 1e-2},
+        SOFT,
+        {"rl.kl_coef": 0.0, "rl.kl_estimator": "k3", "rl.kl_in": "loss"},  # as in a sweep over the coefficient
+        {"rl.algorithm": "ppo", "rl.gae_lambda": 1.0, "rl.clip_high": 0.28, "rl.updates_per_batch": 2},
+        {"rl.algorithm": "remax", "rl.group_size": 1},
+        {"rl.algorithm": "reinforce", "rl.group_size": 1},
+        {"rl.dynamic_sampling": True, "rl.refill_rounds": 4, "rl.overlong_buffer": 2},
+        {"rl.max_staleness": 1, "rl.update_mode": "continue", "rollout.top_k": 4},
+        ALIASES,
+        {"rl.control_variate": True, "rl.value_lr": 1e-2},
+        TOKENS | {"rl.lora_rank": 4, "rl.gradient_checkpointing": True},
+        *(agent(algorithm) for algorithm in ("archer", "chai", "filtered_bc", "ppo")),
+        *(agent(algorithm, rl__group_size=8) for algorithm in ("grpo", "rloo", "reinforce")),
+        agent("archer", critic__expectile=0.7, critic__priority_beta=0.4),
+        agent("archer", critic__token_baseline=True, rl__value_lr=1e-2),
+        agent("filtered_bc", replay__kept_share=0.5, rl__entropy_coef=0.01),
+    ],
+)
+def test_what_is_in_use_is_not_refused(changes):
+    assert not refused(settings(changes))
