@@ -201,7 +201,7 @@ class Shards:
 
         Ties are kept. An episode of many turns has as many rows.
         """
-        totals = np.concatenate(await self._ask_all("totals"))
+        totals = await self.returns()
         if not len(totals):
             raise ReplayError("no shard holds an episode")
         cutoff = float(np.quantile(totals, 1.0 - share, method="higher"))  # a return that there was
