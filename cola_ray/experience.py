@@ -196,15 +196,15 @@ class Batch:
     discounts: Array  # (B, T) float32, of the value after each action
     micro_batches: tuple[tuple[int, int, int], ...]  # (first row, end row, width) of each
     num_actions_global: int  # over all ranks: what a loss sum is divided by
+    num_tokens_global: int  # over all ranks, prompts and observations included
     policy_version: int  # the version the learner holds when it trains on this
     hidden_states: Array | None = None  # (B, T, H), where the engine sends them; bfloat16 as int16
     trains: bool = True  # else the learner measures, and the policy stays as it is
 
     @property
-    def padding_share(self) -> float:
-        """Share of the computed positions that hold nothing."""
-        computed = sum((stop - start) * width for start, stop, width in self.micro_batches)
-        return 1.0 - float(self.attention_mask.sum()) / computed
+    def computed_positions(self) -> int:
+        """On each rank, padding included."""
+        return sum((stop - start) * width for start, stop, width in self.micro_batches)
 
 
 def collate(
@@ -234,7 +234,7 @@ def collate(
     def of_rank(rank: int) -> Batch:
         mine = order[rank::num_ranks]
         pairs = [(trajectories[i], advantages[i]) for i in mine]
-        return _collate_rank(pairs, len(widths), cuts, pad_id, num_actions, policy_version, like)
+        return _collate_rank(pairs, len(widths), cuts, pad_id, num_actions, sum(lengths), policy_version, like)
 
     return [of_rank(rank) for rank in range(num_ranks)]
 
@@ -256,6 +256,7 @@ def _collate_rank(
     micro_batches: tuple[tuple[int, int, int], ...],
     pad_id: int,
     num_actions: int,
+    num_tokens: int,
     version: int,
     states: Array | None,
 ) -> Batch:
@@ -285,5 +286,5 @@ def _collate_rank(
             hidden[row, : len(trajectory.hidden_states)] = trajectory.hidden_states
     return Batch(
         input_ids, attention_mask, actions, action_mask, log_probs, outcome, rewards, discounts, micro_batches,
-        num_actions, version, hidden,
+        num_actions, num_tokens, version, hidden,
     )  # fmt: skip

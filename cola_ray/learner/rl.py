@@ -291,13 +291,13 @@ class RLLearner:
         if rl.kl_target and batch.trains:
             self.kl_coef = adapted_kl_coef(kl_coef, reduced["policy/kl"], rl.kl_target)
         seconds = time.perf_counter() - started
-        tokens = float(batch.attention_mask.sum()) * self.zero.world_size
+        tokens, computed = batch.num_tokens_global, batch.computed_positions * self.zero.world_size
         return reduced | {
             "policy/grad_norm": grad_norm,
             "policy/lr": lr,
             "policy/kl_coef": kl_coef,
             "learner/tokens_per_second": tokens / seconds,
-            "learner/padding_share": batch.padding_share,
+            "learner/padding_share": 1.0 - tokens / computed,
             "learner/trained_parameters": float(self.zero.trained_parameters()),
             "memory/optimizer_mb": self.zero.optimizer_mb(),
             "time/learn": seconds,

@@ -90,6 +90,7 @@ def test_a_rank_without_sequences_has_states_of_the_same_kind():
     assert not empty.hidden_states.any()
     assert not empty.action_mask.any()
     assert (empty.num_actions_global, empty.micro_batches) == (2, full.micro_batches)
+    assert (full.num_tokens_global, empty.num_tokens_global, empty.computed_positions) == (3, 3, 3)
 
 
 def test_the_work_buffers_example():
