@@ -319,7 +319,11 @@ class RLLearner:
     def _improve_policy(
         self, pieces: list[dict[str, Tensor]], num_actions: int, lr: float
     ) -> tuple[dict[str, Tensor], float]:
-        """``updates_per_batch`` optimizer steps, value head or Q first; returns metric sums and the gradient norm."""
+        """``updates_per_batch`` optimizer steps, value head or Q first; returns metric sums and the mean gradient norm.
+
+        Metrics are of the first step, whose policy made the batch, or the next to it; but of all steps what is clipped,
+        since nothing is in the first.
+        """
         rl = self.config.rl
         old: list[Tensor | None] = [None] * len(pieces)
         sums: dict[str, Tensor] = {}
@@ -335,16 +339,18 @@ class RLLearner:
             if rl.control_variate:  # before this batch has been learnt from: a control must not know it
                 self._control(pieces)
             sums = self.soft_q.fit(pieces, num_actions, 0.0 if rl.control_variate else self.kl_coef)
+        grad_norms = list[float]()
         for update in range(rl.updates_per_batch):
             for index, piece in enumerate(pieces):
                 loss, metrics = self._objective(piece, old[index])
+                metrics["policy/clip_fraction"] = metrics["policy/clip_fraction"] / rl.updates_per_batch
                 self.zero.backward(loss / num_actions, last=index == len(pieces) - 1)
                 if rl.updates_per_batch == 1:
                     pieces[index] = {}  # its states are not needed again
-                if update == 0:  # what the batch said of the policy that made it
-                    _add(sums, metrics)
-            grad_norm = self.zero.step(lr)
-        return sums, grad_norm
+                clipped = {"policy/clip_fraction": metrics["policy/clip_fraction"]}
+                _add(sums, metrics if update == 0 else clipped)
+            grad_norms.append(self.zero.step(lr))
+        return sums, sum(grad_norms) / len(grad_norms)
 
     def _objective(self, piece: dict[str, Tensor], old_log_probs: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Of a micro-batch, or Q's where there is no actor: loss sum and metric sums."""
