@@ -78,15 +78,14 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=512)
     args = parser.parse_args()
     folder = args.folder.resolve()
-    common = ["--preset", "tiny", "--task.name", args.task, "--cluster.learner-ranks", "1", "--model.path",
-              str(args.model.resolve())]  # fmt: skip
-    asked = [*common, "--eval.problems", str(args.problems), "--eval.chunk", "128", "--search.root-breadth", "16",
-             "--search.breadth", "16"]  # fmt: skip
+    common = ["--preset", "tiny", "--task.name", args.task, "--model.path", str(args.model.resolve())]
+    asked = [*common, "--eval.problems", str(args.problems), "--eval.chunk", "128"]
+    wide = ["--search.root-breadth", "16", "--search.breadth", "16"]
     trial(folder / "log", "evaluate", *common, "--eval.split", "train", "--eval.ways", "sample", "--eval.problems",
           "4096", "--eval.chunk", "512", "--search.simulations", "16")  # fmt: skip
     logged = folder / "log" / "outputs" / "run" / "predictions" / "sample"
     learnt = trial(folder / "q", "train_q", *common, "--data.path", str(logged), "--pretrain.steps.q", "1500",
-                   "--pretrain.batch-size", "256")  # fmt: skip
+                   "--pretrain.batch-size", "256", "--cluster.learner-ranks", "1")  # fmt: skip
     with_q = ["--q.path", str(folder / "q" / "outputs" / "run" / "model")]
     single = trial(folder / "greedy", "evaluate", *asked, "--eval.ways", "base", "greedy")
     curves: dict[str, list[tuple[float, float, float, float]]] = {way: [] for way in WAYS}
@@ -94,7 +93,8 @@ def main() -> None:
     figures |= {"q_heldout_loss": learnt["q_heldout_loss"], "q_heldout_correlation": learnt["q_heldout_correlation"]}
     for budget in args.budgets:
         where = folder / f"budget-{budget}"
-        found = trial(where, "evaluate", *asked, *with_q, "--eval.ways", *WAYS, "--search.simulations", str(budget))
+        found = trial(where, "evaluate", *asked, *wide, *with_q, "--eval.ways", *WAYS, "--search.simulations",
+                      str(budget))  # fmt: skip
         for way in WAYS:
             of_way = found[way]
             best = [of_way[name] for name in ("best", "best_low", "best_high")]

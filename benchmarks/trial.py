@@ -1,6 +1,5 @@
 """One run of a job in a folder of its own, made once: a benchmark that was stopped goes on where it was."""
 
-import json
 import sqlite3
 import subprocess
 import sys
@@ -11,21 +10,23 @@ from typing import Any
 
 from record import ROOT
 
+from cola_ray.run_folder import summary_of
+
 
 def trial(where: Path, job: str, *settings: str) -> dict[str, Any]:
     """The summary of ``jobs/<job>.py`` with these settings, run in ``where`` if it has not been before.
 
-    One that was interrupted and left a checkpoint goes on from there.
+    One that was interrupted goes on from where it was.
     """
-    summary = where / "outputs" / "run" / "summary.json"
-    if not summary.exists():
+    run = where / "outputs" / "run"
+    if summary_of(run) is None:
         where.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *settings, "--output-dir", "outputs/run"]
-        if (where / "outputs" / "run" / "checkpoints").exists():
+        if run.exists():
             command.append("--resume")
         with (where / "log.txt").open("a") as log:
             subprocess.run(command, cwd=where, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return json.loads(summary.read_text())
+    return summary_of(run) or {}
 
 
 def series(where: Path, metric: str) -> list[float]:

@@ -520,6 +520,8 @@ class Config(_Branch):
     """Of data order, initial weights and action noise."""
     resume: bool = False
     """Continue the run in output_dir from its last checkpoint."""
+    overwrite: bool = False
+    """Remove what an earlier run wrote in output_dir, by its own record, and begin anew."""
     tracking_uri: str = ""
     """MLflow server or database. Empty: sqlite file beside the outputs."""
     tracking_parent: str = ""
@@ -560,13 +562,6 @@ class Config(_Branch):
     """Where processes are placed."""
 
     @property
-    def pretrained_dir(self) -> Path:
-        """Where pretrain.py leaves the CoLA model that RL of this preset and seed starts from."""
-        own = is_environment(self.task.name) or self.task.name == "preference"
-        task = f"-{self.task.name.replace(':', '.')}" if own else ""
-        return _results_root() / "outputs" / f"pretrain-{self.preset}{task}-seed{self.seed}" / "model"
-
-    @property
     def learns_values(self) -> bool:
         """Whether a head over the frozen states trains beside the policy."""
         rl = self.rl
@@ -577,35 +572,6 @@ class Config(_Branch):
     def replays(self) -> bool:
         """Whether what the learner trains on comes out of replay."""
         return self.rl.algorithm in OF_TURNS or self.rl.actor_free
-
-    @property
-    def makes_start_model(self) -> bool:
-        """Whether a run pre-trains the model that it starts from where that is missing."""
-        return self.preset == "tiny" and not self.model.path
-
-    @property
-    def start_model(self) -> Path:
-        return Path(self.model.path) if self.model.path else self.pretrained_dir
-
-    def resolve_paths(self, job: str) -> "Config":
-        """The same settings with ``output_dir`` and the paths in use made absolute."""
-        output = self.output_dir or (
-            str(self.pretrained_dir.parent) if job == "pretrain" else f"outputs/{job}-{self.preset}-seed{self.seed}"
-        )
-        changes: dict[str, Any] = {"output_dir": str((_results_root() / output).resolve())}
-        for field, value in (
-            ("data.path", self.data.path),
-            ("task.path", self.task.path),
-            ("task.game", self.task.game),
-            ("model.base", self.model.base),
-            ("model.path", self.model.path),
-            ("critic.encoder", self.critic.encoder),
-            ("task.reward_model", self.task.reward_model),
-            ("q.path", self.q.path),
-        ):
-            if value and Path(value).exists():
-                changes[field] = str(Path(value).resolve())
-        return override(self, changes)
 
 
 def is_environment(task: str) -> bool:
@@ -619,7 +585,7 @@ def is_environment(task: str) -> bool:
         return False
 
 
-def _results_root() -> Path:
+def results_root() -> Path:
     """What relative outputs are relative to: here, or ~/cola_ray for a submitted job, whose copy Ray deletes."""
     return Path.home() / "cola_ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path()
 

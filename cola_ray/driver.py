@@ -11,10 +11,10 @@ All return the summary they write to ``output_dir/summary.json``; all track into
 """
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
-import shutil
 import signal
 import threading
 import time
@@ -29,22 +29,23 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cola_ray import actors
+from cola_ray import actors, launch, provenance, relevance
 from cola_ray.agents import AgentController
 from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, is_environment, override
 from cola_ray.controller import Controller
 from cola_ray.display import current, shown
+from cola_ray.launch import Launch
 from cola_ray.model.conversion import plain_base
 from cola_ray.refusals import check
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
+from cola_ray.run_folder import State, write_json
 from cola_ray.tasks import least_right_reward
 from cola_ray.tracking import (
     Tracker,
     peak_memory_gb,
     plot,
     print_summary,
-    write_json,
 )
 
 # --- pre-training -------------------------------------------------------------------------------------------------
@@ -73,18 +74,25 @@ def train_reward_model(config: Config) -> dict[str, Any]:
 def train_q(config: Config) -> dict[str, Any]:
     """MCTS-Q's values of actions, from the answers at ``data.path`` that evaluate logged; as ``pretrain``."""
     check(config, "train_q")
-    config = override(config, {"model.path": str(config.start_model.resolve())})
     return _supervised(config, "train_q", (Q_STAGE,), "logged_q", "Q of latent actions")
 
 
 def _supervised(config: Config, job: str, stages: Sequence[str], module: str, about: str) -> dict[str, Any]:
     """Stages of supervised training by a module of ``learner``: progress, metrics, a summary, a plot of losses."""
-    config = config.resolve_paths(job)
-    output, display = prepare_output(config), current()
-    started = time.time()
-    with actors.cluster(config), tracked(config, job) as tracker:
-        mailbox = Queue(actor_options={"num_cpus": 0})
-        lengths = [config.pretrain.num_steps(stage) for stage in stages]
+    begun = launch.begin(config, job)
+    config, output, display = begun.config, begun.folder.path, current()
+    if begun.start is not None:
+        config = override(config, {"model.path": str(begun.start)})
+    lengths = [config.pretrain.num_steps(stage) for stage in stages]
+
+    def draw(tracker: Tracker) -> None:
+        losses = {f"{stage} loss": tracker.series(f"{stage}/loss") for stage in stages}
+        if tracker.step:
+            plot(output / "losses.png", about, losses, {})
+
+    summarise = functools.partial(_supervised_summary, config, stages)
+    with actors.cluster(config), tracked(begun, summarise, draw) as tracker:
+        mailbox, stops = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
         first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
 
         def show(event: dict[str, Any]) -> None:
@@ -102,45 +110,58 @@ def _supervised(config: Config, job: str, stages: Sequence[str], module: str, ab
             for event in mailbox.get_nowait_batch(mailbox.qsize()):
                 show(event)
 
+        def stop() -> None:
+            stops.put(True)
+            display.say("stopping after this step; once more to stop at once")
+
         display.doing(f"{job}: starting {config.cluster.learner_ranks} learner ranks")
-        loop = {"config": config.model_dump(), "mailbox": mailbox, "module": f"cola_ray.learner.{module}"}
-        _fit(config, _supervised_rank, loop, poll, stop=None)
+        loop = {"config": config.model_dump(), "mailbox": mailbox, "stops": stops,
+                "module": f"cola_ray.learner.{module}"}  # fmt: skip
+        try:
+            _fit(config, _supervised_rank, loop, poll, stop)
+        finally:
+            if (output / "model" / "config.json").exists():
+                provenance.write(output / "model", config, job)
         display.doing(f"{job}: writing the summary")
-        mailbox.shutdown(force=True)
-        summary = _supervised_summary(config, stages, tracker, time.time() - started)
-        write_json(output / "summary.json", summary)
-        losses = {f"{stage} loss": tracker.series(f"{stage}/loss") for stage in stages}
-        plot(output / "losses.png", about, losses, {})
-    print_summary(f"{about}, {config.preset}: {output / 'model'}", summary)
-    return summary
+        for queue in (mailbox, stops):
+            queue.shutdown(force=True)
+    print_summary(f"{about}, {config.preset}: {output / 'model'}", tracker.summary)
+    return tracker.summary
 
 
 def _supervised_rank(loop: dict[str, Any]) -> None:
     config = _enter_rank(loop)
     learner = importlib.import_module(loop["module"])
     with _last_checkpoint() as checkpoint:
-        learner.train_loop(config, checkpoint, _Mailbox(loop["mailbox"]))
+        device = "cuda" if config.cluster.use_gpu else "cpu"
+        learner.train_loop(config, checkpoint, _Mailbox(loop["mailbox"], loop["stops"], device))
 
 
 class _Mailbox:
     """Where a rank's metrics and checkpoints go: the :class:`~cola_ray.learner.engine.Report` of supervised stages."""
 
-    def __init__(self, mailbox: Queue) -> None:
-        self.mailbox, self.is_first = mailbox, ray.train.get_context().get_world_rank() == 0
+    def __init__(self, mailbox: Queue, stops: Queue, device: str) -> None:
+        self.mailbox, self.stops, self.device = mailbox, stops, device
+        self.is_first = ray.train.get_context().get_world_rank() == 0
 
-    def __call__(self, metrics: dict[str, Any], folder: Path | None) -> None:
+    def __call__(self, metrics: dict[str, Any], folder: Path | None) -> bool:
+        import torch
+
         step, last = metrics["step"], metrics["step"] == metrics["steps"]
         if self.is_first and (step == 1 or step % 10 == 0 or last or folder is not None):
             self.mailbox.put({"metrics": {**metrics, "memory/learner_gb": peak_memory_gb()}})
         if folder is not None:
             _report(metrics, folder)
+        asked = torch.tensor(int(self.is_first and not self.stops.empty()), device=self.device)
+        torch.distributed.broadcast(asked, 0)
+        return bool(asked)
 
     def doing(self, what: str) -> None:
         if self.is_first:
             self.mailbox.put({"doing": what})
 
 
-def _supervised_summary(config: Config, stages: Sequence[str], tracker: Tracker, seconds: float) -> dict[str, Any]:
+def _supervised_summary(config: Config, stages: Sequence[str], tracker: Tracker) -> dict[str, Any]:
     summary: dict[str, Any] = {"preset": config.preset, "seed": config.seed, "stages": list(stages)}
     of_actions = ("loss", "base_loss", "alive", "top_share", "reachable_tokens", "covered")
     actions = [f"actions/{name}" for name in of_actions]
@@ -150,7 +171,7 @@ def _supervised_summary(config: Config, stages: Sequence[str], tracker: Tracker,
         values = tracker.series(name)[1]
         if values:
             summary[name.replace("/", "_")] = max(values) if name.startswith("memory") else values[-1]
-    return summary | {"wall_seconds": round(seconds, 1)}
+    return summary
 
 
 # --- RL -----------------------------------------------------------------------------------------------------------
@@ -205,43 +226,53 @@ def measured(config: Config) -> str:
 
 
 def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
-    started = time.time()
+    asked, begun = config, launch.begin(config, job.name)
+    config, output = begun.config, begun.folder.path
+    found: dict[str, Any] = {}
+
+    def draw(tracker: Tracker) -> None:
+        if not tracker.step:
+            return
+        lines = {
+            "base": tracker.latest(f"eval/base_{measured(config)}"),
+            "behaviour cloned": tracker.first(f"eval/{measured(config)}"),
+        }
+        plot(
+            output / "reward.png",
+            f"{config.task.name}: {config.rl.algorithm} over {_actions(config)}",
+            {"reward (train, sampled)": tracker.series("reward/mean"),
+             f"{measured(config)} (held out)": tracker.series(f"eval/{measured(config)}")},
+            {name: value for name, value in lines.items() if value is not None},
+        )  # fmt: skip
+
+    def summarise(tracker: Tracker) -> dict[str, Any]:
+        return _rl_summary(config, tracker, found)
+
     with actors.cluster(config):
-        make_start_model(config)
-        start = config.start_model.resolve()
-        config = config.resolve_paths(job.name)
-        output = prepare_output(config)
-        model_path = served(config, start)
-        with tracked(config, job.name, on_step) as tracker:
+        with begun.folder.failing():
+            make_start_model(asked)
+            model_path = served(config, begun.start)
+        with tracked(begun, summarise, draw, on_step) as tracker:
             replay = actors.replay(config)
             services = (replay, actors.critic(config, model_path, replay)) if job.name == "rl_agent" else (replay,)
             judge = actors.judge(config)
             pool = actors.RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
             controller = actors.controller(job.controller, config, pool, *services)
             try:
-                facts, memory = _train(config, model_path, controller, tracker)
+                _train(config, model_path, controller, tracker, found)
             finally:
                 ray.kill(controller)  # and with it the workers, which it owns
-            summary = _rl_summary(config, tracker, facts, memory, time.time() - started)
-            measure = measured(config)
-            write_json(output / "summary.json", summary)
-            plot(
-                output / "reward.png",
-                f"{config.task.name}: {config.rl.algorithm} over {_actions(config)}",
-                {"reward (train, sampled)": tracker.series("reward/mean"),
-                 f"{measure} (held out)": tracker.series(f"eval/{measure}")},
-                {label: summary[f"{when}_{measure}"] for when, label in (("base", "base"), ("bc", "behaviour cloned"))
-                 if f"{when}_{measure}" in summary},
-            )  # fmt: skip
-        print_summary(f"RL, {config.preset}: {output}", summary)
-    return summary
+                if (output / "model" / "config.json").exists():
+                    provenance.write(output / "model", config, job.name, begun.start)
+        print_summary(f"RL, {config.preset}: {output}", tracker.summary)
+    return tracker.summary
 
 
-def served(config: Config, start: Path) -> str:
+def served(config: Config, start: Path | None) -> str:
     """What engines and learner open: the CoLA model that a run starts from, or over tokens a plain Llama."""
     if config.rl.action_space == "latent":
         return str(start)
-    return str(plain_base(start if start.exists() else config.model.base, Path(config.output_dir) / "base"))
+    return str(plain_base(start or config.model.base, Path(config.output_dir) / "base"))
 
 
 def _actions(config: Config) -> str:
@@ -250,21 +281,20 @@ def _actions(config: Config) -> str:
     return f"{config.model.num_actions} latent actions"
 
 
-def _train(config: Config, model_path: str, controller: Any, tracker: Tracker) -> tuple[dict[str, Any], list[float]]:
-    """The loop between controller and learner until it ends; returns the run's facts and the workers' memory."""
-    facts: dict[str, Any] = {}
+def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, found: dict[str, Any]) -> None:
+    """The loop between controller and learner until it ends; what is known of the run goes into ``found``."""
     begun = controller.start.remote(_checkpoint_exists(Path(config.output_dir)))
     display, export = current(), actors.exporter(config)
     evaluated = f"eval/{measured(config)}"
     names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", evaluated: measured(config)}
 
     def poll() -> None:
-        if not facts and ray.wait([begun], timeout=0)[0]:
+        if not found and ray.wait([begun], timeout=0)[0]:
             try:
-                facts.update(ray.get(begun))
+                found.update(ray.get(begun))
             except ray.exceptions.RayTaskError as error:
                 raise RunFailedError(str(error.cause or error)) from None
-            _say_arithmetic(config, facts)
+            _say_arithmetic(config, found)
         events, failure = ray.get(controller.drain.remote())
         for event in events:
             if "say" in event:
@@ -291,19 +321,20 @@ def _train(config: Config, model_path: str, controller: Any, tracker: Tracker) -
 
     loop = {"config": config.model_dump(), "model_path": model_path, "controller": controller}
     # Engines and ranks start side by side; where they share GPUs, engines first measure what memory is free.
-    while config.cluster.colocated and not facts:
+    while config.cluster.colocated and not found:
         poll()
         time.sleep(0.5)
     _fit(config, _rl_rank, loop, poll, stop)
     display.doing("writing the summary")
     workers = ray.get(controller.workers.remote())
-    return facts, ray.get([worker.peak_memory_gb.remote() for worker in workers])
+    found["peak_memory_worker_gb"] = max(ray.get([worker.peak_memory_gb.remote() for worker in workers]))
 
 
 def make_start_model(config: Config) -> None:
     """Pre-train it where the preset makes its own and it is missing."""
-    if config.makes_start_model and not config.start_model.exists():
-        pretrain(config.model_copy(update={"output_dir": "", "resume": True}))
+    if provenance.makes_start_model(config) and not provenance.is_made(provenance.start_model(config)):
+        changes = {"output_dir": "", "resume": True, "overwrite": False, "task.reward_model": "", "tracking_parent": ""}
+        pretrain(relevance.only_read(override(config, changes), "pretrain"))
 
 
 def _rl_rank(loop: dict[str, Any]) -> None:
@@ -314,41 +345,34 @@ def _rl_rank(loop: dict[str, Any]) -> None:
         rl.train_loop(config, loop["model_path"], actors.RemoteController(loop["controller"]), checkpoint, _report)
 
 
-def _rl_summary(
-    config: Config, tracker: Tracker, facts: dict[str, Any], worker_memory: list[float], seconds: float
-) -> dict[str, Any]:
-    def last(name: str) -> float:
-        return tracker.series(name)[1][-1]
-
-    measure = measured(config)
-    base, evaluated = (tracker.series(f"eval/{name}")[1] for name in (f"base_{measure}", measure))
-    times = tracker.series("time/step")[1]
-    return {
-        "preset": config.preset,
-        "task": config.task.name,
-        "algorithm": config.rl.algorithm,
-        "action_space": config.rl.action_space,
-        "seed": config.seed,
-        # Nothing, where nothing is held out.
-        **({f"base_{measure}": base[-1]} if base else {}),
-        **({f"bc_{measure}": evaluated[0], f"rl_{measure}": evaluated[-1]} if evaluated else {}),
-        "eval_problems": min(config.rl.eval_problems, facts["num_heldout"]),
-        "steps": config.rl.max_steps,
-        "reward_first": tracker.series("reward/mean")[1][0],
-        "reward_last": last("reward/mean"),
-        **({"kl_last": last("policy/kl")} if tracker.series("policy/kl")[1] else {}),
-        "alive_actions": int(last("actions/alive")),
-        "trained_parameters": int(last("learner/trained_parameters")),
-        "optimizer_mb": round(last("memory/optimizer_mb"), 2),
-        **({} if config.rl.actor_free else {"rollout_mismatch": last("policy/rollout_mismatch")}),
-        "seconds_per_step": sum(times) / max(len(times), 1),
-        "wall_seconds": round(seconds, 1),
-        "peak_memory_learner_gb": last("memory/learner_gb"),
-        "peak_memory_worker_gb": max(worker_memory),
-        "vllm_version": facts["vllm_version"],
-        "deepspeed_stage": int(last("learner/zero_stage")),
+def _rl_summary(config: Config, tracker: Tracker, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is known so far, which for a run that ended early may be little."""
+    measure, seconds = measured(config), tracker.series("time/step")[1]
+    memory, parameters = tracker.latest("memory/optimizer_mb"), tracker.latest("learner/trained_parameters")
+    alive, stage = tracker.latest("actions/alive"), tracker.latest("learner/zero_stage")
+    figures = {
+        f"base_{measure}": tracker.latest(f"eval/base_{measure}"),
+        f"bc_{measure}": tracker.first(f"eval/{measure}"),
+        f"rl_{measure}": tracker.latest(f"eval/{measure}"),
+        "eval_problems": min(config.rl.eval_problems, found["num_heldout"]) if found else None,
+        "steps": tracker.step,
+        "reward_first": tracker.first("reward/mean"),
+        "reward_last": tracker.latest("reward/mean"),
+        "kl_last": tracker.latest("policy/kl"),
+        "alive_actions": None if alive is None else int(alive),
+        "trained_parameters": None if parameters is None else int(parameters),
+        "optimizer_mb": None if memory is None else round(memory, 2),
+        "rollout_mismatch": None if config.rl.actor_free else tracker.latest("policy/rollout_mismatch"),
+        "seconds_per_step": sum(seconds) / len(seconds) if seconds else None,
+        "peak_memory_learner_gb": tracker.latest("memory/learner_gb"),
+        "peak_memory_worker_gb": found.get("peak_memory_worker_gb"),
+        "vllm_version": found.get("vllm_version"),
+        "deepspeed_stage": None if stage is None else int(stage),
         "mlflow_run_id": tracker.run.info.run_id,
     }
+    about = {"preset": config.preset, "task": config.task.name, "algorithm": config.rl.algorithm,
+             "action_space": config.rl.action_space, "seed": config.seed}  # fmt: skip
+    return about | {name: value for name, value in figures.items() if value is not None}
 
 
 def _say_arithmetic(config: Config, facts: dict[str, Any]) -> None:
@@ -479,34 +503,48 @@ def _report(metrics: dict[str, Any], folder: Path | None) -> None:
 # --- the run's folder, its tracker, its display -------------------------------------------------------------------
 
 
-def prepare_output(config: Config) -> Path:
-    """The run's folder; without ``resume`` what an earlier run left there is removed."""
-    output = Path(config.output_dir)
-    if not config.resume:
-        for name in ("checkpoints", "stages", "model", "base", "replay", "critic", "predictions", "runs", "tune"):
-            shutil.rmtree(output / name, ignore_errors=True)
-        for name in ("summary.json", "mlflow_run_id", "reward.png", "losses.png", "frontier.png"):
-            (output / name).unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", config.model_dump())
-    return output
-
-
 def _checkpoint_exists(output: Path) -> bool:
     return any((output / "checkpoints" / "learner").glob("checkpoint_*"))
 
 
 @contextlib.contextmanager
-def tracked(config: Config, job: str, on_step: OnStep | None = None) -> Iterator[Tracker]:
-    output, params = Path(config.output_dir), _flat(config.model_dump())
+def tracked(
+    begun: Launch,
+    summarise: Callable[[Tracker], dict[str, Any]],
+    draw: Callable[[Tracker], None] = lambda _: None,
+    on_step: OnStep | None = None,
+) -> Iterator[Tracker]:
+    """A run from here to its end, whichever that is: summary and plot are left of where it came to.
+
+    Args:
+        summarise: what is known of the run; how it ended and how long it took is added.
+        draw: its plots, where there is anything to show.
+    """
+    config, folder, started = begun.config, begun.folder, time.time()
+    output, params = folder.path, _flat(config.model_dump())
+    error: BaseException | None = None
     current().doing("opening MLflow")
-    tracker = Tracker(config.tracking_uri, job, output, params, config.tracking_parent, on_step)
+    with folder.failing():
+        tracker = Tracker(config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step)
     try:
         yield tracker
-    except BaseException as error:
-        tracker.finish(output, error)
+    except BaseException as caught:
+        error = caught
         raise
-    tracker.finish(output)
+    finally:
+        state = _state(error)
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            ended = {"state": state, "step": tracker.step, **({"reason": str(error)} if str(error or "") else {})}
+            tracker.summary = ended | summarise(tracker) | {"wall_seconds": round(time.time() - started, 1)}
+            write_json(output / "summary.json", tracker.summary)
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            draw(tracker)
+        folder.end(state, tracker.step)
+        tracker.finish(output, error)
+
+
+def _state(error: BaseException | None) -> State:
+    return "finished" if error is None else "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

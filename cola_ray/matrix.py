@@ -4,11 +4,12 @@ stages(config)      all of it
 chosen(config)      those of ``reproduce.stages``, and what they need
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cola_ray import relevance
 from cola_ray.config import Config, ConfigError
 from cola_ray.limits import nearest
 from cola_ray.presets import preset
@@ -31,13 +32,15 @@ class Stage:
 def stages(config: Config) -> list[Stage]:
     """The matrix of a preset; sizes are what its machines do in a few hours (tiny) or the papers' own."""
     tiny = config.preset == "tiny"
-    math = ["--task.name", config.task.name, *(["--task.path", config.task.path] if config.task.path else [])]
-    data = ["--data.path", config.data.path] if config.data.path else []
+    math = ["--task.name", config.task.name, *(["--task.path", config.task.path] if config.task.path else []),
+            *_said(config, "task", ("name", "path"))]  # fmt: skip
+    data = _said(config, "data", ("date",))
     start = ["--model.path", "{pretrain}/model"]
     trained = ["--model.path", "{rl_latent}/model"]
     few = ["--rl.max-steps", "40"] if tiny else []
     token_lr = ["--rl.lr", "1e-4"] if tiny else []
     countdown = ["--task.name", "countdown", "--task.thinking", *(_TINY_COUNTDOWN if tiny else [])]
+    learnt, answered = (_TINY_COUNTDOWN_PRETRAINING, _TINY_COUNTDOWN_ROLLOUTS) if tiny else ([], [])
     agent = ["--task.name", "twenty_questions", "--model.path", "{agent_start}/model"]
     agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if tiny else []
     asked = ["--eval.problems", "256"] if tiny else []
@@ -51,16 +54,16 @@ def stages(config: Config) -> list[Stage]:
         Stage("rl_fta", "rl_math", [*math, "--model.path", "{fta}/model", *few]),
         Stage("kl_sweep", "sweep_kl", [*math, *start, *values, *few]),
         Stage("etpo", "rl_math", [*math, *start, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", *few]),
-        Stage("countdown_start", "pretrain", countdown),
-        Stage("countdown_latent", "rl_math", [*countdown, "--model.path", "{countdown_start}/model", *few]),
-        Stage("countdown_token", "rl_math", [*countdown, "--model.path", "{countdown_start}/model", *few,
+        Stage("countdown_start", "pretrain", [*countdown, *learnt]),
+        Stage("countdown_latent", "rl_math", [*countdown, *answered, "--model.path", "{countdown_start}/model", *few]),
+        Stage("countdown_token", "rl_math", [*countdown, *answered, "--model.path", "{countdown_start}/model", *few,
                                              "--rl.action-space", "token", *token_lr]),
         Stage("agent_start", "pretrain", ["--task.name", "twenty_questions"]),
         Stage("agent_archer", "rl_agent", [*agent, *agent_steps]),
         Stage("agent_ppo", "rl_agent", [*agent, *agent_steps, "--rl.algorithm", "ppo"]),
         Stage("answers", "evaluate", [*math, *trained, "--eval.split", "train", "--eval.ways", "sample",
                                       "--eval.problems", "2048" if tiny else "7000", "--search.simulations", "16"]),
-        Stage("q", "train_q", [*math, *trained, "--data.path", "{answers}/predictions/sample"]),
+        Stage("q", "train_q", [*trained, "--data.path", "{answers}/predictions/sample"]),
         Stage("search", "evaluate", [*math, *trained, *asked, "--q.path", "{q}/model", "--eval.ways", "base", "greedy",
                                      "sample", "beam", "mcts", "mcts_q"]),
         Stage("diversity", "diversity", [*math, *data, *start]),
@@ -84,24 +87,24 @@ def chosen(config: Config) -> list[Stage]:
 
 def _harness(config: Config) -> list[str]:
     """Tasks of the evaluation harness: those given, else the paper's; for tiny, sums (``reproduce.write_sums``)."""
-    given = config.harness
-    if given.tasks:
-        more = ["--harness.include-path", given.include_path] if given.include_path else []
-        return ["--harness.tasks", *given.tasks, *more]
+    said = _said(config, "harness")
+    if config.harness.tasks:
+        return said
     if config.preset == "tiny":
-        return ["--harness.tasks", "sums", "--harness.include-path", str(Path(config.output_dir) / "sums")]
-    return ["--harness.tasks", "mmlu", "mathqa", "cmmlu"]
+        return [*said, "--harness.tasks", "sums", "--harness.include-path", str(Path(config.output_dir) / "sums")]
+    return [*said, "--harness.tasks", "mmlu", "mathqa", "cmmlu"]
 
 
 # What a base of a million parameters can learn of Countdown: which sign to put between two small numbers.
 _TINY_COUNTDOWN = ["--task.options", "min_numbers", "2", "max_numbers", "2", "min_value", "1", "max_value", "12",
-                   "min_target", "1", "max_target", "40", "--rollout.max-prompt-tokens", "160",
-                   "--rollout.max-new-tokens", "24", "--pretrain.sequence-length", "176",
-                   "--pretrain.steps.base", "800"]  # fmt: skip
+                   "min_target", "1", "max_target", "40"]  # fmt: skip
+_TINY_COUNTDOWN_ROLLOUTS = ["--rollout.max-prompt-tokens", "160", "--rollout.max-new-tokens", "24"]
+_TINY_COUNTDOWN_PRETRAINING = ["--pretrain.sequence-length", "176", "--pretrain.steps.base", "800"]
 
 
-def machines(config: Config) -> list[str]:
-    """What was said of engines, ranks and tracking holds for every stage."""
+def machines(config: Config, job: str) -> list[str]:
+    """What was said of engines, ranks and tracking holds for every stage whose job has them."""
+    name_of_job = "sweep" if job == "sweep_kl" else job
     usual = preset(config.preset)
     # Two stages of one rank each keep two cores busier than one stage of two ranks, which wait for each other.
     changes: dict[str, Any] = {"cluster.learner_ranks": 1} if config.preset == "tiny" else {}
@@ -111,12 +114,24 @@ def machines(config: Config) -> list[str]:
     changes.pop("cluster.address", None)  # Ray tells a job of its cluster
     if config.tracking_uri:
         changes["tracking_uri"] = config.tracking_uri
+    return _words({name: value for name, value in changes.items() if relevance.reads(name_of_job, name)})
+
+
+def _said(config: Config, branch: str, without: Sequence[str] = ()) -> list[str]:
+    """What was said of a branch of settings, as one types it."""
+    given = {name: value for name, value in relevance.given(config).items() if name.startswith(f"{branch}.")}
+    return _words({name: value for name, value in given.items() if name.partition(".")[2] not in without})
+
+
+def _words(changes: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in changes.items():
-        branch, _, last = name.replace("_", "-").rpartition(".")
-        dot = "." if branch else ""
-        if isinstance(value, bool):
-            words.append(f"--{branch}{dot}{'' if value else 'no-'}{last}")
+        flag = f"--{name.replace('_', '-')}"
+        if name.startswith("task.options."):
+            words += [f"--{name}", str(value)]
+        elif isinstance(value, bool):
+            branch, dot, last = flag.removeprefix("--").rpartition(".")
+            words.append(flag if value else f"--{branch}{dot}no-{last}")
         else:
-            words += [f"--{branch}{dot}{last}", str(value)]
+            words += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
     return words

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cola_ray import provenance
 from cola_ray.command_line import from_command_line
 from cola_ray.config import Config, ConfigError, override
 
@@ -121,7 +122,7 @@ _KNOWN = {"meta-llama/Llama-3.1-8B": _LLAMA_31_8B, "meta-llama/Llama-3.1-8B-Inst
 def _shape(config: Config) -> dict[str, object]:
     from transformers import AutoConfig
 
-    start, base = config.start_model, config.model.base
+    start, base = provenance.start_model(config), config.model.base
     if (start / "config.json").is_file():
         return dict(AutoConfig.from_pretrained(start).to_dict())
     if base in _KNOWN:

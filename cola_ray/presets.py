@@ -20,6 +20,7 @@ from cola_ray.config import (
     PretrainConfig,
     RLConfig,
     RolloutConfig,
+    SweepConfig,
     TaskConfig,
     override,
 )
@@ -203,5 +204,6 @@ def trial(config: Config, value: int | float | str, seed: int) -> Config:
         config.sweep.field: tuple(map(literal, str(value).split(","))) if "," in str(value) else value,
         "output_dir": str(Path(config.output_dir) / "runs" / name.replace("/", "_")),
         "resume": True,
+        "overwrite": False,
     }
-    return override(config, changes)
+    return override(config, changes).model_copy(update={"sweep": SweepConfig()})

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cola_ray import combinations, matrix
+from cola_ray import combinations, launch, matrix
 from cola_ray.config import (
     MULTI_TURN,
     Config,
@@ -40,6 +40,8 @@ def check(config: Config, job: str = "") -> None:
     """
     rules = (*_RULES, *_OF_JOB.get(job, ()))
     lines = dict.fromkeys(line for rule in rules for line in rule(config))
+    if job:
+        lines |= dict.fromkeys(launch.refusals(config, job))
     if lines:
         raise ConfigError("\n".join(lines))
 
@@ -196,22 +198,6 @@ def _check_base(config: Config) -> list[str]:
 # --- what single jobs refuse --------------------------------------------------------------------------------------
 
 
-def _check_start(config: Config) -> list[str]:
-    """The CoLA model that a job starts from is there, or the job makes it."""
-    if config.rl.action_space == "token" and config.model.base:
-        return []  # which is the start where there is no CoLA model
-    if config.start_model.exists():
-        return []
-    return [
-        f"model.path = {str(config.start_model)!r}: no CoLA model there; make one with "
-        f"`python jobs/pretrain.py --preset {config.preset}` or give the path of one"
-    ]
-
-
-def _check_start_or_made(config: Config) -> list[str]:
-    return [] if config.makes_start_model else _check_start(config)
-
-
 def _check_reward_model(config: Config) -> list[str]:
     lines = []
     if config.task.name != "preference":
@@ -288,6 +274,9 @@ def _check_sweep(config: Config) -> list[str]:
     if sweep.asha and sweep.grace_steps > config.rl.max_steps:
         lines.append(f"sweep.grace_steps = {sweep.grace_steps}: no run would be stopped early; use at most "
                      f"rl.max_steps = {config.rl.max_steps}")  # fmt: skip
+    if sweep.field.startswith(("pretrain.", "data.", "model.")) and sweep.field != "model.dtype":
+        return [f"sweep.field = {sweep.field!r}: all runs start from one model; train one a value with "
+                "jobs/pretrain.py and run jobs/rl_math.py from each"]  # fmt: skip
     for value in sweep.values:
         try:
             check(trial(config, value, sweep.seeds[0]), "rl_agent" if is_environment(config.task.name) else "rl_math")
@@ -321,14 +310,13 @@ _RULES: tuple[Rule, ...] = (
 _OF_JOB: dict[str, tuple[Rule, ...]] = {
     "pretrain": (),
     "reward_model": (_check_reward_model,),
-    "train_q": (_check_logged, _check_start),
-    "rl_math": (_check_problems, _check_start_or_made),
-    "rl_preference": (_check_problems, _check_start_or_made),
-    "rl_agent": (_check_agent, _check_start_or_made),
+    "train_q": (_check_logged,),
+    "rl_math": (_check_problems,),
+    "rl_preference": (_check_problems,),
+    "rl_agent": (_check_agent,),
     "sweep": (_check_sweep,),
-    "evaluate": (_check_evaluation, _check_start),
-    "diversity": (_check_encoder, _check_start),
-    "atlas": (_check_start,),
-    "capabilities": (_check_harness, _check_start),
+    "evaluate": (_check_evaluation,),
+    "diversity": (_check_encoder,),
+    "capabilities": (_check_harness,),
     "reproduce": (_check_stages,),
 }

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Template
 
 from cola_ray import status
+from cola_ray.run_folder import summary_of
 from cola_ray.tracking import plot
 
 Summaries = Mapping[str, Mapping[str, Any]]
@@ -126,7 +127,8 @@ FIGURES = (
 def write_report(output: Path) -> Path:
     """Of what ``output/stages`` holds; what is missing is said. Returns the page."""
     folder = output / "stages"
-    found = {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/summary.json"))}
+    ended = {file.parent.name: summary_of(file.parent) for file in sorted(folder.glob("*/summary.json"))}
+    found = {name: summary for name, summary in ended.items() if summary is not None}
     report = output / "report"
     report.mkdir(parents=True, exist_ok=True)
     _plot_both_spaces(folder, report / "latent_and_token.png")

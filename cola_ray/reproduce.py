@@ -28,14 +28,15 @@ import ray
 import tenacity
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cola_ray import actors
-from cola_ray.config import Config, RunFailedError
+from cola_ray import actors, launch
+from cola_ray.config import Config, ConfigError, RunFailedError
 from cola_ray.display import current, shown
 from cola_ray.driver import signals
 from cola_ray.matrix import Stage, chosen, machines
 from cola_ray.refusals import check
 from cola_ray.report import write_report
-from cola_ray.tracking import print_summary, write_json
+from cola_ray.run_folder import summary_of, write_json
+from cola_ray.tracking import print_summary
 
 ROOT = Path(__file__).parents[1]
 _POLL_S = 2.0
@@ -72,26 +73,44 @@ def reproduce(config: Config) -> dict[str, Any]:
         RunFailedError: stages failed; the report has the others, and the same command tries them again.
     """
     check(config, "reproduce")
-    config = config.resolve_paths("reproduce")
-    output, matrix = Path(config.output_dir), chosen(config)
+    matrix = chosen(config)
+    begun = launch.begin(config, "reproduce", _refuse_another_matrix)
+    config, output = begun.config, begun.folder.path
     started = time.time()
-    (output / "stages").mkdir(parents=True, exist_ok=True)
-    write_sums(output / "sums")
-    write_json(output / "config.json", config.model_dump())
-    current().doing("starting a Ray head" if not actors.address(config) else "asking the Ray cluster")
-    with head(config) as (address, headers):
-        submitter = Submitter(address, headers, config)
-        ran = run(matrix, output / "stages", submitter, _at_once(config))
-    summary = {"preset": config.preset, "stages": ran, "wall_seconds": round(time.time() - started, 1)}
-    write_json(output / "summary.json", summary)
-    current().doing("writing the report")
-    page = write_report(output)
+    with begun.folder.failing():
+        (output / "stages").mkdir(exist_ok=True)
+        write_sums(output / "sums")
+        current().doing("starting a Ray head" if not actors.address(config) else "asking the Ray cluster")
+        with head(config) as (address, headers):
+            submitter = Submitter(address, headers, config)
+            ran = run(matrix, output / "stages", submitter, _at_once(config))
+        done = all(state == "done" for state in ran.values())
+        summary = {"state": "finished" if done else "failed", "preset": config.preset, "stages": ran,
+                   "wall_seconds": round(time.time() - started, 1)}  # fmt: skip
+        write_json(output / "summary.json", summary)
+        current().doing("writing the report")
+        page = write_report(output)
+    begun.folder.end("finished" if done else "failed")
     print_summary(f"reproduction, {config.preset}: {page}", {name: state for name, state in ran.items()})
     failed = [name for name, state in ran.items() if state != "done"]
     if failed:
         raise RunFailedError(f"not done: {', '.join(failed)}; logs are in {output / 'stages'}, and the same command "
                              "tries them again")  # fmt: skip
     return summary
+
+
+def _refuse_another_matrix(config: Config) -> None:
+    """Stages of other settings would be taken for done."""
+    file = Path(config.output_dir) / "config.json"
+    if not config.resume or not file.exists():
+        return
+    before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
+    for branch in ("preset", "seed", "model", "task", "data", "rollout", "harness"):
+        if before.get(branch) != now[branch]:
+            raise ConfigError(
+                f"{branch}: {file} has another {branch}, whose stages are done or under way; give another "
+                "--output-dir, or --overwrite to begin anew"
+            )
 
 
 @contextlib.contextmanager
@@ -186,7 +205,7 @@ def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel:
 
 
 def _is_done(folder: Path, stage: Stage) -> bool:
-    return (folder / stage.name / "summary.json").exists()
+    return summary_of(folder / stage.name) is not None
 
 
 _PATIENCE = tenacity.Retrying(  # a head that has just started has no dashboard yet, and then no agent
@@ -214,8 +233,8 @@ class Submitter:
         where.mkdir(parents=True, exist_ok=True)
         settings = [word.format(**{name: str(folder / name) for name in stage.needs}) for word in stage.settings]
         words = [sys.executable, str(ROOT / "jobs" / f"{stage.job}.py"), "--preset", self.config.preset,
-                 *machines(self.config), *settings, "--seed", str(self.config.seed), "--output-dir", str(where),
-                 "--resume"]  # fmt: skip
+                 *machines(self.config, stage.job), *settings, "--seed", str(self.config.seed),
+                 "--output-dir", str(where), "--resume"]  # fmt: skip
         entrypoint = f"{shlex.join(words)} > {shlex.quote(str(where / 'log.txt'))} 2>&1"
         variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}
         job: str = _PATIENCE(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})

@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -27,13 +26,13 @@ import ray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from cola_ray import actors
+from cola_ray import actors, launch
 from cola_ray.algorithms.intervals import share_interval
 from cola_ray.atlas import Atlas
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
 from cola_ray.display import current, shown
 from cola_ray.diversity import measure, open_encoder
-from cola_ray.driver import prepare_output, served, tracked
+from cola_ray.driver import served, tracked
 from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, too_few_samples
 from cola_ray.refusals import check
 from cola_ray.replay.buffer import write_whole
@@ -41,9 +40,10 @@ from cola_ray.replay.service import Shards
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
+from cola_ray.run_folder import write_json
 from cola_ray.tasks import least_right_reward, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer
-from cola_ray.tracking import Tracker, plot_against_tokens, print_summary, print_ways, write_json
+from cola_ray.tracking import Tracker, plot_against_tokens, print_summary, print_ways
 
 if TYPE_CHECKING:
     from cola_ray.learner.corpus import Document
@@ -56,7 +56,7 @@ class _Study:
     """One under way; what it finds goes into ``summary``."""
 
     config: Config
-    start: Path  # the model that is looked at
+    start: Path | None  # the model that is looked at; None for a plain base
     output: Path
     tracker: Tracker
     summary: dict[str, Any]
@@ -75,16 +75,12 @@ def _study(config: Config, job: str, refuse: Callable[[Config], None] = lambda _
     Args:
         refuse: settings, with their paths, before the folder is touched.
     """
-    started, start = time.time(), config.start_model.resolve()
-    config = override(config.resolve_paths(job), {"model.path": str(start) if start.exists() else ""})
-    refuse(config)
-    output = prepare_output(config)
-    with tracked(config, job) as tracker:
-        about = {"preset": config.preset, "task": config.task.name, "model": str(start), "seed": config.seed}
-        study = _Study(config, start, output, tracker, about)
-        yield study
-        study.summary["wall_seconds"] = round(time.time() - started, 1)
-        write_json(output / "summary.json", study.summary)
+    begun = launch.begin(config, job, refuse)
+    start, config = begun.start, override(begun.config, {"model.path": str(begun.start or "")})
+    model = str(start or config.model.base)
+    about = {"preset": config.preset, "task": config.task.name, "model": model, "seed": config.seed}
+    with tracked(begun, lambda _: about) as tracker:
+        yield _Study(config, start, begun.folder.path, tracker, about)
 
 
 @shown()
@@ -134,7 +130,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     if too_few:
         print(f"pass@k of k = {', '.join(map(str, too_few))} is left out: a problem has fewer samples; give more "
               "--search.simulations, or smaller --eval.ks")  # fmt: skip
-    return study.summary
+    return study.tracker.summary
 
 
 @shown()
@@ -174,7 +170,7 @@ def diversity(config: Config) -> dict[str, Any]:
         study.summary["prefixes"] = len(prefixes)
         study.found(found)
     print_ways(f"diversity of continuations: {study.output}", found)
-    return study.summary
+    return study.tracker.summary
 
 
 def _action_space(chance: Chance) -> str:
@@ -211,7 +207,7 @@ def atlas(config: Config) -> dict[str, Any]:
         current().doing("opening the model and its texts")
         tokenizer, texts = _texts(config, study.start)
         disable_progress_bar()
-        model = CoLAForCausalLM.from_pretrained(study.start, dtype=dtype).eval().to(device)
+        model = CoLAForCausalLM.from_pretrained(config.model.path, dtype=dtype).eval().to(device)
         few = texts[: 8 * config.diversity.prefixes]
         rows = pack(few, config.pretrain.sequence_length, 0, config.pretrain.response_only)
         found, size = Atlas(model.config.num_actions), config.pretrain.micro_batch_size
@@ -227,8 +223,8 @@ def atlas(config: Config) -> dict[str, Any]:
         page.write_text(found.html(f"Latent actions of {study.start}", tokenizer))
         study.tracker.log(0, found.summary())
         study.summary |= {"texts": len(few), **found.summary()}
-    print_summary(f"action atlas: {page}", study.summary)
-    return study.summary
+    print_summary(f"action atlas: {page}", study.tracker.summary)
+    return study.tracker.summary
 
 
 @shown()
@@ -263,7 +259,7 @@ def capabilities(config: Config) -> dict[str, Any]:
         write_json(study.output / "harness.json", said)
         study.found(found)
     print_ways(f"kept capabilities: {study.output}", found)
-    return study.summary
+    return study.tracker.summary
 
 
 def _scores(said: Mapping[str, Any]) -> dict[str, float]:
@@ -306,13 +302,13 @@ def _beginnings(config: Config, texts: Sequence["Document"]) -> list[list[int]]:
     return [list(one) for one in itertools.islice(dict.fromkeys(filter(None, cut)), config.diversity.prefixes)]
 
 
-def _texts(config: Config, start: Path) -> tuple[PreTrainedTokenizerBase, list["Document"]]:
+def _texts(config: Config, start: Path | None) -> tuple[PreTrainedTokenizerBase, list["Document"]]:
     """The tokenizer, and texts of ``data.path`` or the task's demonstrations in an order that the seed decides."""
     from transformers import AutoTokenizer
 
     from cola_ray.learner.corpus import load_documents
 
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer = AutoTokenizer.from_pretrained(start or config.model.base)
     task = None if config.data.path else to_pretrain_on(config.task, config.seed)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     documents, _ = load_documents(config.data, task, ChatTokenizer(tokenizer, config.data.date), longest)
@@ -327,9 +323,9 @@ def _refuse_other_predictions(config: Config) -> None:
         return
     before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
     before["split"], now["split"] = (tree.get("eval", {}).get("split") for tree in (before, now))
-    for branch in ("seed", "model", "task", "rollout", "search", "q", "split"):
+    for branch in ("seed", "model", "task", "rollout", "rl", "search", "q", "split"):
         if before.get(branch) != now[branch]:
             raise ConfigError(
-                f"resume = True: {file} has another {branch}; give another --output-dir, or leave --resume out to "
-                "answer anew"
+                f"resume = True: {file} has another {branch}; give another --output-dir, or --overwrite in place of "
+                "--resume to answer anew"
             )

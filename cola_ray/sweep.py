@@ -11,7 +11,6 @@ last checkpoints, so the table is that of a sweep that nobody disturbed.
 """
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from typing import Any
 import ray
 from ray import tune
 
-from cola_ray import actors
+from cola_ray import actors, launch, provenance
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
 from cola_ray.display import current, shown
-from cola_ray.driver import make_start_model, measured, prepare_output, run_agent, run_rl, tracked
+from cola_ray.driver import make_start_model, measured, run_agent, run_rl, tracked
 from cola_ray.presets import trial
 from cola_ray.refusals import check
-from cola_ray.tracking import plot_frontier, print_ways, write_json
+from cola_ray.run_folder import summary_of
+from cola_ray.tracking import Tracker, plot_frontier, print_ways
 
 Row = dict[str, Any]
 _REPORTED = ("reward/mean", "policy/kl", "policy/entropy")
@@ -41,31 +41,38 @@ def sweep(config: Config) -> dict[str, Any]:
         KeyboardInterrupt: stopped; can be resumed.
     """
     check(config, "sweep")
-    started = time.time()
-    runs = config.sweep.parallel or 1
-    with actors.cluster(config, runs):
-        make_start_model(config)
-        config = override(config, {"model.path": str(config.start_model.resolve())}).resolve_paths("sweep")
-        _refuse_another_sweep(config)
-        output = prepare_output(config)
-        with tracked(config, "sweep") as tracker:
-            uri = config.tracking_uri or f"sqlite:///{output.parent / 'mlflow.db'}"
-            shared = override(config, {"tracking_uri": uri, "tracking_parent": tracker.run.info.run_id})
-            rows, failures, unfinished = _fit(shared)
-            found = by_value(rows)
-            summary = {"preset": config.preset, "task": config.task.name, "field": config.sweep.field, "values": found,
-                       "runs": rows, "failed": failures, "wall_seconds": round(time.time() - started, 1)}  # fmt: skip
-            write_json(output / "summary.json", summary)
+    begun = launch.begin(config, "sweep", _refuse_another_sweep)
+    output, runs = begun.folder.path, config.sweep.parallel or 1
+    found: dict[str, Any] = {}
+    rows: list[Row] = []
+
+    def summarise(_: Tracker) -> dict[str, Any]:
+        return {"preset": config.preset, "task": config.task.name, "field": config.sweep.field, **found}
+
+    def draw(_: Tracker) -> None:
+        if rows:
             title = f"{config.task.name}: {config.sweep.field}"
             plot_frontier(output / "frontier.png", title, rows, measured(config))
-    print_ways(f"{config.sweep.field}, {len(rows)} runs: {output}", found)
-    if unfinished and not failures:
-        raise KeyboardInterrupt
-    if failures:
-        raise RunFailedError(
-            f"{len(failures)} of {len(grid(config))} runs failed, the first with: {failures[0]}; --resume tries again"
-        )
-    return summary
+
+    with actors.cluster(config, runs):
+        with begun.folder.failing():
+            make_start_model(config)
+        with tracked(begun, summarise, draw) as tracker:
+            config = begun.config if begun.start is None else provenance.starting_from(begun.config, begun.start)
+            uri = config.tracking_uri or f"sqlite:///{output.parent / 'mlflow.db'}"
+            parent = {"tracking_uri": uri, "tracking_parent": tracker.run.info.run_id, "overwrite": False}
+            made, failures, unfinished = _fit(override(config, parent))
+            rows += made
+            found |= {"values": by_value(rows), "runs": rows, "failed": failures}
+            if unfinished and not failures:
+                raise KeyboardInterrupt
+            if failures:
+                raise RunFailedError(
+                    f"{len(failures)} of {len(grid(config))} runs failed, the first with: {failures[0]}; --resume "
+                    "tries again"
+                )
+    print_ways(f"{config.sweep.field}, {len(rows)} runs: {output}", found["values"])
+    return tracker.summary
 
 
 def grid(config: Config) -> list[Row]:
@@ -160,10 +167,8 @@ def _plain(settings: Mapping[str, Any]) -> Row:
 def _trial(settings: dict[str, Any], tree: dict[str, Any]) -> None:
     """One run, in a process of Ray Tune's; what ended before is told again from its summary."""
     config = trial(Config.model_validate(tree), settings["value"], settings["seed"])
-    file = Path(config.output_dir) / "summary.json"
-    if file.exists():
-        summary = json.loads(file.read_text())
-    else:
+    summary = summary_of(Path(config.output_dir))
+    if summary is None:
         run = run_agent if is_environment(config.task.name) else run_rl
         summary = run(config, on_step=_tell_tune)
     known = {name: summary[name] for name in _SHOWN if name in summary}
@@ -222,11 +227,11 @@ def _refuse_another_sweep(config: Config) -> None:
     before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
     for tree in (before, now):
         tree["sweep"].pop("parallel")
-        for field in ("resume", "cluster", "tracking_uri"):
-            tree.pop(field)
+        for field in ("resume", "overwrite", "cluster", "tracking_uri"):
+            tree.pop(field, None)
     other = [field for field in now if before.get(field) != now[field]]
     if other:
         raise ConfigError(
-            f"resume = True: {file} has another {other[0]}; give another --output-dir, or leave --resume out to sweep "
-            "anew"
+            f"resume = True: {file} has another {other[0]}; give another --output-dir, or --overwrite in place of "
+            "--resume to sweep anew"
         )

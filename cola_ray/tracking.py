@@ -42,10 +42,12 @@ class Tracker:
         self.mlflow = mlflow
         self.on_step, self.log_file = on_step, output_dir / "log.jsonl"
         self.history: dict[int, dict[str, float]] = {}
+        self.summary: dict[str, Any] = {}
+        """What the run left as summary.json, once it has ended."""
         self.id_file = output_dir / "mlflow_run_id"
         mlflow.set_tracking_uri(uri or f"sqlite:///{output_dir.parent / 'mlflow.db'}")
         # MLflow makes its tables when a database is first opened, and two runs that do so at once break each other.
-        with contextlib.nullcontext() if uri else filelock.FileLock(output_dir.parent / "mlflow.lock"):
+        with contextlib.nullcontext() if uri else filelock.FileLock(output_dir.parent / ".cola_ray-mlflow.lock"):
             self._choose_experiment(f"cola_ray/{job}", output_dir, parent, made_here=not uri)
         known = self.id_file.read_text().strip() if self.id_file.exists() else None
         below = {"mlflow.parentRunId": parent} if parent and not known else None
@@ -54,7 +56,6 @@ class Tracker:
         if known is not None:
             self._recall()
         else:
-            self.log_file.unlink(missing_ok=True)
             mlflow.log_params({name: str(value)[:500] for name, value in params.items()})
         self.note("resume" if known else "start", job=job)
 
@@ -88,6 +89,17 @@ class Tracker:
         with self.log_file.open("a") as file:
             file.write(json.dumps({"time": when, "run": self.run.info.run_id, "event": event, **facts}) + "\n")
 
+    @property
+    def step(self) -> int:
+        """The last one that was logged."""
+        return max(self.history, default=0)
+
+    def first(self, name: str) -> float | None:
+        return next(iter(self.series(name)[1]), None)
+
+    def latest(self, name: str) -> float | None:
+        return next(reversed(self.series(name)[1]), None)
+
     def series(self, name: str) -> tuple[list[int], list[float]]:
         steps = [step for step in sorted(self.history) if name in self.history[step]]
         return steps, [self.history[step][name] for step in steps]
@@ -100,13 +112,6 @@ class Tracker:
             if (output_dir / name).exists():
                 self.mlflow.log_artifact(str(output_dir / name))
         self.mlflow.end_run("FAILED" if error else "FINISHED")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """In one rename, so that a reader never sees half a file."""
-    staging = path.with_suffix(".tmp")
-    staging.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    staging.replace(path)
 
 
 def print_summary(title: str, rows: Mapping[str, Any]) -> None:

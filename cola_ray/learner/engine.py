@@ -25,8 +25,8 @@ from cola_ray.weights import Manifest
 class Report(Protocol):
     """How a training loop tells what it does."""
 
-    def __call__(self, metrics: dict[str, Any], folder: Path | None) -> None:
-        """A step's metrics, and the folder of a checkpoint; a collective."""
+    def __call__(self, metrics: dict[str, Any], folder: Path | None) -> bool | None:
+        """A step's metrics, and the folder of a checkpoint; a collective. True: the run is to stop."""
         ...
 
     def doing(self, what: str) -> None:
@@ -35,12 +35,14 @@ class Report(Protocol):
 
 
 def report_saved(
-    report: Callable[[dict[str, Any], Path | None], None], metrics: dict[str, Any], save: Callable[[Path], None]
-) -> None:
+    report: Callable[[dict[str, Any], Path | None], bool | None],
+    metrics: dict[str, Any],
+    save: Callable[[Path], None],
+) -> bool | None:
     """Report with a checkpoint, which every rank's ``save`` writes its part of into a folder."""
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
-        report(metrics, Path(folder))
+        return report(metrics, Path(folder))
 
 
 class CheckpointError(RuntimeError):

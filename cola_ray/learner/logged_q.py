@@ -42,7 +42,7 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     held_out = min(HELD_OUT, len(log) // 10)
     train, rest = log[: len(log) - held_out], log[len(log) - held_out :]
     report.doing("opening the model")
-    model = CoLAForCausalLM.from_pretrained(config.start_model, dtype=getattr(torch, config.model.dtype))
+    model = CoLAForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
     model = model.to(device).requires_grad_(False)
     learner = LoggedQLearner(config, model, device)
     first = learner.load(checkpoint) if checkpoint else 0
@@ -58,10 +58,14 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
         if rest and ((step + 1) % 25 == 0 or last):
             metrics |= {f"q/heldout_{name}": value for name, value in learner.measure(rest).items()}
         metrics |= {"stage": Q_STAGE, "step": step + 1, "steps": total, "time/step": time.perf_counter() - started}
+        save = functools.partial(learner.save, step=step + 1)
         if (step + 1) % settings.save_every == 0 and not last:
-            report_saved(report, metrics, functools.partial(learner.save, step=step + 1))
+            stop = report_saved(report, metrics, save)
         else:
-            report(metrics, None)
+            stop = report(metrics, None)
+        if stop:
+            report_saved(report, metrics, save)
+            break
     if rank == 0:
         target = Path(config.output_dir) / "model"
         target.mkdir(parents=True, exist_ok=True)

@@ -164,7 +164,10 @@ class StageModule(nn.Module):
 
 
 def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
-    """All stages, on every rank. ``report(metrics, checkpoint folder or None)`` is a collective."""
+    """All stages, on every rank; leaves ``output_dir/model``, of a run that is stopped as far as it came.
+
+    ``report(metrics, checkpoint folder or None)`` is a collective, and is true where the run is to stop.
+    """
     rank = torch.distributed.get_rank()
     output = Path(config.output_dir)
     # With a corpus of its own and a base that brings its tokenizer, a run needs no task at all.
@@ -177,7 +180,9 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
         target = output / "stages" / stage
         if not (target / "done.json").exists():
             same = checkpoint if resumed.get("stage") == stage else None
-            _run_stage(config, stage, task, current, target, same, resumed.get("step", 0) if same else 0, report)
+            step = resumed.get("step", 0) if same else 0
+            if not _run_stage(config, stage, task, current, target, same, step, report):
+                return
         current = target
     if rank == 0:
         _replace(current, output / "model")
@@ -271,7 +276,8 @@ def _run_stage(
     checkpoint: Path | None,
     first_step: int,
     report: Report,
-) -> None:
+) -> bool:
+    """Whether the stage came to its end; one that is stopped leaves a checkpoint, and its model as the run's."""
     settings = config.pretrain
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     report.doing(f"{stage}: reading the corpus")
@@ -309,13 +315,19 @@ def _run_stage(
         last = step + 1 == total
         if heldout and stage in ("base", "policy") and ((step + 1) % 25 == 0 or last):
             metrics[f"{stage}/accuracy"] = _accuracy(zero, heldout)
+        save = functools.partial(zero.save, notes={"pretrain.json": json.dumps({"stage": stage, "step": step + 1})})
         if (step + 1) % settings.save_every == 0 and not last:
-            place = json.dumps({"stage": stage, "step": step + 1})
-            report_saved(report, metrics, functools.partial(zero.save, notes={"pretrain.json": place}))
+            stop = report_saved(report, metrics, save)
         else:
-            report(metrics, None)
+            stop = report(metrics, None)
+        if stop and not last:
+            report_saved(report, metrics, save)
+            report.doing(f"{stage}: saving the model")
+            _leave(config, stage, zero, source, Path(config.output_dir) / "model", tokenizer, metrics)
+            return False
     report.doing(f"{stage}: saving the model")
     _leave(config, stage, zero, source, target, tokenizer, metrics)
+    return True
 
 
 def _train_step(

@@ -78,11 +78,14 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
         if heldout and ((step + 1) % 25 == 0 or last):
             metrics["reward/accuracy"] = _accuracy(zero, heldout, settings.micro_batch_size, pad)
         metrics |= {"stage": "reward", "step": step + 1, "steps": total, "time/step": time.perf_counter() - started}
+        save = functools.partial(zero.save, notes={"reward.json": json.dumps({"step": step + 1})})
         if (step + 1) % settings.save_every == 0 and not last:
-            place = json.dumps({"step": step + 1})
-            report_saved(report, metrics, functools.partial(zero.save, notes={"reward.json": place}))
+            stop = report_saved(report, metrics, save)
         else:
-            report(metrics, None)
+            stop = report(metrics, None)
+        if stop:
+            report_saved(report, metrics, save)
+            break
     report.doing("saving the model")
     published = [Published(name.removeprefix("classifier."), (parameter,)) for name, parameter in zero.trained]
     tensors = {name: tensor.cpu().clone() for name, tensor in zero.stream(published)}

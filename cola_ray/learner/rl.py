@@ -546,8 +546,6 @@ def train_loop(
             saved = learner.version
         if batch is None:
             break
-    if learner.version < config.rl.max_steps:  # stopped early; the checkpoint is what is left
-        return
     tensors = {name: tensor.cpu().clone() for name, tensor in learner.zero.stream(learner.policy.published())}
     if is_first:
         beta = config.rl.kl_coef if config.rl.actor_free else 0.0

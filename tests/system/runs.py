@@ -34,7 +34,13 @@ class Run:
 
     @property
     def output(self) -> Path:
-        return self.where / "outputs" / f"{self.job}-tiny-seed0"
+        return self.start.parent if self.job == "pretrain" else self.where / "outputs" / f"{self.job}-tiny-seed0"
+
+    @property
+    def start(self) -> Path:
+        """The model that this job has pre-trained; its folder's name says under which settings."""
+        (found,) = (self.where / "outputs").glob("pretrain-tiny-*/model")
+        return found
 
     def finish(self, code: int = 0, timeout: float = 1800) -> str:
         """Wait for the end; everything the job printed."""

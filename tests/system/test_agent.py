@@ -12,8 +12,8 @@ from runs import Run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 SHORT = ["--pretrain.steps.base", "150", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40",
          "--task.num-problems", "400"]  # fmt: skip
-RL = ["--rl.max-steps", "6", "--rl.prompts-per-step", "16", "--rl.eval-problems", "16", "--rl.eval-every", "3",
-      "--critic.steps", "10", "--critic.batch-size", "64", "--critic.fresh-states", "64",
+FEW = ["--rl.max-steps", "6", "--rl.prompts-per-step", "16", "--rl.eval-problems", "16", "--rl.eval-every", "3"]
+RL = [*FEW, "--critic.steps", "10", "--critic.batch-size", "64", "--critic.fresh-states", "64",
       "--critic.warmup-iterations", "2", "--replay.snapshot-every-s", "1"]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_an_archer_run_end_to_end(finished):
 
 
 def test_killed_services_cost_one_snapshot_interval_and_are_told(finished, tmp_path):
-    model = finished.where / "outputs" / "pretrain-tiny-twenty_questions-seed0" / "model"
+    model = finished.start
     run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, "--rl.max-steps", "12")
     run.wait_for_step("replay/rows", 3)
     time.sleep(2)
@@ -78,11 +78,11 @@ def test_an_agent_is_evaluated_on_seeds_that_training_never_uses(finished, tmp_p
 
 
 def test_ppo_learns_a_value_and_resumes(finished, tmp_path):
-    model = finished.where / "outputs" / "pretrain-tiny-twenty_questions-seed0" / "model"
+    model = finished.start
     settings = ["--rl.algorithm", "ppo", "--rl.updates-per-batch", "2", "--rl.save-every", "2"]
-    run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, *settings, "--rl.max-steps", "2")
+    run = Run("rl_agent", tmp_path, "--model.path", str(model), *FEW, *settings, "--rl.max-steps", "2")
     run.finish()
-    run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, *settings, "--rl.max-steps", "4", "--resume")
+    run = Run("rl_agent", tmp_path, "--model.path", str(model), *FEW, *settings, "--rl.max-steps", "4", "--resume")
     run.finish()
     guessed = run.series("value/mean")
     assert guessed[4] < guessed[1], "the head learns that questions cost something"

@@ -26,7 +26,7 @@ SAME = ("policy/loss", "policy/grad_norm", "reward/mean", "rollout/response_leng
 def model(tmp_path_factory):
     run = Run("pretrain", tmp_path_factory.mktemp("model"), *SHORT_PRETRAINING)
     run.finish()
-    return run.where / "outputs" / "pretrain-tiny-seed0" / "model"
+    return run.start
 
 
 @pytest.fixture

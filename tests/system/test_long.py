@@ -53,7 +53,7 @@ def test_every_stage_runs_under_zero3_with_codes_revived(tmp_path):
     run = Run("pretrain", tmp_path, "--pretrain.stages", *stages, "--pretrain.max-steps", "30",
               "--pretrain.revive-every", "10", "--pretrain.balance-coef", "0")  # fmt: skip
     run.finish()
-    model = tmp_path / "outputs" / "pretrain-tiny-seed0"
+    model = run.output
     assert json.loads((model / "summary.json").read_text())["stages"] == stages
     for index, stage in enumerate(stages):
         found = run.series(f"{stage}/loss")

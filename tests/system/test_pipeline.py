@@ -43,8 +43,7 @@ def test_engine_and_learner_agree_in_the_run(finished):
 
 
 def test_rl_changed_the_policy_and_nothing_else(finished):
-    start_model = finished.where / "outputs" / "pretrain-tiny-seed0" / "model"
-    start = CoLAForCausalLM.from_pretrained(start_model).state_dict()
+    start = CoLAForCausalLM.from_pretrained(finished.start).state_dict()
     end = CoLAForCausalLM.from_pretrained(finished.output / "model").state_dict()
     for name, tensor in start.items():
         assert torch.equal(end[name], tensor) != name.startswith("policy."), name
@@ -62,7 +61,7 @@ def test_resume_goes_on_in_the_same_run(finished):
 
 def test_the_same_run_over_tokens(finished):
     """The plain base of the same model, in vLLM's own Llama; all of it trains."""
-    model = str(finished.where / "outputs" / "pretrain-tiny-seed0" / "model")
+    model = str(finished.start)
     run = Run("rl_math", finished.where / "tokens", *RL, "--rl.max-steps", "2", "--rl.action-space", "token",
               "--model.path", model)  # fmt: skip
     run.finish()
@@ -78,7 +77,7 @@ def test_the_same_run_over_tokens(finished):
 
 @pytest.mark.slow
 def test_etpo_without_an_actor_leaves_a_model_with_a_q(finished):
-    model = str(finished.where / "outputs" / "pretrain-tiny-seed0" / "model")
+    model = str(finished.start)
     run = Run("rl_math", finished.where / "soft", *RL, "--rl.max-steps", "2", "--rl.algorithm", "etpo",
               "--rl.actor-free", "--rl.kl-coef", "0.05", "--model.path", model)  # fmt: skip
     run.finish()

@@ -18,7 +18,7 @@ OUTPUT = "outputs/sweep-tiny-seed0"
 def model(tmp_path_factory):
     run = Run("pretrain", tmp_path_factory.mktemp("model"), *SHORT_PRETRAINING)
     run.finish()
-    return run.output.parent / "pretrain-tiny-seed0" / "model"
+    return run.start
 
 
 def summary(where):
@@ -36,7 +36,7 @@ def test_killed_and_resumed_equals_undisturbed(model, tmp_path):
     killed = Run("sweep_kl", tmp_path / "killed", *start)
     first = tmp_path / "killed" / OUTPUT / "runs" / "rl.kl_coef=0.0-seed0" / "summary.json"
     deadline = time.monotonic() + 900
-    while not first.exists():
+    while not first.exists() or json.loads(first.read_text())["state"] != "finished":
         assert killed.process.poll() is None, killed.log
         assert time.monotonic() < deadline
         time.sleep(0.5)

@@ -9,6 +9,7 @@ import pytest
 from cola_ray.command_line import from_command_line
 from cola_ray.config import Config, ConfigError, override
 from cola_ray.presets import preset
+from cola_ray.provenance import resolve, start_model
 from cola_ray.refusals import check
 
 
@@ -178,8 +179,8 @@ def test_override_makes_a_new_tree():
 
 
 def test_command_line(capsys):
-    config = from_command_line("pretrain", ["--preset", "llama-3.1-8b", "--rl.kl-coef", "0.5", "--seed", "3"])
-    assert (config.rl.kl_coef, config.seed, config.model.num_policy_layers) == (0.5, 3, 8)
+    config = from_command_line("pretrain", ["--preset", "llama-3.1-8b", "--pretrain.lr", "0.5", "--seed", "3"])
+    assert (config.pretrain.lr, config.seed, config.model.num_policy_layers) == (0.5, 3, 8)
     with pytest.raises(SystemExit) as caught:
         from_command_line("rl_math", ["--rl.group-size", "1"])
     assert caught.value.code == 2
@@ -204,8 +205,8 @@ def test_refused_before_any_process_starts():
 def test_a_submitted_jobs_results_do_not_go_where_ray_deletes_them(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    config = preset("tiny").resolve_paths("rl_math")
+    config = resolve(preset("tiny"), "rl_math")
     assert config.output_dir == str(tmp_path / "cola_ray" / "outputs" / "rl_math-tiny-seed0")
-    assert config.start_model.is_relative_to(tmp_path)
-    absolute = override(preset("tiny"), {"output_dir": "/data/run"}).resolve_paths("rl_math")
+    assert start_model(config).is_relative_to(tmp_path)
+    absolute = resolve(override(preset("tiny"), {"output_dir": "/data/run"}), "rl_math")
     assert absolute.output_dir == "/data/run"

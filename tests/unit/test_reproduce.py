@@ -13,6 +13,7 @@ from cola_ray.config import ConfigError, override
 from cola_ray.matrix import Stage
 from cola_ray.presets import preset
 from cola_ray.refusals import check
+from cola_ray.relevance import unread
 from cola_ray.report import FIGURES, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
@@ -148,8 +149,31 @@ def test_the_sums_of_the_tiny_preset(tmp_path):
 def test_what_is_said_of_machines_holds_for_every_stage(config):
     said = {"cluster.use_gpu": True, "cluster.address": "http://head:8265", "rollout.num_workers": 3,
             "tracking_uri": "http://mlflow:5000"}  # fmt: skip
-    words = matrix.machines(override(config, said))
+    words = matrix.machines(override(config, said), "rl_math")
     assert not any(word.startswith("--cluster.address") for word in words), "Ray tells a job of its cluster"
     stage = from_command_line("rl_math", ["--preset", "tiny", *words, "--rollout.num-workers", "2"])
     assert (stage.cluster.learner_ranks, stage.rollout.num_workers, stage.cluster.use_gpu) == (1, 2, True)
     assert stage.tracking_uri == said["tracking_uri"]
+    assert "--rollout.num-workers" not in matrix.machines(override(config, said), "pretrain"), "which has no engines"
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2-135m"])
+def test_stages_are_told_nothing_in_vain(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "check", lambda *_: None)
+    said = {"output_dir": str(tmp_path), "rollout.num_workers": 3, "cluster.learner_ranks": 4, "data.path": "x.jsonl",
+            "data.text_field": "t", "harness.limit": 3}  # fmt: skip
+    config = override(preset(name), said)
+    for stage in matrix.stages(config):
+        job = {"sweep_kl": "sweep"}.get(stage.job, stage.job)
+        words = [
+            "--preset",
+            name,
+            *matrix.machines(config, stage.job),
+            *(w.format_map(_Anywhere()) for w in stage.settings),
+        ]
+        assert unread(from_command_line(job, words), job) == [], stage.name
+
+
+class _Anywhere(dict):
+    def __missing__(self, name):
+        return f"/stages/{name}"

@@ -1,0 +1,76 @@
+"""From settings to a run that may begin: what it starts from, what it reads, where it writes.
+
+lines = refusals(config, "rl_math")     # why it may not begin; nothing is touched
+launch = begin(config, "rl_math")       # says so in its first lines, and takes the folder
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cola_ray import provenance, relevance, run_folder
+from cola_ray.config import Config, ConfigError, override
+from cola_ray.run_folder import RunFolder
+
+_FROM_A_MODEL = ("rl_math", "rl_preference", "rl_agent", "sweep", "evaluate", "diversity", "atlas", "capabilities",
+                 "train_q")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run that has begun: its settings with absolute paths and the start model's sizes, and its folder."""
+
+    config: Config
+    job: str
+    start: Path | None
+    """The model that it starts from; None where there is none, or only a plain base."""
+    folder: RunFolder
+
+
+def refusals(config: Config, job: str) -> list[str]:
+    """A line for each reason why the job may not begin: settings that do nothing, the start model, the folder."""
+    config, job = _as_run(config, job)
+    lines = relevance.unread(config, job)
+    if job not in run_folder.WRITES:
+        return lines
+    if job in _FROM_A_MODEL:
+        lines += provenance.refusals(config, job)
+    return lines + run_folder.refusals(provenance.resolve(config, job), job, _start(config, job))
+
+
+def begin(config: Config, job: str, refuse: Callable[[Config], None] = lambda _: None) -> Launch:
+    """Take the folder and print what is about to happen.
+
+    Args:
+        refuse: settings with their paths and the start model's sizes, before the folder is touched.
+
+    Raises:
+        ConfigError: it may not, see :func:`refusals`.
+    """
+    lines = refusals(config, job)
+    if lines:
+        raise ConfigError("\n".join(lines))
+    config, job = _as_run(config, job)
+    start = _start(config, job)
+    config = provenance.resolve(config, job)
+    if start is not None:
+        config = provenance.with_sizes_of(config, start)
+    refuse(config)
+    print(provenance.first_lines(config, job, start), flush=True)
+    return Launch(config, job, start, run_folder.claim(config, job, start))
+
+
+def _as_run(config: Config, job: str) -> tuple[Config, str]:
+    """With what goes without saying: preferences are a job of their own, and a reproduction goes on where it was."""
+    if job == "rl_math" and config.task.name == "preference":
+        return config, "rl_preference"
+    if job == "reproduce" and not config.overwrite:
+        record = run_folder.read_record(Path(provenance.resolve(config, job).output_dir))
+        config = override(config, {"resume": record is not None and record.get("job") == job})
+    return config, job
+
+
+def _start(config: Config, job: str) -> Path | None:
+    if job not in _FROM_A_MODEL or provenance.starts_from_base(config):
+        return None
+    return provenance.start_model(config).resolve()

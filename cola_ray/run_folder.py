@@ -1,0 +1,258 @@
+"""A run's folder: what a job may write there, and the record of what it did.
+
+    RUN/run.json    {"tool": "cola_ray", "job": ..., "state": ..., "step": ..., "wrote": [names], "files": [paths]}
+
+    lines = refusals(config, "rl_math")      # why the job may not write there; empty: it may
+    folder = claim(config, "rl_math")        # removes an earlier run's names, with consent alone, and writes the record
+    folder.end("finished", step=80)
+
+A job takes names that nothing had before, so whatever bears them later is the run's: that, and nothing else, is what
+``--overwrite`` removes. Files that somebody put among them meanwhile are known by not being in the record.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cola_ray.config import Config, ConfigError, is_endpoint
+
+State = Literal["running", "finished", "stopped", "failed"]
+RECORD = "run.json"
+_TOOL = "cola_ray"
+_EVERY_RUN = (RECORD, "config.json", "summary.json", "log.jsonl", "mlflow_run_id")
+_RL = ("checkpoints", "base", "model", "replay", "critic", "reward.png")
+WRITES: Mapping[str, tuple[str, ...]] = {
+    "pretrain": ("checkpoints", "stages", "model", "model.tmp", "losses.png"),
+    "reward_model": ("checkpoints", "base", "model", "losses.png"),
+    "train_q": ("checkpoints", "model", "losses.png"),
+    "rl_math": _RL,
+    "rl_agent": _RL,
+    "rl_preference": _RL,
+    "evaluate": ("base", "predictions", "accuracy.png"),
+    "diversity": ("base", "continuations.parquet"),
+    "atlas": ("atlas.html",),
+    "capabilities": ("harness.json",),
+    "sweep": ("runs", "tune", "frontier.png"),
+    "reproduce": ("stages", "sums", "report", "head.log"),
+}
+"""What each job may write in its folder, beside the names of every run."""
+_BESIDE = ("log.txt",)  # written into a stage's folder by whoever started it
+
+
+def written_by(job: str) -> tuple[str, ...]:
+    return (*_EVERY_RUN, *WRITES[job])
+
+
+_KNOWN = frozenset(name for job in WRITES for name in written_by(job))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One that a job has claimed."""
+
+    path: Path
+    job: str
+
+    def end(self, state: State, step: int | None = None) -> None:
+        """Record how the run ended, and which files are its own."""
+        record = read_record(self.path) or {}
+        files = _files(self.path, record.get("wrote", ()))
+        write_json(self.path / RECORD, record | {"state": state, "step": step, "files": files})
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Whatever ends the run in here is recorded as its end."""
+        try:
+            yield
+        except BaseException as error:
+            self.end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of the run in this folder; None where no run of ours has written."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("tool") == _TOOL else None
+
+
+def summary_of(folder: Path) -> dict[str, Any] | None:
+    """Of a run that came to its end; None where it did not."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("state", "finished") == "finished" else None
+
+
+def is_finished(folder: Path) -> bool:
+    record = read_record(folder)
+    return record is not None and record.get("state") == "finished"
+
+
+def refusals(config: Config, job: str, start: Path | None = None) -> list[str]:
+    """Why the job may not write into ``output_dir``, a line each. Changes nothing.
+
+    Args:
+        config: with absolute paths.
+        start: the model that the run starts from.
+    """
+    folder = Path(config.output_dir)
+    said = f"output_dir = {config.output_dir!r}"
+    if config.resume and config.overwrite:
+        return ["overwrite = True: a run is either resumed or begun anew; leave --resume or --overwrite out"]
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        return [f"{said}: is no folder; give another --output-dir"]
+    lines = _no_database(config)
+    record, names = read_record(folder), written_by(job)
+    ours = [] if record is None else [name for name in record.get("wrote", ()) if name in _KNOWN]
+    foreign = [name for name in names if os.path.lexists(folder / name) and name not in ours]
+    strange = [] if record is None else strangers(folder)
+    away = "give another --output-dir, or move them away"
+    if foreign:
+        lines.append(f"{said}: has {_listed(foreign)}, which no run of this folder wrote; {away}")
+    elif record is not None and config.resume and record.get("job") != job:
+        lines.append(f"{said}: holds a run of {record.get('job')}, not of {job}; give another --output-dir")
+    elif record is not None and not (config.resume or config.overwrite):
+        how = "a finished run" if record.get("state") == "finished" else "an unfinished run"
+        at = "" if record.get("step") is None else f", at step {record['step']}"
+        lines.append(
+            f"{said}: holds {how} of {record.get('job')}{at}; use --resume to go on with it, --overwrite to remove it "
+            "and begin anew, or another --output-dir"
+        )
+    elif strange:
+        verb = "resumed over" if config.resume else "removed with the run"
+        lines.append(f"{said}: has {_listed(strange)}, which the run did not write and which would be {verb}; {away}")
+    removed = ours if config.overwrite else []
+    return lines + _inputs_within(config, folder, {*names, *removed}, start)
+
+
+def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
+    """Take the folder for a job: make it, remove an earlier run with ``overwrite``, write record and settings.
+
+    Raises:
+        ConfigError: it may not be taken, see :func:`refusals`; then nothing has been touched.
+    """
+    lines = refusals(config, job, start)
+    if lines:
+        raise ConfigError("\n".join(lines))
+    folder = Path(config.output_dir)
+    record = read_record(folder)
+    if record is not None and config.overwrite:
+        # The record goes last: what a kill leaves behind is still known to be the run's.
+        for name in sorted(set(record["wrote"]) & _KNOWN, key=lambda name: name == RECORD):
+            _remove(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = {"tool": _TOOL, "job": job, "state": "running", "step": None, "wrote": written_by(job)}
+    write_json(folder / RECORD, begun)
+    write_json(folder / "config.json", config.model_dump())
+    return RunFolder(folder, job)
+
+
+def strangers(folder: Path) -> list[str]:
+    """Files and links among a run's own that it did not write; of a run that was killed, links alone."""
+    record = read_record(folder) or {}
+    names = [name for name in record.get("wrote", ()) if name in _KNOWN]
+    found = [name for name in names if (folder / name).is_symlink()]
+    recorded = record.get("files")
+    if recorded is not None:
+        known = set(recorded)
+        found += [file for file in _files(folder, names) if file not in known and file not in found]
+    for below in _runs_below(folder, names):
+        own = {*(read_record(below) or {}).get("wrote", ()), *_BESIDE}
+        beside = [str(entry.relative_to(folder)) for entry in sorted(below.iterdir()) if entry.name not in own]
+        found += beside + [str((below / file).relative_to(folder)) for file in strangers(below)]
+    return found
+
+
+def _files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Relative paths of files and links below these names, but for folders of runs, which have their own records."""
+    found = []
+    for name in names:
+        place = folder / name
+        if place.is_symlink() or place.is_file():
+            found.append(name)
+            continue
+        for here, folders, files in os.walk(place):
+            folders[:] = sorted(one for one in folders if read_record(Path(here, one)) is None)
+            links = [one for one in folders if Path(here, one).is_symlink()]
+            found += [os.path.relpath(Path(here, one), folder) for one in sorted([*files, *links])]
+    return found
+
+
+def _runs_below(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    for name in names:
+        for here, folders, _ in os.walk(folder / name):
+            runs = [one for one in sorted(folders) if read_record(Path(here, one)) is not None]
+            yield from (Path(here, one) for one in runs)
+            folders[:] = [one for one in folders if one not in runs]
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder; of links below it, the links alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _inputs_within(config: Config, folder: Path, written: set[str], start: Path | None) -> list[str]:
+    """What is read may not be written over, and nothing is written into what is read."""
+    inputs = {
+        "model.path": config.model.path, "model.base": config.model.base, "data.path": config.data.path,
+        "task.path": config.task.path, "task.game": config.task.game, "q.path": config.q.path,
+        "task.reward_model": "" if is_endpoint(config.task.reward_model) else config.task.reward_model,
+        "critic.encoder": config.critic.encoder, "diversity.encoder": config.diversity.encoder,
+    }  # fmt: skip
+    lines = []
+    folder = folder.resolve()
+    for field, value in inputs.items():
+        place = Path(value).expanduser()
+        if not value or not place.exists():
+            continue
+        place = place.resolve()
+        if any(place == folder / name or folder / name in place.parents for name in written):
+            lines.append(f"{field} = {value!r}: lies in what the run writes to {folder}; give another --output-dir")
+        elif place == folder or place in folder.parents:
+            lines.append(f"{field} = {value!r}: the run would write into it, to {folder}; give another --output-dir")
+    if start is not None and not config.model.path and (start == folder or folder in start.resolve().parents):
+        lines.append(f"output_dir = {config.output_dir!r}: holds the model that the run starts from; give another")
+    return lines
+
+
+def _no_database(config: Config) -> list[str]:
+    """Runs are tracked in mlflow.db beside the folder, unless it is said where; another program's file is not taken."""
+    file = Path(config.output_dir).parent / "mlflow.db"
+    if config.tracking_uri or not file.exists() or not file.stat().st_size:
+        return []
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as db,
+    ):
+        tables = {name for (name,) in db.execute("select name from sqlite_master where type = 'table'")}
+        if not tables or "experiments" in tables:
+            return []
+    return [f"output_dir = {config.output_dir!r}: {file} is no database of MLflow; give --tracking-uri, e.g. "
+            "sqlite:///runs.db, or a folder elsewhere"]  # fmt: skip
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """In one rename, so that a reader never sees half a file; through a file whose name nobody else has."""
+    staging = path.with_name(f".{path.stem}-{secrets.token_hex(8)}.tmp")
+    with staging.open("x") as file:
+        file.write(json.dumps(content, indent=2, default=str) + "\n")
+    staging.replace(path)

@@ -1,0 +1,249 @@
+"""What a run starts from and what it reads: settings that do nothing are refused, a model made from another is too."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cola_ray import command_line, launch, provenance, relevance, run_folder
+from cola_ray.command_line import from_command_line
+from cola_ray.config import override
+from cola_ray.presets import preset, trial
+from cola_ray.provenance import first_lines, made_from, pretrained_dir, resolve, start_model
+from cola_ray.relevance import given, only_read, unread
+
+ROOT = Path(__file__).parents[2]
+
+
+def tiny(agents=False, **changes):
+    return override(preset("tiny", agents), changes)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# --- settings that do nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("job", "changes", "line"),
+    [
+        ("rl_math", {"task.path": "my.jsonl"}, "task.path = 'my.jsonl': has no effect here; "),
+        ("rl_math", {"critic.steps": 3}, "critic.steps = 3: rl_math does not read it; rl_agent and sweep do"),
+        ("pretrain", {"search.depth": 3}, "search.depth = 3: pretrain does not read it; evaluate does"),
+        ("pretrain", {"rl.lr": 0.1}, "rl.lr = 0.1: pretrain does not read it; rl_math, rl_preference and rl_agent do"),
+        ("rl_math", {"task.game": "x.z5"}, "task.game = 'x.z5': has no effect here; jericho does"),
+        ("rl_math", {"sweep.asha": True}, "sweep.asha = True: rl_math does not read it; sweep does"),
+        ("sweep", {"sweep.grace_steps": 3}, "sweep.grace_steps = 3: has no effect here; sweep.asha does"),
+        ("rl_math", {"hardware.gpus": 3}, "hardware.gpus = 3: rl_math does not read it; only plan does"),
+        ("rl_math", {"eval.problems": 3}, "eval.problems = 3: rl_math does not read it; evaluate does"),
+        ("rl_math", {"replay.max_rows": 3}, "replay.max_rows = 3: has no effect here; "),
+        ("rl_math", {"rollout.environment_processes": 3}, "rollout.environment_processes = 3: has no effect here; "),
+        ("rl_math", {"model.path": "m", "model.base": "b"}, "model.base = 'b': has no effect here; "),
+        ("rl_math", {"model.path": "m", "pretrain.lr": 1.0}, "pretrain.lr = 1.0: has no effect here; "),
+        ("rl_math", {"model.path": "m", "data.path": "d"}, "data.path = 'd': has no effect here; pre-training does"),
+        ("rl_math", {"data.text_field": "t"}, "data.text_field = 't': has no effect here; rows of data.path do"),
+        ("pretrain", {"pretrain.steps": {"fta_idm": 3}}, "pretrain.steps.fta_idm = 3: has no effect here; "),
+        ("pretrain", {"pretrain.stages": ("policy",), "pretrain.gumbel_tau": 1.0}, "pretrain.gumbel_tau = 1.0: has no"),
+        ("evaluate", {"eval.ways": ("greedy",), "search.c_puct": 1.0}, "search.c_puct = 1.0: has no effect here; "),
+        ("evaluate", {"q.jump": 3}, "q.jump = 3: has no effect here; of eval.ways, mcts_q does"),
+        ("evaluate", {"eval.ways": ("greedy",), "eval.ks": (2,)}, "eval.ks = (2,): has no effect here; "),
+        ("evaluate", {"rl.lr": 0.1}, "rl.lr = 0.1: evaluate does not read it; rl_math, rl_preference and rl_agent do"),
+        ("evaluate", {"pretrain.lr": 0.1}, "pretrain.lr = 0.1: evaluate does not read it; pretrain, rl_m"),
+        ("train_q", {"q.path": "q"}, "q.path = 'q': train_q does not read it; evaluate does"),
+        ("atlas", {"rl.lr": 0.1}, "rl.lr = 0.1: atlas does not read it"),
+        ("reproduce", {"rl.lr": 0.1}, "rl.lr = 0.1: reproduce does not read it"),
+        ("capabilities", {"task.thinking": True}, "task.thinking = True: capabilities does not read it"),
+        ("rl_agent", {"task.name": "guess_city", "task.thinking": True}, "task.thinking = True: has no effect here; "),
+        ("rl_agent", {"task.name": "guess_city", "rl.algorithm": "ppo", "critic.steps": 3}, "critic.steps = 3: has no"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_nothing_are_refused(job, changes, line):
+    (said,) = [one for one in unread(tiny("guess_city" in changes.values(), **changes), job) if one[:9] == line[:9]]
+    assert said.startswith(line)
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2-135m", "llama-3.1-8b"])
+def test_presets_give_nothing(name):
+    assert given(preset(name)) == given(preset(name, agents=True)) == {}
+
+
+def test_every_field_is_read_by_some_job():
+    for field in relevance._flat(preset("tiny").model_dump()):
+        assert any(relevance.reads(job, field) for job in relevance._READ if job != "plan") or "hardware" in field, (
+            field
+        )
+
+
+def documented():
+    """Every command line of a job in the documents and in the jobs' own examples."""
+    sources = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "jobs").glob("*.py"))]
+    found = []
+    for source in sources:
+        text = (
+            source.read_text()
+            .replace("\\\\\n", " ")
+            .replace("\\\n", " ")
+            .replace("M=outputs", "")
+            .replace("$M", "MODEL")
+        )
+        for line in re.findall(r"(?:python|--) jobs/(\w+\.py[^\n]*)", text):
+            words = re.sub(r"\s{2,}\(.*|`.*|\s+#.*|\.\.\.", "", line)
+            found.append(pytest.param(words, id=f"{source.name}: {words[:60]}"))
+    return found
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_command_lines_say_nothing_in_vain(line, monkeypatch):
+    script, *words = shlex.split(line)
+    job = {"sweep_kl": "sweep"}.get(script.removesuffix(".py"), script.removesuffix(".py"))
+    if "--help" in words:
+        return
+    monkeypatch.setattr(command_line, "check", lambda *_: None)
+    assert unread(from_command_line(job, words), job) == []
+
+
+def test_a_trial_of_a_sweep_is_given_what_it_reads():
+    config = trial(tiny(**{"sweep.values": (1.0,), "rl.lr": 0.1}), 0.5, 0)
+    assert unread(config, "rl_math") == []
+    assert given(config)["rl.kl_coef"] == 0.5
+
+
+# --- the model that a run starts from -----------------------------------------------------------------------------
+
+
+def test_a_model_of_its_own_for_what_differs():
+    usual = pretrained_dir(tiny())
+    assert str(usual) == "outputs/pretrain-tiny-seed0/model"
+    assert str(pretrained_dir(tiny(True))) == "outputs/pretrain-tiny-twenty_questions-seed0/model"
+    others = [
+        pretrained_dir(tiny(**changes))
+        for changes in ({"model.num_actions": 64}, {"task.name": "chain_sum"}, {"data.path": "a/b.jsonl"}, {"seed": 1},
+                        {"data.path": "c/b.jsonl"}, {"task.options": {"min_terms": 3}}, {"pretrain.steps": {"base": 5}},
+                        {"model.base": "b"}, {"task.thinking": True}, {"task.num_problems": 7}, {"pretrain.lr": 1.0})
+    ]  # fmt: skip
+    assert len({usual, *others}) == 1 + len(others)
+    assert re.fullmatch(r"pretrain-tiny-num_actions=64-\w{6}-seed0", others[0].parent.name)
+    assert re.fullmatch(r"pretrain-tiny-chain_sum-seed0", others[1].parent.name)
+    assert re.fullmatch(r"pretrain-tiny-path=b-\w{6}-seed0", others[2].parent.name)
+
+
+def test_what_rl_does_makes_no_other_start():
+    for changes in ({"rl.lr": 0.1}, {"rollout.top_k": 3}, {"cluster.learner_ranks": 1}, {"data.date": "2024-01-01"},
+                    {"pretrain.save_every": 3}, {"output_dir": "x"}):  # fmt: skip
+        assert pretrained_dir(tiny(**changes)) == pretrained_dir(tiny())
+
+
+def test_the_name_does_not_depend_on_how_a_path_is_written(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    one, other = (tiny(**{"data.path": path}) for path in ("rows.jsonl", str(tmp_path / "rows.jsonl")))
+    assert pretrained_dir(one) == pretrained_dir(other) == pretrained_dir(resolve(one, "rl_math"))
+
+
+def made(config, folder, state="finished"):
+    """A pre-trained model's folder, without weights."""
+    run = run_folder.claim(override(config, {"output_dir": str(folder.resolve())}), "pretrain")
+    (folder / "model").mkdir()
+    sizes = config.model.model_dump(include={*provenance.SIZES})
+    (folder / "model" / "config.json").write_text(json.dumps({"model_type": "cola", **sizes}))
+    provenance.write(folder / "model", resolve(config, "pretrain"), "pretrain")
+    run.end(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model.base": "other"}, "model.base = 'other': "),
+        ({"data.path": "more.jsonl"}, "data.path = 'more.jsonl': "),
+        ({"model.num_actions": 32}, "model.num_actions = 32: "),
+        ({"pretrain.lr": 1.0}, "pretrain.lr = 1.0: "),
+        (
+            {"task.options": {"a": 1}, "task.name": "chain_sum"},
+            "model.path = 'outputs/pretrain-smollm2-135m-chain_s",
+        ),
+    ],
+)
+def test_a_model_made_from_something_else_is_refused(changes, line):
+    usual = preset("smollm2-135m")
+    made(usual, pretrained_dir(usual).parent)
+    assert launch.refusals(usual, "rl_math") == []
+    (said,) = launch.refusals(override(usual, changes), "rl_math")
+    assert said.startswith(line)
+
+
+def test_a_model_that_was_made_so_is_taken():
+    usual = override(preset("smollm2-135m"), {"data.path": "x.jsonl", "pretrain.max_steps": 5})
+    made(usual, pretrained_dir(usual).parent)
+    assert launch.refusals(usual, "rl_math") == []
+    assert launch.refusals(preset("smollm2-135m"), "rl_math") == [], "asks for nothing"
+    assert "pretrain.steps" in launch.refusals(override(usual, {"pretrain.max_steps": 6}), "rl_math")[0]
+
+
+def test_an_unfinished_or_unknown_start_is_not_taken():
+    usual = preset("smollm2-135m")
+    folder = pretrained_dir(usual).parent
+    made(usual, folder, "stopped")
+    assert (
+        "its pre-training has not ended; make one with `python jobs/pretrain.py --preset smollm2-135m --resume`"
+        in (launch.refusals(usual, "rl_math")[0])
+    )
+    run_folder.RunFolder(folder, "pretrain").end("finished")
+    (folder / "model" / "provenance.json").unlink()
+    assert "has no provenance.json" in launch.refusals(usual, "rl_math")[0]
+    assert launch.refusals(override(usual, {"model.path": str(folder / "model")}), "rl_math") == []
+
+
+def test_sizes_beside_a_model_that_has_others(tmp_path):
+    made(tiny(**{"model.num_actions": 32}), tmp_path / "made")
+    path = {"model.path": str(tmp_path / "made" / "model")}
+    (line,) = launch.refusals(tiny(**path, **{"model.num_actions": 64}), "rl_math")
+    assert line == f"model.num_actions = 64: {path['model.path']} has 32; leave it out"
+    assert launch.refusals(tiny(**path, **{"model.num_actions": 32}), "rl_math") == []
+    begun = launch.begin(tiny(**path, output_dir="out"), "rl_math")
+    assert begun.config.model.num_actions == 32, "the preset's 16 are not asked for"
+
+
+def test_the_first_lines(tmp_path, capsys):
+    launch.begin(tiny(), "rl_math")
+    assert capsys.readouterr().out.splitlines() == [
+        f"starts from  {tmp_path}/outputs/pretrain-tiny-seed0/model (made first)",
+        "base         a small Llama, made here",
+        "task         arithmetic",
+        "data         demonstrations of arithmetic",
+        "actions      16 latent actions",
+        f"writes to    {tmp_path}/outputs/rl_math-tiny-seed0",
+    ]
+    usual = override(preset("smollm2-135m"), {"model.base": "org/base", "data.path": "org/corpus"})
+    made(usual, tmp_path / "made")
+    config = override(
+        preset("smollm2-135m"), {"model.path": str(tmp_path / "made" / "model"), "rl.action_space": "token"}
+    )
+    said = first_lines(resolve(config, "rl_math"), "rl_math", start_model(config)).splitlines()
+    assert said[1:5] == ["base         org/base", "task         gsm8k, openai/gsm8k", "data         org/corpus",
+                         "actions      tokens of the vocabulary"]  # fmt: skip
+
+
+def test_the_date_is_the_start_models_and_then_the_runs(tmp_path):
+    made(tiny(**{"data.date": "2024-02-29"}), tmp_path / "made")
+    config = tiny(**{"model.path": str(tmp_path / "made" / "model"), "output_dir": "out"})
+    assert resolve(config, "evaluate").data.date == "2024-02-29"
+    first = launch.begin(override(config, {"data.date": "2025-01-01"}), "rl_math")
+    again = resolve(override(config, {"resume": True}), "rl_math")
+    assert first.config.data.date == again.data.date == "2025-01-01"
+    provenance.write(tmp_path / "made" / "model", first.config, "rl_math", first.start)
+    assert resolve(config, "evaluate").data.date == "2025-01-01"
+
+
+def test_making_the_start_model_asks_for_the_same(tmp_path):
+    """What pre-training on the way makes lies where the run looks for it."""
+    for changes in ({}, {"task.name": "countdown", "task.thinking": True}, {"rl.lr": 0.1, "pretrain.max_steps": 3},
+                    {"task.name": "preference", "task.path": "p.jsonl", "task.reward_model": "http://x"}):  # fmt: skip
+        config = tiny(**changes)
+        making = only_read(override(config, {"output_dir": "", "task.reward_model": ""}), "pretrain")
+        assert unread(making, "pretrain") == []
+        assert Path(resolve(making, "pretrain").output_dir) / "model" == start_model(config).resolve()
+        assert made_from(making) == made_from(config)
