@@ -12,6 +12,10 @@ else ifeq ($(EXTRA),cpu)
 export UV_TORCH_BACKEND := cpu
 endif
 export OMP_NUM_THREADS ?= 1
+# A demo that has been made is kept: RESUME=1 goes on with it, OVERWRITE=1 removes it and begins anew.
+AGAIN := $(strip $(if $(RESUME),--resume) $(if $(OVERWRITE),--overwrite))
+kept = $(if $(AGAIN),,$(if $(wildcard outputs/$(1)/run.json),@echo "outputs/$(1) has a run already: make $(1) RESUME=1 \
+goes on with it, make $(1) OVERWRITE=1 removes it and begins anew"; exit 2))
 
 .PHONY: setup games evals demo demo-agent reproduce test test-slow lint bench results lock clean help
 
@@ -34,10 +38,12 @@ evals: setup  ## add sentence encoders, self-BLEU and the evaluation harness
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements/evals.txt -c requirements/$(EXTRA).txt
 
 demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about a quarter of an hour on 2 cores
-	$(BIN)/python jobs/rl_math.py --preset tiny --output-dir outputs/demo
+	$(call kept,demo)
+	$(BIN)/python jobs/rl_math.py --preset tiny --output-dir outputs/demo $(AGAIN)
 
 demo-agent: setup  ## the same for a multi-turn agent: Twenty Questions, ArCHer's critic over utterances
-	$(BIN)/python jobs/rl_agent.py --preset tiny --output-dir outputs/demo-agent
+	$(call kept,demo-agent)
+	$(BIN)/python jobs/rl_agent.py --preset tiny --output-dir outputs/demo-agent $(AGAIN)
 
 reproduce: evals  ## the papers' matrix with the tiny preset, to outputs/reproduce/report/index.html; under three hours
 	$(BIN)/python jobs/reproduce.py --preset tiny --output-dir outputs/reproduce
@@ -64,5 +70,5 @@ lock:  ## compile the pinned requirements of both machines
 	$(BIN)/uv pip compile -q --python $(BIN)/python --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra cpu --extra dev pyproject.toml -o requirements/cpu.txt
 	env -u UV_TORCH_BACKEND -u UV_FIND_LINKS $(BIN)/uv pip compile -q --python $(BIN)/python --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra gpu --extra dev pyproject.toml -o requirements/gpu.txt
 
-clean:  ## remove the environment and all outputs
-	rm -rf $(VENV) outputs build *.egg-info
+clean:  ## remove the environment; outputs/ stays
+	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,7 @@
 """The whole pipeline as a user runs it, cut short: real Ray, vLLM, DeepSpeed ZeRO-3 and MLflow."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -57,6 +58,36 @@ def test_resume_goes_on_in_the_same_run(finished):
     assert after["mlflow_run_id"] == before["mlflow_run_id"]
     assert after["bc_accuracy"] == before["bc_accuracy"]
     assert list(finished.series("reward/mean")) == [1, 2, 3, 4, 5]
+
+
+def test_again_without_consent_is_refused_in_one_line(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")}
+    again = Run("rl_math", finished.where, *SHORT_PRETRAINING, *RL, "--rl.max-steps", "5")
+    said = again.finish(code=2, timeout=60).splitlines()[-1]
+    assert said == (
+        f"output_dir = {str(finished.output)!r}: holds a finished run of rl_math, at step 5; use --resume to go on "
+        "with it, --overwrite to remove it and begin anew, or another --output-dir"
+    )
+    assert {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")} == before
+
+
+def test_a_stopped_run_leaves_model_summary_and_plot(finished):
+    """Ctrl-C: all that a run leaves, of where it is."""
+    run = Run("rl_math", finished.where / "stopped", *RL, "--rl.max-steps", "500", "--model.path", str(finished.start))
+    run.wait_for_step("reward/mean", 2)
+    run.process.send_signal(signal.SIGINT)
+    shown = run.finish(code=130, timeout=120)
+    assert shown.startswith(f"starts from  {finished.start}")
+    assert f"writes to    {run.output}" in shown
+    summary, record = summary_of(run), json.loads((run.output / "run.json").read_text())
+    reached = max(run.series("reward/mean"))
+    assert (summary["state"], record["state"]) == ("stopped", "stopped")
+    assert summary["steps"] == summary["step"] == record["step"] == reached < 500
+    assert (run.output / "reward.png").stat().st_size > 5000
+    start, end = (CoLAForCausalLM.from_pretrained(path).state_dict() for path in (finished.start, run.output / "model"))
+    assert any(not torch.equal(end[name], tensor) for name, tensor in start.items() if name.startswith("policy."))
+    made = json.loads((run.output / "model" / "provenance.json").read_text())
+    assert (made["made_by"], made["start"]["settings"]["pretrain.steps.base"]) == ("rl_math", 120)
 
 
 def test_the_same_run_over_tokens(finished):

@@ -165,12 +165,8 @@ def test_stages_are_told_nothing_in_vain(name, tmp_path, monkeypatch):
     config = override(preset(name), said)
     for stage in matrix.stages(config):
         job = {"sweep_kl": "sweep"}.get(stage.job, stage.job)
-        words = [
-            "--preset",
-            name,
-            *matrix.machines(config, stage.job),
-            *(w.format_map(_Anywhere()) for w in stage.settings),
-        ]
+        settings = [word.format_map(_Anywhere()) for word in stage.settings]
+        words = ["--preset", name, *matrix.machines(config, stage.job), *settings]
         assert unread(from_command_line(job, words), job) == [], stage.name
 
 

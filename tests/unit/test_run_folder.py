@@ -17,9 +17,9 @@ from cola_ray.run_folder import WRITES, claim, read_record, refusals, strangers,
 USERS = (
     "model/model.safetensors", "runs/mine/summary.json", "checkpoints/learner/notes", "stages/a.txt",
     "base/config.json", "replay/0/rows.arrow", "predictions/sample/0.parquet", "tune/tuner.pkl", "critic/critic.pt",
-    "sums/sums.jsonl", "report/index.html", "summary.json", "config.json", "log.jsonl", "mlflow_run_id", "reward.png", "losses.png",
-    "frontier.png", "accuracy.png", "atlas.html", "harness.json", "continuations.parquet", "head.log", "run.json",
-    "model.tmp/x", "config.tmp", "summary.tmp", "run.tmp", "notes.txt",
+    "sums/sums.jsonl", "report/index.html", "summary.json", "config.json", "log.jsonl", "mlflow_run_id", "reward.png",
+    "losses.png", "frontier.png", "accuracy.png", "atlas.html", "harness.json", "continuations.parquet", "head.log",
+    "run.json", "model.tmp/x", "config.tmp", "summary.tmp", "run.tmp", "notes.txt",
 )  # fmt: skip
 
 
