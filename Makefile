@@ -14,8 +14,8 @@ endif
 export OMP_NUM_THREADS ?= 1
 # A demo that has been made is kept: RESUME=1 goes on with it, OVERWRITE=1 removes it and begins anew.
 AGAIN := $(strip $(if $(RESUME),--resume) $(if $(OVERWRITE),--overwrite))
-kept = $(if $(AGAIN),,$(if $(wildcard outputs/$(1)/run.json),@echo "outputs/$(1) has a run already: make $(1) RESUME=1 \
-goes on with it, make $(1) OVERWRITE=1 removes it and begins anew"; exit 2))
+HAS_RUN = has a run already: RESUME=1 goes on with it, OVERWRITE=1 removes it and begins anew
+kept = $(if $(AGAIN),,$(if $(wildcard outputs/$(1)/run.json),@echo "outputs/$(1) $(HAS_RUN)"; exit 2))
 
 .PHONY: setup games evals demo demo-agent reproduce test test-slow lint bench results lock clean help
 
