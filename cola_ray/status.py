@@ -138,7 +138,7 @@ def main() -> None:
         if not (folder / "config.json").exists():
             print(f"{folder}: no run there; give the --output-dir of one, e.g. outputs/demo", file=sys.stderr)
             sys.exit(2)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if not arguments.follow:
         console.print(shown([read(folder) for folder in folders]))
         return

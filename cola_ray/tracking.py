@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from numbers import Real
@@ -118,7 +119,7 @@ def print_summary(title: str, rows: Mapping[str, Any]) -> None:
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    _wide_console().print(table)
 
 
 def plot(
@@ -156,10 +157,15 @@ def print_ways(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
     names = list(dict.fromkeys(name for figures in found.values() for name in figures if not _is_end(name, figures)))
     table = Table(title=title)
     for heading in ("", *found):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading, overflow="fold")
     for name in names:
         table.add_row(name, *(_with_interval(figures, name) for figures in found.values()))
-    Console().print(table)
+    _wide_console().print(table)
+
+
+def _wide_console() -> Console:
+    """In a log there is room for every figure of a table."""
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _is_end(name: str, figures: Mapping[str, float]) -> bool:
@@ -181,7 +187,8 @@ def plot_against_tokens(path: Path, found: Mapping[str, Mapping[str, float]], na
             for name, marker in zip(names, "os^", strict=False):
                 if name in figures:
                     value = figures[name]
-                    below, above = value - figures[f"{name}_low"], figures[f"{name}_high"] - value
+                    below = value - figures.get(f"{name}_low", value)
+                    above = figures.get(f"{name}_high", value) - value
                     axes.errorbar(
                         figures["generated_tokens"], value, [[max(below, 0.0)], [max(above, 0.0)]], fmt=marker,
                         color=f"C{index}", label=f"{way}: {name}",
