@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from cola_ray import launch
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override, schemas, try_override
 from cola_ray.display import current, shown
 from cola_ray.limits import literal, wanted
@@ -52,7 +53,9 @@ def main(job: str, description: str | None) -> NoReturn:
     """Parse, check, run, exit. Code 2: refused settings; 1: failed; 130: stopped, can be resumed."""
     config = from_command_line(job, description=description or "")
     try:
-        with shown():
+        with shown() as display:
+            for line in launch.first_lines(config, job).splitlines():
+                display.say(line)
             run = _imported(_JOBS[job].run)
             run(config)
     except ConfigError as error:

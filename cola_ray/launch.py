@@ -1,7 +1,8 @@
 """From settings to a run that may begin: what it starts from, what it reads, where it writes.
 
-lines = refusals(config, "rl_math")     # why it may not begin; nothing is touched
-launch = begin(config, "rl_math")       # says so in its first lines, and takes the folder
+lines = refusals(config, "rl_math")      # why it may not begin; nothing is touched
+print(first_lines(config, "rl_math"))    # starts from, base, task, data, actions, writes to
+launch = begin(config, "rl_math")        # takes the folder
 """
 
 from collections.abc import Callable
@@ -38,8 +39,18 @@ def refusals(config: Config, job: str) -> list[str]:
     return lines + run_folder.refusals(provenance.resolve(config, job), job, _start(config, job))
 
 
+def first_lines(config: Config, job: str) -> str:
+    """What a run starts from, on which base, task and data, and where it writes; empty for what is no run."""
+    if job not in run_folder.WRITES:
+        return ""
+    config, job = _as_run(config, job)
+    start = _start(config, job)
+    config = provenance.resolve(config, job)
+    return provenance.first_lines(config if start is None else provenance.with_sizes_of(config, start), job, start)
+
+
 def begin(config: Config, job: str, refuse: Callable[[Config], None] = lambda _: None) -> Launch:
-    """Take the folder and print what is about to happen.
+    """Take the folder.
 
     Args:
         refuse: settings with their paths and the start model's sizes, before the folder is touched.
@@ -56,7 +67,6 @@ def begin(config: Config, job: str, refuse: Callable[[Config], None] = lambda _:
     if start is not None:
         config = provenance.with_sizes_of(config, start)
     refuse(config)
-    print(provenance.first_lines(config, job, start), flush=True)
     return Launch(config, job, start, run_folder.claim(config, job, start))
 
 

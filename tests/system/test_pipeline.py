@@ -77,7 +77,7 @@ def test_a_stopped_run_leaves_model_summary_and_plot(finished):
     run.wait_for_step("reward/mean", 2)
     run.process.send_signal(signal.SIGINT)
     shown = run.finish(code=130, timeout=120)
-    assert shown.startswith(f"starts from  {finished.start}")
+    assert f"starts from  {finished.start}" in shown.splitlines()[0]
     assert f"writes to    {run.output}" in shown
     summary, record = summary_of(run), json.loads((run.output / "run.json").read_text())
     reached = max(run.series("reward/mean"))

@@ -207,9 +207,8 @@ def test_sizes_beside_a_model_that_has_others(tmp_path):
     assert begun.config.model.num_actions == 32, "the preset's 16 are not asked for"
 
 
-def test_the_first_lines(tmp_path, capsys):
-    launch.begin(tiny(), "rl_math")
-    assert capsys.readouterr().out.splitlines() == [
+def test_the_first_lines(tmp_path):
+    assert launch.first_lines(tiny(), "rl_math").splitlines() == [
         f"starts from  {tmp_path}/outputs/pretrain-tiny-seed0/model (made first)",
         "base         a small Llama, made here",
         "task         arithmetic",
