@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from cola_ray.limits import (
     Count,
@@ -59,6 +59,13 @@ REWARD_STAGE = "reward"
 """What jobs/reward_model.py trains, in ``pretrain.steps``."""
 Q_STAGE = "q"
 """What jobs/train_q.py trains, there."""
+
+
+_STEPS = {"base": 300, "actions": 1000, "policy": 500, "fta_idm": 300, "fta_policy": 300, "reward": 300, "q": 1000}
+
+
+def _and_the_rest(steps: Any) -> Any:
+    return _STEPS | steps if isinstance(steps, dict) else steps
 
 
 class ConfigError(ValueError):
@@ -148,8 +155,11 @@ class PretrainConfig(_Branch):
     """Run in this order; each takes the model the one before left."""
     max_steps: Count | None = None
     """Caps every stage; for trials."""
-    steps: dict[StageWithSteps, Count] = {"actions": 1000, "policy": 500, "reward": 300, "q": 1000}
-    """Optimizer steps of each stage; reward is a reward model's, q that of jobs/train_q.py."""
+    steps: Annotated[dict[StageWithSteps, Count], BeforeValidator(_and_the_rest)] = Field(
+        default_factory=lambda: dict(_STEPS)
+    )
+    """Optimizer steps of each stage; reward is a reward model's, q that of jobs/train_q.py. Stages that are not named
+    keep theirs."""
     batch_size: Count = 64
     """Sequences a step, over all ranks."""
     micro_batch_size: Count = 8
@@ -181,7 +191,7 @@ class PretrainConfig(_Branch):
 
     def num_steps(self, stage: str) -> int:
         """Optimizer steps of a stage, capped."""
-        steps = dict[str, int](**self.steps).get(stage, 300)
+        steps = dict[str, int](**self.steps)[stage]
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
@@ -641,7 +651,7 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *branches, leaf = dotted.split(".")
     for branch in branches:
         tree = tree[branch]
-    tree[leaf] = value
+    tree[leaf] = {**tree[leaf], **value} if dotted == "pretrain.steps" and isinstance(value, dict) else value
 
 
 def is_endpoint(reward_model: str) -> bool:

@@ -7,6 +7,8 @@ hash, so a request draws the same actions alone or among sixty-three others, in 
 or after a preemption; any trajectory can be replayed exactly.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -118,11 +120,17 @@ def negative_entropy(relaxed: Tensor) -> Tensor:
     return (relaxed * (relaxed + 1e-8).log()).sum(-1)
 
 
-def usage_imbalance(relaxed: Tensor) -> Tensor:
-    """``log K - H(mean_n p_n)``, scalar >= 0: zero when the batch uses every code equally often."""
-    marginal = relaxed.mean(0)
-    entropy = -(marginal * (marginal + 1e-8).log()).sum()
-    return torch.log(torch.tensor(float(relaxed.shape[-1]), device=relaxed.device)) - entropy
+def usage_imbalance(relaxed: Tensor, mean: Tensor) -> Tensor:
+    """These rows' part of ``N (log K - H(mean))`` over all N rows of a batch: 0 where it uses all codes equally often.
+
+    ``sum_nk p_nk log mean_k + N log K``. With the mean held fixed the gradient is the entropy's own, for rows sum to 1:
+    ``d(-N H(mean)) / dp_nk = log mean_k + 1``. So parts add up, however a batch is cut.
+
+    Args:
+        relaxed: (N', K), p, some of the rows.
+        mean: (K,), of all rows.
+    """
+    return (relaxed @ (mean.detach() + 1e-8).log()).sum() + len(relaxed) * math.log(relaxed.shape[-1])
 
 
 def usage(counts: Tensor) -> dict[str, float]:

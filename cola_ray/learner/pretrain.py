@@ -62,9 +62,23 @@ class StageModule(nn.Module):
         self.stage, self.settings = stage, config.pretrain
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, noise_seed: Tensor, measure: bool
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        loss_mask: Tensor,
+        noise_seed: Tensor,
+        measure: bool,
+        mean_usage: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Args: (B, T) each, ``noise_seed`` (B,) int64. Returns the loss *sum* over masked-in positions, and sums."""
+        """The loss *sum* over masked-in positions, and sums.
+
+        Args:
+            input_ids, position_ids, loss_mask: (B, T).
+            noise_seed: (B,) int64.
+            measure: whether to try all actions on some states.
+            mean_usage: (K,), the relaxed actions' mean over the step's batch; None where no rank has more than one
+                micro-batch, and all compute theirs at the same time.
+        """
         labels = input_ids[:, 1:]
         mask = loss_mask[:, :-1]
         if self.stage == "base":
@@ -76,7 +90,7 @@ class StageModule(nn.Module):
         with torch.set_grad_enabled(base_trains and torch.is_grad_enabled()):
             e = self.model.encode(input_ids, position_ids=position_ids)
         if self.stage == "actions":
-            return self._actions_loss(e, position_ids, labels, mask, noise_seed, measure)
+            return self._actions_loss(e, position_ids, labels, mask, noise_seed, measure, mean_usage)
         if self.stage == "policy":
             with torch.no_grad():
                 wanted = self.model.inverse_dynamics_actions(e, position_ids=position_ids)
@@ -92,25 +106,41 @@ class StageModule(nn.Module):
         loss = F.cross_entropy(logits[mask].float(), labels[mask], reduction="sum")
         return loss, {"loss": loss.detach(), "counts": self._counts(actions[mask])}
 
-    def _actions_loss(
-        self, e: Tensor, position_ids: Tensor, labels: Tensor, mask: Tensor, noise_seed: Tensor, measure: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``CE(logits_t, x_{t+1}) + entropy_coef * sum p log p`` (paper), plus the optional balance term (ours)."""
-        settings = self.settings
+    @torch.no_grad()
+    def usage(self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, noise_seed: Tensor) -> Tensor:
+        """Of the stage actions: the relaxed actions' sum over masked-in positions, (K,)."""
+        e = self.model.encode(input_ids, position_ids=position_ids)
+        return self._drawn(e, position_ids, loss_mask[:, :-1], noise_seed)[1].sum(0)
+
+    def _drawn(self, e: Tensor, position_ids: Tensor, mask: Tensor, noise_seed: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions at the N masked-in positions, one-hot and relaxed, (N, K) each."""
         logits = self.model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:]
         batch, steps, num_actions = logits.shape
         index = torch.arange(steps, device=e.device)
         noise = gumbel_noise(noise_seed.repeat_interleave(steps), index.repeat(batch), num_actions)
-        one_hot, relaxed = straight_through_gumbel(
-            logits[mask], noise.view_as(logits)[mask].float(), settings.gumbel_tau
-        )
+        return straight_through_gumbel(logits[mask], noise.view_as(logits)[mask].float(), self.settings.gumbel_tau)
+
+    def _actions_loss(
+        self,
+        e: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        noise_seed: Tensor,
+        measure: bool,
+        mean_usage: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``CE(logits_t, x_{t+1}) + entropy_coef * sum p log p`` (paper), plus the optional balance term (ours)."""
+        settings = self.settings
+        one_hot, relaxed = self._drawn(e, position_ids, mask, noise_seed)
         states, targets = e[:, :-1][mask], labels[mask]
         cross_entropy = F.cross_entropy(
             self.model.world_model_logits(states, one_hot).float(), targets, reduction="sum"
         )
         loss = cross_entropy + settings.entropy_coef * negative_entropy(relaxed).sum()
         if settings.balance_coef:
-            loss = loss + settings.balance_coef * usage_imbalance(relaxed) * len(targets)
+            mean = _mean_over_ranks(relaxed) if mean_usage is None else mean_usage
+            loss = loss + settings.balance_coef * usage_imbalance(relaxed, mean)
         sums = {"loss": cross_entropy.detach(), "counts": self._counts(one_hot.argmax(-1))}
         with torch.no_grad():
             base = self.model.lm_head(states).float()
@@ -310,7 +340,7 @@ def _run_stage(
         metrics[f"{stage}/tokens_per_second"] = settings.batch_size * rows.input_ids.shape[1] / seconds
         used += counts
         if stage == "actions" and settings.revive_every and (step + 1) % settings.revive_every == 0:
-            metrics["actions/revived"] = revive_dead_codes(module.model, used, config.seed + step)
+            metrics["actions/revived"] = revive_dead_codes(module.model, used, _mixed(config.seed, step))
             used.zero_()
         last = step + 1 == total
         if heldout and stage in ("base", "policy") and ((step + 1) % 25 == 0 or last):
@@ -339,14 +369,18 @@ def _train_step(
     mine = wanted[zero.rank :: zero.world_size]
     sums: dict[str, Tensor] = {}
     starts = range(0, len(mine), settings.micro_batch_size)
+    pieces = []
     for start in starts:
         picked = mine[start : start + settings.micro_batch_size]
-        tensors = [
-            torch.from_numpy(a[picked]).to(zero.device) for a in (rows.input_ids, rows.position_ids, rows.loss_mask)
-        ]
-        # Noise depends on the row and the step, not on the rank that happens to hold it.
-        seeds = torch.from_numpy(picked.astype(np.int64)) + (step << 32) + (config.seed << 56)
-        loss, found = zero(*tensors, seeds.to(zero.device), start == 0 and (step + 1) % 10 == 0)
+        tensors = [torch.from_numpy(a[picked]) for a in (rows.input_ids, rows.position_ids, rows.loss_mask)]
+        pieces.append([tensor.to(zero.device) for tensor in (*tensors, noise_seeds(config.seed, step, picked))])
+    mean_usage = None
+    if stage == "actions" and settings.balance_coef and len(pieces) > 1:
+        mean_usage = torch.stack([zero.engine.module.usage(*piece) for piece in pieces]).sum(0)
+        torch.distributed.all_reduce(mean_usage)
+        mean_usage /= num_tokens
+    for start, piece in zip(starts, pieces, strict=True):
+        loss, found = zero(*piece, start == 0 and (step + 1) % 10 == 0, mean_usage)
         zero.backward(loss / num_tokens, last=start == starts[-1])
         for name, value in found.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
@@ -361,6 +395,24 @@ def _train_step(
         metrics["actions/covered"] = float(sums["covered"] / sums["states"])
     counts = sums.get("counts", torch.zeros(config.model.num_actions)).cpu()
     return metrics | (usage(counts) if "counts" in sums else {}), counts
+
+
+def noise_seeds(seed: int, step: int, rows: np.ndarray) -> Tensor:
+    """Of these rows' draws in a step, (B,) int64: what a row draws depends on it and the step, not on its rank."""
+    return torch.from_numpy(rows.astype(np.int64)) + _mixed(seed, step)
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed of 62 bits for a place in a run."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
+
+
+def _mean_over_ranks(rows: Tensor) -> Tensor:
+    """Of the (N, K) rows of all ranks: (K,), without gradient; all ranks call."""
+    sums = torch.cat([rows.detach().double().sum(0), rows.new_full((1,), len(rows), dtype=torch.float64)])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return (sums[:-1] / sums[-1].clamp_min(1.0)).to(rows.dtype)
 
 
 def revive_dead_codes(model: CoLAForCausalLM, counts: Tensor, seed: int) -> int:

@@ -123,6 +123,19 @@ def test_straight_through_has_the_relaxed_gradient():
 def test_usage_terms():
     uniform = torch.full((3, 4), 0.25)
     torch.testing.assert_close(negative_entropy(uniform), torch.full((3,), -math.log(4)), atol=1e-6, rtol=0)
-    assert abs(float(usage_imbalance(torch.eye(4)))) < 1e-6  # each row certain, all codes used
-    assert abs(float(usage_imbalance(torch.eye(4)[[0, 0]])) - math.log(4)) < 1e-6
+    even, uneven = torch.eye(4), torch.eye(4)[[0, 0]]
+    assert abs(float(usage_imbalance(even, even.mean(0)))) < 1e-6  # each row certain, all codes used
+    assert abs(float(usage_imbalance(uneven, uneven.mean(0))) - 2 * math.log(4)) < 1e-6
+
+
+def test_parts_of_a_batch_add_up_to_the_imbalance_of_the_whole():
+    """Value and gradient, against autograd of ``N (log K - H(mean p))`` itself."""
+    logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    relaxed = logits.softmax(-1)
+    mean = relaxed.mean(0)
+    whole = 12 * (math.log(5) + (mean * (mean + 1e-8).log()).sum())
+    parts = sum(usage_imbalance(part, mean) for part in relaxed.split([1, 4, 7]))
+    torch.testing.assert_close(parts, whole)
+    found, wanted = (torch.autograd.grad(of, logits, retain_graph=True)[0] for of in (parts, whole))
+    torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-6)  # the 1e-8 in the logarithm
     assert usage(torch.tensor([3.0, 0.0, 1.0])) == {"actions/alive": 2.0, "actions/top_share": 0.75}
