@@ -1,8 +1,10 @@
 """The agents' controller over plain Python workers, with the real replay shards and the real critic."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -226,6 +228,66 @@ def test_grpo_compares_episodes_of_one_seed(tmp_path):
         # Summed over a group, an advantage is zero; every action of an episode has the same one.
         firsts = [row[mask][0] for row, mask in zip(batch.advantages, batch.action_mask, strict=True)]
         assert sum(firsts) == pytest.approx(0, abs=1e-5)
+
+
+def pay(monkeypatch, of_turn):
+    """Every turn pays what ``of_turn`` says of its episode's number of turns."""
+    made = Worker.episode
+
+    def episode(worker, ticket):
+        one = made(worker, ticket)
+        return replace(one, turns=tuple(replace(turn, reward=of_turn(len(one.turns))) for turn in one.turns))
+
+    monkeypatch.setattr(Worker, "episode", episode)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce", "filtered_bc"])
+def test_where_all_episodes_return_the_same_nothing_is_learnt(tmp_path, monkeypatch, algorithm):
+    """0.3 at once, in halves or in thirds, whose sums differ in the last bit."""
+    pay(monkeypatch, lambda turns: 0.3 / turns)
+    settings = {} if algorithm == "filtered_bc" else {"rl.group_size": 3, "rl.prompts_per_step": 4}
+    _, batches, *_ = run(tmp_path, algorithm, **settings)
+    for batch in batches:
+        if algorithm == "filtered_bc":
+            assert not batch.trains, "none is best"
+            assert len(batch.input_ids) == 1, "measured on as little as can be"
+        else:
+            assert batch.trains
+            assert not batch.advantages.any()
+
+
+@pytest.mark.parametrize("states", ["replayed", "played"])
+def test_a_critic_that_has_seen_no_reward_has_no_advantages(tmp_path, monkeypatch, states):
+    pay(monkeypatch, lambda turns: 0.0)
+    controller, batches, _, critic, _ = run(tmp_path, "archer", **{"critic.actor_states": states})
+    assert critic.critic.steps == STEPS * 5
+    assert batches[-1].trains
+    assert not any(batch.advantages.any() for batch in batches)
+    last = metrics_of(controller)[STEPS]
+    assert last["critic/foresight"] == last["critic/foresight_correlation"] == 0.0
+
+
+def test_foresight_by_hand():
+    """Advantages [1, 3], errors [0, 4]: slope 2, correlation 1; of advantages that differ by rounding, nothing."""
+
+    class Service:
+        async def join(self, *_): ...
+
+        async def saved(self): ...
+
+        async def address(self):
+            return "here", 1
+
+        async def foretold(self, rows):
+            return np.array([self.advantages, [0.0, 4.0]], np.float32)
+
+    def assessed(advantages):
+        Service.advantages = advantages
+        return asyncio.run(replicas_over(Service()).assess(pa.table({"row": [1, 2]})))
+
+    assert assessed([1.0, 3.0]) == pytest.approx({"critic/foresight": 2.0, "critic/foresight_correlation": 1.0})
+    assert assessed([3.0, 1.0])["critic/foresight_correlation"] == pytest.approx(-1.0)
+    assert set(assessed([7.0, 7.00001]).values()) == {0.0}
 
 
 def test_failing_environments_cost_their_own_episodes_until_they_are_too_many(tmp_path):

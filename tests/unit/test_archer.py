@@ -224,6 +224,51 @@ def test_what_an_advantage_foretells_by_hand():
     assert errors[-1] == 5.0, "the last one ends the episode"
 
 
+def test_expectiles_weigh_prioritised_rows():
+    """As twice the rows would: a row of weight 2 and one of weight 0, against the first one twice."""
+    v, q = torch.tensor([[0.0, 0.5], [1.0, 0.0]]), torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    twice = expectile_loss(v[:, [0, 0]], q[:, [0, 0]], 0.8)
+    assert expectile_loss(v, q, 0.8, torch.tensor([2.0, 0.0])) == pytest.approx(float(twice))
+    critic, batch = table_critic(expectile=0.8), every_transition(np.random.default_rng(0))
+    before = critic.online.v_table.clone()
+    critic.step(CriticBatch(**{**vars(batch), "weights": torch.zeros(len(batch.rewards))}))
+    assert torch.equal(critic.online.v_table, before), "rows without weight teach V nothing"
+
+
+def test_heads_stay_level_while_rewards_do():
+    """Q and V of every state and utterance begin at the level, exactly: all advantages are 0 until a reward differs."""
+    torch.manual_seed(0)
+    critic = Critic(TwinHeads(8, 8), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
+    x, ended = torch.randn(32, 8), torch.ones(32, dtype=torch.bool)
+    rewards = torch.full((32,), 0.25)
+    critic.start_from(rewards, ended, x, x)
+    for _ in range(20):
+        critic.step(CriticBatch(x, x, x, rewards, ended, x, x))
+    assert not critic.advantages(x, torch.randn(32, 8)).any()
+
+
+def test_the_first_repeated_utterance_is_no_catastrophe():
+    """A flag that was down in all rows at first, and heads that have learnt something: its advantage is of order 1."""
+    torch.manual_seed(0)
+    critic = Critic(TwinHeads(8, 9), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
+    x, ended = torch.randn(256, 8), torch.ones(256, dtype=torch.bool)
+    said = torch.cat([torch.randn(256, 8), torch.zeros(256, 1)], 1)
+    critic.start_from(x[:, 0], ended, x, said)
+    for _ in range(50):
+        critic.step(CriticBatch(x, said, x, x[:, 0] + said[:, 1], ended, x, said))
+    repeated = said.clone()
+    repeated[:, -1] = 1.0
+    assert np.abs(critic.advantages(x, repeated) - critic.advantages(x, said)).max() < 1.0
+
+
+def test_a_limit_of_zero_clips_nothing():
+    frozen, free = (table_critic(grad_clip=limit) for limit in (0.0, 1e9))
+    batch = every_transition(np.random.default_rng(0))
+    assert frozen.step(batch) == free.step(batch)
+    assert frozen.online.q_table.abs().max() > 0
+    assert torch.equal(frozen.online.q_table, free.online.q_table)
+
+
 def test_a_poisoned_reward_is_told_and_changes_nothing():
     critic = Critic(TwinHeads(8, 8), gamma=0.95, tau=0.1, lr=1e-3, grad_clip=1.0)
     before = {name: tensor.clone() for name, tensor in critic.online.state_dict().items()}

@@ -199,6 +199,55 @@ def equal_rewards(pool, problems):
     return pool
 
 
+def wrong_and_long(pool):
+    """All answers wrong, but for problem 0's; every second one three times as long."""
+    made = pool.generate
+
+    async def generate(worker, tickets):
+        groups = await made(worker, tickets)
+        return [
+            dataclasses.replace(group, trajectories=tuple(
+                dataclasses.replace(
+                    one, reward=one.reward * (ticket.problem == 0),
+                    **{field: getattr(one, field).repeat(1 + 2 * (sibling % 2))
+                       for field in ("token_ids", "actions", "rollout_log_probs", "versions")},
+                )
+                for sibling, one in enumerate(group.trajectories)
+            ))
+            for ticket, group in zip(tickets, groups, strict=True)
+        ]  # fmt: skip
+
+    pool.generate = generate
+    return pool
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+def test_length_alone_teaches_no_prompt(algorithm):
+    changes = {"rl.algorithm": algorithm, "rl.overlong_buffer": 4, "rollout.max_new_tokens": 6}
+    _, batches = run(wrong_and_long(Pool()), changes)
+    taught = [int(row.any()) for batch in batches for row in batch.advantages]
+    assert 0 < sum(taught) <= 3 * GROUP, "problem 0 is served twice or three times in 24 draws of 10"
+
+
+def test_groups_of_wrong_answers_are_refilled_whatever_their_lengths():
+    changes = {"rl.overlong_buffer": 4, "rollout.max_new_tokens": 6, "rl.dynamic_sampling": True}
+    controller, _ = run(wrong_and_long(Pool()), changes)
+    metrics = [event["metrics"] for event in controller.events if event.get("step")]
+    assert all(one["rollout/refilled_groups"] > 0 for one in metrics)
+    assert all(one["reward/zero_variance_groups"] >= 0.75 for one in metrics)
+
+
+def test_length_costs_where_rewards_differ():
+    """Rewards 0 and 1, the right answer three tokens into a buffer of four: 1/4 is left, so 1 - 3/4 against 0."""
+    controller = Controller(config(**{"rl.overlong_buffer": 4, "rollout.max_new_tokens": 6}), Pool(), None)
+    wrong, right = (Pool().trajectory(Worker(), 0, sibling) for sibling in (0, 1))
+    right = dataclasses.replace(right, token_ids=np.ones(5, np.int64))
+    outcomes = controller._outcomes(Group(0, (wrong, right)))
+    assert outcomes.rewards.tolist() == [0.0, 0.25]
+    alike = controller._outcomes(Group(0, (right, dataclasses.replace(right, token_ids=np.ones(1, np.int64)))))
+    assert alike.rewards.tolist() == [1.0, 1.0]
+
+
 def test_prompts_without_signal_are_replaced_by_others():
     pool = equal_rewards(Pool(), range(5))  # half of all problems
     controller, batches = run(pool, {"rl.dynamic_sampling": True, "rl.refill_rounds": 8})

@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.algorithms.ppo import generalised_advantages
 from cola_ray.experience import Episode, Turn, collate
 from cola_ray.learner.value import ValueLearner
@@ -73,6 +74,84 @@ def pieces(rows: slice) -> list[dict[str, torch.Tensor]]:
         "discounts": torch.rand(6, 8) * mask, "attention_mask": torch.ones(6, 8, dtype=torch.long),
     }  # fmt: skip
     return [{name: tensor[rows][i : i + 2] for name, tensor in whole.items()} for i in range(0, len(mask[rows]), 2)]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+
+
+def learner_of(**changes) -> ValueLearner:
+    given = {"lr": 1e-2, "grad_clip": 1.0, "decay": 0.95, "whiten": True, "steps": 3, "seed": 0} | changes
+    return ValueLearner(WIDTH, torch.device("cpu"), **given)
+
+
+def outcomes(*rewards) -> list[dict[str, torch.Tensor]]:
+    """Completions of three to eight actions, a reward at the end of each, in micro-batches of two."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 9, (len(rewards),), generator=generator)
+    places = torch.arange(9)
+    mask = places < lengths[:, None]
+    last = places == lengths[:, None] - 1
+    whole = {
+        "hidden_states": torch.randn(len(rewards), 9, WIDTH, generator=generator), "action_mask": mask,
+        "rewards": last * torch.tensor(rewards)[:, None], "discounts": (mask & ~last).float(),
+        "attention_mask": (places <= lengths[:, None]).long(),
+    }  # fmt: skip
+    return [{name: tensor[i : i + 2] for name, tensor in whole.items()} for i in range(0, len(rewards), 2)]
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("reward", [0.0, 0.2, -1.7, 31.0])
+def test_equal_outcomes_have_no_advantage_however_wrong_the_head_is(alone, reward, whiten):
+    learner = learner_of(whiten=whiten)
+    for started in (False, True):
+        for _ in range(3):
+            given = outcomes(*[reward] * 6)
+            count = sum(int(piece["action_mask"].sum()) for piece in given)
+            if started:
+                learner.start(given, count)
+            sums = learner.advantages(given, count)
+            assert not any(piece["advantages"].any() for piece in given)
+            assert all(piece["deviation"] == 1.0 for piece in given if whiten), "nothing is divided"
+            assert float(sums["value/returns"]) / count == pytest.approx(reward, abs=1e-5)
+            learner.fit(given, count)
+
+
+def test_whitening_by_hand_and_its_metrics(alone):
+    """Against NumPy in float64, of outcomes far from 0, where the difference of two squares would be rounding."""
+    learner, given = learner_of(decay=1.0), outcomes(1000.0, 1001.0, 1000.5, 1003.0)
+    count = sum(int(piece["action_mask"].sum()) for piece in given)
+    with torch.no_grad():
+        values = [learner.head(piece["hidden_states"])[piece["action_mask"]] for piece in given]
+    sums = learner.advantages(given, count)
+    gains = [(piece["rewards"].sum(1, keepdim=True) * piece["action_mask"])[piece["action_mask"]] for piece in given]
+    raw = (torch.cat(gains).double() - torch.cat(values).double()).numpy()
+    found = torch.cat([piece["advantages"][piece["action_mask"]] for piece in given]).numpy()
+    np.testing.assert_allclose(found, (raw - raw.mean()) / raw.std(), atol=1e-3)  # 1000's rounding over a spread of 1
+    assert float(given[0]["deviation"]) == pytest.approx(raw.std(), rel=1e-3)
+    returns = torch.cat(gains).double().numpy()
+    assert float(sums["value/returns_deviation"]) / count == pytest.approx(returns.var(), rel=1e-3)
+    assert float(sums["value/error"]) == pytest.approx((raw**2).sum(), rel=1e-5)
+
+
+def test_a_limit_of_zero_clips_nothing_and_a_nan_is_not_stepped_on(alone):
+    heads = []
+    for limit in (0.0, 1e9):
+        learner, given = learner_of(grad_clip=limit), outcomes(0.0, 1.0, 5.0, 2.0)
+        count = sum(int(piece["action_mask"].sum()) for piece in given)
+        learner.advantages(given, count)
+        before = {name: tensor.clone() for name, tensor in learner.head.state_dict().items()}
+        learner.fit(given, count)
+        heads.append(learner.head.state_dict())
+        assert not torch.equal(heads[-1]["layers.0.weight"], before["layers.0.weight"])
+    for name, tensor in heads[0].items():
+        assert torch.equal(tensor, heads[1][name])
+    given[0]["returns"][0, 0] = torch.nan
+    kept = {name: tensor.clone() for name, tensor in heads[1].items()}
+    with pytest.raises(NonFiniteError):
+        learner.fit(given, count)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in learner.head.state_dict().items())
 
 
 def rank(number: int, size: int, port: int, out: str) -> None:
