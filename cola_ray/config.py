@@ -61,7 +61,15 @@ Q_STAGE = "q"
 """What jobs/train_q.py trains, there."""
 
 
-_STEPS = {"base": 300, "actions": 1000, "policy": 500, "fta_idm": 300, "fta_policy": 300, "reward": 300, "q": 1000}
+_STEPS: dict[StageWithSteps, int] = {
+    "base": 300,
+    "actions": 1000,
+    "policy": 500,
+    "fta_idm": 300,
+    "fta_policy": 300,
+    "reward": 300,
+    "q": 1000,
+}
 
 
 def _and_the_rest(steps: Any) -> Any:
