@@ -390,7 +390,7 @@ class SearchConfig(_Branch):
     max_tokens: Whole = 0
     """Tokens that it may generate for one problem; 0 is no limit."""
     max_seconds: NonNegative = 0.0
-    """Time that it may take for one problem; 0 is no limit."""
+    """Time that it may take for one problem, of all those in the engine at once (eval.chunk); 0 is no limit."""
     root_breadth: Count = 5
     """Actions that are tried after the prompt, the most probable ones."""
     breadth: Count = 4

@@ -63,8 +63,9 @@ def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | Non
     ``accuracy`` and ``reward`` are of the first response, ``majority`` is of the answer that most responses give, by
     value, ``best`` and ``best_reward`` are of the response of the highest value; where a reward model gives values,
     ``weighted_majority`` counts votes by them, and the verifier's ``best`` is ``any_right``. ``pass_at_<k>`` is
-    unbiased. A problem that got no response in its time is wrong, and has the reward 0. ``failed`` counts responses
-    that verifier or reward model could not score; those of the verifier are not right, and in no mean of rewards.
+    unbiased. A problem that got no response in its time is ``unanswered``, wrong, and has the reward 0. ``failed``
+    counts responses that verifier or reward model could not score; those of the verifier are not right, and in no mean
+    of rewards.
 
     Args:
         right_from: the least reward of a right response; None where the task does not say what is right.
@@ -83,6 +84,7 @@ def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | Non
             **with_intervals(shares, seed, shares=True),
             **with_intervals(means, seed),
             "failed": float(sum(_failed(row) for row in rows)),
+            "unanswered": float(sum(not row["rewards"] for row in rows)),
             **{name: float(np.mean([row[name] for row in rows])) for name in _SPENT},
         }
     return found
@@ -111,9 +113,25 @@ def _shares(config: EvalConfig, rows: Sequence[Row], way: str, right_from: float
     return shares
 
 
-def too_few_samples(config: EvalConfig, found: Mapping[str, Mapping[str, float]]) -> list[int]:
-    """Which of ``eval.ks`` the samples were too few for."""
-    return [k for k in config.ks if "accuracy" in found.get("sample", {}) and f"pass_at_{k}" not in found["sample"]]
+def remarks(config: EvalConfig, found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What figures do not say by themselves, a line each."""
+    lines = []
+    sample = found.get("sample", {})
+    too_few = [str(k) for k in config.ks if "accuracy" in sample and f"pass_at_{k}" not in sample]
+    if too_few:
+        lines.append(
+            f"pass@k of k = {', '.join(too_few)} is left out: some problem has fewer samples; give more "
+            "--search.simulations, or smaller --eval.ks"
+        )
+    for way, figures in found.items():
+        if figures.get("unanswered"):
+            lines.append(
+                f"{way}: {figures['unanswered']:.0f} of {figures['problems']:.0f} problems had no answer within "
+                "search.max_seconds and count as wrong"
+            )
+        if figures.get("failed"):
+            lines.append(f"{way}: {figures['failed']:.0f} responses or episodes failed to be scored or played")
+    return lines
 
 
 def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, float]]:

@@ -227,7 +227,8 @@ class Step:
 def step_time(config: Config, model: Sizes, gpu: Gpu) -> Step:
     """A model of it; the shares reached are assumptions, named at the top of this file."""
     rl, rollout, hardware = config.rl, config.rollout, config.hardware
-    sequences = rl.prompts_per_step * rl.group_size
+    trained = rl.prompts_per_step * rl.group_size
+    sequences = trained + rl.prompts_per_step * (rl.algorithm == "remax")  # whose baselines are generated, too
     answer = hardware.response_tokens or rollout.max_new_tokens // 2
     length = rollout.max_prompt_tokens / 2 + answer
     # Decoding: each step reads all weights and the cache of every sequence, or computes 2 P a token
@@ -243,7 +244,7 @@ def step_time(config: Config, model: Sizes, gpu: Gpu) -> Step:
     rounds = max(sequences / rollout.num_workers / most, 1.0)
     generate = max(sequences * answer / per_second, rounds * answer * max(read, computed))
     # Learning: 2 P_base for e, 2 P for the reference, 6 P an update of the policy, a token
-    tokens = sequences * length / config.cluster.learner_ranks
+    tokens = trained * length / config.cluster.learner_ranks
     flops = tokens * (2 * model.base + (2 + 6 * rl.updates_per_batch) * model.policy)
     # Every micro-batch gathers all layers once, the policy's twice more
     batches = max(tokens / rl.micro_batch_tokens, 1.0)

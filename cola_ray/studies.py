@@ -33,7 +33,7 @@ from cola_ray.config import Config, ConfigError, RunFailedError, is_environment,
 from cola_ray.display import current, shown
 from cola_ray.diversity import measure, open_encoder
 from cola_ray.driver import served, tracked
-from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, too_few_samples
+from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, remarks
 from cola_ray.refusals import check
 from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.service import Shards
@@ -126,10 +126,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         names = ("return", "best_return") if plays else of_answers
         plot_against_tokens(study.output / "accuracy.png", found, names)
     print_ways(f"{config.task.name}: {folder}", found)
-    too_few = too_few_samples(config.eval, found)
-    if too_few:
-        print(f"pass@k of k = {', '.join(map(str, too_few))} is left out: a problem has fewer samples; give more "
-              "--search.simulations, or smaller --eval.ks")  # fmt: skip
+    for line in remarks(config.eval, found):
+        print(line)
     return study.tracker.summary
 
 

@@ -185,7 +185,7 @@ def plot_against_tokens(path: Path, found: Mapping[str, Mapping[str, float]], na
     with _axes(path) as axes:
         for index, (way, figures) in enumerate(found.items()):
             for name, marker in zip(names, "os^", strict=False):
-                if name in figures:
+                if name in figures and figures["generated_tokens"] > 0:  # on a logarithmic scale
                     value = figures[name]
                     below = value - figures.get(f"{name}_low", value)
                     above = figures.get(f"{name}_high", value) - value

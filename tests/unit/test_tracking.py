@@ -23,8 +23,9 @@ def test_a_table_in_a_log_has_every_digit(capsys):
     assert "weighted_majority_low" not in said
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.filterwarnings("error")
 def test_a_figure_of_one_problem_is_drawn_without_an_interval(tmp_path):
-    found = {"greedy": {"generated_tokens": 3.0, "reward": 0.3}, "sample": FIGURES | {"generated_tokens": 9.0}}
+    found = {"base": {"generated_tokens": 0.0, "reward": 0.0}, "greedy": {"generated_tokens": 3.0, "reward": 0.3}}
+    found |= {"sample": FIGURES | {"generated_tokens": 9.0}}
     plot_against_tokens(tmp_path / "plot.png", found, ("reward", "weighted_majority"))
     assert (tmp_path / "plot.png").stat().st_size > 1000
