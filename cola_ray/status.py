@@ -78,6 +78,15 @@ def read(folder: Path) -> Status:
     return Status(folder, config, [json.loads(line) for line in lines if line.endswith("}")])
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run's settings lie there, and not somebody's own config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("rl"), dict) and "max_steps" in config["rl"]
+
+
 def runs_of(folder: Path) -> list[Path]:
     """The folder itself, and below a sweep's its runs."""
     return [folder, *sorted(path.parent for path in folder.glob("runs/*/config.json"))]
@@ -135,7 +144,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folders = [one for folder in arguments.run for one in runs_of(folder)]
     for folder in folders:
-        if not (folder / "config.json").exists():
+        if not is_run(folder):
             print(f"{folder}: no run there; give the --output-dir of one, e.g. outputs/demo", file=sys.stderr)
             sys.exit(2)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)

@@ -4,6 +4,7 @@ An undisturbed run of ten steps is the yardstick. Draws depend on seed and ticke
 the same rewards and losses, step by step.
 """
 
+import json
 import signal
 import time
 
@@ -106,6 +107,24 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(start, straight):
     resumed = start("--resume")
     resumed.finish()
     assert_same_curve(resumed, straight)
+
+
+def test_stopped_pretraining_leaves_what_it_has_and_goes_on(tmp_path):
+    few = ["--pretrain.steps.base", "30", "--pretrain.steps.actions", "2000", "--pretrain.steps.policy", "10"]
+    run = Run("pretrain", tmp_path, *few)
+    run.wait_for_step("actions/loss", 40)
+    run.process.send_signal(signal.SIGTERM)
+    run.finish(code=130, timeout=120)
+    summary = json.loads((run.output / "summary.json").read_text())
+    reached = summary["step"]
+    assert summary["state"] == "stopped"
+    assert 40 <= reached < 2030
+    assert (run.output / "losses.png").stat().st_size > 5000
+    assert "model.safetensors" in {path.name for path in run.start.iterdir()}
+    resumed = Run("pretrain", tmp_path, *few, "--resume")
+    resumed.wait_for_step("actions/loss", reached + 20)
+    assert len(resumed.series("actions/loss")) > 3, "one curve"
+    resumed.end()
 
 
 def test_an_engines_error_reaches_the_terminal_at_once(start):

@@ -6,8 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_run_folder import USERS, fingerprint, write
 
-from cola_ray import command_line, launch, provenance, relevance, run_folder
+from cola_ray import command_line, launch, provenance, relevance, run_folder, status
 from cola_ray.command_line import from_command_line
 from cola_ray.config import override
 from cola_ray.presets import preset, trial
@@ -113,6 +114,41 @@ def test_a_trial_of_a_sweep_is_given_what_it_reads():
     assert given(config)["rl.kl_coef"] == 0.5
 
 
+JOBS = {
+    "pretrain": [], "rl_math": [], "rl_agent": [], "sweep": [], "reproduce": [], "evaluate": ["--model.path", "MODEL"],
+    "atlas": ["--model.path", "MODEL"], "diversity": ["--model.path", "MODEL"],
+    "capabilities": ["--model.path", "MODEL", "--harness.tasks", "arc_easy"],
+    "train_q": ["--model.path", "MODEL", "--data.path", "org/answers"],
+    "reward_model": ["--task.path", "org/pairs", "--model.base", "org/base"],
+    "rl_preference": ["--task.path", "org/pairs", "--task.reward-model", "http://localhost/"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [[], ["--resume"], ["--overwrite"]])
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_leaves_a_users_folder_alone(job, how, tmp_path, capsys):
+    assert {*JOBS} == {*run_folder.WRITES}
+    made(tiny(), tmp_path / "made")
+    write(tmp_path / "mine", *USERS)
+    before = fingerprint(tmp_path / "mine")
+    words = [word.replace("MODEL", str(tmp_path / "made" / "model")) for word in JOBS[job]]
+    with pytest.raises(SystemExit) as caught:
+        from_command_line(job, [*words, "--output-dir", str(tmp_path / "mine"), *how])
+    assert caught.value.code == 2
+    assert "which no run of this folder wrote; give another --output-dir" in capsys.readouterr().err
+    assert fingerprint(tmp_path / "mine") == before
+
+
+def test_status_of_a_users_folder_is_no_run(tmp_path, capsys, monkeypatch):
+    write(tmp_path / "mine", *USERS)
+    before = fingerprint(tmp_path / "mine")
+    monkeypatch.setattr("sys.argv", ["cola_ray", "status", str(tmp_path / "mine")])
+    with pytest.raises(SystemExit):
+        status.main()
+    assert "mine: no run there" in capsys.readouterr().err
+    assert fingerprint(tmp_path / "mine") == before
+
+
 # --- the model that a run starts from -----------------------------------------------------------------------------
 
 
@@ -149,7 +185,9 @@ def made(config, folder, state="finished"):
     run = run_folder.claim(override(config, {"output_dir": str(folder.resolve())}), "pretrain")
     (folder / "model").mkdir()
     sizes = config.model.model_dump(include={*provenance.SIZES})
-    (folder / "model" / "config.json").write_text(json.dumps({"model_type": "cola", **sizes}))
+    (folder / "model" / "config.json").write_text(
+        json.dumps({"model_type": "cola", "hidden_size": 64, "num_attention_heads": 2, **sizes})
+    )
     provenance.write(folder / "model", resolve(config, "pretrain"), "pretrain")
     run.end(state)
 
