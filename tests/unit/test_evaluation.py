@@ -10,6 +10,7 @@ from cola_ray.config import EvalConfig
 from cola_ray.evaluation import chunks, episode_figures, figures, remarks
 from cola_ray.rollout.agent import Played
 from cola_ray.rollout.answers import Answered
+from cola_ray.tasks.verifiable import Gsm8k
 
 
 def write(folder, way, first, rewards, answers, values=None, failures=None):
@@ -104,6 +105,10 @@ def test_votes_are_for_values_and_what_cannot_be_read_never_wins(tmp_path):
     write(tmp_path, "sample", 0, rewards, [["4", "", "", ""], ["", "", "", ""]])
     found = figures(EvalConfig(ways=("sample",), ks=()), tmp_path, seed=0)["sample"]
     assert found["majority"] == 0.5
+    task = object.__new__(Gsm8k)
+    said = ["#### .50", "so 1/2", "#### 7", "#### 7", "\\boxed{\\frac{1}{2}}", "hm"]
+    write(tmp_path, "beam", 0, [[1.0, 1.0, 0.0, 0.0, 1.0, 0.0]], [[task.answer_of(one) for one in said]])
+    assert figures(EvalConfig(ways=("beam",)), tmp_path, seed=0)["beam"]["majority"] == 1.0
 
 
 def test_none_right_still_has_an_interval(tmp_path):

@@ -227,6 +227,26 @@ def test_what_is_under_way_when_the_time_is_up_is_dropped(way):
     assert len(found.responses) == len(found.rewards) == {TreeSearch: 3, BestOf: 3, BeamSearch: 2}[way]
 
 
+@pytest.mark.parametrize("way", [TreeSearch, BestOf, BeamSearch])
+def test_an_engines_error_is_the_searchs_and_nobody_waits_on(way):
+    class Broken(Wild):
+        async def complete(self, requests):
+            made = await super().complete(requests)
+            if len(self.asked) > 5:
+                raise ValueError("no KV cache left")
+            return made
+
+    game = Broken(0, [0.4, 0.3, 0.2, 0.1], 4, sum)
+    settings = SearchConfig(root_breadth=4, breadth=4, searchers=3, simulations=20, max_tokens=1000)
+
+    async def whole():
+        with pytest.raises(ValueError, match="no KV cache left"):
+            await asyncio.wait_for(way(settings, game.question()).run(), 10)
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(whole())
+
+
 def test_best_of_n_keeps_the_first_draws_that_fit_whatever_their_order_of_arrival():
     """Lengths are 3, and 5 of the second. Of 12 tokens 3 + 5 + 3 fit, and one is left for the fourth, which is cut."""
 
