@@ -17,6 +17,7 @@ warms up, the learner's step has rate 0.
 environment seed, ``ppo`` has its own value head in the learner, and none of the three needs replay or critic.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -104,6 +105,10 @@ class AgentController(Controller):
             for seed in range(rl.prompts_per_step)
             for sibling in range(rl.group_size)
         ]
+
+    def _expected_tokens(self, num_groups: int) -> int:
+        """A ticket is one episode here."""
+        return num_groups * math.ceil(self.ledger.response_length)
 
     async def _evaluate(self, bare_base: bool) -> Metrics:
         """Mean return of episodes on seeds that training never uses; failed ones are left out."""

@@ -402,7 +402,7 @@ class Controller:
 
     async def _replay_size(self) -> dict[str, float]:
         rows, nbytes = await self.shards.size()
-        return {"replay/rows": float(rows), "replay/megabytes": nbytes / 1e6}
+        return {"replay/rows": float(rows), "replay/megabytes": nbytes / 2**20}
 
     def _outcomes(self, group: Group) -> Outcomes:
         """Rewards as the algorithm sees them: less for what is overlong.
