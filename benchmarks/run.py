@@ -84,7 +84,7 @@ def latent_decoding(latent: str) -> dict[str, float]:
     from cola_ray.rollout.engine import LatentEngine, Request
 
     engine = LatentEngine(
-        latent, dtype="float32", max_model_len=256, stop_token_id=31_999, max_num_seqs=BATCH, kv_cache_mb=512
+        latent, dtype="float32", max_model_len=256, stop_token_ids=[31_999], max_num_seqs=BATCH, kv_cache_mb=512
     )
     uniform = [Request(prompt.tolist(), seed, 1.0, 0, NEW) for seed, prompt in enumerate(prompts())]
     ragged = [

@@ -47,7 +47,7 @@ def plot(
 
 def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> dict[str, float]:
     """By length of prompt: tokens of all simulated texts, over the tokens that the engine computed for them."""
-    engine = LatentEngine(str(model), dtype="float32", max_model_len=512, stop_token_id=1, kv_cache_mb=128)
+    engine = LatentEngine(str(model), dtype="float32", max_model_len=512, stop_token_ids=[1], kv_cache_mb=128)
     batch = RunningBatch(engine, drain=True)
     draw = np.random.default_rng(0)
     ratios = {}

@@ -229,6 +229,9 @@ class RolloutConfig(_Branch):
     """Longer prompts are left out and counted."""
     max_new_tokens: Tokens = 256
     """Actions a completion may take."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion or an agent's utterance, beside the checkpoint's end tokens and what the task
+    declares. A verifier or environment reads the text in front of the string."""
     max_num_seqs: Count = 64
     """Concurrent requests in an engine."""
     kv_cache_mb: Count = 512

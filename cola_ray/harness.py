@@ -4,8 +4,9 @@ loglikelihood    CoLAForCausalLM.token_log_probs: marginal over actions, greedy 
 generate_until   in vLLM, greedily: latent actions, or the base's tokens
 """
 
+import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.model.modeling_cola import CoLAForCausalLM, Likelihood
 from cola_ray.rollout.engine import LatentEngine, Request
 from cola_ray.tasks.chat import ChatTokenizer
+from cola_ray.tasks.endings import Endings
 
 _POSITIONS = 16  # scored at a time, so that (16, K, V) fits
 
@@ -46,6 +48,7 @@ class HarnessModel(TemplateLM):
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
         self.chat = ChatTokenizer(self.tokenizer, "")
+        self.endings = Endings.of(self.tokenizer, pretrained)
         self.on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = CoLAForCausalLM.from_pretrained(pretrained, dtype=getattr(torch, dtype))
         self.model = model.eval().to(self.on)
@@ -122,28 +125,31 @@ class HarnessModel(TemplateLM):
     # --- generation -----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to the first of a request's stop strings; the engine itself stops at the end token or the budget."""
+        """Texts up to the first of a request's stop strings, an end token, or the budget."""
         asked = [(context, dict(settings)) for context, settings in (request.args for request in requests)]
         budgets = [int(settings.get("max_gen_toks", self.max_gen_toks)) for _, settings in asked]
         made = self._engine().generate([
             self._request(context, min(budget, self.max_length // 2), settings)
             for (context, settings), budget in zip(asked, budgets, strict=True)
         ])  # fmt: skip
-        texts = (self.tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in made)
-        return [_until(text, settings.get("until") or []) for text, (_, settings) in zip(texts, asked, strict=True)]
+        return [
+            dataclasses.replace(self.endings, strings=_until(settings)).text(one.token_ids)
+            for one, (_, settings) in zip(made, asked, strict=True)
+        ]
 
     def _request(self, context: str, budget: int, settings: dict[str, Any]) -> Request:
         begin = self.chat.begin
         prompt = [*begin, *self.tok_encode(context, False)[-(self.max_length - budget - len(begin)) :]]
         temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
         forced = [BASE_TOKENS] * budget if self.likelihood == "base" else []
-        return Request(prompt, 0, temperature, 0, budget, forced)
+        return Request(prompt, 0, temperature, 0, budget, forced, _until(settings))
 
     def _engine(self) -> LatentEngine:
         if self.engine is None:
             self.engine = LatentEngine(
-                self.path, dtype=self.dtype, max_model_len=self.max_length, stop_token_id=self.eot_token_id
-            )
+                self.path, dtype=self.dtype, max_model_len=self.max_length, stop_token_ids=self.endings.token_ids,
+                tokenizer=self.tokenizer,
+            )  # fmt: skip
         return self.engine
 
     def close(self) -> None:
@@ -152,11 +158,9 @@ class HarnessModel(TemplateLM):
             self.engine.close()
 
 
-def _until(text: str, stops: Sequence[str] | str) -> str:
-    for stop in [stops] if isinstance(stops, str) else stops:
-        if stop:
-            text = text.split(stop)[0]
-    return text
+def _until(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    stops = settings.get("until") or ()
+    return tuple(stop for stop in ([stops] if isinstance(stops, str) else stops) if stop)
 
 
 def score(config: Config, likelihood: Likelihood) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from cola_ray import CoLAForCausalLM
 
@@ -77,6 +78,14 @@ def cola(base_dir: Path) -> CoLAForCausalLM:
         base_dir, num_actions=NUM_ACTIONS, num_idm_layers=1, num_world_model_layers=2, num_policy_layers=2
     )
     return scramble(model).eval()
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """One character a token, for all of the vocabulary."""
+    words = {chr(0x4E00 + token): token for token in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=chr(0x4E00)))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ class AgentWorker(EngineWorker):
         width = self.engine.llm.llm_engine.model_config.get_hidden_size()
         self.feature_width = width if self.latent else 1
         self.table = Table(
-            processes, self.chat.text_ids, self._decode, config.rollout.max_prompt_tokens, tuple(self.chat.begin)
+            processes, self.chat.text_ids, self.endings.text, config.rollout.max_prompt_tokens, tuple(self.chat.begin)
         )
 
     async def facts(self) -> dict[str, object]:
@@ -185,10 +185,8 @@ class AgentWorker(EngineWorker):
     ) -> Request:
         rollout = self.config.rollout
         top_k = rollout.top_k if temperature else 0
-        return Request(list(ids), seed, temperature, top_k, max_new_tokens or rollout.max_new_tokens, actions)
-
-    def _decode(self, ids: Array) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        limit = max_new_tokens or rollout.max_new_tokens
+        return Request(list(ids), seed, temperature, top_k, limit, actions, self.endings.strings)
 
 
 def _utterance(c: Completion) -> Utterance:

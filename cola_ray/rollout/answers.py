@@ -134,7 +134,9 @@ class AnswerWorker(RolloutWorker):
 
         def request(ids: Sequence[int], number: int, actions: Sequence[int], new_tokens: int) -> Request:
             seed = self._seed(_ANSWERS, index, number)
-            return Request(ids, seed, rollout.temperature, rollout.top_k, new_tokens, actions)
+            said = len(ids) - len(prompt)
+            stop = self.endings.strings
+            return Request(ids, seed, rollout.temperature, rollout.top_k, new_tokens, actions, stop, said)
 
         judge = functools.partial(self._judge, index)
         kept = min(rollout.top_k or self.num_actions, self.num_actions)

@@ -12,6 +12,7 @@ preempted and computed again under the new weights; ``Completion.versions`` tell
 """
 
 import abc
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cola_ray.model.action_columns import acting_args, decode, sampling_args
+from cola_ray.tasks.endings import Endings
 from cola_ray.weights import Broadcast, BroadcastReceiver, Bucket, Offer, WeightReceiver
 
 if TYPE_CHECKING:
@@ -35,18 +37,24 @@ class Request:
     top_k: int
     max_new_tokens: int
     actions: Sequence[int] = ()  # forced at the first steps
+    stop: Sequence[str] = ()  # strings that end it, beside the engine's end tokens
+    said: int = 0  # of the prompt's last tokens: a response's beginning, which this one goes on with
 
 
 @dataclass
 class _InFlight:
+    request: Request
     engine_id: str  # vLLM's own name of the request
-    prompt_length: int
     versions: list[tuple[int, int]]  # (first output position, version), ascending
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
 
 
 @dataclass(frozen=True)
 class Completion:
-    token_ids: np.ndarray  # (L,) int64, the stop token included
+    token_ids: np.ndarray  # (L,) int64, what ended it included: a token, or those that make a string
     actions: np.ndarray  # (L,) int64
     log_probs: np.ndarray  # (L,) float32, of the actions, under the distribution sampled from
     versions: np.ndarray  # (L,) int64, the policy version that chose each action
@@ -75,7 +83,8 @@ class Engine(abc.ABC):
         model_path: a directory that vLLM can serve.
         dtype: "float32" or "bfloat16".
         max_model_len: prompt plus completion, in tokens.
-        stop_token_id: ends a completion.
+        stop_token_ids: each ends a completion.
+        tokenizer: for requests with strings that end them.
         kv_cache_mb: key/value cache on CPU.
     """
 
@@ -85,7 +94,8 @@ class Engine(abc.ABC):
         *,
         dtype: str,
         max_model_len: int,
-        stop_token_id: int,
+        stop_token_ids: Sequence[int],
+        tokenizer: Any = None,
         max_num_seqs: int = 64,
         kv_cache_mb: int = 256,
         tensor_parallel_size: int = 1,
@@ -98,7 +108,7 @@ class Engine(abc.ABC):
 
         torch.set_num_threads(num_threads)
         self.vllm = vllm
-        self.stop_token_id = stop_token_id
+        self.endings = Endings(tokenizer, tuple(stop_token_ids))
         self.version = 0
         self.in_flight: dict[str, _InFlight] = {}
         self.num_submitted = 0
@@ -121,6 +131,7 @@ class Engine(abc.ABC):
             **engine_args,
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self.llm.llm_engine.output_processor.tokenizer = tokenizer  # looks for strings, where a request has some
 
     # --- what heirs say -------------------------------------------------------------------------------------------
 
@@ -150,13 +161,18 @@ class Engine(abc.ABC):
         """Queue a request; returns its id, under which ``step`` will hand out the completion.
 
         Raises:
-            ValueError: vLLM refuses it, e.g. a prompt longer than the model's context.
+            ValueError: vLLM refuses it, e.g. a prompt longer than the model's context; or it is to end at a string and
+                the engine has no tokenizer.
         """
+        if request.stop and self.endings.tokenizer is None:
+            raise ValueError(f"stop = {list(request.stop)!r}: the engine was made without a tokenizer")
         params = self.vllm.SamplingParams(
             max_tokens=request.max_new_tokens,
-            stop_token_ids=[self.stop_token_id],
-            ignore_eos=True,  # the one stop token above, not whatever else the checkpoint lists
-            detokenize=False,
+            stop_token_ids=list(self.endings.token_ids),
+            ignore_eos=True,  # the end tokens above, not a default of the checkpoint's configuration
+            stop=list(request.stop) or None,
+            detokenize=bool(request.stop),
+            skip_special_tokens=False,
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # made for this request alone; a deep copy would be a fifth of a short rollout
             **self._sampling(request),
@@ -164,7 +180,7 @@ class Engine(abc.ABC):
         self.num_submitted += 1
         name, prompt = str(self.num_submitted), {"prompt_token_ids": list(request.prompt_ids)}
         engine_id = self.llm.llm_engine.add_request(name, prompt, params)
-        self.in_flight[name] = _InFlight(engine_id, len(request.prompt_ids), [(0, self.version)])
+        self.in_flight[name] = _InFlight(request, engine_id, [(0, self.version)])
         return name
 
     @property
@@ -188,10 +204,27 @@ class Engine(abc.ABC):
         token_ids, actions, log_probs, states = self._read(request, output)
         starts, versions = zip(*request.versions, strict=True)
         lengths = np.diff([*starts, len(actions)])
-        return Completion(
+        computed_tokens = request.prompt_length + len(actions) - (answer.num_cached_tokens or 0)
+        made = Completion(
             token_ids, actions, log_probs, np.repeat(np.array(versions, np.int64), lengths),
-            truncated=output.finish_reason == "length", hidden_states=states,
-            computed_tokens=request.prompt_length + len(actions) - (answer.num_cached_tokens or 0),
+            truncated=output.finish_reason == "length", hidden_states=states, computed_tokens=computed_tokens,
+        )  # fmt: skip
+        return self._cut(made, request.request)
+
+    def _cut(self, made: Completion, request: Request) -> Completion:
+        """Up to a string that began in what was said before, which vLLM does not see."""
+        if not request.stop or not request.said:
+            return made
+        before = list(request.prompt_ids[-request.said :])
+        whole = dataclasses.replace(self.endings, strings=tuple(request.stop)).length([*before, *made.token_ids])
+        if whole is None:
+            return made
+        length = max(whole - request.said, 1)
+        states = made.hidden_states
+        return dataclasses.replace(
+            made, token_ids=made.token_ids[:length], actions=made.actions[:length], log_probs=made.log_probs[:length],
+            versions=made.versions[:length], truncated=False,
+            hidden_states=None if states is None else states[: len(request.prompt_ids) + length - 1],
         )  # fmt: skip
 
     # --- weights --------------------------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
 from cola_ray.rollout.isolation import Reward, RewardProcess
 from cola_ray.rollout.judge import Judge, judged
-from cola_ray.tasks import make_prompts, make_task
+from cola_ray.tasks import make_prompts, make_task, stop_strings
 from cola_ray.tasks.chat import ChatTokenizer
+from cola_ray.tasks.endings import Endings
 from cola_ray.tasks.protocol import Split
 from cola_ray.weights import Bucket, Offer
 
@@ -115,6 +116,7 @@ class EngineWorker:
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
         self.chat = ChatTokenizer(self.tokenizer, config.data.date)
+        self.endings = Endings.of(self.tokenizer, model_path, [*rollout.stop, *stop_strings(config.task)])
         self.latent = config.rl.action_space == "latent"
         beta = config.rl.kl_coef if config.rl.actor_free else 0.0
         make: Callable[..., Engine] = (
@@ -126,7 +128,8 @@ class EngineWorker:
             model_path,
             dtype=config.model.dtype,
             max_model_len=rollout.max_prompt_tokens + rollout.max_new_tokens,
-            stop_token_id=self.tokenizer.eos_token_id,
+            stop_token_ids=self.endings.token_ids,
+            tokenizer=self.tokenizer,
             max_num_seqs=rollout.max_num_seqs,
             kv_cache_mb=rollout.kv_cache_mb,
             tensor_parallel_size=rollout.tensor_parallel_size,
@@ -235,7 +238,7 @@ class RolloutWorker(EngineWorker):
     def _request(self, prompt: Sequence[int], seed: int, greedy: bool) -> Request:
         rollout = self.config.rollout
         temperature, top_k = (0.0, 0) if greedy else (rollout.temperature, rollout.top_k)
-        return Request(prompt, seed, temperature, top_k, rollout.max_new_tokens)
+        return Request(prompt, seed, temperature, top_k, rollout.max_new_tokens, stop=self.endings.strings)
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
         """Greedy rewards on held-out problems that fit, of the policy or of the bare base; NaN where scoring failed."""
@@ -250,7 +253,7 @@ class RolloutWorker(EngineWorker):
         limit = self.config.rollout.max_new_tokens
         # Before the first update a plain base is its own start.
         actions = [BASE_TOKENS] * limit if bare_base and self.latent else []
-        return Request(prompt, 0, 0.0, 0, limit, actions)
+        return Request(prompt, 0, 0.0, 0, limit, actions, self.endings.strings)
 
     async def _score(self, split: Split, indices: Sequence[int], texts: Sequence[str]) -> list[Reward]:
         if self.judge is not None:
@@ -274,4 +277,4 @@ class RolloutWorker(EngineWorker):
         )
 
     def _texts(self, responses: Sequence[np.ndarray]) -> list[str]:
-        return [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+        return [self.endings.text(response) for response in responses]

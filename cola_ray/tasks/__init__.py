@@ -4,6 +4,7 @@ import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cola_ray.config import TaskConfig, is_environment
 from cola_ray.tasks.adventures import Jericho, TextWorld
@@ -16,7 +17,7 @@ from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, Math500, ReasoningGym, 
 
 __all__ = [
     "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Prompts", "Task", "answer_of", "least_right_reward",
-    "make_environment", "make_prompts", "make_task", "to_pretrain_on",
+    "make_environment", "make_prompts", "make_task", "stop_strings", "to_pretrain_on",
 ]  # fmt: skip
 
 ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
@@ -102,6 +103,15 @@ def least_right_reward(config: TaskConfig) -> float | None:
         return 1.0
     module, _, attribute = config.name.partition(":")
     return getattr(getattr(importlib.import_module(module), attribute), "right_from", None)
+
+
+def stop_strings(config: TaskConfig) -> tuple[str, ...]:
+    """Strings that end a response to this task: the attribute ``stop`` of its class."""
+    own: dict[str, Any] = {"gsm8k": Gsm8k, "math500": Math500}
+    found = own.get(config.name)
+    if found is None and (config.name in ENVIRONMENTS or ":" in config.name):
+        found = _environment_class(config.name)
+    return tuple(getattr(found, "stop", ()))
 
 
 def make_environment(config: TaskConfig) -> Environment:

@@ -26,7 +26,10 @@ class Dialogue:
 
 
 class Environment(Protocol):
-    """One episode at a time; whoever wants several makes several."""
+    """One episode at a time; whoever wants several makes several.
+
+    A class may have an attribute ``stop``: strings that end an utterance, beside the end tokens.
+    """
 
     max_turns: int
 

@@ -47,7 +47,8 @@ class Task(Prompts, Protocol):
     process that scores then gives up files, sockets and other processes once the task has been built. One whose
     responses hold more than the answer has a method ``answer_of``, see below. A class whose responses are right or
     wrong has ``right_from = 1.0``, the least reward of a right one; without it evaluations give the mean reward and no
-    accuracy.
+    accuracy. Strings at which a response is to end, such as the next question that a base model goes on to write, are
+    an attribute ``stop`` of the class.
     """
 
     def score(self, split: Split, index: int, response: str) -> float:
@@ -56,8 +57,8 @@ class Task(Prompts, Protocol):
 
 
 def answer_of(task: Prompts, response: str) -> str:
-    """The answer that a response commits to, as majorities count it; "" where there is none.
+    """The answer that a response commits to, as majorities count it: one text for answers of equal value.
 
-    A task says it in a method of this name; without, it is the whole response.
+    "" where there is none that can be read. A task says it in a method of this name; without, it is the whole response.
     """
     return getattr(task, "answer_of", str.strip)(response)

@@ -154,6 +154,7 @@ class Gsm8k:
 
     INSTRUCTION = "\nThink step by step, then give the result after ####."
     right_from = 1.0
+    stop = ("\nQuestion:",)
 
     def __init__(self, path: str, seed: int) -> None:
         import datasets
@@ -196,6 +197,7 @@ class Math500:
 
     INSTRUCTION = "\nThink step by step, then give the result in \\boxed{}."
     right_from = 1.0
+    stop = ("\nProblem:",)
 
     def __init__(self, path: str, seed: int) -> None:
         import datasets

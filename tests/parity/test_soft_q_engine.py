@@ -20,7 +20,7 @@ LOG_PROB_TOLERANCE = 5e-5  # logits hold Q / beta, ten times Q, and its rounding
 @pytest.fixture(scope="module")
 def engine(cola_dir):
     engine = LatentEngine(
-        str(cola_dir), dtype="float32", max_model_len=96, stop_token_id=STOP, max_num_seqs=16, block_size=32,
+        str(cola_dir), dtype="float32", max_model_len=96, stop_token_ids=[STOP], max_num_seqs=16, block_size=32,
         soft_q_beta=BETA,
     )  # fmt: skip
     yield engine

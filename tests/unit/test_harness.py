@@ -37,5 +37,6 @@ def test_a_continuation_is_scored_token_by_token(model_dir, cola, likelihood):
         assert greedy == all(int(log_probs[i].argmax()) == int(ids[0, i + 1]) for i in at)
 
 
-def test_texts_end_at_the_first_stop():
-    assert _until("4\n5", ["\n"]) == _until("4", "\n") == "4"
+def test_a_request_says_where_its_text_ends():
+    assert _until({"until": ["\n", ""]}) == _until({"until": "\n"}) == ("\n",)
+    assert _until({}) == _until({"until": None}) == ()
