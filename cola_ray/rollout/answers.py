@@ -29,7 +29,6 @@ from cola_ray.rollout.isolation import Reward
 from cola_ray.rollout.judge import Judge, judged
 from cola_ray.rollout.search import BeamSearch, BestOf, End, Found, Question, TreeSearch
 from cola_ray.rollout.worker import RolloutWorker
-from cola_ray.tasks import answer_of
 from cola_ray.tasks.chat import as_text
 
 Array = np.ndarray
@@ -88,7 +87,7 @@ class AnswerWorker(RolloutWorker):
         return Answered(
             index, as_text(self.task.problems(self.split)[index].question), list(prompt), texts,
             [response.tolist() for response in found.responses], [actions.tolist() for actions in found.actions],
-            found.rewards, [reward.value for reward in scored], [answer_of(self.task, text) for text in texts],
+            found.rewards, [reward.value for reward in scored], await asyncio.to_thread(self.rewards.answers, texts),
             found.generated_tokens, found.computed_tokens, found.seconds, [reward.failure for reward in scored],
             found.ended_by,
         )  # fmt: skip

@@ -8,6 +8,7 @@ A call that takes longer than ``timeout_s`` costs its own answer: the process is
 ``signal.alarm`` would not do; it works in main threads only and does not stop C code.
 """
 
+import functools
 import math
 import multiprocessing as mp
 import multiprocessing.connection
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ray.tasks import Task
+from cola_ray.tasks import Task, answer_of
 from cola_ray.tasks.confine import die_with_parent
 from cola_ray.tasks.environment import Environment
 from cola_ray.tasks.protocol import Split
@@ -140,11 +141,30 @@ class RewardProcess(Isolated):
     """A task's verifier; ``make`` builds the task."""
 
     def __init__(self, make: Callable[[], Task], timeout_s: float) -> None:
-        super().__init__(make, timeout_s)
+        super().__init__(functools.partial(_Verifier, make), timeout_s)
 
     def score(self, items: Sequence[tuple[Split, int, str]]) -> list[Reward]:
         """A reward for each (split, problem's index, response), in order."""
         return [as_reward(answer) for answer in self.call([("score", *item) for item in items])]
+
+    def answers(self, responses: Sequence[str]) -> list[str]:
+        """What each response commits to; "" where that cannot be read, or not in time."""
+        found = self.call([("answer_of", response) for response in responses])
+        return [answer.value if isinstance(answer.value, str) else "" for answer in found]
+
+
+class _Verifier:
+    """In the child."""
+
+    def __init__(self, make: Callable[[], Task]) -> None:
+        self.task = make()
+        self.executes_responses = getattr(self.task, "executes_responses", False)
+
+    def score(self, split: Split, index: int, response: str) -> float:
+        return self.task.score(split, index, response)
+
+    def answer_of(self, response: str) -> str:
+        return answer_of(self.task, response)
 
 
 def as_reward(answer: Answer) -> Reward:

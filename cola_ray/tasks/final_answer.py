@@ -502,7 +502,9 @@ class _Side:
         text, end, grouped = token.text, place + 1, False
         while self._is_group(end, text):
             text, end, grouped = f"{text}_{self.tokens[end].text}", end + 1, True
-        value = _decimal(text, comma=not self.bare and self._costs(place))
+        if self.bare and "," in text and not re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
+            return None, end  # a list
+        value = _decimal(text, comma=self._costs(place))
         if value is None:
             return None, end
         if self.kind(end) == "operator" and self.tokens[end].text == "/" and self.kind(end + 1) == "number":

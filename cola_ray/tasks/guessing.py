@@ -132,7 +132,7 @@ def table_oracle(hidden: Thing, question: str) -> str:
     """From the table: a question names an object or asks for an attribute, else it is invalid."""
     known, _ = phrases()
     words = _words(question)
-    negated = bool({"not", "isn't", "doesn't", "can't"} & set(question.lower().split()))
+    negated = not {"not", "isn't", "doesn't", "can't"}.isdisjoint(words)
     asked = _longest_phrase(words, known)
     named = _named(words)
     if named and (asked is None or not _ends_with(words, asked) or len(asked.split()) < 2):
@@ -241,9 +241,16 @@ class ChatOracle:
         messages: Any = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         reply = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0, max_tokens=64)
         answer = " ".join((reply.choices[0].message.content or "").split())
-        if not self.fixed:
-            return answer
-        return next((a for a in self.fixed if answer.lower().startswith(a.lower().rstrip("."))), self.fixed[-1])
+        return nearest_answer(answer, self.fixed) if self.fixed else answer
+
+
+def nearest_answer(answer: str, fixed: Sequence[str]) -> str:
+    """The fixed answer whose words the answer begins with, or else the last of them.
+
+    Example: "**No**, it is not." -> "No."; "Not a question." -> "Invalid Question.".
+    """
+    said = _words(answer)
+    return next((one for one in fixed if said[: len(_words(one))] == _words(one)), fixed[-1])
 
 
 # --- tables and words -----------------------------------------------------------------------------------------------
@@ -311,7 +318,7 @@ _SMALL_WORDS = {"a", "an", "the", "some"}
 @functools.lru_cache(maxsize=4096)
 def _words(text: str) -> tuple[str, ...]:
     """Lower case, without punctuation, articles and the plural's s."""
-    found = re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text.lower().replace("-", " "))
+    found = re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text.lower().replace("-", " ").replace("\u2019", "'"))
     return tuple(
         word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
         for word in found

@@ -156,6 +156,18 @@ def test_wide_integers_are_compared_in_every_digit():
     assert final_number(most + "9" * 5000) is None, "not its last digits"
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1,234", 1234), ("1,234,567.5", "2469135/2"), ("0,5", None), ("12,34,567", None), ("3,4", None), ("3m", None),
+        ("5 cm", None), (r"50\%", 50), (r"90^\circ", 90), (r"\$5", 5), ("x=5", 5), ("5.", 5), (r"\frac{1}{2}", "1/2"),
+        ("5 million", None), ("(5)", 5), ("3 1/2", "7/2"),
+    ],
+)  # fmt: skip
+def test_beside_a_bare_number_there_are_no_words_and_no_lists(text, value):
+    assert number_in(text, latex=True, bare=True) == (None if value is None else Fraction(value))
+
+
 def test_boxes():
     assert last_box(r"\boxed{a{b}{c{d}}} x") == "a{b}{c{d}}"
     assert last_box(r"\boxed{\{1, 2\}}") == r"\{1, 2\}"

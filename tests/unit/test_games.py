@@ -18,6 +18,7 @@ from cola_ray.tasks.guessing import (
     cities_table,
     city_oracle,
     names,
+    nearest_answer,
     objects_table,
     phrases,
     table_oracle,
@@ -86,6 +87,27 @@ def test_rewards_and_ends_are_the_papers():
     assert sum(step[1] for step in limit) == -20
     assert [step[2] for step in limit] == [False] * 20
     assert [step[3] for step in limit] == [False] * 19 + [True], "a limit truncates, it does not terminate"
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("Yes", "Yes."), ("yes, it is", "Yes."), ("**No**, never", "No."),
+        ('"No."', "No."), ("Not a question", INVALID),
+        ("None of these", INVALID), ("Nobody knows", INVALID), ("Yesterday", INVALID), ("Invalid question!", INVALID),
+        ("", INVALID), ("I think yes", INVALID),
+    ],
+)  # fmt: skip
+def test_an_endpoint_answers_in_whole_words(said, answer):
+    assert nearest_answer(said, ("Yes.", "No.", INVALID)) == answer
+
+
+@pytest.mark.parametrize(
+    "question", ["Is it not alive?", "Isn't it alive?", "Isn\u2019t it alive?", "Alive it is not."]
+)
+def test_negations_of_any_spelling(question):
+    dog = next(thing for thing in objects_table() if "alive" in thing.attributes)
+    assert (table_oracle(dog, "Is it alive?"), table_oracle(dog, question)) == ("Yes.", "No.")
 
 
 def test_a_negated_name_does_not_win():

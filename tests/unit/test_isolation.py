@@ -28,6 +28,9 @@ class Moody:
             raise ValueError("what is this")
         return float(response) + index
 
+    def answer_of(self, response):
+        return response.upper() if response.isalpha() and self.score("train", 0, "0") == 0 else str(float(response))
+
 
 @pytest.fixture(scope="module")
 def rewards():
@@ -47,6 +50,10 @@ def test_each_failure_costs_its_own_sample(rewards):
         Reward(0.0, "ended its process with exit code 3"),
         Reward(7.0),
     ]
+
+
+def test_answers_are_read_beside_rewards(rewards):
+    assert rewards.answers(["a", "1.50", "b c", "2"]) == ["A", "1.5", "", "2.0"], "unreadable where reading raised"
 
 
 def test_thousands_at_once(rewards):
