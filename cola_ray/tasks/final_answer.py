@@ -324,7 +324,7 @@ def _set(words: str) -> frozenset[str]:
 
 
 _FUNCTIONS = _set("""
-    sqrt log ln sin cos tan exp abs mod base root step question problem part case page chapter section
+    sqrt log ln sin cos tan exp abs mod base root step question problem part case page chapter section not
     """)
 _LEADS = _set("""
     the final answer result total is are was equals equal to about approximately approx around roughly nearly almost
@@ -606,7 +606,7 @@ class _Side:
     def _words(self, place: int, value: Fraction, percent: bool) -> bool:
         """Whether the words behind the number leave it as it is."""
         token = self.tokens[place]
-        if token.spaces == 0 and re.match(r"[eE]\d", token.text):
+        if token.spaces == 0 and re.match(r"[eEbBoO]\d", token.text):
             return False
         if len(token.text) == 1 and token.text.isascii() and token.text != "a":
             variable = self.latex and token.spaces == 0

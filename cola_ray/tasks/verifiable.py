@@ -1,6 +1,8 @@
 """GSM8K, MATH-500, every generator of reasoning-gym, and the arithmetic that the tiny preset learns."""
 
+import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any, ClassVar
 
 from cola_ray.tasks.chat import Prompt, as_prompt, as_text, followed_by
 from cola_ray.tasks.expressions import canonical, final_expression, same_expression
-from cola_ray.tasks.final_answer import final_number
+from cola_ray.tasks.final_answer import final_number, number_in
 from cola_ray.tasks.protocol import Problem, Split, Task, answer_of, split_of
 from cola_ray.tasks.rows import open_rows
 
@@ -16,7 +18,9 @@ from cola_ray.tasks.rows import open_rows
 class ReasoningGym:
     """A procedural generator by its reasoning-gym name, scored by the generator's own verifier.
 
-    Several of these verifiers call ``eval`` on the answer, countdown's among them, hence ``executes_responses``.
+    Several of these verifiers call ``eval`` on the answer, countdown's among them, hence ``executes_responses``. Some
+    raise at an answer of another form, which is then wrong, and some take for right what contradicts the solution:
+    see :func:`contradicts`.
 
     Distinct questions only. A question is held out when its checksum says so, whatever the seed, so no run trains
     on a problem that another run is tested on.
@@ -43,18 +47,51 @@ class ReasoningGym:
                 continue
             seen.add(question)
             split = split_of(question)
-            self._splits[split].append(Problem(len(self._splits[split]), question, str(entry["answer"])))
+            self._splits[split].append(Problem(len(self._splits[split]), question, _solution(entry)))
             self._entries[split].append(entry)
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
 
     def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
-        return [(problem.question, problem.solution) for problem in self._splits["train"]]
+        """Problems with their solutions; none where the generator gives no solutions."""
+        return [(problem.question, problem.solution) for problem in self._splits["train"] if problem.solution]
 
     def score(self, split: Split, index: int, response: str) -> float:
-        score = float(self.dataset.score_answer(response.strip(), self._entries[split][index]))
+        said, entry = response.strip(), self._entries[split][index]
+        try:
+            score = float(self.dataset.score_answer(said, entry))
+        except Exception:  # of the generator's own kinds, for an answer that it cannot parse
+            self.dataset.score_answer(entry["answer"], entry)  # raises where the verifier itself is broken
+            return 0.0
+        if score >= 1.0 and contradicts(str(entry["answer"]), said):
+            return 0.0
         return float(score >= 1.0) if self.bare else score
+
+
+def contradicts(solution: str, response: str) -> bool:
+    """Whether a response cannot be right, whatever a lenient verifier makes of it.
+
+    Where the solution is true or false, whatever is not that word. Where it is a number, one more than 1 % away, or a
+    text that neither is a number nor has the solution in it. Where it is a number of any kind, "nan".
+    """
+    wanted, said = solution.strip().lower(), response.strip().lower()
+    if wanted in ("true", "false"):
+        return said != wanted
+    if "nan" in said and not re.search("[a-hk-z]", wanted):  # of complex ones, too
+        return True
+    number, found = number_in(wanted), number_in(said)
+    if number is None:
+        return False
+    return wanted not in said if found is None else 100 * abs(found - number) > max(abs(number), Fraction(1, 100))
+
+
+def _solution(entry: Mapping[str, Any]) -> str:
+    """A right response; "" where there are many and the generator shows none."""
+    examples = ("possible_answer", "example_answer", "example_correct_answer")
+    shown = (entry["metadata"].get(name) for name in examples)
+    found = next((one for one in (entry["answer"], *shown) if one is not None), "")
+    return found if isinstance(found, str) else json.dumps(found)
 
 
 class Arithmetic(ReasoningGym):

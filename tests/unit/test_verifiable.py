@@ -11,6 +11,7 @@ from cola_ray.config import TaskConfig
 from cola_ray.tasks import make_task
 from cola_ray.tasks.expressions import same_expression
 from cola_ray.tasks.final_answer import final_number
+from cola_ray.tasks.verifiable import contradicts
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,40 @@ def test_a_demonstration_has_the_form(countdown):
     question, response = countdown.demonstrations()[0]
     assert question == countdown.problems("train")[0].question
     assert countdown.score("train", 0, response) == 1.0
+
+
+# --- reasoning-gym --------------------------------------------------------------------------------------------------
+
+NONSENSE = ["nan", "inf", "(", "1/0", "[1,2", "{}", "import os", "9" * 50, "=", "abc", "[[1]]", '{"a": 1}', "None", ""]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["coin_flip", "complex_arithmetic", "game_of_life", "game_of_life_halting", "prime_factorization", "graph_color",
+     "rubiks_cube", "propositional_logic", "boxnet", "chain_sum", "countdown", "leg_counting"],
+)  # fmt: skip
+def test_generators_take_their_solutions_and_no_nonsense(name):
+    task = make_task(TaskConfig(name=name, num_problems=4), 0)
+    problems = task.problems("train")
+    assert len(task.demonstrations()) == (0 if name == "boxnet" else len(problems)), "boxnet shows no solution"
+    for index, problem in enumerate(problems):
+        if problem.solution:
+            assert task.score("train", index, problem.solution) == 1.0
+        for nonsense in NONSENSE:
+            assert task.score("train", index, nonsense) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("solution", "response", "expected"),
+    [
+        ("False", "True", True), ("False", "abc", True), ("False", "false", False), ("0.375", "0", True),
+        ("5", "nan", True), ("3 + 2i", "nan", True), ("banana", "banana", False),
+        ("0.375", "3/8", False), ("0.375", "0.3751", False), ("5", "so 5 it is", False), ("0", "0.0", False),
+        ("0", "0.01", True), ("1 + 2", "2 + 1", False), ("yes", "no", False),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_right(solution, response, expected):
+    assert contradicts(solution, response) is expected
 
 
 # --- GSM8K ----------------------------------------------------------------------------------------------------------
