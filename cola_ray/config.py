@@ -229,7 +229,7 @@ class RolloutConfig(_Branch):
     """Longer prompts are left out and counted."""
     max_new_tokens: Tokens = 256
     """Actions a completion may take."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion or an agent's utterance, beside the checkpoint's end tokens and what the task
     declares. A verifier or environment reads the text in front of the string."""
     max_num_seqs: Count = 64
