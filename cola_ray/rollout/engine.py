@@ -180,6 +180,8 @@ class Engine(abc.ABC):
         self.num_submitted += 1
         name, prompt = str(self.num_submitted), {"prompt_token_ids": list(request.prompt_ids)}
         engine_id = self.llm.llm_engine.add_request(name, prompt, params)
+        if request.stop:  # log-probabilities stay numbers: no vocabulary spells the columns that carry actions
+            self.llm.llm_engine.output_processor.request_states[engine_id].logprobs_processor.tokenizer = None
         self.in_flight[name] = _InFlight(request, engine_id, [(0, self.version)])
         return name
 
