@@ -1,6 +1,7 @@
 """Runs of the jobs as subprocesses, for the tests that disturb them: start, watch, kill, compare."""
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -9,12 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # A base trained just long enough to be right now and then, so that RL has something to learn from.
 SHORT_PRETRAINING = [
     "--pretrain.steps.base", "120", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40"
 ]  # fmt: skip
+SHORT_RL = ["--rl.max-steps", "5", "--rl.prompts-per-step", "8", "--rl.group-size", "8", "--rl.eval-problems", "64",
+            "--rl.eval-every", "0", "--rl.save-every", "2"]  # fmt: skip
 
 
 class Run:
@@ -40,6 +44,11 @@ class Run:
     def start(self) -> Path:
         """The model that this job has pre-trained; its folder's name says under which settings."""
         (found,) = (self.where / "outputs").glob("pretrain-tiny-*/model")
+        return found
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.output / "summary.json").read_text())
         return found
 
     def finish(self, code: int = 0, timeout: float = 1800) -> str:

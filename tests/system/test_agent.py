@@ -9,41 +9,43 @@ import datasets
 import pytest
 from runs import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-SHORT = ["--pretrain.steps.base", "150", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40",
-         "--task.num-problems", "400"]  # fmt: skip
-FEW = ["--rl.max-steps", "6", "--rl.prompts-per-step", "16", "--rl.eval-problems", "16", "--rl.eval-every", "3"]
+pytestmark = pytest.mark.timeout(1800)
+SHORT = ["--pretrain.steps.base", "60", "--pretrain.steps.actions", "20", "--pretrain.steps.policy", "20",
+         "--task.num-problems", "300"]  # fmt: skip
+SEEDS = 8
+FEW = ["--rl.max-steps", "4", "--rl.prompts-per-step", str(SEEDS), "--rl.eval-problems", "8", "--rl.eval-every", "2"]
 RL = [*FEW, "--critic.steps", "10", "--critic.batch-size", "64", "--critic.fresh-states", "64",
       "--critic.warmup-iterations", "2", "--replay.snapshot-every-s", "1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def played(tmp_path_factory):
     run = Run("rl_agent", tmp_path_factory.mktemp("agent"), *SHORT, *RL)
     run.finish()
     return run
 
 
-def test_an_archer_run_end_to_end(finished):
-    summary = json.loads((finished.output / "summary.json").read_text())
+def test_an_archer_run_end_to_end(played):
+    summary = json.loads((played.output / "summary.json").read_text())
     assert {"base_return", "bc_return", "rl_return"} <= summary.keys()
     assert -20 <= summary["rl_return"] <= 0
-    assert list(finished.series("reward/mean")) == [1, 2, 3, 4, 5, 6]
-    rows = finished.series("replay/rows")
-    turns = finished.series("agent/turns")
-    assert rows[6] == pytest.approx(sum(16 * value for value in turns.values()))
-    assert max(finished.series("policy/rollout_mismatch_max").values()) < 1e-4
-    rates = finished.series("policy/lr")
+    assert list(played.series("reward/mean")) == [1, 2, 3, 4]
+    rows = played.series("replay/rows")
+    turns = played.series("agent/turns")
+    assert rows[4] == pytest.approx(sum(SEEDS * value for value in turns.values()))
+    assert max(played.series("policy/rollout_mismatch_max").values()) < 1e-4
+    rates = played.series("policy/lr")
     assert rates[1] == rates[2] == 0.0, "while the critic warms up nothing moves the actor"
     assert rates[3] > 0
-    assert (finished.output / "reward.png").stat().st_size > 5000
-    saved = str(finished.output / "replay" / "0" / "*.parquet")
-    shown = datasets.load_dataset("parquet", data_files=saved, split="train", cache_dir=finished.where)
+    assert (played.output / "reward.png").stat().st_size > 5000
+    saved = str(played.output / "replay" / "0" / "*.parquet")
+    shown = datasets.load_dataset("parquet", data_files=saved, split="train", cache_dir=played.where)
     assert {"state_ids", "reward", "terminated", "next_state"} <= set(shown.column_names)
 
 
-def test_killed_services_cost_one_snapshot_interval_and_are_told(finished, tmp_path):
-    model = finished.start
+@pytest.mark.slow
+def test_killed_services_cost_one_snapshot_interval_and_are_told(played, tmp_path):
+    model = played.start
     run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, "--rl.max-steps", "12")
     run.wait_for_step("replay/rows", 3)
     time.sleep(2)
@@ -55,13 +57,14 @@ def test_killed_services_cost_one_snapshot_interval_and_are_told(finished, tmp_p
     assert "the critic was started again from its last save" in shown
     assert run.series("critic/steps")[12] == 12 * 10, "the fit that was cut short was made again"
     rows, turns = run.series("replay/rows"), run.series("agent/turns")
-    everything = sum(16 * value for value in turns.values())
-    assert everything - rows[12] < 3 * 16 * 20, "at most what an interval brought is lost"
+    everything = sum(SEEDS * value for value in turns.values())
+    assert everything - rows[12] < 3 * SEEDS * 20, "at most what an interval brought is lost"
     assert list(run.series("reward/mean")) == list(range(1, 13))
 
 
-def test_an_agent_is_evaluated_on_seeds_that_training_never_uses(finished, tmp_path):
-    args = ["--task.name", "twenty_questions", "--model.path", str(finished.output / "model"), "--eval.problems", "8",
+@pytest.mark.slow
+def test_an_agent_is_evaluated_on_seeds_that_training_never_uses(played, tmp_path):
+    args = ["--task.name", "twenty_questions", "--model.path", str(played.output / "model"), "--eval.problems", "8",
             "--eval.chunk", "4", "--search.simulations", "2"]  # fmt: skip
     run = Run("evaluate", tmp_path, *args)
     run.finish()
@@ -77,8 +80,9 @@ def test_an_agent_is_evaluated_on_seeds_that_training_never_uses(finished, tmp_p
     assert "eval.ways = 'mcts': searches answers of one turn" in refused.finish(code=2)
 
 
-def test_ppo_learns_a_value_and_resumes(finished, tmp_path):
-    model = finished.start
+@pytest.mark.slow
+def test_ppo_learns_a_value_and_resumes(played, tmp_path):
+    model = played.start
     settings = ["--rl.algorithm", "ppo", "--rl.updates-per-batch", "2", "--rl.save-every", "2"]
     run = Run("rl_agent", tmp_path, "--model.path", str(model), *FEW, *settings, "--rl.max-steps", "2")
     run.finish()

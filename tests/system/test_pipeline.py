@@ -1,40 +1,29 @@
 """The whole pipeline as a user runs it, cut short: real Ray, vLLM, DeepSpeed ZeRO-3 and MLflow."""
 
 import json
+import re
 import signal
 
 import pytest
 import torch
-from runs import SHORT_PRETRAINING, Run
+from runs import SHORT_PRETRAINING, SHORT_RL, Run
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 
 pytestmark = pytest.mark.timeout(1200)
-RL = ["--rl.prompts-per-step", "8", "--rl.group-size", "8", "--rl.eval-problems", "64", "--rl.eval-every", "0",
-      "--rl.save-every", "2"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    run = Run("rl_math", tmp_path_factory.mktemp("run"), *SHORT_PRETRAINING, *RL, "--rl.max-steps", "3")
-    run.finish()
-    return run
-
-
-def summary_of(run):
-    return json.loads((run.output / "summary.json").read_text())
 
 
 def test_summary_plot_and_metrics(finished):
-    summary = summary_of(finished)
+    summary = finished.summary
     assert {"base_accuracy", "bc_accuracy", "rl_accuracy", "wall_seconds", "alive_actions"} <= summary.keys()
-    assert summary["steps"] == 3
+    assert summary["steps"] == 5
     assert summary["deepspeed_stage"] == 3
     assert summary["vllm_version"].startswith("0.")
     assert "8 prompts x 8 completions = 64 sequences; 2 ranks" in finished.log
     assert (finished.output / "reward.png").stat().st_size > 5000
-    assert list(finished.series("reward/mean")) == [1, 2, 3]
+    assert list(finished.series("reward/mean")) == [1, 2, 3, 4, 5]
     assert finished.series("actions/reachable_tokens"), "pre-training logs its own metrics"
 
 
@@ -50,19 +39,25 @@ def test_rl_changed_the_policy_and_nothing_else(finished):
         assert torch.equal(end[name], tensor) != name.startswith("policy."), name
 
 
-def test_resume_goes_on_in_the_same_run(finished):
-    before = summary_of(finished)
-    Run("rl_math", finished.where, *SHORT_PRETRAINING, *RL, "--rl.max-steps", "5", "--resume").finish()
-    after = summary_of(finished)
-    assert after["steps"] == 5
-    assert after["mlflow_run_id"] == before["mlflow_run_id"]
-    assert after["bc_accuracy"] == before["bc_accuracy"]
-    assert list(finished.series("reward/mean")) == [1, 2, 3, 4, 5]
+def test_killed_and_resumed_equals_straight_bit_for_bit(finished, model, tmp_path):
+    run = Run("rl_math", tmp_path, "--model.path", model, *SHORT_RL)
+    run.wait_for_step("reward/mean", 2)
+    run.process.kill()
+    run.process.wait()
+    before = run.series("eval/accuracy")
+    resumed = Run("rl_math", tmp_path, "--model.path", model, *SHORT_RL, "--resume")
+    resumed.finish()
+    for key in ("policy/loss", "policy/grad_norm", "reward/mean", "rollout/response_length"):
+        assert resumed.series(key) == finished.series(key), key
+    assert resumed.series("eval/accuracy")[0] == before[0], "one history, one run"
+    one, other = (load_file(r.output / "model" / "model.safetensors") for r in (resumed, finished))
+    for name, tensor in one.items():
+        assert tensor.equal(other[name]), name
 
 
 def test_again_without_consent_is_refused_in_one_line(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")}
-    again = Run("rl_math", finished.where, *SHORT_PRETRAINING, *RL, "--rl.max-steps", "5")
+    again = Run("rl_math", finished.where, *SHORT_PRETRAINING, *SHORT_RL)
     said = again.finish(code=2, timeout=60).splitlines()[-1]
     assert said == (
         f"output_dir = {str(finished.output)!r}: holds a finished run of rl_math, at step 5; use --resume to go on "
@@ -73,13 +68,13 @@ def test_again_without_consent_is_refused_in_one_line(finished):
 
 def test_a_stopped_run_leaves_model_summary_and_plot(finished):
     """Ctrl-C: all that a run leaves, of where it is."""
-    run = Run("rl_math", finished.where / "stopped", *RL, "--rl.max-steps", "500", "--model.path", str(finished.start))
+    run = Run("rl_math", finished.where / "stopped", *SHORT_RL, "--rl.max-steps", "500", "--model.path", str(finished.start))
     run.wait_for_step("reward/mean", 2)
     run.process.send_signal(signal.SIGINT)
     shown = run.finish(code=130, timeout=120)
     assert f"starts from  {finished.start}" in shown.splitlines()[0]
     assert f"writes to    {run.output}" in shown
-    summary, record = summary_of(run), json.loads((run.output / "run.json").read_text())
+    summary, record = run.summary, json.loads((run.output / "run.json").read_text())
     reached = max(run.series("reward/mean"))
     assert (summary["state"], record["state"]) == ("stopped", "stopped")
     assert summary["steps"] == summary["step"] == record["step"] == reached < 500
@@ -90,14 +85,46 @@ def test_a_stopped_run_leaves_model_summary_and_plot(finished):
     assert (made["made_by"], made["start"]["settings"]["pretrain.steps.base"]) == ("rl_math", 120)
 
 
-def test_the_same_run_over_tokens(finished):
+def test_staleness_is_used_bounded_and_said(model, tmp_path):
+    run = Run("rl_math", tmp_path, "--model.path", model, *SHORT_RL, "--rl.max-staleness", "1", "--rl.update-mode",
+              "continue", "--rl.max-steps", "4")  # fmt: skip
+    shown = run.finish()
+    assert "rollouts up to 1 version(s) behind" in shown
+    assert max(run.series("staleness/max").values()) == 1
+    assert max(run.series("policy/importance_capped").values()) < 0.2
+
+
+def test_a_plain_log_tells_every_phase(finished):
+    """What it is doing comes before what takes long, and each phase ends with its time."""
+    begun = [
+        line.split(maxsplit=1)[1].removesuffix(" ...") for line in finished.log.splitlines() if line[-4:] == " ..."
+    ]
+    for phase in ("importing", "starting Ray", "opening MLflow", "pretrain: starting 2 learner ranks",
+                  "pretrain: base: reading the corpus", "pretrain: actions: opening the model",
+                  "pretrain: policy: saving the model", "starting 1 engine", "evaluating the bare base",
+                  "saving checkpoint and model", "stopping Ray"):  # fmt: skip
+        (first, *_) = [one for one in begun if one.startswith(phase)]
+        assert re.search(rf"^\d+:\d\d  {re.escape(first)}: [\d.]+ (s|min)", finished.log, re.MULTILINE), first
+
+
+def test_a_sweep_in_short(model, tmp_path):
+    sweep = ["--sweep.values", "0.0", "0.1", "--sweep.seeds", "0"]
+    run = Run("sweep_kl", tmp_path, "--model.path", model, *SHORT_RL, *sweep, "--rl.max-steps", "2")
+    run.finish()
+    folder = tmp_path / "outputs" / "sweep-tiny-seed0"
+    found = json.loads((folder / "summary.json").read_text())
+    assert [(row["value"], row["seed"], row["steps"]) for row in found["runs"]] == [(0.0, 0, 2), (0.1, 0, 2)]
+    assert set(found["values"]) == {"0.0", "0.1"}
+    assert (folder / "frontier.png").stat().st_size > 5000
+
+
+def test_the_same_run_over_tokens(finished, model):
     """The plain base of the same model, in vLLM's own Llama; all of it trains."""
-    model = str(finished.start)
-    run = Run("rl_math", finished.where / "tokens", *RL, "--rl.max-steps", "2", "--rl.action-space", "token",
+    run = Run("rl_math", finished.where / "tokens", *SHORT_RL, "--rl.max-steps", "2", "--rl.action-space", "token",
               "--model.path", model)  # fmt: skip
     run.finish()
-    summary = summary_of(run)
-    assert summary["base_accuracy"] == summary["bc_accuracy"] == summary_of(finished)["base_accuracy"]
+    summary = run.summary
+    assert summary["base_accuracy"] == summary["bc_accuracy"] == finished.summary["base_accuracy"]
     assert max(run.series("policy/rollout_mismatch_max").values()) < 1e-4
     start = LlamaForCausalLM.from_pretrained(run.output / "base").state_dict()
     end = LlamaForCausalLM.from_pretrained(run.output / "model").state_dict()
@@ -107,9 +134,8 @@ def test_the_same_run_over_tokens(finished):
 
 
 @pytest.mark.slow
-def test_etpo_without_an_actor_leaves_a_model_with_a_q(finished):
-    model = str(finished.start)
-    run = Run("rl_math", finished.where / "soft", *RL, "--rl.max-steps", "2", "--rl.algorithm", "etpo",
+def test_etpo_without_an_actor_leaves_a_model_with_a_q(finished, model):
+    run = Run("rl_math", finished.where / "soft", *SHORT_RL, "--rl.max-steps", "2", "--rl.algorithm", "etpo",
               "--rl.actor-free", "--rl.kl-coef", "0.05", "--model.path", model)  # fmt: skip
     run.finish()
     assert list(run.series("replay/rows").values()) == [64, 128]
@@ -126,7 +152,7 @@ def test_an_evaluation_and_its_refusal_to_mix(finished):
             "--eval.ks", "1", "4"]  # fmt: skip
     run = Run("evaluate", finished.where, *args, "--search.simulations", "4", "--eval.ways", "greedy", "sample", "mcts")
     run.finish()
-    found = summary_of(run)
+    found = run.summary
     assert 0 <= found["sample"]["pass_at_1"] <= found["sample"]["pass_at_4"] == found["sample"]["best"] <= 1
     assert found["mcts"]["generated_tokens"] > found["greedy"]["generated_tokens"]
     assert (run.output / "accuracy.png").stat().st_size > 5000

@@ -3,22 +3,15 @@
 import json
 
 import pytest
-from runs import SHORT_PRETRAINING, Run
+from runs import Run
 
 from cola_ray.reproduce import write_choices
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    run = Run("pretrain", tmp_path_factory.mktemp("studies"), *SHORT_PRETRAINING)
-    run.finish()
-    return run.output / "model"
-
-
 def run_study(job, model, where, *args):
-    run = Run(job, where, "--model.path", str(model), *args)
+    run = Run(job, where, "--model.path", model, *args)
     run.finish()
     return run, json.loads((run.output / "summary.json").read_text())
 

@@ -5,7 +5,7 @@ import sqlite3
 import time
 
 import pytest
-from runs import SHORT_PRETRAINING, Run
+from runs import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 SWEEP = ["--sweep.values", "0.0", "0.1", "--sweep.seeds", "0", "1", "--rl.max-steps", "4",
@@ -14,19 +14,12 @@ SWEEP = ["--sweep.values", "0.0", "0.1", "--sweep.seeds", "0", "1", "--rl.max-st
 OUTPUT = "outputs/sweep-tiny-seed0"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    run = Run("pretrain", tmp_path_factory.mktemp("model"), *SHORT_PRETRAINING)
-    run.finish()
-    return run.start
-
-
 def summary(where):
     return json.loads((where / OUTPUT / "summary.json").read_text())
 
 
 def test_killed_and_resumed_equals_undisturbed(model, tmp_path):
-    start = ["--model.path", str(model), *SWEEP]
+    start = ["--model.path", model, *SWEEP]
     Run("sweep_kl", tmp_path / "straight", *start).finish()
     straight = summary(tmp_path / "straight")
     assert [(row["value"], row["seed"]) for row in straight["runs"]] == [(0.0, 0), (0.0, 1), (0.1, 0), (0.1, 1)]
