@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cola_ray import launch
+from cola_ray import launch, provenance
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override, schemas, try_override
 from cola_ray.display import current, shown
 from cola_ray.limits import literal, wanted
-from cola_ray.presets import preset
+from cola_ray.presets import expectation, preset
 from cola_ray.refusals import check
 
 
@@ -56,6 +56,10 @@ def main(job: str, description: str | None) -> NoReturn:
         with shown() as display:
             for line in launch.first_lines(config, job).splitlines():
                 display.say(line)
+            makes_start_model = provenance.makes_start_model(config) and not provenance.is_made(
+                provenance.start_model(config)
+            )
+            display.say(expectation(config, job, makes_start_model))
             run = _imported(_JOBS[job].run)
             run(config)
     except ConfigError as error:

@@ -143,6 +143,7 @@ class _Mailbox:
     def __init__(self, mailbox: Queue, stops: Queue, device: str) -> None:
         self.mailbox, self.stops, self.device = mailbox, stops, device
         self.is_first = ray.train.get_context().get_world_rank() == 0
+        self.looked = 0.0  # into ``stops``, which another process keeps: a step may take no longer than the look
 
     def __call__(self, metrics: dict[str, Any], folder: Path | None) -> bool:
         import torch
@@ -152,7 +153,10 @@ class _Mailbox:
             self.mailbox.put({"metrics": {**metrics, "memory/learner_gb": peak_memory_gb()}})
         if folder is not None:
             _report(metrics, folder)
-        asked = torch.tensor(int(self.is_first and not self.stops.empty()), device=self.device)
+        stopped = False
+        if self.is_first and time.monotonic() - self.looked > 1.0:
+            stopped, self.looked = not self.stops.empty(), time.monotonic()
+        asked = torch.tensor(int(stopped), device=self.device)
         torch.distributed.broadcast(asked, 0)
         return bool(asked)
 
@@ -265,7 +269,31 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
                 if (output / "model" / "config.json").exists():
                     provenance.write(output / "model", config, job.name, begun.start)
         print_summary(f"RL, {config.preset}: {output}", tracker.summary)
+        print("\n".join(afterwards(config, job.name, tracker.summary)))
     return tracker.summary
+
+
+def afterwards(config: Config, job: str, summary: Mapping[str, Any]) -> list[str]:
+    """What a run has gained, where its model is, and what to do with it next."""
+    measure = measured(config)
+    before, after = summary.get(f"bc_{measure}"), summary.get(f"rl_{measure}")
+    model = Path(config.output_dir) / "model"
+    if model.is_relative_to(Path.cwd()):
+        model = model.relative_to(Path.cwd())
+    lines = []
+    if before is not None and after is not None:
+        gained = f"{100 * (after - before):+.0f} points" if measure == "accuracy" else f"{after - before:+.3g}"
+        asked = f"{summary['eval_problems']} held-out {'episodes' if job == 'rl_agent' else 'problems'}"
+        lines.append(f"{measure} on {asked}: {before:.3g} before RL, {after:.3g} after, {gained}")
+    command = f"--preset {config.preset} --task.name {config.task.name} --model.path {model}"
+    command += f" --task.path {config.task.path}" if config.task.path else ""
+    lines += [f"the model: {model}", "next, for example:"]
+    if config.task.name != "preference":
+        space = " --rl.action-space token" if config.rl.action_space == "token" else ""
+        lines.append(f"  python jobs/evaluate.py {command}{space}")
+    if config.rl.action_space == "latent":
+        lines.append(f"  python jobs/atlas.py {command}")
+    return lines
 
 
 def served(config: Config, start: Path | None) -> str:

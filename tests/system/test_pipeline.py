@@ -68,7 +68,8 @@ def test_again_without_consent_is_refused_in_one_line(finished):
 
 def test_a_stopped_run_leaves_model_summary_and_plot(finished):
     """Ctrl-C: all that a run leaves, of where it is."""
-    run = Run("rl_math", finished.where / "stopped", *SHORT_RL, "--rl.max-steps", "500", "--model.path", str(finished.start))
+    start = ["--model.path", str(finished.start)]
+    run = Run("rl_math", finished.where / "stopped", *start, *SHORT_RL, "--rl.max-steps", "500")
     run.wait_for_step("reward/mean", 2)
     run.process.send_signal(signal.SIGINT)
     shown = run.finish(code=130, timeout=120)

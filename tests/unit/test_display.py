@@ -3,13 +3,19 @@
 import ast
 import io
 import itertools
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from cola_ray import display as module
+from cola_ray.command_line import from_command_line
+from cola_ray.config import override
 from cola_ray.display import QUIET_S, Display, current, shown
+from cola_ray.presets import expectation, preset
 
 
 class Clock:
@@ -122,3 +128,58 @@ def test_whoever_waits_for_ray_is_in_a_phase():
                 for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
                 if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
     assert imported <= {"contextlib", "threading", "time", "collections", "rich"}
+
+
+FIRST = """
+import sys
+from types import SimpleNamespace
+from cola_ray import command_line
+
+def refuse(name):
+    sys.exit([heavy for heavy in ("torch", "ray", "vllm", "mlflow", "transformers") if heavy in sys.modules] or 0)
+
+command_line.importlib = SimpleNamespace(import_module=refuse)
+command_line.main("rl_math", "")
+"""
+
+
+def test_what_will_happen_is_said_before_anything_heavy_is_imported(tmp_path):
+    said = subprocess.run(
+        [sys.executable, "-c", FIRST, "--preset", "tiny"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert said.returncode == 0, said.stderr
+    first, second, *_ = said.stdout.splitlines()
+    assert re.match(r"0:0\d  time: about \d+ minutes for \d+ \+ \d+ \+ \d+ steps of pre-training and \d+ of RL", first)
+    assert re.match(r"0:0\d  importing PyTorch, Ray and vLLM ...", second)
+
+
+def test_how_long_it_takes_follows_from_steps_and_sizes():
+    def minutes(changes, makes=False):
+        return int(
+            re.search(r"about (\d+) minute", expectation(override(preset("tiny"), changes), "rl_math", makes))[1]
+        )
+
+    assert minutes({}, makes=True) > minutes({})
+    hours = minutes({"rl.max_steps": 4000})
+    assert minutes({"rl.max_steps": 4000, "rl.prompts_per_step": 32}) == pytest.approx(hours / 2, rel=0.05)
+    assert "cola_ray.plan --preset llama-3.1-8b" in expectation(preset("llama-3.1-8b"), "rl_math", False)
+
+
+def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(tmp_path, monkeypatch):
+    from cola_ray.driver import afterwards
+
+    monkeypatch.chdir(tmp_path)
+    config = override(preset("tiny"), {"output_dir": str(tmp_path / "outputs" / "demo")})
+    summary = {"bc_accuracy": 0.35, "rl_accuracy": 0.85, "eval_problems": 512}
+    assert afterwards(config, "rl_math", summary) == [
+        "accuracy on 512 held-out problems: 0.35 before RL, 0.85 after, +50 points",
+        "the model: outputs/demo/model",
+        "next, for example:",
+        "  python jobs/evaluate.py --preset tiny --task.name arithmetic --model.path outputs/demo/model",
+        "  python jobs/atlas.py --preset tiny --task.name arithmetic --model.path outputs/demo/model",
+    ]
+    for line in afterwards(config, "rl_math", summary)[-2:]:
+        _, script, *args = line.split()
+        from_command_line(Path(script).stem, [arg.replace("outputs/demo/model", str(tmp_path)) for arg in args])
+    tokens = afterwards(override(config, {"rl.action_space": "token"}), "rl_math", summary)
+    assert tokens[-1].endswith("--rl.action-space token")
