@@ -37,7 +37,7 @@ games: setup  ## add TextWorld and Jericho (GPL-2.0), for the text adventures
 evals: setup  ## add sentence encoders, self-BLEU and the evaluation harness
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements/evals.txt -c requirements/$(EXTRA).txt
 
-demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about a quarter of an hour on 2 cores
+demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about five minutes on 2 cores
 	$(call kept,demo)
 	$(BIN)/python jobs/rl_math.py --preset tiny --output-dir outputs/demo $(AGAIN)
 

@@ -38,9 +38,9 @@ def _tiny() -> Config:
         pretrain=PretrainConfig(
             stages=("base", "actions", "policy"),
             steps={
-                "base": 1200,
-                "actions": 450,
-                "policy": 100,
+                "base": 650,
+                "actions": 200,
+                "policy": 60,
                 "fta_idm": 50,
                 "fta_policy": 50,
                 "reward": 300,
@@ -58,13 +58,13 @@ def _tiny() -> Config:
         ),
         rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=512, kv_cache_mb=128),
         rl=RLConfig(
-            max_steps=80,
+            max_steps=40,
             prompts_per_step=64,
             group_size=8,
             lr=5e-4,
             micro_batch_tokens=8192,
-            eval_every=20,
-            save_every=50,
+            eval_every=10,
+            save_every=20,
         ),
     )
 

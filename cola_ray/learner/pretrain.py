@@ -343,7 +343,7 @@ def _run_stage(
             metrics["actions/revived"] = revive_dead_codes(module.model, used, _mixed(config.seed, step))
             used.zero_()
         last = step + 1 == total
-        if heldout and stage in ("base", "policy") and ((step + 1) % 25 == 0 or last):
+        if heldout and stage in ("base", "policy") and ((step + 1) % 100 == 0 or last):
             metrics[f"{stage}/accuracy"] = _accuracy(zero, heldout)
         save = functools.partial(zero.save, notes={"pretrain.json": json.dumps({"stage": stage, "step": step + 1})})
         if (step + 1) % settings.save_every == 0 and not last:

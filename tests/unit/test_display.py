@@ -148,9 +148,11 @@ def test_what_will_happen_is_said_before_anything_heavy_is_imported(tmp_path):
         [sys.executable, "-c", FIRST, "--preset", "tiny"], capture_output=True, text=True, cwd=tmp_path
     )
     assert said.returncode == 0, said.stderr
-    first, second, *_ = said.stdout.splitlines()
-    assert re.match(r"0:0\d  time: about \d+ minutes for \d+ \+ \d+ \+ \d+ steps of pre-training and \d+ of RL", first)
-    assert re.match(r"0:0\d  importing PyTorch, Ray and vLLM ...", second)
+    lines = said.stdout.splitlines()
+    assert "starts from" in lines[0]
+    pretraining = r"\d+ \+ \d+ \+ \d+ steps of pre-training"
+    assert re.match(rf"0:0\d  time: about \d+ minutes for {pretraining} and \d+ of RL", lines[-3])
+    assert re.match(r"0:0\d  importing PyTorch, Ray and vLLM ...", lines[-2])
 
 
 def test_how_long_it_takes_follows_from_steps_and_sizes():
@@ -165,7 +167,7 @@ def test_how_long_it_takes_follows_from_steps_and_sizes():
     assert "cola_ray.plan --preset llama-3.1-8b" in expectation(preset("llama-3.1-8b"), "rl_math", False)
 
 
-def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(tmp_path, monkeypatch):
+def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(cola_dir, tmp_path, monkeypatch):
     from cola_ray.driver import afterwards
 
     monkeypatch.chdir(tmp_path)
@@ -180,6 +182,6 @@ def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(tmp_path, m
     ]
     for line in afterwards(config, "rl_math", summary)[-2:]:
         _, script, *args = line.split()
-        from_command_line(Path(script).stem, [arg.replace("outputs/demo/model", str(tmp_path)) for arg in args])
+        from_command_line(Path(script).stem, [arg.replace("outputs/demo/model", str(cola_dir)) for arg in args])
     tokens = afterwards(override(config, {"rl.action_space": "token"}), "rl_math", summary)
     assert tokens[-1].endswith("--rl.action-space token")
