@@ -99,12 +99,9 @@ def resolve(config: Config, job: str) -> Config:
 def starting_from(config: Config, model: Path) -> Config:
     """The settings with this start model and its own sizes; what it was made from is no longer asked for."""
     usual = defaults(config)
-    return override(
-        config,
-        {"model.path": str(model.resolve()), "model.base": usual.model.base, "pretrain": usual.pretrain.model_dump(),
-         "data": usual.data.model_dump() | {"date": config.data.date},
-         **{f"model.{name}": size for name, size in _sizes(model).items()}},
-    )  # fmt: skip
+    data = usual.data.model_copy(update={"date": config.data.date})
+    settled = config.model_copy(update={"pretrain": usual.pretrain, "data": data})
+    return with_sizes_of(override(settled, {"model.path": str(model.resolve()), "model.base": usual.model.base}), model)
 
 
 def with_sizes_of(config: Config, model: Path) -> Config:

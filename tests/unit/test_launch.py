@@ -108,6 +108,18 @@ def test_documented_command_lines_say_nothing_in_vain(line, monkeypatch):
     assert unread(from_command_line(job, words), job) == []
 
 
+def test_a_trial_starts_from_the_sweeps_model_and_asks_for_nothing_that_made_it(tmp_path):
+    config = tiny(**{"pretrain.steps.base": 5, "data.path": "x.jsonl", "model.num_actions": 32, "rl.lr": 0.1})
+    made(config, tmp_path / "made")
+    model = tmp_path / "made" / "model"
+    settled = provenance.starting_from(override(config, {"data.date": "2025-01-01"}), model)
+    one = trial(override(settled, {"output_dir": str(tmp_path / "sweep")}), 0.5, 1)
+    assert launch.refusals(one, "rl_math") == []
+    asked = {"model.path": str(model), "model.num_actions": 32, "data.date": "2025-01-01", "rl.lr": 0.1}
+    own = {"seed": 1, "resume": True, "output_dir": one.output_dir, "rl.kl_coef": 0.5}
+    assert given(one) == asked | own
+
+
 def test_a_trial_of_a_sweep_is_given_what_it_reads():
     config = trial(tiny(**{"sweep.values": (1.0,), "rl.lr": 0.1}), 0.5, 0)
     assert unread(config, "rl_math") == []
