@@ -94,8 +94,10 @@ def from_command_line(job: str, argv: Sequence[str] | None = None, description: 
         check(config, job)
     except ConfigError as error:
         # Beside a wrong value others are judged with its default: only what was given itself is at fault.
-        named = {line.split(" = ")[0]: line for line in str(error).splitlines()}
-        lines |= {name: line for name, line in named.items() if not lines or (name in given and name not in lines)}
+        said = str(error).splitlines()
+        further = [line for line in said if line.split(" = ")[0] in {*given} - {*lines}] if lines else said
+        print("\n".join([*lines.values(), *further]), file=sys.stderr)
+        raise SystemExit(2) from None
     if lines:
         print("\n".join(lines.values()), file=sys.stderr)
         raise SystemExit(2)

@@ -53,6 +53,9 @@ OF_TURNS = ("archer", "chai", "filtered_bc")
 WITH_CRITIC = ("archer", "chai")
 """Those of them that ask an utterance critic."""
 
+OWN_BASE_POSITIONS = 512
+"""Context of the base that is made where none is given, in tokens."""
+
 PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
 StageWithSteps = Literal["base", "actions", "policy", "fta_idm", "fta_policy", "reward", "q"]
 REWARD_STAGE = "reward"
@@ -602,7 +605,7 @@ def is_environment(task: str) -> bool:
     module, _, attribute = task.partition(":")
     try:
         return hasattr(getattr(importlib.import_module(module), attribute, None), "step")
-    except ImportError:
+    except Exception:  # of the module's own code, which tasks/inspection.py tells
         return False
 
 

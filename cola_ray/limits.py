@@ -93,6 +93,7 @@ _WHY = {
     "greater_than_equal": "out of range",
     "less_than": "out of range",
     "less_than_equal": "out of range",
+    "literal_error": "unknown",
     "too_short": "too few",
     "too_long": "too many",
     "missing": "too few",

@@ -10,23 +10,21 @@ import difflib
 import functools
 import importlib
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cola_ray import combinations, launch, matrix
+from cola_ray import combinations, launch, matrix, preflight
 from cola_ray.config import (
     MULTI_TURN,
     Config,
     ConfigError,
-    is_endpoint,
     is_environment,
+    schemas,
 )
 from cola_ray.presets import trial
-from cola_ray.tasks import make_environment
-from cola_ray.tasks.sandbox import NoSandboxError
+from cola_ray.tasks import inspection
 
 
 def check(config: Config, job: str = "") -> None:
@@ -40,8 +38,10 @@ def check(config: Config, job: str = "") -> None:
     """
     rules = (*_RULES, *_OF_JOB.get(job, ()))
     lines = dict.fromkeys(line for rule in rules for line in rule(config))
+    lines |= dict.fromkeys(preflight.faults(config, job))
     if job:
         lines |= dict.fromkeys(launch.refusals(config, job))
+    lines |= dict.fromkeys([] if lines else preflight.further_faults(config, job))
     if lines:
         raise ConfigError("\n".join(lines))
 
@@ -81,18 +81,6 @@ def _check_overlap(config: Config) -> list[str]:
 
 def _check_paths(config: Config) -> list[str]:
     lines = []
-    for field, value in (
-        ("data.path", config.data.path),
-        ("task.path", config.task.path),
-        ("task.reward_model", "" if is_endpoint(config.task.reward_model) else config.task.reward_model),
-        ("model.path", config.model.path),
-        ("model.base", config.model.base),
-        ("q.path", config.q.path),
-    ):
-        if value and _looks_local(value) and not Path(value).exists():
-            lines.append(
-                f"{field} = {value!r}: no such file or folder; give an existing path or a hub id like org/name"
-            )
     if config.task.name == "preference" and not config.task.path:
         lines.append("task.path = '': preference needs rows with a column prompt: a file, a folder or a hub id")
     if config.task.name == "gsm8k" and not config.task.path:
@@ -100,12 +88,6 @@ def _check_paths(config: Config) -> list[str]:
     if config.task.name == "math500" and not config.task.path:
         lines.append("task.path = '': math500 needs a folder with test.jsonl, or HuggingFaceH4/MATH-500")
     return lines
-
-
-def _looks_local(path: str) -> bool:
-    """A hub id is exactly ``name`` or ``org/name`` without a file's ending; all else is meant as a local path."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (
-        ".gguf", ".jsonl", ".json", ".parquet", ".txt")  # fmt: skip
 
 
 def _check_task(config: Config) -> list[str]:
@@ -117,24 +99,8 @@ def _check_task(config: Config) -> list[str]:
         return [f"task.oracle = {config.task.oracle!r}: {config.task.name} asks nobody; leave it out"]
     if config.task.oracle and "OPENAI_BASE_URL" not in os.environ:
         return [f"task.oracle = {config.task.oracle!r}: set OPENAI_BASE_URL to an OpenAI-compatible endpoint"]
-    if config.task.name in ("arithmetic", "gsm8k", "math500", "preference", *MULTI_TURN):
-        return []
-    if ":" in config.task.name:
-        return _check_own_task(config.task.name)
-    from reasoning_gym.factory import DATASETS
-
-    if config.task.name in DATASETS:
-        return []
-    near = difflib.get_close_matches(config.task.name, ["arithmetic", "gsm8k", "math500", *DATASETS], n=1)
-    hint = f"did you mean {near[0]}?" if near else "use arithmetic, gsm8k, a reasoning-gym generator or module:Class"
-    return [f"task.name = {config.task.name!r}: unknown task; {hint}"]
-
-
-def _check_critic(config: Config) -> list[str]:
-    encoder = config.critic.encoder
-    if _looks_local(encoder) and not Path(encoder).exists():
-        return [f"critic.encoder = {encoder!r}: no such folder; give one or a hub id"]
-    return []
+    why = inspection.unknown(config.task.name)
+    return [f"task.name = {config.task.name!r}: {why}"] if why else []
 
 
 def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
@@ -144,55 +110,12 @@ def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
             if given[field] != want]  # fmt: skip
 
 
-def _check_own_task(name: str) -> list[str]:
-    module, _, attribute = name.partition(":")
-    try:
-        found = hasattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        return [f"task.name = {name!r}: {error}; the module must be importable from where the job starts"]
-    return [] if found else [f"task.name = {name!r}: {module} has no {attribute}"]
-
-
 def _check_answers(config: Config) -> list[str]:
     if "mcts_q" not in config.eval.ways:
         return []
     if not config.q.path:
         return ["q.path = '': mcts_q asks a Q; train one with jobs/train_q.py and give its folder model/"]
     return _unlike(config, {"rl.action_space": "latent", "rl.actor_free": False}, "mcts_q")
-
-
-def _check_base(config: Config) -> list[str]:
-    """The checkpoint in use must be a Llama: heads that CPU vLLM can serve, enough actions and room for the texts."""
-    for field, value in (("model.path", config.model.path), ("model.base", config.model.base)):
-        config_file = Path(value) / "config.json" if value else None
-        if config_file is None or not config_file.is_file():
-            continue
-        import json
-
-        raw = json.loads(config_file.read_text())
-        kind = raw.get("model_type", "unknown")
-        if kind not in ("llama", "cola"):
-            return [f"{field} = {value!r}: a {kind!r} model; CoLA attaches to Llama checkpoints only"]
-        head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        lines = []
-        if head < 32 and not config.cluster.use_gpu:
-            lines.append(
-                f"{field} = {value!r}: heads of {head}; vLLM on CPU needs 32 or more: use another base or a GPU"
-            )
-        actions = raw.get("num_actions") or raw.get("num_code")
-        if actions and config.rl.action_space == "latent" and config.rollout.top_k > actions:
-            lines.append(
-                f"rollout.top_k = {config.rollout.top_k}: the checkpoint's codebook has {actions} actions; lower it"
-            )
-        limit = raw.get("max_position_embeddings", math.inf)
-        prompt, new = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
-        if prompt + new > limit:
-            lines.append(
-                f"rollout.max_new_tokens = {new}: with rollout.max_prompt_tokens = {prompt} more than the {limit} "
-                f"positions of {field} = {value!r}; lower one of them"
-            )
-        return lines
-    return []
 
 
 # --- what single jobs refuse --------------------------------------------------------------------------------------
@@ -227,19 +150,12 @@ def _check_problems(config: Config) -> list[str]:
 
 
 def _check_agent(config: Config) -> list[str]:
-    if not is_environment(config.task.name):
-        known = ", ".join(MULTI_TURN)
-        return [f"task.name = {config.task.name!r}: not an environment; use {known} or your own class"]
-    if _check_task(config):
+    if is_environment(config.task.name) or _check_task(config):
         return []
-    try:
-        make_environment(config.task)
-    except NoSandboxError as error:
-        return [f"task.name = {config.task.name!r}: {error}"]
-    except (TypeError, ValueError) as error:
-        said = str(error)
-        return [said if said.startswith("task.") else f"task.options = {config.task.options}: {said}"]
-    return []
+    known = ", ".join(MULTI_TURN)
+    return [
+        f"task.name = {config.task.name!r}: not an environment, which has reset and step; use {known} or your own class"
+    ]
 
 
 def _check_evaluation(config: Config) -> list[str]:
@@ -274,6 +190,12 @@ def _check_sweep(config: Config) -> list[str]:
     if sweep.asha and sweep.grace_steps > config.rl.max_steps:
         lines.append(f"sweep.grace_steps = {sweep.grace_steps}: no run would be stopped early; use at most "
                      f"rl.max_steps = {config.rl.max_steps}")  # fmt: skip
+    near = difflib.get_close_matches(sweep.field, schemas(), n=1, cutoff=0.3)
+    if sweep.field not in schemas():
+        hint = f"did you mean {near[0]}?" if near else "name a dotted field"
+        return [*lines, f"sweep.field = {sweep.field!r}: no such field; {hint}"]
+    if sweep.field.partition(".")[0] in ("output_dir", "resume", "seed", "sweep", "tracking_parent", "tracking_uri"):
+        return [*lines, f"sweep.field = {sweep.field!r}: each run has its own, or all have one; name another field"]
     if sweep.field.startswith(("pretrain.", "data.", "model.")) and sweep.field != "model.dtype":
         return [f"sweep.field = {sweep.field!r}: all runs start from one model; train one a value with "
                 "jobs/pretrain.py and run jobs/rl_math.py from each"]  # fmt: skip
@@ -302,9 +224,7 @@ _RULES: tuple[Rule, ...] = (
     _check_overlap,
     _check_paths,
     _check_task,
-    _check_critic,
     _check_answers,
-    _check_base,
 )
 
 _OF_JOB: dict[str, tuple[Rule, ...]] = {

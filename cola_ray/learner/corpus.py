@@ -13,7 +13,7 @@ from cola_ray.config import DataConfig
 from cola_ray.tasks import PlayedTask, Prompts
 from cola_ray.tasks.chat import ChatTokenizer, Prompt, as_prompt
 from cola_ray.tasks.environment import Dialogue
-from cola_ray.tasks.rows import open_rows
+from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows
 
 Document = tuple[list[int], list[bool]]
 """Token ids, and which of them are the model's own to say: a response, an agent's utterances."""
@@ -58,22 +58,46 @@ def load_documents(
         assert task is not None
         return _demonstrated(task, chat, max_tokens), True
     rows = open_rows(data.path, "data.path")
-    columns = rows.column_names
-    if data.prompt_field in columns and data.response_field in columns:
-        pairs = zip(rows[data.prompt_field], rows[data.response_field], strict=True)
-        return _pair_documents(_read(pairs, data), chat, max_tokens), True
-    if data.text_field in columns:
-        texts = rows[data.text_field]
-        if len(texts) and not isinstance(texts[0], str):
-            talks = ((conversation[:-1], conversation[-1:]) for conversation in texts)
-            return _pair_documents(_read(talks, data), chat, max_tokens), True
-        ids = ([*chat.begin, *chat.response_ids(text)] for text in texts)
-        pieces = [text[i : i + max_tokens] for text in ids for i in range(0, len(text), max_tokens)]
-        return [(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1], False
-    raise ValueError(
-        f"data.path = {data.path!r}: has columns {columns}; name the right ones with data.prompt_field and "
-        "data.response_field, or data.text_field"
-    )
+    for used in ([data.prompt_field, data.response_field], [data.text_field]):
+        if set(used) <= set(rows.column_names):
+            rows = rows.select_columns(used)
+            break
+    read = read_rows(rows, data.path, "data.path", lambda row: document(row, data))
+    pairs = [one for one in read if isinstance(one, tuple)]
+    if pairs:
+        return _pair_documents(pairs, chat, max_tokens), True
+    ids = ([*chat.begin, *chat.response_ids(text)] for text in read if isinstance(text, str))
+    pieces = [text[i : i + max_tokens] for text in ids for i in range(0, len(text), max_tokens)]
+    return [(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1], False
+
+
+def document(row: Row, data: DataConfig) -> tuple[Prompt, str] | str:
+    """A row's prompt and response, also of a conversation in the text column; else its text.
+
+    Raises:
+        ValueError: names the field that is missing or wrong.
+    """
+    if data.prompt_field in row and data.response_field in row:
+        return cell(row, data.prompt_field, as_prompt), cell(row, data.response_field, _response)
+    if data.text_field not in row:
+        raise ValueError(
+            f"has columns {', '.join(row)}; name the right ones with data.prompt_field and data.response_field, or "
+            "data.text_field"
+        )
+    text = cell(row, data.text_field, as_prompt)
+    return text if isinstance(text, str) else (text[:-1], cell(row, data.text_field, lambda _: _response(text[-1:])))
+
+
+def _response(value: object) -> str:
+    """Text, a number as text, or one message's content."""
+    if isinstance(value, int | float):
+        return plain_text(value)
+    said = as_prompt(value)
+    if isinstance(said, str):
+        return said
+    if len(said) > 1:
+        raise ValueError(f"a response of {len(said)} messages; one is needed")
+    return str(said[0]["content"])
 
 
 def pack(documents: Sequence[Document], length: int, pad_id: int, response_only: bool) -> PackedRows:
@@ -122,20 +146,6 @@ def _windows(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterat
             ids, own = list(opening), [False] * len(opening)
         ids, own = [*ids, *said, *heard], [*own, *[True] * len(said), *[False] * len(heard)]
     yield ids[:max_tokens], own[:max_tokens]
-
-
-def _read(pairs: Iterable[tuple[object, object]], data: DataConfig) -> Iterator[tuple[Prompt, str]]:
-    """Prompts and responses of rows; ValueError names a row that has none."""
-    for number, (asked, answered) in enumerate(pairs, 1):
-        try:
-            prompt, response = as_prompt(asked), as_prompt(answered)
-            if not isinstance(response, str):
-                if len(response) > 1:
-                    raise ValueError(f"a response of {len(response)} messages; one is needed")
-                response = response[0]["content"]
-        except ValueError as error:
-            raise ValueError(f"data.path = {data.path!r}: row {number}: {error}") from None
-        yield prompt, response
 
 
 def _pair_documents(pairs: Iterable[tuple[Prompt, str]], chat: ChatTokenizer, max_tokens: int) -> list[Document]:

@@ -33,7 +33,7 @@ from cola_ray.algorithms.latent_actions import (
     usage,
     usage_imbalance,
 )
-from cola_ray.config import Config, PretrainStage
+from cola_ray.config import OWN_BASE_POSITIONS, Config, PretrainStage
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
 from cola_ray.learner.engine import Published, Report, ZeroEngine, report_saved, warmup_cosine
 from cola_ray.model import conversion
@@ -284,7 +284,7 @@ def make_tiny_llama(vocab_size: int, eos_token_id: int, seed: int) -> LlamaForCa
                 num_hidden_layers=4,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                max_position_embeddings=512,
+                max_position_embeddings=OWN_BASE_POSITIONS,
                 tie_word_embeddings=True,
                 initializer_range=0.06,
                 bos_token_id=None,

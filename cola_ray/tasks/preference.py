@@ -7,13 +7,12 @@ rows of prompt, chosen, rejected ─┬─> pairs to train a reward model on (le
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cola_ray.tasks.chat import Prompt, as_prompt, as_text
 from cola_ray.tasks.protocol import Problem, Split, split_of
-from cola_ray.tasks.rows import open_rows
+from cola_ray.tasks.rows import Row, cell, open_rows, read_rows
 
 
 @dataclass(frozen=True)
@@ -38,27 +37,19 @@ class Preference:
     """
 
     def __init__(self, path: str, seed: int) -> None:
-        rows = open_rows(path, "task.path")
-        paired = {"chosen", "rejected"} <= set(rows.column_names)
-        if "prompt" not in rows.column_names and not paired:
-            raise ValueError(f"task.path = {path!r}: has columns {rows.column_names}; one named prompt is needed")
+        rows = read_rows(open_rows(path, "task.path"), path, "task.path", read)
         self._pairs: dict[Split, list[Pair]] = {"train": [], "heldout": []}
         self._prompts: dict[Split, list[Prompt]] = {"train": [], "heldout": []}
-        order = list(range(len(rows)))
-        random.Random(seed).shuffle(order)
+        random.Random(seed).shuffle(rows)
         seen = set()
-        for index in order:
-            try:
-                read = as_pair(rows[index]) if paired else as_prompt(rows[index]["prompt"])
-            except ValueError as error:
-                raise ValueError(f"task.path = {path!r}: row {index + 1}: {error}") from None
-            prompt = read.prompt if isinstance(read, Pair) else read
+        for row in rows:
+            prompt = row.prompt if isinstance(row, Pair) else row
             split = split_of(prompt)
             if as_text(prompt) not in seen:
                 seen.add(as_text(prompt))
                 self._prompts[split].append(prompt)
-            if isinstance(read, Pair):
-                self._pairs[split].append(read)
+            if isinstance(row, Pair):
+                self._pairs[split].append(row)
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """Without solutions: there is no right response."""
@@ -71,7 +62,12 @@ class Preference:
         return [(pair.prompt, pair.chosen) for pair in self._pairs["train"]]
 
 
-def as_pair(row: Mapping[str, Any]) -> Pair:
+def read(row: Row) -> Pair | Prompt:
+    """A row's pair, or its prompt where it has no responses; ValueError names the field that is wrong."""
+    return as_pair(row) if {"chosen", "rejected"} <= set(row) else cell(row, "prompt", as_prompt)
+
+
+def as_pair(row: Row) -> Pair:
     """A row in any of TRL's forms of preferences.
 
     Without a prompt of its own, what both responses begin with is the prompt; of text, without the space before the
@@ -80,10 +76,10 @@ def as_pair(row: Mapping[str, Any]) -> Pair:
     Raises:
         ValueError: there is no prompt, or a response is not one message.
     """
-    chosen, rejected = as_prompt(row["chosen"]), as_prompt(row["rejected"])
+    chosen, rejected = cell(row, "chosen", as_prompt), cell(row, "rejected", as_prompt)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("chosen and rejected are not of one form, text or chat messages")
-    prompt = as_prompt(row["prompt"]) if row.get("prompt") is not None else None
+    prompt = cell(row, "prompt", as_prompt) if row.get("prompt") is not None else None
     if prompt is None:
         shared = sum(
             1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))

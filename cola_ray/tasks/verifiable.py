@@ -8,11 +8,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from cola_ray.tasks.chat import Prompt, as_prompt, as_text, followed_by
 from cola_ray.tasks.expressions import canonical, final_expression, same_expression
 from cola_ray.tasks.final_answer import final_number, number_in
 from cola_ray.tasks.protocol import Problem, Split, Task, answer_of, split_of
-from cola_ray.tasks.rows import open_rows
+from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows, shown
 
 
 class ReasoningGym:
@@ -194,21 +196,26 @@ class Gsm8k:
     stop = ("\nQuestion:",)
 
     def __init__(self, path: str, seed: int) -> None:
-        import datasets
-
         self._splits: dict[Split, list[Problem]] = {}
         self._answers: dict[Split, list[Fraction]] = {}
         files: dict[Split, str] = {"train": "train", "heldout": "test"}
         for split, name in files.items():
-            if Path(path).is_dir():
-                rows = datasets.load_dataset("json", data_files=str(Path(path) / f"{name}.jsonl"), split="train")
-            else:
-                rows = datasets.load_dataset(path, "main", split=name)
-            order = list(range(len(rows)))
-            random.Random(seed).shuffle(order)
-            pairs = [(as_prompt(rows[i]["question"]), rows[i]["answer"]) for i in order]
-            self._splits[split] = [Problem(i, followed_by(q, self.INSTRUCTION), a) for i, (q, a) in enumerate(pairs)]
-            self._answers[split] = [_solved(path, name, row, rows[row]["answer"]) for row in order]
+            source = str(Path(path) / f"{name}.jsonl") if Path(path).is_dir() else path
+            table = open_rows(source, "task.path", name="main", split=name)
+            rows = read_rows(table, source, "task.path", self.read)
+            random.Random(seed).shuffle(rows)
+            asked = [(followed_by(question, self.INSTRUCTION), solution) for question, solution, _ in rows]
+            self._splits[split] = [Problem(index, *one) for index, one in enumerate(asked)]
+            self._answers[split] = [answer for *_, answer in rows]
+
+    @staticmethod
+    def read(row: Row) -> tuple[Prompt, str, Fraction]:
+        """Question, solution and its number; ValueError names the field that has none."""
+        solution = cell(row, "answer", plain_text)
+        answer = final_number(solution)
+        if answer is None:
+            raise ValueError(f"field answer: no number in {shown(solution[-60:])}; one after #### is wanted")
+        return cell(row, "question", as_prompt), solution, answer
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
@@ -237,25 +244,29 @@ class Math500:
     stop = ("\nProblem:",)
 
     def __init__(self, path: str, seed: int) -> None:
-        import datasets
-
         self._splits: dict[Split, list[Problem]] = {"train": [], "heldout": []}
         self._answers: dict[Split, list[str]] = {"train": [], "heldout": []}
         files: dict[Split, Path] = {"train": Path(path) / "train.jsonl", "heldout": Path(path) / "test.jsonl"}
         if not Path(path).is_dir():
-            given = open_rows(path, "task.path") if Path(path).exists() else datasets.load_dataset(path, split="test")
-            self._take("heldout", given, seed)
+            self._take("heldout", path, seed)
             return
         for split, file in files.items():
             if file.exists():
-                self._take(split, open_rows(str(file), "task.path"), seed)
+                self._take(split, str(file), seed)
 
-    def _take(self, split: Split, rows: Any, seed: int) -> None:
-        for row in rows.shuffle(seed=seed):
-            question = followed_by(as_prompt(row["problem"]), self.INSTRUCTION)
-            problem = Problem(len(self._splits[split]), question, row["solution"])
-            self._splits[split].append(problem)
-            self._answers[split].append(row["answer"])
+    def _take(self, split: Split, path: str, seed: int) -> None:
+        table = open_rows(path, "task.path", split="test")
+        rows = read_rows(table, path, "task.path", self.read)
+        for index, row in enumerate(np.random.default_rng(seed).permutation(len(rows))):
+            question, solution, answer = rows[row]
+            self._splits[split].append(Problem(index, followed_by(question, self.INSTRUCTION), solution))
+            self._answers[split].append(answer)
+
+    @staticmethod
+    def read(row: Row) -> tuple[Prompt, str, str]:
+        """Problem, solution and answer; ValueError names the field that has none."""
+        problem, solution = cell(row, "problem", as_prompt), cell(row, "solution", plain_text)
+        return problem, solution, cell(row, "answer", plain_text)
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
@@ -270,10 +281,3 @@ class Math500:
     def answer_of(self, response: str) -> str:
         found = final_expression(response)
         return "" if found is None else canonical(found)
-
-
-def _solved(path: str, name: str, row: int, solution: str) -> Fraction:
-    answer = final_number(solution)
-    if answer is None:
-        raise ValueError(f"task.path = {path!r}: {name}, row {row + 1}: no number after #### in {solution[-60:]!r}")
-    return answer

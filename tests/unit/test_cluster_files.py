@@ -128,7 +128,7 @@ def test_the_entrypoint_is_a_command_line_that_the_job_takes():
 
     flags = [word for word in words[2:] if word != "/results/pretrain-llama-3.1-8b/model"]
     flags.remove("--model.path")
-    config = from_command_line("pretrain", flags)
+    config = from_command_line("plan", flags)
     assert (config.cluster.learner_group, config.resume) == ("learner", True)
 
 

@@ -179,8 +179,8 @@ def test_override_makes_a_new_tree():
 
 
 def test_command_line(capsys):
-    config = from_command_line("pretrain", ["--preset", "llama-3.1-8b", "--pretrain.lr", "0.5", "--seed", "3"])
-    assert (config.pretrain.lr, config.seed, config.model.num_policy_layers) == (0.5, 3, 8)
+    config = from_command_line("plan", ["--preset", "llama-3.1-8b", "--rl.kl-coef", "0.5", "--seed", "3"])
+    assert (config.rl.kl_coef, config.seed, config.model.num_policy_layers) == (0.5, 3, 8)
     with pytest.raises(SystemExit) as caught:
         from_command_line("rl_math", ["--rl.group-size", "1"])
     assert caught.value.code == 2

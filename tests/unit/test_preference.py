@@ -76,7 +76,7 @@ def test_chat_messages_keep_their_roles(tmp_path):
 
 def test_rows_without_prompts_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "a"}')
-    with pytest.raises(ValueError, match=r"has columns \['question'\]; one named prompt is needed"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1, field prompt: missing; the row has question"):
         Preference(str(tmp_path), 0)
 
 

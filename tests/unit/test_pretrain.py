@@ -93,7 +93,7 @@ def test_documents_from_files(tmp_path, task, tokenizer):
     documents, are_pairs = load_documents(DataConfig(path=str(text)), task, ChatTokenizer(tokenizer, ""), 4)
     assert not are_pairs
     assert max(len(ids) for ids, _ in documents) == 4
-    with pytest.raises(ValueError, match=r"has columns \['question', 'answer'\]; name the right ones"):
+    with pytest.raises(ValueError, match=r"row 1: has columns question, answer; name the right ones"):
         load_documents(
             DataConfig(path=str(pairs), prompt_field="x", text_field="y"), task, ChatTokenizer(tokenizer, ""), 32
         )

@@ -142,7 +142,9 @@ def test_a_fraction_is_not_its_denominator(tmp_path):
 def test_a_solution_without_a_number_is_named(tmp_path):
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "q", "answer": "so\n#### many"}))
-    with pytest.raises(ValueError, match=r"task.path = .*train, row 1: no number after ####"):
+    with pytest.raises(
+        ValueError, match=r"task.path = .*train.jsonl': row 1, field answer: no number in .*; one after ####"
+    ):
         make_task(TaskConfig(name="gsm8k", path=str(tmp_path)), 0)
 
 

@@ -1,0 +1,208 @@
+"""What the files of a checkpoint say about it, without loading a weight.
+
+    faults(Path("outputs/demo/model"))            ["the weights are cut short: model.safetensors ...; copy it again"]
+    shape_of(Path("SmolLM2-135M.gguf"))           what config.json or the header of a GGUF file states
+
+Only Python, NumPy and safetensors are needed, so a command line can be refused before torch is imported.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+RELEASED = "IntentionForCausalLM"
+"""Architecture of the authors' checkpoints, whose model_type is that of a Llama."""
+
+
+class UnreadableError(ValueError):
+    """A checkpoint's files are missing or broken; the message is ``why; fix``."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a checkpoint decides whether it can be served and trained; 0 or "" where it is not stated."""
+
+    kind: str  # model_type; "cola" also for the authors' checkpoints
+    head: int = 0
+    positions: int = 0
+    vocabulary: int = 0  # rows of the embeddings
+    actions: int = 0
+    biases: str = ""  # the field that gives linear layers biases
+    quantised: str = ""
+
+
+def shape_of(path: Path) -> Shape:
+    """Of a directory or a GGUF file; :class:`UnreadableError` where its description cannot be read."""
+    if path.suffix == ".gguf":
+        return _of_gguf(path)
+    raw = _json(path / "config.json")
+    width, heads = raw.get("hidden_size", 0), raw.get("num_attention_heads", 0)
+    numbers = (width, heads, raw.get("vocab_size", 0), raw.get("max_position_embeddings") or 0)
+    if any(not isinstance(number, int) for number in numbers):
+        raise UnreadableError(f"{path / 'config.json'} has sizes that are no whole numbers; copy the checkpoint again")
+    released = RELEASED in (raw.get("architectures") or [])
+    return Shape(
+        kind="cola" if released else str(raw.get("model_type", "unknown")),
+        head=raw.get("head_dim") or (width // heads if heads else 0),
+        positions=raw.get("max_position_embeddings") or 0,
+        vocabulary=raw.get("vocab_size") or 0,
+        actions=raw.get("num_actions") or raw.get("num_code") or 0,
+        biases=next((name for name in ("attention_bias", "mlp_bias") if raw.get(name)), ""),
+        quantised=str((raw.get("quantization_config") or {}).get("quant_method", "")),
+    )
+
+
+def faults(path: Path, tokenizer: bool = True) -> list[str]:
+    """Why the weights or the tokenizer of a directory or GGUF file cannot be used, each ``why; fix``."""
+    try:
+        shape = shape_of(path)
+        if path.suffix == ".gguf":
+            return []  # its header has been read to the end
+        tensors = _tensors(path)
+        width = _tokenizer_width(path) if tokenizer else 0
+    except UnreadableError as error:
+        return [str(error)]
+    found = []
+    embeddings = tensors.get("model.embed_tokens.weight", (shape.vocabulary,))[0]
+    if shape.kind in ("llama", "cola") and tensors:
+        wanted = ["model.embed_tokens.weight", "model.norm.weight"]
+        missing = [name for name in wanted if name not in tensors]
+        if missing:
+            found.append(f"its weights lack {', '.join(missing)}; give a whole {shape.kind} checkpoint")
+        elif shape.vocabulary and embeddings != shape.vocabulary:
+            found.append(f"its embeddings have {embeddings} rows and its config.json says {shape.vocabulary}; they "
+                         "are not of one checkpoint")  # fmt: skip
+    if width and embeddings and width > embeddings:
+        found.append(f"its tokenizer has ids up to {width - 1} and the embeddings {embeddings} rows; give the "
+                     "tokenizer that the weights were trained with, or widen the embeddings")  # fmt: skip
+    return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UnreadableError(f"no {file.name} in it; give the folder of a checkpoint") from None
+    except OSError as error:
+        raise UnreadableError(f"{file}: {error.strerror}; make it readable") from None
+    except ValueError as error:
+        raise UnreadableError(f"{file} is not whole JSON ({error}); copy the checkpoint again") from None
+    if not isinstance(raw, dict):
+        raise UnreadableError(f"{file} is no JSON object; copy the checkpoint again")
+    return raw
+
+
+# --- safetensors --------------------------------------------------------------------------------------------------
+
+
+def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in safetensors files, by name; empty where weights are in another format."""
+    shards = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = _json(index).get("weight_map", {})
+        absent = sorted({str(name) for name in named.values()} - {shard.name for shard in shards})
+        if absent:
+            raise UnreadableError(f"{absent[0]} is missing, which {index.name} names; copy the checkpoint again")
+    if not shards and not list(folder.glob("*.bin")):
+        raise UnreadableError("no weights in it (*.safetensors); give the folder of a checkpoint")
+    return {name: shape for shard in shards for name, shape in _header(shard)}
+
+
+def _header(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, "np") as tensors:  # checks that the file is as long as its header says
+            for name in tensors.keys():  # noqa: SIM118  (no dictionary)
+                yield name, tuple(tensors.get_slice(name).get_shape())
+    except (SafetensorError, OSError) as error:
+        raise UnreadableError(f"{shard.name} cannot be read ({error}); copy the checkpoint again") from None
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+def _tokenizer_width(folder: Path) -> int:
+    """One more than the largest id that the folder's tokenizer gives; 0 where that takes more than reading JSON."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "spiece.model")):
+            return 0
+        raise UnreadableError("no tokenizer in it; save the base's tokenizer beside the weights")
+    raw = _json(file)
+    vocabulary = (raw.get("model") or {}).get("vocab") or {}
+    ids = list(vocabulary.values()) if isinstance(vocabulary, Mapping) else [len(vocabulary) - 1]
+    ids += [token["id"] for token in raw.get("added_tokens") or [] if isinstance(token, Mapping) and "id" in token]
+    return max((number for number in ids if isinstance(number, int)), default=-1) + 1
+
+
+# --- GGUF ---------------------------------------------------------------------------------------------------------
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+
+
+def _of_gguf(path: Path) -> Shape:
+    """From the header: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+    try:
+        with path.open("rb") as file:
+            magic, version, tensors, pairs = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version not in (2, 3):
+                raise UnreadableError("no GGUF file of version 2 or 3; give another file")
+            known = {}
+            for _ in range(pairs):
+                name = _text(file)
+                known[name] = _gguf_value(file, _unpack(file, "I"))
+            last = 0
+            for _ in range(tensors):
+                _text(file)
+                dimensions = _unpack(file, "I")
+                file.seek(8 * dimensions + 4, 1)
+                last = max(last, _unpack(file, "Q"))
+            if file.tell() + last >= path.stat().st_size:
+                raise UnreadableError("the file is cut short; copy it again")
+    except (struct.error, UnicodeDecodeError, MemoryError, OverflowError):
+        raise UnreadableError("its header is broken or cut short; copy it again") from None
+    except OSError as error:
+        raise UnreadableError(f"{error.strerror}; make it readable") from None
+    kind = str(known.get("general.architecture", "unknown"))
+    width, heads = known.get(f"{kind}.embedding_length", 0), known.get(f"{kind}.attention.head_count", 0)
+    return Shape(
+        kind=kind,
+        head=known.get(f"{kind}.attention.key_length") or (width // heads if isinstance(heads, int) and heads else 0),
+        positions=known.get(f"{kind}.context_length", 0),
+        vocabulary=known.get(f"{kind}.vocab_size") or known.get("tokenizer.ggml.tokens", 0),
+    )
+
+
+def _gguf_value(file: IO[bytes], kind: int) -> Any:
+    """A scalar or text; of an array, its length."""
+    if kind in _SCALARS:
+        return _unpack(file, _SCALARS[kind])
+    if kind == _TEXT:
+        return _text(file)
+    if kind != _ARRAY:
+        raise UnreadableError(f"its header has a value of unknown type {kind}; copy it again")
+    inner, length = _unpack(file, "I"), _unpack(file, "Q")
+    if inner in _SCALARS:
+        file.seek(struct.calcsize(_SCALARS[inner]) * length, 1)
+    else:
+        for _ in range(length):
+            _gguf_value(file, inner)
+    return length
+
+
+def _text(file: IO[bytes]) -> str:
+    length = _unpack(file, "Q")
+    said = file.read(min(length, 1 << 24))
+    if len(said) < length:
+        raise UnreadableError("its header is broken or cut short; copy it again")
+    return said.decode("utf-8", "replace")
+
+
+def _unpack(file: IO[bytes], form: str) -> Any:
+    return struct.unpack(f"<{form}", file.read(struct.calcsize(form)))[0]

@@ -1,0 +1,414 @@
+"""What a job needs of this machine and of the hub: paths, checkpoints, places to write, GPUs, addresses.
+
+    faults(config, "rl_math")             a line for each: ``field = value: why; fix``
+    further_faults(config, "rl_math")     what takes longer, for settings without other faults
+
+Files are looked at, not loaded; the hub is asked with a short timeout, and only about what the job will read.
+"""
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cola_ray import checkpoints, hub, provenance
+from cola_ray.config import OWN_BASE_POSITIONS, Config, is_endpoint
+from cola_ray.learner.corpus import document
+from cola_ray.tasks import inspection, preference
+from cola_ray.tasks.chat import as_prompt
+from cola_ray.tasks.rows import Row, cell, peek
+from cola_ray.tasks.verifiable import Gsm8k, Math500
+
+TRAINING = ("rl_math", "rl_preference", "rl_agent", "sweep")
+"""Jobs that train a policy by RL."""
+_STUDIES = ("evaluate", "diversity", "atlas", "capabilities")
+_GENERATING = (*TRAINING, "evaluate", "diversity", "atlas")
+_TABLES = (".jsonl", ".json", ".parquet", ".txt")
+LOGGED = ("prompt_ids", "token_ids", "actions", "rewards")
+"""Columns of the answers that jobs/train_q.py learns from."""
+_FREE_GB = 1.0  # least space that a run's checkpoints and logs are given
+
+
+def faults(config: Config, job: str) -> list[str]:
+    """Everything that can be seen now. Empty ``job``: what the given paths are, whoever reads them."""
+    lines = [*_paths(config, job), *_checkpoints(config, job), *_lengths(config, job)]
+    if job and job != "plan":
+        lines += [*_output(config, job), *_addresses(config, job), *_machine(config, job)]
+        lines += _rows(config, job)
+    return lines
+
+
+def further_faults(config: Config, job: str) -> list[str]:
+    """The hub, the options of generators and environments, and classes of one's own, which are tried."""
+    if job in ("", "plan", "reproduce"):
+        return []
+    asked = _asks_task(config, job) and not (config.task.name == "jericho" and not config.task.game)
+    return [*_hub(config, job), *(inspection.faults(config.task) if asked else [])]
+
+
+# --- paths --------------------------------------------------------------------------------------------------------
+
+
+def looks_local(path: str) -> bool:
+    """A hub id is exactly ``name`` or ``org/name`` without a file's ending; all else is meant as a local path."""
+    endings = (*_TABLES, ".gguf", ".csv", ".safetensors", ".bin", ".pt", ".zip", ".gz")
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings)
+
+
+def _paths(config: Config, job: str) -> Iterator[str]:
+    """Existing, readable, a file or a folder as it should be."""
+    task = config.task
+    rows = "a file or folder of .jsonl, .json, .parquet or .txt, or a hub id"
+    yield from _path("data.path", config.data.path, rows, _TABLES)
+    if task.name == "data_science":
+        yield from _path("task.path", task.path, "a CSV file", (".csv", ".tsv", ".txt"), folder=False)
+    elif task.name == "gsm8k":
+        yield from _path("task.path", task.path, "a folder with train.jsonl and test.jsonl, or openai/gsm8k", ())
+    else:
+        yield from _path("task.path", task.path, rows, _TABLES)
+    if not is_endpoint(task.reward_model):
+        yield from _path("task.reward_model", task.reward_model, "a model's folder, a hub id or an endpoint", ())
+    yield from _path("model.base", config.model.base, "a Llama's folder, a .gguf file or a hub id", (".gguf",))
+    yield from _path("model.path", config.model.path, "a CoLA model's folder", (), hub=False)
+    yield from _path("q.path", config.q.path, "the folder model/ that jobs/train_q.py left", (), hub=not job)
+    if config.rl.algorithm == "archer":
+        yield from _path("critic.encoder", config.critic.encoder, "an encoder's folder or a hub id", ())
+    if job == "diversity":
+        yield from _path("diversity.encoder", config.diversity.encoder, "an encoder's folder or a hub id", ())
+    if job == "capabilities":
+        yield from _path("harness.include_path", config.harness.include_path, "a folder of task files", (), hub=False)
+    wanted = {"gsm8k": ("train.jsonl", "test.jsonl"), "math500": ("test.jsonl",)}.get(task.name, ())
+    if Path(task.path).is_dir() and task.path:
+        missing = [name for name in wanted if not (Path(task.path) / name).is_file()]
+        if missing:
+            yield f"task.path = {task.path!r}: no {' and no '.join(missing)} in this folder; {task.name} needs them"
+    if config.q.path and Path(config.q.path).is_dir() and not (Path(config.q.path) / "q.safetensors").is_file():
+        yield f"q.path = {config.q.path!r}: no q.safetensors in it; give the folder model/ of jobs/train_q.py"
+
+
+def _path(
+    field: str, value: str, wanted: str, endings: tuple[str, ...], folder: bool = True, hub: bool = True
+) -> Iterator[str]:
+    """One line where a path is not what it should be.
+
+    Args:
+        endings: of files that are taken; empty: none are.
+    """
+    if not value or (hub and not looks_local(value)):
+        return
+    path, named = Path(value), f"{field} = {value!r}"
+    if not path.exists():
+        near = f"; is {path.expanduser()} meant?" if value.startswith("~") else ""
+        yield f"{named}: no such file or folder; give {wanted}{near}"
+    elif path.is_dir() and not folder:
+        yield f"{named}: a folder; give {wanted}"
+    elif path.is_file() and path.suffix not in endings:
+        yield f"{named}: a file{f' of type {path.suffix!r}' if endings else ''}; give {wanted}"
+    elif not (path.is_file() or path.is_dir()):
+        yield f"{named}: neither a file nor a folder; give {wanted}"
+    elif not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        yield f"{named}: may not be read; change its permissions or give {wanted}"
+    elif path.is_file() and path.stat().st_size == 0:
+        yield f"{named}: empty; give {wanted}"
+    elif path.is_dir() and endings == _TABLES and not any(file.suffix in _TABLES for file in path.iterdir()):
+        yield f"{named}: no {', '.join(_TABLES[:-1])} or {_TABLES[-1]} file in this folder; give {wanted}"
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def _in_use(config: Config, job: str) -> Iterator[tuple[str, str, bool]]:
+    """(field, checkpoint, whether it must be a CoLA model) of each that the job reads, the one that is served first."""
+    model, start = config.model, provenance.start_model(config)
+    if not job:
+        yield from ((field, path, False) for field, path in (("model.path", model.path), ("model.base", model.base)))
+        return
+    tokens = config.rl.action_space == "token" and job in (*TRAINING, "evaluate")
+    if job in ("pretrain", "reward_model"):
+        yield ("model.path", model.path, job == "pretrain") if model.path else ("model.base", model.base, False)
+    elif job not in ("plan", "reproduce"):
+        there = start.exists()
+        yield ("model.path", str(start) if there else "", not tokens) if there else ("model.base", model.base, False)
+
+
+def _checkpoints(config: Config, job: str) -> Iterator[str]:
+    for field, value, cola in _in_use(config, job):
+        path = _local(value)
+        if path is None:
+            continue
+        named = f"{field} = {value!r}"
+        try:
+            shape = checkpoints.shape_of(path)
+        except checkpoints.UnreadableError as error:
+            if job or (path / "config.json").exists() or path.suffix == ".gguf":
+                yield f"{named}: {error}"
+            continue
+        yield from (f"{named}: {fault}" for fault in _of_shape(config, shape, cola))
+        if job:
+            yield from (f"{named}: {fault}" for fault in checkpoints.faults(path))
+        if not job:
+            break
+    judge = _local("" if is_endpoint(config.task.reward_model) else config.task.reward_model)
+    if judge is not None and job in ("rl_preference", "rl_math", "evaluate"):
+        yield from (f"task.reward_model = {config.task.reward_model!r}: {fault}" for fault in checkpoints.faults(judge))
+
+
+def _local(value: str) -> Path | None:
+    """A checkpoint's folder or file, also in the hub's cache; None where there is nothing to look at yet."""
+    if not value:
+        return None
+    path = Path(value)
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    return None if path.exists() or looks_local(value) else hub.cached(value, "model")
+
+
+def _of_shape(config: Config, shape: checkpoints.Shape, cola: bool) -> Iterator[str]:
+    if shape.kind not in ("llama", "cola"):
+        yield f"a {shape.kind!r} model; CoLA attaches to Llama checkpoints only"
+        return
+    if cola and shape.kind != "cola":
+        yield "a plain Llama; make a CoLA model of it with `python jobs/pretrain.py --model.base`"
+        return
+    if 0 < shape.head < 32 and not config.cluster.use_gpu:
+        yield f"heads of {shape.head}; vLLM on CPU needs 32 or more: use another base or a GPU"
+    if shape.biases:
+        yield f"{shape.biases} is set; weight updates know no biases: use a Llama without"
+    if shape.quantised:
+        yield f"quantised by {shape.quantised}; what trains needs plain weights: use the checkpoint that it was made of"
+    if shape.actions and config.rl.action_space == "latent" and config.rollout.top_k > shape.actions:
+        yield f"its codebook has {shape.actions} actions; let rollout.top_k be at most that"
+
+
+def _lengths(config: Config, job: str) -> Iterator[str]:
+    """Texts fit into the context of what is served."""
+    rollout, whose, limit = config.rollout, "the base that this preset makes", OWN_BASE_POSITIONS
+    for field, value, _ in _in_use(config, job):
+        path = _local(value)
+        try:
+            shape = checkpoints.shape_of(path) if path is not None else None
+        except checkpoints.UnreadableError:
+            return
+        if shape is not None:
+            whose, limit = f"{field} = {value!r}", shape.positions
+            break
+        if value:
+            return  # on the hub, or not there
+    else:
+        if config.preset != "tiny" or not job:
+            return
+    if limit and (not job or job in _GENERATING) and rollout.max_prompt_tokens + rollout.max_new_tokens > limit:
+        yield (
+            f"rollout.max_new_tokens = {rollout.max_new_tokens}: with rollout.max_prompt_tokens = "
+            f"{rollout.max_prompt_tokens} more than the {limit} positions of {whose}; lower one of them"
+        )
+    if limit and job == "pretrain" and config.pretrain.sequence_length > limit:
+        yield (
+            f"pretrain.sequence_length = {config.pretrain.sequence_length}: more than the {limit} positions of "
+            f"{whose}; use at most {limit}"
+        )
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def _reads_texts(config: Config, job: str) -> bool:
+    """Whether the job reads ``data.path`` as texts."""
+    makes = job in TRAINING and provenance.makes_start_model(config) and not provenance.start_model(config).exists()
+    return makes or job in ("pretrain", "diversity", "atlas")
+
+
+def _asks_task(config: Config, job: str) -> bool:
+    """Whether the job needs the task itself."""
+    if job in ("pretrain", "diversity", "atlas"):
+        own_tokenizer = job != "pretrain" or config.model.base or config.model.path
+        return not (config.data.path and own_tokenizer)
+    return job in (*TRAINING, "evaluate", "reward_model")
+
+
+def _rows(config: Config, job: str) -> Iterator[str]:
+    """The first rows of local files, as the job will read them."""
+    task, path = config.task, Path(config.task.path)
+    if _reads_texts(config, job) and _has_rows(config.data.path):
+        yield from peek(config.data.path, "data.path", lambda row: document(row, config.data))
+    if job == "train_q" and _has_rows(config.data.path):
+        yield from peek(config.data.path, "data.path", _logged)
+    if not task.path or not _asks_task(config, job):
+        return
+    if task.name in ("gsm8k", "math500"):
+        read: Callable[[Row], object] = Gsm8k.read if task.name == "gsm8k" else Math500.read
+        files = [path / "train.jsonl", path / "test.jsonl"] if path.is_dir() else [path]
+        for file in files:
+            if file.is_file() and _has_rows(str(file)):
+                yield from peek(str(file), "task.path", read)
+    if task.name == "preference" and _has_rows(task.path):
+        yield from peek(task.path, "task.path", _pair if job == "reward_model" else preference.read)
+
+
+def _has_rows(path: str) -> bool:
+    """Whether there is something to look into that :func:`_paths` has not refused."""
+    source = Path(path)
+    if source.is_file():
+        return source.suffix in _TABLES and source.stat().st_size > 0 and os.access(source, os.R_OK)
+    return bool(path) and source.is_dir() and any(file.suffix in _TABLES for file in source.iterdir())
+
+
+def _pair(row: Row) -> object:
+    for name in ("chosen", "rejected"):
+        cell(row, name, as_prompt)
+    return preference.read(row)
+
+
+def _logged(row: Row) -> None:
+    missing = [name for name in LOGGED if name not in row]
+    if missing:
+        raise ValueError(f"field {missing[0]}: missing; give a folder that evaluate.py left, predictions/sample")
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------
+
+
+def _hub(config: Config, job: str) -> list[str]:
+    """Ids that the job will fetch, asked for at the same time."""
+    task, used = config.task, list[tuple[str, str, hub.Kind]]()
+    if _reads_texts(config, job) or job == "train_q":
+        used.append(("data.path", config.data.path, "dataset"))
+    if _asks_task(config, job) and task.name in ("gsm8k", "math500", "preference"):
+        used.append(("task.path", task.path, "dataset"))
+    used += [(field, value, "model") for field, value, _ in _in_use(config, job) if field == "model.base"]
+    if job in ("rl_math", "rl_preference", "evaluate") and not is_endpoint(task.reward_model):
+        used.append(("task.reward_model", task.reward_model, "model"))
+    if job in TRAINING and config.rl.algorithm == "archer":
+        used.append(("critic.encoder", config.critic.encoder, "model"))
+    if job == "diversity":
+        used.append(("diversity.encoder", config.diversity.encoder, "model"))
+    ids = [one for one in used if one[1] and not looks_local(one[1])]
+    if not ids:
+        return []
+    with ThreadPoolExecutor(len(ids)) as pool:
+        found = list(pool.map(lambda one: hub.fault(one[1], one[2]), ids))
+    return [f"{field} = {value!r}: {why}" for (field, value, _), why in zip(ids, found, strict=True) if why]
+
+
+# --- this machine -------------------------------------------------------------------------------------------------
+
+
+def _output(config: Config, job: str) -> Iterator[str]:
+    """The output folder can be made and written, and has some room."""
+    output = Path(provenance.resolve(config, job).output_dir)
+    named = f"output_dir = {str(output)!r}"
+    there = next(parent for parent in (output, *output.parents) if parent.exists())
+    if not there.is_dir():
+        yield f"{named}: {there} is a file; give a folder"
+        return
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        yield f"{named}: {there} cannot be written ({error.strerror}); give a folder of yours"
+        return
+    free = shutil.disk_usage(there).free / 2**30
+    if free < _FREE_GB:
+        yield f"{named}: {free:.2f} GiB free there, and checkpoints need {_FREE_GB:g} or more; make room"
+
+
+_STORES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def _addresses(config: Config, job: str) -> Iterator[str]:
+    uri = config.tracking_uri
+    wanted = "use http(s)://HOST[:PORT], sqlite:///FILE, another database's URI or a folder"
+    why = _bad_url(uri)
+    if why and uri and not uri.startswith(("sqlite:", *(f"{store}+" for store in _STORES))):
+        yield f"tracking_uri = {uri!r}: {why}; {wanted}"
+    if uri.startswith("sqlite:"):
+        file = Path(uri.removeprefix("sqlite:///"))
+        if not uri.startswith("sqlite:///") or not file.name:
+            yield f"tracking_uri = {uri!r}: names no file; use sqlite:///FILE"
+        elif not file.parent.is_dir() or file.is_dir():
+            yield f"tracking_uri = {uri!r}: no folder {file.parent}; make it, or give another file"
+    if is_endpoint(config.task.reward_model) and _bad_url(config.task.reward_model):
+        reward_model = config.task.reward_model
+        yield f"task.reward_model = {reward_model!r}: {_bad_url(reward_model)}; use http(s)://HOST[:PORT]/PATH"
+    address = config.cluster.address
+    if not address or address in ("auto", "local"):
+        return
+    plain = re.fullmatch(r"[\w.-]+:(\d{1,5})", address) or re.fullmatch(r"\[[0-9A-Fa-f:]+\]:(\d{1,5})", address)
+    if plain and 0 < int(plain[1]) < 65_536:
+        return
+    if "://" not in address or _bad_url(address) or urlsplit(address).scheme not in ("ray", "http", "https"):
+        yield f"cluster.address = {address!r}: no address of a Ray cluster; use HOST:PORT, ray://HOST:PORT or auto"
+    elif job != "reproduce" and urlsplit(address).scheme != "ray":
+        yield (
+            f"cluster.address = {address!r}: a dashboard, which takes jobs; submit with `ray job submit --address "
+            f"{address} -- python jobs/...`, or use HOST:PORT"
+        )
+
+
+def _bad_url(url: str) -> str:
+    """Why it is no address; empty for a good one, and for what is no URL at all."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return str(error).lower()
+    known = ("http", "https", "ray", "file", "databricks", "databricks-uc", *_STORES)
+    if not parts.scheme or (len(parts.scheme) == 1 and parts.path):
+        return "has no scheme" if "://" in url else ""
+    if parts.scheme not in known and parts.scheme.partition("+")[0] not in _STORES:
+        return f"unknown scheme {parts.scheme}"
+    if parts.scheme in ("http", "https", "ray") and (not parts.hostname or port == 0):
+        return "names no host" if not parts.hostname else "names no port"
+    return ""
+
+
+def _machine(config: Config, job: str) -> Iterator[str]:
+    """GPUs and processors, where the run starts a cluster of its own on this machine."""
+    cluster, rollout = config.cluster, config.rollout
+    ray = sys.modules.get("ray")
+    if cluster.address not in ("", "local") or "RAY_ADDRESS" in os.environ or (ray and ray.is_initialized()):
+        return
+    if cluster.use_gpu:
+        there = _num_gpus()
+        ranks = cluster.learner_ranks if job not in _STUDIES else 0
+        engines = rollout.num_workers * rollout.tensor_parallel_size if job in _GENERATING else 0
+        needed = max(ranks, engines) if cluster.colocated else ranks + engines
+        if there < max(needed, 1):
+            has = "no GPU" if there == 0 else f"{there} of them"
+            yield (
+                f"cluster.use_gpu = True: this machine has {has}, and this job needs {max(needed, 1)} (learner ranks "
+                f"{ranks}, engines {engines}); lower these, leave it out, or give cluster.address"
+            )
+        return
+    if rollout.tensor_parallel_size > 1:
+        yield (
+            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}: GPUs that an engine spans, and "
+            "cluster.use_gpu is False; use 1"
+        )
+    cores = os.cpu_count() or 1
+    most = max(16, 4 * cores)
+    counts = {
+        "cluster.learner_ranks": cluster.learner_ranks,
+        "cluster.threads_per_process": cluster.threads_per_process,
+        "critic.replicas": config.critic.replicas,
+        "replay.shards": config.replay.shards,
+        "rollout.environment_processes": rollout.environment_processes,
+        "rollout.num_workers": rollout.num_workers,
+    }
+    for field, count in counts.items():
+        if count > most:
+            yield f"{field} = {count}: this machine has {cores} cores; use at most {most}, or give cluster.address"
+
+
+def _num_gpus() -> int:
+    """NVIDIA GPUs that a process here would see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
+    if visible is None:
+        return there
+    return min(there, len([one for one in visible.split(",") if one.strip() not in ("", "-1")]))

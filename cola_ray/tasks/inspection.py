@@ -1,0 +1,243 @@
+"""What of a task can be judged before a run: its name, its options, and whether a class of one's own has what it must.
+
+    faults(config.task)       lines ``field = value: why; fix``
+
+A class of one's own is made once and asked for its first problem, or played for one turn; what that takes longer than
+:data:`TRIAL_S` seconds is left to the run.
+"""
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cola_ray.config import MULTI_TURN, TaskConfig, is_environment
+from cola_ray.limits import nearest
+from cola_ray.tasks import make_environment
+from cola_ray.tasks.chat import as_prompt
+from cola_ray.tasks.environment import Dialogue
+from cola_ray.tasks.sandbox import NoSandboxError
+
+TRIAL_S = 10.0
+FIXED = ("arithmetic", "gsm8k", "math500", "preference", *MULTI_TURN)
+"""Tasks that are no generator of reasoning-gym."""
+_ENVIRONMENT = ("reset", "step", "get_state", "set_state", "demonstrations")
+_TASK = ("problems", "demonstrations", "score")
+
+
+def faults(task: TaskConfig) -> list[str]:
+    """At most a few lines, the first cause first; the same task is judged once a process."""
+    return list(_judged(task.model_dump_json()))
+
+
+@functools.cache
+def _judged(dumped: str) -> list[str]:
+    task = TaskConfig.model_validate_json(dumped)
+    if ":" in task.name:
+        return list(_of_own(task))
+    if is_environment(task.name):
+        return _made(task)
+    return list(_of_generator(task)) if task.options and task.name not in ("gsm8k", "math500", "preference") else []
+
+
+def unknown(name: str) -> str:
+    """Why there is no task of this name; empty where there is. Classes of one's own must be importable."""
+    if name in FIXED:
+        return ""
+    if ":" not in name:
+        return "" if name in generators() else nearest(name, [*FIXED, *generators()], "unknown task")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        return f"{error}; the module must be importable from where the job starts"
+    except BaseException as error:  # of the module's own code
+        return f"importing {module} raised {_said(error)}; mend it"
+    if found is None:
+        return f"{module} has no {attribute}"
+    return "" if callable(found) else f"{attribute} is {type(found).__name__}, not a class; name a class"
+
+
+# --- generators of reasoning-gym ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def generators() -> dict[str, tuple[str, ...]]:
+    """Names of reasoning-gym's generators, each with its options, read from its sources.
+
+    Importing the package takes seconds, for matplotlib and sympy come with it. Options are () where a generator's
+    settings are not stated in one place.
+    """
+    package = importlib.util.find_spec("reasoning_gym")
+    found: dict[str, tuple[str, ...]] = {}
+    for file in sorted(Path(str(package.origin)).parent.rglob("*.py")) if package and package.origin else ():
+        text = file.read_text()
+        if "register_dataset(" in text:
+            found |= _registered(ast.parse(text))
+    if not found:
+        from reasoning_gym.factory import DATASETS
+
+        return dict.fromkeys(DATASETS, ())
+    return found
+
+
+def _registered(module: ast.Module) -> dict[str, tuple[str, ...]]:
+    texts = {
+        target.id: node.value.value
+        for node in module.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets if isinstance(target, ast.Name)
+    }  # fmt: skip
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    found: dict[str, tuple[str, ...]] = {}
+    for node in ast.walk(module):
+        if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "register_dataset" and node.args):
+            continue
+        name = node.args[0]
+        text = name.value if isinstance(name, ast.Constant) else texts.get(getattr(name, "id", ""))
+        settings = classes.get(getattr(node.args[2], "id", "")) if len(node.args) > 2 else None
+        stated = settings.body if settings is not None and not settings.bases else []
+        assigned = [one.target for one in stated if isinstance(one, ast.AnnAssign)]
+        fields = tuple(target.id for target in assigned if isinstance(target, ast.Name))
+        if isinstance(text, str):
+            found[text] = fields
+    return found
+
+
+def _of_generator(task: TaskConfig) -> Iterator[str]:
+    name = "chain_sum" if task.name == "arithmetic" else task.name
+    known = [option for option in generators().get(name, ()) if option not in ("seed", "size")]
+    for option, value in task.options.items():
+        if option in ("seed", "size"):
+            other = "seed" if option == "seed" else "task.num_problems"
+            yield f"task.options.{option} = {value!r}: has a setting of its own; use {other}"
+        elif known and option not in known:
+            yield f"task.options.{option} = {value!r}: {nearest(option, known, f'no option of {name}')}"
+    if known and not set(task.options) <= set(known):
+        return
+    import reasoning_gym  # last of all: it takes seconds
+
+    try:
+        reasoning_gym.create_dataset(name, size=task.num_problems, seed=0, **task.options)
+    except Exception as error:  # asserts, mostly
+        yield f"task.options = {task.options}: {_said(error)}; see the options of {name} in reasoning-gym"
+
+
+# --- environments -------------------------------------------------------------------------------------------------
+
+
+def _made(task: TaskConfig) -> list[str]:
+    try:
+        make_environment(task)
+    except NoSandboxError as error:
+        return [f"task.name = {task.name!r}: {error}"]
+    except Exception as error:
+        said = str(error)
+        return [said if said.startswith("task.") else f"task.options = {task.options}: {said}; see {task.name}'s own"]
+    return []
+
+
+# --- classes of one's own -----------------------------------------------------------------------------------------
+
+
+def _of_own(task: TaskConfig) -> Iterator[str]:
+    named = f"task.name = {task.name!r}"
+    if unknown(task.name):
+        return
+    module, _, attribute = task.name.partition(":")
+    made = getattr(importlib.import_module(module), attribute)
+    plays = hasattr(made, "step") or hasattr(made, "reset")
+    protocol = f"cola_ray/tasks/{'environment' if plays else 'protocol'}.py"
+    missing = [name for name in (_ENVIRONMENT if plays else _TASK) if not callable(getattr(made, name, None))]
+    if isinstance(made, type) and missing:
+        yield f"{named}: {attribute} has no {' and no '.join(missing)}; {protocol} says what each is"
+        return
+    if not plays:
+        try:
+            inspect.signature(made).bind(task, 0)
+        except TypeError as error:
+            yield f"{named}: {attribute} is called with (TaskConfig, seed), and {error}; see make_task in {protocol}"
+            return
+        except ValueError:  # no signature to read
+            pass
+    trial = _play if plays else _ask
+    why = _within(TRIAL_S, lambda: trial(task, made))
+    if why:
+        yield f"{named}: {attribute} {why}; {protocol} says what is wanted"
+
+
+def _within(seconds: float, trial: Callable[[], str]) -> str:
+    """What a trial says, with its exceptions; empty where it takes longer, for it may be at work that a run needs."""
+    said = [""]
+
+    def run() -> None:
+        try:
+            said[0] = trial()
+        except BaseException as error:  # of somebody else's code, sys.exit included
+            said[0] = f"raised {_said(error)}"
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return said[0]
+
+
+def _said(error: BaseException) -> str:
+    """Type, message and place of an exception, in a line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}{where}"
+
+
+def _ask(task: TaskConfig, made: Callable[..., Any]) -> str:
+    """The first problem of each split, and the score of a right answer."""
+    served = made(task, 0)
+    for split in ("train", "heldout"):
+        problems = served.problems(split)
+        if not hasattr(problems, "__len__") or not hasattr(problems, "__getitem__"):
+            return f"gives {type(problems).__name__} as problems({split!r}), not a sequence"
+        if not len(problems):
+            if split == "train":
+                return "has no problems to train on: problems('train') is empty"
+            continue
+        first = problems[0]
+        for field, kind in (("question", (str, list, tuple)), ("solution", str), ("index", int)):
+            if not hasattr(first, field):
+                return f"gives {type(first).__name__} as a problem, which has no {field}"
+            if not isinstance(getattr(first, field), kind):
+                return f"has a first problem whose {field} is {getattr(first, field)!r:.60}"
+        as_prompt(first.question)
+        if not getattr(served, "executes_responses", False):
+            reward = served.score(split, first.index, first.solution)
+            if not isinstance(reward, int | float) or not math.isfinite(reward):
+                return f"gives the score {reward!r:.60} to its own solution, not a finite number"
+    return ""
+
+
+def _play(task: TaskConfig, _: Callable[..., Any]) -> str:
+    """A turn of an episode, and its state."""
+    played = make_environment(task)
+    turns = getattr(played, "max_turns", None)
+    if not isinstance(turns, int) or turns < 1:
+        return f"has max_turns = {turns!r}, not a whole number of at least 1"
+    begun = played.reset(seed=0)
+    if not isinstance(begun, tuple) or len(begun) != 2 or not isinstance(begun[0], str):
+        return f"gives {begun!r:.60} from reset, not (observation, info)"
+    pickle.dumps(played.get_state())
+    turn: Any = played.step("yes")
+    if not isinstance(turn, tuple) or len(turn) != 5 or not isinstance(turn[0], str):
+        return f"gives {turn!r:.60} from step, not (observation, reward, terminated, truncated, info)"
+    if not isinstance(turn[1], int | float) or not math.isfinite(turn[1]):
+        return f"gives the reward {turn[1]!r:.60} from step, not a finite number"
+    played.set_state(played.get_state())
+    shown = played.demonstrations(1, 0)
+    if not hasattr(shown, "__len__") or (len(shown) and not isinstance(shown[0], Dialogue)):
+        return f"gives {shown!r:.60} as demonstrations, not a sequence of Dialogue"
+    return ""

@@ -1,0 +1,507 @@
+"""Command lines that make no sense: refused with exit code 2, in one line a mistake, before anything heavy loads."""
+
+import json
+import os
+import re
+import shlex
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from cola_ray.checkpoints import faults, shape_of
+from cola_ray.command_line import from_command_line
+from cola_ray.config import Config, schemas
+from cola_ray.tasks.inspection import generators
+from cola_ray.tasks.rows import open_rows, peek, read_rows
+
+HEAVY = ("torch", "transformers", "ray", "vllm", "mlflow", "deepspeed", "reasoning_gym", "matplotlib", "datasets")
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 8,
+         "max_position_embeddings": 512}  # fmt: skip
+COLA = LLAMA | {"model_type": "cola", "num_actions": 16}
+
+
+def checkpoint(folder, config, tokens=8, rows=8, tokenizer=True):
+    """A checkpoint's folder whose weights are a few numbers."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {"model.embed_tokens.weight": np.zeros((rows, 4), np.float32), "model.norm.weight": np.zeros(4)}
+    save_file(tensors, folder / "model.safetensors")
+    if tokenizer:
+        vocabulary = {f"t{i}": i for i in range(tokens)}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+    return folder
+
+
+def lines(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with good and bad files, named relative to it in the command lines."""
+    here = tmp_path_factory.mktemp("here")
+    good = {"question": "q", "answer": "#### 1"}
+    checkpoint(here / "cola", COLA)
+    checkpoint(here / "llama", LLAMA)
+    checkpoint(here / "gpt2", LLAMA | {"model_type": "gpt2"})
+    checkpoint(here / "narrow", LLAMA | {"num_attention_heads": 4})
+    checkpoint(here / "biased", LLAMA | {"attention_bias": True})
+    checkpoint(here / "quantised", LLAMA | {"quantization_config": {"quant_method": "awq"}})
+    checkpoint(here / "wide", LLAMA, tokens=9)
+    checkpoint(here / "torn", LLAMA, rows=6)
+    checkpoint(here / "mute", LLAMA, tokenizer=False)
+    checkpoint(here / "short", COLA | {"max_position_embeddings": 64})
+    weights = checkpoint(here / "cut", LLAMA) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (checkpoint(here / "cutconfig", LLAMA) / "config.json").write_text('{"model_type": "lla')
+    (checkpoint(here / "lost", LLAMA) / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
+    )
+    (here / "empty").mkdir()
+    (here / "void.jsonl").touch()
+    (here / "broken.gguf").write_bytes(b"GGUF" + bytes(3))
+    (here / "data.csv").write_text("a,b\n1,2\n")
+    lines(here / "good.jsonl", good, good)
+    lines(here / "null.jsonl", good, {"question": "q", "answer": None})
+    lines(here / "missing.jsonl", {"question": "q"})
+    lines(here / "unparsed.jsonl", good, '{"question": "q", ')
+    lines(here / "list.jsonl", "[1, 2]")
+    (here / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(good).encode())
+    (here / "latin.jsonl").write_bytes(
+        json.dumps({"question": "caf", "answer": "x"}).encode().replace(b"caf", b"caf\xe9")
+    )
+    lines(here / "pairs.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b"})
+    lines(here / "odd.jsonl", {"prompt": 3})
+    lines(here / "lonely.jsonl", {"prompt": "p"})
+    for name, wrong in (
+        ("gsm", None),
+        ("gsmnull", {"question": "q", "answer": None}),
+        ("gsmword", {"question": "q", "answer": "#### many"}),
+    ):
+        lines(here / name / "train.jsonl", good, *([wrong] if wrong else []))
+        lines(here / name / "test.jsonl", good)
+    lines(here / "half" / "train.jsonl", good)
+    lines(here / "math" / "test.jsonl", {"problem": "p", "solution": "s"})
+    (here / "own.py").write_text(
+        "from cola_ray.tasks.protocol import Problem\n"
+        "class Nothing:\n    pass\n"
+        "class Arguments:\n    def __init__(self): pass\n"
+        "    def problems(self, split): return []\n    demonstrations = score = problems\n"
+        "class Raises(Arguments):\n    def __init__(self, config, seed): raise KeyError('corpus')\n"
+        "class Empty(Arguments):\n    def __init__(self, config, seed): pass\n"
+        "class Fields(Empty):\n    def problems(self, split): return [('q', 'a')]\n"
+        "class Number(Empty):\n    def problems(self, split): return [Problem(0, 'q', 7)]\n"
+        "class Score(Empty):\n    def problems(self, split): return [Problem(0, 'q', 'a')]\n"
+        "    def score(self, split, index, response): return None\n"
+        "class Plays:\n    max_turns = 3\n    def reset(self, *, seed): return 'hello'\n"
+        "    def step(self, said): return 'x'\n"
+        "    def get_state(self): return 0\n    def set_state(self, state): pass\n"
+        "    def demonstrations(self, count, seed): return []\n"
+        "class Turns(Plays):\n    max_turns = 0\n"
+        "class HalfPlays:\n"
+        "    def step(self, said): return 'x'\n"
+        "NUMBER = 3\n"
+    )  # fmt: skip
+    (here / "bad_own.py").write_text("1 / 0\n")
+    return here
+
+
+REFUSED = """
+rl_math --rl.lr -1 | rl.lr = -1: out of range
+rl_math --rl.lr nan | rl.lr = nan: not finite
+rl_math --rl.lr inf | rl.lr = inf: not finite
+rl_math --rl.lr 0 | rl.lr = 0: out of range
+rl_math --rl.lr 5 | rl.lr = 5: out of range
+rl_math --rl.lr much | rl.lr = 'much': of the wrong kind
+rl_math --rl.lr True | rl.lr = True: of the wrong kind
+rl_math --rl.lr | rl.lr = '': 0 values given
+rl_math --rl.lr 1 2 | rl.lr = 1 2: 2 values given
+rl_math --rl.clip-low 2 | rl.clip_low = 2: out of range
+rl_math --rl.clip-high -0.1 | rl.clip_high = -0.1: out of range
+rl_math --rl.gae-lambda 3 | rl.gae_lambda = 3: out of range
+rl_math --rl.updates-per-batch 0 | rl.updates_per_batch = 0: out of range
+rl_math --rl.adam-betas 0.9 | rl.adam_betas = (0.9,): too few
+rl_math --rl.adam-betas 0.9 1.0 | rl.adam_betas = (0.9, 1.0): out of range
+rl_math --rl.adam-betas 0.9 0.95 0.99 | rl.adam_betas = (0.9, 0.95, 0.99)
+rl_math --rl.kl-coef -0.1 | rl.kl_coef = -0.1: out of range
+rl_math --rl.kl-coef nan | rl.kl_coef = nan: not finite
+rl_math --rl.kl-target -1 | rl.kl_target = -1: out of range
+rl_math --rl.entropy-coef -inf | rl.entropy_coef = -inf: not finite
+rl_math --rl.importance-cap -2 | rl.importance_cap = -2: out of range
+rl_math --rl.value-lr 0 | rl.value_lr = 0: out of range
+rl_math --rl.target-tau 1.5 | rl.target_tau = 1.5: out of range
+rl_math --rl.max-staleness -1 | rl.max_staleness = -1: out of range
+rl_math --rl.save-every 0 | rl.save_every = 0: out of range
+rl_math --rl.eval-every -5 | rl.eval_every = -5: out of range
+rl_math --rl.eval-problems 0 | rl.eval_problems = 0: out of range
+rl_math --rl.max-steps 1.5 | rl.max_steps = 1.5: of the wrong kind
+rl_math --rl.max-steps 99999999999 | rl.max_steps = 99999999999: out of range
+rl_math --rl.group-size 1 | rl.group_size = 1: grpo compares
+rl_math --rl.group-size 0 | rl.group_size = 0: out of range
+rl_math --rl.prompts-per-step 3 --rl.group-size 3 | rl.prompts_per_step x rl.group_size = 9: does not divide
+rl_math --rl.algorithm gpro | rl.algorithm = 'gpro': unknown; did you mean grpo?
+rl_math --rl.algorithm archer | rl.algorithm = 'archer': learns from turns
+rl_math --rl.algorithm etpo --rl.kl-coef 0 | rl.kl_coef = 0.0: etpo divides by it
+rl_math --rl.action-space tokens | rl.action_space = 'tokens': unknown; did you mean token?
+rl_math --rl.lora-rank 8 | rl.lora_rank = 8: for rl.action_space token
+rl_math --rl.kl-cof 0.1 | rl.kl_cof = 0.1: no such field; did you mean rl.kl_coef?
+rl_math --rollout.top-p 0.9 | rollout.top_p = 0.9: no such field; did you mean rollout.top_k?
+rl_math --rollout.temperature nan | rollout.temperature = nan: not finite
+rl_math --rollout.temperature inf | rollout.temperature = inf: not finite
+rl_math --rollout.temperature -1 | rollout.temperature = -1: out of range
+rl_math --rollout.temperature 0 | rollout.temperature = 0: out of range
+rl_math --rollout.top-k 65 | rollout.top_k = 65: the codebook has 16 actions
+rl_math --rollout.top-k -1 | rollout.top_k = -1: out of range
+rl_math --rollout.max-new-tokens 0 | rollout.max_new_tokens = 0: out of range
+rl_math --rollout.max-new-tokens 100000 | rollout.max_new_tokens = 100000: .* more than the 512 positions
+rl_math --model.path short | rollout.max_new_tokens = 6: .* more than the 64 positions of model.path = 'short'
+rl_math --rollout.num-workers 0 | rollout.num_workers = 0: out of range
+rl_math --rollout.num-workers 1000 | rollout.num_workers = 1000: this machine has
+rl_math --rollout.tensor-parallel-size 0 | rollout.tensor_parallel_size = 0: out of range
+rl_math --rollout.tensor-parallel-size 2 | rollout.tensor_parallel_size = 2: GPUs that an engine spans
+rl_math --rollout.kv-cache-mb -1 | rollout.kv_cache_mb = -1: out of range
+rl_math --cluster.use-gpu | cluster.use_gpu = True: this machine has no GPU
+rl_math --cluster.colocated | cluster.colocated = True: there are no GPUs to share
+rl_math --cluster.learner-ranks 0 | cluster.learner_ranks = 0: out of range
+rl_math --cluster.learner-ranks 64 | cluster.learner_ranks = 64: this machine has
+rl_math --cluster.stall-timeout-s 0 | cluster.stall_timeout_s = 0: out of range
+rl_math --cluster.stall-timeout-s 1e300 | cluster.stall_timeout_s = 1e+300: out of range
+rl_math --cluster.max-failures -1 | cluster.max_failures = -1: out of range
+rl_math --cluster.learner-placement packed | cluster.learner_placement = 'packed': unknown
+rl_math --cluster.address nowhere | cluster.address = 'nowhere': no address of a Ray cluster
+rl_math --cluster.address host:99999 | cluster.address = 'host:99999': no address
+rl_math --cluster.address http://head:8265 | cluster.address = 'http://head:8265': a dashboard
+rl_math --cluster.use-gpu maybe | cluster.use_gpu = 'maybe': of the wrong kind
+rl_math --seed -1 | seed = -1: out of range
+rl_math --seed 1.0 | seed = 1.0: of the wrong kind
+rl_math --seed 4294967296 | seed = 4294967296: out of range
+rl_math --preset tniy | preset = 'tniy': unknown; did you mean tiny?
+rl_math --resume maybe | resume = 'maybe': of the wrong kind
+rl_math stray words | stray words: belongs to no setting
+rl_math --tracking-uri htp://mlflow:5000 | tracking_uri = 'htp://mlflow:5000': unknown scheme htp
+rl_math --tracking-uri http:// | tracking_uri = 'http://': names no host
+rl_math --tracking-uri http://mlflow:99999 | tracking_uri = 'http://mlflow:99999': port out of range
+rl_math --tracking-uri sqlite:///no/folder/x.db | tracking_uri = 'sqlite:///no/folder/x.db': no folder no/folder
+rl_math --output-dir good.jsonl | output_dir = .*good.jsonl is a file; give a folder
+rl_math --output-dir good.jsonl/run | output_dir = .*good.jsonl is a file; give a folder
+rl_math --output-dir /proc/run | output_dir = '/proc/run': /proc cannot be written
+rl_math --model.num-actions 1 | model.num_actions = 1: out of range
+rl_math --model.num-policy-layers 0 | model.num_policy_layers = 0: out of range
+rl_math --model.dtype fp32 | model.dtype = 'fp32': unknown; did you mean float32?
+rl_math --model.path nope | model.path = 'nope': no such file or folder
+rl_math --model.path good.jsonl | model.path = 'good.jsonl': a file; give a CoLA model's folder
+rl_math --model.path empty | model.path = 'empty': no config.json in it
+rl_math --model.path llama | model.path = 'llama': a plain Llama; make a CoLA model of it
+rl_math --model.path gpt2 | model.path = 'gpt2': a 'gpt2' model
+rl_math --model.path cola --rollout.top-k 16 --model.num-actions 8 | rollout.top_k = 16: the codebook has 8 actions
+rl_math --task.name countdwn | task.name = 'countdwn': unknown task; did you mean countdown?
+rl_math --task.name twenty_questions | task.name = 'twenty_questions': an environment of many turns
+rl_math --task.name gsm8k | task.path = '': gsm8k needs a folder
+rl_math --task.name gsm8k --task.path ./nowhere | task.path = './nowhere': no such file or folder
+rl_math --task.name gsm8k --task.path good.jsonl | task.path = 'good.jsonl': a file; give a folder
+rl_math --task.name gsm8k --task.path half | task.path = 'half': no test.jsonl in this folder
+rl_math --task.name gsm8k --task.path empty | task.path = 'empty': no train.jsonl and no test.jsonl
+rl_math --task.name gsm8k --task.path gsmnull | task.path = 'gsmnull/train.jsonl': row 2, field answer: null
+rl_math --task.name gsm8k --task.path gsmword | task.path = 'gsmword/train.jsonl': row 2, field answer: no number
+rl_math --task.name gsm8k --task.path openai/gsm8k_ | task.path = 'openai/gsm8k_': not in the local cache
+rl_math --task.name math500 --task.path math | task.path = 'math/test.jsonl': row 1, field answer: missing
+rl_math --task.options max_term 3 | task.options.max_term = 3: no option of chain_sum; did you mean max_terms?
+rl_math --task.options seed 3 | task.options.seed = 3: has a setting of its own
+rl_math --task.options a | task.options = a: 1 values given
+rl_math --task.options x nan | task.options.x = nan: not finite
+rl_math --task.num-problems 1 | task.num_problems = 1: out of range
+rl_math --task.reward-timeout-s -3 | task.reward_timeout_s = -3: out of range
+rl_math --task.max-failed-rewards 2 | task.max_failed_rewards = 2: out of range
+rl_math --task.reward-model org/x | task.reward_model = 'org/x': arithmetic has a verifier
+rl_math --task.oracle m | task.oracle = 'm': arithmetic asks nobody
+rl_math --task.name own:Nothing | task.name = 'own:Nothing': Nothing has no problems and no demonstrations and no score
+rl_math --task.name own:Missing | task.name = 'own:Missing': own has no Missing
+rl_math --task.name own:NUMBER | task.name = 'own:NUMBER': NUMBER is int, not a class
+rl_math --task.name nowhere:Task | task.name = 'nowhere:Task': No module named 'nowhere'
+rl_math --task.name bad_own:Task | task.name = 'bad_own:Task': importing bad_own raised ZeroDivisionError
+rl_math --task.name own:Arguments | task.name = 'own:Arguments': Arguments is called with (TaskConfig, seed)
+rl_math --task.name own:Raises | task.name = 'own:Raises': Raises raised KeyError: 'corpus' (own.py:
+rl_math --task.name own:Empty | task.name = 'own:Empty': Empty has no problems to train on
+rl_math --task.name own:Fields | task.name = 'own:Fields': Fields gives tuple as a problem, which has no
+rl_math --task.name own:Number | task.name = 'own:Number': Number has a first problem whose solution is 7
+rl_math --task.name own:Score | task.name = 'own:Score': Score gives the score None to its own solution
+rl_agent --task.name own:Plays | task.name = 'own:Plays': Plays gives 'hello' from reset
+rl_agent --task.name own:Turns | task.name = 'own:Turns': Turns has max_turns = 0
+rl_agent --task.name own:HalfPlays | task.name = 'own:HalfPlays': HalfPlays has no reset and no get_state
+rl_agent --task.name arithmetic | task.name = 'arithmetic': not an environment
+rl_agent --task.options skil 3 | task.options.skil = 3: twenty_questions takes objects, skill
+rl_agent --critic.gamma 1.1 | critic.gamma = 1.1: out of range
+rl_agent --critic.expectile 0.3 | critic.expectile = 0.3: an expectile up to 0.5
+rl_agent --critic.td-share 2 | critic.td_share = 2: out of range
+rl_agent --critic.priority-beta -1 | critic.priority_beta = -1: out of range
+rl_agent --critic.replicas 0 | critic.replicas = 0: out of range
+rl_agent --replay.kept-share 0 | replay.kept_share = 0: out of range
+rl_agent --replay.max-rows 0 | replay.max_rows = 0: out of range
+rl_agent --task.name jericho --task.game none.z5 | task.*
+rl_preference --task.path pairs.jsonl | task.reward_model = '': preference has no verifier
+rl_preference --task.path odd.jsonl --task.reward-model http://x/ | task.path = 'odd.jsonl': row 1, field prompt: '3'
+rl_preference --task.path pairs.jsonl --task.reward-model http:// | task.reward_model = 'http://': names no host
+rl_preference --task.path pairs.jsonl --task.reward-model ./none | task.reward_model = './none': no such file
+rl_preference --task.path pairs.jsonl --task.reward-model empty | task.reward_model = 'empty': no config.json in it
+reward_model --task.path pairs.jsonl | model.base = '': a reward model starts from a Llama
+reward_model --model.base llama | task.path = '': preference needs rows
+reward_model --model.base llama --task.path lonely.jsonl | task.path = 'lonely.jsonl': row 1, field chosen: missing
+reward_model --model.base llama --task.name gsm8k --task.path gsm | task.name = 'gsm8k': reward models learn from
+pretrain --pretrain.stages policy base | pretrain.stages = ('policy', 'base'): not in order
+pretrain --pretrain.stages base policy | pretrain.stages = ('base', 'policy'): a new base has no actions yet
+pretrain --pretrain.stages actions actions | pretrain.stages = ('actions', 'actions'): 'actions' twice
+pretrain --pretrain.stages | pretrain.stages = (): too few
+pretrain --pretrain.stages acts | pretrain.stages = ('acts',): unknown; did you mean actions?
+pretrain --pretrain.steps.bas 3 | pretrain.steps.bas = 3: no such name; did you mean base?
+pretrain --pretrain.steps.base 0 | pretrain.steps.base = 0: out of range
+pretrain --pretrain.max-steps 0 | pretrain.max_steps = 0: out of range
+pretrain --pretrain.batch-size 5 | pretrain.batch_size = 5: does not divide over
+pretrain --pretrain.sequence-length 1 | pretrain.sequence_length = 1: out of range
+pretrain --pretrain.sequence-length 100000 | pretrain.sequence_length = 100000: more than the 512 positions
+pretrain --pretrain.gumbel-tau 0 | pretrain.gumbel_tau = 0: out of range
+pretrain --pretrain.min-lr-ratio 1.2 | pretrain.min_lr_ratio = 1.2: out of range
+pretrain --model.base org/nope | model.base = 'org/nope': not in the local cache, and HF_HUB_OFFLINE is set
+pretrain --model.base "no such model" | model.base = 'no such model': neither an existing path nor a hub id
+pretrain --model.base ./nowhere | model.base = './nowhere': no such file or folder
+pretrain --model.base nowhere.gguf | model.base = 'nowhere.gguf': no such file or folder
+pretrain --model.base broken.gguf | model.base = 'broken.gguf': its header is broken or cut short
+pretrain --model.base data.csv | model.base = 'data.csv': a file of type '.csv'
+pretrain --model.base empty | model.base = 'empty': no config.json in it
+pretrain --model.base cutconfig | model.base = 'cutconfig': cutconfig/config.json is not whole JSON
+pretrain --model.base gpt2 | model.base = 'gpt2': a 'gpt2' model
+pretrain --model.base narrow | model.base = 'narrow': heads of 16; vLLM on CPU needs 32
+pretrain --model.base biased | model.base = 'biased': attention_bias is set
+pretrain --model.base quantised | model.base = 'quantised': quantised by awq
+pretrain --model.base wide | model.base = 'wide': its tokenizer has ids up to 8 and the embeddings 8 rows
+pretrain --model.base torn | model.base = 'torn': its embeddings have 6 rows and its config.json says 8
+pretrain --model.base mute | model.base = 'mute': no tokenizer in it
+pretrain --model.base cut | model.base = 'cut': model.safetensors cannot be read
+pretrain --model.base lost | model.base = 'lost': model-00002-of-00002.safetensors is missing
+pretrain --model.path nope | model.path = 'nope': no such file or folder
+pretrain --model.path llama | model.path = 'llama': a plain Llama
+pretrain --data.path ./nowhere.jsonl | data.path = './nowhere.jsonl': no such file or folder
+pretrain --data.path data.csv | data.path = 'data.csv': a file of type '.csv'
+pretrain --data.path empty | data.path = 'empty': no .jsonl, .json, .parquet or .txt file
+pretrain --data.path void.jsonl | data.path = 'void.jsonl': empty
+pretrain --data.path null.jsonl | data.path = 'null.jsonl': row 2, field answer: 'None' is neither
+pretrain --data.path missing.jsonl | data.path = 'missing.jsonl': row 1: has columns question; name the right ones
+pretrain --data.path good.jsonl --data.prompt-field x | data.path = 'good.jsonl': row 1: has columns question, answer
+pretrain --data.path unparsed.jsonl | data.path = 'unparsed.jsonl': unparsed.jsonl, line 2: not JSON
+pretrain --data.path list.jsonl | data.path = 'list.jsonl': list.jsonl, line 1: [1, 2]; an object
+pretrain --data.path bom.jsonl | data.path = 'bom.jsonl': bom.jsonl, line 1: begins with a byte order mark
+pretrain --data.path latin.jsonl | data.path = 'latin.jsonl': latin.jsonl, line 1: not UTF-8
+pretrain --data.path org/corpus | data.path = 'org/corpus': not in the local cache
+pretrain --data.text-field "" | data.text_field = '': empty
+pretrain --data.date yesterday | data.date = 'yesterday': Invalid isoformat string
+pretrain --task.name data_science --task.path good.jsonl | task.path = 'good.jsonl': a file of type '.jsonl'
+train_q --model.path cola | data.path = '': Q learns from logged answers
+train_q --model.path cola --data.path good.jsonl | data.path = 'good.jsonl': row 1, field prompt_ids: missing
+train_q --model.path cola --data.path good.jsonl --q.lr 0 | q.lr = 0: out of range
+evaluate --model.path cola --eval.ways | eval.ways = (): too few
+evaluate --model.path cola --eval.ways greedly | eval.ways = ('greedly',): unknown; did you mean greedy?
+evaluate --model.path cola --eval.ways sample sample | eval.ways = ('sample', 'sample'): 'sample' twice
+evaluate --model.path cola --eval.ways mcts_q | q.path = '': mcts_q asks a Q
+evaluate --model.path cola --eval.ways mcts_q --q.path empty | q.path = 'empty': no q.safetensors in it
+evaluate --model.path cola --eval.ks 0 | eval.ks = (0,): out of range
+evaluate --model.path cola --eval.split test | eval.split = 'test': unknown; use one of heldout, train
+evaluate --model.path cola --search.simulations 0 | search.simulations = 0: out of range
+evaluate --model.path cola --search.c-puct nan | search.c_puct = nan: not finite
+evaluate --model.path cola --task.name preference --task.path pairs.jsonl | task.name = 'preference': has no verifier
+evaluate --model.path cola --task.name twenty_questions --eval.ways mcts | eval.ways = 'mcts': searches answers of one
+evaluate --model.path none | model.path = 'none': no such file or folder
+atlas --model.path empty | model.path = 'empty': no config.json in it
+atlas --model.path cola --data.path ./none.txt | data.path = './none.txt': no such file or folder
+diversity --model.path cola --diversity.continuations 1 | diversity.continuations = 1: out of range
+capabilities --model.path cola | harness.tasks = (): nothing to score on
+capabilities --model.path cola --harness.likelihoods best | harness.likelihoods = ('best',): unknown
+sweep --sweep.values | sweep.values = (): too few
+sweep --sweep.seeds 0 0 | sweep.seeds = (0, 0): 0 twice
+sweep --sweep.seeds -1 | sweep.seeds = (-1,): out of range
+sweep --sweep.values -1 | rl.kl_coef = -1: out of range
+sweep --sweep.field rl.klcoef | sweep.field = 'rl.klcoef': no such field; did you mean rl.kl_coef?
+sweep --sweep.field output_dir --sweep.values a | sweep.field = 'output_dir': each run has its own
+sweep --sweep.parallel -1 | sweep.parallel = -1: out of range
+sweep --sweep.asha --rl.max-steps 4 | sweep.grace_steps = 10: no run would be stopped early
+reproduce --reproduce.stages archer | reproduce.stages = 'archer': no such stage; did you mean agent_archer?
+reproduce --reproduce.parallel -1 | reproduce.parallel = -1: out of range
+plan --hardware.gpu b300 | hardware.gpu = 'b300': unknown
+plan --hardware.network-gbs 0 | hardware.network_gbs = 0: out of range
+""".strip().splitlines()
+
+
+@pytest.fixture
+def in_here(here, monkeypatch):
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return here
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, in_here, capsys):
+    command, _, expected = case.partition(" | ")
+    job, *argv = shlex.split(command)
+    with pytest.raises(SystemExit) as caught:
+        from_command_line(job, argv)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    pattern = ".*".join(map(re.escape, expected.split(".*")))
+    assert any(re.match(pattern, line) for line in said), said
+    for line in said:
+        assert re.match(r"[\w. ]+ = .*: .*[^ ]", line) or "belongs to no setting" in line, line
+
+
+def test_all_mistakes_are_reported_together(in_here, capsys):
+    argv = "--rl.lr -1 --rl.kl-cof 3 --pretrain.stages policy base --model.path nope --seed x --rollout.top-k 99"
+    with pytest.raises(SystemExit):
+        from_command_line("rl_math", argv.split())
+    said = capsys.readouterr().err.splitlines()
+    wrong = ["model.path", "pretrain.stages", "rl.kl_cof", "rl.lr", "rollout.top_k", "seed"]
+    assert sorted(line.split(" = ")[0] for line in said if " = " in line) == wrong
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["jobs/rl_math.py", "--rl.lr", "nan", "--model.path", "nope"],
+        ["jobs/rl_agent.py", "--task.options", "skil", "3"],
+        ["jobs/pretrain.py", "--task.name", "countdwn"],
+        ["jobs/sweep_kl.py", "--sweep.field", "rl.klcoef"],
+        ["jobs/reproduce.py", "--reproduce.stages", "archer"],
+        ["jobs/evaluate.py", "--help"],
+        ["-c", "import cola_ray"],
+    ],
+)
+def test_nothing_heavy_is_imported_to_refuse_or_explain(words):
+    timed = subprocess.run(
+        [sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"},
+    )  # fmt: skip
+    assert timed.returncode == (0 if {"--help", "-c"} & set(words) else 2), timed.stderr[-500:]
+    imported = {
+        line.rpartition("|")[2].strip() for line in timed.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert imported & set(HEAVY) == set()
+
+
+def test_the_auto_classes_know_cola_when_transformers_is_imported_later():
+    words = (
+        "import cola_ray, sys; assert 'torch' not in sys.modules; from transformers import AutoConfig, "
+        "AutoModelForCausalLM as Auto; assert type(AutoConfig.for_model('cola')) in Auto._model_mapping"
+    )
+    subprocess.run([sys.executable, "-c", words], check=True)
+
+
+def test_generators_are_read_from_the_sources_as_the_package_registers_them():
+    from dataclasses import fields
+
+    from reasoning_gym.factory import DATASETS
+
+    assert set(generators()) == set(DATASETS)
+    for name, options in generators().items():
+        assert set(options) == {field.name for field in fields(DATASETS[name][1])}, name
+
+
+def test_every_number_has_a_limit_and_every_setting_a_meaning():
+    for field, schema in schemas().items():
+        assert schema["description"], field
+        said = json.dumps(schema)
+        if '"number"' in said or '"integer"' in said:
+            free = ("sweep.values", "task.options")  # as the swept field and the task limit them
+            assert field in free or re.search(r'"(exclusiveM|m)inimum"', said), field
+    assert Config().seed == 0
+
+
+def test_flags_of_the_help_are_flags_that_are_read(capsys):
+    with pytest.raises(SystemExit) as caught:
+        from_command_line("rl_math", ["--preset", "llama-3.1-8b", "--help"], "what it does")
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("what it does")
+    flags = re.findall(r"^  (--[\w.-]+)", shown, re.MULTILINE)
+    assert len(flags) == len(schemas())
+    assert "--model.base meta-llama/Llama-3.1-8B" in shown
+
+
+# --- rows and checkpoints -------------------------------------------------------------------------------------------
+
+
+def text_of(row):
+    from cola_ray.tasks.rows import cell, plain_text
+
+    return cell(row, "answer", plain_text)
+
+
+def test_rows_are_named_with_file_row_and_field(tmp_path):
+    lines(tmp_path / "a.jsonl", {"answer": "1"}, {"answer": "2"})
+    lines(tmp_path / "b.jsonl", {"answer": "3"}, {"answer": None}, {"answer": ""})
+    with pytest.raises(ValueError, match=r"b.jsonl, row 2, field answer: null; text is wanted") as caught:
+        read_rows(open_rows(str(tmp_path), "data.path"), str(tmp_path), "data.path", text_of)
+    assert "(2 of 5 rows are wrong)" in str(caught.value)
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path):
+    for value, text in ((72, "72"), (72.0, "72"), (0.5, "0.5"), (-3, "-3")):
+        assert text_of({"answer": value}) == text
+    for value in (True, None, [], {}, " ", float("nan")):
+        with pytest.raises(ValueError, match=r"field answer: .*; text is wanted"):
+            text_of({"answer": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.jsonl", b'{"answer": "1"}\n{"answer": 2', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"answer": "1"}\n\n[3]\n', r"a.jsonl, line 3: \[3\]; an object with fields is wanted"),
+        ("a.jsonl", b'\xff\xfe{\x00"\x00', "a.jsonl, line 1: begins with a byte order mark"),
+        ("a.jsonl", b'{"answer": "1"}\n{"answer": "\xe9"}', "a.jsonl, line 2: not UTF-8"),
+        ("a.jsonl", b"\n\n", "a.jsonl.* no rows"),
+        ("a.json", b'[{"answer": "1"}, {"answer": ]', "a.json, line 1: not JSON"),
+        ("a.json", b'"text"', "a.json: no list of objects"),
+        ("a.parquet", b"PAR1 and nothing else", "a.parquet: cannot be read as Parquet"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(name, content, line, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert re.search(line, peek(str(tmp_path), "data.path", text_of)[0])
+    with pytest.raises(ValueError, match=r"^data.path = .*") as caught:
+        read_rows(open_rows(str(tmp_path), "data.path"), str(tmp_path), "data.path", text_of)
+    assert re.search(line, str(caught.value))
+
+
+def test_columns_of_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"reply": ["1"]}), tmp_path / "a.parquet")
+    assert peek(str(tmp_path), "data.path", text_of) == [
+        f"data.path = {str(tmp_path)!r}: a.parquet, row 1, field answer: missing; the row has reply"
+    ]
+
+
+def test_a_gguf_file_states_its_shape(tmp_path):
+    def text(said):
+        return struct.pack("<Q", len(said)) + said.encode()
+
+    def number(name, value):
+        return text(name) + struct.pack("<II", 4, value)
+
+    tokens = text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 3) + text("a") + text("b") + text("c")
+    pairs = [text("general.architecture") + struct.pack("<I", 8) + text("llama"), tokens,
+             number("llama.context_length", 2048), number("llama.embedding_length", 576),
+             number("llama.attention.head_count", 9)]  # fmt: skip
+    tensor = text("token_embd.weight") + struct.pack("<IQQIQ", 2, 576, 3, 0, 0)
+    file = tmp_path / "base.gguf"
+    file.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, len(pairs)) + b"".join([*pairs, tensor]) + bytes(64))
+    shape = shape_of(file)
+    assert (shape.kind, shape.head, shape.positions, shape.vocabulary) == ("llama", 64, 2048, 3)
+    assert faults(file) == []
+    file.write_bytes(file.read_bytes()[:60])
+    assert faults(file) == ["its header is broken or cut short; copy it again"]
