@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import math
 import pickle
 import threading
@@ -214,11 +215,23 @@ def _ask(task: TaskConfig, made: Callable[..., Any]) -> str:
             if not isinstance(getattr(first, field), kind):
                 return f"has a first problem whose {field} is {getattr(first, field)!r:.60}"
         as_prompt(first.question)
-        if not getattr(served, "executes_responses", False):
-            reward = served.score(split, first.index, first.solution)
-            if not isinstance(reward, int | float) or not math.isfinite(reward):
-                return f"gives the score {reward!r:.60} to its own solution, not a finite number"
+        if split == "train" and not getattr(served, "executes_responses", False):
+            whys = (_unscored(served, problem) for problem in itertools.islice(problems, 4))
+            wrong = list(itertools.takewhile(bool, whys))
+            if len(wrong) == min(len(problems), 4):  # one that fails costs its own sample, in a run too
+                return wrong[0]
     return ""
+
+
+def _unscored(served: Any, problem: Any) -> str:
+    """Why a right answer has no score; empty where it has one."""
+    try:
+        reward = served.score("train", problem.index, problem.solution)
+    except Exception as error:
+        return f"cannot score its own solution: {_said(error)}"
+    if isinstance(reward, int | float) and math.isfinite(reward):
+        return ""
+    return f"gives the score {reward!r:.60} to its own solution, not a finite number"
 
 
 def _play(task: TaskConfig, _: Callable[..., Any]) -> str:
