@@ -10,7 +10,8 @@ import re
 import threading
 from typing import Any
 
-from cola_ray.tasks.final_answer import last_box, number_in, own_parts
+from cola_ray.tasks.final_answer import last_box, own_parts
+from cola_ray.tasks.numerals import number_in
 
 MAX_LENGTH = 1000
 """Characters of an expression that is compared as more than text."""
@@ -23,13 +24,14 @@ def final_expression(response: str) -> str | None:
 
     What comes after an invented next question does not count. None where there is nothing, or the box is empty.
     """
-    parts = own_parts(response)
-    boxed = next((box for box in map(last_box, parts) if box is not None), None)
-    if boxed is not None:
-        return boxed or None
-    tail = parts[0][-MAX_LENGTH:]
-    found = _parsed(tail) if not _may_grow(tail) else []
-    return next((one for one in found if isinstance(one, str)), None)
+    for part in own_parts(response):
+        box, tail = last_box(part), part[-MAX_LENGTH:]
+        if box is not None:
+            return box or None
+        found = [one for one in _parsed(tail) if isinstance(one, str)] if not _may_grow(tail) else []
+        if found:
+            return found[0]
+    return None
 
 
 def same_expression(gold: str, answer: str | None) -> bool:

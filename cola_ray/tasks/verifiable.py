@@ -12,7 +12,8 @@ import numpy as np
 
 from cola_ray.tasks.chat import Prompt, as_prompt, as_text, followed_by
 from cola_ray.tasks.expressions import canonical, final_expression, same_expression
-from cola_ray.tasks.final_answer import final_number, number_in
+from cola_ray.tasks.final_answer import final_number
+from cola_ray.tasks.numerals import number_in
 from cola_ray.tasks.protocol import Problem, Split, Task, answer_of, split_of
 from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows, shown
 
@@ -185,7 +186,7 @@ class Thinking:
 class Gsm8k:
     """Grade-school word problems (Cobbe et al. 2021): the number that a response commits to must equal the answer.
 
-    Numbers are read by ``final_answer.py``, of responses and solutions alike, and compared exactly.
+    Answers are found by ``final_answer.py`` and read by ``numerals.py``, those of solutions too, and compared exactly.
 
     Raises:
         ValueError: a solution has no number that can be read.

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_ray.tasks.final_answer import MAX_DIGITS, final_number, last_box, number_in
+from cola_ray.tasks.final_answer import final_number, last_box
+from cola_ray.tasks.numerals import MAX_DIGITS, number_in
 
 # An answer's text, in LaTeX where there is a backslash or a pair of $; what it is, None for "not one number".
 FORMS = [
@@ -114,7 +115,7 @@ RESPONSES = [
     (r"\fbox{5}", 5), (r"\boxed{\text{The total is } \$72}", 72), (r"$\boxed{\dfrac{7}{2}}$ is 3.4", "7/2"),
     (r"\boxed{72} clips of 100.", 72), ("#### 18\n\nQuestion: Tom has 3.\nAnswer: ...\n#### 20", 18),
     ("#### 18\n#### 20", 18), ("#### 18 #### 20", 18), ("#### 18\n\nQuestion: 2?\n\\boxed{5}", 18),
-    ("It is 18.\n\nQuestion: Tom has 3, how many?\n#### 20", 20),
+    ("It is 18.\n\nQuestion: Tom has 3, how many?\n#### 20", 18),
     ("\\boxed{18}\n\nProblem 2: Tom has 3.\n\\boxed{20}", 18), ("It is 18.\nQuestion: Tom has 3. How many?", 18),
     ("Question: how many of 5?\nAnswer: 72", 72), ("#### 18\n<|im_start|>user\n3", 18),
     ("The answer is 18.\nQ: 2 + 2?\nA: 4", 18), ("#### Step 1: add\n48 + 24 = 72\n#### Step 2\nThe answer is 72.", 72),
@@ -205,6 +206,6 @@ LONG = [*PIECES, "#### Step\n", "#### 1\n", "Question: 1\n", "\\boxed{1", "a", "
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("piece", LONG)
 def test_long_responses_take_linear_time(piece):
-    """At a million characters anything quadratic runs into the time limit by far; linear work takes seconds."""
-    final_number(piece * (1_000_000 // len(piece)))
-    last_box(piece * (1_000_000 // len(piece)))
+    """Anything quadratic runs into the time limit by far at this length; linear work takes a fraction of a second."""
+    final_number(piece * (300_000 // len(piece)))
+    last_box(piece * (300_000 // len(piece)))
