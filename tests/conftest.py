@@ -64,6 +64,18 @@ def scramble(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, terms: int = 64) -> None:
+    """Equal but for the order in which kernels add up, which shapes, threads and instruction sets choose.
+
+    A sum of n products in float32 is off by at most n eps times the size of its partial sums.
+
+    Args:
+        terms: products in the longest sum; of the small models, the hidden size.
+    """
+    bound = terms * torch.finfo(torch.float32).eps * max(float(wanted.detach().abs().max()), 1.0)
+    torch.testing.assert_close(found, wanted, atol=bound, rtol=0)
+
+
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import NUM_ACTIONS, VOCAB_SIZE, scramble, small_llama
+from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near, scramble, small_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -194,9 +194,9 @@ def test_padding_changes_nothing(cola, ids, side):
     for i, row in enumerate(rows):
         alone = cola.encode(row[None])
         real = mask[i].bool()
-        torch.testing.assert_close(e[i, real], alone[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(policy[i, real], cola.policy_logits(alone)[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(idm[i, real], cola.inverse_dynamics_logits(alone)[0], atol=1e-5, rtol=0)
+        assert_near(e[i, real], alone[0])
+        assert_near(policy[i, real], cola.policy_logits(alone)[0])
+        assert_near(idm[i, real], cola.inverse_dynamics_logits(alone)[0])
 
 
 def test_packing_changes_nothing(cola, ids):
@@ -209,8 +209,8 @@ def test_packing_changes_nothing(cola, ids):
     for row in rows:
         alone = cola.encode(row[None])
         part = slice(start, start + len(row))
-        torch.testing.assert_close(e[1, part], alone[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(policy[1, part], cola.policy_logits(alone)[0], atol=1e-5, rtol=0)
+        assert_near(e[1, part], alone[0])
+        assert_near(policy[1, part], cola.policy_logits(alone)[0])
         start += len(row)
 
 
@@ -225,7 +225,7 @@ def test_generation_equals_full_forwards(cola, ids):
         for step in range(8):
             e = cola.encode(sequence)
             scored = action_log_probs(cola.policy_logits(e)[:, -1], torch.tensor([0.9]), torch.tensor([5]))[0]
-            assert float(scored[actions[i, step]]) == pytest.approx(float(log_probs[i, step]), abs=1e-5)
+            assert_near(log_probs[i, step], scored[actions[i, step]])
             token = cola.world_model_logits(e[:, -1], actions[i, step : step + 1]).argmax(-1)
             assert token.item() == tokens[i, step].item()
             sequence = torch.cat([sequence, token[None]], 1)
@@ -248,7 +248,7 @@ def test_forced_actions_and_stop_token(cola, ids):
 def test_codebook_takes_ids_and_one_hots(cola, ids):
     e, actions = cola.encode(ids), torch.randint(0, NUM_ACTIONS, ids.shape)
     one_hot = torch.nn.functional.one_hot(actions, NUM_ACTIONS).float()
-    torch.testing.assert_close(cola.world_model_logits(e, one_hot), cola.world_model_logits(e, actions))
+    assert_near(cola.world_model_logits(e, one_hot), cola.world_model_logits(e, actions))
 
 
 def test_idm_learns_through_the_straight_through_actions(cola, ids):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import NUM_ACTIONS, VOCAB_SIZE, scramble, small_llama
+from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near, scramble, small_llama
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,8 +35,8 @@ def test_latent_logits_at_the_scored_positions(cola, inputs):
     policy = LatentPolicy(copy.deepcopy(cola))
     logits, e, reference, aliases = policy(*inputs)
     assert aliases is None
-    torch.testing.assert_close(e[mask.bool()], cola.encode(ids, mask)[mask.bool()])
-    torch.testing.assert_close(logits, cola.policy_logits(cola.encode(ids, mask), mask)[scored])
+    assert_near(e[mask.bool()], cola.encode(ids, mask)[mask.bool()])
+    assert_near(logits, cola.policy_logits(cola.encode(ids, mask), mask)[scored])
     assert torch.equal(logits, reference)
     assert policy.num_actions == logits.shape[-1] == NUM_ACTIONS
 
@@ -64,10 +64,10 @@ def test_token_logits_and_a_reference_that_stays(llama, inputs, rank):
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name.startswith(policy.trained))
     logits, e, reference, _ = policy(*inputs)
-    torch.testing.assert_close(logits, wanted)
-    torch.testing.assert_close(reference, wanted)
+    assert_near(logits, wanted)
+    assert_near(reference, wanted)
     states = llama.model(ids, attention_mask=mask).last_hidden_state
-    torch.testing.assert_close(e[mask.bool()], states[mask.bool()])
+    assert_near(e[mask.bool()], states[mask.bool()])
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):  # the first moves adapters alone that begin at 0
         loss = policy(*inputs)[0].square().mean()
@@ -76,7 +76,7 @@ def test_token_logits_and_a_reference_that_stays(llama, inputs, rank):
         optimizer.step()
     logits, _, reference, _ = policy(*inputs)
     assert (logits - wanted).abs().max() > 1e-3
-    torch.testing.assert_close(reference, wanted)
+    assert_near(reference, wanted)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -91,7 +91,7 @@ def test_what_goes_out_is_the_policy_as_a_plain_llama(llama, inputs, rank, tmp_p
     export(str(tmp_path / "start"), tensors, tmp_path / "end")
     ids, mask, scored = inputs
     found = LlamaForCausalLM.from_pretrained(tmp_path / "end")(ids, attention_mask=mask).logits[scored]
-    torch.testing.assert_close(found, policy(*inputs)[0], atol=2e-5, rtol=1e-5)
+    assert_near(found, policy(*inputs)[0])
     if rank:
         trained = sum(p.numel() for name, p in policy.named_parameters() if name.startswith(policy.trained))
         assert trained < 0.2 * sum(p.numel() for p in llama.parameters())
@@ -112,7 +112,7 @@ def test_checkpointing_changes_no_gradient(llama, inputs):
         policy(*inputs)[0].logsumexp(-1).sum().backward()
         gradients.append([parameter.grad for parameter in policy.parameters()])
     for plain, again in zip(*gradients, strict=True):
-        torch.testing.assert_close(again, plain)
+        assert_near(again, plain)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -127,5 +127,5 @@ def test_the_base_of_a_checkpoint_is_a_plain_llama(tmp_path, inputs, tied, shard
     assert type(base) is LlamaForCausalLM
     assert not json.loads((path / "config.json").read_text()).keys() & {"num_actions", "num_code", "world_model_form"}
     ids = inputs[0]
-    torch.testing.assert_close(base(ids).logits, cola.lm_head(cola.encode(ids)))
+    assert_near(base(ids).logits, cola.lm_head(cola.encode(ids)))
     assert plain_base(path, tmp_path / "other") == path, "a plain Llama is its own base"
