@@ -13,7 +13,7 @@ from record import record
 from trial import trial
 
 from cola_ray import plan
-from cola_ray.presets import from_command_line
+from cola_ray.command_line import from_command_line
 
 PRETRAINED = {"tiny": "30", "smollm2-135m": "1"}  # steps
 RL = {
@@ -29,7 +29,7 @@ def compare(folder: Path, name: str, task: list[str]) -> dict[str, float]:
     model = str(folder / f"{name}-start" / "outputs" / "run" / "model")
     run = [*of_task, *RL[name], "--model.path", model]
     found = trial(folder / name, "rl_math", *run)
-    config = from_command_line("", argv=run)
+    config = from_command_line("plan", run)
     planned = plan.host_memory(config, plan.sizes(config))
     figures = {}
     for ours, theirs in (("learner", "learner"), ("engine", "worker")):
