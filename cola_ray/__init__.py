@@ -30,24 +30,24 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_OURS), name)
 
 
-_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-_AUTO_MODEL = "transformers.models.auto.modeling_auto"
 _OURS = "cola_ray.model.modeling_cola"
-_loaded = set[str]()
 
 
-def _register(module: ModuleType) -> None:
-    """Make CoLA known to the auto classes that are loaded; while one of the modules is half loaded, its turn comes."""
-    _loaded.add(module.__name__)
-    if any(name in sys.modules and name not in _loaded for name in (_AUTO_CONFIG, _AUTO_MODEL, _OURS)):
-        return
-    ours = importlib.import_module(_OURS)
-    if _AUTO_CONFIG in _loaded:
-        sys.modules[_AUTO_CONFIG].AutoConfig.register("cola", ours.CoLAConfig, exist_ok=True)
-    if _AUTO_MODEL in _loaded:
-        auto = sys.modules[_AUTO_MODEL]
-        auto.AutoModelForCausalLM.register(ours.CoLAConfig, ours.CoLAForCausalLM, exist_ok=True)
+def _tell_config(module: ModuleType) -> None:
+    module.CONFIG_MAPPING_NAMES["cola"] = "CoLAConfig"
+    module.CONFIG_MAPPING._modules["cola"] = sys.modules[__name__]
 
 
-for _name in (_AUTO_CONFIG, _AUTO_MODEL, _OURS):
-    register_post_import_hook(_register, _name)
+def _tell_models(module: ModuleType) -> None:
+    for auto, names in (
+        (module.AutoModel, module.MODEL_MAPPING_NAMES),
+        (module.AutoModelForCausalLM, module.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        names["cola"] = "CoLAForCausalLM"
+        auto._model_mapping._reverse_config_mapping["CoLAConfig"] = "cola"
+        auto._model_mapping._modules["cola"] = sys.modules[__name__]
+
+
+# By name, as transformers knows its own: a class would have to be imported while transformers is half loaded.
+register_post_import_hook(_tell_config, "transformers.models.auto.configuration_auto")
+register_post_import_hook(_tell_models, "transformers.models.auto.modeling_auto")

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from cola_ray.config import Config
 from cola_ray.learner.engine import Published
-from cola_ray.model.conversion import is_released
+from cola_ray.model.conversion import is_released, save
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead, positions
 
 States = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -252,5 +252,4 @@ def export(start_model: str, trained: dict[str, Tensor], target: Path, soft_q_be
     if unknown:
         raise ValueError(f"trained tensors that the model does not have: {sorted(unknown)[:3]}")
     model.load_state_dict(trained, strict=False)
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(start_model).save_pretrained(target)
+    save(model, AutoTokenizer.from_pretrained(start_model), target)

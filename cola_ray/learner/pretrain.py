@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cola_ray.algorithms.latent_actions import (
-    gumbel_noise,
     negative_entropy,
-    sample_actions,
     straight_through_gumbel,
     usage,
     usage_imbalance,
@@ -37,7 +35,7 @@ from cola_ray.config import OWN_BASE_POSITIONS, Config, PretrainStage
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
 from cola_ray.learner.engine import Published, Report, ZeroEngine, report_saved, warmup_cosine
 from cola_ray.model import conversion
-from cola_ray.model.modeling_cola import CoLAForCausalLM
+from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, sample_actions
 from cola_ray.tasks import PlayedTask, Prompts, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer, as_text
 
@@ -234,8 +232,7 @@ def start_model(config: Config, task: Prompts | PlayedTask | None, rank: int) ->
             assert task is not None  # train_loop made one, since there is no base
             tokenizer = make_tokenizer(task)
             model = make_tiny_llama(len(tokenizer), tokenizer.eos_token_id, config.seed)
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        conversion.save(model, tokenizer, staging)
         (staging / "done.json").write_text("{}")
         _replace(staging, target)
     torch.distributed.barrier()
@@ -506,8 +503,7 @@ def _leave(
         staging = _staging(target)
         model = _open_model(config, stage, source)
         model.load_state_dict(model.state_dict() | trained)
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        conversion.save(model, tokenizer, staging)
         (staging / "done.json").write_text(json.dumps(metrics))
         _replace(staging, target)
     torch.distributed.barrier()

@@ -103,8 +103,8 @@ def open_classifier(source: Path, tokenizer: PreTrainedTokenizerBase, config: Co
     model = AutoModelForSequenceClassification.from_pretrained(
         source, num_labels=1, dtype=getattr(torch, config.model.dtype)
     )
-    pad = tokenizer.pad_token_id
-    model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    known = (model.config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    model.config.pad_token_id = next(token for token in known if token is not None)
     return model
 
 

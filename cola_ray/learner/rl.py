@@ -23,7 +23,6 @@ from cola_ray.algorithms import etpo
 from cola_ray.algorithms.advantages import discounted_sum_to_go, within_noise
 from cola_ray.algorithms.archer import polyak_
 from cola_ray.algorithms.gradients import NonFiniteError
-from cola_ray.algorithms.latent_actions import action_log_probs
 from cola_ray.algorithms.policy_loss import (
     adapted_kl_coef,
     clipped_policy_gradient,
@@ -39,7 +38,7 @@ from cola_ray.learner.engine import ZeroEngine, report_saved
 from cola_ray.learner.policies import Policy, SoftQPolicy, export, make_policy
 from cola_ray.learner.soft_q import SoftQLearner, last_positions, one_step_targets
 from cola_ray.learner.value import ValueLearner
-from cola_ray.model.modeling_cola import QHead
+from cola_ray.model.modeling_cola import QHead, action_log_probs
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
 

@@ -8,20 +8,31 @@ model.action_merge_layers.{i}.*                    world_model.{i}.*
 model.policy_layers.* / policy_norm / policy_head  policy.layers.* / policy.norm / policy.head
 """
 
+import copy
 import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import load_state_dict
 
-from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
+from cola_ray.model.modeling_cola import RELEASED_ARCHITECTURE, CoLAConfig, CoLAForCausalLM, is_released, model_card
 
-RELEASED_ARCHITECTURE = "IntentionForCausalLM"
+log = logging.getLogger(__name__)
 _OURS_BY_RELEASED_PREFIX = {
     "model.action_layers.": "idm.layers.",
     "model.action_norm.": "idm.norm.",
@@ -53,9 +64,9 @@ def attach(
     """
     base = load_base(base_path, dtype)
     known = base.config.to_dict()
-    known.pop("quantization_config", None)  # a GGUF file's; its weights were unpacked on loading
     config = CoLAConfig(**{**known, **sizes, "model_type": "cola", "architectures": ["CoLAForCausalLM"]})
     config.tie_word_embeddings = base.config.tie_word_embeddings
+    config.card = {"base": str(base_path)}
     weights_dtype = next(base.parameters()).dtype
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -65,6 +76,8 @@ def attach(
     if not config.tie_word_embeddings:
         model.lm_head.load_state_dict(base.lm_head.state_dict())
     model.tie_weights()
+    # The base's end tokens, and none of its sampling settings: those were of tokens.
+    model.generation_config.update(**_special_tokens(base.generation_config))
     return model
 
 
@@ -77,7 +90,11 @@ def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None) ->
         raise ValueError(
             f"model.base: {base_path} is a {config.model_type!r} model; CoLA attaches to Llama checkpoints"
         )
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
+    if options:  # its weights were unpacked on loading: an ordinary model from here on
+        base.hf_quantizer, base.is_quantized = None, False
+        del base.config.quantization_config
+    return base
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -96,13 +113,62 @@ def plain_base(path: str | os.PathLike, target: str | os.PathLike) -> Path:
             written to ``target``.
     """
     if Path(path).suffix == ".gguf":
-        load_base(path).save_pretrained(target)
-    elif is_released(path) or AutoConfig.from_pretrained(path).model_type == "cola":
+        save(load_base(path), load_tokenizer(path), target)
+        return Path(target)
+    if is_released(path) or AutoConfig.from_pretrained(path).model_type == "cola":
         _detach(Path(path), Path(target))
-    else:
-        return Path(path)
-    load_tokenizer(path).save_pretrained(target)
-    return Path(target)
+        load_tokenizer(path).save_pretrained(target)
+        return Path(target)
+    return Path(path)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: str | os.PathLike) -> None:
+    """A directory of ``model`` with its tokenizer; a generation config that transformers would not write is mended."""
+    model.generation_config = valid_generation_config(model.generation_config)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def describe(folder: str | os.PathLike, facts: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Say in a saved model's card what it was made from ("base", "data", "task", ...) and what it reached.
+
+    The facts stay with the model when it is saved or pushed again. A card that somebody has edited, and a plain Llama's
+    folder, are left alone.
+    """
+    config, readme = AutoConfig.from_pretrained(folder), Path(folder) / "README.md"
+    if not isinstance(config, CoLAConfig):
+        return
+    ours = not readme.exists() or readme.read_text() == model_card(config)
+    known = dict(config.card or {})
+    config.card = known | dict(facts) | {"figures": {**known.get("figures", {}), **figures}}
+    config.save_pretrained(folder)
+    if ours:
+        readme.write_text(model_card(config))
+
+
+def valid_generation_config(settings: GenerationConfig) -> GenerationConfig:
+    """``settings``, or what is left of them: hub models come with some that ``save_pretrained`` refuses to write."""
+    sampling = copy.deepcopy(settings)
+    sampling.do_sample = True
+    for candidate, change in (
+        (settings, ""),
+        (sampling, "do_sample = true is added, which its sampling settings ask for"),
+        (GenerationConfig(**_special_tokens(settings)), "its special tokens alone are kept"),
+    ):
+        try:
+            candidate.validate(strict=True)
+        except ValueError:
+            continue
+        if change:
+            log.warning("the base's generation_config.json is not valid: %s", change)
+        break
+    return candidate
+
+
+def _special_tokens(settings: GenerationConfig) -> dict[str, int | list[int]]:
+    """Of texts' begin, end and padding; some checkpoints say -1 for none."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: value for name in names if (value := getattr(settings, name)) not in (None, -1)}
 
 
 def _detach(cola: Path, target: Path) -> None:
@@ -149,37 +215,55 @@ def reset_latent_modules(model: CoLAForCausalLM) -> None:
     nn.init.normal_(model.codebook.weight, std=1.0)
 
 
-def is_released(path: str | os.PathLike) -> bool:
-    """Does this directory hold a checkpoint in the authors' names?"""
-    config_file = Path(path) / "config.json"
-    if not config_file.is_file():
-        return False
-    return RELEASED_ARCHITECTURE in (json.loads(config_file.read_text()).get("architectures") or [])
-
-
-def load_released(path: str | os.PathLike, *, dtype: torch.dtype | None = None, **_: Any) -> CoLAForCausalLM:
+def load_released(path: str | os.PathLike, **kwargs: Any) -> CoLAForCausalLM:
     """Read a released checkpoint; every tensor must be there and used.
 
+    Args:
+        kwargs: as of any ``from_pretrained``: ``dtype``, ``device_map`` and so on.
+
     Raises:
+        FileNotFoundError: there are no weights (the message names the files).
         ValueError: a tensor is missing, unknown, or of the wrong shape (the message lists names).
     """
     raw = json.loads((Path(path) / "config.json").read_text())
     raw |= {"model_type": "cola", "architectures": ["CoLAForCausalLM"], "world_model_form": "released"}
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(Path(path).glob("*.safetensors")):
-        tensors |= {_to_ours(name): _flip(name, tensor) for name, tensor in load_file(shard).items()}
     config = CoLAConfig(**raw)
-    if config.tie_word_embeddings:
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(Path(path)):
+        tensors |= {_to_ours(name): _flip(name, tensor) for name, tensor in load_state_dict(str(file)).items()}
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    model = CoLAForCausalLM(config)
-    stored = next(iter(tensors.values())).dtype
-    model.to(dtype or stored)
-    expected = model.state_dict().keys()
-    missing, unknown = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in CoLAForCausalLM(config).state_dict().items()}
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(f"model.path: {path} lacks {missing[:5]} and has unknown {unknown[:5]}")
-    model.load_state_dict(tensors)
-    return model.eval()
+    wrong = [f"{name} {tuple(tensors[name].shape)}" for name in expected if tensors[name].shape != expected[name]]
+    if wrong:
+        raise ValueError(f"model.path: in {path} config.json asks for other shapes than {wrong[:5]}")
+    kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or tensors["model.embed_tokens.weight"].dtype)
+    if kwargs["dtype"] == "auto":
+        kwargs["dtype"] = tensors["model.embed_tokens.weight"].dtype
+    model = CoLAForCausalLM.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config.update(**_special_tokens(GenerationConfig.from_pretrained(path)))
+    return model
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """All of a checkpoint's, safetensors first."""
+    for kind, index in (("*.safetensors", "model.safetensors.index.json"), ("*.bin", "pytorch_model.bin.index.json")):
+        files = sorted(file for file in path.glob(kind) if file.name != "training_args.bin")
+        if (path / index).is_file():
+            files = [path / name for name in sorted({*json.loads((path / index).read_text())["weight_map"].values()})]
+            for file in files:
+                if not file.is_file():
+                    raise FileNotFoundError(f"model.path: {file} is missing, which {index} names; fetch it again")
+        if files:
+            return files
+    raise FileNotFoundError(
+        f"model.path: {path} has neither model.safetensors nor pytorch_model.bin, nor shards of one"
+    )
 
 
 def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
@@ -203,7 +287,12 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
     raw = model.config.to_dict()
     for released, ours in CoLAConfig.attribute_map.items():
         raw[released] = raw.pop(ours, None) or getattr(model.config, ours)
-    raw.pop("world_model_form", None)
+    for name in ("world_model_form", "soft_q_beta", "card", "auto_map"):
+        raw.pop(name, None)
+    # Readers of the released form know the rotary embedding's settings by these two names.
+    rope = dict(raw.get("rope_parameters") or {})
+    raw["rope_theta"] = rope.pop("rope_theta", None) or 10000.0
+    raw["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     raw |= {"architectures": [RELEASED_ARCHITECTURE], "model_type": "llama", "v": 1}
     (Path(path) / "config.json").write_text(json.dumps(raw, indent=2, default=str) + "\n")
 

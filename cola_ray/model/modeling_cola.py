@@ -10,9 +10,17 @@ Source: Jia et al., "Controlling Large Language Models with Latent Actions", ICM
 Alignment, by example: tokens p0 p1 p2 are the prompt, x3 x4 the response. The action taken at position 2 (from
 e_2) produced x3. The inverse dynamics model has seen x3 only at position 3, so its output at t+1 labels the
 action taken at t; the last position has no action.
+
+``save_pretrained`` copies this file beside the weights, where transformers alone can run it. So it imports nothing of
+the package that it comes from.
 """
 
+import copy
+import importlib
+import json
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,16 +28,19 @@ import torch
 from huggingface_hub.dataclasses import strict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaModel, LlamaPreTrainedModel
-from transformers.generation import GenerationMixin
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaModel, LlamaPreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, GenerationMode, LogitsProcessorList
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-
-from cola_ray.algorithms.latent_actions import sample_actions
+from transformers.utils.generic import can_return_tuple
 
 WorldModelForm = Literal["identity", "released"]
 Likelihood = Literal["base", "marginal", "greedy"]
+RELEASED_ARCHITECTURE = "IntentionForCausalLM"
+"""How the authors' checkpoints call this class."""
 
 
 @strict
@@ -44,6 +55,7 @@ class CoLAConfig(LlamaConfig):
         world_model_form: "identity" reads ``d = e + sum of block outputs`` and is the base language model at
             start; "released" reads ``d = norm(s) - e`` as in the authors' checkpoints.
         soft_q_beta: above 0, the policy is ``rho exp(Q / beta) / Z``: its layers are rho, and a head Q is added.
+        card: what the model card says of the model: "base", "data", "task", "figures" and whatever else is known.
     """
 
     model_type = "cola"
@@ -61,6 +73,111 @@ class CoLAConfig(LlamaConfig):
     num_policy_layers: int = 8
     world_model_form: str = "identity"
     soft_q_beta: float = 0.0
+    card: dict | None = None
+
+    @property
+    def per_layer_config(self) -> list[Any]:
+        """One for each layer that a cache holds: the base's, then the policy's."""
+        return [*super().per_layer_config, *[self] * self.num_policy_layers]
+
+    @per_layer_config.setter
+    def per_layer_config(self, layers: Any) -> None:
+        if layers is not None:
+            raise ValueError("per_layer_config: all layers of a CoLA model have one shape; leave it out")
+
+
+# --- how an action is drawn ---------------------------------------------------------------------------------------
+# A pure function of (seed, position, logits). The Gumbel noise comes from a counter-based hash, so a request draws the
+# same actions alone or among sixty-three others, in vLLM or in PyTorch, before or after a preemption; any trajectory
+# can be replayed exactly.
+
+
+def _as_int64(value: int) -> int:
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >> 63 else value
+
+
+# Constants of splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
+_GOLDEN = _as_int64(0x9E3779B97F4A7C15)
+_MIX_1 = _as_int64(0xBF58476D1CE4E5B9)
+_MIX_2 = _as_int64(0x94D049BB133111EB)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's ``>>`` on int64 keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    # int64 multiplication wraps alike on CPU and CUDA, which is all the hash needs.
+    z = (z ^ _shift_right(z, 30)) * _MIX_1
+    z = (z ^ _shift_right(z, 27)) * _MIX_2
+    return z ^ _shift_right(z, 31)
+
+
+def gumbel_noise(seed: Tensor, position: Tensor, num_actions: int) -> Tensor:
+    """Standard Gumbel noise (N, K) float64, a pure function of ``seed`` (N,) and ``position`` (N,), both int64."""
+    key = _mix(_mix(seed + _GOLDEN) + position * _GOLDEN)
+    index = torch.arange(1, num_actions + 1, device=seed.device, dtype=torch.int64)
+    bits = _mix(key[:, None] + index[None] * _GOLDEN)
+    # 52 random bits, centred in their cell: never 0, never 1.
+    uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
+    return -torch.log(-torch.log(uniform))
+
+
+def action_log_probs(logits: Tensor, temperature: Tensor, top_k: Tensor) -> Tensor:
+    """Log-probabilities (..., K) of the distribution that is sampled: temperature and truncation included.
+
+    Args:
+        logits: (..., K); the result has their type.
+        temperature: (...,); 0 means greedy, whose scores are those of temperature 1.
+        top_k: (...,) int64; 0 keeps all K. Ties at the k-th value are all kept.
+    """
+    num_actions = logits.shape[-1]
+    temperature = torch.where(temperature > 0, temperature, torch.ones_like(temperature))
+    scaled = logits / temperature[..., None].to(logits.dtype)
+    if bool(((top_k > 0) & (top_k < num_actions)).any()):
+        keep = torch.where(top_k > 0, top_k.clamp(max=num_actions), torch.full_like(top_k, num_actions))
+        kth = scaled.sort(dim=-1, descending=True).values.gather(-1, (keep - 1)[..., None])
+        scaled = scaled.masked_fill(scaled < kth, float("-inf"))
+    return scaled.log_softmax(-1)
+
+
+RANKED = -3
+"""As a forced action: RANKED - i takes the i-th most probable one, counted from 0."""
+
+
+def sample_actions(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, seed: Tensor, position: Tensor, forced: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw one action a row and score it under the very distribution it was drawn from.
+
+    ``a = argmax_k (log pi_k + g_k)`` with Gumbel noise g, an exact categorical sample.
+
+    Args:
+        logits: (N, K) policy logits.
+        temperature: (N,) float; 0 is greedy.
+        top_k: (N,) int64; 0 keeps all actions.
+        seed: (N,) int64, the request's seed.
+        position: (N,) int64, index in its own sequence of the token whose state acts.
+        forced: (N,) int64; an action to take regardless, or -1, or ``RANKED - i`` for the i-th most probable one.
+
+    Returns:
+        actions (N,) int64 and their log-probabilities (N,) float32. A forced action outside the
+        truncation has log-probability -inf.
+    """
+    log_probs = action_log_probs(logits.double(), temperature, top_k)  # double: rounding must not decide a draw
+    noise = gumbel_noise(seed, position, logits.shape[-1])
+    drawn = torch.where(temperature > 0, (log_probs + noise).argmax(-1), log_probs.argmax(-1))
+    actions = torch.where(forced >= 0, forced, drawn)
+    if bool((forced <= RANKED).any()):
+        ranks = (RANKED - forced).clamp(0, logits.shape[-1] - 1)
+        ranked = logits.argsort(dim=-1, descending=True, stable=True).gather(-1, ranks[:, None])[:, 0]
+        actions = torch.where(forced <= RANKED, ranked, actions)
+    return actions, log_probs.gather(-1, actions[:, None])[:, 0].float()
+
+
+# --- modules -------------------------------------------------------------------------------------------------------
 
 
 class QHead(nn.Module):
@@ -70,8 +187,11 @@ class QHead(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_actions))
-        nn.init.zeros_(self.layers[-1].get_parameter("weight"))
-        nn.init.zeros_(self.layers[-1].get_parameter("bias"))
+        self.reset()
+
+    def reset(self) -> None:
+        for name in ("weight", "bias"):
+            init.zeros_(self.layers[-1].get_parameter(name))
 
     def forward(self, e: Tensor) -> Tensor:
         return self.layers(self.norm(e.to(self.norm.weight.dtype))).float()
@@ -92,13 +212,14 @@ class QHead(nn.Module):
 class ActionStack(nn.Module):
     """Causal decoder layers over e, a norm and a linear head to K logits: the shape of both IDM and policy.
 
-    Shares the base's rotary frequencies; has its own key/value cache, counted from layer 0.
+    Args:
+        first_layer: its layers' place in a key/value cache; the policy's come after the base's.
     """
 
-    def __init__(self, config: CoLAConfig, num_layers: int) -> None:
+    def __init__(self, config: CoLAConfig, num_layers: int, first_layer: int = 0) -> None:
         super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(num_layers))
+        self.config, self.first_layer = config, first_layer
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer + index) for index in range(num_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.num_actions, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
@@ -109,7 +230,7 @@ class ActionStack(nn.Module):
         e: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
         scored: Tensor | None = None,
     ) -> Tensor:
         """e (B, T, H) -> logits (B, T, K), float32; (N, K) at the N positions where ``scored`` (B, T) is true."""
@@ -121,6 +242,7 @@ class ActionStack(nn.Module):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            layer_idx=self.first_layer,  # the base's layers have seen these tokens already
         )
         rotary = self.rotary_emb(e, position_ids=position_ids)
         hidden = e
@@ -136,7 +258,8 @@ class ActionStack(nn.Module):
         logits: Tensor = self.head(self.norm(hidden if scored is None else hidden[scored])).float()
         if self.soft_q is None:
             return logits
-        return logits + self.soft_q(e if scored is None else e[scored]) / self.config.soft_q_beta
+        soft_q = self.soft_q(e if scored is None else e[scored]).to(logits.device)
+        return logits + soft_q / self.config.soft_q_beta
 
 
 class Codebook(nn.Embedding):
@@ -162,18 +285,124 @@ class WorldModelBlock(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(joined)) * self.up_proj(joined))
 
 
+@dataclass
+class CoLACausalLMOutput(CausalLMOutputWithPast):
+    """A causal language model's output, and what the policy says at the positions that ``logits`` are of.
+
+    Args:
+        action_logits: (B, T, K) float32, unnormalised.
+        actions: (B, T) int64, those that ``logits`` are given.
+    """
+
+    action_logits: Tensor | None = None
+    actions: Tensor | None = None
+
+
+@dataclass
+class CoLAGenerateOutput(GenerateDecoderOnlyOutput):
+    """What ``generate(return_dict_in_generate=True)`` returns; ``logits`` and ``scores`` are of tokens, given actions.
+
+    Args:
+        actions: (B, N) int64 of the N new tokens; -1 after a sequence's end.
+        action_log_probs: (B, N) float32, under the distribution that they were drawn from; 0 after the end.
+    """
+
+    actions: Tensor | None = None
+    action_log_probs: Tensor | None = None
+
+
+class _Choice:
+    """Chooses each step's actions for ``generate`` and keeps them."""
+
+    def __init__(self, sampled: bool, processors: LogitsProcessorList) -> None:
+        self.sampled, self.processors = sampled, processors
+        self.actions: list[Tensor] = []
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(B, 1, K) -> (B, 1)."""
+        ids = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)  # an action has no history
+        log_probs = self.processors(ids, logits[:, -1]).log_softmax(-1)
+        actions = torch.multinomial(log_probs.exp(), 1) if self.sampled else log_probs.argmax(-1, keepdim=True)
+        self.actions.append(actions[:, 0])
+        self.log_probs.append(log_probs.gather(-1, actions)[:, 0])
+        return actions
+
+
+_OF_ACTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Generation settings that shape the distribution which is sampled: the policy's."""
+
+_NO_PLACE = "CoLA draws latent actions, whose tokens follow from them"
+_REFUSED_MODES = {
+    GenerationMode.ASSISTED_GENERATION: f"drafts are accepted by their tokens' probabilities, and {_NO_PLACE}",
+    GenerationMode.CONTRASTIVE_SEARCH: f"it ranks tokens, and {_NO_PLACE}",
+    GenerationMode.DOLA_GENERATION: f"it contrasts layers' token distributions, and {_NO_PLACE}",
+}
+_BEAMS = (
+    f"beams are ranked by their tokens' probabilities, and {_NO_PLACE}; use do_sample=True with num_return_sequences, "
+    "or search over actions with cola_ray's jobs/evaluate.py"
+)
+_LOGITS_AT_ONCE = 1 << 25
+"""Token logits, over all actions, that a loss holds at a time."""
+
+
+def positions(attention_mask: Tensor | None, shape: torch.Size, device: torch.device, seen: int | Tensor = 0) -> Tensor:
+    """Position ids (B, T): 0, 1, 2, ... over the tokens that are not padding, on whichever side it lies.
+
+    Args:
+        seen: tokens in the cache; a mask (B, seen + T) covers them, too.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return (torch.arange(shape[1], device=device) + seen).expand(shape[0], -1)
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -shape[1] :]
+
+
+def is_released(path: str | os.PathLike) -> bool:
+    """Does this directory hold a checkpoint in the authors' names?"""
+    config_file = Path(path) / "config.json"
+    if not config_file.is_file():
+        return False
+    return RELEASED_ARCHITECTURE in (json.loads(config_file.read_text()).get("architectures") or [])
+
+
+def _conversion() -> Any:
+    """The module of checkpoints in and out, where the package is installed."""
+    try:
+        return importlib.import_module("cola_ray.model.conversion")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("attach and checkpoints in the released names need the package cola_ray") from error
+
+
 class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
-    """A Llama steered by latent actions.
+    """A Llama steered by latent actions, as a causal language model of transformers.
 
     ``from_pretrained`` takes our own directories and those in the released names; ``attach`` adds CoLA to any
-    Llama checkpoint. Plain ``forward`` marginalises nothing: it takes the policy's greedy action at every
-    position and returns token logits, so that code written for a causal language model runs.
+    Llama checkpoint.
+
+    ``forward`` takes the policy's greedy action at every position, or ``actions``, and returns token logits given
+    those. Its ``loss`` is that of a proper distribution over texts, the mean of ``-log sum_a pi(a | e) p(x | e, a)``
+    over labelled tokens, so that policy, world model and base all learn from it.
+
+    ``generate`` first takes an action, then the most probable token given the action: what RL trains and vLLM serves.
+
+    ==========================================================  =======================================================
+    do_sample=False                                             the policy's most probable action
+    do_sample=True                                              an action drawn from the policy
+    temperature, top_k, top_p, min_p, top_h, typical_p,         shape that distribution over actions; top_k counts
+    epsilon_cutoff, eta_cutoff                                  actions, and all K are kept unless it is set
+    repetition_penalty, no_repeat_ngram_size, bad_words_ids,    act on the token logits given the action, before the
+    suppress_tokens, min_new_tokens, logits_processor, ...      most probable token is taken
+    num_return_sequences, stopping criteria, streamers, caches  as for any model
+    num_beams, assistant_model, prompt_lookup_num_tokens,       refused: they rank tokens by probabilities that CoLA
+    penalty_alpha, dola_layers, guidance_scale                  does not draw from
+    ==========================================================  =======================================================
     """
 
     config_class = CoLAConfig
     config: CoLAConfig
+    _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "WorldModelBlock"]
 
     def __init__(self, config: CoLAConfig) -> None:
         super().__init__(config)
@@ -182,32 +411,56 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.idm = ActionStack(config, config.num_idm_layers)
         self.codebook = Codebook(config.num_actions, config.hidden_size)
         self.world_model = nn.ModuleList(WorldModelBlock(config) for _ in range(config.num_world_model_layers))
-        self.policy = ActionStack(config, config.num_policy_layers)
+        self.policy = ActionStack(config, config.num_policy_layers, first_layer=config.num_hidden_layers)
         if config.soft_q_beta:
             self.policy.soft_q = QHead(config.hidden_size, config.num_actions)
         self.post_init()
+        self.generation_config.do_sample = False  # pipelines sample where a model does not say
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, QHead):
+            module.reset()
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *args: Any, **kwargs: Any) -> "CoLAForCausalLM":
-        """Load ``path``: a directory or hub id of ours, or a directory in the authors' released names."""
-        from cola_ray.model import conversion
-
-        if conversion.is_released(path):
-            return conversion.load_released(path, **kwargs)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> "CoLAForCausalLM":
+        """Load a directory or hub id of ours, or a directory in the authors' released names."""
+        path = pretrained_model_name_or_path
+        if path is not None and is_released(path):
+            return _conversion().load_released(path, **kwargs)
         return super().from_pretrained(path, *args, **kwargs)
 
     @classmethod
     def attach(cls, base_path: str | os.PathLike, **sizes: Any) -> "CoLAForCausalLM":
         """A CoLA model around any Llama checkpoint: see :func:`cola_ray.model.conversion.attach`."""
-        from cola_ray.model import conversion
-
-        return conversion.attach(base_path, **sizes)
+        return _conversion().attach(base_path, **sizes)
 
     def export_released(self, path: str | os.PathLike) -> None:
         """Write the authors' names and layout: see :func:`cola_ray.model.conversion.export_released`."""
-        from cola_ray.model import conversion
+        _conversion().export_released(self, path)
 
-        conversion.export_released(self, path)
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As for any model, and beside the weights this file, for machines without the package, and a model card."""
+        name = type(self).__module__.split(".")[-1]
+        model = f"{name}.CoLAForCausalLM"
+        self.config.auto_map = {"AutoConfig": f"{name}.CoLAConfig", "AutoModel": model, "AutoModelForCausalLM": model}
+        if kwargs.get("is_main_process", True):
+            self._write_card(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        self._write_card(working_dir)  # push_to_hub has put a template over it
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _write_card(self, folder: str | os.PathLike) -> None:
+        """README.md, unless somebody has written one."""
+        readme = Path(folder) / "README.md"
+        if readme.exists() and "This model card has been automatically generated." not in readme.read_text():
+            return
+        readme.parent.mkdir(parents=True, exist_ok=True)
+        readme.write_text(model_card(self.config))
 
     def act_softly(self, beta: float) -> None:
         """From here on the policy is ``rho exp(Q / beta) / Z``, with a Q of 0 where the checkpoint has none."""
@@ -223,7 +476,7 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
     ) -> Tensor:
         """e = the base's last hidden state after its final norm: (B, T) -> (B, T, H).
 
@@ -231,7 +484,8 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         for each of several sequences packed into a row.
         """
         if position_ids is None:
-            position_ids = positions(attention_mask, input_ids.shape, input_ids.device)
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = positions(attention_mask, input_ids.shape, input_ids.device, seen)
         return self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -257,18 +511,19 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         e: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: Cache | None = None,
     ) -> Tensor:
         """Unnormalised ``pi(a | x_1..t)``, (B, T, K) float32."""
         return self.policy(e, attention_mask, position_ids, past_key_values)
 
     def world_model_logits(self, e: Tensor, actions: Tensor) -> Tensor:
         """Next-token logits (..., V) from states e (..., H) and actions (...) int64, or one-hots (..., K)."""
-        state, code = e, self.codebook(actions)
+        # .to(e.device): a device map may put blocks elsewhere
+        state, code = e, self.codebook(actions).to(e.device)
         for block in self.world_model:
-            state = state + block(state, code)
+            state = state + block(state, code).to(e.device)
         if self.config.world_model_form == "released":
-            state = self.model.norm(state) - e
+            state = self.model.norm(state).to(e.device) - e
         return self.lm_head(state)
 
     def token_log_probs(self, e: Tensor, policy_logits: Tensor, likelihood: Likelihood) -> Tensor:
@@ -287,7 +542,162 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         tokens = self.world_model_logits(e[:, None].expand(-1, num_actions, -1), every).float().log_softmax(-1)
         return torch.logsumexp(policy_logits.log_softmax(-1)[..., None] + tokens, 1)
 
-    # --- generation -----------------------------------------------------------------------------------------
+    # --- a causal language model ----------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        actions: Tensor | None = None,
+        choose_actions: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> CoLACausalLMOutput:
+        """Token logits given actions, at all positions or the last ``logits_to_keep``.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: as in :meth:`encode`.
+            past_key_values: of the base's layers and then the policy's: ``DynamicCache(config=model.config)``.
+            labels: (B, T) int64, shifted within; -100 is left out. ``shift_labels`` and ``num_items_in_batch`` count.
+            actions: (B, logits_to_keep or T) int64; -1, and no tensor, take the policy's most probable one.
+            choose_actions: in its place, (B, T, K) -> (B, T).
+            kwargs: ``output_hidden_states`` and ``output_attentions`` give the base's; the last hidden state is e.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if position_ids is None and given is not None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = positions(attention_mask, given.shape[:2], given.device, seen)
+        base = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        e = base.last_hidden_state
+        policy = self.policy(e, attention_mask, position_ids, past_key_values)
+        loss = None if labels is None else self._loss(e, policy, labels, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        e, policy = e[:, kept], policy[:, kept].to(e.device)
+        chosen = policy.argmax(-1) if choose_actions is None else choose_actions(policy)
+        if actions is not None:
+            chosen = torch.where(actions < 0, chosen, actions)
+        return CoLACausalLMOutput(
+            loss=loss,
+            logits=self.world_model_logits(e, chosen),
+            past_key_values=past_key_values,
+            hidden_states=base.hidden_states,
+            attentions=base.attentions,
+            action_logits=policy,
+            actions=chosen,
+        )
+
+    def _loss(
+        self,
+        e: Tensor,
+        policy_logits: Tensor,
+        labels: Tensor,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Mean of ``-log sum_a pi(a | e) p(x | e, a)``; a token's K rows of logits are made again for the gradient."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        shift_labels = shift_labels.to(e.device)
+        rows = shift_labels != -100
+        columns = (e[rows], policy_logits.to(e.device)[rows], shift_labels[rows])
+        size = max(1, _LOGITS_AT_ONCE // (policy_logits.shape[-1] * self.config.vocab_size))
+        pieces = zip(*(column.split(size) for column in columns), strict=True)
+        total = torch.stack([checkpoint(self._surprise, *piece, use_reentrant=False) for piece in pieces]).sum()
+        if num_items_in_batch is None:
+            return total / rows.sum().clamp_min(1)
+        return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+    def _surprise(self, e: Tensor, policy_logits: Tensor, wanted: Tensor) -> Tensor:
+        """(N, H), (N, K), (N,) -> the sum of ``-log p(x | e)``."""
+        num_actions = policy_logits.shape[-1]
+        every = torch.arange(num_actions, device=e.device).expand(len(e), -1)
+        logits = self.world_model_logits(e[:, None].expand(-1, num_actions, -1), every).float()
+        targets = wanted.repeat_interleave(num_actions)
+        given = -nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none").view(-1, num_actions)
+        return -torch.logsumexp(policy_logits.log_softmax(-1) + given, -1).sum()
+
+    # --- generate -------------------------------------------------------------------------------------------
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        said = kwargs.get("top_k", getattr(generation_config, "top_k", None))
+        settings, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if said is None and self.generation_config.top_k is None:
+            settings.top_k = 0  # transformers' own default, 50 of a vocabulary, would be most of the actions
+        if settings.guidance_scale not in (None, 1, 1.0):
+            raise ValueError(f"guidance_scale: it mixes two token distributions, and {_NO_PLACE}")
+        if settings.penalty_alpha:
+            raise ValueError(f"penalty_alpha: {_REFUSED_MODES[GenerationMode.CONTRASTIVE_SEARCH]}")
+        self._refuse_mode(settings.get_generation_mode())
+        return settings, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any) -> None:
+        self._refuse_mode(generation_mode)
+        super()._validate_generation_mode(generation_mode, *args)
+
+    def _refuse_mode(self, mode: GenerationMode) -> None:
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(f"{mode.value.replace('_', ' ')}: {_REFUSED_MODES.get(mode, _BEAMS)}")
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refused: it samples tokens in a loop of its own. vLLM batches continuously and draws actions."""
+        raise ValueError("continuous batching: it samples tokens itself; serve the model with cola_ray.serve instead")
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
+        """Those of token logits alone; what shapes a sampled distribution is the policy's, in :meth:`_sample`."""
+        of_tokens = copy.copy(generation_config)
+        of_tokens.do_sample = False
+        return super()._get_logits_processor(generation_config=of_tokens, **kwargs)
+
+    def _sample(
+        self, input_ids: Tensor, *, generation_config: GenerationConfig, **kwargs: Any
+    ) -> Tensor | CoLAGenerateOutput:
+        """transformers' loop with greedy tokens, in which ``forward`` chooses the action of each step."""
+        of_actions = LogitsProcessorList()
+        if generation_config.do_sample:
+            shape = {name: getattr(generation_config, name) for name in _OF_ACTIONS}
+            of_actions = super()._get_logits_processor(GenerationConfig(do_sample=True, **shape), device=self.device)
+        choice = _Choice(generation_config.do_sample, of_actions)
+        of_tokens = copy.copy(generation_config)
+        of_tokens.do_sample = False
+        kwargs |= {"choose_actions": choice, "logits_to_keep": 1}
+        made = super()._sample(input_ids, generation_config=of_tokens, **kwargs)
+        if not generation_config.return_dict_in_generate:
+            return made
+        length = made.sequences.shape[1] - input_ids.shape[1]
+        actions, log_probs = (torch.stack(taken[-length:], 1) for taken in (choice.actions, choice.log_probs))
+        ended = self._ended(made.sequences[:, -length:], getattr(generation_config, "_eos_token_tensor", None))
+        return CoLAGenerateOutput(
+            **made, actions=actions.masked_fill(ended, -1), action_log_probs=log_probs.masked_fill(ended, 0.0)
+        )
+
+    @staticmethod
+    def _ended(tokens: Tensor, eos: Tensor | None) -> Tensor:
+        """(B, N) -> where a sequence had ended before."""
+        if eos is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        stops = torch.isin(tokens, eos.to(tokens.device))
+        return stops.cumsum(1) - stops.long() > 0
 
     @torch.no_grad()
     def generate_latent(
@@ -300,17 +710,15 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         top_k: int | Tensor = 0,
         seed: int | Tensor = 0,
         actions: Tensor | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Act, step the world model, repeat, with key/value caches for base and policy.
-
-        Tokens are ``argmax lm_head(d_t)``: deterministic given the action.
+        """``generate`` with a seed for each row: the draws are those of vLLM, whatever else is in the batch.
 
         Args:
             input_ids: (B, P) prompts, left-padded where ``attention_mask`` (B, P) is 0.
             temperature, top_k, seed: one number, or (B,) tensors, as in :func:`sample_actions`.
             actions: (B, F) int64 actions to force at the first F steps; -1 leaves a step free.
-            eos_token_id: a row that produced it is finished; its later tokens are eos, actions -1,
+            eos_token_id: a row that produced one is finished; its later tokens are the first of them, actions -1,
                 log-probabilities 0.
 
         Returns:
@@ -318,28 +726,29 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         """
         device, (batch, _) = input_ids.device, input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
 
         def per_row(value: float | Tensor, dtype: torch.dtype) -> Tensor:
             return torch.as_tensor(value, dtype=dtype, device=device).expand(batch)
 
         rows = (per_row(temperature, torch.float32), per_row(top_k, torch.int64), per_row(seed, torch.int64))
-        base_cache, policy_cache = DynamicCache(config=self.config), DynamicCache()
+        cache = DynamicCache(config=self.config)
         position_ids = positions(mask, input_ids.shape, device)
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
         step_ids, out = input_ids, []
         for step in range(max_new_tokens):
-            e = self.encode(step_ids, mask, position_ids, base_cache)
-            logits = self.policy_logits(e, mask, position_ids, policy_cache)[:, -1]
+            e = self.encode(step_ids, mask, position_ids, cache)
+            logits = self.policy_logits(e, mask, position_ids, cache)[:, -1]
             forced = torch.full((batch,), -1, dtype=torch.int64, device=device)
             if actions is not None and step < actions.shape[1]:
                 forced = actions[:, step]
             action, log_prob = sample_actions(logits, *rows, position_ids[:, -1], forced)
             token = self.world_model_logits(e[:, -1], action).argmax(-1)
-            if eos_token_id is not None:
-                token = token.masked_fill(finished, eos_token_id)
+            if stops:
+                token = token.masked_fill(finished, stops[0])
             out.append((token, action.masked_fill(finished, -1), log_prob.masked_fill(finished, 0.0)))
-            if eos_token_id is not None:
-                finished = finished | (token == eos_token_id)
+            if stops:
+                finished = finished | torch.isin(token, torch.tensor(stops, device=device))
                 if bool(finished.all()):
                     break
             step_ids, position_ids = token[:, None], position_ids[:, -1:] + 1
@@ -347,26 +756,55 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         tokens, taken, log_probs = (torch.stack(column, 1) for column in zip(*out, strict=True))
         return tokens, taken, log_probs
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        """Token logits (B, T, V) under the policy's greedy action at each position."""
-        e = self.encode(input_ids, attention_mask, position_ids)
-        actions = self.policy_logits(e, attention_mask, position_ids).argmax(-1)
-        logits = self.world_model_logits(e, actions)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+def model_card(config: CoLAConfig) -> str:
+    """The README.md of a checkpoint: what it was made from, what it reached, how it is opened."""
+    known = dict(config.card or {})
+    base, figures = str(known.pop("base", None) or "a Llama"), known.pop("figures", None) or {}
+    of_hub = base.count("/") == 1 and not Path(base).exists()
+    base = base if of_hub else Path(base).name
+    layers = (config.num_hidden_layers, config.num_policy_layers, config.num_idm_layers, config.num_world_model_layers)
+    facts = {"base": base} | known | {
+        "latent actions": config.num_actions,
+        "layers of base, policy, inverse dynamics, world model": ", ".join(map(str, layers)),
+    }  # fmt: skip
+    table = "\n".join(f"| {name} | {value} |" for name, value in (facts | figures).items())
+    return _CARD.format(
+        base=base, base_model=f"base_model: {base}\n" if of_hub else "", table=table, num_actions=config.num_actions
+    )
 
 
-def positions(attention_mask: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
-    """Position ids (B, T): 0, 1, 2, ... over the tokens that are not padding, on whichever side it lies."""
-    if attention_mask is None:
-        return torch.arange(shape[1], device=device).expand(shape[0], -1)
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+{base_model}tags:
+- cola
+- latent-actions
+---
+
+# A language model steered by latent actions
+
+CoLA ([Jia et al. 2025](https://arxiv.org/abs/2503.21383)) around {base}: at each step a policy chooses one of
+{num_actions} latent actions, and a world model turns the base's state and the action into the next token.
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(PATH)
+inputs = tokenizer(PROMPT, return_tensors="pt")
+tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=64))
+```
+
+`do_sample=True` draws an action from the policy and takes its most probable token; `temperature`, `top_k` and `top_p`
+are those of actions. Where the package `cola_ray` is installed, `trust_remote_code` is not needed, and
+`python -m cola_ray.serve PATH` answers OpenAI's protocol.
+
+## Licence
+
+The weights contain the base model's: its licence holds for them, and the data's. `modeling_cola.py` is Apache-2.0.
+"""

@@ -27,9 +27,8 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from cola_ray.algorithms.latent_actions import sample_actions
 from cola_ray.model.action_columns import BASE, BASE_TOKENS, LOWEST_LOG_PROB, NUM_COLUMNS, SCALE, STEP, ActionRequest
-from cola_ray.model.modeling_cola import QHead
+from cola_ray.model.modeling_cola import QHead, sample_actions
 from cola_ray.model.vllm_rows import RowTable
 
 

@@ -10,8 +10,11 @@ def register() -> None:
     if hasattr(torch.cpu, "_init_amx") and torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import cola_ray  # noqa: F401  (makes AutoConfig know model_type "cola")
+    from cola_ray.model.vllm_rows import ServedConfig
 
     # A string, so that the model's own imports wait until somebody loads one.
     ModelRegistry.register_model("CoLAForCausalLM", "cola_ray.model.vllm_cola:CoLAForCausalLM")
+    MODELS_CONFIG_MAP["CoLAForCausalLM"] = ServedConfig

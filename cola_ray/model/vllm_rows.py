@@ -4,20 +4,26 @@ request ─> RowTracker mirrors the batch ─> RowTable ─┬─> CoLAForCausal
                                                      └─> TokenSampler draws tokens of a plain Llama
 """
 
+import os
+import secrets
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from cola_ray.algorithms.latent_actions import sample_actions
 from cola_ray.model.action_columns import LOWEST_LOG_PROB, ActionRequest
+from cola_ray.model.modeling_cola import sample_actions
 
 ROW_TRACKER, TOKEN_SAMPLER = f"{__name__}:RowTracker", f"{__name__}:TokenSampler"
 """What an engine passes as ``logits_processors``: of a CoLA model, of a plain Llama."""
+REQUEST_SAMPLER = f"{__name__}:RequestSampler"
+"""The same of a CoLA model that is served to OpenAI's clients."""
 
 
 class RowTable:
@@ -72,6 +78,10 @@ class RowTracker(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         return logits
 
+    @staticmethod
+    def wishes(params: SamplingParams) -> ActionRequest:
+        return ActionRequest.from_params(params.extra_args, params.seed)
+
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         if batch_update is None:
             return
@@ -79,7 +89,7 @@ class RowTracker(LogitsProcessor):
         for index in batch_update.removed:
             rows.pop(index, None)
         for index, params, prompt, output in batch_update.added:
-            rows[index] = (ActionRequest.from_params(params.extra_args, params.seed), len(prompt or ()), output)
+            rows[index] = (self.wishes(params), len(prompt or ()), output)
         for source, target, way in batch_update.moved:
             moved, replaced = rows.pop(source, None), rows.pop(target, None)
             if moved is not None:
@@ -104,3 +114,62 @@ class TokenSampler(RowTracker):
         tokens, log_probs = sample_actions(logits, *self.table.params(logits.shape[0], logits.device))
         logits.fill_(float("-inf"))
         return logits.scatter_(1, tokens[:, None], log_probs.clamp_min(LOWEST_LOG_PROB)[:, None].to(logits.dtype))
+
+
+class RequestSampler(RowTracker):
+    """Serves requests as OpenAI's clients and ``vllm serve`` write them, by the rule of ``CoLAForCausalLM.generate``.
+
+    ``temperature``, ``top_k`` and ``seed`` are those of the latent action; its token is the most probable one.
+    ``logit_bias``, ``bad_words``, ``min_tokens`` and structured outputs act on the token's logits given the action, and
+    log-probabilities are the token's given the action, before those.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        neutral = {
+            "top_p": (1.0, "CoLA draws latent actions by temperature and top_k"),
+            "min_p": (0.0, "CoLA draws latent actions by temperature and top_k"),
+            "presence_penalty": (0.0, "a token follows from its latent action"),
+            "frequency_penalty": (0.0, "a token follows from its latent action"),
+            "repetition_penalty": (1.0, "a token follows from its latent action"),
+            "prompt_logprobs": (None, "a prompt's positions have no actions to score"),
+            "extra_args": (None, "a server takes no actions from its clients"),
+        }
+        for name, (value, why) in neutral.items():
+            found = getattr(sampling_params, name)
+            if found and found != value:
+                raise VLLMValidationError(f"{name} = {found}: {why}; leave it out", parameter=name, value=found)
+        if sampling_params.prompt_logprobs is not None:
+            raise VLLMValidationError(f"prompt_logprobs: {neutral['prompt_logprobs'][1]}; leave out echo with logprobs")
+
+    @staticmethod
+    def wishes(params: SamplingParams) -> ActionRequest:
+        """vLLM gives each of n > 1 completions a seed of its own, where the request has one."""
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        args = {"action_temperature": params.temperature, "action_top_k": max(params.top_k, 0)}
+        return ActionRequest.from_params(args, seed)
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Leaves the most probable token, whatever temperature vLLM has for it."""
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, float("-inf")).scatter_(1, best, 0.0)
+
+
+class ServedConfig(VerifyAndUpdateConfig):
+    """What ``vllm serve`` needs to know of a CoLA model."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        if not model_config.logits_processors:  # the engines of training bring their own
+            model_config.logits_processors = [REQUEST_SAMPLER]
+        # The V2 model runner's processors have another form.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        if vllm_config.speculative_config is not None:
+            raise ValueError("speculative_config: drafts are accepted by token probabilities, which CoLA does not draw")
+        vllm_config.scheduler_config.async_scheduling = False  # a row's position is the length of its output

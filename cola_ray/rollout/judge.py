@@ -46,6 +46,8 @@ class RewardModel:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.chat = ChatTokenizer(self.tokenizer, date)
         self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype="auto").eval().to(self.device)
+        self.text_config = self.model.config.get_text_config()
+        self.padding: int | None = self.text_config.pad_token_id
         self.max_tokens, self.batch_size = max_tokens, batch_size
         self.one_at_a_time = asyncio.Lock()
 
@@ -61,13 +63,22 @@ class RewardModel:
         rewards = [0.0] * len(rows)
         for start in range(0, len(rows), self.batch_size):
             some = order[start : start + self.batch_size]
-            batch = self.tokenizer.pad(
-                {"input_ids": [rows[i] for i in some]}, return_tensors="pt", padding_side="right"
-            )
-            logits = self.model(**batch.to(self.device)).logits[:, 0]
+            logits = self.model(**self._batch([rows[i] for i in some])).logits[:, 0]
             for i, reward in zip(some, logits.float().tolist(), strict=True):
                 rewards[i] = reward
         return rewards
+
+    def _batch(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Padded on the right. A decoder's classifier reads the last token that is not its padding."""
+        pad = self.padding
+        if pad is None:  # one that no row contains, so that each is read at its own end
+            pad = min(set(range(self.text_config.vocab_size)).difference(*rows))
+            self.text_config.pad_token_id = pad
+        ids = torch.full((len(rows), max(map(len, rows))), pad)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
 
 class HttpJudge:

@@ -29,9 +29,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cola_ray.algorithms.latent_actions import RANKED
 from cola_ray.algorithms.search import Value, ValueRange, majority, puct
 from cola_ray.config import SearchConfig
+from cola_ray.model.modeling_cola import RANKED
 from cola_ray.rollout.engine import Completion, Request
 
 Array = np.ndarray

@@ -13,8 +13,8 @@ import torch
 from conftest import NUM_ACTIONS, VOCAB_SIZE, letters
 from vllm.exceptions import VLLMValidationError
 
-from cola_ray.algorithms.latent_actions import RANKED
 from cola_ray.model.action_columns import BASE_TOKENS, decode, sampling_args
+from cola_ray.model.modeling_cola import RANKED
 from cola_ray.rollout.engine import LatentEngine, Request
 from cola_ray.rollout.worker import RunningBatch
 from cola_ray.weights import WeightSender, WeightTransferError

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, letters, scramble, small_llama
 
-from cola_ray.algorithms.latent_actions import sample_actions
 from cola_ray.learner.policies import TokenPolicy
+from cola_ray.model.modeling_cola import sample_actions
 from cola_ray.rollout.engine import Request, TokenEngine
 from cola_ray.weights import WeightSender, WeightTransferError
 

@@ -7,16 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_ray.algorithms.latent_actions import (
-    RANKED,
-    action_log_probs,
-    gumbel_noise,
-    negative_entropy,
-    sample_actions,
-    straight_through_gumbel,
-    usage,
-    usage_imbalance,
-)
+from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage, usage_imbalance
+from cola_ray.model.modeling_cola import RANKED, action_log_probs, gumbel_noise, sample_actions
 
 
 def draw(logits, temperature=1.0, top_k=0, seeds=None, positions=None, forced=None):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near, scramble, small_llama
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cola_ray import CoLAConfig, CoLAForCausalLM
-from cola_ray.algorithms.latent_actions import action_log_probs
-from cola_ray.model.conversion import load_base
+from cola_ray.model import conversion
+from cola_ray.model.conversion import plain_base
+from cola_ray.model.modeling_cola import action_log_probs
 from cola_ray.presets import preset
 
 
@@ -54,9 +56,10 @@ def test_attached_to_a_gguf_file_saves_and_loads_like_any_other(tmp_path):
     model.save_pretrained(tmp_path / "once")
     again = CoLAForCausalLM.from_pretrained(tmp_path / "once")
     again.save_pretrained(tmp_path / "twice")
+    plain = LlamaForCausalLM.from_pretrained(plain_base(source, tmp_path / "plain"))
     ids = torch.arange(100, 108)[None]
     with torch.no_grad():
-        base_logits = load_base(source)(ids).logits
+        base_logits = plain(ids).logits
         torch.testing.assert_close(again.world_model_logits(again.encode(ids), ids % 4), base_logits, atol=1e-4, rtol=0)
 
 
@@ -144,6 +147,90 @@ def test_released_form_by_hand(tmp_path, ids):
     normed = s * (s.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * t["model.norm.weight"]
     expected = (normed - e) @ t["lm_head.weight"].t()
     torch.testing.assert_close(model.world_model_logits(e, actions), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_released_checkpoints_open_in_any_type_and_any_form(tmp_path):
+    original = released_checkpoint(tmp_path / "in")
+    config = (tmp_path / "in" / "config.json").read_text()
+    expected = CoLAForCausalLM.from_pretrained(tmp_path / "in").state_dict()
+    for options, dtype in (
+        ({"dtype": "auto"}, torch.float32), ({"torch_dtype": torch.bfloat16}, torch.bfloat16),
+        ({"dtype": "float16"}, torch.float16), ({"device_map": "cpu"}, torch.float32),
+    ):  # fmt: skip
+        assert CoLAForCausalLM.from_pretrained(tmp_path / "in", **options).dtype is dtype
+    names = sorted(original)
+    halves = {f"model-0000{i + 1}-of-00002": names[i::2] for i in range(2)}
+    forms = {"bin": (torch.save, "pytorch_model"), "safetensors": (save_file, "model")}
+    for ending, (write, whole) in forms.items():
+        one, many = tmp_path / f"one-{ending}", tmp_path / f"many-{ending}"
+        for folder in (one, many):
+            folder.mkdir()
+            (folder / "config.json").write_text(config)
+        write(original, one / f"{whole}.{ending}")
+        for part, held in halves.items():
+            write({name: original[name] for name in held}, many / f"{part}.{ending}")
+        places = {name: f"{part}.{ending}" for part, held in halves.items() for name in held}
+        (many / f"{whole}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        for folder in (one, many):
+            found = CoLAForCausalLM.from_pretrained(folder).state_dict()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        (many / f"model-00002-of-00002.{ending}").unlink()
+        with pytest.raises(FileNotFoundError, match=rf"model-00002-of-00002.{ending} is missing"):
+            CoLAForCausalLM.from_pretrained(many)
+    (tmp_path / "in" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor pytorch_model.bin"):
+        CoLAForCausalLM.from_pretrained(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128}],
+)  # fmt: skip
+def test_exported_checkpoints_say_their_rotary_settings_in_both_forms(tmp_path, scaling):
+    released_checkpoint(tmp_path / "in")
+    raw = json.loads((tmp_path / "in" / "config.json").read_text()) | {"rope_scaling": scaling}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(raw))
+    model = CoLAForCausalLM.from_pretrained(tmp_path / "in")
+    model.export_released(tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["rope_theta"] == said["rope_parameters"]["rope_theta"] == 500000.0
+    assert said["rope_scaling"] == scaling
+    again = CoLAForCausalLM.from_pretrained(tmp_path / "out")
+    for one, other in ((model.model, again.model), (model.policy, again.policy)):
+        assert torch.equal(one.rotary_emb.inv_freq, other.rotary_emb.inv_freq)
+    only_v4 = {name: value for name, value in said.items() if name != "rope_parameters"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(only_v4))
+    older = CoLAForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.model.rotary_emb.inv_freq, older.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ({"length_penalty": 2.0, "temperature": 0.6}, {"temperature": None, "length_penalty": None}),
+        ({"pad_token_id": -1}, {"pad_token_id": None}),
+    ],
+)
+def test_invalid_generation_configs_are_mended_in_words(tmp_path, caplog, settings, left):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    base = small_llama()
+    base.generation_config = GenerationConfig(**{"eos_token_id": [2, 5]} | settings)
+    with pytest.raises(ValueError, match="is invalid"):
+        base.save_pretrained(tmp_path / "refused")
+    conversion.save(base, tokenizer, tmp_path / "base")
+    assert "generation_config.json is not valid" in caplog.text
+    found = GenerationConfig.from_pretrained(tmp_path / "base")
+    assert found.eos_token_id == [2, 5]
+    assert {name: getattr(found, name) for name in left} == left
+    raw = {"eos_token_id": [2, 5]} | settings
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(raw))
+    conversion.save(conversion.load_base(tmp_path / "base"), tokenizer, tmp_path / "again")
+    model = CoLAForCausalLM.attach(tmp_path / "base", num_actions=4, num_idm_layers=1, num_policy_layers=1)
+    assert model.generation_config.eos_token_id == [2, 5]
+    assert not model.generation_config.do_sample
+    model.save_pretrained(tmp_path / "cola")
 
 
 def test_a_damaged_released_checkpoint_is_refused(tmp_path):

@@ -12,7 +12,12 @@ import pytest
 import torch
 from conftest import small_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from cola_ray.config import override
 from cola_ray.learner import reward_model
@@ -148,6 +153,27 @@ def test_a_reward_model_learns_which_is_better_and_scores_as_it_learnt(pairs, to
         for pair in heldout
     ]
     np.testing.assert_allclose(chosen, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+def test_a_reward_model_without_padding_scores_a_batch_like_each_alone(tokenizer, tmp_path, padding):
+    """It has no padding token, or one that responses end with: then it reads the token before, alone and in a batch."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_labels=1, eos_token_id=1, pad_token_id=padding,
+    )  # fmt: skip
+    classifier = LlamaForSequenceClassification(config).eval()
+    classifier.save_pretrained(tmp_path)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
+    bare.save_pretrained(tmp_path)
+    judge = RewardModel(str(tmp_path), max_tokens=64, batch_size=3)
+    prompts, responses = ["say w1"] * 7, [" ".join(["good"] * (1 + i)) for i in range(7)]
+    rewards = asyncio.run(judge.score(prompts, responses))
+    rows = [ChatTokenizer(bare, "").judged_ids(*pair) for pair in zip(prompts, responses, strict=True)]
+    alone = [float(classifier(torch.tensor([row])).logits) for row in rows]
+    np.testing.assert_allclose(rewards, alone, atol=1e-5)
+    assert len({round(reward, 4) for reward in rewards}) > 3
 
 
 @pytest.fixture

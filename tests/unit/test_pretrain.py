@@ -219,7 +219,7 @@ def test_actions_loss_by_hand(cola, packed):
     ids, positions, mask, seeds, _ = packed
     module = stage_module("actions", cola, entropy_coef=0.3, balance_coef=0.2, gumbel_tau=1.5)
     loss, sums = module(*packed)
-    from cola_ray.algorithms.latent_actions import gumbel_noise
+    from cola_ray.model.modeling_cola import gumbel_noise
 
     e = cola.encode(ids, position_ids=positions)
     u = cola.inverse_dynamics_logits(e, position_ids=positions)
