@@ -35,7 +35,7 @@ from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, is_en
 from cola_ray.controller import Controller
 from cola_ray.display import current, shown
 from cola_ray.launch import Launch
-from cola_ray.model.conversion import plain_base
+from cola_ray.model.conversion import describe, plain_base
 from cola_ray.refusals import check
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
@@ -565,10 +565,28 @@ def tracked(
             ended = {"state": state, "step": tracker.step, **({"reason": str(error)} if str(error or "") else {})}
             tracker.summary = ended | summarise(tracker) | {"wall_seconds": round(time.time() - started, 1)}
             write_json(output / "summary.json", tracker.summary)
+            _describe(output / "model", config, begun.job, tracker.summary)
         with contextlib.suppress(Exception) if error else contextlib.nullcontext():
             draw(tracker)
         folder.end(state, tracker.step)
         tracker.finish(output, error)
+
+
+def _describe(model: Path, config: Config, job: str, summary: Mapping[str, Any]) -> None:
+    """The run's part of its model's card. Of paths the last name alone: a card is for other machines."""
+    if not (model / "config.json").exists():
+        return
+    facts = {job: f"preset {config.preset}, seed {config.seed}, task {config.task.name}"}
+    if job == "pretrain":
+        facts["data"] = Path(config.data.path).name if config.data.path else f"the demonstrations of {config.task.name}"
+        if not (config.model.base or config.model.path):
+            facts["base"] = "a small Llama that was trained from nothing"
+    cost = ("_seconds", "_gb", "_mb", "_per_step")
+    figures = {
+        f"{job}: {name}": round(value, 4) for name, value in summary.items()
+        if isinstance(value, float) and not name.endswith(cost)
+    }  # fmt: skip
+    describe(model, facts, figures)
 
 
 def _state(error: BaseException | None) -> State:

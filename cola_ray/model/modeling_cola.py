@@ -759,8 +759,8 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
 def model_card(config: CoLAConfig) -> str:
     """The README.md of a checkpoint: what it was made from, what it reached, how it is opened."""
-    known = dict(config.card or {})
-    base, figures = str(known.pop("base", None) or "a Llama"), known.pop("figures", None) or {}
+    known = dict(sorted((config.card or {}).items()))  # config.json keeps no order
+    base, figures = str(known.pop("base", None) or "a Llama"), dict(sorted((known.pop("figures", None) or {}).items()))
     of_hub = base.count("/") == 1 and not Path(base).exists()
     base = base if of_hub else Path(base).name
     layers = (config.num_hidden_layers, config.num_policy_layers, config.num_idm_layers, config.num_world_model_layers)

@@ -430,7 +430,8 @@ def test_a_folder_says_what_it_holds(base_dir, tmp_path):
     for said in (f"| base | {base_dir.name} |", "| data | arithmetic |", "| accuracy, held out | 0.92 |", "## Licence"):
         assert said in card.text
     assert str(base_dir.parent) not in card.text, "where it lay on this machine is nobody's business"
-    conversion.describe(tmp_path / "again", {"task": "arithmetic"}, {"reward": 0.5})
+    for reward in (0.1, 0.5):
+        conversion.describe(tmp_path / "again", {"task": "arithmetic"}, {"reward": reward})
     described = (tmp_path / "again" / "README.md").read_text()
     assert all(
         said in described for said in ("| task | arithmetic |", "| accuracy, held out | 0.92 |", "| reward | 0.5 |")
