@@ -107,3 +107,41 @@ def test_tasks_declare_where_their_responses_end():
 
 class Lines:
     stop = ("\n",)
+
+
+# --- workers --------------------------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    def __init__(self, model_path, **settings):
+        self.settings = settings
+
+
+@pytest.mark.parametrize("space", ["latent", "token"])
+def test_every_request_of_a_worker_knows_where_it_ends(tmp_path, monkeypatch, space):
+    from cola_ray.config import override
+    from cola_ray.presets import preset
+    from cola_ray.rollout import agent, answers, worker
+
+    make().save_pretrained(tmp_path)
+    write(tmp_path, config={"model_type": "llama"}, generation_config={"eos_token_id": [2, WORDS["<|stop|>"]]})
+    for name in ("LatentEngine", "TokenEngine"):
+        monkeypatch.setattr(worker, name, FakeEngine)
+    monkeypatch.setattr(worker, "RewardProcess", lambda *_: None)
+    monkeypatch.setattr(answers.AnswerWorker, "num_actions", 64)
+    config = override(preset("tiny"), {"rollout.stop": ("no",), "task.num_problems": 50, "rl.action_space": space})
+    made = answers.AnswerWorker(config, str(tmp_path))
+    assert set(made.engine.settings["stop_token_ids"]) == {2, WORDS["<|stop|>"], WORDS["<|eot_id|>"]}
+    assert made.engine.settings["tokenizer"] is made.tokenizer
+    question = made._question(0, [10, 11])
+    requests = [
+        made._request([10], 0, False),
+        made._greedy_request([10], True),
+        question.request([10, 11, 12], 0, [], 5),
+    ]
+    assert [request.stop for request in requests] == [("no",)] * 3
+    assert [request.said for request in requests] == [0, 0, 1], "a search goes on with what was said"
+    assert made._texts([ids("1no2")]) == ["1"]
+    player = agent.AgentWorker.__new__(agent.AgentWorker)
+    player.config, player.endings = config, made.endings
+    assert player._request([10], 0, 1.0).stop == ("no",)
