@@ -59,6 +59,8 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
         ray.init(address=there, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
     else:
         os.environ.update(own_folder())
+        # Ray Train's helper that looks whether a cloud is taking nodes back; nobody takes this machine.
+        environment["env_vars"]["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
         needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # and what works alone
         ray.init(

@@ -38,7 +38,7 @@ def _tiny() -> Config:
         pretrain=PretrainConfig(
             stages=("base", "actions", "policy"),
             steps={
-                "base": 650,
+                "base": 850,
                 "actions": 200,
                 "policy": 60,
                 "fta_idm": 50,
@@ -58,7 +58,7 @@ def _tiny() -> Config:
         ),
         rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=512, kv_cache_mb=128),
         rl=RLConfig(
-            max_steps=40,
+            max_steps=30,
             prompts_per_step=64,
             group_size=8,
             lr=5e-4,
@@ -191,7 +191,7 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
 # Of the tiny preset, on two cores at 3 GHz that have nothing else to do: what processes take to start and to end, and
 # a step with the preset's own sizes.
 _STARTING = {"pretrain": 40.0, "rl": 35.0}
-_STEP = {"base": 0.2, "actions": 0.17, "policy": 0.18, "rl_math": 1.5, "rl_agent": 4.0}
+_STEP = {"base": 0.17, "actions": 0.17, "policy": 0.18, "rl_math": 1.4, "rl_agent": 4.0}
 
 
 def expectation(config: Config, job: str, makes_start_model: bool) -> str:
