@@ -4,12 +4,15 @@ import ast
 import io
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from cola_ray import display as module
 from cola_ray.command_line import from_command_line
@@ -180,8 +183,12 @@ def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(cola_dir, t
         "  python jobs/evaluate.py --preset tiny --task.name arithmetic --model.path outputs/demo/model",
         "  python jobs/atlas.py --preset tiny --task.name arithmetic --model.path outputs/demo/model",
     ]
+    shutil.copytree(cola_dir, "outputs/demo/model")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="e").save_pretrained(
+        "outputs/demo/model"
+    )
     for line in afterwards(config, "rl_math", summary)[-2:]:
         _, script, *args = line.split()
-        from_command_line(Path(script).stem, [arg.replace("outputs/demo/model", str(cola_dir)) for arg in args])
+        from_command_line(Path(script).stem, args)
     tokens = afterwards(override(config, {"rl.action_space": "token"}), "rl_math", summary)
     assert tokens[-1].endswith("--rl.action-space token")
