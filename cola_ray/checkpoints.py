@@ -112,6 +112,14 @@ def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: shape for shard in shards for name, shape in _header(shard)}
 
 
+def q_actions(file: Path) -> int:
+    """Actions that a ``q.safetensors`` of jobs/train_q.py knows; :class:`UnreadableError` where it is none."""
+    shapes = dict(_header(file))
+    if "layers.2.weight" not in shapes:
+        raise UnreadableError(f"{file.name} holds no Q of latent actions; give the folder model/ of jobs/train_q.py")
+    return shapes["layers.2.weight"][0]
+
+
 def _header(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     from safetensors import SafetensorError, safe_open
 

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Hashable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, PydanticUserError, TypeAdapter, ValidationError
 
 MOST = 2**31 - 1
 """The largest whole number that a setting takes: what C libraries below hold in an int."""
@@ -113,6 +113,20 @@ def refusals(error: ValidationError, schemas: Mapping[str, Mapping[str, Any]], t
     for one in error.errors():
         found.setdefault(_field(one["loc"], schemas), []).append(one)
     return {field: _line(field, ones, schemas, tree) for field, ones in found.items()}
+
+
+def refusal(field: str, value: object, annotation: Any) -> str:
+    """The line for a value that is not of a type, which may carry limits; empty for one that is."""
+    try:
+        adapter = TypeAdapter(annotation)
+    except PydanticUserError:  # a class of somebody's own: nothing is known of its values
+        return ""
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        why = _WHY.get(error.errors()[0]["type"], "of the wrong kind")
+        return f"{field} = {value!r}: {why}; use {wanted(adapter.json_schema())}"
+    return ""
 
 
 def _field(loc: tuple[int | str, ...], schemas: Mapping[str, Any]) -> str:

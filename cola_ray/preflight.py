@@ -153,9 +153,24 @@ def _checkpoints(config: Config, job: str) -> Iterator[str]:
             yield from (f"{named}: {fault}" for fault in checkpoints.faults(path))
         if not job:
             break
+    yield from _q(config, job)
     judge = _local("" if is_endpoint(config.task.reward_model) else config.task.reward_model)
     if judge is not None and job in ("rl_preference", "rl_math", "evaluate"):
         yield from (f"task.reward_model = {config.task.reward_model!r}: {fault}" for fault in checkpoints.faults(judge))
+
+
+def _q(config: Config, job: str) -> Iterator[str]:
+    """MCTS-Q's values are of the model's own actions."""
+    file, model = Path(config.q.path) / "q.safetensors", provenance.start_model(config)
+    if job != "evaluate" or not config.q.path or not file.is_file() or not (model / "config.json").is_file():
+        return
+    try:
+        known, actions = checkpoints.q_actions(file), checkpoints.shape_of(model).actions
+    except checkpoints.UnreadableError as error:
+        yield f"q.path = {config.q.path!r}: {error}"
+        return
+    if actions and known != actions:
+        yield f"q.path = {config.q.path!r}: values of {known} actions, and the model has {actions}; train a Q on it"
 
 
 def _local(value: str) -> Path | None:

@@ -209,10 +209,11 @@ def _check_sweep(config: Config) -> list[str]:
 
 def _check_stages(config: Config) -> list[str]:
     try:
-        matrix.chosen(config)
+        jobs = {stage.job for stage in matrix.chosen(config)}
     except ConfigError as error:
-        return [str(error)]
-    return []
+        return str(error).splitlines()
+    lacking = _lacking("lm_eval", "reproduce.stages", "capabilities") if "capabilities" in jobs else []
+    return lacking + (_lacking("sentence_transformers", "reproduce.stages", "diversity") if "diversity" in jobs else [])
 
 
 Rule = Callable[[Config], list[str]]

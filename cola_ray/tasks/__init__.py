@@ -4,9 +4,10 @@ import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 from cola_ray.config import TaskConfig, is_environment
+from cola_ray.limits import refusal
 from cola_ray.tasks.adventures import Jericho, TextWorld
 from cola_ray.tasks.data_science import DataScience
 from cola_ray.tasks.environment import Dialogue, Environment
@@ -131,7 +132,17 @@ def make_environment(config: TaskConfig) -> Environment:
     for name, value in config.options.items():
         if name not in taken and not takes_any:
             raise ValueError(f"task.options.{name} = {value!r}: {config.name} takes {', '.join(taken)}")
+        if name in taken and (wrong := refusal(f"task.options.{name}", value, _annotation(make, name))):
+            raise ValueError(wrong)
     return make(**named, **config.options)
+
+
+def _annotation(make: Callable[..., Environment], name: str) -> Any:
+    """Of a parameter, with its limits; anything goes where none is given, or it cannot be read."""
+    try:
+        return get_type_hints(getattr(make, "__init__", make), include_extras=True).get(name, Any)
+    except (NameError, TypeError):
+        return Any
 
 
 def _environment_class(name: str) -> Callable[..., Environment]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cola_ray.limits import Count, Share
 from cola_ray.tasks.environment import Dialogue, Replayed, Transition
 
 
@@ -22,7 +23,7 @@ class Jericho:
         skill: share of the demonstrations' steps that follow Jericho's walkthrough.
     """
 
-    def __init__(self, game: str, max_turns: int = 50, skill: float = 0.7) -> None:
+    def __init__(self, game: str, max_turns: Count = 50, skill: Share = 0.7) -> None:
         import jericho
 
         if not Path(game).is_file():
@@ -86,10 +87,10 @@ class TextWorld(Replayed):
     def __init__(
         self,
         challenge: str = "tw-coin_collector",
-        level: int = 1,
-        games: int = 8,
-        max_turns: int = 50,
-        skill: float = 0.7,
+        level: Count = 1,
+        games: Count = 8,
+        max_turns: Count = 50,
+        skill: Share = 0.7,
     ) -> None:
         super().__init__(_TextWorldGames(challenge, level, games), max_turns)
         self.skill = skill

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cola_ray.limits import Count, Seconds, Share
 from cola_ray.tasks.environment import Dialogue, Transition
 from cola_ray.tasks.sandbox import Limits, Sandbox
 
@@ -82,10 +83,10 @@ class DataScience:
         dataset: str = "all",
         path: str = "",
         target: str = "",
-        max_turns: int = 5,
-        rows: int = 600,
-        seconds: float = 20.0,
-        skill: float = 0.5,
+        max_turns: Count = 5,
+        rows: Count = 600,
+        seconds: Seconds = 20.0,
+        skill: Share = 0.5,
     ) -> None:
         names = BUNDLED if dataset == "all" else (dataset,)
         self.tables = [read_csv(path, target, rows)] if path else [bundled(name, rows) for name in names]

@@ -12,8 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+from pydantic import Field
+
+from cola_ray.limits import Share
 from cola_ray.tasks.environment import Dialogue, Transition
 
 MAX_TURNS = 20
@@ -84,7 +87,12 @@ class TwentyQuestions(GuessingGame):
         skill: share of the demonstrations' questions that are well chosen; 0.3 returns about -17, the paper's start.
     """
 
-    def __init__(self, objects: int = 157, skill: float = 0.3, oracle: Oracle | None = None) -> None:
+    def __init__(
+        self,
+        objects: Annotated[int, Field(strict=True, ge=2, le=157)] = 157,
+        skill: Share = 0.3,
+        oracle: Oracle | None = None,
+    ) -> None:
         table = objects_table()
         super().__init__(table[:: len(table) // objects][:objects], oracle or table_oracle, "Questions:\n", True)
         self.skill = skill
@@ -172,7 +180,7 @@ CITY_WORDS = {  # the first field with a word in the question answers
 class GuessCity(GuessingGame):
     """91 cities; answers are sentences. Naming the city wins, whatever the answer."""
 
-    def __init__(self, skill: float = 0.5, oracle: Oracle | None = None) -> None:
+    def __init__(self, skill: Share = 0.5, oracle: Oracle | None = None) -> None:
         super().__init__(cities_table(), oracle or city_oracle, "Where are you from?\n", False)
         self.skill = skill
 

@@ -65,6 +65,8 @@ def here(tmp_path_factory):
     )
     (here / "empty").mkdir()
     (here / "void.jsonl").touch()
+    (here / "q").mkdir()
+    save_file({"layers.2.weight": np.zeros((8, 4), np.float32)}, here / "q" / "q.safetensors")
     (here / "broken.gguf").write_bytes(b"GGUF" + bytes(3))
     (here / "data.csv").write_text("a,b\n1,2\n")
     lines(here / "good.jsonl", good, good)
@@ -236,6 +238,11 @@ rl_agent --task.name own:Turns | task.name = 'own:Turns': Turns has max_turns = 
 rl_agent --task.name own:HalfPlays | task.name = 'own:HalfPlays': HalfPlays has no reset and no get_state
 rl_agent --task.name arithmetic | task.name = 'arithmetic': not an environment
 rl_agent --task.options skil 3 | task.options.skil = 3: twenty_questions takes objects, skill
+rl_agent --task.options objects 0 | task.options.objects = 0: out of range; use a whole number from 2 to 157
+rl_agent --task.options objects 10000 | task.options.objects = 10000: out of range
+rl_agent --task.options objects x | task.options.objects = 'x': of the wrong kind
+rl_agent --task.options skill 7 | task.options.skill = 7: out of range; use a number from 0 to 1
+rl_math --task.options min_terms 9 | task.options = {'min_terms': 9}: AssertionError: max_terms must be >= min_terms
 rl_agent --critic.gamma 1.1 | critic.gamma = 1.1: out of range
 rl_agent --critic.expectile 0.3 | critic.expectile = 0.3: an expectile up to 0.5
 rl_agent --critic.td-share 2 | critic.td_share = 2: out of range
@@ -308,6 +315,7 @@ evaluate --model.path cola --eval.ways greedly | eval.ways = ('greedly',): unkno
 evaluate --model.path cola --eval.ways sample sample | eval.ways = ('sample', 'sample'): 'sample' twice
 evaluate --model.path cola --eval.ways mcts_q | q.path = '': mcts_q asks a Q
 evaluate --model.path cola --eval.ways mcts_q --q.path empty | q.path = 'empty': no q.safetensors in it
+evaluate --model.path cola --eval.ways mcts_q --q.path q | q.path = 'q': values of 8 actions, and the model has 16
 evaluate --model.path cola --eval.ks 0 | eval.ks = (0,): out of range
 evaluate --model.path cola --eval.split test | eval.split = 'test': unknown; use one of heldout, train
 evaluate --model.path cola --search.simulations 0 | search.simulations = 0: out of range
