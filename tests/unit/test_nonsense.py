@@ -88,6 +88,7 @@ def here(tmp_path_factory):
     ):
         lines(here / name / "train.jsonl", good, *([wrong] if wrong else []))
         lines(here / name / "test.jsonl", good)
+    lines(here / "maths" / "test.jsonl", {"problem": "p", "solution": "s", "answer": 7})
     lines(here / "half" / "train.jsonl", good)
     lines(here / "math" / "test.jsonl", {"problem": "p", "solution": "s"})
     (here / "own.py").write_text(
@@ -108,6 +109,9 @@ def here(tmp_path_factory):
         "class Turns(Plays):\n    max_turns = 0\n"
         "class HalfPlays:\n"
         "    def step(self, said): return 'x'\n"
+        "class Good(Score):\n    def score(self, split, index, response): return 1.0\n"
+        "class Game(Plays):\n    def reset(self, *, seed): return 'hello', {}\n"
+        "    def step(self, said): return 'x', 0.0, True, False, {}\n"
         "NUMBER = 3\n"
     )  # fmt: skip
     (here / "bad_own.py").write_text("1 / 0\n")
@@ -364,6 +368,45 @@ def test_refused(case, in_here, capsys):
     assert any(re.match(pattern, line) for line in said), said
     for line in said:
         assert re.match(r"[\w. ]+ = .*: .*[^ ]", line) or "belongs to no setting" in line, line
+
+
+ACCEPTED = """
+rl_math --preset tiny --rl.kl-coef 0.01 --seed 1
+rl_math --preset tiny --rl.kl_coef=0.01 --no-resume --rl.no-actor-free
+rl_math --rl.algorithm etpo --rl.kl-coef 0.05 --rl.actor-free
+rl_math --rl.action-space token --rl.lr 1e-4 --rl.lora-rank 16
+rl_math --rl.max-staleness 1 --tracking-uri http://mlflow:5000
+rl_math --tracking-uri sqlite:///runs.db --cluster.address 10.0.0.7:6379
+rl_math --cluster.address ray://head:10001 --cluster.use-gpu
+rl_math --model.path cola --rl.max-steps 2
+rl_math --task.name countdown --task.thinking --rollout.max-prompt-tokens 160 --rollout.max-new-tokens 24
+rl_math --task.name gsm8k --task.path gsm --rollout.max-new-tokens 100
+rl_math --task.options max_terms 2
+rl_math --task.name own:Good
+rl_agent
+rl_agent --rl.algorithm grpo --rl.group-size 8 --rl.prompts-per-step 8
+rl_agent --task.options objects 20 skill 0.3
+rl_agent --task.name own:Game
+rl_preference --task.path pairs.jsonl --task.reward-model http://scores:8000/
+reward_model --task.path pairs.jsonl --model.base llama
+pretrain --preset tiny
+pretrain --model.base llama --data.path good.jsonl --pretrain.max-steps 5
+pretrain --model.path cola --pretrain.stages fta_idm fta_policy --data.path good.jsonl
+pretrain --pretrain.steps.base 800 --pretrain.stages base
+evaluate --model.path cola
+evaluate --model.path cola --eval.ways sample mcts --search.simulations 64 --eval.problems 512
+evaluate --model.path cola --task.name math500 --task.path maths --rollout.max-new-tokens 100
+atlas --model.path cola --data.path good.jsonl
+sweep --sweep.field rl.lr --sweep.values 1e-4 5e-4 --sweep.seeds 0 1 2 --sweep.asha
+sweep --task.name twenty_questions
+plan --preset llama-3.1-8b --hardware.gpus 16
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", ACCEPTED)
+def test_what_makes_sense_is_not_refused(line, in_here):
+    job, *argv = shlex.split(line)
+    from_command_line(job, argv)
 
 
 def test_all_mistakes_are_reported_together(in_here, capsys):
