@@ -11,7 +11,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ray.config import COMPARING, MULTI_TURN, OF_OUTCOMES, OF_TURNS, WITH_CRITIC, Config, is_environment
+from cola_ray.config import COMPARING, MULTI_TURN, OF_OUTCOMES, OF_TURNS, Config, is_environment
 from cola_ray.presets import preset
 
 Condition = Callable[[Config], bool]
@@ -250,16 +250,10 @@ COMBINATIONS: tuple[Combination, ...] = (
             ("rl.kl_target", 0.0), ("rollout.temperature", 1.0), ("rollout.top_k", 0),
         )
     ),
-    # ArCHer's critic, and what others read of it.
+    # ArCHer's critic. Who asks none reads none of its settings (relevance.py).
     *(
-        Combination(field, None, _not_of("archer"), "only archer reads it")
-        for field in (
-            "critic.actor_states", "critic.reuse", "critic.td_share", "critic.token_baseline", "critic.chooses",
-        )
-    ),
-    *(
-        Combination(field, None, _not_of(*WITH_CRITIC), f"only {' and '.join(WITH_CRITIC)} ask a critic")
-        for field in ("critic.encoder", "critic.expectile", "critic.priority_beta")
+        Combination(field, None, _of("chai"), "no policy trains")
+        for field in ("critic.reuse", "critic.td_share", "critic.token_baseline")
     ),
     *(
         Combination(
@@ -268,6 +262,5 @@ COMBINATIONS: tuple[Combination, ...] = (
         )
         for field in ("critic.td_share", "critic.reuse")
     ),
-    Combination("replay.kept_share", None, _not_of("filtered_bc"), "only filtered_bc reads it"),
 )  # fmt: skip
 """In order of what to say first of a field."""

@@ -38,6 +38,14 @@ def within_noise(difference: Tensor, largest: Tensor) -> Tensor:
     return difference <= NOISE * largest.clamp_min(1.0)
 
 
+def beyond_noise(errors: Tensor, goals: Tensor) -> Tensor:
+    """Errors of values, exactly 0 where they are no more than the rounding of their goals.
+
+    Adam's steps are as long for gradients of 1e-8 as for any, and would carry rounding on into what values tell apart.
+    """
+    return errors.masked_fill(within_noise(errors.detach().abs(), goals.abs()), 0.0)
+
+
 def all_alike(values: Tensor) -> bool:
     """Whether values differ by noise alone, so that none is better than another."""
     wide = values.double()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cola_ray.algorithms import etpo
-from cola_ray.algorithms.advantages import discounted_sum_to_go, within_noise
+from cola_ray.algorithms.advantages import beyond_noise, discounted_sum_to_go, within_noise
 from cola_ray.algorithms.archer import polyak_
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.algorithms.policy_loss import (
@@ -335,6 +335,7 @@ class RLLearner:
             sums = self.value.advantages(pieces, num_actions)
             self.value.fit(pieces, num_actions)
         if self.soft_q is not None:
+            self.soft_q.start(pieces, num_actions)
             if rl.control_variate:  # before this batch has been learnt from: a control must not know it
                 self._control(pieces)
             sums = self.soft_q.fit(pieces, num_actions, 0.0 if rl.control_variate else self.kl_coef)
@@ -389,7 +390,7 @@ class RLLearner:
         reference = piece["reference"] = piece["reference_logits"].log_softmax(-1)
         goals = one_step_targets(target, piece, beta)[mask]
         taken = _placed(_taken(q, piece), piece)[mask]
-        error = (taken - goals).square().sum()
+        error = beyond_noise(taken - goals, goals).square().sum()
         with torch.no_grad():
             policy = etpo.best_log_probs(q, reference, beta)
             return error, {

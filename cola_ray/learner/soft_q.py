@@ -7,7 +7,7 @@
     with an actor   Q(e) ─> actor loss, summed over all K actions ─> the policy's update, on the same batch
     without         rho exp(Q / beta) / Z acts, V is its own, and batches are of any age
 
-The last layer starts at zero: at first every action is worth the same, and the best policy is the reference. N
+At first every action is worth the same, and the best policy is the reference. N
 positions are scored: where an action was taken, and the last one of a sequence.
 """
 
@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cola_ray.algorithms import etpo
+from cola_ray.algorithms.advantages import beyond_noise
 from cola_ray.algorithms.archer import polyak_
-from cola_ray.learner.value import step_together
+from cola_ray.learner.value import level_of, step_together
 from cola_ray.model.modeling_cola import QHead
 
 
@@ -44,6 +45,19 @@ class SoftQLearner:
         self.optimizer = torch.optim.Adam(self.online.parameters(), lr=lr)
         self.tau, self.grad_clip, self.steps = tau, grad_clip, steps
 
+    @torch.no_grad()
+    def start(self, pieces: Sequence[dict[str, Tensor]], num_actions: int) -> None:
+        """Before the first step: every action of every state is worth what the average one leads to.
+
+        From 0, actions that were taken would be learnt to be worth more than those that were not, by the rewards' level
+        alone. All ranks call; once there has been a step it changes nothing.
+        """
+        if self.optimizer.state:
+            return
+        level = level_of(pieces, num_actions)
+        for head in (self.online, self.target):
+            nn.init.constant_(head.layers[-1].get_parameter("bias"), level)
+
     def fit(self, pieces: Sequence[dict[str, Tensor]], num_actions: int, beta: float) -> dict[str, Tensor]:
         """``steps`` gradient steps on ``mean (Q(e, a) - target)^2``; all ranks call.
 
@@ -63,7 +77,7 @@ class SoftQLearner:
                 mask = piece["action_mask"]
                 goals = one_step_targets(self.target, piece, beta, piece["policy"])[mask]
                 taken = self.online(piece["hidden_states"][mask]).gather(-1, piece["actions"][mask][:, None])[:, 0]
-                error = (taken - goals).square().sum()
+                error = beyond_noise(taken - goals, goals).square().sum()
                 (error / num_actions).backward()
                 if step == 0:
                     found = {"q/taken": taken.detach().sum(), "q/target": goals.sum(), "q/error": error.detach()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cola_ray.algorithms.advantages import over_spread, typical_value, within_noise
+from cola_ray.algorithms.advantages import beyond_noise, over_spread, typical_value, within_noise
 from cola_ray.algorithms.gradients import NonFiniteError, clip_gradients
 from cola_ray.algorithms.ppo import generalised_advantages
 
@@ -58,13 +58,8 @@ class ValueLearner:
         """
         if self.optimizer.state:
             return
-        columns = [
-            torch.cat([piece[name][piece["action_mask"]] for piece in pieces]) for name in ("rewards", "discounts")
-        ]
-        sums = self._summed(*(column.double().sum() for column in columns))
-        level = typical_value(*(sums / num_actions))
         nn.init.zeros_(self.head.layers[-1].get_parameter("weight"))
-        nn.init.constant_(self.head.layers[-1].get_parameter("bias"), float(level))
+        nn.init.constant_(self.head.layers[-1].get_parameter("bias"), level_of(pieces, num_actions))
 
     @torch.no_grad()
     def advantages(self, pieces: Sequence[dict[str, Tensor]], num_actions: int) -> dict[str, Tensor]:
@@ -146,7 +141,9 @@ class ValueLearner:
         for _ in range(self.steps):
             self.optimizer.zero_grad()
             for piece in pieces:
-                error = (self.head(piece["hidden_states"]) - piece["returns"])[piece["action_mask"]]
+                mask = piece["action_mask"]
+                goals = piece["returns"][mask]
+                error = beyond_noise(self.head(piece["hidden_states"])[mask] - goals, goals)
                 (error.square().sum() / num_actions).backward()
             step_together(self.head, self.optimizer, self.grad_clip)
 
@@ -156,6 +153,14 @@ class ValueLearner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def level_of(pieces: Sequence[dict[str, Tensor]], num_actions: int) -> float:
+    """What every state is worth if all actions of all ranks' micro-batches are like the average one; all ranks call."""
+    columns = [torch.cat([piece[name][piece["action_mask"]] for piece in pieces]) for name in ("rewards", "discounts")]
+    sums = torch.stack([column.double().sum() for column in columns])
+    torch.distributed.all_reduce(sums)
+    return float(typical_value(*(sums / num_actions)))
 
 
 def step_together(head: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:

@@ -140,8 +140,9 @@ class Critic:
             rewards, terminated: (N,).
             states, utterances: (N, S), (N, U), of a base whose features the heads are to standardise.
         """
-        level = typical_value(rewards, self.gamma * (1.0 - terminated.float()))
-        self._agree_on(level)
+        rates = torch.stack([rewards.double().mean(), self.gamma * (1.0 - terminated.double()).mean()])
+        self._agree_on(rates)
+        level = typical_value(*rates)
         for heads in (self.online, self.target):
             heads.start_at(level)
         for name, features in (("states", states), ("utterances", utterances)):

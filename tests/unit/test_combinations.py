@@ -75,17 +75,11 @@ REFUSED = [
     (SOFT | {"rl.kl_target": 0.1}, "rl.kl_target = 0.1: rl.actor_free needs 0.0"),
     (SOFT | {"rollout.temperature": 0.5}, "rollout.temperature = 0.5: rl.actor_free needs 1.0"),
     (SOFT | {"rollout.top_k": 4}, "rollout.top_k = 4: rl.actor_free needs 0"),
-    ({"critic.actor_states": "played"}, "critic.actor_states = 'played': only archer reads it"),
-    ({"critic.reuse": 2}, "critic.reuse = 2: only archer reads it"),
-    ({"critic.td_share": 0.5}, "critic.td_share = 0.5: only archer reads it"),
-    (agent("chai", critic__token_baseline=True), "critic.token_baseline = True: only archer reads it"),
-    ({"critic.chooses": True}, "critic.chooses = True: only archer reads it"),
-    (agent("ppo", critic__encoder="a/b", critic__chooses=False), "critic.encoder = 'a/b': only archer and chai ask"),
-    (agent("ppo", critic__expectile=0.7), "critic.expectile = 0.7: only archer and chai ask"),
-    (agent("filtered_bc", critic__priority_beta=0.4), "critic.priority_beta = 0.4: only archer and chai ask"),
+    (agent("chai", critic__reuse=2), "critic.reuse = 2: no policy trains"),
+    (agent("chai", critic__td_share=0.2), "critic.td_share = 0.2: no policy trains"),
+    (agent("chai", critic__token_baseline=True), "critic.token_baseline = True: no policy trains"),
     (agent("archer", critic__actor_states="replayed", critic__td_share=0.2), "critic.td_share = 0.2: of what was"),
     (agent("archer", critic__actor_states="replayed", critic__reuse=2, critic__td_share=0.0), "critic.reuse = 2: of"),
-    (agent("archer", replay__kept_share=0.5), "replay.kept_share = 0.5: only filtered_bc reads it"),
 ]
 
 

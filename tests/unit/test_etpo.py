@@ -136,6 +136,24 @@ def alone():
     torch.distributed.destroy_process_group()
 
 
+def test_equal_outcomes_move_no_action(alone):
+    """Q of actions that were taken and of those that were not stays the same, exactly: there is nothing to prefer."""
+    draw = torch.Generator().manual_seed(0)
+    log_probs = torch.randn(32, 4, generator=draw).log_softmax(-1)
+    batch = {
+        "hidden_states": torch.randn(8, 4, 5, generator=draw), "actions": torch.randint(4, (8, 4), generator=draw),
+        "action_mask": torch.tensor([[True, True, True, False]]).repeat(8, 1),
+        "attention_mask": torch.ones(8, 4, dtype=torch.long), "scored_mask": torch.ones(8, 4, dtype=torch.bool),
+        "rewards": torch.tensor([[0.0, 0.0, 0.2, 0.0]]).repeat(8, 1), "policy": log_probs, "reference": log_probs,
+        "discounts": torch.tensor([[1.0, 1.0, 0.0, 0.0]]).repeat(8, 1),
+    }  # fmt: skip
+    learner = SoftQLearner(5, 4, torch.device("cpu"), lr=1e-2, tau=0.05, grad_clip=1.0, steps=4, seed=0)
+    for _ in range(5):
+        learner.start([batch], 24)
+        learner.fit([batch], 24, beta=0.1)
+    assert torch.equal(learner.q(batch), torch.full((32, 4), 0.2))
+
+
 def test_the_fitted_head_finds_the_exact_soft_values(alone):
     """A chain of two actions with one-hot states: the head, trained on draws from rho, against the recursion."""
     beta, reward = 0.5, torch.tensor([[1.0, -1.0, 0.0], [0.0, 2.0, 0.5], [-1.0, 0.0, 1.0]])  # (first, second)
