@@ -33,9 +33,8 @@ def worker(monkeypatch):
     def serve(self, config, model_path, keep_hidden_states):
         self.config, self.latent, self.batch = config, True, Echo()
         self.chat = types.SimpleNamespace(prompt_ids=lambda question: [ord(letter) for letter in question])
-        self.tokenizer = types.SimpleNamespace(
-            decode=lambda ids, skip_special_tokens: "".join(map(chr, ids)), pad_token_id=0, eos_token_id=1
-        )
+        self.tokenizer = types.SimpleNamespace(pad_token_id=0, eos_token_id=1)
+        self.endings = types.SimpleNamespace(strings=(), text=lambda ids: "".join(map(chr, ids)))
 
     monkeypatch.setattr(EngineWorker, "__init__", serve)
     config = override(preset("tiny"), {"rollout.max_prompt_tokens": LIMIT, "task.num_problems": 300})
