@@ -92,10 +92,10 @@ def cola(base_dir: Path) -> CoLAForCausalLM:
     return scramble(model).eval()
 
 
-def letters() -> PreTrainedTokenizerFast:
+def letters(first: int = 0x4E00) -> PreTrainedTokenizerFast:
     """One character a token, for all of the vocabulary."""
-    words = {chr(0x4E00 + token): token for token in range(VOCAB_SIZE)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=chr(0x4E00)))
+    words = {chr(first + token): token for token in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=chr(first)))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

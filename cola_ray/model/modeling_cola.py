@@ -31,7 +31,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaModel, LlamaPreTrainedModel
 from transformers import initialization as init
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin, GenerationMode, LogitsProcessorList
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMixin,
+    GenerationMode,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -711,6 +717,7 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         seed: int | Tensor = 0,
         actions: Tensor | None = None,
         eos_token_id: int | Sequence[int] | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``generate`` with a seed for each row: the draws are those of vLLM, whatever else is in the batch.
 
@@ -718,8 +725,9 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             input_ids: (B, P) prompts, left-padded where ``attention_mask`` (B, P) is 0.
             temperature, top_k, seed: one number, or (B,) tensors, as in :func:`sample_actions`.
             actions: (B, F) int64 actions to force at the first F steps; -1 leaves a step free.
-            eos_token_id: a row that produced one is finished; its later tokens are the first of them, actions -1,
-                log-probabilities 0.
+            eos_token_id: a row that produced one is finished; its later tokens are the first of them (or 0), actions
+                -1, log-probabilities 0.
+            stopping_criteria: of transformers, asked after each token, e.g. ``StopStringCriteria(tokenizer, ["\\n"])``.
 
         Returns:
             tokens (B, N), actions (B, N), log-probabilities of the actions (B, N) float32, N <= max_new_tokens.
@@ -744,13 +752,14 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
                 forced = actions[:, step]
             action, log_prob = sample_actions(logits, *rows, position_ids[:, -1], forced)
             token = self.world_model_logits(e[:, -1], action).argmax(-1)
-            if stops:
-                token = token.masked_fill(finished, stops[0])
+            token = token.masked_fill(finished, stops[0] if stops else 0)
             out.append((token, action.masked_fill(finished, -1), log_prob.masked_fill(finished, 0.0)))
-            if stops:
-                finished = finished | torch.isin(token, torch.tensor(stops, device=device))
-                if bool(finished.all()):
-                    break
+            finished = finished | torch.isin(token, torch.tensor(stops, dtype=token.dtype, device=device))
+            if stopping_criteria:
+                said = torch.stack([column[0] for column in out], 1)
+                finished = finished | stopping_criteria(torch.cat([input_ids, said], 1), None)
+            if bool(finished.all()):
+                break
             step_ids, position_ids = token[:, None], position_ids[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(batch, 1)], 1)
         tokens, taken, log_probs = (torch.stack(column, 1) for column in zip(*out, strict=True))

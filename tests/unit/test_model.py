@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near, scramble, small_llama
+from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near, letters, scramble, small_llama
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
 from cola_ray import CoLAConfig, CoLAForCausalLM
 from cola_ray.model import conversion
@@ -318,6 +319,27 @@ def test_generation_equals_full_forwards(cola, ids):
             sequence = torch.cat([sequence, token[None]], 1)
         alone = cola.generate_latent(row[None], max_new_tokens=8, temperature=0.9, top_k=5, seed=int(seeds[i]))
         assert torch.equal(alone[1][0], actions[i])
+
+
+def test_strings_and_several_end_tokens_finish_rows(cola, ids):
+    tokens, actions, _ = cola.generate_latent(ids, max_new_tokens=8, seed=3)
+    tokenizer = letters(32)  # the criteria need a tokenizer that knows abcdef
+    stop = tokenizer.decode(tokens[0, 2:4])
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
+    found, acted, log_probs = cola.generate_latent(ids, max_new_tokens=8, seed=3, stopping_criteria=criteria)
+    texts = ["".join(tokenizer.convert_ids_to_tokens(row.tolist())) for row in tokens]
+    for row, text in enumerate(texts):
+        length = text.find(stop) + 2 if stop in text else 8
+        assert found[row, :length].tolist() == tokens[row, :length].tolist()
+        assert acted[row, :length].tolist() == actions[row, :length].tolist()
+        assert (acted[row, length:] == -1).all()
+        assert (log_probs[row, length:] == 0).all()
+    assert (acted[0] == -1).any() or found.shape[1] < 8
+    ends = [int(tokens[0, 1]), int(tokens[0, 3])]
+    first = next(step for step in range(8) if int(tokens[0, step]) in ends)
+    _, acted, _ = cola.generate_latent(ids, max_new_tokens=8, seed=3, eos_token_id=ends)
+    assert (acted[0, : first + 1] >= 0).all()
+    assert (acted[0, first + 1 :] == -1).all()
 
 
 def test_forced_actions_and_stop_token(cola, ids):
