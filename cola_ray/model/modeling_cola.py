@@ -298,10 +298,12 @@ class CoLACausalLMOutput(CausalLMOutputWithPast):
     Args:
         action_logits: (B, T, K) float32, unnormalised.
         actions: (B, T) int64, those that ``logits`` are given.
+        last_hidden_state: (B, T, H), e at all positions, as ``AutoModel``'s users look for it.
     """
 
     action_logits: Tensor | None = None
     actions: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
 
 @dataclass
@@ -608,6 +610,7 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             attentions=base.attentions,
             action_logits=policy,
             actions=chosen,
+            last_hidden_state=base.last_hidden_state,
         )
 
     def _loss(

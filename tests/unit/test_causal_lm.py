@@ -1,10 +1,10 @@
 """CoLA as transformers' users know a causal language model: generate, labels, caches, folders that open anywhere.
 
 transformers 5.19 has ``ModelTesterMixin`` in its source distribution, without ``GenerationTesterMixin``. Run on
-CoLAForCausalLM the former passes but for two claims: that each weight gets a gradient from ``labels`` (the inverse
-dynamics model labels actions and has no part in the likelihood of a text), and that a generative model is tested by the
-latter. Tests of accelerators, tensor parallelism and flash attention skip themselves on a CPU. The promises of both
-stand here as tests of our own; beam search and assisted generation are refused, and so not tested.
+CoLAForCausalLM the former passes but for the claim that a generative model is tested by the latter. Two of its claims do
+not apply: that each weight gets a gradient from ``labels`` (the inverse dynamics model labels actions and has no part in
+the likelihood of a text), and what it says of accelerators, tensor parallelism and flash attention on a CPU. The
+promises of both stand here as tests of our own; beam search and assisted generation are refused, and so not tested.
 """
 
 import copy
@@ -264,6 +264,7 @@ def test_outputs_of_forward(cola):
     ids = torch.stack([row[:8] for row in prompts(27) if len(row) >= 8])
     out = cola(ids, output_hidden_states=True)
     assert torch.equal(out.hidden_states[-1], cola.encode(ids))
+    assert torch.equal(cola(ids, logits_to_keep=1).last_hidden_state, cola.encode(ids))
     assert len(out.hidden_states) == cola.config.num_hidden_layers + 1
     assert torch.equal(out.action_logits, cola.policy_logits(cola.encode(ids)))
     assert torch.equal(out.actions, out.action_logits.argmax(-1))
