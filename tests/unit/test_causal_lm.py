@@ -1,10 +1,10 @@
 """CoLA as transformers' users know a causal language model: generate, labels, caches, folders that open anywhere.
 
 transformers 5.19 has ``ModelTesterMixin`` in its source distribution, without ``GenerationTesterMixin``. Run on
-CoLAForCausalLM the former passes but for the claim that a generative model is tested by the latter. Two of its claims do
-not apply: that each weight gets a gradient from ``labels`` (the inverse dynamics model labels actions and has no part in
-the likelihood of a text), and what it says of accelerators, tensor parallelism and flash attention on a CPU. The
-promises of both stand here as tests of our own; beam search and assisted generation are refused, and so not tested.
+CoLAForCausalLM the former passes but for its claim that the latter tests every generative model. Not applicable are a
+gradient from ``labels`` in each weight (the inverse dynamics model labels actions and has no part in the likelihood of
+a text) and, on a CPU, tests of accelerators, tensor parallelism and flash attention. The promises of both stand here as
+tests of our own; beam search and assisted generation are refused, and so not tested.
 """
 
 import copy
