@@ -268,7 +268,7 @@ def bare_latent_step(latent: str, batch: Batch) -> tuple[Callable[[], None], Any
     """What one would write by hand with DeepSpeed: no frame, no metrics, no checks; the same losses."""
 
     from cola_ray.learner.policies import LatentPolicy
-    from cola_ray.learner.rl import _tensors
+    from cola_ray.learner.rl import tensors_of
 
     module = LatentPolicy(CoLAForCausalLM.from_pretrained(latent))
     for name, parameter in module.named_parameters():
@@ -276,7 +276,7 @@ def bare_latent_step(latent: str, batch: Batch) -> tuple[Callable[[], None], Any
     engine, optimizer = deepspeed_engine(module)
 
     def step() -> None:
-        piece = _tensors(batch, *batch.micro_batches[0], torch.device("cpu"))
+        piece = tensors_of(batch, *batch.micro_batches[0], torch.device("cpu"))
         mask = piece["action_mask"]
         logits, _, reference, _ = engine(piece["input_ids"], piece["attention_mask"], mask)
         taken, place = piece["actions"][mask][:, None], torch.zeros(mask.shape)
