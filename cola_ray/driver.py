@@ -341,6 +341,8 @@ def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, f
                 continue
             display.update("rl", step, config.rl.max_steps, note, milestone=evaluated in metrics or step % 10 == 0)
         if failure:
+            if not found and ray.wait([begun], timeout=0)[0]:
+                poll()  # which has it in its own words
             raise RunFailedError(failure)
 
     def stop() -> None:

@@ -38,7 +38,7 @@ def _tiny() -> Config:
         pretrain=PretrainConfig(
             stages=("base", "actions", "policy"),
             steps={
-                "base": 850,
+                "base": 700,
                 "actions": 200,
                 "policy": 60,
                 "fta_idm": 50,
@@ -58,12 +58,12 @@ def _tiny() -> Config:
         ),
         rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=512, kv_cache_mb=128),
         rl=RLConfig(
-            max_steps=30,
+            max_steps=24,
             prompts_per_step=64,
             group_size=8,
             lr=5e-4,
             micro_batch_tokens=8192,
-            eval_every=10,
+            eval_every=8,
             save_every=20,
         ),
     )
