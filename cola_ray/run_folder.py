@@ -1,22 +1,27 @@
 """A run's folder: what a job may write there, and the record of what it did.
 
-    RUN/run.json    {"tool": "cola_ray", "job": ..., "state": ..., "step": ..., "wrote": [names], "files": [paths]}
+    RUN/run.json    {"tool": "cola_ray", "job": ..., "state": ..., "step": ..., "process": "PID on HOST",
+                     "wrote": [names], "files": {path: [bytes, time in ns]}}
 
     lines = refusals(config, "rl_math")      # why the job may not write there; empty: it may
     folder = claim(config, "rl_math")        # removes an earlier run's names, with consent alone, and writes the record
     folder.end("finished", step=80)
 
 A job takes names that nothing had before, so whatever bears them later is the run's: that, and nothing else, is what
-``--overwrite`` removes. Files that somebody put among them meanwhile are known by not being in the record.
+``--overwrite`` removes. Files that somebody put among them meanwhile are known by not being in the record, files that
+somebody changed by their size and time. A run at work holds a lock on its folder, which ends with the process.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import shutil
+import socket
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,18 +58,30 @@ def written_by(job: str) -> tuple[str, ...]:
 _KNOWN = frozenset(name for job in WRITES for name in written_by(job))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RunFolder:
     """One that a job has claimed."""
 
     path: Path
     job: str
+    release: Callable[[], object] = lambda: None
+    """Ends the lock; so does the end of this object."""
+
+    def lock(self) -> bool:
+        """Keep other runs away until this one ends; false where another has done so."""
+        place = os.open(self.path, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, place)
+        if _locked(place, fcntl.LOCK_EX):
+            return True
+        self.release()
+        return False
 
     def end(self, state: State, step: int | None = None) -> None:
-        """Record how the run ended, and which files are its own."""
+        """Record how the run ended, and which files are its own; others may have the folder then."""
         record = read_record(self.path) or {}
-        files = _files(self.path, record.get("wrote", ()))
+        files = {file: _stamp(self.path / file) for file in _files(self.path, record.get("wrote", ()))}
         write_json(self.path / RECORD, record | {"state": state, "step": step, "files": files})
+        self.release()
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
@@ -77,12 +94,16 @@ class RunFolder:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of the run in this folder; None where no run of ours has written."""
+    """The record of the run in this folder; None where no run of ours has written, or it is not whole."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("tool") == _TOOL else None
+    if not isinstance(record, dict) or record.get("tool") != _TOOL:
+        return None
+    names, files = record.get("wrote"), record.get("files", {})
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(files, dict)
+    return record if whole else None
 
 
 def summary_of(folder: Path) -> dict[str, Any] | None:
@@ -99,6 +120,36 @@ def is_finished(folder: Path) -> bool:
     return record is not None and record.get("state") == "finished"
 
 
+def is_at_work(folder: Path) -> bool:
+    """Whether a run holds the folder."""
+    try:
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        return not _locked(place, fcntl.LOCK_SH)
+    finally:
+        os.close(place)
+
+
+def _locked(place: int, how: int) -> bool:
+    try:
+        fcntl.flock(place, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that locks no folders
+        pass
+    return True
+
+
+def _at_work(folder: Path) -> str:
+    record = read_record(folder) or {}
+    return (
+        f"output_dir = {str(folder)!r}: a run of {record.get('job')} is at work there, process "
+        f"{record.get('process')}; wait for its end or stop it, or give another --output-dir"
+    )
+
+
 def refusals(config: Config, job: str, start: Path | None = None) -> list[str]:
     """Why the job may not write into ``output_dir``, a line each. Changes nothing.
 
@@ -111,10 +162,12 @@ def refusals(config: Config, job: str, start: Path | None = None) -> list[str]:
     if config.resume and config.overwrite:
         return ["overwrite = True: a run is either resumed or begun anew; leave --resume or --overwrite out"]
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        return [f"{said}: is no folder; give another --output-dir"]
-    lines = _no_database(config)
+        return [f"{said}: {folder} is a file; give a folder"]
+    if is_at_work(folder):
+        return [_at_work(folder)]
     record, names = read_record(folder), written_by(job)
-    ours = [] if record is None else [name for name in record.get("wrote", ()) if name in _KNOWN]
+    ours = [] if record is None else [name for name in record["wrote"] if name in _KNOWN]
+    lines = _no_database(config, {*names, *ours})
     foreign = [name for name in names if os.path.lexists(folder / name) and name not in ours]
     strange = [] if record is None else strangers(folder)
     away = "give another --output-dir, or move them away"
@@ -129,6 +182,8 @@ def refusals(config: Config, job: str, start: Path | None = None) -> list[str]:
             f"{said}: holds {how} of {record.get('job')}{at}; use --resume to go on with it, --overwrite to remove it "
             "and begin anew, or another --output-dir"
         )
+    elif config.overwrite and record is not None and (edited := changed(folder)):
+        lines.append(f"{said}: has {_listed(edited)}, which somebody changed after the run; {away}")
     elif strange:
         verb = "resumed over" if config.resume else "removed with the run"
         lines.append(f"{said}: has {_listed(strange)}, which the run did not write and which would be {verb}; {away}")
@@ -146,16 +201,19 @@ def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
     if lines:
         raise ConfigError("\n".join(lines))
     folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(folder, job)
+    if not run.lock():
+        raise ConfigError(_at_work(folder))
     record = read_record(folder)
     if record is not None and config.overwrite:
         # The record goes last: what a kill leaves behind is still known to be the run's.
         for name in sorted(set(record["wrote"]) & _KNOWN, key=lambda name: name == RECORD):
             _remove(folder / name)
-    folder.mkdir(parents=True, exist_ok=True)
     begun = {"tool": _TOOL, "job": job, "state": "running", "step": None, "wrote": written_by(job)}
-    write_json(folder / RECORD, begun)
+    write_json(folder / RECORD, begun | {"process": f"{os.getpid()} on {socket.gethostname()}"})
     write_json(folder / "config.json", config.model_dump())
-    return RunFolder(folder, job)
+    return run
 
 
 def strangers(folder: Path) -> list[str]:
@@ -163,9 +221,8 @@ def strangers(folder: Path) -> list[str]:
     record = read_record(folder) or {}
     names = [name for name in record.get("wrote", ()) if name in _KNOWN]
     found = [name for name in names if (folder / name).is_symlink()]
-    recorded = record.get("files")
-    if recorded is not None:
-        known = set(recorded)
+    if "files" in record:
+        known = set(record["files"])
         found += [file for file in _files(folder, names) if file not in known and file not in found]
     for below in _runs_below(folder, names):
         own = {*(read_record(below) or {}).get("wrote", ()), *_BESIDE}
@@ -174,8 +231,25 @@ def strangers(folder: Path) -> list[str]:
     return found
 
 
+def changed(folder: Path) -> list[str]:
+    """Files of a run that ended, and of runs within it, that are no longer as they were at its end."""
+    record = read_record(folder) or {}
+    files = record.get("files", {})
+    now = {file: _stamp(folder / file) for file in files if os.path.lexists(folder / file)}
+    found = [file for file, stamp in now.items() if stamp and stamp != files[file]]
+    for below in _runs_below(folder, [name for name in record.get("wrote", ()) if name in _KNOWN]):
+        found += [str((below / file).relative_to(folder)) for file in changed(below)]
+    return found
+
+
+def _stamp(file: Path) -> list[int] | None:
+    """Size and time; None of what a run still writes to while and after it says how it ended."""
+    seen = file.lstat()
+    return None if file.name in (RECORD, "log.jsonl", *_BESIDE) else [seen.st_size, seen.st_mtime_ns]
+
+
 def _files(folder: Path, names: Sequence[str]) -> list[str]:
-    """Relative paths of files and links below these names, but for folders of runs, which have their own records."""
+    """Relative paths of files and links below these names; of folders of runs their records, which name the rest."""
     found = []
     for name in names:
         place = folder / name
@@ -183,9 +257,11 @@ def _files(folder: Path, names: Sequence[str]) -> list[str]:
             found.append(name)
             continue
         for here, folders, files in os.walk(place):
-            folders[:] = sorted(one for one in folders if read_record(Path(here, one)) is None)
+            runs = {one for one in folders if read_record(Path(here, one)) is not None}
+            folders[:] = sorted({*folders} - runs)
             links = [one for one in folders if Path(here, one).is_symlink()]
-            found += [os.path.relpath(Path(here, one), folder) for one in sorted([*files, *links])]
+            records = [os.path.join(one, RECORD) for one in runs]
+            found += [os.path.relpath(Path(here, one), folder) for one in sorted([*files, *links, *records])]
     return found
 
 
@@ -217,6 +293,7 @@ def _inputs_within(config: Config, folder: Path, written: set[str], start: Path 
         "task.path": config.task.path, "task.game": config.task.game, "q.path": config.q.path,
         "task.reward_model": "" if is_endpoint(config.task.reward_model) else config.task.reward_model,
         "critic.encoder": config.critic.encoder, "diversity.encoder": config.diversity.encoder,
+        "harness.include_path": config.harness.include_path,
     }  # fmt: skip
     lines = []
     folder = folder.resolve()
@@ -234,10 +311,18 @@ def _inputs_within(config: Config, folder: Path, written: set[str], start: Path 
     return lines
 
 
-def _no_database(config: Config) -> list[str]:
-    """Runs are tracked in mlflow.db beside the folder, unless it is said where; another program's file is not taken."""
-    file = Path(config.output_dir).parent / "mlflow.db"
-    if config.tracking_uri or not file.exists() or not file.stat().st_size:
+def _no_database(config: Config, written: set[str]) -> list[str]:
+    """Another program's database is not taken for runs, nor one among what a run writes; by default it lies beside."""
+    folder, given = Path(config.output_dir), config.tracking_uri
+    if given and not given.startswith("sqlite:///"):
+        return []
+    file = Path(given.removeprefix("sqlite:///")) if given else folder.parent / "mlflow.db"
+    named = f"tracking_uri = {given!r}" if given else f"output_dir = {config.output_dir!r}"
+    another = "give --tracking-uri, e.g. sqlite:///runs.db"
+    place = file.resolve()
+    if any(folder / name in (place, *place.parents) for name in written):
+        return [f"{named}: lies in what the run writes to {folder}; {another}"]
+    if not file.exists() or not file.stat().st_size:
         return []
     with (
         contextlib.suppress(sqlite3.Error),
@@ -246,8 +331,7 @@ def _no_database(config: Config) -> list[str]:
         tables = {name for (name,) in db.execute("select name from sqlite_master where type = 'table'")}
         if not tables or "experiments" in tables:
             return []
-    return [f"output_dir = {config.output_dir!r}: {file} is no database of MLflow; give --tracking-uri, e.g. "
-            "sqlite:///runs.db, or a folder elsewhere"]  # fmt: skip
+    return [f"{named}: {file} is no database of MLflow; {another}{'' if given else ', or a folder elsewhere'}"]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,68 @@ def test_a_record_names_nothing_outside(ours, tmp_path):
     assert (ours / "notes.txt").exists()
 
 
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize(
+    "broken", [{"wrote": None}, {"wrote": 3}, {"wrote": "model"}, {"wrote": ["model", 3]}, {"files": 3}]
+)
+def test_a_broken_record_is_nobodys(ours, broken, how):
+    write_json(ours / "run.json", read_record(ours) | broken)
+    before = fingerprint(ours)
+    with pytest.raises(ConfigError, match="which no run of this folder wrote"):
+        claim(settings(ours, **how), "rl_math")
+    assert fingerprint(ours) == before
+
+
+def test_what_somebody_changed_after_the_run_is_not_removed(ours):
+    write(ours, "model/model.safetensors", content="tuned further")
+    before = fingerprint(ours)
+    with pytest.raises(ConfigError, match=r"has model/model.safetensors, which somebody changed after the run"):
+        claim(settings(ours, overwrite=True), "rl_math")
+    assert fingerprint(ours) == before
+    assert refusals(settings(ours, resume=True), "rl_math") == []
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_run_at_work_is_left_alone(how, tmp_path):
+    run = claim(settings(tmp_path), "rl_math")
+    write(tmp_path, "checkpoints/learner/a", content="ours")
+    before = fingerprint(tmp_path)
+    with pytest.raises(ConfigError, match=f"a run of rl_math is at work there, process {os.getpid()} on "):
+        claim(settings(tmp_path, **how), "evaluate")
+    assert fingerprint(tmp_path) == before
+    run.end("stopped")
+    claim(settings(tmp_path, overwrite=True), "evaluate")
+
+
+def test_a_run_that_was_killed_holds_nothing(tmp_path):
+    words = (
+        "import sys, os; from cola_ray.config import override; from cola_ray.presets import preset; "
+        "from cola_ray.run_folder import claim; "
+        "run = claim(override(preset('tiny'), {'output_dir': sys.argv[1]}), 'rl_math'); print(run.job, flush=True); "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", words, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        assert f"process {process.pid} on" in refusals(settings(tmp_path, resume=True), "rl_math")[0]
+        process.kill()
+        process.wait()
+        assert refusals(settings(tmp_path, resume=True), "rl_math") == []
+
+
+def test_a_run_that_somebody_put_into_a_sweep_is_not_lost(tmp_path):
+    sweep = claim(settings(tmp_path), "sweep")
+    claim(settings(tmp_path / "runs" / "a", resume=True), "rl_math").end("finished", 3)
+    sweep.end("finished")
+    mine = claim(settings(tmp_path / "runs" / "mine"), "rl_math")
+    write(tmp_path, "runs/mine/model/weights")
+    mine.end("finished", 3)
+    assert strangers(tmp_path) == ["runs/mine/run.json"]
+    with pytest.raises(ConfigError, match=r"has runs/mine/run.json, which the run did not write"):
+        claim(settings(tmp_path, overwrite=True), "sweep")
+
+
 def test_runs_within_a_sweep_have_records_of_their_own(tmp_path):
     sweep = claim(settings(tmp_path), "sweep")
     trial = claim(settings(tmp_path / "runs" / "a", resume=True), "rl_math")
@@ -152,7 +216,8 @@ def test_runs_within_a_sweep_have_records_of_their_own(tmp_path):
     assert sorted(strangers(tmp_path)) == ["runs/a/model/mine", "runs/a/notes.txt", "runs/mine.txt"]
 
 
-FIELDS = ["model.path", "model.base", "data.path", "task.path", "q.path", "task.reward_model", "critic.encoder"]
+FIELDS = ["model.path", "model.base", "data.path", "task.path", "q.path", "task.reward_model", "critic.encoder",
+          "harness.include_path"]  # fmt: skip
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -187,13 +252,18 @@ def test_another_programs_database_is_not_taken(tmp_path):
         database.execute("create table mine (x)")
     assert "is no database of MLflow; give --tracking-uri" in refusals(settings(tmp_path / "out"), "rl_math")[0]
     assert refusals(settings(tmp_path / "out", tracking_uri="sqlite:///x.db"), "rl_math") == []
+    given = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (line,) = refusals(settings(tmp_path / "out", tracking_uri=given), "rl_math")
+    assert line.startswith(f"tracking_uri = {given!r}: ")
+    within = f"sqlite:///{tmp_path / 'out' / 'model' / 'runs.db'}"
+    assert "lies in what the run writes" in refusals(settings(tmp_path / "out", tracking_uri=within), "rl_math")[0]
     (tmp_path / "mlflow.db").write_text("notes")
     assert "is no database of MLflow" in refusals(settings(tmp_path / "out"), "rl_math")[0]
 
 
 def test_a_file_is_no_folder(tmp_path):
     write(tmp_path, "out")
-    assert "is no folder" in refusals(settings(tmp_path / "out"), "rl_math")[0]
+    assert "is a file; give a folder" in refusals(settings(tmp_path / "out"), "rl_math")[0]
 
 
 def test_writing_leaves_no_other_file_behind(tmp_path):
