@@ -24,7 +24,7 @@ from typing import Any, Literal
 import ray
 from ray.util.metrics import Gauge
 
-from cola_ray.config import WITH_CRITIC, Config, is_endpoint
+from cola_ray.config import WITH_CRITIC, Config, ConfigError, is_endpoint
 from cola_ray.controller import Controller, WorkerLostError, WorkerNeverRanError
 from cola_ray.display import current
 from cola_ray.experience import Batch
@@ -43,6 +43,9 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
 
     Args:
         runs: that it has to hold at the same time.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
     """
     if ray.is_initialized():
         yield
@@ -56,7 +59,11 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
     if there:
         # A job may have been submitted with variables of its own, the number of threads say: others stay, ours win.
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
-        ray.init(address=there, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
+        try:
+            ray.init(address=there, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            said = str(error).splitlines()[0]
+            raise ConfigError(f"cluster.address = {there!r}: {said}; start the cluster, or mend the address") from None
     else:
         os.environ.update(own_folder())
         # Ray Train's helper that looks whether a cloud is taking nodes back; nobody takes this machine.

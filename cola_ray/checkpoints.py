@@ -81,6 +81,14 @@ def faults(path: Path, tokenizer: bool = True) -> list[str]:
     return found
 
 
+def faults_of_judge(path: Path) -> list[str]:
+    """Why a directory is no reward model: without a head, rewards would come from one that is drawn at random."""
+    made = [] if path.suffix == ".gguf" else _json(path / "config.json").get("architectures") or []
+    if not made or any("SequenceClassification" in str(name) for name in made):
+        return []
+    return [f"{made[0]}, which gives no rewards; give a sequence classifier, e.g. what jobs/reward_model.py left"]
+
+
 def _json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text("utf-8"))

@@ -117,6 +117,10 @@ def _buffer_too_long(config: Config) -> bool:
     return config.rl.overlong_buffer > config.rollout.max_new_tokens
 
 
+def _never_trains(config: Config) -> bool:
+    return config.critic.warmup_iterations >= config.rl.max_steps
+
+
 def _without_values(config: Config) -> bool:
     return not config.learns_values
 
@@ -170,6 +174,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         Combination(field, None, _of("etpo", "chai", "filtered_bc"), f"with rl.algorithm {{}} {_UNREAD}")
         for field in ("rl.kl_in", "rl.kl_estimator", "rl.importance_cap")
     ),
+    *(
+        Combination(field, None, _of("chai"), "no policy trains")
+        for field in ("rl.lr", "rl.warmup_steps", "rl.adam_betas", "rl.grad_clip", "rl.kl_coef",
+                      "critic.warmup_iterations")
+    ),
+    Combination("rl.lr", None, _actor_free, "no policy trains, and Q's is rl.value_lr", "use rl.value_lr"),
+    Combination("rl.kl_coef", None, _of("filtered_bc"), "the best episodes are cloned without a reference"),
     Combination("rl.kl_target", None, _of("chai", "filtered_bc"), f"with rl.algorithm {{}} {_UNREAD}"),
     Combination(
         "rl.kl_target", None, _has("rl.kl_coef", 0.0),
@@ -217,7 +228,10 @@ COMBINATIONS: tuple[Combination, ...] = (
         f"for {', '.join(OF_OUTCOMES)} on problems with answers",
     ),
     Combination("rl.gae_lambda", None, _not_of("ppo"), "only ppo reads it"),
-    Combination("rl.value_lr", None, _without_values, "no value head and no Q trains"),
+    *(
+        Combination(field, None, _without_values, "no value head and no Q trains")
+        for field in ("rl.value_lr", "rl.value_steps")
+    ),
     Combination(
         "rl.target_tau", None, _all(_not_of("etpo"), _has("rl.control_variate", False)),
         "only etpo's and rl.control_variate's Q have a target",
@@ -261,6 +275,21 @@ COMBINATIONS: tuple[Combination, ...] = (
             "set critic.actor_states to played, or leave it out",
         )
         for field in ("critic.td_share", "critic.reuse")
+    ),
+    Combination(
+        "critic.gamma", None, _of(*OF_OUTCOMES, "filtered_bc"), "{} compares whole episodes, whatever their length"
+    ),
+    Combination(
+        "critic.candidates", (1,), _any(_of("chai"), _has("critic.chooses", True)), "nothing to choose from",
+        "use 2 or more",
+    ),
+    Combination(
+        "critic.candidates", None, _all(_of("archer"), _has("critic.chooses", False)), "nobody chooses",
+        "set critic.chooses",
+    ),
+    Combination(
+        "critic.warmup_iterations", None, _all(_of("archer"), _never_trains),
+        "as many as rl.max_steps or more: no policy would train", "use fewer, or more rl.max_steps",
     ),
 )  # fmt: skip
 """In order of what to say first of a field."""

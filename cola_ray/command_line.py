@@ -11,11 +11,11 @@ types of config.py; a later flag wins over an earlier one. An option of a dictio
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cola_ray import launch, provenance
+from cola_ray import launch, provenance, relevance
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override, schemas, try_override
 from cola_ray.display import current, shown
 from cola_ray.limits import literal, wanted
@@ -115,7 +115,7 @@ def _defaults(job: _Job, given: Mapping[str, Any], lines: dict[str, str]) -> Con
 
 
 def _of_preset(name: str, job: _Job, task: str) -> Config:
-    defaults = preset(name, job.agents or is_environment(task), task)
+    defaults = preset(name, is_environment(task) if task else job.agents, task)
     return override(defaults, {"task.name": job.task}) if job.task else defaults
 
 
@@ -133,6 +133,8 @@ def _read(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         field = flags.get(usual if negated else flag)
         if not flag:
             lines[" ".join(values)] = f"{' '.join(values)}: belongs to no setting; settings are --branch.field value"
+        elif field is None and flag == "--":
+            lines[flag] = f"{' '.join([flag, *values])}: belongs to no setting; settings are --branch.field value"
         elif field is None:  # an option of a dictionary, or a mistake
             value = literal(values[0]) if len(values) == 1 else tuple(values)
             given[flag[2:].replace("-", "_")] = value
@@ -170,7 +172,7 @@ def _value(field: str, values: Sequence[str], negated: bool) -> tuple[Any, str]:
     if kind == "object" and len(values) % 2 == 0 and values:
         return {name: literal(value) for name, value in zip(values[::2], values[1::2], strict=True)}, ""
     if len(values) == 1 and kind != "object" and not negated:
-        return values[0] if kind == "string" else literal(values[0]), ""
+        return values[0] if kind == "string" and values[0] != "None" else literal(values[0]), ""
     said = " ".join(values) or "''"
     return None, f"{field} = {said}: {len(values)} values given; use {wanted(schema)}"
 
@@ -183,7 +185,7 @@ def _takes_numbers(schema: Mapping[str, Any]) -> bool:
 
 
 def _explain(job: str, description: str, defaults: Config) -> None:
-    """Every setting with its default and meaning, by branch, below the job's own words and examples."""
+    """Every setting that the job reads, with its default and meaning, below the job's own words and examples."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
@@ -194,7 +196,8 @@ def _explain(job: str, description: str, defaults: Config) -> None:
     console.print(Text(f"\nSettings, with the defaults of --preset {defaults.preset}:"))
     fields: dict[str, list[str]] = {}
     for field in schemas():
-        fields.setdefault(field.rpartition(".")[0], []).append(field)
+        if relevance.reads(job, field):
+            fields.setdefault(field.rpartition(".")[0], []).append(field)
     for branch, names in fields.items():
         about = type(defaults).model_fields[branch].description if branch else "the run"
         console.print(Text(f"\n{branch}: {about}".removeprefix("\n: ") if branch else "\nthe run", style="bold"))
@@ -207,6 +210,22 @@ def _explain(job: str, description: str, defaults: Config) -> None:
             limits = "" if schema.get("type") in ("string", "boolean") else f" [{wanted(schema)}]"
             table.add_row(Text(_as_typed(field, defaults), style="cyan"), Text(meaning + limits))
         console.print(Padding(table, (0, 0, 0, 2)))
+    others = _of_others(job, fields)
+    if others:
+        console.print(Text(f"\nOther settings belong to other jobs, whose --help has them: {others}."))
+
+
+def _of_others(job: str, shown: Container[str]) -> str:
+    """Branches that the job does not read, or not all of, with the jobs that do: ``search, q (evaluate)``."""
+    unread: dict[str, list[str]] = {}
+    for field in schemas():
+        if not relevance.reads(job, field):
+            unread.setdefault(field.partition(".")[0], []).append(field)
+    by_readers: dict[str, list[str]] = {}
+    for branch, fields in unread.items():
+        named = f"more of {branch}" if branch in shown else branch
+        by_readers.setdefault(relevance.readers(*fields), []).append(named)
+    return "; ".join(f"{', '.join(names)} ({whom})" for whom, names in by_readers.items())
 
 
 def _as_typed(field: str, defaults: Config) -> str:

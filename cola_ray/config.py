@@ -34,6 +34,7 @@ from cola_ray.limits import (
     Seed,
     Share,
     Some,
+    Temperature,
     Tokens,
     Unique,
     Whole,
@@ -187,7 +188,7 @@ class PretrainConfig(_Branch):
     """Linear warm-up."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's."""
-    gumbel_tau: Positive = 2.0
+    gumbel_tau: Temperature = 2.0
     """Relaxation temperature of the straight-through action."""
     entropy_coef: NonNegative = 0.001
     """Weight of sum p log p of the relaxed action: keeps codes alive."""
@@ -224,7 +225,7 @@ class RolloutConfig(_Branch):
     """vLLM engines, each a Ray actor."""
     tensor_parallel_size: Processes = 1
     """GPUs an engine spans."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Of the action distribution; log-probabilities include it."""
     top_k: Whole = 0
     """Actions kept when sampling, 0 all; log-probabilities include the truncation."""
@@ -235,7 +236,7 @@ class RolloutConfig(_Branch):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion or an agent's utterance, beside the checkpoint's end tokens and what the task
     declares. A verifier or environment reads the text in front of the string."""
-    max_num_seqs: Count = 64
+    max_num_seqs: Annotated[Count, Field(le=65_536)] = 64
     """Concurrent requests in an engine."""
     kv_cache_mb: Count = 512
     """Key/value cache of an engine on CPU; on GPU vLLM's memory share rules."""

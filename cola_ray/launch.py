@@ -34,7 +34,7 @@ def refusals(config: Config, job: str) -> list[str]:
     lines = relevance.unread(config, job)
     if job not in run_folder.WRITES:
         return lines
-    if job in _FROM_A_MODEL:
+    if job in _FROM_A_MODEL or config.model.path:
         lines += provenance.refusals(config, job)
     return lines + run_folder.refusals(provenance.resolve(config, job), job, _start(config, job))
 

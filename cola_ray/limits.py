@@ -38,6 +38,8 @@ Positive = Annotated[Finite, Field(gt=0)]
 NonNegative = Annotated[Finite, Field(ge=0)]
 Rate = Annotated[Finite, Field(gt=0, le=1)]
 """A learning rate."""
+Temperature = Annotated[Finite, Field(ge=0.01, le=100)]
+"""vLLM's least; far beyond it logits that are divided by it overflow."""
 Share = Annotated[Finite, Field(ge=0, le=1)]
 PositiveShare = Annotated[Finite, Field(gt=0, le=1)]
 Decay = Annotated[Finite, Field(ge=0, lt=1)]

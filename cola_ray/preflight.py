@@ -6,15 +6,18 @@
 Files are looked at, not loaded; the hub is asked with a short timeout, and only about what the job will read.
 """
 
+import functools
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from cola_ray import checkpoints, hub, provenance
 from cola_ray.config import OWN_BASE_POSITIONS, Config, is_endpoint
@@ -31,6 +34,7 @@ _GENERATING = (*TRAINING, "evaluate", "diversity", "atlas")
 _TABLES = (".jsonl", ".json", ".parquet", ".txt")
 LOGGED = ("prompt_ids", "token_ids", "actions", "rewards")
 """Columns of the answers that jobs/train_q.py learns from."""
+_TIMEOUT_S = 3.0  # that an address is given to answer in
 _FREE_GB = 1.0  # least space that a run's checkpoints and logs are given
 
 
@@ -45,10 +49,12 @@ def faults(config: Config, job: str) -> list[str]:
 
 def further_faults(config: Config, job: str) -> list[str]:
     """The hub, the options of generators and environments, and classes of one's own, which are tried."""
-    if job in ("", "plan", "reproduce"):
+    if job in ("", "plan"):
         return []
+    if job == "reproduce":
+        return list(_silent(config, job))
     asked = _asks_task(config, job) and not (config.task.name == "jericho" and not config.task.game)
-    return [*_hub(config, job), *(inspection.faults(config.task) if asked else [])]
+    return [*_hub(config, job), *_silent(config, job), *(inspection.faults(config.task) if asked else [])]
 
 
 # --- paths --------------------------------------------------------------------------------------------------------
@@ -156,7 +162,8 @@ def _checkpoints(config: Config, job: str) -> Iterator[str]:
     yield from _q(config, job)
     judge = _local("" if is_endpoint(config.task.reward_model) else config.task.reward_model)
     if judge is not None and job in ("rl_preference", "rl_math", "evaluate"):
-        yield from (f"task.reward_model = {config.task.reward_model!r}: {fault}" for fault in checkpoints.faults(judge))
+        found = checkpoints.faults(judge) or checkpoints.faults_of_judge(judge)
+        yield from (f"task.reward_model = {config.task.reward_model!r}: {fault}" for fault in found)
 
 
 def _q(config: Config, job: str) -> Iterator[str]:
@@ -317,6 +324,9 @@ def _output(config: Config, job: str) -> Iterator[str]:
     """The output folder can be made and written, and has some room."""
     output = Path(provenance.resolve(config, job).output_dir)
     named = f"output_dir = {str(output)!r}"
+    if config.output_dir.startswith("~"):  # which a shell leaves as it is behind a "=" or in quotes
+        yield f"output_dir = {config.output_dir!r}: ~ is no folder of this name; write the whole path, or $HOME"
+        return
     there = next(parent for parent in (output, *output.parents) if parent.exists())
     if not there.is_dir():
         yield f"{named}: {there} is a file; give a folder"
@@ -341,6 +351,11 @@ def _addresses(config: Config, job: str) -> Iterator[str]:
     why = _bad_url(uri)
     if why and uri and not uri.startswith(("sqlite:", *(f"{store}+" for store in _STORES))):
         yield f"tracking_uri = {uri!r}: {why}; {wanted}"
+    elif uri and (uri.startswith("file:") or not urlsplit(uri).scheme):
+        place = Path(urlsplit(uri).path)
+        there = next((parent for parent in (place, *place.parents) if parent.exists()), Path())
+        if uri.startswith("~") or not there.is_dir() or not os.access(there, os.W_OK) or _is_of_kernel(there):
+            yield f"tracking_uri = {uri!r}: no folder can be made there; {wanted}"
     if uri.startswith("sqlite:"):
         file = Path(uri.removeprefix("sqlite:///"))
         if not uri.startswith("sqlite:///") or not file.name:
@@ -363,6 +378,36 @@ def _addresses(config: Config, job: str) -> Iterator[str]:
             f"cluster.address = {address!r}: a dashboard, which takes jobs; submit with `ray job submit --address "
             f"{address} -- python jobs/...`, or use HOST:PORT"
         )
+
+
+def _is_of_kernel(folder: Path) -> bool:
+    """Folders that even root cannot write into."""
+    return folder.resolve().parts[1:2] in (("proc",), ("sys",))
+
+
+def _silent(config: Config, job: str) -> Iterator[str]:
+    """Services that the job will ask, of which nothing answers at the address."""
+    asked = {"cluster.address": config.cluster.address, "tracking_uri": config.tracking_uri}
+    if job in ("rl_math", "rl_preference", "evaluate"):
+        asked["task.reward_model"] = config.task.reward_model
+    for field, value in asked.items():
+        parts = urlsplit(value if "://" in value else f"tcp://{value}")
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        if field != "cluster.address" and parts.scheme not in ("http", "https"):
+            continue
+        if parts.hostname and port and not (parts.scheme in getproxies() and not proxy_bypass(parts.hostname)):
+            why = _unreachable(parts.hostname, port)
+            if why:
+                yield f"{field} = {value!r}: nothing answers at {parts.hostname}:{port} ({why}); start it, or mend this"
+
+
+@functools.cache
+def _unreachable(host: str, port: int) -> str:
+    try:
+        socket.create_connection((host, port), _TIMEOUT_S).close()
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return ""
 
 
 def _bad_url(url: str) -> str:
@@ -388,6 +433,18 @@ def _machine(config: Config, job: str) -> Iterator[str]:
     ray = sys.modules.get("ray")
     if cluster.address not in ("", "local") or "RAY_ADDRESS" in os.environ or (ray and ray.is_initialized()):
         return
+    for part in ("learner", "rollout", "service"):
+        group = getattr(cluster, f"{part}_group")
+        if group:
+            yield (
+                f"cluster.{part}_group = {group!r}: nodes of a cluster, and this job starts one of this machine alone; "
+                "leave it out, or give cluster.address"
+            )
+    if cluster.learner_placement == "STRICT_SPREAD" and cluster.learner_ranks > 1 and job not in _STUDIES:
+        yield (
+            f"cluster.learner_placement = 'STRICT_SPREAD': {cluster.learner_ranks} ranks on a node each, and this "
+            "machine is one; leave it out, or give cluster.address"
+        )
     if cluster.use_gpu:
         there = _num_gpus()
         ranks = cluster.learner_ranks if job not in _STUDIES else 0
@@ -404,6 +461,12 @@ def _machine(config: Config, job: str) -> Iterator[str]:
         yield (
             f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}: GPUs that an engine spans, and "
             "cluster.use_gpu is False; use 1"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    if job in _GENERATING and rollout.num_workers * rollout.kv_cache_mb > memory:
+        yield (
+            f"rollout.kv_cache_mb = {rollout.kv_cache_mb}: of each of {rollout.num_workers} engines, and this machine "
+            f"has {memory} MiB; use less"
         )
     cores = os.cpu_count() or 1
     most = max(16, 4 * cores)

@@ -178,12 +178,15 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     """A complete tree by name, for problems with answers or for multi-turn agents; ConfigError for an unknown one.
 
     Args:
-        task: an environment's name, where it is not the preset's own: some have defaults of their own.
+        task: a task's name, where it is not the preset's own: its rows are not the preset's, and some environments
+            have defaults of their own.
     """
     if name not in _PRESETS:
         raise ConfigError(f"preset = {name!r}: unknown; choose one of {', '.join(_PRESETS)}")
-    changes = _ALL_AGENTS | _AGENTS[name] if agents else {}
-    return override(_PRESETS[name](), changes | _ENVIRONMENTS.get((name, task or changes.get("task.name", "")), {}))
+    changes, usual = _ALL_AGENTS | _AGENTS[name] if agents else {}, _PRESETS[name]()
+    if (task or changes.get("task.name", usual.task.name)) != usual.task.name:
+        changes = {"task.path": ""} | changes
+    return override(usual, changes | _ENVIRONMENTS.get((name, task or changes.get("task.name", "")), {}))
 
 
 # --- how long it takes --------------------------------------------------------------------------------------------

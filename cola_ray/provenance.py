@@ -193,10 +193,12 @@ def refusals(config: Config, job: str) -> list[str]:
                 "--model.path to use it even so"]  # fmt: skip
     lines = []
     for field, value in _asked(config).items():
+        option = field.startswith("task.options.") and "task.name" in made  # which was not given is not there
         dtype = field == "model.dtype" and not makes_start_model(config)  # of this run's weights, not of the model's
-        if field in made and made[field] != value and not dtype:
+        if (field in made or option) and made.get(field) != value and not dtype:
+            had = f"with {made[field]!r}" if field in made else "without"
             lines.append(
-                f"{field} = {value!r}: {model} was made with {made[field]!r}; pre-train with {_flag(field)} into "
+                f"{field} = {value!r}: {model} was made {had}; pre-train with {_flag(field)} into "
                 "another --output-dir and give its model/ as --model.path, or leave this out"
             )
     return lines

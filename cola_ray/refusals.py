@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cola_ray import combinations, launch, matrix, preflight
+from cola_ray import combinations, launch, matrix, preflight, relevance
 from cola_ray.config import (
     MULTI_TURN,
     Config,
@@ -25,6 +25,8 @@ from cola_ray.config import (
 )
 from cola_ray.presets import trial
 from cola_ray.tasks import inspection
+
+_MOST_SEQUENCES = 2**20  # a step's, which are held in memory together
 
 
 def check(config: Config, job: str = "") -> None:
@@ -64,6 +66,8 @@ def _check_batches(config: Config) -> list[str]:
     ):
         if value % ranks:
             lines.append(f"{field} = {value}: does not divide over cluster.learner_ranks = {ranks}; use a multiple")
+        if value > _MOST_SEQUENCES:
+            lines.append(f"{field} = {value}: sequences of one step; use at most {_MOST_SEQUENCES}")
     return lines
 
 
@@ -88,6 +92,26 @@ def _check_paths(config: Config) -> list[str]:
     if config.task.name == "math500" and not config.task.path:
         lines.append("task.path = '': math500 needs a folder with test.jsonl, or HuggingFaceH4/MATH-500")
     return lines
+
+
+def _check_columns(config: Config) -> list[str]:
+    data = config.data
+    if not data.path or data.prompt_field != data.response_field:
+        return []
+    return [f"data.response_field = {data.response_field!r}: the column of prompts, too; name another"]
+
+
+def _check_stages_before(config: Config) -> list[str]:
+    """What a stage needs is there."""
+    stages, model = config.pretrain.stages, config.model
+    if model.path or stages == ("base",):
+        return []
+    if "actions" not in stages:
+        return [f"pretrain.stages = {stages}: {stages[0]} needs a model that has actions; give its --model.path, or "
+                "the stage actions before it"]  # fmt: skip
+    if "base" not in stages and not model.base:
+        return [f"pretrain.stages = {stages}: there is no base; give --model.base, or the stage base before actions"]
+    return []
 
 
 def _check_task(config: Config) -> list[str]:
@@ -149,6 +173,13 @@ def _check_problems(config: Config) -> list[str]:
     return []
 
 
+def _check_preferences(config: Config) -> list[str]:
+    if config.task.name == "preference":
+        return _check_problems(config)
+    job = "rl_agent" if is_environment(config.task.name) else "rl_math"
+    return [f"task.name = {config.task.name!r}: rl_preference learns from a reward model; use jobs/{job}.py"]
+
+
 def _check_agent(config: Config) -> list[str]:
     if is_environment(config.task.name) or _check_task(config):
         return []
@@ -161,6 +192,10 @@ def _check_agent(config: Config) -> list[str]:
 def _check_evaluation(config: Config) -> list[str]:
     if config.task.name == "preference":
         return ["task.name = 'preference': has no verifier; use a task that has, or an environment"]
+    ks, most = config.eval.ks, config.search.simulations
+    usual = relevance.defaults(config).eval.ks
+    if "sample" in config.eval.ways and ks != usual and max(ks, default=0) > most:
+        return [f"eval.ks = {ks}: of search.simulations = {most} samples; use at most that, or more simulations"]
     searches = [way for way in config.eval.ways if way not in ("base", "greedy", "sample")]
     if not searches or not is_environment(config.task.name):
         return []
@@ -194,11 +229,14 @@ def _check_sweep(config: Config) -> list[str]:
     if sweep.field not in schemas():
         hint = f"did you mean {near[0]}?" if near else "name a dotted field"
         return [*lines, f"sweep.field = {sweep.field!r}: no such field; {hint}"]
-    if sweep.field.partition(".")[0] in ("output_dir", "resume", "seed", "sweep", "tracking_parent", "tracking_uri"):
+    if {sweep.field, sweep.field.partition(".")[0]} & {*_ONE_OF_A_SWEEP}:
         return [*lines, f"sweep.field = {sweep.field!r}: each run has its own, or all have one; name another field"]
     if sweep.field.startswith(("pretrain.", "data.", "model.")) and sweep.field != "model.dtype":
         return [f"sweep.field = {sweep.field!r}: all runs start from one model; train one a value with "
                 "jobs/pretrain.py and run jobs/rl_math.py from each"]  # fmt: skip
+    if sweep.field in relevance.given(config):
+        given = functools.reduce(getattr, sweep.field.split("."), config)
+        lines.append(f"{sweep.field} = {given!r}: has no effect here; sweep.values do")
     for value in sweep.values:
         try:
             check(trial(config, value, sweep.seeds[0]), "rl_agent" if is_environment(config.task.name) else "rl_math")
@@ -216,6 +254,9 @@ def _check_stages(config: Config) -> list[str]:
     return lacking + (_lacking("sentence_transformers", "reproduce.stages", "diversity") if "diversity" in jobs else [])
 
 
+_ONE_OF_A_SWEEP = ("cluster.address", "output_dir", "overwrite", "preset", "resume", "seed", "sweep", "tracking_parent",
+                   "tracking_uri")  # fmt: skip
+
 Rule = Callable[[Config], list[str]]
 
 _RULES: tuple[Rule, ...] = (
@@ -224,18 +265,19 @@ _RULES: tuple[Rule, ...] = (
     _check_batches,
     _check_overlap,
     _check_paths,
+    _check_columns,
     _check_task,
     _check_answers,
 )
 
 _OF_JOB: dict[str, tuple[Rule, ...]] = {
-    "pretrain": (),
+    "pretrain": (_check_stages_before,),
     "reward_model": (_check_reward_model,),
     "train_q": (_check_logged,),
-    "rl_math": (_check_problems,),
-    "rl_preference": (_check_problems,),
-    "rl_agent": (_check_agent,),
-    "sweep": (_check_sweep,),
+    "rl_math": (_check_problems, _check_stages_before),
+    "rl_preference": (_check_preferences, _check_stages_before),
+    "rl_agent": (_check_agent, _check_stages_before),
+    "sweep": (_check_sweep, _check_stages_before),
     "evaluate": (_check_evaluation,),
     "diversity": (_check_encoder,),
     "capabilities": (_check_harness,),

@@ -34,7 +34,8 @@ _READ: Mapping[str, tuple[str, ...]] = {
     "rl_agent": (*_RL, "replay.*", "critic.*"),
     "sweep": (*_RL, "replay.*", "critic.*", "sweep.*"),
     "evaluate": ("model.path", "model.base", "model.dtype", "task.*", "data.date", "rollout.*", "eval.*", "search.*",
-                 "q.path", "q.gamma", "q.max_error", "q.jump", "rl.action_space", "rl.actor_free", "rl.kl_coef",
+                 "q.path", "q.gamma", "q.max_error", "q.jump", "rl.action_space", "rl.actor_free", "rl.algorithm",
+                 "rl.kl_coef",
                  "cluster.rollout_group", "cluster.service_group", "cluster.stall_timeout_s"),
     "diversity": ("model.path", "model.dtype", *_TEXTS, "diversity.*", *_SERVED),
     "atlas": ("model.path", "model.dtype", *_TEXTS, "diversity.prefixes", "diversity.prefix_tokens",
@@ -132,6 +133,8 @@ _ONLY: tuple[_Only, ...] = (
           "of eval.ways, mcts_q does"),
     _Only(("q.gamma",), lambda c, job: job in ("plan", "train_q") or "mcts_q" in c.eval.ways,
           "train_q does, and of eval.ways mcts_q"),
+    _Only(("rl.algorithm", "rl.kl_coef"), lambda c, job: job != "evaluate" or c.rl.actor_free,
+          "RL does, and of evaluations that of rl.actor_free"),
     _Only(("eval.ks",), lambda c, _: "sample" in c.eval.ways, "of eval.ways, sample does"),
     _Only(("sweep.grace_steps",), lambda c, _: c.sweep.asha, "sweep.asha does"),
 )  # fmt: skip
@@ -154,8 +157,16 @@ def given(config: Config) -> dict[str, Any]:
 
 
 def reads(job: str, field: str) -> bool:
-    """Whether the job reads a dotted field in any settings."""
-    return any(fnmatch.fnmatchcase(field, pattern) for pattern in (*_RUN, *_READ[job]))
+    """Whether the job reads a dotted field in any settings; of a dictionary, any entry."""
+    return any(
+        fnmatch.fnmatchcase(field, pattern) or pattern.startswith(f"{field}.") for pattern in (*_RUN, *_READ[job])
+    )
+
+
+def readers(*fields: str) -> str:
+    """The jobs that read some of the fields, in words: the first three."""
+    found = [job for job in _READ if job != "plan" and any(reads(job, field) for field in fields)]
+    return _listed(found) if found else "plan"
 
 
 def unread(config: Config, job: str) -> list[str]:
@@ -165,9 +176,9 @@ def unread(config: Config, job: str) -> list[str]:
         if field in ("task.name", "preset"):
             continue
         if not reads(job, field):
-            readers = [other for other in _READ if other != "plan" and reads(other, field)]
-            whom = f"{_listed(readers)} {'do' if len(readers) > 1 else 'does'}" if readers else "only plan does"
-            lines.append(f"{field} = {value!r}: {job} does not read it; {whom}")
+            whom = readers(field)
+            verb = "only plan does" if whom == "plan" else f"{whom} {'do' if ' and ' in whom else 'does'}"
+            lines.append(f"{field} = {value!r}: {job} does not read it; {verb}")
             continue
         for only in _ONLY:
             if any(fnmatch.fnmatchcase(field, pattern) for pattern in only.fields) and not only.when(config, job):

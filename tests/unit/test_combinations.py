@@ -58,6 +58,25 @@ REFUSED = [
         "rl.control_variate = True: for grpo, rloo, remax, reinforce",
     ),
     ({"rl.gae_lambda": 0.9}, "rl.gae_lambda = 0.9: only ppo reads it"),
+    *(
+        (agent("chai", **{field.replace(".", "__"): value}), f"{field} = {value}: no policy trains")
+        for field, value in (
+            ("rl.lr", 0.1),
+            ("rl.warmup_steps", 3),
+            ("rl.adam_betas", (0.8, 0.9)),
+            ("rl.grad_clip", 3.0),
+            ("rl.kl_coef", 0.5),
+            ("critic.warmup_iterations", 3),
+        )
+    ),
+    (SOFT | {"rl.lr": 0.1}, "rl.lr = 0.1: no policy trains, and Q's is rl.value_lr; use rl.value_lr"),
+    (agent("filtered_bc", rl__kl_coef=0.5), "rl.kl_coef = 0.5: the best episodes are cloned without a reference"),
+    (agent("grpo", rl__group_size=4, critic__gamma=0.5), "critic.gamma = 0.5: grpo compares whole episodes"),
+    (agent("chai", critic__candidates=1), "critic.candidates = 1: nothing to choose from"),
+    (agent("archer", critic__candidates=1, critic__chooses=True), "critic.candidates = 1: nothing to choose from"),
+    (agent("archer", critic__candidates=3, critic__chooses=False), "critic.candidates = 3: nobody chooses"),
+    (agent("archer", critic__warmup_iterations=40, rl__max_steps=40), "critic.warmup_iterations = 40: as many as"),
+    ({"rl.value_steps": 9}, "rl.value_steps = 9: no value head and no Q trains"),
     ({"rl.value_lr": 1e-2}, "rl.value_lr = 0.01: no value head and no Q trains"),
     ({"rl.algorithm": "ppo", "rl.target_tau": 0.1}, "rl.target_tau = 0.1: only etpo's"),
     ({"rl.lora_rank": 4}, "rl.lora_rank = 4: for rl.action_space token; leave it out"),

@@ -190,7 +190,7 @@ def test_command_line(capsys):
 @pytest.mark.parametrize("job", ["rl_math", "pretrain"])
 def test_help_teaches(job):
     shown = subprocess.run([sys.executable, f"jobs/{job}.py", "--help"], capture_output=True, text=True, check=True)
-    for phrase in ("Examples:", "--rl.kl-coef", "Weight of KL(policy || reference) over actions", "--preset"):
+    for phrase in ("Examples:", "--model.num-actions", "K, codes in the codebook", "--preset"):
         assert phrase in shown.stdout
 
 

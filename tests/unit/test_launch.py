@@ -212,7 +212,7 @@ def made(config, folder, state="finished"):
         ({"model.num_actions": 32}, "model.num_actions = 32: "),
         ({"pretrain.lr": 1.0}, "pretrain.lr = 1.0: "),
         (
-            {"task.options": {"a": 1}, "task.name": "chain_sum"},
+            {"task.options": {"a": 1}, "task.name": "chain_sum", "task.path": ""},
             "model.path = 'outputs/pretrain-smollm2-135m-chain_s",
         ),
     ],
@@ -223,6 +223,16 @@ def test_a_model_made_from_something_else_is_refused(changes, line):
     assert launch.refusals(usual, "rl_math") == []
     (said,) = launch.refusals(override(usual, changes), "rl_math")
     assert said.startswith(line)
+
+
+def test_options_that_a_model_was_made_without_are_refused():
+    usual = override(preset("smollm2-135m"), {"task.name": "chain_sum", "task.path": ""})
+    made(usual, pretrained_dir(usual).parent)
+    asked = override(usual, {"task.options": {"min_terms": 3}})
+    assert launch.refusals(usual, "rl_math") == []
+    (line,) = launch.refusals(asked, "rl_math")
+    assert line.startswith("task.options.min_terms = 3: ")
+    assert "was made without; pre-train with --task.options.min-terms" in line
 
 
 def test_a_model_that_was_made_so_is_taken():

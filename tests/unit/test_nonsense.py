@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from cola_ray import preflight
 from cola_ray.checkpoints import faults, shape_of
 from cola_ray.command_line import from_command_line
 from cola_ray.config import Config, schemas
+from cola_ray.relevance import _READ, reads
 from cola_ray.tasks.inspection import generators
 from cola_ray.tasks.rows import open_rows, peek, read_rows
 
@@ -49,6 +51,8 @@ def here(tmp_path_factory):
     good = {"question": "q", "answer": "#### 1"}
     checkpoint(here / "cola", COLA)
     checkpoint(here / "llama", LLAMA)
+    checkpoint(here / "plain", LLAMA | {"architectures": ["LlamaForCausalLM"]})
+    checkpoint(here / "sized", COLA | {"num_actions": 16})
     checkpoint(here / "gpt2", LLAMA | {"model_type": "gpt2"})
     checkpoint(here / "narrow", LLAMA | {"num_attention_heads": 4})
     checkpoint(here / "biased", LLAMA | {"attention_bias": True})
@@ -161,6 +165,11 @@ rl_math --rollout.top-p 0.9 | rollout.top_p = 0.9: no such field; did you mean r
 rl_math --rollout.temperature nan | rollout.temperature = nan: not finite
 rl_math --rollout.temperature inf | rollout.temperature = inf: not finite
 rl_math --rollout.temperature -1 | rollout.temperature = -1: out of range
+rl_math --rollout.temperature 1e-30 | rollout.temperature = 1e-30: out of range; use a number from 0.01 to 100
+rl_math --rollout.temperature 1e300 | rollout.temperature = 1e+300: out of range
+rl_math --rollout.max-num-seqs 2147483647 | rollout.max_num_seqs = 2147483647: out of range
+rl_math --rollout.kv-cache-mb 2147483647 | rollout.kv_cache_mb = 2147483647: of each of 1 engines, and this machine
+rl_math --rl.prompts-per-step 2147483647 --rl.group-size 2 | rl.prompts_per_step x rl.group_size = 4294967294: sequences
 rl_math --rollout.temperature 0 | rollout.temperature = 0: out of range
 rl_math --rollout.top-k 65 | rollout.top_k = 65: the codebook has 16 actions
 rl_math --rollout.top-k -1 | rollout.top_k = -1: out of range
@@ -180,6 +189,18 @@ rl_math --cluster.stall-timeout-s 0 | cluster.stall_timeout_s = 0: out of range
 rl_math --cluster.stall-timeout-s 1e300 | cluster.stall_timeout_s = 1e+300: out of range
 rl_math --cluster.max-failures -1 | cluster.max_failures = -1: out of range
 rl_math --cluster.learner-placement packed | cluster.learner_placement = 'packed': unknown
+rl_math --cluster.learner-placement STRICT_SPREAD | cluster.learner_placement = 'STRICT_SPREAD': 2 ranks on a node each
+rl_math --cluster.rollout-group gpus | cluster.rollout_group = 'gpus': nodes of a cluster
+rl_math --cluster.address 127.0.0.1:1 | cluster.address = '127.0.0.1:1': nothing answers at 127.0.0.1:1
+rl_math --cluster.address ray://127.0.0.1:1 | cluster.address = 'ray://127.0.0.1:1': nothing answers at 127.0.0.1:1
+rl_math --tracking-uri http://127.0.0.1:1 | tracking_uri = 'http://127.0.0.1:1': nothing answers at 127.0.0.1:1
+rl_math --tracking-uri /proc/runs | tracking_uri = '/proc/runs': no folder can be made there
+rl_math --tracking-uri file:///proc/runs | tracking_uri = 'file:///proc/runs': no folder can be made there
+rl_math --tracking-uri good.jsonl/runs | tracking_uri = 'good.jsonl/runs': no folder can be made there
+rl_math --tracking-uri None | tracking_uri = None: of the wrong kind
+rl_math --output-dir None | output_dir = None: of the wrong kind
+rl_math --output-dir "~/run" | output_dir = '~/run': ~ is no folder of this name
+rl_math -- | --: belongs to no setting
 rl_math --cluster.address nowhere | cluster.address = 'nowhere': no address of a Ray cluster
 rl_math --cluster.address host:99999 | cluster.address = 'host:99999': no address
 rl_math --cluster.address http://head:8265 | cluster.address = 'http://head:8265': a dashboard
@@ -216,6 +237,8 @@ rl_math --task.name gsm8k --task.path empty | task.path = 'empty': no train.json
 rl_math --task.name gsm8k --task.path gsmnull | task.path = 'gsmnull/train.jsonl': row 2, field answer: null
 rl_math --task.name gsm8k --task.path gsmword | task.path = 'gsmword/train.jsonl': row 2, field answer: no number
 rl_math --task.name gsm8k --task.path openai/gsm8k_ | task.path = 'openai/gsm8k_': not in the local cache
+rl_math --preset smollm2-135m --task.name math500 | task.path = '': math500 needs a folder
+rl_preference --preset smollm2-135m --task.reward-model http://x/ | task.path = '': preference needs rows
 rl_math --task.name math500 --task.path math | task.path = 'math/test.jsonl': row 1, field answer: missing
 rl_math --task.options max_term 3 | task.options.max_term = 3: no option of chain_sum; did you mean max_terms?
 rl_math --task.options seed 3 | task.options.seed = 3: has a setting of its own
@@ -257,6 +280,10 @@ rl_agent --replay.max-rows 0 | replay.max_rows = 0: out of range
 rl_agent --task.name jericho --task.game none.z5 | task.*
 rl_preference --task.path pairs.jsonl | task.reward_model = '': preference has no verifier
 rl_preference --task.path odd.jsonl --task.reward-model http://x/ | task.path = 'odd.jsonl': row 1, field prompt: '3'
+rl_preference --task.name arithmetic | task.name = 'arithmetic': rl_preference learns from a reward model; use
+rl_preference --task.name guess_city | task.name = 'guess_city': rl_preference learns .* use jobs/rl_agent.py
+rl_preference --task.path pairs.jsonl --task.reward-model plain | task.reward_model = 'plain': LlamaForCausalLM,
+rl_preference --task.path pairs.jsonl --task.reward-model http://127.0.0.1:1/ | task.reward_model = .* nothing answers
 rl_preference --task.path pairs.jsonl --task.reward-model http:// | task.reward_model = 'http://': names no host
 rl_preference --task.path pairs.jsonl --task.reward-model ./none | task.reward_model = './none': no such file
 rl_preference --task.path pairs.jsonl --task.reward-model empty | task.reward_model = 'empty': no config.json in it
@@ -268,6 +295,12 @@ pretrain --pretrain.stages policy base | pretrain.stages = ('policy', 'base'): n
 pretrain --pretrain.stages base policy | pretrain.stages = ('base', 'policy'): a new base has no actions yet
 pretrain --pretrain.stages actions actions | pretrain.stages = ('actions', 'actions'): 'actions' twice
 pretrain --pretrain.stages | pretrain.stages = (): too few
+pretrain --pretrain.stages policy | pretrain.stages = ('policy',): policy needs a model that has actions
+pretrain --model.base llama --pretrain.stages fta_policy | pretrain.stages = ('fta_policy',): fta_policy needs a model
+pretrain --pretrain.stages actions policy | pretrain.stages = ('actions', 'policy'): there is no base
+rl_math --pretrain.stages actions policy | pretrain.stages = ('actions', 'policy'): there is no base
+pretrain --model.path sized --model.num-actions 8 | model.num_actions = 8: sized has 16; leave it out
+pretrain --data.path good.jsonl --data.prompt-field answer | data.response_field = 'answer': the column of prompts, too
 pretrain --pretrain.stages acts | pretrain.stages = ('acts',): unknown; did you mean actions?
 pretrain --pretrain.steps.bas 3 | pretrain.steps.bas = 3: no such name; did you mean base?
 pretrain --pretrain.steps.base 0 | pretrain.steps.base = 0: out of range
@@ -320,6 +353,8 @@ evaluate --model.path cola --eval.ways sample sample | eval.ways = ('sample', 's
 evaluate --model.path cola --eval.ways mcts_q | q.path = '': mcts_q asks a Q
 evaluate --model.path cola --eval.ways mcts_q --q.path empty | q.path = 'empty': no q.safetensors in it
 evaluate --model.path cola --eval.ways mcts_q --q.path q | q.path = 'q': values of 8 actions, and the model has 16
+evaluate --model.path cola --eval.ks 1 64 | eval.ks = (1, 64): of search.simulations = 32 samples
+evaluate --model.path cola --rl.kl-coef 0.3 | rl.kl_coef = 0.3: has no effect here
 evaluate --model.path cola --eval.ks 0 | eval.ks = (0,): out of range
 evaluate --model.path cola --eval.split test | eval.split = 'test': unknown; use one of heldout, train
 evaluate --model.path cola --search.simulations 0 | search.simulations = 0: out of range
@@ -338,6 +373,10 @@ sweep --sweep.seeds -1 | sweep.seeds = (-1,): out of range
 sweep --sweep.values -1 | rl.kl_coef = -1: out of range
 sweep --sweep.field rl.klcoef | sweep.field = 'rl.klcoef': no such field; did you mean rl.kl_coef?
 sweep --sweep.field output_dir --sweep.values a | sweep.field = 'output_dir': each run has its own
+sweep --sweep.field overwrite --sweep.values True | sweep.field = 'overwrite': each run has its own, or all have one
+sweep --sweep.field preset --sweep.values tiny | sweep.field = 'preset': each run has its own, or all have one
+sweep --sweep.field cluster.address --sweep.values a:1 | sweep.field = 'cluster.address': each run has its own
+sweep --rl.kl-coef 0.5 | rl.kl_coef = 0.5: has no effect here; sweep.values do
 sweep --sweep.parallel -1 | sweep.parallel = -1: out of range
 sweep --sweep.asha --rl.max-steps 4 | sweep.grace_steps = 10: no run would be stopped early
 reproduce --reproduce.stages archer | reproduce.stages = 'archer': no such stage; did you mean agent_archer?
@@ -353,6 +392,8 @@ def in_here(here, monkeypatch):
     monkeypatch.syspath_prepend(str(here))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = preflight._unreachable
+    monkeypatch.setattr(preflight, "_unreachable", lambda host, port: asked(host, port) if port == 1 else "")
     return here
 
 
@@ -394,6 +435,10 @@ pretrain --model.base llama --data.path good.jsonl --pretrain.max-steps 5
 pretrain --model.path cola --pretrain.stages fta_idm fta_policy --data.path good.jsonl
 pretrain --pretrain.steps.base 800 --pretrain.stages base
 evaluate --model.path cola
+evaluate --model.path cola --rl.actor-free --rl.algorithm etpo --rl.kl-coef 0.05
+evaluate --model.path cola --eval.ways sample --eval.ks 1 8 --search.simulations 8
+evaluate --model.path cola --eval.ways sample --search.simulations 8
+pretrain --model.path cola --pretrain.stages policy --data.path good.jsonl
 evaluate --model.path cola --eval.ways sample mcts --search.simulations 64 --eval.problems 512
 evaluate --model.path cola --task.name math500 --task.path maths --rollout.max-new-tokens 100
 atlas --model.path cola --data.path good.jsonl
@@ -407,6 +452,17 @@ plan --preset llama-3.1-8b --hardware.gpus 16
 def test_what_makes_sense_is_not_refused(line, in_here):
     job, *argv = shlex.split(line)
     from_command_line(job, argv)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["rl_agent --task.name arithmetic", "rl_math --output-dir good.jsonl", "rl_agent --task.name twenty_question"],
+)
+def test_one_mistake_is_one_line(line, in_here, capsys):
+    job, *argv = shlex.split(line)
+    with pytest.raises(SystemExit):
+        from_command_line(job, argv)
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_all_mistakes_are_reported_together(in_here, capsys):
@@ -470,15 +526,32 @@ def test_every_number_has_a_limit_and_every_setting_a_meaning():
     assert Config().seed == 0
 
 
-def test_flags_of_the_help_are_flags_that_are_read(capsys):
+def helped(job, capsys, *words):
+    """What --help of a job prints, and its flags."""
     with pytest.raises(SystemExit) as caught:
-        from_command_line("rl_math", ["--preset", "llama-3.1-8b", "--help"], "what it does")
+        from_command_line(job, [*words, "--help"], "what it does")
     assert caught.value.code == 0
     shown = capsys.readouterr().out
+    return shown, re.findall(r"^  (--[\w.-]+)", shown, re.MULTILINE)
+
+
+def test_the_help_says_what_flags_are_with_the_presets_defaults(capsys):
+    shown, flags = helped("plan", capsys, "--preset", "llama-3.1-8b")
     assert shown.startswith("what it does")
-    flags = re.findall(r"^  (--[\w.-]+)", shown, re.MULTILINE)
     assert len(flags) == len(schemas())
     assert "--model.base meta-llama/Llama-3.1-8B" in shown
+    assert "other jobs" not in shown
+
+
+@pytest.mark.parametrize("job", [job for job in _READ if job != "plan"])
+def test_the_help_has_what_the_job_reads_and_says_where_the_rest_belongs(job, capsys):
+    shown, flags = helped(job, capsys)
+    fields = {flag.removeprefix("--").replace(".no-", ".").replace("-", "_") for flag in flags}
+    read = {field for field in schemas() if reads(job, field)}
+    assert fields == read
+    elsewhere = shown.rpartition("Other settings belong to other jobs")[2]
+    for branch in {field.partition(".")[0] for field in {*schemas()} - read}:
+        assert re.search(rf"\b{branch}\b", elsewhere), branch
 
 
 # --- rows and checkpoints -------------------------------------------------------------------------------------------
