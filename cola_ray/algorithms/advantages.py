@@ -53,7 +53,7 @@ def all_alike(values: Tensor) -> bool:
 
 
 def over_spread(values: Tensor, spread: Tensor, largest: Tensor) -> Tensor:
-    """``values / spread``, and exactly 0 where the spread is noise. All that is standardised is divided here.
+    """``values / spread``, and exactly 0 where the spread is noise.
 
     Args:
         values: differences from a mean.
@@ -76,11 +76,13 @@ def centred(values: Tensor) -> Tensor:
 def standardised(values: Tensor) -> Tensor:
     """:func:`centred`, over the unbiased standard deviation of the last dimension, of two values at least.
 
+    So it is 0 where, and only where, :func:`all_alike` finds no difference.
+
     Example: [1, 0] -> [0.7071, -0.7071].
     """
     wide = centred(values.double())
     spread = wide.square().sum(-1, keepdim=True).div(wide.shape[-1] - 1).sqrt()
-    return over_spread(wide, spread, values.double().abs().amax(-1, keepdim=True)).to(values.dtype)
+    return (wide / spread.masked_fill(spread == 0, 1.0)).to(values.dtype)
 
 
 def discounted_sum_to_go(values: Tensor, mask: Tensor, discounts: Tensor) -> Tensor:

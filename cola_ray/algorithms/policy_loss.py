@@ -29,7 +29,8 @@ def clipped_policy_gradient(
     Returns:
         loss sum (scalar) and the number of actions where the clipped branch is the active one.
     """
-    ratio = (log_probs - old_log_probs).masked_fill(~mask, 0.0).exp()
+    # Without an advantage nothing is weighed: a ratio that overflows would make 0 * inf of it.
+    ratio = (log_probs - old_log_probs).masked_fill(~mask | (advantages == 0), 0.0).exp()
     plain = ratio * advantages
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     loss = -torch.minimum(plain, clipped).masked_fill(~mask, 0.0)

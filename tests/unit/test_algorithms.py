@@ -78,6 +78,16 @@ def test_clipped_loss_by_hand():
     assert float(wider) == pytest.approx(-(0.5 - 1.0 + 2.8))
 
 
+def test_without_an_advantage_an_overflowing_ratio_is_no_nan():
+    """exp(100) is infinite in float32."""
+    log_probs = torch.tensor([[0.0, -1.0]], requires_grad=True)
+    old, advantages = torch.tensor([[-100.0, -1.0]]), torch.tensor([[0.0, 1.0]])
+    loss, clipped = clipped_policy_gradient(log_probs, old, advantages, torch.ones(1, 2, dtype=torch.bool), 0.2, 0.2)
+    loss.backward()
+    assert (loss.item(), int(clipped)) == (-1.0, 0)
+    assert log_probs.grad.tolist() == [[0.0, -1.0]]
+
+
 def test_clipped_loss_gradient_and_mask():
     generator = torch.Generator().manual_seed(0)
     log_probs = (0.3 * torch.randn(3, 5, generator=generator, dtype=torch.float64)).requires_grad_()

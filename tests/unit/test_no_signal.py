@@ -54,6 +54,16 @@ def test_what_is_real_is_not_taken_for_noise(scale):
     assert standardised(torch.tensor([0.1, 0.101])).tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
 
 
+@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("size", [2, 8, 64, 512])
+@pytest.mark.parametrize("gap", [0.9e-5, 1.2e-5, 2e-5, 1e-3])
+def test_what_counts_as_a_difference_has_an_advantage(name, size, gap):
+    """Groups that the metric and the redrawing of groups take for signal are taught, whatever the group's size."""
+    rewards = torch.zeros(size, dtype=torch.float64)
+    rewards[0] = gap
+    assert ADVANTAGES[name]([Outcomes(rewards, 0.0)])[0].any() == (not all_alike(rewards))
+
+
 numbers = st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=16)
 
 
