@@ -311,7 +311,7 @@ class CoLAGenerateOutput(GenerateDecoderOnlyOutput):
     """What ``generate(return_dict_in_generate=True)`` returns; ``logits`` and ``scores`` are of tokens, given actions.
 
     Args:
-        actions: (B, N) int64 of the N new tokens; -1 after a sequence's end.
+        actions: (B, N) int64 of the N new tokens; -1 after a sequence's end, by a token or a stopping criterion.
         action_log_probs: (B, N) float32, under the distribution that they were drawn from; 0 after the end.
     """
 
@@ -320,21 +320,36 @@ class CoLAGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class _Choice:
-    """Chooses each step's actions for ``generate`` and keeps them."""
+    """Chooses each step's actions for ``generate`` and keeps the last ones, with their log-probabilities."""
 
     def __init__(self, sampled: bool, processors: LogitsProcessorList) -> None:
         self.sampled, self.processors = sampled, processors
-        self.actions: list[Tensor] = []
-        self.log_probs: list[Tensor] = []
+        self.latest: tuple[Tensor, Tensor]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(B, 1, K) -> (B, 1)."""
         ids = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)  # an action has no history
         log_probs = self.processors(ids, logits[:, -1]).log_softmax(-1)
         actions = torch.multinomial(log_probs.exp(), 1) if self.sampled else log_probs.argmax(-1, keepdim=True)
-        self.actions.append(actions[:, 0])
-        self.log_probs.append(log_probs.gather(-1, actions)[:, 0])
+        self.latest = actions[:, 0], log_probs.gather(-1, actions)[:, 0]
         return actions
+
+
+class _Recorder(StoppingCriteriaList):
+    """Stopping criteria, which are asked after each token, and the actions that led to those of rows still going."""
+
+    def __init__(self, criteria: StoppingCriteriaList, choice: _Choice) -> None:
+        super().__init__(criteria)
+        self.choice, self.ended = choice, torch.tensor(False)
+        self.steps: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        actions, log_probs = self.choice.latest
+        ended = self.ended.to(actions.device)
+        self.steps.append((actions.masked_fill(ended, -1), log_probs.masked_fill(ended, 0.0)))
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.ended = done | ended.to(done.device)
+        return done
 
 
 _OF_ACTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -601,6 +616,11 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         e, policy = e[:, kept], policy[:, kept].to(e.device)
         chosen = policy.argmax(-1) if choose_actions is None else choose_actions(policy)
         if actions is not None:
+            if actions.shape != chosen.shape:
+                raise ValueError(
+                    f"actions of shape {tuple(actions.shape)}: logits are of {tuple(chosen.shape)} positions; "
+                    "one action for each"
+                )
             chosen = torch.where(actions < 0, chosen, actions)
         return CoLACausalLMOutput(
             loss=loss,
@@ -651,6 +671,8 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         said = kwargs.get("top_k", getattr(generation_config, "top_k", None))
         settings, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in {"actions", "choose_actions"} & model_kwargs.keys():
+            raise ValueError(f"{name}: generate chooses actions itself; force them with generate_latent(actions=...)")
         if said is None and self.generation_config.top_k is None:
             settings.top_k = 0  # transformers' own default, 50 of a vocabulary, would be most of the actions
         if settings.guidance_scale not in (None, 1, 1.0):
@@ -689,24 +711,14 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         choice = _Choice(generation_config.do_sample, of_actions)
         of_tokens = copy.copy(generation_config)
         of_tokens.do_sample = False
-        kwargs |= {"choose_actions": choice, "logits_to_keep": 1}
+        recorder = _Recorder(kwargs.pop("stopping_criteria"), choice)
+        kwargs |= {"stopping_criteria": recorder, "choose_actions": choice, "logits_to_keep": 1}
         made = super()._sample(input_ids, generation_config=of_tokens, **kwargs)
         if not generation_config.return_dict_in_generate:
             return made
-        length = made.sequences.shape[1] - input_ids.shape[1]
-        actions, log_probs = (torch.stack(taken[-length:], 1) for taken in (choice.actions, choice.log_probs))
-        ended = self._ended(made.sequences[:, -length:], getattr(generation_config, "_eos_token_tensor", None))
-        return CoLAGenerateOutput(
-            **made, actions=actions.masked_fill(ended, -1), action_log_probs=log_probs.masked_fill(ended, 0.0)
-        )
-
-    @staticmethod
-    def _ended(tokens: Tensor, eos: Tensor | None) -> Tensor:
-        """(B, N) -> where a sequence had ended before."""
-        if eos is None:
-            return torch.zeros_like(tokens, dtype=torch.bool)
-        stops = torch.isin(tokens, eos.to(tokens.device))
-        return stops.cumsum(1) - stops.long() > 0
+        steps = recorder.steps[: made.sequences.shape[1] - input_ids.shape[1]]
+        actions, log_probs = (torch.stack(column, 1) for column in zip(*steps, strict=True))
+        return CoLAGenerateOutput(**made, actions=actions, action_log_probs=log_probs)
 
     @torch.no_grad()
     def generate_latent(
@@ -734,7 +746,14 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
         Returns:
             tokens (B, N), actions (B, N), log-probabilities of the actions (B, N) float32, N <= max_new_tokens.
+
+        Raises:
+            ValueError: fewer than one new token, or padding on the right.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {max_new_tokens}: needs 1 or more")
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError("attention_mask: a prompt ends in padding; pad on the left")
         device, (batch, _) = input_ids.device, input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())

@@ -232,6 +232,33 @@ def test_streams_and_stopping_criteria(cola, greedy, tokenizer):
     assert cola.generate(rows[3][None], max_new_tokens=NEW, stopping_criteria=two).shape[1] == len(rows[3]) + 2
 
 
+@pytest.mark.parametrize("eos", [EOS, None])
+def test_rows_that_a_criterion_ended_have_no_more_actions(cola, eos):
+    """Every other row, at three tokens; the other ones go on, and their actions are those of generate_latent."""
+    inputs = left_padded(prompts(8))
+    width = inputs["input_ids"].shape[1]
+    every_other = torch.arange(8) % 2 == 0
+    criteria = StoppingCriteriaList([lambda ids, _: every_other & (ids.shape[1] >= width + 3)])
+    _, actions, log_probs = cola.generate_latent(
+        **inputs, max_new_tokens=NEW, temperature=0.0, eos_token_id=eos, stopping_criteria=criteria
+    )
+    settings = GenerationConfig(max_new_tokens=NEW, eos_token_id=eos, pad_token_id=0, return_dict_in_generate=True)
+    made = cola.generate(**inputs, generation_config=settings, stopping_criteria=criteria)
+    assert (made.actions[every_other, 3:] == -1).all()
+    assert torch.equal(made.actions, actions)
+    torch.testing.assert_close(made.action_log_probs, log_probs)
+
+
+def test_actions_are_forced_in_forward_and_generate_latent_alone(cola):
+    ids = torch.tensor([[5, 6, 7]])
+    for name in ("actions", "choose_actions"):
+        with pytest.raises(ValueError, match=rf"{name}: .* force them with generate_latent"):
+            cola.generate(ids, max_new_tokens=2, **{name: torch.zeros(1, 2, dtype=torch.int64)})
+    for kept, width in ((0, 1), (0, 4), (1, 3)):
+        with pytest.raises(ValueError, match="one action for each"):
+            cola(ids, logits_to_keep=kept, actions=torch.zeros(1, width, dtype=torch.int64))
+
+
 def test_a_pipeline_is_greedy_unless_told_otherwise(cola, greedy, tokenizer):
     rows, tokens, _ = greedy
     ask = pipeline("text-generation", model=cola, tokenizer=tokenizer, batch_size=8)

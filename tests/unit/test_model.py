@@ -354,6 +354,15 @@ def test_forced_actions_and_stop_token(cola, ids):
     assert (log_probs[0, ended:] == 0).all()
 
 
+def test_what_generate_latent_cannot_do_is_refused(cola, ids):
+    with pytest.raises(ValueError, match="max_new_tokens = 0: needs 1 or more"):
+        cola.generate_latent(ids, max_new_tokens=0)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    with pytest.raises(ValueError, match="attention_mask: a prompt ends in padding; pad on the left"):
+        cola.generate_latent(ids, mask)
+
+
 def test_codebook_takes_ids_and_one_hots(cola, ids):
     e, actions = cola.encode(ids), torch.randint(0, NUM_ACTIONS, ids.shape)
     one_hot = torch.nn.functional.one_hot(actions, NUM_ACTIONS).float()
