@@ -9,7 +9,8 @@ line). In it count, in this order:
    making. A heading (``#### Step 1: ...`` with text below) is no answer.
 2. The last ``\boxed{}``: intermediate results are boxed too, the final one last (as Hendrycks et al. and Minerva read).
 3. What follows the last "answer is" or "answer:", if it begins with a number.
-4. The last number of the text.
+4. The last number of the text, if it stands for itself: of ``3:30``, ``5 hours and 30 minutes``, ``not 5`` and
+   ``twice 5`` nothing is read.
 
 A mark decides: what is marked and cannot be read is not replaced by some other number of the text.
 
@@ -65,7 +66,7 @@ _NEXT_QUESTION = re.compile(
 _MARK = re.compile(r"#{4,}")
 _LINE = re.compile(r"[^\s].*")
 _PHRASE = re.compile(r"\banswer\b[*_ \t]{0,4}(?:is|was|equals|[:=])[*_: \t]{0,6}", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"\n|[.!?](?=\s)")
+_SENTENCE_END = re.compile(r"\n|[.!?](?=\s|\Z)")
 
 
 def _marked(part: str) -> tuple[str, bool] | None:

@@ -5,8 +5,9 @@
 Numbers as people and models write them: fractions, mixed numbers, grouped thousands, powers of ten, currencies, units,
 the digits of every script; ``tests/unit/test_final_answer.py`` has the table. Values are exact, no float comes between.
 ``%`` is a unit: 50% is 50. Of ``48 + 24 = 72`` the last side counts. What reads in several ways has no value: ``3,4``
-(3.4, or 3 and 4), ``5 or 6``, ``5-6``, ``2:3``, ``5 ft 3 in``, ``5k``, ``4 x 5``, ``1/2 of 10``, and ``(5)`` outside of
-LaTeX (an accountant's -5). Nor has a number of more than a thousand digits or decimal places.
+(3.4, or 3 and 4), ``1.234 €``, ``5 or 6``, ``5-6``, ``2:3``, ``5 ft 3 in``, ``5k``, ``4 x 5``, ``1/2 of 10``,
+``half of 18``, ``more than 18``, and ``(5)`` outside of LaTeX (an accountant's -5). Nor has a number of more than a
+thousand digits or decimal places.
 """
 
 import functools
@@ -18,6 +19,8 @@ from fractions import Fraction
 
 MAX_DIGITS = 1000
 """Of a number, and the largest power of ten."""
+MAX_SCALE = 10**30
+"""Of words such as "million" behind a number."""
 MAX_LENGTH = 2000
 """Characters of a text; longer ones are not read."""
 
@@ -54,6 +57,8 @@ def _plain_character(character: str) -> str:
 _WRITTEN = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"<<[^<>]{0,200}>>|<\|?/?[A-Za-z][\w-]{0,30}\|?>", " "),  # GSM8K's calculations; tags, control tokens
+        (r"\\(?:text)?color ?\{\w{1,20}\}", " "),
         (r"\\!", ""),
         (r"\\[,;: ]|~|\\q?quad\b|\\(?:thin|med|thick|en)space\b", " "),
         (r"\{([,.])\}", r"\1"),
@@ -108,7 +113,9 @@ _TOKEN = re.compile(
     r"|(?P<number>(?:\d+(?:[.,'_]\d+)*|(?<![\w.,])\.\d+)(?:[eE][-+]?\d+(?!\w))?)"
     r"|(?P<fraction>\\[dtc]?frac(?![A-Za-z]))"
     r"|(?P<command>\\[A-Za-z]+|\\.?)"
-    r"|(?P<word>[A-Za-z][A-Za-z0-9]*(?:'[A-Za-z]+)?|[^\W\d_A-Za-z]+)"
+    r"|(?P<word>[A-Za-z][A-Za-z0-9]*(?:'[A-Za-z]+)?"
+    r"|[万萬만亿億억백천]|[百千](?![克米瓦卡])"  # of 千克, a kilogram, it is a part
+    r"|[^\W\d_A-Za-z]+)"
     r"|(?P<bad>[<>!]=|\*\*)"
     r"|(?P<equals>[-=]>|:?=+)"
     r"|(?P<dots>\.{2,}|…)"
@@ -210,7 +217,8 @@ def _decimal(text: str, comma: bool) -> Fraction | None:
     """Digits with separators: "1,234.5", "1.234,5", "1'234", "0.5".
 
     Args:
-        comma: a single comma before one, two or more than three digits is a decimal comma.
+        comma: a single comma before one, two or more than three digits is a decimal comma; a single point before three
+            may be either mark, so that there is no value.
     """
     digits, _, exponent = text.replace("E", "e").partition("e")
     scale = _power_of_ten(exponent) if exponent else Fraction(1)
@@ -225,6 +233,8 @@ def _decimal(text: str, comma: bool) -> Fraction | None:
                 whole, part = groups, ""
             elif not comma and groups[0] != "0":
                 return None
+        if comma and separators == ["."] and _grouped(groups, indian=False):
+            return None
     others = set(separators[: len(whole) - 1])
     if len(others) > 1 or (others and not _grouped(whole, indian=others == {","})):
         return None
@@ -243,14 +253,21 @@ _LEADS = _set("""
     the final answer result total is are was equals equal to about approximately approx around roughly nearly almost
     exactly only just a an therefore so thus hence value sum he she it they there minus negative positive of
     """)
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5,
-           "crore": 10**7}  # fmt: skip
+_CHANGES = _set("half twice thrice double triple square cube root not than")
+"""Before a number they make it another one, with "of" and articles between or without: half of 18, more than 18."""
+_PARTS = _set("min mins minutes sec secs seconds inch inches cents pence oz ounces months days hours grams")
+"""Second units of one quantity: 5 hours and 30 minutes."""
+_SCALES = {
+    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5,
+    "crore": 10**7, **dict.fromkeys("百백", 10**2), **dict.fromkeys("千천", 10**3), **dict.fromkeys("万萬만", 10**4),
+    **dict.fromkeys("亿億억", 10**8),
+}  # fmt: skip
 _AMBIGUOUS = _set("""
     k K M B bn mn mln mio dozen dozens score gross half halves third thirds quarter quarters fourth fourths fifth
     fifths sixth sixths eighth eighths tenth tenths hundredth hundredths thousandth thousandths squared cubed point
     choose factorial hundreds thousands millions billions
     """)
-_ARITHMETIC = {"times", "multiplied", "plus", "minus", "divided", "over", "x", "X", "than", "to", "or", "modulo"}
+_ARITHMETIC = {"times", "multiplied", "plus", "minus", "divided", "over", "x", "X", "than", "to", "or", "modulo", "by"}
 _CLAUSES = _set("""
     in of per for at out with on from by after before every each a an because since as which that is are was were left
     if when while where during under into within among altogether so but the would will
@@ -401,6 +418,8 @@ class _Side:
                 return 0
         elif self.kind(place) == "comma" and place == 0 and self.tokens[start].spaces == 0:
             return 0
+        if self._changed(place):
+            return 0
         strangers = 0
         for token in self.tokens[: place + 1]:
             if token.kind == "word":
@@ -411,6 +430,15 @@ class _Side:
                 return 0
         others = sum(token.kind in _AMOUNTS for token in self.tokens[self._amount(start)[1] :])
         return 0 if strangers and others else sign
+
+    def _changed(self, place: int) -> bool:
+        """Whether a word that makes another number of the one behind it stands here, or before "of" and articles."""
+        while self.word(place) in ("of", "the", "a") or self.kind(place) == "currency":
+            place -= 1
+        if self.word(place) == "and" and self.word(place - 1) in _SCALES:  # one hundred and 5
+            place -= 1
+        word = self.word(place)
+        return word in _CHANGES or word in _SCALES or word[-1:] in _SCALES
 
     # --- itself ---------------------------------------------------------------------------------------------------
 
@@ -479,13 +507,11 @@ class _Side:
 
     def _tail(self, place: int, value: Fraction) -> int | None:
         """What the words behind the number multiply it by; None where what follows makes it another number."""
-        scale, percent = 1, False
-        while self.kind(place) in ("currency", "unit", "mark") or self.word(place) in _SCALES:
-            scale *= _SCALES.get(self.word(place), 1)
-            percent = percent or self.tokens[place].text == "%"
-            place += 1
-            if scale > 10**30 or (self.bare and scale > 1):
-                return None
+        start = place
+        scale, place = self._scale(place)
+        percent = any(token.text == "%" for token in self.tokens[start:place])
+        if scale > MAX_SCALE or (self.bare and scale > 1):
+            return None
         kind, text = self.kind(place), self.tokens[place].text if place < len(self.tokens) else ""
         if not kind:
             return scale
@@ -508,6 +534,22 @@ class _Side:
             cut = kind == "stop" and attached and self.kind(place + 1) in ("command", "open")  # 0.\overline{3}, 0.(3)
             return None if cut or self._listed(place + 1) else scale
         return scale if self._words(place, value, percent) else None
+
+    def _scale(self, place: int) -> tuple[int, int]:
+        """The product of "hundred", "million", "万" and the like, and the place after them, currencies and units."""
+        scale = 1
+        while self.kind(place) in ("currency", "unit", "mark") or self.word(place) in _SCALES:
+            scale, place = scale * _SCALES.get(self.word(place), 1), place + 1
+        return scale, place
+
+    def _is_second_part(self, place: int, stop: int) -> bool:
+        """Whether the number from behind this place up to ``stop`` goes on with one before: 3:30, 5 ft 3 inches."""
+        if self.kind(place) == "colon":
+            even = self.tokens[place].spaces == self.tokens[place + 1].spaces
+            return even and self.kind(place - 1) in _AMOUNTS
+        if self.word(place) == "and":
+            place -= 1
+        return self.kind(place) == "word" and self.kind(place - 1) in _AMOUNTS and self.word(stop) in _PARTS
 
     def _unit(self, place: int) -> bool:
         """km/h, /hour, but not /x."""
@@ -603,6 +645,8 @@ def number_at(part: str, end: int) -> Fraction | None:
     before = place - 1
     while side.kind(before) == "currency":
         before -= 1
+    if side._changed(before) or side._is_second_part(before, stop):
+        return None
     sign = -1 if side.word(before) in ("minus", "negative") and side.kind(before - 1) != "number" else 1
     if side.kind(before) in ("sign", "operator", "bad"):
         joined = side.tokens[before + 1].spaces == 0
@@ -614,4 +658,5 @@ def number_at(part: str, end: int) -> Fraction | None:
         return None
     if value is None or side.word(stop) in _AMBIGUOUS or (stop < len(tokens) and tokens[stop].text in _AMBIGUOUS):
         return None
-    return sign * value * _SCALES.get(side.word(stop), 1)
+    scale, _ = side._scale(stop)
+    return sign * value * scale if scale <= MAX_SCALE else None

@@ -64,6 +64,13 @@ FORMS = [
     ("5:30", None), ("2:3", None), ("5 million", 5000000), ("1.5 million", 1500000), ("3 hundred", 300),
     ("$5 thousand", 5000), ("5k", None), ("5 K", None), ("$5M", None), ("5bn", None), ("2 dozen", None),
     ("5 less than 10", None), ("4 times", 4), ("4 times 5", None), ("4 multiplied by 5", None),
+    ("5 hundred thousand", 500000), ("3万", 30000), ("12.5万元", 125000), ("3百万元", 3000000), ("2 亿", 200000000),
+    ("3천", 3000), ("3만원", 30000), ("3千克", 3), ("3 千米", 3), ("1万2千", None), ("一万2千", None),
+    ("1.234 €", None), ("€10.000", None), ("10.00 €", 10), ("1.234.567 €", 1234567), ("5 by 6 feet", None),
+    # words that make it another number
+    ("half of 18", None), ("half the 18", None), ("twice 18", None), ("double $18", None), ("the square of 4", None),
+    ("more than 18", None), ("less than $18", None), ("at least 18", 18), ("not 18", None), ("two hundred 5", None),
+    ("one hundred and 5", None), ("the other half is 18", 18),
     # scientific notation, powers
     ("1e6", 1000000), ("1E6", 1000000), ("1e+6", 1000000), ("1.5e3", 1500), ("1e-3", "1/1000"), ("1.5 x 10^3", 1500),
     ("1.5x10^3", 1500), ("1.5 × 10^3", 1500), ("1.5 × 10³", 1500), (r"1.5 \times 10^{3}", 1500),
@@ -78,6 +85,9 @@ FORMS = [
     ("7\u200b2", 72), ("\u200e72\u200f", 72), ("72个", 72),
     ("共72个", 72), ("72円", 72), ("①", None), ("七十二", None), ("seventy-two", None), ("72₂", None), ("৭২", 72),
     # decoration, words, equations
+    ("<answer>72</answer>", 72), ("<b>72</b>", 72), ("72<br>", 72), ("72</s>", 72), ("72 <|eot_id|>", 72),
+    ("<<48+24=72>>72", 72), ("48+24=<<48+24=72>>72 clips", 72), ("5 < 6", None), (r"\color{red}72", 72),
+    (r"\textcolor{red}{72}", 72),
     ("**72**", 72), ("*72*", 72), ("__72__", 72), ("`72`", 72), ("$72$", 72), ("$$72$$", 72), (r"\(72\)", 72),
     (r"\[72\]", 72), ("72.", 72), ("72. That is all.", 72), ("= 72", 72), ("x = 5", 5), ("x=5", 5), ("≈ 72", 72),
     (r"\approx 72", 72), ("~72", 72), ("about 72", 72), ("The answer is 72", 72), ("Answer: 72", 72),
@@ -134,7 +144,14 @@ RESPONSES = [
     ("It has 5 million people.", 5000000), ("It has 5k people.", None), ("She is 72!", 72), ("1,234.", 1234),
     ("the area is 5 m^2", 5), ("the area is 5 m²", 5), ("It moves 5 km/h.", 5), ("about 1.5 x 10^3", 1500),
     ("the answer (5)", 5), ("2^10", None), ("minus 5", -5), ("It is a 72-year-old", 72), ("½", "1/2"), ("H2O", None),
-    ("Either $5 or $6", 6), ("5. ", 5),
+    ("Either $5 or $6", 6), ("5. ", 5), ("The answer is 18!", 18), ("The answer is 18! She is glad.", 18),
+    ("<think>5</think><answer>6</answer>", 6), ("so 9*2=<<9*2=18>>18", 18),
+    ("It has 5 hundred thousand people.", 500000),
+    ("共12.5万元。", 125000), ("共1万2千元", None), ("At 3:30 pm", None), ("The ratio is 3:4.", None), ("3 : 4", None),
+    ("Step 2: 4", 4), ("It takes 5 hours and 30 minutes.", None), ("It is 5 ft 3 inches", None),
+    ("2 dollars and 50 cents", None), ("5 apples and 3 pears, 8 minutes", 8), ("5 red and 18 in total", 18),
+    ("She ate half and 18 remain", 18), ("The answer is not 18.", None), ("It is 18, not 20.", None),
+    ("She needs more than the 3 she has.", None), ("twice 18", None), ("a third of 18, or 6", 6),
 ]  # fmt: skip
 
 
