@@ -267,8 +267,9 @@ COMBINATIONS: tuple[Combination, ...] = (
     # ArCHer's critic. Who asks none reads none of its settings (relevance.py).
     *(
         Combination(field, None, _of("chai"), "no policy trains")
-        for field in ("critic.reuse", "critic.td_share", "critic.token_baseline")
+        for field in ("critic.reuse", "critic.td_share", "critic.token_baseline", "critic.actor_states")
     ),
+    Combination("critic.chooses", None, _of("chai"), "its players choose always"),
     *(
         Combination(
             field, None, _has("critic.actor_states", "replayed"), "of what was played",

@@ -635,7 +635,7 @@ def try_override(config: Config, changes: Mapping[str, Any]) -> tuple[Config, di
         if _is_field(dotted):
             _put(tree, dotted, value)
         else:
-            near = difflib.get_close_matches(dotted, schemas(), n=1, cutoff=0.3)
+            near = difflib.get_close_matches(dotted, schemas(), n=1)
             wrong[dotted] = f"{dotted} = {value!r}: no such field; did you mean {near[0] if near else '--help'}?"
     try:
         return Config.model_validate(tree), wrong

@@ -20,7 +20,7 @@ from typing import Any
 
 from cola_ray.config import Config, is_environment, override, results_root
 from cola_ray.relevance import defaults, given
-from cola_ray.run_folder import is_finished, read_record, write_json
+from cola_ray.run_folder import is_at_work, is_finished, read_record, write_json
 
 FILE = "provenance.json"
 SIZES = ("num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers")
@@ -175,7 +175,9 @@ def refusals(config: Config, job: str) -> list[str]:
         return []
     if not is_made(model):
         if makes_start_model(config) and job in ("rl_math", "rl_preference", "rl_agent", "sweep"):
-            return []
+            if not is_at_work(model.parent):
+                return []
+            return [f"model.path = {str(model)!r}: another run is making it; wait for its end, or give another --seed"]
         there = "its pre-training has not ended" if (model / "config.json").exists() else "no CoLA model there"
         more = (
             f" --task.name {config.task.name}"
@@ -206,10 +208,13 @@ def refusals(config: Config, job: str) -> list[str]:
 
 def _against_sizes(config: Config) -> list[str]:
     """Sizes that were given beside a model that has others."""
-    there, asked, lines = _sizes(Path(config.model.path)), given(config), list[str]()
+    model, asked, lines = Path(config.model.path), given(config), list[str]()
+    there = _sizes(model)
     for name in SIZES:
         value = asked.get(f"model.{name}")
-        if value is not None and value != there.get(name, value):
+        if value is not None and not there and (model / "config.json").exists():
+            lines.append(f"model.{name} = {value!r}: {config.model.path} is a plain model and has none; leave it out")
+        elif value is not None and value != there.get(name, value):
             lines.append(f"model.{name} = {value!r}: {config.model.path} has {there[name]}; leave it out")
     return lines
 

@@ -114,6 +114,14 @@ def _check_stages_before(config: Config) -> list[str]:
     return []
 
 
+def _check_start(config: Config) -> list[str]:
+    """What RL pre-trains first is what it needs."""
+    stages = config.pretrain.stages
+    if stages == ("base",) and config.rl.action_space == "latent" and not config.model.path:
+        return [f"pretrain.stages = {stages}: RL over latent actions needs more than a base; add actions and policy"]
+    return _check_stages_before(config)
+
+
 def _check_task(config: Config) -> list[str]:
     if config.task.name in ("textworld", "jericho") and importlib.util.find_spec(config.task.name) is None:
         return [f"task.name = {config.task.name!r}: needs the package {config.task.name}; `make games` installs it"]
@@ -225,7 +233,7 @@ def _check_sweep(config: Config) -> list[str]:
     if sweep.asha and sweep.grace_steps > config.rl.max_steps:
         lines.append(f"sweep.grace_steps = {sweep.grace_steps}: no run would be stopped early; use at most "
                      f"rl.max_steps = {config.rl.max_steps}")  # fmt: skip
-    near = difflib.get_close_matches(sweep.field, schemas(), n=1, cutoff=0.3)
+    near = difflib.get_close_matches(sweep.field, schemas(), n=1)
     if sweep.field not in schemas():
         hint = f"did you mean {near[0]}?" if near else "name a dotted field"
         return [*lines, f"sweep.field = {sweep.field!r}: no such field; {hint}"]
@@ -274,10 +282,10 @@ _OF_JOB: dict[str, tuple[Rule, ...]] = {
     "pretrain": (_check_stages_before,),
     "reward_model": (_check_reward_model,),
     "train_q": (_check_logged,),
-    "rl_math": (_check_problems, _check_stages_before),
-    "rl_preference": (_check_preferences, _check_stages_before),
-    "rl_agent": (_check_agent, _check_stages_before),
-    "sweep": (_check_sweep, _check_stages_before),
+    "rl_math": (_check_problems, _check_start),
+    "rl_preference": (_check_preferences, _check_start),
+    "rl_agent": (_check_agent, _check_start),
+    "sweep": (_check_sweep, _check_start),
     "evaluate": (_check_evaluation,),
     "diversity": (_check_encoder,),
     "capabilities": (_check_harness,),

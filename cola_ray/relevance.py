@@ -22,6 +22,7 @@ _SERVED = ("rollout.tensor_parallel_size", "rollout.temperature", "rollout.top_k
            "rollout.kv_cache_mb", "cluster.rollout_group")  # fmt: skip
 _TEXTS = ("task.*", "data.*")
 _RL = ("model.*", "task.*", "data.*", "pretrain.*", "rollout.*", "rl.*", "cluster.*")
+_RL_JOBS = ("rl_math", "rl_preference", "rl_agent", "sweep")
 _READ: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("model.*", *_TEXTS, "pretrain.*", "cluster.learner_*", "cluster.max_failures"),
     "reward_model": ("model.path", "model.base", "model.dtype", "task.name", "task.path", "data.date", *_TRAINS,
@@ -67,9 +68,12 @@ def _trains_agent(config: Config, job: str) -> bool:
 
 def _pretrains(config: Config, job: str) -> bool:
     """Whether the job pre-trains, or asks for a model that was pre-trained so."""
-    return job in ("pretrain", "plan") or (
-        job in ("rl_math", "rl_preference", "rl_agent", "sweep") and not config.model.path
-    )
+    return job in ("pretrain", "plan") or (job in _RL_JOBS and not config.model.path and not _on_plain_base(config))
+
+
+def _on_plain_base(config: Config) -> bool:
+    """Whether RL over tokens was given a base of its own, which has no CoLA model around it."""
+    return config.rl.action_space == "token" and config.model.base != defaults(config).model.base
 
 
 def _stage(*stages: str) -> Callable[[Config, str], bool]:
@@ -98,8 +102,14 @@ _ONLY: tuple[_Only, ...] = (
     _Only(("data.prompt_field", "data.response_field", "data.text_field"), lambda c, _: bool(c.data.path),
           "rows of data.path do"),
     _Only(("model.base",), lambda c, _: not c.model.path, "a run without model.path does"),
-    _Only(("pretrain.*", "data.path"), lambda c, job: job not in ("rl_math", "rl_preference", "rl_agent", "sweep")
-          or not c.model.path, "pre-training does, and model.path is a model that has had it"),
+    _Only(("pretrain.*", "data.path"), lambda c, job: job not in _RL_JOBS or not c.model.path,
+          "pre-training does, and model.path is a model that has had it"),
+    _Only(("pretrain.*", "data.path", *_SIZES), lambda c, job: job not in _RL_JOBS or bool(c.model.path)
+          or not _on_plain_base(c), "pre-training does, and model.base is trained as it is"),
+    _Only(_SIZES, lambda c, job: job != "pretrain" or c.pretrain.stages != ("base",),
+          "the stages actions and policy do"),
+    _Only(("rollout.temperature", "rollout.top_k"), lambda c, job: job != "evaluate" or not {*c.eval.ways}
+          <= {"base", "greedy"}, "of eval.ways, sample, beam, mcts and mcts_q do"),
     _Only(("pretrain.gumbel_tau", "pretrain.entropy_coef", "pretrain.balance_coef", "pretrain.revive_every"),
           _stage("actions"), "the stage actions does"),
     _Only(("pretrain.steps.base",), _stage("base"), "the stage base does"),

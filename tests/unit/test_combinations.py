@@ -72,6 +72,8 @@ REFUSED = [
     (SOFT | {"rl.lr": 0.1}, "rl.lr = 0.1: no policy trains, and Q's is rl.value_lr; use rl.value_lr"),
     (agent("filtered_bc", rl__kl_coef=0.5), "rl.kl_coef = 0.5: the best episodes are cloned without a reference"),
     (agent("grpo", rl__group_size=4, critic__gamma=0.5), "critic.gamma = 0.5: grpo compares whole episodes"),
+    ({"preset": "smollm2-135m"} | agent("chai", critic__actor_states="played"), "critic.actor_states = 'played': no"),
+    ({"preset": "smollm2-135m"} | agent("chai", critic__chooses=True), "critic.chooses = True: its players choose"),
     (agent("chai", critic__candidates=1), "critic.candidates = 1: nothing to choose from"),
     (agent("archer", critic__candidates=1, critic__chooses=True), "critic.candidates = 1: nothing to choose from"),
     (agent("archer", critic__candidates=3, critic__chooses=False), "critic.candidates = 3: nobody chooses"),

@@ -257,6 +257,15 @@ def test_an_unfinished_or_unknown_start_is_not_taken():
     assert launch.refusals(override(usual, {"model.path": str(folder / "model")}), "rl_math") == []
 
 
+def test_a_start_that_another_run_is_making_is_waited_for():
+    folder = pretrained_dir(tiny()).parent
+    making = run_folder.claim(tiny(output_dir=str(folder.resolve())), "pretrain")
+    (line,) = launch.refusals(tiny(), "rl_math")
+    assert line.endswith("another run is making it; wait for its end, or give another --seed")
+    making.end("stopped")
+    assert launch.refusals(tiny(), "rl_math") == []
+
+
 def test_sizes_beside_a_model_that_has_others(tmp_path):
     made(tiny(**{"model.num_actions": 32}), tmp_path / "made")
     path = {"model.path": str(tmp_path / "made" / "model")}
