@@ -9,8 +9,8 @@ line). In it count, in this order:
    making. A heading (``#### Step 1: ...`` with text below) is no answer.
 2. The last ``\boxed{}``: intermediate results are boxed too, the final one last (as Hendrycks et al. and Minerva read).
 3. What follows the last "answer is" or "answer:", if it begins with a number.
-4. The last number of the text, if it stands for itself: of ``3:30``, ``5 hours and 30 minutes``, ``not 5`` and
-   ``twice 5`` nothing is read.
+4. The last number of the text, if it stands for itself: of ``3:30``, ``5 hours and 30 minutes``, ``5 to 6``,
+   ``10% of 50``, ``not 5`` and ``twice 5`` nothing is read.
 
 A mark decides: what is marked and cannot be read is not replaced by some other number of the text.
 

@@ -255,8 +255,16 @@ _LEADS = _set("""
     """)
 _CHANGES = _set("half twice thrice double triple square cube root not than")
 """Before a number they make it another one, with "of" and articles between or without: half of 18, more than 18."""
-_PARTS = _set("min mins minutes sec secs seconds inch inches cents pence oz ounces months days hours grams")
-"""Second units of one quantity: 5 hours and 30 minutes."""
+_SHARES = _set("half third thirds quarter quarters fourth fourths fifth fifths eighth tenth percent out")
+"""Before "of" they take a part of the number."""
+_WHOLES = _set("""
+    h hr hrs hour hours m min mins minute minutes week weeks year years day days ft foot feet km kg lb lbs pound pounds
+    dollar dollars
+    """)
+_PARTS = _set("""
+    m min mins minutes s sec secs seconds in inch inches cm g grams oz ounces cents pence hours days months
+    """)
+"""Units of a quantity with two numbers: 5 hours and 30 minutes."""
 _SCALES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5,
     "crore": 10**7, **dict.fromkeys("百백", 10**2), **dict.fromkeys("千천", 10**3), **dict.fromkeys("万萬만", 10**4),
@@ -433,8 +441,11 @@ class _Side:
 
     def _changed(self, place: int) -> bool:
         """Whether a word that makes another number of the one behind it stands here, or before "of" and articles."""
+        share = False
         while self.word(place) in ("of", "the", "a") or self.kind(place) == "currency":
-            place -= 1
+            share, place = share or self.word(place) == "of", place - 1
+        if share and (self.kind(place) in (*_AMOUNTS, "unit") or self.word(place) in _SHARES):
+            return True
         if self.word(place) == "and" and self.word(place - 1) in _SCALES:  # one hundred and 5
             place -= 1
         word = self.word(place)
@@ -542,14 +553,21 @@ class _Side:
             scale, place = scale * _SCALES.get(self.word(place), 1), place + 1
         return scale, place
 
-    def _is_second_part(self, place: int, stop: int) -> bool:
-        """Whether the number from behind this place up to ``stop`` goes on with one before: 3:30, 5 ft 3 inches."""
+    def _belongs_to_another(self, place: int, stop: int) -> bool:
+        """Whether the number from behind this place up to ``stop`` is an operand, an end of a range, or a second part.
+
+        Example: 5 times 18, 5 to 18, 3:30, 5 ft 3 inches.
+        """
+        word, numbered = self.word(place), self.kind(place - 1) in _AMOUNTS
         if self.kind(place) == "colon":
-            even = self.tokens[place].spaces == self.tokens[place + 1].spaces
-            return even and self.kind(place - 1) in _AMOUNTS
-        if self.word(place) == "and":
+            return numbered and self.tokens[place].spaces == self.tokens[place + 1].spaces
+        if word in ("times", "plus") or (word == "by" and self.word(place - 1) in _ARITHMETIC):
+            return True
+        if word in ("and", "to") and numbered:
+            return True
+        if word == "and" or self.kind(place) == "comma":
             place -= 1
-        return self.kind(place) == "word" and self.kind(place - 1) in _AMOUNTS and self.word(stop) in _PARTS
+        return self.word(place) in _WHOLES and self.kind(place - 1) in _AMOUNTS and self.word(stop) in _PARTS
 
     def _unit(self, place: int) -> bool:
         """km/h, /hour, but not /x."""
@@ -568,7 +586,7 @@ class _Side:
     def _words(self, place: int, value: Fraction, percent: bool) -> bool:
         """Whether the words behind the number leave it as it is."""
         token = self.tokens[place]
-        if token.spaces == 0 and re.match(r"[eEbBoO]\d", token.text):
+        if token.spaces == 0 and _GLUED.match(token.text):
             return False
         if len(token.text) == 1 and token.text.isascii() and token.text != "a":
             variable = self.latex and token.spaces == 0
@@ -599,6 +617,10 @@ class _Side:
         """m^2, m^(2)."""
         before = place - 1 - (self.kind(place - 1) == "open")
         return self.kind(before) == "operator" and self.tokens[before].text == "^" and self.kind(before - 1) == "word"
+
+
+_GLUED = re.compile(r"[eEbBoO]\d|[A-Za-z]+\d+[A-Za-z]")
+"""Right behind a number: a second one, as in 5h30m, but no unit, as in 5m2."""
 
 
 def _is_symbol(word: str) -> bool:
@@ -645,7 +667,7 @@ def number_at(part: str, end: int) -> Fraction | None:
     before = place - 1
     while side.kind(before) == "currency":
         before -= 1
-    if side._changed(before) or side._is_second_part(before, stop):
+    if side._changed(before) or side._belongs_to_another(before, stop):
         return None
     sign = -1 if side.word(before) in ("minus", "negative") and side.kind(before - 1) != "number" else 1
     if side.kind(before) in ("sign", "operator", "bad"):
@@ -654,7 +676,11 @@ def number_at(part: str, end: int) -> Fraction | None:
             return None
         if (joined and side.kind(before - 1) != "word") or (joined and side.tokens[before].spaces):
             sign = -1 if side.tokens[before].text == "-" else 1
+    if stop < len(tokens) and tokens[stop].spaces == 0 and _GLUED.match(tokens[stop].text):
+        return None
     if side.kind(stop) in ("operator", "bad") and not side._unit(stop + 1):
+        return None
+    if side.kind(stop) == "dots" and value is not None and value.denominator > 1:  # 8.333...
         return None
     if value is None or side.word(stop) in _AMBIGUOUS or (stop < len(tokens) and tokens[stop].text in _AMBIGUOUS):
         return None

@@ -152,6 +152,14 @@ RESPONSES = [
     ("2 dollars and 50 cents", None), ("5 apples and 3 pears, 8 minutes", 8), ("5 red and 18 in total", 18),
     ("She ate half and 18 remain", 18), ("The answer is not 18.", None), ("It is 18, not 20.", None),
     ("She needs more than the 3 she has.", None), ("twice 18", None), ("a third of 18, or 6", 6),
+    ("The probability is 1 in 6 or so, 5 out of 6", None), ("That is 10% of 180.", None), ("a third of the 18", None),
+    ("2/3 of 18", None), ("2/3 of 18 is 12", 12), ("between 5 and 18", None), ("from 5 to 18", None),
+    ("raised to 18", 18), ("5 times 18", None), ("5 divided by 18", None), ("5 plus 18", None),
+    ("surrounded by 18", 18),
+    ("10 feet, 8 inches", None), ("10ft 8in", None), ("2 h 30 m", None),
+    ("5 red, 8 in all", 8), ("5 pears, 8 in all", 8), ("x=8.333...", None), ("8...", 8),
+    ("#### 5h30m", None), ("5h30m", None), ("5cm2", 5),
+    ("#### a third of 18", None), ("#### 3 of them", 3),
 ]  # fmt: skip
 
 
