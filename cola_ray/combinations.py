@@ -11,7 +11,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ray.config import COMPARING, MULTI_TURN, OF_OUTCOMES, OF_TURNS, Config, is_environment
+from cola_ray.config import COMPARING, MULTI_TURN, OF_OUTCOMES, OF_TURNS, Config, is_environment, value_at
 from cola_ray.presets import preset
 
 Condition = Callable[[Config], bool]
@@ -40,7 +40,7 @@ class Combination:
 
     def line(self, config: Config) -> str | None:
         """The refusal, where the row applies."""
-        value = _value(config, self.field)
+        value = value_at(config, self.field)
         wrong = value not in _defaults(config, self.field) if self.values is None else value in self.values
         if not wrong or not self.when(config):
             return None
@@ -57,14 +57,12 @@ def refused(config: Config) -> list[str]:
     return list(lines.values())
 
 
-def _value(config: Config, field: str) -> Any:
-    return functools.reduce(getattr, field.split("."), config)
-
-
 def _defaults(config: Config, field: str) -> tuple[Any, Any]:
     """What nobody has to answer for: the class's own, and the preset's."""
     agents = is_environment(config.task.name)
-    return _value(Config(), field), _value(_preset(config.preset, agents, config.task.name if agents else ""), field)
+    return value_at(Config(), field), value_at(
+        _preset(config.preset, agents, config.task.name if agents else ""), field
+    )
 
 
 _preset = functools.lru_cache(maxsize=8)(preset)
@@ -106,7 +104,7 @@ def _all(*conditions: Condition) -> Condition:
 
 
 def _has(field: str, *values: Any) -> Condition:
-    return lambda config: _value(config, field) in values
+    return lambda config: value_at(config, field) in values
 
 
 def _alone(config: Config) -> bool:

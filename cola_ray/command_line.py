@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from cola_ray import launch, provenance, relevance
-from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override, schemas, try_override
+from cola_ray.config import (
+    Config,
+    ConfigError,
+    RunFailedError,
+    is_environment,
+    override,
+    schemas,
+    try_override,
+    value_at,
+)
 from cola_ray.display import current, shown
 from cola_ray.limits import literal, wanted
 from cola_ray.presets import expectation, preset
@@ -131,7 +140,9 @@ def _read(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         usual = flag.replace(".no-", ".", 1).replace("--no-", "--", 1)
         negated = flag not in flags and schemas().get(flags.get(usual, ""), {}).get("type") == "boolean"
         field = flags.get(usual if negated else flag)
-        if not flag:
+        if any(_is_no_text(word) for word in values):
+            lines[field or flag] = f"{field or flag} = {' '.join(values)!a}: not UTF-8; give another name"
+        elif not flag:
             lines[" ".join(values)] = f"{' '.join(values)}: belongs to no setting; settings are --branch.field value"
         elif field is None and flag == "--":
             lines[flag] = f"{' '.join([flag, *values])}: belongs to no setting; settings are --branch.field value"
@@ -155,6 +166,11 @@ def _grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
         else:
             groups[-1][1].append(word)
     return [(flag, values) for flag, values in groups if (flag or values) and flag not in ("-h", "--help")]
+
+
+def _is_no_text(word: str) -> bool:
+    """Bytes of a command line that are no UTF-8 come as halves of surrogate pairs, which nothing can write."""
+    return any(0xD800 <= ord(character) <= 0xDFFF for character in word)
 
 
 def _flags() -> dict[str, str]:
@@ -230,9 +246,7 @@ def _of_others(job: str, shown: Container[str]) -> str:
 
 def _as_typed(field: str, defaults: Config) -> str:
     """A flag with its default, as one would type it."""
-    value: Any = defaults
-    for name in field.split("."):
-        value = getattr(value, name)
+    value = value_at(defaults, field)
     branch, _, leaf = field.replace("_", "-").rpartition(".")
     if isinstance(value, bool):
         return f"--{branch}{'.' if branch else ''}{'no-' if value else ''}{leaf}"

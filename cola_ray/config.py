@@ -606,7 +606,7 @@ def is_environment(task: str) -> bool:
     module, _, attribute = task.partition(":")
     try:
         return hasattr(getattr(importlib.import_module(module), attribute, None), "step")
-    except Exception:  # of the module's own code, which tasks/inspection.py tells
+    except (Exception, SystemExit):  # of the module's own code, which tasks/inspection.py tells
         return False
 
 
@@ -644,6 +644,11 @@ def try_override(config: Config, changes: Mapping[str, Any]) -> tuple[Config, di
     to_blame = [dotted for dotted in changes for field in refused if f"{field}.".startswith(f"{dotted}.")]
     right = {dotted: value for dotted, value in changes.items() if dotted not in {*wrong, *to_blame}}
     return try_override(config, right)[0], wrong | refused
+
+
+def value_at(config: Config, field: str) -> Any:
+    """Of a dotted field."""
+    return functools.reduce(getattr, field.split("."), config)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from cola_ray import checkpoints, hub, provenance
-from cola_ray.config import OWN_BASE_POSITIONS, Config, is_endpoint
+from cola_ray.config import OWN_BASE_POSITIONS, Config, is_endpoint, value_at
 from cola_ray.learner.corpus import document
 from cola_ray.tasks import inspection, preference
 from cola_ray.tasks.chat import as_prompt
@@ -55,6 +55,22 @@ def further_faults(config: Config, job: str) -> list[str]:
         return list(_silent(config, job))
     asked = _asks_task(config, job) and not (config.task.name == "jericho" and not config.task.game)
     return [*_hub(config, job), *_silent(config, job), *(inspection.faults(config.task) if asked else [])]
+
+
+def unseen(config: Config) -> list[str]:
+    """A line for each path that the system will not even look at: forbidden, or too long."""
+    lines = []
+    for field in ("output_dir", "tracking_uri", *provenance.PATHS):
+        value = value_at(config, field)
+        try:
+            Path(value).exists()
+        except OSError as error:
+            lines.append(f"{field} = {value!r}: {str(error.strerror).lower()}; give another")
+    try:
+        Path.cwd()
+    except OSError:
+        lines.append(f"output_dir = {config.output_dir!r}: the folder that this was started in is gone; go to another")
+    return lines
 
 
 # --- paths --------------------------------------------------------------------------------------------------------

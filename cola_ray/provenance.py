@@ -18,12 +18,15 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from cola_ray.config import Config, is_environment, override, results_root
+from cola_ray.config import Config, is_environment, override, results_root, value_at
 from cola_ray.relevance import defaults, given
 from cola_ray.run_folder import is_at_work, is_finished, read_record, write_json
 
 FILE = "provenance.json"
 SIZES = ("num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers")
+PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base", "model.path", "critic.encoder",
+         "q.path", "harness.include_path", "diversity.encoder")  # fmt: skip
+"""Settings that may be paths."""
 _MADE_FROM = ("seed", "model.", "task.", "data.", "pretrain.")
 _NOT_MADE_FROM = ("model.path", "data.date", "task.reward_model", "task.oracle", "task.reward_timeout_s",
                   "task.max_failed_rewards", "pretrain.save_every", "pretrain.micro_batch_size",
@@ -78,19 +81,8 @@ def resolve(config: Config, job: str) -> Config:
         str(pretrained_dir(config).parent) if job == "pretrain" else f"outputs/{job}-{config.preset}-seed{config.seed}"
     )
     changes: dict[str, Any] = {"output_dir": str((results_root() / output).resolve())}
-    for field, value in (
-        ("data.path", config.data.path),
-        ("task.path", config.task.path),
-        ("task.game", config.task.game),
-        ("model.base", config.model.base),
-        ("model.path", config.model.path),
-        ("critic.encoder", config.critic.encoder),
-        ("task.reward_model", config.task.reward_model),
-        ("q.path", config.q.path),
-        ("harness.include_path", config.harness.include_path),
-        ("diversity.encoder", config.diversity.encoder),
-    ):
-        changes |= {field: _absolute(value)}
+    for field in PATHS:
+        changes |= {field: _absolute(value_at(config, field))}
     if not config.data.date:
         changes["data.date"] = _date(Path(changes["output_dir"]), start_model(config), config.resume)
     return override(config, changes)

@@ -7,7 +7,6 @@ the table of combinations.py.
 """
 
 import difflib
-import functools
 import importlib
 import importlib.util
 import os
@@ -22,6 +21,7 @@ from cola_ray.config import (
     ConfigError,
     is_environment,
     schemas,
+    value_at,
 )
 from cola_ray.presets import trial
 from cola_ray.tasks import inspection
@@ -38,6 +38,9 @@ def check(config: Config, job: str = "") -> None:
     Raises:
         ConfigError: one line for each mistake: ``field = value: why; fix``.
     """
+    unseen = preflight.unseen(config)
+    if unseen:  # nothing more can be said of what the system hides
+        raise ConfigError("\n".join(unseen))
     rules = (*_RULES, *_OF_JOB.get(job, ()))
     lines = dict.fromkeys(line for rule in rules for line in rule(config))
     lines |= dict.fromkeys(preflight.faults(config, job))
@@ -137,7 +140,7 @@ def _check_task(config: Config) -> list[str]:
 
 def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
     """A line for each dotted field that is not as the setting ``whose`` needs it."""
-    given = {field: functools.reduce(getattr, field.split("."), config) for field in wants}
+    given = {field: value_at(config, field) for field in wants}
     return [f"{field} = {given[field]!r}: {whose} needs {want!r}" for field, want in wants.items()
             if given[field] != want]  # fmt: skip
 
@@ -243,7 +246,7 @@ def _check_sweep(config: Config) -> list[str]:
         return [f"sweep.field = {sweep.field!r}: all runs start from one model; train one a value with "
                 "jobs/pretrain.py and run jobs/rl_math.py from each"]  # fmt: skip
     if sweep.field in relevance.given(config):
-        given = functools.reduce(getattr, sweep.field.split("."), config)
+        given = value_at(config, sweep.field)
         lines.append(f"{sweep.field} = {given!r}: has no effect here; sweep.values do")
     for value in sweep.values:
         try:

@@ -16,6 +16,7 @@ from cola_ray import preflight
 from cola_ray.checkpoints import faults, shape_of
 from cola_ray.command_line import from_command_line
 from cola_ray.config import Config, schemas
+from cola_ray.provenance import PATHS
 from cola_ray.relevance import _READ, reads
 from cola_ray.tasks.inspection import generators
 from cola_ray.tasks.rows import open_rows, peek, read_rows
@@ -119,6 +120,7 @@ def here(tmp_path_factory):
         "NUMBER = 3\n"
     )  # fmt: skip
     (here / "bad_own.py").write_text("1 / 0\n")
+    (here / "exits.py").write_text("raise SystemExit(3)\n")
     return here
 
 
@@ -262,6 +264,7 @@ rl_math --task.name own:Missing | task.name = 'own:Missing': own has no Missing
 rl_math --task.name own:NUMBER | task.name = 'own:NUMBER': NUMBER is int, not a class
 rl_math --task.name nowhere:Task | task.name = 'nowhere:Task': No module named 'nowhere'
 rl_math --task.name bad_own:Task | task.name = 'bad_own:Task': importing bad_own raised ZeroDivisionError
+rl_math --task.name exits:Task | task.name = 'exits:Task': importing exits raised SystemExit
 rl_math --task.name own:Arguments | task.name = 'own:Arguments': Arguments is called with (TaskConfig, seed)
 rl_math --task.name own:Raises | task.name = 'own:Raises': Raises raised KeyError: 'corpus' (own.py:
 rl_math --task.name own:Empty | task.name = 'own:Empty': Empty has no problems to train on
@@ -460,6 +463,31 @@ plan --preset llama-3.1-8b --hardware.gpus 16
 def test_what_makes_sense_is_not_refused(line, in_here):
     job, *argv = shlex.split(line)
     from_command_line(job, argv)
+
+
+@pytest.mark.parametrize("field", ["output_dir", *PATHS])
+def test_paths_that_the_system_will_not_look_at(field, in_here, capsys):
+    with pytest.raises(SystemExit) as caught:
+        from_command_line("rl_math", [f"--{field.replace('_', '-')}", "./" + 300 * "x"])
+    assert caught.value.code == 2
+    assert re.search(rf"^{field} = .*: file name too long; ", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_bytes_that_are_no_text(in_here, capsys):
+    with pytest.raises(SystemExit) as caught:
+        from_command_line("rl_math", ["--output-dir", os.fsdecode(b"r\xfcn")])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "output_dir = 'r\\udcfcn': not UTF-8; give another name\n"
+
+
+def test_a_folder_that_is_gone(in_here, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as caught:
+        from_command_line("rl_math", [])
+    assert caught.value.code == 2
+    assert "the folder that this was started in is gone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
