@@ -739,7 +739,8 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, P) prompts, left-padded where ``attention_mask`` (B, P) is 0.
             temperature, top_k, seed: one number, or (B,) tensors, as in :func:`sample_actions`.
-            actions: (B, F) int64 actions to force at the first F steps; -1 leaves a step free.
+            actions: (B, F) int64 actions to force at the first F steps, or ranks, as ``forced`` there; -1 leaves a step
+                free.
             eos_token_id: a row that produced one is finished; its later tokens are the first of them (or 0), actions
                 -1, log-probabilities 0.
             stopping_criteria: of transformers, asked after each token, e.g. ``StopStringCriteria(tokenizer, ["\\n"])``.
@@ -748,12 +749,21 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             tokens (B, N), actions (B, N), log-probabilities of the actions (B, N) float32, N <= max_new_tokens.
 
         Raises:
-            ValueError: fewer than one new token, or padding on the right.
+            ValueError: fewer than one new token, padding on the right, a negative temperature, or no such action.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {max_new_tokens}: needs 1 or more")
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask: a prompt ends in padding; pad on the left")
+        if bool((torch.as_tensor(temperature) < 0).any()):
+            raise ValueError(f"temperature = {temperature}: must be >= 0 (0 is greedy)")
+        if actions is not None:
+            known = (actions < self.config.num_actions) & ((actions >= -1) | (actions <= RANKED))
+            if len(actions) != len(input_ids) or not bool(known.all()):
+                raise ValueError(
+                    f"actions: needs a row for each prompt, of 0 to {self.config.num_actions - 1}, -1 for a free step, "
+                    f"or {RANKED} - i for the i-th most probable one"
+                )
         device, (batch, _) = input_ids.device, input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())

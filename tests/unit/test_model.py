@@ -361,6 +361,13 @@ def test_what_generate_latent_cannot_do_is_refused(cola, ids):
     mask[0, -1] = 0
     with pytest.raises(ValueError, match="attention_mask: a prompt ends in padding; pad on the left"):
         cola.generate_latent(ids, mask)
+    with pytest.raises(ValueError, match=r"temperature = -0.5: must be >= 0"):
+        cola.generate_latent(ids, temperature=-0.5)
+    for wrong in (NUM_ACTIONS, -2):  # -2 asks vLLM's engines for the bare base's token
+        with pytest.raises(ValueError, match=rf"actions: .* of 0 to {NUM_ACTIONS - 1}, -1 for a free step"):
+            cola.generate_latent(ids, actions=torch.full((len(ids), 1), wrong))
+    with pytest.raises(ValueError, match="actions: needs a row for each prompt"):
+        cola.generate_latent(ids, actions=torch.zeros(1, 2, dtype=torch.int64))
 
 
 def test_codebook_takes_ids_and_one_hots(cola, ids):
