@@ -471,7 +471,7 @@ class HarnessConfig(_Branch):
 class SweepConfig(_Branch):
     field: str = "rl.kl_coef"
     """Any dotted field of these settings."""
-    values: Some[int | Finite | str] = (0.0, 0.001, 0.01, 0.1)
+    values: Some[bool | int | Finite | str] = (0.0, 0.001, 0.01, 0.1)
     """What it is set to; a field that takes several parts takes them with commas."""
     seeds: Some[Seed] = (0, 1)
     """Each value is tried with each of them."""

@@ -182,7 +182,7 @@ def refusals(config: Config, job: str) -> list[str]:
             f"{more}{again}` or give the path of one"
         ]
     made = read(model).get("settings")
-    if made is None:
+    if not isinstance(made, dict):
         return [f"model.path = {str(model)!r}: has no {FILE}, so it is not known what it was made from; give it as "
                 "--model.path to use it even so"]  # fmt: skip
     lines = []

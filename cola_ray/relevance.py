@@ -183,7 +183,7 @@ def unread(config: Config, job: str) -> list[str]:
     """A line for each given setting that has no effect in the job: field, value, and who does read it."""
     lines = []
     for field, value in given(config).items():
-        if field in ("task.name", "preset"):
+        if field == "preset" or (field == "task.name" and reads(job, field)):
             continue
         if not reads(job, field):
             whom = readers(field)

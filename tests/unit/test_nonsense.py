@@ -381,6 +381,7 @@ capabilities --model.path cola --harness.likelihoods best | harness.likelihoods 
 sweep --sweep.values | sweep.values = (): too few
 sweep --sweep.seeds 0 0 | sweep.seeds = (0, 0): 0 twice
 sweep --sweep.seeds -1 | sweep.seeds = (-1,): out of range
+sweep --sweep.values True | rl.kl_coef = True: of the wrong kind
 sweep --sweep.values -1 | rl.kl_coef = -1: out of range
 sweep --sweep.field rl.klcoef | sweep.field = 'rl.klcoef': no such field; did you mean rl.kl_coef?
 sweep --sweep.field output_dir --sweep.values a | sweep.field = 'output_dir': each run has its own
@@ -455,6 +456,7 @@ evaluate --model.path cola --task.name math500 --task.path maths --rollout.max-n
 atlas --model.path cola --data.path good.jsonl
 sweep --sweep.field rl.lr --sweep.values 1e-4 5e-4 --sweep.seeds 0 1 2 --sweep.asha
 sweep --task.name twenty_questions
+sweep --sweep.field task.thinking --sweep.values True False
 plan --preset llama-3.1-8b --hardware.gpus 16
 """.strip().splitlines()
 
