@@ -58,7 +58,7 @@ def elsewhere(tmp_path, monkeypatch):
         ("train_q", {"q.path": "q"}, "q.path = 'q': train_q does not read it; evaluate does"),
         ("atlas", {"rl.lr": 0.1}, "rl.lr = 0.1: atlas does not read it"),
         ("reproduce", {"rl.lr": 0.1}, "rl.lr = 0.1: reproduce does not read it"),
-        ("capabilities", {"task.name": "countdown"}, "task.name = 'countdown': capabilities does not read it; pretrain, "),
+        ("capabilities", {"task.name": "countdown"}, "task.name = 'countdown': capabilities does not read it; "),
         ("capabilities", {"task.thinking": True}, "task.thinking = True: capabilities does not read it"),
         ("rl_agent", {"task.name": "guess_city", "task.thinking": True}, "task.thinking = True: has no effect here; "),
         ("rl_agent", {"task.name": "guess_city", "rl.algorithm": "ppo", "critic.steps": 3}, "critic.steps = 3: has no"),
