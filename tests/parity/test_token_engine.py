@@ -1,12 +1,12 @@
 """Tokens as actions: vLLM over a plain Llama draws what PyTorch draws, and takes whole or adapted weights. float32."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB_SIZE, letters, scramble, small_llama
+from endings import check_what_ends_a_completion
 
 from cola_ray.learner.policies import TokenPolicy
 from cola_ray.model.modeling_cola import sample_actions
@@ -77,40 +77,7 @@ def assert_same(completion, expected):
 
 
 def test_what_ends_a_completion(engine, llama, monkeypatch):
-    """A string, a second end token, and a string that began in what was said before: exactly the tokens up to it."""
-    prompt = list(range(20, 40))
-    whole = Request(prompt, 5, 1.0, 0, 12)
-    tokens, *_, log_probs = reference(llama, whole)
-    tokens = [int(token) for token in tokens]
-    text = engine.endings.text(tokens)
-    length = next(n for n in range(4, 12) if text.find(text[n - 2 : n]) == n - 2)
-    stop = text[length - 2 : length]
-
-    def check(completion, start):
-        assert completion.token_ids.tolist() == tokens[start:length]
-        assert not completion.truncated
-        assert len(completion.actions) == len(completion.versions) == length - start
-        np.testing.assert_allclose(completion.log_probs, log_probs[start:length], atol=LOG_PROB_TOLERANCE)
-        if completion.hidden_states is not None:
-            assert len(completion.hidden_states) == len(prompt) + length - 1
-
-    check(engine.generate([dataclasses.replace(whole, stop=("no", stop))])[0], 0)
-    assert dataclasses.replace(engine.endings, strings=(stop,)).text(tokens) == text[: length - 2]
-    begun = length - 1  # amid the string
-    later = Request([*prompt, *tokens[:begun]], 5, 1.0, 0, 12 - begun, stop=(stop,), said=begun)
-    check(engine.generate([later])[0], begun)
-    for exactly in (length, length + 1):  # the limit falls on the string's last token, or behind it
-        check(engine.generate([dataclasses.replace(whole, stop=(stop,), max_new_tokens=exactly)])[0], 0)
-    cut = engine.generate([dataclasses.replace(whole, stop=(stop,), max_new_tokens=length - 1)])[0]
-    assert cut.truncated
-    assert cut.token_ids.tolist() == tokens[: length - 1]
-    monkeypatch.setattr(engine, "endings", dataclasses.replace(engine.endings, token_ids=(STOP, tokens[length - 1])))
-    ended = engine.generate([whole])[0]
-    assert ended.token_ids.tolist() == tokens[: tokens.index(tokens[length - 1]) + 1]
-    assert not ended.truncated
-    monkeypatch.setattr(engine, "endings", dataclasses.replace(engine.endings, tokenizer=None))
-    with pytest.raises(ValueError, match="without a tokenizer"):
-        engine.submit(dataclasses.replace(whole, stop=("x",)))
+    check_what_ends_a_completion(engine, lambda request: reference(llama, request), STOP, monkeypatch)
 
 
 def test_64_mixed_requests_equal_each_alone_and_pytorch(engine, llama, requests):
