@@ -550,7 +550,7 @@ def tracked(
         summarise: what is known of the run; how it ended and how long it took is added.
         draw: its plots, where there is anything to show.
     """
-    config, folder, started = begun.config, begun.folder, time.time()
+    config, folder = begun.config, begun.folder
     output, params = folder.path, _flat(config.model_dump())
     error: BaseException | None = None
     current().doing("opening MLflow")
@@ -565,7 +565,7 @@ def tracked(
         state = _state(error)
         with contextlib.suppress(Exception) if error else contextlib.nullcontext():
             ended = {"state": state, "step": tracker.step, **({"reason": str(error)} if str(error or "") else {})}
-            tracker.summary = ended | summarise(tracker) | {"wall_seconds": round(time.time() - started, 1)}
+            tracker.summary = ended | summarise(tracker) | {"wall_seconds": round(time.time() - begun.began, 1)}
             write_json(output / "summary.json", tracker.summary)
             _describe(output / "model", config, begun.job, tracker.summary)
         with contextlib.suppress(Exception) if error else contextlib.nullcontext():

@@ -5,8 +5,9 @@ print(first_lines(config, "rl_math"))    # starts from, base, task, data, action
 launch = begin(config, "rl_math")        # takes the folder
 """
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cola_ray import provenance, relevance, run_folder
@@ -26,6 +27,8 @@ class Launch:
     start: Path | None
     """The model that it starts from; None where there is none, or only a plain base."""
     folder: RunFolder
+    began: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
 
 
 def refusals(config: Config, job: str) -> list[str]:
