@@ -26,7 +26,7 @@ from cola_ray.config import (
     try_override,
     value_at,
 )
-from cola_ray.display import current, shown
+from cola_ray.display import current, shown, wide_console
 from cola_ray.limits import literal, wanted
 from cola_ray.presets import expectation, preset
 from cola_ray.refusals import check
@@ -202,12 +202,11 @@ def _takes_numbers(schema: Mapping[str, Any]) -> bool:
 
 def _explain(job: str, description: str, defaults: Config) -> None:
     """Every setting that the job reads, with its default and meaning, below the job's own words and examples."""
-    from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = wide_console(log_width=120)
     console.print(Text(description.strip()))
     console.print(Text(f"\nSettings, with the defaults of --preset {defaults.preset}:"))
     fields: dict[str, list[str]] = {}

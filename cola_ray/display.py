@@ -132,5 +132,11 @@ def shown() -> Iterator[Display]:
             _OPEN.remove(display)
 
 
+def wide_console(log_width: int) -> Console:
+    """For tables: as wide as the terminal; in a log, where there is room for every figure, ``log_width``."""
+    console = Console(highlight=False)  # which also takes a stream that is no file, such as Ray Tune's
+    return console if console.is_terminal else Console(highlight=False, width=log_width)
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"

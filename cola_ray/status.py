@@ -17,9 +17,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+
+from cola_ray.display import wide_console
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SILENCE = 120.0  # seconds without a word, or five steps, after which a run is called silent
@@ -147,7 +149,7 @@ def main() -> None:
         if not is_run(folder):
             print(f"{folder}: no run there; give the --output-dir of one, e.g. outputs/demo", file=sys.stderr)
             sys.exit(2)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = wide_console(log_width=200)
     if not arguments.follow:
         console.print(shown([read(folder) for folder in folders]))
         return

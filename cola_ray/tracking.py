@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import resource
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from numbers import Real
@@ -13,8 +12,9 @@ from typing import Any
 
 import filelock
 import numpy as np
-from rich.console import Console
 from rich.table import Table
+
+from cola_ray.display import wide_console
 
 
 class Tracker:
@@ -119,7 +119,7 @@ def print_summary(title: str, rows: Mapping[str, Any]) -> None:
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    _wide_console().print(table)
+    wide_console(log_width=200).print(table)
 
 
 def plot(
@@ -160,12 +160,7 @@ def print_ways(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading, overflow="fold")
     for name in names:
         table.add_row(name, *(_with_interval(figures, name) for figures in found.values()))
-    _wide_console().print(table)
-
-
-def _wide_console() -> Console:
-    """In a log there is room for every figure of a table."""
-    return Console(width=None if sys.stdout.isatty() else 200)
+    wide_console(log_width=200).print(table)
 
 
 def _is_end(name: str, figures: Mapping[str, float]) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from cola_ray import display as module
 from cola_ray.command_line import from_command_line
 from cola_ray.config import override
-from cola_ray.display import QUIET_S, Display, current, shown
+from cola_ray.display import QUIET_S, Display, current, shown, wide_console
 from cola_ray.presets import expectation, preset
 
 
@@ -192,3 +192,22 @@ def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(cola_dir, t
         from_command_line(Path(script).stem, args)
     tokens = afterwards(override(config, {"rl.action_space": "token"}), "rl_math", summary)
     assert tokens[-1].endswith("--rl.action-space token")
+
+
+def test_tables_go_to_streams_that_are_no_files(monkeypatch):
+    """Ray Tune puts one in standard output's place that has write and flush, and nothing else."""
+
+    class Stream:
+        def __init__(self):
+            self.said = ""
+
+        def write(self, text):
+            self.said += text
+
+        def flush(self):
+            pass
+
+    stream = Stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    wide_console(log_width=200).print("x" * 150)
+    assert stream.said == "x" * 150 + "\n"
