@@ -6,13 +6,12 @@ A row names the field that is at fault, the values it may not have, the settings
 what to do. What one setting may be by itself stands in its type (config.py).
 """
 
-import functools
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
 from cola_ray.config import COMPARING, MULTI_TURN, OF_OUTCOMES, OF_TURNS, Config, is_environment, value_at
-from cola_ray.presets import preset
+from cola_ray.relevance import defaults
 
 Condition = Callable[[Config], bool]
 _UNREAD = "nothing reads it"
@@ -59,13 +58,7 @@ def refused(config: Config) -> list[str]:
 
 def _defaults(config: Config, field: str) -> tuple[Any, Any]:
     """What nobody has to answer for: the class's own, and the preset's."""
-    agents = is_environment(config.task.name)
-    return value_at(Config(), field), value_at(
-        _preset(config.preset, agents, config.task.name if agents else ""), field
-    )
-
-
-_preset = functools.lru_cache(maxsize=8)(preset)
+    return value_at(Config(), field), value_at(defaults(config), field)
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------

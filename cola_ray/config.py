@@ -651,6 +651,15 @@ def value_at(config: Config, field: str) -> Any:
     return functools.reduce(getattr, field.split("."), config)
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted field; an empty dictionary is a value."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = isinstance(value, Mapping) and bool(value)
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
 @functools.cache
 def schemas() -> dict[str, dict[str, Any]]:
     """The JSON schema of each dotted field, in the tree's order."""

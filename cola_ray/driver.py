@@ -31,7 +31,7 @@ from ray.util.queue import Queue
 
 from cola_ray import actors, launch, provenance, relevance
 from cola_ray.agents import AgentController
-from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, is_environment, override
+from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, flat, is_environment, override
 from cola_ray.controller import Controller
 from cola_ray.display import current, shown
 from cola_ray.launch import Launch
@@ -551,7 +551,7 @@ def tracked(
         draw: its plots, where there is anything to show.
     """
     config, folder = begun.config, begun.folder
-    output, params = folder.path, _flat(config.model_dump())
+    output, params = folder.path, flat(config.model_dump())
     error: BaseException | None = None
     current().doing("opening MLflow")
     with folder.failing():
@@ -593,10 +593,3 @@ def _describe(model: Path, config: Config, job: str, summary: Mapping[str, Any])
 
 def _state(error: BaseException | None) -> State:
     return "finished" if error is None else "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return out

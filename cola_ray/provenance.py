@@ -13,13 +13,12 @@ one pre-training a seed, and a run that asks for another is told what differs.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from cola_ray.config import Config, is_environment, override, results_root, value_at
-from cola_ray.relevance import defaults, given
+from cola_ray.relevance import defaults, entries, given
 from cola_ray.run_folder import is_at_work, is_finished, read_record, write_json
 
 FILE = "provenance.json"
@@ -141,7 +140,8 @@ def made_from(config: Config) -> dict[str, Any]:
     """The settings that decide what pre-training makes, with absolute paths."""
     steps = {stage: config.pretrain.num_steps(stage) for stage in config.pretrain.stages}
     pretraining = config.pretrain.model_copy(update={"steps": steps, "max_steps": None})
-    whole = _flat(config.model_copy(update={"pretrain": pretraining}).model_dump())
+    settings = entries(config.model_copy(update={"pretrain": pretraining}))
+    whole = {field: _plain(value) for field, value in settings.items()}
     for field in ("data.path", "task.path", "task.game", "model.base"):
         whole[field] = _absolute(whole[field])
     reads_task = not config.data.path or not (config.model.base or config.model.path)
@@ -277,13 +277,6 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": _plain(value)}
-    return found
 
 
 def _plain(value: Any) -> Any:

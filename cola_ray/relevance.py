@@ -5,11 +5,12 @@ given(config)                  # what differs from the preset, by dotted field
 """
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ray.config import OF_TURNS, WITH_CRITIC, Config, is_environment, override
+from cola_ray.config import OF_TURNS, WITH_CRITIC, Config, flat, is_environment, override
 from cola_ray.presets import preset
 
 _RUN = ("preset", "output_dir", "seed", "resume", "overwrite", "tracking_uri", "tracking_parent", "cluster.address",
@@ -152,18 +153,23 @@ _ONLY: tuple[_Only, ...] = (
 
 def defaults(config: Config) -> Config:
     """The preset's tree for this kind of task."""
-    task = config.task.name
-    return preset(config.preset, is_environment(task), task)
+    return _usual(config.preset, config.task.name)
+
+
+@functools.lru_cache(maxsize=8)
+def _usual(name: str, task: str) -> Config:
+    return preset(name, is_environment(task), task)
+
+
+def entries(config: Config) -> dict[str, Any]:
+    """All settings by dotted field; of dictionaries, what they hold."""
+    return {field: value for field, value in flat(config.model_dump()).items() if value != {}}
 
 
 def given(config: Config) -> dict[str, Any]:
     """Settings that differ from the preset's, by dotted field; of dictionaries, the entries that do."""
-    usual, found = _flat(defaults(config).model_dump()), {}
-    now = _flat(config.model_dump())
-    for name, value in now.items():
-        if name not in usual or usual[name] != value:
-            found[name] = value
-    return found
+    usual = entries(defaults(config))
+    return {name: value for name, value in entries(config).items() if name not in usual or usual[name] != value}
 
 
 def reads(job: str, field: str) -> bool:
@@ -199,22 +205,13 @@ def unread(config: Config, job: str) -> list[str]:
 
 def only_read(config: Config, job: str) -> Config:
     """The settings with the preset's in place of those that the job does not read."""
-    usual, changes = _flat(defaults(config).model_dump()), {}
-    for field in given(config):
-        if field != "task.name" and not reads(job, field):
-            if field not in usual:
-                continue
-            changes[field] = usual[field]
-    return override(config, changes)
+    usual = entries(defaults(config))
+    return override(config, {
+        field: usual[field] for field in given(config)
+        if field != "task.name" and field in usual and not reads(job, field)
+    })  # fmt: skip
 
 
 def _listed(names: list[str]) -> str:
     shown = names[:3]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
