@@ -1,240 +1,254 @@
-"""The sandbox's other end: a process that has imported the libraries, and forks one that gives up its rights for good.
+"""A process gives up its rights, for good: what it may still do is listed here, and the kernel refuses all else.
 
-    python -I confine.py SETTINGS ─> imports ─> ready ─> request ─> fork ─> child: no rights left, becomes the program
-                                                  ^                   └─> its pid, and when it has ended its exit code
-                                                  └───────────────────────────┘
+    bind(readable_files(libraries), writable_files(folder))
+        capabilities       none left, not even to root; no program that it could start would bring any back
+        Landlock           files: libraries can be read, the folder read and written, nothing else opened; neither TCP
+                           nor signals and abstract sockets, from the kernels on that can refuse them (see ``MISSING``)
+        seccomp            system calls: those of ``_CALLS``, and of ``_checked`` with harmless arguments; others fail
+                           with EPERM, so that programs see the error of a missing permission
 
-    what a program could do                what stops it
-    read or write outside its folder       Landlock: only ``readable`` can be read, only the folder can be written
-    sockets, processes, threads, signals,  seccomp: the calls fail with EPERM
-    limits, owners, modes, mounts
-    memory, CPU seconds, size of a file    resource limits
+What is left is one process that computes, reads libraries and adds plain files to a flat folder: it cannot start
+processes or threads, open sockets, signal or watch others, change limits, priorities, owners, modes or times, remove,
+rename or link files, or make directories, devices, pipes with names, or objects of System V or POSIX.
 
-All three bind the child before the program's first line and cannot be undone; as it can start no process, there is no
-other that they would have to bind. What cannot be counted in here, wall time, output and the folder's size, is watched
-from outside. Standard library only: programs share this interpreter, and find here what they find anywhere.
+Standard library only, and no module of ours: the sandbox's server loads this file in an interpreter of its own.
 """
 
 import ctypes
-import importlib
-import json
 import os
 import platform
-import resource
 import signal
 import struct
-import sys
-import traceback
-from typing import Any, NoReturn
+from collections.abc import Iterable, Sequence
 
-PROGRAM = "program.py"
+MISSING = {
+    1: "renames into other folders and truncation by path, TCP, ioctl on devices, signals and abstract sockets",
+    2: "truncation by path, TCP, ioctl on devices, signals and abstract sockets",
+    3: "TCP, ioctl on devices, signals and abstract sockets",
+    4: "ioctl on devices, signals and abstract sockets",
+    5: "signals and abstract sockets",
+}
+"""By Landlock's version, what it cannot refuse; there the filter over system calls is the only lock, not the second."""
 
-# System call numbers: x86_64, aarch64; None where an architecture has no such call.
-_FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
-    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
-    "clone": (56, 220), "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
-    "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424), "ptrace": (101, 117), "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271), "setrlimit": (160, 164), "truncate": (76, 45),
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
-    "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
-    "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
-    "fsetxattr": (190, 7), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
-    "unshare": (272, 97), "setns": (308, 268), "bpf": (321, 280), "perf_event_open": (298, 241),
-    "io_uring_setup": (425, 425), "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
-    "userfaultfd": (323, 282), "memfd_create": (319, 279), "shmget": (29, 194), "mq_open": (240, 180),
-    "kexec_load": (246, 104), "reboot": (169, 142), "init_module": (175, 105), "finit_module": (313, 273),
-    "sched_setaffinity": (203, 122), "setpriority": (141, 140), "setsid": (112, 157), "setpgid": (109, 154),
-    "personality": (135, 92), "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264), "swapon": (167, 224),
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# --- system calls ---------------------------------------------------------------------------------------------------
+
+# Numbers on x86_64 and aarch64; None where an architecture has no such call. Allowed whatever their arguments are.
+_CALLS: dict[str, tuple[int | None, int | None]] = {
+    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
+    "pwrite64": (18, 68), "preadv": (295, 69), "pwritev": (296, 70), "lseek": (8, 62), "close": (3, 57),
+    "close_range": (436, 436), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None),
+    "pipe2": (293, 59), "ftruncate": (77, 46), "poll": (7, None), "ppoll": (271, 73), "select": (23, None),
+    "pselect6": (270, 72),
+    "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291),
+    "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "readlink": (89, None),
+    "readlinkat": (267, 78), "getdents": (78, None), "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49),
+    "fchdir": (81, 50),
+    "brk": (12, 214), "munmap": (11, 215), "mremap": (25, 216), "mprotect": (10, 226), "msync": (26, 227),
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136),
+    "rt_sigsuspend": (130, 133), "rt_sigtimedwait": (128, 137), "sigaltstack": (131, 132), "pause": (34, None),
+    "alarm": (37, None), "getitimer": (36, 102), "setitimer": (38, 103), "restart_syscall": (219, 128),
+    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "gettimeofday": (96, 169), "time": (201, None), "times": (100, 153), "getrusage": (98, 165), "sysinfo": (99, 179),
+    "uname": (63, 160), "getrandom": (318, 278), "getcpu": (309, 168), "getpid": (39, 172), "gettid": (186, 178),
+    "getppid": (110, 173), "getpgrp": (111, None), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176),
+    "getegid": (108, 177), "getresuid": (118, 148), "getresgid": (120, 150), "getgroups": (115, 158),
+    "getrlimit": (97, 163), "futex": (202, 98), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
+    "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
-_TO_ITSELF = {"kill": (62, 129), "tgkill": (234, 131)}  # the first argument may be its own process
-_ONLY_TO_ASK = {"prlimit64": (302, 261)}  # the third argument must be NULL
-_CLONE3 = 435  # must be unknown rather than forbidden: glibc then falls back on clone
+# Calls that are only sometimes harmless: see :func:`_checked`.
+_SOMETIMES: dict[str, tuple[int | None, int | None]] = {
+    "open": (2, None), "openat": (257, 56), "fcntl": (72, 25), "ioctl": (16, 29), "mmap": (9, 222),
+    "madvise": (28, 233), "prctl": (157, 167), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
+    "prlimit64": (302, 261),
+}  # fmt: skip
+# Unknown rather than forbidden: the C library then does without.
+_UNKNOWN: dict[str, tuple[int | None, int | None]] = {"clone3": (435, 435), "rseq": (334, 293)}
 
-_LANDLOCK = {"create": 444, "add": 445, "restrict": 446}
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
-_TRUNCATE, _REFER = 1 << 14, 1 << 13
-
-
-def main() -> None:
-    """Serve requests ``{"folder": ..., "output": ...}``, one JSON object a line, until the other end is gone."""
-    settings = json.loads(sys.argv[1])
-    for name in settings["preload"]:
-        importlib.import_module(name)
-    problem = _try_out(settings)
-    _tell(ready=not problem, problem=problem)
-    while not problem and (line := sys.stdin.readline()):
-        request = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            _run_program(settings, request["folder"], request["output"])
-        _tell(pid=pid)
-        _tell(returncode=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+_Line = tuple[int, int, int, int]  # of classic BPF: operation, lines to skip if true and if false, operand
+_LOAD, _AND, _EQUAL, _ANY_BIT, _GIVE = 0x20, 0x54, 0x15, 0x45, 0x06
+_ALLOW, _KILL = (_GIVE, 0, 0, 0x7FFF0000), (_GIVE, 0, 0, 0x80000000)
+_EPERM, _ENOSYS = (_GIVE, 0, 0, 0x00050000 | 1), (_GIVE, 0, 0, 0x00050000 | 38)
 
 
-def _tell(**message: Any) -> None:
-    print(json.dumps(message), flush=True)
+def _filter(machine: str, pid: int) -> list[_Line]:
+    """The filter for a machine and the one process that is bound by it; KeyError for a machine without a table."""
+    column, architecture = _ARCHITECTURES[machine]
+    lines: list[_Line] = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), _KILL, (_LOAD, 0, 0, 0)]
+
+    def on(numbers: tuple[int | None, int | None], answer: Sequence[_Line]) -> None:
+        number = numbers[column]
+        if number is not None:
+            lines.extend([(_EQUAL, 0, len(answer), number), *answer])
+
+    for numbers in _CALLS.values():
+        on(numbers, [_ALLOW])
+    for name, answer in _checked(pid).items():
+        on(_SOMETIMES[name], answer)
+    for numbers in _UNKNOWN.values():
+        on(numbers, [_ENOSYS])
+    return [*lines, _EPERM]
 
 
-def _try_out(settings: dict[str, Any]) -> str:
-    """Why this kernel cannot confine a process; empty where it can."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            os.chdir("/")
-            _confine(settings, writable="/dev/null")
-        except OSError as error:
-            os.write(writing, str(error).encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        problem = pipe.read().decode()
-    os.waitpid(pid, 0)
-    return problem
+def _checked(pid: int) -> dict[str, list[_Line]]:
+    """Each call's answer by its arguments. Whatever these are, one of the lines gives it."""
+
+    def argument(index: int, high: bool = False) -> _Line:
+        return _LOAD, 0, 0, 16 + 8 * index + 4 * high  # little-endian on both machines
+
+    def one_of(index: int, *values: int) -> list[_Line]:
+        return [argument(index), *(line for value in values for line in ((_EQUAL, 0, 1, value), _ALLOW)), _EPERM]
+
+    def without(index: int, bits: int) -> list[_Line]:
+        return [argument(index), (_ANY_BIT, 0, 1, bits), _EPERM, _ALLOW]
+
+    def opening(index: int) -> list[_Line]:
+        """No O_ASYNC, no file without a name, and no O_TRUNC for one that is opened to read."""
+        asynchronous, nameless, truncate, mode = 0o20000, 0o20000000, 0o1000, 0o3
+        return [
+            argument(index), (_ANY_BIT, 0, 1, asynchronous | nameless), _EPERM, (_AND, 0, 0, truncate | mode),
+            (_EQUAL, 0, 1, truncate), _EPERM, _ALLOW,
+        ]  # fmt: skip
+
+    duplicate, get_descriptor, set_descriptor, get_status, set_status, duplicate_closed = 0, 1, 2, 3, 4, 1030
+    status = without(2, 0o20000)  # O_ASYNC: signals to whom F_SETOWN names
+    unqueried = [argument(2), (_EQUAL, 0, 3, 0), argument(2, high=True), (_EQUAL, 0, 1, 0), _ALLOW, _EPERM]
+    return {
+        "open": opening(1),
+        "openat": opening(2),
+        "fcntl": [
+            argument(1), (_EQUAL, 0, len(status), set_status), *status,
+            *one_of(1, duplicate, get_descriptor, set_descriptor, get_status, duplicate_closed),
+        ],
+        "ioctl": one_of(1, 0x5401, 0x802C542A, 0x5413, 0x5450, 0x5451),  # is it a terminal, how wide, close on exec
+        "mmap": without(3, 0x40000 | 0x2000),  # MAP_HUGETLB, MAP_LOCKED: pages of which others have fewer then
+        "madvise": one_of(2, 0, 1, 2, 3, 4, 8, 14, 15, 16, 17),  # what allocators say of their own pages
+        "prctl": one_of(0, 2, 3, 16, 51),  # to ask: PDEATHSIG, DUMPABLE, NAME, SVE_GET_VL
+        "kill": one_of(0, pid),
+        "tkill": one_of(0, pid),
+        "tgkill": one_of(0, pid),
+        "prlimit64": [argument(0), (_EQUAL, 2, 0, 0), (_EQUAL, 1, 0, pid), _EPERM, *unqueried],  # its own, to ask
+    }  # fmt: skip
 
 
-def _run_program(settings: dict[str, Any], folder: str, output: str) -> NoReturn:
-    """In the child: never returns."""
-    code = 1
-    try:
-        os.chdir(folder)
-        _leave_the_server(output)
-        with open(PROGRAM) as file:
-            source = file.read()
-        _confine(settings, writable=".")
-        code = _become(source)
-    except BaseException:  # whatever it is, the server's loop must not go on in here
-        traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except Exception:
-                code = code or 1
-        os._exit(code)
+def _confine_calls() -> None:
+    lines = _filter(platform.machine(), os.getpid())
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+    header = struct.pack("HxxxxxxQ", len(lines), ctypes.addressof(code))
+    if _libc.prctl(22, 2, header, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        raise OSError(ctypes.get_errno(), "seccomp refused its filter")
 
 
-def _leave_the_server(output: str) -> None:
-    os.setsid()
-    for path, mode, target in (("/dev/null", os.O_RDONLY, 0), (output, os.O_WRONLY | os.O_APPEND, 1)):
-        opened = os.open(path, mode)
-        os.dup2(opened, target)
-    os.dup2(1, 2)
-    os.closerange(3, 4096)
-    sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+# --- files ----------------------------------------------------------------------------------------------------------
+
+_CREATE, _ADD, _RESTRICT = 444, 445, 446  # Landlock's calls, on every machine
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _MAKE_FILE, _TRUNCATE = 1, 1 << 1, 1 << 2, 1 << 3, 1 << 8, 1 << 14
+_READING, _WRITING = _EXECUTE | _READ_FILE | _READ_DIR, _WRITE_FILE | _MAKE_FILE | _TRUNCATE
 
 
-def _become(source: str) -> int:
-    sys.argv = [PROGRAM]
-    sys.path.insert(0, os.getcwd())
-    spare = bytearray(16 << 20)  # where a program has taken all there is, telling so takes some more
-    try:
-        exec(compile(source, PROGRAM, "exec"), {"__name__": "__main__", "__file__": PROGRAM})
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException as error:
-        del spare
-        # As if it had been started alone: without the frame above.
-        here = error.__traceback__
-        traceback.print_exception(error.with_traceback(here.tb_next if here else None))
-        return 1
-    return 0
+def landlock_version() -> int:
+    """Of the kernel's interface: 1 from Linux 5.13 on, 7 from 6.15 on; 0 or less where there is none."""
+    return int(_libc.syscall(_CREATE, None, 0, 1))
 
 
-def _confine(settings: dict[str, Any], writable: str) -> None:
-    """Raises OSError where the kernel refuses; then nothing may be run."""
-    die_with_parent()
-    _limit_resources(settings)
-    bind(settings["readable"], writable)
+def readable_files(readable: Iterable[str], listable: Iterable[str] = (), writable: str = "/dev/null") -> int:
+    """Rules that refuse all else, as a descriptor for :func:`bind`.
+
+    Args:
+        readable: files and folders with all that is in them; those that do not exist are passed over.
+        listable: folders whose names can be read, though not what is in them.
+        writable: a folder to which files can be added, and whose files can be read and written.
+
+    Raises OSError where the kernel has no Landlock.
+    """
+    version = landlock_version()
+    files = _files(version)
+    # Beside files: TCP's bind and connect; abstract sockets and signals. No rule allows any of them.
+    handled = struct.pack("QQQ", files, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
+    rules = _rules(handled)
+    for path in readable:
+        _allow(rules, path, _READ_FILE | _READ_DIR)
+    for path in listable:
+        _allow(rules, path, _READ_DIR)
+    _allow(rules, "/dev/null", _READ_FILE | _WRITE_FILE)
+    _allow(rules, writable, (_READ_FILE | _READ_DIR | _WRITING) & files)
+    return rules
 
 
-def die_with_parent() -> None:
-    """From here on the end of the process that forked this one is its own."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+def writable_files(folder: str) -> int:
+    """Rules that refuse to write outside a folder, to be bound by beside others."""
+    files = _files(landlock_version()) & ~_READING
+    rules = _rules(struct.pack("Q", files))
+    _allow(rules, "/dev/null", _WRITE_FILE)
+    _allow(rules, folder, _WRITING & files)
+    return rules
 
 
-def bind(readable: list[str], writable: str) -> None:
-    """Give up files and calls, for good: of this thread and of those that it starts. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS, without which neither of the next two is allowed
-        raise OSError("no_new_privs was refused")
-    _confine_files(libc, readable, writable)
-    _confine_calls(libc)
-
-
-def _limit_resources(settings: dict[str, Any]) -> None:
-    memory, file = int(settings["memory_mb"]) << 20, int(settings["file_mb"]) << 20
-    seconds = max(int(settings["cpu_s"]), 1)
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # libraries start as many workers as they see cores
-    for kind, most in (
-        (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_FSIZE, file),
-        (resource.RLIMIT_NOFILE, 256), (resource.RLIMIT_CORE, 0),
-    ):  # fmt: skip
-        resource.setrlimit(kind, (most, most))
-
-
-def _confine_files(libc: ctypes.CDLL, readable: list[str], writable: str) -> None:
-    version = libc.syscall(_LANDLOCK["create"], None, 0, 1)
+def _files(version: int) -> int:
+    """The rights on files that a version knows."""
     if version < 1:
         raise OSError("this kernel has no Landlock (Linux 5.13 and newer have it, unless it was left out at boot)")
-    rights = (1 << {1: 13, 2: 14}.get(version, 15 if version < 5 else 16)) - 1
-    ruleset = libc.syscall(_LANDLOCK["create"], struct.pack("Q", rights), 8, 0)
-    if ruleset < 0:
+    return int((1 << {1: 13, 2: 14}.get(version, 15 if version < 5 else 16)) - 1)
+
+
+def _rules(handled: bytes) -> int:
+    rules = _libc.syscall(_CREATE, handled, len(handled), 0)
+    if rules < 0:
         raise OSError(ctypes.get_errno(), "Landlock refused its rules")
-    for path in readable:
-        _allow(libc, ruleset, path, (_READ_FILE | _READ_DIR) & rights)
-    _allow(libc, ruleset, "/dev/null", (_READ_FILE | _WRITE_FILE) & rights)
-    _allow(libc, ruleset, writable, rights & ~_EXECUTE & ~_REFER)
-    if libc.syscall(_LANDLOCK["restrict"], ruleset, 0):
-        raise OSError(ctypes.get_errno(), "Landlock refused to bind this process")
-    os.close(ruleset)
+    return int(rules)
 
 
-def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
-    if not os.path.exists(path):
+def _allow(rules: int, path: str, rights: int) -> None:
+    try:
+        beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
         return
     if not os.path.isdir(path):
         rights &= _READ_FILE | _WRITE_FILE | _TRUNCATE
-    beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    if libc.syscall(_LANDLOCK["add"], ruleset, 1, struct.pack("=Qi", rights, beneath), 0):
+    if _libc.syscall(_ADD, rules, 1, struct.pack("=Qi", rights, beneath), 0):
         raise OSError(ctypes.get_errno(), f"Landlock refused a rule for {path}")
     os.close(beneath)
 
 
-def _confine_calls(libc: ctypes.CDLL) -> None:
-    """A filter over system calls (classic BPF); everything that it does not name is allowed."""
-    architectures = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-    if platform.machine() not in architectures:
+# --- a process ------------------------------------------------------------------------------------------------------
+
+
+def die_with_parent() -> None:
+    """From here on the end of the thread that forked this process is its own; once bound, it cannot take that back."""
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def bind(*files: int) -> None:
+    """Give up files, calls and capabilities, for good.
+
+    Args:
+        files: from :func:`readable_files` and :func:`writable_files`; what any of them refuses is refused.
+
+    Raises OSError where the kernel refuses, for a machine that has no table of calls, and in a process that has more
+    than one thread, of which the others would not be bound.
+    """
+    if platform.machine() not in _ARCHITECTURES:
         raise OSError(f"no table of system calls for {platform.machine()}")
-    column, architecture = architectures[platform.machine()]
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
-    allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
-    eperm, enosys = error | 1, error | 38
-    number, first, third = 0, 16, 32  # offsets of the call's number and arguments
-    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, number)]
-    if column == 0:
-        program += [(at_least, 0, 1, 0x40000000), (give, 0, 0, eperm)]  # the x32 numbers of the same calls
-    program += [(equal, 0, 1, _CLONE3), (give, 0, 0, enosys)]
-    for numbers in _FORBIDDEN.values():
-        if numbers[column] is not None:
-            program += [(equal, 0, 1, numbers[column] or 0), (give, 0, 0, eperm)]
-    for numbers in _TO_ITSELF.values():
-        program += [
-            (equal, 0, 4, numbers[column]), (load, 0, 0, first), (equal, 1, 0, os.getpid()), (give, 0, 0, eperm),
-            (give, 0, 0, allow),
-        ]  # fmt: skip
-    for numbers in _ONLY_TO_ASK.values():
-        program += [
-            (equal, 0, 6, numbers[column]), (load, 0, 0, third), (equal, 0, 3, 0), (load, 0, 0, third + 4),
-            (equal, 0, 1, 0), (give, 0, 0, allow), (give, 0, 0, eperm),
-        ]  # fmt: skip
-    program.append((give, 0, 0, allow))
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    header = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
-    if libc.prctl(22, 2, header, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-        raise OSError(ctypes.get_errno(), "seccomp refused its filter")
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise OSError("this process has more than one thread")
+    _drop_capabilities()
+    for option, value, what in ((4, 0, "a process without dumps"), (38, 1, "no_new_privs")):
+        if _libc.prctl(option, value, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), f"{what} was refused")
+    quiet = int(landlock_version() >= 7)  # what is refused fills no audit log
+    for rules in files:
+        if _libc.syscall(_RESTRICT, rules, quiet):
+            raise OSError(ctypes.get_errno(), "Landlock refused to bind this process")
+        os.close(rules)
+    _confine_calls()
 
 
-if __name__ == "__main__":
-    main()
+def _drop_capabilities() -> None:
+    """Out of the bounding and ambient sets as far as there is a right to, and out of the others in any case."""
+    for capability in range(64):
+        _libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    _libc.prctl(47, 4, 0, 0, 0)  # PR_CAP_AMBIENT_CLEAR_ALL
+    if _libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)):
+        raise OSError(ctypes.get_errno(), "the capabilities could not be dropped")

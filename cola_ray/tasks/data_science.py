@@ -26,8 +26,13 @@ BUNDLED = ("breast_cancer", "wine", "digits", "iris")
 """Classification tables that scikit-learn brings along."""
 NUM_SPLITS = 5
 FAILED = -1.0
-_PRELOAD = ("sklearn.ensemble", "sklearn.svm", "sklearn.neighbors", "sklearn.naive_bayes", "sklearn.pipeline",
-            "sklearn.neural_network", "sklearn.discriminant_analysis", "sklearn.impute")  # fmt: skip
+_DISTRIBUTIONS = ("scikit-learn", "pandas")
+# Once, before any program: the imports, and what a first prediction asks of the system that programs cannot.
+_PREPARE = """
+import sklearn.discriminant_analysis, sklearn.ensemble, sklearn.impute, sklearn.naive_bayes, sklearn.neighbors
+import sklearn.neural_network, sklearn.pipeline, sklearn.svm
+sklearn.neighbors.KNeighborsClassifier(1, algorithm="brute").fit([[0.0], [1.0]], [0, 1]).predict([[0.0]])
+"""
 
 # In the sandbox; the answer is a file of its own, so that errors name its lines.
 _PROGRAM = """
@@ -92,7 +97,7 @@ class DataScience:
         self.tables = [read_csv(path, target, rows)] if path else [bundled(name, rows) for name in names]
         self.max_turns, self.skill, self.turn, self.seed = max_turns, skill, 0, 0
         # Stopped before an environment's deadline (task.reward_timeout_s): a slow program costs its reward alone.
-        self.sandbox = Sandbox(Limits(wall_s=1.25 * seconds, cpu_s=seconds), _PRELOAD)
+        self.sandbox = Sandbox(Limits(wall_s=1.25 * seconds, cpu_s=seconds), _PREPARE, _DISTRIBUTIONS)
         self.sandbox.start()
 
     @property

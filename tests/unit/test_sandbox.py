@@ -130,8 +130,8 @@ def test_a_kernel_that_cannot_confine_runs_nothing(monkeypatch, tmp_path):
     from cola_ray.tasks import sandbox as module
 
     server = tmp_path / "server.py"
-    server.write_text("""print('{"ready": false, "problem": "this kernel has no Landlock"}')""")
-    monkeypatch.setattr(module.confine, "__file__", str(server))
+    server.write_text("""print('{"problem": "this kernel has no Landlock"}')""")
+    monkeypatch.setattr(module.sandbox_server, "__file__", str(server))
     with pytest.raises(module.NoSandboxError, match="generated programs are not run: this kernel has no Landlock"):
         Sandbox().run("print('ran')")
 
