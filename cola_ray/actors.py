@@ -27,6 +27,7 @@ from ray.util.metrics import Gauge
 from cola_ray.config import WITH_CRITIC, Config, ConfigError, is_endpoint
 from cola_ray.controller import Controller, WorkerLostError, WorkerNeverRanError
 from cola_ray.display import current
+from cola_ray.ending import last_error
 from cola_ray.experience import Batch
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
@@ -210,16 +211,10 @@ async def _answer(actor: Any, method: str, args: Sequence[Any], who: str, lost: 
     except ray.exceptions.RayActorError as error:
         lines = str(error).strip().splitlines()
         if "creation task" in lines[0]:  # another one, or the same started again, would fail in the same way
-            raise RuntimeError(f"{who} could not start: {_cause(lines)}") from None
+            raise RuntimeError(f"{who} could not start: {last_error(str(error))}") from None
         raise lost(lines[0]) from error
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
-
-
-def _cause(lines: list[str]) -> str:
-    """What a remote traceback ends in: from its last line that names an exception on, in one line."""
-    starts = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return " ".join(line.strip() for line in lines[starts[-1] if starts else -1 :])[:1000]
 
 
 class RemoteController:

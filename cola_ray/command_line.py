@@ -1,6 +1,6 @@
 """What a job file does: read the command line, refuse what cannot run, then import what runs it.
 
-    main("rl_math", __doc__)                       exits: 0 done, 1 failed, 2 refused settings, 130 stopped
+    main("rl_math", __doc__)                       exits with a code of ending.EXIT_CODES
     from_command_line("rl_math", argv)             ``--preset NAME`` and ``--branch.field value``, checked
 
 All mistakes are reported together, one line each, before torch, Ray, vLLM or MLflow are imported. Values go through the
@@ -10,6 +10,7 @@ types of config.py; a later flag wins over an earlier one. An option of a dictio
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from cola_ray.config import (
     value_at,
 )
 from cola_ray.display import current, shown, wide_console
+from cola_ray.ending import EXIT_CODES, RESUME, in_words
 from cola_ray.limits import literal, wanted
 from cola_ray.presets import expectation, preset
+from cola_ray.redaction import redacted
 from cola_ray.refusals import check
 
 
@@ -59,27 +62,45 @@ _JOBS = {
 
 
 def main(job: str, description: str | None) -> NoReturn:
-    """Parse, check, run, exit. Code 2: refused settings; 1: failed; 130: stopped, can be resumed."""
-    config = from_command_line(job, description=description or "")
+    """Parse, check, run, exit; how it ended is one line, and a code of :data:`~cola_ray.ending.EXIT_CODES`."""
+    code, line = 0, ""
     try:
-        with shown() as display:
-            for line in launch.first_lines(config, job).splitlines():
-                display.say(line)
-            makes_start_model = provenance.makes_start_model(config) and not provenance.is_made(
-                provenance.start_model(config)
-            )
-            display.say(expectation(config, job, makes_start_model))
-            run = _imported(_JOBS[job].run)
-            run(config)
+        with in_words():
+            config = _parsed(job, sys.argv[1:], description or "")
+            if config is not None:
+                _run(config, job)
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        code, line = 2, redacted(str(error))
     except RunFailedError as error:
-        sys.exit(f"the run failed: {error}")
+        code, line = 1, f"the run failed: {error}"
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    sys.exit()
+        code, line = 130, f"stopped; {RESUME}"
+    _leave(code, line)
+
+
+def _run(config: Config, job: str) -> None:
+    with shown() as display:
+        for line in launch.first_lines(config, job).splitlines():
+            display.say(redacted(line))
+        makes_start_model = provenance.makes_start_model(config) and not provenance.is_made(
+            provenance.start_model(config)
+        )
+        display.say(expectation(config, job, makes_start_model))
+        run = _imported(_JOBS[job].run)
+        run(config)
+
+
+def _leave(code: int, line: str) -> NoReturn:
+    """Exit, also where nobody reads what is printed any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if line and stream is sys.stderr:
+                print(line, file=stream)
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def _imported(name: str) -> Callable[[Config], Any]:
@@ -91,12 +112,28 @@ def _imported(name: str) -> Callable[[Config], Any]:
 
 def from_command_line(job: str, argv: Sequence[str] | None = None, description: str = "") -> Config:
     """The settings of a job; on a mistake print one line each and exit with 2, for ``--help`` explain and exit."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        config = _parsed(job, sys.argv[1:] if argv is None else argv, description)
+    except ConfigError as error:
+        print(redacted(str(error)), file=sys.stderr)
+        raise SystemExit(2) from None
+    if config is None:
+        raise SystemExit(0)
+    return config
+
+
+def _parsed(job: str, argv: Sequence[str], description: str) -> Config | None:
+    """The settings; None where ``--help`` has been answered.
+
+    Raises:
+        ConfigError: a line for each mistake.
+    """
+    words = list(argv)
     given, lines = _read(words)
     defaults = _defaults(_JOBS[job], given, lines)
     if {"-h", "--help"} & set(words):
         _explain(job, description, defaults)
-        raise SystemExit(0)
+        return None
     config, wrong = try_override(defaults, given)
     lines |= wrong
     try:
@@ -105,11 +142,9 @@ def from_command_line(job: str, argv: Sequence[str] | None = None, description: 
         # Beside a wrong value others are judged with its default: only what was given itself is at fault.
         said = str(error).splitlines()
         further = [line for line in said if line.split(" = ")[0] in {*given} - {*lines}] if lines else said
-        print("\n".join([*lines.values(), *further]), file=sys.stderr)
-        raise SystemExit(2) from None
+        raise ConfigError("\n".join([*lines.values(), *further])) from None
     if lines:
-        print("\n".join(lines.values()), file=sys.stderr)
-        raise SystemExit(2)
+        raise ConfigError("\n".join(lines.values()))
     return config
 
 
@@ -228,6 +263,8 @@ def _explain(job: str, description: str, defaults: Config) -> None:
     others = _of_others(job, fields)
     if others:
         console.print(Text(f"\nOther settings belong to other jobs, whose --help has them: {others}."))
+    codes = "\n".join(f"  {code:<3}  {meaning}" for code, meaning in EXIT_CODES.items())
+    console.print(Text(f"\nHow it ends, by exit code:\n{codes}"))
 
 
 def _of_others(job: str, shown: Container[str]) -> str:

@@ -85,7 +85,21 @@ class ConfigError(ValueError):
 
 
 class RunFailedError(RuntimeError):
-    """A run that ended before its time; the message is the cause, in the words of the part that failed."""
+    """A run that ended before its time: ``WHAT; NEXT STEP (traceback in FILE)``.
+
+    Args:
+        what: ended it, in the words of the part that failed.
+        then: what to do about it; ending.py adds how to go on.
+        file: that has the whole traceback, once there is one.
+    """
+
+    def __init__(self, what: str, then: str = "", file: str = "") -> None:
+        super().__init__(what, then, file)
+        self.what, self.then, self.file = what, then, file
+
+    def __str__(self) -> str:
+        line = f"{self.what}; {self.then}" if self.then else self.what
+        return f"{line} (traceback in {self.file})" if self.file else line
 
 
 def _in_order(stages: tuple[PretrainStage, ...]) -> tuple[PretrainStage, ...]:

@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cola_ray import ending
 from cola_ray.algorithms import ADVANTAGES
 from cola_ray.algorithms.advantages import Outcomes, all_alike, overlong_penalty
 from cola_ray.algorithms.latent_actions import usage
@@ -131,7 +132,7 @@ class Controller:
         try:
             await self._open(resumed)
         except Exception as error:
-            await self.fail(_reason(error))
+            await self.fail(ending.reason(error))
             raise
         async with self.changed:
             self.is_open = True
@@ -601,7 +602,7 @@ class Controller:
             try:
                 await work
             except Exception as error:
-                await self.fail(_reason(error))
+                await self.fail(ending.reason(error))
                 raise
 
         task = asyncio.get_running_loop().create_task(guarded())
@@ -662,10 +663,3 @@ def _distinct(group: Group) -> float:
 @functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
 def _epoch_order(seed: int, epoch: int, num_train: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_train)
-
-
-def _reason(error: BaseException) -> str:
-    """The first cause in words: the innermost of a task group's, without the wrapping."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"

@@ -92,7 +92,8 @@ class Display:
         """A line that stays, with the time since the job began."""
         with self.lock:
             minutes, seconds = divmod(int(self.clock() - self.started), 60)
-            self.console.print(f"{minutes}:{seconds:02d}  {line}", markup=False)
+            with contextlib.suppress(OSError):  # a terminal that is gone, or a full disk: the run goes on
+                self.console.print(f"{minutes}:{seconds:02d}  {line}", markup=False)
             self.last_line = self.clock()
 
     def beat(self) -> None:

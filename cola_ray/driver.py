@@ -34,6 +34,7 @@ from cola_ray.agents import AgentController
 from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, flat, is_environment, override
 from cola_ray.controller import Controller
 from cola_ray.display import current, shown
+from cola_ray.ending import in_words
 from cola_ray.launch import Launch
 from cola_ray.model.conversion import describe, plain_base
 from cola_ray.refusals import check
@@ -52,6 +53,7 @@ from cola_ray.tracking import (
 
 
 @shown()
+@in_words()
 def pretrain(config: Config) -> dict[str, Any]:
     """Run the stages of ``config.pretrain``; leaves ``output_dir/model``. Returns the summary.
 
@@ -64,6 +66,7 @@ def pretrain(config: Config) -> dict[str, Any]:
 
 
 @shown()
+@in_words()
 def train_reward_model(config: Config) -> dict[str, Any]:
     """A reward model from the preference pairs at ``task.path``, on ``model.base``; as ``pretrain``."""
     check(config, "reward_model")
@@ -71,6 +74,7 @@ def train_reward_model(config: Config) -> dict[str, Any]:
 
 
 @shown()
+@in_words()
 def train_q(config: Config) -> dict[str, Any]:
     """MCTS-Q's values of actions, from the answers at ``data.path`` that evaluate logged; as ``pretrain``."""
     check(config, "train_q")
@@ -91,7 +95,7 @@ def _supervised(config: Config, job: str, stages: Sequence[str], module: str, ab
             plot(output / "losses.png", about, losses, {})
 
     summarise = functools.partial(_supervised_summary, config, stages)
-    with actors.cluster(config), tracked(begun, summarise, draw) as tracker:
+    with begun.folder.failing(), actors.cluster(config), tracked(begun, summarise, draw) as tracker:
         mailbox, stops = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
         first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
 
@@ -195,6 +199,7 @@ OnStep = Callable[[int, Mapping[str, Any]], None]
 
 
 @shown()
+@in_words()
 def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """RL of the policy over latent actions on problems with answers; leaves ``output_dir/model``. Returns the summary.
 
@@ -214,6 +219,7 @@ def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
 
 
 @shown()
+@in_words()
 def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """RL over the turns of a multi-turn environment, with replay and an utterance critic beside it; as ``run_rl``."""
     check(config, "rl_agent")
@@ -252,10 +258,9 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
     def summarise(tracker: Tracker) -> dict[str, Any]:
         return _rl_summary(config, tracker, found)
 
-    with actors.cluster(config):
-        with begun.folder.failing():
-            make_start_model(asked)
-            model_path = served(config, begun.start)
+    with begun.folder.failing(), actors.cluster(config):
+        make_start_model(asked)
+        model_path = served(config, begun.start)
         with tracked(begun, summarise, draw, on_step) as tracker:
             replay = actors.replay(config)
             services = (replay, actors.critic(config, model_path, replay)) if job.name == "rl_agent" else (replay,)
@@ -318,10 +323,7 @@ def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, f
 
     def poll() -> None:
         if not found and ray.wait([begun], timeout=0)[0]:
-            try:
-                found.update(ray.get(begun))
-            except ray.exceptions.RayTaskError as error:
-                raise RunFailedError(str(error.cause or error)) from None
+            found.update(ray.get(begun))
             _say_arithmetic(config, found)
         events, failure = ray.get(controller.drain.remote())
         for event in events:
@@ -398,7 +400,7 @@ def _rl_summary(config: Config, tracker: Tracker, found: Mapping[str, Any]) -> d
         "peak_memory_worker_gb": found.get("peak_memory_worker_gb"),
         "vllm_version": found.get("vllm_version"),
         "deepspeed_stage": None if stage is None else int(stage),
-        "mlflow_run_id": tracker.run.info.run_id,
+        "mlflow_run_id": tracker.mlflow_run_id,
     }
     about = {"preset": config.preset, "task": config.task.name, "algorithm": config.rl.algorithm,
              "action_space": config.rl.action_space, "seed": config.seed}  # fmt: skip
@@ -478,20 +480,25 @@ def _fit(
                 raise KeyboardInterrupt
     poll()
     if errors:
-        raise RunFailedError(str(errors[0]).strip()) from errors[0]
+        raise errors[0]
     if received:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """The SIGINT and SIGTERM that came so far; elsewhere than in a main thread, none."""
+    """The SIGINT, SIGTERM and SIGHUP that came so far, without those that are ignored, as under nohup; elsewhere than
+    in a main thread, none.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {
-        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, lambda n, _: received.append(n))
+        for number in asked
+        if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
         yield received
@@ -552,12 +559,12 @@ def tracked(
     """
     config, folder = begun.config, begun.folder
     output, params = folder.path, flat(config.model_dump())
-    error: BaseException | None = None
     current().doing("opening MLflow")
-    with folder.failing():
-        tracker = Tracker(config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step)
+    tracker = Tracker(config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step)
+    error: BaseException | None = None
     try:
-        yield tracker
+        with in_words(output):
+            yield tracker
     except BaseException as caught:
         error = caught
         raise
@@ -570,8 +577,9 @@ def tracked(
             _describe(output / "model", config, begun.job, tracker.summary)
         with contextlib.suppress(Exception) if error else contextlib.nullcontext():
             draw(tracker)
-        folder.end(state, tracker.step)
-        tracker.finish(output, error)
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            tracker.finish(state)
+            folder.end(state, tracker.step)
 
 
 def _describe(model: Path, config: Config, job: str, summary: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ from cola_ray import actors, launch
 from cola_ray.config import Config, ConfigError, RunFailedError
 from cola_ray.display import current, shown
 from cola_ray.driver import signals
+from cola_ray.ending import in_words
 from cola_ray.matrix import Stage, chosen, machines
 from cola_ray.refusals import check
 from cola_ray.report import write_report
@@ -65,6 +66,7 @@ def write_choices(folder: Path, name: str, questions: Iterable[tuple[str, Sequen
 
 
 @shown()
+@in_words()
 def reproduce(config: Config) -> dict[str, Any]:
     """Run the matrix of ``config.preset``; leaves ``stages/`` and ``report/``. Returns the summary.
 
@@ -90,12 +92,11 @@ def reproduce(config: Config) -> dict[str, Any]:
         write_json(output / "summary.json", summary)
         current().doing("writing the report")
         page = write_report(output)
-    begun.folder.end("finished" if done else "failed")
-    print_summary(f"reproduction, {config.preset}: {page}", {name: state for name, state in ran.items()})
-    failed = [name for name, state in ran.items() if state != "done"]
-    if failed:
-        raise RunFailedError(f"not done: {', '.join(failed)}; logs are in {output / 'stages'}, and the same command "
-                             "tries them again")  # fmt: skip
+        print_summary(f"reproduction, {config.preset}: {page}", {name: state for name, state in ran.items()})
+        failed = [name for name, state in ran.items() if state != "done"]
+        if failed:
+            raise RunFailedError(f"not done: {', '.join(failed)}", f"look at the logs in {output / 'stages'}")
+    begun.folder.end("finished")
     return summary
 
 

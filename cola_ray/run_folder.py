@@ -26,12 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cola_ray import ending
 from cola_ray.config import Config, ConfigError, is_endpoint
+from cola_ray.redaction import redacted_tree
 
 State = Literal["running", "finished", "stopped", "failed"]
 RECORD = "run.json"
 _TOOL = "cola_ray"
-_EVERY_RUN = (RECORD, "config.json", "summary.json", "log.jsonl", "mlflow_run_id")
+_EVERY_RUN = (RECORD, "config.json", "summary.json", "log.jsonl", "error.txt", "mlflow_run_id", "mlflow_sent.json")
 _RL = ("checkpoints", "base", "model", "replay", "critic", "reward.png")
 WRITES: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("checkpoints", "stages", "model", "model.tmp", "losses.png"),
@@ -66,6 +68,7 @@ class RunFolder:
     job: str
     release: Callable[[], object] = lambda: None
     """Ends the lock; so does the end of this object."""
+    ended: bool = False
 
     def lock(self) -> bool:
         """Keep other runs away until this one ends; false where another has done so."""
@@ -81,15 +84,20 @@ class RunFolder:
         record = read_record(self.path) or {}
         files = {file: _stamp(self.path / file) for file in _files(self.path, record.get("wrote", ()))}
         write_json(self.path / RECORD, record | {"state": state, "step": step, "files": files})
+        self.ended = True
         self.release()
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Whatever ends the run in here is recorded as its end."""
+        """Whatever ends the run in here is recorded as its end, and raised in words (ending.py)."""
         try:
-            yield
+            with ending.in_words(self.path):
+                yield
         except BaseException as error:
-            self.end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+            if not self.ended:
+                with contextlib.suppress(OSError):  # a disk that takes no more leaves the record at "running"
+                    self.end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+            self.release()
             raise
 
 
@@ -212,7 +220,7 @@ def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
             _remove(folder / name)
     begun = {"tool": _TOOL, "job": job, "state": "running", "step": None, "wrote": written_by(job)}
     write_json(folder / RECORD, begun | {"process": f"{os.getpid()} on {socket.gethostname()}"})
-    write_json(folder / "config.json", config.model_dump())
+    write_json(folder / "config.json", redacted_tree(config.model_dump()))
     return run
 
 

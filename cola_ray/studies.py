@@ -33,6 +33,7 @@ from cola_ray.config import Config, ConfigError, RunFailedError, is_environment,
 from cola_ray.display import current, shown
 from cola_ray.diversity import measure, open_encoder
 from cola_ray.driver import served, tracked
+from cola_ray.ending import in_words
 from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, remarks
 from cola_ray.refusals import check
 from cola_ray.replay.buffer import write_whole
@@ -79,11 +80,12 @@ def _study(config: Config, job: str, refuse: Callable[[Config], None] = lambda _
     start, config = begun.start, override(begun.config, {"model.path": str(begun.start or "")})
     model = str(start or config.model.base)
     about = {"preset": config.preset, "task": config.task.name, "model": model, "seed": config.seed}
-    with tracked(begun, lambda _: about) as tracker:
+    with begun.folder.failing(), tracked(begun, lambda _: about) as tracker:
         yield _Study(config, start, begun.folder.path, tracker, about)
 
 
 @shown()
+@in_words()
 def evaluate(config: Config) -> dict[str, Any]:
     """Answer problems, or play episodes, in all of ``eval.ways``; leaves ``predictions``. Returns the summary.
 
@@ -112,8 +114,6 @@ def evaluate(config: Config) -> dict[str, Any]:
                 write_whole(file, functools.partial(pq.write_table, rows))
                 current().update(f"evaluate: {way}", number + 1, len(left), milestone=True)
             current().doing("writing the summary")
-        except ray.exceptions.RayTaskError as error:
-            raise RunFailedError(str(error.cause or error)) from None
         finally:
             ray.kill(evaluator)
         right_from = least_right_reward(config.task)
@@ -132,6 +132,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 @shown()
+@in_words()
 def diversity(config: Config) -> dict[str, Any]:
     """Continue texts by chance in all of ``CHANCES``; leaves ``output_dir/continuations.parquet``. Returns the summary.
 
@@ -149,16 +150,14 @@ def diversity(config: Config) -> dict[str, Any]:
         config = study.config
         prefixes = _beginnings(config, _texts(config, study.start)[1])
         if not prefixes:
-            raise RunFailedError(
-                "diversity.prefixes: no text to begin with; give texts of two tokens or more as data.path"
-            )
+            raise RunFailedError("no text to begin with", "give texts of two tokens or more as data.path")
         for space, chances in itertools.groupby(CHANCES, key=_action_space):
             of_space = override(config, {"rl.action_space": space})
             pool = actors.RayWorkers(of_space, served(of_space, study.start), ContinuationWorker)
             worker = pool.spawn()
             for chance in chances:
                 current().update(f"diversity: {chance}", len(found), len(CHANCES))
-                groups = _finished(worker.continue_prefixes.remote(prefixes, config.diversity.continuations, chance))
+                groups = ray.get(worker.continue_prefixes.remote(prefixes, config.diversity.continuations, chance))
                 found[chance] = measure(groups, embed, config.seed)
                 rows += [{"chance": chance, "prefix": i, "texts": texts} for i, texts in enumerate(groups)]
                 current().update(f"diversity: {chance}", len(found), len(CHANCES), milestone=True)
@@ -175,15 +174,8 @@ def _action_space(chance: Chance) -> str:
     return "latent" if chance in ("policy", "random_actions") else "token"
 
 
-def _finished(answer: Any) -> Any:
-    """What an actor or a task answers."""
-    try:
-        return ray.get(answer)
-    except ray.exceptions.RayError as error:
-        raise RunFailedError(str(error).strip().splitlines()[-1]) from None
-
-
 @shown()
+@in_words()
 def atlas(config: Config) -> dict[str, Any]:
     """What each latent action does where the model learnt; leaves ``output_dir/atlas.html``.
 
@@ -226,6 +218,7 @@ def atlas(config: Config) -> dict[str, Any]:
 
 
 @shown()
+@in_words()
 def capabilities(config: Config) -> dict[str, Any]:
     """Score a CoLA model and its bare base on tasks of the evaluation harness; leaves ``output_dir/harness.json``.
 
@@ -250,7 +243,7 @@ def capabilities(config: Config) -> dict[str, Any]:
     with _study(config, "capabilities") as study, actors.cluster(config):
         for likelihood in harness.likelihoods:
             current().update(f"capabilities: {likelihood}", len(found), len(harness.likelihoods))
-            said[likelihood] = _finished(actors.alone(config, score, study.config, likelihood))
+            said[likelihood] = ray.get(actors.alone(config, score, study.config, likelihood))
             found[likelihood] = _scores(said[likelihood])
             current().update(f"capabilities: {likelihood}", len(found), len(harness.likelihoods), milestone=True)
         current().doing("writing the summary")

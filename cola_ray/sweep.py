@@ -18,10 +18,11 @@ from typing import Any
 import ray
 from ray import tune
 
-from cola_ray import actors, launch, provenance
+from cola_ray import actors, ending, launch, provenance
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
 from cola_ray.display import current, shown
 from cola_ray.driver import make_start_model, measured, run_agent, run_rl, tracked
+from cola_ray.ending import in_words
 from cola_ray.presets import trial
 from cola_ray.refusals import check
 from cola_ray.run_folder import summary_of
@@ -32,6 +33,7 @@ _REPORTED = ("reward/mean", "policy/kl", "policy/entropy")
 
 
 @shown()
+@in_words()
 def sweep(config: Config) -> dict[str, Any]:
     """Train ``len(sweep.values) x len(sweep.seeds)`` policies; leaves ``runs/``, ``frontier.png``. Returns the summary.
 
@@ -54,13 +56,12 @@ def sweep(config: Config) -> dict[str, Any]:
             title = f"{config.task.name}: {config.sweep.field}"
             plot_frontier(output / "frontier.png", title, rows, measured(config))
 
-    with actors.cluster(config, runs):
-        with begun.folder.failing():
-            make_start_model(config)
+    with begun.folder.failing(), actors.cluster(config, runs):
+        make_start_model(config)
         with tracked(begun, summarise, draw) as tracker:
             config = begun.config if begun.start is None else provenance.starting_from(begun.config, begun.start)
             uri = config.tracking_uri or f"sqlite:///{output.parent / 'mlflow.db'}"
-            parent = {"tracking_uri": uri, "tracking_parent": tracker.run.info.run_id, "overwrite": False}
+            parent = {"tracking_uri": uri, "tracking_parent": tracker.mirror.wait_for_run(), "overwrite": False}
             made, failures, unfinished = _fit(override(config, parent))
             rows += made
             found |= {"values": by_value(rows), "runs": rows, "failed": failures}
@@ -68,8 +69,7 @@ def sweep(config: Config) -> dict[str, Any]:
                 raise KeyboardInterrupt
             if failures:
                 raise RunFailedError(
-                    f"{len(failures)} of {len(grid(config))} runs failed, the first with: {failures[0]}; --resume "
-                    "tries again"
+                    f"{len(failures)} of {len(grid(config))} runs failed, the first with: {failures[0]}"
                 )
     print_ways(f"{config.sweep.field}, {len(rows)} runs: {output}", found["values"])
     return tracker.summary
@@ -144,7 +144,7 @@ def _fit(config: Config) -> tuple[list[Row], list[str], int]:
         ((result.config, result) for result in results), key=lambda pair: grid(config).index(_plain(pair[0]))
     ):
         if result.error is not None:
-            failures.append(str(result.error).strip().splitlines()[-1])
+            failures.append(ending.explain(result.error)[0])
         elif not (result.metrics or {}).get("ended") and not settings.asha:
             unfinished += 1
         else:
@@ -187,7 +187,9 @@ def _room(config: Config) -> int:
     if not holds:
         wanted = ", ".join(f"{count:g} {name}" for name, count in needs.items() if count)
         there = ", ".join(f"{free.get(name, 0.0):g} {name}" for name, count in needs.items() if count)
-        raise RunFailedError(f"a run of this sweep needs {wanted}, and the cluster has {there} free; make runs smaller")
+        raise RunFailedError(
+            f"a run of this sweep needs {wanted}, and the cluster has {there} free", "make runs smaller"
+        )
     return min(holds, config.sweep.parallel or holds, len(grid(config)))
 
 

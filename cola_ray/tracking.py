@@ -1,30 +1,31 @@
-"""What people see of a run afterwards: MLflow, its log, the summary, the plots."""
+"""What people see of a run afterwards: its log, MLflow, the summary, the plots."""
 
 import contextlib
-import json
-import os
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 from rich.table import Table
 
-from cola_ray.display import wide_console
+from cola_ray import event_log
+from cola_ray.display import current, wide_console
+from cola_ray.mirror import STATES, Mirror, Run
+from cola_ray.run_folder import State
 
 
 class Tracker:
-    """An MLflow run with one metrics history, and ``log.jsonl``; a resumed run continues the same ones.
+    """One metrics history of a run: in memory, in ``log.jsonl``, and in MLflow as far as that answers.
+
+    A resumed run takes its history up from ``log.jsonl``, and continues the same MLflow run.
 
     Args:
         uri: tracking server or database; empty for a sqlite file beside ``output_dir``.
         job: becomes the experiment's name.
         params: flat settings.
-        parent: the run that this one is shown below, in its experiment.
+        parent: the MLflow run that this one is shown below, in its experiment.
         on_step: is told what is logged.
     """
 
@@ -37,58 +38,33 @@ class Tracker:
         parent: str = "",
         on_step: Callable[[int, Mapping[str, Any]], None] | None = None,
     ) -> None:
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        import mlflow
-
-        self.mlflow = mlflow
-        self.on_step, self.log_file = on_step, output_dir / "log.jsonl"
-        self.history: dict[int, dict[str, float]] = {}
+        self.on_step = on_step
+        events = event_log.read(output_dir)
+        self.history = event_log.history(events)
         self.summary: dict[str, Any] = {}
         """What the run left as summary.json, once it has ended."""
-        self.id_file = output_dir / "mlflow_run_id"
-        mlflow.set_tracking_uri(uri or f"sqlite:///{output_dir.parent / 'mlflow.db'}")
-        # MLflow makes its tables when a database is first opened, and two runs that do so at once break each other.
-        with contextlib.nullcontext() if uri else filelock.FileLock(output_dir.parent / ".cola_ray-mlflow.lock"):
-            self._choose_experiment(f"cola_ray/{job}", output_dir, parent, made_here=not uri)
-        known = self.id_file.read_text().strip() if self.id_file.exists() else None
-        below = {"mlflow.parentRunId": parent} if parent and not known else None
-        self.run = mlflow.start_run(run_id=known, run_name=None if known else output_dir.name, tags=below)
-        self.id_file.write_text(self.run.info.run_id)
-        if known is not None:
-            self._recall()
-        else:
-            mlflow.log_params({name: str(value)[:500] for name, value in params.items()})
-        self.note("resume" if known else "start", job=job)
+        self.events = event_log.EventLog(output_dir)
+        self.mirror = Mirror(uri, output_dir, Run(f"cola_ray/{job}", params, parent))
+        self.note("resume" if events else "start", job=job)
+        self.mirror.open()
 
-    def _choose_experiment(self, name: str, output_dir: Path, parent: str, made_here: bool) -> None:
-        if parent:
-            name = self.mlflow.get_experiment(self.mlflow.get_run(parent).info.experiment_id).name
-        elif made_here and self.mlflow.get_experiment_by_name(name) is None:
-            # A local store would put its artifacts into the working directory; they belong beside the database.
-            self.mlflow.create_experiment(name, artifact_location=(output_dir.parent / "mlartifacts").as_uri())
-        self.mlflow.set_experiment(name)
-
-    def _recall(self) -> None:
-        """Take up the history of the run that is resumed."""
-        client = self.mlflow.MlflowClient()
-        for name in client.get_run(self.run.info.run_id).data.metrics:
-            for point in client.get_metric_history(self.run.info.run_id, name):
-                self.history.setdefault(point.step, {})[name] = point.value
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """None as long as MLflow has not answered."""
+        return self.mirror.run_id or None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Numbers go to MLflow under their names; a step seen before is merged, never moved back."""
+        """Numbers under their names; a step seen before is merged, never moved back."""
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real)}
         self.history.setdefault(step, {}).update(numbers)
-        self.mlflow.log_metrics(numbers, step=step, run_id=self.run.info.run_id)  # called from a thread of its own
         self.note("step", version=step, **numbers)
         if self.on_step is not None:
             self.on_step(step, metrics)
 
     def note(self, event: str, **facts: Any) -> None:
         """A line of ``log.jsonl``: when, which run, what happened, and what there is to say of it."""
-        when = datetime.now(UTC).isoformat(timespec="milliseconds")
-        with self.log_file.open("a") as file:
-            file.write(json.dumps({"time": when, "run": self.run.info.run_id, "event": event, **facts}) + "\n")
+        self.events.append(event, **facts)
+        self.mirror.wake()
 
     @property
     def step(self) -> int:
@@ -105,14 +81,13 @@ class Tracker:
         steps = [step for step in sorted(self.history) if name in self.history[step]]
         return steps, [self.history[step][name] for step in steps]
 
-    def finish(self, output_dir: Path, error: BaseException | None = None) -> None:
-        """Args: error: what ended the run before its time."""
-        stopped = isinstance(error, KeyboardInterrupt)
-        self.note("stop" if stopped else "fail" if error else "end", **({"reason": str(error)} if error else {}))
-        for name in ("summary.json", "reward.png", "losses.png", "accuracy.png", "frontier.png", "log.jsonl"):
-            if (output_dir / name).exists():
-                self.mlflow.log_artifact(str(output_dir / name))
-        self.mlflow.end_run("FAILED" if error else "FINISHED")
+    def finish(self, state: State) -> None:
+        """The last event, but for a failure's, which ending.py has written; says what MLflow lacks."""
+        if state != "failed":
+            self.note("stop" if state == "stopped" else "end")
+        missing = self.mirror.finish(STATES[state])
+        if missing:
+            current().say(missing)
 
 
 def print_summary(title: str, rows: Mapping[str, Any]) -> None:
