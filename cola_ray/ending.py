@@ -330,6 +330,15 @@ def _file_in(error: BaseException, endings: tuple[str, ...]) -> str:
     return ""
 
 
+def _of_tracker(error: Any) -> Words:
+    """MLflow's, which wraps what urllib3 said of a connection several times."""
+    text = str(error)
+    found = re.search(r"connection[^:]*: \[Errno -?\d+\] ([\w ,]+)|\((Read|Connect) timed? ?out|Name or service", text)
+    if found:
+        return f"MLflow does not answer ({(found[1] or 'no answer in time').lower()})", "see to the tracking server"
+    return _by_text("MLflow failed", "see to the tracking server")(error)
+
+
 def _ours(error: Any) -> Words:
     """A failure that was worded where it happened."""
     return error.what, error.then
@@ -381,7 +390,7 @@ _KINDS: dict[str, Words | Callable[[Any], Words]] = {
     "_pickle.UnpicklingError": _cut("a file of tensors", ".pt", ".bin", ".pkl"),
     "builtins.EOFError": _cut("a file", ".pt", ".bin", ".pkl"),
     # trackers and databases
-    "mlflow.MlflowException": _by_text("MLflow failed", "see to the tracking server"),
+    "mlflow.MlflowException": _of_tracker,
     "sqlalchemy.SQLAlchemyError": _by_text("MLflow's database failed", "see to the database"),
     "sqlite3.Error": _by_text("MLflow's database failed", "see to the database"),
     # the hub and other services

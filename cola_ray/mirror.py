@@ -8,7 +8,7 @@
     RUN/mlflow_sent.json   {"bytes": of log.jsonl that MLflow has, "params": ..., "state": ...}
 
 The log is the truth, and this sends what is behind the bytes that MLflow has: so nothing is lost while a server is
-away, slow or locked. A resumed run sends what an earlier one could not, and ``cola_ray send RUN`` does so without a run.
+away, slow or locked. A resumed run sends what an earlier one could not; so does ``cola_ray send RUN``, without a run.
 Points bear the time of their event: what is sent twice, where a kill came between sending and noting, is one point.
 """
 
@@ -27,9 +27,10 @@ from urllib.parse import urlsplit
 
 import filelock
 
-from cola_ray import ending, event_log
+from cola_ray import ending, event_log, run_folder
+from cola_ray.config import Config, ConfigError, RunFailedError, flat
 from cola_ray.display import current
-from cola_ray.redaction import redacted
+from cola_ray.redaction import HIDDEN, redacted
 from cola_ray.run_folder import write_json
 
 STATES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -276,6 +277,37 @@ class Mirror:
         noted = {**sent, **more}
         write_json(self.sent_file, noted)
         return noted
+
+
+def send(folder: Path, uri: str = "") -> str:
+    """Send what MLflow lacks of a run that has ended; a line on what that was.
+
+    Args:
+        uri: in place of the run's own, whose password is not kept.
+
+    Raises:
+        ConfigError: there is no run that has ended, or its address is not whole.
+        RunFailedError: MLflow does not take it.
+    """
+    record, settings = run_folder.read_record(folder), folder / "config.json"
+    if record is None or not settings.exists():
+        raise ConfigError(f"{folder}: no run there; give the --output-dir of one, e.g. outputs/demo")
+    if run_folder.is_at_work(folder):
+        raise ConfigError(f"{folder}: a run is at work there, which sends by itself; wait for its end")
+    config = Config.model_validate_json(settings.read_text())
+    uri = uri or config.tracking_uri
+    if HIDDEN in uri:
+        raise ConfigError(f"tracking_uri = {uri!r}: its secret is not kept; give the whole address by --tracking-uri")
+    run = Run(f"cola_ray/{record['job']}", flat(config.model_dump()), config.tracking_parent)
+    mirror = Mirror(uri, folder, run)
+    mirror.state = STATES.get(str(record.get("state")), "KILLED")
+    before = mirror._sent()["bytes"]
+    count = sum(1 for _ in event_log.read_from(folder, before))
+    try:
+        mirror.send()
+    except Exception as error:
+        raise RunFailedError(f"MLflow at {redacted(mirror.uri)}: {ending.reason(error)}") from error
+    return f"{folder}: {count} events sent to MLflow at {redacted(mirror.uri)}, run {mirror.run_id}"
 
 
 def _load() -> Any:

@@ -403,7 +403,7 @@ def _is_of_kernel(folder: Path) -> bool:
 
 def _silent(config: Config, job: str) -> Iterator[str]:
     """Services that the job will ask, of which nothing answers at the address."""
-    asked = {"cluster.address": config.cluster.address, "tracking_uri": config.tracking_uri}
+    asked = {"cluster.address": config.cluster.address}  # MLflow may be away: a run sends it its events later
     if job in ("rl_math", "rl_preference", "evaluate"):
         asked["task.reward_model"] = config.task.reward_model
     for field, value in asked.items():

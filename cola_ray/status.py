@@ -1,10 +1,11 @@
 """``cola_ray status RUN ...``: what runs are doing, from the folders that they write; a sweep's folder shows its runs.
+``cola_ray send RUN ...``: what MLflow lacks of runs that ended while it was away.
 
     RUN/config.json    what was asked for
     RUN/log.jsonl      start, steps, what was said, the end: a line each, with the run's id and the policy's version
     RUN/summary.json   once it has ended
 
-Reads files alone: it works beside a run, after it, and on another machine that sees the folder.
+The first reads files alone: it works beside a run, after it, and on another machine that sees the folder.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
+from cola_ray.config import ConfigError, RunFailedError
 from cola_ray.display import wide_console
+from cola_ray.redaction import redacted
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SILENCE = 120.0  # seconds without a word, or five steps, after which a run is called silent
@@ -143,7 +146,12 @@ def main() -> None:
     status = commands.add_parser("status", help="what runs are doing")
     status.add_argument("run", nargs="+", type=Path, help="a run's folder, e.g. outputs/demo")
     status.add_argument("--follow", action="store_true", help="show it again every two seconds")
+    send = commands.add_parser("send", help="send MLflow what it lacks of runs")
+    send.add_argument("run", nargs="+", type=Path, help="a run's folder, e.g. outputs/demo")
+    send.add_argument("--tracking-uri", default="", help="in place of the run's own, whose password is not kept")
     arguments = parser.parse_args()
+    if arguments.command == "send":
+        sys.exit(_send([one for folder in arguments.run for one in runs_of(folder)], arguments.tracking_uri))
     folders = [one for folder in arguments.run for one in runs_of(folder)]
     for folder in folders:
         if not is_run(folder):
@@ -157,6 +165,22 @@ def main() -> None:
         while True:
             live.update(shown([read(folder) for folder in folders]), refresh=True)
             time.sleep(2)
+
+
+def _send(folders: list[Path], uri: str) -> int:
+    """The exit code."""
+    from cola_ray import mirror
+
+    for folder in folders:
+        try:
+            print(mirror.send(folder, uri))
+        except ConfigError as error:
+            print(redacted(str(error)), file=sys.stderr)
+            return 2
+        except RunFailedError as error:
+            print(f"not sent: {error}", file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

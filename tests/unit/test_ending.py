@@ -257,6 +257,15 @@ CASES = [
         "end that program",
     ),
     (sqlite3.OperationalError("database or disk is full"), "no space is left on the disk of MLflow's database", "make"),
+    (
+        mlflow.exceptions.MlflowException(
+            "API request to http://h:1/api failed with exception HTTPConnectionPool(host='h', port=1): Max retries "
+            "exceeded with url: /api (Caused by NewConnectionError('<x>: Failed to establish a new connection: [Errno "
+            "111] Connection refused'))"
+        ),
+        "MLflow does not answer (connection refused)",
+        "see to the tracking server",
+    ),
     # our own, and what nobody expects
     (RunFailedError("the episodes failed", "look at your class"), "the episodes failed", "look at your class"),
     (WorkerLostError("a worker is gone"), "a worker is gone", ""),

@@ -203,7 +203,6 @@ rl_math --cluster.learner-placement STRICT_SPREAD | cluster.learner_placement = 
 rl_math --cluster.rollout-group gpus | cluster.rollout_group = 'gpus': nodes of a cluster
 rl_math --cluster.address 127.0.0.1:1 | cluster.address = '127.0.0.1:1': nothing answers at 127.0.0.1:1
 rl_math --cluster.address ray://127.0.0.1:1 | cluster.address = 'ray://127.0.0.1:1': nothing answers at 127.0.0.1:1
-rl_math --tracking-uri http://127.0.0.1:1 | tracking_uri = 'http://127.0.0.1:1': nothing answers at 127.0.0.1:1
 rl_math --tracking-uri /proc/runs | tracking_uri = '/proc/runs': no folder can be made there
 rl_math --tracking-uri file:///proc/runs | tracking_uri = 'file:///proc/runs': no folder can be made there
 rl_math --tracking-uri good.jsonl/runs | tracking_uri = 'good.jsonl/runs': no folder can be made there
