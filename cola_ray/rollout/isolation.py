@@ -4,29 +4,45 @@
         RewardProcess.score                    a task's rewards
         EnvironmentProcess.reset / step        many episodes of a multi-turn environment
 
-A call that takes longer than ``timeout_s`` costs its own answer: the process is killed, a new one does the rest.
-``signal.alarm`` would not do; it works in main threads only and does not stop C code.
+    this process ── [token, method, *args] ──> child: the object; a verifier that executes responses forks for each
+                 <── [token, reply] ──────────        (tasks/messages.py: a line of JSON, never a pickle)
+
+One call is under way at a time, and its reply bears its token, so nothing that a child sends can be taken for the
+answer to another call. A call that takes too long, or whose reply is none, costs its own answer: the process is killed
+with whatever it started, a new one does the rest. ``signal.alarm`` would not do; it works in main threads only and
+does not stop C code.
 """
 
+import contextlib
 import functools
-import math
+import gc
+import inspect
 import multiprocessing as mp
-import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import secrets
+import signal
+import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cola_ray.tasks import Task, answer_of
 from cola_ray.tasks.confine import die_with_parent
 from cola_ray.tasks.environment import Environment
-from cola_ray.tasks.protocol import Split
-from cola_ray.tasks.sandbox import confine_this_process
+from cola_ray.tasks.execution import Apart, error_text, in_a_fork, is_reply, reply_of
+from cola_ray.tasks.messages import BrokenError, Channel, GoneError, LateError, as_data, as_text
+from cola_ray.tasks.protocol import Split, not_a_reward
+
+_GRACE_S = 5.0  # for what a child does around a fork that keeps the deadline itself
+_SHOWN = 300
+_MOST_OF_A_STATE = 4 << 20
 
 
 @dataclass(frozen=True)
 class Answer:
-    value: Any = None
+    value: Any = None  # data: numbers, text, lists and dicts
     failure: str = ""  # why there is none: what was raised, or the time limit
 
 
@@ -37,10 +53,17 @@ class Isolated:
         make: picklable, builds the object in the child.
         timeout_s: seconds a call may take.
         start_timeout_s: seconds the child may take to build it.
+        most_bytes: of a call, and of its reply.
     """
 
-    def __init__(self, make: Callable[[], Any], timeout_s: float, start_timeout_s: float = 300.0) -> None:
-        self.make, self.timeout_s, self.start_timeout_s = make, timeout_s, start_timeout_s
+    def __init__(
+        self,
+        make: Callable[[], Any],
+        timeout_s: float,
+        start_timeout_s: float = 300.0,
+        most_bytes: int = 1 << 20,
+    ) -> None:
+        self.make, self.timeout_s, self.start_timeout_s, self.most_bytes = make, timeout_s, start_timeout_s, most_bytes
         self.lock = threading.Lock()
         self.start()
 
@@ -49,83 +72,111 @@ class Isolated:
         # server that has imported them, and nothing else, forks instead.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(self.make, theirs), daemon=True)
+        self.connection, theirs = socket.socketpair()
+        self.connection.setblocking(False)
+        self.channel = Channel(self.connection.fileno(), self.connection.fileno(), self.most_bytes)
+        arguments = (self.make, theirs, self.timeout_s, self.most_bytes)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         self.ready = False
+        self.patience = self.timeout_s
 
     def call(self, calls: Sequence[tuple[Any, ...]]) -> list[Answer]:
-        """One answer for every (method, *arguments), in order. Thread-safe.
+        """One answer for every (method, *arguments), in order; arguments are data. Thread-safe.
 
         Raises RuntimeError if the object cannot be built.
         """
         with self.lock:
-            answers: list[Answer] = []
-            while len(answers) < len(calls):
-                self._wait_until_ready()
-                self.connection.send(calls[len(answers) :])
-                answers += self._receive(len(calls) - len(answers))
-            return answers
+            return [self._ask(call) for call in calls]
 
-    def _receive(self, count: int) -> list[Answer]:
-        """Replies until all are there, or one is overdue; then that one failed, and the process is a new one."""
-        answers: list[Answer] = []
-        for _ in range(count):
-            failure = f"took longer than {self.timeout_s:g} s"
+    def _ask(self, call: tuple[Any, ...]) -> Answer:
+        self._wait_until_ready()
+        token = secrets.randbits(48)
+        try:
+            if not self.channel.silent():
+                self._restart()  # somebody speaks unasked: not in answer to this call, which is not to pay for it
+                self._wait_until_ready()
             try:
-                if self.connection.poll(self.timeout_s):
-                    answers.append(self.connection.recv())
-                    continue
-            except (EOFError, OSError):
-                self.process.join()
-                failure = f"ended its process with exit code {self.process.exitcode}"
-            self.close()
-            self.start()
-            return [*answers, Answer(failure=failure)]
-        return answers
+                self.channel.send([token, *call], self.patience)
+            except ValueError as error:
+                return Answer(failure=f"too much to hand over: {error}")
+            reply = self.channel.receive(self.patience)
+            if not (isinstance(reply, list) and len(reply) == 2 and reply[0] == token and is_reply(reply[1])):
+                raise BrokenError("sent what is no reply")
+        except BrokenError as error:
+            failure = self._why(error)
+            self._restart()
+            return Answer(failure=failure)
+        failure = as_text(reply[1].get("failure", ""), _SHOWN)
+        return Answer(failure=failure or "raised without a word") if "failure" in reply[1] else Answer(**reply[1])
+
+    def _why(self, error: BrokenError) -> str:
+        if isinstance(error, LateError):
+            return f"took longer than {self.timeout_s:g} s"
+        if isinstance(error, GoneError):
+            self.process.join(1.0)
+            if self.process.exitcode is not None:
+                return f"ended its process with exit code {self.process.exitcode}"
+        return str(error)
 
     def _wait_until_ready(self) -> None:
         if self.ready:
             return
-        if not self.connection.poll(self.start_timeout_s):
-            raise RuntimeError(f"the task was not built within {self.start_timeout_s:g} s")
         try:
-            error = self.connection.recv()
-        except EOFError:
-            self.process.join()
-            raise RuntimeError(f"the task's process ended with exit code {self.process.exitcode}") from None
-        if error:
-            raise RuntimeError(f"the task could not be built: {error}")
+            said = self.channel.receive(self.start_timeout_s)
+        except LateError:
+            raise RuntimeError(f"the task was not built within {self.start_timeout_s:g} s") from None
+        except BrokenError as error:
+            raise RuntimeError(f"the task's process {self._why(error)}".replace("process ended its ", "")) from None
+        if not isinstance(said, dict) or not isinstance(said.get("failure"), str):
+            raise RuntimeError("the task's process sent what is no message")
+        if said["failure"]:
+            raise RuntimeError(f"the task could not be built: {as_text(said['failure'], _SHOWN)}")
+        self.patience = self.timeout_s + (_GRACE_S if said.get("keeps_time") is True else 0.0)
         self.ready = True
 
+    def _restart(self) -> None:
+        self.close()
+        self.start()
+
     def close(self) -> None:
+        """End the process and those of its group."""
         self.connection.close()
+        pid = self.process.pid
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
 
 
-def _serve(make: Callable[[], Any], connection: multiprocessing.connection.Connection) -> None:
-    die_with_parent()  # a worker that was killed cannot kill its child, which may hang in user code
+def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float, most_bytes: int) -> None:
+    os.setsid()  # a group of its own: killed as one, and not meant by a signal to the owner's
+    die_with_parent()  # the server; it ends when its own owner does, unless somebody holds the other end of its pipe
+    alive: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    os.close(alive._forkserver_alive_fd)
+    channel = Channel(connection.fileno(), connection.fileno(), most_bytes)
     try:
         served = make()
-        if getattr(served, "executes_responses", False):
-            confine_this_process()
+        forks = bool(getattr(served, "executes_responses", False))
+        keeps_time = forks or getattr(served, "keeps_time", False)
+        failure = in_a_fork(int, timeout_s).get("failure", "") if keeps_time else ""
     except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
-        return
-    connection.send("")
-    while True:
+        forks, keeps_time, failure = False, False, f"{type(error).__name__}: {error_text(error)}"
+    channel.send({"failure": failure.removeprefix("raised "), "keeps_time": keeps_time})
+    gc.freeze()  # what a fork would copy because the collector looked at it
+    while not failure:
         try:
-            calls = connection.recv()
-        except EOFError:
+            token, method, *args = channel.receive()
+        except GoneError:
             return
-        for method, *args in calls:
-            try:
-                answer = Answer(getattr(served, method)(*args))
-            except Exception as error:
-                answer = Answer(failure=f"raised {type(error).__name__}: {error}"[:300])
-            connection.send(answer)
+        call = functools.partial(getattr(served, method), *args)
+        reply = in_a_fork(call, timeout_s) if forks else reply_of(call)
+        try:
+            channel.send([token, reply])
+        except ValueError as error:
+            channel.send([token, {"failure": f"returned too much: {error}"}])
 
 
 # --- rewards --------------------------------------------------------------------------------------------------------
@@ -141,7 +192,7 @@ class RewardProcess(Isolated):
     """A task's verifier; ``make`` builds the task."""
 
     def __init__(self, make: Callable[[], Task], timeout_s: float) -> None:
-        super().__init__(functools.partial(_Verifier, make), timeout_s)
+        super().__init__(functools.partial(_Verifier, make, timeout_s), timeout_s)
 
     def score(self, items: Sequence[tuple[Split, int, str]]) -> list[Reward]:
         """A reward for each (split, problem's index, response), in order."""
@@ -150,32 +201,43 @@ class RewardProcess(Isolated):
     def answers(self, responses: Sequence[str]) -> list[str]:
         """What each response commits to; "" where that cannot be read, or not in time."""
         found = self.call([("answer_of", response) for response in responses])
-        return [answer.value if isinstance(answer.value, str) else "" for answer in found]
+        return [answer.value if _is_text(answer.value) else "" for answer in found]
 
 
 class _Verifier:
     """In the child."""
 
-    def __init__(self, make: Callable[[], Task]) -> None:
+    def __init__(self, make: Callable[[], Task], seconds: float) -> None:
+        apart = Apart(seconds)  # forked from here, where no solution is known yet
         self.task = make()
         self.executes_responses = getattr(self.task, "executes_responses", False)
+        tasks: tuple[Any, ...] = (self.task, getattr(self.task, "task", None))
+        owner = next((one for one in tasks if _executes_apart(one)), None)
+        self.keeps_time = self.executes_responses or owner is not None
+        if owner is None:
+            apart.close()
+            return
+        apart.take(owner.execute)
+        owner.execute = apart
 
-    def score(self, split: Split, index: int, response: str) -> float:
-        return self.task.score(split, index, response)
+    def score(self, split: Split, index: int, response: str) -> Any:
+        reward: Any = self.task.score(split, index, response)
+        return float(reward) if hasattr(reward, "__float__") else reward
 
     def answer_of(self, response: str) -> str:
         return answer_of(self.task, response)
 
 
+def _executes_apart(task: object) -> bool:
+    return isinstance(inspect.getattr_static(task, "execute", None), staticmethod)
+
+
 def as_reward(answer: Answer) -> Reward:
-    """What is no finite number is a failure that says so."""
+    """What is no number of at most ``protocol.LARGEST_REWARD`` either way is a failure that says so."""
     if answer.failure:
         return Reward(0.0, answer.failure)
-    try:
-        value = float(answer.value)
-    except (TypeError, ValueError):
-        return Reward(0.0, f"returned {answer.value!r}"[:300])
-    return Reward(value) if math.isfinite(value) else Reward(0.0, f"returned {value}")
+    why = not_a_reward(answer.value)
+    return Reward(0.0, f"returned {why}") if why else Reward(float(answer.value))
 
 
 # --- environments ---------------------------------------------------------------------------------------------------
@@ -189,32 +251,56 @@ class Outcome:
     reward: float
     terminated: bool
     truncated: bool
-    state: Any
+    state: Any  # data
 
 
 class EnvironmentProcess(Isolated):
     """Many episodes of one environment; ``make`` builds an environment.
 
     Every step brings the episode's state along, so that the other episodes of a process that had to be killed go on in
-    the next one.
+    the next one. States are data, like all that crosses; :meth:`Environment.get_state` says what that is.
     """
 
     def __init__(self, make: Callable[[], Environment], timeout_s: float) -> None:
-        super().__init__(_Episodes(make), timeout_s)
+        super().__init__(_Episodes(make), timeout_s, most_bytes=_MOST_OF_A_STATE)
 
     def reset(self, episode: int, seed: int) -> Answer:
         """An :class:`Outcome` whose reward is 0, or why there is none."""
-        return self.call([("reset", episode, seed)])[0]
+        return _as_outcome(self.call([("reset", episode, seed)])[0])
 
     def step(self, episode: int, state: Any, utterance: str) -> Answer:
-        """An :class:`Outcome`; a reward that is not finite is a failure."""
-        answer = self.call([("step", episode, state, utterance)])[0]
-        if answer.failure or math.isfinite(answer.value.reward):
-            return answer
-        return Answer(failure=f"returned the reward {answer.value.reward}")
+        """An :class:`Outcome`; one whose reward is none is a failure."""
+        return _as_outcome(self.call([("step", episode, state, utterance)])[0])
 
     def forget(self, episode: int) -> None:
         self.call([("forget", episode)])
+
+
+def _as_outcome(answer: Answer) -> Answer:
+    """With an :class:`Outcome` for its value; a failure where that has another form."""
+    if answer.failure:
+        return answer
+    value = answer.value
+    if not (isinstance(value, dict) and value.keys() == {"observation", "reward", "terminated", "truncated", "state"}):
+        return Answer(failure="returned what is no outcome")
+    if not _is_text(value["observation"]):
+        return Answer(failure=f"returned the observation {as_text(repr(value['observation']), 100)}, which is no text")
+    if why := not_a_reward(value["reward"]):
+        return Answer(failure=f"returned the reward {why}")
+    for name in ("terminated", "truncated"):
+        if not isinstance(value[name], bool):
+            return Answer(failure=f"returned {name} = {as_text(repr(value[name]), 100)}, not true or false")
+    return Answer(Outcome(**value | {"reward": float(value["reward"])}))
+
+
+def _is_text(value: object) -> bool:
+    """Text that can be tokenised and stored: without halves of Unicode's surrogate pairs."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return bool(value.encode()) or not value
+    except UnicodeEncodeError:
+        return False
 
 
 class _Episodes:
@@ -228,12 +314,12 @@ class _Episodes:
         self.make()  # fails here, where the cause is told, rather than in the first episode
         return self
 
-    def reset(self, episode: int, seed: int) -> Outcome:
+    def reset(self, episode: int, seed: int) -> Mapping[str, Any]:
         environment = self.environments[episode] = self.make()
         observation, _ = environment.reset(seed=seed)
-        return Outcome(observation, 0.0, False, False, environment.get_state())
+        return self._outcome(environment, observation, 0.0, False, False)
 
-    def step(self, episode: int, state: Any, utterance: str) -> Outcome:
+    def step(self, episode: int, state: Any, utterance: str) -> Mapping[str, Any]:
         if episode not in self.environments:
             self.environments[episode] = self.make()
             self.environments[episode].set_state(state)
@@ -241,7 +327,17 @@ class _Episodes:
         observation, reward, terminated, truncated, _ = environment.step(utterance)
         if terminated or truncated:
             self.forget(episode)
-        return Outcome(observation, float(reward), terminated, truncated, environment.get_state())
+        return self._outcome(environment, observation, float(reward), bool(terminated), bool(truncated))
 
     def forget(self, episode: int) -> None:
         self.environments.pop(episode, None)
+
+    def _outcome(
+        self, environment: Environment, observation: str, reward: float, terminated: bool, truncated: bool
+    ) -> Mapping[str, Any]:
+        """The state of an episode that is over is nobody's."""
+        state = None if terminated or truncated else as_data(environment.get_state(), "get_state()")
+        return {
+            "observation": observation, "reward": reward, "terminated": terminated, "truncated": truncated,
+            "state": state,
+        }  # fmt: skip

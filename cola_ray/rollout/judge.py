@@ -6,6 +6,7 @@ RolloutWorker._score ─> Judge(prompts, responses) ─┬─> RewardModel, on a
 
 import asyncio
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,9 +17,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cola_ray.rollout.isolation import Answer, Reward, as_reward
 from cola_ray.tasks.chat import ChatTokenizer, Prompt
+from cola_ray.tasks.messages import as_text
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], Awaitable[list[float]]]
 """(prompts, responses) -> a reward each."""
+
+_MOST_BYTES = 1 << 16  # of an endpoint's answer, beside a kilobyte a response
 
 
 async def judged(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Reward]:
@@ -26,7 +30,7 @@ async def judged(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[st
     try:
         values = await judge(prompts, responses)
     except Exception as error:
-        return [Reward(0.0, f"the reward model: {type(error).__name__}: {error}"[:300])] * len(responses)
+        return [Reward(0.0, as_text(f"the reward model: {type(error).__name__}: {error}", 300))] * len(responses)
     return [as_reward(Answer(value)) for value in values]
 
 
@@ -104,8 +108,19 @@ class HttpJudge:
     def _ask(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
         body = json.dumps({"prompts": prompts, "responses": responses}).encode()
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        deadline, heard = time.monotonic() + self.timeout_s, b""
+        most = _MOST_BYTES + 1024 * len(responses)
         with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
-            said = json.load(answer)
+            while more := answer.read1(1 << 16):
+                heard += more
+                if len(heard) > most:
+                    raise ValueError(f"{self.url} answered more than {most} bytes to {len(responses)} responses")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.url} took longer than {self.timeout_s:g} s")
+        try:
+            said = json.loads(heard)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{self.url} answered {heard[:100]!r}, which is no JSON") from None
         rewards = said.get("rewards") if isinstance(said, dict) else None
         if not isinstance(rewards, list) or len(rewards) != len(responses):
             raise ValueError(f"{self.url} answered {str(said)[:100]!r}, not {{'rewards': [{len(responses)} numbers]}}")

@@ -4,12 +4,15 @@ Both packages are optional (``make games``); Jericho's licence is the GPL-2.0. R
 own score; an episode is cut after ``max_turns``, 50 as in the ArCHer paper's Detective (Zhou et al. 2024, section 5).
 """
 
+import base64
 import random
 import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cola_ray.limits import Count, Share
 from cola_ray.tasks.environment import Dialogue, Replayed, Transition
@@ -45,13 +48,16 @@ class Jericho:
         cut = self.turn >= self.max_turns and not ended
         return f"\n{tidy(observation)}", float(reward), ended, cut, dict(info)
 
-    def get_state(self) -> tuple[int, Any]:
-        return self.turn, self.env.get_state()
+    def get_state(self) -> list[Any]:
+        """Turn and machine: memory and stack as base64, registers and the source of chance, the last text."""
+        ram, stack, *registers, narrative = self.env.get_state()
+        return [self.turn, *map(_packed, (ram.tobytes(), stack.tobytes(), narrative)), _plain(registers)]
 
-    def set_state(self, state: tuple[int, Any]) -> None:
-        self.turn, machine = state
+    def set_state(self, state: Sequence[Any]) -> None:
+        self.turn, ram, stack, narrative, registers = state
+        memory = (np.frombuffer(base64.b64decode(one), np.uint8).copy() for one in (ram, stack))
         self.env.reset()
-        self.env.set_state(machine)
+        self.env.set_state((*memory, *registers, base64.b64decode(narrative)))
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
         """The walkthrough, now and then left for one of its own commands at the wrong place."""
@@ -158,6 +164,15 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "tw-cooking": {"recipe": 1, "take": 1, "go": 1, "open": False, "cook": False, "cut": False, "drop": False,
                    "split": "train", "recipe_seed": 0},
 }  # fmt: skip
+
+
+def _packed(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _plain(registers: Sequence[Any]) -> list[Any]:
+    """Integers, without ctypes and NumPy."""
+    return [_plain(one) if isinstance(one, tuple | list) else int(one) for one in registers]
 
 
 def first_line(utterance: str) -> str:

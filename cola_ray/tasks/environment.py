@@ -40,7 +40,11 @@ class Environment(Protocol):
     def step(self, utterance: str) -> Transition: ...
 
     def get_state(self) -> Any:
-        """Something picklable from which ``set_state`` goes on, in another process too."""
+        """Data from which ``set_state`` goes on, in another process too.
+
+        Numbers, text, true, false, None, and lists and dicts of them with text for keys; tuples come back as lists. As
+        JSON it has 4 MB at most.
+        """
         ...
 
     def set_state(self, state: Any) -> None: ...
@@ -72,10 +76,10 @@ class Replayed:
         cut = truncated or (len(self.said) >= self.max_turns and not terminated)
         return observation, float(reward), terminated, cut, info
 
-    def get_state(self) -> tuple[int, list[str]]:
-        return self.seed, list(self.said)
+    def get_state(self) -> list[Any]:
+        return [self.seed, list(self.said)]
 
-    def set_state(self, state: tuple[int, list[str]]) -> None:
+    def set_state(self, state: Sequence[Any]) -> None:
         seed, said = state
         self.reset(seed=seed)
         for utterance in said:

@@ -68,10 +68,10 @@ class GuessingGame:
         out_of_turns = self.turn >= self.max_turns and not won
         return f"{answer}\n", 0.0 if won else -1.0, won, out_of_turns, {}
 
-    def get_state(self) -> tuple[str, int]:
-        return self.hidden.names[0], self.turn
+    def get_state(self) -> list[Any]:
+        return [self.hidden.names[0], self.turn]
 
-    def set_state(self, state: tuple[str, int]) -> None:
+    def set_state(self, state: Sequence[Any]) -> None:
         name, self.turn = state
         self.hidden = next(thing for thing in self.things if thing.names[0] == name)
 

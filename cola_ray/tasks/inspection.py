@@ -12,8 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
-import math
-import pickle
+import json
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +24,8 @@ from cola_ray.limits import nearest
 from cola_ray.tasks import make_environment
 from cola_ray.tasks.chat import as_prompt
 from cola_ray.tasks.environment import Dialogue
+from cola_ray.tasks.messages import as_data
+from cola_ray.tasks.protocol import LARGEST_REWARD, not_a_reward
 from cola_ray.tasks.sandbox import NoSandboxError
 
 TRIAL_S = 10.0
@@ -215,7 +216,8 @@ def _ask(task: TaskConfig, made: Callable[..., Any]) -> str:
             if not isinstance(getattr(first, field), kind):
                 return f"has a first problem whose {field} is {getattr(first, field)!r:.60}"
         as_prompt(first.question)
-        if split == "train" and not getattr(served, "executes_responses", False):
+        executes = getattr(served, "executes_responses", False) or hasattr(served, "execute")
+        if split == "train" and not executes:
             whys = (_unscored(served, problem) for problem in itertools.islice(problems, 4))
             wrong = list(itertools.takewhile(bool, whys))
             if len(wrong) == min(len(problems), 4):  # one that fails costs its own sample, in a run too
@@ -229,9 +231,14 @@ def _unscored(served: Any, problem: Any) -> str:
         reward = served.score("train", problem.index, problem.solution)
     except Exception as error:
         return f"cannot score its own solution: {_said(error)}"
-    if isinstance(reward, int | float) and math.isfinite(reward):
-        return ""
-    return f"gives the score {reward!r:.60} to its own solution, not a finite number"
+    if why := not_a_reward(_number(reward)):
+        return f"gives the score {why:.90} to its own solution, not a number of at most {LARGEST_REWARD:g} either way"
+    return ""
+
+
+def _number(value: Any) -> Any:
+    """As a reward crosses from its process: scalars of NumPy and PyTorch are numbers."""
+    return float(value) if hasattr(value, "__float__") else value
 
 
 def _play(task: TaskConfig, _: Callable[..., Any]) -> str:
@@ -243,13 +250,16 @@ def _play(task: TaskConfig, _: Callable[..., Any]) -> str:
     begun = played.reset(seed=0)
     if not isinstance(begun, tuple) or len(begun) != 2 or not isinstance(begun[0], str):
         return f"gives {begun!r:.60} from reset, not (observation, info)"
-    pickle.dumps(played.get_state())
     turn: Any = played.step("yes")
     if not isinstance(turn, tuple) or len(turn) != 5 or not isinstance(turn[0], str):
         return f"gives {turn!r:.60} from step, not (observation, reward, terminated, truncated, info)"
-    if not isinstance(turn[1], int | float) or not math.isfinite(turn[1]):
-        return f"gives the reward {turn[1]!r:.60} from step, not a finite number"
-    played.set_state(played.get_state())
+    if why := not_a_reward(_number(turn[1])):
+        return f"gives the reward {why:.90} from step, not a number of at most {LARGEST_REWARD:g} either way"
+    try:
+        state = as_data(played.get_state(), "get_state()")
+    except TypeError as error:
+        return f"cannot go on in another process: {error}"
+    played.set_state(json.loads(json.dumps(state)))
     shown = played.demonstrations(1, 0)
     if not hasattr(shown, "__len__") or (len(shown) and not isinstance(shown[0], Dialogue)):
         return f"gives {shown!r:.60} as demonstrations, not a sequence of Dialogue"

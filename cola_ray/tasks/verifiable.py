@@ -13,6 +13,7 @@ import numpy as np
 from cola_ray.tasks.chat import Prompt, as_prompt, as_text, followed_by
 from cola_ray.tasks.expressions import canonical, final_expression, same_expression
 from cola_ray.tasks.final_answer import final_number
+from cola_ray.tasks.formulas import read_instead_of_executing
 from cola_ray.tasks.numerals import number_in
 from cola_ray.tasks.protocol import Problem, Split, Task, answer_of, split_of
 from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows, shown
@@ -21,9 +22,11 @@ from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows, sho
 class ReasoningGym:
     """A procedural generator by its reasoning-gym name, scored by the generator's own verifier.
 
-    Several of these verifiers call ``eval`` on the answer, countdown's among them, hence ``executes_responses``. Some
-    raise at an answer of another form, which is then wrong, and some take for right what contradicts the solution:
-    see :func:`contradicts`.
+    Where such a verifier would call ``eval`` on the answer, countdown's among them, it gets a reader of data instead
+    (:mod:`~cola_ray.tasks.formulas`), so that nothing in an answer is executed. Each is scored in a confined process of
+    its own all the same: some answers keep SymPy busy for ever, and what the verifiers keep is not looked through.
+    Some raise at an answer of another form, which is then wrong, and some take for right what contradicts the
+    solution: see :func:`contradicts`.
 
     Distinct questions only. A question is held out when its checksum says so, whatever the seed, so no run trains
     on a problem that another run is tested on.
@@ -39,6 +42,7 @@ class ReasoningGym:
     def __init__(self, name: str, options: Mapping[str, Any], num_problems: int, seed: int, bare: bool = False) -> None:
         import reasoning_gym
 
+        read_instead_of_executing()
         self.bare = bare
         self.dataset = reasoning_gym.create_dataset(name, size=num_problems, seed=seed, **options)
         self._splits: dict[Split, list[Problem]] = {"train": [], "heldout": []}
@@ -46,7 +50,7 @@ class ReasoningGym:
         seen = set()
         for entry in self.dataset:
             question = entry["question"].rsplit(":", 1)[-1].strip() if bare else entry["question"]
-            if question in seen:
+            if question in seen or _UNSOLVED in str(entry["answer"]):
                 continue
             seen.add(question)
             split = split_of(question)
@@ -67,7 +71,7 @@ class ReasoningGym:
         except Exception:  # of the generator's own kinds, for an answer that it cannot parse
             self.dataset.score_answer(entry["answer"], entry)  # raises where the verifier itself is broken
             return 0.0
-        if score >= 1.0 and contradicts(str(entry["answer"]), said):
+        if score >= 1.0 and (contradicts(str(entry["answer"]), said) or _uses_others(entry, said)):
             return 0.0
         return float(score >= 1.0) if self.bare else score
 
@@ -87,6 +91,16 @@ def contradicts(solution: str, response: str) -> bool:
     if number is None:
         return False
     return wanted not in said if found is None else 100 * abs(found - number) > max(abs(number), Fraction(1, 100))
+
+
+_UNSOLVED = "Integral("  # a solution that SymPy did not find: to repeat the question would be right
+
+
+def _uses_others(entry: Mapping[str, Any], response: str) -> bool:
+    """Whether the Game of 24 is played with other numbers than those given, which its verifier does not ask."""
+    if entry["metadata"].get("source_dataset") != "puzzle24":
+        return False
+    return sorted(map(int, re.findall(r"[0-9]+", response))) != sorted(entry["metadata"]["numbers"])
 
 
 def _solution(entry: Mapping[str, Any]) -> str:
