@@ -100,6 +100,18 @@ def letters(first: int = 0x4E00) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+def words(**special: str) -> PreTrainedTokenizerFast:
+    """One word a token, w3 to the last; the first three are <pad>, <s> and </s>.
+
+    Args:
+        special: further arguments of the tokenizer.
+    """
+    names = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{token}": token for token in range(3, VOCAB_SIZE)}}
+    tokenizer = Tokenizer(models.WordLevel(names, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", **special)
+
+
 @pytest.fixture(scope="session")
 def cola_dir(cola: CoLAForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cola")

@@ -11,9 +11,7 @@ import time
 import openai
 import pytest
 import torch
-from conftest import VOCAB_SIZE
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from conftest import VOCAB_SIZE, words
 
 from cola_ray.model.action_columns import ActionRequest
 from cola_ray.serve import chat_template
@@ -25,10 +23,7 @@ TOLERANCE = 3e-3  # float32 logits of up to 350 from sums of 64 terms: 350 * 64 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    names = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB_SIZE)}}
-    words = Tokenizer(models.WordLevel(names, unk_token="<s>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<s>")
+    return words(unk_token="<s>")
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +168,7 @@ def test_what_has_no_meaning_over_actions_is_refused(client, options):
 def test_a_tokenizer_with_a_template_keeps_it(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert "Assistant: " in chat_template(str(tmp_path))
-    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    own = words()
     own.chat_template = "{{ messages[0].content }}"
     own.save_pretrained(tmp_path / "own")
     assert chat_template(str(tmp_path / "own")) is None

@@ -41,7 +41,7 @@ def stop(run):
 def test_stopped_and_started_again(tmp_path):
     only = ["--reproduce.stages", "pretrain"]
     run = Run("reproduce", tmp_path, *only)
-    until(run, lambda seen: steps(seen)[-1:] >= [110])  # the first checkpoint is at 100
+    until(run, lambda seen: steps(seen)[-1:] >= [110])
     stop(run)
     before = steps(events(run))
 
@@ -51,4 +51,6 @@ def test_stopped_and_started_again(tmp_path):
     seen = events(again)
     resumed = next(place for place, event in enumerate(seen) if event["event"] == "resume")
     assert steps(seen[:resumed]) == before
-    assert steps(seen[resumed:])[0] == 110, "steps are told by tens"
+    assert before[-1] < steps(seen[resumed:])[0] <= before[-1] + 10, (
+        "it goes on where it stopped; steps are told by tens"
+    )

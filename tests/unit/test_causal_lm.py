@@ -18,8 +18,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import NUM_ACTIONS, VOCAB_SIZE, scramble, small_llama
-from tokenizers import Tokenizer, models, pre_tokenizers
+from conftest import NUM_ACTIONS, VOCAB_SIZE, scramble, small_llama, words
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,7 +26,6 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
-    PreTrainedTokenizerFast,
     StoppingCriteriaList,
     TextIteratorStreamer,
     pipeline,
@@ -56,9 +54,7 @@ def left_padded(rows):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB_SIZE)}}))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", padding_side="left")
+    return words(padding_side="left")
 
 
 @pytest.fixture(scope="module")
