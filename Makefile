@@ -17,7 +17,7 @@ AGAIN := $(strip $(if $(RESUME),--resume) $(if $(OVERWRITE),--overwrite))
 HAS_RUN = has a run already: RESUME=1 goes on with it, OVERWRITE=1 removes it and begins anew
 kept = $(if $(AGAIN),,$(if $(wildcard outputs/$(1)/run.json),@echo "outputs/$(1) $(HAS_RUN)"; exit 2))
 
-.PHONY: setup games evals demo demo-agent reproduce test test-slow lint bench results lock clean help
+.PHONY: setup games evals demo demo-agent reproduce test test-slow lint bench chaos results lock clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ lint: setup  ## ruff, mypy, and the floor plan
 
 bench: setup  ## timings as ratios, written to docs/results/bench.json
 	$(BIN)/python benchmarks/run.py
+
+chaos: setup  ## kill and stop every kind of process of running jobs; MINUTES=30 limits a call, trials add up
+	$(BIN)/python benchmarks/chaos.py $(if $(MINUTES),--minutes $(MINUTES))
 
 results: setup  ## rewrite docs/results.md from docs/results/*.json
 	$(BIN)/python benchmarks/record.py

@@ -61,12 +61,18 @@ def write_tables() -> None:
 
 
 def _table(result: Mapping[str, Any]) -> list[str]:
+    """Of figures, or where each is a row of figures of the same names, with a column for each name."""
+    figures = result["figures"]
+    names = {tuple(value) if isinstance(value, Mapping) else () for value in figures.values()}
+    if len(names) != 1 or names == {()}:
+        figures, names = {name: {"value": value} for name, value in figures.items()}, {("value",)}
+    (columns,) = names
     return [
         f"`{result['command']}` at {result['commit'][:10]}, {result['hardware']}, seeds {result['seeds']}",
         "",
-        "| figure | value |",
-        "| --- | --- |",
-        *(f"| `{name}` | {_shown(value)} |" for name, value in result["figures"].items()),
+        f"| figure | {' | '.join(columns)} |",
+        f"| --- |{' --- |' * len(columns)}",
+        *(f"| `{name}` | {' | '.join(_shown(row[c]) for c in columns)} |" for name, row in figures.items()),
     ]
 
 

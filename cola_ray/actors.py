@@ -35,6 +35,7 @@ from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tasks.chat import Prompt
 from cola_ray.tracking import peak_memory_gb
+from cola_ray.watch import watch
 from cola_ray.weights import Bucket, Channel, Manifest, meeting_point
 
 
@@ -166,7 +167,11 @@ def own_folder() -> dict[str, str]:
 
 
 def _worker_environment(config: Config) -> dict[str, str]:
-    variables = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_V2_ENABLED": "1"}
+    variables = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.cluster.answer_timeout_s),
+    }
     if not config.cluster.use_gpu:
         variables |= {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "DS_ACCELERATOR": "cpu"}
     return variables
@@ -178,7 +183,9 @@ def _worker_environment(config: Config) -> dict[str, str]:
 def controller(make: type[Controller], config: Config, *args: Any) -> Any:
     """An actor of this class; what it spawns dies with it."""
     placed = _placed(config, "service", CPU=0.0)
-    return ray.remote(make).options(**placed, max_concurrency=256).remote(config, *args)
+    made = ray.remote(make).options(**placed, max_concurrency=256).remote(config, *args)
+    watch(made, config.cluster.answer_timeout_s)
+    return made
 
 
 class RayWorkers:
@@ -189,7 +196,9 @@ class RayWorkers:
         self.args = (config, model_path, *more)
 
     def spawn(self) -> Any:
-        return self.actor.remote(*self.args)
+        worker = self.actor.remote(*self.args)
+        watch(worker, self.args[0].cluster.answer_timeout_s)
+        return worker
 
     async def call(self, worker: Any, method: str, *args: Any) -> Any:
         try:
@@ -252,6 +261,11 @@ _LASTING = {"max_restarts": -1, "max_concurrency": 16}
 """Ray starts such an actor again when it dies, and it goes on from what was last saved."""
 
 
+def _watch_all(lasting: Sequence[Any], config: Config) -> None:
+    for actor in lasting:
+        watch(actor, config.cluster.answer_timeout_s, restarts=True)
+
+
 def replay(config: Config) -> Shards:
     """Replay, of no shards where nothing is learnt from it."""
     output, settings = Path(config.output_dir), config.replay
@@ -261,6 +275,7 @@ def replay(config: Config) -> Shards:
         shard.remote(rows, nbytes, str(output / "replay" / str(i)), settings.snapshot_every_s, config.seed + i)
         for i in range(settings.shards if config.replays else 0)
     ]
+    _watch_all(shards, config)
     return Shards(len(shards), RemoteShards(shards), config.seed)
 
 
@@ -274,6 +289,7 @@ def critic(config: Config, model_path: str, stored: Shards) -> CriticReplicas:
         actor.remote(config.critic, width, model_path, stored, folder, config.seed)
         for _ in range(config.critic.replicas if config.rl.algorithm in WITH_CRITIC else 0)
     ]
+    _watch_all(replicas, config)
     return CriticReplicas(len(replicas), RemoteReplicas(replicas))
 
 

@@ -546,6 +546,9 @@ class ClusterConfig(_Branch):
     """How new weights reach engines: Ray's object store, or a broadcast between GPUs (gloo where there are none)."""
     stall_timeout_s: Seconds = 1800.0
     """Seconds anything may be waited for before the run fails and names it."""
+    answer_timeout_s: Seconds = 120.0
+    """Seconds in which engines, ranks, services and Ray itself must answer once they are up; what does not hangs, is
+    ended, and counts as lost."""
 
 
 class Config(_Branch):

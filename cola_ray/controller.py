@@ -47,6 +47,8 @@ from cola_ray.work_buffer import WorkBuffer
 _REFILLS = 1 << 40
 """Tickets that stand in for prompts without signal are numbered from here, so that no draw is made twice."""
 
+_BETWEEN_STEPS = "the learner, which saves or goes on to its next step"
+
 
 class WorkerLostError(RuntimeError):
     """A worker's process is gone; what it was asked for must be asked of another."""
@@ -186,6 +188,9 @@ class Controller:
             async with self.changed:
                 await self.changed.wait_for(lambda: self.is_open or self.failure)
         self._raise_failure()
+        self.pending.pop(_BETWEEN_STEPS, None)
+        if self.producer is not None:
+            self._say(f"the learner was started again and goes on from version {version}")
         self._doing("the first rollouts")
         for task in (self.producer, self.spreading, self.receiving):
             if task is not None:
@@ -200,6 +205,8 @@ class Controller:
 
     async def next_batch(self, rank: int, version: int) -> Batch | None:
         """This rank's share of the batch that version ``version`` is to train on; None when the run is over."""
+        if rank == 0:
+            self.pending.pop(_BETWEEN_STEPS, None)
         with self._waiting_for(f"groups of step {version}"):
             async with self.changed:
                 await self.changed.wait_for(
@@ -210,6 +217,7 @@ class Controller:
             if self.spreading is not None:
                 await asyncio.gather(self.spreading)
             if rank == 0:
+                self.pending[_BETWEEN_STEPS] = time.monotonic()
                 self._doing("saving checkpoint and model")
             return None
         self.handed_out = max(self.handed_out, version)
@@ -237,6 +245,7 @@ class Controller:
     async def publish(self, version: int, buckets: Sequence[Bucket], metrics: dict[str, float]) -> None:
         """Take over new weights and the metrics of the step that made them; returns before workers hold them."""
         await self._settle(version)
+        self.pending[_BETWEEN_STEPS] = time.monotonic()
         self.spreading = self._spawn(self._spread(version, buckets, metrics))
 
     async def _settle(self, version: int) -> None:
@@ -573,6 +582,7 @@ class Controller:
             self.ledger.worker_losses += 1
         if seat.losses > self.config.rollout.max_restarts:
             raise RuntimeError(f"worker {seat.number} died {seat.losses} times without completing a share: {lost}")
+        self._say(f"worker {seat.number} was lost and is started again; its share goes to whoever is ready")
         self._spawn(self._refill(seat))
 
     async def _refill(self, seat: Seat) -> None:

@@ -187,7 +187,7 @@ def _of_actor(error: Any) -> Words:
     if re.search(r"node (has )?died|node.*(dead|terminated|was removed)|node failure", text, re.IGNORECASE):
         return f"{who} died with its machine", ""
     if "ray.kill" in text or "intentional" in text.lower():
-        return f"{who} was ended from outside", ""
+        return f"{who} was ended: it had not answered for cluster.answer_timeout_s, or somebody killed it", ""
     if "owner" in text.lower() and "died" in text.lower():
         return f"{who} died with the process that had started it", ""
     return f"{who} died without a word: killed, perhaps for memory, or crashed", ""

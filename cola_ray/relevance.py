@@ -14,7 +14,7 @@ from cola_ray.config import OF_TURNS, WITH_CRITIC, Config, flat, is_environment,
 from cola_ray.presets import preset
 
 _RUN = ("preset", "output_dir", "seed", "resume", "overwrite", "tracking_uri", "tracking_parent", "cluster.address",
-        "cluster.use_gpu", "cluster.threads_per_process", "cluster.*_group")  # fmt: skip
+        "cluster.use_gpu", "cluster.threads_per_process", "cluster.*_group", "cluster.answer_timeout_s")  # fmt: skip
 _SIZES = ("model.num_actions", "model.num_idm_layers", "model.num_world_model_layers", "model.num_policy_layers")
 _TRAINS = ("cluster.learner_*", "cluster.max_failures", "pretrain.max_steps", "pretrain.batch_size",
            "pretrain.micro_batch_size", "pretrain.warmup_steps", "pretrain.min_lr_ratio",

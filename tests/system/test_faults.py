@@ -5,9 +5,11 @@ the same rewards and losses, step by step.
 """
 
 import json
+import os
 import signal
 import time
 
+import psutil
 import pytest
 from runs import Run, descendants
 from safetensors.torch import load_file
@@ -66,6 +68,29 @@ def test_a_worker_killed_mid_generation_costs_nothing(start, straight):
     run.finish()
     assert max(run.series("rollout/worker_losses").values()) == 1
     assert_same_curve(run, straight, exact=False)
+
+
+@pytest.mark.parametrize("title", ["ray::RolloutWorker", "ray::RayTrainWorker"])
+def test_a_process_that_hangs_counts_as_lost(start, straight, title):
+    run = start("--cluster.answer-timeout-s", "20")
+    run.wait_for_step("reward/mean", 3)
+    held = run.actors(title)[-1]
+    os.kill(held, signal.SIGSTOP)
+    run.finish(timeout=600)
+    assert not psutil.pid_exists(held)
+    assert_same_curve(run, straight)
+
+
+def test_a_controller_that_hangs_ends_the_run_in_bounded_time(start, straight):
+    run = start("--cluster.answer-timeout-s", "20")
+    run.wait_for_step("reward/mean", 3)
+    os.kill(run.actors("ray::Controller")[-1], signal.SIGSTOP)
+    shown = run.finish(code=1, timeout=180)
+    assert "the run failed: " in shown
+    assert "--resume" in shown
+    resumed = start("--resume")
+    resumed.finish()
+    assert_same_curve(resumed, straight)
 
 
 def test_a_killed_learner_rank_goes_on_from_the_checkpoint(start, straight):

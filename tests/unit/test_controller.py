@@ -283,6 +283,7 @@ def test_a_lost_worker_costs_nothing_but_time(max_staleness):
     assert len(batches) == STEPS
     assert controller.ledger.worker_losses == 1
     assert controller.ledger.regenerated_groups > 0
+    assert len([event for event in controller.events if "was lost and is started again" in event.get("say", "")]) == 1
     assert len(pool.workers) == 3
     assert all(worker.version == STEPS for worker in pool.workers if not worker.dead), "replacements follow updates"
 
@@ -349,6 +350,20 @@ def test_a_workers_error_is_told_in_its_own_words():
 def test_what_hangs_is_named():
     with pytest.raises(RuntimeError, match=r"waiting for: .*worker 0: generate_groups"):
         run(Pool(hangs=True), {"cluster.stall_timeout_s": 0.4})
+
+
+def test_a_learner_that_hangs_between_two_steps_is_named():
+    async def hangs(controller):
+        await controller.begin(0, [])
+        for rank in (0, 1):
+            await controller.next_batch(rank, 0)
+        await controller.publish(1, [], {})
+        while controller.failure is None:
+            await asyncio.sleep(0.02)
+        return controller.failure
+
+    _, failure = run(Pool(), {"cluster.stall_timeout_s": 0.4, "cluster.learner_ranks": 2}, hangs)
+    assert "waiting for: the learner, which saves or goes on" in failure
 
 
 def test_failed_rewards_are_left_out_and_counted():
@@ -455,7 +470,8 @@ def test_begin_goes_back_to_a_version():
         assert {position: served.get(position, problem) for position, problem in pool.served} == dict(pool.served)
         assert sorted(dict(pool.served)) == list(range(2 * PROMPTS, STEPS * PROMPTS))
 
-    run(pool, act=act)
+    controller, _ = run(pool, act=act)
+    assert {"say": "the learner was started again and goes on from version 2"} in controller.events
 
 
 def test_stop_ends_after_the_step_under_way():
