@@ -9,8 +9,8 @@
 
 One call is under way at a time, and its reply bears its token, so nothing that a child sends can be taken for the
 answer to another call. A call that takes too long, or whose reply is none, costs its own answer: the process is killed
-with whatever it started, a new one does the rest. ``signal.alarm`` would not do; it works in main threads only and
-does not stop C code.
+with whatever it started, a new one does the rest. Where somebody has killed or stopped the process, the call is made
+once more. ``signal.alarm`` would not do; it works in main threads only and does not stop C code.
 """
 
 import contextlib
@@ -27,6 +27,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import psutil
 
 from cola_ray.tasks import Task, answer_of
 from cola_ray.tasks.confine import die_with_parent
@@ -90,7 +92,7 @@ class Isolated:
         with self.lock:
             return [self._ask(call) for call in calls]
 
-    def _ask(self, call: tuple[Any, ...]) -> Answer:
+    def _ask(self, call: tuple[Any, ...], again: bool = True) -> Answer:
         self._wait_until_ready()
         token = secrets.randbits(48)
         try:
@@ -105,9 +107,9 @@ class Isolated:
             if not (isinstance(reply, list) and len(reply) == 2 and reply[0] == token and is_reply(reply[1])):
                 raise BrokenError("sent what is no reply")
         except BrokenError as error:
-            failure = self._why(error)
+            failure, disturbed = self._why(error), self._was_disturbed()
             self._restart()
-            return Answer(failure=failure)
+            return self._ask(call, again=False) if again and disturbed else Answer(failure=failure)
         failure = as_text(reply[1].get("failure", ""), _SHOWN)
         return Answer(failure=failure or "raised without a word") if "failure" in reply[1] else Answer(**reply[1])
 
@@ -119,6 +121,14 @@ class Isolated:
             if self.process.exitcode is not None:
                 return f"ended its process with exit code {self.process.exitcode}"
         return str(error)
+
+    def _was_disturbed(self) -> bool:
+        """Whether somebody has killed or stopped the process."""
+        if self.process.exitcode is not None:
+            return self.process.exitcode == -signal.SIGKILL
+        with contextlib.suppress(psutil.Error):
+            return bool(psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED)
+        return False
 
     def _wait_until_ready(self) -> None:
         if self.ready:

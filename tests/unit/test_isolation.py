@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import time
 
 import pytest
@@ -52,6 +53,13 @@ def test_each_failure_costs_its_own_sample(rewards):
     ]
 
 
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_killed_or_held_costs_no_sample(rewards, sent):
+    assert rewards.score([("train", 0, "1")]) == [Reward(1.0)]
+    os.kill(rewards.process.pid, sent)
+    assert rewards.score([("train", 0, "1"), ("train", 1, "1")]) == [Reward(1.0), Reward(2.0)]
+
+
 def test_answers_are_read_beside_rewards(rewards):
     assert rewards.answers(["a", "1.50", "b c", "2"]) == ["A", "1.5", "", "2.0"], "unreadable where reading raised"
 
@@ -76,6 +84,8 @@ class Trap(TwentyQuestions):
             time.sleep(60)
         if utterance == "exit":
             os._exit(4)
+        if utterance == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if utterance == "nan":
             return "", float("nan"), False, False, {}
         return super().step(utterance)
@@ -88,14 +98,15 @@ def test_an_environment_that_fails_costs_its_own_episode():
     assert games.reset(1, seed=5).value.observation == alone.reset(seed=5)[0]
     state = games.reset(1, seed=5).value.state
     failures = []
-    for fault in ("hang", "exit", "nan", ""):
+    for fault in ("hang", "exit", "nan", "killed", ""):
         other = games.reset(2, seed=6).value
         failures.append(games.step(2, other.state, fault).failure)
         outcome = games.step(1, state, "Is it alive?").value
         state = outcome.state
         expected = alone.step("Is it alive?")
         assert (outcome.observation, outcome.reward, outcome.terminated, outcome.truncated) == expected[:4]
-    assert failures == ["took longer than 1 s", "ended its process with exit code 4", "returned the reward nan", ""]
+    ended = "ended its process with exit code"
+    assert failures == ["took longer than 1 s", f"{ended} 4", "returned the reward nan", f"{ended} -9", ""]
     assert state == alone.get_state()
     games.close()
 
