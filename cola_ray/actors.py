@@ -24,6 +24,7 @@ from typing import Any, Literal
 import ray
 from ray.util.metrics import Gauge
 
+from cola_ray import head
 from cola_ray.config import WITH_CRITIC, Config, ConfigError, is_endpoint
 from cola_ray.controller import Controller, WorkerLostError, WorkerNeverRanError
 from cola_ray.display import current
@@ -58,33 +59,29 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.WARNING)
     # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    if there:
-        # A job may have been submitted with variables of its own, the number of threads say: others stay, ours win.
-        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    with contextlib.ExitStack() as stack:
+        if there:
+            # A job may have been submitted with variables of its own, the number of threads say: others stay, ours win.
+            os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+            try:
+                stack.enter_context(head.attached(there, runtime_env=environment, **quiet))
+            except ConnectionError as error:
+                said = str(error).splitlines()[0]
+                raise ConfigError(
+                    f"cluster.address = {there!r}: {said}; start the cluster, or mend the address"
+                ) from None
+        else:
+            # Ray Train's helper that looks whether a cloud is taking nodes back; nobody takes this machine.
+            environment["env_vars"]["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+            # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
+            needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # and what works alone
+            cpus = max(needed, os.cpu_count() or 1)
+            stack.enter_context(head.started(environment, num_cpus=cpus, include_dashboard=False, **quiet))
         try:
-            ray.init(address=there, runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING)
-        except ConnectionError as error:
-            said = str(error).splitlines()[0]
-            raise ConfigError(f"cluster.address = {there!r}: {said}; start the cluster, or mend the address") from None
-    else:
-        os.environ.update(own_folder())
-        # Ray Train's helper that looks whether a cloud is taking nodes back; nobody takes this machine.
-        environment["env_vars"]["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
-        needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # and what works alone
-        ray.init(
-            address="local",
-            num_cpus=max(needed, os.cpu_count() or 1),
-            include_dashboard=False,
-            runtime_env=environment,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    try:
-        yield
-    finally:
-        current().doing("stopping Ray" if not there else "leaving the Ray cluster")
-        ray.shutdown()
+            yield
+        finally:
+            current().doing("stopping Ray" if not there else "leaving the Ray cluster")
 
 
 # --- places -------------------------------------------------------------------------------------------------------
@@ -154,16 +151,6 @@ def exporter(config: Config) -> Callable[[Mapping[str, Any]], None]:
 def address(config: Config) -> str:
     """Of the cluster to attach to; empty where a run starts its own."""
     return config.cluster.address or os.environ.get("RAY_ADDRESS", "")
-
-
-def own_folder() -> dict[str, str]:
-    """Ray's variable for the folder of a cluster that a run starts; one that the user has set stays.
-
-    Helpers of Ray Train ask the cluster that was last started on this machine whether a controller lives, and take its
-    ranks away where that cluster knows of none. With a folder of its own, this one is nobody else's. The path is short,
-    for sockets are made below it.
-    """
-    return {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", f"/tmp/cola_ray-{os.getpid()}")}
 
 
 def _worker_environment(config: Config) -> dict[str, str]:

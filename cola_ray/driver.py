@@ -29,7 +29,7 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cola_ray import actors, launch, provenance, relevance
+from cola_ray import actors, head, launch, provenance, relevance
 from cola_ray.agents import AgentController
 from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, flat, is_environment, override
 from cola_ray.controller import Controller
@@ -110,8 +110,9 @@ def _supervised(config: Config, job: str, stages: Sequence[str], module: str, ab
             note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
             display.update(f"{job}: {stage}", step, total, note, milestone=step % 100 == 0 or step == total)
 
-        def poll() -> None:
-            for event in mailbox.get_nowait_batch(mailbox.qsize()):
+        def poll(last: bool = False) -> None:
+            waiting = ray.get(mailbox.actor.qsize.remote(), timeout=_ANSWER_S)
+            for event in ray.get(mailbox.actor.get_nowait_batch.remote(waiting), timeout=_ANSWER_S):
                 show(event)
 
         def stop() -> None:
@@ -193,6 +194,8 @@ class _Job:
     worker: type[EngineWorker]
     controller: type[Controller]
 
+
+_ANSWER_S = 60.0  # that the controller, which never computes for long, is given for an answer
 
 OnStep = Callable[[int, Mapping[str, Any]], None]
 """What is told every learner step and its metrics."""
@@ -316,16 +319,17 @@ def _actions(config: Config) -> str:
 
 def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, found: dict[str, Any]) -> None:
     """The loop between controller and learner until it ends; what is known of the run goes into ``found``."""
+    talk = _Talk(controller)
     begun = controller.start.remote(_checkpoint_exists(Path(config.output_dir)))
     display, export = current(), actors.exporter(config)
     evaluated = f"eval/{measured(config)}"
     names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", evaluated: measured(config)}
 
-    def poll() -> None:
+    def poll(last: bool = False) -> None:
         if not found and ray.wait([begun], timeout=0)[0]:
             found.update(ray.get(begun))
             _say_arithmetic(config, found)
-        events, failure = ray.get(controller.drain.remote())
+        events, failure = talk.drained(last)
         for event in events:
             if "say" in event:
                 display.say(event["say"])
@@ -344,22 +348,58 @@ def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, f
             display.update("rl", step, config.rl.max_steps, note, milestone=evaluated in metrics or step % 10 == 0)
         if failure:
             if not found and ray.wait([begun], timeout=0)[0]:
-                poll()  # which has it in its own words
+                ray.get(begun)  # which has it in its own words
             raise RunFailedError(failure)
 
     def stop() -> None:
-        last = ray.get(controller.stop.remote())
+        last = ray.get(controller.stop.remote(), timeout=_ANSWER_S)
         display.say(f"stopping after step {last}; once more to stop at once")
 
     loop = {"config": config.model_dump(), "model_path": model_path, "controller": controller}
     # Engines and ranks start side by side; where they share GPUs, engines first measure what memory is free.
     while config.cluster.colocated and not found:
+        head.raise_if_lost()
         poll()
         time.sleep(0.5)
     _fit(config, _rl_rank, loop, poll, stop)
     display.doing("writing the summary")
-    workers = ray.get(controller.workers.remote())
-    found["peak_memory_worker_gb"] = max(ray.get([worker.peak_memory_gb.remote() for worker in workers]))
+    with contextlib.suppress(ray.exceptions.RayError):  # a figure is no reason to fail a run that has ended
+        workers = ray.get(controller.workers.remote(), timeout=_ANSWER_S)
+        peaks = ray.get([worker.peak_memory_gb.remote() for worker in workers], timeout=_ANSWER_S)
+        found["peak_memory_worker_gb"] = max(peaks)
+
+
+class _Talk:
+    """What the controller has to tell, asked for without being held up by it."""
+
+    def __init__(self, controller: Any) -> None:
+        self.controller = controller
+        self._ask()
+
+    def _ask(self) -> None:
+        self.asked, self.since = self.controller.drain.remote(), time.monotonic()
+
+    def drained(self, last: bool) -> tuple[list[dict[str, Any]], str | None]:
+        """Events since the last answer, and any failure.
+
+        Args:
+            last: wait for all that there is.
+
+        Raises:
+            RunFailedError: no answer has come for a minute.
+        """
+        events, failure = list[dict[str, Any]](), None
+        for _ in range(1 + last):  # of the two the first may have been asked for too early
+            if not ray.wait([self.asked], timeout=_ANSWER_S if last else 0.1)[0]:
+                if time.monotonic() - self.since > _ANSWER_S:
+                    raise RunFailedError(
+                        f"the controller has not answered for {_ANSWER_S:.0f} s", "look at its machine"
+                    )
+                break
+            more, failure = ray.get(self.asked)
+            events += more
+            self._ask()
+        return events, failure
 
 
 def make_start_model(config: Config) -> None:
@@ -431,7 +471,7 @@ def _fit(
     config: Config,
     rank_loop: Callable[[dict[str, Any]], None],
     loop: dict[str, Any],
-    poll: Callable[[], None],
+    poll: Callable[..., None],
     stop: Callable[[], None] | None,
 ) -> None:
     """Ray Train over the ZeRO-3 ranks; restarted from the last checkpoint when a rank dies.
@@ -472,13 +512,14 @@ def _fit(
         asked = False
         while thread.is_alive():
             thread.join(0.5)
+            head.raise_if_lost()
             poll()
             if received and not asked and stop is not None:
                 stop()
                 asked = True
             elif len(received) > int(asked):
                 raise KeyboardInterrupt
-    poll()
+    poll(last=True)
     if errors:
         raise errors[0]
     if received:
@@ -563,7 +604,7 @@ def tracked(
     tracker = Tracker(config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step)
     error: BaseException | None = None
     try:
-        with in_words(output):
+        with in_words(output), head.blamed():
             yield tracker
     except BaseException as caught:
         error = caught

@@ -28,7 +28,7 @@ import ray
 import tenacity
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cola_ray import actors, launch
+from cola_ray import actors, head, launch
 from cola_ray.config import Config, ConfigError, RunFailedError
 from cola_ray.display import current, shown
 from cola_ray.driver import signals
@@ -83,7 +83,7 @@ def reproduce(config: Config) -> dict[str, Any]:
         (output / "stages").mkdir(exist_ok=True)
         write_sums(output / "sums")
         current().doing("starting a Ray head" if not actors.address(config) else "asking the Ray cluster")
-        with head(config) as (address, headers):
+        with dashboard(config) as (address, headers):
             submitter = Submitter(address, headers, config)
             ran = run(matrix, output / "stages", submitter, _at_once(config))
         done = all(state == "done" for state in ran.values())
@@ -115,7 +115,7 @@ def _refuse_another_matrix(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def head(config: Config) -> Iterator[tuple[str, dict[str, str] | None]]:
+def dashboard(config: Config) -> Iterator[tuple[str, dict[str, str] | None]]:
     """A dashboard that takes jobs, and headers for it: of the cluster that is there, or of a head started here."""
     there = actors.address(config)
     if there.startswith("http"):
@@ -139,7 +139,7 @@ def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
                f"--port={gcs}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]  # fmt: skip
     variables = {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "RAY_AUTH_MODE": "token",
                  "RAY_AUTH_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S),
-                 **actors.own_folder()}  # fmt: skip
+                 **head.own_folder()}  # fmt: skip
     log = Path(config.output_dir) / "head.log"
     with (
         log.open("w") as said,
