@@ -81,7 +81,7 @@ def main(job: str, description: str | None) -> NoReturn:
 def _run(config: Config, job: str) -> None:
     with shown() as display:
         for line in launch.first_lines(config, job).splitlines():
-            display.say(redacted(line))
+            display.say(line)
         makes_start_model = provenance.makes_start_model(config) and not provenance.is_made(
             provenance.start_model(config)
         )

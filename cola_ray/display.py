@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from cola_ray.redaction import redacted
+
 QUIET_S = 5.0
 """Seconds without a line after which a plain log is told that the phase goes on; also between two lines of steps."""
 
@@ -93,7 +95,7 @@ class Display:
         with self.lock:
             minutes, seconds = divmod(int(self.clock() - self.started), 60)
             with contextlib.suppress(OSError):  # a terminal that is gone, or a full disk: the run goes on
-                self.console.print(f"{minutes}:{seconds:02d}  {line}", markup=False)
+                self.console.print(f"{minutes}:{seconds:02d}  {redacted(line)}", markup=False)
             self.last_line = self.clock()
 
     def beat(self) -> None:

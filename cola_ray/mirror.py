@@ -30,7 +30,7 @@ import filelock
 from cola_ray import ending, event_log, run_folder
 from cola_ray.config import Config, ConfigError, RunFailedError, flat
 from cola_ray.display import current
-from cola_ray.redaction import HIDDEN, redacted
+from cola_ray.redaction import HIDDEN, redacted, redacted_tree
 from cola_ray.run_folder import write_json
 
 STATES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -239,7 +239,7 @@ class Mirror:
     def _send_params(self, run_id: str) -> None:
         from mlflow.entities import Param
 
-        params = iter([Param(name, redacted(str(value))[:500]) for name, value in self.run.params.items()])
+        params = iter([Param(name, str(value)[:500]) for name, value in redacted_tree(self.run.params).items()])
         while piece := list(islice(params, _MOST_PARAMS)):
             self.client.log_batch(run_id, params=piece)
             self.progress = time.monotonic()

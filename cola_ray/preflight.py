@@ -36,6 +36,9 @@ LOGGED = ("prompt_ids", "token_ids", "actions", "rewards")
 """Columns of the answers that jobs/train_q.py learns from."""
 _TIMEOUT_S = 3.0  # that an address is given to answer in
 _FREE_GB = 1.0  # least space that a run's checkpoints and logs are given
+_TRIED_BYTES = 1 << 20  # a quota may be used up where the disk is not
+_PATH_MAX = 4096  # bytes that the system takes in a path
+_LONGEST_BELOW = 256  # bytes of what a run adds to its folder's
 
 
 def faults(config: Config, job: str) -> list[str]:
@@ -337,7 +340,10 @@ def _hub(config: Config, job: str) -> list[str]:
 
 
 def _output(config: Config, job: str) -> Iterator[str]:
-    """The output folder can be made and written, and has some room."""
+    """The output folder can be made and written, which is tried, and has some room."""
+    if "://" in config.output_dir:
+        yield f"output_dir = {config.output_dir!r}: an address; give a folder, on which it may be mounted"
+        return
     output = Path(provenance.resolve(config, job).output_dir)
     named = f"output_dir = {str(output)!r}"
     if config.output_dir.startswith("~"):  # which a shell leaves as it is behind a "=" or in quotes
@@ -348,10 +354,19 @@ def _output(config: Config, job: str) -> Iterator[str]:
         yield f"{named}: {there} is a file; give a folder"
         return
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        longest = max(len(os.fsencode(part)) for part in output.parts)
+        if longest > os.pathconf(there, "PC_NAME_MAX") or len(os.fsencode(output)) + _LONGEST_BELOW > _PATH_MAX:
+            yield f"{named}: too long a name for this file system; give a shorter one"
+            return
+        with (
+            tempfile.TemporaryDirectory(dir=there, prefix=".cola_ray-") as tried,
+            open(os.path.join(tried, "file"), "wb") as file,
+        ):
+            file.write(bytes(_TRIED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        yield f"{named}: {there} cannot be written ({error.strerror}); give a folder of yours"
+        yield f"{named}: {there} cannot be written ({str(error.strerror).lower()}); give a folder of yours"
         return
     free = shutil.disk_usage(there).free / 2**30
     if free < _FREE_GB:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ray.config import Config, is_environment, override, results_root, value_at
+from cola_ray.redaction import redacted_tree
 from cola_ray.relevance import defaults, entries, given
 from cola_ray.run_folder import is_at_work, is_finished, read_record, write_json
 
@@ -137,7 +138,7 @@ def read(model: Path) -> dict[str, Any]:
 
 
 def made_from(config: Config) -> dict[str, Any]:
-    """The settings that decide what pre-training makes, with absolute paths."""
+    """The settings that decide what pre-training makes, with absolute paths and without secrets."""
     steps = {stage: config.pretrain.num_steps(stage) for stage in config.pretrain.stages}
     pretraining = config.pretrain.model_copy(update={"steps": steps, "max_steps": None})
     settings = entries(config.model_copy(update={"pretrain": pretraining}))
@@ -146,7 +147,7 @@ def made_from(config: Config) -> dict[str, Any]:
         whole[field] = _absolute(whole[field])
     reads_task = not config.data.path or not (config.model.base or config.model.path)
     return {
-        field: value for field, value in whole.items()
+        field: value for field, value in redacted_tree(whole).items()
         if field.startswith(_MADE_FROM) and field not in _NOT_MADE_FROM
         and (reads_task or not field.startswith("task."))
     }  # fmt: skip
@@ -260,7 +261,7 @@ def first_lines(config: Config, job: str, start: Path | None = None) -> str:
 
 def _task(config: Config) -> str:
     task = config.task
-    options = ", ".join(f"{name} {value}" for name, value in task.options.items())
+    options = ", ".join(f"{name} {value}" for name, value in redacted_tree(task.options).items())
     parts = [
         task.name,
         *(part for part in (task.path, task.game, options, "thinking" if task.thinking else "") if part),

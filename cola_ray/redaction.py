@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-_SECRET = re.compile(
-    r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|(^|_)KEY$|(^|_)PWD$|(^|_)AUTH$", re.I
-)
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|(^|[_.])(KEY|PWD|AUTH)$", re.IGNORECASE)
 _SHORTEST = 8  # characters of a value of the environment that can be no ordinary word
 # An address ends at white space or a quote. Its user and password may hold anything up to the last @, its query hides
 # whole: which parameter is a token only the service knows.

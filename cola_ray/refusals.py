@@ -24,6 +24,7 @@ from cola_ray.config import (
     value_at,
 )
 from cola_ray.presets import trial
+from cola_ray.redaction import redacted
 from cola_ray.tasks import inspection
 
 _MOST_SEQUENCES = 2**20  # a step's, which are held in memory together
@@ -262,6 +263,11 @@ def _check_stages(config: Config) -> list[str]:
     except ConfigError as error:
         return str(error).splitlines()
     lacking = _lacking("lm_eval", "reproduce.stages", "capabilities") if "capabilities" in jobs else []
+    if redacted(config.tracking_uri) != config.tracking_uri:
+        lacking.append(
+            f"tracking_uri = {redacted(config.tracking_uri)!r}: its secret would stand in the command lines of stages; "
+            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
     return lacking + (_lacking("sentence_transformers", "reproduce.stages", "diversity") if "diversity" in jobs else [])
 
 

@@ -34,6 +34,7 @@ from cola_ray.display import current, shown
 from cola_ray.driver import signals
 from cola_ray.ending import in_words
 from cola_ray.matrix import Stage, chosen, machines
+from cola_ray.redaction import redacted_tree
 from cola_ray.refusals import check
 from cola_ray.report import write_report
 from cola_ray.run_folder import summary_of, write_json
@@ -105,7 +106,7 @@ def _refuse_another_matrix(config: Config) -> None:
     file = Path(config.output_dir) / "config.json"
     if not config.resume or not file.exists():
         return
-    before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
+    before, now = json.loads(file.read_text()), redacted_tree(json.loads(config.model_dump_json()))
     for branch in ("preset", "seed", "model", "task", "data", "rollout", "harness"):
         if before.get(branch) != now[branch]:
             raise ConfigError(

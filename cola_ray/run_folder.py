@@ -220,7 +220,7 @@ def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
             _remove(folder / name)
     begun = {"tool": _TOOL, "job": job, "state": "running", "step": None, "wrote": written_by(job)}
     write_json(folder / RECORD, begun | {"process": f"{os.getpid()} on {socket.gethostname()}"})
-    write_json(folder / "config.json", redacted_tree(config.model_dump()))
+    write_json(folder / "config.json", config.model_dump())
     return run
 
 
@@ -343,8 +343,11 @@ def _no_database(config: Config, written: set[str]) -> list[str]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """In one rename, so that a reader never sees half a file; through a file whose name nobody else has."""
+    """In one rename, so that a reader never sees half a file; through a file whose name nobody else has.
+
+    Secrets in it are hidden, see redaction.py: settings of now are compared with written ones by ``redacted_tree``.
+    """
     staging = path.with_name(f".{path.stem}-{secrets.token_hex(8)}.tmp")
     with staging.open("x") as file:
-        file.write(json.dumps(content, indent=2, default=str) + "\n")
+        file.write(json.dumps(redacted_tree(content), indent=2, default=str) + "\n")
     staging.replace(path)

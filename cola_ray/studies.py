@@ -35,6 +35,7 @@ from cola_ray.diversity import measure, open_encoder
 from cola_ray.driver import served, tracked
 from cola_ray.ending import in_words
 from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, remarks
+from cola_ray.redaction import redacted_tree
 from cola_ray.refusals import check
 from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.service import Shards
@@ -312,7 +313,7 @@ def _refuse_other_predictions(config: Config) -> None:
     file = Path(config.output_dir) / "config.json"
     if not config.resume or not file.exists():
         return
-    before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
+    before, now = json.loads(file.read_text()), redacted_tree(json.loads(config.model_dump_json()))
     before["split"], now["split"] = (tree.get("eval", {}).get("split") for tree in (before, now))
     for branch in ("seed", "model", "task", "rollout", "rl", "search", "q", "split"):
         if before.get(branch) != now[branch]:

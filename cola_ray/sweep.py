@@ -24,6 +24,7 @@ from cola_ray.display import current, shown
 from cola_ray.driver import make_start_model, measured, run_agent, run_rl, tracked
 from cola_ray.ending import in_words
 from cola_ray.presets import trial
+from cola_ray.redaction import redacted_tree
 from cola_ray.refusals import check
 from cola_ray.run_folder import summary_of
 from cola_ray.tracking import Tracker, plot_frontier, print_ways
@@ -226,7 +227,7 @@ def _refuse_another_sweep(config: Config) -> None:
     file = Path(config.output_dir) / "config.json"
     if not config.resume or not file.exists():
         return
-    before, now = json.loads(file.read_text()), json.loads(config.model_dump_json())
+    before, now = json.loads(file.read_text()), redacted_tree(json.loads(config.model_dump_json()))
     for tree in (before, now):
         tree["sweep"].pop("parallel")
         for field in ("resume", "overwrite", "cluster", "tracking_uri"):

@@ -98,6 +98,62 @@ def test_authentication_is_on_and_nothing_runs_as_root():
         assert not any(container["securityContext"]["allowPrivilegeEscalation"] for container in pod["containers"])
 
 
+def heads():
+    """Every way that a head is started in these files, as the words behind ``ray start --head``."""
+    params = cluster()["spec"]["headGroupSpec"]["rayStartParams"]
+    found = {"raycluster.yaml": [f"--{name}={value}" for name, value in params.items()]}
+    for name in ("launcher.yaml", "slurm.sh"):
+        text = (ROOT / "cluster" / name).read_text()
+        lines = [line for line in text.splitlines() if "--head" in line and not line.lstrip().startswith("#")]
+        assert lines, name
+        found |= {f"{name} {i}": line.split() for i, line in enumerate(lines)}
+    return found
+
+
+def test_no_dashboard_answers_without_a_token():
+    """One that is bound to more than the loopback is behind a token, and so are the ports that have no host."""
+    for name, words in heads().items():
+        hosts = [word.partition("=")[2] for word in words if word.startswith("--dashboard-host")]
+        assert name == "raycluster.yaml" or set(hosts) <= {"127.0.0.1"}, name
+    launcher = yaml.safe_load((ROOT / "cluster" / "launcher.yaml").read_text())
+    options = launcher["docker"]["run_options"]
+    assert "--env RAY_AUTH_MODE=token" in options
+    assert "--env RAY_AUTH_TOKEN" in options, "its value is the caller's"
+    slurm = (ROOT / "cluster" / "slurm.sh").read_text()
+    assert re.search(r"^RAY_AUTH_MODE=token$", slurm, re.MULTILINE)
+    assert re.search(r"^export RAY_AUTH_MODE RAY_AUTH_TOKEN$", slurm, re.MULTILINE)
+    assert slurm.index("export RAY_AUTH_MODE") < slurm.index("ray start --block")
+
+
+def test_the_pinned_ray_asks_for_the_token_on_its_dashboard(monkeypatch):
+    import asyncio
+
+    import aiohttp.web
+    from ray._private.authentication import authentication_utils
+    from ray._private.authentication.http_token_authentication import get_token_auth_middleware
+
+    monkeypatch.setattr(authentication_utils, "is_token_auth_enabled", lambda: True)
+    asked = type("Request", (), {"path": "/api/jobs/", "headers": {}, "cookies": {}})()
+
+    async def answer(_):
+        return aiohttp.web.Response(status=200)
+
+    done = asyncio.run(get_token_auth_middleware(aiohttp)(asked, answer))
+    assert done.status == 401
+
+
+def test_nothing_outside_the_cluster_reaches_its_ports():
+    (policy,) = [one for one in documents("raycluster.yaml") if one["kind"] == "NetworkPolicy"]
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/cluster": cluster()["metadata"]["name"]}
+    opened = [rule["ports"] for rule in policy["spec"]["ingress"] if "from" not in rule]
+    assert opened == [[{"port": 8080}]], "metrics alone"
+    submitters = [
+        one["podSelector"]["matchLabels"] for rule in policy["spec"]["ingress"] for one in rule.get("from", ())
+    ]
+    job = documents("rayjob.yaml")[0]["metadata"]["name"]
+    assert {"batch.kubernetes.io/job-name": job} in submitters
+
+
 def test_the_job_names_groups_that_the_cluster_has():
     offered = {
         name

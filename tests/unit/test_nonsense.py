@@ -1,5 +1,6 @@
 """Command lines that make no sense: refused with exit code 2, in one line a mistake, before anything heavy loads."""
 
+import errno
 import json
 import os
 import re
@@ -227,6 +228,7 @@ rl_math --tracking-uri sqlite:///no/folder/x.db | tracking_uri = 'sqlite:///no/f
 rl_math --output-dir good.jsonl | output_dir = .*good.jsonl is a file; give a folder
 rl_math --output-dir good.jsonl/run | output_dir = .*good.jsonl is a file; give a folder
 rl_math --output-dir /proc/run | output_dir = '/proc/run': /proc cannot be written
+rl_math --output-dir s3://bucket/run | output_dir = 's3://bucket/run': an address; give a folder
 rl_math --model.num-actions 1 | model.num_actions = 1: out of range
 rl_math --model.num-policy-layers 0 | model.num_policy_layers = 0: out of range
 rl_math --model.dtype fp32 | model.dtype = 'fp32': unknown; did you mean float32?
@@ -420,6 +422,42 @@ def test_refused(case, in_here, capsys):
     assert any(re.match(pattern, line) for line in said), said
     for line in said:
         assert re.match(r"[\w. ]+ = .*: .*[^ ]", line) or "belongs to no setting" in line, line
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (errno.ENOSPC, "no space left on device"),
+        (errno.EROFS, "read-only file system"),
+        (errno.EDQUOT, "disk quota exceeded"),
+        (errno.EIO, "input/output error"),
+    ],
+)
+def test_a_folder_that_takes_nothing_is_refused_before_ray_starts(code, why, in_here, monkeypatch, capsys):
+    """What is written there must also get to the disk."""
+
+    def full(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as caught:
+        from_command_line("rl_math", ["--output-dir", "new/run"])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"output_dir = '{in_here / 'new/run'}': {in_here} cannot be written ({why}); give")
+    assert not (in_here / "new").exists()
+    assert not list(in_here.glob(".cola_ray-*"))
+
+
+@pytest.mark.parametrize("name", ["new/" + "x" * 256, "/".join(["y" * 200] * 20)])
+def test_a_name_that_no_file_system_takes_is_refused(name, in_here, capsys):
+    with pytest.raises(SystemExit) as caught:
+        from_command_line("rl_math", ["--output-dir", name])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"output_dir = '.*': (too long a name for this file system; give a shorter one|file name too)", line
+    )
 
 
 ACCEPTED = """
