@@ -358,10 +358,7 @@ def _output(config: Config, job: str) -> Iterator[str]:
         if longest > os.pathconf(there, "PC_NAME_MAX") or len(os.fsencode(output)) + _LONGEST_BELOW > _PATH_MAX:
             yield f"{named}: too long a name for this file system; give a shorter one"
             return
-        with (
-            tempfile.TemporaryDirectory(dir=there, prefix=".cola_ray-") as tried,
-            open(os.path.join(tried, "file"), "wb") as file,
-        ):
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(_TRIED_BYTES))
             file.flush()
             os.fsync(file.fileno())
