@@ -30,7 +30,9 @@ class Run:
         command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--preset", "tiny", *args]
         environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}
         with (where / "log").open("a") as log:
-            self.process = subprocess.Popen(command, cwd=where, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                command, cwd=where, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
 
     @property
     def log(self) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -114,6 +115,82 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(start, straight):
     resumed = start("--resume")
     resumed.finish()
     assert_same_curve(resumed, straight)
+
+
+def assert_nothing_is_left(run, below):
+    """No process of those, and no folder of Ray's."""
+    deadline = time.monotonic() + 20
+    while below & {pid for pid, _, _ in descendants(1)} and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not below & {pid for pid, _, _ in descendants(1)}
+    assert not Path(f"/tmp/cola_ray-{run.process.pid}/tmp").exists(), "temporary files of its processes"
+
+
+def processes(run):
+    return {pid for pid, _, _ in descendants(run.process.pid)}
+
+
+def test_a_signal_to_the_whole_group_stops_in_order(start, straight):
+    """As timeout and batch systems send it: Ray's own processes are in the group of nobody else."""
+    run = start()
+    run.wait_for_step("reward/mean", 3)
+    below = processes(run)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    shown = run.finish(code=130, timeout=120)
+    assert "stopping after step" in shown
+    assert shown.splitlines()[-1] == "stopped; the same command with --resume goes on from the last checkpoint"
+    assert_nothing_is_left(run, below)
+    assert not Path(f"/tmp/cola_ray-{run.process.pid}").exists()
+    resumed = start("--resume")
+    resumed.finish()
+    assert_same_curve(resumed, straight)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("ray::Controller", "the controller died without a word"),
+        ("gcs_server", "the Ray cluster's head (GCS) died"),
+        ("raylet", "Ray's process on this machine (raylet) died"),
+    ],
+)
+def test_what_cannot_be_replaced_ends_the_run_with_its_line(start, straight, name, why):
+    run = start()
+    run.wait_for_step("reward/mean", 3)
+    below = processes(run)
+    (victim,) = [pid for pid, _, args in descendants(run.process.pid) if args.split()[0].split("/")[-1] == name]
+    os.kill(victim, signal.SIGKILL)
+    shown = run.finish(code=1, timeout=60)
+    line = shown.splitlines()[-1]
+    assert line.startswith(f"the run failed: {why}")
+    assert "--resume goes on from the last checkpoint" in line
+    assert line.endswith(f"(traceback in {run.output / 'error.txt'})")
+    assert "Traceback" not in shown
+    assert "Traceback" in (run.output / "error.txt").read_text()
+    events = [json.loads(text) for text in (run.output / "log.jsonl").read_text().splitlines()]
+    assert [one["event"] for one in events if one["event"] in ("fail", "end", "stop")] == ["fail"]
+    assert json.loads((run.output / "run.json").read_text())["state"] == "failed"
+    assert_nothing_is_left(run, below)
+    resumed = start("--resume")
+    resumed.finish()
+    assert_same_curve(resumed, straight)
+
+
+def test_a_killed_replay_shard_is_started_again(start):
+    run = start("--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", "--rl.actor-free", "--replay.snapshot-every-s", "1")
+    run.wait_for_step("reward/mean", 3)
+    run.kill_actor("ray::ReplayShard")
+    assert "replay shard 0 was started again" in run.finish()
+    assert sorted(run.series("reward/mean")) == list(range(1, STEPS + 1))
+
+
+def test_an_mlflow_that_is_away_changes_nothing(start, straight):
+    run = start("--tracking-uri", "http://127.0.0.1:9")
+    shown = run.finish()
+    assert f"`cola_ray send {run.output}` sends them" in shown
+    steps = [json.loads(line) for line in (run.output / "log.jsonl").read_text().splitlines()]
+    rewards = {one["version"]: one["reward/mean"] for one in steps if "reward/mean" in one}
+    assert rewards == straight.series("reward/mean")
 
 
 def test_stopped_pretraining_leaves_what_it_has_and_goes_on(tmp_path):
