@@ -140,8 +140,9 @@ def started(environment: dict[str, Any], **options: Any) -> Iterator[None]:
     folder = Path(own_folder()["RAY_TMPDIR"])
     ours = "RAY_TMPDIR" not in os.environ
     os.environ.update(own_folder())
-    _remove_old(folder)
-    temporary = folder / "tmp"
+    if ours:
+        _remove_old(folder)
+    temporary = folder / f"tmp-{os.getpid()}"
     temporary.mkdir(parents=True, exist_ok=True)
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_SH)

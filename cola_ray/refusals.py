@@ -41,7 +41,7 @@ def check(config: Config, job: str = "") -> None:
     """
     unseen = preflight.unseen(config)
     if unseen:  # nothing more can be said of what the system hides
-        raise ConfigError("\n".join(unseen))
+        raise ConfigError(redacted("\n".join(unseen)))
     rules = (*_RULES, *_OF_JOB.get(job, ()))
     lines = dict.fromkeys(line for rule in rules for line in rule(config))
     lines |= dict.fromkeys(preflight.faults(config, job))
@@ -49,7 +49,7 @@ def check(config: Config, job: str = "") -> None:
         lines |= dict.fromkeys(launch.refusals(config, job))
     lines |= dict.fromkeys([] if lines else preflight.further_faults(config, job))
     if lines:
-        raise ConfigError("\n".join(lines))
+        raise ConfigError(redacted("\n".join(lines)))
 
 
 def _check_actions(config: Config) -> list[str]:

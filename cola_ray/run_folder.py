@@ -218,6 +218,7 @@ def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
         # The record goes last: what a kill leaves behind is still known to be the run's.
         for name in sorted(set(record["wrote"]) & _KNOWN, key=lambda name: name == RECORD):
             _remove(folder / name)
+    (folder / ending.FILE).unlink(missing_ok=True)  # of an earlier end
     begun = {"tool": _TOOL, "job": job, "state": "running", "step": None, "wrote": written_by(job)}
     write_json(folder / RECORD, begun | {"process": f"{os.getpid()} on {socket.gethostname()}"})
     write_json(folder / "config.json", config.model_dump())

@@ -22,6 +22,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
+from cola_ray import event_log
 from cola_ray.config import ConfigError, RunFailedError
 from cola_ray.display import wide_console
 from cola_ray.redaction import redacted
@@ -78,9 +79,7 @@ class Status:
 def read(folder: Path) -> Status:
     """Raises FileNotFoundError where no run has written."""
     config = json.loads((folder / "config.json").read_text())
-    log = folder / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    return Status(folder, config, [json.loads(line) for line in lines if line.endswith("}")])
+    return Status(folder, config, event_log.read(folder))
 
 
 def is_run(folder: Path) -> bool:

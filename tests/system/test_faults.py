@@ -123,7 +123,7 @@ def assert_nothing_is_left(run, below):
     while below & {pid for pid, _, _ in descendants(1)} and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not below & {pid for pid, _, _ in descendants(1)}
-    assert not Path(f"/tmp/cola_ray-{run.process.pid}/tmp").exists(), "temporary files of its processes"
+    assert not list(Path(f"/tmp/cola_ray-{run.process.pid}").glob("tmp-*")), "temporary files of its processes"
 
 
 def processes(run):
