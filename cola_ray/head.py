@@ -32,7 +32,8 @@ from ray._private import services, worker
 from cola_ray.config import RunFailedError
 
 _LOOK_S = 1.0
-_SILENT_S = 20.0  # that GCS or a raylet may be silent before the run is ended
+_STOPPED_S = 15.0  # that GCS or raylet may be stopped (SIGSTOP) before the run is ended
+_SILENT_S = 25.0  # that another machine's GCS may be silent; a busy one is no reason to end
 _SHUTDOWN_S = 30.0  # that Ray is given to end its processes before they are killed
 _KEPT_S = 86_400.0  # that a dead run's logs of Ray are kept
 _WATCHED = {"gcs_server": "the Ray cluster's head (GCS)", "raylet": "Ray's process on this machine (raylet)"}
@@ -49,7 +50,7 @@ class _Watch:
     def __init__(self, node: Any) -> None:
         self.node = node
         self.lost: RunFailedError | None = None
-        self.silent_since: dict[str, float] = {}
+        self.since: dict[str, float] = {}
         self.closed = threading.Event()
         self.waits = threading.current_thread() is threading.main_thread()  # and can be interrupted
         threading.Thread(target=self._work, name="ray-watch", daemon=True).start()
@@ -60,7 +61,7 @@ class _Watch:
             for process in self._processes(kind):
                 if process.poll() is not None:
                     self.lost = RunFailedError(f"{who} died", _THEN)
-                elif self._silent(kind, _is_stopped(process.pid)):
+                elif self._lasts(kind, _is_stopped(process.pid), _STOPPED_S):
                     self.lost = RunFailedError(f"{who} is stopped", _THEN)
         return self.lost
 
@@ -68,17 +69,17 @@ class _Watch:
         infos = [] if self.node is None else self.node.all_processes.get(kind, [])
         return [info.process for info in infos]
 
-    def _silent(self, who: str, now: bool) -> bool:
-        """Whether it has been silent for too long."""
+    def _lasts(self, what: str, now: bool, most: float) -> bool:
+        """Whether it has been so for more seconds than that."""
         if not now:
-            self.silent_since.pop(who, None)
+            self.since.pop(what, None)
             return False
-        return time.monotonic() - self.silent_since.setdefault(who, time.monotonic()) > _SILENT_S
+        return time.monotonic() - self.since.setdefault(what, time.monotonic()) > most
 
     def _work(self) -> None:
         while not self.closed.wait(_LOOK_S):
             lost = self.look()
-            if lost is None and self._silent("answer", not self._answers()):
+            if lost is None and self.node is None and self._lasts("silence", not self._answers(), _SILENT_S):
                 self.lost = RunFailedError("the Ray cluster's head (GCS) does not answer", _THEN)
             if self.lost is not None:
                 if self.waits and not self.closed.is_set():  # perhaps for an answer that will not come

@@ -1,0 +1,99 @@
+"""Ray's own processes under a run, by stand-ins that live, die and are stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from ray._private import services
+
+from cola_ray import head
+from cola_ray.config import RunFailedError
+
+
+@pytest.fixture
+def process():
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    yield started
+    started.kill()
+    started.wait()
+
+
+@pytest.fixture
+def watch(process, monkeypatch):
+    """Of a process that stands for GCS, by nobody's thread."""
+    monkeypatch.setattr(head._Watch, "_work", lambda self: None)
+    made = head._Watch(SimpleNamespace(all_processes={"gcs_server": [SimpleNamespace(process=process)]}))
+    monkeypatch.setattr(head, "_WATCHES", [made])
+    return made
+
+
+def test_one_that_lives_is_left_alone(watch):
+    assert watch.look() is None
+    head.raise_if_lost()
+    with pytest.raises(KeyError, match="x"), head.blamed():
+        raise KeyError("x")
+
+
+def test_one_that_died_is_what_ended_the_run(watch, process):
+    process.kill()
+    process.wait()
+    with pytest.raises(RunFailedError, match=r"the Ray cluster's head \(GCS\) died"):
+        head.raise_if_lost()
+    for error in (KeyboardInterrupt(), ValueError("the controller died")):
+        with pytest.raises(RunFailedError, match="GCS"), head.blamed():
+            raise error
+    with pytest.raises(RunFailedError, match="worded before"), head.blamed():
+        raise RunFailedError("worded before")
+
+
+def test_one_that_is_stopped_is_waited_for_a_while(watch, process, monkeypatch):
+    os.kill(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 10
+    while not head._is_stopped(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert watch.look() is None
+    os.kill(process.pid, signal.SIGCONT)
+    while head._is_stopped(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert watch.look() is None
+    assert not watch.since
+    os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(head, "_STOPPED_S", 0.0)
+    while watch.look() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert str(watch.lost).startswith("the Ray cluster's head (GCS) is stopped")
+
+
+def test_what_ray_starts_is_apart_from_the_runs_group():
+    with head._apart():
+        started = services.ConsolePopen(
+            [sys.executable, "-c", "import os; print(os.getsid(0))"], stdout=subprocess.PIPE
+        )
+    told = int(started.communicate()[0])
+    assert told == started.pid != os.getsid(0)
+    assert services.ConsolePopen.__name__ == "ConsolePopen"
+
+
+def test_old_folders_go_and_those_in_use_stay(tmp_path, monkeypatch):
+    import fcntl
+
+    pid = subprocess.Popen(["true"])
+    pid.wait()
+    names = {"dead": pid.pid, "alive": os.getpid(), "locked": 2**22 - 3, "young": 2**22 - 2}
+    folders = {name: tmp_path / f"cola_ray-{number}" for name, number in names.items()}
+    others = [tmp_path / "cola_ray-notes", tmp_path / "mine"]
+    for folder in (*folders.values(), *others):
+        (folder / "ray").mkdir(parents=True)
+        os.utime(folder, (0, 0))
+    os.utime(folders["young"])
+    held = os.open(folders["locked"], os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    head._remove_old(tmp_path / "cola_ray-1")
+    os.close(held)
+    assert {folder.name for folder in tmp_path.iterdir()} == {
+        *(folder.name for name, folder in folders.items() if name != "dead"), *(other.name for other in others)
+    }  # fmt: skip
