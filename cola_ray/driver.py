@@ -195,7 +195,7 @@ class _Job:
     controller: type[Controller]
 
 
-_ANSWER_S = 60.0  # that the controller, which never computes for long, is given for an answer
+_ANSWER_S = 60.0  # that is waited for what never computes for long
 
 OnStep = Callable[[int, Mapping[str, Any]], None]
 """What is told every learner step and its metrics."""
@@ -319,7 +319,7 @@ def _actions(config: Config) -> str:
 
 def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, found: dict[str, Any]) -> None:
     """The loop between controller and learner until it ends; what is known of the run goes into ``found``."""
-    talk = _Talk(controller)
+    talk = _Talk(controller, config.cluster.answer_timeout_s)
     begun = controller.start.remote(_checkpoint_exists(Path(config.output_dir)))
     display, export = current(), actors.exporter(config)
     evaluated = f"eval/{measured(config)}"
@@ -372,8 +372,8 @@ def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, f
 class _Talk:
     """What the controller has to tell, asked for without being held up by it."""
 
-    def __init__(self, controller: Any) -> None:
-        self.controller = controller
+    def __init__(self, controller: Any, patience_s: float) -> None:
+        self.controller, self.patience_s = controller, patience_s
         self._ask()
 
     def _ask(self) -> None:
@@ -386,14 +386,14 @@ class _Talk:
             last: wait for all that there is.
 
         Raises:
-            RunFailedError: no answer has come for a minute.
+            RunFailedError: no answer has come for ``patience_s``.
         """
         events, failure = list[dict[str, Any]](), None
         for _ in range(1 + last):  # of the two the first may have been asked for too early
-            if not ray.wait([self.asked], timeout=_ANSWER_S if last else 0.1)[0]:
-                if time.monotonic() - self.since > _ANSWER_S:
+            if not ray.wait([self.asked], timeout=self.patience_s if last else 0.1)[0]:
+                if time.monotonic() - self.since > self.patience_s:
                     raise RunFailedError(
-                        f"the controller has not answered for {_ANSWER_S:.0f} s", "look at its machine"
+                        f"the controller has not answered for {self.patience_s:g} s", "look at its machine"
                     )
                 break
             more, failure = ray.get(self.asked)
