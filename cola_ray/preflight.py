@@ -24,6 +24,7 @@ from cola_ray.config import OWN_BASE_POSITIONS, Config, is_endpoint, value_at
 from cola_ray.learner.corpus import document
 from cola_ray.tasks import inspection, preference
 from cola_ray.tasks.chat import as_prompt
+from cola_ray.tasks.logged import logged
 from cola_ray.tasks.rows import Row, cell, peek
 from cola_ray.tasks.verifiable import Gsm8k, Math500
 
@@ -309,6 +310,7 @@ def _logged(row: Row) -> None:
     missing = [name for name in LOGGED if name not in row]
     if missing:
         raise ValueError(f"field {missing[0]}: missing; give a folder that evaluate.py left, predictions/sample")
+    logged(row)
 
 
 # --- the hub ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Legend: B answers, T positions, L actions of an answer, K actions to choose from
 
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ from cola_ray.learner.engine import Report, report_saved, warmup_cosine
 from cola_ray.learner.rl import tensors_of
 from cola_ray.learner.value import step_together
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
-from cola_ray.tasks.rows import open_rows
+from cola_ray.tasks.logged import LoggedAnswer, logged
+from cola_ray.tasks.rows import open_rows, read_rows
 
 HELD_OUT = 512  # answers at most, the last of the log
 
@@ -79,7 +81,7 @@ def load_log(path: str) -> list[Trajectory]:
     Those whose actions nobody recorded, or that the verifier could not score, are left out.
 
     Raises:
-        ValueError: the rows are not its predictions, or there are none.
+        ValueError: the rows are not its predictions, or there are none; names the first row and field that is wrong.
     """
     rows = open_rows(path, "data.path")
     wanted = ("prompt_ids", "token_ids", "actions", "rewards")
@@ -87,26 +89,20 @@ def load_log(path: str) -> list[Trajectory]:
     if missing:
         raise ValueError(f"data.path = {path!r}: no columns {', '.join(missing)}; give a folder that evaluate.py left, "
                          "e.g. outputs/evaluate-.../predictions/sample")  # fmt: skip
-    columns = [rows[name] for name in wanted[1:]]
-    scored = rows["failures"] if "failures" in rows.column_names else ([""] * len(one) for one in rows["rewards"])
-    found = [
-        _logged(prompt, tokens, actions, reward)
-        for prompt, failures, *answers in zip(rows["prompt_ids"], scored, *columns, strict=True)
-        for failure, tokens, actions, reward in zip(failures, *answers, strict=True)
-        if actions and actions[-1] >= 0 and not failure
-    ]
+    answers = itertools.chain(*read_rows(rows, path, "data.path", logged))
+    found = [_trajectory(answer) for answer in answers]
     if not found:
         raise ValueError(f"data.path = {path!r}: no answer with recorded actions in it; give sampled answers")
     np.random.default_rng(0).shuffle(found)  # type: ignore[arg-type]  # a list is shuffled in place too
     return found
 
 
-def _logged(prompt: list[int], tokens: list[int], actions: list[int], reward: float) -> Trajectory:
-    taken = np.asarray(actions, np.int64)
-    nothing = np.zeros(len(taken), np.float32)
+def _trajectory(answer: LoggedAnswer) -> Trajectory:
+    taken = np.asarray(answer.actions, np.int64)
+    nothing, version = np.zeros(len(taken), np.float32), np.zeros(len(taken), np.int64)
     return Trajectory(
-        np.asarray(prompt, np.int64), np.asarray(tokens, np.int64), taken, nothing, nothing.astype(np.int64), reward,
-        truncated=False, text="", action_mask=taken >= 0,
+        np.asarray(answer.prompt_ids, np.int64), np.asarray(answer.token_ids, np.int64), taken, nothing, version,
+        answer.reward, truncated=False, text="", action_mask=taken >= 0,
     )  # fmt: skip
 
 

@@ -36,9 +36,17 @@ def as_prompt(value: object) -> Prompt:
     """
     if isinstance(value, str):
         return value
-    if not isinstance(value, Sequence) or not value:
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray) or not value:
         raise ValueError(f"{str(value)[:80]!r} is neither text nor a list of chat messages")
     return tuple(_as_message(one) for one in value)
+
+
+def as_question(value: object) -> Prompt:
+    """A prompt that asks something: as :func:`as_prompt`, and not blank. Raises ValueError."""
+    prompt = as_prompt(value)
+    if not (prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)).strip():
+        raise ValueError(f"{str(value)[:80]!r} asks nothing; text or chat messages are wanted")
+    return prompt
 
 
 def _as_message(value: object) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cola_ray.limits import Count, Seconds, Share
+from cola_ray.tasks.csv_table import as_numbers, read_columns
 from cola_ray.tasks.environment import Dialogue, Transition
 from cola_ray.tasks.sandbox import Limits, Sandbox
 
@@ -203,29 +204,26 @@ def bundled(name: str, rows: int) -> Table:
 def read_csv(path: str, target: str, rows: int) -> Table:
     """A CSV file's columns as numbers, text as the number of its value in sorted order; rows without a target left out.
 
-    Raises ValueError where the file has no such column, or nothing to tell apart.
+    Raises ValueError where the file is no table, has no such column, or nothing to tell apart.
     """
-    import pyarrow.csv
-    import pyarrow.types
-
-    nulls = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
-    table = pyarrow.csv.read_csv(path, convert_options=nulls)
-    if target not in table.column_names:
-        raise ValueError(f"task.options.target = {target!r}: {path} has the columns {', '.join(table.column_names)}")
-
-    def numbers(name: str) -> Array:
-        column = table[name].combine_chunks()
-        if pyarrow.types.is_floating(column.type) or pyarrow.types.is_integer(column.type):
-            return np.asarray(column.to_numpy(zero_copy_only=False), float)
-        values = np.array([str(value) for value in column.to_pylist()])
-        return np.unique(values, return_inverse=True)[1].astype(float)
-
-    given = np.array([value is not None for value in table[target].to_pylist()])
-    classes, y = np.unique(numbers(target)[given], return_inverse=True)
-    columns = [name for name in table.column_names if name != target]
+    table = read_columns(path, "task.path")
+    if target not in table:
+        raise ValueError(f"task.options.target = {target!r}: {path} has the columns {', '.join(table)}")
+    numbers = dict[str, Array]()
+    for name, cells in table.items():
+        try:
+            numbers[name] = as_numbers(cells, name)
+        except ValueError as error:
+            raise ValueError(f"task.path = {path!r}: {error}") from None
+    given = np.array([bool(cell) for cell in table[target]])
+    classes, y = np.unique(numbers[target][given], return_inverse=True)
+    columns = [name for name in table if name != target]
     if len(classes) < 2 or np.bincount(y).min() < 2 or not columns:
-        raise ValueError(f"task.options.target = {target!r}: needs two classes or more, with two rows or more each")
-    x = np.stack([numbers(name)[given] for name in columns], 1)
+        raise ValueError(
+            f"task.options.target = {target!r}: needs two classes or more, with two rows or more each, and another "
+            f"column; {path} has {len(classes)} classes and {len(columns)} other columns"
+        )
+    x = np.stack([numbers[name][given] for name in columns], 1)
     return _some_rows(Path(path).stem, columns, x, y.astype(np.int64), rows)
 
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cola_ray.tasks.chat import Prompt, as_prompt, as_text
+from cola_ray.tasks.chat import Prompt, as_prompt, as_question, as_text
 from cola_ray.tasks.protocol import Problem, Split, split_of
 from cola_ray.tasks.rows import Row, cell, open_rows, read_rows
 
@@ -64,7 +64,7 @@ class Preference:
 
 def read(row: Row) -> Pair | Prompt:
     """A row's pair, or its prompt where it has no responses; ValueError names the field that is wrong."""
-    return as_pair(row) if {"chosen", "rejected"} <= set(row) else cell(row, "prompt", as_prompt)
+    return as_pair(row) if {"chosen", "rejected"} & set(row) else cell(row, "prompt", as_question)
 
 
 def as_pair(row: Row) -> Pair:
@@ -79,7 +79,7 @@ def as_pair(row: Row) -> Pair:
     chosen, rejected = cell(row, "chosen", as_prompt), cell(row, "rejected", as_prompt)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("chosen and rejected are not of one form, text or chat messages")
-    prompt = cell(row, "prompt", as_prompt) if row.get("prompt") is not None else None
+    prompt = cell(row, "prompt", as_question) if row.get("prompt") is not None else None
     if prompt is None:
         shared = sum(
             1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))

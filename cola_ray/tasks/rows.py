@@ -11,13 +11,13 @@ null; text is wanted``; rows and lines count from 1.
 import codecs
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 _PEEKED = 200
-_WHOLE_MB = 16  # a .json file of more is not parsed just to look at it
+_WHOLE_MB = 16  # files are looked at wholly up to this size; a .json list of more is not parsed for its first rows
 _READ = TypeVar("_READ")
 Row = Mapping[str, Any]
 
@@ -38,6 +38,8 @@ def open_rows(path: str, field: str, **hub: str) -> Any:
         return datasets.load_dataset(path, **{"split": "train", **hub})
     try:
         kind, files = _files(Path(path))
+        for _ in _looked_at(files):  # lines that end the process in C, nested too deep, are no lines for a loader
+            pass
     except ValueError as error:
         raise ValueError(f"{field} = {path!r}: {error}") from None
     try:
@@ -50,43 +52,77 @@ def open_rows(path: str, field: str, **hub: str) -> Any:
 
 
 def read_rows(rows: Any, path: str, field: str, read: Callable[[Row], _READ]) -> list[_READ]:
-    """All rows, in the table's order.
+    """All rows, in the table's order; of local files as they stand there, where Arrow made something else of them.
+
+    Arrow takes numbers and objects for text where other rows have text, and long integers for their rounding.
 
     Raises:
         ValueError: names the first row that cannot be read, and says how many there are.
     """
     found, wrong = list[_READ](), list[tuple[int, str]]()
     try:
-        for index, row in enumerate(rows):
+        for index, (row, own) in enumerate(zip(rows, _as_they_stand(Path(path)), strict=False)):
+            stands = row if own is None else {name: own[name] for name in row if name in own}
             try:
-                found.append(read(row))
+                found.append(read(row if row == stands else stands))
             except ValueError as error:
                 wrong.append((index, str(error)))
+    except _NoRowError as error:
+        raise ValueError(f"{field} = {path!r}: {error}") from None
     except UnicodeDecodeError as error:  # Arrow takes any bytes for text, until they are looked at
         raise ValueError(f"{field} = {path!r}: {_why(_files(Path(path))[1], error)}") from None
     if wrong:
         more = f" ({len(wrong)} of {len(rows)} rows are wrong)" if len(wrong) > 1 else ""
-        raise ValueError(f"{field} = {path!r}: {_placed(Path(path), *wrong[0])}{more}")
+        raise ValueError(f"{field} = {path!r}: {_found(Path(path), *wrong[0])}{more}")
     return found
 
 
 def peek(path: str, field: str, read: Callable[[Row], object]) -> list[str]:
-    """At most one line: what is wrong in the first rows of the first file. Imports neither datasets nor pandas."""
+    """At most one line: what is wrong in the files' rows. Imports neither datasets nor pandas.
+
+    All rows of files up to :data:`_WHOLE_MB` in all, and the first ones of those beyond.
+    """
+    source = Path(path)
     try:
-        _, files = _files(Path(path))
+        for file, number, row in _looked_at(_files(source)[1]):
+            try:
+                read(row)
+            except ValueError as error:
+                raise ValueError(_placed(file, number, str(error), named=source.is_dir())) from None
     except ValueError as error:
         return [f"{field} = {path!r}: {error}"]
-    try:
-        rows = list(itertools.islice(_first(files[0]), _PEEKED))
-    except ValueError as error:
-        return [f"{field} = {path!r}: {error}"]
-    for index, row in enumerate(rows):
+    except OSError as error:
+        return [f"{field} = {path!r}: cannot be read ({error.strerror or error}); see its rights"]
+    return []
+
+
+class _NoRowError(Exception):
+    """A line of a file that is none; the message names it."""
+
+
+def _as_they_stand(path: Path) -> Iterator[Row | None]:
+    """Rows of local files that are looked at wholly; of others None, without end."""
+    files = _files(path)[1] if path.exists() else []
+    if files and sum(file.stat().st_size for file in files) <= _WHOLE_MB << 20:
         try:
-            read(row)
+            for file in files:
+                yield from _first(file)
         except ValueError as error:
-            return [f"{field} = {path!r}: {_placed(Path(path), index, str(error))}"]
-    known = rows or files[0].stat().st_size > _WHOLE_MB << 20
-    return [] if known else [f"{field} = {path!r}: {files[0].name} has no rows; one or more are needed"]
+            raise _NoRowError(str(error)) from None
+    else:
+        yield from itertools.repeat(None)
+
+
+def _looked_at(files: Sequence[Path]) -> Iterator[tuple[Path, int, Row]]:
+    """Each with its file and number there; ValueError for what is no row, or where there are none."""
+    left, found = _WHOLE_MB << 20, False
+    for file in files:
+        left -= file.stat().st_size
+        for number, row in enumerate(itertools.islice(_first(file), None if left >= 0 else _PEEKED), 1):
+            found = True
+            yield file, number, row
+    if not found and left >= 0:
+        raise ValueError(f"{files[0].name} has no rows; one or more are needed")
 
 
 def cell(row: Row, name: str, read: Callable[[Any], _READ]) -> _READ:
@@ -125,7 +161,11 @@ def _files(source: Path) -> tuple[str, list[Path]]:
         return _LOADERS[source.suffix], [source]
     files = sorted(file for file in source.iterdir() if file.suffix in _LOADERS)
     if not files:
-        raise ValueError("no .jsonl, .json, .parquet or .txt file in this folder")
+        raise ValueError("no .jsonl, .json, .parquet or .txt file in this folder; put one in it")
+    for file in files:
+        if not file.is_file():
+            what = "a folder" if file.is_dir() else "a link to nothing" if file.is_symlink() else "no plain file"
+            raise ValueError(f"{file.name} is {what}; remove it, or name another folder")
     kinds = {_LOADERS[file.suffix] for file in files} - {"text"} or {"text"}  # a README beside tables is no table
     if len(kinds) > 1:
         raise ValueError(f"has files of {' and '.join(sorted(kinds))}; keep one kind in it")
@@ -133,17 +173,32 @@ def _files(source: Path) -> tuple[str, list[Path]]:
     return kind, [file for file in files if _LOADERS[file.suffix] == kind]
 
 
-def _placed(path: Path, index: int, why: str) -> str:
-    """``train.jsonl, row 3, field answer: null``; the file only where a folder has several."""
-    name = ""
-    if path.is_dir():
-        for file in _files(path)[1]:
-            count = _count(file)
-            if index < count:
-                name = f"{file.name}, "
-                break
-            index -= count
-    return f"{name}row {index + 1}{', ' if why.startswith('field ') else ': '}{why}"
+def _found(path: Path, index: int, why: str) -> str:
+    """Where row ``index`` of a table lies that was made of a file, of a folder of them or of a data set on the hub."""
+    if not path.is_dir():
+        return _placed(path, index + 1, why, named=False)
+    for file in _files(path)[1]:
+        count = _count(file)
+        if index < count:
+            break
+        index -= count
+    return _placed(file, index + 1, why, named=True)
+
+
+def _placed(file: Path, number: int, why: str, named: bool) -> str:
+    """``train.jsonl, row 3, field answer: null``, with the line's number where that is another; both count from 1."""
+    line = _line_of(file, number) if file.suffix == ".jsonl" else number
+    place = f"row {number} (line {line})" if line != number else f"row {number}"
+    return f"{f'{file.name}, ' if named else ''}{place}{', ' if why.startswith('field ') else ': '}{why}"
+
+
+def _line_of(file: Path, row: int) -> int:
+    """Empty lines are no rows."""
+    if not file.is_file():
+        return row
+    with file.open("rb") as lines:
+        filled = (number for number, line in enumerate(lines, 1) if line.strip())
+        return next(itertools.islice(filled, row - 1, None), row)
 
 
 def _count(file: Path) -> int:
@@ -166,28 +221,41 @@ def _first(file: Path) -> Iterator[Row]:
     elif file.suffix == ".json" and not _is_of_lines(file):
         if file.stat().st_size > _WHOLE_MB << 20:
             return
-        rows = _parsed(file, "", file.read_text("utf-8-sig"))
+        rows = _parsed(file, "", "\n".join(line for _, line in _lines(file, marked=True)))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{file.name}: no list of objects; use one, or .jsonl with an object a line")
         yield from rows
     else:
         for number, line in _lines(file):
-            row = _parsed(file, f", line {number}", line) if line.strip() else None
-            if row is not None and not isinstance(row, dict):
+            if not line.strip():
+                continue
+            row = _parsed(file, f", line {number}", line)
+            if not isinstance(row, dict):
                 raise ValueError(f"{file.name}, line {number}: {shown(row)}; an object with fields is wanted")
-            if row is not None:
-                yield row
+            yield row
 
 
 def _of_parquet(file: Path) -> Iterable[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(_PEEKED):
-            yield from batch.to_pylist()
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{file.name}, field {twice}: there are two columns of this name; rename one")
+        for batch in table.iter_batches(_PEEKED):
+            for row in range(len(batch)):
+                yield batch.slice(row, 1).to_pylist()[0]
+                number += 1
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise ValueError(f"{file.name}, row {number + 1}: text that is not UTF-8 ({byte}); write it again") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file.name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+        said = (str(error).splitlines() or ["nothing said"])[0]
+        raise ValueError(f"{file.name}: cannot be read as Parquet ({said}); write it again") from None
 
 
 def _is_of_lines(file: Path) -> bool:
@@ -197,9 +265,12 @@ def _is_of_lines(file: Path) -> bool:
     return start.startswith(b"{")
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def _lines(file: Path, marked: bool = False) -> Iterator[tuple[int, str]]:
+    """With their numbers from 1. A byte order mark of UTF-8 is left out where ``marked`` says that it may be there."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if number == 1 and marked:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if number == 1 and line.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise ValueError(f"{file.name}, line 1: begins with a byte order mark; save it as UTF-8 without one")
             try:
@@ -210,37 +281,70 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _parsed(file: Path, where: str, said: str) -> Any:
+    """As Arrow reads it: what that takes for something else, or not at all, is refused here with its place."""
     try:
-        return json.loads(said)
+        value = json.loads(said, object_pairs_hook=_object, parse_int=_whole, parse_float=_decimal)
+        if "\\ud" in said.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         at = where or f", line {error.lineno}"
         raise ValueError(f"{file.name}{at}: not JSON ({error.msg}, column {error.colno}); mend or remove it") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{file.name}{where}: half a surrogate pair (\\ud...); write the character itself") from None
+    except RecursionError:
+        raise ValueError(f"{file.name}{where}: nested too deep; fields are text, numbers or messages") from None
+    except ValueError as error:
+        raise ValueError(f"{file.name}{where}: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)} is there twice; keep one")
+    return row
+
+
+def _whole(digits: str) -> int | float:
+    if len(digits) > 19 or not -(1 << 63) <= int(digits) < 1 << 63:
+        raise ValueError(f"the number {digits[:20]}... has more than 64 bits; put it in quotes")
+    return int(digits)
+
+
+def _decimal(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), -float("inf")):
+        raise ValueError(f"the number {digits[:20]} is too large; put it in quotes")
+    return value
 
 
 def _why(files: list[Path], error: Exception) -> str:
-    """What is wrong with the first file that has a fault; else what the loader says."""
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    return next(filter(None, map(_fault, files)), f"cannot be read ({said}); write it again")
-
-
-def _fault(file: Path) -> str:
-    """Why a loader could not read a file, found by reading it row by row; empty where nothing is found."""
-    kinds: dict[str, tuple[str, int]] = {}
-    number = 0
+    """What is wrong with the files, found by reading them row by row; else what the loader says."""
+    kinds: dict[str, tuple[str, str]] = {}
+    names = set[str]()  # of the first file
     try:
-        for number, row in enumerate(_first(file), 1):
-            for name, value in row.items():
-                kind, first = kinds.setdefault(name, (_kind(value), number))
-                if value is not None and kind == "null":
-                    kinds[name] = (_kind(value), number)
-                elif value is not None and _kind(value) != kind:
-                    return (
-                        f"{file.name}, row {number}, field {name}: {_kind(value)}, and row {first} has {kind}; "
-                        "keep one kind in a field"
-                    )
-    except ValueError as error:
-        return str(error)
-    return "" if number else f"{file.name}: no rows; one or more are needed"
+        for file in files:
+            own = set[str]()
+            for number, row in enumerate(_first(file), 1):
+                own |= row.keys()
+                for name, value in row.items():
+                    here = f"{file.name}, row {number}"
+                    kind, first = kinds.setdefault(name, (_kind(value), here))
+                    if value is not None and kind == "null":
+                        kinds[name] = (_kind(value), here)
+                    elif value is not None and _kind(value) != kind:
+                        why = f"field {name}: {_kind(value)}, and {first} has {kind}; keep one kind in a field"
+                        return _placed(file, number, why, named=True)
+            names = names or own
+            if own and own != names:
+                odd = sorted(own ^ names)[0]
+                where, other = (file, files[0]) if odd in own else (files[0], file)
+                return f"{where.name} has a field {odd}, and {other.name} has none; keep the same fields in all files"
+    except ValueError as fault:
+        return str(fault)
+    said = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+    return f"cannot be read ({said}); write it again"
 
 
 def _kind(value: object) -> str:

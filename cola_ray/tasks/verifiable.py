@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cola_ray.tasks.chat import Prompt, as_prompt, as_text, followed_by
+from cola_ray.tasks.chat import Prompt, as_question, as_text, followed_by
 from cola_ray.tasks.expressions import canonical, final_expression, same_expression
 from cola_ray.tasks.final_answer import final_number
 from cola_ray.tasks.formulas import read_instead_of_executing
@@ -230,7 +230,7 @@ class Gsm8k:
         answer = final_number(solution)
         if answer is None:
             raise ValueError(f"field answer: no number in {shown(solution[-60:])}; one after #### is wanted")
-        return cell(row, "question", as_prompt), solution, answer
+        return cell(row, "question", as_question), solution, answer
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._splits[split]
@@ -280,7 +280,7 @@ class Math500:
     @staticmethod
     def read(row: Row) -> tuple[Prompt, str, str]:
         """Problem, solution and answer; ValueError names the field that has none."""
-        problem, solution = cell(row, "problem", as_prompt), cell(row, "solution", plain_text)
+        problem, solution = cell(row, "problem", as_question), cell(row, "solution", plain_text)
         return problem, solution, cell(row, "answer", plain_text)
 
     def problems(self, split: Split) -> Sequence[Problem]:

@@ -158,7 +158,8 @@ def test_targets_and_soft_values_of_extremes():
     assert torch.isfinite(utterance_advantages(targets, after)).all()
     for beta in (1e-3, 1.0, 100.0):
         q, rho = rewards[None].expand(2, -1) * TURNS, torch.full((2, len(EXTREMES)), 1 / len(EXTREMES)).log()
-        assert torch.isfinite(soft_values(q, rho, rho, beta)).all() and not best_log_probs(q, rho, beta).isnan().any()
+        assert torch.isfinite(soft_values(q, rho, rho, beta)).all()
+        assert not best_log_probs(q, rho, beta).isnan().any()
     everywhere = torch.ones(1, len(EXTREMES))
     goals = soft_targets(rewards[None], everywhere, after[:1], after[0, :1], everywhere.bool())
     assert torch.isfinite(goals).all()

@@ -1,0 +1,94 @@
+"""A CSV file with a header, as columns of text and of numbers; every fault with its row and its field."""
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+_MISSING = {"", "na", "n/a", "#n/a", "nan", "null", "none", "-nan"}
+
+
+def read_columns(path: str, field: str) -> dict[str, list[str]]:
+    """Cells by their column's name; "" where a value is missing.
+
+    Args:
+        field: the setting that ``path`` was given in, for the message.
+
+    Raises:
+        ValueError: it is no such file; names row and field, both as they count from 1 without the header.
+    """
+    try:
+        header, rows = _read(Path(path))
+    except ValueError as error:
+        raise ValueError(f"{field} = {path!r}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{field} = {path!r}: cannot be read ({error.strerror or error}); name a CSV file") from None
+    return {name: [row[place] for row in rows] for place, name in enumerate(header)}
+
+
+def as_numbers(cells: Sequence[str], name: str) -> np.ndarray:
+    """(N,) float64: NaN where one is missing among numbers; of text, the number of its value in sorted order.
+
+    Raises:
+        ValueError: a number that is not finite; begins with its row and its column's ``name``.
+    """
+    numbers = [_number(cell) for cell in cells]
+    if None in numbers or not any(cells):
+        return np.unique(np.array(cells), return_inverse=True)[1].astype(float)
+    for row, (cell, number) in enumerate(zip(cells, numbers, strict=True), 1):
+        if number is not None and math.isinf(number):
+            raise ValueError(f"row {row}, field {name}: {cell[:40]} is no finite number; mend or empty it")
+    return np.array(numbers, float)
+
+
+def _number(cell: str) -> float | None:
+    """None for text."""
+    try:
+        return float(cell) if cell and "_" not in cell else math.nan if not cell else None
+    except ValueError:
+        return None
+
+
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    with path.open("rb") as file:
+        lines = csv.reader(_decoded(file), strict=True)
+        number, rows, header = 0, list[list[str]](), list[str]()
+        try:
+            header = [name.strip() for name in next(lines, [])]
+            _check_header(header)
+            for number, row in enumerate(filter(None, lines), 1):
+                if len(row) != len(header):
+                    many = "" if len(header) > 1 else "; columns are separated by commas"
+                    raise ValueError(
+                        f"row {number}: {len(row)} cells, and the header has {len(header)}{many}; mend or remove it"
+                    )
+                rows.append(["" if cell.strip().lower() in _MISSING else cell.strip() for cell in row])
+        except csv.Error as error:
+            raise ValueError(f"row {number + 1}: not CSV ({error}); mend or remove it") from None
+    if not rows:
+        raise ValueError("no rows below the header; one or more are needed")
+    return header, rows
+
+
+def _check_header(header: Sequence[str]) -> None:
+    if not header:
+        raise ValueError("empty; a line of columns' names and rows below it are wanted")
+    for place, name in enumerate(header, 1):
+        if not name:
+            raise ValueError(f"the header's column {place} has no name; give it one")
+        if header.index(name) + 1 < place:
+            raise ValueError(f"field {name}: there are two columns of this name; rename one")
+
+
+def _decoded(lines: Iterator[bytes]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
+            raise ValueError(f"line {number}: not UTF-8 ({byte}); save it as UTF-8") from None
+        if "\0" in text:
+            raise ValueError(f"line {number}: has a zero byte; save it as CSV in UTF-8")
+        yield text

@@ -1,0 +1,65 @@
+"""Answers that jobs/evaluate.py logged, as its rows have them: a problem each, with all of its responses."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cola_ray.tasks.protocol import not_a_reward
+from cola_ray.tasks.rows import Row, cell, shown
+
+
+@dataclass(frozen=True)
+class LoggedAnswer:
+    """One response of L tokens. Actions that another response's rollout chose are -1."""
+
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]  # (L,)
+    actions: Sequence[int]  # (L,)
+    reward: float
+
+
+def logged(row: Row) -> list[LoggedAnswer]:
+    """A problem's responses, without those whose last actions nobody recorded, or that the verifier could not score.
+
+    Raises:
+        ValueError: names the field that is missing or wrong.
+    """
+    prompt = cell(row, "prompt_ids", _ids(0))
+    tokens = cell(row, "token_ids", _lists(0))
+    actions = cell(row, "actions", _lists(-1))
+    rewards = cell(row, "rewards", _list)
+    failures = cell(row, "failures", _list) if "failures" in row else [""] * len(rewards)
+    for name, found in (("actions", actions), ("rewards", rewards), ("failures", failures)):
+        if len(found) != len(tokens):
+            raise ValueError(f"field {name}: {len(found)} responses, and token_ids has {len(tokens)}; log them again")
+    answers = []
+    for number, (said, taken, reward, failure) in enumerate(zip(tokens, actions, rewards, failures, strict=True), 1):
+        if len(said) != len(taken):
+            raise ValueError(f"field actions: response {number} has {len(taken)}, and {len(said)} tokens; log it again")
+        if failure or not taken or taken[-1] < 0:
+            continue
+        if why := not_a_reward(reward):
+            raise ValueError(f"field rewards: response {number} has {why:.90}; leave it out")
+        answers.append(LoggedAnswer(prompt, said, taken, float(reward)))
+    return answers
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{shown(value)}; a list with an entry a response is wanted")
+    return value
+
+
+def _ids(least: int) -> Callable[[object], list[int]]:
+    def read(value: object) -> list[int]:
+        found = _list(value)
+        for one in found:
+            if not isinstance(one, int) or isinstance(one, bool) or not least <= one < 1 << 31:
+                raise ValueError(f"{shown(one)} in a list of ids; whole numbers from {least} on are wanted")
+        return found
+
+    return read
+
+
+def _lists(least: int) -> Callable[[object], list[list[int]]]:
+    return lambda value: [_ids(least)(one) for one in _list(value)]
