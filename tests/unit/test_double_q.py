@@ -1,5 +1,6 @@
 """MCTS-Q's values: double Q-learning against dynamic programming on a chain, and where a search may jump."""
 
+import dataclasses
 import itertools
 import types
 
@@ -100,7 +101,10 @@ def test_a_checkpoint_and_a_file_bring_everything_back(tmp_path):
 
 
 def test_a_reward_that_is_not_finite_stops_before_the_step(tmp_path):
-    log = load_log(write_log(tmp_path / "log", SEQUENCES[:1], [float("nan")]))
+    with pytest.raises(ValueError, match=r"row 1, field rewards: response 1 has nan; leave it out"):
+        load_log(write_log(tmp_path / "poisoned", SEQUENCES[:1], [float("nan")]))
+    (answer,) = load_log(write_log(tmp_path / "log", SEQUENCES[:1], [1.0]))
+    log = [dataclasses.replace(answer, reward=float("nan"))]
     learner = LoggedQLearner(preset("tiny"), Table(), torch.device("cpu"))
     before = [p.clone() for p in learner.online.parameters()]
     with pytest.raises(NonFiniteError, match="q/loss is nan; is there a reward that is not finite"):
