@@ -39,8 +39,8 @@ SIGNALS = ("SIGKILL", "SIGSTOP")
 SAME = ("policy/loss", "policy/grad_norm", "reward/mean", "rollout/response_length")
 START_S = 1200.0  # at most, for a run to start; others may compute on the machine, too
 TOLERANCE = 1e-4  # a lost share is generated in another batch, whose arithmetic differs in the last bit
-PATIENCE = ["--cluster.answer-timeout-s", "30", "--task.reward-timeout-s", "10", "--cluster.max-failures", "1000",
-            "--rollout.max-restarts", "1000"]  # fmt: skip
+PATIENCE = ["--cluster.answer-timeout-s", "30", "--cluster.stall-timeout-s", "200", "--task.reward-timeout-s", "10",
+            "--cluster.max-failures", "1000", "--rollout.max-restarts", "1000"]  # fmt: skip
 
 
 # --- what is disturbed --------------------------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def main() -> None:
     parser.add_argument("--signals", nargs="+", default=SIGNALS, choices=SIGNALS)
     parser.add_argument("--trials", type=int, default=3, help="of each kind, signal and job, in all")
     parser.add_argument("--minutes", type=float, default=1e6, help="after which no trial begins")
-    parser.add_argument("--bound-s", type=float, default=180.0, help="in which a run must go on or end")
+    parser.add_argument("--bound-s", type=float, default=300.0, help="in which a run must go on or end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "chaos.json")
     args = parser.parse_args()

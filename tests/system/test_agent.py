@@ -44,14 +44,16 @@ def test_an_archer_run_end_to_end(played):
 
 
 @pytest.mark.slow
-def test_killed_services_cost_one_snapshot_interval_and_are_told(played, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_lost_services_cost_one_snapshot_interval_and_are_told(played, tmp_path, sent):
     model = played.start
-    run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, "--rl.max-steps", "12")
+    run = Run("rl_agent", tmp_path, "--model.path", str(model), *RL, "--rl.max-steps", "12",
+              "--cluster.answer-timeout-s", "20")  # fmt: skip
     run.wait_for_step("replay/rows", 3)
     time.sleep(2)
     for title in ("ray::ReplayShard", "ray::CriticService"):
         (victim,) = run.actors(title)
-        os.kill(victim, signal.SIGKILL)
+        os.kill(victim, sent)
     shown = run.finish()
     assert "replay shard 0 was started again and has the" in shown
     assert "the critic was started again from its last save" in shown
