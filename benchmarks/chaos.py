@@ -277,15 +277,15 @@ class Session:
     def __init__(self, name: str, where: Path, start: Path, bound_s: float) -> None:
         self.name, self.setting, self.where, self.model, self.bound_s = name, SETTINGS[name], where, start, bound_s
         shutil.rmtree(where, ignore_errors=True)
-        self.temporary = Path(f"/tmp/chaos-{os.getpid()}")  # short: sockets are made in temporary folders
         self.starts = 0
         self.launch()
 
     def launch(self) -> None:
         """Begin, or go on with --resume."""
+        self.starts += 1
+        self.temporary = Path(f"/tmp/chaos-{os.getpid()}-{self.starts}")  # short: sockets are made in such folders
         self.temporary.mkdir(exist_ok=True)
         os.environ["TMPDIR"] = str(self.temporary)
-        self.starts += 1
         again = ["--resume"] if self.starts > 1 else []
         if self.where.exists():
             (self.where / "log").rename(self.where / f"log-{self.starts - 1}")
@@ -339,20 +339,16 @@ class Session:
                 os.kill(one.pid, signal.SIGKILL)
         return [f"{one.title[:60]} ({one.state})" for one in found]
 
-    def left_files(self) -> list[str]:
-        """What the run left below /tmp; it is removed then."""
-        own = [*self.temporary.iterdir(), *Path("/tmp").glob(f"*ray*{self.run.process.pid}*")]
-        names = [str(path.relative_to("/tmp")) for path in own]
-        for path in own:
-            shutil.rmtree(path, ignore_errors=True)
-            path.unlink(missing_ok=True)
-        return sorted(names)
+    def files(self) -> list[Path]:
+        """Of the run, below /tmp."""
+        return [*self.temporary.iterdir(), *Path("/tmp").glob(f"*ray*{self.run.process.pid}*")]
 
     def give_up(self) -> None:
         self.run.end()
         self.left(0.0)
-        self.left_files()
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        left_files(self.files())
+        for temporary in Path("/tmp").glob(f"chaos-{os.getpid()}-*"):
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def disturb(self, kind: str, name: str, number: int, seed: int, commit: str, expected: Mapping[int, Any]) -> Trial:
         """One trial: the run goes on afterwards, resumed if it had ended, unless the trial is a fault."""
@@ -374,11 +370,13 @@ class Session:
             trial.outcome = "went on"
         elif self.has_ended():
             trial.outcome, trial.exit_code = "ended and resumed", self.run.process.returncode
-            self.judge_end(trial, by_signal=kind == "driver" and name == "SIGKILL")
+            killed, files = kind == "driver" and name == "SIGKILL", self.files()
+            self.judge_end(trial, by_signal=killed)
             if trial.exit_code == 0:
                 trial.outcome = "went on"  # to its end
             else:
                 self.resume(trial, before)
+                trial.faults += left_files(files) if killed else []
         else:
             stopped = [one.title[:40] for one in processes() if one.state == psutil.STATUS_STOPPED]
             trial.faults.append(f"no step in {self.bound_s:.0f} s" + (f", stopped: {stopped}" if stopped else ""))
@@ -403,8 +401,8 @@ class Session:
         trial.said = trial.said[:400]
         if left := self.left():
             trial.faults.append(f"left {len(left)} processes: {'; '.join(left[:4])}")
-        if files := self.left_files():
-            trial.faults.append(f"left in /tmp: {', '.join(files[:4])}")
+        if not by_signal:  # of a run that was killed the next one cleans up
+            trial.faults += left_files(self.files(), failed=True)
 
     def resume(self, trial: Trial, before: int) -> None:
         self.launch()
@@ -432,6 +430,26 @@ class Session:
 
     def is_usable(self, trial: Trial) -> bool:
         return not (trial.faults or self.has_ended() or trial.curve == "other")
+
+
+def left_files(files: Sequence[Path], failed: bool = False) -> list[str]:
+    """What is still there of these, in a line; it is removed. Ray's logs may be, of a run that failed."""
+    there = [path for path in files if path.exists()]
+    left = [str(path) for path in there if not (_is_cache(path) or (failed and _is_logs(path)))]
+    for path in there:
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+    return [f"left below /tmp: {', '.join(sorted(left)[:4])}"] if left else []
+
+
+def _is_cache(path: Path) -> bool:
+    return path.name.startswith("torchinductor_")
+
+
+def _is_logs(path: Path) -> bool:
+    """Whether nothing but logs is left in a folder."""
+    files = [file for file in path.rglob("*") if not file.is_dir()]
+    return path.is_dir() and all("logs" in file.parts for file in files)
 
 
 # --- models, yardsticks, and the loop -----------------------------------------------------------------------------
@@ -462,11 +480,11 @@ def undisturbed(name: str, bound_s: float, again: bool = False) -> dict[int, dic
     session = Session(name, FOLDER / name / "undisturbed", start_model(name), bound_s)
     session.wait(session.has_ended, 1800)
     steps, code = session.steps, session.run.process.poll()
-    left, files = session.left(), session.left_files()
+    left, files = session.left(), left_files(session.files())
+    session.give_up()
     if code != 0:
-        session.give_up()
         raise SystemExit(f"the undisturbed run of {name} ended with {code}:\n{session.run.log[-2000:]}")
-    say(f"{name}: {len(steps)} steps; left behind: {left or 'no process'}, {files or 'no file'}")
+    say(f"{name}: {len(steps)} steps; left behind: {left or 'no process'}; {files or 'no file'}")
     kept.write_text(json.dumps({"args": args, "left": left, "files": files, "steps": steps}))
     return steps
 

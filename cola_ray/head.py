@@ -271,14 +271,15 @@ def _without_essays() -> Iterator[None]:
 
 
 def _remove_old(folder: Path) -> None:
-    """Folders that runs left which were killed, or failed more than a day ago, and that nobody holds."""
+    """Folders that nobody holds of runs that were killed, or failed more than a day ago."""
     for old in folder.parent.glob("cola_ray-*"):
         number = re.fullmatch(r"cola_ray-(\d+)", old.name)
         with contextlib.suppress(OSError):
             seen = old.stat()
             if not number or old == folder or seen.st_uid != os.getuid() or psutil.pid_exists(int(number[1])):
                 continue
-            if time.time() - seen.st_mtime < _KEPT_S:
+            was_killed = (old / f"tmp-{number[1]}").exists()  # any other end removes it
+            if not was_killed and time.time() - seen.st_mtime < _KEPT_S:
                 continue
             held = os.open(old, os.O_RDONLY)
             try:

@@ -68,6 +68,18 @@ def test_the_table_has_a_row_for_each_kind_and_signal():
     assert rows["rl_math: worker, SIGSTOP"]["ended and resumed"] == 1
 
 
+def test_what_is_left_below_tmp_is_told_and_removed(tmp_path):
+    ray, kernels, pipe = tmp_path / "ray-1", tmp_path / "torchinductor_me", tmp_path / "pipe"
+    for folder in (ray / "session" / "logs", kernels):
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    assert chaos.left_files([ray, kernels, tmp_path / "gone"], failed=True) == []
+    assert not list(tmp_path.iterdir())
+    ray.mkdir()
+    pipe.touch()
+    assert chaos.left_files([ray, pipe]) == [f"left below /tmp: {pipe}, {ray}"]
+
+
 def test_a_process_whose_parent_has_died_is_still_seen():
     """In a process of its own, since one that adopts orphans goes on doing so."""
     script = """

@@ -83,17 +83,18 @@ def test_old_folders_go_and_those_in_use_stay(tmp_path, monkeypatch):
 
     pid = subprocess.Popen(["true"])
     pid.wait()
-    names = {"dead": pid.pid, "alive": os.getpid(), "locked": 2**22 - 3, "young": 2**22 - 2}
+    names = {"dead": pid.pid, "alive": os.getpid(), "locked": 2**22 - 3, "young": 2**22 - 2,
+             "killed": 2**22 - 1}  # fmt: skip
     folders = {name: tmp_path / f"cola_ray-{number}" for name, number in names.items()}
     others = [tmp_path / "cola_ray-notes", tmp_path / "mine"]
     for folder in (*folders.values(), *others):
         (folder / "ray").mkdir(parents=True)
         os.utime(folder, (0, 0))
     os.utime(folders["young"])
+    (folders["killed"] / f"tmp-{names['killed']}").mkdir()
     held = os.open(folders["locked"], os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_SH)
     head._remove_old(tmp_path / "cola_ray-1")
     os.close(held)
-    assert {folder.name for folder in tmp_path.iterdir()} == {
-        *(folder.name for name, folder in folders.items() if name != "dead"), *(other.name for other in others)
-    }  # fmt: skip
+    kept = [*(folders[name] for name in ("alive", "locked", "young")), *others]
+    assert {folder.name for folder in tmp_path.iterdir()} == {folder.name for folder in kept}
