@@ -285,6 +285,7 @@ _TEXTS: tuple[tuple[str, str, str], ...] = (  # in whoever's exception; the firs
     (r"PytorchStreamReader|failed finding central directory", "a file of tensors is cut or damaged", _COPY),
     (r"PytorchStreamWriter|unexpected pos", "a file of tensors could not be written", "look at the disk"),
     (r"config file at '([^']+)' is not a valid JSON file", "{} is cut or damaged", _COPY),
+    (r"failed to connect to Ray|could not find any running Ray", "the Ray cluster does not answer", _CLUSTER),
     (r"failed to connect to GCS|GCS.*(?:unreachable|unavailable|not reachable|connection)",
      "the Ray cluster's head (GCS) does not answer", _CLUSTER),
 )  # fmt: skip

@@ -9,6 +9,7 @@ The first reads files alone: it works beside a run, after it, and on another mac
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import sys
@@ -160,7 +161,7 @@ def main() -> None:
     if not arguments.follow:
         console.print(shown([read(folder) for folder in folders]))
         return
-    with Live(console=console, auto_refresh=False) as live:
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(shown([read(folder) for folder in folders]), refresh=True)
             time.sleep(2)

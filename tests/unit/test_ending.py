@@ -156,6 +156,11 @@ CASES = [
         "the Ray cluster's head (GCS) does not answer",
         "see to the Ray cluster",
     ),
+    (
+        ConnectionError("Failed to connect to Ray at address: http://127.0.0.1:8265."),
+        "the Ray cluster does not answer",
+        "see to the Ray cluster",
+    ),
     (re.RuntimeEnvSetupError("pip failed"), "Ray could not set up the environment of the run's processes", ""),
     (re.AuthenticationError("Invalid token"), "the Ray cluster did not take the token", "set RAY_AUTH_TOKEN"),
     (re.ActorUnschedulableError("infeasible"), "no machine of the Ray cluster can hold a process", "add machines"),
