@@ -567,7 +567,7 @@ class Config(_Branch):
     tracking_uri: str = ""
     """MLflow server or database. Empty: sqlite file beside the outputs."""
     tracking_parent: str = ""
-    """MLflow run that this one is shown below, as a sweep's are."""
+    """Run that this one is shown below in MLflow, as a sweep's are: its id there, or in its log.jsonl."""
     model: ModelConfig = ModelConfig()
     """What CoLA is attached to, and its sizes."""
     task: TaskConfig = TaskConfig()

@@ -43,6 +43,7 @@ _PAUSE_S = (1.0, 30.0)  # between attempts, doubled from the first to the last
 _MOST = 1000  # metrics that MLflow takes in one request
 _MOST_PARAMS = 100
 _TAG = "cola_ray.run"
+_OF_SWEEPS = "cola_ray/sweep"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Run:
     experiment: str
     params: Mapping[str, Any] = field(default_factory=dict)
     parent: str = ""
-    """The MLflow run that this one is shown below, in its experiment."""
+    """The run that this one is shown below, in its experiment: as its log names it, or MLflow."""
 
 
 class Mirror:
@@ -91,14 +92,6 @@ class Mirror:
     def run_id(self) -> str:
         """In MLflow; empty as long as there is none."""
         return self.id_file.read_text().strip() if self.id_file.exists() else ""
-
-    def wait_for_run(self) -> str:
-        """The run's id, waited for as long as a local database may take to be made; empty where MLflow is away."""
-        deadline = time.monotonic() + (2 * _CLOSING_S if self._is_remote else 60.0)
-        while not self.run_id and not self.fault and time.monotonic() < deadline:
-            self.tried.wait(0.1)
-            time.sleep(0.05)
-        return self.run_id
 
     def finish(self, state: str) -> str:
         """Send the rest, as long as it gets on; a line on what is missing there, or nothing.
@@ -208,24 +201,36 @@ class Mirror:
 
     def _make_run(self) -> str:
         """A run there, or the one that an attempt made whose answer was lost."""
-        experiment, own = self._experiment(), event_log.EventLog(self.folder).run
+        parent = self._parent()
+        experiment, own = self._experiment(parent), event_log.EventLog(self.folder).run
         found = self.client.search_runs([experiment], f"tags.`{_TAG}` = '{own}'", max_results=1)
         if found:
             run_id: str = found[0].info.run_id
         else:
             from mlflow.tracking.context.registry import resolve_tags
 
-            tags = {_TAG: own} | ({"mlflow.parentRunId": self.run.parent} if self.run.parent else {})
+            tags = {_TAG: own} | ({} if parent is None else {"mlflow.parentRunId": parent.info.run_id})
             made = self.client.create_run(experiment, run_name=self.folder.name, tags=resolve_tags(tags))
             run_id = made.info.run_id
         self.id_file.write_text(run_id)
         self.progress = time.monotonic()
         return run_id
 
-    def _experiment(self) -> str:
-        if self.run.parent:
-            there: str = self.client.get_run(self.run.parent).info.experiment_id
-            return there
+    def _parent(self) -> Any:
+        """The MLflow run of the sweep that this run belongs to, which another process may be about to make."""
+        if not self.run.parent:
+            return None
+        sweeps = self.client.get_experiment_by_name(_OF_SWEEPS)
+        if sweeps is not None:
+            own = f"tags.`{_TAG}` = '{self.run.parent}'"
+            found = self.client.search_runs([sweeps.experiment_id], own, max_results=1)
+            if found:
+                return found[0]
+        return self.client.get_run(self.run.parent)
+
+    def _experiment(self, parent: Any) -> str:
+        if parent is not None:
+            return str(parent.info.experiment_id)
         with self._alone():
             known = self.client.get_experiment_by_name(self.run.experiment)
             if known is not None:

@@ -62,7 +62,7 @@ def sweep(config: Config) -> dict[str, Any]:
         with tracked(begun, summarise, draw) as tracker:
             config = begun.config if begun.start is None else provenance.starting_from(begun.config, begun.start)
             uri = config.tracking_uri or f"sqlite:///{output.parent / 'mlflow.db'}"
-            parent = {"tracking_uri": uri, "tracking_parent": tracker.mirror.wait_for_run(), "overwrite": False}
+            parent = {"tracking_uri": uri, "tracking_parent": tracker.events.run, "overwrite": False}
             made, failures, unfinished = _fit(override(config, parent))
             rows += made
             found |= {"values": by_value(rows), "runs": rows, "failed": failures}

@@ -27,8 +27,10 @@ def empty_database(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mlflow") / "run"
     folder.mkdir()
     tracker = Tracker("", "rl_math", folder, {})
-    assert tracker.mirror.wait_for_run()
-    tracker.finish("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patient(patch)
+        tracker.finish("finished")
+    assert tracker.mlflow_run_id
     database = folder.parent / "mlflow.db"
     with contextlib.closing(sqlite3.connect(database)) as connection, connection:
         for table in ("latest_metrics", "metrics", "params", "tags", "runs"):
@@ -111,6 +113,27 @@ def test_what_was_sent_twice_is_there_once(folder, monkeypatch):
     (folder / "mlflow_sent.json").write_text(json.dumps({"bytes": 0, "params": True, "state": "RUNNING"}))
     track(folder, [3])
     assert [step for _, step, _ in metrics(folder)] == [0, 1, 2, 3]
+
+
+def test_runs_of_a_sweep_stand_below_it_once_it_is_there(folder, monkeypatch):
+    patient(monkeypatch)
+    monkeypatch.setattr(mirror, "_PAUSE_S", (0.05, 0.05))
+    other = folder.parent / "sweep"
+    other.mkdir()
+    sweep_id = event_log.EventLog(other)
+    sweep_id.append("begun")  # its id is in its log before MLflow knows of it
+    child = Tracker("", "rl_math", folder, PARAMS, parent=sweep_id.run)
+    child.log(1, {"x": 1.0})
+    sweep = Tracker("", "sweep", other, {})
+    deadline = time.monotonic() + 60
+    while not child.mlflow_run_id and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.finish("finished")
+    sweep.finish("finished")
+    parents = rows(folder, "select run_uuid, value from tags where key = 'mlflow.parentRunId'")
+    assert parents == [(child.mlflow_run_id, sweep.mlflow_run_id)]
+    assert len(rows(folder, "select distinct experiment_id from runs")) == 1
+    assert metrics(folder) == [("x", 1, 1.0)]
 
 
 def test_an_answer_that_was_lost_makes_no_second_run(folder, monkeypatch):
