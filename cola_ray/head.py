@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import services, worker
+from ray._private import auto_init_hook, services, worker
 
 from cola_ray.config import RunFailedError
 
@@ -236,6 +236,7 @@ def _is_stopped(pid: int) -> bool:
 def _init(**options: Any) -> None:
     """Ray, which on its way makes a SIGTERM an exit with code 15."""
     before = signal.getsignal(signal.SIGTERM)
+    auto_init_hook.enable_auto_connect = False  # or a thread that asks once more after the end starts another cluster
     try:
         ray.init(**options)
     finally:
