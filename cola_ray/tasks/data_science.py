@@ -1,17 +1,20 @@
 """ETPO's task: write scikit-learn code for a table, see its score or its error, try again (Wen et al. 2024, section 5).
 
-    utterance ─> code ─> sandbox: model = ...; fit on a half, probabilities for the other half, 5 times ─> probabilities
-                            │ fails: reward -1, the error is the observation, next turn                        v
-                            └──────────────────────────── reward: mean ROC AUC, the episode ends <─── scored out here
+    utterance ─> code ─> 5 splits, each in a sandbox of its own:
+                             model = ...; fit on the one half, probabilities for the other ─> plain numbers
+                            │ fails: reward -1, the error is the observation, next turn            v
+                            └─────────────── reward: mean ROC AUC, the episode ends <─── scored out here
 
-The labels of the halves that are predicted never enter the sandbox, so that a score cannot be made up.
+The labels of the half that is predicted never enter the sandbox, and no other split's do, so that a score cannot be
+made up. Whoever knows a bundled table by heart knows no label either: its rows are drawn anew (:meth:`Table.splits`).
 """
 
+import hashlib
 import io
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +23,18 @@ import numpy as np
 from cola_ray.limits import Count, Seconds, Share
 from cola_ray.tasks.csv_table import as_numbers, read_columns
 from cola_ray.tasks.environment import Dialogue, Transition
-from cola_ray.tasks.sandbox import Limits, Sandbox
+from cola_ray.tasks.sandbox import Limits, Ran, Sandbox
 
 Array = np.ndarray
 BUNDLED = ("breast_cancer", "wine", "digits", "iris")
 """Classification tables that scikit-learn brings along."""
 NUM_SPLITS = 5
 FAILED = -1.0
-_DISTRIBUTIONS = ("scikit-learn", "pandas")
+_DISTRIBUTIONS = ("scikit-learn", "pandas", "pyarrow")
 # Once, before any program: the imports, and what a first prediction asks of the system that programs cannot.
 _PREPARE = """
 import sklearn.discriminant_analysis, sklearn.ensemble, sklearn.impute, sklearn.naive_bayes, sklearn.neighbors
-import sklearn.neural_network, sklearn.pipeline, sklearn.svm
+import pandas, sklearn.neural_network, sklearn.pipeline, sklearn.svm
 sklearn.neighbors.KNeighborsClassifier(1, algorithm="brute").fit([[0.0], [1.0]], [0, 1]).predict([[0.0]])
 """
 
@@ -41,14 +44,28 @@ import numpy as np
 from sklearn.base import clone
 
 names = {"__name__": "answer"}
-exec(compile(open("answer.py").read(), "answer.py", "exec"), names)
+exec(compile(open("answer.py", "rb").read(), "answer.py", "exec"), names)
 if "model" not in names:
     raise NameError("the code must leave a classifier in a variable named model")
-halves = np.load("halves.npz")
-for split in range(len(halves.files) // 3):
-    fitted = clone(names["model"]).fit(halves[f"seen{split}"], halves[f"labels{split}"])
-    np.save(f"{split}.npy", fitted.predict_proba(halves[f"unseen{split}"]))
+labels, unseen = np.load("labels.npy"), np.load("unseen.npy")
+found = np.asarray(clone(names["model"]).fit(np.load("seen.npy"), labels).predict_proba(unseen))
+shape = len(unseen), int(labels.max()) + 1
+if found.shape != shape:
+    raise ValueError(f"expected probabilities of shape {shape}, got {found.shape}")
+found.astype("<f8").tofile("probabilities")
 """
+_TOLD = 300
+"""Characters of an error that are told, at most."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One half of a table's rows to fit on (n, F) with its classes (n,), and one to predict (m, F) with its (m,)."""
+
+    seen: Array
+    labels: Array
+    unseen: Array
+    gold: Array
 
 
 @dataclass(frozen=True)
@@ -59,17 +76,46 @@ class Table:
     columns: tuple[str, ...]
     x: Array
     y: Array
+    public: bool = False
+    """Whether its rows and labels are known outside, so that only rows drawn anew have labels that are not."""
 
-    def halves(self, seed: int) -> list[tuple[Array, Array]]:
-        """Row numbers to fit on and to predict, ``NUM_SPLITS`` times, every class on both sides."""
+    def shuffled(self, seed: int, key: str = "") -> "Table":
+        """With its columns in another order."""
+        order = _chance(key, self.name, seed, "columns").permutation(len(self.columns))
+        return replace(self, columns=tuple(self.columns[i] for i in order), x=self.x[:, order])
+
+    def splits(self, seed: int, key: str = "") -> list[Split]:
+        """``NUM_SPLITS`` random halves, every class on both sides; rows of a public table are drawn anew for each.
+
+        A drawn row of class c is ``mu_c + (r_i + g) / sqrt(2)``: r_i is what sets the i-th row of that class apart from
+        the class's mean mu_c, and g is Gaussian with the covariance of all rows' r. So means, and the covariance within
+        classes, are the table's own, while no row is one of its rows or of another split's.
+        """
         from sklearn.model_selection import StratifiedShuffleSplit
 
-        return list(StratifiedShuffleSplit(NUM_SPLITS, test_size=0.5, random_state=seed).split(self.x, self.y))
+        splits = []
+        for number in range(NUM_SPLITS):
+            chance = _chance(key, self.name, seed, number)
+            x = self._drawn(chance) if self.public else self.x
+            halves = StratifiedShuffleSplit(1, test_size=0.5, random_state=int(chance.integers(2**32)))
+            ((seen, unseen),) = halves.split(x, self.y)
+            splits.append(Split(x[seen], self.y[seen], x[unseen], self.y[unseen]))
+        return splits
+
+    def _drawn(self, chance: np.random.Generator) -> Array:
+        means = np.stack([self.x[self.y == label].mean(0) for label in range(self.y.max() + 1)])[self.y]
+        apart = self.x - means
+        gaussian = chance.normal(size=(len(apart), len(apart))) @ apart / np.sqrt(len(apart))
+        return means + (apart + gaussian) / np.sqrt(2)
 
     def describe(self) -> str:
         shown = ", ".join(self.columns[:6]) + (", ..." if len(self.columns) > 6 else "")
         size = f"{len(self.x)} rows, {len(self.columns)} columns ({shown}), {self.y.max() + 1} classes"
         return f"Table {self.name}: {size}.\nWrite Python code that sets model to a scikit-learn classifier.\n"
+
+
+def _chance(*of: object) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(of).encode()).digest()))
 
 
 class DataScience:
@@ -82,6 +128,8 @@ class DataScience:
         rows: of a table, at most; the first ones of a fixed shuffle.
         seconds: of CPU that an attempt may use; a quarter more of wall time.
         skill: share of the demonstrations' attempts that run.
+        key: enters all that is drawn. A program that knows this file and the table can draw what an episode's seed
+            draws, labels and all; with a key of the run's own it cannot.
     """
 
     def __init__(
@@ -93,17 +141,19 @@ class DataScience:
         rows: Count = 600,
         seconds: Seconds = 20.0,
         skill: Share = 0.5,
+        key: str = "",
     ) -> None:
         names = BUNDLED if dataset == "all" else (dataset,)
         self.tables = [read_csv(path, target, rows)] if path else [bundled(name, rows) for name in names]
-        self.max_turns, self.skill, self.turn, self.seed = max_turns, skill, 0, 0
+        self.max_turns, self.skill, self.key, self.turn, self.seed = max_turns, skill, key, 0, 0
         # Stopped before an environment's deadline (task.reward_timeout_s): a slow program costs its reward alone.
         self.sandbox = Sandbox(Limits(wall_s=1.25 * seconds, cpu_s=seconds), _PREPARE, _DISTRIBUTIONS)
         self.sandbox.start()
 
     @property
     def table(self) -> Table:
-        return self.tables[self.seed % len(self.tables)]
+        """The episode's."""
+        return self.tables[self.seed % len(self.tables)].shuffled(self.seed, self.key)
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
         self.seed, self.turn = seed, 0
@@ -117,26 +167,15 @@ class DataScience:
 
     def attempt(self, code: str) -> tuple[float, str]:
         """Reward and what is told of one answer."""
-        halves = self.table.halves(self.seed)
-        arrays: dict[str, Array] = {}
-        for split, (seen, unseen) in enumerate(halves):
-            x, y = self.table.x, self.table.y
-            arrays |= {f"seen{split}": x[seen], f"labels{split}": y[seen], f"unseen{split}": x[unseen]}
-        packed = io.BytesIO()
-        np.savez(packed, **arrays)  # type: ignore[arg-type]
-        wanted = tuple(f"{split}.npy" for split in range(NUM_SPLITS))
-        ran = self.sandbox.run(_PROGRAM, {"answer.py": code.encode(), "halves.npz": packed.getvalue()}, wanted)
-        if not ran.succeeded:
-            lines = ran.output.strip().splitlines()
-            return FAILED, f"Error: {ran.stopped or (lines[-1] if lines else f'exit code {ran.returncode}')}"
-        try:
-            found = [np.load(io.BytesIO(ran.files[name]), allow_pickle=False) for name in wanted]
-            score = float(
-                np.mean([_auc(self.table.y[unseen], p) for (_, unseen), p in zip(halves, found, strict=True)])
-            )
-        except (KeyError, ValueError, OSError, EOFError) as error:
-            return FAILED, f"Error: no usable probabilities: {error}"
-        return score, f"ROC AUC {score:.3f}"
+        left, scores = self.sandbox.limits, []
+        for split in self.table.splits(self.seed, self.key):
+            ran = self.sandbox.run(_PROGRAM, _files(code, split), ("probabilities",), left)
+            left = replace(left, wall_s=max(left.wall_s - ran.wall_s, 0.0), cpu_s=max(left.cpu_s - ran.cpu_s, 0.0))
+            try:
+                scores.append(_auc(split.gold, _probabilities(ran, split)))
+            except _NoScoreError as error:
+                return FAILED, _printable(f"Error: {error}")
+        return float(np.mean(scores)), f"ROC AUC {np.mean(scores):.3f}"
 
     def get_state(self) -> tuple[int, int]:
         return self.seed, self.turn
@@ -198,7 +237,8 @@ def bundled(name: str, rows: int) -> Table:
         )
     loaded = getattr(datasets, f"load_{name}")()
     columns = [str(column).replace(" ", "_") for column in loaded.feature_names]
-    return _some_rows(name, columns, np.asarray(loaded.data, float), np.asarray(loaded.target, np.int64), rows)
+    x, y = np.asarray(loaded.data, float), np.asarray(loaded.target, np.int64)
+    return replace(_some_rows(name, columns, x, y, rows), public=True)
 
 
 def read_csv(path: str, target: str, rows: int) -> Table:
@@ -232,14 +272,42 @@ def _some_rows(name: str, columns: Sequence[str], x: Array, y: Array, rows: int)
     return Table(name, tuple(columns), x[order], y[order])
 
 
+class _NoScoreError(Exception):
+    """Why an attempt has none, as its agent is told."""
+
+
+def _files(code: str, split: Split) -> dict[str, bytes]:
+    files = {"answer.py": code.encode(errors="replace")}
+    for name in ("seen", "labels", "unseen"):
+        packed = io.BytesIO()
+        np.save(packed, getattr(split, name))
+        files[f"{name}.npy"] = packed.getvalue()
+    return files
+
+
+def _probabilities(ran: Ran, split: Split) -> Array:
+    """What a program left for the unseen rows, (m, C); _NoScoreError where that is no distribution."""
+    if not ran.succeeded:
+        lines = ran.output.strip().splitlines()
+        raise _NoScoreError(ran.stopped or (lines[-1] if lines else f"exit code {ran.returncode}"))
+    shape = len(split.gold), int(split.gold.max()) + 1
+    content = ran.files.get("probabilities", b"")
+    if len(content) != 8 * shape[0] * shape[1]:
+        raise _NoScoreError(f"no usable probabilities: expected numbers of shape {shape}, got {len(content)} bytes")
+    found = np.frombuffer(content, "<f8").reshape(shape)
+    if not ((found >= 0) & (found < 1e6)).all() or not (found.sum(1) > 0).all():
+        raise _NoScoreError("no usable probabilities: not finite, negative, too large, or all 0 for a row")
+    return found / found.sum(1, keepdims=True)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)[:_TOLD]
+
+
 def _auc(y: Array, probabilities: Array) -> float:
-    """One against the rest where there are more than two classes; ValueError for what is no distribution."""
+    """One against the rest where there are more than two classes."""
     from sklearn.metrics import roc_auc_score
 
-    expected = (len(y), int(y.max()) + 1)
-    if probabilities.shape != expected or not np.isfinite(probabilities).all() or (probabilities < 0).any():
-        raise ValueError(f"expected finite probabilities of shape {expected}, got {probabilities.shape}")
-    if expected[1] == 2:
+    if probabilities.shape[1] == 2:
         return float(roc_auc_score(y, probabilities[:, 1]))
-    rows = probabilities / np.maximum(probabilities.sum(1, keepdims=True), 1e-12)
-    return float(roc_auc_score(y, rows, multi_class="ovr"))
+    return float(roc_auc_score(y, probabilities, multi_class="ovr"))

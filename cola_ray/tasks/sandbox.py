@@ -76,6 +76,8 @@ class Ran:
     output: str  # standard output and error as they came
     stopped: str = ""  # which limit it broke, in words; empty where it ended by itself
     files: Mapping[str, bytes] = field(default_factory=dict)  # those asked for that it left
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
 
     @property
     def succeeded(self) -> bool:
@@ -143,16 +145,19 @@ class Sandbox:
         request = {"number": self.number, "folder": str(folder), "output": str(output), **asdict(limits)}
         try:
             answer = self._ask(request, limits.wall_s + _ANSWER_S)
-            returncode, stopped = answer["returncode"], answer["stopped"] or _reason(answer["returncode"], limits)
         except _ServerGoneError as error:  # at this program; the next one has a new server
             self.close()
-            returncode, stopped = -signal.SIGKILL, str(error)
+            return Ran(-signal.SIGKILL, "", str(error), {}, limits.wall_s, limits.cpu_s)
+        returncode, wall_s, cpu_s = answer["returncode"], answer["wall_s"], answer["cpu_s"]
+        stopped = answer["stopped"] or _reason(returncode, cpu_s, limits)
         with output.open("rb") as file:
             text = file.read(limits.output_kb << 10).decode(errors="replace")
+        found: dict[str, bytes] = {}
         try:
-            return Ran(returncode, text, stopped, dict(_collect(folder, wanted, limits)))
+            found.update(_collect(folder, wanted, limits))
         except _NoResultError as error:
-            return Ran(returncode, text, stopped or str(error))
+            stopped = stopped or str(error)
+        return Ran(returncode, text, stopped, found, wall_s, cpu_s)
 
     def close(self) -> None:
         """End the server; the next run starts another."""
@@ -322,9 +327,12 @@ def _modules(distributions: Iterable[str]) -> Iterator[str]:
 # --- what a program left --------------------------------------------------------------------------------------------
 
 
-def _reason(returncode: int, limits: Limits) -> str:
-    if returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"it used more than {limits.cpu_s:g} CPU seconds"
+def _reason(returncode: int, cpu_s: float, limits: Limits) -> str:
+    """Which of the kernel's limits ended it."""
+    if returncode == -signal.SIGXCPU or (returncode == -signal.SIGKILL and cpu_s > limits.cpu_s - 1.0):
+        return f"it used more than {limits.cpu_s:.3g} CPU seconds"
+    if returncode == -signal.SIGKILL:
+        return "it was killed: by itself, or because the machine had no memory left"
     if returncode == -signal.SIGXFSZ:
         return f"a file of its became too large: more than {limits.file_mb} MB"
     return ""

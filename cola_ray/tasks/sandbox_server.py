@@ -14,6 +14,7 @@ interpreter, and find here what they find anywhere.
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import resource
 import select
@@ -45,39 +46,43 @@ confine = _confine()
 def main() -> None:
     """Serve requests, one JSON object a line, until the owner has ended or closed its end; then leave nothing."""
     owner = os.pidfd_open(os.getppid())  # one that ended before now has closed its end of the pipe
-    settings = _hear(owner)
-    if settings is None:
-        return
-    exec(settings["prepare"], {})
+    scratch = ""
     try:
+        settings = _hear(owner)
+        scratch = settings["scratch"]
+        exec(settings["prepare"], {})
         rules, problem = _try_out(settings)
         _tell(problem=problem, landlock=confine.landlock_version())
-        while not problem and (request := _hear(owner)):
+        while not problem:
+            request = _hear(owner)
             _tell(number=request["number"], **_run(rules, request, owner))
-    finally:
-        shutil.rmtree(settings["scratch"], ignore_errors=True)
+    except _OwnerGoneError:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _tell(**message: Any) -> None:
     os.write(1, json.dumps(message).encode() + b"\n")
 
 
-def _hear(owner: int) -> dict[str, Any] | None:
-    """None where nobody is there any more to ask."""
+class _OwnerGoneError(Exception):
+    """It has ended, or has closed its end."""
+
+
+def _hear(owner: int) -> dict[str, Any]:
     line = b""
     while not line.endswith(b"\n"):
         ready, _, _ = select.select([0, owner], [], [])
         part = os.read(0, 1 << 16) if 0 in ready else b""
         if owner in ready or not part:
-            return None
+            raise _OwnerGoneError
         line += part
     message: dict[str, Any] = json.loads(line)
     return message
 
 
 def _run(rules: int, request: dict[str, Any], owner: int) -> dict[str, Any]:
-    """Its exit code, and which limit it broke, in words; SystemExit where the owner has ended."""
-    server, pid = os.getpid(), os.fork()
+    """Its exit code, and which limit it broke, in words; _OwnerGoneError where there is nobody to tell."""
+    server, began, pid = os.getpid(), time.monotonic(), os.fork()
     if not pid:
         _run_program(rules, request, server)
     program = os.pidfd_open(pid)
@@ -86,10 +91,14 @@ def _run(rules: int, request: dict[str, Any], owner: int) -> dict[str, Any]:
     finally:
         if not _ended(program):
             signal.pidfd_send_signal(program, signal.SIGKILL)
-        status = os.waitpid(pid, 0)[1]
+        _, status, used = os.wait4(pid, 0)
         os.close(program)
-    # Written in its last moments, after the last look.
-    return {"returncode": os.waitstatus_to_exitcode(status), "stopped": stopped or _broken(request)}
+    return {
+        "returncode": os.waitstatus_to_exitcode(status),
+        "stopped": stopped or _broken(request),  # by what it wrote in its last moments, after the last look
+        "wall_s": time.monotonic() - began,
+        "cpu_s": used.ru_utime + used.ru_stime,
+    }
 
 
 def _ended(program: int) -> bool:
@@ -101,11 +110,11 @@ def _watch(request: dict[str, Any], program: int, owner: int) -> str:
     while True:
         ready, _, _ = select.select([program, owner], [], [], LOOK_S)
         if owner in ready:
-            raise SystemExit
+            raise _OwnerGoneError
         if program in ready:
             return ""
         if time.monotonic() > deadline:
-            return f"it ran for more than {request['wall_s']:g} s"
+            return f"it ran for more than {request['wall_s']:.3g} s"
         if stopped := _broken(request):
             return stopped
 
@@ -191,7 +200,7 @@ def _limit_resources(request: dict[str, Any]) -> None:
     memory, file = int(request["memory_mb"]) << 20, int(request["file_mb"]) << 20
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # libraries start as many workers as they see cores
     for kind, most in (
-        (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, max(int(request["cpu_s"]), 1)),
+        (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, max(math.ceil(request["cpu_s"]), 1)),
         (resource.RLIMIT_FSIZE, file), (resource.RLIMIT_NOFILE, 256), (resource.RLIMIT_CORE, 0),
     ):  # fmt: skip
         resource.setrlimit(kind, (most, most))
