@@ -207,7 +207,28 @@ def test_an_endpoint_is_asked_again_when_its_server_stumbles(endpoint):
     assert asked[0] == asked[1] == {"prompts": ["a", "b"], "responses": ["c", "d"]}
 
 
-@pytest.mark.parametrize("answer", [(200, '{"scores": [1]}'), (200, '{"rewards": [1, 2]}'), (404, "")])
+@pytest.mark.parametrize(
+    ("reward", "failure"),
+    [
+        ("1e308", "returned 1e+308, more than 1e+06"), ('"1.0"', "returned '1.0'"), ("null", "returned None"),
+        ("1e999", "returned inf"),
+    ],
+)  # fmt: skip
+def test_what_an_endpoint_gives_is_a_reward_or_a_failure(endpoint, reward, failure):
+    url, answers, _ = endpoint
+    answers.append((200, f'{{"rewards": [{reward}, true]}}'))
+    bad, good = asyncio.run(judged(HttpJudge(url, 5.0), ["a", "b"], ["c", "d"]))
+    assert bad.failure.startswith(failure)
+    assert (good.value, good.failure) == (1.0, "")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, '{"scores": [1]}'), (200, '{"rewards": [1, 2]}'), (404, ""), (200, "null"), (200, "[" * 60_000),
+        (200, '{"rewards": [1' + "0" * 100_000 + "]}"), (200, '{"rewards": 1}'),
+    ],
+)  # fmt: skip
 def test_an_endpoint_that_answers_otherwise_fails_at_once(endpoint, answer):
     url, answers, asked = endpoint
     answers.append(answer)

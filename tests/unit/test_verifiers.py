@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
@@ -314,6 +315,25 @@ def test_every_place_where_a_generator_executes_is_known():
     assert found.keys() == KNOWN.keys()
 
 
+@pytest.mark.parametrize("form", ["{}", "The final answer is {}", "$x$ = {}", "#### {}", "1 + {} + 1"])
+def test_what_math_verify_evaluates_has_no_names(form, monkeypatch, marker):
+    """It hands plain formulas to SymPy's parse_expr, which evaluates them as Python: digits and operators alone."""
+    import math_verify.parser as theirs
+
+    from cola_ray.tasks.expressions import canonical, final_expression
+
+    evaluated, real = [], theirs.parse_expr
+    monkeypatch.setattr(theirs, "parse_expr", lambda text, **how: evaluated.append(text) or real(text, **how))
+    theirs.parse_expr_cached.cache_clear()
+    for said in ["3*(4+5)", *GYM_ATTACKS, "1_0*2", "0x10+1", "1e9+1", "(1)(2)", "2*__import__('os')"]:
+        found = final_expression(form.format(said.replace("{marker}", str(marker))))
+        if found is not None:
+            canonical(found)
+    assert evaluated or form != "The final answer is {}", "what this test looks at is still done"
+    assert [text for text in evaluated if not re.fullmatch(r"[\d\s.+*/()\u00d7\u00f7-]+", text)] == []
+    assert not marker.exists()
+
+
 def test_readers_of_answers_read_and_bound():
     assert arithmetic("(3 + 4) * 2 / 4 - -1") == Fraction(9, 2)
     assert whole("2**3 * 3") == 24
@@ -430,8 +450,6 @@ def lying():
 
 @pytest.mark.parametrize("name", LIES)
 def test_a_message_that_is_none_costs_its_own_sample(name, lying, tmp_path, monkeypatch):
-    import re
-
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
     response, failure = LIES[name]
     bad, *good = lying.score([("train", 0, said) for said in (response, "honest", "honest")])
