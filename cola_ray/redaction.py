@@ -18,7 +18,9 @@ _SHORTEST = 8  # characters of a value of the environment that can be no ordinar
 # An address ends at white space or a quote. Its user and password may hold anything up to the last @, its query hides
 # whole: which parameter is a token only the service knows.
 _USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s'\"<>]*@", re.IGNORECASE)
-_QUERY = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s'\"<>?#]*)([?#][^\s'\"<>]*)", re.IGNORECASE)
+_QUERY = re.compile(
+    r"(\b[a-z][a-z0-9+.-]*://[^\s'\"<>?#]*)([?#][^\s'\"<>]*?)(?=[.,:;)\]]*(?:[\s'\"<>]|$))", re.IGNORECASE
+)
 _BEARER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
 _ASSIGNED = re.compile(  # a digit tells a value from the name of a variable, in the lines of a traceback
     r"""((?:api[_-]?key|token|secret|password|passwd|pwd)["']?\s*[=:]\s*["']?)(?=[\w.~+/%!-]*\d)[\w.~+/%!-]{6,}""",

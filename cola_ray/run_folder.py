@@ -33,7 +33,8 @@ from cola_ray.redaction import redacted_tree
 State = Literal["running", "finished", "stopped", "failed"]
 RECORD = "run.json"
 _TOOL = "cola_ray"
-_EVERY_RUN = (RECORD, "config.json", "summary.json", "log.jsonl", "error.txt", "mlflow_run_id", "mlflow_sent.json")
+_LATE = ("mlflow_run_id", "mlflow_sent.json")  # what is sent to MLflow after a run's end is noted there
+_EVERY_RUN = (RECORD, "config.json", "summary.json", "log.jsonl", "error.txt", *_LATE)
 _RL = ("checkpoints", "base", "model", "replay", "critic", "reward.png")
 WRITES: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("checkpoints", "stages", "model", "model.tmp", "losses.png"),
@@ -232,7 +233,8 @@ def strangers(folder: Path) -> list[str]:
     found = [name for name in names if (folder / name).is_symlink()]
     if "files" in record:
         known = set(record["files"])
-        found += [file for file in _files(folder, names) if file not in known and file not in found]
+        late = (file for file in _files(folder, names) if file not in known and file not in _LATE)
+        found += [file for file in late if file not in found]
     for below in _runs_below(folder, names):
         own = {*(read_record(below) or {}).get("wrote", ()), *_BESIDE}
         beside = [str(entry.relative_to(folder)) for entry in sorted(below.iterdir()) if entry.name not in own]
@@ -254,7 +256,7 @@ def changed(folder: Path) -> list[str]:
 def _stamp(file: Path) -> list[int] | None:
     """Size and time; None of what a run still writes to while and after it says how it ended."""
     seen = file.lstat()
-    return None if file.name in (RECORD, "log.jsonl", *_BESIDE) else [seen.st_size, seen.st_mtime_ns]
+    return None if file.name in (RECORD, "log.jsonl", *_LATE, *_BESIDE) else [seen.st_size, seen.st_mtime_ns]
 
 
 def _files(folder: Path, names: Sequence[str]) -> list[str]:

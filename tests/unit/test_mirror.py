@@ -236,6 +236,18 @@ def test_a_server_that_comes_back_gets_the_rest_from_the_run_itself(folder, monk
     assert "lacks" not in capsys.readouterr().out
 
 
+def test_what_is_sent_after_the_end_keeps_nobody_from_the_folder(folder):
+    record(folder)
+    for name in ("mlflow_run_id", "mlflow_sent.json"):
+        (folder / name).write_text("{}")
+    assert run_folder.strangers(folder) == run_folder.changed(folder) == []
+    run_folder.read_record(folder)
+    claimed = run_folder.RunFolder(folder, "rl_math")
+    claimed.end("finished")
+    (folder / "mlflow_sent.json").write_text('{"bytes": 3}')
+    assert run_folder.strangers(folder) == run_folder.changed(folder) == []
+
+
 def test_sending_says_why_it_cannot(folder, tmp_path, capsys):
     with pytest.raises(ConfigError, match="no run there"):
         mirror.send(tmp_path / "none")

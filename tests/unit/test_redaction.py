@@ -20,6 +20,7 @@ from cola_ray.redaction import redacted, redacted_tree
         ("mysql://u:p@ss/w:d@db/x", "mysql://***@db/x"),
         ("https://h/score?api_key=abc&model=x", "https://h/score?api_key=***&model=***"),
         ("https://h/score?abc", "https://h/score?***"),
+        ("no answer from (https://h/?t=abc): refused", "no answer from (https://h/?t=***): refused"),
         ("https://h/#access_token=abc", "https://h/#access_token=***"),
         ("HTTP://ann:pw@host", "HTTP://***@host"),
         ("asked 'http://a:b@h/x', then http://c:d@i", "asked 'http://***@h/x', then http://***@i"),
