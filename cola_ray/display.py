@@ -14,6 +14,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -22,6 +23,18 @@ from cola_ray.redaction import redacted
 
 QUIET_S = 5.0
 """Seconds without a line after which a plain log is told that the phase goes on; also between two lines of steps."""
+
+
+class _Console(Console):
+    """One whose reader may go away, be it a pipe, a terminal or a full disk: the job goes on without it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit, OSError):  # rich would end the process
+            super().on_broken_pipe()
 
 
 class Display:
@@ -33,7 +46,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _Console(highlight=False, soft_wrap=True)
         self.clock = clock
         self.started = self.last_line = self.phase_began = clock()
         self.phase, self.place, self.untold = "", "", False
@@ -94,8 +107,7 @@ class Display:
         """A line that stays, with the time since the job began."""
         with self.lock:
             minutes, seconds = divmod(int(self.clock() - self.started), 60)
-            with contextlib.suppress(OSError):  # a terminal that is gone, or a full disk: the run goes on
-                self.console.print(f"{minutes}:{seconds:02d}  {redacted(line)}", markup=False)
+            self.console.print(f"{minutes}:{seconds:02d}  {redacted(line)}", markup=False)
             self.last_line = self.clock()
 
     def beat(self) -> None:
@@ -137,8 +149,13 @@ def shown() -> Iterator[Display]:
 
 def wide_console(log_width: int) -> Console:
     """For tables: as wide as the terminal; in a log, where there is room for every figure, ``log_width``."""
-    console = Console(highlight=False)  # which also takes a stream that is no file, such as Ray Tune's
-    return console if console.is_terminal else Console(highlight=False, width=log_width)
+    console = _Console(highlight=False)  # which also takes a stream that is no file, such as Ray Tune's
+    return console if console.is_terminal else _Console(highlight=False, width=log_width)
+
+
+def tell(line: str) -> None:
+    """One that is not cut to the width of anything."""
+    _Console(highlight=False, soft_wrap=True).print(redacted(line), markup=False)
 
 
 def _duration(seconds: float) -> str:

@@ -33,7 +33,7 @@ from cola_ray import actors, head, launch, provenance, relevance
 from cola_ray.agents import AgentController
 from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, flat, is_environment, override
 from cola_ray.controller import Controller
-from cola_ray.display import current, shown
+from cola_ray.display import current, shown, tell
 from cola_ray.ending import in_words
 from cola_ray.launch import Launch
 from cola_ray.model.conversion import describe, plain_base
@@ -277,7 +277,7 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
                 if (output / "model" / "config.json").exists():
                     provenance.write(output / "model", config, job.name, begun.start)
         print_summary(f"RL, {config.preset}: {output}", tracker.summary)
-        print("\n".join(afterwards(config, job.name, tracker.summary)))
+        tell("\n".join(afterwards(config, job.name, tracker.summary)))
     return tracker.summary
 
 

@@ -30,7 +30,7 @@ from cola_ray import actors, launch
 from cola_ray.algorithms.intervals import share_interval
 from cola_ray.atlas import Atlas
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
-from cola_ray.display import current, shown
+from cola_ray.display import current, shown, tell
 from cola_ray.diversity import measure, open_encoder
 from cola_ray.driver import served, tracked
 from cola_ray.ending import in_words
@@ -128,7 +128,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         plot_against_tokens(study.output / "accuracy.png", found, names)
     print_ways(f"{config.task.name}: {folder}", found)
     for line in remarks(config.eval, found):
-        print(line)
+        tell(line)
     return study.tracker.summary
 
 

@@ -3,6 +3,7 @@
 import ast
 import io
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -130,7 +131,7 @@ def test_whoever_waits_for_ray_is_in_a_phase():
     imported = {node.module.split(".")[0] if isinstance(node, ast.ImportFrom) else node.names[0].name
                 for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
                 if isinstance(node, ast.Import | ast.ImportFrom)}  # fmt: skip
-    assert imported <= {"contextlib", "threading", "time", "collections", "rich", "cola_ray"}
+    assert imported <= {"contextlib", "threading", "time", "collections", "typing", "rich", "cola_ray"}
 
 
 FIRST = """
@@ -213,3 +214,31 @@ def test_tables_go_to_streams_that_are_no_files(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     wide_console(log_width=200).print("x" * 150)
     assert stream.said == "x" * 150 + "\n"
+
+
+UNREAD = """
+import sys
+from cola_ray.display import current, shown, tell, wide_console
+
+@shown()
+def job():
+    for number in range(3):
+        current().say("x" * 9)
+        tell("y")
+        wide_console(80).print("z")
+    sys.stderr.write("done")
+
+job()
+"""
+
+
+@pytest.mark.parametrize("where", ["a pipe that nobody reads", "/dev/full"])
+def test_who_does_not_read_does_not_end_a_job(where):
+    reader, writer = os.pipe()
+    os.close(reader)
+    if where == "/dev/full":
+        os.close(writer)
+        writer = os.open(where, os.O_WRONLY)
+    done = subprocess.run([sys.executable, "-c", UNREAD], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.stderr.startswith("done")
