@@ -50,7 +50,6 @@ def main() -> None:
     try:
         settings = _hear(owner)
         scratch = settings["scratch"]
-        exec(settings["prepare"], {})
         rules, problem = _try_out(settings)
         _tell(problem=problem, landlock=confine.landlock_version())
         while not problem:
@@ -136,11 +135,14 @@ def _broken(request: dict[str, Any]) -> str:
 
 
 def _try_out(settings: dict[str, Any]) -> tuple[int, str]:
-    """The rules for files that every program is bound by, and why this kernel cannot confine it: empty where it can."""
+    """The rules for files that every program is bound by, and why none can be run here: empty where it can."""
     try:
+        exec(settings["prepare"], {})
         rules = confine.readable_files(settings["readable"], settings["listable"], settings["scratch"])
     except OSError as error:
         return -1, str(error)
+    except Exception as error:
+        return -1, f"what they need could not be prepared: {type(error).__name__}: {error}"
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -192,8 +194,8 @@ def _leave_the_server(output: str, rules: int) -> None:
             with contextlib.suppress(OSError):  # of the listing itself
                 os.close(int(name))
     sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    with open("/proc/self/oom_score_adj", "w") as file:  # where memory runs out, this goes first
-        file.write("1000")
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # read-only in some containers
+        file.write("1000")  # where memory runs out, this goes first
 
 
 def _limit_resources(request: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cola_ray.tasks.sandbox import Limits, Sandbox
+from cola_ray.tasks.sandbox import Limits, NoSandboxError, Sandbox
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,11 @@ def test_a_kernel_that_cannot_confine_runs_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(module.sandbox_server, "__file__", str(server))
     with pytest.raises(module.NoSandboxError, match="generated programs are not run: this kernel has no Landlock"):
         Sandbox().run("print('ran')")
+
+
+def test_what_cannot_be_prepared_is_said():
+    with pytest.raises(NoSandboxError, match="not run: what they need could not be prepared: ModuleNotFoundError"):
+        Sandbox(prepare="import nothing_of_that_name").start()
 
 
 def test_a_server_that_died_is_started_again(sandbox):
