@@ -38,6 +38,8 @@ FOLDER = ROOT / "outputs" / "chaos"
 SIGNALS = ("SIGKILL", "SIGSTOP")
 SAME = ("policy/loss", "policy/grad_norm", "reward/mean", "rollout/response_length")
 START_S = 1200.0  # at most, for a run to start; others may compute on the machine, too
+LEFT_S = 60.0  # in which what a run has started must be gone after its end
+GROWTH = 1.25  # of the driver's and the controller's memory, over what they had at the run's first trial
 TOLERANCE = 1e-4  # a lost share is generated in another batch, whose arithmetic differs in the last bit
 PATIENCE = ["--cluster.answer-timeout-s", "30", "--cluster.stall-timeout-s", "200", "--task.reward-timeout-s", "10",
             "--cluster.max-failures", "1000", "--rollout.max-restarts", "1000"]  # fmt: skip
@@ -290,7 +292,7 @@ class Session:
         if self.where.exists():
             (self.where / "log").rename(self.where / f"log-{self.starts - 1}")
         args = ["--model.path", str(self.model), *self.setting.args, *again]
-        self.run = Run(self.setting.job, self.where, *args)
+        self.run, self.small = Run(self.setting.job, self.where, *args), dict[str, float]()
         _RUNS.append(self.run)
 
     @property
@@ -329,9 +331,9 @@ class Session:
         sizes = {kind: [p.megabytes for p in of_kind(kind, found, self.run.process.pid)] for kind in self.setting.kinds}
         return {kind: round(max(some)) for kind, some in sizes.items() if some}
 
-    def left(self, seconds: float = 60.0) -> list[str]:
+    def left(self, seconds: float | None = None) -> list[str]:
         """Processes that are still there some time after the end; they are ended then."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (LEFT_S if seconds is None else seconds)
         while (found := processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
         for one in found:
@@ -356,6 +358,7 @@ class Session:
         pause = round(draw.uniform(0.0, 4.0), 2)
         time.sleep(pause)
         found = of_kind(kind, processes(), self.run.process.pid)
+        self.small = self.small or self.megabytes()
         before = max(self.steps, default=0)
         victim = draw.choice(sorted(found, key=lambda one: one.pid))
         trial = Trial(self.setting.job, self.name, kind, name, number, seed, commit, victim.title[:60], before, pause)
@@ -383,6 +386,7 @@ class Session:
         self.judge_result(trial, expected)
         trial.said = trial.said or self.said(kind)
         trial.megabytes = self.megabytes()
+        trial.faults += grown(self.small, trial.megabytes)
         trial.outcome = "fault" if trial.faults else trial.outcome
         return trial
 
@@ -430,6 +434,12 @@ class Session:
 
     def is_usable(self, trial: Trial) -> bool:
         return not (trial.faults or self.has_ended() or trial.curve == "other")
+
+
+def grown(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """Of the processes that no trial replaces, those that need much more memory than before, a line each."""
+    both = [kind for kind in ("driver", "controller") if kind in before and kind in after]
+    return [f"the {k} grew from {before[k]} MB to {after[k]}" for k in both if after[k] > GROWTH * before[k]]
 
 
 def left_files(files: Sequence[Path], failed: bool = False) -> list[str]:

@@ -68,6 +68,13 @@ def test_the_table_has_a_row_for_each_kind_and_signal():
     assert rows["rl_math: worker, SIGSTOP"]["ended and resumed"] == 1
 
 
+def test_memory_that_grows_is_told_of_processes_that_stay():
+    before = {"driver": 400, "controller": 400, "worker": 400}
+    assert chaos.grown(before, {"driver": 499, "worker": 4000}) == []
+    assert chaos.grown(before, {"controller": 501}) == ["the controller grew from 400 MB to 501"]
+    assert chaos.grown({}, before) == []
+
+
 def test_what_is_left_below_tmp_is_told_and_removed(tmp_path):
     ray, kernels, pipe = tmp_path / "ray-1", tmp_path / "torchinductor_me", tmp_path / "pipe"
     for folder in (ray / "session" / "logs", kernels):
