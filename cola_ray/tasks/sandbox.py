@@ -11,6 +11,7 @@ that killing one process is killing all of it, and the server kills it when this
 docs/reliability.md has what was tried and what held.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -125,13 +126,26 @@ class Sandbox:
 
         Raises NoSandboxError where the kernel offers no confinement; then nothing was run.
         """
+        given = (source, files or {}, wanted, limits or self.limits)
         with self.lock:
-            self._start_if_gone()
-            place = Path(tempfile.mkdtemp(dir=self.scratch))
             try:
-                return self._run(place, source, files or {}, wanted, limits or self.limits)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
+                with contextlib.suppress(_ServerGoneError):  # somebody has killed or stopped it, which no program can
+                    return self._attempt(*given)
+                return self._attempt(*given)
+            except _ServerGoneError as error:
+                return Ran(-signal.SIGKILL, "", str(error), {}, given[-1].wall_s, given[-1].cpu_s)
+
+    def _attempt(self, source: str, files: Mapping[str, bytes], wanted: tuple[str, ...], limits: Limits) -> Ran:
+        """_ServerGoneError where the server did not survive it; the next attempt has a new one."""
+        self._start_if_gone()
+        place = Path(tempfile.mkdtemp(dir=self.scratch))
+        try:
+            return self._run(place, source, files, wanted, limits)
+        except _ServerGoneError:
+            self.close()
+            raise
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
     def _run(
         self, place: Path, source: str, files: Mapping[str, bytes], wanted: tuple[str, ...], limits: Limits
@@ -143,11 +157,7 @@ class Sandbox:
             (folder / name).write_bytes(content)
         self.number += 1
         request = {"number": self.number, "folder": str(folder), "output": str(output), **asdict(limits)}
-        try:
-            answer = self._ask(request, limits.wall_s + _ANSWER_S)
-        except _ServerGoneError as error:  # at this program; the next one has a new server
-            self.close()
-            return Ran(-signal.SIGKILL, "", str(error), {}, limits.wall_s, limits.cpu_s)
+        answer = self._ask(request, limits.wall_s + _ANSWER_S)
         returncode, wall_s, cpu_s = answer["returncode"], answer["wall_s"], answer["cpu_s"]
         stopped = answer["stopped"] or _reason(returncode, cpu_s, limits)
         with output.open("rb") as file:

@@ -1,6 +1,7 @@
 """Programs that try to get out, take everything, or never end. Each runs for real."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,11 @@ def test_a_server_that_died_is_started_again(sandbox):
     sandbox.server.kill()
     sandbox.server.wait()
     assert sandbox.run("print('again')").output == "again\n"
+
+
+def test_a_server_that_is_killed_costs_no_program(sandbox):
+    sandbox.start()
+    threading.Timer(0.5, sandbox.server.kill).start()
+    ran = sandbox.run("import time\ntime.sleep(1.5)\nprint('whole')")
+    assert ran.succeeded
+    assert ran.output == "whole\n"
