@@ -13,6 +13,7 @@ All return the summary they write to ``output_dir/summary.json``; all track into
 import contextlib
 import functools
 import importlib
+import itertools
 import logging
 import os
 import signal
@@ -110,8 +111,10 @@ def _supervised(config: Config, job: str, stages: Sequence[str], module: str, ab
             note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
             display.update(f"{job}: {stage}", step, total, note, milestone=step % 100 == 0 or step == total)
 
+        patience = itertools.chain([None], itertools.repeat(_ANSWER_S))  # the first answer waits for a process to start
+
         def poll(last: bool = False) -> None:
-            waiting = ray.get(mailbox.actor.qsize.remote(), timeout=_ANSWER_S)
+            waiting = ray.get(mailbox.actor.qsize.remote(), timeout=next(patience))
             for event in ray.get(mailbox.actor.get_nowait_batch.remote(waiting), timeout=_ANSWER_S):
                 show(event)
 
@@ -319,7 +322,7 @@ def _actions(config: Config) -> str:
 
 def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, found: dict[str, Any]) -> None:
     """The loop between controller and learner until it ends; what is known of the run goes into ``found``."""
-    talk = _Talk(controller, config.cluster.answer_timeout_s)
+    talk = _Talk(controller, config.cluster.stall_timeout_s, config.cluster.answer_timeout_s)
     begun = controller.start.remote(_checkpoint_exists(Path(config.output_dir)))
     display, export = current(), actors.exporter(config)
     evaluated = f"eval/{measured(config)}"
@@ -370,14 +373,19 @@ def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, f
 
 
 class _Talk:
-    """What the controller has to tell, asked for without being held up by it."""
+    """What the controller has to tell, asked for without being held up by it.
 
-    def __init__(self, controller: Any, patience_s: float) -> None:
-        self.controller, self.patience_s = controller, patience_s
+    Args:
+        start_s: that it may take to its first answer.
+        patience_s: that it may take to each one after.
+    """
+
+    def __init__(self, controller: Any, start_s: float, patience_s: float) -> None:
+        self.controller, self.limit_s, self.patience_s = controller, start_s, patience_s
         self._ask()
 
     def _ask(self) -> None:
-        self.asked, self.since = self.controller.drain.remote(), time.monotonic()
+        self.asked, self.looked, self.waited_s = self.controller.drain.remote(), time.monotonic(), 0.0
 
     def drained(self, last: bool) -> tuple[list[dict[str, Any]], str | None]:
         """Events since the last answer, and any failure.
@@ -386,16 +394,21 @@ class _Talk:
             last: wait for all that there is.
 
         Raises:
-            RunFailedError: no answer has come for ``patience_s``.
+            RunFailedError: no answer has come in time.
         """
         events, failure = list[dict[str, Any]](), None
         for _ in range(1 + last):  # of the two the first may have been asked for too early
-            if not ray.wait([self.asked], timeout=self.patience_s if last else 0.1)[0]:
-                if time.monotonic() - self.since > self.patience_s:
+            if not ray.wait([self.asked], timeout=self.limit_s if last else 0.1)[0]:
+                now = time.monotonic()
+                # What is long between two looks is this process's own time, which somebody had stopped.
+                self.waited_s += self.limit_s if last else min(now - self.looked, 2.0)
+                self.looked = now
+                if self.waited_s >= self.limit_s:
                     raise RunFailedError(
-                        f"the controller has not answered for {self.patience_s:g} s", "look at its machine"
+                        f"the controller has not answered for {self.limit_s:g} s", "look at its machine"
                     )
                 break
+            self.limit_s = self.patience_s
             more, failure = ray.get(self.asked)
             events += more
             self._ask()
