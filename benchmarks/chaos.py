@@ -561,7 +561,9 @@ def main() -> None:
             session = session or begun(name, args.bound_s)
             if not session.is_ready():
                 say(f"{name}: the run does not start:\n{session.run.log[-1500:]}")
-                break
+                session.give_up()
+                session = None
+                continue
             trial = session.disturb(kind, sent, number, args.seed, commit_of(), undisturbed(name, args.bound_s))
             trials.append(asdict(trial))
             save(args.out, trials)
