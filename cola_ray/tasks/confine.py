@@ -217,7 +217,12 @@ def _allow(rules: int, path: str, rights: int) -> None:
 
 def die_with_parent() -> None:
     """From here on the end of the thread that forked this process is its own; once bound, it cannot take that back."""
-    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    at_end_of_parent(signal.SIGKILL)
+
+
+def at_end_of_parent(number: int) -> None:
+    """Have the kernel send this process a signal when the thread that forked it ends."""
+    _libc.prctl(1, number, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def bind(*files: int) -> None:

@@ -46,6 +46,7 @@ confine = _confine()
 def main() -> None:
     """Serve requests, one JSON object a line, until the owner has ended or closed its end; then leave nothing."""
     owner = os.pidfd_open(os.getppid())  # one that ended before now has closed its end of the pipe
+    confine.at_end_of_parent(signal.SIGCONT)  # somebody who stopped this process would keep it from seeing that
     scratch = ""
     try:
         settings = _hear(owner)

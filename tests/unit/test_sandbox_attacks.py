@@ -395,7 +395,7 @@ open("tried", "w")
 
 
 @pytest.mark.parametrize("then", ["time.sleep(900)", "while True: pass"])
-@pytest.mark.parametrize("who", ["owner", "server"])
+@pytest.mark.parametrize("who", ["owner", "server", "owner of a server that is stopped"])
 def test_a_program_ends_with_its_owner_and_with_its_server(tmp_path, who, then):
     """Killed in the middle, with nothing to hand on: the program ends, and so does the server; no folder stays."""
     command = [sys.executable, "-c", OWNER, DETACH + then]
@@ -405,12 +405,14 @@ def test_a_program_ends_with_its_owner_and_with_its_server(tmp_path, who, then):
         _wait(lambda: children.read_text().strip(), "the program has begun")
         program = children.read_text().strip()
         _wait(lambda: list(Path(scratch).glob("*/folder/tried")), "it has tried to detach itself")
-        os.kill(owner.pid if who == "owner" else int(server), signal.SIGKILL)
+        if "stopped" in who:
+            os.kill(int(server), signal.SIGSTOP)
+        os.kill(int(server) if who == "server" else owner.pid, signal.SIGKILL)
         _wait(lambda: not _runs(program), "the program has ended")
         _wait(lambda: not _runs(server), "its server has ended")
-        if who == "owner":
+        if who != "server":
             _wait(lambda: not os.path.exists(scratch), "its folder is gone")
-    assert who == "owner" or not os.path.exists(scratch)
+    assert not os.path.exists(scratch)
 
 
 def _runs(pid):
