@@ -37,7 +37,9 @@ class Environment(Protocol):
         """A new episode, which the seed decides wholly."""
         ...
 
-    def step(self, utterance: str) -> Transition: ...
+    def step(self, utterance: str) -> Transition:
+        """A reward is at most ``protocol.LARGEST_REWARD`` either way; a larger one, or NaN, fails the episode."""
+        ...
 
     def get_state(self) -> Any:
         """Data from which ``set_state`` goes on, in another process too.

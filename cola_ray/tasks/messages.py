@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _DEPTH = 64  # of lists and objects within each other
+_AROUND = 8  # more of them, that a message has around what it carries
 
 
 class BrokenError(Exception):
@@ -72,9 +73,11 @@ class Channel:
         if len(line) >= self.most:
             raise BrokenError(f"sent more than {self.most} bytes")
         try:
-            return json.loads(line.decode("ascii"))
+            return as_data(json.loads(line.decode("ascii")), "the message", depth=-_AROUND)
         except (ValueError, RecursionError):
             raise BrokenError("sent what is no JSON") from None
+        except TypeError as error:
+            raise BrokenError(f"sent too much: {error}") from None
 
     def silent(self) -> bool:
         """Whether the other side has said nothing that was not received yet."""

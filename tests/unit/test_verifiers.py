@@ -411,6 +411,10 @@ LIES = {
     "more than fits": ("flood", "more than 1048576 bytes"),
     "a line that is too long": (written(b"[" + b"1," * 30000, "exit"), "exit code 0"),
     "lists within lists": (written(b"[" * 50000 + b"]" * 50000 + b"\n"), "no JSON|no reply"),
+    "lists as deep as JSON goes": (
+        written(b'[TOKEN, {"value": ' + b"[" * 900 + b"]" * 900 + b"}]\n"),
+        "no JSON|nested",
+    ),
     "another call's token": (written(b'[1, {"value": 1.0}]\n'), "no reply"),
     "two replies": (written(b'[TOKEN, {"value": 0.25}]\n'), ""),
     "a reply and a half": (written(b'[TOKEN, {"value": 0.25}]\n[TOKEN, {'), ""),
