@@ -173,7 +173,7 @@ class TaskConfig(_Branch):
     reward_timeout_s: Seconds = 30.0
     """Seconds a reward or an environment's step may take; longer costs its own sample or episode."""
     max_failed_rewards: Share = 0.1
-    """Share of a step's rewards or episodes that may raise, time out or be no number up to 10^6 before the run fails."""
+    """Share of a step's rewards or episodes that may raise, time out, exceed 10^6 or be NaN before the run fails."""
 
 
 class PretrainConfig(_Branch):
