@@ -219,9 +219,9 @@ class RemoteController:
     def __init__(self, controller: Any) -> None:
         self.controller = controller
 
-    def begin(self, version: int, buckets: list[Bucket]) -> None:
+    def begin(self, version: int, buckets: list[Bucket], state: Mapping[str, Any] | None) -> None:
         # References travel through the controller unopened; each worker maps the payload from its node's store.
-        ray.get(self.controller.begin.remote(version, [ray.put(bucket) for bucket in buckets]))
+        ray.get(self.controller.begin.remote(version, [ray.put(bucket) for bucket in buckets], state))
 
     def next_batch(self, rank: int, version: int) -> Batch | None:
         return ray.get(self.controller.next_batch.remote(rank, version))
@@ -232,6 +232,9 @@ class RemoteController:
     def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
         metrics["memory/learner_gb"] = peak_memory_gb()
         ray.get(self.controller.publish.remote(version, [ray.put(bucket) for bucket in buckets], metrics))
+
+    def checkpoint(self, version: int) -> dict[str, Any]:
+        return ray.get(self.controller.checkpoint.remote(version))
 
     def fail(self, reason: str) -> None:
         ray.get(self.controller.fail.remote(reason))
@@ -259,7 +262,7 @@ def replay(config: Config) -> Shards:
     shard = ray.remote(ReplayShard).options(**_placed(config, "service", CPU=0.0), max_task_retries=-1, **_LASTING)
     rows, nbytes = settings.max_rows // settings.shards, (settings.max_mb << 20) // settings.shards
     shards = [
-        shard.remote(rows, nbytes, str(output / "replay" / str(i)), settings.snapshot_every_s, config.seed + i)
+        shard.remote(rows, nbytes, str(output / "replay" / str(i)), settings.snapshot_every_s)
         for i in range(settings.shards if config.replays else 0)
     ]
     _watch_all(shards, config)

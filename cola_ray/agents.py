@@ -20,7 +20,7 @@ environment seed, ``ppo`` has its own value head in the learner, and none of the
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ import torch
 from cola_ray.algorithms.advantages import Outcomes, all_alike, centred
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.config import OF_TURNS, Config
-from cola_ray.controller import Controller, WorkerPool
+from cola_ray.controller import DRAWS, Controller, WorkerPool
 from cola_ray.experience import Batch, Episode, Ticket, Trajectory
 from cola_ray.replay.service import Shards
 from cola_ray.replay.transitions import as_rows, as_trajectories, fresh_rows
@@ -44,6 +44,10 @@ class CriticClient(Protocol):
     """How to reach the critic: an actor in a run."""
 
     async def fit(self, fresh: pa.Table) -> Metrics: ...
+
+    async def mark(self) -> str: ...
+
+    async def go_back(self, file: str) -> None: ...
 
     async def assess(self, rows: pa.Table) -> Metrics: ...
 
@@ -73,6 +77,19 @@ class AgentController(Controller):
         self.critic_fitted, self.critic_restarts = False, 0.0
         # What archer's actor learns from where that was played: episodes and their rows, by iteration.
         self.recent = deque[tuple[Sequence[Episode], pa.Table]](maxlen=config.critic.reuse)
+
+    async def _mark(self, version: int) -> dict[str, Any]:
+        return {
+            **await super()._mark(version), "critic": await self.critic.mark(), "fitted": self.critic_fitted,
+            "recent": list(self.recent),
+        }  # fmt: skip
+
+    async def _go_back(self, state: Mapping[str, Any] | None) -> None:
+        await super()._go_back(state)
+        await self.critic.go_back(state["critic"] if state else "")
+        self.critic_fitted = bool(state and state["fitted"])
+        self.recent.clear()
+        self.recent.extend(state["recent"] if state else ())
 
     async def _make_step(self, target: int) -> tuple[list[Batch], Metrics]:
         started = time.perf_counter()
@@ -124,7 +141,7 @@ class AgentController(Controller):
         Or on those of the episodes just played, which are as fresh as long as no other policy spoke in them.
         """
         started = time.perf_counter()
-        rows = await self.shards.sample(self.config.critic.fresh_states)
+        rows = await self.shards.sample(self.config.critic.fresh_states, DRAWS, target)
         trajectories, fresh = await self._speak(rows, target)
         spoken = time.perf_counter()
         metrics = await self._fit_critic(fresh)
@@ -178,7 +195,8 @@ class AgentController(Controller):
 
         While all of them returned the same, none is best, and the policy stays.
         """
-        rows, cutoff = await self.shards.sample_best(self.config.critic.fresh_states, self.config.replay.kept_share)
+        count, share = self.config.critic.fresh_states, self.config.replay.kept_share
+        rows, cutoff = await self.shards.sample_best(count, share, DRAWS, target)
         trajectories = as_trajectories(rows)
         trains = not all_alike(torch.from_numpy(await self.shards.returns()))
         batches = self._batches_that(trains, trajectories, [1.0] * len(trajectories), target)

@@ -25,8 +25,8 @@ import functools
 import math
 import time
 from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -44,10 +44,17 @@ from cola_ray.tasks import least_right_reward
 from cola_ray.weights import Bucket, Channel, Manifest, Offer
 from cola_ray.work_buffer import WorkBuffer
 
+T = TypeVar("T")
 _REFILLS = 1 << 40
 """Tickets that stand in for prompts without signal are numbered from here, so that no draw is made twice."""
 
 _BETWEEN_STEPS = "the learner, which saves or goes on to its next step"
+
+
+_NAMED = 3
+"""Checkpoints whose rows stay on disk: two that there are, and the one that is made."""
+DRAWS = 0
+"""Begins the places of the controller's draws in the run."""
 
 
 class WorkerLostError(RuntimeError):
@@ -109,6 +116,9 @@ class Controller:
         self.ledger = Ledger(response_length=config.rollout.max_new_tokens)
         self.version = 0  # that every ready worker holds
         self.weights: tuple[int, Sequence[Bucket]] | None = None  # what a new worker must be given
+        self.marks: dict[int, asyncio.Task[dict[str, Any]]] = {}  # version -> what its step begins with
+        self.named: dict[int, dict[str, Any]] = {}  # those of them that the last checkpoints are made of
+        self.told: dict[int, dict[str, float]] = {}  # metrics of steps since the checkpoint before the last
         self.step_batches: dict[int, list[Batch]] = {}  # version -> a batch a rank
         self.rollout_metrics: dict[int, dict[str, float]] = {}
         self.events: list[dict[str, Any]] = []  # for the driver, in order
@@ -179,10 +189,13 @@ class Controller:
 
     # --- the learner's side -------------------------------------------------------------------------------------
 
-    async def begin(self, version: int, buckets: Sequence[Bucket]) -> None:
+    async def begin(self, version: int, buckets: Sequence[Bucket], state: Mapping[str, Any] | None = None) -> None:
         """Go on from ``version``, which the learner holds: forget what is under way, spread ``buckets``, produce.
 
         A first start, a resumed run and a learner that died and came back all begin here. Waits for :meth:`start`.
+
+        Args:
+            state: of the checkpoint that the learner has gone back to, see :meth:`checkpoint`; None: it begins anew.
         """
         with self._waiting_for("engines to start"):
             async with self.changed:
@@ -199,6 +212,7 @@ class Controller:
         self.receiving = self.channel = None  # its rank 0 may be another process now
         self.buffer = WorkBuffer(self.config.rl.prompts_per_step, self.config.rl.max_staleness)
         self.step_batches, self.rollout_metrics = {}, {}
+        await self._go_back(state)
         self.handed_out, self.published_at = version - 1, time.perf_counter()
         await self._update_workers(version, buckets)
         self.producer = self._spawn(self._produce(version))
@@ -256,6 +270,49 @@ class Controller:
                 await asyncio.gather(self.spreading, return_exceptions=True)
         self._raise_failure()
 
+    async def checkpoint(self, version: int) -> dict[str, Any]:
+        """What belongs to ``version`` beside the learner's own: replay, critic, and what this class remembers.
+
+        With ``max_staleness`` 0 all is as it was when the step from ``version`` began; with more, steps are made at the
+        same time, and all is as it is now. A run that goes back to it makes the same step.
+        """
+        if self.spreading is not None:
+            with self._waiting_for(f"workers to hold version {version}"):
+                await asyncio.gather(self.spreading, return_exceptions=True)
+        self._raise_failure()
+        if self.config.rl.max_staleness:
+            self.marks.pop(version, None)
+        mark = await self._marked(version)
+        self.named = dict(sorted({**self.named, version: mark}.items())[-_NAMED:])
+        await self.shards.need([one["shards"] for one in self.named.values()])
+        told = {step: metrics for step, metrics in self.told.items() if step <= version}
+        self.told = {step: metrics for step, metrics in self.told.items() if step > min(self.named)}
+        return mark | {"metrics": told}
+
+    async def _marked(self, version: int) -> dict[str, Any]:
+        """The mark of the step from ``version``, which is taken once, before the step changes anything."""
+        for old in [one for one in self.marks if one < version - 1]:
+            del self.marks[old]
+        if version not in self.marks:
+            self.marks[version] = self._spawn(self._mark(version))
+        return await asyncio.shield(self.marks[version])
+
+    async def _mark(self, version: int) -> dict[str, Any]:
+        return {"version": version, "ledger": replace(self.ledger), "shards": await self.shards.mark()}
+
+    async def _go_back(self, state: Mapping[str, Any] | None) -> None:
+        """Be what :meth:`checkpoint` told, or what there is before the first step."""
+        self.marks, self.named, self.told = {}, {}, {}
+        if state is None:
+            self.ledger = Ledger(response_length=self.config.rollout.max_new_tokens)
+            await self.shards.go_back(None)
+            return
+        self.ledger, self.named = replace(state["ledger"]), {state["version"]: dict(state)}
+        await self.shards.go_back(state["shards"])
+        await self.shards.need([state["shards"]])
+        for step, metrics in state["metrics"].items():  # a driver that was killed may not have heard of them
+            self._event(step, metrics)
+
     async def fail(self, reason: str) -> None:
         """The learner cannot go on; the driver is told and the run ends."""
         async with self.changed:
@@ -273,9 +330,13 @@ class Controller:
         async with asyncio.TaskGroup() as steps:
             for target in range(first, rl.max_steps):
                 await self.buffer.admit(rl.prompts_per_step)
+                if target >= self.last_version:
+                    return
                 steps.create_task(self._produce_step(target))
 
     async def _produce_step(self, target: int) -> None:
+        if not self.config.rl.max_staleness:
+            await self._marked(target)
         batches, self.rollout_metrics[target] = await self._make_step(target)
         if self.config.cluster.colocated:
             await self._ask_all("sleep")
@@ -397,15 +458,18 @@ class Controller:
         if not self.config.rl.actor_free:
             return self._batches(trajectories, advantages, target), {}
         await self._store(as_completion_rows(positions, trajectories, np.asarray(advantages)))
-        rows = await self.shards.sample(len(trajectories))
+        rows = await self.shards.sample(len(trajectories), DRAWS, target)
         age = {"replay/age": float(target - np.mean(rows["version"].to_numpy()))}
         batches = self._batches(as_trajectories(rows), rows["outcome"].to_pylist(), target)
         return batches, age | await self._replay_size()
 
     async def _store(self, rows: pa.Table) -> None:
         """Into replay, each row in its position's shard; one insert for each that gets any."""
-        for shard, held in await self.shards.came_back():
+        lost = await self.shards.came_back()
+        for shard, held in lost:
             self._say(f"replay shard {shard} was started again and has the {held} rows of its last snapshot")
+        if lost:
+            await self.shards.need([one["shards"] for one in self.named.values()])
         homes = np.array([self.shards.shard_of(str(position)) for position in rows["position"].to_pylist()])
         inserts = (self.shards.insert(int(home), rows.filter(pa.array(homes == home))) for home in np.unique(homes))
         await asyncio.gather(*inserts)
@@ -484,6 +548,7 @@ class Controller:
         merged["time/step"] = time.perf_counter() - self.published_at
         await self._evaluate_if_due(version, merged)
         self.published_at = time.perf_counter()
+        self.told[version] = merged
         self._event(version, merged)
         await self.buffer.release(self.config.rl.prompts_per_step)
 
@@ -605,12 +670,12 @@ class Controller:
 
     # --- tasks, events, and what is waited for --------------------------------------------------------------------
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task whose failure is the run's."""
 
-        async def guarded() -> None:
+        async def guarded() -> T:
             try:
-                await work
+                return await work
             except Exception as error:
                 await self.fail(ending.reason(error))
                 raise

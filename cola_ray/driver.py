@@ -16,6 +16,8 @@ import importlib
 import itertools
 import logging
 import os
+import secrets
+import shutil
 import signal
 import threading
 import time
@@ -26,11 +28,11 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cola_ray import actors, head, launch, provenance, relevance
+from cola_ray import actors, head, launch, provenance, relevance, resume, saved
 from cola_ray.agents import AgentController
 from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, flat, is_environment, override
 from cola_ray.controller import Controller
@@ -96,13 +98,20 @@ def _supervised(config: Config, job: str, stages: Sequence[str], module: str, ab
             plot(output / "losses.png", about, losses, {})
 
     summarise = functools.partial(_supervised_summary, config, stages)
+    with begun.folder.failing():
+        resume.check_inputs(config, begun.start)
     with begun.folder.failing(), actors.cluster(config), tracked(begun, summarise, draw) as tracker:
         mailbox, stops = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
         first_step = {stage: sum(lengths[:index]) for index, stage in enumerate(stages)}
 
         def show(event: dict[str, Any]) -> None:
+            if "failed" in event:
+                raise RunFailedError(event["failed"])
             if "doing" in event:
                 display.doing(f"{job}: {event['doing']}")
+                return
+            if "say" in event:
+                display.say(event["say"])
                 return
             metrics = event["metrics"]
             stage, step, total = metrics["stage"], metrics["step"], metrics["steps"]
@@ -140,27 +149,24 @@ def _supervised(config: Config, job: str, stages: Sequence[str], module: str, ab
 def _supervised_rank(loop: dict[str, Any]) -> None:
     config = _enter_rank(loop)
     learner = importlib.import_module(loop["module"])
-    with _last_checkpoint() as checkpoint:
-        device = "cuda" if config.cluster.use_gpu else "cpu"
-        learner.train_loop(config, checkpoint, _Mailbox(loop["mailbox"], loop["stops"], device))
+    device = "cuda" if config.cluster.use_gpu else "cpu"
+    learner.train_loop(config, _Mailbox(loop["mailbox"], loop["stops"], device))
 
 
 class _Mailbox:
-    """Where a rank's metrics and checkpoints go: the :class:`~cola_ray.learner.engine.Report` of supervised stages."""
+    """Where a rank's metrics go: the :class:`~cola_ray.learner.engine.Report` of supervised stages."""
 
     def __init__(self, mailbox: Queue, stops: Queue, device: str) -> None:
         self.mailbox, self.stops, self.device = mailbox, stops, device
         self.is_first = ray.train.get_context().get_world_rank() == 0
         self.looked = 0.0  # into ``stops``, which another process keeps: a step may take no longer than the look
 
-    def __call__(self, metrics: dict[str, Any], folder: Path | None) -> bool:
+    def __call__(self, metrics: dict[str, Any], saved: bool = False) -> bool:
         import torch
 
         step, last = metrics["step"], metrics["step"] == metrics["steps"]
-        if self.is_first and (step == 1 or step % 10 == 0 or last or folder is not None):
+        if self.is_first and (step == 1 or step % 10 == 0 or last or saved):
             self.mailbox.put({"metrics": {**metrics, "memory/learner_gb": peak_memory_gb()}})
-        if folder is not None:
-            _report(metrics, folder)
         stopped = False
         if self.is_first and time.monotonic() - self.looked > 1.0:
             stopped, self.looked = not self.stops.empty(), time.monotonic()
@@ -171,6 +177,12 @@ class _Mailbox:
     def doing(self, what: str) -> None:
         if self.is_first:
             self.mailbox.put({"doing": what})
+
+    def say(self, line: str) -> None:
+        self.mailbox.put({"say": line})
+
+    def fail(self, reason: str) -> None:
+        self.mailbox.put({"failed": reason})
 
 
 def _supervised_summary(config: Config, stages: Sequence[str], tracker: Tracker) -> dict[str, Any]:
@@ -266,6 +278,7 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
 
     with begun.folder.failing(), actors.cluster(config):
         make_start_model(asked)
+        resume.check_inputs(config, begun.start)
         model_path = served(config, begun.start)
         with tracked(begun, summarise, draw, on_step) as tracker:
             replay = actors.replay(config)
@@ -274,7 +287,7 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
             pool = actors.RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
             controller = actors.controller(job.controller, config, pool, *services)
             try:
-                _train(config, model_path, controller, tracker, found)
+                _train(config, model_path, controller, tracker, found, begun.resumes)
             finally:
                 ray.kill(controller)  # and with it the workers, which it owns
                 if (output / "model" / "config.json").exists():
@@ -320,10 +333,12 @@ def _actions(config: Config) -> str:
     return f"{config.model.num_actions} latent actions"
 
 
-def _train(config: Config, model_path: str, controller: Any, tracker: Tracker, found: dict[str, Any]) -> None:
+def _train(
+    config: Config, model_path: str, controller: Any, tracker: Tracker, found: dict[str, Any], resumed: bool
+) -> None:
     """The loop between controller and learner until it ends; what is known of the run goes into ``found``."""
     talk = _Talk(controller, config.cluster.stall_timeout_s, config.cluster.answer_timeout_s)
-    begun = controller.start.remote(_checkpoint_exists(Path(config.output_dir)))
+    begun = controller.start.remote(resumed)
     display, export = current(), actors.exporter(config)
     evaluated = f"eval/{measured(config)}"
     names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", evaluated: measured(config)}
@@ -426,8 +441,7 @@ def _rl_rank(loop: dict[str, Any]) -> None:
     config = _enter_rank(loop)
     from cola_ray.learner import rl
 
-    with _last_checkpoint() as checkpoint:
-        rl.train_loop(config, loop["model_path"], actors.RemoteController(loop["controller"]), checkpoint, _report)
+    rl.train_loop(config, loop["model_path"], actors.RemoteController(loop["controller"]))
 
 
 def _rl_summary(config: Config, tracker: Tracker, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -487,13 +501,15 @@ def _fit(
     poll: Callable[..., None],
     stop: Callable[[], None] | None,
 ) -> None:
-    """Ray Train over the ZeRO-3 ranks; restarted from the last checkpoint when a rank dies.
+    """Ray Train over the ZeRO-3 ranks, which go on from the run's last checkpoint; also those that replace dead ones.
 
     ``fit`` runs in a thread of its own, so that this one can ``poll`` twice a second, fail as soon as polling does,
     and answer signals: the first Ctrl-C or SIGTERM calls ``stop`` and waits for the orderly end, the next one ends
     at once, as does the first where there is no ``stop``.
     """
     gpus = config.cluster.use_gpu
+    # What Ray Train notes for itself, and would go on from: a new place each time, for checkpoints are ours to find.
+    notes = Path(config.output_dir) / saved.FOLDER / f"{saved.NOTES}{secrets.token_hex(4)}"
     trainer = TorchTrainer(
         rank_loop,
         train_loop_config=loop,
@@ -505,10 +521,9 @@ def _fit(
         ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(
-            name="learner",
-            storage_path=str(Path(config.output_dir) / "checkpoints"),
+            name=notes.name,
+            storage_path=str(notes.parent),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
     errors: list[BaseException] = []
@@ -533,6 +548,7 @@ def _fit(
             elif len(received) > int(asked):
                 raise KeyboardInterrupt
     poll(last=True)
+    shutil.rmtree(notes, ignore_errors=True)
     if errors:
         raise errors[0]
     if received:
@@ -576,26 +592,7 @@ def _enter_rank(loop: dict[str, Any]) -> Config:
     return config
 
 
-@contextlib.contextmanager
-def _last_checkpoint() -> Iterator[Path | None]:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None
-    else:
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
-
-
-def _report(metrics: dict[str, Any], folder: Path | None) -> None:
-    """Every rank uploads its own shard; Ray Train merges them into one checkpoint."""
-    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(str(folder)) if folder else None)
-
-
 # --- the run's folder, its tracker, its display -------------------------------------------------------------------
-
-
-def _checkpoint_exists(output: Path) -> bool:
-    return any((output / "checkpoints" / "learner").glob("checkpoint_*"))
 
 
 @contextlib.contextmanager

@@ -6,12 +6,12 @@ launch = begin(config, "rl_math")        # takes the folder
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cola_ray import provenance, relevance, run_folder
+from cola_ray import provenance, relevance, resume, run_folder, saved
 from cola_ray.config import Config, ConfigError, override
+from cola_ray.display import current
 from cola_ray.run_folder import RunFolder
 
 _FROM_A_MODEL = ("rl_math", "rl_preference", "rl_agent", "sweep", "evaluate", "diversity", "atlas", "capabilities",
@@ -27,6 +27,8 @@ class Launch:
     start: Path | None
     """The model that it starts from; None where there is none, or only a plain base."""
     folder: RunFolder
+    resumes: bool = False
+    """Whether it goes on from a checkpoint."""
     began: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -39,7 +41,10 @@ def refusals(config: Config, job: str) -> list[str]:
         return lines
     if job in _FROM_A_MODEL or config.model.path:
         lines += provenance.refusals(config, job)
-    return lines + run_folder.refusals(provenance.resolve(config, job), job, _start(config, job))
+    start = _start(config, job)
+    resolved = provenance.resolve(config, job)
+    found = run_folder.refusals(resolved, job, start)
+    return lines + (found or resume.refusals(_sized(resolved, start), job))
 
 
 def first_lines(config: Config, job: str) -> str:
@@ -48,15 +53,15 @@ def first_lines(config: Config, job: str) -> str:
         return ""
     config, job = _as_run(config, job)
     start = _start(config, job)
-    config = provenance.resolve(config, job)
-    return provenance.first_lines(config if start is None else provenance.with_sizes_of(config, start), job, start)
+    return provenance.first_lines(_sized(provenance.resolve(config, job), start), job, start)
 
 
-def begin(config: Config, job: str, refuse: Callable[[Config], None] = lambda _: None) -> Launch:
-    """Take the folder.
+def _sized(config: Config, start: Path | None) -> Config:
+    return config if start is None else provenance.with_sizes_of(config, start)
 
-    Args:
-        refuse: settings with their paths and the start model's sizes, before the folder is touched.
+
+def begin(config: Config, job: str) -> Launch:
+    """Take the folder, say from where the run goes on, and remove what a kill left of a checkpoint.
 
     Raises:
         ConfigError: it may not, see :func:`refusals`.
@@ -66,11 +71,16 @@ def begin(config: Config, job: str, refuse: Callable[[Config], None] = lambda _:
         raise ConfigError("\n".join(lines))
     config, job = _as_run(config, job)
     start = _start(config, job)
-    config = provenance.resolve(config, job)
-    if start is not None:
-        config = provenance.with_sizes_of(config, start)
-    refuse(config)
-    return Launch(config, job, start, run_folder.claim(config, job, start))
+    config = _sized(provenance.resolve(config, job), start)
+    is_new = run_folder.read_record(Path(config.output_dir)) is None
+    folder = run_folder.claim(config, job, start)
+    if not config.resume or saved.FOLDER not in run_folder.WRITES[job]:
+        return Launch(config, job, start, folder)
+    saved.tidy(folder.path)
+    found = resume.looked_at(folder.path)
+    for line in resume.words(found, folder.path, is_new):
+        current().say(line)
+    return Launch(config, job, start, folder, found.checkpoint is not None)
 
 
 def _as_run(config: Config, job: str) -> tuple[Config, str]:

@@ -29,7 +29,7 @@ import tenacity
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cola_ray import actors, head, launch
-from cola_ray.config import Config, ConfigError, RunFailedError
+from cola_ray.config import Config, RunFailedError
 from cola_ray.display import current, shown
 from cola_ray.driver import signals
 from cola_ray.ending import in_words
@@ -77,7 +77,7 @@ def reproduce(config: Config) -> dict[str, Any]:
     """
     check(config, "reproduce")
     matrix = chosen(config)
-    begun = launch.begin(config, "reproduce", _refuse_another_matrix)
+    begun = launch.begin(config, "reproduce")
     config, output = begun.config, begun.folder.path
     started = time.time()
     with begun.folder.failing():
@@ -99,20 +99,6 @@ def reproduce(config: Config) -> dict[str, Any]:
             raise RunFailedError(f"not done: {', '.join(failed)}", f"look at the logs in {output / 'stages'}")
     begun.folder.end("finished")
     return summary
-
-
-def _refuse_another_matrix(config: Config) -> None:
-    """Stages of other settings would be taken for done."""
-    file = Path(config.output_dir) / "config.json"
-    if not config.resume or not file.exists():
-        return
-    before, now = json.loads(file.read_text()), redacted_tree(json.loads(config.model_dump_json()))
-    for branch in ("preset", "seed", "model", "task", "data", "rollout", "harness"):
-        if before.get(branch) != now[branch]:
-            raise ConfigError(
-                f"{branch}: {file} has another {branch}, whose stages are done or under way; give another "
-                "--output-dir, or --overwrite to begin anew"
-            )
 
 
 @contextlib.contextmanager

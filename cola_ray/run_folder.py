@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -34,7 +35,8 @@ State = Literal["running", "finished", "stopped", "failed"]
 RECORD = "run.json"
 _TOOL = "cola_ray"
 _LATE = ("mlflow_run_id", "mlflow_sent.json")  # what is sent to MLflow after a run's end is noted there
-_EVERY_RUN = (RECORD, "config.json", "summary.json", "log.jsonl", "error.txt", *_LATE)
+LOCK = "run.lock"
+_EVERY_RUN = (RECORD, LOCK, "config.json", "summary.json", "log.jsonl", "error.txt", *_LATE)
 _RL = ("checkpoints", "base", "model", "replay", "critic", "reward.png")
 WRITES: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("checkpoints", "stages", "model", "model.tmp", "losses.png"),
@@ -73,12 +75,21 @@ class RunFolder:
 
     def lock(self) -> bool:
         """Keep other runs away until this one ends; false where another has done so."""
-        place = os.open(self.path, os.O_RDONLY)
-        self.release = weakref.finalize(self, os.close, place)
-        if _locked(place, fcntl.LOCK_EX):
-            return True
-        self.release()
-        return False
+        for place in (self.path, self.path / LOCK):
+            handle = _opened(place, create=True)
+            with contextlib.suppress(OSError):
+                if not _locked(handle, fcntl.LOCK_EX):
+                    os.close(handle)
+                    return False
+                self.release = weakref.finalize(self, os.close, handle)
+                return True
+            os.close(handle)
+        # A file system without locks: the file says who is at work.
+        if _named_in(self.path / LOCK):
+            return False
+        (self.path / LOCK).write_text(this_process())
+        self.release = weakref.finalize(self, _unname, self.path / LOCK, this_process())
+        return True
 
     def end(self, state: State, step: int | None = None) -> None:
         """Record how the run ended, and which files are its own; others may have the folder then."""
@@ -131,31 +142,74 @@ def is_finished(folder: Path) -> bool:
 
 def is_at_work(folder: Path) -> bool:
     """Whether a run holds the folder."""
-    try:
-        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return False
-    try:
-        return not _locked(place, fcntl.LOCK_SH)
-    finally:
-        os.close(place)
+    for place in (folder, folder / LOCK):
+        try:
+            handle = _opened(place)
+        except OSError:
+            return False
+        try:
+            return not _locked(handle, fcntl.LOCK_SH)
+        except OSError:  # this cannot be locked
+            continue
+        finally:
+            os.close(handle)
+    return bool(_named_in(folder / LOCK))
 
 
-def _locked(place: int, how: int) -> bool:
+def this_process() -> str:
+    """``PID on HOST, since TICKS``, the last of which tells it from a later process of the same number."""
+    return f"{os.getpid()} on {socket.gethostname()}, since {_began(os.getpid())}"
+
+
+def _opened(place: Path, create: bool = False) -> int:
+    """A folder, or the file beside: network file systems lock files that are open for writing, and no folders."""
+    how = os.O_RDONLY | os.O_DIRECTORY if place.name != LOCK else os.O_RDWR | (os.O_CREAT if create else 0)
+    return os.open(place, how)
+
+
+def _locked(handle: int, how: int) -> bool:
+    """False where another has it; raises OSError where it cannot be locked."""
     try:
-        fcntl.flock(place, how | fcntl.LOCK_NB)
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system that locks no folders
-        pass
     return True
+
+
+def _named_in(lock: Path) -> str:
+    """The process that a lock file names; empty where there is none, or it is known to be gone."""
+    try:
+        holder = lock.read_text()
+    except OSError:
+        return ""
+    match = re.fullmatch(r"(\d+) on (.+), since (\d+)", holder)
+    if match and match[2] == socket.gethostname() and _began(int(match[1])) != int(match[3]):
+        return ""
+    return holder
+
+
+def _unname(lock: Path, holder: str) -> None:
+    with contextlib.suppress(OSError):
+        if lock.read_text() == holder:
+            lock.unlink()
+
+
+def _began(process: int) -> int:
+    """When a process of this machine was started, in ticks since boot; 0 where there is none."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _at_work(folder: Path) -> str:
     record = read_record(folder) or {}
+    gone = ""
+    if _named_in(folder / LOCK):
+        gone = f"; if it is gone, remove {folder / LOCK}, since this file system keeps no locks"
     return (
         f"output_dir = {str(folder)!r}: a run of {record.get('job')} is at work there, process "
-        f"{record.get('process')}; wait for its end or stop it, or give another --output-dir"
+        f"{record.get('process')}; wait for its end or stop it, or give another --output-dir{gone}"
     )
 
 
@@ -206,21 +260,27 @@ def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
     Raises:
         ConfigError: it may not be taken, see :func:`refusals`; then nothing has been touched.
     """
+    folder = Path(config.output_dir)
+    record = read_record(folder)
     lines = refusals(config, job, start)
     if lines:
         raise ConfigError("\n".join(lines))
-    folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder, job)
     if not run.lock():
         raise ConfigError(_at_work(folder))
-    record = read_record(folder)
+    if read_record(folder) != record:  # judged by what is no longer there
+        run.release()
+        raise ConfigError(f"output_dir = {config.output_dir!r}: another run was there a moment ago; try again")
     if record is not None and config.overwrite:
-        # The record goes last: what a kill leaves behind is still known to be the run's.
-        for name in sorted(set(record["wrote"]) & _KNOWN, key=lambda name: name == RECORD):
+        # The record goes last: what a kill leaves behind is still known to be the run's. The lock stays.
+        for name in sorted({*record["wrote"]} & _KNOWN - {LOCK}, key=lambda name: name == RECORD):
             _remove(folder / name)
+        record = None
     (folder / ending.FILE).unlink(missing_ok=True)  # of an earlier end
     begun = {"tool": _TOOL, "job": job, "state": "running", "step": None, "wrote": written_by(job)}
+    if record is not None and "inputs" in record:
+        begun["inputs"] = record["inputs"]
     write_json(folder / RECORD, begun | {"process": f"{os.getpid()} on {socket.gethostname()}"})
     write_json(folder / "config.json", config.model_dump())
     return run
@@ -256,7 +316,7 @@ def changed(folder: Path) -> list[str]:
 def _stamp(file: Path) -> list[int] | None:
     """Size and time; None of what a run still writes to while and after it says how it ended."""
     seen = file.lstat()
-    return None if file.name in (RECORD, "log.jsonl", *_LATE, *_BESIDE) else [seen.st_size, seen.st_mtime_ns]
+    return None if file.name in (RECORD, LOCK, "log.jsonl", *_LATE, *_BESIDE) else [seen.st_size, seen.st_mtime_ns]
 
 
 def _files(folder: Path, names: Sequence[str]) -> list[str]:

@@ -12,9 +12,8 @@ import contextlib
 import difflib
 import functools
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ import ray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from cola_ray import actors, launch
+from cola_ray import actors, launch, resume
 from cola_ray.algorithms.intervals import share_interval
 from cola_ray.atlas import Atlas
 from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
@@ -37,12 +36,12 @@ from cola_ray.ending import in_words
 from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, remarks
 from cola_ray.redaction import redacted_tree
 from cola_ray.refusals import check
-from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.service import Shards
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
 from cola_ray.run_folder import write_json
+from cola_ray.saved import write_whole
 from cola_ray.tasks import least_right_reward, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tracking import Tracker, plot_against_tokens, print_summary, print_ways
@@ -71,13 +70,11 @@ class _Study:
 
 
 @contextlib.contextmanager
-def _study(config: Config, job: str, refuse: Callable[[Config], None] = lambda _: None) -> Iterator[_Study]:
-    """A study's folder and tracker; leaves its summary.
-
-    Args:
-        refuse: settings, with their paths, before the folder is touched.
-    """
-    begun = launch.begin(config, job, refuse)
+def _study(config: Config, job: str) -> Iterator[_Study]:
+    """A study's folder and tracker; leaves its summary."""
+    begun = launch.begin(config, job)
+    with begun.folder.failing():
+        resume.check_inputs(begun.config, begun.start)
     start, config = begun.start, override(begun.config, {"model.path": str(begun.start or "")})
     model = str(start or config.model.base)
     about = {"preset": config.preset, "task": config.task.name, "model": model, "seed": config.seed}
@@ -98,7 +95,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     check(config, "evaluate")
     plays = is_environment(config.task.name)
-    with _study(config, "evaluate", _refuse_other_predictions) as study, actors.cluster(config):
+    with _study(config, "evaluate") as study, actors.cluster(config):
         config, folder = study.config, study.output / "predictions"
         judge = actors.judge(config)
         worker = AgentWorker if plays else AnswerWorker
@@ -306,18 +303,3 @@ def _texts(config: Config, start: Path | None) -> tuple[PreTrainedTokenizerBase,
     documents, _ = load_documents(config.data, task, ChatTokenizer(tokenizer, config.data.date), longest)
     order = np.random.default_rng(config.seed).permutation(len(documents))
     return tokenizer, [documents[i] for i in order]
-
-
-def _refuse_other_predictions(config: Config) -> None:
-    """Predictions under other settings would be taken for this run's."""
-    file = Path(config.output_dir) / "config.json"
-    if not config.resume or not file.exists():
-        return
-    before, now = json.loads(file.read_text()), redacted_tree(json.loads(config.model_dump_json()))
-    before["split"], now["split"] = (tree.get("eval", {}).get("split") for tree in (before, now))
-    for branch in ("seed", "model", "task", "rollout", "rl", "search", "q", "split"):
-        if before.get(branch) != now[branch]:
-            raise ConfigError(
-                f"resume = True: {file} has another {branch}; give another --output-dir, or --overwrite in place of "
-                "--resume to answer anew"
-            )

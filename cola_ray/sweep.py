@@ -10,7 +10,6 @@ A sweep that was killed goes on with --resume: runs that ended are not made agai
 last checkpoints, so the table is that of a sweep that nobody disturbed.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import ray
 from ray import tune
 
 from cola_ray import actors, ending, launch, provenance
-from cola_ray.config import Config, ConfigError, RunFailedError, is_environment, override
+from cola_ray.config import Config, RunFailedError, is_environment, override
 from cola_ray.display import current, shown
 from cola_ray.driver import make_start_model, measured, run_agent, run_rl, tracked
 from cola_ray.ending import in_words
@@ -44,7 +43,7 @@ def sweep(config: Config) -> dict[str, Any]:
         KeyboardInterrupt: stopped; can be resumed.
     """
     check(config, "sweep")
-    begun = launch.begin(config, "sweep", _refuse_another_sweep)
+    begun = launch.begin(config, "sweep")
     output, runs = begun.folder.path, config.sweep.parallel or 1
     found: dict[str, Any] = {}
     rows: list[Row] = []
@@ -220,21 +219,3 @@ class _Progress(tune.Callback):
 
 def _title(trial: Any) -> str:
     return f"{trial.config['value']} seed {trial.config['seed']}"
-
-
-def _refuse_another_sweep(config: Config) -> None:
-    """Runs of other settings would be taken for this sweep's."""
-    file = Path(config.output_dir) / "config.json"
-    if not config.resume or not file.exists():
-        return
-    before, now = json.loads(file.read_text()), redacted_tree(json.loads(config.model_dump_json()))
-    for tree in (before, now):
-        tree["sweep"].pop("parallel")
-        for field in ("resume", "overwrite", "cluster", "tracking_uri"):
-            tree.pop(field, None)
-    other = [field for field in now if before.get(field) != now[field]]
-    if other:
-        raise ConfigError(
-            f"resume = True: {file} has another {other[0]}; give another --output-dir, or --overwrite in place of "
-            "--resume to sweep anew"
-        )

@@ -6,7 +6,8 @@ optimizer exists, and the optimizer is built over the trained parameters alone.
 
 import json
 import math
-import tempfile
+import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,39 +15,83 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
-import xxhash
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
+from cola_ray import resume, saved
 from cola_ray.algorithms.gradients import NonFiniteError
+from cola_ray.saved import Checkpoint, CheckpointError, Described
 from cola_ray.weights import Manifest
 
 
 class Report(Protocol):
     """How a training loop tells what it does."""
 
-    def __call__(self, metrics: dict[str, Any], folder: Path | None) -> bool | None:
-        """A step's metrics, and the folder of a checkpoint; a collective. True: the run is to stop."""
+    def __call__(self, metrics: dict[str, Any], saved: bool = False) -> bool | None:
+        """A step's metrics, and whether a checkpoint was made of it; a collective. True: the run is to stop."""
+        ...
+
+    def fail(self, reason: str) -> None:
+        """Training cannot go on, and trying again would not help."""
         ...
 
     def doing(self, what: str) -> None:
         """What takes a while before the next step."""
         ...
 
-
-def report_saved(
-    report: Callable[[dict[str, Any], Path | None], bool | None],
-    metrics: dict[str, Any],
-    save: Callable[[Path], None],
-) -> bool | None:
-    """Report with a checkpoint, which every rank's ``save`` writes its part of into a folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        return report(metrics, Path(folder))
+    def say(self, line: str) -> None:
+        """To whoever watches the run."""
+        ...
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that must not be loaded."""
+def save_checkpoint(
+    run: Path, step: int, save: Callable[[Path], Described | None], fail: Callable[[str], None]
+) -> None:
+    """Make the run's checkpoint at ``step``; a collective.
+
+    Args:
+        save: writes this rank's part into a folder; returns files elsewhere in the run that belong to it, by the path
+            from the run's folder.
+        fail: is told why there is none: training cannot go on, and trying again would not help.
+
+    Raises:
+        OSError: it could not be written, for want of room say; the checkpoints before it stay.
+    """
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    folder = saved.staged(run, step)
+    try:
+        if rank == 0:
+            saved.clear(folder)
+        torch.distributed.barrier()
+        beside = save(folder) or {}
+        torch.distributed.barrier()
+        mine = saved.describe(folder, (file for file in folder.rglob("*") if file.is_file() and _writer(file) == rank))
+        of_ranks: list[Any] = [None] * size
+        torch.distributed.all_gather_object(of_ranks, (mine, beside))
+        if rank == 0:
+            files, others = ({name: what for one in of_ranks for name, what in one[part].items()} for part in (0, 1))
+            settings = resume.digest(json.loads((run / "config.json").read_text()))
+            saved.seal(folder, step, size, settings, files, others)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)  # room for what the run still has to say
+        why = f"the checkpoint of step {step} could not be written to {folder.parent}: {error}"
+        fail(why)
+        raise OSError(why) from error
+    torch.distributed.barrier()
+
+
+def last_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest whole one; a collective. The first rank looks."""
+    found: list[Any] = [saved.newest(run).checkpoint if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(found)
+    checkpoint: Checkpoint | None = found[0]
+    return checkpoint
+
+
+def _writer(file: Path) -> int:
+    """The rank that has written a file, by DeepSpeed's names: its own, or else the first."""
+    match = re.search(r"pp_rank_(\d+)_mp_rank", file.name)
+    return int(match[1]) if match else 0
 
 
 def join_group(backend: str) -> None:
@@ -184,40 +229,26 @@ class ZeroEngine:
         mine = sum(one.nbytes for one in held if isinstance(one, Tensor) and one.dim())
         return mine * self.world_size / 2**20
 
-    def save(self, folder: Path, notes: Mapping[str, str] | None = None) -> None:
-        """This rank's shard of parameters and optimizer, and the checksums of its files; all ranks call.
+    def save(self, folder: Path, notes: Mapping[str, Any] | None = None) -> None:
+        """This rank's shard of parameters and optimizer; all ranks call.
 
         Args:
-            notes: small files beside them, by name, which the first rank writes.
+            notes: what goes into ``notes.json`` beside them, which the first rank writes.
         """
         self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
-        written = folder.rglob(f"*pp_rank_{self.rank}_mp_rank*")
-        mine = {str(path.relative_to(folder)): _checksum(path) for path in written}
-        (folder / f"checksums-{self.rank}.json").write_text(json.dumps(mine))
         if self.rank == 0:
-            for name, text in (notes or {}).items():
-                (folder / name).write_text(text)
+            (folder / "notes.json").write_text(json.dumps(notes))
 
-    def load(self, folder: Path) -> None:
-        """Raises CheckpointError where a file is missing or not the one that was written."""
-        for name, checksum in json.loads((folder / f"checksums-{self.rank}.json").read_text()).items():
-            if not (folder / name).exists() or _checksum(folder / name) != checksum:
-                raise CheckpointError(f"{folder / name} is damaged or missing; remove its checkpoint folder to resume "
-                                      "from the one before")  # fmt: skip
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Returns the notes."""
         path, _ = self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
         if path is None:
             raise CheckpointError(f"no DeepSpeed checkpoint in {folder}")
+        notes: dict[str, Any] = json.loads((folder / "notes.json").read_text())
+        return notes
 
     def close(self) -> None:
         self.engine.destroy()
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _buckets(wanted: Iterable[Published], limit: int) -> Iterator[list[Published]]:

@@ -25,7 +25,7 @@ from cola_ray.algorithms.etpo import soft_targets
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.config import Q_STAGE, Config
 from cola_ray.experience import Trajectory, collate
-from cola_ray.learner.engine import Report, report_saved, warmup_cosine
+from cola_ray.learner.engine import Report, last_checkpoint, save_checkpoint, warmup_cosine
 from cola_ray.learner.rl import tensors_of
 from cola_ray.learner.value import step_together
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
@@ -35,7 +35,7 @@ from cola_ray.tasks.rows import open_rows, read_rows
 HELD_OUT = 512  # answers at most, the last of the log
 
 
-def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
+def train_loop(config: Config, report: Report) -> None:
     """On every rank; leaves ``output_dir/model/q.safetensors``. ``report`` is a collective."""
     settings, rank = config.pretrain, torch.distributed.get_rank()
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
@@ -47,7 +47,8 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     model = CoLAForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
     model = model.to(device).requires_grad_(False)
     learner = LoggedQLearner(config, model, device)
-    first = learner.load(checkpoint) if checkpoint else 0
+    output, checkpoint = Path(config.output_dir), last_checkpoint(Path(config.output_dir))
+    first = learner.load(checkpoint.folder) if checkpoint else 0
     total = settings.num_steps(Q_STAGE)
     report.doing("the first step")
     for step in range(first, total):
@@ -60,16 +61,14 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
         if rest and ((step + 1) % 25 == 0 or last):
             metrics |= {f"q/heldout_{name}": value for name, value in learner.measure(rest).items()}
         metrics |= {"stage": Q_STAGE, "step": step + 1, "steps": total, "time/step": time.perf_counter() - started}
-        save = functools.partial(learner.save, step=step + 1)
-        if (step + 1) % settings.save_every == 0 and not last:
-            stop = report_saved(report, metrics, save)
-        else:
-            stop = report(metrics, None)
+        due = (step + 1) % settings.save_every == 0 and not last
+        stop = report(metrics, due)
+        if due or stop:
+            save_checkpoint(output, step + 1, functools.partial(learner.save, step=step + 1), report.fail)
         if stop:
-            report_saved(report, metrics, save)
             break
     if rank == 0:
-        target = Path(config.output_dir) / "model"
+        target = output / "model"
         target.mkdir(parents=True, exist_ok=True)
         learner.online.save(target / "q.safetensors")
     torch.distributed.barrier()

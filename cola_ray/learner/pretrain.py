@@ -33,9 +33,17 @@ from cola_ray.algorithms.latent_actions import (
 )
 from cola_ray.config import OWN_BASE_POSITIONS, Config, PretrainStage
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
-from cola_ray.learner.engine import Published, Report, ZeroEngine, report_saved, warmup_cosine
+from cola_ray.learner.engine import (
+    Published,
+    Report,
+    ZeroEngine,
+    last_checkpoint,
+    save_checkpoint,
+    warmup_cosine,
+)
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, sample_actions
+from cola_ray.saved import fault_of_stage, seal_stage
 from cola_ray.tasks import PlayedTask, Prompts, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer, as_text
 
@@ -48,6 +56,8 @@ TRAINED: dict[PretrainStage, tuple[str, ...]] = {
 }
 """What a stage trains: name prefixes inside :class:`StageModule`."""
 
+DONE = "done.json"
+"""Of a stage that came to its end: its last metrics, and what its files are."""
 MEASURED_STATES = 32  # states a rank on which all K actions are tried, for the reachable-tokens metric
 
 
@@ -191,25 +201,27 @@ class StageModule(nn.Module):
         return (right | ~answer_mask[:, :-1]).all(-1)
 
 
-def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
+def train_loop(config: Config, report: Report) -> None:
     """All stages, on every rank; leaves ``output_dir/model``, of a run that is stopped as far as it came.
 
-    ``report(metrics, checkpoint folder or None)`` is a collective, and is true where the run is to stop.
+    ``report(metrics)`` is a collective, and is true where the run is to stop.
     """
     rank = torch.distributed.get_rank()
     output = Path(config.output_dir)
     # With a corpus of its own and a base that brings its tokenizer, a run needs no task at all.
     needs_task = not config.data.path or not (config.model.base or config.model.path)
     task = to_pretrain_on(config.task, config.seed) if needs_task else None
-    resumed = json.loads((checkpoint / "pretrain.json").read_text()) if checkpoint else {}
+    checkpoint = last_checkpoint(output)
+    resumed = json.loads((checkpoint.folder / "notes.json").read_text())["stage"] if checkpoint else ""
     report.doing("making the model to start from")
-    current = start_model(config, task, rank)
+    current, made = start_model(config, task, report)
     for stage in config.pretrain.stages:
         target = output / "stages" / stage
-        if not (target / "done.json").exists():
-            same = checkpoint if resumed.get("stage") == stage else None
-            step = resumed.get("step", 0) if same else 0
-            if not _run_stage(config, stage, task, current, target, same, step, report):
+        made = made or not _is_done(target, report)
+        if made:
+            same = checkpoint.folder if checkpoint and resumed == stage else None
+            checkpoint = None  # of this stage, or of one after it that is made anew
+            if not _run_stage(config, stage, task, current, target, same, report):
                 return
         current = target
     if rank == 0:
@@ -217,10 +229,26 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     torch.distributed.barrier()
 
 
-def start_model(config: Config, task: Prompts | PlayedTask | None, rank: int) -> Path:
-    """The directory that the first stage reads: the given base with CoLA attached, or a fresh tiny Llama."""
+def _is_done(stage: Path, report: Report) -> bool:
+    """Whether a stage has left its folder, whole; a collective. One that was damaged since is said, and made again."""
+    found = [True]
+    if torch.distributed.get_rank() == 0:
+        found = [(stage / DONE).exists()]
+        if found[0] and (fault := fault_of_stage(stage, DONE)):
+            report.say(f"{stage}: {fault}; the stage is made again")
+            found = [False]
+    torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def start_model(config: Config, task: Prompts | PlayedTask | None, report: Report) -> tuple[Path, bool]:
+    """The directory that the first stage reads: the given base with CoLA attached, or a fresh tiny Llama.
+
+    Returns whether it was made just now, too. A collective.
+    """
     target = Path(config.output_dir) / "stages" / "start"
-    if rank == 0 and not (target / "done.json").exists():
+    made = not _is_done(target, report)
+    if made and torch.distributed.get_rank() == 0:
         staging = _staging(target)
         if config.model.path:
             model: Any = CoLAForCausalLM.from_pretrained(config.model.path, dtype="auto")
@@ -233,10 +261,10 @@ def start_model(config: Config, task: Prompts | PlayedTask | None, rank: int) ->
             tokenizer = make_tokenizer(task)
             model = make_tiny_llama(len(tokenizer), tokenizer.eos_token_id, config.seed)
         conversion.save(model, tokenizer, staging)
-        (staging / "done.json").write_text("{}")
+        seal_stage(staging, DONE, {})
         _replace(staging, target)
     torch.distributed.barrier()
-    return target
+    return target, made
 
 
 def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
@@ -301,7 +329,6 @@ def _run_stage(
     source: Path,
     target: Path,
     checkpoint: Path | None,
-    first_step: int,
     report: Report,
 ) -> bool:
     """Whether the stage came to its end; one that is stopped leaves a checkpoint, and its model as the run's."""
@@ -319,14 +346,14 @@ def _run_stage(
     zero = ZeroEngine(
         module, TRAINED[stage], lr=peak_lr, betas=settings.adam_betas, weight_decay=0.01, bfloat16=bfloat16
     )
-    if checkpoint is not None:
-        zero.load(checkpoint)
+    notes: dict[str, Any] = zero.load(checkpoint) if checkpoint else {"step": 0}
+    first_step, used = notes["step"], torch.tensor(notes.get("used", [0.0] * config.model.num_actions))
     total = settings.num_steps(stage)
+    before = sum(settings.num_steps(one) for one in settings.stages[: settings.stages.index(stage)])
     heldout = []
     if task is not None and not isinstance(task, PlayedTask) and _has_answers(config):
         heldout = list(_heldout_batches(task, chat, rank, world_size))
     report.doing(f"{stage}: the first step")
-    used = torch.zeros(config.model.num_actions)
     metrics: dict[str, Any] = {}
     for step in range(first_step, total):
         started = time.perf_counter()
@@ -342,13 +369,13 @@ def _run_stage(
         last = step + 1 == total
         if heldout and stage in ("base", "policy") and ((step + 1) % 100 == 0 or last):
             metrics[f"{stage}/accuracy"] = _accuracy(zero, heldout)
-        save = functools.partial(zero.save, notes={"pretrain.json": json.dumps({"stage": stage, "step": step + 1})})
-        if (step + 1) % settings.save_every == 0 and not last:
-            stop = report_saved(report, metrics, save)
-        else:
-            stop = report(metrics, None)
-        if stop and not last:
-            report_saved(report, metrics, save)
+        due = (step + 1) % settings.save_every == 0 and not last
+        stop = report(metrics, due) and not last
+        if due or stop:
+            notes = {"stage": stage, "step": step + 1, "used": used.tolist()}
+            save = functools.partial(zero.save, notes=notes)
+            save_checkpoint(Path(config.output_dir), before + step + 1, save, report.fail)
+        if stop:
             report.doing(f"{stage}: saving the model")
             _leave(config, stage, zero, source, Path(config.output_dir) / "model", tokenizer, metrics)
             return False
@@ -504,7 +531,7 @@ def _leave(
         model = _open_model(config, stage, source)
         model.load_state_dict(model.state_dict() | trained)
         conversion.save(model, tokenizer, staging)
-        (staging / "done.json").write_text(json.dumps(metrics))
+        seal_stage(staging, DONE, metrics)
         _replace(staging, target)
     torch.distributed.barrier()
 

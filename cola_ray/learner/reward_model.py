@@ -6,7 +6,6 @@ Bradley and Terry 1952; Ouyang et al. 2022, eq. 1. Which pairs a step trains on 
 """
 
 import functools
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from cola_ray.config import Config
-from cola_ray.learner.engine import Published, Report, ZeroEngine, report_saved, warmup_cosine
+from cola_ray.learner.engine import (
+    Published,
+    Report,
+    ZeroEngine,
+    last_checkpoint,
+    save_checkpoint,
+    warmup_cosine,
+)
 from cola_ray.model.conversion import plain_base
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.preference import Pair, Preference
@@ -42,8 +48,8 @@ def preference_loss(rewards: Tensor) -> Tensor:
     return -F.logsigmoid(rewards[0] - rewards[1]).sum()
 
 
-def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
-    """On every rank; leaves ``output_dir/model``. ``report(metrics, checkpoint folder or None)`` is a collective."""
+def train_loop(config: Config, report: Report) -> None:
+    """On every rank; leaves ``output_dir/model``. ``report`` is a collective."""
     settings, output = config.pretrain, Path(config.output_dir)
     rank = torch.distributed.get_rank()
     report.doing("reading the pairs")
@@ -64,10 +70,8 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
     zero = ZeroEngine(
         PairedRewards(classifier), ("classifier.",), lr=settings.base_lr, betas=settings.adam_betas, bfloat16=bfloat16
     )
-    first = 0
-    if checkpoint is not None:
-        zero.load(checkpoint)
-        first = json.loads((checkpoint / "reward.json").read_text())["step"]
+    checkpoint = last_checkpoint(output)
+    first = zero.load(checkpoint.folder)["step"] if checkpoint else 0
     total, pad = settings.num_steps("reward"), classifier.config.pad_token_id
     report.doing("the first step")
     for step in range(first, total):
@@ -78,13 +82,12 @@ def train_loop(config: Config, checkpoint: Path | None, report: Report) -> None:
         if heldout and ((step + 1) % 25 == 0 or last):
             metrics["reward/accuracy"] = _accuracy(zero, heldout, settings.micro_batch_size, pad)
         metrics |= {"stage": "reward", "step": step + 1, "steps": total, "time/step": time.perf_counter() - started}
-        save = functools.partial(zero.save, notes={"reward.json": json.dumps({"step": step + 1})})
-        if (step + 1) % settings.save_every == 0 and not last:
-            stop = report_saved(report, metrics, save)
-        else:
-            stop = report(metrics, None)
+        due = (step + 1) % settings.save_every == 0 and not last
+        stop = report(metrics, due)
+        if due or stop:
+            save = functools.partial(zero.save, notes={"step": step + 1})
+            save_checkpoint(output, step + 1, save, report.fail)
         if stop:
-            report_saved(report, metrics, save)
             break
     report.doing("saving the model")
     published = [Published(name.removeprefix("classifier."), (parameter,)) for name, parameter in zero.trained]

@@ -10,11 +10,13 @@ sequences, T positions, N of them scored, K actions.
 """
 
 import copy
-import json
+import functools
+import pickle
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,19 +36,20 @@ from cola_ray.algorithms.policy_loss import (
 )
 from cola_ray.config import Config, RLConfig
 from cola_ray.experience import Batch
-from cola_ray.learner.engine import ZeroEngine, report_saved
+from cola_ray.learner.engine import ZeroEngine, last_checkpoint, save_checkpoint
 from cola_ray.learner.policies import Policy, SoftQPolicy, export, make_policy
 from cola_ray.learner.soft_q import SoftQLearner, last_positions, one_step_targets
 from cola_ray.learner.value import ValueLearner
 from cola_ray.model.modeling_cola import QHead, action_log_probs
+from cola_ray.saved import Described
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
 
 class BatchSource(Protocol):
     """What the learner needs of the controller."""
 
-    def begin(self, version: int, buckets: list[Bucket]) -> None:
-        """The learner holds ``version``, new or from a checkpoint; hand out batches from there on."""
+    def begin(self, version: int, buckets: list[Bucket], state: Mapping[str, Any] | None) -> None:
+        """The learner holds ``version``, new or from a checkpoint with that state; hand out batches from there on."""
         ...
 
     def next_batch(self, rank: int, version: int) -> Batch | None:
@@ -59,6 +62,10 @@ class BatchSource(Protocol):
 
     def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
         """Hand over new weights; may return before workers hold them."""
+        ...
+
+    def checkpoint(self, version: int) -> dict[str, Any]:
+        """All that a checkpoint of ``version`` is made of beside the learner's own; what the critic saved is a file."""
         ...
 
     def fail(self, reason: str) -> None:
@@ -457,20 +464,18 @@ class RLLearner:
         return list(self.sender.buckets(self.version, tensors))
 
     def save(self, folder: Path) -> None:
-        """This rank's shard and its checksums; the version stands for all else, since every draw follows from it."""
-        place = json.dumps({name: getattr(self, name) for name in _PLACE})
-        self.zero.save(folder, {"rl.json": place})
+        """This rank's shard of the policy, and the heads beside it; every draw follows from the version."""
+        self.zero.save(folder, {name: getattr(self, name) for name in _PLACE})
         if self.zero.rank == 0:
             for name, head in self._heads():
                 torch.save(head.state_dict(), folder / f"{name}.pt")
 
     def load(self, folder: Path) -> None:
-        self.zero.load(folder)
+        notes = self.zero.load(folder)
         for name, head in self._heads():
             head.load_state_dict(torch.load(folder / f"{name}.pt", map_location=self.zero.device))
-        saved = json.loads((folder / "rl.json").read_text())
         for name in _PLACE:
-            setattr(self, name, saved[name])
+            setattr(self, name, notes[name])
 
     def _heads(self) -> list[tuple[str, ValueLearner | SoftQLearner | QHead]]:
         """What there is beside the policy, by the name that it is saved under."""
@@ -508,17 +513,16 @@ def train_loop(
     config: Config,
     model_path: str,
     source: BatchSource,
-    checkpoint: Path | None,
-    report: Callable[[dict[str, float], Path | None], None],
 ) -> None:
-    """Train until the source has no more batches. Runs on every rank; ``report`` is a collective."""
-    learner = RLLearner(config, make_policy(config, model_path))
+    """Train until the source has no more batches, from the run's last checkpoint on. Runs on every rank."""
+    learner, output = RLLearner(config, make_policy(config, model_path)), Path(config.output_dir)
     is_first = learner.zero.rank == 0
+    checkpoint = last_checkpoint(output)
     if checkpoint is not None:
-        learner.load(checkpoint)
+        learner.load(checkpoint.folder)
     buckets = learner.buckets()
     if is_first:
-        source.begin(learner.version, buckets)
+        source.begin(learner.version, buckets, _services_of(checkpoint.folder) if checkpoint else None)
     torch.distributed.barrier()
     saved = learner.version
     metrics: dict[str, float] = {}
@@ -542,14 +546,37 @@ def train_loop(
             if is_first:
                 source.publish(learner.version, buckets, metrics)
         if learner.version > saved and (batch is None or learner.version % config.rl.save_every == 0):
-            report_saved(report, metrics, learner.save)
+            save_checkpoint(output, learner.version, functools.partial(_save, learner, source), source.fail)
             saved = learner.version
         if batch is None:
             break
     tensors = {name: tensor.cpu().clone() for name, tensor in learner.zero.stream(learner.policy.published())}
     if is_first:
         beta = config.rl.kl_coef if config.rl.actor_free else 0.0
-        export(model_path, tensors, Path(config.output_dir) / "model", beta)
+        export(model_path, tensors, output / "model", beta)
+
+
+_SERVICES = "services.pkl"
+
+
+def _save(learner: RLLearner, source: BatchSource, folder: Path) -> Described:
+    """The learner's part of a checkpoint, and beside it what controller, replay and critic were at its version."""
+    learner.save(folder)
+    if learner.zero.rank:
+        return {}
+    state = source.checkpoint(learner.version)
+    if state.get("critic"):
+        state["critic"] = shutil.copy(state["critic"], folder)
+    (folder / _SERVICES).write_bytes(pickle.dumps(state))
+    rows = enumerate(shard["files"] for shard in state["shards"])
+    return {f"replay/{shard}/{name}": what for shard, files in rows for name, what in files.items()}
+
+
+def _services_of(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = pickle.loads((folder / _SERVICES).read_bytes())
+    if state.get("critic"):
+        state["critic"] = str(folder / Path(state["critic"]).name)
+    return state
 
 
 def tensors_of(batch: Batch, start: int, stop: int, width: int, device: torch.device) -> dict[str, Tensor]:

@@ -9,20 +9,22 @@ Rows have numbers that only grow; eviction never renumbers. Nothing on the way o
 
 On disk a snapshot adds one Parquet file of the rows since the last one, ``rows-<first>-<end>.parquet``, written beside,
 synced and renamed. A killed process therefore loses what came after the last snapshot and nothing else, and the folder
-can be read at any time with ``datasets.load_dataset("parquet", data_files="<folder>/*.parquet")``.
+can be read at any time with ``datasets.load_dataset("parquet", data_files="<folder>/*.parquet")``. A mark is all else
+that the buffer is at a moment: with it and the files that it names, the buffer is again what it was.
 """
 
 import contextlib
 import itertools
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from cola_ray.saved import Described, describe, write_whole
 
 Array = np.ndarray
 _FULL = 512 << 20  # bytes of a chunk that is not merged any further: Arrow's offsets have 31 bits
@@ -46,12 +48,16 @@ class ReplayBuffer:
 
     def __init__(self, max_rows: int, max_bytes: int, alpha: float = 0.6) -> None:
         self.max_rows, self.max_bytes, self.alpha = max_rows, max_bytes, alpha
+        self._empty()
+
+    def _empty(self) -> None:
         self.schema: pa.Schema | None = None
         self.chunks: list[pa.RecordBatch] = []
         self.starts: list[int] = []  # number of each chunk's first row
         self.first, self.end = 0, 0  # rows first..end-1 are there
         self.saved = 0  # rows before this one are on disk
-        blocks = -(-max_rows // _BLOCK)
+        self.files: Described = {}  # what is on disk
+        blocks = -(-self.max_rows // _BLOCK)
         self.priorities = np.zeros(blocks * _BLOCK)  # by row number modulo its length; already raised to alpha
         self.block_sums = np.zeros(blocks)
         self.highest = 1.0
@@ -61,7 +67,14 @@ class ReplayBuffer:
 
     @property
     def nbytes(self) -> int:
-        return sum(chunk.nbytes for chunk in self.chunks)
+        return sum(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """Bytes of each chunk's rows that are still there."""
+        return [
+            chunk.slice(max(self.first - start, 0)).nbytes
+            for start, chunk in zip(self.starts, self.chunks, strict=True)
+        ]
 
     def append(self, table: pa.Table) -> tuple[int, int]:
         """Add rows, evicting old ones where there is no room; returns the numbers (first, end) of the new rows.
@@ -89,7 +102,7 @@ class ReplayBuffer:
     # --- sampling -----------------------------------------------------------------------------------------------
 
     def sample(self, count: int, rng: np.random.Generator) -> tuple[pa.Table, Array]:
-        """``count`` rows, uniformly with replacement, and their numbers; in no order that means anything."""
+        """``count`` rows, uniformly with replacement, and their numbers, in order."""
         self._require_rows()
         return self.take(rng.integers(self.first, self.end, count))
 
@@ -123,10 +136,9 @@ class ReplayBuffer:
         return np.concatenate([chunk[name].to_numpy() for chunk in self.chunks])[-len(self) :]
 
     def take(self, numbers: Array) -> tuple[pa.Table, Array]:
-        """These rows, grouped by chunk, and their numbers in the order of the table."""
+        """These rows, oldest first, and their numbers in the order of the table."""
+        numbers = np.sort(numbers)  # and not as chunks have been merged, which nobody is to see
         owners = np.searchsorted(self.starts, numbers, side="right") - 1
-        order = np.argsort(owners, kind="stable")
-        numbers, owners = numbers[order], owners[order]
         hit, cuts = np.unique(owners, return_index=True)
         pieces = [
             self.chunks[owner].take(pa.array(mine - self.starts[owner]))
@@ -164,7 +176,7 @@ class ReplayBuffer:
     def _merge(self) -> None:
         """Join the smallest neighbours until few chunks are left beside the full ones."""
         while True:
-            sizes = [chunk.nbytes for chunk in self.chunks]
+            sizes = self._sizes()
             pairs = [(one + next_one, i) for i, (one, next_one) in enumerate(itertools.pairwise(sizes))]
             joinable = [pair for pair in pairs if pair[0] <= _FULL]
             if not joinable or sum(size <= _FULL // 2 for size in sizes) <= _OPEN_CHUNKS:
@@ -177,10 +189,10 @@ class ReplayBuffer:
         """Rows beyond ``max_rows``; for ``max_bytes`` whole chunks. Never rows from ``newest`` on."""
         first = max(self.first, self.end - self.max_rows)
         total = self.nbytes
-        for start, chunk in zip(self.starts, self.chunks, strict=True):
+        for start, chunk, size in zip(self.starts, self.chunks, self._sizes(), strict=True):
             if total <= self.max_bytes or start + chunk.num_rows > newest:
                 break
-            total -= chunk.nbytes
+            total -= size
             first = max(first, start + chunk.num_rows)
         gone = np.arange(self.first, first)
         self.first = first
@@ -198,27 +210,77 @@ class ReplayBuffer:
 
     # --- disk ---------------------------------------------------------------------------------------------------
 
-    def snapshot(self, folder: Path, lock: contextlib.AbstractContextManager | None = None) -> int:
+    def snapshot(
+        self,
+        folder: Path,
+        lock: contextlib.AbstractContextManager | None = None,
+        needed: Collection[str] | None = (),
+        until: int | None = None,
+    ) -> int:
         """Add the rows since the last snapshot to ``folder``; returns how many. What was evicted is removed there.
 
         Args:
             lock: held while the buffer is looked at, but not while the disk is written.
+            needed: files that stay, although all their rows were evicted; None: all of them do.
+            until: number of the first row that is left out.
         """
         lock = lock or contextlib.nullcontext()
         folder.mkdir(parents=True, exist_ok=True)
         with lock:
-            first, end = max(self.saved, self.first), self.end
-            table = self._slice(first) if end > first else None
+            first, end = max(self.saved, self.first), self.end if until is None else until
+            table = self._slice(first, end) if end > first else None
         if table is not None:
             path = folder / f"rows-{first:012d}-{end:012d}.parquet"
             write_whole(path, lambda file: pq.write_table(table, file, compression="zstd"))
+            self.files |= describe(folder, [path])
         with lock:
-            self.saved = end
+            self.saved = max(self.saved, end)
             oldest = self.first
         for path, _, last in _files(folder):
-            if last <= oldest:
+            if needed is not None and last <= oldest and path.name not in needed:
                 path.unlink()
-        return end - first
+                self.files.pop(path.name, None)
+        return max(end - first, 0)
+
+    def mark(self, folder: Path, lock: contextlib.AbstractContextManager | None = None) -> dict[str, Any]:
+        """All that the buffer is now, beside its rows, which the files ``files`` in ``folder`` have on return."""
+        lock = lock or contextlib.nullcontext()
+        with lock:
+            numbers = np.arange(self.first, self.end)
+            found = {
+                "first": self.first, "end": self.end, "highest": self.highest,
+                "starts": [max(start, self.first) for start in self.starts],
+                "priorities": self.priorities[numbers % len(self.priorities)],
+            }  # fmt: skip
+        self.snapshot(folder, lock, None, found["end"])
+        spans = {path.name: (start, end) for path, start, end in _files(folder)}
+        files = {name: what for name, what in self.files.items() if _overlap(spans.get(name), found)}
+        return found | {"files": files}
+
+    def go_back(self, folder: Path, mark: Mapping[str, Any] | None) -> None:
+        """Be what the buffer was at the mark, or empty. Files of later rows are removed.
+
+        Raises ReplayError naming the file that cannot be read.
+        """
+        first, end = (mark["first"], mark["end"]) if mark else (0, 0)
+        for path, start, _ in _files(folder):
+            if start >= end:
+                path.unlink()
+        self._empty()
+        if mark is None or first == end:
+            self.first = self.end = self.saved = end
+            return
+        spans = {path: (start, stop) for path, start, stop in _files(folder) if path.name in mark["files"]}
+        rows = pa.concat_tables(_rows(path, *span) for path, span in spans.items())
+        origin = next(iter(spans.values()))[0]
+        self.schema, self.files = rows.schema, dict(mark["files"])
+        self.first, self.end, self.saved, self.highest = first, end, end, mark["highest"]
+        self.starts = list(mark["starts"])
+        for start, stop in itertools.pairwise([*self.starts, end]):
+            chunk = _one_batch(rows.slice(start - origin, stop - start).combine_chunks())
+            self.chunks.append(pa.concat_batches([chunk, chunk.slice(0, 0)]))  # a copy: what is evicted is free
+        self.priorities[np.arange(first, end) % len(self.priorities)] = mark["priorities"]
+        self.block_sums = self.priorities.reshape(-1, _BLOCK).sum(1)
 
     def restore(self, folder: Path) -> int:
         """Fill an empty buffer from ``folder``; returns how many rows.
@@ -229,26 +291,36 @@ class ReplayBuffer:
         for path, first, end in _files(folder):
             if len(self) and first != self.end:
                 raise ReplayError(f"{folder}: rows {self.end} to {first} are missing")
-            try:
-                table = pq.read_table(path)
-            except (pa.ArrowException, OSError) as error:
-                raise ReplayError(f"{path} cannot be read ({error}); remove it and what follows to go on") from None
-            if table.num_rows != end - first:
-                raise ReplayError(f"{path} holds {table.num_rows} rows, not {end - first}")
+            table = _rows(path, first, end)
             if not len(self):
                 self.first = self.end = first
             for batch in table.to_batches(max_chunksize=self.max_rows):
                 self.append(pa.Table.from_batches([batch]))
+        self.files = describe(folder, (path for path, *_ in _files(folder)))
         self.saved = self.end
         return len(self)
 
-    def _slice(self, first: int) -> pa.Table:
+    def _slice(self, first: int, end: int) -> pa.Table:
         pieces = [
-            chunk.slice(max(first - start, 0))
+            chunk.slice(max(first - start, 0), end - max(first, start))
             for start, chunk in zip(self.starts, self.chunks, strict=True)
-            if start + chunk.num_rows > first
+            if start + chunk.num_rows > first and start < end
         ]
         return pa.Table.from_batches(pieces)
+
+
+def _overlap(span: tuple[int, int] | None, mark: Mapping[str, Any]) -> bool:
+    return span is not None and span[0] < mark["end"] and mark["first"] < span[1]
+
+
+def _rows(path: Path, first: int, end: int) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ReplayError(f"{path} cannot be read ({error}); remove it and what follows to go on") from None
+    if table.num_rows != end - first:
+        raise ReplayError(f"{path} holds {table.num_rows} rows, not {end - first}")
+    return table
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
@@ -264,21 +336,6 @@ def _files(folder: Path) -> list[tuple[Path, int, int]]:
         if match:
             found.append((path, int(match[1]), int(match[2])))
     return sorted(found, key=lambda item: item[1])
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """All of the file or none of it, also across a power cut."""
-    beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def importance_weights(shares: Array, rows: int, beta: float) -> Array:

@@ -26,15 +26,19 @@ from transformers import AutoModel
 from cola_ray.algorithms.advantages import centred, over_spread
 from cola_ray.algorithms.archer import TwinHeads
 from cola_ray.config import CriticConfig
-from cola_ray.replay.buffer import write_whole
 from cola_ray.replay.critic import Critic, EncodedTwins
 from cola_ray.replay.service import Draw, Shards
 from cola_ray.replay.transitions import Read, TextReader, critic_batch, read_features
+from cola_ray.saved import write_whole
 from cola_ray.weights import Channel, join, meeting_point
 
 Array = np.ndarray
 Metrics = dict[str, float]
 _TYPICAL_ROWS = 4096  # enough to know how often a turn ends an episode
+_SAVES = 3
+"""The last ones, which stay: a checkpoint is made of one while the next fit goes on."""
+_DRAWS = 1
+"""Begins the places of a critic's draws in the run; those of the controller begin with 0."""
 
 
 class ReplicaLostError(RuntimeError):
@@ -47,20 +51,39 @@ class CriticService:
     Args:
         width: of the base's features, which ``config.encoder`` takes the place of.
         model_path: whose ids replay holds.
-        folder: of its checkpoint.
+        folder: of what each fit saves, ``critic-<steps>.pt``.
     """
 
     def __init__(
         self, config: CriticConfig, width: int, model_path: str, shards: Shards, folder: str, seed: int
     ) -> None:
         self.config, self.width, self.shards, self.seed = config, width, shards, seed
-        self.file = Path(folder) / "critic.pt"
+        self.folder, self.busy = Path(folder), asyncio.Lock()
         self.read: Read = TextReader(config.encoder, model_path) if config.encoder else read_features
         self.rank, self.size = 0, 1
 
     async def saved(self) -> Mapping[str, Any] | None:
         """What the last fit left; None where there was none."""
-        return torch.load(self.file, map_location="cpu") if self.file.exists() else None
+        files = self._files()
+        return torch.load(files[-1], map_location="cpu") if files else None
+
+    async def mark(self) -> str:
+        """The file of the last fit; empty where there was none."""
+        async with self.busy:
+            return str(self._files()[-1]) if self._files() else ""
+
+    async def go_back(self, file: str) -> None:
+        """Go on from what a fit saved, at the next ``join``; empty: from nothing."""
+        async with self.busy:
+            for old in self._files():
+                if not file or old.resolve() != Path(file).resolve():
+                    old.unlink()
+            if file:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(self.folder / Path(file).name, lambda to: to.write(Path(file).read_bytes()))
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("critic-*.pt"))
 
     async def address(self) -> tuple[str, int]:
         """Where the other replicas can meet this one."""
@@ -77,7 +100,6 @@ class CriticService:
         )  # fmt: skip
         if state is not None:
             self.critic.load_state_dict(copy.deepcopy(dict(state)))  # Adam keeps the tensors that it is given
-        self.rng = np.random.default_rng((self.seed, rank, self.critic.steps))
         if self.size > 1:
             group = await asyncio.to_thread(join, channel, rank, torch.device("cpu"))
             self.critic.average = functools.partial(_average, group, self.size)
@@ -88,33 +110,44 @@ class CriticService:
         return TwinHeads(self.width + 1, self.width + 1)  # each has one number beside e, see read_features
 
     async def fit(self, fresh: pa.Table) -> Metrics:
-        """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made."""
+        """``critic.steps`` steps; metrics are means over them. The next rows are fetched while a step is made.
+
+        Draws depend on the run's seed, the replica and the number of the step alone.
+        """
+        async with self.busy:
+            return await self._fit(fresh)
+
+    async def _fit(self, fresh: pa.Table) -> Metrics:
         if not self.critic.steps:
-            rows = await self.shards.sample(_TYPICAL_ROWS)
+            rows = await self.shards.sample(_TYPICAL_ROWS, _DRAWS, self.rank)
             columns = [torch.tensor(rows[name].to_numpy()) for name in ("reward", "terminated")]
             features = [] if self.config.encoder else [self.read(rows, name) for name in ("state", "utterance")]
             await asyncio.to_thread(self.critic.start_from, *columns, *features)
         metrics = list[Metrics]()
         share = -(-self.config.batch_size // self.size)
-        coming = asyncio.create_task(self._draw(share))
-        for step in range(self.config.steps):
+        first = self.critic.steps
+        coming = asyncio.create_task(self._draw(share, first))
+        for step in range(first, first + self.config.steps):
             draw = await coming
-            if step + 1 < self.config.steps:
-                coming = asyncio.create_task(self._draw(share))
-            some = fresh.take(pa.array(self.rng.integers(0, len(fresh), share)))
+            if step + 1 < first + self.config.steps:
+                coming = asyncio.create_task(self._draw(share, step + 1))
+            rng = np.random.default_rng((self.seed, self.rank, step))
+            some = fresh.take(pa.array(rng.integers(0, len(fresh), share)))
             batch = await asyncio.to_thread(critic_batch, self.read, draw.rows, some, draw.weights)
             metrics.append(await asyncio.to_thread(self.critic.step, batch))
             if draw.places:
+                await asyncio.wait([coming])  # or it would depend on time which priorities the next draw sees
                 await self.shards.set_priorities(draw, await asyncio.to_thread(self.critic.td_errors, batch))
         if self.rank == 0:
             await asyncio.to_thread(self._save)
         means = {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
         return means | {"critic/steps": float(self.critic.steps)}
 
-    async def _draw(self, count: int) -> Draw:
+    async def _draw(self, count: int, step: int) -> Draw:
+        place = (_DRAWS, self.rank, 1 + step)
         if self.config.priority_beta:
-            return await self.shards.sample_prioritised(count, self.config.priority_beta)
-        return Draw(await self.shards.sample(count))
+            return await self.shards.sample_prioritised(count, self.config.priority_beta, *place)
+        return Draw(await self.shards.sample(count, *place))
 
     async def advantages(self, fresh: pa.Table) -> Array:
         """Of each fresh utterance; a replica may be asked about none."""
@@ -139,8 +172,11 @@ class CriticService:
         return self.critic.judge()
 
     def _save(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.file, lambda file: torch.save(self.critic.state_dict(), file))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"critic-{self.critic.steps:09d}.pt"
+        write_whole(file, lambda opened: torch.save(self.critic.state_dict(), opened))
+        for old in self._files()[:-_SAVES]:
+            old.unlink()
 
 
 def _average(group: Any, size: int, gradients: torch.Tensor) -> None:
@@ -203,15 +239,30 @@ class CriticReplicas:
         """The target heads' weights."""
         return (await self._all("judge", [()] * self.count))[0]
 
+    async def mark(self) -> str:
+        """The file that :meth:`go_back` needs; empty where nothing was fitted yet, or there is no critic."""
+        return str(await self._patiently(self.ask, 0, "mark")) if self.count else ""
+
+    async def go_back(self, file: str) -> None:
+        """Be what the critic was when this file was saved; empty: what it is at first."""
+        self.together = False
+        if self.count:
+            await self._patiently(self.ask, 0, "go_back", file)
+
     async def _all(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         """What each replica makes of its arguments; after a loss once more, from the last save."""
+        made: list[Any] = await self._patiently(self._once, method, arguments)
+        return made
+
+    @staticmethod
+    async def _patiently(work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         patience = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(ReplicaLostError),
             wait=tenacity.wait_exponential(max=10),
             stop=tenacity.stop_after_delay(600),  # seconds; a process starts within one minute, if slowly
             reraise=True,
         )
-        return await patience(self._once, method, arguments)
+        return await patience(work, *args)
 
     async def _once(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         try:

@@ -2,17 +2,19 @@
 
     producers ── insert(rows) ──> shard of the key ──┐                      ┌── sample(n): n rows, drawn over all shards
                                   shard of the key ──┼── snapshot thread ──>│   in proportion to what they hold
-                                                     └── folder/shard-<i>/  └── set_priorities(draw, |TD error|)
+                                                     └── folder/*.parquet   └── set_priorities(draw, |TD error|)
 
 A shard is a plain class; the driver makes it an actor and hands a :class:`Shards` to whoever produces or consumes. A
-shard that is killed comes back with what its last snapshot held, and says how many rows that is.
+shard that is killed comes back with what its last snapshot held, and says how many rows that is. Which rows are drawn
+depends on what is held and on the draw's place in the run alone: who asks when, and how often, does not matter.
 """
 
 import asyncio
 import os
 import threading
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ import pyarrow as pa
 from cola_ray.replay.buffer import ReplayBuffer, ReplayError, importance_weights
 
 Array = np.ndarray
+Seed = Sequence[int]
+"""Of a draw: the run's, the shard's number, and the draw's place in the run."""
+_MARKS = 3
+"""The last ones whose files stay, also before a checkpoint has named them."""
 
 
 class ReplayShard:
@@ -33,19 +39,21 @@ class ReplayShard:
         snapshot_every_s: seconds between snapshots; 0 saves only when asked.
     """
 
-    def __init__(
-        self, max_rows: int, max_bytes: int, folder: str, snapshot_every_s: float, seed: int, alpha: float = 0.6
-    ) -> None:
+    def __init__(self, max_rows: int, max_bytes: int, folder: str, snapshot_every_s: float, alpha: float = 0.6) -> None:
         self.buffer = ReplayBuffer(max_rows, max_bytes, alpha)
         self.folder, self.lock, self.saving = Path(folder), threading.Lock(), threading.Lock()
-        self.rng = np.random.default_rng(seed)
+        self.needed: set[str] | None = None  # files that checkpoints name; not known: all may be
+        self.marked = deque[set[str]](maxlen=_MARKS)
         self.restored = self.buffer.restore(self.folder) if self.folder.exists() else 0
         self.failure = ""
-        self.last_position = -1
-        if self.buffer.schema is not None and "position" in self.buffer.schema.names:
-            self.last_position = int(self.buffer.column("position").max())
+        self.last_position = self._last_position()
         if snapshot_every_s:
             threading.Thread(target=self._save_now_and_then, args=(snapshot_every_s,), daemon=True).start()
+
+    def _last_position(self) -> int:
+        if not len(self.buffer) or self.buffer.schema is None or "position" not in self.buffer.schema.names:
+            return -1
+        return int(self.buffer.column("position").max())
 
     def insert(self, rows: pa.Table) -> int:
         """Returns how many rows the shard holds then. Raises what the last snapshot failed with, if it did.
@@ -73,13 +81,13 @@ class ReplayShard:
         with self.lock:
             return len(self.buffer), self.buffer.nbytes, self.restored, os.getpid()
 
-    def sample(self, count: int) -> tuple[pa.Table, Array]:
+    def sample(self, count: int, seed: Seed) -> tuple[pa.Table, Array]:
         with self.lock:
-            return self.buffer.sample(count, self.rng)
+            return self.buffer.sample(count, np.random.default_rng(seed))
 
-    def sample_prioritised(self, count: int) -> tuple[pa.Table, Array, Array]:
+    def sample_prioritised(self, count: int, seed: Seed) -> tuple[pa.Table, Array, Array]:
         with self.lock:
-            return self.buffer.sample_prioritised(count, self.rng)
+            return self.buffer.sample_prioritised(count, np.random.default_rng(seed))
 
     def priority_total(self) -> tuple[int, float]:
         """Rows held, and the sum of their priorities."""
@@ -99,11 +107,11 @@ class ReplayShard:
         with self.lock:
             return int((self.buffer.column("total_reward") >= cutoff).sum()) if len(self.buffer) else 0
 
-    def sample_above(self, count: int, cutoff: float) -> pa.Table:
+    def sample_above(self, count: int, cutoff: float, seed: Seed) -> pa.Table:
         """``count`` rows, uniformly, of episodes that returned at least ``cutoff``."""
         with self.lock:
             good = np.flatnonzero(self.buffer.column("total_reward") >= cutoff) + self.buffer.first
-            return self.buffer.take(self.rng.choice(good, count))[0]
+            return self.buffer.take(np.random.default_rng(seed).choice(good, count))[0]
 
     def set_priorities(self, numbers: Array, priorities: Array) -> None:
         with self.lock:
@@ -112,7 +120,25 @@ class ReplayShard:
     def snapshot(self) -> int:
         """Save what is new; returns how many rows."""
         with self.saving:
-            return self.buffer.snapshot(self.folder, self.lock)
+            needed = None if self.needed is None else self.needed.union(*self.marked)
+            return self.buffer.snapshot(self.folder, self.lock, needed)
+
+    def mark(self) -> dict[str, Any]:
+        """What :meth:`go_back` needs beside the files that it names, which are on disk."""
+        with self.saving:
+            mark = self.buffer.mark(self.folder, self.lock)
+            self.marked.append({*mark["files"]})
+            return mark | {"last_position": self.last_position}
+
+    def need(self, files: Collection[str]) -> None:
+        """Keep these on disk, and the files of the last marks; others may go when their rows do."""
+        self.needed = {*files}
+
+    def go_back(self, mark: Mapping[str, Any] | None) -> None:
+        """Be what the shard was at a mark; None: empty."""
+        with self.saving, self.lock:
+            self.buffer.go_back(self.folder, mark)
+            self.last_position = mark["last_position"] if mark else -1
 
     def _save_now_and_then(self, seconds: float) -> None:
         pause = threading.Event()
@@ -142,8 +168,7 @@ class Shards:
     """All shards as one buffer. ``ask`` reaches them: Ray actors in a run, plain objects in a test."""
 
     def __init__(self, count: int, ask: Ask, seed: int) -> None:
-        self.count, self.ask = count, ask
-        self.rng = np.random.default_rng(seed)
+        self.count, self.ask, self.seed = count, ask, seed
         self.processes: dict[int, int] = {}  # of the shards, as last seen
 
     def shard_of(self, key: str) -> int:
@@ -167,22 +192,26 @@ class Shards:
             self.processes[shard] = process
         return found
 
-    async def sample(self, count: int) -> pa.Table:
-        """``count`` rows, uniform over all shards."""
-        hit = self._shares(count, [rows for rows, *_ in await self._ask_all("size")])
-        pieces = await asyncio.gather(*(self.ask(shard, "sample", n) for shard, n in hit))
+    async def sample(self, count: int, *place: int) -> pa.Table:
+        """``count`` rows, uniform over all shards.
+
+        Args:
+            place: numbers of at least 0 that no other draw of the run has.
+        """
+        hit = self._shares(count, [rows for rows, *_ in await self._ask_all("size")], place)
+        pieces = await asyncio.gather(*(self.ask(shard, "sample", n, seed) for shard, n, seed in hit))
         return pa.concat_tables([table for table, _ in pieces])
 
-    async def sample_prioritised(self, count: int, beta: float) -> "Draw":
+    async def sample_prioritised(self, count: int, beta: float, *place: int) -> "Draw":
         """``count`` rows in proportion to their priorities over all shards."""
         held = await self._ask_all("priority_total")
         totals = np.array([total for _, total in held])
-        hit = self._shares(count, totals)
-        pieces = await asyncio.gather(*(self.ask(shard, "sample_prioritised", n) for shard, n in hit))
+        hit = self._shares(count, totals, place)
+        pieces = await asyncio.gather(*(self.ask(shard, "sample_prioritised", n, seed) for shard, n, seed in hit))
         shares = np.concatenate([drawn for *_, drawn in pieces]) / totals.sum()
         return Draw(
             pa.concat_tables([table for table, *_ in pieces]),
-            tuple((shard, numbers) for (shard, _), (_, numbers, _) in zip(hit, pieces, strict=True)),
+            tuple((shard, numbers) for (shard, *_), (_, numbers, _) in zip(hit, pieces, strict=True)),
             importance_weights(shares, sum(rows for rows, _ in held), beta),
         )
 
@@ -196,7 +225,7 @@ class Shards:
         """Of all episodes held, one an episode."""
         return np.concatenate(await self._ask_all("totals"))
 
-    async def sample_best(self, count: int, share: float) -> tuple[pa.Table, float]:
+    async def sample_best(self, count: int, share: float, *place: int) -> tuple[pa.Table, float]:
         """``count`` rows, uniform over all those of the best ``share`` of episodes, and the return that makes one.
 
         Ties are kept. An episode of many turns has as many rows.
@@ -205,18 +234,33 @@ class Shards:
         if not len(totals):
             raise ReplayError("no shard holds an episode")
         cutoff = float(np.quantile(totals, 1.0 - share, method="higher"))  # a return that there was
-        hit = self._shares(count, await self._ask_all("rows_above", cutoff))
-        return pa.concat_tables(await asyncio.gather(*(self.ask(i, "sample_above", n, cutoff) for i, n in hit))), cutoff
+        hit = self._shares(count, await self._ask_all("rows_above", cutoff), place)
+        asked = (self.ask(shard, "sample_above", n, cutoff, seed) for shard, n, seed in hit)
+        return pa.concat_tables(await asyncio.gather(*asked)), cutoff
 
-    def _shares(self, count: int, held: Sequence[float] | Array) -> list[tuple[int, int]]:
-        """How many of ``count`` draws fall on which shard, in proportion to what each holds."""
+    def _shares(
+        self, count: int, held: Sequence[float] | Array, place: Sequence[int]
+    ) -> list[tuple[int, int, tuple[int, ...]]]:
+        """(shard, how many of ``count`` draws fall on it, their seed), in proportion to what each holds."""
         parts = np.asarray(held, np.float64)
         if not parts.sum() > 0:
             raise ReplayError("no shard holds a row to draw")
-        return [(shard, int(n)) for shard, n in enumerate(self.rng.multinomial(count, parts / parts.sum())) if n]
+        counts = np.random.default_rng((self.seed, *place)).multinomial(count, parts / parts.sum())
+        return [(shard, int(n), (self.seed, 1 + shard, *place)) for shard, n in enumerate(counts) if n]
 
-    async def snapshot(self) -> int:
-        return sum(await self._ask_all("snapshot"))
+    async def mark(self) -> list[dict[str, Any]]:
+        """What :meth:`go_back` needs beside the files on disk, of each shard."""
+        return list(await self._ask_all("mark"))
+
+    async def need(self, marks: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Keep what these marks name on disk."""
+        files = [{name for mark in marks for name in mark[shard]["files"]} for shard in range(self.count)]
+        await asyncio.gather(*(self.ask(shard, "need", files[shard]) for shard in range(self.count)))
+
+    async def go_back(self, mark: Sequence[Mapping[str, Any]] | None) -> None:
+        """Be what the shards were at a mark; None: empty."""
+        asked = (self.ask(shard, "go_back", mark[shard] if mark else None) for shard in range(self.count))
+        await asyncio.gather(*asked)
 
     async def _ask_all(self, method: str, *args: Any) -> Sequence[Any]:
         return await asyncio.gather(*(self.ask(shard, method, *args) for shard in range(self.count)))

@@ -84,7 +84,7 @@ def run(tmp_path, algorithm, **changes):
              "rl.updates_per_batch": 1,
              "task.max_failed_rewards": 0.5}  # fmt: skip
     config = override(preset("tiny", agents=True), fixed | changes)
-    shard = ReplayShard(1000, 1 << 24, str(tmp_path / "replay"), 0, seed=0)
+    shard = ReplayShard(1000, 1 << 24, str(tmp_path / "replay"), 0)
 
     async def ask(_, method, *args):
         return getattr(shard, method)(*args)

@@ -107,7 +107,7 @@ def run(pool, changes=None, act=train, folder=""):
     """Args: folder: of a replay shard, for who asks one."""
 
     async def whole():
-        shard = ReplayShard(1000, 1 << 20, str(folder), 0, seed=0) if folder else None
+        shard = ReplayShard(1000, 1 << 20, str(folder), 0) if folder else None
 
         async def ask(_, method, *args):
             return getattr(shard, method)(*args)

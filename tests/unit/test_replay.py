@@ -189,13 +189,13 @@ def shards_over(*shards, seed=0):
 
 
 def test_shards_are_sampled_as_one_buffer(tmp_path):
-    parts = [ReplayShard(1000, 1 << 30, str(tmp_path / str(i)), 0, seed=i) for i in range(3)]
+    parts = [ReplayShard(1000, 1 << 30, str(tmp_path / str(i)), 0) for i in range(3)]
     shards = shards_over(*parts)
 
     async def fill_and_sample():
         homes = [shards.shard_of(f"episode {n}") for n in range(60)]
         await asyncio.gather(*(shards.insert(home, rows(10 * n, 10)) for n, home in enumerate(homes)))
-        return await shards.size(), await shards.sample(30_000)
+        return await shards.size(), await shards.sample(30_000, 1)
 
     size, sample = asyncio.run(fill_and_sample())
     assert size == (600, sum(part.size()[1] for part in parts))
@@ -207,7 +207,7 @@ def test_shards_are_sampled_as_one_buffer(tmp_path):
 
 
 def test_priorities_reach_over_shards(tmp_path):
-    shards = [ReplayShard(100, 1 << 20, str(tmp_path / str(i)), 0, seed=i) for i in range(2)]
+    shards = [ReplayShard(100, 1 << 20, str(tmp_path / str(i)), 0) for i in range(2)]
     shards[0].insert(rows(0, 30))
     shards[1].insert(rows(100, 10))
     everywhere = shards_over(*shards)
@@ -228,7 +228,7 @@ def test_priorities_reach_over_shards(tmp_path):
 
 
 def test_a_shard_that_was_started_again_is_noticed_once(tmp_path):
-    first = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    first = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0)
     first.insert(rows(0, 10))
     first.snapshot()
     first.insert(rows(10, 10))
@@ -240,37 +240,37 @@ def test_a_shard_that_was_started_again_is_noticed_once(tmp_path):
 
     shards = Shards(1, ask, seed=0)
     assert asyncio.run(shards.came_back()) == []
-    current = second = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    current = second = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0)
     assert asyncio.run(shards.came_back()) == [(0, 10)]
     assert asyncio.run(shards.came_back()) == []
     assert second.size()[0] == 10, "what came after the snapshot is lost, and no more"
 
 
 def test_an_episode_that_is_played_again_is_kept_once(tmp_path):
-    shard = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    shard = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0)
     shard.insert(as_rows([episode(3, [-1.0, 0.0], True), episode(4, [-1.0], False)], width=4))
     shard.snapshot()
-    shard = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    shard = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0)
     shard.insert(as_rows([episode(4, [-1.0], False), episode(5, [-1.0], False)], width=4))
     shard.insert(as_rows([episode(5, [-1.0], False), episode(3, [-1.0, 0.0], True)], width=4))
     assert shard.buffer.column("position").tolist() == [3, 3, 4, 5]
 
 
 def test_a_shard_saves_by_itself_and_comes_back(tmp_path):
-    shard = ReplayShard(1000, 1 << 30, str(tmp_path), 0.05, seed=0)
+    shard = ReplayShard(1000, 1 << 30, str(tmp_path), 0.05)
     for n in range(20):
         shard.insert(rows(10 * n, 10))
     deadline = time.monotonic() + 20
     while shard.buffer.saved < 200:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    again = ReplayShard(1000, 1 << 30, str(tmp_path), 0, seed=0)
+    again = ReplayShard(1000, 1 << 30, str(tmp_path), 0)
     assert again.size()[2] == 200
     assert contents(again.buffer) == list(range(200))
 
 
 def test_a_full_disk_is_told_to_producers(tmp_path, monkeypatch):
-    shard = ReplayShard(1000, 1 << 30, str(tmp_path), 0.02, seed=0)
+    shard = ReplayShard(1000, 1 << 30, str(tmp_path), 0.02)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -286,7 +286,7 @@ def test_a_full_disk_is_told_to_producers(tmp_path, monkeypatch):
 
 
 def test_several_producers_and_consumers_at_once(tmp_path):
-    shard = ReplayShard(500, 1 << 30, str(tmp_path), 0.01, seed=0)
+    shard = ReplayShard(500, 1 << 30, str(tmp_path), 0.01)
     shard.insert(rows(0, 10))
     numbers = itertools.count()
 
@@ -296,7 +296,7 @@ def test_several_producers_and_consumers_at_once(tmp_path):
 
     def consume():
         for _ in range(100):
-            table, _ = shard.sample(32)
+            table, _ = shard.sample(32, (0,))
             pairs = zip(table["n"].to_pylist(), table["text"].to_pylist(), strict=True)
             assert all(text.startswith(f"turn {n} ") for n, text in pairs)
 
@@ -321,7 +321,7 @@ def episode(position, rewards, terminated):
 
 def test_the_best_rows_are_uniform_over_shards_of_unequal_episodes(tmp_path):
     """One shard has a good episode of 20 turns, another four of 1 turn, a third bad ones, a fourth nothing."""
-    parts = [ReplayShard(1000, 1 << 24, str(tmp_path / str(i)), 0, seed=i) for i in range(4)]
+    parts = [ReplayShard(1000, 1 << 24, str(tmp_path / str(i)), 0) for i in range(4)]
     parts[0].insert(as_rows([episode(0, [0.0] * 19 + [1.0], True)], 4))
     parts[1].insert(as_rows([episode(n, [1.0], True) for n in range(1, 5)], 4))
     parts[2].insert(as_rows([episode(n, [-1.0, 0.0], True) for n in range(5, 10)], 4))
@@ -335,7 +335,7 @@ def test_the_best_rows_are_uniform_over_shards_of_unequal_episodes(tmp_path):
 
 
 def test_an_episode_whose_first_turns_are_gone_still_counts_once(tmp_path):
-    shard = ReplayShard(5, 1 << 24, str(tmp_path), 0, seed=0)
+    shard = ReplayShard(5, 1 << 24, str(tmp_path), 0)
     shard.insert(as_rows([episode(0, [1.0, 1.0, 1.0], True)], 4))
     shard.insert(as_rows([episode(1, [0.5, 0.5, 0.5], True), episode(2, [0.0], True)], 4))
     assert len(shard.buffer) == 5
@@ -345,7 +345,7 @@ def test_an_episode_whose_first_turns_are_gone_still_counts_once(tmp_path):
 
 
 def test_shards_without_rows_are_no_error_and_no_shard_with_rows_is_one(tmp_path):
-    empty = [ReplayShard(10, 1 << 20, str(tmp_path / str(i)), 0, seed=i) for i in range(2)]
+    empty = [ReplayShard(10, 1 << 20, str(tmp_path / str(i)), 0) for i in range(2)]
     everywhere = shards_over(*empty)
     for draw in (everywhere.sample(3), everywhere.sample_prioritised(3, 0.4), everywhere.sample_best(3, 0.1)):
         with pytest.raises(ReplayError, match="no shard holds"):
@@ -356,7 +356,7 @@ def test_shards_without_rows_are_no_error_and_no_shard_with_rows_is_one(tmp_path
 
 def test_a_replica_that_is_asked_about_no_row_says_nothing(tmp_path):
     played = as_rows([episode(0, [1.0], True)], 4)
-    shard = ReplayShard(10, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    shard = ReplayShard(10, 1 << 20, str(tmp_path / "0"), 0)
     shard.insert(played)
     services = [CriticService(CriticConfig(steps=1), 4, "", shards_over(shard), str(tmp_path), seed=0) for _ in "ab"]
     for service in services:
@@ -420,7 +420,7 @@ def test_an_encoder_reads_the_same_rows_as_text(tmp_path):
     got = [row[mask.bool()].tolist() for row, mask in pairs]
     assert got == said, "the next state is state, utterance and answer: the state of the next row"
 
-    shard = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0, seed=0)
+    shard = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0)
     shard.insert(rows_of)
     config = CriticConfig(encoder=str(encoder), steps=20, batch_size=32, lr=1e-3)
     critic = CriticService(config, 4, str(policy), shards_over(shard), str(tmp_path / "critic"), seed=0)
