@@ -256,6 +256,9 @@ class RolloutConfig(_Branch):
     """Key/value cache of an engine on CPU; on GPU vLLM's memory share rules."""
     environment_processes: Processes = 2
     """Processes that a worker's multi-turn environments share."""
+    in_rounds: bool = False
+    """Agents: a worker's episodes take their turns together, so that a run comes out the same bit for bit however fast
+    environments answer, where the engine's arithmetic allows. Each round waits for the slowest."""
     max_restarts: Whole = 3
     """Times in a row a worker may die without completing a share before the run fails."""
 

@@ -134,6 +134,7 @@ _AGENTS: dict[str, dict[str, Any]] = {
         "pretrain.micro_batch_size": 4,
         "rollout.max_prompt_tokens": 288,
         "rollout.max_new_tokens": 16,
+        "rollout.in_rounds": True,
         "rl.algorithm": "archer",
         "rl.max_steps": 40,
         "rl.prompts_per_step": 32,

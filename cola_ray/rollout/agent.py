@@ -10,8 +10,9 @@ import asyncio
 import functools
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +50,56 @@ class Played:
     seconds: float
 
 
+T, Made = TypeVar("T"), TypeVar("Made")
+Submit = Callable[[Sequence[Request]], Awaitable[list[Utterance]]]
+"""Requests of one episode to the engine, and what comes of them."""
+
+
+class Rounds:
+    """Episodes that take their turns together: who shares a batch with whom does not depend on how fast a game answers.
+
+    Args:
+        count: of the episodes.
+        submit: all requests of a round, in the episodes' order.
+    """
+
+    def __init__(self, count: int, submit: Submit) -> None:
+        self.playing, self.all_at_once = count, submit
+        self.waiting: dict[int, tuple[Sequence[Request], asyncio.Future[list[Utterance]]]] = {}
+        self.rounds: set[asyncio.Task[None]] = set()
+
+    async def submit(self, episode: int, requests: Sequence[Request]) -> list[Utterance]:
+        """Waits until all that still play have asked."""
+        answer = asyncio.get_running_loop().create_future()
+        self.waiting[episode] = requests, answer
+        self._begin_if_all_have_come()
+        return await answer
+
+    def leave(self) -> None:
+        """An episode has ended."""
+        self.playing -= 1
+        self._begin_if_all_have_come()
+
+    def _begin_if_all_have_come(self) -> None:
+        if self.waiting and len(self.waiting) == self.playing:
+            asked, self.waiting = sorted(self.waiting.items()), {}
+            task = asyncio.create_task(self._play([one for _, one in asked]))
+            self.rounds.add(task)
+            task.add_done_callback(self.rounds.discard)
+
+    async def _play(self, asked: Sequence[tuple[Sequence[Request], asyncio.Future[list[Utterance]]]]) -> None:
+        try:
+            spoken = iter(await self.all_at_once([request for requests, _ in asked for request in requests]))
+        except Exception as error:
+            for _, answer in asked:
+                answer.set_exception(error)
+            return
+        for requests, answer in asked:
+            said = list(itertools.islice(spoken, len(requests)))
+            if not answer.cancelled():
+                answer.set_result(said)
+
+
 class AgentWorker(EngineWorker):
     """Plays episodes of the task's environment."""
 
@@ -71,11 +122,27 @@ class AgentWorker(EngineWorker):
         """One sampled episode a ticket, in order; draws depend on (run seed, ticket, turn) alone."""
         heads = self._heads(judge)
 
-        async def one(ticket: Ticket) -> Episode:
-            speak = self._voice("sample", ticket.position, heads)
-            return await play(ticket.position, ticket.problem, self.table, speak, self._look)
+        def one(ticket: Ticket, submit: Submit) -> Coroutine[Any, Any, Episode]:
+            speak, look = self._voice("sample", ticket.position, submit, heads), self._look(submit)
+            return play(ticket.position, ticket.problem, self.table, speak, look)
 
-        return await asyncio.gather(*(one(ticket) for ticket in tickets))
+        return await self._side_by_side(one, tickets)
+
+    async def _side_by_side(
+        self, one: Callable[[T, Submit], Coroutine[Any, Any, Made]], items: Sequence[T]
+    ) -> list[Made]:
+        """Of each item, in order; ``one`` is handed the way to the engine."""
+        if not self.config.rollout.in_rounds:
+            return await asyncio.gather(*(one(item, self._submit) for item in items))
+        rounds = Rounds(len(items), self._submit)
+
+        async def to_its_end(place: int, item: T) -> Made:
+            try:
+                return await one(item, functools.partial(rounds.submit, place))
+            finally:
+                rounds.leave()
+
+        return await asyncio.gather(*(to_its_end(*numbered) for numbered in enumerate(items)))
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool, judge: Weights | None = None) -> list[float]:
         """Returns of episodes on environment seeds that training never uses; -inf where one failed.
@@ -85,11 +152,11 @@ class AgentWorker(EngineWorker):
         """
         heads, way = self._heads(judge), "base" if bare_base else "sample"
 
-        async def one(place: int) -> float:
-            episode = await play(place, place, self.table, self._voice(way, place, heads))
+        async def one(place: int, submit: Submit) -> float:
+            episode = await play(place, place, self.table, self._voice(way, place, submit, heads))
             return float("-inf") if episode.failure else episode.total_reward
 
-        return await asyncio.gather(*(one(HELD_OUT + index) for index in indices))
+        return await self._side_by_side(one, [HELD_OUT + index for index in indices])
 
     async def answer(self, indices: Sequence[int], way: str) -> list[Played]:
         """Episodes on seeds of ``eval.split``: one each, of ``sample`` as many as ``search.simulations``."""
@@ -99,7 +166,8 @@ class AgentWorker(EngineWorker):
     async def _play_all(self, index: int, seed: int, way: str) -> Played:
         started = time.perf_counter()
         places = [seed + again * _AGAIN for again in range(self.config.search.simulations if way == "sample" else 1)]
-        episodes = await asyncio.gather(*(play(place, seed, self.table, self._voice(way, place)) for place in places))
+        voices = [(place, self._voice(way, place, self._submit)) for place in places]
+        episodes = await asyncio.gather(*(play(place, seed, self.table, voice) for place, voice in voices))
         said = [[turn.token_ids.tolist() for turn in episode.turns] for episode in episodes]
         acted = [[turn.actions.tolist() for turn in episode.turns] for episode in episodes]
         return Played(
@@ -110,14 +178,14 @@ class AgentWorker(EngineWorker):
             time.perf_counter() - started,
         )  # fmt: skip
 
-    def _voice(self, way: str, place: int, judge: TwinHeads | None = None) -> Speak:
+    def _voice(self, way: str, place: int, submit: Submit, judge: TwinHeads | None = None) -> Speak:
         """sample, greedy, or base: the bare base, which can only be greedy."""
 
         async def speak(ids: Sequence[int], turn: int) -> Utterance:
             if way == "sample":
-                return await self._say(ids, (place, turn), judge)
+                return await self._say(ids, (place, turn), submit, judge)
             forced = [BASE_TOKENS] * self.config.rollout.max_new_tokens if way == "base" and self.latent else []
-            return (await self._submit([self._request(ids, 0, 0.0, actions=forced)]))[0]
+            return (await submit([self._request(ids, 0, 0.0, actions=forced)]))[0]
 
         return speak
 
@@ -141,7 +209,9 @@ class AgentWorker(EngineWorker):
             for (_, ids), c in zip(states, completions, strict=True)
         ]
 
-    async def _say(self, ids: Sequence[int], place: tuple[int, int], judge: TwinHeads | None) -> Utterance:
+    async def _say(
+        self, ids: Sequence[int], place: tuple[int, int], submit: Submit, judge: TwinHeads | None
+    ) -> Utterance:
         """A sampled utterance; with a judge the best of ``critic.candidates`` by the smaller of its two Q.
 
         Args:
@@ -149,7 +219,7 @@ class AgentWorker(EngineWorker):
         """
         count = 1 if judge is None else self.config.critic.candidates
         seeds = [self._seed(*place, *((candidate,) if candidate else ())) for candidate in range(count)]
-        spoken = await self._submit([self._request(ids, seed, self.config.rollout.temperature) for seed in seeds])
+        spoken = await submit([self._request(ids, seed, self.config.rollout.temperature) for seed in seeds])
         if judge is None:
             return spoken[0]
         with torch.no_grad():
@@ -160,9 +230,13 @@ class AgentWorker(EngineWorker):
             utterances = torch.cat([utterances, torch.tensor(before)[:, None]], 1)
             return spoken[int(judge.q_values(states, utterances).min(0).values.argmax())]
 
-    async def _look(self, ids: Sequence[int], _: int) -> Utterance:
+    def _look(self, submit: Submit) -> Speak:
         """Reads a state: its features come with a completion of one token that nobody uses."""
-        return (await self._submit([self._request(ids, 0, 0.0, max_new_tokens=1)]))[0]
+
+        async def look(ids: Sequence[int], _: int) -> Utterance:
+            return (await submit([self._request(ids, 0, 0.0, max_new_tokens=1)]))[0]
+
+        return look
 
     async def _submit(self, requests: Sequence[Request]) -> list[Utterance]:
         return [_utterance(completion) for completion in await self.batch.complete(requests)]
