@@ -125,6 +125,7 @@ _ONLY: tuple[_Only, ...] = (
           lambda c, job: job == "reward_model" or _stage("base", "fta_idm", "fta_policy")(c, job),
           "the stages base, fta_idm and fta_policy do"),
     _Only(("rollout.environment_processes",), lambda c, _: is_environment(c.task.name), "agents do"),
+    _Only(("rollout.in_rounds",), lambda c, job: job == "plan" or _trains_agent(c, job), "rl_agent does"),
     _Only(("critic.gamma",), lambda c, job: job == "plan" or _trains_agent(c, job), "agents do"),
     _Only(("critic.fresh_states",), lambda c, job: job == "plan" or (_trains_agent(c, job)
           and c.rl.algorithm in OF_TURNS), f"{', '.join(OF_TURNS)} do"),

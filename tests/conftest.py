@@ -8,6 +8,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import random
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -117,3 +119,20 @@ def cola_dir(cola: CoLAForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("cola")
     cola.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A learner's process group with nobody else in it."""
+    import deepspeed
+
+    from cola_ray.learner.engine import join_group
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    join_group("gloo")
+    yield
+    torch.distributed.destroy_process_group()
+    deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None

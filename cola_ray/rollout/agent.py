@@ -50,7 +50,8 @@ class Played:
     seconds: float
 
 
-T, Made = TypeVar("T"), TypeVar("Made")
+T = TypeVar("T")
+Made = TypeVar("Made")
 Submit = Callable[[Sequence[Request]], Awaitable[list[Utterance]]]
 """Requests of one episode to the engine, and what comes of them."""
 
@@ -66,7 +67,7 @@ class Rounds:
     def __init__(self, count: int, submit: Submit) -> None:
         self.playing, self.all_at_once = count, submit
         self.waiting: dict[int, tuple[Sequence[Request], asyncio.Future[list[Utterance]]]] = {}
-        self.rounds: set[asyncio.Task[None]] = set()
+        self.round: asyncio.Task[None] | None = None
 
     async def submit(self, episode: int, requests: Sequence[Request]) -> list[Utterance]:
         """Waits until all that still play have asked."""
@@ -82,21 +83,21 @@ class Rounds:
 
     def _begin_if_all_have_come(self) -> None:
         if self.waiting and len(self.waiting) == self.playing:
-            asked, self.waiting = sorted(self.waiting.items()), {}
-            task = asyncio.create_task(self._play([one for _, one in asked]))
-            self.rounds.add(task)
-            task.add_done_callback(self.rounds.discard)
+            asked = [self.waiting[episode] for episode in sorted(self.waiting)]
+            self.waiting = {}
+            self.round = asyncio.create_task(self._play(asked))
 
     async def _play(self, asked: Sequence[tuple[Sequence[Request], asyncio.Future[list[Utterance]]]]) -> None:
         try:
             spoken = iter(await self.all_at_once([request for requests, _ in asked for request in requests]))
         except Exception as error:
             for _, answer in asked:
-                answer.set_exception(error)
+                if not answer.done():
+                    answer.set_exception(error)
             return
         for requests, answer in asked:
             said = list(itertools.islice(spoken, len(requests)))
-            if not answer.cancelled():
+            if not answer.done():  # whoever asked may have been cancelled
                 answer.set_result(said)
 
 

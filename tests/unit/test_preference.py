@@ -3,8 +3,6 @@
 import asyncio
 import http.server
 import json
-import os
-import socket
 import threading
 
 import numpy as np
@@ -21,7 +19,6 @@ from transformers import (
 
 from cola_ray.config import override
 from cola_ray.learner import reward_model
-from cola_ray.learner.engine import join_group
 from cola_ray.presets import preset
 from cola_ray.rollout.judge import HttpJudge, RewardModel, judged
 from cola_ray.tasks.chat import ChatTokenizer
@@ -103,24 +100,13 @@ def test_the_loss_is_bradley_terrys():
     assert torch.autograd.gradcheck(reward_model.preference_loss, (rewards,))
 
 
-@pytest.fixture
-def one_rank():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    join_group("gloo")
-    yield
-    torch.distributed.destroy_process_group()
-
-
 class Said(list):
     """What a training loop reports."""
 
     def __init__(self):
         self.phases = []
 
-    def __call__(self, metrics, folder):
+    def __call__(self, metrics, saved=False):
         self.append(metrics)
 
     def doing(self, what):
@@ -136,7 +122,7 @@ def test_a_reward_model_learns_which_is_better_and_scores_as_it_learnt(pairs, to
          "output_dir": str(tmp_path / "out"), "pretrain.max_steps": 40, "pretrain.base_lr": 3e-3,
          "pretrain.warmup_steps": 5, "cluster.learner_ranks": 1},
     )  # fmt: skip
-    reward_model.train_loop(config, None, said := Said())
+    reward_model.train_loop(config, said := Said())
     assert said.phases == ["reading the pairs", "opening the model", "the first step", "saving the model"]
     assert said[0]["reward/loss"] == pytest.approx(np.log(2), abs=0.2)
     assert said[-1]["reward/accuracy"] > 0.9

@@ -47,14 +47,6 @@ def test_a_value_that_cannot_run_is_refused_before_anything_starts(config):
         sweep.sweep(override(config, {"sweep.values": []}))
 
 
-def test_another_sweep_in_the_folder_is_refused(config, tmp_path):
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    going_on = override(config, {"resume": True, "sweep.parallel": 4, "cluster.max_failures": 5})
-    sweep._refuse_another_sweep(going_on)
-    with pytest.raises(ConfigError, match=r"has another rl; give another --output-dir"):
-        sweep._refuse_another_sweep(override(going_on, {"rl.lr": 1.0}))
-
-
 def test_means_over_seeds():
     rows = [
         {"value": 0.1, "seed": 0, "rl_accuracy": 0.5, "kl_last": 0.2},
