@@ -11,12 +11,14 @@ begins one and says so: a scheduler that starts a lost job again gives it the sa
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cola_ray import relevance, saved
 from cola_ray.config import Config, ConfigError, flat, is_endpoint, value_at
+from cola_ray.redaction import HIDDEN, redacted, redacted_tree
 from cola_ray.run_folder import RECORD, WRITES, read_record, write_json
 from cola_ray.saved import Found
 
@@ -39,8 +41,6 @@ _INPUTS = ("model.path", "model.base", "data.path", "task.path", "task.game", "t
            "critic.encoder")  # fmt: skip
 """Settings that may be local files or folders which a run is made from."""
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer.json", "tokenizer_config.json")
-REDACTED = "***"
-"""In place of a secret in recorded settings; what holds it is not compared."""
 
 
 def refusals(config: Config, job: str) -> list[str]:
@@ -111,7 +111,7 @@ def _changed_settings(config: Config, job: str) -> list[str]:
         if not relevance.reads(job, name) or not (known or _is_open(branch, now, before)):
             continue  # a field that another version of this program has, or a branch that is not read
         then, value = before.get(name), now.get(name)
-        if value != then and REDACTED not in str(then):
+        if not _same(value, then):
             lines.append(_line(name, value, then))
     return lines
 
@@ -121,9 +121,17 @@ def _is_open(branch: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> 
     return branch in ("task.options", "pretrain.steps")
 
 
+def _same(now: Any, recorded: Any) -> bool:
+    """Secrets are not recorded: what stands in their place may be anything."""
+    if isinstance(now, str) and isinstance(recorded, str) and HIDDEN in recorded:
+        return re.fullmatch(".*".join(map(re.escape, recorded.split(HIDDEN))), now) is not None
+    return bool(now == recorded)
+
+
 def _line(field: str, now: Any, before: Any) -> str:
     began = "without" if before is None else f"with {before!r}"
-    return f"{field} = {now!r}: the run began {began}; give that to go on, or another --output-dir for another run"
+    said = f"{field} = {now!r}: the run began {began}; give that to go on, or another --output-dir for another run"
+    return redacted(said)
 
 
 def _may_change(field: str) -> bool:
@@ -156,7 +164,7 @@ def _of_checkpoints(config: Config, job: str, found: Found) -> list[str]:
     if job.startswith("rl_") and config.rl.max_steps < checkpoint.step:
         lines.append(f"rl.max_steps = {config.rl.max_steps}: the run has made {checkpoint.step} steps; use at least as "
                      "many")  # fmt: skip
-    if _recorded(folder) is None and digest(json.loads(config.model_dump_json())) != checkpoint.settings:
+    if _recorded(folder) is None and digest(redacted_tree(json.loads(config.model_dump_json()))) != checkpoint.settings:
         lines.append(f"resume = True: {folder / 'config.json'} is gone, and the settings are not those of "
                      f"{checkpoint.folder}; give all that the run began with")  # fmt: skip
     return lines
