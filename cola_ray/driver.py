@@ -433,7 +433,8 @@ class _Talk:
 def make_start_model(config: Config) -> None:
     """Pre-train it where the preset makes its own and it is missing."""
     if provenance.makes_start_model(config) and not provenance.is_made(provenance.start_model(config)):
-        changes = {"output_dir": "", "resume": True, "overwrite": False, "task.reward_model": "", "tracking_parent": ""}
+        changes = {"output_dir": "", "resume": True, "overwrite": False, "task.reward_model": "", "task.oracle": "",
+                   "tracking_parent": ""}  # fmt: skip
         pretrain(relevance.only_read(override(config, changes), "pretrain"))
 
 

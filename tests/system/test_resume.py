@@ -1,0 +1,180 @@
+"""Runs that are killed and resumed: bit for bit what they would have been, with replay and critic."""
+
+import os
+import pickle
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import Run, descendants
+
+from cola_ray import event_log, saved
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+STEPS, HALF = 10, 5
+BOTH = ["--rl.max-steps", str(STEPS), "--rl.save-every", "2", "--rl.eval-every", "4", "--rl.eval-problems", "16"]
+PROBLEMS = [*BOTH, "--rl.prompts-per-step", "8", "--rl.group-size", "4"]
+EPISODES = [*BOTH, "--task.name", "twenty_questions", "--rl.prompts-per-step", "8", "--critic.steps", "10",
+            "--critic.batch-size", "64", "--critic.fresh-states", "64", "--critic.warmup-iterations", "2",
+            "--replay.max-rows", "700"]  # fmt: skip
+SHORT = ["--pretrain.steps.base", "60", "--pretrain.steps.actions", "20", "--pretrain.steps.policy", "20",
+         "--task.num-problems", "300"]  # fmt: skip
+RUNS = {
+    "grpo": ("rl_math", PROBLEMS),
+    "ppo": ("rl_math", [*PROBLEMS, "--rl.algorithm", "ppo", "--rl.kl-target", "0.02"]),
+    "etpo": ("rl_math", [*PROBLEMS, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05"]),
+    "actor_free": ("rl_math", [*PROBLEMS, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", "--rl.actor-free"]),
+    "archer": ("rl_agent", EPISODES),
+    "archer_replayed": ("rl_agent", [*EPISODES, "--critic.actor-states", "replayed", "--critic.td-share", "0",
+                                     "--critic.priority-beta", "0.4", "--replay.shards", "2"]),
+}  # fmt: skip
+OF_THE_MACHINE = ("time/", "memory/", "learner/tokens_per_second", "rollout/tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def player(tmp_path_factory):
+    """What agents start from: a short pre-training, with one step of RL behind it."""
+    run = Run("rl_agent", tmp_path_factory.mktemp("player"), *SHORT, *EPISODES, "--rl.max-steps", "1")
+    run.finish()
+    return str(run.start)
+
+
+@pytest.fixture(scope="module")
+def start_of(model, request):
+    return lambda job: model if job == "rl_math" else request.getfixturevalue("player")
+
+
+def kill(run):
+    """The whole of it at once, and wait until nothing is left."""
+    doomed = [run.process.pid, *(pid for pid, _, _ in descendants(run.process.pid))]
+    for pid in doomed:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    run.end()
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{pid}/exe") for pid in doomed):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def metrics(run):
+    history = event_log.history(event_log.read(run.output))
+    return {
+        step: {name: value for name, value in of_step.items() if not name.startswith(OF_THE_MACHINE)}
+        for step, of_step in history.items()
+    }
+
+
+def assert_same(one, other, where="") -> None:
+    """Tensors, arrays, and what holds them; types too."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, np.ndarray):
+        assert np.array_equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for name in one:
+            assert_same(one[name], other[name], f"{where}/{name}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}/{number}")
+    elif hasattr(one, "__dataclass_fields__"):
+        assert_same(vars(one), vars(other), where)
+    else:
+        assert one == other or one is other, where
+
+
+def services(folder):
+    state = pickle.loads((folder / "services.pkl").read_bytes())
+    state.pop("metrics")  # with times; compared as the log has them
+    for shard in state["shards"]:
+        shard["files"] = sorted(shard["files"])  # whose bytes name the library that wrote them
+    return state | ({"critic": Path(state["critic"]).name} if state.get("critic") else {})
+
+
+def assert_same_run(one, other):
+    assert metrics(one) == metrics(other)
+    assert sorted(metrics(one)) == list(range(STEPS + 1))
+    folders = [saved.newest(run.output).checkpoint.folder for run in (one, other)]
+    assert [folder.name for folder in folders] == [f"step-{STEPS:08d}"] * 2
+    names = [
+        sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()) for folder in folders
+    ]
+    assert names[0] == names[1]
+    assert "zero/zero_pp_rank_1_mp_rank_00_optim_states.pt" in names[0]
+    for name in names[0]:
+        if name.endswith(".pt"):
+            files = [torch.load(folder / name, weights_only=False, map_location="cpu") for folder in folders]
+            assert_same(*files, name)
+    assert_same(*(services(folder) for folder in folders), "services")
+    assert (one.output / "model" / "model.safetensors").read_bytes() == (
+        other.output / "model" / "model.safetensors"
+    ).read_bytes()
+    rows = [sorted(run.output.glob("replay/*/*.parquet")) for run in (one, other)]
+    assert [file.name for file in rows[0]] == [file.name for file in rows[1]]
+    for mine, others in zip(*rows, strict=True):
+        assert pq.read_table(mine).equals(pq.read_table(others)), mine
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_five_steps_a_kill_and_five_more_equal_ten(name, start_of, tmp_path):
+    job, settings = RUNS[name]
+    start = ["--model.path", start_of(job), *settings]
+    straight = Run(job, tmp_path / "straight", *start)
+    straight.finish()
+    killed = Run(job, tmp_path / "killed", *start)
+    try:
+        killed.wait_for_step("reward/mean", HALF)
+    finally:
+        kill(killed)
+    reached = saved.newest(killed.output).checkpoint.step
+    assert reached in (4, 6, 8)
+    resumed = Run(job, tmp_path / "killed", *start, "--resume")
+    shown = resumed.finish()
+    assert f"resuming from the checkpoint of step {reached}" in shown
+    assert_same_run(straight, resumed)
+
+
+def test_kills_while_checkpoints_are_written(start_of, tmp_path):
+    """Twice, as soon as one is begun; then what Ray Train noted is gone, and the newest checkpoint is cut."""
+    start = ["--model.path", start_of("rl_math"), *PROBLEMS, "--rl.save-every", "1"]
+    straight = Run("rl_math", tmp_path / "straight", *start)
+    straight.finish()
+    folder = tmp_path / "killed" / "outputs" / "rl_math-tiny-seed0" / "checkpoints"
+    for step in (2, 5):
+        run = Run("rl_math", tmp_path / "killed", *start, *(["--resume"] if folder.exists() else []))
+        deadline = time.monotonic() + 900
+        while not (folder / f"step-{step:08d}.tmp").exists():
+            assert run.process.poll() is None, run.log
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        kill(run)
+        assert saved.newest(run.output).checkpoint.step in (step - 1, step)
+    for notes in folder.glob("ray-*"):
+        subprocess.run(["rm", "-r", str(notes)], check=True)
+    newest = saved.newest(run.output).checkpoint
+    shard = next(newest.folder.rglob("*pp_rank_1_mp_rank*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    resumed = Run("rl_math", tmp_path / "killed", *start, "--resume")
+    shown = resumed.finish()
+    assert f"step {newest.step}: zero/{shard.name} has" in shown
+    assert f"resuming from the checkpoint of step {newest.step - 1}" in shown
+    assert not list(folder.glob("*.tmp"))
+    assert_same_run(straight, resumed)
+
+
+def test_another_task_is_refused_before_anything_starts(start_of, tmp_path):
+    start = ["--model.path", start_of("rl_math"), *PROBLEMS, "--rl.max-steps", "2"]
+    Run("rl_math", tmp_path, *start).finish()
+    began = time.monotonic()
+    shown = Run("rl_math", tmp_path, *start, "--resume", "--seed", "0", "--rl.algorithm", "rloo").finish(code=2)
+    assert "rl.algorithm = 'rloo': the run began with 'grpo'; give that to go on" in shown
+    assert time.monotonic() - began < 60
