@@ -86,7 +86,7 @@ def assert_same(one, other, where="") -> None:
         assert len(one) == len(other), where
         for number, pair in enumerate(zip(one, other, strict=True)):
             assert_same(*pair, f"{where}/{number}")
-    elif hasattr(one, "__dataclass_fields__"):
+    elif hasattr(one, "__dict__") and not isinstance(one, type):
         assert_same(vars(one), vars(other), where)
     else:
         assert one == other or one is other, where

@@ -325,6 +325,22 @@ def test_jobs_without_checkpoints_are_compared_likewise(job, changes, named, tmp
     assert any(line.startswith(named) and "the run began with" in line for line in lines)
 
 
+def test_secrets_may_differ_and_what_stands_around_them_may_not(tmp_path, model):
+    def at(where):
+        pairs = {"task.name": "preference", "task.path": str(tmp_path / "rows.jsonl"), "task.reward_model": where}
+        return tiny(tmp_path / "out", **{"model.path": str(model), **pairs})
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    launch.begin(at("http://ann:old@judge/score"), "rl_preference").folder.end("stopped")
+    assert "old" not in (tmp_path / "out" / "config.json").read_text()
+    again = {"resume": True}
+    assert launch.refusals(override(at("http://ann:new@judge/score"), again), "rl_preference") == []
+    (line,) = launch.refusals(override(at("http://ann:new@another/score"), again), "rl_preference")
+    assert line.startswith(
+        "task.reward_model = 'http://***@another/score': the run began with 'http://***@judge/score'"
+    )
+
+
 # --- the lock -----------------------------------------------------------------------------------------------------
 
 HOLD = """
