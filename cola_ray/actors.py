@@ -233,8 +233,8 @@ class RemoteController:
         metrics["memory/learner_gb"] = peak_memory_gb()
         ray.get(self.controller.publish.remote(version, [ray.put(bucket) for bucket in buckets], metrics))
 
-    def checkpoint(self, version: int) -> dict[str, Any]:
-        return ray.get(self.controller.checkpoint.remote(version))
+    def checkpoint(self, rank: int, version: int) -> dict[str, Any] | None:
+        return ray.get(self.controller.checkpoint.remote(rank, version))
 
     def fail(self, reason: str) -> None:
         ray.get(self.controller.fail.remote(reason))

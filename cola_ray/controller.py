@@ -270,9 +270,10 @@ class Controller:
                 await asyncio.gather(self.spreading, return_exceptions=True)
         self._raise_failure()
 
-    async def checkpoint(self, version: int) -> dict[str, Any]:
+    async def checkpoint(self, rank: int, version: int) -> dict[str, Any] | None:
         """What belongs to ``version`` beside the learner's own: replay, critic, and what this class remembers.
 
+        All ranks wait here for an evaluation that is under way, and the first one is told.
         With ``max_staleness`` 0 all is as it was when the step from ``version`` began; with more, steps are made at the
         same time, and all is as it is now. A run that goes back to it makes the same step.
         """
@@ -280,6 +281,8 @@ class Controller:
             with self._waiting_for(f"workers to hold version {version}"):
                 await asyncio.gather(self.spreading, return_exceptions=True)
         self._raise_failure()
+        if rank:
+            return None
         if self.config.rl.max_staleness:
             self.marks.pop(version, None)
         mark = await self._marked(version)

@@ -64,8 +64,11 @@ class BatchSource(Protocol):
         """Hand over new weights; may return before workers hold them."""
         ...
 
-    def checkpoint(self, version: int) -> dict[str, Any]:
-        """All that a checkpoint of ``version`` is made of beside the learner's own; what the critic saved is a file."""
+    def checkpoint(self, rank: int, version: int) -> dict[str, Any] | None:
+        """All that a checkpoint of ``version`` is made of beside the learner's own; what the critic saved is a file.
+
+        Every rank asks, and waits until ``version`` is with all workers; the first one is told.
+        """
         ...
 
     def fail(self, reason: str) -> None:
@@ -561,10 +564,10 @@ _SERVICES = "services.pkl"
 
 def _save(learner: RLLearner, source: BatchSource, folder: Path) -> Described:
     """The learner's part of a checkpoint, and beside it what controller, replay and critic were at its version."""
+    state = source.checkpoint(learner.zero.rank, learner.version)  # may take longer than ranks wait for each other
     learner.save(folder)
-    if learner.zero.rank:
+    if state is None:
         return {}
-    state = source.checkpoint(learner.version)
     if state.get("critic"):
         state["critic"] = shutil.copy(state["critic"], folder)
     (folder / _SERVICES).write_bytes(pickle.dumps(state))

@@ -501,7 +501,7 @@ class Client:
             version += 1
             await self.controller.publish(version, [], {"time/learn": 0.0})
             if version == save_at:
-                state = await self.controller.checkpoint(version)
+                state = await self.controller.checkpoint(0, version)
                 if state.get("critic"):  # a learner takes it along at once: the critic keeps its last files alone
                     state["critic"] = shutil.copy(state["critic"], self.folder)
         return batches, state
@@ -556,7 +556,7 @@ def test_a_stop_saves_the_state_that_the_next_step_begins_with(tmp_path):
         assert client.service.critic.steps == 16
         await client.controller.stop()
         assert await client.controller.next_batch(0, 3) is None
-        return await client.controller.checkpoint(3)
+        return await client.controller.checkpoint(0, 3)
 
     state = asyncio.run(stopped())
     assert Path(state["critic"]).name == "critic-000000012.pt"
