@@ -273,6 +273,8 @@ class ReplayBuffer:
         spans = {path: (start, stop) for path, start, stop in _files(folder) if path.name in mark["files"]}
         rows = pa.concat_tables(_rows(path, *span) for path, span in spans.items())
         origin = next(iter(spans.values()))[0]
+        if origin > first or origin + rows.num_rows != end:
+            raise ReplayError(f"{folder}: rows between {first} and {end} are missing")
         self.schema, self.files = rows.schema, dict(mark["files"])
         self.first, self.end, self.saved, self.highest = first, end, end, mark["highest"]
         self.starts = list(mark["starts"])

@@ -10,11 +10,12 @@ depends on what is held and on the draw's place in the run alone: who asks when,
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class ReplayShard:
     """One actor's buffer. Thread-safe: several producers and consumers call at once.
 
     Args:
-        folder: of its snapshots; what is there is restored.
+        folder: of its snapshots; what is there is restored, unless :meth:`go_back` is asked first.
         snapshot_every_s: seconds between snapshots; 0 saves only when asked.
     """
 
@@ -44,16 +45,21 @@ class ReplayShard:
         self.folder, self.lock, self.saving = Path(folder), threading.Lock(), threading.Lock()
         self.needed: set[str] | None = None  # files that checkpoints name; not known: all may be
         self.marked = deque[set[str]](maxlen=_MARKS)
-        self.restored = self.buffer.restore(self.folder) if self.folder.exists() else 0
+        self.is_open, self.restored, self.last_position = False, 0, -1
         self.failure = ""
-        self.last_position = self._last_position()
         if snapshot_every_s:
             threading.Thread(target=self._save_now_and_then, args=(snapshot_every_s,), daemon=True).start()
 
-    def _last_position(self) -> int:
-        if not len(self.buffer) or self.buffer.schema is None or "position" not in self.buffer.schema.names:
-            return -1
-        return int(self.buffer.column("position").max())
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Nobody else looks at the buffer meanwhile; one that was started again has what its folder holds."""
+        with self.lock:
+            if not self.is_open:
+                self.restored = self.buffer.restore(self.folder) if self.folder.exists() else 0
+                if len(self.buffer) and self.buffer.schema and "position" in self.buffer.schema.names:
+                    self.last_position = int(self.buffer.column("position").max())
+                self.is_open = True
+            yield
 
     def insert(self, rows: pa.Table) -> int:
         """Returns how many rows the shard holds then. Raises what the last snapshot failed with, if it did.
@@ -61,7 +67,7 @@ class ReplayShard:
         Episodes that it holds already, by their ``position``, are passed over: a learner that went back to its
         checkpoint has them played again.
         """
-        with self.lock:
+        with self._held():
             if self.failure:
                 raise RuntimeError(f"replay snapshots fail: {self.failure}")
             if "position" in rows.column_names:
@@ -78,25 +84,25 @@ class ReplayShard:
 
     def size(self) -> tuple[int, int, int, int]:
         """Rows held, their bytes, rows restored from disk at the start, and this process."""
-        with self.lock:
+        with self._held():
             return len(self.buffer), self.buffer.nbytes, self.restored, os.getpid()
 
     def sample(self, count: int, seed: Seed) -> tuple[pa.Table, Array]:
-        with self.lock:
+        with self._held():
             return self.buffer.sample(count, np.random.default_rng(seed))
 
     def sample_prioritised(self, count: int, seed: Seed) -> tuple[pa.Table, Array, Array]:
-        with self.lock:
+        with self._held():
             return self.buffer.sample_prioritised(count, np.random.default_rng(seed))
 
     def priority_total(self) -> tuple[int, float]:
         """Rows held, and the sum of their priorities."""
-        with self.lock:
+        with self._held():
             return len(self.buffer), self.buffer.priority_total
 
     def totals(self) -> Array:
         """The returns of the episodes held, one an episode, also where its first turns are gone."""
-        with self.lock:
+        with self._held():
             if not len(self.buffer):
                 return np.zeros(0, np.float32)
             _, firsts = np.unique(self.buffer.column("position"), return_index=True)
@@ -104,31 +110,35 @@ class ReplayShard:
 
     def rows_above(self, cutoff: float) -> int:
         """How many rows there are of episodes that returned at least ``cutoff``."""
-        with self.lock:
+        with self._held():
             return int((self.buffer.column("total_reward") >= cutoff).sum()) if len(self.buffer) else 0
 
     def sample_above(self, count: int, cutoff: float, seed: Seed) -> pa.Table:
         """``count`` rows, uniformly, of episodes that returned at least ``cutoff``."""
-        with self.lock:
+        with self._held():
             good = np.flatnonzero(self.buffer.column("total_reward") >= cutoff) + self.buffer.first
             return self.buffer.take(np.random.default_rng(seed).choice(good, count))[0]
 
     def set_priorities(self, numbers: Array, priorities: Array) -> None:
-        with self.lock:
+        with self._held():
             self.buffer.set_priorities(numbers, priorities)
 
     def snapshot(self) -> int:
         """Save what is new; returns how many rows."""
         with self.saving:
+            if not self.is_open:
+                return 0
             needed = None if self.needed is None else self.needed.union(*self.marked)
             return self.buffer.snapshot(self.folder, self.lock, needed)
 
     def mark(self) -> dict[str, Any]:
         """What :meth:`go_back` needs beside the files that it names, which are on disk."""
         with self.saving:
+            with self._held():
+                last_position = self.last_position
             mark = self.buffer.mark(self.folder, self.lock)
             self.marked.append({*mark["files"]})
-            return mark | {"last_position": self.last_position}
+            return mark | {"last_position": last_position}
 
     def need(self, files: Collection[str]) -> None:
         """Keep these on disk, and the files of the last marks; others may go when their rows do."""
@@ -139,6 +149,7 @@ class ReplayShard:
         with self.saving, self.lock:
             self.buffer.go_back(self.folder, mark)
             self.last_position = mark["last_position"] if mark else -1
+            self.is_open = True
 
     def _save_now_and_then(self, seconds: float) -> None:
         pause = threading.Event()

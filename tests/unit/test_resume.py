@@ -29,7 +29,7 @@ from cola_ray.config import ConfigError, override
 from cola_ray.learner import logged_q, pretrain, reward_model
 from cola_ray.learner.engine import last_checkpoint, save_checkpoint
 from cola_ray.presets import preset
-from cola_ray.replay.buffer import ReplayBuffer
+from cola_ray.replay.buffer import ReplayBuffer, ReplayError
 from cola_ray.replay.critic_service import CriticService
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.run_folder import claim, refusals, write_json
@@ -469,6 +469,27 @@ def test_a_buffer_goes_back_to_its_mark(tmp_path_factory, sizes, data):
                                 buffer.starts[1:]))  # fmt: skip
         histories.append(history)
     assert histories[0] == histories[1]
+
+
+def test_rows_that_no_checkpoint_needs_may_be_damaged(tmp_path):
+    """A run that goes back does not look at them; a shard that was killed within a run does."""
+    shard = ReplayShard(50, 1 << 20, str(tmp_path), 0)
+    shard.insert(rows(0, 10))
+    mark = shard.mark()
+    shard.insert(rows(10, 10))
+    shard.snapshot()
+    (later,) = tmp_path.glob("rows-000000000010-*.parquet")
+    later.write_bytes(b"PAR1 but no more")
+    with pytest.raises(ReplayError, match="cannot be read"):
+        ReplayShard(50, 1 << 20, str(tmp_path), 0).size()
+    again = ReplayShard(50, 1 << 20, str(tmp_path), 0)
+    again.go_back(mark)
+    assert again.size()[0] == 10
+    assert not later.exists()
+    anew = ReplayShard(50, 1 << 20, str(tmp_path), 0)
+    anew.go_back(None)
+    assert anew.size()[0] == 0
+    assert not list(tmp_path.iterdir())
 
 
 class Client:
