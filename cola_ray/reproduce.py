@@ -34,7 +34,6 @@ from cola_ray.display import current, shown
 from cola_ray.driver import signals
 from cola_ray.ending import in_words
 from cola_ray.matrix import Stage, chosen, machines
-from cola_ray.redaction import redacted_tree
 from cola_ray.refusals import check
 from cola_ray.report import write_report
 from cola_ray.run_folder import summary_of, write_json

@@ -34,7 +34,6 @@ from cola_ray.diversity import measure, open_encoder
 from cola_ray.driver import served, tracked
 from cola_ray.ending import in_words
 from cola_ray.evaluation import Evaluator, chunks, episode_figures, figures, remarks
-from cola_ray.redaction import redacted_tree
 from cola_ray.refusals import check
 from cola_ray.replay.service import Shards
 from cola_ray.rollout.agent import AgentWorker

@@ -23,7 +23,6 @@ from cola_ray.display import current, shown
 from cola_ray.driver import make_start_model, measured, run_agent, run_rl, tracked
 from cola_ray.ending import in_words
 from cola_ray.presets import trial
-from cola_ray.redaction import redacted_tree
 from cola_ray.refusals import check
 from cola_ray.run_folder import summary_of
 from cola_ray.tracking import Tracker, plot_frontier, print_ways
