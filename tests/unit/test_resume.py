@@ -551,6 +551,9 @@ def test_a_run_that_goes_back_makes_the_same_batches(changes, where, tmp_path):
         batches, state = await client.train(0, None, 6, save_at=4)
         await asyncio.sleep(0.05)
         if where == "in another process":
+            for task in list(client.controller.chores):
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
             client = Client(tmp_path / "again", changes)
             await client.controller.start(resumed=True)
         return batches[:4] + (await client.train(4, state, 8))[0], client.controller
