@@ -19,7 +19,8 @@ from rich.table import Table
 
 from cola_ray import provenance
 from cola_ray.command_line import from_command_line
-from cola_ray.config import Config, ConfigError, override
+from cola_ray.config import Config, ConfigError, RunFailedError, override
+from cola_ray.ending import in_words
 
 Bytes = dict[str, float]
 """Component -> bytes."""
@@ -394,10 +395,13 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed need not look for GPUs
     config = from_command_line("plan", description=__doc__ or "")
     try:
-        show(config)
+        with in_words():
+            show(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except RunFailedError as error:
+        sys.exit(f"the plan failed: {error}")
 
 
 if __name__ == "__main__":

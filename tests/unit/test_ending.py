@@ -24,6 +24,7 @@ from ray.tune.error import TuneError
 from safetensors import safe_open
 
 from cola_ray import ending, event_log
+from cola_ray.command_line import from_command_line
 from cola_ray.config import ConfigError, RunFailedError
 from cola_ray.controller import WorkerLostError
 from cola_ray.learner.engine import CheckpointError
@@ -423,7 +424,12 @@ def test_nobody_reads_what_is_printed():
     assert done.returncode == 1
 
 
-def test_help_and_readme_have_the_codes():
+def test_help_and_readme_have_the_codes(capsys):
+    with pytest.raises(SystemExit) as caught:
+        from_command_line("rl_math", ["--help"])
+    assert caught.value.code == 0
+    (_, foot) = capsys.readouterr().out.split("How it ends, by exit code:")
+    assert [line.split()[0] for line in foot.strip().splitlines()] == [str(code) for code in ending.EXIT_CODES]
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for code in ending.EXIT_CODES:
         assert f"| {code} |" in readme
