@@ -61,7 +61,9 @@ def read_rows(rows: Any, path: str, field: str, read: Callable[[Row], _READ]) ->
     """
     found, wrong = list[_READ](), list[tuple[int, str]]()
     try:
-        for index, (row, own) in enumerate(zip(rows, _as_they_stand(Path(path)), strict=False)):
+        own_rows = _as_they_stand(Path(path))
+        for index, row in enumerate(rows):
+            own = next(own_rows, None)
             stands = row if own is None else {name: own[name] for name in row if name in own}
             try:
                 found.append(read(row if row == stands else stands))
@@ -100,17 +102,17 @@ class _NoRowError(Exception):
     """A line of a file that is none; the message names it."""
 
 
-def _as_they_stand(path: Path) -> Iterator[Row | None]:
-    """Rows of local files that are looked at wholly; of others None, without end."""
+def _as_they_stand(path: Path) -> Iterator[Row]:
+    """Rows of local files that are looked at wholly; none of others, and none of text, of which a line is a line."""
     files = _files(path)[1] if path.exists() else []
-    if files and sum(file.stat().st_size for file in files) <= _WHOLE_MB << 20:
-        try:
-            for file in files:
+    if sum(file.stat().st_size for file in files) > _WHOLE_MB << 20:
+        return
+    try:
+        for file in files:
+            if file.suffix != ".txt":
                 yield from _first(file)
-        except ValueError as error:
-            raise _NoRowError(str(error)) from None
-    else:
-        yield from itertools.repeat(None)
+    except ValueError as error:
+        raise _NoRowError(str(error)) from None
 
 
 def _looked_at(files: Sequence[Path]) -> Iterator[tuple[Path, int, Row]]:

@@ -271,6 +271,15 @@ def test_what_is_whole_is_read(tmp_path):
         assert len(read_rows(open_rows(path, "task.path"), path, "task.path", Gsm8k.read)) == 2, name
 
 
+def test_lines_of_text_are_all_read(tmp_path):
+    """Also where carriage returns, alone, end lines for one reader and not for another."""
+    (tmp_path / "a.txt").write_bytes("one\rtwo\n\nthree\u2028four\r\nfive".encode())
+    path = str(tmp_path / "a.txt")
+    assert peek(path, "data.path", READERS["texts"]) == []
+    read = read_rows(open_rows(path, "data.path"), path, "data.path", READERS["texts"])
+    assert "".join(read).replace("\u2028", "") == "onetwothreefourfive"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_file_without_rights_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(GOOD["gsm8k"]))
