@@ -18,6 +18,7 @@ import ctypes
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -436,6 +437,15 @@ class Session:
         return not (trial.faults or self.has_ended() or trial.curve == "other")
 
 
+def without_folders(trial: Any) -> Any:
+    """With files by their names alone: a record is for other machines."""
+    if isinstance(trial, str):
+        return re.sub(r"(/[\w.+@-]+)+/(?=[\w.+@-])", "", trial)
+    if isinstance(trial, list):
+        return [without_folders(one) for one in trial]
+    return {k: without_folders(v) for k, v in trial.items()} if isinstance(trial, dict) else trial
+
+
 def grown(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
     """Of the processes that no trial replaces, those that need much more memory than before, a line each."""
     both = [kind for kind in ("driver", "controller") if kind in before and kind in after]
@@ -565,7 +575,7 @@ def main() -> None:
                 session = None
                 continue
             trial = session.disturb(kind, sent, number, args.seed, commit_of(), undisturbed(name, args.bound_s))
-            trials.append(asdict(trial))
+            trials.append(without_folders(asdict(trial)))
             save(args.out, trials)
             say(told(trial))
             if not session.is_usable(trial):

@@ -68,6 +68,20 @@ def test_the_table_has_a_row_for_each_kind_and_signal():
     assert rows["rl_math: worker, SIGSTOP"]["ended and resumed"] == 1
 
 
+def test_a_record_has_no_folders_of_the_machine():
+    trial = {
+        "said": "the run failed: it; --resume (traceback in /a/b-1/error.txt)",
+        "faults": ["/tmp/ray-1"],
+        "step": 3,
+    }
+    assert chaos.without_folders(trial) == {
+        "said": "the run failed: it; --resume (traceback in error.txt)", "faults": ["ray-1"], "step": 3,
+    }  # fmt: skip
+    assert (
+        chaos.without_folders("cluster.stall_timeout_s = 2 s and/or 1/2") == "cluster.stall_timeout_s = 2 s and/or 1/2"
+    )
+
+
 def test_memory_that_grows_is_told_of_processes_that_stay():
     before = {"driver": 400, "controller": 400, "worker": 400}
     assert chaos.grown(before, {"driver": 499, "worker": 4000}) == []
