@@ -168,7 +168,7 @@ def started(environment: dict[str, Any], **options: Any) -> Iterator[None]:
         if ours:
             del os.environ["RAY_TMPDIR"]
             if not failed:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_own_folder()
 
 
 def own_folder() -> dict[str, str]:
@@ -179,6 +179,12 @@ def own_folder() -> dict[str, str]:
     for sockets are made below it.
     """
     return {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", f"/tmp/cola_ray-{os.getpid()}")}
+
+
+def remove_own_folder() -> None:
+    """After a cluster that ended well; one that the user has named stays."""
+    if "RAY_TMPDIR" not in os.environ:
+        shutil.rmtree(own_folder()["RAY_TMPDIR"], ignore_errors=True)
 
 
 @contextlib.contextmanager

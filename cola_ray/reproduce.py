@@ -26,6 +26,7 @@ from typing import Any
 
 import ray
 import tenacity
+from ray._private.utils import set_kill_on_parent_death_linux
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cola_ray import actors, head, launch
@@ -130,8 +131,13 @@ def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
     with (
         log.open("w") as said,
         subprocess.Popen(
-            command, env={**os.environ, **variables}, stdout=said, stderr=said, start_new_session=True
-        ) as process,
+            command,
+            env={**os.environ, **variables},
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=set_kill_on_parent_death_linux,  # and Ray's own processes with it, also when this one is killed
+        ) as process,  # fmt: skip
     ):
         try:
             yield f"http://127.0.0.1:{dashboard}", {"Authorization": f"Bearer {token}"}
@@ -139,6 +145,7 @@ def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_STOP_WAIT_S)  # it drains its node first
+    head.remove_own_folder()
 
 
 def _free_ports(count: int) -> list[int]:

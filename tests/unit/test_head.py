@@ -78,6 +78,16 @@ def test_what_ray_starts_is_apart_from_the_runs_group():
     assert services.ConsolePopen.__name__ == "ConsolePopen"
 
 
+def test_a_folder_that_the_user_has_named_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    head.remove_own_folder()
+    assert tmp_path.exists()
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setattr(head, "own_folder", lambda: {"RAY_TMPDIR": str(tmp_path)})
+    head.remove_own_folder()
+    assert not tmp_path.exists()
+
+
 def test_old_folders_go_and_those_in_use_stay(tmp_path, monkeypatch):
     import fcntl
 
