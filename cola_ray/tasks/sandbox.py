@@ -339,7 +339,7 @@ def _modules(distributions: Iterable[str]) -> Iterator[str]:
 
 def _reason(returncode: int, cpu_s: float, limits: Limits) -> str:
     """Which of the kernel's limits ended it."""
-    if returncode == -signal.SIGXCPU or (returncode == -signal.SIGKILL and cpu_s > limits.cpu_s - 1.0):
+    if returncode == -signal.SIGXCPU or (returncode == -signal.SIGKILL and cpu_s > limits.cpu_s / 2):
         return f"it used more than {limits.cpu_s:.3g} CPU seconds"
     if returncode == -signal.SIGKILL:
         return "it was killed: by itself, or because the machine had no memory left"
