@@ -89,7 +89,7 @@ class _Watch:
     def _answers(self) -> bool:
         try:
             worker.global_worker.gcs_client.internal_kv_exists(b"cola_ray", None, timeout=5)
-        except Exception:
+        except (ray.exceptions.RayError, OSError):
             return self.closed.is_set()
         return True
 

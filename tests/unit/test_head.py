@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray._private import services
 
 from cola_ray import head
@@ -66,6 +67,26 @@ def test_one_that_is_stopped_is_waited_for_a_while(watch, process, monkeypatch):
     while watch.look() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert str(watch.lost).startswith("the Ray cluster's head (GCS) is stopped")
+
+
+def test_a_cluster_that_was_there_is_asked_whether_it_answers(watch, monkeypatch):
+    def asked(key, namespace, timeout):
+        if said:
+            raise said[0]
+        return False
+
+    said = []
+    monkeypatch.setattr(
+        head.worker.global_worker, "gcs_client", SimpleNamespace(internal_kv_exists=asked), raising=False
+    )
+    assert watch._answers()
+    for error in (ray.exceptions.RpcError("unavailable"), ray.exceptions.GetTimeoutError("late"), ConnectionError()):
+        said[:] = [error]
+        assert not watch._answers()
+    assert not watch._lasts("silence", True, 1e6)
+    time.sleep(0.01)
+    assert watch._lasts("silence", True, 0.001)
+    assert not watch._lasts("silence", False, 0.001)
 
 
 def test_what_ray_starts_is_apart_from_the_runs_group():
