@@ -24,7 +24,7 @@ from typing import Any, Literal
 import ray
 from ray.util.metrics import Gauge
 
-from cola_ray import head
+from cola_ray import head, watch
 from cola_ray.config import WITH_CRITIC, Config, ConfigError, is_endpoint
 from cola_ray.controller import Controller, WorkerLostError, WorkerNeverRanError
 from cola_ray.display import current
@@ -36,7 +36,6 @@ from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.tasks.chat import Prompt
 from cola_ray.tracking import peak_memory_gb
-from cola_ray.watch import watch
 from cola_ray.weights import Bucket, Channel, Manifest, meeting_point
 
 
@@ -82,6 +81,7 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
             yield
         finally:
             current().doing("stopping Ray" if not there else "leaving the Ray cluster")
+            watch.end()
 
 
 # --- places -------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def controller(make: type[Controller], config: Config, *args: Any) -> Any:
     """An actor of this class; what it spawns dies with it."""
     placed = _placed(config, "service", CPU=0.0)
     made = ray.remote(make).options(**placed, max_concurrency=256).remote(config, *args)
-    watch(made, config.cluster.answer_timeout_s)
+    watch.begin(made, config.cluster.answer_timeout_s)
     return made
 
 
@@ -184,7 +184,7 @@ class RayWorkers:
 
     def spawn(self) -> Any:
         worker = self.actor.remote(*self.args)
-        watch(worker, self.args[0].cluster.answer_timeout_s)
+        watch.begin(worker, self.args[0].cluster.answer_timeout_s)
         return worker
 
     async def call(self, worker: Any, method: str, *args: Any) -> Any:
@@ -253,7 +253,7 @@ _LASTING = {"max_restarts": -1, "max_concurrency": 16}
 
 def _watch_all(lasting: Sequence[Any], config: Config) -> None:
     for actor in lasting:
-        watch(actor, config.cluster.answer_timeout_s, restarts=True)
+        watch.begin(actor, config.cluster.answer_timeout_s, restarts=True)
 
 
 def replay(config: Config) -> Shards:

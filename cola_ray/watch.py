@@ -1,6 +1,7 @@
 """What hangs is ended, so that it counts as lost: nothing has to know a stopped process from a dead one.
 
-    watch(actor, seconds)       an actor, asked now and then whether it answers, from a thread of whoever depends on it
+    begin(actor, seconds)       an actor, asked now and then whether it answers, from a thread of whoever depends on it
+    end()                       before Ray is left: nobody may call it afterwards
 
 Asked is what Ray itself answers beside an actor's methods; one that is busy, with threads or coroutines, answers.
 """
@@ -12,39 +13,71 @@ from typing import Any
 
 import ray
 
+_LOOK_S = 0.5  # between two looks at whether an answer has come, or the end
 
-def watch(actor: Any, seconds: float, restarts: bool = False) -> None:
+
+class _OverError(Exception):
+    """Ray is about to be left."""
+
+
+class _Watch(threading.Thread):
+    def __init__(self, actor: Any, seconds: float, restarts: bool) -> None:
+        super().__init__(daemon=True)
+        self.actor, self.seconds, self.restarts = actor, seconds, restarts
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        again = self.actor.__ray_ready__.options(max_task_retries=-1 if self.restarts else 0)
+        while True:
+            try:
+                self._answered(again.remote(), None)  # it is up, however long that has taken
+                self._ask_until_silent()
+            except ray.exceptions.RayActorError:
+                if not self.restarts or self.over.wait(min(1.0, self.seconds / 4)):
+                    return
+            except Exception:  # the run is over, and Ray with it
+                return
+
+    def _ask_until_silent(self) -> None:
+        """Four questions in a row without an answer, since a process that asks may have been held itself meanwhile."""
+        once, silent = self.actor.__ray_ready__.options(max_task_retries=0), 0
+        while silent < 4:
+            silent = 0 if self._answered(once.remote(), self.seconds / 4) else silent + 1
+            if not silent and self.over.wait(min(5.0, self.seconds / 4)):
+                raise _OverError
+        with contextlib.suppress(Exception):
+            ray.kill(self.actor, no_restart=False)
+
+    def _answered(self, question: Any, most: float | None) -> bool:
+        """Whether it did within so many seconds. Raises what it answers, and _OverError."""
+        until = None if most is None else time.monotonic() + most
+        while until is None or time.monotonic() < until:
+            if ray.wait([question], timeout=_LOOK_S)[0]:
+                ray.get(question)
+                return True
+            if self.over.is_set():
+                raise _OverError
+        return False
+
+
+_WATCHES: list[_Watch] = []
+
+
+def begin(actor: Any, seconds: float, restarts: bool = False) -> None:
     """End an actor that has not answered for so long, from its first answer on.
 
     Args:
         restarts: Ray starts it again whenever it has ended.
     """
-    threading.Thread(target=_watch, args=(actor, seconds, restarts), daemon=True).start()
+    _WATCHES[:] = [one for one in _WATCHES if one.is_alive()]
+    _WATCHES.append(_Watch(actor, seconds, restarts))
+    _WATCHES[-1].start()
 
 
-def _watch(actor: Any, seconds: float, restarts: bool) -> None:
-    again = actor.__ray_ready__.options(max_task_retries=-1 if restarts else 0)
-    while True:
-        try:
-            ray.get(again.remote())  # it is up, however long that has taken
-            _ask_until_silent(actor, seconds)
-        except ray.exceptions.RayActorError:
-            if not restarts:
-                return
-            time.sleep(min(1.0, seconds / 4))
-        except Exception:  # the run is over, and Ray with it
-            return
-
-
-def _ask_until_silent(actor: Any, seconds: float) -> None:
-    """Four questions in a row without an answer, since a process that asks may have been held itself meanwhile."""
-    once, silent = actor.__ray_ready__.options(max_task_retries=0), 0
-    while silent < 4:
-        try:
-            ray.get(once.remote(), timeout=seconds / 4)
-            silent = 0
-            time.sleep(min(5.0, seconds / 4))
-        except ray.exceptions.GetTimeoutError:
-            silent += 1
-    with contextlib.suppress(Exception):
-        ray.kill(actor, no_restart=False)
+def end() -> None:
+    """Nothing is watched any more, and no thread in here calls Ray."""
+    for one in _WATCHES:
+        one.over.set()
+    for one in _WATCHES:
+        one.join()
+    _WATCHES.clear()

@@ -1,5 +1,6 @@
 """What becomes of an actor that does not answer; with Ray's own errors, and no cluster."""
 
+import threading
 import types
 
 import pytest
@@ -7,41 +8,50 @@ import ray
 
 from cola_ray import watch
 
-GONE, LATE = ray.exceptions.RayActorError(), ray.exceptions.GetTimeoutError("late")
+GONE, LATE = ray.exceptions.RayActorError(), "late"
 
 
 class Actor:
     """Gives these answers one after the other; then the run is over."""
 
     def __init__(self, *answers):
-        self.answers, self.asked, self.killed = list(answers), [], 0
+        self.answers, self.asked, self.killed, self.now = list(answers), [], 0, 0.0
         self.__ray_ready__ = types.SimpleNamespace(options=self._options)
 
     def _options(self, max_task_retries):
-        return types.SimpleNamespace(remote=lambda: (self, max_task_retries))
+        def remote():
+            self.asked.append(max_task_retries)
+            if not self.answers:
+                raise SystemError("Ray has ended")
+            return self.answers.pop(0)
 
-    def answer(self, question, timeout=None):
-        self.asked.append((question[1], timeout))
-        if not self.answers:
-            raise SystemError("Ray has ended")
-        answer = self.answers.pop(0)
+        return types.SimpleNamespace(remote=remote)
+
+    def wait(self, questions, timeout):
+        if questions == [LATE]:
+            self.now += timeout
+            return [], questions
+        return questions, []
+
+    def get(self, answer):
         if answer is not None:
             raise answer
+
+    def kill(self, actor, no_restart):
+        assert not no_restart
+        self.killed += 1
 
 
 @pytest.fixture
 def watched(monkeypatch):
-    def watched(*answers, restarts=False):
+    def watched(*answers, restarts=False, over=False):
         actor = Actor(*answers)
-
-        def kill(_, no_restart):
-            assert not no_restart
-            actor.killed += 1
-
-        stub = types.SimpleNamespace(get=actor.answer, kill=kill, exceptions=ray.exceptions)
+        stub = types.SimpleNamespace(wait=actor.wait, get=actor.get, kill=actor.kill, exceptions=ray.exceptions)
         monkeypatch.setattr(watch, "ray", stub)
-        monkeypatch.setattr(watch, "time", types.SimpleNamespace(sleep=lambda _: None))
-        watch._watch(actor, 20.0, restarts)
+        monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: actor.now))
+        one = watch._Watch(actor, 20.0, restarts)
+        one.over = types.SimpleNamespace(wait=lambda _: over, is_set=lambda: over)
+        one.run()
         return actor
 
     return watched
@@ -54,13 +64,39 @@ def test_who_answers_now_and_then_is_left_alone(watched):
 def test_who_is_silent_four_times_in_a_row_is_killed(watched):
     actor = watched(None, None, LATE, LATE, LATE, LATE, GONE)
     assert actor.killed == 1
-    assert actor.asked[0] == (0, None), "a start may take its time"
-    assert actor.asked[1:6] == [(0, 5.0)] * 5
+    assert actor.now == 20.0, "the time it was given"
     assert not actor.answers, "and is watched no longer"
+
+
+def test_a_start_may_take_its_time(watched):
+    actor = watched(LATE, over=True)  # asked until the run is over
+    assert (actor.killed, len(actor.asked)) == (0, 1)
 
 
 def test_who_is_started_again_is_watched_again(watched):
     silent = [None, LATE, LATE, LATE, LATE]
     actor = watched(*silent, None, GONE, *silent, restarts=True)
     assert actor.killed == 2
-    assert [retries for retries, timeout in actor.asked if timeout is None] == [-1] * 4
+    assert actor.asked.count(-1) == 4, "a start is waited for"
+
+
+@pytest.mark.parametrize("answers", [[None], [LATE], [None, LATE]], ids=["between questions", "starting", "waiting"])
+def test_nobody_calls_ray_after_the_end(answers, monkeypatch):
+    actor = Actor(*answers, *[LATE] * 9)
+    waits, left = threading.Event(), threading.Event()
+
+    def wait(questions, timeout):
+        assert not left.is_set(), "Ray has been left"
+        waits.set()
+        return actor.wait(questions, 0.0)
+
+    stub = types.SimpleNamespace(wait=wait, get=actor.get, kill=actor.kill, exceptions=ray.exceptions)
+    monkeypatch.setattr(watch, "ray", stub)
+    watch.begin(actor, 20.0)
+    assert waits.wait(10)
+    watch.end()
+    left.set()
+    asked = len(actor.asked)
+    assert not watch._WATCHES
+    assert not [one for one in threading.enumerate() if isinstance(one, watch._Watch)]
+    assert len(actor.asked) == asked <= 2
