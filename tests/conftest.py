@@ -23,6 +23,9 @@ from cola_ray import CoLAForCausalLM
 
 torch.set_num_threads(1)
 VOCAB_SIZE, NUM_ACTIONS = 96, 16
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as in a shell's background jobs; what tests start would inherit it
+        signal.signal(number, handler)
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
