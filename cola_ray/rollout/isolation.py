@@ -9,8 +9,8 @@
 
 One call is under way at a time, and its reply bears its token, so nothing that a child sends can be taken for the
 answer to another call. A call that takes too long, or whose reply is none, costs its own answer: the process is killed
-with whatever it started, a new one does the rest. Where somebody has killed or stopped the process, the call is made
-once more. ``signal.alarm`` would not do; it works in main threads only and does not stop C code.
+with whatever it started, a new one does the rest. Where somebody has killed or stopped the process, or what came may
+belong to the call before, the call is made once more. ``signal.alarm`` would not do; it works in main threads only and does not stop C code.
 """
 
 import contextlib
@@ -107,9 +107,11 @@ class Isolated:
             if not (isinstance(reply, list) and len(reply) == 2 and reply[0] == token and is_reply(reply[1])):
                 raise BrokenError("sent what is no reply")
         except BrokenError as error:
-            failure, disturbed = self._why(error), self._was_disturbed()
+            failure = self._why(error)  # which waits for the end of a process that is ending
+            # What is no reply may be what the call before has sent late.
+            elsewhere = self._was_disturbed() or not isinstance(error, GoneError | LateError)
             self._restart()
-            return self._ask(call, again=False) if again and disturbed else Answer(failure=failure)
+            return self._ask(call, again=False) if again and elsewhere else Answer(failure=failure)
         failure = as_text(reply[1].get("failure", ""), _SHOWN)
         return Answer(failure=failure or "raised without a word") if "failure" in reply[1] else Answer(**reply[1])
 

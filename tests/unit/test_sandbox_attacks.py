@@ -208,7 +208,7 @@ def _outside(victim):
     ]
     return (
         [file.st_mode, file.st_uid, file.st_gid, file.st_size, file.st_nlink, file.st_mtime_ns, file.st_ctime_ns],
-        [of_victim[2], *of_victim[15:20], os.sched_getscheduler(victim), os.sched_getaffinity(victim)],
+        [of_victim[2] in "TtZX", *of_victim[15:20], os.sched_getscheduler(victim), os.sched_getaffinity(victim)],
         resource.prlimit(victim, resource.RLIMIT_NOFILE),
         str(0x5EC) in shared,
         [name for name in names if "escaped" in name],
@@ -372,8 +372,8 @@ def test_results_of_odd_kinds_are_not_opened(tmp_path, kind):
 
 OWNER = """
 import sys
-from cola_ray.tasks.sandbox import Sandbox
-box = Sandbox()
+from cola_ray.tasks.sandbox import Limits, Sandbox
+box = Sandbox(Limits(wall_s=10))
 box.start()
 print(box.server.pid, box.scratch, flush=True)
 box.run(sys.argv[1])
@@ -434,7 +434,7 @@ def test_a_server_that_answers_another_question_is_replaced(sandbox):
     """As it would be after a program that made it lose step: that program has no result, the next one its own."""
     sandbox.server.stdin.write(b'{"number": 0}\n')  # not a question; the server ends at it
     ran = sandbox.run("print(1)")
-    assert "the sandbox's server ended" in ran.stopped
+    assert "the sandbox's server ended" in ran.stopped or ran.output == "1\n", "or it had ended before"
     assert sandbox.run("print(2)").output == "2\n"
 
 
