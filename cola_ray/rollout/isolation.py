@@ -10,7 +10,8 @@
 One call is under way at a time, and its reply bears its token, so nothing that a child sends can be taken for the
 answer to another call. A call that takes too long, or whose reply is none, costs its own answer: the process is killed
 with whatever it started, a new one does the rest. Where somebody has killed or stopped the process, or what came may
-belong to the call before, the call is made once more. ``signal.alarm`` would not do; it works in main threads only and does not stop C code.
+belong to the call before, the call is made once more. ``signal.alarm`` would not do; it works in main threads only and
+does not stop C code.
 """
 
 import contextlib
