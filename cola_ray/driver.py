@@ -281,6 +281,7 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
         resume.check_inputs(config, begun.start)
         model_path = served(config, begun.start)
         with tracked(begun, summarise, draw, on_step) as tracker:
+            current().doing("starting the controller")
             replay = actors.replay(config)
             services = (replay, actors.critic(config, model_path, replay)) if job.name == "rl_agent" else (replay,)
             judge = actors.judge(config)

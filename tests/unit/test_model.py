@@ -49,6 +49,7 @@ def test_attached_model_is_the_base_under_any_action(tmp_path, ids, tied):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_attached_to_a_gguf_file_saves_and_loads_like_any_other(tmp_path):
     source = preset("smollm2-135m").model.base
     if not source.endswith(".gguf"):
