@@ -86,6 +86,7 @@ def test_a_stopped_run_leaves_model_summary_and_plot(finished):
     assert (made["made_by"], made["start"]["settings"]["pretrain.steps.base"]) == ("rl_math", 120)
 
 
+@pytest.mark.slow
 def test_staleness_is_used_bounded_and_said(model, tmp_path):
     run = Run("rl_math", tmp_path, "--model.path", model, *SHORT_RL, "--rl.max-staleness", "1", "--rl.update-mode",
               "continue", "--rl.max-steps", "4")  # fmt: skip
@@ -158,4 +159,4 @@ def test_an_evaluation_and_its_refusal_to_mix(finished):
     assert found["mcts"]["generated_tokens"] > found["greedy"]["generated_tokens"]
     assert (run.output / "accuracy.png").stat().st_size > 5000
     refused = Run("evaluate", finished.where, *args, "--search.simulations", "8", "--resume")
-    assert "has another search; give another --output-dir" in refused.finish(code=2)
+    assert "search.simulations = 8: the run began with 4; " in refused.finish(code=2)
