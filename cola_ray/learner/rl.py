@@ -476,7 +476,7 @@ class RLLearner:
     def load(self, folder: Path) -> None:
         notes = self.zero.load(folder)
         for name, head in self._heads():
-            head.load_state_dict(torch.load(folder / f"{name}.pt", map_location=self.zero.device))
+            head.load_state_dict(torch.load(folder / f"{name}.pt", map_location=self.zero.device, weights_only=True))
         for name in _PLACE:
             setattr(self, name, notes[name])
 

@@ -65,7 +65,7 @@ class CriticService:
     async def saved(self) -> Mapping[str, Any] | None:
         """What the last fit left; None where there was none."""
         files = self._files()
-        return torch.load(files[-1], map_location="cpu") if files else None
+        return torch.load(files[-1], map_location="cpu", weights_only=True) if files else None
 
     async def mark(self) -> str:
         """The file of the last fit; empty where there was none."""

@@ -11,6 +11,7 @@ raise ValueError at any other. What could grow is bounded before it is computed.
 
 import ast
 import importlib
+import operator
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -27,7 +28,10 @@ _FUNCTIONS = (
     "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
     "exp", "log", "ln", "sqrt", "Abs",
 )  # fmt: skip
-_CONSTANTS = {"pi": "pi", "E": "E"}
+_CONSTANTS = ("pi", "E")
+_PLAIN: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul
+}  # fmt: skip
 
 
 def arithmetic(text: str) -> Fraction:
@@ -122,13 +126,9 @@ def _written(value: object) -> Fraction:
 
 
 def _joined(op: ast.operator, left: Fraction, right: Fraction) -> Fraction:
+    if plain := _PLAIN.get(type(op)):
+        return plain(left, right)
     match op:
-        case ast.Add():
-            return left + right
-        case ast.Sub():
-            return left - right
-        case ast.Mult():
-            return left * right
         case ast.Div() if right:
             return left / right
         case ast.Pow() if right.denominator == 1 and (left or right >= 0):
@@ -169,7 +169,7 @@ def _formula(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
         case ast.Name(id=name) if name in names:
             return names[name]
         case ast.Name(id=name) if name in _CONSTANTS:
-            return getattr(sympy, _CONSTANTS[name])
+            return getattr(sympy, name)
         case ast.Name(id=name) if len(name) <= 16 and name not in _FUNCTIONS:
             return sympy.Symbol(name)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -184,13 +184,9 @@ def _formula(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
 
 
 def _combined(op: ast.operator, left: Any, right: Any) -> Any:
+    if plain := _PLAIN.get(type(op)):
+        return plain(left, right)
     match op:
-        case ast.Add():
-            return left + right
-        case ast.Sub():
-            return left - right
-        case ast.Mult():
-            return left * right
         case ast.Div():
             return left / right
         case ast.Pow() if _may_be_raised(left, right):
