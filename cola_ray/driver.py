@@ -43,7 +43,7 @@ from cola_ray.model.conversion import describe, plain_base
 from cola_ray.refusals import check
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
-from cola_ray.run_folder import State, write_json
+from cola_ray.run_folder import State, read_record, write_json
 from cola_ray.tasks import least_right_reward
 from cola_ray.tracking import (
     Tracker,
@@ -433,8 +433,10 @@ class _Talk:
 
 def make_start_model(config: Config) -> None:
     """Pre-train it where the preset makes its own and it is missing."""
-    if provenance.makes_start_model(config) and not provenance.is_made(provenance.start_model(config)):
-        changes = {"output_dir": "", "resume": True, "overwrite": False, "task.reward_model": "", "task.oracle": "",
+    model = provenance.start_model(config)
+    if provenance.makes_start_model(config) and not provenance.is_made(model):
+        begun = read_record(model.parent) is not None
+        changes = {"output_dir": "", "resume": begun, "overwrite": False, "task.reward_model": "", "task.oracle": "",
                    "tracking_parent": ""}  # fmt: skip
         pretrain(relevance.only_read(override(config, changes), "pretrain"))
 

@@ -98,6 +98,7 @@ def test_staleness_is_used_bounded_and_said(model, tmp_path):
 
 def test_a_plain_log_tells_every_phase(finished):
     """What it is doing comes before what takes long, and each phase ends with its time."""
+    assert "nothing to resume" not in finished.log, "nobody asked for that"
     begun = [
         line.split(maxsplit=1)[1].removesuffix(" ...") for line in finished.log.splitlines() if line[-4:] == " ..."
     ]
