@@ -205,8 +205,8 @@ def missing(trials: Sequence[Mapping[str, Any]], settings: Sequence[str], kinds:
     for trial in trials:
         key = (trial["setting"], trial["kind"], trial["signal"])
         made[key] = made.get(key, 0) + 1
-    for setting in settings:
-        for number in range(wanted):
+    for number in range(wanted):
+        for setting in settings:
             for lossy in (False, True):
                 for kind in SETTINGS[setting].kinds:
                     if kind in kinds and (kind in LOSSY) == lossy:
