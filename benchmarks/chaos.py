@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "tests" / "system"))
 from runs import Run
 
 FOLDER = ROOT / "outputs" / "chaos"
-SIGNALS = ("SIGKILL", "SIGSTOP")
+SIGNALS = ("SIGSTOP", "SIGKILL")
 SAME = ("policy/loss", "policy/grad_norm", "reward/mean", "rollout/response_length")
 START_S = 1200.0  # at most, for a run to start; others may compute on the machine, too
 LEFT_S = 60.0  # in which what a run has started must be gone after its end

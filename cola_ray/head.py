@@ -167,8 +167,7 @@ def started(environment: dict[str, Any], **options: Any) -> Iterator[None]:
         shutil.rmtree(temporary, ignore_errors=True)
         if ours:
             del os.environ["RAY_TMPDIR"]
-            if not failed:
-                remove_own_folder()
+            remove_own_folder(but_logs=failed)
 
 
 def own_folder() -> dict[str, str]:
@@ -181,10 +180,21 @@ def own_folder() -> dict[str, str]:
     return {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", f"/tmp/cola_ray-{os.getpid()}")}
 
 
-def remove_own_folder() -> None:
-    """After a cluster that ended well; one that the user has named stays."""
-    if "RAY_TMPDIR" not in os.environ:
-        shutil.rmtree(own_folder()["RAY_TMPDIR"], ignore_errors=True)
+def remove_own_folder(but_logs: bool = False) -> None:
+    """After the cluster's end; a folder that the user has named stays.
+
+    Args:
+        but_logs: what Ray's processes have logged is kept.
+    """
+    if "RAY_TMPDIR" in os.environ:
+        return
+    folder = Path(own_folder()["RAY_TMPDIR"])
+    if not but_logs:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if "logs" not in path.relative_to(folder).parts and not (path.is_symlink() and path.is_dir()):
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager

@@ -109,6 +109,23 @@ def test_a_folder_that_the_user_has_named_stays(tmp_path, monkeypatch):
     assert not tmp_path.exists()
 
 
+def test_after_a_failure_rays_logs_alone_stay(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(head, "own_folder", lambda: {"RAY_TMPDIR": str(tmp_path / "run")})
+    session = tmp_path / "run" / "ray" / "session_1"
+    for file in ("logs/gcs_server.out", "logs/events/one.log", "sockets/raylet", "artifacts/tune/stdout", "gcs_port"):
+        (session / file).parent.mkdir(parents=True, exist_ok=True)
+        (session / file).write_text("x")
+    (tmp_path / "run" / "ray" / "session_latest").symlink_to(session)
+    head.remove_own_folder(but_logs=True)
+    kept = {str(path.relative_to(session)) for path in session.rglob("*") if path.is_file()}
+    assert kept == {"logs/gcs_server.out", "logs/events/one.log"}
+    assert {path.name for path in session.iterdir()} == {"logs"}
+    assert (tmp_path / "run" / "ray" / "session_latest" / "logs" / "gcs_server.out").exists()
+    head.remove_own_folder()
+    assert not (tmp_path / "run").exists()
+
+
 def test_old_folders_go_and_those_in_use_stay(tmp_path, monkeypatch):
     import fcntl
 
