@@ -1,0 +1,131 @@
+"""Three RL steps of every algorithm, bit for bit against another revision: for changes that must change nothing.
+
+    python benchmarks/frozen.py REVISION              # e.g. the commit before a refactoring; a minute a run
+    python benchmarks/frozen.py REVISION --runs grpo archer
+
+    REVISION, in a worktree ──> start models (made once) ──> runs ──┐ metrics of every step, but for times and memory,
+    this working tree ───────────────────────────────────> runs ──┴─> and the tensors of the models they leave
+
+Numbers are never stored with the project: processors differ in the last bit. What REVISION gave is kept in
+outputs/frozen/<commit>, so it runs once.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "outputs" / "frozen"
+SHORT = ["--pretrain.steps.base", "60", "--pretrain.steps.actions", "20", "--pretrain.steps.policy", "20"]
+AGENT = ["--task.name", "twenty_questions", "--task.num-problems", "300"]
+STARTS = {"rl_math": SHORT, "rl_agent": [*SHORT, *AGENT]}
+THREE = ["--rl.max-steps", "3", "--rl.eval-every", "2", "--rl.eval-problems", "8"]
+PROBLEMS = [*THREE, "--rl.prompts-per-step", "8", "--rl.group-size", "4"]
+EPISODES = [*THREE, "--task.name", "twenty_questions", "--rl.prompts-per-step", "8", "--critic.steps", "4",
+            "--critic.batch-size", "64", "--critic.fresh-states", "64", "--critic.warmup-iterations", "1"]  # fmt: skip
+RUNS = {
+    "grpo": ("rl_math", [*PROBLEMS, "--rl.kl-coef", "0.01"]),
+    "ppo": ("rl_math", [*PROBLEMS, "--rl.algorithm", "ppo"]),
+    "etpo": ("rl_math", [*PROBLEMS, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05"]),
+    "actor_free": ("rl_math", [*PROBLEMS, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", "--rl.actor-free"]),
+    "token": ("rl_math", [*PROBLEMS, "--rl.action-space", "token"]),
+    "archer": ("rl_agent", EPISODES),
+}
+OF_THE_MACHINE = ("time/", "memory/", "learner/tokens_per_second", "rollout/tokens_per_second")
+
+
+def run(code: Path, job: str, where: Path, args: Sequence[str]) -> None:
+    """One job of a checkout, to its end; its output in ``where/log``.
+
+    Raises:
+        SystemExit: it failed; with the end of its log.
+    """
+    where.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(code / "jobs" / f"{job}.py"), "--preset", "tiny", "--output-dir", str(where / "run"),
+               "--overwrite", *args]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    with (where / "log").open("w") as log:
+        code_of_end = subprocess.run(command, cwd=where, env=environment, stdout=log, stderr=log).returncode
+    if code_of_end:
+        raise SystemExit(f"{' '.join(command)}\nended with {code_of_end}:\n{(where / 'log').read_text()[-2000:]}")
+
+
+def start_model(code: Path, job: str) -> Path:
+    """What the runs of a job begin with, made once."""
+    where = FOLDER / "start" / job
+    if not (where / "run" / "summary.json").exists():
+        run(code, "pretrain", where, STARTS[job])
+    return where / "run" / "model"
+
+
+def curve(folder: Path) -> dict[int, dict[str, float]]:
+    """The last metrics of each step."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event.get("event") == "step":
+            steps.setdefault(int(event["version"]), {}).update(
+                {name: value for name, value in event.items() if "/" in name and not name.startswith(OF_THE_MACHINE)}
+            )
+    return steps
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Where two runs are not the same, a line each."""
+    curves: tuple[Mapping[int, Mapping[str, float]], ...] = (curve(one), curve(other))
+    lines = [] if curves[0].keys() == curves[1].keys() else [f"steps {[*curves[0]]} and {[*curves[1]]}"]
+    for step in curves[0].keys() & curves[1].keys():
+        before, after = curves[0][step], curves[1][step]
+        lines += [
+            f"step {step}, {name}: {before.get(name)} before, {after.get(name)} now"
+            for name in sorted(before.keys() | after.keys())
+            if before.get(name) != after.get(name)
+        ]
+    models = [{f.name: load_file(f) for f in (run / "model").glob("*.safetensors")} for run in (one, other)]
+    for file in sorted(models[0].keys() | models[1].keys()):
+        before_, after_ = (model.get(file, {}) for model in models)
+        lines += [
+            f"model/{file}: {name} differs"
+            for name in sorted(before_.keys() | after_.keys())
+            if name not in before_ or name not in after_ or not torch.equal(before_[name], after_[name])
+        ]
+    return lines
+
+
+def checkout(revision: str) -> Path:
+    """A worktree of a revision."""
+    where = FOLDER / revision / "code"
+    if not where.exists():
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", str(where), revision], cwd=ROOT, check=True)
+    return where
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("revision", help="what to compare this working tree with")
+    parser.add_argument("--runs", nargs="+", default=[*RUNS], choices=[*RUNS], metavar="RUN", help=", ".join(RUNS))
+    args = parser.parse_args()
+    named = ["git", "rev-parse", "--short", f"{args.revision}^{{commit}}"]
+    revision = subprocess.run(named, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    before, differ = FOLDER / revision, 0
+    for name in args.runs:
+        job, settings = RUNS[name]
+        start = ["--model.path", str(start_model(checkout(revision), job))]
+        if not (before / name / "run" / "summary.json").exists():
+            run(checkout(revision), job, before / name, [*start, *settings])
+        run(ROOT, job, FOLDER / "now" / name, [*start, *settings])
+        lines = differences(before / name / "run", FOLDER / "now" / name / "run")
+        differ += bool(lines)
+        print(f"{name:12}", "the same, bit for bit" if not lines else "\n".join(["differs:", *lines[:20]]), flush=True)
+    raise SystemExit(f"{differ} of {len(args.runs)} runs differ from {revision}" if differ else 0)
+
+
+if __name__ == "__main__":
+    main()
