@@ -147,7 +147,7 @@ def of_kind(kind: str, among: Sequence[Process], driver: int) -> list[Process]:
         case "reward process" | "environment process":
             return [one for one in among if _forks(one) and _forks(below.get(one.parent))]
         case "sandbox server":
-            servers = {one.pid for one in among if "sandbox_server.py" in one.title}
+            servers = {one.pid for one in among if "sandbox/server.py" in one.title}
             return [one for one in among if one.pid in servers and one.parent not in servers]
     return [one for one in among if one.title.startswith(_TITLES[kind])]
 

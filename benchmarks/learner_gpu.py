@@ -15,13 +15,13 @@ from record import record
 from run import random_batch
 
 from cola_ray import CoLAConfig, CoLAForCausalLM
-from cola_ray.config import Config, override
 from cola_ray.experience import Batch
 from cola_ray.learner.engine import join_group
 from cola_ray.learner.policies import LatentPolicy
 from cola_ray.learner.rl import RLLearner
-from cola_ray.plan import GPUS
-from cola_ray.presets import preset
+from cola_ray.settings.config import Config, override
+from cola_ray.settings.presets import preset
+from cola_ray.studies.plan import GPUS
 
 LLAMA_31_8B = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,

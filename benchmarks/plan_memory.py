@@ -12,8 +12,8 @@ from pathlib import Path
 from record import record
 from trial import trial
 
-from cola_ray import plan
 from cola_ray.command_line import from_command_line
+from cola_ray.studies.jobs import plan
 
 PRETRAINED = {"tiny": "30", "smollm2-135m": "1"}  # steps
 RL = {

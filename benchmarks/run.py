@@ -27,9 +27,9 @@ from record import RESULTS, ROOT, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.config import Config, override
 from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
-from cola_ray.presets import preset
+from cola_ray.settings.config import Config, override
+from cola_ray.settings.presets import preset
 
 REPEATS, BATCH, PROMPT, NEW = 5, 64, 32, 32
 POLICY_LAYERS, WORLD_MODEL_LAYERS = 2, 2
@@ -347,8 +347,8 @@ class EchoWorker:
 def orchestration() -> dict[str, float]:
     import ray
 
-    from cola_ray.actors import RayWorkers, RemoteController
-    from cola_ray.controller import Controller
+    from cola_ray.cluster.actors import RayWorkers, RemoteController
+    from cola_ray.loop.controller import Controller
 
     config = override(preset("tiny"), {"rl.max_steps": 40, "rl.eval_every": 0, "cluster.learner_ranks": 1})
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)

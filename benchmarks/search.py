@@ -16,10 +16,10 @@ import numpy as np
 from record import RESULTS, record
 from trial import trial
 
-from cola_ray.config import SearchConfig
 from cola_ray.rollout.engine import LatentEngine, Request
 from cola_ray.rollout.search import Question, TreeSearch
 from cola_ray.rollout.worker import RunningBatch
+from cola_ray.settings.config import SearchConfig
 
 WAYS = ("sample", "beam", "mcts", "mcts_q")
 

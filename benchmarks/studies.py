@@ -16,7 +16,7 @@ from pathlib import Path
 from record import record
 from trial import trial
 
-from cola_ray.reproduce import write_choices, write_sums
+from cola_ray.studies.reproduce import write_choices, write_sums
 
 SHORT = ["--cluster.learner-ranks", "1", "--pretrain.steps.actions", "80", "--pretrain.steps.policy", "80"]
 SMALL_SAMPLE = ["--diversity.prefixes", "16", "--diversity.continuations", "4", "--rollout.max-new-tokens", "48"]

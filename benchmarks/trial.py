@@ -10,7 +10,7 @@ from typing import Any
 
 from record import ROOT
 
-from cola_ray.run_folder import summary_of
+from cola_ray.runs.run_folder import summary_of
 
 
 def trial(where: Path, job: str, *settings: str) -> dict[str, Any]:

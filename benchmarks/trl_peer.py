@@ -14,7 +14,7 @@ import trl
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
 
-from cola_ray.config import TaskConfig
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import make_task
 
 

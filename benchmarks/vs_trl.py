@@ -12,8 +12,8 @@ import numpy as np
 from record import ROOT, record
 from trial import series, trial
 
-from cola_ray.config import Config, override
-from cola_ray.presets import preset
+from cola_ray.settings.config import Config, override
+from cola_ray.settings.presets import preset
 
 # What both are given; the rest is each one's own way.
 SHARED: dict[str, Any] = {"rl.lr": 1e-4, "rl.kl_coef": 0.0, "rl.prompts_per_step": 64, "rl.group_size": 8}

@@ -16,8 +16,13 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cola_ray import launch, provenance, relevance
-from cola_ray.config import (
+from cola_ray.checks.refusals import check
+from cola_ray.runs import launch, provenance
+from cola_ray.runs.display import current, shown, wide_console
+from cola_ray.runs.ending import EXIT_CODES, RESUME, in_words
+from cola_ray.runs.redaction import redacted
+from cola_ray.settings import relevance
+from cola_ray.settings.config import (
     Config,
     ConfigError,
     RunFailedError,
@@ -27,12 +32,8 @@ from cola_ray.config import (
     try_override,
     value_at,
 )
-from cola_ray.display import current, shown, wide_console
-from cola_ray.ending import EXIT_CODES, RESUME, in_words
-from cola_ray.limits import literal, wanted
-from cola_ray.presets import expectation, preset
-from cola_ray.redaction import redacted
-from cola_ray.refusals import check
+from cola_ray.settings.limits import literal, wanted
+from cola_ray.settings.presets import expectation, preset
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,24 @@ class _Job:
 
 
 _JOBS = {
-    "atlas": _Job("cola_ray.studies:atlas"),
-    "capabilities": _Job("cola_ray.studies:capabilities"),
-    "diversity": _Job("cola_ray.studies:diversity"),
-    "evaluate": _Job("cola_ray.studies:evaluate"),
-    "plan": _Job("cola_ray.plan:show"),
-    "pretrain": _Job("cola_ray.driver:pretrain"),
-    "reproduce": _Job("cola_ray.reproduce:reproduce"),
-    "reward_model": _Job("cola_ray.driver:train_reward_model", task="preference"),
-    "rl_agent": _Job("cola_ray.driver:run_agent", agents=True),
-    "rl_math": _Job("cola_ray.driver:run_rl"),
-    "rl_preference": _Job("cola_ray.driver:run_rl", task="preference"),
-    "sweep": _Job("cola_ray.sweep:sweep"),
-    "train_q": _Job("cola_ray.driver:train_q"),
+    "atlas": _Job("cola_ray.studies.jobs:atlas"),
+    "capabilities": _Job("cola_ray.studies.jobs:capabilities"),
+    "diversity": _Job("cola_ray.studies.jobs:diversity"),
+    "evaluate": _Job("cola_ray.studies.jobs:evaluate"),
+    "plan": _Job("cola_ray.studies.plan:show"),
+    "pretrain": _Job("cola_ray.train:pretrain"),
+    "reproduce": _Job("cola_ray.studies.reproduce:reproduce"),
+    "reward_model": _Job("cola_ray.train:train_reward_model", task="preference"),
+    "rl_agent": _Job("cola_ray.train:run_agent", agents=True),
+    "rl_math": _Job("cola_ray.train:run_rl"),
+    "rl_preference": _Job("cola_ray.train:run_rl", task="preference"),
+    "sweep": _Job("cola_ray.studies.sweep:sweep"),
+    "train_q": _Job("cola_ray.train:train_q"),
 }
 
 
 def main(job: str, description: str | None) -> NoReturn:
-    """Parse, check, run, exit; how it ended is one line, and a code of :data:`~cola_ray.ending.EXIT_CODES`."""
+    """Parse, check, run, exit; how it ended is one line, and a code of :data:`~cola_ray.runs.ending.EXIT_CODES`."""
     code, line = 0, ""
     try:
         with in_words():

@@ -6,7 +6,7 @@ Examples:
 
 Needs the packages of `make evals`. The harness's own command also knows the model:
     lm_eval --model cola_ray --model_args pretrained=MODEL,likelihood=marginal --tasks arc_easy
-after `import cola_ray.harness`.
+after `import cola_ray.studies.harness`.
 """
 
 from cola_ray.command_line import main

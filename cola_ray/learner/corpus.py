@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cola_ray.config import DataConfig
+from cola_ray.settings.config import DataConfig
 from cola_ray.tasks import PlayedTask, Prompts
 from cola_ray.tasks.chat import ChatTokenizer, Prompt, as_prompt
 from cola_ray.tasks.environment import Dialogue

@@ -18,9 +18,9 @@ import torch
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
-from cola_ray import resume, saved
 from cola_ray.algorithms.gradients import NonFiniteError
-from cola_ray.saved import Checkpoint, CheckpointError, Described
+from cola_ray.runs import resume, saved
+from cola_ray.runs.saved import Checkpoint, CheckpointError, Described
 from cola_ray.weights import Manifest
 
 

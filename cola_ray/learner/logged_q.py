@@ -23,12 +23,12 @@ from cola_ray.algorithms.advantages import over_spread
 from cola_ray.algorithms.double_q import double_q_values
 from cola_ray.algorithms.etpo import soft_targets
 from cola_ray.algorithms.gradients import NonFiniteError
-from cola_ray.config import Q_STAGE, Config
 from cola_ray.experience import Trajectory, collate
 from cola_ray.learner.engine import Report, last_checkpoint, save_checkpoint, warmup_cosine
 from cola_ray.learner.rl import tensors_of
 from cola_ray.learner.value import step_together
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
+from cola_ray.settings.config import Q_STAGE, Config
 from cola_ray.tasks.logged import LoggedAnswer, logged
 from cola_ray.tasks.rows import open_rows, read_rows
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from cola_ray.config import Config
 from cola_ray.learner.engine import Published
 from cola_ray.model.conversion import is_released, save
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead, positions
+from cola_ray.settings.config import Config
 
 States = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """Logits (N, K); e (B, T, H), the reference's logits (N, K), aliases (N, K): each None where nobody asks for it."""

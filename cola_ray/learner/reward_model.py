@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from cola_ray.config import Config
 from cola_ray.learner.engine import (
     Published,
     Report,
@@ -27,6 +26,7 @@ from cola_ray.learner.engine import (
     warmup_cosine,
 )
 from cola_ray.model.conversion import plain_base
+from cola_ray.settings.config import Config
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.preference import Pair, Preference
 

@@ -34,14 +34,14 @@ from cola_ray.algorithms.policy_loss import (
     kl_penalties,
     truncated_importance_weights,
 )
-from cola_ray.config import Config, RLConfig
 from cola_ray.experience import Batch
 from cola_ray.learner.engine import ZeroEngine, last_checkpoint, save_checkpoint
 from cola_ray.learner.policies import Policy, SoftQPolicy, export, make_policy
 from cola_ray.learner.soft_q import SoftQLearner, last_positions, one_step_targets
 from cola_ray.learner.value import ValueLearner
 from cola_ray.model.modeling_cola import QHead, action_log_probs
-from cola_ray.saved import Described
+from cola_ray.runs.saved import Described
+from cola_ray.settings.config import Config, RLConfig
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
 

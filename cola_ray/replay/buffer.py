@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cola_ray.saved import Described, describe, write_whole
+from cola_ray.runs.saved import Described, describe, write_whole
 
 Array = np.ndarray
 _FULL = 512 << 20  # bytes of a chunk that is not merged any further: Arrow's offsets have 31 bits

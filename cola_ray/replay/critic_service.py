@@ -25,11 +25,11 @@ from transformers import AutoModel
 
 from cola_ray.algorithms.advantages import centred, over_spread
 from cola_ray.algorithms.archer import TwinHeads
-from cola_ray.config import CriticConfig
 from cola_ray.replay.critic import Critic, EncodedTwins
 from cola_ray.replay.service import Draw, Shards
 from cola_ray.replay.transitions import Read, TextReader, critic_batch, read_features
-from cola_ray.saved import write_whole
+from cola_ray.runs.saved import write_whole
+from cola_ray.settings.config import CriticConfig
 from cola_ray.weights import Channel, join, meeting_point
 
 Array = np.ndarray

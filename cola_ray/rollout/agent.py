@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from cola_ray.algorithms.archer import TwinHeads
-from cola_ray.config import Config
 from cola_ray.experience import Episode, Ticket, Trajectory, was_said
 from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Completion, Request, as_float
 from cola_ray.rollout.episode import Speak, Table, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.rollout.worker import EngineWorker
+from cola_ray.settings.config import Config
 from cola_ray.tasks import make_environment
 from cola_ray.tasks.environment import HELD_OUT
 

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from cola_ray.algorithms.double_q import first_decision, square_errors
-from cola_ray.config import Config, override
 from cola_ray.model.modeling_cola import QHead
 from cola_ray.rollout.engine import Completion, Request, as_float
 from cola_ray.rollout.isolation import Reward
 from cola_ray.rollout.judge import Judge, judged
 from cola_ray.rollout.search import BeamSearch, BestOf, End, Found, Question, TreeSearch
 from cola_ray.rollout.worker import RolloutWorker
+from cola_ray.settings.config import Config, override
 from cola_ray.tasks.chat import as_text
 
 Array = np.ndarray

@@ -11,9 +11,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cola_ray.config import Config
 from cola_ray.rollout.engine import Request
 from cola_ray.rollout.worker import EngineWorker
+from cola_ray.settings.config import Config
 
 Chance = Literal["policy", "random_actions", "base", "random_tokens"]
 CHANCES: tuple[Chance, ...] = get_args(Chance)

@@ -5,7 +5,7 @@
         EnvironmentProcess.reset / step        many episodes of a multi-turn environment
 
     this process ── [token, method, *args] ──> child: the object; a verifier that executes responses forks for each
-                 <── [token, reply] ──────────        (tasks/messages.py: a line of JSON, never a pickle)
+                 <── [token, reply] ──────────        (sandbox/messages.py: a line of JSON, never a pickle)
 
 One call is under way at a time, and its reply bears its token, so nothing that a child sends can be taken for the
 answer to another call. A call that takes too long, or whose reply is none, costs its own answer: the process is killed
@@ -31,11 +31,11 @@ from typing import Any
 
 import psutil
 
+from cola_ray.sandbox.confine import die_with_parent
+from cola_ray.sandbox.execution import Apart, error_text, in_a_fork, is_reply, reply_of
+from cola_ray.sandbox.messages import BrokenError, Channel, GoneError, LateError, as_data, as_text
 from cola_ray.tasks import Task, answer_of
-from cola_ray.tasks.confine import die_with_parent
 from cola_ray.tasks.environment import Environment
-from cola_ray.tasks.execution import Apart, error_text, in_a_fork, is_reply, reply_of
-from cola_ray.tasks.messages import BrokenError, Channel, GoneError, LateError, as_data, as_text
 from cola_ray.tasks.protocol import Split, not_a_reward
 
 _GRACE_S = 5.0  # for what a child does around a fork that keeps the deadline itself

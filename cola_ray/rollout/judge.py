@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cola_ray.rollout.isolation import Answer, Reward, as_reward
+from cola_ray.sandbox.messages import as_text
 from cola_ray.tasks.chat import ChatTokenizer, Prompt
-from cola_ray.tasks.messages import as_text
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], Awaitable[list[float]]]
 """(prompts, responses) -> a reward each."""

@@ -30,9 +30,9 @@ from typing import Any, Literal
 import numpy as np
 
 from cola_ray.algorithms.search import Value, ValueRange, majority, puct
-from cola_ray.config import SearchConfig
 from cola_ray.model.modeling_cola import RANKED
 from cola_ray.rollout.engine import Completion, Request
+from cola_ray.settings.config import SearchConfig
 
 Array = np.ndarray
 Complete = Callable[[Sequence[Request]], Awaitable[list[Completion]]]

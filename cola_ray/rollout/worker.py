@@ -20,12 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from cola_ray.config import Config
 from cola_ray.experience import Group, Ticket, Trajectory
 from cola_ray.model.action_columns import BASE_TOKENS
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
 from cola_ray.rollout.isolation import Reward, RewardProcess
 from cola_ray.rollout.judge import Judge, judged
+from cola_ray.settings.config import Config
 from cola_ray.tasks import make_prompts, make_task, stop_strings
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.endings import Endings

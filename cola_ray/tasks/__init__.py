@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
-from cola_ray.config import TaskConfig, is_environment
-from cola_ray.limits import refusal
+from cola_ray.settings.config import TaskConfig, is_environment
+from cola_ray.settings.limits import refusal
 from cola_ray.tasks.adventures import Jericho, TextWorld
 from cola_ray.tasks.data_science import DataScience
 from cola_ray.tasks.environment import Dialogue, Environment

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cola_ray.limits import Count, Share
+from cola_ray.settings.limits import Count, Share
 from cola_ray.tasks.environment import Dialogue, Replayed, Transition
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from cola_ray.limits import Count, Seconds, Share
+from cola_ray.sandbox.programs import Limits, Ran, Sandbox
+from cola_ray.settings.limits import Count, Seconds, Share
 from cola_ray.tasks.csv_table import as_numbers, read_columns
 from cola_ray.tasks.environment import Dialogue, Transition
-from cola_ray.tasks.sandbox import Limits, Ran, Sandbox
 
 Array = np.ndarray
 BUNDLED = ("breast_cancer", "wine", "digits", "iris")

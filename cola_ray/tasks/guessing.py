@@ -16,7 +16,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
-from cola_ray.limits import Share
+from cola_ray.settings.limits import Share
 from cola_ray.tasks.environment import Dialogue, Transition
 
 MAX_TURNS = 20

@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cola_ray.config import MULTI_TURN, TaskConfig, is_environment
-from cola_ray.limits import nearest
+from cola_ray.sandbox.messages import as_data
+from cola_ray.sandbox.programs import NoSandboxError
+from cola_ray.settings.config import MULTI_TURN, TaskConfig, is_environment
+from cola_ray.settings.limits import nearest
 from cola_ray.tasks import make_environment
 from cola_ray.tasks.chat import as_prompt
 from cola_ray.tasks.environment import Dialogue
-from cola_ray.tasks.messages import as_data
 from cola_ray.tasks.protocol import LARGEST_REWARD, not_a_reward
-from cola_ray.tasks.sandbox import NoSandboxError
 
 TRIAL_S = 10.0
 FIXED = ("arithmetic", "gsm8k", "math500", "preference", *MULTI_TURN)

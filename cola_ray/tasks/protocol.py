@@ -58,8 +58,8 @@ class Task(Prompts, Protocol):
 
     and ``score`` calls ``self.execute(response)``. It runs in a process that has neither the task nor its solutions,
     nor files, sockets or other processes, and that ends with this response; what it returns is data: numbers, text,
-    lists and dicts. It raises ``NotExecutedError`` of :mod:`~cola_ray.tasks.execution`, a ValueError, where there is
-    nothing, or not in time. Whole programs run in :class:`~cola_ray.tasks.sandbox.Sandbox`.
+    lists and dicts. It raises ``NotExecutedError`` of :mod:`~cola_ray.sandbox.execution`, a ValueError, where there is
+    nothing, or not in time. Whole programs run in :class:`~cola_ray.sandbox.programs.Sandbox`.
 
     ``executes_responses = True`` is for a verifier that cannot be taken apart like this: all of ``score`` then runs in
     such a process of one response. Solutions are there, so a response that runs code can claim any reward for itself,

@@ -2,7 +2,7 @@
 
 import time
 
-from cola_ray.config import TaskConfig
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks.verifiable import Arithmetic
 
 

@@ -15,9 +15,9 @@ import pytest
 from runs import Run, descendants
 from safetensors.torch import load_file
 
-from cola_ray.config import override
-from cola_ray.presets import preset
-from cola_ray.refusals import check
+from cola_ray.checks.refusals import check
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 
 pytestmark = pytest.mark.slow
 STEPS = 10

@@ -12,7 +12,7 @@ import torch
 from runs import ROOT, SHORT_PRETRAINING, Run
 from safetensors.torch import load_file
 
-from cola_ray.config import TaskConfig
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import make_task
 
 pytestmark = pytest.mark.slow

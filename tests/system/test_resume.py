@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import Run, descendants
 
-from cola_ray import event_log, saved
+from cola_ray.runs import event_log, saved
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 STEPS, HALF = 10, 5

@@ -5,7 +5,7 @@ import json
 import pytest
 from runs import Run
 
-from cola_ray.reproduce import write_choices
+from cola_ray.studies.reproduce import write_choices
 
 pytestmark = pytest.mark.slow
 

@@ -16,14 +16,14 @@ from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.algorithms.archer import polyak_
-from cola_ray.config import Config, override
 from cola_ray.experience import Batch, Trajectory, collate
 from cola_ray.learner.engine import NonFiniteError, join_group, last_checkpoint, save_checkpoint
 from cola_ray.learner.policies import export, make_policy
 from cola_ray.learner.rl import RLLearner, policy_objective, tensors_of
 from cola_ray.learner.soft_q import last_positions, one_step_targets
-from cola_ray.presets import preset
-from cola_ray.saved import MANIFEST
+from cola_ray.runs.saved import MANIFEST
+from cola_ray.settings.config import Config, override
+from cola_ray.settings.presets import preset
 
 STEPS, TOLERANCE = 20, 1e-5  # of losses
 # Of weights, which travel up to 6e-3: Adam divides by the size of a gradient, so where one is next to nothing the order

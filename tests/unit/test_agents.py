@@ -8,12 +8,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cola_ray.agents import AgentController
-from cola_ray.config import override
 from cola_ray.experience import Episode, Trajectory, Turn
-from cola_ray.presets import preset
+from cola_ray.loop.agents import AgentController
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 
 WIDTH, STEPS, EPISODES = 4, 4, 6
 

@@ -24,11 +24,11 @@ from cola_ray.algorithms.policy_loss import (
     truncated_importance_weights,
 )
 from cola_ray.algorithms.rloo import leave_one_out
-from cola_ray.config import OF_OUTCOMES, ConfigError, RLConfig, override
+from cola_ray.checks.refusals import check
 from cola_ray.learner.rl import policy_objective
 from cola_ray.learner.value import ValueLearner
-from cola_ray.presets import preset
-from cola_ray.refusals import check
+from cola_ray.settings.config import OF_OUTCOMES, ConfigError, RLConfig, override
+from cola_ray.settings.presets import preset
 
 
 def test_group_advantages_by_hand():

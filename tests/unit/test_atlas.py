@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import NUM_ACTIONS, VOCAB_SIZE
 
-from cola_ray.atlas import Atlas
+from cola_ray.studies.atlas import Atlas
 
 
 @pytest.mark.filterwarnings("error")

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cola_ray.config import Config, DataConfig, TaskConfig, override
+from cola_ray.checks.preflight import _logged, _pair
 from cola_ray.learner.corpus import document
 from cola_ray.learner.logged_q import load_log
-from cola_ray.preflight import _logged, _pair
+from cola_ray.settings.config import Config, DataConfig, TaskConfig, override
 from cola_ray.tasks import inspection, make_task, preference
 from cola_ray.tasks.data_science import read_csv
 from cola_ray.tasks.logged import logged

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cola_ray.config import DataConfig
 from cola_ray.learner.corpus import load_documents
 from cola_ray.rollout.episode import Table, _Record
+from cola_ray.settings.config import DataConfig
 from cola_ray.tasks.chat import ChatTokenizer, as_prompt, as_text, followed_by
 from cola_ray.tasks.environment import Dialogue
 from cola_ray.tasks.preference import Pair, Preference, as_pair

@@ -17,7 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from cola_ray.config import ClusterConfig
+from cola_ray.settings.config import ClusterConfig
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = "1.34"

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from cola_ray.combinations import COMBINATIONS, refused
-from cola_ray.config import override
-from cola_ray.presets import preset
+from cola_ray.settings.combinations import COMBINATIONS, refused
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 
 GAME = {"task.name": "twenty_questions"}
 ETPO = {"rl.algorithm": "etpo", "rl.kl_coef": 0.05}

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+from cola_ray.checks.refusals import check
 from cola_ray.command_line import from_command_line
-from cola_ray.config import Config, ConfigError, override
-from cola_ray.presets import preset
-from cola_ray.provenance import resolve, start_model
-from cola_ray.refusals import check
+from cola_ray.runs.provenance import resolve, start_model
+from cola_ray.settings.config import Config, ConfigError, override
+from cola_ray.settings.presets import preset
 
 
 def refusal(changes, base="tiny"):

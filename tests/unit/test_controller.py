@@ -6,11 +6,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cola_ray.config import override
-from cola_ray.controller import Controller, WorkerLostError, WorkerNeverRanError
 from cola_ray.experience import Group, Ticket, Trajectory
-from cola_ray.presets import preset
+from cola_ray.loop.controller import Controller, WorkerLostError, WorkerNeverRanError
 from cola_ray.replay.service import ReplayShard, Shards
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 
 STEPS, PROMPTS, GROUP = 6, 4, 2
 

@@ -15,11 +15,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from sklearn.utils import all_estimators
 
-from cola_ray.config import TaskConfig
+from cola_ray.sandbox.programs import Ran
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import make_environment
 from cola_ray.tasks.data_science import DataScience, _auc, _files, bundled, code_in
 from cola_ray.tasks.environment import HELD_OUT
-from cola_ray.tasks.sandbox import Ran
 
 GOOD = "Try this:\n```python\nfrom sklearn.naive_bayes import GaussianNB\nmodel = GaussianNB()\n```\nIt is simple."
 

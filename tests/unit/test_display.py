@@ -15,11 +15,11 @@ from rich.console import Console
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from cola_ray import display as module
 from cola_ray.command_line import from_command_line
-from cola_ray.config import override
-from cola_ray.display import QUIET_S, Display, current, shown, wide_console
-from cola_ray.presets import expectation, preset
+from cola_ray.runs import display as module
+from cola_ray.runs.display import QUIET_S, Display, current, shown, wide_console
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import expectation, preset
 
 
 class Clock:
@@ -170,11 +170,11 @@ def test_how_long_it_takes_follows_from_steps_and_sizes():
     assert minutes({}, makes=True) > minutes({})
     hours = minutes({"rl.max_steps": 4000})
     assert minutes({"rl.max_steps": 4000, "rl.prompts_per_step": 32}) == pytest.approx(hours / 2, rel=0.05)
-    assert "cola_ray.plan --preset llama-3.1-8b" in expectation(preset("llama-3.1-8b"), "rl_math", False)
+    assert "cola_ray.studies.plan --preset llama-3.1-8b" in expectation(preset("llama-3.1-8b"), "rl_math", False)
 
 
 def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(cola_dir, tmp_path, monkeypatch):
-    from cola_ray.driver import afterwards
+    from cola_ray.train import afterwards
 
     monkeypatch.chdir(tmp_path)
     config = override(preset("tiny"), {"output_dir": str(tmp_path / "outputs" / "demo")})
@@ -218,7 +218,7 @@ def test_tables_go_to_streams_that_are_no_files(monkeypatch):
 
 UNREAD = """
 import sys
-from cola_ray.display import current, shown, tell, wide_console
+from cola_ray.runs.display import current, shown, tell, wide_console
 
 @shown()
 def job():

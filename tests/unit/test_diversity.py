@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cola_ray.diversity import distinct_n, mean_cosine, measure
+from cola_ray.studies.diversity import distinct_n, mean_cosine, measure
 
 
 def test_mean_cosine_is_the_mean_over_pairs():

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from cola_ray.algorithms.double_q import double_q_values, first_decision, square_errors
-from cola_ray.config import override
 from cola_ray.learner.engine import NonFiniteError
 from cola_ray.learner.logged_q import LoggedQLearner, load_log
 from cola_ray.model.modeling_cola import QHead
-from cola_ray.presets import preset
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 
 K, LENGTH, GAMMA = 2, 3, 0.9
 PREFIXES = [prefix for n in range(LENGTH + 1) for prefix in itertools.product(range(K), repeat=n)]

@@ -23,11 +23,11 @@ from ray.train.v2._internal import exceptions as train
 from ray.tune.error import TuneError
 from safetensors import safe_open
 
-from cola_ray import ending, event_log
 from cola_ray.command_line import from_command_line
-from cola_ray.config import ConfigError, RunFailedError
-from cola_ray.controller import WorkerLostError
 from cola_ray.learner.engine import CheckpointError
+from cola_ray.loop.controller import WorkerLostError
+from cola_ray.runs import ending, event_log
+from cola_ray.settings.config import ConfigError, RunFailedError
 
 SIGKILLED = (
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cola_ray.config import TaskConfig
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import stop_strings
 from cola_ray.tasks.endings import Endings, end_token_ids
 
@@ -119,9 +119,9 @@ class FakeEngine:
 
 @pytest.mark.parametrize("space", ["latent", "token"])
 def test_every_request_of_a_worker_knows_where_it_ends(tmp_path, monkeypatch, space):
-    from cola_ray.config import override
-    from cola_ray.presets import preset
     from cola_ray.rollout import agent, answers, worker
+    from cola_ray.settings.config import override
+    from cola_ray.settings.presets import preset
 
     make().save_pretrained(tmp_path)
     write(tmp_path, config={"model_type": "llama"}, generation_config={"eos_token_id": [2, WORDS["<|stop|>"]]})

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cola_ray.config import EvalConfig
-from cola_ray.evaluation import chunks, episode_figures, figures, remarks
 from cola_ray.rollout.agent import Played
 from cola_ray.rollout.answers import Answered
+from cola_ray.settings.config import EvalConfig
+from cola_ray.studies.evaluation import chunks, episode_figures, figures, remarks
 from cola_ray.tasks.verifiable import Gsm8k
 
 

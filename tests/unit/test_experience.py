@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_ray import actors
-from cola_ray.config import CriticConfig
+from cola_ray.cluster import actors
 from cola_ray.experience import Trajectory, collate
+from cola_ray.loop.work_buffer import WorkBuffer
 from cola_ray.replay.critic_service import CriticService
 from cola_ray.replay.service import Shards
+from cola_ray.settings.config import CriticConfig
 from cola_ray.weights import (
     Broadcast,
     BroadcastReceiver,
@@ -27,7 +28,6 @@ from cola_ray.weights import (
     WeightTransferError,
     meeting_point,
 )
-from cola_ray.work_buffer import WorkBuffer
 
 
 def trajectory(prompt, tokens, actions):

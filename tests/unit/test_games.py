@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from cola_ray.config import TaskConfig, is_environment
+from cola_ray.settings.config import TaskConfig, is_environment
 from cola_ray.tasks import make_environment
 from cola_ray.tasks.environment import Replayed
 from cola_ray.tasks.guessing import (

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="make evals installs it")
 
-from cola_ray.harness import HarnessModel, _until
+from cola_ray.studies.harness import HarnessModel, _until
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 import ray
 from ray._private import services
 
-from cola_ray import head
-from cola_ray.config import RunFailedError
+from cola_ray.cluster import head
+from cola_ray.settings.config import RunFailedError
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from cola_ray.config import TaskConfig
 from cola_ray.rollout.isolation import EnvironmentProcess, Reward, RewardProcess
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import make_task
 from cola_ray.tasks.guessing import TwentyQuestions
 

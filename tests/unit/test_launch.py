@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from test_run_folder import USERS, fingerprint, write
 
-from cola_ray import command_line, launch, provenance, relevance, run_folder, status
+from cola_ray import command_line
 from cola_ray.command_line import from_command_line
-from cola_ray.config import override
-from cola_ray.presets import preset, trial
-from cola_ray.provenance import first_lines, made_from, pretrained_dir, resolve, start_model
-from cola_ray.relevance import given, only_read, unread
+from cola_ray.runs import launch, provenance, run_folder, status
+from cola_ray.runs.provenance import first_lines, made_from, pretrained_dir, resolve, start_model
+from cola_ray.settings import relevance
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset, trial
+from cola_ray.settings.relevance import given, only_read, unread
 
 ROOT = Path(__file__).parents[2]
 

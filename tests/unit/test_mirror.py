@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from cola_ray import event_log, mirror, run_folder, status
-from cola_ray.config import ConfigError, RunFailedError, override
-from cola_ray.presets import preset
-from cola_ray.tracking import Tracker
+from cola_ray.runs import event_log, mirror, run_folder, status
+from cola_ray.runs.tracking import Tracker
+from cola_ray.settings.config import ConfigError, RunFailedError, override
+from cola_ray.settings.presets import preset
 
 PARAMS = {"seed": 3, "rl.lr": 0.5, "tracking_uri": "http://ann:hunter2@h/?token=t0ken"}
 
@@ -76,7 +76,7 @@ def patient(monkeypatch):
 def test_a_run_spends_less_than_five_seconds_on_a_server_that_does_not_exist():
     import importlib
 
-    fresh = importlib.util.find_spec("cola_ray.mirror").loader.get_source("cola_ray.mirror")
+    fresh = importlib.util.find_spec("cola_ray.runs.mirror").loader.get_source("cola_ray.runs.mirror")
     named = dict(
         line.split("  #")[0].split(" = ") for line in fresh.splitlines() if line.startswith("_") and " = " in line
     )

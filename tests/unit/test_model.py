@@ -16,7 +16,7 @@ from cola_ray import CoLAConfig, CoLAForCausalLM
 from cola_ray.model import conversion
 from cola_ray.model.conversion import plain_base
 from cola_ray.model.modeling_cola import action_log_probs
-from cola_ray.presets import preset
+from cola_ray.settings.presets import preset
 
 
 @pytest.fixture(scope="module")

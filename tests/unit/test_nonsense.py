@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cola_ray import preflight
-from cola_ray.checkpoints import faults, shape_of
+from cola_ray.checks import preflight
 from cola_ray.command_line import from_command_line
-from cola_ray.config import Config, schemas
-from cola_ray.provenance import PATHS
-from cola_ray.relevance import _READ, reads
+from cola_ray.model.checkpoints import faults, shape_of
+from cola_ray.runs.provenance import PATHS
+from cola_ray.settings.config import Config, schemas
+from cola_ray.settings.relevance import _READ, reads
 from cola_ray.tasks.inspection import generators
 from cola_ray.tasks.rows import open_rows, peek, read_rows
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cola_ray import plan
-from cola_ray.config import ConfigError, override
-from cola_ray.presets import preset
+from cola_ray.settings.config import ConfigError, override
+from cola_ray.settings.presets import preset
+from cola_ray.studies.jobs import plan
 
 
 @pytest.fixture(scope="module")

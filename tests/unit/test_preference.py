@@ -17,10 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cola_ray.config import override
 from cola_ray.learner import reward_model
-from cola_ray.presets import preset
 from cola_ray.rollout.judge import HttpJudge, RewardModel, judged
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.preference import Preference
 

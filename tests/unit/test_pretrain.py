@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.config import ConfigError, DataConfig, PretrainConfig, TaskConfig, override
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
 from cola_ray.learner.pretrain import TRAINED, StageModule, _train_step, make_tokenizer, noise_seeds
-from cola_ray.presets import preset
+from cola_ray.settings.config import ConfigError, DataConfig, PretrainConfig, TaskConfig, override
+from cola_ray.settings.presets import preset
 from cola_ray.tasks import answer_of, make_task, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer
 

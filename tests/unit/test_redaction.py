@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from cola_ray import ending, run_folder
 from cola_ray.command_line import from_command_line
-from cola_ray.config import RunFailedError, override
-from cola_ray.presets import preset
-from cola_ray.redaction import redacted, redacted_tree
+from cola_ray.runs import ending, run_folder
+from cola_ray.runs.redaction import redacted, redacted_tree
+from cola_ray.settings.config import RunFailedError, override
+from cola_ray.settings.presets import preset
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from cola_ray.config import CriticConfig
 from cola_ray.experience import Episode, Turn, was_said
 from cola_ray.replay.buffer import ReplayBuffer, ReplayError, importance_weights
 from cola_ray.replay.critic_service import CriticReplicas, CriticService
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.replay.transitions import TextReader, as_rows, critic_batch, features, read_features
+from cola_ray.settings.config import CriticConfig
 from cola_ray.weights import Channel
 
 

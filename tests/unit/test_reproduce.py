@@ -7,14 +7,17 @@ import subprocess
 import pytest
 from matplotlib.image import imread
 
-from cola_ray import command_line, matrix, preflight, reproduce
+from cola_ray import command_line
+from cola_ray.checks import preflight
+from cola_ray.checks.refusals import check
 from cola_ray.command_line import from_command_line
-from cola_ray.config import ConfigError, override
-from cola_ray.matrix import Stage
-from cola_ray.presets import preset
-from cola_ray.refusals import check
-from cola_ray.relevance import unread
-from cola_ray.report import FIGURES, write_report
+from cola_ray.settings import matrix
+from cola_ray.settings.config import ConfigError, override
+from cola_ray.settings.matrix import Stage
+from cola_ray.settings.presets import preset
+from cola_ray.settings.relevance import unread
+from cola_ray.studies.jobs import reproduce
+from cola_ray.studies.report import FIGURES, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 

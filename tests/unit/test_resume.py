@@ -23,16 +23,16 @@ from test_agents import WIDTH, Pool, replicas_over
 from test_run_folder import settings as tiny
 from test_run_folder import write
 
-from cola_ray import launch, resume, run_folder, saved
-from cola_ray.agents import AgentController
-from cola_ray.config import ConfigError, override
 from cola_ray.learner import logged_q, pretrain, reward_model
 from cola_ray.learner.engine import last_checkpoint, save_checkpoint
-from cola_ray.presets import preset
+from cola_ray.loop.agents import AgentController
 from cola_ray.replay.buffer import ReplayBuffer, ReplayError
 from cola_ray.replay.critic_service import CriticService
 from cola_ray.replay.service import ReplayShard, Shards
-from cola_ray.run_folder import claim, refusals, write_json
+from cola_ray.runs import launch, resume, run_folder, saved
+from cola_ray.runs.run_folder import claim, refusals, write_json
+from cola_ray.settings.config import ConfigError, override
+from cola_ray.settings.presets import preset
 
 # --- whole or not there -------------------------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ def test_what_may_change_does(field, begun):
 
 
 def test_every_pattern_of_what_may_change_is_a_field():
-    from cola_ray.config import schemas
+    from cola_ray.settings.config import schemas
 
     for pattern in resume.MAY_CHANGE:
         branch = pattern.removesuffix(".*")
@@ -345,10 +345,10 @@ def test_secrets_may_differ_and_what_stands_around_them_may_not(tmp_path, model)
 
 HOLD = """
     import sys, fcntl
-    from cola_ray import run_folder
+    from cola_ray.runs import run_folder
     {before}
-    from cola_ray.config import override
-    from cola_ray.presets import preset
+    from cola_ray.settings.config import override
+    from cola_ray.settings.presets import preset
     run = run_folder.claim(override(preset("tiny"), {{"output_dir": sys.argv[1], **{how}}}), "rl_math")
     print("held", flush=True)
     sys.stdin.read()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cola_ray import launch, run_folder
-from cola_ray.config import ConfigError, override
-from cola_ray.presets import preset
-from cola_ray.run_folder import WRITES, claim, read_record, refusals, strangers, summary_of, write_json
+from cola_ray.runs import launch, run_folder
+from cola_ray.runs.run_folder import WRITES, claim, read_record, refusals, strangers, summary_of, write_json
+from cola_ray.settings.config import ConfigError, override
+from cola_ray.settings.presets import preset
 
 USERS = (
     "model/model.safetensors", "runs/mine/summary.json", "checkpoints/learner/notes", "stages/a.txt",
@@ -178,8 +178,8 @@ def test_a_run_at_work_is_left_alone(how, tmp_path):
 
 def test_a_run_that_was_killed_holds_nothing(tmp_path):
     words = (
-        "import sys, os; from cola_ray.config import override; from cola_ray.presets import preset; "
-        "from cola_ray.run_folder import claim; "
+        "import sys, os; from cola_ray.settings.config import override; from cola_ray.settings.presets import preset; "
+        "from cola_ray.runs.run_folder import claim; "
         "run = claim(override(preset('tiny'), {'output_dir': sys.argv[1]}), 'rl_math'); print(run.job, flush=True); "
         "sys.stdin.read()"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cola_ray.tasks.sandbox import Limits, NoSandboxError, Sandbox
+from cola_ray.sandbox.programs import Limits, NoSandboxError, Sandbox
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_the_environment_is_not_handed_on(monkeypatch):
 
 
 def test_a_kernel_that_cannot_confine_runs_nothing(monkeypatch, tmp_path):
-    from cola_ray.tasks import sandbox as module
+    from cola_ray.sandbox import programs as module
 
     server = tmp_path / "server.py"
     server.write_text("""print('{"problem": "this kernel has no Landlock"}')""")

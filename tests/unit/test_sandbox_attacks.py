@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from cola_ray.tasks import confine
-from cola_ray.tasks.sandbox import Limits, Sandbox, _collect, _NoResultError
+from cola_ray.sandbox import confine
+from cola_ray.sandbox.programs import Limits, Sandbox, _collect, _NoResultError
 
 # What every program begins with: calls by their C names that raise, and whom to attack.
 PRELUDE = """
@@ -372,7 +372,7 @@ def test_results_of_odd_kinds_are_not_opened(tmp_path, kind):
 
 OWNER = """
 import sys
-from cola_ray.tasks.sandbox import Limits, Sandbox
+from cola_ray.sandbox.programs import Limits, Sandbox
 box = Sandbox(Limits(wall_s=10))
 box.start()
 print(box.server.pid, box.scratch, flush=True)

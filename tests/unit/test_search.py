@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.algorithms.search import ValueRange, majority, pass_at_k, puct, vote_weights
-from cola_ray.config import SearchConfig
 from cola_ray.model.modeling_cola import RANKED
 from cola_ray.rollout.engine import Completion, Request
 from cola_ray.rollout.search import BeamSearch, BestOf, Question, TreeSearch
+from cola_ray.settings.config import SearchConfig
 
 PROMPT = [100, 101]
 

@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from cola_ray import status
+from cola_ray.runs import status
 
 
 def write(folder, *events, steps=10):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from cola_ray.algorithms.intervals import share_interval
-from cola_ray.studies import _scores
+from cola_ray.studies.jobs import _scores
 
 
 def test_scores_have_their_filters_and_intervals():

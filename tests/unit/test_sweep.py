@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from cola_ray import actors, sweep
-from cola_ray.config import ConfigError, override
-from cola_ray.presets import preset, trial
+from cola_ray.cluster import actors
+from cola_ray.settings.config import ConfigError, override
+from cola_ray.settings.presets import preset, trial
+from cola_ray.studies.jobs import sweep
 
 
 @pytest.fixture

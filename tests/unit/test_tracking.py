@@ -2,7 +2,7 @@
 
 import pytest
 
-from cola_ray.tracking import plot_against_tokens, print_ways
+from cola_ray.runs.tracking import plot_against_tokens, print_ways
 
 WAYS = ("base", "greedy", "sample", "beam", "mcts", "mcts_q")
 FIGURES = {

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from cola_ray.config import override
 from cola_ray.experience import Trajectory, collate
 from cola_ray.learner.rl import RLLearner, tensors_of
-from cola_ray.presets import preset
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 
 K, LENGTH, LR = 5, 6, 40.0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cola_ray.config import TaskConfig
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import make_task
 from cola_ray.tasks.expressions import same_expression
 from cola_ray.tasks.final_answer import final_number

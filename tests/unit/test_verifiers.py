@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cola_ray.config import TaskConfig
 from cola_ray.rollout.isolation import EnvironmentProcess, Reward, RewardProcess
+from cola_ray.sandbox.execution import NotExecutedError
+from cola_ray.sandbox.messages import BrokenError, Channel, GoneError, LateError, as_data
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import make_task
-from cola_ray.tasks.execution import NotExecutedError
 from cola_ray.tasks.formulas import arithmetic, formula, literal, whole
-from cola_ray.tasks.messages import BrokenError, Channel, GoneError, LateError, as_data
 from cola_ray.tasks.protocol import LARGEST_REWARD
 
 SOLUTION = 721.5

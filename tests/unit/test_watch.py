@@ -6,7 +6,7 @@ import types
 import pytest
 import ray
 
-from cola_ray import watch
+from cola_ray.cluster import watch
 
 GONE, LATE = ray.exceptions.RayActorError(), "late"
 

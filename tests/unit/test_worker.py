@@ -7,11 +7,11 @@ import types
 import numpy as np
 import pytest
 
-from cola_ray.config import override
-from cola_ray.presets import preset
 from cola_ray.rollout.engine import Completion
 from cola_ray.rollout.isolation import Reward
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 
 LIMIT = 9  # characters of a prompt: sums of two numbers fit, of three not
 

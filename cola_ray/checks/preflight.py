@@ -1,0 +1,523 @@
+"""What a job needs of this machine and of the hub: paths, checkpoints, places to write, GPUs, addresses.
+
+    faults(config, "rl_math")             a line for each: ``field = value: why; fix``
+    further_faults(config, "rl_math")     what takes longer, for settings without other faults
+
+Files are looked at, not loaded; the hub is asked with a short timeout, and only about what the job will read.
+"""
+
+import functools
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from cola_ray.learner.corpus import document
+from cola_ray.model import checkpoints, hub
+from cola_ray.runs import provenance
+from cola_ray.settings.config import OWN_BASE_POSITIONS, Config, is_endpoint, value_at
+from cola_ray.tasks import inspection, preference
+from cola_ray.tasks.chat import as_prompt
+from cola_ray.tasks.logged import logged
+from cola_ray.tasks.rows import Row, cell, peek
+from cola_ray.tasks.verifiable import Gsm8k, Math500
+
+TRAINING = ("rl_math", "rl_preference", "rl_agent", "sweep")
+"""Jobs that train a policy by RL."""
+_STUDIES = ("evaluate", "diversity", "atlas", "capabilities")
+_GENERATING = (*TRAINING, "evaluate", "diversity", "atlas")
+_TABLES = (".jsonl", ".json", ".parquet", ".txt")
+LOGGED = ("prompt_ids", "token_ids", "actions", "rewards")
+"""Columns of the answers that jobs/train_q.py learns from."""
+_TIMEOUT_S = 3.0  # that an address is given to answer in
+_FREE_GB = 1.0  # least space that a run's checkpoints and logs are given
+_TRIED_BYTES = 1 << 20  # a quota may be used up where the disk is not
+_PATH_MAX = 4096  # bytes that the system takes in a path
+_LONGEST_BELOW = 256  # bytes of what a run adds to its folder's
+
+
+def faults(config: Config, job: str) -> list[str]:
+    """Everything that can be seen now. Empty ``job``: what the given paths are, whoever reads them."""
+    lines = [*_paths(config, job), *_checkpoints(config, job), *_lengths(config, job)]
+    if job and job != "plan":
+        lines += [*_output(config, job), *_addresses(config, job), *_machine(config, job)]
+        lines += _rows(config, job)
+    return lines
+
+
+def further_faults(config: Config, job: str) -> list[str]:
+    """The hub, the options of generators and environments, and classes of one's own, which are tried."""
+    if job in ("", "plan"):
+        return []
+    if job == "reproduce":
+        return list(_silent(config, job))
+    asked = _asks_task(config, job) and not (config.task.name == "jericho" and not config.task.game)
+    return [*_hub(config, job), *_silent(config, job), *(inspection.faults(config.task) if asked else [])]
+
+
+def unseen(config: Config) -> list[str]:
+    """A line for each path that the system will not even look at: forbidden, or too long."""
+    lines = []
+    for field in ("output_dir", "tracking_uri", *provenance.PATHS):
+        value = value_at(config, field)
+        try:
+            Path(value).exists()
+        except OSError as error:
+            lines.append(f"{field} = {value!r}: {str(error.strerror).lower()}; give another")
+    try:
+        Path.cwd()
+    except OSError:
+        lines.append(f"output_dir = {config.output_dir!r}: the folder that this was started in is gone; go to another")
+    return lines
+
+
+# --- paths --------------------------------------------------------------------------------------------------------
+
+
+def looks_local(path: str) -> bool:
+    """A hub id is exactly ``name`` or ``org/name`` without a file's ending; all else is meant as a local path."""
+    endings = (*_TABLES, ".gguf", ".csv", ".safetensors", ".bin", ".pt", ".zip", ".gz")
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings)
+
+
+def _paths(config: Config, job: str) -> Iterator[str]:
+    """Existing, readable, a file or a folder as it should be."""
+    task = config.task
+    rows = "a file or folder of .jsonl, .json, .parquet or .txt, or a hub id"
+    yield from _path("data.path", config.data.path, rows, _TABLES)
+    if task.name == "data_science":
+        yield from _path("task.path", task.path, "a CSV file", (".csv", ".tsv", ".txt"), folder=False)
+    elif task.name == "gsm8k":
+        yield from _path("task.path", task.path, "a folder with train.jsonl and test.jsonl, or openai/gsm8k", ())
+    else:
+        yield from _path("task.path", task.path, rows, _TABLES)
+    if not is_endpoint(task.reward_model):
+        yield from _path("task.reward_model", task.reward_model, "a model's folder, a hub id or an endpoint", ())
+    yield from _path("model.base", config.model.base, "a Llama's folder, a .gguf file or a hub id", (".gguf",))
+    yield from _path("model.path", config.model.path, "a CoLA model's folder", (), hub=False)
+    yield from _path("q.path", config.q.path, "the folder model/ that jobs/train_q.py left", (), hub=not job)
+    if config.rl.algorithm == "archer":
+        yield from _path("critic.encoder", config.critic.encoder, "an encoder's folder or a hub id", ())
+    if job == "diversity":
+        yield from _path("diversity.encoder", config.diversity.encoder, "an encoder's folder or a hub id", ())
+    if job == "capabilities":
+        yield from _path("harness.include_path", config.harness.include_path, "a folder of task files", (), hub=False)
+    wanted = {"gsm8k": ("train.jsonl", "test.jsonl"), "math500": ("test.jsonl",)}.get(task.name, ())
+    if Path(task.path).is_dir() and task.path:
+        missing = [name for name in wanted if not (Path(task.path) / name).is_file()]
+        if missing:
+            yield f"task.path = {task.path!r}: no {' and no '.join(missing)} in this folder; {task.name} needs them"
+    if config.q.path and Path(config.q.path).is_dir() and not (Path(config.q.path) / "q.safetensors").is_file():
+        yield f"q.path = {config.q.path!r}: no q.safetensors in it; give the folder model/ of jobs/train_q.py"
+
+
+def _path(
+    field: str, value: str, wanted: str, endings: tuple[str, ...], folder: bool = True, hub: bool = True
+) -> Iterator[str]:
+    """One line where a path is not what it should be.
+
+    Args:
+        endings: of files that are taken; empty: none are.
+    """
+    if not value or (hub and not looks_local(value)):
+        return
+    path, named = Path(value), f"{field} = {value!r}"
+    if not path.exists():
+        near = f"; is {path.expanduser()} meant?" if value.startswith("~") else ""
+        yield f"{named}: no such file or folder; give {wanted}{near}"
+    elif path.is_dir() and not folder:
+        yield f"{named}: a folder; give {wanted}"
+    elif path.is_file() and path.suffix not in endings:
+        yield f"{named}: a file{f' of type {path.suffix!r}' if endings else ''}; give {wanted}"
+    elif not (path.is_file() or path.is_dir()):
+        yield f"{named}: neither a file nor a folder; give {wanted}"
+    elif not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        yield f"{named}: may not be read; change its permissions or give {wanted}"
+    elif path.is_file() and path.stat().st_size == 0:
+        yield f"{named}: empty; give {wanted}"
+    elif path.is_dir() and endings == _TABLES and not any(file.suffix in _TABLES for file in path.iterdir()):
+        yield f"{named}: no {', '.join(_TABLES[:-1])} or {_TABLES[-1]} file in this folder; give {wanted}"
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def _in_use(config: Config, job: str) -> Iterator[tuple[str, str, bool]]:
+    """(field, checkpoint, whether it must be a CoLA model) of each that the job reads, the one that is served first."""
+    model, start = config.model, provenance.start_model(config)
+    if not job:
+        yield from ((field, path, False) for field, path in (("model.path", model.path), ("model.base", model.base)))
+        return
+    tokens = config.rl.action_space == "token" and job in (*TRAINING, "evaluate")
+    if job in ("pretrain", "reward_model"):
+        yield ("model.path", model.path, job == "pretrain") if model.path else ("model.base", model.base, False)
+    elif job not in ("plan", "reproduce"):
+        there = start.exists()
+        yield ("model.path", str(start) if there else "", not tokens) if there else ("model.base", model.base, False)
+
+
+def _checkpoints(config: Config, job: str) -> Iterator[str]:
+    for field, value, cola in _in_use(config, job):
+        path = _local(value)
+        if path is None:
+            continue
+        named = f"{field} = {value!r}"
+        try:
+            shape = checkpoints.shape_of(path)
+        except checkpoints.UnreadableError as error:
+            if job or (path / "config.json").exists() or path.suffix == ".gguf":
+                yield f"{named}: {error}"
+            continue
+        yield from (f"{named}: {fault}" for fault in _of_shape(config, shape, cola))
+        if job:
+            yield from (f"{named}: {fault}" for fault in checkpoints.faults(path))
+        if not job:
+            break
+    yield from _q(config, job)
+    judge = _local("" if is_endpoint(config.task.reward_model) else config.task.reward_model)
+    if judge is not None and job in ("rl_preference", "rl_math", "evaluate"):
+        found = checkpoints.faults(judge) or checkpoints.faults_of_judge(judge)
+        yield from (f"task.reward_model = {config.task.reward_model!r}: {fault}" for fault in found)
+
+
+def _q(config: Config, job: str) -> Iterator[str]:
+    """MCTS-Q's values are of the model's own actions."""
+    file, model = Path(config.q.path) / "q.safetensors", provenance.start_model(config)
+    if job != "evaluate" or not config.q.path or not file.is_file() or not (model / "config.json").is_file():
+        return
+    try:
+        known, actions = checkpoints.q_actions(file), checkpoints.shape_of(model).actions
+    except checkpoints.UnreadableError as error:
+        yield f"q.path = {config.q.path!r}: {error}"
+        return
+    if actions and known != actions:
+        yield f"q.path = {config.q.path!r}: values of {known} actions, and the model has {actions}; train a Q on it"
+
+
+def _local(value: str) -> Path | None:
+    """A checkpoint's folder or file, also in the hub's cache; None where there is nothing to look at yet."""
+    if not value:
+        return None
+    path = Path(value)
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    return None if path.exists() or looks_local(value) else hub.cached(value, "model")
+
+
+def _of_shape(config: Config, shape: checkpoints.Shape, cola: bool) -> Iterator[str]:
+    if shape.kind not in ("llama", "cola"):
+        yield f"a {shape.kind!r} model; CoLA attaches to Llama checkpoints only"
+        return
+    if cola and shape.kind != "cola":
+        yield "a plain Llama; make a CoLA model of it with `python jobs/pretrain.py --model.base`"
+        return
+    if 0 < shape.head < 32 and not config.cluster.use_gpu:
+        yield f"heads of {shape.head}; vLLM on CPU needs 32 or more: use another base or a GPU"
+    if shape.biases:
+        yield f"{shape.biases} is set; weight updates know no biases: use a Llama without"
+    if shape.quantised:
+        yield f"quantised by {shape.quantised}; what trains needs plain weights: use the checkpoint that it was made of"
+    if shape.actions and config.rl.action_space == "latent" and config.rollout.top_k > shape.actions:
+        yield f"its codebook has {shape.actions} actions; let rollout.top_k be at most that"
+
+
+def _lengths(config: Config, job: str) -> Iterator[str]:
+    """Texts fit into the context of what is served."""
+    rollout, whose, limit = config.rollout, "the base that this preset makes", OWN_BASE_POSITIONS
+    for field, value, _ in _in_use(config, job):
+        path = _local(value)
+        try:
+            shape = checkpoints.shape_of(path) if path is not None else None
+        except checkpoints.UnreadableError:
+            return
+        if shape is not None:
+            whose, limit = f"{field} = {value!r}", shape.positions
+            break
+        if value:
+            return  # on the hub, or not there
+    else:
+        if config.preset != "tiny" or not job:
+            return
+    if limit and (not job or job in _GENERATING) and rollout.max_prompt_tokens + rollout.max_new_tokens > limit:
+        yield (
+            f"rollout.max_new_tokens = {rollout.max_new_tokens}: with rollout.max_prompt_tokens = "
+            f"{rollout.max_prompt_tokens} more than the {limit} positions of {whose}; lower one of them"
+        )
+    if limit and job == "pretrain" and config.pretrain.sequence_length > limit:
+        yield (
+            f"pretrain.sequence_length = {config.pretrain.sequence_length}: more than the {limit} positions of "
+            f"{whose}; use at most {limit}"
+        )
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def _reads_texts(config: Config, job: str) -> bool:
+    """Whether the job reads ``data.path`` as texts."""
+    makes = job in TRAINING and provenance.makes_start_model(config) and not provenance.start_model(config).exists()
+    return makes or job in ("pretrain", "diversity", "atlas")
+
+
+def _asks_task(config: Config, job: str) -> bool:
+    """Whether the job needs the task itself."""
+    if job in ("pretrain", "diversity", "atlas"):
+        own_tokenizer = job != "pretrain" or config.model.base or config.model.path
+        return not (config.data.path and own_tokenizer)
+    return job in (*TRAINING, "evaluate", "reward_model")
+
+
+def _rows(config: Config, job: str) -> Iterator[str]:
+    """The first rows of local files, as the job will read them."""
+    task, path = config.task, Path(config.task.path)
+    if _reads_texts(config, job) and _has_rows(config.data.path):
+        yield from peek(config.data.path, "data.path", lambda row: document(row, config.data))
+    if job == "train_q" and _has_rows(config.data.path):
+        yield from peek(config.data.path, "data.path", _logged)
+    if not task.path or not _asks_task(config, job):
+        return
+    if task.name in ("gsm8k", "math500"):
+        read: Callable[[Row], object] = Gsm8k.read if task.name == "gsm8k" else Math500.read
+        files = [path / "train.jsonl", path / "test.jsonl"] if path.is_dir() else [path]
+        for file in files:
+            if file.is_file() and _has_rows(str(file)):
+                yield from peek(str(file), "task.path", read)
+    if task.name == "preference" and _has_rows(task.path):
+        yield from peek(task.path, "task.path", _pair if job == "reward_model" else preference.read)
+
+
+def _has_rows(path: str) -> bool:
+    """Whether there is something to look into that :func:`_paths` has not refused."""
+    source = Path(path)
+    if source.is_file():
+        return source.suffix in _TABLES and source.stat().st_size > 0 and os.access(source, os.R_OK)
+    return bool(path) and source.is_dir() and any(file.suffix in _TABLES for file in source.iterdir())
+
+
+def _pair(row: Row) -> object:
+    for name in ("chosen", "rejected"):
+        cell(row, name, as_prompt)
+    return preference.read(row)
+
+
+def _logged(row: Row) -> None:
+    missing = [name for name in LOGGED if name not in row]
+    if missing:
+        raise ValueError(f"field {missing[0]}: missing; give a folder that evaluate.py left, predictions/sample")
+    logged(row)
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------
+
+
+def _hub(config: Config, job: str) -> list[str]:
+    """Ids that the job will fetch, asked for at the same time."""
+    task, used = config.task, list[tuple[str, str, hub.Kind]]()
+    if _reads_texts(config, job) or job == "train_q":
+        used.append(("data.path", config.data.path, "dataset"))
+    if _asks_task(config, job) and task.name in ("gsm8k", "math500", "preference"):
+        used.append(("task.path", task.path, "dataset"))
+    used += [(field, value, "model") for field, value, _ in _in_use(config, job) if field == "model.base"]
+    if job in ("rl_math", "rl_preference", "evaluate") and not is_endpoint(task.reward_model):
+        used.append(("task.reward_model", task.reward_model, "model"))
+    if job in TRAINING and config.rl.algorithm == "archer":
+        used.append(("critic.encoder", config.critic.encoder, "model"))
+    if job == "diversity":
+        used.append(("diversity.encoder", config.diversity.encoder, "model"))
+    ids = [one for one in used if one[1] and not looks_local(one[1])]
+    if not ids:
+        return []
+    with ThreadPoolExecutor(len(ids)) as pool:
+        found = list(pool.map(lambda one: hub.fault(one[1], one[2]), ids))
+    return [f"{field} = {value!r}: {why}" for (field, value, _), why in zip(ids, found, strict=True) if why]
+
+
+# --- this machine -------------------------------------------------------------------------------------------------
+
+
+def _output(config: Config, job: str) -> Iterator[str]:
+    """The output folder can be made and written, which is tried, and has some room."""
+    if "://" in config.output_dir:
+        yield f"output_dir = {config.output_dir!r}: an address; give a folder, on which it may be mounted"
+        return
+    output = Path(provenance.resolve(config, job).output_dir)
+    named = f"output_dir = {str(output)!r}"
+    if config.output_dir.startswith("~"):  # which a shell leaves as it is behind a "=" or in quotes
+        yield f"output_dir = {config.output_dir!r}: ~ is no folder of this name; write the whole path, or $HOME"
+        return
+    there = next(parent for parent in (output, *output.parents) if parent.exists())
+    if not there.is_dir():
+        yield f"{named}: {there} is a file; give a folder"
+        return
+    try:
+        longest = max(len(os.fsencode(part)) for part in output.parts)
+        if longest > os.pathconf(there, "PC_NAME_MAX") or len(os.fsencode(output)) + _LONGEST_BELOW > _PATH_MAX:
+            yield f"{named}: too long a name for this file system; give a shorter one"
+            return
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(_TRIED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        yield f"{named}: {there} cannot be written ({str(error.strerror).lower()}); give a folder of yours"
+        return
+    free = shutil.disk_usage(there).free / 2**30
+    if free < _FREE_GB:
+        yield f"{named}: {free:.2f} GiB free there, and checkpoints need {_FREE_GB:g} or more; make room"
+
+
+_STORES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def _addresses(config: Config, job: str) -> Iterator[str]:
+    uri = config.tracking_uri
+    wanted = "use http(s)://HOST[:PORT], sqlite:///FILE, another database's URI or a folder"
+    why = _bad_url(uri)
+    if why and uri and not uri.startswith(("sqlite:", *(f"{store}+" for store in _STORES))):
+        yield f"tracking_uri = {uri!r}: {why}; {wanted}"
+    elif uri and (uri.startswith("file:") or not urlsplit(uri).scheme):
+        place = Path(urlsplit(uri).path)
+        there = next((parent for parent in (place, *place.parents) if parent.exists()), Path())
+        if uri.startswith("~") or not there.is_dir() or not os.access(there, os.W_OK) or _is_of_kernel(there):
+            yield f"tracking_uri = {uri!r}: no folder can be made there; {wanted}"
+    if uri.startswith("sqlite:"):
+        file = Path(uri.removeprefix("sqlite:///"))
+        if not uri.startswith("sqlite:///") or not file.name:
+            yield f"tracking_uri = {uri!r}: names no file; use sqlite:///FILE"
+        elif not file.parent.is_dir() or file.is_dir():
+            yield f"tracking_uri = {uri!r}: no folder {file.parent}; make it, or give another file"
+    if is_endpoint(config.task.reward_model) and _bad_url(config.task.reward_model):
+        reward_model = config.task.reward_model
+        yield f"task.reward_model = {reward_model!r}: {_bad_url(reward_model)}; use http(s)://HOST[:PORT]/PATH"
+    address = config.cluster.address
+    if not address or address in ("auto", "local"):
+        return
+    plain = re.fullmatch(r"[\w.-]+:(\d{1,5})", address) or re.fullmatch(r"\[[0-9A-Fa-f:]+\]:(\d{1,5})", address)
+    if plain and 0 < int(plain[1]) < 65_536:
+        return
+    if "://" not in address or _bad_url(address) or urlsplit(address).scheme not in ("ray", "http", "https"):
+        yield f"cluster.address = {address!r}: no address of a Ray cluster; use HOST:PORT, ray://HOST:PORT or auto"
+    elif job != "reproduce" and urlsplit(address).scheme != "ray":
+        yield (
+            f"cluster.address = {address!r}: a dashboard, which takes jobs; submit with `ray job submit --address "
+            f"{address} -- python jobs/...`, or use HOST:PORT"
+        )
+
+
+def _is_of_kernel(folder: Path) -> bool:
+    """Folders that even root cannot write into."""
+    return folder.resolve().parts[1:2] in (("proc",), ("sys",))
+
+
+def _silent(config: Config, job: str) -> Iterator[str]:
+    """Services that the job will ask, of which nothing answers at the address."""
+    asked = {"cluster.address": config.cluster.address}  # MLflow may be away: a run sends it its events later
+    if job in ("rl_math", "rl_preference", "evaluate"):
+        asked["task.reward_model"] = config.task.reward_model
+    for field, value in asked.items():
+        parts = urlsplit(value if "://" in value else f"tcp://{value}")
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        if field != "cluster.address" and parts.scheme not in ("http", "https"):
+            continue
+        if parts.hostname and port and not (parts.scheme in getproxies() and not proxy_bypass(parts.hostname)):
+            why = _unreachable(parts.hostname, port)
+            if why:
+                yield f"{field} = {value!r}: nothing answers at {parts.hostname}:{port} ({why}); start it, or mend this"
+
+
+@functools.cache
+def _unreachable(host: str, port: int) -> str:
+    try:
+        socket.create_connection((host, port), _TIMEOUT_S).close()
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return ""
+
+
+def _bad_url(url: str) -> str:
+    """Why it is no address; empty for a good one, and for what is no URL at all."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return str(error).lower()
+    known = ("http", "https", "ray", "file", "databricks", "databricks-uc", *_STORES)
+    if not parts.scheme or (len(parts.scheme) == 1 and parts.path):
+        return "has no scheme" if "://" in url else ""
+    if parts.scheme not in known and parts.scheme.partition("+")[0] not in _STORES:
+        return f"unknown scheme {parts.scheme}"
+    if parts.scheme in ("http", "https", "ray") and (not parts.hostname or port == 0):
+        return "names no host" if not parts.hostname else "names no port"
+    return ""
+
+
+def _machine(config: Config, job: str) -> Iterator[str]:
+    """GPUs and processors, where the run starts a cluster of its own on this machine."""
+    cluster, rollout = config.cluster, config.rollout
+    ray = sys.modules.get("ray")
+    if cluster.address not in ("", "local") or "RAY_ADDRESS" in os.environ or (ray and ray.is_initialized()):
+        return
+    for part in ("learner", "rollout", "service"):
+        group = getattr(cluster, f"{part}_group")
+        if group:
+            yield (
+                f"cluster.{part}_group = {group!r}: nodes of a cluster, and this job starts one of this machine alone; "
+                "leave it out, or give cluster.address"
+            )
+    if cluster.learner_placement == "STRICT_SPREAD" and cluster.learner_ranks > 1 and job not in _STUDIES:
+        yield (
+            f"cluster.learner_placement = 'STRICT_SPREAD': {cluster.learner_ranks} ranks on a node each, and this "
+            "machine is one; leave it out, or give cluster.address"
+        )
+    if cluster.use_gpu:
+        there = _num_gpus()
+        ranks = cluster.learner_ranks if job not in _STUDIES else 0
+        engines = rollout.num_workers * rollout.tensor_parallel_size if job in _GENERATING else 0
+        needed = max(ranks, engines) if cluster.colocated else ranks + engines
+        if there < max(needed, 1):
+            has = "no GPU" if there == 0 else f"{there} of them"
+            yield (
+                f"cluster.use_gpu = True: this machine has {has}, and this job needs {max(needed, 1)} (learner ranks "
+                f"{ranks}, engines {engines}); lower these, leave it out, or give cluster.address"
+            )
+        return
+    if rollout.tensor_parallel_size > 1:
+        yield (
+            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}: GPUs that an engine spans, and "
+            "cluster.use_gpu is False; use 1"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    if job in _GENERATING and rollout.num_workers * rollout.kv_cache_mb > memory:
+        yield (
+            f"rollout.kv_cache_mb = {rollout.kv_cache_mb}: of each of {rollout.num_workers} engines, and this machine "
+            f"has {memory} MiB; use less"
+        )
+    cores = os.cpu_count() or 1
+    most = max(16, 4 * cores)
+    counts = {
+        "cluster.learner_ranks": cluster.learner_ranks,
+        "cluster.threads_per_process": cluster.threads_per_process,
+        "critic.replicas": config.critic.replicas,
+        "replay.shards": config.replay.shards,
+        "rollout.environment_processes": rollout.environment_processes,
+        "rollout.num_workers": rollout.num_workers,
+    }
+    for field, count in counts.items():
+        if count > most:
+            yield f"{field} = {count}: this machine has {cores} cores; use at most {most}, or give cluster.address"
+
+
+def _num_gpus() -> int:
+    """NVIDIA GPUs that a process here would see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
+    if visible is None:
+        return there
+    return min(there, len([one for one in visible.split(",") if one.strip() not in ("", "-1")]))

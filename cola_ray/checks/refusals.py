@@ -1,0 +1,304 @@
+"""What several settings may not be together, and what a job needs of this machine: found before a process starts.
+
+    check(config, "rl_math")          # raises ConfigError: a line for each mistake
+
+What one setting may be by itself stands in its type (config.py, limits.py); which options of algorithms go together, in
+the table of combinations.py.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cola_ray.checks import preflight
+from cola_ray.runs import launch
+from cola_ray.runs.redaction import redacted
+from cola_ray.settings import combinations, matrix, relevance
+from cola_ray.settings.config import (
+    MULTI_TURN,
+    Config,
+    ConfigError,
+    is_environment,
+    schemas,
+    value_at,
+)
+from cola_ray.settings.presets import trial
+from cola_ray.tasks import inspection
+
+_MOST_SEQUENCES = 2**20  # a step's, which are held in memory together
+
+
+def check(config: Config, job: str = "") -> None:
+    """Refuse what cannot run. Cheap: no weights are read, and neither torch nor Ray is imported.
+
+    Args:
+        job: what is to run, as ``outputs/<job>-<preset>`` names it; empty: the settings by themselves.
+
+    Raises:
+        ConfigError: one line for each mistake: ``field = value: why; fix``.
+    """
+    unseen = preflight.unseen(config)
+    if unseen:  # nothing more can be said of what the system hides
+        raise ConfigError(redacted("\n".join(unseen)))
+    rules = (*_RULES, *_OF_JOB.get(job, ()))
+    lines = dict.fromkeys(line for rule in rules for line in rule(config))
+    lines |= dict.fromkeys(preflight.faults(config, job))
+    if job:
+        lines |= dict.fromkeys(launch.refusals(config, job))
+    lines |= dict.fromkeys([] if lines else preflight.further_faults(config, job))
+    if lines:
+        raise ConfigError(redacted("\n".join(lines)))
+
+
+def _check_actions(config: Config) -> list[str]:
+    if config.rl.action_space == "token" or config.rollout.top_k <= config.model.num_actions:
+        return []
+    return [
+        f"rollout.top_k = {config.rollout.top_k}: the codebook has {config.model.num_actions} actions; "
+        f"use 0 (all) to {config.model.num_actions}"
+    ]
+
+
+def _check_batches(config: Config) -> list[str]:
+    ranks = config.cluster.learner_ranks
+    lines = []
+    for field, value in (
+        ("rl.prompts_per_step x rl.group_size", config.rl.prompts_per_step * config.rl.group_size),
+        ("pretrain.batch_size", config.pretrain.batch_size),
+    ):
+        if value % ranks:
+            lines.append(f"{field} = {value}: does not divide over cluster.learner_ranks = {ranks}; use a multiple")
+        if value > _MOST_SEQUENCES:
+            lines.append(f"{field} = {value}: sequences of one step; use at most {_MOST_SEQUENCES}")
+    return lines
+
+
+def _check_overlap(config: Config) -> list[str]:
+    lines = []
+    if config.cluster.colocated and config.rl.max_staleness:
+        lines.append(
+            f"rl.max_staleness = {config.rl.max_staleness}: with cluster.colocated engines sleep while the learner "
+            "trains; use 0"
+        )
+    if config.cluster.colocated and not config.cluster.use_gpu:
+        lines.append("cluster.colocated = True: there are no GPUs to share; set cluster.use_gpu or leave it out")
+    return lines
+
+
+def _check_paths(config: Config) -> list[str]:
+    lines = []
+    if config.task.name == "preference" and not config.task.path:
+        lines.append("task.path = '': preference needs rows with a column prompt: a file, a folder or a hub id")
+    if config.task.name == "gsm8k" and not config.task.path:
+        lines.append("task.path = '': gsm8k needs a folder with train.jsonl and test.jsonl, or openai/gsm8k")
+    if config.task.name == "math500" and not config.task.path:
+        lines.append("task.path = '': math500 needs a folder with test.jsonl, or HuggingFaceH4/MATH-500")
+    return lines
+
+
+def _check_columns(config: Config) -> list[str]:
+    data = config.data
+    if not data.path or data.prompt_field != data.response_field:
+        return []
+    return [f"data.response_field = {data.response_field!r}: the column of prompts, too; name another"]
+
+
+def _check_stages_before(config: Config) -> list[str]:
+    """What a stage needs is there."""
+    stages, model = config.pretrain.stages, config.model
+    if model.path or stages == ("base",):
+        return []
+    if "actions" not in stages:
+        return [f"pretrain.stages = {stages}: {stages[0]} needs a model that has actions; give its --model.path, or "
+                "the stage actions before it"]  # fmt: skip
+    if "base" not in stages and not model.base:
+        return [f"pretrain.stages = {stages}: there is no base; give --model.base, or the stage base before actions"]
+    return []
+
+
+def _check_start(config: Config) -> list[str]:
+    """What RL pre-trains first is what it needs."""
+    stages = config.pretrain.stages
+    if stages == ("base",) and config.rl.action_space == "latent" and not config.model.path:
+        return [f"pretrain.stages = {stages}: RL over latent actions needs more than a base; add actions and policy"]
+    return _check_stages_before(config)
+
+
+def _check_task(config: Config) -> list[str]:
+    if config.task.name in ("textworld", "jericho") and importlib.util.find_spec(config.task.name) is None:
+        return [f"task.name = {config.task.name!r}: needs the package {config.task.name}; `make games` installs it"]
+    if config.task.name == "jericho" and not Path(config.task.game).is_file():
+        return [f"task.game = {config.task.game!r}: no such file; give a z-machine game, e.g. detective.z5"]
+    if config.task.oracle and config.task.name not in ("twenty_questions", "guess_city"):
+        return [f"task.oracle = {config.task.oracle!r}: {config.task.name} asks nobody; leave it out"]
+    if config.task.oracle and "OPENAI_BASE_URL" not in os.environ:
+        return [f"task.oracle = {config.task.oracle!r}: set OPENAI_BASE_URL to an OpenAI-compatible endpoint"]
+    why = inspection.unknown(config.task.name)
+    return [f"task.name = {config.task.name!r}: {why}"] if why else []
+
+
+def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
+    """A line for each dotted field that is not as the setting ``whose`` needs it."""
+    given = {field: value_at(config, field) for field in wants}
+    return [f"{field} = {given[field]!r}: {whose} needs {want!r}" for field, want in wants.items()
+            if given[field] != want]  # fmt: skip
+
+
+def _check_answers(config: Config) -> list[str]:
+    if "mcts_q" not in config.eval.ways:
+        return []
+    if not config.q.path:
+        return ["q.path = '': mcts_q asks a Q; train one with jobs/train_q.py and give its folder model/"]
+    return _unlike(config, {"rl.action_space": "latent", "rl.actor_free": False}, "mcts_q")
+
+
+# --- what single jobs refuse --------------------------------------------------------------------------------------
+
+
+def _check_reward_model(config: Config) -> list[str]:
+    lines = []
+    if config.task.name != "preference":
+        lines.append(f"task.name = {config.task.name!r}: reward models learn from preference pairs; use preference")
+    if not (config.model.base or config.model.path):
+        lines.append("model.base = '': a reward model starts from a Llama; give a directory, a hub id or .gguf file")
+    return lines
+
+
+def _check_logged(config: Config) -> list[str]:
+    if config.data.path:
+        return []
+    return ["data.path = '': Q learns from logged answers; log some with `python jobs/evaluate.py --eval.split train "
+            "--eval.ways sample` and give its folder predictions/sample"]  # fmt: skip
+
+
+def _check_problems(config: Config) -> list[str]:
+    task = config.task
+    if is_environment(task.name):
+        return [f"task.name = {task.name!r}: an environment of many turns; use jobs/rl_agent.py"]
+    if task.name == "preference" and not task.reward_model:
+        return ["task.reward_model = '': preference has no verifier; give a model that jobs/reward_model.py left, any "
+                "sequence classifier, or an http(s) endpoint"]  # fmt: skip
+    if task.name != "preference" and task.reward_model:
+        return [f"task.reward_model = {task.reward_model!r}: {task.name} has a verifier; leave it out"]
+    return []
+
+
+def _check_preferences(config: Config) -> list[str]:
+    if config.task.name == "preference":
+        return _check_problems(config)
+    job = "rl_agent" if is_environment(config.task.name) else "rl_math"
+    return [f"task.name = {config.task.name!r}: rl_preference learns from a reward model; use jobs/{job}.py"]
+
+
+def _check_agent(config: Config) -> list[str]:
+    if is_environment(config.task.name) or _check_task(config):
+        return []
+    known = ", ".join(MULTI_TURN)
+    return [
+        f"task.name = {config.task.name!r}: not an environment, which has reset and step; use {known} or your own class"
+    ]
+
+
+def _check_evaluation(config: Config) -> list[str]:
+    if config.task.name == "preference":
+        return ["task.name = 'preference': has no verifier; use a task that has, or an environment"]
+    ks, most = config.eval.ks, config.search.simulations
+    usual = relevance.defaults(config).eval.ks
+    if "sample" in config.eval.ways and ks != usual and max(ks, default=0) > most:
+        return [f"eval.ks = {ks}: of search.simulations = {most} samples; use at most that, or more simulations"]
+    searches = [way for way in config.eval.ways if way not in ("base", "greedy", "sample")]
+    if not searches or not is_environment(config.task.name):
+        return []
+    return [f"eval.ways = {searches[0]!r}: searches answers of one turn; use base, greedy or sample to play "
+            f"{config.task.name}"]  # fmt: skip
+
+
+def _check_harness(config: Config) -> list[str]:
+    lines = _lacking("lm_eval", "harness.tasks", config.harness.tasks)
+    if not config.harness.tasks:
+        lines.append("harness.tasks = (): nothing to score on; name tasks of the harness, e.g. arc_easy")
+    return lines
+
+
+def _check_encoder(config: Config) -> list[str]:
+    return _lacking("sentence_transformers", "diversity.encoder", config.diversity.encoder)
+
+
+def _lacking(package: str, field: str, value: object) -> list[str]:
+    if importlib.util.find_spec(package):
+        return []
+    return [f"{field} = {value!r}: needs the package {package}; `make evals` installs it"]
+
+
+def _check_sweep(config: Config) -> list[str]:
+    sweep, lines = config.sweep, list[str]()
+    if sweep.asha and sweep.grace_steps > config.rl.max_steps:
+        lines.append(f"sweep.grace_steps = {sweep.grace_steps}: no run would be stopped early; use at most "
+                     f"rl.max_steps = {config.rl.max_steps}")  # fmt: skip
+    near = difflib.get_close_matches(sweep.field, schemas(), n=1)
+    if sweep.field not in schemas():
+        hint = f"did you mean {near[0]}?" if near else "name a dotted field"
+        return [*lines, f"sweep.field = {sweep.field!r}: no such field; {hint}"]
+    if {sweep.field, sweep.field.partition(".")[0]} & {*_ONE_OF_A_SWEEP}:
+        return [*lines, f"sweep.field = {sweep.field!r}: each run has its own, or all have one; name another field"]
+    if sweep.field.startswith(("pretrain.", "data.", "model.")) and sweep.field != "model.dtype":
+        return [f"sweep.field = {sweep.field!r}: all runs start from one model; train one a value with "
+                "jobs/pretrain.py and run jobs/rl_math.py from each"]  # fmt: skip
+    if sweep.field in relevance.given(config):
+        given = value_at(config, sweep.field)
+        lines.append(f"{sweep.field} = {given!r}: has no effect here; sweep.values do")
+    for value in sweep.values:
+        try:
+            check(trial(config, value, sweep.seeds[0]), "rl_agent" if is_environment(config.task.name) else "rl_math")
+        except ConfigError as error:
+            lines += str(error).splitlines()
+    return lines
+
+
+def _check_stages(config: Config) -> list[str]:
+    try:
+        jobs = {stage.job for stage in matrix.chosen(config)}
+    except ConfigError as error:
+        return str(error).splitlines()
+    lacking = _lacking("lm_eval", "reproduce.stages", "capabilities") if "capabilities" in jobs else []
+    if redacted(config.tracking_uri) != config.tracking_uri:
+        lacking.append(
+            f"tracking_uri = {redacted(config.tracking_uri)!r}: its secret would stand in the command lines of stages; "
+            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    return lacking + (_lacking("sentence_transformers", "reproduce.stages", "diversity") if "diversity" in jobs else [])
+
+
+_ONE_OF_A_SWEEP = ("cluster.address", "output_dir", "overwrite", "preset", "resume", "seed", "sweep", "tracking_parent",
+                   "tracking_uri")  # fmt: skip
+
+Rule = Callable[[Config], list[str]]
+
+_RULES: tuple[Rule, ...] = (
+    combinations.refused,
+    _check_actions,
+    _check_batches,
+    _check_overlap,
+    _check_paths,
+    _check_columns,
+    _check_task,
+    _check_answers,
+)
+
+_OF_JOB: dict[str, tuple[Rule, ...]] = {
+    "pretrain": (_check_stages_before,),
+    "reward_model": (_check_reward_model,),
+    "train_q": (_check_logged,),
+    "rl_math": (_check_problems, _check_start),
+    "rl_preference": (_check_preferences, _check_start),
+    "rl_agent": (_check_agent, _check_start),
+    "sweep": (_check_sweep, _check_start),
+    "evaluate": (_check_evaluation,),
+    "diversity": (_check_encoder,),
+    "capabilities": (_check_harness,),
+    "reproduce": (_check_stages,),
+}

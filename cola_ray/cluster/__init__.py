@@ -1,0 +1,1 @@
+"""Ray's actors and processes: placed, asked, watched."""

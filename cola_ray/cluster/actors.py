@@ -1,0 +1,328 @@
+"""Actors on a Ray cluster: what they are placed on, how they are asked, what becomes of their deaths.
+
+    cluster(config)     attach to the cluster that is there, or start one on this machine
+    controller(...)     the run's controller, which owns
+    RayWorkers              rollout workers, spawned again when they die
+    replay(config)      ReplayShard actors      ┐
+    critic(config)      CriticService actors    ├ which Ray starts again, and which go on from what they last saved
+    judge(config)       RewardModel actor       ┘
+
+The only file that says ``ray.remote``. What is asked through it knows nothing of Ray: each Remote class is the one
+interface that its callers take, and maps Ray's errors to theirs.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray.util.metrics import Gauge
+
+from cola_ray.cluster import head, watch
+from cola_ray.experience import Batch
+from cola_ray.loop.controller import Controller, WorkerLostError, WorkerNeverRanError
+from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
+from cola_ray.replay.service import ReplayShard, Shards
+from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
+from cola_ray.rollout.worker import EngineWorker, RolloutWorker
+from cola_ray.runs.display import current
+from cola_ray.runs.ending import last_error
+from cola_ray.runs.tracking import peak_memory_gb
+from cola_ray.settings.config import WITH_CRITIC, Config, ConfigError, is_endpoint
+from cola_ray.tasks.chat import Prompt
+from cola_ray.weights import Bucket, Channel, Manifest, meeting_point
+
+
+@contextlib.contextmanager
+def cluster(config: Config, runs: int = 1) -> Iterator[None]:
+    """Attach to the cluster that is there, or start one on this machine and stop it afterwards.
+
+    Args:
+        runs: that it has to hold at the same time.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    environment = {"env_vars": _worker_environment(config)}
+    there = address(config)
+    current().doing(f"attaching to the Ray cluster at {there}" if there else "starting Ray")
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    with contextlib.ExitStack() as stack:
+        if there:
+            # A job may have been submitted with variables of its own, the number of threads say: others stay, ours win.
+            os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+            try:
+                stack.enter_context(head.attached(there, runtime_env=environment, **quiet))
+            except ConnectionError as error:
+                said = str(error).splitlines()[0]
+                raise ConfigError(
+                    f"cluster.address = {there!r}: {said}; start the cluster, or mend the address"
+                ) from None
+        else:
+            # Ray Train's helper that looks whether a cloud is taking nodes back; nobody takes this machine.
+            environment["env_vars"]["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+            # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
+            needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # and what works alone
+            cpus = max(needed, os.cpu_count() or 1)
+            stack.enter_context(head.started(environment, num_cpus=cpus, include_dashboard=False, **quiet))
+        try:
+            yield
+        finally:
+            current().doing("stopping Ray" if not there else "leaving the Ray cluster")
+            watch.end()
+
+
+# --- places -------------------------------------------------------------------------------------------------------
+
+Part = Literal["learner", "rollout", "service"]
+
+
+def booking(config: Config, part: Part) -> dict[str, float]:
+    """What one process of a part books of its node: a learner rank, an engine, a service."""
+    gpus = 0.0
+    if config.cluster.use_gpu and part != "service":
+        # Colocated, an engine takes half of each GPU's booking and the learner the other.
+        each = 0.5 if config.cluster.colocated else 1.0
+        gpus = each * (config.rollout.tensor_parallel_size if part == "rollout" else 1)
+    group = getattr(config.cluster, f"{part}_group")
+    return {"CPU": 1.0} | ({"GPU": gpus} if gpus else {}) | ({group: 0.001} if group else {})
+
+
+def demand(config: Config) -> dict[str, float]:
+    """What a run books of a cluster."""
+    judges = bool(config.task.reward_model) and not is_endpoint(config.task.reward_model)
+    counts: dict[Part, int] = {
+        "learner": config.cluster.learner_ranks,
+        "rollout": config.rollout.num_workers,
+        "service": config.critic.replicas * (config.rl.algorithm in WITH_CRITIC) + judges,
+    }
+    total = {"CPU": 0.0, "GPU": float(judges and config.cluster.use_gpu)}
+    for part, count in counts.items():
+        for name, amount in booking(config, part).items():
+            total[name] = total.get(name, 0.0) + count * amount
+    return total
+
+
+def _placed(config: Config, part: Part, **more: Any) -> dict[str, Any]:
+    """Options of an actor of a part, on the nodes that its group names."""
+    booked = booking(config, part) | more
+    return {
+        "num_cpus": booked.pop("CPU", 0.0),
+        "num_gpus": booked.pop("GPU", 0.0),
+        "resources": booked,
+        # Said outright, or actors would be squeezed into the place that Ray Tune keeps for a trial's driver.
+        "scheduling_strategy": "DEFAULT",
+    }
+
+
+def exporter(config: Config) -> Callable[[Mapping[str, Any]], None]:
+    """What shows a step's metrics on Ray's dashboard and to its Prometheus, as ``ray_cola_ray_reward_mean``.
+
+    On a cluster of the run's own, which nobody watches, it shows nothing.
+    """
+    if not address(config):
+        return lambda _: None
+    gauges: dict[str, Gauge] = {}
+    run = Path(config.output_dir).name
+
+    def show(metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, Real):
+                if name not in gauges:
+                    title = "cola_ray_" + re.sub(r"\W", "_", name)
+                    gauges[name] = Gauge(title, description=name, tag_keys=("run",))
+                gauges[name].set(float(value), tags={"run": run})
+
+    return show
+
+
+def address(config: Config) -> str:
+    """Of the cluster to attach to; empty where a run starts its own."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+
+
+def _worker_environment(config: Config) -> dict[str, str]:
+    variables = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(config.cluster.answer_timeout_s),
+    }
+    if not config.cluster.use_gpu:
+        variables |= {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "DS_ACCELERATOR": "cpu"}
+    return variables
+
+
+# --- controller and workers ---------------------------------------------------------------------------------------
+
+
+def controller(make: type[Controller], config: Config, *args: Any) -> Any:
+    """An actor of this class; what it spawns dies with it."""
+    placed = _placed(config, "service", CPU=0.0)
+    made = ray.remote(make).options(**placed, max_concurrency=256).remote(config, *args)
+    watch.begin(made, config.cluster.answer_timeout_s)
+    return made
+
+
+class RayWorkers:
+    """The controller's :class:`~cola_ray.loop.controller.WorkerPool`: actors, owned by the controller's process."""
+
+    def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker, *more: Any) -> None:
+        self.actor = ray.remote(worker).options(**_placed(config, "rollout"), max_concurrency=256)
+        self.args = (config, model_path, *more)
+
+    def spawn(self) -> Any:
+        worker = self.actor.remote(*self.args)
+        watch.begin(worker, self.args[0].cluster.answer_timeout_s)
+        return worker
+
+    async def call(self, worker: Any, method: str, *args: Any) -> Any:
+        try:
+            return await _answer(worker, method, args, "a rollout worker", WorkerLostError)
+        except WorkerLostError as lost:
+            # A successor may be sent to a lost machine until Ray's health checks have missed it, and falls with it.
+            if "The actor never ran" in str(lost.__cause__):
+                raise WorkerNeverRanError(str(lost)) from lost
+            raise
+
+    def kill(self, worker: Any) -> None:
+        ray.kill(worker)
+
+
+async def _answer(actor: Any, method: str, args: Sequence[Any], who: str, lost: type[Exception]) -> Any:
+    """What an actor's method returns or raises; ``lost`` where the actor died, RuntimeError where it never ran."""
+    try:
+        return await getattr(actor, method).remote(*args)
+    except ray.exceptions.RayActorError as error:
+        lines = str(error).strip().splitlines()
+        if "creation task" in lines[0]:  # another one, or the same started again, would fail in the same way
+            raise RuntimeError(f"{who} could not start: {last_error(str(error))}") from None
+        raise lost(lines[0]) from error
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+
+class RemoteController:
+    """The learner's :class:`~cola_ray.learner.rl.BatchSource` over the controller actor."""
+
+    def __init__(self, controller: Any) -> None:
+        self.controller = controller
+
+    def begin(self, version: int, buckets: list[Bucket], state: Mapping[str, Any] | None) -> None:
+        # References travel through the controller unopened; each worker maps the payload from its node's store.
+        ray.get(self.controller.begin.remote(version, [ray.put(bucket) for bucket in buckets], state))
+
+    def next_batch(self, rank: int, version: int) -> Batch | None:
+        return ray.get(self.controller.next_batch.remote(rank, version))
+
+    def offer(self, version: int, manifest: Manifest) -> Channel:
+        return ray.get(self.controller.offer.remote(version, manifest, *meeting_point()))
+
+    def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
+        metrics["memory/learner_gb"] = peak_memory_gb()
+        ray.get(self.controller.publish.remote(version, [ray.put(bucket) for bucket in buckets], metrics))
+
+    def checkpoint(self, rank: int, version: int) -> dict[str, Any] | None:
+        return ray.get(self.controller.checkpoint.remote(rank, version))
+
+    def fail(self, reason: str) -> None:
+        ray.get(self.controller.fail.remote(reason))
+
+
+def alone(config: Config, work: Callable[..., Any], *args: Any) -> Any:
+    """Reference to what ``work(*args)`` will return from a process of its own, with a GPU where they are used."""
+    return ray.remote(work).options(num_cpus=1, num_gpus=int(config.cluster.use_gpu), max_retries=0).remote(*args)
+
+
+# --- services -----------------------------------------------------------------------------------------------------
+
+_LASTING = {"max_restarts": -1, "max_concurrency": 16}
+"""Ray starts such an actor again when it dies, and it goes on from what was last saved."""
+
+
+def _watch_all(lasting: Sequence[Any], config: Config) -> None:
+    for actor in lasting:
+        watch.begin(actor, config.cluster.answer_timeout_s, restarts=True)
+
+
+def replay(config: Config) -> Shards:
+    """Replay, of no shards where nothing is learnt from it."""
+    output, settings = Path(config.output_dir), config.replay
+    shard = ray.remote(ReplayShard).options(**_placed(config, "service", CPU=0.0), max_task_retries=-1, **_LASTING)
+    rows, nbytes = settings.max_rows // settings.shards, (settings.max_mb << 20) // settings.shards
+    shards = [
+        shard.remote(rows, nbytes, str(output / "replay" / str(i)), settings.snapshot_every_s)
+        for i in range(settings.shards if config.replays else 0)
+    ]
+    _watch_all(shards, config)
+    return Shards(len(shards), RemoteShards(shards), config.seed)
+
+
+def critic(config: Config, model_path: str, stored: Shards) -> CriticReplicas:
+    """The utterance critic, of no replicas where the algorithm asks none."""
+    from transformers import AutoConfig
+
+    width, folder = AutoConfig.from_pretrained(model_path).hidden_size, str(Path(config.output_dir) / "critic")
+    actor = ray.remote(CriticService).options(**_placed(config, "service"), **_LASTING)
+    replicas = [
+        actor.remote(config.critic, width, model_path, stored, folder, config.seed)
+        for _ in range(config.critic.replicas if config.rl.algorithm in WITH_CRITIC else 0)
+    ]
+    _watch_all(replicas, config)
+    return CriticReplicas(len(replicas), RemoteReplicas(replicas))
+
+
+class RemoteShards:
+    """How :class:`~cola_ray.replay.service.Shards` asks its actors."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors = actors
+
+    async def __call__(self, shard: int, method: str, *args: Any) -> Any:
+        return await getattr(self.actors[shard], method).remote(*args)
+
+
+class RemoteReplicas:
+    """How :class:`~cola_ray.replay.critic_service.CriticReplicas` asks its actors, which Ray starts again."""
+
+    def __init__(self, actors: list[Any]) -> None:
+        self.actors = actors
+
+    async def __call__(self, replica: int, method: str, *args: Any) -> Any:
+        return await _answer(self.actors[replica], method, args, "a critic", ReplicaLostError)
+
+
+def judge(config: Config) -> Judge | None:
+    """Who scores in place of a verifier: an endpoint, or a reward model on an actor of its own."""
+    where = config.task.reward_model
+    if not where:
+        return None
+    if is_endpoint(where):
+        return HttpJudge(where, config.task.reward_timeout_s)
+    rollout = config.rollout
+    placed = _placed(config, "service", GPU=float(config.cluster.use_gpu))
+    actor = ray.remote(RewardModel).options(**placed, max_restarts=-1, max_task_retries=-1)
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    return RemoteJudge(actor.remote(where, longest, config.data.date))
+
+
+class RemoteJudge:
+    """A :data:`~cola_ray.rollout.judge.Judge` that asks its actor, which Ray starts again."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        rewards: list[float] = await self.actor.score.remote(list(prompts), list(responses))
+        return rewards

@@ -1,0 +1,306 @@
+"""Ray's own processes under a run: started apart from the run's process group, watched, and ended with the run.
+
+    with head.started(num_cpus=8, ...):     # a cluster of this machine alone
+    with head.attached(address, ...):       # one that was there
+        ...
+        head.raise_if_lost()                # RunFailedError where GCS or raylet is gone, or silent for long
+    with head.blamed(): ...                 # whatever ends the block since they are gone is told as that
+
+A signal to the whole process group, as timeout and batch systems send it, reaches the run alone, which then needs Ray
+for its last step and checkpoint. Where GCS is gone Ray would wait for a minute and then end the process without a word
+to anybody; here a thread looks every second, and the run ends with its line.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray._private import auto_init_hook, services, worker
+
+from cola_ray.settings.config import RunFailedError
+
+_LOOK_S = 1.0
+_STOPPED_S = 15.0  # that GCS or raylet may be stopped (SIGSTOP) before the run is ended
+_SILENT_S = 25.0  # that another machine's GCS may be silent; a busy one is no reason to end
+_SHUTDOWN_S = 30.0  # that Ray is given to end its processes before they are killed
+_KEPT_S = 86_400.0  # that a dead run's logs of Ray are kept
+_WATCHED = {"gcs_server": "the Ray cluster's head (GCS)", "raylet": "Ray's process on this machine (raylet)"}
+_THEN = "see to the Ray cluster, or to what ended it"
+
+
+class _Watch:
+    """Looks at GCS and raylet from a thread of its own; ``lost`` once they are.
+
+    Args:
+        node: with the processes that were started here; None for a cluster that was there.
+    """
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+        self.lost: RunFailedError | None = None
+        self.since: dict[str, float] = {}
+        self.closed = threading.Event()
+        self.waits = threading.current_thread() is threading.main_thread()  # and can be interrupted
+        threading.Thread(target=self._work, name="ray-watch", daemon=True).start()
+
+    def look(self) -> RunFailedError | None:
+        """Without waiting for an answer."""
+        for kind, who in _WATCHED.items() if self.lost is None and not self.closed.is_set() else ():
+            for process in self._processes(kind):
+                if process.poll() is not None:
+                    self.lost = RunFailedError(f"{who} died", _THEN)
+                elif self._lasts(kind, _is_stopped(process.pid), _STOPPED_S):
+                    self.lost = RunFailedError(f"{who} is stopped", _THEN)
+        return self.lost
+
+    def _processes(self, kind: str) -> list[Any]:
+        infos = [] if self.node is None else self.node.all_processes.get(kind, [])
+        return [info.process for info in infos]
+
+    def _lasts(self, what: str, now: bool, most: float) -> bool:
+        """Whether it has been so for more seconds than that."""
+        if not now:
+            self.since.pop(what, None)
+            return False
+        return time.monotonic() - self.since.setdefault(what, time.monotonic()) > most
+
+    def _work(self) -> None:
+        while not self.closed.wait(_LOOK_S):
+            lost = self.look()
+            if lost is None and self.node is None and self._lasts("silence", not self._answers(), _SILENT_S):
+                self.lost = RunFailedError("the Ray cluster's head (GCS) does not answer", _THEN)
+            if self.lost is not None:
+                if self.waits and not self.closed.is_set():  # perhaps for an answer that will not come
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+
+    def _answers(self) -> bool:
+        try:
+            worker.global_worker.gcs_client.internal_kv_exists(b"cola_ray", None, timeout=5)
+        except (ray.exceptions.RayError, OSError):
+            return self.closed.is_set()
+        return True
+
+
+_WATCHES: list[_Watch] = []
+
+
+def raise_if_lost() -> None:
+    """Raises RunFailedError where the cluster that this process is on has lost its head or this machine's raylet."""
+    for watch in _WATCHES:
+        lost = watch.look()
+        if lost is not None:
+            raise lost
+
+
+@contextlib.contextmanager
+def blamed() -> Iterator[None]:
+    """What ends the block since the cluster is lost, an interrupted wait for instance, is told as that."""
+    try:
+        yield
+    except RunFailedError:
+        raise
+    except BaseException as error:
+        lost = _WATCHES[0].look() if _WATCHES else None
+        if lost is None:
+            raise
+        raise lost from error
+
+
+@contextlib.contextmanager
+def attached(address: str, **options: Any) -> Iterator[None]:
+    """On a cluster that is there. Raises ConnectionError where none answers."""
+    _init(address=address, **options)
+    with _watched(None if "://" in address else _Watch(None)):
+        yield
+
+
+@contextlib.contextmanager
+def started(environment: dict[str, Any], **options: Any) -> Iterator[None]:
+    """On a cluster of this machine alone, which ends with the block.
+
+    Its folder and the temporary files of its processes are below :func:`own_folder`, and removed; after a failure Ray's
+    logs stay there for a day.
+
+    Args:
+        environment: Ray's runtime environment.
+        options: of ``ray.init``.
+    """
+    folder = Path(own_folder()["RAY_TMPDIR"])
+    ours = "RAY_TMPDIR" not in os.environ
+    os.environ.update(own_folder())
+    if ours:
+        _remove_old(folder)
+    temporary = folder / f"tmp-{os.getpid()}"
+    temporary.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    # Compiled kernels are found again where they always are.
+    kernels = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+    variables = environment.setdefault("env_vars", {})
+    variables |= {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": kernels}
+    failed = False
+    try:
+        with _apart():
+            _init(address="local", runtime_env=environment, **options)
+        with _without_essays(), _watched(_Watch(worker._global_node)):
+            yield
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException:
+        failed = True
+        raise
+    finally:
+        os.close(held)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if ours:
+            del os.environ["RAY_TMPDIR"]
+            remove_own_folder(but_logs=failed)
+
+
+def own_folder() -> dict[str, str]:
+    """Ray's variable for the folder of a cluster that a run starts; one that the user has set stays.
+
+    Helpers of Ray Train ask the cluster that was last started on this machine whether a controller lives, and take its
+    ranks away where that cluster knows of none. With a folder of its own, this one is nobody else's. The path is short,
+    for sockets are made below it.
+    """
+    return {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", f"/tmp/cola_ray-{os.getpid()}")}
+
+
+def remove_own_folder(but_logs: bool = False) -> None:
+    """After the cluster's end; a folder that the user has named stays.
+
+    Args:
+        but_logs: what Ray's processes have logged is kept.
+    """
+    if "RAY_TMPDIR" in os.environ:
+        return
+    folder = Path(own_folder()["RAY_TMPDIR"])
+    if not but_logs:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if "logs" not in path.relative_to(folder).parts and not (path.is_symlink() and path.is_dir()):
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def _watched(watch: _Watch | None) -> Iterator[None]:
+    """Until the end of the block, and then Ray's end, which is waited for, but not for ever."""
+    _WATCHES.extend([watch] if watch else [])
+    try:
+        with blamed():
+            yield
+    finally:
+        if watch is not None:
+            watch.closed.set()
+            _WATCHES.remove(watch)
+        _shut_down(watch)
+
+
+def _shut_down(watch: _Watch | None) -> None:
+    below: list[psutil.Process] = []
+    lost = watch is not None and watch.lost is not None
+    if watch is not None and watch.node is not None:
+        pids = [process.pid for infos in watch.node.all_processes.values() for process in (i.process for i in infos)]
+        below = _trees(pids)
+    if lost:
+        _kill(below)
+    thread = threading.Thread(target=ray.shutdown, daemon=True)
+    thread.start()
+    thread.join(5.0 if lost else _SHUTDOWN_S)
+    if thread.is_alive():  # it waits for a GCS that will not answer, and would again when Python ends
+        _kill(below)
+        atexit.unregister(worker.shutdown)
+    _, left = psutil.wait_procs(below, timeout=5.0)
+    _kill(left)
+
+
+def _trees(pids: list[int]) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            found += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return found
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return False
+
+
+def _init(**options: Any) -> None:
+    """Ray, which on its way makes a SIGTERM an exit with code 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    auto_init_hook.enable_auto_connect = False  # or a thread that asks once more after the end starts another cluster
+    try:
+        ray.init(**options)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Processes that Ray starts in here have sessions of their own; they still end with this process."""
+    usual = services.ConsolePopen
+
+    class Apart(usual):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options, start_new_session=True)
+
+    services.ConsolePopen = Apart
+    try:
+        yield
+    finally:
+        services.ConsolePopen = usual
+
+
+@contextlib.contextmanager
+def _without_essays() -> Iterator[None]:
+    """Ray prints what its processes report of deaths, with the end of their logs; here the run's line says it."""
+    usual = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = usual
+
+
+def _remove_old(folder: Path) -> None:
+    """Folders that nobody holds of runs that were killed, or failed more than a day ago."""
+    for old in folder.parent.glob("cola_ray-*"):
+        number = re.fullmatch(r"cola_ray-(\d+)", old.name)
+        with contextlib.suppress(OSError):
+            seen = old.stat()
+            if not number or old == folder or seen.st_uid != os.getuid() or psutil.pid_exists(int(number[1])):
+                continue
+            was_killed = (old / f"tmp-{number[1]}").exists()  # any other end removes it
+            if not was_killed and time.time() - seen.st_mtime < _KEPT_S:
+                continue
+            held = os.open(old, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                os.close(held)

@@ -1,0 +1,80 @@
+"""``log.jsonl``: what happened in a run, a line each, kept on the run's own disk before anybody else is told.
+
+    log = EventLog(folder)
+    log.append("step", version=3, **metrics)     {"time": ..., "run": ..., "event": "step", "version": 3, ...}
+    read(folder)                                 every whole line; one that a kill or a full disk cut is passed over
+
+Every event bears the run's id, which is made with its first event and stays when the run is resumed.
+"""
+
+import contextlib
+import json
+import secrets
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cola_ray.runs.redaction import redacted_tree
+
+NAME = "log.jsonl"
+
+
+class EventLog:
+    """Of the run in this folder; may be written to by several threads.
+
+    Args:
+        folder: of the run; must exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / NAME
+        self.lock = threading.Lock()
+        self.run: str = next((event["run"] for event in read(folder) if event.get("run")), secrets.token_hex(16))
+
+    def append(self, event: str, **facts: Any) -> None:
+        """Raises OSError where the disk takes no more."""
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps(redacted_tree({"time": when, "run": self.run, "event": event, **facts}), default=str)
+        with self.lock, self.file.open("ab+") as file:
+            if file.tell() and not _ends_whole(file):
+                line = "\n" + line  # what a kill or a full disk cut stays a line of its own
+            file.write(line.encode() + b"\n")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All whole events, in order; none where there is no log."""
+    return [event for _, event in read_from(folder, 0)]
+
+
+def read_from(folder: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Events behind the first ``start`` bytes, each with how many bytes there are up to its end."""
+    with contextlib.suppress(FileNotFoundError), (folder / NAME).open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # still being written
+            start += len(line)
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict) and "event" in event:
+                    yield start, event
+
+
+def history(events: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Metrics by step, from the events of steps; of one made again, the last value."""
+    found: dict[int, dict[str, float]] = {}
+    for event in events:
+        if event["event"] == "step":
+            metrics = {
+                name: float(value) for name, value in event.items()
+                if name not in ("time", "run", "event", "version") and isinstance(value, int | float)
+            }  # fmt: skip
+            found.setdefault(int(event["version"]), {}).update(metrics)
+    return found
+
+
+def _ends_whole(file: Any) -> bool:
+    file.seek(-1, 2)
+    return bool(file.read(1) == b"\n")

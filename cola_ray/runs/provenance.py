@@ -1,0 +1,302 @@
+"""What a model was made from, and which one a run starts from.
+
+    MODEL/provenance.json    {"made_by", "settings": {dotted field: value}, "date", "start": that of the model before}
+
+    start = start_model(config)               # model.path, or where this preset's pre-training leaves its model
+    lines = refusals(config, "rl_math")       # it is not there, or was made from something else than is asked for
+    print(first_lines(config, "rl_math", start))
+
+The tiny preset makes its own start model, in a folder whose name says what differs from the preset; other presets have
+one pre-training a seed, and a run that asks for another is told what differs.
+"""
+
+import hashlib
+import json
+import re
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from cola_ray.runs.redaction import redacted_tree
+from cola_ray.runs.run_folder import is_at_work, is_finished, read_record, write_json
+from cola_ray.settings.config import Config, is_environment, override, results_root, value_at
+from cola_ray.settings.relevance import defaults, entries, given
+
+FILE = "provenance.json"
+SIZES = ("num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers")
+PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base", "model.path", "critic.encoder",
+         "q.path", "harness.include_path", "diversity.encoder")  # fmt: skip
+"""Settings that may be paths."""
+_MADE_FROM = ("seed", "model.", "task.", "data.", "pretrain.")
+_NOT_MADE_FROM = ("model.path", "data.date", "task.reward_model", "task.oracle", "task.reward_timeout_s",
+                  "task.max_failed_rewards", "pretrain.save_every", "pretrain.micro_batch_size",
+                  "pretrain.max_steps")  # fmt: skip
+
+
+# --- which model --------------------------------------------------------------------------------------------------
+
+
+def pretrained_dir(config: Config) -> Path:
+    """Where pre-training with these settings leaves the CoLA model that RL starts from."""
+    name, task = f"pretrain-{config.preset}", config.task.name
+    usual = defaults(config)
+    if task != usual.task.name or is_environment(task):
+        name += f"-{_slug(task)}"
+    elif task == "preference":
+        name += "-preference"
+    if makes_start_model(config):
+        changed = {field: value for field, value in _asked(config).items() if field not in ("seed", "task.name")}
+        if changed:
+            digest = hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[:6]
+            name += f"-{'-'.join(f'{_leaf(field)}={_slug(value)}' for field, value in changed.items())[:80]}-{digest}"
+    return results_root() / "outputs" / f"{name}-seed{config.seed}" / "model"
+
+
+def start_model(config: Config) -> Path:
+    return Path(config.model.path) if config.model.path else pretrained_dir(config)
+
+
+def makes_start_model(config: Config) -> bool:
+    """Whether a run pre-trains the model that it starts from where that is missing."""
+    return config.preset == "tiny" and not config.model.path
+
+
+def starts_from_base(config: Config) -> bool:
+    """Whether a run over tokens starts from a plain base, with no CoLA model around it."""
+    if config.rl.action_space != "token" or config.model.path or not config.model.base:
+        return False
+    return "model.base" in given(config) or not is_made(start_model(config))
+
+
+def is_made(model: Path) -> bool:
+    """Whether pre-training has left it, whole."""
+    if not (model / "config.json").exists():
+        return False
+    return read_record(model.parent) is None or is_finished(model.parent)
+
+
+def resolve(config: Config, job: str) -> Config:
+    """The same settings with ``output_dir`` and the paths in use made absolute, and the date that templates show."""
+    output = config.output_dir or (
+        str(pretrained_dir(config).parent) if job == "pretrain" else f"outputs/{job}-{config.preset}-seed{config.seed}"
+    )
+    changes: dict[str, Any] = {"output_dir": str((results_root() / output).resolve())}
+    for field in PATHS:
+        changes |= {field: _absolute(value_at(config, field))}
+    if not config.data.date:
+        changes["data.date"] = _date(Path(changes["output_dir"]), start_model(config), config.resume)
+    return override(config, changes)
+
+
+def starting_from(config: Config, model: Path) -> Config:
+    """The settings with this start model and its own sizes; what it was made from is no longer asked for."""
+    usual = defaults(config)
+    data = usual.data.model_copy(update={"date": config.data.date})
+    settled = config.model_copy(update={"pretrain": usual.pretrain, "data": data})
+    return with_sizes_of(override(settled, {"model.path": str(model.resolve()), "model.base": usual.model.base}), model)
+
+
+def with_sizes_of(config: Config, model: Path) -> Config:
+    """The settings with the model's own number of actions and layers, in place of the preset's."""
+    return override(config, {f"model.{name}": size for name, size in _sizes(model).items()})
+
+
+def _date(output: Path, model: Path, resumes: bool) -> str:
+    """Of the run that goes on; else that of the model's making; else today."""
+    if resumes:
+        before = _read(output / "config.json").get("data", {}).get("date")
+        if before:
+            return str(before)
+    return str(read(model).get("date") or date.today().isoformat())
+
+
+# --- what it was made from ----------------------------------------------------------------------------------------
+
+
+def write(folder: Path, config: Config, job: str, start: Path | None = None) -> None:
+    """Beside the weights of a model that a job made.
+
+    Args:
+        start: the model that it was made from, whose provenance is taken along.
+    """
+    content: dict[str, Any] = {
+        "made_by": job,
+        "preset": config.preset,
+        "date": config.data.date,
+        "settings": made_from(config),
+    }
+    if job != "pretrain":
+        content["settings"] |= {f: v for f, v in given(config).items() if f.startswith(("rl.", "rollout."))}
+    if start is not None:
+        content |= {"start_path": str(start), "start": read(start)}
+    write_json(folder / FILE, content)
+
+
+def read(model: Path) -> dict[str, Any]:
+    """Empty where nothing is known of the model."""
+    return _read(model / FILE)
+
+
+def made_from(config: Config) -> dict[str, Any]:
+    """The settings that decide what pre-training makes, with absolute paths and without secrets."""
+    steps = {stage: config.pretrain.num_steps(stage) for stage in config.pretrain.stages}
+    pretraining = config.pretrain.model_copy(update={"steps": steps, "max_steps": None})
+    settings = entries(config.model_copy(update={"pretrain": pretraining}))
+    whole = {field: _plain(value) for field, value in settings.items()}
+    for field in ("data.path", "task.path", "task.game", "model.base"):
+        whole[field] = _absolute(whole[field])
+    reads_task = not config.data.path or not (config.model.base or config.model.path)
+    return {
+        field: value for field, value in redacted_tree(whole).items()
+        if field.startswith(_MADE_FROM) and field not in _NOT_MADE_FROM
+        and (reads_task or not field.startswith("task."))
+    }  # fmt: skip
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    """Those of them that are asked for, against the preset's."""
+    usual = made_from(override(defaults(config), {"seed": config.seed}))
+    return {field: value for field, value in made_from(config).items() if usual.get(field) != value}
+
+
+def refusals(config: Config, job: str) -> list[str]:
+    """Why the run cannot start from its start model, a line each."""
+    if config.model.path:
+        return _against_sizes(config)
+    model = start_model(config)
+    if starts_from_base(config):
+        return []
+    if not is_made(model):
+        if makes_start_model(config) and job in ("rl_math", "rl_preference", "rl_agent", "sweep"):
+            if not is_at_work(model.parent):
+                return []
+            return [f"model.path = {str(model)!r}: another run is making it; wait for its end, or give another --seed"]
+        there = "its pre-training has not ended" if (model / "config.json").exists() else "no CoLA model there"
+        more = (
+            f" --task.name {config.task.name}"
+            if model.parent.name.split("-seed")[0] != f"pretrain-{config.preset}"
+            else ""
+        )
+        again = " --resume" if read_record(model.parent) else ""
+        return [
+            f"model.path = {str(model)!r}: {there}; make one with `python jobs/pretrain.py --preset {config.preset}"
+            f"{more}{again}` or give the path of one"
+        ]
+    made = read(model).get("settings")
+    if not isinstance(made, dict):
+        return [f"model.path = {str(model)!r}: has no {FILE}, so it is not known what it was made from; give it as "
+                "--model.path to use it even so"]  # fmt: skip
+    lines = []
+    for field, value in _asked(config).items():
+        option = field.startswith("task.options.") and "task.name" in made  # which was not given is not there
+        dtype = field == "model.dtype" and not makes_start_model(config)  # of this run's weights, not of the model's
+        if (field in made or option) and made.get(field) != value and not dtype:
+            had = f"with {made[field]!r}" if field in made else "without"
+            lines.append(
+                f"{field} = {value!r}: {model} was made {had}; pre-train with {_flag(field)} into "
+                "another --output-dir and give its model/ as --model.path, or leave this out"
+            )
+    return lines
+
+
+def _against_sizes(config: Config) -> list[str]:
+    """Sizes that were given beside a model that has others."""
+    model, asked, lines = Path(config.model.path), given(config), list[str]()
+    there = _sizes(model)
+    for name in SIZES:
+        value = asked.get(f"model.{name}")
+        if value is not None and not there and (model / "config.json").exists():
+            lines.append(f"model.{name} = {value!r}: {config.model.path} is a plain model and has none; leave it out")
+        elif value is not None and value != there.get(name, value):
+            lines.append(f"model.{name} = {value!r}: {config.model.path} has {there[name]}; leave it out")
+    return lines
+
+
+_RELEASED = {"num_actions": "num_code", "num_idm_layers": "num_action_layer",
+             "num_world_model_layers": "num_dyna_layer", "num_policy_layers": "num_policy_layer"}  # fmt: skip
+
+
+def _sizes(model: Path) -> dict[str, int]:
+    """Of a CoLA checkpoint's directory, in our names; none where it is another model."""
+    raw = _read(model / "config.json")
+    found = {name: raw.get(name, raw.get(_RELEASED.get(name, name))) for name in SIZES}
+    return {name: size for name, size in found.items() if isinstance(size, int)}
+
+
+# --- the first lines ----------------------------------------------------------------------------------------------
+
+
+def first_lines(config: Config, job: str, start: Path | None = None) -> str:
+    """What a run starts from, on which base, task and data, and where it writes: a line each."""
+    made = read(start) if start else {}
+    origin = made
+    while origin.get("start"):
+        origin = origin["start"]
+    settings = origin.get("settings", {})
+    rows: dict[str, str] = {}
+    if start is not None:
+        rows["starts from"] = str(start)
+        if not is_made(start) and makes_start_model(config):
+            rows["starts from"] += " (made first)"
+            settings = made_from(config)
+    elif config.model.path or config.model.base:
+        rows["starts from"] = config.model.path or config.model.base
+    base = settings.get("model.base", config.model.base)
+    rows["base"] = (
+        str(base) if base else "inside the model" if config.model.path and not settings else "a small Llama, made here"
+    )
+    rows["task"] = _task(config)
+    if settings.get("data.path") or (job in ("pretrain", "train_q", "atlas", "diversity") and config.data.path):
+        rows["data"] = str(config.data.path or settings["data.path"])
+    elif job in ("pretrain", "atlas", "diversity") or settings:
+        rows["data"] = f"demonstrations of {settings.get('task.name', config.task.name)}"
+    token = config.rl.action_space == "token" and job not in ("pretrain", "train_q")
+    rows["actions"] = "tokens of the vocabulary" if token else f"{config.model.num_actions} latent actions"
+    if job == "reward_model":
+        rows.pop("actions")
+    rows["writes to"] = config.output_dir
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _task(config: Config) -> str:
+    task = config.task
+    options = ", ".join(f"{name} {value}" for name, value in redacted_tree(task.options).items())
+    parts = [
+        task.name,
+        *(part for part in (task.path, task.game, options, "thinking" if task.thinking else "") if part),
+    ]
+    return ", ".join(parts)
+
+
+# --- small things -------------------------------------------------------------------------------------------------
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
+
+
+def _leaf(field: str) -> str:
+    return field.removeprefix("pretrain.").rpartition(".")[2]
+
+
+def _slug(value: object) -> str:
+    text = "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return re.sub(r"[^\w.+]+", ".", Path(text).stem if "/" in text else text)
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"

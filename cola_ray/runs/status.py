@@ -1,0 +1,187 @@
+"""``cola_ray status RUN ...``: what runs are doing, from the folders that they write; a sweep's folder shows its runs.
+``cola_ray send RUN ...``: what MLflow lacks of runs that ended while it was away.
+
+    RUN/config.json    what was asked for
+    RUN/log.jsonl      start, steps, what was said, the end: a line each, with the run's id and the policy's version
+    RUN/summary.json   once it has ended
+
+The first reads files alone: it works beside a run, after it, and on another machine that sees the folder.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+
+from cola_ray.runs import event_log
+from cola_ray.runs.display import wide_console
+from cola_ray.runs.redaction import redacted
+from cola_ray.settings.config import ConfigError, RunFailedError
+
+_BARS = "▁▂▃▄▅▆▇█"
+_SILENCE = 120.0  # seconds without a word, or five steps, after which a run is called silent
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of one run, as its folder has it."""
+
+    folder: Path
+    config: dict[str, Any]
+    events: list[dict[str, Any]]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """In order; of a step that a learner made again after a loss, the last time."""
+        found = {event["version"]: event for event in self.events if event["event"] == "step" and event["version"] > 0}
+        return [found[version] for version in sorted(found)]
+
+    @property
+    def state(self) -> str:
+        """starting, running, ended, stopped, failed, or silent: no word for long, perhaps killed."""
+        last = self.events[-1] if self.events else {"event": "start"}
+        if last["event"] in ("end", "stop", "fail"):
+            return {"end": "ended", "stop": "stopped", "fail": "failed"}[last["event"]]
+        quiet = time.time() - (self.folder / "log.jsonl").stat().st_mtime if self.events else 0.0
+        if quiet > max(_SILENCE, 5 * self.seconds_per_step):
+            return f"silent for {timedelta(seconds=int(quiet))}"
+        return "running" if self.steps else "starting"
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Over the last ten intervals between steps; the time until a resume, or back to an earlier step, is none."""
+        seconds, made = list[float](), list[int]()
+        for before, after in itertools.pairwise(event for event in self.events if event["event"] in ("step", "resume")):
+            if before["event"] == after["event"] == "step" and after["version"] > before["version"]:
+                times = (datetime.fromisoformat(event["time"]).timestamp() for event in (before, after))
+                seconds.append(-next(times) + next(times))
+                made.append(after["version"] - before["version"])
+        return sum(seconds[-10:]) / sum(made[-10:]) if made else 0.0
+
+    def latest(self, *names: str) -> float | None:
+        """The last value of the first of these metrics that there is."""
+        for name in names:
+            for event in reversed(self.events):
+                if name in event:
+                    return float(event[name])
+        return None
+
+
+def read(folder: Path) -> Status:
+    """Raises FileNotFoundError where no run has written."""
+    config = json.loads((folder / "config.json").read_text())
+    return Status(folder, config, event_log.read(folder))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run's settings lie there, and not somebody's own config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("rl"), dict) and "max_steps" in config["rl"]
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The folder itself, and below a sweep's its runs."""
+    return [folder, *sorted(path.parent for path in folder.glob("runs/*/config.json"))]
+
+
+def shown(runs: list[Status]) -> Group:
+    """A table of all, and below it what each said last."""
+    table = Table()
+    for heading in ("run", "state", "step", "reward", "", "held out", "KL", "s a step", "left"):
+        table.add_column(heading, justify="left" if heading in ("run", "state", "") else "right", no_wrap=True)
+    said = []
+    for run in runs:
+        steps, total = run.steps, run.config["rl"]["max_steps"]
+        done = steps[-1]["version"] if steps else 0
+        rewards = [step["reward/mean"] for step in steps if "reward/mean" in step]
+        left = (total - done) * run.seconds_per_step
+        table.add_row(
+            run.folder.name,
+            run.state,
+            f"{done}/{total}" if rewards else "",
+            _number(rewards[-1] if rewards else None),
+            _sparkline(rewards),
+            _number(run.latest("eval/accuracy", "eval/return", "eval/reward")),
+            _number(run.latest("policy/kl")),
+            _number(run.seconds_per_step or None),
+            str(timedelta(seconds=int(left))) if run.state == "running" and rewards and left > 0 else "",
+        )
+        words = [event.get("text") or event.get("reason") for event in run.events if {"text", "reason"} & set(event)]
+        said += [f"{run.folder.name}: {text}" for text in words[-3:]]
+    return Group(table, *said)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _sparkline(values: list[float], width: int = 24) -> str:
+    """Means of ``width`` equal stretches, as bars between the least and the greatest."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    cuts = [len(values) * i // count for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
+    low, spread = min(means), max(means) - min(means) or 1.0
+    return "".join(_BARS[int((mean - low) / spread * (len(_BARS) - 1))] for mean in means)
+
+
+def main() -> None:
+    layout = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="cola_ray", description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True)
+    status = commands.add_parser("status", help="what runs are doing")
+    status.add_argument("run", nargs="+", type=Path, help="a run's folder, e.g. outputs/demo")
+    status.add_argument("--follow", action="store_true", help="show it again every two seconds")
+    send = commands.add_parser("send", help="send MLflow what it lacks of runs")
+    send.add_argument("run", nargs="+", type=Path, help="a run's folder, e.g. outputs/demo")
+    send.add_argument("--tracking-uri", default="", help="in place of the run's own, whose password is not kept")
+    arguments = parser.parse_args()
+    if arguments.command == "send":
+        sys.exit(_send([one for folder in arguments.run for one in runs_of(folder)], arguments.tracking_uri))
+    folders = [one for folder in arguments.run for one in runs_of(folder)]
+    for folder in folders:
+        if not is_run(folder):
+            print(f"{folder}: no run there; give the --output-dir of one, e.g. outputs/demo", file=sys.stderr)
+            sys.exit(2)
+    console = wide_console(log_width=200)
+    if not arguments.follow:
+        console.print(shown([read(folder) for folder in folders]))
+        return
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(shown([read(folder) for folder in folders]), refresh=True)
+            time.sleep(2)
+
+
+def _send(folders: list[Path], uri: str) -> int:
+    """The exit code."""
+    from cola_ray.runs import mirror
+
+    for folder in folders:
+        try:
+            print(mirror.send(folder, uri))
+        except ConfigError as error:
+            print(redacted(str(error)), file=sys.stderr)
+            return 2
+        except RunFailedError as error:
+            print(f"not sent: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What programs and responses run under: confined, bounded, and gone with their owner."""

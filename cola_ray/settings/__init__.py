@@ -1,0 +1,1 @@
+"""Settings: the tree, its limits and presets, who reads which, and what does not go together."""

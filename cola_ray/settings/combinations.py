@@ -1,0 +1,287 @@
+"""Options of algorithms that do not go together: one table, which refusals.py reads.
+
+    refused(config)      # ["rl.kl_estimator = 'k2': ...; use ..."], a line for each row that applies
+
+A row names the field that is at fault, the values it may not have, the settings under which it may not, the reason and
+what to do. What one setting may be by itself stands in its type (config.py).
+"""
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import Any
+
+from cola_ray.settings.config import COMPARING, MULTI_TURN, OF_OUTCOMES, OF_TURNS, Config, is_environment, value_at
+from cola_ray.settings.relevance import defaults
+
+Condition = Callable[[Config], bool]
+_UNREAD = "nothing reads it"
+
+
+@dataclass(frozen=True)
+class _AllBut:
+    """Every value but one."""
+
+    wanted: Any
+
+    def __contains__(self, value: object) -> bool:
+        return value != self.wanted
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What a field may not be, when, why, and what to use. In words, ``{}`` stands for the run's algorithm."""
+
+    field: str  # dotted
+    values: Container[Any] | None  # refused; None: all but the class's and the preset's own
+    when: Condition
+    why: str
+    fix: str = "leave it out"
+
+    def line(self, config: Config) -> str | None:
+        """The refusal, where the row applies."""
+        value = value_at(config, self.field)
+        wrong = value not in _defaults(config, self.field) if self.values is None else value in self.values
+        if not wrong or not self.when(config):
+            return None
+        return f"{self.field} = {value!r}: {self.why}; {self.fix}".replace("{}", config.rl.algorithm)
+
+
+def refused(config: Config) -> list[str]:
+    """A line for each row that applies, ``field = value: why; fix``; one for a field, the first."""
+    lines: dict[str, str] = {}
+    for row in COMBINATIONS:
+        line = row.line(config)
+        if line is not None:
+            lines.setdefault(row.field, line)
+    return list(lines.values())
+
+
+def _defaults(config: Config, field: str) -> tuple[Any, Any]:
+    """What nobody has to answer for: the class's own, and the preset's."""
+    return value_at(Config(), field), value_at(defaults(config), field)
+
+
+# --- conditions -------------------------------------------------------------------------------------------------------
+
+
+def _of(*algorithms: str) -> Condition:
+    return lambda config: config.rl.algorithm in algorithms
+
+
+def _not_of(*algorithms: str) -> Condition:
+    return lambda config: config.rl.algorithm not in algorithms
+
+
+def _agents(config: Config) -> bool:
+    return is_environment(config.task.name)
+
+
+def _answers(config: Config) -> bool:
+    return not is_environment(config.task.name)
+
+
+def _tokens(config: Config) -> bool:
+    return config.rl.action_space == "token"
+
+
+def _latent(config: Config) -> bool:
+    return config.rl.action_space == "latent"
+
+
+def _any(*conditions: Condition) -> Condition:
+    return lambda config: any(condition(config) for condition in conditions)
+
+
+def _all(*conditions: Condition) -> Condition:
+    return lambda config: all(condition(config) for condition in conditions)
+
+
+def _has(field: str, *values: Any) -> Condition:
+    return lambda config: value_at(config, field) in values
+
+
+def _alone(config: Config) -> bool:
+    return config.rl.prompts_per_step * config.rl.group_size == 1
+
+
+def _buffer_too_long(config: Config) -> bool:
+    return config.rl.overlong_buffer > config.rollout.max_new_tokens
+
+
+def _never_trains(config: Config) -> bool:
+    return config.critic.warmup_iterations >= config.rl.max_steps
+
+
+def _without_values(config: Config) -> bool:
+    return not config.learns_values
+
+
+_actor_free = _has("rl.actor_free", True)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+COMBINATIONS: tuple[Combination, ...] = (
+    # What an algorithm compares must be there.
+    Combination("rl.group_size", (1,), _of(*COMPARING), "{} compares completions of one prompt", "use 2 or more"),
+    Combination(
+        "rl.prompts_per_step", (1,), _all(_of("reinforce"), _alone),
+        "the batch's mean is {}'s baseline, and one completion is its own mean", "use 2 or more",
+    ),
+    Combination(
+        "rl.algorithm", ("remax",), _agents, "episodes have no greedy one to be compared with",
+        "use grpo, rloo or reinforce",
+    ),
+    Combination(
+        "rl.algorithm", OF_TURNS, _answers, "learns from turns, and task.name names a task without any",
+        f"use one of {', '.join(MULTI_TURN)} with jobs/rl_agent.py",
+    ),
+    Combination(
+        "rl.algorithm", ("chai",), _tokens, "its players choose by the frozen base's states",
+        "use rl.action_space latent",
+    ),
+    Combination(
+        "critic.encoder", ("",), _all(_tokens, _of("archer")), "with rl.action_space token the base's states change",
+        "give an encoder",
+    ),
+    Combination(
+        "critic.encoder", None, _any(_of("chai"), _has("critic.chooses", True)),
+        "players choose by the base's states", "leave it out, or let critic.chooses be False",
+    ),
+    # Divergence from the reference.
+    Combination(
+        "rl.kl_coef", (0.0,), _of("etpo"), "etpo divides by it", "use a number above 0, e.g. 0.05"
+    ),
+    Combination(
+        "rl.kl_estimator", ("k2", "k3"), _all(_has("rl.kl_in", "reward"), _not_of("etpo", "chai", "filtered_bc")),
+        "as a reward its gradient leads away from the reference", "use exact or k1, or set rl.kl_in to loss",
+    ),
+    Combination(
+        "rl.kl_estimator", ("k1",), _all(_has("rl.kl_in", "loss"), _not_of("etpo", "chai", "filtered_bc")),
+        "in the loss its expected gradient is 0 wherever the policy is",
+        "use exact, k2 or k3, or set rl.kl_in to reward",
+    ),
+    *(
+        Combination(field, None, _of("etpo", "chai", "filtered_bc"), f"with rl.algorithm {{}} {_UNREAD}")
+        for field in ("rl.kl_in", "rl.kl_estimator", "rl.importance_cap")
+    ),
+    *(
+        Combination(field, None, _of("chai"), "no policy trains")
+        for field in ("rl.lr", "rl.warmup_steps", "rl.adam_betas", "rl.grad_clip", "rl.kl_coef",
+                      "critic.warmup_iterations")
+    ),
+    Combination("rl.lr", None, _actor_free, "no policy trains, and Q's is rl.value_lr", "use rl.value_lr"),
+    Combination("rl.kl_coef", None, _of("filtered_bc"), "the best episodes are cloned without a reference"),
+    Combination("rl.kl_target", None, _of("chai", "filtered_bc"), f"with rl.algorithm {{}} {_UNREAD}"),
+    Combination(
+        "rl.kl_target", None, _has("rl.kl_coef", 0.0),
+        "rl.kl_coef is multiplied from step to step, and from 0 it never moves", "set rl.kl_coef to a number above 0",
+    ),
+    Combination("rl.entropy_coef", None, _any(_of("chai"), _actor_free), "no policy trains"),
+    # Several updates on a batch.
+    Combination("rl.updates_per_batch", None, _any(_of("chai"), _actor_free), "no policy trains"),
+    *(
+        Combination(field, None, _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}")
+        for field in ("rl.clip_low", "rl.clip_high")
+    ),
+    *(
+        Combination(
+            field, None, _has("rl.updates_per_batch", 1),
+            "ratios are to the policy at the start of a batch, and are all 1 in its first update",
+            "set rl.updates_per_batch to 2 or more",
+        )
+        for field in ("rl.clip_low", "rl.clip_high")
+    ),
+    Combination(
+        "rl.update_mode", ("continue",), _has("rl.max_staleness", 0), "nothing is in flight at an update",
+        "set rl.max_staleness to 1 or more",
+    ),
+    # What shapes and selects outcomes.
+    Combination(
+        "rl.dynamic_sampling", (True,), _any(_not_of(*COMPARING), _agents),
+        f"for {' and '.join(COMPARING)} on problems with answers",
+    ),
+    Combination(
+        "rl.refill_rounds", None, _has("rl.dynamic_sampling", False), _UNREAD, "set rl.dynamic_sampling"
+    ),
+    Combination("rl.overlong_buffer", None, _agents, "episodes are limited by their turns"),
+    Combination(
+        "rl.overlong_buffer", None, _buffer_too_long, "more than rollout.max_new_tokens: nothing would be short enough",
+        "use less",
+    ),
+    Combination(
+        "rollout.top_k", (1,), lambda _: True, "all completions of a prompt would be the same",
+        "use 0 (all) or 2 or more",
+    ),
+    # Values and controls.
+    Combination(
+        "rl.control_variate", (True,), _any(_not_of(*OF_OUTCOMES), _agents),
+        f"for {', '.join(OF_OUTCOMES)} on problems with answers",
+    ),
+    Combination("rl.gae_lambda", None, _not_of("ppo"), "only ppo reads it"),
+    *(
+        Combination(field, None, _without_values, "no value head and no Q trains")
+        for field in ("rl.value_lr", "rl.value_steps")
+    ),
+    Combination(
+        "rl.target_tau", None, _all(_not_of("etpo"), _has("rl.control_variate", False)),
+        "only etpo's and rl.control_variate's Q have a target",
+    ),
+    # What an action is.
+    *(
+        Combination(field, None, _latent, "for rl.action_space token")
+        for field in ("rl.lora_rank", "rl.gradient_checkpointing")
+    ),
+    Combination("rl.cache_hidden_states", (True,), _agents, "turns do not bring their states to the learner"),
+    Combination("rl.cache_hidden_states", (True,), _tokens, "with rl.action_space token the states change"),
+    Combination("rl.marginal_aliases", (True,), _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}"),
+    *(
+        Combination(
+            field, _AllBut(wanted), _has("rl.marginal_aliases", True), f"rl.marginal_aliases needs {wanted!r}",
+            "use that, or leave rl.marginal_aliases out",
+        )
+        for field, wanted in (
+            ("rl.action_space", "latent"), ("rl.kl_estimator", "exact"), ("rl.cache_hidden_states", False),
+            ("rl.control_variate", False),
+        )
+    ),
+    *(
+        Combination(
+            field, _AllBut(wanted), _actor_free, f"rl.actor_free needs {wanted!r}",
+            "use that, or leave rl.actor_free out",
+        )
+        for field, wanted in (
+            ("rl.algorithm", "etpo"), ("rl.action_space", "latent"), ("rl.cache_hidden_states", False),
+            ("rl.kl_target", 0.0), ("rollout.temperature", 1.0), ("rollout.top_k", 0),
+        )
+    ),
+    # ArCHer's critic. Who asks none reads none of its settings (relevance.py).
+    *(
+        Combination(field, None, _of("chai"), "no policy trains")
+        for field in ("critic.reuse", "critic.td_share", "critic.token_baseline", "critic.actor_states")
+    ),
+    Combination("critic.chooses", None, _of("chai"), "its players choose always"),
+    *(
+        Combination(
+            field, None, _has("critic.actor_states", "replayed"), "of what was played",
+            "set critic.actor_states to played, or leave it out",
+        )
+        for field in ("critic.td_share", "critic.reuse")
+    ),
+    Combination(
+        "critic.gamma", None, _of(*OF_OUTCOMES, "filtered_bc"), "{} compares whole episodes, whatever their length"
+    ),
+    Combination(
+        "critic.candidates", (1,), _any(_of("chai"), _has("critic.chooses", True)), "nothing to choose from",
+        "use 2 or more",
+    ),
+    Combination(
+        "critic.candidates", None, _all(_of("archer"), _has("critic.chooses", False)), "nobody chooses",
+        "set critic.chooses",
+    ),
+    Combination(
+        "critic.warmup_iterations", None, _all(_of("archer"), _never_trains),
+        "as many as rl.max_steps or more: no policy would train", "use fewer, or more rl.max_steps",
+    ),
+)  # fmt: skip
+"""In order of what to say first of a field."""

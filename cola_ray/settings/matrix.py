@@ -1,0 +1,137 @@
+"""The papers' matrix as a graph: what each preset runs, under which settings, whose models and answers it reads.
+
+stages(config)      all of it
+chosen(config)      those of ``reproduce.stages``, and what they need
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cola_ray.settings import relevance
+from cola_ray.settings.config import Config, ConfigError
+from cola_ray.settings.limits import nearest
+from cola_ray.settings.presets import preset
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of the matrix. In settings, ``{name}`` is the folder of another stage, which this one then waits for."""
+
+    name: str
+    job: str
+    settings: Sequence[str] = field(default=())
+
+    @property
+    def needs(self) -> list[str]:
+        words = " ".join(self.settings).split("{")[1:]
+        return list(dict.fromkeys(word.split("}")[0] for word in words))
+
+
+def stages(config: Config) -> list[Stage]:
+    """The matrix of a preset; sizes are what its machines do in a few hours (tiny) or the papers' own."""
+    tiny = config.preset == "tiny"
+    math = ["--task.name", config.task.name, *(["--task.path", config.task.path] if config.task.path else []),
+            *_said(config, "task", ("name", "path"))]  # fmt: skip
+    data = _said(config, "data", ("date",))
+    start = ["--model.path", "{pretrain}/model"]
+    trained = ["--model.path", "{rl_latent}/model"]
+    few = ["--rl.max-steps", "40"] if tiny else []
+    token_lr = ["--rl.lr", "1e-4"] if tiny else []
+    countdown = ["--task.name", "countdown", "--task.thinking", *(_TINY_COUNTDOWN if tiny else [])]
+    learnt, answered = (_TINY_COUNTDOWN_PRETRAINING, _TINY_COUNTDOWN_ROLLOUTS) if tiny else ([], [])
+    agent = ["--task.name", "twenty_questions", "--model.path", "{agent_start}/model"]
+    agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if tiny else []
+    asked = ["--eval.problems", "256"] if tiny else []
+    values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", "0"]
+    values += ["--sweep.parallel", "1"] if tiny else []
+    return [
+        Stage("pretrain", "pretrain", [*math, *data]),
+        Stage("fta", "pretrain", [*math, *data, *start, "--pretrain.stages", "fta_idm", "fta_policy"]),
+        Stage("rl_latent", "rl_math", [*math, *start]),
+        Stage("rl_token", "rl_math", [*math, *start, "--rl.action-space", "token", *token_lr]),
+        Stage("rl_fta", "rl_math", [*math, "--model.path", "{fta}/model", *few]),
+        Stage("kl_sweep", "sweep_kl", [*math, *start, *values, *few]),
+        Stage("etpo", "rl_math", [*math, *start, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", *few]),
+        Stage("countdown_start", "pretrain", [*countdown, *learnt]),
+        Stage("countdown_latent", "rl_math", [*countdown, *answered, "--model.path", "{countdown_start}/model", *few]),
+        Stage("countdown_token", "rl_math", [*countdown, *answered, "--model.path", "{countdown_start}/model", *few,
+                                             "--rl.action-space", "token", *token_lr]),
+        Stage("agent_start", "pretrain", ["--task.name", "twenty_questions"]),
+        Stage("agent_archer", "rl_agent", [*agent, *agent_steps]),
+        Stage("agent_ppo", "rl_agent", [*agent, *agent_steps, "--rl.algorithm", "ppo"]),
+        Stage("answers", "evaluate", [*math, *trained, "--eval.split", "train", "--eval.ways", "sample",
+                                      "--eval.problems", "2048" if tiny else "7000", "--search.simulations", "16"]),
+        Stage("q", "train_q", [*trained, "--data.path", "{answers}/predictions/sample"]),
+        Stage("search", "evaluate", [*math, *trained, *asked, "--q.path", "{q}/model", "--eval.ways", "base", "greedy",
+                                     "sample", "beam", "mcts", "mcts_q"]),
+        Stage("diversity", "diversity", [*math, *data, *start]),
+        Stage("capabilities", "capabilities", [*start, *_harness(config)]),
+        Stage("atlas", "atlas", [*math, *data, *start]),
+    ]  # fmt: skip
+
+
+def chosen(config: Config) -> list[Stage]:
+    """Those of ``reproduce.stages`` and all that they need; ConfigError for a name that no stage has."""
+    matrix = {stage.name: stage for stage in stages(config)}
+    unknown = [name for name in config.reproduce.stages if name not in matrix]
+    if unknown:
+        lines = (f"reproduce.stages = {name!r}: {nearest(name, list(matrix), 'no such stage')}" for name in unknown)
+        raise ConfigError("\n".join(lines))
+    wanted = set(config.reproduce.stages or matrix)
+    for stage in reversed(matrix.values()):  # needs stand before what needs them
+        wanted |= set(stage.needs) if stage.name in wanted else set()
+    return [stage for stage in matrix.values() if stage.name in wanted]
+
+
+def _harness(config: Config) -> list[str]:
+    """Tasks of the evaluation harness: those given, else the paper's; for tiny, sums (``reproduce.write_sums``)."""
+    said = _said(config, "harness")
+    if config.harness.tasks:
+        return said
+    if config.preset == "tiny":
+        return [*said, "--harness.tasks", "sums", "--harness.include-path", str(Path(config.output_dir) / "sums")]
+    return [*said, "--harness.tasks", "mmlu", "mathqa", "cmmlu"]
+
+
+# What a base of a million parameters can learn of Countdown: which sign to put between two small numbers.
+_TINY_COUNTDOWN = ["--task.options", "min_numbers", "2", "max_numbers", "2", "min_value", "1", "max_value", "12",
+                   "min_target", "1", "max_target", "40"]  # fmt: skip
+_TINY_COUNTDOWN_ROLLOUTS = ["--rollout.max-prompt-tokens", "160", "--rollout.max-new-tokens", "24"]
+_TINY_COUNTDOWN_PRETRAINING = ["--pretrain.sequence-length", "176", "--pretrain.steps.base", "800"]
+
+
+def machines(config: Config, job: str) -> list[str]:
+    """What was said of engines, ranks and tracking holds for every stage whose job has them."""
+    name_of_job = "sweep" if job == "sweep_kl" else job
+    usual = preset(config.preset)
+    # Two stages of one rank each keep two cores busier than one stage of two ranks, which wait for each other.
+    changes: dict[str, Any] = {"cluster.learner_ranks": 1} if config.preset == "tiny" else {}
+    for branch in ("rollout", "cluster"):
+        now, before = getattr(config, branch).model_dump(), getattr(usual, branch).model_dump()
+        changes |= {f"{branch}.{name}": value for name, value in now.items() if value != before[name]}
+    changes.pop("cluster.address", None)  # Ray tells a job of its cluster
+    if config.tracking_uri:
+        changes["tracking_uri"] = config.tracking_uri
+    return _words({name: value for name, value in changes.items() if relevance.reads(name_of_job, name)})
+
+
+def _said(config: Config, branch: str, without: Sequence[str] = ()) -> list[str]:
+    """What was said of a branch of settings, as one types it."""
+    given = {name: value for name, value in relevance.given(config).items() if name.startswith(f"{branch}.")}
+    return _words({name: value for name, value in given.items() if name.partition(".")[2] not in without})
+
+
+def _words(changes: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in changes.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name.startswith("task.options."):
+            words += [f"--{name}", str(value)]
+        elif isinstance(value, bool):
+            branch, dot, last = flag.removeprefix("--").rpartition(".")
+            words.append(flag if value else f"--{branch}{dot}no-{last}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words

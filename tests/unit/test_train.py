@@ -1,0 +1,51 @@
+"""How long the driver waits for the controller's answers."""
+
+import types
+
+import pytest
+
+from cola_ray import train
+from cola_ray.settings.config import RunFailedError
+
+
+class Clocked:
+    """Ray and a clock: a question is answered once ``answers``, and each look takes ``look_s``."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.answers, self.look_s = 0.0, False, 0.5
+        ray = types.SimpleNamespace(wait=self.wait, get=lambda _: ([{"say": "hello"}], None))
+        monkeypatch.setattr(train, "ray", ray)
+        monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+        asked = types.SimpleNamespace(remote=lambda: "question")
+        self.talk = train._Talk(types.SimpleNamespace(drain=asked), start_s=100.0, patience_s=10.0)
+
+    def wait(self, questions, timeout):
+        self.now += self.look_s
+        return (questions, []) if self.answers else ([], questions)
+
+    def looks(self, count):
+        return [self.talk.drained(last=False) for _ in range(count)]
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    return Clocked(monkeypatch)
+
+
+def test_the_first_answer_may_take_as_long_as_a_start(clocked):
+    assert clocked.looks(199) == [([], None)] * 199
+    clocked.answers = True
+    assert clocked.looks(1) == [([{"say": "hello"}], None)]
+    clocked.answers = False
+    clocked.looks(19)
+    with pytest.raises(RunFailedError, match="the controller has not answered for 10 s"):
+        clocked.looks(1)
+
+
+def test_time_in_which_the_driver_itself_was_stopped_does_not_count(clocked):
+    clocked.answers = True
+    clocked.looks(1)
+    clocked.answers, clocked.look_s = False, 3600.0
+    clocked.looks(4)
+    with pytest.raises(RunFailedError, match="has not answered"):
+        clocked.looks(1)
