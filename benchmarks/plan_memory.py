@@ -13,7 +13,7 @@ from record import record
 from trial import trial
 
 from cola_ray.command_line import from_command_line
-from cola_ray.studies.jobs import plan
+from cola_ray.studies import plan
 
 PRETRAINED = {"tiny": "30", "smollm2-135m": "1"}  # steps
 RL = {

@@ -6,7 +6,7 @@ import pytest
 
 from cola_ray.settings.config import ConfigError, override
 from cola_ray.settings.presets import preset
-from cola_ray.studies.jobs import plan
+from cola_ray.studies import plan
 
 
 @pytest.fixture(scope="module")

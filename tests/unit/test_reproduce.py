@@ -16,7 +16,7 @@ from cola_ray.settings.config import ConfigError, override
 from cola_ray.settings.matrix import Stage
 from cola_ray.settings.presets import preset
 from cola_ray.settings.relevance import unread
-from cola_ray.studies.jobs import reproduce
+from cola_ray.studies import reproduce
 from cola_ray.studies.report import FIGURES, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")

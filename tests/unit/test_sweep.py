@@ -9,7 +9,7 @@ import pytest
 from cola_ray.cluster import actors
 from cola_ray.settings.config import ConfigError, override
 from cola_ray.settings.presets import preset, trial
-from cola_ray.studies.jobs import sweep
+from cola_ray.studies import sweep
 
 
 @pytest.fixture
