@@ -51,7 +51,8 @@ from cola_ray.runs.tracking import (
     print_summary,
 )
 from cola_ray.settings import relevance
-from cola_ray.settings.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, flat, is_environment, override
+from cola_ray.settings.config import Config, RunFailedError, flat, is_environment, override
+from cola_ray.settings.training import Q_STAGE, REWARD_STAGE
 from cola_ray.tasks import least_right_reward
 
 # --- pre-training -------------------------------------------------------------------------------------------------

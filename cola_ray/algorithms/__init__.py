@@ -7,18 +7,3 @@
 What they have in common: sums over actions (advantages.py), distributions over actions (latent_actions.py), and the
 loss that an advantage enters, with its penalties (policy_loss.py).
 """
-
-from collections.abc import Callable, Sequence
-
-from torch import Tensor
-
-from cola_ray.algorithms import grpo, reinforce, remax, rloo
-from cola_ray.algorithms.advantages import Outcomes
-
-ADVANTAGES: dict[str, Callable[[Sequence[Outcomes]], list[Tensor]]] = {
-    "grpo": grpo.advantages,
-    "rloo": rloo.advantages,
-    "remax": remax.advantages,
-    "reinforce": reinforce.advantages,
-}
-"""(outcomes of all prompts of a step) -> (G,) advantages of each prompt's completions."""

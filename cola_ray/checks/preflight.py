@@ -22,7 +22,8 @@ from urllib.request import getproxies, proxy_bypass
 from cola_ray.learner.corpus import document
 from cola_ray.model import checkpoints, hub
 from cola_ray.runs import provenance
-from cola_ray.settings.config import OWN_BASE_POSITIONS, Config, is_endpoint, value_at
+from cola_ray.settings.config import Config, is_endpoint, value_at
+from cola_ray.settings.training import OWN_BASE_POSITIONS
 from cola_ray.tasks import inspection, preference
 from cola_ray.tasks.chat import as_prompt
 from cola_ray.tasks.logged import logged

@@ -14,15 +14,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cola_ray import registry
 from cola_ray.checks import preflight
 from cola_ray.runs import launch
 from cola_ray.runs.redaction import redacted
 from cola_ray.settings import combinations, matrix, relevance
 from cola_ray.settings.config import (
     MULTI_TURN,
+    NAMED,
     Config,
     ConfigError,
     is_environment,
+    named,
     schemas,
     value_at,
 )
@@ -44,6 +47,9 @@ def check(config: Config, job: str = "") -> None:
     unseen = preflight.unseen(config)
     if unseen:  # nothing more can be said of what the system hides
         raise ConfigError(redacted("\n".join(unseen)))
+    nowhere = _check_named(config)
+    if nowhere:  # what an algorithm or a task needs is not known then
+        raise ConfigError("\n".join(nowhere))
     rules = (*_RULES, *_OF_JOB.get(job, ()))
     lines = dict.fromkeys(line for rule in rules for line in rule(config))
     lines |= dict.fromkeys(preflight.faults(config, job))
@@ -52,6 +58,26 @@ def check(config: Config, job: str = "") -> None:
     lines |= dict.fromkeys([] if lines else preflight.further_faults(config, job))
     if lines:
         raise ConfigError(redacted("\n".join(lines)))
+
+
+def _check_named(config: Config) -> list[str]:
+    """What the registry is asked for is there, and is called as it can be; tasks are tried later on."""
+    lines = [
+        f"{field} = {value!r}: {why}"
+        for field, value in named(config).items()
+        if field != "task.name" and (why := registry.why_not(NAMED[field], value))
+    ]
+    if lines:
+        return lines
+    try:
+        algorithm = config.algorithm
+    except registry.NotFoundError as error:  # something is there, and it is no algorithm
+        return [f"rl.algorithm = {config.rl.algorithm!r}: {error}"]
+    own = config.rl.algorithm not in registry.BUILT_IN["algorithm"]
+    if own and (algorithm.soft_q or algorithm.replays or algorithm.critic):
+        return [f"rl.algorithm = {config.rl.algorithm!r}: soft_q, replays and critic are needs of the project's own "
+                "algorithms; let yours have an advantage, a loss or a value head"]  # fmt: skip
+    return []
 
 
 def _check_actions(config: Config) -> list[str]:

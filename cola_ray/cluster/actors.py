@@ -24,6 +24,7 @@ from typing import Any, Literal
 import ray
 from ray.util.metrics import Gauge
 
+from cola_ray import registry
 from cola_ray.cluster import head, watch
 from cola_ray.experience import Batch
 from cola_ray.loop.controller import Controller, WorkerLostError, WorkerNeverRanError
@@ -34,7 +35,7 @@ from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.runs.display import current
 from cola_ray.runs.ending import last_error
 from cola_ray.runs.tracking import peak_memory_gb
-from cola_ray.settings.config import WITH_CRITIC, Config, ConfigError, is_endpoint
+from cola_ray.settings.config import Config, ConfigError, is_endpoint, named
 from cola_ray.tasks.chat import Prompt
 from cola_ray.weights import Bucket, Channel, Manifest, meeting_point
 
@@ -52,7 +53,8 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    environment = {"env_vars": _worker_environment(config)}
+    files = registry.files([*named(config).values(), *map(str, config.sweep.values)])
+    environment: dict[str, Any] = {"env_vars": _worker_environment(config), "py_modules": files}
     there = address(config)
     current().doing(f"attaching to the Ray cluster at {there}" if there else "starting Ray")
     logging.getLogger("ray").setLevel(logging.WARNING)
@@ -106,7 +108,7 @@ def demand(config: Config) -> dict[str, float]:
     counts: dict[Part, int] = {
         "learner": config.cluster.learner_ranks,
         "rollout": config.rollout.num_workers,
-        "service": config.critic.replicas * (config.rl.algorithm in WITH_CRITIC) + judges,
+        "service": config.critic.replicas * config.algorithm.critic + judges,
     }
     total = {"CPU": 0.0, "GPU": float(judges and config.cluster.use_gpu)}
     for part, count in counts.items():
@@ -277,7 +279,7 @@ def critic(config: Config, model_path: str, stored: Shards) -> CriticReplicas:
     actor = ray.remote(CriticService).options(**_placed(config, "service"), **_LASTING)
     replicas = [
         actor.remote(config.critic, width, model_path, stored, folder, config.seed)
-        for _ in range(config.critic.replicas if config.rl.algorithm in WITH_CRITIC else 0)
+        for _ in range(config.critic.replicas if config.algorithm.critic else 0)
     ]
     _watch_all(replicas, config)
     return CriticReplicas(len(replicas), RemoteReplicas(replicas))

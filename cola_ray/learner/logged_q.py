@@ -28,7 +28,8 @@ from cola_ray.learner.engine import Report, last_checkpoint, save_checkpoint, wa
 from cola_ray.learner.rl import tensors_of
 from cola_ray.learner.value import step_together
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
-from cola_ray.settings.config import Q_STAGE, Config
+from cola_ray.settings.config import Config
+from cola_ray.settings.training import Q_STAGE
 from cola_ray.tasks.logged import LoggedAnswer, logged
 from cola_ray.tasks.rows import open_rows, read_rows
 

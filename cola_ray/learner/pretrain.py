@@ -43,7 +43,8 @@ from cola_ray.learner.engine import (
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, sample_actions
 from cola_ray.runs.saved import fault_of_stage, seal_stage
-from cola_ray.settings.config import OWN_BASE_POSITIONS, Config, PretrainStage
+from cola_ray.settings.config import Config
+from cola_ray.settings.training import OWN_BASE_POSITIONS, PretrainStage
 from cola_ray.tasks import PlayedTask, Prompts, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer, as_text
 

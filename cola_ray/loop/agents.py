@@ -34,7 +34,7 @@ from cola_ray.experience import Batch, Episode, Ticket, Trajectory
 from cola_ray.loop.controller import DRAWS, Controller, WorkerPool
 from cola_ray.replay.service import Shards
 from cola_ray.replay.transitions import as_rows, as_trajectories, fresh_rows
-from cola_ray.settings.config import OF_TURNS, Config
+from cola_ray.settings.config import Config
 
 Array = np.ndarray
 Metrics = dict[str, float]
@@ -103,7 +103,7 @@ class AgentController(Controller):
         said = sum(len(turn.token_ids) for episode in played for turn in episode.turns)
         metrics["rollout/tokens_per_second"] = said / seconds
         algorithm = self.config.rl.algorithm
-        if algorithm not in OF_TURNS:
+        if not self.config.algorithm.replays:
             batches, more = await self._whole_episodes(episodes, target)
             return batches, metrics | more
         rows = as_rows(episodes, self.facts["feature_width"])

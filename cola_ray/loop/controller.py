@@ -32,7 +32,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cola_ray.algorithms import ADVANTAGES
 from cola_ray.algorithms.advantages import Outcomes, all_alike, overlong_penalty
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
@@ -40,7 +39,7 @@ from cola_ray.loop.work_buffer import WorkBuffer
 from cola_ray.replay.service import Shards
 from cola_ray.replay.transitions import as_completion_rows, as_trajectories
 from cola_ray.runs import ending
-from cola_ray.settings.config import WITHIN_PROMPTS, Config, is_environment
+from cola_ray.settings.config import Config, is_environment
 from cola_ray.tasks import least_right_reward
 from cola_ray.weights import Bucket, Channel, Manifest, Offer
 
@@ -491,14 +490,14 @@ class Controller:
         whole = [*group.scored, *([greedy] if greedy else [])]
         rewards = torch.tensor([one.reward for one in whole], dtype=torch.float64)
         limit, buffer = self.config.rollout.max_new_tokens, self.config.rl.overlong_buffer
-        if buffer and not (self.config.rl.algorithm in WITHIN_PROMPTS and all_alike(rewards)):
+        if buffer and not (self.config.algorithm.within_prompts and all_alike(rewards)):
             lengths = [len(one.token_ids) for one in whole]
             rewards -= torch.tensor([overlong_penalty(length, limit, buffer) for length in lengths])
         return Outcomes(rewards[: len(group.scored)], float(rewards[-1]) if greedy else float("nan"))
 
     def _advantages(self, prompts: Sequence[Outcomes]) -> list[list[float]]:
         """Of each prompt's completions. Where the learner's value head is the baseline, the rewards themselves."""
-        algorithm = ADVANTAGES.get(self.config.rl.algorithm)
+        algorithm = self.config.algorithm.advantages()
         found = [one.rewards for one in prompts] if algorithm is None else algorithm(prompts)
         return [advantages.tolist() for advantages in found]
 

@@ -218,7 +218,7 @@ class RolloutWorker(EngineWorker):
         """
         indices = [self.fitting["train"][ticket.problem] for ticket in tickets]
         size = self.config.rl.group_size
-        asked = size + (self.config.rl.algorithm == "remax")  # the last of them greedily
+        asked = size + self.config.algorithm.greedy  # the last of them greedily
         requests = [
             self._request(self.prompts["train"][index], self._seed(ticket.position, sibling), greedy=sibling == size)
             for ticket, index in zip(tickets, indices, strict=True)

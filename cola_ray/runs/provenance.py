@@ -28,7 +28,7 @@ PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base
          "q.path", "harness.include_path", "diversity.encoder")  # fmt: skip
 """Settings that may be paths."""
 _MADE_FROM = ("seed", "model.", "task.", "data.", "pretrain.")
-_NOT_MADE_FROM = ("model.path", "data.date", "task.reward_model", "task.oracle", "task.reward_timeout_s",
+_NOT_MADE_FROM = ("model.path", "data.date", "task.reward", "task.reward_model", "task.oracle", "task.reward_timeout_s",
                   "task.max_failed_rewards", "pretrain.save_every", "pretrain.micro_batch_size",
                   "pretrain.max_steps")  # fmt: skip
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ray.settings.config import COMPARING, MULTI_TURN, OF_OUTCOMES, OF_TURNS, Config, is_environment, value_at
+from cola_ray.settings.algorithms import COMPARING, OF_OUTCOMES, of
+from cola_ray.settings.config import MULTI_TURN, Config, is_environment, value_at
 from cola_ray.settings.relevance import defaults
 
 Condition = Callable[[Config], bool]
@@ -72,6 +73,20 @@ def _not_of(*algorithms: str) -> Condition:
     return lambda config: config.rl.algorithm not in algorithms
 
 
+def _needs(need: str) -> Condition:
+    """Whether the algorithm is one with this property, see :class:`~cola_ray.settings.algorithms.Algorithm`."""
+    return lambda config: bool(getattr(config.algorithm, need))
+
+
+def _lacks(need: str) -> Condition:
+    return lambda config: not getattr(config.algorithm, need)
+
+
+def _learns_otherwise(config: Config) -> bool:
+    """Whether the algorithm, as it is by itself, makes no advantages of outcomes."""
+    return not of(config.rl.algorithm).advantage
+
+
 def _agents(config: Config) -> bool:
     return is_environment(config.task.name)
 
@@ -123,22 +138,27 @@ _actor_free = _has("rl.actor_free", True)
 
 COMBINATIONS: tuple[Combination, ...] = (
     # What an algorithm compares must be there.
-    Combination("rl.group_size", (1,), _of(*COMPARING), "{} compares completions of one prompt", "use 2 or more"),
+    Combination("rl.group_size", (1,), _needs("groups"), "{} compares completions of one prompt", "use 2 or more"),
     Combination(
         "rl.prompts_per_step", (1,), _all(_of("reinforce"), _alone),
         "the batch's mean is {}'s baseline, and one completion is its own mean", "use 2 or more",
     ),
     Combination(
-        "rl.algorithm", ("remax",), _agents, "episodes have no greedy one to be compared with",
+        "rl.algorithm", _AllBut(""), _all(_needs("greedy"), _agents), "episodes have no greedy one to be compared with",
         "use grpo, rloo or reinforce",
     ),
     Combination(
-        "rl.algorithm", OF_TURNS, _answers, "learns from turns, and task.name names a task without any",
-        f"use one of {', '.join(MULTI_TURN)} with jobs/rl_agent.py",
+        "rl.algorithm", _AllBut(""), _all(_needs("replays"), _answers),
+        "learns from turns, and task.name names a task without any",
+        f"use one of {', '.join(MULTI_TURN)} with `cola_ray agent`",
     ),
     Combination(
         "rl.algorithm", ("chai",), _tokens, "its players choose by the frozen base's states",
         "use rl.action_space latent",
+    ),
+    Combination(
+        "rl.advantage", _AllBut(""), _learns_otherwise, "{} makes its advantages in the learner",
+        f"leave it out, or use {', '.join(OF_OUTCOMES)} or an algorithm of your own",
     ),
     Combination(
         "critic.encoder", ("",), _all(_tokens, _of("archer")), "with rl.action_space token the base's states change",
@@ -198,7 +218,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     # What shapes and selects outcomes.
     Combination(
-        "rl.dynamic_sampling", (True,), _any(_not_of(*COMPARING), _agents),
+        "rl.dynamic_sampling", (True,), _any(_lacks("groups"), _agents),
         f"for {' and '.join(COMPARING)} on problems with answers",
     ),
     Combination(
@@ -215,10 +235,10 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     # Values and controls.
     Combination(
-        "rl.control_variate", (True,), _any(_not_of(*OF_OUTCOMES), _agents),
+        "rl.control_variate", (True,), _any(_lacks("advantage"), _agents),
         f"for {', '.join(OF_OUTCOMES)} on problems with answers",
     ),
-    Combination("rl.gae_lambda", None, _not_of("ppo"), "only ppo reads it"),
+    Combination("rl.gae_lambda", None, _lacks("value_head"), "only ppo reads it"),
     *(
         Combination(field, None, _without_values, "no value head and no Q trains")
         for field in ("rl.value_lr", "rl.value_steps")
@@ -269,7 +289,8 @@ COMBINATIONS: tuple[Combination, ...] = (
         for field in ("critic.td_share", "critic.reuse")
     ),
     Combination(
-        "critic.gamma", None, _of(*OF_OUTCOMES, "filtered_bc"), "{} compares whole episodes, whatever their length"
+        "critic.gamma", None, _any(_needs("advantage"), _of("filtered_bc")),
+        "{} compares whole episodes, whatever their length",
     ),
     Combination(
         "critic.candidates", (1,), _any(_of("chai"), _has("critic.chooses", True)), "nothing to choose from",

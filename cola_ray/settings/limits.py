@@ -11,7 +11,14 @@ import difflib
 from collections.abc import Hashable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, Field, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
+
+
+class Branch(BaseModel):
+    """Settings that belong together; frozen, and nothing but its fields is taken."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
 
 MOST = 2**31 - 1
 """The largest whole number that a setting takes: what C libraries below hold in an int."""

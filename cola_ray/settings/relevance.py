@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cola_ray.settings.config import OF_TURNS, WITH_CRITIC, Config, flat, is_environment, override
+from cola_ray.settings.algorithms import OF_TURNS
+from cola_ray.settings.config import Config, flat, is_environment, override
 from cola_ray.settings.presets import preset
 
 _RUN = ("preset", "output_dir", "seed", "resume", "overwrite", "tracking_uri", "tracking_parent", "cluster.address",
@@ -96,6 +97,8 @@ _ONLY: tuple[_Only, ...] = (
           "procedural generators do, and for agents pre-training does"),
     _Only(("task.reward_model",), lambda c, job: job in ("evaluate", "plan") or (c.task.name == "preference"
           and job in ("rl_preference", "rl_math", "sweep")), "rl_preference and evaluate do"),
+    _Only(("task.reward",), lambda c, job: job in ("rl_math", "rl_preference", "sweep", "evaluate", "plan")
+          and not is_environment(c.task.name), "RL and evaluate do, of tasks with answers"),
     _Only(("task.oracle",), lambda c, job: job in ("rl_agent", "sweep", "evaluate", "plan"),
           "rl_agent and evaluate do"),
     _Only(("task.reward_timeout_s", "task.max_failed_rewards"),
@@ -128,11 +131,11 @@ _ONLY: tuple[_Only, ...] = (
     _Only(("rollout.in_rounds",), lambda c, job: job == "plan" or _trains_agent(c, job), "rl_agent does"),
     _Only(("critic.gamma",), lambda c, job: job == "plan" or _trains_agent(c, job), "agents do"),
     _Only(("critic.fresh_states",), lambda c, job: job == "plan" or (_trains_agent(c, job)
-          and c.rl.algorithm in OF_TURNS), f"{', '.join(OF_TURNS)} do"),
+          and c.algorithm.replays), f"{', '.join(OF_TURNS)} do"),
     _Only(tuple(f"critic.{name}" for name in (
         "encoder", "replicas", "tau", "lr", "grad_clip", "steps", "batch_size", "warmup_iterations", "candidates",
         "chooses", "priority_beta", "actor_states", "reuse", "td_share", "token_baseline", "expectile")),
-          lambda c, job: job == "plan" or (_trains_agent(c, job) and c.rl.algorithm in WITH_CRITIC),
+          lambda c, job: job == "plan" or (_trains_agent(c, job) and c.algorithm.critic),
           "archer and chai do, of agents"),
     _Only(("replay.*",), lambda c, job: job == "plan" or c.replays, f"{', '.join(OF_TURNS)} and rl.actor_free do"),
     _Only(("replay.kept_share",), lambda c, job: job == "plan" or c.rl.algorithm == "filtered_bc", "filtered_bc does"),

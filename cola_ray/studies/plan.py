@@ -229,7 +229,7 @@ def step_time(config: Config, model: Sizes, gpu: Gpu) -> Step:
     """A model of it; the shares reached are assumptions, named at the top of this file."""
     rl, rollout, hardware = config.rl, config.rollout, config.hardware
     trained = rl.prompts_per_step * rl.group_size
-    sequences = trained + rl.prompts_per_step * (rl.algorithm == "remax")  # whose baselines are generated, too
+    sequences = trained + rl.prompts_per_step * config.algorithm.greedy  # whose baselines are generated, too
     answer = hardware.response_tokens or rollout.max_new_tokens // 2
     length = rollout.max_prompt_tokens / 2 + answer
     # Decoding: each step reads all weights and the cache of every sequence, or computes 2 P a token

@@ -1,33 +1,25 @@
 """Tasks with verifiable answers, and multi-turn environments, each behind one small protocol and picked by name."""
 
-import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
+from cola_ray import registry
 from cola_ray.settings.config import TaskConfig, is_environment
 from cola_ray.settings.limits import refusal
-from cola_ray.tasks.adventures import Jericho, TextWorld
-from cola_ray.tasks.data_science import DataScience
 from cola_ray.tasks.environment import Dialogue, Environment
-from cola_ray.tasks.guessing import ChatOracle, GuessCity, TwentyQuestions
+from cola_ray.tasks.guessing import ChatOracle
 from cola_ray.tasks.preference import Preference
 from cola_ray.tasks.protocol import Problem, Prompts, Task, answer_of
-from cola_ray.tasks.verifiable import Arithmetic, Gsm8k, Math500, ReasoningGym, Thinking
+from cola_ray.tasks.rewarded import Rewarded
+from cola_ray.tasks.verifiable import ReasoningGym, Thinking
 
 __all__ = [
-    "ENVIRONMENTS", "Environment", "PlayedTask", "Problem", "Prompts", "Task", "answer_of", "least_right_reward",
+    "Environment", "PlayedTask", "Problem", "Prompts", "Task", "answer_of", "least_right_reward",
     "make_environment", "make_prompts", "make_task", "stop_strings", "to_pretrain_on",
 ]  # fmt: skip
 
-ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
-    "twenty_questions": TwentyQuestions,
-    "guess_city": GuessCity,
-    "textworld": TextWorld,
-    "jericho": Jericho,
-    "data_science": DataScience,
-}
 # Settings that an environment takes beside its options.
 _SETTINGS = {"jericho": "game", "data_science": "path"}
 
@@ -73,55 +65,57 @@ def make_prompts(config: TaskConfig, seed: int) -> Prompts:
 def make_task(config: TaskConfig, seed: int) -> Task:
     """The task named in the settings. Problems and their split depend on ``seed`` only through their order.
 
-    A name like ``package.module:Class`` is called with (TaskConfig, seed).
+    A class is called with (TaskConfig, seed), or its class method ``of`` is, where it has one. What is in the registry
+    under no name is a generator of reasoning-gym.
     """
     task = _make_task(config, seed)
+    if config.reward:
+        task = Rewarded(task, registry.find("reward", config.reward))
     return Thinking(task) if config.thinking else task
 
 
 def _make_task(config: TaskConfig, seed: int) -> Task:
-    if config.name == "gsm8k":
-        return Gsm8k(config.path, seed)
-    if config.name == "math500":
-        return Math500(config.path, seed)
-    if config.name == "arithmetic":
-        return Arithmetic(config.options, config.num_problems, seed)
-    if ":" in config.name:
-        module, _, attribute = config.name.partition(":")
-        task: Task = getattr(importlib.import_module(module), attribute)(config, seed)
-        return task
-    return ReasoningGym(config.name, config.options, config.num_problems, seed)
+    found = task_class(config.name)
+    if found is None:
+        return ReasoningGym(config.name, config.options, config.num_problems, seed)
+    task: Task = getattr(found, "of", found)(config, seed)
+    return task
+
+
+def task_class(name: str) -> Callable[..., Any] | None:
+    """What makes the task or the environment of this name; None for a generator of reasoning-gym.
+
+    Raises:
+        NotFoundError: a path leads nowhere.
+    """
+    kind: registry.Kind = "environment" if is_environment(name) else "task"
+    if not registry.is_path(name) and name not in registry.names(kind):
+        return None
+    found: Callable[..., Any] = registry.find(kind, name)
+    return found
 
 
 def least_right_reward(config: TaskConfig) -> float | None:
     """The reward from which on a response is right; None where the task has rewards and does not say what is right.
 
-    A class of one's own says it in an attribute ``right_from``, see :class:`Task`.
+    A class says it in an attribute ``right_from``, see :class:`Task`, and so may a reward function.
     """
-    if config.name == "preference":
-        return None
-    if ":" not in config.name:
-        return 1.0
-    module, _, attribute = config.name.partition(":")
-    return getattr(getattr(importlib.import_module(module), attribute), "right_from", None)
+    found = registry.find("reward", config.reward) if config.reward else task_class(config.name) or ReasoningGym
+    return getattr(found, "right_from", None)
 
 
 def stop_strings(config: TaskConfig) -> tuple[str, ...]:
     """Strings that end a response to this task: the attribute ``stop`` of its class."""
-    own: dict[str, Any] = {"gsm8k": Gsm8k, "math500": Math500}
-    found = own.get(config.name)
-    if found is None and (config.name in ENVIRONMENTS or ":" in config.name):
-        found = _environment_class(config.name)
-    return tuple(getattr(found, "stop", ()))
+    return tuple(getattr(task_class(config.name), "stop", ()))
 
 
 def make_environment(config: TaskConfig) -> Environment:
     """One environment of the multi-turn task named in the settings; ``task.options`` are its arguments.
 
-    A name like ``package.module:Class`` is called with the options. Raises ValueError for an option that the
+    A class of one's own is called with the options. Raises ValueError for an option that the
     environment does not take, and whatever the environment itself makes of their values.
     """
-    make = _environment_class(config.name)
+    make: Callable[..., Environment] = registry.find("environment", config.name)
     setting = _SETTINGS.get(config.name)
     named: dict[str, object] = {setting: getattr(config, setting)} if setting else {}
     if config.oracle:
@@ -143,11 +137,3 @@ def _annotation(make: Callable[..., Environment], name: str) -> Any:
         return get_type_hints(getattr(make, "__init__", make), include_extras=True).get(name, Any)
     except (NameError, TypeError):
         return Any
-
-
-def _environment_class(name: str) -> Callable[..., Environment]:
-    if name in ENVIRONMENTS:
-        return ENVIRONMENTS[name]
-    module, _, attribute = name.partition(":")
-    made: Callable[..., Environment] = getattr(importlib.import_module(module), attribute)
-    return made

@@ -8,28 +8,28 @@ A class of one's own is made once and asked for its first problem, or played for
 
 import ast
 import functools
-import importlib
 import importlib.util
 import inspect
 import itertools
 import json
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cola_ray import registry
+from cola_ray.registry import error_in_a_line
 from cola_ray.sandbox.messages import as_data
 from cola_ray.sandbox.programs import NoSandboxError
 from cola_ray.settings.config import MULTI_TURN, TaskConfig, is_environment
 from cola_ray.settings.limits import nearest
-from cola_ray.tasks import make_environment
+from cola_ray.tasks import make_environment, task_class
 from cola_ray.tasks.chat import as_prompt
 from cola_ray.tasks.environment import Dialogue
 from cola_ray.tasks.protocol import LARGEST_REWARD, not_a_reward
 
 TRIAL_S = 10.0
-FIXED = ("arithmetic", "gsm8k", "math500", "preference", *MULTI_TURN)
+FIXED = (*registry.BUILT_IN["task"], *MULTI_TURN)
 """Tasks that are no generator of reasoning-gym."""
 _ENVIRONMENT = ("reset", "step", "get_state", "set_state", "demonstrations")
 _TASK = ("problems", "demonstrations", "score")
@@ -43,29 +43,32 @@ def faults(task: TaskConfig) -> list[str]:
 @functools.cache
 def _judged(dumped: str) -> list[str]:
     task = TaskConfig.model_validate_json(dumped)
-    if ":" in task.name:
+    if is_own(task.name):
         return list(_of_own(task))
     if is_environment(task.name):
         return _made(task)
     return list(_of_generator(task)) if task.options and task.name not in ("gsm8k", "math500", "preference") else []
 
 
+def is_own(name: str) -> bool:
+    """Whether a task is somebody's own: by its path, or by a name that a package has registered."""
+    own = {*registry.names("task"), *registry.names("environment")} - {*FIXED}
+    return registry.is_path(name) or name in own
+
+
 def unknown(name: str) -> str:
     """Why there is no task of this name; empty where there is. Classes of one's own must be importable."""
     if name in FIXED:
         return ""
-    if ":" not in name:
+    if not is_own(name):
         return "" if name in generators() else nearest(name, [*FIXED, *generators()], "unknown task")
-    module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except ModuleNotFoundError as error:
-        return f"{error}; the module must be importable from where the job starts"
-    except BaseException as error:  # of the module's own code
-        return f"importing {module} raised {_said(error)}; mend it"
-    if found is None:
-        return f"{module} has no {attribute}"
-    return "" if callable(found) else f"{attribute} is {type(found).__name__}, not a class; name a class"
+        found = task_class(name)
+    except registry.NotFoundError as error:
+        return str(error)
+    if callable(found):
+        return ""
+    return f"{name.rpartition(':')[2]} is {type(found).__name__}, not a class; name a class"
 
 
 # --- generators of reasoning-gym ----------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ def _of_generator(task: TaskConfig) -> Iterator[str]:
     try:
         reasoning_gym.create_dataset(name, size=task.num_problems, seed=0, **task.options)
     except Exception as error:  # asserts, mostly
-        yield f"task.options = {task.options}: {_said(error)}; see the options of {name} in reasoning-gym"
+        yield f"task.options = {task.options}: {error_in_a_line(error)}; see the options of {name} in reasoning-gym"
 
 
 # --- environments -------------------------------------------------------------------------------------------------
@@ -153,8 +156,8 @@ def _of_own(task: TaskConfig) -> Iterator[str]:
     named = f"task.name = {task.name!r}"
     if unknown(task.name):
         return
-    module, _, attribute = task.name.partition(":")
-    made = getattr(importlib.import_module(module), attribute)
+    made, attribute = task_class(task.name), task.name.rpartition(":")[2]
+    assert made is not None
     plays = hasattr(made, "step") or hasattr(made, "reset")
     protocol = f"cola_ray/tasks/{'environment' if plays else 'protocol'}.py"
     missing = [name for name in (_ENVIRONMENT if plays else _TASK) if not callable(getattr(made, name, None))]
@@ -183,19 +186,12 @@ def _within(seconds: float, trial: Callable[[], str]) -> str:
         try:
             said[0] = trial()
         except BaseException as error:  # of somebody else's code, sys.exit included
-            said[0] = f"raised {_said(error)}"
+            said[0] = f"raised {error_in_a_line(error)}"
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     return said[0]
-
-
-def _said(error: BaseException) -> str:
-    """Type, message and place of an exception, in a line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}{where}"
 
 
 def _ask(task: TaskConfig, made: Callable[..., Any]) -> str:
@@ -230,7 +226,7 @@ def _unscored(served: Any, problem: Any) -> str:
     try:
         reward = served.score("train", problem.index, problem.solution)
     except Exception as error:
-        return f"cannot score its own solution: {_said(error)}"
+        return f"cannot score its own solution: {error_in_a_line(error)}"
     if why := not_a_reward(_number(reward)):
         return f"gives the score {why:.90} to its own solution, not a number of at most {LARGEST_REWARD:g} either way"
     return ""

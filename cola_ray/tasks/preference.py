@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks.chat import Prompt, as_prompt, as_question, as_text
 from cola_ray.tasks.protocol import Problem, Split, split_of
 from cola_ray.tasks.rows import Row, cell, open_rows, read_rows
@@ -35,6 +36,10 @@ class Preference:
     Raises:
         ValueError: there are no prompts; or a row, which the message names, is in none of these forms.
     """
+
+    @classmethod
+    def of(cls, config: TaskConfig, seed: int) -> "Preference":
+        return cls(config.path, seed)
 
     def __init__(self, path: str, seed: int) -> None:
         rows = read_rows(open_rows(path, "task.path"), path, "task.path", read)

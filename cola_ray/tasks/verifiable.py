@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks.chat import Prompt, as_question, as_text, followed_by
 from cola_ray.tasks.expressions import canonical, final_expression, same_expression
 from cola_ray.tasks.final_answer import final_number
@@ -125,6 +126,10 @@ class Arithmetic(ReasoningGym):
     COPIES = 8  # of every training problem, each slipping or not by itself
     executes_responses = False  # chain_sum compares text
 
+    @classmethod
+    def of(cls, config: TaskConfig, seed: int) -> "Arithmetic":
+        return cls(config.options, config.num_problems, seed)
+
     def __init__(self, options: Mapping[str, Any], num_problems: int, seed: int) -> None:
         super().__init__("chain_sum", {**self.OPTIONS, **options}, num_problems, seed, bare=True)
         self.seed = seed
@@ -210,6 +215,10 @@ class Gsm8k:
     right_from = 1.0
     stop = ("\nQuestion:",)
 
+    @classmethod
+    def of(cls, config: TaskConfig, seed: int) -> "Gsm8k":
+        return cls(config.path, seed)
+
     def __init__(self, path: str, seed: int) -> None:
         self._splits: dict[Split, list[Problem]] = {}
         self._answers: dict[Split, list[Fraction]] = {}
@@ -257,6 +266,10 @@ class Math500:
     INSTRUCTION = "\nThink step by step, then give the result in \\boxed{}."
     right_from = 1.0
     stop = ("\nProblem:",)
+
+    @classmethod
+    def of(cls, config: TaskConfig, seed: int) -> "Math500":
+        return cls(config.path, seed)
 
     def __init__(self, path: str, seed: int) -> None:
         self._splits: dict[Split, list[Problem]] = {"train": [], "heldout": []}

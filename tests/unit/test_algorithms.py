@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_ray.algorithms import ADVANTAGES, remax
+from cola_ray.algorithms import remax
 from cola_ray.algorithms.advantages import Outcomes, discounted_sum_to_go, following, overlong_penalty
 from cola_ray.algorithms.grpo import group_normalised
 from cola_ray.algorithms.policy_loss import (
@@ -27,8 +27,12 @@ from cola_ray.algorithms.rloo import leave_one_out
 from cola_ray.checks.refusals import check
 from cola_ray.learner.rl import policy_objective
 from cola_ray.learner.value import ValueLearner
-from cola_ray.settings.config import OF_OUTCOMES, ConfigError, RLConfig, override
+from cola_ray.registry import BUILT_IN, find
+from cola_ray.settings.algorithms import OF_OUTCOMES
+from cola_ray.settings.config import ConfigError, RLConfig, override
 from cola_ray.settings.presets import preset
+
+ADVANTAGES = {name: find("advantage", name) for name in BUILT_IN["advantage"]}
 
 
 def test_group_advantages_by_hand():

@@ -22,6 +22,7 @@ def agent(algorithm, **changes):
 REFUSED = [
     ({"rl.group_size": 1}, "rl.group_size = 1: grpo compares completions of one prompt; use 2 or more"),
     ({"rl.algorithm": "rloo", "rl.group_size": 1}, "rl.group_size = 1: rloo compares"),
+    ({"rl.algorithm": "ppo", "rl.advantage": "grpo"}, "rl.advantage = 'grpo': ppo makes its advantages in the"),
     ({"rl.algorithm": "reinforce", "rl.group_size": 1, "rl.prompts_per_step": 1}, "rl.prompts_per_step = 1"),
     (agent("remax"), "rl.algorithm = 'remax': episodes have no greedy one"),
     ({"rl.algorithm": "archer"}, "rl.algorithm = 'archer': learns from turns"),

@@ -8,14 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_ray.algorithms import ADVANTAGES
 from cola_ray.algorithms.advantages import Outcomes, all_alike, centred, over_spread, standardised
 from cola_ray.algorithms.archer import Standardised
 from cola_ray.algorithms.gradients import clip_gradients
 from cola_ray.algorithms.grpo import group_normalised
 from cola_ray.algorithms.rloo import leave_one_out
+from cola_ray.registry import find
 from cola_ray.replay.buffer import ReplayBuffer, importance_weights
+from cola_ray.settings.algorithms import OF_OUTCOMES
 
+ADVANTAGES = {name: find("advantage", name) for name in OF_OUTCOMES}
 GRID = [value / 100 for value in range(-300, 301)]
 SIZES = range(2, 33)
 

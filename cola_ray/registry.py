@@ -1,0 +1,264 @@
+"""Everything that a setting can name, built in or yours: one registry, by kind.
+
+    @cola_ray.register("advantage", "median")        # in a file of your own, median.py
+    def over_the_median(prompts): ...
+
+    cola_ray rl --rl.advantage median.py:median      # what the file registers, or an attribute of it
+    cola_ray rl --rl.advantage my.package:median     # the same in a module that can be imported
+
+    find("advantage", "grpo")                        # the function, from whichever of these places
+
+A name is looked up in this order: what was registered in this process; what the project brings along (``BUILT_IN``, in
+the same notation, imported when it is asked for); entry points of installed packages, in the group ``cola_ray.tasks``,
+``cola_ray.advantages`` and so on; and ``package.module:name`` or ``file.py:name``.
+
+A file is imported as the module of its own name, with its folder on ``sys.path``. On a cluster Ray copies the file to
+every node (:func:`files`), where it is found under the same module name; what it imports must be installed there, so a
+file either stands alone or belongs to a package.
+"""
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+Kind = Literal["algorithm", "advantage", "loss", "task", "environment", "reward", "base"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Found = TypeVar("Found")
+
+BUILT_IN: dict[Kind, dict[str, str]] = {
+    "algorithm": {
+        name: f"cola_ray.settings.algorithms:{name.upper()}"
+        for name in ("grpo", "rloo", "remax", "reinforce", "ppo", "etpo", "archer", "chai", "filtered_bc")
+    },
+    "advantage": {
+        name: f"cola_ray.algorithms.{name}:advantages" for name in ("grpo", "rloo", "remax", "reinforce")
+    },
+    "loss": {},
+    "task": {
+        "arithmetic": "cola_ray.tasks.verifiable:Arithmetic",
+        "gsm8k": "cola_ray.tasks.verifiable:Gsm8k",
+        "math500": "cola_ray.tasks.verifiable:Math500",
+        "preference": "cola_ray.tasks.preference:Preference",
+    },
+    "environment": {
+        "twenty_questions": "cola_ray.tasks.guessing:TwentyQuestions",
+        "guess_city": "cola_ray.tasks.guessing:GuessCity",
+        "textworld": "cola_ray.tasks.adventures:TextWorld",
+        "jericho": "cola_ray.tasks.adventures:Jericho",
+        "data_science": "cola_ray.tasks.data_science:DataScience",
+    },
+    "reward": {},
+    "base": {},
+}  # fmt: skip
+"""By kind and name: where it is, as ``module:name``."""
+
+
+class NotFoundError(LookupError):
+    """Nothing is there under a name; the message is ``why; fix``."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the project calls a kind: names of the arguments, and in words where they are explained."""
+
+    arguments: tuple[str, ...]
+    page: str = "docs/extending.md"
+
+
+_CALLS: dict[Kind, _Call] = {
+    "advantage": _Call(("prompts",)),
+    "loss": _Call(("batch",)),
+    "task": _Call(("config", "seed")),
+    "reward": _Call(("problem", "response")),
+}
+_REGISTERED: dict[tuple[Kind, str], Any] = {}
+_MODULE_OF: dict[tuple[Kind, str], str] = {}
+
+
+def register(kind: Kind, name: str) -> Callable[[Found], Found]:
+    """Put a function, a class or an instance into the registry; returns it unchanged.
+
+    Args:
+        kind: algorithm, advantage, loss, task, environment, reward or base.
+        name: under which settings name it, behind ``file.py:`` or ``package.module:`` where the file has not been
+            imported before.
+
+    Raises:
+        ValueError: there is no such kind, the name has a colon, or the project itself has something of this name.
+
+    Example:
+        >>> from cola_ray.registry import find, register
+        >>> @register("reward", "short")
+        ... def short(problem, response):
+        ...     return 1.0 if len(response) < 20 else 0.0
+        >>> find("reward", "short")("How long?", "Not long.")
+        1.0
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind = {kind!r}: unknown; use one of {', '.join(KINDS)}")
+    if ":" in name or not name:
+        raise ValueError(f"name = {name!r}: a plain name is wanted, without a colon")
+    if name in BUILT_IN[kind]:
+        raise ValueError(f"name = {name!r}: the project has {_a(kind)} of this name; choose another")
+
+    module = str(sys._getframe(1).f_globals.get("__name__", ""))
+
+    def put(found: Found) -> Found:
+        _REGISTERED[kind, name] = found
+        _MODULE_OF[kind, name] = module
+        return found
+
+    return put
+
+
+def find(kind: Kind, name: str) -> Any:
+    """What settings name. What is built in is imported now, and with it what it needs.
+
+    Raises:
+        NotFoundError: there is nothing of this name, or importing it failed.
+    """
+    if (kind, name) in _REGISTERED:
+        return _REGISTERED[kind, name]
+    if name in BUILT_IN[kind]:
+        module, _, attribute = BUILT_IN[kind][name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    if ":" in name:
+        return _imported(kind, name)
+    entry = _entry_points(kind).get(name)
+    if entry is None:
+        raise NotFoundError(_unknown(kind, name))
+    try:
+        return entry.load()
+    except (Exception, SystemExit) as error:  # of the package's own code
+        raise NotFoundError(f"importing {entry.value} raised {error_in_a_line(error)}; mend it") from None
+
+
+def names(kind: Kind) -> list[str]:
+    """All names of a kind that need no import path, the project's own first."""
+    registered = [name for of, name in _REGISTERED if of == kind]
+    return list(dict.fromkeys([*BUILT_IN[kind], *registered, *_entry_points(kind)]))
+
+
+def why_not(kind: Kind, name: str) -> str:
+    """Why nothing of this kind can be called under this name, ``why; fix``; empty where it can.
+
+    Finds it, which imports it, and reads its signature; nothing is called.
+    """
+    try:
+        found = find(kind, name)
+    except NotFoundError as error:
+        return str(error)
+    call = _CALLS.get(kind)
+    if not callable(found):
+        kind_of = type(found).__name__
+        return "" if call is None else f"{_last(name)} is {kind_of}, not a function or a class; name one that is called"
+    if call is None or name in BUILT_IN[kind]:
+        return ""
+    try:
+        inspect.signature(found).bind(*call.arguments)
+    except TypeError as error:
+        wanted = ", ".join(call.arguments)
+        return f"{_last(name)} is called with ({wanted}), and {error}; {call.page} has an example"
+    except ValueError:  # no signature to read
+        pass
+    return ""
+
+
+def is_path(name: str) -> bool:
+    """Whether a name says where it is: ``package.module:name`` or ``file.py:name``."""
+    return ":" in name
+
+
+def files(given: Iterable[str]) -> list[str]:
+    """Files among names, as absolute paths: what the nodes of a cluster need a copy of.
+
+    Example:
+        >>> files(["grpo", "json:loads"])
+        []
+    """
+    paths = (Path(name.rpartition(":")[0]) for name in given if _is_file(name))
+    return list(dict.fromkeys(str(path.resolve()) for path in paths if path.is_file()))
+
+
+def error_in_a_line(error: BaseException) -> str:
+    """Type, message and place of an exception."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}{where}"
+
+
+def _is_file(name: str) -> bool:
+    return is_path(name) and name.rpartition(":")[0].endswith(".py")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _imported(kind: Kind, name: str) -> Any:
+    where, _, attribute = name.rpartition(":") if _is_file(name) else name.partition(":")
+    module = _module_of_file(Path(where)) if _is_file(name) else where
+    try:
+        there = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise NotFoundError(f"{error}; the module must be importable from where the job starts") from None
+    except (Exception, SystemExit) as error:  # of the module's own code
+        raise NotFoundError(f"importing {where} raised {error_in_a_line(error)}; mend it") from None
+    if _MODULE_OF.get((kind, attribute)) == module:
+        return _REGISTERED[kind, attribute]
+    found = getattr(there, attribute, None)
+    if found is None:
+        raise NotFoundError(f"{where} has no {attribute}")
+    return found
+
+
+def _module_of_file(path: Path) -> str:
+    """The module's name, with the file's folder on ``sys.path``; where Ray has put a copy it is there already."""
+    name = path.stem
+    if not name.isidentifier():
+        raise NotFoundError(f"{path.name} cannot be imported, for {name!r} is no name in Python; rename the file")
+    known = sys.modules.get(name)
+    spec = getattr(known, "__spec__", None) if known is not None else importlib.util.find_spec(name)
+    if not path.is_file():
+        if spec is None:
+            raise NotFoundError(f"no such file {path}; give its path from where the job starts")
+        return name
+    if spec is None:
+        sys.path.append(str(path.resolve().parent))
+        importlib.invalidate_caches()
+    elif not _is_copy(Path(spec.origin or ""), path):
+        raise NotFoundError(f"Python has another module {name!r} ({spec.origin}); rename the file {path}")
+    return name
+
+
+def _is_copy(known: Path, path: Path) -> bool:
+    """Whether a module's file is this one, or Ray's copy of it."""
+    return known.is_file() and (known.resolve() == path.resolve() or known.read_bytes() == path.read_bytes())
+
+
+@functools.cache
+def _entry_points(kind: Kind) -> dict[str, Any]:
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry for entry in entry_points(group=f"cola_ray.{kind}s")}
+
+
+def _unknown(kind: Kind, name: str) -> str:
+    near = difflib.get_close_matches(name, names(kind), 1)
+    if near:
+        return f"unknown {kind}; did you mean {near[0]}?"
+    known = ", ".join(names(kind))
+    own = f"your own as package.module:name or file.py:name, see {_Call(()).page}"
+    return f"unknown {kind}; use one of {known}, or {own}" if known else f"unknown {kind}; use {own}"
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

@@ -1,0 +1,91 @@
+"""What each algorithm of ``rl.algorithm`` needs of the system; its mathematics stands in ``cola_ray/algorithms``.
+
+    of("grpo").groups                    # True: completions of one prompt are compared
+    of("mine.py:dr_grpo").advantages()   # the function, of an algorithm of your own
+
+Nothing here imports torch: a command line is checked with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cola_ray import registry
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How a policy learns from what it said, for the loop and the learner.
+
+    Without an advantage of its own, the learner gets the rewards themselves, and a value head, a Q or the utterance
+    critic makes something of them.
+    """
+
+    advantage: str | Callable[..., Any] = ""
+    """From the outcomes of a step's prompts to a number for each completion: a function ``prompts -> list of (G,)
+    tensors``, or a name as in ``rl.advantage``."""
+    loss: str | Callable[..., Any] = ""
+    """Of the policy: a function, or a name as in ``rl.loss``; empty: PPO's clipped surrogate."""
+    groups: bool = False
+    """Compares completions of one prompt with each other: ``rl.group_size`` is 2 or more."""
+    greedy: bool = False
+    """Compares them with the greedy completion of their prompt, which workers generate as well."""
+    value_head: bool = False
+    """A head on the base's states learns what an action is worth, and advantages are PPO's."""
+    soft_q: bool = False
+    """Learns a Q over all actions, with ``rl.kl_coef`` as temperature; ETPO."""
+    replays: bool = False
+    """Learns from turns out of replay, as ArCHer, CHAI and filtered cloning do."""
+    critic: bool = False
+    """Asks an utterance critic."""
+
+    @property
+    def within_prompts(self) -> bool:
+        """Whether completions are compared with others of their own prompt."""
+        return self.groups or self.greedy
+
+    def advantages(self) -> Callable[..., Any] | None:
+        """The function, imported where it is a name; None where rewards go to the learner as they are."""
+        return _function("advantage", self.advantage)
+
+    def policy_loss(self) -> Callable[..., Any] | None:
+        """The function of one's own; None for the clipped surrogate."""
+        return _function("loss", self.loss)
+
+
+def _function(kind: registry.Kind, given: str | Callable[..., Any]) -> Callable[..., Any] | None:
+    found: Callable[..., Any] | None = registry.find(kind, given) if given and isinstance(given, str) else given or None
+    return found
+
+
+GRPO = Algorithm(advantage="grpo", groups=True)
+RLOO = Algorithm(advantage="rloo", groups=True)
+REMAX = Algorithm(advantage="remax", greedy=True)
+REINFORCE = Algorithm(advantage="reinforce")
+PPO = Algorithm(value_head=True)
+ETPO = Algorithm(soft_q=True)
+ARCHER = Algorithm(replays=True, critic=True)
+CHAI = Algorithm(replays=True, critic=True)
+FILTERED_BC = Algorithm(replays=True)
+
+
+def of(name: str) -> Algorithm:
+    """The algorithm of this name; ``registry.NotFoundError`` where there is none, or it is no Algorithm."""
+    found = registry.find("algorithm", name)
+    if not isinstance(found, Algorithm):
+        raise registry.NotFoundError(
+            f"{name.rpartition(':')[2]} is {type(found).__name__}, not an Algorithm; docs/extending.md has an example"
+        )
+    return found
+
+
+def _with(need: str) -> tuple[str, ...]:
+    return tuple(name for name in registry.BUILT_IN["algorithm"] if getattr(of(name), need))
+
+
+COMPARING = _with("groups")
+"""Algorithms of ours that compare completions or episodes of one group."""
+OF_OUTCOMES = _with("advantage")
+"""Algorithms of ours whose advantages come from the outcomes of whole completions."""
+OF_TURNS = _with("replays")
+"""Algorithms of ours that learn from an agent's turns in replay."""

@@ -1,0 +1,369 @@
+"""Branches of the settings that decide what is trained, on what and how."""
+
+import datetime
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from cola_ray import registry
+from cola_ray.settings.limits import (
+    Branch,
+    Count,
+    Decay,
+    Finite,
+    Layers,
+    Name,
+    NonNegative,
+    PositiveShare,
+    Processes,
+    Rate,
+    Seconds,
+    Share,
+    Some,
+    Temperature,
+    Tokens,
+    Whole,
+    nearest,
+)
+
+OWN_BASE_POSITIONS = 512
+"""Context of the base that is made where none is given, in tokens."""
+
+PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
+StageWithSteps = Literal["base", "actions", "policy", "fta_idm", "fta_policy", "reward", "q"]
+REWARD_STAGE = "reward"
+"""What `cola_ray reward-model` trains, in ``pretrain.steps``."""
+Q_STAGE = "q"
+"""What `cola_ray train-q` trains, there."""
+
+
+_STEPS: dict[StageWithSteps, int] = {
+    "base": 300,
+    "actions": 1000,
+    "policy": 500,
+    "fta_idm": 300,
+    "fta_policy": 300,
+    "reward": 300,
+    "q": 1000,
+}
+
+
+def _and_the_rest(steps: Any) -> Any:
+    return _STEPS | steps if isinstance(steps, dict) else steps
+
+
+def _in_order(stages: tuple[PretrainStage, ...]) -> tuple[PretrainStage, ...]:
+    order = list(get_args(PretrainStage))
+    if list(stages) != sorted(stages, key=order.index):
+        raise ValueError(f"not in order; each stage needs those before it: {', '.join(order)}")
+    if stages[0] == "base" and len(stages) > 1 and stages[1] != "actions":
+        raise ValueError(f"a new base has no actions yet; give actions between base and {stages[1]}")
+    return stages
+
+
+def _known_algorithm(name: str) -> str:
+    known = registry.BUILT_IN["algorithm"]
+    if name not in known and not registry.is_path(name) and name not in registry.names("algorithm"):
+        raise ValueError(nearest(name, list(known), "unknown"))
+    return name
+
+
+def _a_day(date: str) -> str:
+    if date:
+        try:
+            datetime.date.fromisoformat(date)
+        except ValueError as error:
+            raise ValueError(f"{error}; use YYYY-MM-DD") from None
+    return date
+
+
+def _above_half(expectile: float) -> float:
+    if 0 < expectile <= 0.5:
+        raise ValueError("an expectile up to 0.5 looks away from good actions; use 0 (none) or a number above 0.5")
+    return expectile
+
+
+class ModelConfig(Branch):
+    base: str = ""
+    """Llama checkpoint that CoLA is attached to: directory, hub id or .gguf file. Empty: the preset's own."""
+    path: str = ""
+    """CoLA checkpoint that RL starts from. Empty: what `cola_ray pretrain` left for this preset."""
+    num_actions: Annotated[Count, Field(ge=2, le=65_536)] = 64
+    """K, codes in the codebook."""
+    num_idm_layers: Layers = 4
+    """Decoder layers of the inverse dynamics model."""
+    num_world_model_layers: Layers = 2
+    """SwiGLU blocks of the world model."""
+    num_policy_layers: Layers = 8
+    """Decoder layers of the policy."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights, in learner and engine."""
+
+
+class TaskConfig(Branch):
+    name: str = "arithmetic"
+    """arithmetic, gsm8k, math500, a reasoning-gym generator, preference, or your own as package.module:Class or
+    file.py:Class. For agents: twenty_questions, guess_city, textworld, jericho, data_science, or your own, a class with
+    reset and step."""
+    path: str = ""
+    """gsm8k, math500: a folder with train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and
+    rejected, a .jsonl or .parquet file, a folder of them, or a hub id. data_science: a CSV file whose column to predict
+    the option target names; empty: tables that scikit-learn brings along. Others: leave empty."""
+    game: str = ""
+    """jericho: the z-machine file to play."""
+    reward_model: str = ""
+    """preference: a Hugging Face sequence classifier, directory or hub id, which gets an actor of its own; or an
+    http(s):// endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}. evaluate: leads
+    searches and chooses among answers, while figures are the verifier's."""
+    reward: str = ""
+    """Your own function (problem, response) -> number, package.module:name or file.py:name, in place of the task's
+    verifier, or of preference's reward model. Empty: the task's. Not for agents."""
+    oracle: str = ""
+    """twenty_questions, guess_city: model that answers, at the OpenAI-compatible endpoint OPENAI_BASE_URL with the key
+    OPENAI_API_KEY. Empty: tables, offline."""
+    options: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)
+    """Arguments of a reasoning-gym generator or an environment, e.g. min_terms 2."""
+    thinking: bool = False
+    """Ask for thoughts in <think> and the answer in <answer> tags; the form alone is worth 0.1. Not for agents."""
+    num_problems: Annotated[Count, Field(ge=2)] = 20_000
+    """Problems a procedural generator makes; a sixth of the distinct ones is held out."""
+    reward_timeout_s: Seconds = 30.0
+    """Seconds a reward or an environment's step may take; longer costs its own sample or episode."""
+    max_failed_rewards: Share = 0.1
+    """Share of a step's rewards or episodes that may raise, time out, exceed 10^6 or be NaN before the run fails."""
+
+
+class PretrainConfig(Branch):
+    stages: Annotated[Some[PretrainStage], AfterValidator(_in_order)] = ("actions", "policy")
+    """Run in this order; each takes the model the one before left."""
+    max_steps: Count | None = None
+    """Caps every stage; for trials."""
+    steps: Annotated[dict[StageWithSteps, Count], BeforeValidator(_and_the_rest)] = Field(
+        default_factory=lambda: dict(_STEPS)
+    )
+    """Optimizer steps of each stage; reward is a reward model's, q that of `cola_ray train-q`. Stages that are not
+    named keep theirs."""
+    batch_size: Count = 64
+    """Sequences a step, over all ranks."""
+    micro_batch_size: Count = 8
+    """Sequences a forward pass, on one rank."""
+    sequence_length: Annotated[Count, Field(ge=2)] = 512
+    """Tokens of a packed sequence."""
+    lr: Rate = 1e-4
+    """Peak learning rate of the stages actions and policy."""
+    min_lr_ratio: Share = 0.4
+    """Cosine decay ends at lr times this."""
+    base_lr: Rate = 5e-6
+    """Peak learning rate where the base trains: stages base, fta_idm, fta_policy."""
+    warmup_steps: Whole = 100
+    """Linear warm-up."""
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """AdamW's."""
+    gumbel_tau: Temperature = 2.0
+    """Relaxation temperature of the straight-through action."""
+    entropy_coef: NonNegative = 0.001
+    """Weight of sum p log p of the relaxed action: keeps codes alive."""
+    balance_coef: NonNegative = 0.0
+    """Weight of log K - H(batch's mean code usage)."""
+    revive_every: Whole = 0
+    """Every so many steps, codes unused since the last time take over the most used code's row. 0: never."""
+    response_only: bool = False
+    """Prompt/response pairs: learn from response tokens only. The stages fta_* always do."""
+    save_every: Count = 100
+    """Steps between checkpoints inside a stage."""
+
+    def num_steps(self, stage: str) -> int:
+        """Optimizer steps of a stage, capped."""
+        steps = dict[str, int](**self.steps)[stage]
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+class DataConfig(Branch):
+    path: str = ""
+    """JSON lines, Parquet or text file, folder of them, or a hub id. Empty: the task's own problems."""
+    prompt_field: Name = "question"
+    """Column of the prompt, where rows are prompt/response pairs."""
+    response_field: Name = "answer"
+    """Column of the response."""
+    text_field: Name = "text"
+    """Column of plain text or of whole conversations, where rows are documents."""
+    date: Annotated[str, AfterValidator(_a_day)] = ""
+    """YYYY-MM-DD, told to chat templates that show a date. Empty: the start model's, else the day the run began."""
+
+
+class RolloutConfig(Branch):
+    num_workers: Processes = 1
+    """vLLM engines, each a Ray actor."""
+    tensor_parallel_size: Processes = 1
+    """GPUs an engine spans."""
+    temperature: Temperature = 1.0
+    """Of the action distribution; log-probabilities include it."""
+    top_k: Whole = 0
+    """Actions kept when sampling, 0 all; log-probabilities include the truncation."""
+    max_prompt_tokens: Tokens = 256
+    """Longer prompts are left out and counted."""
+    max_new_tokens: Tokens = 256
+    """Actions a completion may take."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end a completion or an agent's utterance, beside the checkpoint's end tokens and what the task
+    declares. A verifier or environment reads the text in front of the string."""
+    max_num_seqs: Annotated[Count, Field(le=65_536)] = 64
+    """Concurrent requests in an engine."""
+    kv_cache_mb: Count = 512
+    """Key/value cache of an engine on CPU; on GPU vLLM's memory share rules."""
+    environment_processes: Processes = 2
+    """Processes that a worker's multi-turn environments share."""
+    in_rounds: bool = False
+    """Agents: a worker's episodes take their turns together, so that a run comes out the same bit for bit however fast
+    environments answer, where the engine's arithmetic allows. Each round waits for the slowest."""
+    max_restarts: Whole = 3
+    """Times in a row a worker may die without completing a share before the run fails."""
+
+
+class RLConfig(Branch):
+    algorithm: Annotated[
+        str, AfterValidator(_known_algorithm), Field(json_schema_extra={"enum": list(registry.BUILT_IN["algorithm"])})
+    ] = "grpo"
+    """grpo: group-normalised advantages. rloo: leave-one-out baseline. remax: the greedy completion as baseline.
+    reinforce: the batch's mean as baseline. ppo: a value head on the base's states, and GAE. etpo: soft Q-learning over
+    actions, with kl_coef as beta. For agents also: archer: advantages of whole utterances by an off-policy critic.
+    chai: the policy stays, and the critic chooses among its utterances. filtered_bc: clone the best of all episodes.
+    Or your own, package.module:name or file.py:name."""
+    advantage: str = ""
+    """In place of the algorithm's own, for grpo, rloo, remax, reinforce and yours: one of these names, or your own
+    function of a step's outcomes as package.module:name or file.py:name. Empty: the algorithm's."""
+    action_space: Literal["latent", "token"] = "latent"
+    """latent: actions of the learned codebook; the policy over them trains. token: the plain base chooses tokens and
+    itself trains, through the same workers, tasks and algorithms: what latent actions are compared with."""
+    actor_free: bool = False
+    """etpo over latent actions: no policy trains. The start policy's rho exp(Q / kl_coef) / Z acts, exact over all
+    actions, and Q learns from as many completions of any age, out of replay, as a step generates."""
+    lora_rank: Whole = 0
+    """token: above 0, low-rank adapters of this rank train in the base's place."""
+    gradient_checkpointing: bool = False
+    """token: activations are computed again in the backward pass, a third more time for far less memory."""
+    max_steps: Count = 100
+    """Learner steps."""
+    prompts_per_step: Count = 64
+    """Groups a step; for agents, environment seeds a step."""
+    group_size: Count = 4
+    """Completions of one prompt."""
+    lr: Rate = 5e-7
+    """Adam's, constant after warm-up."""
+    warmup_steps: Whole = 0
+    """Linear warm-up."""
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Adam's."""
+    grad_clip: NonNegative = 1.0
+    """Norm over all policy gradients."""
+    kl_coef: NonNegative = 0.001
+    """Weight of KL(policy || reference) over actions. etpo: a choice is decided at a difference in value of about four
+    times this; 0.05 suits rewards of 0 and 1."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """reward: an action also answers for the divergence of the states that it leads to. loss: for its own state's."""
+    kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
+    """exact: summed over all actions, which 64 make cheap, without the variance of the draw. k1, k2, k3: estimates from
+    the action taken."""
+    kl_target: NonNegative = 0.0
+    """Above 0: kl_coef is adapted after every step to keep the divergence an action near this."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of a bonus for the policy's entropy, in the loss."""
+    control_variate: bool = False
+    """A Q over all actions takes out of each advantage what it expected, and its mean is added exactly: the same
+    expected gradient with less variance. For grpo, rloo, remax and reinforce on problems with answers."""
+    marginal_aliases: bool = False
+    """latent: an action's log-probability is that of its token, summed over all actions that give it: the same expected
+    gradient with less variance, for the price of trying all actions on the world model."""
+    dynamic_sampling: bool = False
+    """grpo, rloo: groups whose rewards are all equal have no signal; other prompts take their place."""
+    refill_rounds: Whole = 2
+    """dynamic_sampling: how often a step asks other prompts for what is missing; after that its batch is smaller."""
+    overlong_buffer: Whole = 0
+    """Above 0: within so many tokens of rollout.max_new_tokens, a completion's reward falls, by 1 at the limit. With
+    grpo, rloo and remax only among completions of a prompt whose rewards differ: length alone is no signal."""
+    clip_low: Share = 0.2
+    """Ratio's lower clip, 1 - clip_low."""
+    clip_high: NonNegative = 0.2
+    """Ratio's upper clip, 1 + clip_high."""
+    updates_per_batch: Count = 1
+    """Optimizer steps on one batch of rollouts."""
+    gae_lambda: Share = 0.95
+    """ppo: decay of temporal-difference errors over actions."""
+    value_lr: Rate = 1e-3
+    """Learning rate of the Adam of the value head, ppo's and archer's with critic.token_baseline, and of etpo's Q."""
+    value_steps: Count = 4
+    """Gradient steps of value head or Q on one batch."""
+    target_tau: PositiveShare = 0.005
+    """etpo: share of Q that its target takes over after each of its steps."""
+    micro_batch_tokens: Count = 16_384
+    """Padded tokens a forward pass, on one rank; at least one sequence."""
+    max_staleness: Whole = 0
+    """Versions a rollout may lag behind the learner. 0 is strictly on-policy; 1 overlaps rollouts with learning."""
+    update_mode: Literal["drain", "continue"] = "drain"
+    """At new weights, requests in flight end on the old version first, or continue on the new one."""
+    importance_cap: NonNegative = 2.0
+    """Truncation of pi_learner / pi_rollout, the weight that corrects staleness and engine mismatch. 0: no weight."""
+    cache_hidden_states: bool = False
+    """The engine hands the base's states out with the tokens, and the learner holds no base at all."""
+    eval_every: Whole = 10
+    """Steps between greedy evaluations; 0 only at start and end."""
+    eval_problems: Count = 512
+    """Held-out problems an evaluation asks."""
+    save_every: Count = 20
+    """Steps between checkpoints."""
+
+
+class ReplayConfig(Branch):
+    max_rows: Count = 100_000
+    """Turns kept, with rl.actor_free completions, over all shards; the oldest go first."""
+    max_mb: Count = 4096
+    """Their size, over all shards."""
+    shards: Processes = 1
+    """Actors that share them."""
+    snapshot_every_s: Seconds = 30.0
+    """Seconds between snapshots; a shard that dies loses no more."""
+    kept_share: PositiveShare = 0.1
+    """filtered_bc: share of the best episodes that are cloned."""
+
+
+class CriticConfig(Branch):
+    encoder: str = ""
+    """A Hugging Face encoder that reads states and utterances as text and trains with the critic, e.g. roberta-base.
+    Empty: the base's own states, which cost nothing. Not for chai, whose players choose by those."""
+    replicas: Processes = 1
+    """Actors that share each of the critic's batches."""
+    gamma: Share = 0.95
+    """Discount of a turn; ppo's too."""
+    tau: PositiveShare = 0.1
+    """Share of the critic that its target takes over after each step."""
+    lr: Rate = 3e-4
+    """Adam's."""
+    grad_clip: NonNegative = 1.0
+    """Norm of its gradients."""
+    steps: Count = 50
+    """Critic steps an iteration."""
+    batch_size: Count = 256
+    """Turns a critic step."""
+    fresh_states: Count = 512
+    """Replayed states that the policy speaks in anew, an iteration: targets of V and the actor's batch."""
+    warmup_iterations: Whole = 10
+    """Iterations that train the critic alone."""
+    candidates: Count = 5
+    """chai, or archer with chooses: utterances to choose from, a turn."""
+    chooses: bool = False
+    """archer: players say what the critic likes best of several utterances, as chai's do, and the policy learns from
+    that: what the critic is told, and the states do not show, counts at once. Not with critic.encoder."""
+    priority_beta: Share = 0.0
+    """Above 0, e.g. 0.4: turns with a large error are replayed more often, and weighed down with this exponent."""
+    actor_states: Literal["replayed", "played"] = "replayed"
+    """archer: replayed: the actor learns from its fresh utterances in fresh_states, as in the paper. played: from all
+    turns of the episodes just played, whose sequences a learner reads once for all of their turns."""
+    reuse: Count = 1
+    """played: iterations whose episodes the actor learns from; older ones are weighed by rl.importance_cap."""
+    td_share: Share = 0.0
+    """archer: share of r + gamma V(s') - V(s) in a played utterance's advantage, where Q(s, u) - V(s) is the rest. What
+    was drawn has the variance of the draw; Q has its error on utterances that it has seen little of."""
+    token_baseline: bool = False
+    """archer: subtract a value head's guess of the utterance's advantage, learnt at every token."""
+    expectile: Annotated[Decay, AfterValidator(_above_half)] = 0.0
+    """0: V follows fresh utterances. Above 0.5: IQL's expectile over replayed ones."""
