@@ -99,7 +99,7 @@ LOSSY = ("replay shard", "critic replica")
 OUTCOMES = ("went on", "went on with a loss", "ended and resumed", "fault")
 
 _TITLES = {
-    "controller": ("ray::Controller", "ray::AgentController"),
+    "controller": ("ray::Controller",),
     "worker": ("ray::RolloutWorker", "ray::AgentWorker"),
     "rank": ("ray::RayTrainWorker",),
     "train controller": ("ray::TrainController",),

@@ -7,6 +7,7 @@ What each figure is, and what bounds it: docs/benchmarks.md.
 """
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -347,17 +348,22 @@ class EchoWorker:
 def orchestration() -> dict[str, float]:
     import ray
 
-    from cola_ray.cluster.actors import RayWorkers, RemoteController
+    from cola_ray.cluster.actors import RayWorkers, RemoteController, replay
     from cola_ray.loop.controller import Controller
+    from cola_ray.loop.problems import Problems
 
     config = override(preset("tiny"), {"rl.max_steps": 40, "rl.eval_every": 0, "cluster.learner_ranks": 1})
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     pool = RayWorkers(config, "")
     pool.actor, pool.args = ray.remote(EchoWorker).options(num_cpus=1), (config,)
-    controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=64).remote(config, pool)
+    controller = (
+        ray.remote(Controller)
+        .options(num_cpus=0, max_concurrency=64)
+        .remote(config, pool, functools.partial(Problems, shards=replay(config)))
+    )
     ray.get(controller.start.remote(False))
     source = RemoteController(controller)
-    source.begin(0, [])
+    source.begin(0, [], None)
     times = []
     for version in range(config.rl.max_steps):
         started = time.perf_counter()

@@ -4,7 +4,7 @@
     run_rl(config)     RolloutWorker actors <- Controller actor <- TorchTrainer: ZeRO-3 ranks -> a better policy
     train_reward_model(config)  TorchTrainer: ZeRO-3 ranks over preference pairs             -> a sequence classifier
     train_q(config)    TorchTrainer: ranks over logged answers                               -> MCTS-Q's values
-    run_agent(config)  AgentWorker actors <- AgentController actor <- the same learner        -> a better agent
+    run_agent(config)  AgentWorker actors <- the same controller and learner                 -> a better agent
                                                 └── ReplayShard and CriticService actors
 
 All return the summary they write to ``output_dir/summary.json``; all track into MLflow and can be resumed.
@@ -34,8 +34,10 @@ from ray.util.queue import Queue
 
 from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors, head
-from cola_ray.loop.agents import AgentController
+from cola_ray.loop.batches import Source
 from cola_ray.loop.controller import Controller
+from cola_ray.loop.episodes import Episodes
+from cola_ray.loop.problems import Problems
 from cola_ray.model.conversion import describe, plain_base
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
@@ -210,7 +212,7 @@ class _Job:
 
     name: str
     worker: type[EngineWorker]
-    controller: type[Controller]
+    source: Callable[..., Source]
 
 
 _ANSWER_S = 60.0  # that is waited for what never computes for long
@@ -235,8 +237,8 @@ def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """
     check(config, "rl_math")
     if config.task.name == "preference":
-        return _run(config, _Job("rl_preference", RolloutWorker, Controller), on_step)
-    return _run(config, _Job("rl_math", RolloutWorker, Controller), on_step)
+        return _run(config, _Job("rl_preference", RolloutWorker, Problems), on_step)
+    return _run(config, _Job("rl_math", RolloutWorker, Problems), on_step)
 
 
 @shown()
@@ -246,7 +248,7 @@ def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     check(config, "rl_agent")
     if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
         config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})
-    return _run(config, _Job("rl_agent", AgentWorker, AgentController), on_step)
+    return _run(config, _Job("rl_agent", AgentWorker, Episodes), on_step)
 
 
 def measured(config: Config) -> str:
@@ -285,11 +287,12 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
         model_path = served(config, begun.start)
         with tracked(begun, summarise, draw, on_step) as tracker:
             current().doing("starting the controller")
-            replay = actors.replay(config)
-            services = (replay, actors.critic(config, model_path, replay)) if job.name == "rl_agent" else (replay,)
+            services: dict[str, Any] = {"shards": actors.replay(config)}
+            if job.source is Episodes:
+                services["critic"] = actors.critic(config, model_path, services["shards"])
             judge = actors.judge(config)
             pool = actors.RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
-            controller = actors.controller(job.controller, config, pool, *services)
+            controller = actors.controller(Controller, config, pool, functools.partial(job.source, **services))
             try:
                 _train(config, model_path, controller, tracker, found, begun.resumes)
             finally:
@@ -386,7 +389,7 @@ def _train(
     _fit(config, _rl_rank, loop, poll, stop)
     display.doing("writing the summary")
     with contextlib.suppress(ray.exceptions.RayError):  # a figure is no reason to fail a run that has ended
-        workers = ray.get(controller.workers.remote(), timeout=_ANSWER_S)
+        workers = ray.get(controller.rollout_workers.remote(), timeout=_ANSWER_S)
         peaks = ray.get([worker.peak_memory_gb.remote() for worker in workers], timeout=_ANSWER_S)
         found["peak_memory_worker_gb"] = max(peaks)
 

@@ -1,7 +1,7 @@
 """Actors on a Ray cluster: what they are placed on, how they are asked, what becomes of their deaths.
 
     cluster(config)     attach to the cluster that is there, or start one on this machine
-    controller(...)     the run's controller, which owns
+    controller(...)     the run's loop, or a study's evaluator, which owns
     RayWorkers              rollout workers, spawned again when they die
     replay(config)      ReplayShard actors      ┐
     critic(config)      CriticService actors    ├ which Ray starts again, and which go on from what they last saved
@@ -27,7 +27,7 @@ from ray.util.metrics import Gauge
 from cola_ray import registry
 from cola_ray.cluster import head, watch
 from cola_ray.experience import Batch
-from cola_ray.loop.controller import Controller, WorkerLostError, WorkerNeverRanError
+from cola_ray.loop.workers import WorkerLostError, WorkerNeverRanError
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
@@ -169,8 +169,8 @@ def _worker_environment(config: Config) -> dict[str, str]:
 # --- controller and workers ---------------------------------------------------------------------------------------
 
 
-def controller(make: type[Controller], config: Config, *args: Any) -> Any:
-    """An actor of this class; what it spawns dies with it."""
+def controller(make: type, config: Config, *args: Any) -> Any:
+    """An actor of this class, ``make(config, *args)``; what it spawns dies with it."""
     placed = _placed(config, "service", CPU=0.0)
     made = ray.remote(make).options(**placed, max_concurrency=256).remote(config, *args)
     watch.begin(made, config.cluster.answer_timeout_s)
@@ -178,7 +178,7 @@ def controller(make: type[Controller], config: Config, *args: Any) -> Any:
 
 
 class RayWorkers:
-    """The controller's :class:`~cola_ray.loop.controller.WorkerPool`: actors, owned by the controller's process."""
+    """The controller's :class:`~cola_ray.loop.workers.WorkerPool`: actors, owned by the controller's process."""
 
     def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker, *more: Any) -> None:
         self.actor = ray.remote(worker).options(**_placed(config, "rollout"), max_concurrency=256)

@@ -140,7 +140,7 @@ def _is_rays(handler: object) -> bool:
 # --- words --------------------------------------------------------------------------------------------------------
 
 _ACTORS = {
-    "Controller": "the controller", "AgentController": "the controller", "Evaluator": "the controller",
+    "Controller": "the controller", "Evaluator": "the controller",
     "RolloutWorker": "a rollout worker", "AgentWorker": "a rollout worker", "AnswerWorker": "a rollout worker",
     "ContinuationWorker": "a rollout worker", "ReplayShard": "a replay shard", "CriticService": "a critic",
     "RewardModel": "the reward model", "RayTrainWorker": "a learner rank",

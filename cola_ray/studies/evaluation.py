@@ -18,31 +18,40 @@ import pyarrow.parquet as pq
 
 from cola_ray.algorithms.intervals import with_intervals
 from cola_ray.algorithms.search import majority, pass_at_k, vote_weights
-from cola_ray.loop.controller import Controller
-from cola_ray.settings.config import EvalConfig
+from cola_ray.loop.supervisor import Supervisor
+from cola_ray.loop.workers import WorkerGroup, WorkerPool
+from cola_ray.settings.config import Config, EvalConfig
 
 Row = dict[str, Any]
 
 
-class Evaluator(Controller):
-    """The controller's workers without its learner."""
+class Evaluator:
+    """A group of workers without a learner."""
+
+    def __init__(self, config: Config, pool: WorkerPool) -> None:
+        self.config, self.supervisor = config, Supervisor(config.cluster.stall_timeout_s)
+        self.workers = WorkerGroup(config.rollout, pool, self.supervisor)
 
     async def open(self) -> dict[str, Any]:
         """Wait for the workers; returns facts of the task. ValueError where it has nothing to ask."""
-        self._spawn(self._watch_for_stalls())
-        self.facts = await self._ask(self.seats[0], "facts")
-        split = self.config.eval.split
-        if not self.facts[f"num_{split}"]:
-            raise ValueError(
-                f"eval.split = {split!r}: {self.config.task.name} has no such problem, or none within "
-                f"rollout.max_prompt_tokens = {self.config.rollout.max_prompt_tokens}; give the other split, or a "
-                "longer prompt"
-            )
-        return self.facts
+        async with self.supervisor.opening(f"starting {self.workers}"):
+            facts = await self.workers.start()
+            split = self.config.eval.split
+            if not facts[f"num_{split}"]:
+                raise ValueError(
+                    f"eval.split = {split!r}: {self.config.task.name} has no such problem, or none within "
+                    f"rollout.max_prompt_tokens = {self.config.rollout.max_prompt_tokens}; give the other split, or a "
+                    "longer prompt"
+                )
+        return facts
 
     async def answer(self, indices: Sequence[int], way: str) -> pa.Table:
-        """One row a problem, or environment seed, in order; a worker's death costs its share's time."""
-        answered = await self._share_out(indices, "answer", way)
+        """One row a problem, or environment seed, in order; a worker's death costs its share's time.
+
+        Raises:
+            RuntimeError: a worker gave no answer for ``cluster.stall_timeout_s``, or died too often.
+        """
+        answered = await self.supervisor.guard(self.workers.dispatch(indices, "answer", way))
         return pa.Table.from_pylist([{"way": way, **asdict(one)} for one in answered])
 
 

@@ -28,7 +28,6 @@ from transformers.utils.logging import disable_progress_bar
 from cola_ray.algorithms.intervals import share_interval
 from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
-from cola_ray.replay.service import Shards
 from cola_ray.rollout.agent import AgentWorker
 from cola_ray.rollout.answers import AnswerWorker
 from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
@@ -100,7 +99,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         judge = actors.judge(config)
         worker = AgentWorker if plays else AnswerWorker
         pool = actors.RayWorkers(config, served(config, study.start), worker, *([judge] if judge else []))
-        evaluator = actors.controller(Evaluator, config, pool, Shards(0, actors.RemoteShards([]), config.seed))
+        evaluator = actors.controller(Evaluator, config, pool)
         try:
             current().doing(f"starting {config.rollout.num_workers} engine(s)")
             facts = ray.get(evaluator.open.remote())

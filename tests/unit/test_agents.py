@@ -1,6 +1,7 @@
-"""The agents' controller over plain Python workers, with the real replay shards and the real critic."""
+"""The loop over plain Python agents, with the real replay shards and the real critic."""
 
 import asyncio
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from cola_ray.experience import Episode, Trajectory, Turn
-from cola_ray.loop.agents import AgentController
+from cola_ray.loop.controller import Controller
+from cola_ray.loop.episodes import Episodes
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.settings.config import override
@@ -94,7 +96,7 @@ def run(tmp_path, algorithm, **changes):
     critic = replicas_over(service)
 
     async def whole():
-        controller = AgentController(config, pool, shards, critic)
+        controller = Controller(config, pool, functools.partial(Episodes, shards=shards, critic=critic))
         await controller.start(resumed=False)
         await controller.begin(0, [])
         batches, version = [], 0
@@ -116,7 +118,7 @@ def replicas_over(*services):
 
 
 def metrics_of(controller):
-    return {event["step"]: event["metrics"] for event in controller.events if "step" in event}
+    return {event["step"]: event["metrics"] for event in controller.supervisor.events if "step" in event}
 
 
 def test_archer_fills_replay_fits_the_critic_and_weighs_fresh_utterances(tmp_path):
@@ -166,7 +168,7 @@ def test_what_followed_takes_its_share_of_an_advantage_and_episodes_serve_again(
     controller, batches, _, service, _ = run(tmp_path, "archer", **changes)
     heads, gamma = service.critic.online, service.critic.gamma
     by_hand = []
-    for ticket in controller._tickets(STEPS - 2) + controller._tickets(STEPS - 1):
+    for ticket in controller.source.tickets(STEPS - 2) + controller.source.tickets(STEPS - 1):
         episode = Worker().episode(ticket)
         states = [np.append(turn.state_features, number) for number, turn in enumerate(episode.turns)]
         ends = np.append(np.zeros(WIDTH), len(states))
@@ -294,7 +296,7 @@ def test_failing_environments_cost_their_own_episodes_until_they_are_too_many(tm
     FAILING.update({1, 7})
     try:
         controller, batches, shard, *_ = run(tmp_path, "archer")
-        assert controller.ledger.failed_rewards == 2
+        assert controller.workers.totals.failed_rewards == 2
         assert len(batches) == STEPS
         assert 1 not in shard.buffer.column("position")
         with pytest.raises(RuntimeError, match=r"17% of a step's episodes failed, .*raised ValueError: bad board"):
@@ -355,4 +357,4 @@ def test_etpo_without_an_actor_replays_whole_episodes(tmp_path):
             gamma = np.float32(controller.config.critic.gamma)
             assert (discounts[turn_ends[:-1]] == gamma).all()
             assert discounts[turn_ends[-1]] in (0.0, gamma)
-    assert [event for event in controller.events if "step" in event][-1]["metrics"]["replay/age"] > 0
+    assert [event for event in controller.supervisor.events if "step" in event][-1]["metrics"]["replay/age"] > 0

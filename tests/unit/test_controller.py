@@ -1,13 +1,16 @@
-"""The controller over plain Python workers: staleness, exactly once, lost workers, failures told."""
+"""The loop over plain Python workers: staleness, every prompt once, lost workers, failures reported."""
 
 import asyncio
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 
-from cola_ray.experience import Group, Ticket, Trajectory
-from cola_ray.loop.controller import Controller, WorkerLostError, WorkerNeverRanError
+from cola_ray.experience import Group, Trajectory
+from cola_ray.loop.controller import Controller
+from cola_ray.loop.problems import Problems
+from cola_ray.loop.workers import WorkerLostError, WorkerNeverRanError
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
@@ -88,6 +91,9 @@ def config(**changes):
     return override(preset("tiny"), fixed | changes)
 
 
+problems = functools.partial(Problems, shards=Shards(0, lambda *_: None, seed=0))
+
+
 async def train(controller, first=0, until=STEPS):
     """What the learner does. Returns the batches."""
     await controller.begin(first, [])
@@ -112,22 +118,28 @@ def run(pool, changes=None, act=train, folder=""):
         async def ask(_, method, *args):
             return getattr(shard, method)(*args)
 
-        controller = Controller(config(**(changes or {})), pool, Shards(int(bool(folder)), ask, seed=0))
+        controller = Controller(
+            config(**(changes or {})), pool, functools.partial(Problems, shards=Shards(int(bool(folder)), ask, seed=0))
+        )
         await controller.start(resumed=False)
         return controller, await asyncio.wait_for(act(controller), 20)
 
     return asyncio.run(whole())
 
 
+def metrics_of(controller):
+    return [event["metrics"] for event in controller.supervisor.events if event.get("step")]
+
+
 def test_a_learner_that_is_there_first_waits_for_the_engines_and_what_they_start_with():
     async def whole():
-        controller = Controller(config(), pool := Pool(), Shards(0, lambda *_: None, seed=0))
+        controller = Controller(config(), pool := Pool(), problems)
         learner = asyncio.create_task(train(controller))
         await asyncio.sleep(0.01)
         assert not pool.served
         await controller.start(resumed=False)
         assert len(await asyncio.wait_for(learner, 20)) == STEPS
-        told = [event for event in controller.events if "say" not in event]
+        told = [event for event in controller.supervisor.events if "say" not in event]
         first = next(i for i, event in enumerate(told) if event.get("step") == 1)
         assert any(event.get("step") == 0 and event["metrics"]["eval/accuracy"] == 1.0 for event in told[:first])
         doing = [event["doing"] for event in told if "doing" in event]
@@ -143,7 +155,7 @@ def test_engines_that_do_not_start_are_the_waiting_learners_error():
             raise ValueError("no memory")
 
     async def whole():
-        controller = Controller(config(), Broken(), Shards(0, lambda *_: None, seed=0))
+        controller = Controller(config(), Broken(), problems)
         learner = asyncio.create_task(controller.begin(0, []))
         await asyncio.sleep(0)
         with pytest.raises(ValueError, match="no memory"):
@@ -160,7 +172,7 @@ def test_every_prompt_once_and_never_staler_than_allowed(max_staleness):
     controller, batches = run(pool, {"rl.max_staleness": max_staleness})
     assert sorted(position for position, _ in pool.served) == list(range(STEPS * PROMPTS))
     assert [batch.policy_version for batch in batches] == list(range(STEPS))
-    events = [event for event in controller.events if event.get("step")]
+    events = [event for event in controller.supervisor.events if event.get("step")]
     assert [event["step"] for event in events] == list(range(1, STEPS + 1))
     stalest = [event["metrics"]["staleness/max"] for event in events]
     assert max(stalest) <= max_staleness
@@ -171,7 +183,7 @@ def test_every_prompt_once_and_never_staler_than_allowed(max_staleness):
 def test_without_an_actor_batches_come_out_of_replay(tmp_path):
     changes = {"rl.algorithm": "etpo", "rl.actor_free": True, "rl.kl_coef": 0.05}
     controller, batches = run(Pool(), changes, folder=tmp_path)
-    events = [event["metrics"] for event in controller.events if event.get("step")]
+    events = metrics_of(controller)
     assert [event["replay/rows"] for event in events] == [PROMPTS * GROUP * (step + 1) for step in range(STEPS)]
     assert events[0]["replay/age"] == 0 < events[-1]["replay/age"] < STEPS
     for batch in batches:
@@ -232,19 +244,19 @@ def test_length_alone_teaches_no_prompt(algorithm):
 def test_groups_of_wrong_answers_are_refilled_whatever_their_lengths():
     changes = {"rl.overlong_buffer": 4, "rollout.max_new_tokens": 6, "rl.dynamic_sampling": True}
     controller, _ = run(wrong_and_long(Pool()), changes)
-    metrics = [event["metrics"] for event in controller.events if event.get("step")]
+    metrics = metrics_of(controller)
     assert all(one["rollout/refilled_groups"] > 0 for one in metrics)
     assert all(one["reward/zero_variance_groups"] >= 0.75 for one in metrics)
 
 
 def test_length_costs_where_rewards_differ():
     """Rewards 0 and 1, the right answer three tokens into a buffer of four: 1/4 is left, so 1 - 3/4 against 0."""
-    controller = Controller(config(**{"rl.overlong_buffer": 4, "rollout.max_new_tokens": 6}), Pool(), None)
+    source = Problems(config(**{"rl.overlong_buffer": 4, "rollout.max_new_tokens": 6}), None, None, None)
     wrong, right = (Pool().trajectory(Worker(), 0, sibling) for sibling in (0, 1))
     right = dataclasses.replace(right, token_ids=np.ones(5, np.int64))
-    outcomes = controller._outcomes(Group(0, (wrong, right)))
+    outcomes = source.outcomes(Group(0, (wrong, right)))
     assert outcomes.rewards.tolist() == [0.0, 0.25]
-    alike = controller._outcomes(Group(0, (right, dataclasses.replace(right, token_ids=np.ones(1, np.int64)))))
+    alike = source.outcomes(Group(0, (right, dataclasses.replace(right, token_ids=np.ones(1, np.int64)))))
     assert alike.rewards.tolist() == [1.0, 1.0]
 
 
@@ -254,7 +266,7 @@ def test_prompts_without_signal_are_replaced_by_others():
     positions = [position for position, _ in pool.served]
     assert len(positions) == len(set(positions)), "no draw is made twice"
     assert [int(batch.action_mask.any(1).sum()) for batch in batches] == [PROMPTS * GROUP] * STEPS
-    metrics = [event["metrics"] for event in controller.events if event.get("step")]
+    metrics = metrics_of(controller)
     assert sum(one["rollout/refilled_groups"] for one in metrics) == len(positions) - STEPS * PROMPTS > 0
     assert 0 < sum(one["reward/zero_variance_groups"] for one in metrics) < STEPS, "of the first draw alone"
 
@@ -264,7 +276,9 @@ def test_a_step_whose_prompts_all_lack_signal_still_ends():
     controller, batches = run(pool, {"rl.dynamic_sampling": True, "rl.refill_rounds": 1})
     assert len(batches) == STEPS
     assert not any(batch.advantages.any() for batch in batches)
-    assert {event["metrics"]["reward/taught_groups"] for event in controller.events if event.get("step")} == {0.0}
+    assert {
+        event["metrics"]["reward/taught_groups"] for event in controller.supervisor.events if event.get("step")
+    } == {0.0}
 
 
 def test_an_epoch_serves_every_problem_before_any_again():
@@ -281,29 +295,27 @@ def test_a_lost_worker_costs_nothing_but_time(max_staleness):
     controller, batches = run(pool, {"rl.max_staleness": max_staleness})
     assert sorted(position for position, _ in pool.served) == list(range(STEPS * PROMPTS))
     assert len(batches) == STEPS
-    assert controller.ledger.worker_losses == 1
-    assert controller.ledger.regenerated_groups > 0
-    assert len([event for event in controller.events if "was lost and is started again" in event.get("say", "")]) == 1
+    assert controller.workers.totals.worker_losses == 1
+    assert controller.workers.totals.regenerated_groups > 0
+    assert (
+        len(
+            [event for event in controller.supervisor.events if "was lost and is started again" in event.get("say", "")]
+        )
+        == 1
+    )
     assert len(pool.workers) == 3
     assert all(worker.version == STEPS for worker in pool.workers if not worker.dead), "replacements follow updates"
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
-def test_after_a_loss_nobody_owes_anything_and_both_workers_have_their_share(max_staleness):
-    """The survivor takes the lost share over: what the lost seat owed is paid there, and not by the survivor."""
+def test_after_a_loss_nothing_is_outstanding_and_both_workers_have_their_share(max_staleness):
+    """The survivor takes the lost share over; the tokens of the lost worker are not counted against it."""
     pool = Pool(dies_at={8, 9, 10, 11})
     controller, _ = run(pool, {"rl.max_staleness": max_staleness})
-    assert [seat.owed_tokens for seat in controller.seats] == [0, 0]
-    asyncio.run(_deals_evenly(controller))
+    assert [worker.outstanding_tokens for worker in controller.workers.workers] == [0, 0]
     if not max_staleness:
         survivor, successor = (worker for worker in pool.workers if not worker.dead)
         assert survivor.tickets[-2:] == successor.tickets[-2:] == [PROMPTS // 2] * 2
-
-
-async def _deals_evenly(controller):
-    controller.changed = asyncio.Condition()
-    shares = await controller._deal([Ticket(i, i) for i in range(16)])
-    assert [len(share) for _, share in shares] == [8, 8]
 
 
 def test_successors_that_never_ran_are_no_losses():
@@ -328,7 +340,7 @@ def test_successors_that_never_ran_are_no_losses():
     pool = Outdated()
     controller, batches = run(pool)
     assert len(batches) == STEPS
-    assert controller.ledger.worker_losses == 1
+    assert controller.workers.totals.worker_losses == 1
     assert len(pool.sent_there) == 5
 
 
@@ -358,9 +370,9 @@ def test_a_learner_that_hangs_between_two_steps_is_named():
         for rank in (0, 1):
             await controller.next_batch(rank, 0)
         await controller.publish(1, [], {})
-        while controller.failure is None:
+        while controller.supervisor.failure is None:
             await asyncio.sleep(0.02)
-        return controller.failure
+        return controller.supervisor.failure
 
     _, failure = run(Pool(), {"cluster.stall_timeout_s": 0.4, "cluster.learner_ranks": 2}, hangs)
     assert "waiting for: the learner, which saves or goes on" in failure
@@ -369,9 +381,9 @@ def test_a_learner_that_hangs_between_two_steps_is_named():
 def test_failed_rewards_are_left_out_and_counted():
     pool = Pool(reward_failure="returned nan")
     controller, batches = run(pool, {"task.max_failed_rewards": 0.5})
-    assert controller.ledger.failed_rewards > 0
+    assert controller.workers.totals.failed_rewards > 0
     trained = sum(int(batch.action_mask.sum()) for batch in batches)
-    assert trained == STEPS * PROMPTS * GROUP - controller.ledger.failed_rewards
+    assert trained == STEPS * PROMPTS * GROUP - controller.workers.totals.failed_rewards
 
 
 def test_failed_rewards_of_refilled_groups_and_of_baselines_count():
@@ -380,7 +392,7 @@ def test_failed_rewards_of_refilled_groups_and_of_baselines_count():
     controller, _ = run(pool, changes | {"task.max_failed_rewards": 0.5})
     drawn = len(pool.served)
     assert drawn == 3 * STEPS * PROMPTS, "a draw and two refills each step"
-    assert controller.ledger.failed_rewards == drawn
+    assert controller.workers.totals.failed_rewards == drawn
     with pytest.raises(RuntimeError, match=r"50% of a step's rewards failed"):
         run(equal_rewards(Pool(reward_failure="nan"), range(10)), changes | {"task.max_failed_rewards": 0.4})
     assert len(Group(0, (pool.trajectory(Worker(), 0, 1),), pool.trajectory(Worker(), 0, 0)).asked) == 2
@@ -398,7 +410,7 @@ def test_a_first_draw_without_a_reward_has_no_mean():
     pool.trajectory = trajectory
     changes = {"rl.dynamic_sampling": True, "task.max_failed_rewards": 1.0, "rollout.num_workers": 1, "rl.max_steps": 1}
     controller, _ = run(pool, changes)
-    (metrics,) = [event["metrics"] for event in controller.events if event.get("step")]
+    (metrics,) = metrics_of(controller)
     assert "reward/mean" not in metrics
     assert metrics["reward/failed"] == PROMPTS * GROUP
     assert metrics["rollout/refilled_groups"] == PROMPTS
@@ -416,7 +428,7 @@ def evaluations(rewards, task="arithmetic", num_heldout=3):
             return found | {"num_heldout": num_heldout} if method == "facts" else found
 
     async def act(controller):
-        return [event for event in controller.events if "doing" not in event]
+        return [event for event in controller.supervisor.events if "doing" not in event]
 
     return run(Evaluated(), {"task.name": task}, act=act)[1]
 
@@ -471,7 +483,7 @@ def test_begin_goes_back_to_a_version():
         assert sorted(dict(pool.served)) == list(range(2 * PROMPTS, STEPS * PROMPTS))
 
     controller, _ = run(pool, act=act)
-    assert {"say": "the learner was started again and goes on from version 2"} in controller.events
+    assert {"say": "the learner was started again and goes on from version 2"} in controller.supervisor.events
 
 
 def test_stop_ends_after_the_step_under_way():

@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 from cola_ray.command_line import from_command_line
 from cola_ray.learner.engine import CheckpointError
-from cola_ray.loop.controller import WorkerLostError
+from cola_ray.loop.workers import WorkerLostError
 from cola_ray.runs import ending, event_log
 from cola_ray.settings.config import ConfigError, RunFailedError
 

@@ -1,15 +1,18 @@
 """Evaluations kept as Parquet: what is answered is not asked again, and figures against hand-counted ones."""
 
+import asyncio
 from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cola_ray.loop.workers import WorkerLostError
 from cola_ray.rollout.agent import Played
 from cola_ray.rollout.answers import Answered
-from cola_ray.settings.config import EvalConfig
-from cola_ray.studies.evaluation import chunks, episode_figures, figures, remarks
+from cola_ray.settings.config import EvalConfig, override
+from cola_ray.settings.presets import preset
+from cola_ray.studies.evaluation import Evaluator, chunks, episode_figures, figures, remarks
 from cola_ray.tasks.verifiable import Gsm8k
 
 
@@ -150,3 +153,50 @@ def test_figures_do_not_depend_on_what_else_was_computed_or_lies_there(tmp_path)
     assert alone == both
     assert alone["problems"] == 6
     assert figures(EvalConfig(ways=("mcts",)), tmp_path, seed=0) == {}
+
+
+class Workers:
+    """Answer that a problem is its own number; the first one dies, or hangs."""
+
+    def __init__(self, dies=False, hangs=False):
+        self.made, self.dies, self.hangs = 0, dies, hangs
+
+    def spawn(self):
+        self.made += 1
+        return self.made
+
+    def kill(self, actor): ...
+
+    async def call(self, actor, method, *args):
+        if method == "facts":
+            return {"num_heldout": 7, "num_train": 0}
+        await asyncio.sleep(60 if self.hangs and actor == 1 else 0)
+        if self.dies and actor == 1:
+            raise WorkerLostError("killed")
+        return [Played(index, [], [float(index)], [], [], [], [], [], 0, 0.0) for index in args[0]]
+
+
+def answers_of(workers, **changes):
+    async def ask():
+        evaluator = Evaluator(override(preset("tiny"), {"rollout.num_workers": 2, **changes}), workers)
+        await evaluator.open()
+        return await asyncio.wait_for(evaluator.answer(range(5), "greedy"), 20)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_an_evaluation_needs_no_learner_and_survives_a_workers_death(dies):
+    table = answers_of(Workers(dies))
+    assert table["index"].to_pylist() == list(range(5))
+    assert set(table["way"].to_pylist()) == {"greedy"}
+
+
+def test_an_evaluation_whose_worker_hangs_ends_and_names_it():
+    with pytest.raises(RuntimeError, match=r"cluster.stall_timeout_s = 0.2 s; waiting for: worker 0: answer"):
+        answers_of(Workers(hangs=True), **{"cluster.stall_timeout_s": 0.2})
+
+
+def test_a_split_without_problems_is_refused():
+    with pytest.raises(ValueError, match=r"eval.split = 'train'"):
+        answers_of(Workers(), **{"eval.split": "train"})

@@ -1,4 +1,4 @@
-"""Collation's one shift, equal work, the staleness arithmetic, and weights in transit."""
+"""Collation's one shift, equal work, and weights in transit."""
 
 import asyncio
 import dataclasses
@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from cola_ray.cluster import actors
 from cola_ray.experience import Trajectory, collate
-from cola_ray.loop.work_buffer import WorkBuffer
 from cola_ray.replay.critic_service import CriticService
 from cola_ray.replay.service import Shards
 from cola_ray.settings.config import CriticConfig
@@ -91,46 +90,6 @@ def test_a_rank_without_sequences_has_states_of_the_same_kind():
     assert not empty.action_mask.any()
     assert (empty.num_actions_global, empty.micro_batches) == (2, full.micro_batches)
     assert (full.num_tokens_global, empty.num_tokens_global, empty.computed_positions) == (3, 3, 3)
-
-
-def test_the_work_buffers_example():
-    async def run():
-        buffer = WorkBuffer(groups_per_step=2, max_staleness=0)
-        await buffer.admit(2)
-        third = asyncio.create_task(buffer.admit(1))
-        await asyncio.sleep(0)
-        buffer.finish(2)
-        buffer.take(2)
-        await asyncio.sleep(0.01)
-        assert not third.done()  # trained on is not enough
-        await buffer.release(2)
-        await asyncio.wait_for(third, 1)
-        assert buffer.used == 1
-        with pytest.raises(ValueError, match="not ready"):
-            buffer.take(1)
-
-    asyncio.run(run())
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 30))
-def test_no_group_is_staler_than_allowed(groups_per_step, max_staleness, steps):
-    """Every group is born under the workers' version; at training it may be max_staleness behind, never more."""
-
-    async def run():
-        buffer, born, worst = WorkBuffer(groups_per_step, max_staleness), [], 0
-        for version in range(steps):
-            while buffer.used + groups_per_step <= buffer.capacity:  # hand out as early as ever possible
-                await buffer.admit(groups_per_step)
-                born.append(version)
-                buffer.finish(groups_per_step)
-            worst = max(worst, version - born.pop(0))
-            buffer.take(groups_per_step)
-            await buffer.release(groups_per_step)
-        assert worst <= max_staleness
-        assert worst == min(max_staleness, steps - 1)  # and the allowance is used
-
-    asyncio.run(run())
 
 
 def tensors():

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -25,7 +26,8 @@ from test_run_folder import write
 
 from cola_ray.learner import logged_q, pretrain, reward_model
 from cola_ray.learner.engine import last_checkpoint, save_checkpoint
-from cola_ray.loop.agents import AgentController
+from cola_ray.loop.controller import Controller
+from cola_ray.loop.episodes import Episodes
 from cola_ray.replay.buffer import ReplayBuffer, ReplayError
 from cola_ray.replay.critic_service import CriticService
 from cola_ray.replay.service import ReplayShard, Shards
@@ -511,7 +513,8 @@ class Client:
 
         shards = [Shards(count, ask, seed=0) for _ in range(2)]
         self.service = CriticService(self.config.critic, WIDTH, "", shards[0], str(tmp_path / "critic"), seed=0)
-        self.controller = AgentController(self.config, Pool(), shards[1], replicas_over(self.service))
+        source = functools.partial(Episodes, shards=shards[1], critic=replicas_over(self.service))
+        self.controller = Controller(self.config, Pool(), source)
 
     async def train(self, version, state, until, save_at=None):
         """Batches from ``version`` on, and the state of the checkpoint at ``save_at``."""
@@ -551,7 +554,7 @@ def test_a_run_that_goes_back_makes_the_same_batches(changes, where, tmp_path):
         batches, state = await client.train(0, None, 6, save_at=4)
         await asyncio.sleep(0.05)
         if where == "in another process":
-            for task in list(client.controller.chores):
+            for task in list(client.controller.supervisor.tasks):
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
             client = Client(tmp_path / "again", changes)
@@ -564,7 +567,7 @@ def test_a_run_that_goes_back_makes_the_same_batches(changes, where, tmp_path):
         for name, value in vars(one).items():
             assert np.array_equal(value, getattr(other, name)), (step, name)
     if where == "in another process":
-        told = {event["step"] for event in controller.events if "step" in event}
+        told = {event["step"] for event in controller.supervisor.events if "step" in event}
         assert {1, 2, 3, 4} <= told, "a driver that was killed may not have heard of them"
 
 
@@ -575,7 +578,7 @@ def test_a_stop_saves_the_state_that_the_next_step_begins_with(tmp_path):
         client = Client(tmp_path, ARCHER)
         await client.controller.start(resumed=False)
         await client.train(0, None, 3)
-        while 3 not in client.controller.step_batches:
+        while 3 not in client.controller.batches.steps:
             await asyncio.sleep(0.01)
         assert client.service.critic.steps == 16
         await client.controller.stop()

@@ -1,0 +1,98 @@
+"""From a step's trajectories to a batch for each learner rank: advantages, replay for some algorithms, collation.
+
+outcomes of each prompt ── advantages ──> one a trajectory ──> collate ──> Batch, one a rank
+                                                 │                ^
+                                                 └─ actor_free: replay
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from cola_ray.algorithms.advantages import Outcomes
+from cola_ray.experience import Batch, Trajectory, collate
+from cola_ray.loop.evaluation import HeldOut
+from cola_ray.loop.replay_client import ReplayClient
+from cola_ray.loop.workers import WorkerGroup
+from cola_ray.replay.transitions import as_completion_rows, as_trajectories
+from cola_ray.settings.config import Config
+
+Metrics = dict[str, float]
+
+
+class Source(Protocol):
+    """Where a run's batches come from: problems with one answer each, or episodes of an environment."""
+
+    held_out: HeldOut  # how the policy is evaluated
+    replay: ReplayClient  # of no shards where nothing is learnt from it
+
+    def check(self) -> None:
+        """Raises ValueError where the workers' task has nothing to train on. They have answered."""
+        ...
+
+    async def collect(self, step: int) -> Any:
+        """Scored rollouts of the step's tickets. Raises RuntimeError when too many failed."""
+        ...
+
+    async def to_batches(self, rollouts: Any, step: int) -> tuple[list[Batch], Metrics]:
+        """Their advantages, collated: a batch a rank; and what the step is measured by."""
+        ...
+
+    async def state(self) -> dict[str, Any]:
+        """What a checkpoint needs of this source beside replay, by names of its own."""
+        ...
+
+    async def go_back(self, state: Mapping[str, Any] | None) -> None:
+        """Be what :meth:`state` said, or what there is before the first step."""
+        ...
+
+
+class BatchMaker:
+    """Makes the batches of one run."""
+
+    def __init__(self, config: Config, workers: WorkerGroup, replay: ReplayClient) -> None:
+        self.config, self.workers, self.replay = config, workers, replay
+
+    def check_failures(self, failures: Sequence[str], count: int, what: str) -> None:
+        """Count what user code failed at.
+
+        Raises:
+            RuntimeError: it is too large a share of ``count``.
+        """
+        self.workers.totals.failed_rewards += len(failures)
+        share = len(failures) / count
+        if share > self.config.task.max_failed_rewards:
+            raise RuntimeError(
+                f"{share:.0%} of a step's {what} failed, more than task.max_failed_rewards = "
+                f"{self.config.task.max_failed_rewards:.0%}; the first one {failures[0]}"
+            )
+
+    def advantages(self, prompts: Sequence[Outcomes]) -> list[list[float]]:
+        """Of each prompt's completions. Where the learner's value head is the baseline, the rewards themselves."""
+        algorithm = self.config.algorithm.advantages()
+        found = [one.rewards for one in prompts] if algorithm is None else algorithm(prompts)
+        return [advantages.tolist() for advantages in found]
+
+    async def train_on(
+        self, positions: Sequence[int], trajectories: Sequence[Trajectory], advantages: Sequence[float], step: int
+    ) -> tuple[list[Batch], Metrics]:
+        """A batch a rank: of these; without an actor, of as many out of replay, where these go first.
+
+        Args:
+            positions: of the trajectories' tickets.
+        """
+        if not self.config.rl.actor_free:
+            return self.collate(trajectories, advantages, step), {}
+        await self.replay.store(as_completion_rows(positions, trajectories, np.asarray(advantages)))
+        rows = await self.replay.sample(len(trajectories), step)
+        age = {"replay/age": float(step - np.mean(rows["version"].to_numpy()))}
+        batches = self.collate(as_trajectories(rows), rows["outcome"].to_pylist(), step)
+        return batches, age | await self.replay.size()
+
+    def collate(self, trajectories: Sequence[Trajectory], advantages: Sequence[float], step: int) -> list[Batch]:
+        """One batch for each learner rank."""
+        return collate(
+            trajectories, advantages, self.config.cluster.learner_ranks, self.workers.facts["pad_token_id"], step,
+            self.config.rl.micro_batch_tokens,
+        )  # fmt: skip

@@ -1,0 +1,279 @@
+"""Episodes of an environment, as a source of batches: into replay, the critic beside them, and the actor's batches.
+
+    tickets ──> workers.play_episodes ──> rows ──> replay shards <── critic.fit: 50 steps of (s, u, r, s')
+                                                      │                  ^
+                                                      │ sample           │ features of s, u~
+                                                      v                  │
+                                   states s ──> workers.speak ──> fresh utterances u~ ──> advantages A(s, u~)
+                                                                                               │
+                                            learner <── next_batch: u~'s actions, weighed by A ┘
+
+One iteration makes one step of the learner (ArCHer, Zhou et al. 2024, algorithm 1). The policy does not change within
+an iteration, so one fresh utterance for each sampled state serves both V's targets and the actor. While the critic
+warms up, the learner's step has rate 0.
+
+``chai`` leaves the policy as it is: the critic chooses among several of its utterances (Verma et al. 2022).
+``filtered_bc`` clones the best episodes of all that were played; ``grpo`` and ``rloo`` compare episodes of one
+environment seed, ``ppo`` has its own value head in the learner, and none of the three needs replay or critic.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cola_ray.algorithms.advantages import Outcomes, all_alike, centred
+from cola_ray.algorithms.latent_actions import usage
+from cola_ray.experience import Batch, Episode, Ticket, Trajectory
+from cola_ray.loop.batches import BatchMaker, Metrics
+from cola_ray.loop.evaluation import HeldOut, returned
+from cola_ray.loop.replay_client import ReplayClient
+from cola_ray.loop.supervisor import Supervisor
+from cola_ray.loop.workers import WorkerGroup
+from cola_ray.replay.service import Shards
+from cola_ray.replay.transitions import as_rows, as_trajectories, fresh_rows
+from cola_ray.settings.config import Config
+
+Array = np.ndarray
+
+
+class CriticClient(Protocol):
+    """How to reach the critic: an actor in a run."""
+
+    async def fit(self, fresh: pa.Table) -> Metrics: ...
+
+    async def mark(self) -> str: ...
+
+    async def go_back(self, file: str) -> None: ...
+
+    async def assess(self, rows: pa.Table) -> Metrics: ...
+
+    async def advantages(self, fresh: pa.Table) -> Array: ...
+
+    async def foretold(self, rows: pa.Table) -> Array:
+        """Advantages of played utterances, and V's temporal-difference errors after them, (2, rows)."""
+        ...
+
+    async def judge(self) -> dict[str, Array]:
+        """The heads' weights, for players who choose by them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Played:
+    """One step's episodes, also those that their environment failed."""
+
+    episodes: Sequence[Episode]
+    seconds: float
+
+    @property
+    def whole(self) -> list[Episode]:
+        """Those that their environment saw to the end."""
+        return [episode for episode in self.episodes if not episode.failure]
+
+
+class Episodes:
+    """A :class:`~cola_ray.loop.batches.Source` of episodes, one a ticket.
+
+    Args:
+        workers: that have ``play_episodes``, ``speak`` and ``evaluate``, see rollout/agent.py.
+        critic: of utterances; asked by ``archer`` and ``chai`` alone.
+    """
+
+    def __init__(
+        self, config: Config, workers: WorkerGroup, supervisor: Supervisor, shards: Shards, critic: CriticClient
+    ) -> None:
+        self.config, self.workers, self.supervisor = config, workers, supervisor
+        self.replay = ReplayClient(shards, supervisor)
+        self.batches = BatchMaker(config, workers, self.replay)
+        self.held_out = HeldOut(config.rl, workers, supervisor, returned, self._players_critic)
+        self.critic = critic
+        self.critic_fitted, self.critic_restarts = False, 0.0
+        # What archer's actor learns from where that was played: episodes and their rows, by iteration.
+        self.recent = deque[tuple[Sequence[Episode], pa.Table]](maxlen=config.critic.reuse)
+
+    def check(self) -> None:
+        """An environment makes an episode of any seed."""
+
+    async def state(self) -> dict[str, Any]:
+        return {"critic": await self.critic.mark(), "fitted": self.critic_fitted, "recent": list(self.recent)}
+
+    async def go_back(self, state: Mapping[str, Any] | None) -> None:
+        await self.critic.go_back(state["critic"] if state else "")
+        self.critic_fitted = bool(state and state["fitted"])
+        self.recent.clear()
+        self.recent.extend(state["recent"] if state else ())
+
+    # --- rollouts ---------------------------------------------------------------------------------------------------
+
+    async def collect(self, step: int) -> Played:
+        started = time.perf_counter()
+        played = await self.workers.generate(self.tickets(step), "play_episodes", *await self._players_critic())
+        seconds = time.perf_counter() - started
+        self.batches.check_failures([e.failure for e in played if e.failure], len(played), "episodes")
+        made = Played(played, seconds)
+        if not made.whole:
+            raise RuntimeError("a step has no episode that its environment saw to the end")
+        return made
+
+    def tickets(self, step: int) -> list[Ticket]:
+        """``prompts_per_step`` environment seeds, each played ``group_size`` times."""
+        rl = self.config.rl
+        first = step * rl.prompts_per_step
+        return [
+            Ticket((first + seed) * rl.group_size + sibling, first + seed)
+            for seed in range(rl.prompts_per_step)
+            for sibling in range(rl.group_size)
+        ]
+
+    async def _players_critic(self) -> tuple[Any, ...]:
+        """The critic's heads once there are some, where players choose by them."""
+        chooses = self.config.rl.algorithm == "chai" or self.config.critic.chooses
+        return (await self.critic.judge(),) if chooses and self.critic_fitted else ()
+
+    # --- batches ----------------------------------------------------------------------------------------------------
+
+    async def to_batches(self, rollouts: Played, step: int) -> tuple[list[Batch], Metrics]:
+        episodes = rollouts.whole
+        metrics = self._measure(episodes, step, rollouts.seconds)
+        said = sum(len(turn.token_ids) for episode in rollouts.episodes for turn in episode.turns)
+        metrics["rollout/tokens_per_second"] = said / rollouts.seconds
+        if not self.config.algorithm.replays:
+            batches, more = await self._whole_episodes(episodes, step)
+            return batches, metrics | more
+        rows = as_rows(episodes, self.workers.facts["feature_width"])
+        if self.critic_fitted:
+            metrics |= await self.critic.assess(rows)
+        await self.replay.store(rows)
+        of_turns = self._archer if self.config.algorithm.critic else self._filtered_bc
+        batches, more = await of_turns(episodes, rows, step)
+        return batches, metrics | more
+
+    async def _archer(self, episodes: Sequence[Episode], played: pa.Table, step: int) -> tuple[list[Batch], Metrics]:
+        """REINFORCE on fresh utterances in replayed states, weighed by the critic's advantage (section 3.3).
+
+        Or on those of the episodes just played, which are as fresh as long as no other policy spoke in them.
+        """
+        started = time.perf_counter()
+        rows = await self.replay.sample(self.config.critic.fresh_states, step)
+        trajectories, fresh = await self._speak(rows, step)
+        spoken = time.perf_counter()
+        metrics = await self._fit_critic(fresh)
+        metrics |= {"time/fresh": spoken - started, "time/critic": time.perf_counter() - spoken}
+        if self.config.critic.actor_states == "played":
+            self.recent.append((episodes, played))
+            trajectories = await self._weigh_what_was_played(metrics)
+            advantages = np.zeros(len(trajectories))  # each sequence brings its turns' own
+        else:
+            advantages = _centred(await self.critic.advantages(fresh), metrics)
+        trains = self.config.rl.algorithm != "chai" and step >= self.config.critic.warmup_iterations
+        batches = self._batches_that(trains, trajectories, advantages.tolist(), step)
+        return batches, metrics | await self.replay.size()
+
+    async def _filtered_bc(
+        self, episodes: Sequence[Episode], played: pa.Table, step: int
+    ) -> tuple[list[Batch], Metrics]:
+        """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay.
+
+        While all of them returned the same, none is best, and the policy stays.
+        """
+        count, share = self.config.critic.fresh_states, self.config.replay.kept_share
+        rows, cutoff = await self.replay.sample_best(count, share, step)
+        trajectories = as_trajectories(rows)
+        trains = not all_alike(torch.from_numpy(await self.replay.shards.returns()))
+        batches = self._batches_that(trains, trajectories, [1.0] * len(trajectories), step)
+        return batches, {"replay/cutoff": cutoff} | await self.replay.size()
+
+    async def _whole_episodes(self, episodes: Sequence[Episode], step: int) -> tuple[list[Batch], Metrics]:
+        """Rewards of each turn for PPO and ETPO, and each return against those of the same environment seed."""
+        groups: dict[int, list[Episode]] = {}
+        for episode in episodes:
+            groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
+        played = list(groups.values())
+        returns = [[episode.total_reward for episode in group] for group in played]
+        outcomes = [Outcomes(torch.tensor(of_group, dtype=torch.float64)) for of_group in returns]
+        trajectories, advantages, positions = list[Trajectory](), list[float](), list[int]()
+        for group, relative in zip(played, self.batches.advantages(outcomes), strict=True):
+            for episode, advantage in zip(group, relative, strict=True):
+                pieces = episode.as_trajectories(self.config.critic.gamma)
+                trajectories += pieces
+                advantages += [advantage] * len(pieces)
+                positions += [episode.position] * len(pieces)
+        return await self.batches.train_on(positions, trajectories, advantages, step)
+
+    def _batches_that(
+        self, trains: bool, trajectories: Sequence[Trajectory], advantages: Sequence[float], step: int
+    ) -> list[Batch]:
+        """One for each rank; where the policy is to stay, of as few sequences as can be measured."""
+        if not trains:
+            count = self.config.cluster.learner_ranks
+            trajectories, advantages = trajectories[:count], advantages[:count]
+        return [replace(batch, trains=trains) for batch in self.batches.collate(trajectories, advantages, step)]
+
+    # --- the critic -------------------------------------------------------------------------------------------------
+
+    async def _speak(self, rows: pa.Table, draw: int) -> tuple[list[Trajectory], pa.Table]:
+        """A fresh utterance for each row's state, in order of the rows; and both as rows for the critic."""
+        states = list(enumerate(rows["state_ids"].to_pylist()))
+        spoken = await self.workers.dispatch(states, "speak", draw)
+        trajectories = [trajectory for trajectory, _ in spoken]
+        return trajectories, fresh_rows(rows, trajectories, [utterance for _, utterance in spoken])
+
+    async def _fit_critic(self, fresh: pa.Table) -> Metrics:
+        """Says so when the critic had to be started again."""
+        metrics = await self.critic.fit(fresh)
+        if metrics["critic/restarts"] > self.critic_restarts:
+            self.supervisor.say(
+                f"the critic was started again from its last save; it has made {metrics['critic/steps']:.0f} steps"
+            )
+        self.critic_fitted, self.critic_restarts = True, metrics["critic/restarts"]
+        return metrics
+
+    async def _weigh_what_was_played(self, metrics: Metrics) -> list[Trajectory]:
+        """Sequences of the recent episodes, each turn with its own advantage."""
+        episodes = [episode for some, _ in self.recent for episode in some]
+        expected, drawn = await self.critic.foretold(pa.concat_tables(rows for _, rows in self.recent))
+        share = self.config.critic.td_share
+        advantages = (1 - share) * expected + share * drawn
+        centred = _centred(advantages, metrics)
+        if not self.config.critic.chooses:  # what was chosen is better than the policy's mean, and that is to be learnt
+            advantages = centred
+        ends = np.cumsum([len(episode.turns) for episode in episodes])[:-1]
+        of_episodes = zip(episodes, np.split(advantages, ends), strict=True)
+        return [one for episode, own in of_episodes for one in episode.as_trajectories(advantages=own.tolist())]
+
+    def _measure(self, episodes: Sequence[Episode], step: int, seconds: float) -> Metrics:
+        returns = np.array([episode.total_reward for episode in episodes])
+        turns = [turn for episode in episodes for turn in episode.turns]
+        lengths = np.array([len(turn.token_ids) for turn in turns])
+        actions = np.concatenate([turn.actions for turn in turns])
+        versions = np.concatenate([turn.versions for turn in turns])
+        counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
+        totals, per_episode = self.workers.totals, lengths.sum() / len(episodes)
+        totals.response_length = 0.9 * totals.response_length + 0.1 * float(per_episode)
+        return {
+            "reward/mean": float(returns.mean()),
+            "reward/std": float(returns.std()),
+            "reward/failed": float(totals.failed_rewards),
+            "agent/episodes": float((step + 1) * self.config.rl.prompts_per_step * self.config.rl.group_size),
+            "agent/turns": len(turns) / len(episodes),
+            "agent/terminated": float(np.mean([episode.terminated for episode in episodes])),
+            "rollout/response_length": float(lengths.mean()),
+            "rollout/regenerated_groups": float(totals.regenerated_groups),
+            "rollout/worker_losses": float(totals.worker_losses),
+            "staleness/mean": float((step - versions).mean()),
+            "staleness/max": float((step - versions).max()),
+            "time/rollout": seconds,
+            **usage(counts),
+        }
+
+
+def _centred(advantages: Array, metrics: Metrics) -> Array:
+    """Less their mean, which is 0 in truth: what the critics leave of it is their error. Both go into ``metrics``."""
+    metrics |= {"critic/advantage_mean": float(advantages.mean()), "critic/advantage_std": float(advantages.std())}
+    return centred(torch.from_numpy(advantages)).numpy()

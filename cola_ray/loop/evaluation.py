@@ -1,0 +1,91 @@
+"""Held-out evaluation within a run: before training, and every ``rl.eval_every`` versions.
+
+held-out problems, or environment seeds ── workers.evaluate: greedy ──> rewards ── graded or returned ──> metrics
+"""
+
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cola_ray.loop.supervisor import Supervisor
+from cola_ray.loop.workers import WorkerGroup
+from cola_ray.settings.training import RLConfig
+
+Metrics = dict[str, float]
+Summary = Callable[[Sequence[float]], Metrics]
+"""Rewards or returns, not finite where they failed -> metrics by their names without ``eval/``."""
+
+
+class HeldOut:
+    """What the policy is evaluated on, and how.
+
+    Args:
+        summarise: :func:`graded` or :func:`returned`.
+        arguments: what the workers' ``evaluate`` is given beside the problems and whether it is the bare base.
+    """
+
+    def __init__(
+        self,
+        rl: RLConfig,
+        workers: WorkerGroup,
+        supervisor: Supervisor,
+        summarise: Summary,
+        arguments: Callable[[], Awaitable[tuple[Any, ...]]],
+    ) -> None:
+        self.rl, self.workers, self.supervisor = rl, workers, supervisor
+        self.summarise, self.arguments = summarise, arguments
+
+    async def before_training(self) -> None:
+        """The bare base and the policy that the run starts from, reported as step 0."""
+        self.supervisor.doing("evaluating the bare base")
+        base = await self.evaluate(bare_base=True)
+        self.supervisor.doing("evaluating the start policy")
+        start = await self.evaluate(bare_base=False)
+        self.supervisor.step(0, {f"eval/base_{name}": value for name, value in base.items()} | _named(start))
+
+    async def when_due(self, version: int) -> Metrics:
+        """Metrics of ``version``; none where it is not to be evaluated."""
+        if not (version == self.rl.max_steps or (self.rl.eval_every and version % self.rl.eval_every == 0)):
+            return {}
+        started = time.perf_counter()
+        found = _named(await self.evaluate(bare_base=False))
+        return found | {"time/eval": time.perf_counter() - started}
+
+    async def evaluate(self, bare_base: bool) -> Metrics:
+        """Greedy answers to the first ``rl.eval_problems``; those that failed are counted and said."""
+        indices = range(min(self.rl.eval_problems, self.workers.facts["num_heldout"]))
+        rewards = await self.workers.dispatch(indices, "evaluate", bare_base, *await self.arguments())
+        failed = sum(not math.isfinite(reward) for reward in rewards)
+        if failed:
+            self.supervisor.say(
+                f"{failed} of {len(rewards)} evaluations failed in their task; none is right, or in a mean"
+            )
+        return self.summarise(rewards)
+
+
+def graded(rewards: Sequence[float], right_from: float | None) -> Metrics:
+    """The mean reward, and the share that is right where a task says so.
+
+    Where scoring failed a response is not right, and has no part in the mean.
+
+    Args:
+        right_from: the least reward of a right response; None where the task does not say.
+    """
+    known = [reward for reward in rewards if math.isfinite(reward)]
+    found = {"reward": float(np.mean(known))} if known else {}
+    if rewards and right_from is not None:
+        found["accuracy"] = sum(reward >= right_from for reward in known) / len(rewards)
+    return found
+
+
+def returned(rewards: Sequence[float]) -> Metrics:
+    """The mean return of episodes; failed ones are left out."""
+    known = [one for one in rewards if math.isfinite(one)]
+    return {"return": float(np.mean(known))} if known else {}
+
+
+def _named(found: Mapping[str, float]) -> Metrics:
+    return {f"eval/{name}": value for name, value in found.items()}

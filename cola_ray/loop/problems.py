@@ -1,0 +1,202 @@
+"""Problems with one answer each, as a source of batches; pairs of preference are such problems, scored by a model.
+
+position of the run ──> ticket (a new permutation every epoch) ──> workers.generate_groups ──> groups
+                             ^                                                                   │ rewards differ?
+                             └──── dynamic sampling: other prompts for those without signal <────┤
+                                                                                                 v
+                                    batches <── collate <── advantages <── outcomes, less what is overlong
+"""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cola_ray.algorithms.advantages import Outcomes, all_alike, overlong_penalty
+from cola_ray.algorithms.latent_actions import usage
+from cola_ray.experience import Batch, Group, Ticket
+from cola_ray.loop.batches import BatchMaker, Metrics
+from cola_ray.loop.evaluation import HeldOut, graded
+from cola_ray.loop.replay_client import ReplayClient
+from cola_ray.loop.supervisor import Supervisor
+from cola_ray.loop.workers import WorkerGroup
+from cola_ray.replay.service import Shards
+from cola_ray.settings.config import Config
+from cola_ray.tasks import least_right_reward
+
+_REFILLS = 1 << 40
+"""Tickets that stand in for prompts without signal are numbered from here, so that no draw is made twice."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One step's groups."""
+
+    groups: Sequence[Group]  # of the first draw
+    refills: Sequence[Group]  # of other prompts, where those had no signal
+    seconds: float
+
+
+class Problems:
+    """A :class:`~cola_ray.loop.batches.Source` of groups of completions.
+
+    Args:
+        workers: that have ``generate_groups`` and ``evaluate``, see rollout/worker.py.
+        shards: of replay, for ``rl.actor_free``.
+    """
+
+    def __init__(self, config: Config, workers: WorkerGroup, supervisor: Supervisor, shards: Shards) -> None:
+        self.config, self.workers, self.supervisor = config, workers, supervisor
+        self.replay = ReplayClient(shards, supervisor)
+        self.batches = BatchMaker(config, workers, self.replay)
+        summarise = functools.partial(graded, right_from=least_right_reward(config.task))
+        self.held_out = HeldOut(config.rl, workers, supervisor, summarise, self._no_arguments)
+
+    async def _no_arguments(self) -> tuple[Any, ...]:
+        return ()
+
+    def check(self) -> None:
+        if not self.workers.facts["num_train"]:
+            raise ValueError(
+                f"task.name = {self.config.task.name!r}: no problem to train on; all are held out, or longer than "
+                f"rollout.max_prompt_tokens = {self.config.rollout.max_prompt_tokens}"
+            )
+        if not self.workers.facts["num_heldout"]:
+            self.supervisor.say("no problem is held out, or none fits rollout.max_prompt_tokens: nothing is evaluated")
+
+    async def state(self) -> dict[str, Any]:
+        return {}
+
+    async def go_back(self, state: Mapping[str, Any] | None) -> None:
+        """A ticket is all that a draw depends on: there is nothing to go back to."""
+
+    # --- rollouts ---------------------------------------------------------------------------------------------------
+
+    async def collect(self, step: int) -> Collected:
+        started = time.perf_counter()
+        groups = await self._generate(self.tickets(step))
+        refills = await self._refill(groups, step) if self.config.rl.dynamic_sampling else []
+        seconds = time.perf_counter() - started
+        asked = [one for group in (*groups, *refills) for one in group.asked]
+        self.batches.check_failures([one.failure for one in asked if one.failure], len(asked), "rewards")
+        return Collected(groups, refills, seconds)
+
+    def tickets(self, step: int) -> list[Ticket]:
+        wanted = self.config.rl.prompts_per_step
+        return [self._ticket(position) for position in range(step * wanted, (step + 1) * wanted)]
+
+    def _ticket(self, position: int) -> Ticket:
+        """The training problem that is handed out at ``position`` of the run: a new permutation every epoch."""
+        num_train = self.workers.facts["num_train"]
+        epoch, offset = divmod(position, num_train)
+        return Ticket(position, int(_epoch_order(self.config.seed, epoch, num_train)[offset]))
+
+    async def _generate(self, tickets: Sequence[Ticket]) -> list[Group]:
+        size = self.config.rl.group_size
+        return await self.workers.generate(tickets, "generate_groups", completions_per_ticket=size)
+
+    async def _refill(self, groups: Sequence[Group], step: int) -> list[Group]:
+        """Other prompts' groups where too few have rewards that differ (DAPO, Yu et al. 2025, section 3.2).
+
+        Metrics stay those of the first draw, which is a fair sample of the problems, but for what failed. Where no
+        group at all differs, the first draw is the batch.
+        """
+        rl, refills = self.config.rl, list[Group]()
+        for round_number in range(rl.refill_rounds):
+            missing = rl.prompts_per_step - sum(self._differs(group) for group in (*groups, *refills))
+            if not missing:
+                break
+            first = _REFILLS + (step * rl.refill_rounds + round_number) * rl.prompts_per_step
+            refills += await self._generate([self._ticket(first + i) for i in range(missing)])
+        return refills
+
+    def _differs(self, group: Group) -> bool:
+        return bool(group.scored) and not all_alike(self.outcomes(group).rewards)
+
+    # --- batches ----------------------------------------------------------------------------------------------------
+
+    async def to_batches(self, rollouts: Collected, step: int) -> tuple[list[Batch], Metrics]:
+        groups, refills = rollouts.groups, rollouts.refills
+        asked = [one for group in (*groups, *refills) for one in group.asked]
+        more = {"rollout/tokens_per_second": sum(len(one.token_ids) for one in asked) / rollouts.seconds}
+        taught = groups
+        if self.config.rl.dynamic_sampling:
+            taught = [group for group in (*groups, *refills) if self._differs(group)]
+            more |= {"rollout/refilled_groups": float(len(refills)), "reward/taught_groups": float(len(taught))}
+        scored = [group for group in taught or groups if group.scored]
+        if not scored:
+            raise RuntimeError("a step has no sample with a reward")
+        of_groups = self.batches.advantages([self.outcomes(group) for group in scored])
+        batches, replayed = await self.batches.train_on(
+            [group.position for group in scored for _ in group.scored],
+            [trajectory for group in scored for trajectory in group.scored],
+            [advantage for of_group in of_groups for advantage in of_group],
+            step,
+        )
+        return batches, self._measure(groups, step, rollouts.seconds) | more | replayed
+
+    def outcomes(self, group: Group) -> Outcomes:
+        """Rewards as the algorithm sees them: less for what is overlong.
+
+        Where completions are compared with each other, or with the greedy one, and all have the same reward, length
+        alone teaches nothing: DAPO drops such groups by their accuracy, before the penalty (Yu et al. 2025, eq. 11).
+        """
+        greedy = None if group.greedy is None or group.greedy.failure else group.greedy
+        whole = [*group.scored, *([greedy] if greedy else [])]
+        rewards = torch.tensor([one.reward for one in whole], dtype=torch.float64)
+        limit, buffer = self.config.rollout.max_new_tokens, self.config.rl.overlong_buffer
+        if buffer and not (self.config.algorithm.within_prompts and all_alike(rewards)):
+            lengths = [len(one.token_ids) for one in whole]
+            rewards -= torch.tensor([overlong_penalty(length, limit, buffer) for length in lengths])
+        return Outcomes(rewards[: len(group.scored)], float(rewards[-1]) if greedy else float("nan"))
+
+    def _measure(self, groups: Sequence[Group], step: int, seconds: float) -> Metrics:
+        """Of a step's first draw; where no reward of it came, what was counted alone."""
+        totals = self.workers.totals
+        counted = {
+            "reward/failed": float(totals.failed_rewards),
+            "rollout/regenerated_groups": float(totals.regenerated_groups),
+            "rollout/worker_losses": float(totals.worker_losses),
+            "rollout/last_position": float(groups[-1].position),  # tickets up to here have been generated, each once
+            "time/rollout": seconds,
+        }
+        scored = [group for group in groups if group.scored]
+        if not scored:
+            return counted
+        trajectories = [trajectory for group in scored for trajectory in group.scored]
+        rewards = np.array([trajectory.reward for trajectory in trajectories])
+        lengths = np.array([len(trajectory.token_ids) for trajectory in trajectories])
+        actions = np.concatenate([trajectory.actions for trajectory in trajectories])
+        staleness = step - np.concatenate([trajectory.versions for trajectory in trajectories])
+        counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
+        totals.response_length = 0.9 * totals.response_length + 0.1 * float(lengths.mean())
+        return counted | {
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std()),
+            "reward/zero_variance_groups": float(np.mean([not _has_signal(group) for group in scored])),
+            "rollout/response_length": float(lengths.mean()),
+            "rollout/distinct": float(np.mean([_distinct(group) for group in scored])),
+            "rollout/truncated": float(np.mean([trajectory.truncated for trajectory in trajectories])),
+            "staleness/mean": float(staleness.mean()),
+            "staleness/max": float(staleness.max()),
+            **usage(counts),
+        }
+
+
+def _has_signal(group: Group) -> bool:
+    """Whether its rewards differ by more than rounding."""
+    return not all_alike(torch.from_numpy(group.rewards))
+
+
+def _distinct(group: Group) -> float:
+    """Different completions of a group over all of them."""
+    return len({one.token_ids.tobytes() for one in group.scored}) / len(group.scored)
+
+
+@functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
+def _epoch_order(seed: int, epoch: int, num_train: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_train)

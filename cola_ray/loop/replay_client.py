@@ -1,0 +1,64 @@
+"""Replay as the loop uses it: rows go to their episode's shard, batches are drawn, checkpoints keep their files."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cola_ray.loop.supervisor import Supervisor
+from cola_ray.replay.service import Shards
+
+_DRAWS = 0
+"""Begins the places of the loop's draws in the run; those of the critic begin with 1."""
+
+
+class ReplayClient:
+    """One run's shards, of which there are none where nothing is learnt from replay."""
+
+    def __init__(self, shards: Shards, supervisor: Supervisor) -> None:
+        self.shards, self.supervisor = shards, supervisor
+        self.kept: Sequence[Any] = ()  # states of the shards that checkpoints may go back to
+
+    async def store(self, rows: pa.Table) -> None:
+        """Each row in its position's shard; one insert for each that gets any."""
+        lost = await self.shards.came_back()
+        for shard, held in lost:
+            self.supervisor.say(
+                f"replay shard {shard} was started again and has the {held} rows of its last snapshot"
+            )  # fmt: skip
+        if lost:
+            await self.shards.need(self.kept)
+        homes = np.array([self.shards.shard_of(str(position)) for position in rows["position"].to_pylist()])
+        inserts = (self.shards.insert(int(home), rows.filter(pa.array(homes == home))) for home in np.unique(homes))
+        await asyncio.gather(*inserts)
+
+    async def sample(self, count: int, step: int) -> pa.Table:
+        return await self.shards.sample(count, _DRAWS, step)
+
+    async def sample_best(self, count: int, share: float, step: int) -> tuple[pa.Table, float]:
+        """Of the best ``share`` of episodes, and the return that makes one."""
+        return await self.shards.sample_best(count, share, _DRAWS, step)
+
+    async def size(self) -> dict[str, float]:
+        rows, nbytes = await self.shards.size()
+        return {"replay/rows": float(rows), "replay/megabytes": nbytes / 2**20}
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    async def state(self) -> list[dict[str, Any]]:
+        """What the shards are now; their rows are on disk."""
+        return await self.shards.mark()
+
+    async def keep(self, states: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Keep the files of these states on disk."""
+        self.kept = states
+        await self.shards.need(states)
+
+    async def go_back(self, state: Sequence[Mapping[str, Any]] | None) -> None:
+        """Be what the shards were; None: empty."""
+        self.kept = ()
+        await self.shards.go_back(state)
+        if state is not None:
+            await self.keep([state])

@@ -1,0 +1,167 @@
+"""What the parts of a run report and wait for: a failure ends the run, a stall is named, nobody waits for the dead.
+
+spawn(work) ────────> a task; an exception in it becomes the run's failure ──┐
+waiting_for(what) ──> pending ──> too long? a failure that names it ─────────┤
+until(condition) ───> waits for a change, and raises when the run fails <────┘
+say, doing, step ───> events ──> drain() ──> the driver's screen and tracker
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from typing import Any, TypeVar
+
+from cola_ray.runs import ending
+
+T = TypeVar("T")
+
+
+class Supervisor:
+    """One run's failure, its events, its tasks, and the list of what is waited for. Lives in one event loop.
+
+    Args:
+        stall_timeout_s: seconds that anything may be pending; ``cluster.stall_timeout_s``.
+    """
+
+    def __init__(self, stall_timeout_s: float) -> None:
+        self.stall_timeout_s = stall_timeout_s
+        self.failure: str | None = None
+        self.events: list[dict[str, Any]] = []  # for the driver, in order
+        self.tasks: set[asyncio.Task] = set()
+        self.pending: dict[str, float] = {}  # what is being waited for, since when
+        self.is_open = False
+        self._changed = asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def opening(self, doing: str) -> AsyncIterator[None]:
+        """The run's start: stalls are watched from here on; the run is open at the end, or has failed."""
+        self.spawn(self._watch_for_stalls())
+        self.doing(doing)
+        try:
+            yield
+        except Exception as error:
+            await self.fail(ending.reason(error))
+            raise
+        self.is_open = True
+        await self.notify()
+
+    async def opened(self) -> None:
+        """Wait until the run is open. Raises RuntimeError with the reason when it fails before."""
+        with self.waiting_for("engines to start"):
+            await self.until(lambda: self.is_open)
+
+    # --- failure and change ---------------------------------------------------------------------------------------
+
+    async def fail(self, reason: str) -> None:
+        """The run cannot go on. The first reason counts."""
+        self.failure = self.failure or reason
+        await self.notify()
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+
+    async def notify(self) -> None:
+        """Something changed that others may be waiting for."""
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a change that makes ``condition`` true. Raises RuntimeError with the reason when the run fails."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: condition() or self.failure is not None)
+        self.raise_failure()
+
+    # --- tasks ------------------------------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task whose failure is the run's."""
+
+        async def guarded() -> T:
+            try:
+                return await work
+            except Exception as error:
+                await self.fail(ending.reason(error))
+                raise
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self.tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it is the run's failure already; asyncio need not complain that nobody took it
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """What ``work`` returns or raises. Raises RuntimeError with the reason when the run fails before."""
+        working = asyncio.create_task(work)
+        failing = asyncio.create_task(self.until(lambda: False))
+        try:
+            await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                await failing
+            return await working
+        finally:
+            await self.cancel(working, failing)
+
+    @staticmethod
+    async def cancel(*tasks: asyncio.Task | None) -> None:
+        """End these tasks, where there are any, and wait until they have ended."""
+        for task in tasks:
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    # --- what is waited for -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        since = self.pending[what] = time.monotonic()
+        try:
+            yield
+        finally:
+            if self.pending.get(what) == since:
+                del self.pending[what]
+
+    def expect(self, what: str) -> None:
+        """Pending from now on, until it has :meth:`arrived`: a call that somebody else has to make."""
+        self.pending[what] = time.monotonic()
+
+    def arrived(self, what: str) -> None:
+        self.pending.pop(what, None)
+
+    async def _watch_for_stalls(self) -> None:
+        limit = self.stall_timeout_s
+        while True:
+            await asyncio.sleep(min(limit / 4, 5.0))
+            now = time.monotonic()
+            stuck = [f"{what} ({now - since:.0f} s)" for what, since in self.pending.items() if now - since > limit]
+            if stuck:
+                raise RuntimeError(
+                    f"no progress for cluster.stall_timeout_s = {limit:g} s; waiting for: {', '.join(stuck)}"
+                )
+
+    # --- what the driver reads --------------------------------------------------------------------------------------
+
+    def step(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of the step that made ``version``; version 0 is the policy that the run starts from."""
+        self.events.append({"step": version, "metrics": metrics})
+
+    def say(self, line: str) -> None:
+        """A line for the screen and the log."""
+        self.events.append({"say": line})
+
+    def doing(self, what: str) -> None:
+        """What takes a while now."""
+        self.events.append({"doing": what})
+
+    def drain(self) -> tuple[list[dict[str, Any]], str | None]:
+        """Events since the last call, and the failure, if any.
+
+        ``{"step": version, "metrics": {...}}``, ``{"say": line}`` or ``{"doing": what takes a while now}``.
+        """
+        events, self.events = self.events, []
+        return events, self.failure

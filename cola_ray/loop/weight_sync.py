@@ -1,0 +1,148 @@
+"""Versions of the weights: who holds which, and how many steps may be generated ahead because of it.
+
+Step v is what version v trains on, which makes version v + 1. A step needs a slot to be generated, and there are
+``max_staleness + 1``. The invariant:
+
+    A slot is freed when *every* worker holds the weights that its step made, never earlier.
+
+Hence step v is begun when all workers hold ``v - max_staleness`` or later, and no token that version v trains on was
+chosen by an older one. Freed at training already, the next step would begin under weights one version older than that.
+
+Example, max_staleness = 1, two slots:
+
+    in slots   workers hold   learner
+    0 1        0              waits for step 0; step 2 waits for a slot
+    0 1        0              trained on step 0 and published version 1; step 2 still waits, for no worker holds it
+    1 2        1              trains on step 1. Slot 0 was freed when the last worker held 1, so step 2 is generated
+                              by version 1, and will be trained on by version 2: one behind
+
+With max_staleness = 0 this is strictly on-policy: step v + 1 begins when all workers hold v + 1.
+
+    publish(v+1) ──> wait until v is with all workers ──> load into every ready one ──> report ──> free step v's slot
+         ^                                                        ^
+    offer(v+1): they receive it by broadcast beforehand           └── prepare: a new worker, before it is ready
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from cola_ray.loop.supervisor import Supervisor
+from cola_ray.loop.workers import Worker, WorkerGroup, WorkerLostError
+from cola_ray.settings.config import Config
+from cola_ray.weights import Bucket, Channel, Manifest, Offer
+
+Report = Callable[[dict[str, float]], Awaitable[None]]
+"""Awaited when all workers hold a version and before its slot is freed, with ``time/sync``, the seconds that loading
+took, and ``time/step``, those since the version before.
+"""
+
+
+class WeightSync:
+    """Keeps the workers of one run at the learner's version, and production within its bound.
+
+    Args:
+        workers: whose replacements are given the current weights from now on.
+    """
+
+    def __init__(self, config: Config, workers: WorkerGroup, supervisor: Supervisor) -> None:
+        self.config, self.workers, self.supervisor = config, workers, supervisor
+        self.current: tuple[int, Sequence[Bucket]] | None = None  # what every ready worker holds, or is loading
+        self.slots, self.reported_at = self._all_slots(), 0.0
+        self.publishing: asyncio.Task | None = None
+        self.receiving: asyncio.Task | None = None  # a broadcast that workers take part in
+        self.channel: Channel | None = None
+        self.members: list[Any] = []  # the actors in the channel
+        workers.prepare = self._catch_up
+
+    def _all_slots(self) -> asyncio.BoundedSemaphore:
+        return asyncio.BoundedSemaphore(self.config.rl.max_staleness + 1)
+
+    async def slot(self) -> None:
+        """Wait for a slot for the next step; it is freed when all workers hold what the step made."""
+        await self.slots.acquire()
+
+    async def stop(self) -> None:
+        """Forget what is under way; the learner's first rank may be another process now."""
+        await self.supervisor.cancel(self.publishing, self.receiving)
+        self.publishing = self.receiving = self.channel = None
+
+    async def start(self, version: int, buckets: Sequence[Bucket]) -> None:
+        """Every ready worker holds ``version`` on return, and all slots are free."""
+        self.slots, self.reported_at = self._all_slots(), time.perf_counter()
+        await self._load(version, buckets)
+
+    async def settled(self, version: int) -> None:
+        """Wait until ``version``, the last one published, is with all workers. Raises when the run has failed."""
+        if self.publishing is not None:
+            with self.supervisor.waiting_for(f"workers to hold version {version}"):
+                await asyncio.gather(self.publishing, return_exceptions=True)
+        self.supervisor.raise_failure()
+
+    async def offer(self, version: int, manifest: Manifest, host: str, port: int) -> Channel:
+        """Have every ready worker take part in a broadcast of ``version``, sent next by the caller, then published.
+
+        Args:
+            host, port: where the caller can be met if a new channel is needed.
+        """
+        await self.settled(version - 1)
+        ready = self.workers.ready
+        size = self.config.rollout.tensor_parallel_size
+        if self.channel is None or self.members != [worker.actor for worker in ready]:
+            self.members = [worker.actor for worker in ready]
+            self.channel = Channel(host, port, 1 + size * len(ready))
+        if self.config.cluster.colocated:
+            await self.workers.ask_all("wake_up")
+        offers = [Offer(version, self.channel, 1 + size * index, manifest) for index in range(len(ready))]
+        self.receiving = self.supervisor.spawn(self._receive(ready, offers))
+        return self.channel
+
+    async def publish(self, version: int, buckets: Sequence[Bucket], report: Report) -> None:
+        """Take over new weights; returns before workers hold them, but not before they hold the ones before."""
+        await self.settled(version - 1)
+        self.publishing = self.supervisor.spawn(self._publish(version, buckets, report))
+
+    async def _publish(self, version: int, buckets: Sequence[Bucket], report: Report) -> None:
+        started = time.perf_counter()
+        await self._load(version, buckets)
+        loaded = time.perf_counter()
+        await report({"time/sync": loaded - started, "time/step": loaded - self.reported_at})
+        self.reported_at = time.perf_counter()
+        self.slots.release()
+
+    async def rest(self) -> None:
+        """Engines that share GPUs with the learner leave them to it, until they are given weights again."""
+        if self.config.cluster.colocated:
+            await self.workers.ask_all("sleep")
+
+    async def _load(self, version: int, buckets: Sequence[Bucket]) -> None:
+        """Every ready worker holds ``version`` on return; one that is being replaced will before it is ready."""
+        self.current = (version, buckets)
+        holders: list[Any] = []
+        if self.receiving is not None:
+            await asyncio.gather(self.receiving)
+            self.receiving, holders = None, self.members
+        elif self.config.cluster.colocated:
+            await self.workers.ask_all("wake_up")
+        await self.workers.ask_all("update_weights", version, *buckets, without=holders)
+
+    async def _catch_up(self, actor: Any) -> None:
+        """Load the current weights into a new worker, also if they change meanwhile."""
+        given = None
+        while given is not self.current:
+            given = self.current
+            if given is not None:
+                await self.workers.pool.call(actor, "update_weights", given[0], *given[1])
+
+    async def _receive(self, workers: Sequence[Worker], offers: Sequence[Offer]) -> None:
+        asked = (
+            self.workers.ask(worker, "receive_weights", offer)
+            for worker, offer in zip(workers, offers, strict=True)
+        )  # fmt: skip
+        try:
+            await asyncio.gather(*asked)
+        except WorkerLostError as lost:  # the others wait for it inside the broadcast and cannot be called back
+            raise RuntimeError(
+                f"a worker was lost while weights were broadcast ({lost}); --resume goes on from the last checkpoint"
+            ) from lost

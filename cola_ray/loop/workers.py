@@ -1,0 +1,216 @@
+"""The group of rollout workers: work goes to whoever has the least, and a lost worker costs nothing but time.
+
+dispatch(items, method) ── each item to the worker with the fewest outstanding tokens ──> method(share)
+                                 ^                                                          │        │
+                                 │ the share goes to another worker                         v        v
+ready again <── prepare: current weights <── a new process <── replace <── WorkerLostError ─┘     results,
+                                                                                               in items' order
+"""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cola_ray.experience import Ticket
+from cola_ray.loop.supervisor import Supervisor
+from cola_ray.settings.training import RolloutConfig
+
+
+class WorkerLostError(RuntimeError):
+    """A worker's process is gone; what it was asked for must be asked of another."""
+
+
+class WorkerNeverRanError(WorkerLostError):
+    """It was sent to a machine that was gone already: no work is lost with it, and another may run elsewhere."""
+
+
+class WorkerPool(Protocol):
+    """How to make, call and end workers: Ray actors in a run, plain objects in one process."""
+
+    def spawn(self) -> Any: ...
+
+    def call(self, actor: Any, method: str, *args: Any) -> Awaitable[Any]:
+        """Raises WorkerLostError when the process is gone (WorkerNeverRanError when there never was one), and
+        whatever the method raised otherwise.
+        """
+        ...
+
+    def kill(self, actor: Any) -> None: ...
+
+
+@dataclass
+class Worker:
+    """A place in the group: the actor that fills it now, and the work that it has been given."""
+
+    number: int
+    actor: Any
+    is_ready: bool = True  # holds the current weights
+    outstanding_tokens: int = 0
+    losses: int = 0  # in a row, without a share completed
+
+
+@dataclass
+class Totals:
+    """What became of prompts and workers, over the whole run; part of its checkpoints."""
+
+    regenerated_groups: int = 0
+    worker_losses: int = 0
+    failed_rewards: int = 0
+    response_length: float = 0.0  # running mean, in tokens; an estimate of what one completion costs
+
+
+class WorkerGroup:
+    """Workers that are asked for work together.
+
+    Attributes:
+        prepare: brings a new worker to what the others hold; there is nothing to bring until somebody sets it.
+        facts: what the first worker says of its task and tokenizer, see the workers' ``facts``.
+    """
+
+    def __init__(self, config: RolloutConfig, pool: WorkerPool, supervisor: Supervisor) -> None:
+        self.config, self.pool, self.supervisor = config, pool, supervisor
+        self.workers = [Worker(number, pool.spawn()) for number in range(config.num_workers)]
+        self.totals = Totals(response_length=config.max_new_tokens)
+        self.prepare: Callable[[Any], Awaitable[None]] = _nothing
+        self.facts: dict[str, Any] = {}
+
+    async def start(self) -> dict[str, Any]:
+        """Wait until the first worker answers. Returns its facts."""
+        self.facts = await self.ask(self.workers[0], "facts")
+        return self.facts
+
+    def __str__(self) -> str:
+        count = len(self.workers)
+        return f"{count} engine{'s' * (count > 1)}"
+
+    @property
+    def ready(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.is_ready]
+
+    # --- work -------------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self, tickets: Sequence[Ticket], method: str, *args: Any, completions_per_ticket: int = 1
+    ) -> list[Any]:
+        """Rollouts of each ticket, in order. A group stays whole, so that its prompt is computed once."""
+        made = await self.dispatch(
+            tickets, method, *args, completions=completions_per_ticket, on_loss=self._count_regenerated
+        )
+        if [one.position for one in made] != [ticket.position for ticket in tickets]:
+            raise RuntimeError("groups came back that are not exactly those handed out")
+        return made
+
+    async def dispatch(
+        self,
+        items: Sequence[Any],
+        method: str,
+        *args: Any,
+        completions: int = 1,
+        on_loss: Callable[[int], None] = lambda count: None,
+    ) -> list[Any]:
+        """``method(share, *args)`` gives a result an item; here, over all workers, also if some die. In items' order.
+
+        Args:
+            completions: that an item takes, each as long as the mean; for the balance between workers.
+            on_loss: called with the size of a share that has to be done again.
+        """
+
+        async def of_share(worker: Worker, places: list[int]) -> None:
+            share = [items[place] for place in places]
+            while True:
+                try:
+                    made = await self._serve(worker, share, completions, method, *args)
+                    break
+                except WorkerLostError:
+                    on_loss(len(share))
+                    worker = min(await self._wait_until_ready(), key=lambda other: other.outstanding_tokens)
+            if len(made) != len(share):
+                raise RuntimeError(f"worker {worker.number}: {method} gave {len(made)} results for {len(share)} items")
+            results.update(zip(places, made, strict=True))
+
+        results: dict[int, Any] = {}
+        shares = await self._deal(len(items), completions)
+        await asyncio.gather(*(of_share(worker, places) for worker, places in shares))
+        return [results[place] for place in range(len(items))]
+
+    async def _deal(self, count: int, completions: int) -> list[tuple[Worker, list[int]]]:
+        """Each item, by its place, to the ready worker with the fewest outstanding tokens."""
+        ready = await self._wait_until_ready()
+        outstanding = {worker.number: worker.outstanding_tokens for worker in ready}
+        shares: dict[int, list[int]] = {worker.number: [] for worker in ready}
+        for place in range(count):
+            least = min(outstanding, key=lambda number: (outstanding[number], number))
+            shares[least].append(place)
+            outstanding[least] += self._expected_tokens(completions)
+        return [(worker, shares[worker.number]) for worker in ready if shares[worker.number]]
+
+    async def _serve(self, worker: Worker, share: list[Any], completions: int, method: str, *args: Any) -> list[Any]:
+        """What a worker makes of a share; its tokens are outstanding until it has, or is lost."""
+        tokens = self._expected_tokens(len(share) * completions)
+        worker.outstanding_tokens += tokens
+        try:
+            made: list[Any] = await self.ask(worker, method, share, *args)
+        finally:
+            worker.outstanding_tokens -= tokens
+        worker.losses = 0
+        return made
+
+    def _expected_tokens(self, completions: int) -> int:
+        """Whole ones, so that what is outstanding comes back to exactly 0."""
+        return completions * math.ceil(self.totals.response_length)
+
+    def _count_regenerated(self, count: int) -> None:
+        self.totals.regenerated_groups += count
+
+    async def ask(self, worker: Worker, method: str, *args: Any) -> Any:
+        """Call one worker. Raises WorkerLostError when it is lost; whoever notices first has it replaced."""
+        actor = worker.actor
+        with self.supervisor.waiting_for(f"worker {worker.number}: {method}"):
+            try:
+                return await self.pool.call(actor, method, *args)
+            except WorkerLostError as lost:
+                if worker.actor is actor and worker.is_ready:
+                    self._replace(worker, lost)
+                raise
+
+    async def ask_all(self, method: str, *args: Any, without: Sequence[Any] = ()) -> None:
+        """Call every ready worker whose actor is not in ``without``. One that is lost on the way is replaced."""
+        asked = [self.ask(worker, method, *args) for worker in self.ready if worker.actor not in without]
+        for result in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, WorkerLostError):
+                raise result
+
+    # --- losses -----------------------------------------------------------------------------------------------------
+
+    async def _wait_until_ready(self) -> list[Worker]:
+        """All workers that are ready, one at least."""
+        await self.supervisor.until(lambda: bool(self.ready))
+        return self.ready
+
+    def _replace(self, worker: Worker, lost: BaseException) -> None:
+        worker.is_ready = False
+        if not isinstance(lost, WorkerNeverRanError):
+            worker.losses += 1
+            self.totals.worker_losses += 1
+        if worker.losses > self.config.max_restarts:
+            raise RuntimeError(f"worker {worker.number} died {worker.losses} times without completing a share: {lost}")
+        self.supervisor.say(f"worker {worker.number} was lost and is started again; its share goes to whoever is ready")
+        self.supervisor.spawn(self._start_again(worker))
+
+    async def _start_again(self, worker: Worker) -> None:
+        self.pool.kill(worker.actor)
+        worker.actor = self.pool.spawn()
+        try:
+            with self.supervisor.waiting_for(f"worker {worker.number}: start again"):
+                await self.prepare(worker.actor)
+        except WorkerLostError as lost:
+            self._replace(worker, lost)
+            return
+        worker.is_ready = True  # at once: the next update must not pass it by
+        await self.supervisor.notify()
+
+
+async def _nothing(actor: Any) -> None:
+    """The preparation of a worker that needs none."""
