@@ -119,10 +119,10 @@ def test_a_terminal_keeps_each_phase_with_its_time(clock):
 
 def test_whoever_waits_for_ray_is_in_a_phase():
     """Every job's function opens the display, and nothing of it is imported that takes long."""
-    folder = Path(module.__file__).parent
-    jobs = {"driver": {"pretrain", "train_reward_model", "train_q", "run_rl", "run_agent"},
-            "studies": {"evaluate", "diversity", "atlas", "capabilities"}, "sweep": {"sweep"},
-            "reproduce": {"reproduce"}}  # fmt: skip
+    folder = Path(module.__file__).parents[1]
+    jobs = {"train": {"pretrain", "train_reward_model", "train_q", "run_rl", "run_agent"},
+            "studies/jobs": {"evaluate", "diversity", "atlas", "capabilities"}, "studies/sweep": {"sweep"},
+            "studies/reproduce": {"reproduce"}}  # fmt: skip
     for name, functions in jobs.items():
         tree = ast.parse((folder / f"{name}.py").read_text())
         opened = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)
