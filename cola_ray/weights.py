@@ -1,15 +1,22 @@
-"""Versioned weights from the learner to the engines, by one of two ways. Complete and checked in both.
+"""Transfer of versioned weights from the learner to the engines, through one of two transports.
 
     object_store    WeightSender.buckets(named tensors) -> Bucket ... ── Ray ──> WeightReceiver.add(bucket)
     nccl            Broadcast.send(named tensors) ────────── NCCL ─────────────> BroadcastReceiver(offer)
                                                                                        └─> finish(expected names)
 
-A bucket travels through Ray's object store: shared memory on a node, any node otherwise. Its arrays are the tensors'
-own memory on CPU, so the one copy made is the one into the store; the receiver reads from there. It raises on a
-missing, double or unknown name and on a checksum that does not match; nothing is loaded unless all of it arrived.
+Both deliver a complete and checked version or raise: nothing is loaded unless every expected tensor has arrived.
 
-A broadcast goes from the learner's first rank to all engines' GPUs at once, tensor by tensor as ZeRO-3 gathers them,
-straight into loading. All must take part, so the controller offers it first. Without GPUs gloo carries it.
+A bucket travels through Ray's object store, which is shared memory within a node and reaches other nodes. Its arrays
+are views of the tensors' CPU memory, so the only copy is the one into the store, which the receiver reads from.
+A missing, duplicate or unknown name, or a checksum that does not match, raises :class:`WeightTransferError`.
+
+A broadcast goes from the learner's first rank to the GPUs of all engines at once, tensor by tensor as ZeRO-3 gathers
+them, and each tensor is loaded as it arrives. Every member must take part, so the controller first offers the version
+to all workers that are ready. Without GPUs, gloo carries the broadcast, which is how it is tested. The channel is kept
+until a worker is replaced; the buckets are also put into the object store, for workers that start later. If a worker
+is lost during a broadcast the run ends, because NCCL cannot cancel the collective on the others; ``--resume``
+continues it. A broadcast pays off if engines are on other nodes than the learner. With ``rl.update_mode drain`` and
+overlap it waits for the longest completion; use ``continue``.
 """
 
 import datetime
@@ -24,30 +31,30 @@ import torch
 import xxhash
 from torch import Tensor
 
-Manifest = tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype) of each tensor, in the order of sending
+Manifest = tuple[tuple[str, tuple[int, ...], str], ...]  # (name, shape, dtype) of each tensor, in sending order
 
 
 class WeightTransferError(RuntimeError):
-    """A weight update that must not be loaded."""
+    """A weight update is incomplete or damaged and must not be loaded."""
 
 
-# --- through Ray's object store -------------------------------------------------------------------------------------
+# --- Ray's object store ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Several tensors; entry i is ``names[i]`` with its shape, dtype, bytes and their xxh3 checksum."""
+    """Several tensors of one version; entry i of each field belongs to tensor ``names[i]``."""
 
     version: int
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
-    payload: tuple[np.ndarray, ...]  # uint8, one a tensor
-    checksums: tuple[int, ...]
+    payload: tuple[np.ndarray, ...]  # the tensors' bytes, uint8
+    checksums: tuple[int, ...]  # xxh3 of the payload
 
 
 class WeightSender:
-    """Packs tensors into buckets of at most ``bucket_bytes``; a larger tensor gets one of its own."""
+    """Packs tensors into buckets of at most ``bucket_bytes``; a larger tensor gets its own bucket."""
 
     def __init__(self, bucket_bytes: int = 64 << 20) -> None:
         self.bucket_bytes = bucket_bytes
@@ -73,7 +80,11 @@ class WeightReceiver:
         self.tensors: dict[str, Tensor] = {}
 
     def add(self, bucket: Bucket) -> None:
-        """Raises WeightTransferError for another version, a broken payload or a name seen before."""
+        """Check and keep a bucket's tensors.
+
+        Raises:
+            WeightTransferError: the bucket is of another version, a checksum does not match, or a name was seen before.
+        """
         if bucket.version != self.version:
             raise WeightTransferError(f"bucket of version {bucket.version} in the update to version {self.version}")
         rows = zip(bucket.names, bucket.shapes, bucket.dtypes, bucket.payload, bucket.checksums, strict=True)
@@ -83,12 +94,12 @@ class WeightReceiver:
             if name in self.tensors:
                 raise WeightTransferError(f"{name} arrived twice in version {self.version}")
             with warnings.catch_warnings():
-                # Ray's memory is read-only, which torch warns of; whoever loads the tensor copies out of it.
+                # torch warns that Ray's memory is read-only; loading a tensor only reads it.
                 warnings.simplefilter("ignore", UserWarning)
                 self.tensors[name] = torch.from_numpy(data).view(getattr(torch, dtype)).view(shape)
 
     def finish(self, expected: Iterable[str]) -> list[tuple[str, Tensor]]:
-        """All tensors, in order of arrival; raises unless their names are exactly the expected ones."""
+        """All tensors in order of arrival; WeightTransferError unless their names are exactly the expected ones."""
         _check_names(self.version, self.tensors, expected)
         return list(self.tensors.items())
 
@@ -105,104 +116,105 @@ def _pack(version: int, tensors: list[tuple[str, Tensor]]) -> Bucket:
     )
 
 
-# --- by broadcast ---------------------------------------------------------------------------------------------------
+# --- broadcast ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Channel:
-    """Processes that form a group. For weights: the learner's first rank, as rank 0, and every engine's GPUs."""
+    """Address of a process group. For weights, rank 0 is the learner's first rank; the others are the engines' GPUs."""
 
     host: str  # of rank 0
-    port: int
+    port: int  # on that host
     world_size: int
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A version that will be sent over ``channel``, and what it consists of."""
+    """Announces a version that will be broadcast over ``channel``."""
 
     version: int
     channel: Channel
-    rank: int  # of the receiving engine's first GPU
+    rank: int  # rank in the channel of the receiving engine's first GPU
     manifest: Manifest
 
 
 class Broadcast:
-    """This process's end of a channel, kept for as long as the channel stays the same."""
+    """This process as a member of a channel; the process group is kept until the channel changes."""
 
     def __init__(self) -> None:
         self.channel: Channel | None = None
         self.group: Any = None
 
     def join(self, channel: Channel, rank: int, device: torch.device) -> None:
-        """Returns when all members have come."""
+        """Form the process group unless it exists; returns when all members have joined."""
         if channel != self.channel:
             self.group = join(channel, rank, device) if channel.world_size > 1 else None
             self.channel = channel
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Passes ``tensors`` on, each sent to the other members first."""
+        """Send each tensor to the other members, then yield it."""
         for name, tensor in tensors:
-            self._carry(tensor.contiguous())
+            self._broadcast(tensor.contiguous())
             yield name, tensor
 
     def receive(self, manifest: Manifest, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the manifest as they arrive."""
         for name, shape, dtype in manifest:
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-            self._carry(tensor)
+            self._broadcast(tensor)
             yield name, tensor
 
-    def _carry(self, tensor: Tensor) -> None:
+    def _broadcast(self, tensor: Tensor) -> None:
         if self.group is not None:
-            work = self.group.broadcast(tensor, 0)  # NCCL's is ordered by its stream and returns nothing
+            work = self.group.broadcast(tensor, 0)  # None with NCCL, whose stream keeps the order
             if work is not None:
                 work.wait()
 
 
 class BroadcastReceiver:
-    """Receives what an offer announces, tensor by tensor, while whoever reads ``finish`` loads them."""
+    """Receives the tensors that an offer announces, one at a time while the caller of ``finish`` loads them."""
 
     def __init__(self, offer: Offer, end: Broadcast, local_rank: int, device: torch.device) -> None:
         self.offer, self.end, self.local_rank, self.device = offer, end, local_rank, device
 
     def finish(self, expected: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """As of :class:`WeightReceiver`; names are checked before anything is received."""
+        """As in :class:`WeightReceiver`, but names are checked before any tensor is received."""
         _check_names(self.offer.version, [name for name, _, _ in self.offer.manifest], expected)
         self.end.join(self.offer.channel, self.offer.rank + self.local_rank, self.device)
         return self.end.receive(self.offer.manifest, self.device)
 
 
 def join(channel: Channel, rank: int, device: torch.device) -> Any:
-    """A process group of all the channel's members; returns when they have come."""
+    """Form the process group of a channel; returns when all members have joined."""
     if device.type == "cuda":
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
         return stateless_init_process_group(channel.host, channel.port, rank, channel.world_size, device)
-    gloo: Any = torch.distributed.ProcessGroupGloo  # whose options have no public types
+    gloo: Any = torch.distributed.ProcessGroupGloo  # Any: its options have no public types
     options = gloo._Options()
     options._timeout = datetime.timedelta(minutes=30)
-    # By itself gloo would listen where the machine's name leads, which is itself on many.
+    # By default gloo listens at the address of the machine's name, which is often 127.0.0.1.
     options._devices = [gloo.create_device(hostname=_own_address())]
     store = torch.distributed.TCPStore(channel.host, channel.port, channel.world_size, rank == 0, options._timeout)
     return gloo(store, rank, channel.world_size, options)
 
 
 def meeting_point() -> tuple[str, int]:
-    """(address, free port) where other machines can reach this process."""
+    """Address and a free port at which other machines can reach this process."""
     with socket.socket() as free:
         free.bind(("", 0))
         return _own_address(), free.getsockname()[1]
 
 
 def _own_address() -> str:
-    """Of this machine in its cluster, as Ray has it; a machine's own name often means 127.0.0.1 to itself."""
+    """This machine's address in the Ray cluster; its own name often resolves to 127.0.0.1."""
     import ray.util
 
     return ray.util.get_node_ip_address()
 
 
 def _check_names(version: int, names: Iterable[str], expected: Iterable[str]) -> None:
-    wanted, given = set(expected), set(names)
-    missing, unknown = sorted(wanted - given), sorted(given - wanted)
+    wanted, received = set(expected), set(names)
+    missing, unknown = sorted(wanted - received), sorted(received - wanted)
     if missing or unknown:
         raise WeightTransferError(f"version {version}: missing {missing[:3]}, unknown {unknown[:3]}")

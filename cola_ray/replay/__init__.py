@@ -1,1 +1,1 @@
-"""Replay of turns and the critic that learns from them, each a service of its own."""
+"""The replay service, and the critic service that learns from it."""

@@ -1,16 +1,16 @@
-"""A replay buffer over Arrow: bounded, first in first out, read by columns, and safe on disk.
+"""A replay buffer over Arrow: bounded, first in first out, read by columns, and saved in Parquet.
 
-    append(table) ─> chunks: [ full | full | large | small | new ]     the smallest neighbours are merged: few chunks
+    append(table) ─> chunks: [ full | full | large | small | new ]     small neighbours are merged, so chunks stay few
                         │                                  ^
                  evicted from here                    appended here
-                        └── sample(256) ─> row numbers ─> one Arrow take a chunk ─> table
+                        └── sample(256) ─> row numbers ─> one Arrow take per chunk ─> table
 
-Rows have numbers that only grow; eviction never renumbers. Nothing on the way of a sample is done row by row in Python.
+Row numbers only grow; eviction does not renumber rows. Sampling never loops over rows in Python.
 
-On disk a snapshot adds one Parquet file of the rows since the last one, ``rows-<first>-<end>.parquet``, written beside,
-synced and renamed. A killed process therefore loses what came after the last snapshot and nothing else, and the folder
-can be read at any time with ``datasets.load_dataset("parquet", data_files="<folder>/*.parquet")``. A mark is all else
-that the buffer is at a moment: with it and the files that it names, the buffer is again what it was.
+A snapshot writes the rows since the previous one to a new Parquet file, ``rows-<first>-<end>.parquet``: to a temporary
+file that is synced and renamed. A killed process therefore loses only the rows since its last snapshot, and the
+folder can be read at any time with ``datasets.load_dataset("parquet", data_files="<folder>/*.parquet")``. A checkpoint
+is what else is needed to rebuild the buffer exactly: row numbers, chunks, priorities, and the names of the files.
 """
 
 import contextlib
@@ -24,26 +24,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cola_ray.replay.priorities import Priorities
 from cola_ray.runs.saved import Described, describe, write_whole
 
 Array = np.ndarray
 _FULL = 512 << 20  # bytes of a chunk that is not merged any further: Arrow's offsets have 31 bits
-_OPEN_CHUNKS = 2  # chunks beside the full ones: each costs a sample one take, fewer cost appends more copying
-_BLOCK = 128  # rows whose priorities are summed together
-_LEAST = 1e-6  # priority of a row: errors below are rounding
+_OPEN_CHUNKS = 2  # chunks kept beside the full ones: more make sampling slower, fewer make appends copy more
 
 
 class ReplayError(RuntimeError):
-    """A snapshot that cannot be read, or rows that do not fit the buffer."""
+    """A snapshot cannot be read, rows do not fit the buffer, or there is no row to sample."""
 
 
 class ReplayBuffer:
-    """Rows of one Arrow schema, at most ``max_rows`` of them and about ``max_bytes``.
+    """Rows of one Arrow schema, limited in number and in memory.
 
     Args:
-        max_rows: oldest rows beyond are evicted.
-        max_bytes: likewise, by the chunks' bytes; the last appended table always stays.
-        alpha: exponent of priorities in prioritised sampling (Schaul et al. 2016, eq. 1).
+        max_rows: beyond this many rows the oldest are evicted.
+        max_bytes: beyond this size the oldest chunks are evicted; the table appended last always stays.
+        alpha: exponent of the priorities in :class:`Priorities`.
     """
 
     def __init__(self, max_rows: int, max_bytes: int, alpha: float = 0.6) -> None:
@@ -54,13 +53,10 @@ class ReplayBuffer:
         self.schema: pa.Schema | None = None
         self.chunks: list[pa.RecordBatch] = []
         self.starts: list[int] = []  # number of each chunk's first row
-        self.first, self.end = 0, 0  # rows first..end-1 are there
+        self.first, self.end = 0, 0  # the buffer holds rows first..end-1
         self.saved = 0  # rows before this one are on disk
-        self.files: Described = {}  # what is on disk
-        blocks = -(-self.max_rows // _BLOCK)
-        self.priorities = np.zeros(blocks * _BLOCK)  # by row number modulo its length; already raised to alpha
-        self.block_sums = np.zeros(blocks)
-        self.highest = 1.0
+        self.files: Described = {}  # snapshot files, with sizes and checksums
+        self.priorities = Priorities(self.max_rows, self.alpha)
 
     def __len__(self) -> int:
         return self.end - self.first
@@ -70,17 +66,17 @@ class ReplayBuffer:
         return sum(self._sizes())
 
     def _sizes(self) -> list[int]:
-        """Bytes of each chunk's rows that are still there."""
+        """Bytes of the rows of each chunk that are not evicted."""
         return [
             chunk.slice(max(self.first - start, 0)).nbytes
             for start, chunk in zip(self.starts, self.chunks, strict=True)
         ]
 
     def append(self, table: pa.Table) -> tuple[int, int]:
-        """Add rows, evicting old ones where there is no room; returns the numbers (first, end) of the new rows.
+        """Add rows and evict old ones if needed; returns the numbers (first, end) of the new rows.
 
-        New rows get the highest priority so far, so that each is likely to be seen once.
-        Raises ReplayError for another schema or for more rows than fit.
+        Raises:
+            ReplayError: the schema differs from that of earlier rows, or the table has more than ``max_rows`` rows.
         """
         if self.schema is None:
             self.schema = table.schema
@@ -94,7 +90,7 @@ class ReplayBuffer:
         self.chunks.append(_one_batch(table))
         self.starts.append(self.end)
         self.end += table.num_rows
-        self._set_priorities(np.arange(*added), np.full(table.num_rows, self.highest**self.alpha))
+        self.priorities.add(np.arange(*added))
         self._evict(added[0])
         self._merge()
         return added
@@ -102,79 +98,54 @@ class ReplayBuffer:
     # --- sampling -----------------------------------------------------------------------------------------------
 
     def sample(self, count: int, rng: np.random.Generator) -> tuple[pa.Table, Array]:
-        """``count`` rows, uniformly with replacement, and their numbers, in order."""
+        """``count`` rows, drawn uniformly with replacement, and their numbers; both in the order of the numbers."""
         self._require_rows()
         return self.take(rng.integers(self.first, self.end, count))
 
     @property
     def priority_total(self) -> float:
-        """Sum of priority**alpha over all rows."""
-        return float(self.block_sums.sum())
+        """Sum of ``priority**alpha`` over all rows."""
+        return self.priorities.total
 
     def sample_prioritised(self, count: int, rng: np.random.Generator) -> tuple[pa.Table, Array, Array]:
-        """Rows in proportion to priority**alpha, their numbers and what each was drawn in proportion to.
-
-        Proportional prioritisation of Schaul et al. 2016, section 3.3.
-        """
+        """``count`` rows, drawn in proportion to ``priority**alpha``; their numbers, and their ``priority**alpha``."""
         self._require_rows()
-        sums = self.block_sums.cumsum()
-        drawn = rng.random(count) * sums[-1]
-        # Sums are rounded: what falls behind the last row, of all or of its block, is meant for that one.
-        blocks = np.minimum(np.searchsorted(sums, drawn, side="right"), np.flatnonzero(self.block_sums)[-1])
-        priorities = self.priorities.reshape(-1, _BLOCK)[blocks]
-        rest = drawn - (sums[blocks] - self.block_sums[blocks])
-        last = _BLOCK - 1 - (priorities[:, ::-1] > 0).argmax(1)
-        offsets = np.minimum((priorities.cumsum(1) <= rest[:, None]).sum(1), last)
-        slots = blocks * _BLOCK + offsets
-        numbers = self._row_at(slots)
-        table, numbers = self.take(numbers)
-        return table, numbers, self.priorities[numbers % len(self.priorities)]
+        table, numbers = self.take(self.priorities.draw(count, rng, self.end))
+        return table, numbers, self.priorities.of(numbers)
 
     def column(self, name: str) -> Array:
-        """A column of numbers over all rows, oldest first."""
+        """A numeric column of all rows, oldest first."""
         self._require_rows()
         return np.concatenate([chunk[name].to_numpy() for chunk in self.chunks])[-len(self) :]
 
     def take(self, numbers: Array) -> tuple[pa.Table, Array]:
-        """These rows, oldest first, and their numbers in the order of the table."""
-        numbers = np.sort(numbers)  # and not as chunks have been merged, which nobody is to see
+        """The rows with these numbers and the numbers, both sorted by number.
+
+        Sorting makes the order independent of how chunks have been merged.
+        """
+        numbers = np.sort(numbers)
         owners = np.searchsorted(self.starts, numbers, side="right") - 1
-        hit, cuts = np.unique(owners, return_index=True)
+        chunks, cuts = np.unique(owners, return_index=True)
         pieces = [
-            self.chunks[owner].take(pa.array(mine - self.starts[owner]))
-            for owner, mine in zip(hit, np.split(numbers, cuts[1:]), strict=True)
+            self.chunks[chunk].take(pa.array(in_chunk - self.starts[chunk]))
+            for chunk, in_chunk in zip(chunks, np.split(numbers, cuts[1:]), strict=True)
         ]
         return pa.Table.from_batches(pieces), numbers
 
     def set_priorities(self, numbers: Array, priorities: Array) -> None:
-        """E.g. |TD error| of rows that were trained on; rows evicted meanwhile are passed over.
-
-        A row without error still has some priority, so that it is seen again (Schaul et al. 2016, section 3.3).
-        """
-        alive = (numbers >= self.first) & (numbers < self.end)
-        self.highest = max(self.highest, float(priorities.max(initial=0.0)))
-        self._set_priorities(numbers[alive], np.maximum(priorities[alive], _LEAST) ** self.alpha)
-
-    def _set_priorities(self, numbers: Array, values: Array) -> None:
-        slots = numbers % len(self.priorities)
-        self.priorities[slots] = values
-        touched = np.unique(slots // _BLOCK)
-        self.block_sums[touched] = self.priorities.reshape(-1, _BLOCK)[touched].sum(1)
-
-    def _row_at(self, slots: Array) -> Array:
-        """The row number that a slot of ``priorities`` stands for now."""
-        size = len(self.priorities)
-        numbers = slots + (self.end // size) * size
-        return np.where(numbers >= self.end, numbers - size, numbers)
+        """Set priorities, e.g. ``|TD error|``, of rows that were trained on; rows evicted since are ignored."""
+        held = (numbers >= self.first) & (numbers < self.end)
+        self.priorities.highest = max(self.priorities.highest, float(priorities.max(initial=0.0)))
+        self.priorities.update(numbers[held], priorities[held])
 
     def _require_rows(self) -> None:
         if not len(self):
             raise ReplayError("the replay buffer is empty")
 
-    # --- room ---------------------------------------------------------------------------------------------------
+    # --- eviction -----------------------------------------------------------------------------------------------
 
     def _merge(self) -> None:
-        """Join the smallest neighbours until few chunks are left beside the full ones."""
+        """Merge the smallest neighbouring chunks until only ``_OPEN_CHUNKS`` are left beside the full ones."""
         while True:
             sizes = self._sizes()
             pairs = [(one + next_one, i) for i, (one, next_one) in enumerate(itertools.pairwise(sizes))]
@@ -186,7 +157,7 @@ class ReplayBuffer:
             self.starts.pop(at + 1)
 
     def _evict(self, newest: int) -> None:
-        """Rows beyond ``max_rows``; for ``max_bytes`` whole chunks. Never rows from ``newest`` on."""
+        """Evict rows beyond ``max_rows``, and whole chunks beyond ``max_bytes``; never row ``newest`` or later ones."""
         first = max(self.first, self.end - self.max_rows)
         total = self.nbytes
         for start, chunk, size in zip(self.starts, self.chunks, self._sizes(), strict=True):
@@ -194,17 +165,15 @@ class ReplayBuffer:
                 break
             total -= size
             first = max(first, start + chunk.num_rows)
-        gone = np.arange(self.first, first)
+        evicted = np.arange(self.first, first)
         self.first = first
-        if len(gone):
-            # A slot may belong to a new row already.
-            gone = gone[gone + len(self.priorities) >= self.end]
-            self._set_priorities(gone, np.zeros(len(gone)))
+        if len(evicted):
+            self.priorities.remove(evicted, self.end)
         while self.starts and self.starts[0] + self.chunks[0].num_rows <= self.first:
             self.starts.pop(0)
             self.chunks.pop(0)
         dead = self.first - self.starts[0]
-        if dead > max(self.max_rows // 4, 1):  # give their memory back by a copy of the rest
+        if dead > max(self.max_rows // 4, 1):  # copy the rest, which frees the memory of the evicted rows
             self.chunks[0] = pa.concat_batches([self.chunks[0].slice(dead), self.chunks[0].slice(0, 0)])
             self.starts[0] = self.first
 
@@ -217,12 +186,12 @@ class ReplayBuffer:
         needed: Collection[str] | None = (),
         until: int | None = None,
     ) -> int:
-        """Add the rows since the last snapshot to ``folder``; returns how many. What was evicted is removed there.
+        """Write the rows since the last snapshot to ``folder`` and remove files of evicted rows; returns the row count.
 
         Args:
-            lock: held while the buffer is looked at, but not while the disk is written.
-            needed: files that stay, although all their rows were evicted; None: all of them do.
-            until: number of the first row that is left out.
+            lock: held while the buffer is read, but not while files are written.
+            needed: names of files to keep even if all their rows were evicted; None keeps all.
+            until: write only rows with smaller numbers.
         """
         lock = lock or contextlib.nullcontext()
         folder.mkdir(parents=True, exist_ok=True)
@@ -242,58 +211,64 @@ class ReplayBuffer:
                 self.files.pop(path.name, None)
         return max(end - first, 0)
 
-    def mark(self, folder: Path, lock: contextlib.AbstractContextManager | None = None) -> dict[str, Any]:
-        """All that the buffer is now, beside its rows, which the files ``files`` in ``folder`` have on return."""
+    def checkpoint(self, folder: Path, lock: contextlib.AbstractContextManager | None = None) -> dict[str, Any]:
+        """Snapshot the rows, and return what :meth:`restore` needs besides them.
+
+        The entry ``files`` describes the files in ``folder`` that hold the rows; they must be kept.
+        """
         lock = lock or contextlib.nullcontext()
         with lock:
             numbers = np.arange(self.first, self.end)
-            found = {
-                "first": self.first, "end": self.end, "highest": self.highest,
+            state = {
+                "first": self.first, "end": self.end, "highest": self.priorities.highest,
                 "starts": [max(start, self.first) for start in self.starts],
-                "priorities": self.priorities[numbers % len(self.priorities)],
+                "priorities": self.priorities.of(numbers),
             }  # fmt: skip
-        self.snapshot(folder, lock, None, found["end"])
+        self.snapshot(folder, lock, None, state["end"])
         spans = {path.name: (start, end) for path, start, end in _files(folder)}
-        files = {name: what for name, what in self.files.items() if _overlap(spans.get(name), found)}
-        return found | {"files": files}
+        files = {name: about for name, about in self.files.items() if _overlap(spans.get(name), state)}
+        return state | {"files": files}
 
-    def go_back(self, folder: Path, mark: Mapping[str, Any] | None) -> None:
-        """Be what the buffer was at the mark, or empty. Files of later rows are removed.
+    def restore(self, folder: Path, checkpoint: Mapping[str, Any] | None) -> None:
+        """Return to the state at a checkpoint, bit for bit, or to an empty buffer; removes files of later rows.
 
-        Raises ReplayError naming the file that cannot be read.
+        Raises:
+            ReplayError: a file cannot be read (the message names it), or rows are missing.
         """
-        first, end = (mark["first"], mark["end"]) if mark else (0, 0)
+        first, end = (checkpoint["first"], checkpoint["end"]) if checkpoint else (0, 0)
         for path, start, _ in _files(folder):
             if start >= end:
                 path.unlink()
         self._empty()
-        if mark is None or first == end:
+        if checkpoint is None or first == end:
             self.first = self.end = self.saved = end
             return
-        spans = {path: (start, stop) for path, start, stop in _files(folder) if path.name in mark["files"]}
-        rows = pa.concat_tables(_rows(path, *span) for path, span in spans.items())
+        spans = {path: (start, stop) for path, start, stop in _files(folder) if path.name in checkpoint["files"]}
+        rows = pa.concat_tables(_read(path, *span) for path, span in spans.items())
         origin = next(iter(spans.values()))[0]
         if origin > first or origin + rows.num_rows != end:
             raise ReplayError(f"{folder}: rows between {first} and {end} are missing")
-        self.schema, self.files = rows.schema, dict(mark["files"])
-        self.first, self.end, self.saved, self.highest = first, end, end, mark["highest"]
-        self.starts = list(mark["starts"])
+        self.schema, self.files = rows.schema, dict(checkpoint["files"])
+        self.first, self.end, self.saved = first, end, end
+        self.starts = list(checkpoint["starts"])
         for start, stop in itertools.pairwise([*self.starts, end]):
             chunk = _one_batch(rows.slice(start - origin, stop - start).combine_chunks())
-            self.chunks.append(pa.concat_batches([chunk, chunk.slice(0, 0)]))  # a copy: what is evicted is free
-        self.priorities[np.arange(first, end) % len(self.priorities)] = mark["priorities"]
-        self.block_sums = self.priorities.reshape(-1, _BLOCK).sum(1)
+            self.chunks.append(pa.concat_batches([chunk, chunk.slice(0, 0)]))  # a copy, so evicting a chunk frees it
+        self.priorities.highest = checkpoint["highest"]
+        self.priorities.set_weights(np.arange(first, end), checkpoint["priorities"])
 
-    def restore(self, folder: Path) -> int:
-        """Fill an empty buffer from ``folder``; returns how many rows.
+    def load_snapshots(self, folder: Path) -> int:
+        """Fill an empty buffer with the rows saved in ``folder``; returns the number of rows.
 
-        Priorities are not kept: every row is as likely as a new one. Raises ReplayError naming the file that cannot
-        be read, or the gap between two.
+        Snapshots hold no priorities: every row gets that of a new one.
+
+        Raises:
+            ReplayError: a file cannot be read, or rows between two files are missing (the message names them).
         """
         for path, first, end in _files(folder):
             if len(self) and first != self.end:
                 raise ReplayError(f"{folder}: rows {self.end} to {first} are missing")
-            table = _rows(path, first, end)
+            table = _read(path, first, end)
             if not len(self):
                 self.first = self.end = first
             for batch in table.to_batches(max_chunksize=self.max_rows):
@@ -311,15 +286,15 @@ class ReplayBuffer:
         return pa.Table.from_batches(pieces)
 
 
-def _overlap(span: tuple[int, int] | None, mark: Mapping[str, Any]) -> bool:
-    return span is not None and span[0] < mark["end"] and mark["first"] < span[1]
+def _overlap(span: tuple[int, int] | None, state: Mapping[str, Any]) -> bool:
+    return span is not None and span[0] < state["end"] and state["first"] < span[1]
 
 
-def _rows(path: Path, first: int, end: int) -> pa.Table:
+def _read(path: Path, first: int, end: int) -> pa.Table:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise ReplayError(f"{path} cannot be read ({error}); remove it and what follows to go on") from None
+        raise ReplayError(f"{path} cannot be read ({error}); remove it and all later files") from None
     if table.num_rows != end - first:
         raise ReplayError(f"{path} holds {table.num_rows} rows, not {end - first}")
     return table
@@ -331,21 +306,10 @@ def _one_batch(table: pa.Table) -> pa.RecordBatch:
 
 
 def _files(folder: Path) -> list[tuple[Path, int, int]]:
-    """Snapshot files as (path, first row, end), in order."""
+    """Snapshot files as (path, first row, end), sorted by first row."""
     found = []
     for path in folder.glob("rows-*.parquet"):
         match = re.fullmatch(r"rows-(\d+)-(\d+)\.parquet", path.name)
         if match:
             found.append((path, int(match[1]), int(match[2])))
     return sorted(found, key=lambda item: item[1])
-
-
-def importance_weights(shares: Array, rows: int, beta: float) -> Array:
-    """``(N p)^-beta`` over its maximum: what undoes prioritised sampling (Schaul et al. 2016, section 3.4).
-
-    Args:
-        shares: ``p`` of each drawn row.
-        rows: N.
-    """
-    weights = (rows * shares) ** -beta
-    return weights / weights.max()

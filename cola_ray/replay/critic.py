@@ -1,11 +1,11 @@
-"""The utterance critic: twin Q and V heads over features of states and utterances, its optimizer and its targets.
+"""ArCHer's utterance critic: twin Q and V heads, their target heads, and the optimizer.
 
-    features   the frozen base's e: s at its last token, with the number of its turn; u as the mean over its tokens,
-               with whether it was said before
-               or a Hugging Face encoder of the last 512 tokens' text, trained along
-    heads      Q_i([h(s); h(u)]), V_i(h(s)): two hidden ReLU layers of the features' width, i = 1, 2
+    inputs     features of the frozen base's states e: of a state, e at its last token and the number of the turn; of
+               an utterance, the mean of e over its tokens and whether the state already contains it;
+               or the text (last 512 tokens), read by a Hugging Face encoder that is trained with the heads
+    heads      Q_i([h(s); h(u)]) and V_i(h(s)), i = 1, 2: MLPs with two hidden ReLU layers as wide as the features
 
-The base never changes, so its features are stored in the replay buffer once and critic steps run no base at all.
+The base never changes, so features are stored in the replay buffer once and critic steps do not run the base.
 """
 
 import copy
@@ -30,14 +30,14 @@ from cola_ray.algorithms.gradients import clip_gradients
 
 Array = np.ndarray
 Inputs = Tensor | Mapping[str, Tensor]
-"""Features of B states or utterances, (B, S) or (B, U), or what a tokenizer makes of B texts."""
+"""B states or utterances: features (B, S) or (B, U), or a tokenizer's output for B texts."""
 
 
-class EncodedTwins(nn.Module):
-    """:class:`TwinHeads` over the pooled output of an encoder that trains with them (section 3.4 of the paper).
+class TextTwinHeads(nn.Module):
+    """:class:`TwinHeads` over the pooled output of a text encoder trained with them (Zhou et al. 2024, section 3.4).
 
     Args:
-        encoder: of Hugging Face; where it pools nothing, its first token's state counts.
+        encoder: a Hugging Face encoder; if it has no pooler, the state of the first token is used.
     """
 
     def __init__(self, encoder: Any) -> None:
@@ -62,26 +62,28 @@ class EncodedTwins(nn.Module):
 
 @dataclass(frozen=True)
 class CriticBatch:
-    """Replayed transitions, B of them, and B' states with a fresh utterance each."""
+    """B replayed transitions, and B' states, each with an utterance freshly drawn from the policy."""
 
     states: Inputs
     utterances: Inputs
     next_states: Inputs
-    rewards: Tensor  # (B,)
-    terminated: Tensor  # (B,)
+    rewards: Tensor  # (B,) float32
+    terminated: Tensor  # (B,) bool; False where a limit cut the episode
     fresh_states: Inputs
     fresh_utterances: Inputs
-    weights: Tensor | None = None  # of prioritised replay
+    weights: Tensor | None = None  # (B,) importance weights of prioritised replay
 
 
 class Critic:
-    """Online heads, target heads and Adam over the online ones.
+    """Online heads with Adam, and target heads that follow them.
 
     Args:
-        heads: :class:`TwinHeads` or :class:`EncodedTwins`; taken over.
-        gamma: discount of a turn.
-        tau: share of the online heads that the targets take over after every step.
-        expectile: 0 fits V to fresh utterances (ArCHer); above 0.5, to replayed ones by expectiles (IQL).
+        heads: the online heads, :class:`TwinHeads` or :class:`TextTwinHeads`.
+        gamma: discount per turn.
+        tau: after every step, ``target <- (1 - tau) target + tau online``.
+        lr: of Adam.
+        grad_clip: largest gradient norm.
+        expectile: 0 fits V to fresh utterances (ArCHer); above 0.5, to replayed ones by expectile regression (IQL).
     """
 
     def __init__(
@@ -98,24 +100,25 @@ class Critic:
         self.online: Any = heads
         self.target: Any = copy.deepcopy(heads).requires_grad_(False)
         self.optimizer = torch.optim.Adam(heads.parameters(), lr=lr)
-        self.average: Callable[[Tensor], None] | None = None  # of gradients over replicas, in place
+        self.average: Callable[[Tensor], None] | None = None  # averages gradients over replicas, in place
         self.steps = 0
 
     def step(self, batch: CriticBatch) -> dict[str, float]:
-        """One gradient step on Q and V, then the targets move. Returns metrics.
+        """Take a gradient step on Q and V, then move the target heads. Returns metrics.
 
-        Raises RuntimeError where the gradient is not finite; the weights are those before.
+        Raises:
+            RuntimeError: the gradient is not finite; the weights are left unchanged.
         """
-        goals = self._q_targets(batch)
+        targets = self._q_targets(batch)
         q = self.online.q_values(batch.states, batch.utterances)
         v, v_loss = self._value_loss(batch)
-        loss = twin_squared_error(q, goals, batch.weights) + v_loss
+        loss = twin_squared_error(q, targets, batch.weights) + v_loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.average is not None:
             self._average_gradients(self.average)
         grad_norm = clip_gradients(self.online.parameters(), self.grad_clip)
-        if not torch.isfinite(grad_norm):  # on every replica alike
+        if not torch.isfinite(grad_norm):  # the same on every replica
             raise RuntimeError(
                 f"the critic's loss is {loss.item()} at its step {self.steps}, its gradient over all replicas "
                 f"{float(grad_norm)}: a reward or a state is NaN"
@@ -125,35 +128,39 @@ class Critic:
         self.steps += 1
         return {
             "critic/loss": loss.item(),
-            "critic/td_error": (q.detach() - goals).abs().mean().item(),
+            "critic/td_error": (q.detach() - targets).abs().mean().item(),
             "critic/q": q.mean().item(),
             "critic/v": v.mean().item(),
             "critic/grad_norm": float(grad_norm),
         }
 
-    def start_from(
+    def initialise(
         self, rewards: Tensor, terminated: Tensor, states: Tensor | None = None, utterances: Tensor | None = None
     ) -> None:
-        """Before the first step: all values as if every turn were like the average of these N.
+        """Before the first step, set all values to that of an average turn, ``mean(r) / (1 - mean(discount))``.
+
+        Advantages then start at exactly 0. A critic that starts at 0 in a game of -1 per turn spends its first thousand
+        steps on finding the level, and until then PPO's advantages measure only how far away the next -1 is.
 
         Args:
-            rewards, terminated: (N,).
-            states, utterances: (N, S), (N, U), of a base whose features the heads are to standardise.
+            rewards, terminated: (N,) of N turns.
+            states, utterances: (N, S) and (N, U) features, from which the heads take means and deviations to
+                standardise with; None for an encoder's heads, which do not standardise.
         """
         rates = torch.stack([rewards.double().mean(), self.gamma * (1.0 - terminated.double()).mean()])
-        self._agree_on(rates)
+        self._average_over_replicas(rates)
         level = typical_value(*rates)
         for heads in (self.online, self.target):
             heads.start_at(level)
         for name, features in (("states", states), ("utterances", utterances)):
             if features is not None:
-                wide = features.double()  # the difference of two large numbers follows
+                wide = features.double()  # the variance is a difference of two large numbers
                 moments = torch.stack([wide.mean(0), wide.square().mean(0)])
-                self._agree_on(moments)
+                self._average_over_replicas(moments)
                 for heads in (self.online, self.target):
                     getattr(heads, name).measure(moments)
 
-    def _agree_on(self, measured: Tensor) -> None:
+    def _average_over_replicas(self, measured: Tensor) -> None:
         if self.average is not None:
             self.average(measured)
 
@@ -178,14 +185,15 @@ class Critic:
 
     @torch.no_grad()
     def advantages(self, states: Inputs, utterances: Inputs) -> Array:
-        """Of B utterances, (B,), by the online heads."""
+        """``min_i Q_i(s, u) - min_i V_i(s)`` of B utterances by the online heads, (B,) float32."""
         return utterance_advantages(self.online.q_values(states, utterances), self.online.values(states)).numpy()
 
     @torch.no_grad()
-    def foretold(self, batch: CriticBatch) -> tuple[Array, Array]:
-        """Advantages of replayed utterances and V's temporal-difference errors after them, (B,) each.
+    def advantages_and_td_errors(self, batch: CriticBatch) -> tuple[Array, Array]:
+        """Advantages of B replayed utterances, and V's temporal-difference errors of the same turns, (B,) each.
 
-        ``r + gamma (1 - terminated) V(s') - V(s)`` with V the mean of the online twins: what an advantage foretells.
+        The error is ``r + gamma (1 - terminated) V(s') - V(s)``, with V the mean of the online twins. Its expectation
+        is the advantage if the critic is right.
         """
         v, after = (self.online.values(states).mean(0) for states in (batch.states, batch.next_states))
         errors = batch.rewards + self.gamma * (1.0 - batch.terminated.float()) * after - v
@@ -193,12 +201,12 @@ class Critic:
 
     @torch.no_grad()
     def td_errors(self, batch: CriticBatch) -> Array:
-        """``|Q_i - target|``, mean over the twins: priorities of the replayed rows, (B,)."""
+        """(B,) priorities of the replayed rows: ``|Q_i - target|``, averaged over the twins."""
         q = self.online.q_values(batch.states, batch.utterances)
         return (q - self._q_targets(batch)).abs().mean(0).numpy()
 
-    def judge(self) -> dict[str, Array]:
-        """The target heads' weights, for a player who chooses among utterances (CHAI)."""
+    def target_weights(self) -> dict[str, Array]:
+        """The target heads' weights by name, for players that choose among utterances by Q (CHAI)."""
         return {name: tensor.numpy().copy() for name, tensor in self.target.state_dict().items()}
 
     def state_dict(self) -> dict[str, object]:

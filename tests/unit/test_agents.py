@@ -207,7 +207,7 @@ def test_chai_leaves_the_policy_and_hands_the_critic_to_the_players(tmp_path):
 
 def test_filtered_bc_clones_the_best_episodes_and_nothing_else(tmp_path):
     _, batches, shard, *_ = run(tmp_path, "filtered_bc", **{"replay.kept_share": 0.25})
-    totals = shard.totals()
+    totals = shard.episode_returns()
     assert len(totals) == STEPS * EPISODES
     table, _ = shard.buffer.take(np.arange(shard.size()[0]))
     final_cutoff = np.quantile(totals, 0.75)
@@ -275,12 +275,12 @@ def test_foresight_by_hand():
     class Service:
         async def join(self, *_): ...
 
-        async def saved(self): ...
+        async def saved_state(self): ...
 
         async def address(self):
             return "here", 1
 
-        async def foretold(self, rows):
+        async def advantages_and_td_errors(self, rows):
             return np.array([self.advantages, [0.0, 4.0]], np.float32)
 
     def assessed(advantages):

@@ -218,7 +218,7 @@ def test_what_an_advantage_foretells_by_hand():
     critic, everything = table_critic(), every_transition(np.random.default_rng(0))
     with torch.no_grad():
         critic.online.v_table[:, 0], critic.online.q_table[:, 0, GO] = 2.0, 5.0
-    advantages, errors = critic.foretold(everything)
+    advantages, errors = critic.advantages_and_td_errors(everything)
     assert (advantages[GO], errors[GO]) == pytest.approx((5 - 2, -3))
     assert errors[STAY] == pytest.approx(-1 + 0.9 * 2 - 2)
     assert errors[-1] == 5.0, "the last one ends the episode"
@@ -241,7 +241,7 @@ def test_heads_stay_level_while_rewards_do():
     critic = Critic(TwinHeads(8, 8), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
     x, ended = torch.randn(32, 8), torch.ones(32, dtype=torch.bool)
     rewards = torch.full((32,), 0.25)
-    critic.start_from(rewards, ended, x, x)
+    critic.initialise(rewards, ended, x, x)
     for _ in range(20):
         critic.step(CriticBatch(x, x, x, rewards, ended, x, x))
     assert not critic.advantages(x, torch.randn(32, 8)).any()
@@ -253,7 +253,7 @@ def test_the_first_repeated_utterance_is_no_catastrophe():
     critic = Critic(TwinHeads(8, 9), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
     x, ended = torch.randn(256, 8), torch.ones(256, dtype=torch.bool)
     said = torch.cat([torch.randn(256, 8), torch.zeros(256, 1)], 1)
-    critic.start_from(x[:, 0], ended, x, said)
+    critic.initialise(x[:, 0], ended, x, said)
     for _ in range(50):
         critic.step(CriticBatch(x, said, x, x[:, 0] + said[:, 1], ended, x, said))
     repeated = said.clone()
@@ -285,7 +285,7 @@ def test_values_start_where_the_average_turn_leads():
     assert typical_value(rewards, 0.9 * (~ended).float()) == pytest.approx(-0.5 / 0.55)
     critic = Critic(TwinHeads(8, 8), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
     x = torch.randn(2, 8)
-    critic.start_from(rewards, ended)
+    critic.initialise(rewards, ended)
     for heads in (critic.online, critic.target):
         assert (heads.values(x) + 0.909).abs().max() < 0.5
 
@@ -294,11 +294,11 @@ def test_features_of_any_spread_are_read_alike():
     """A feature a thousand times smaller than another changes values as much, once both have been measured."""
     critic = Critic(TwinHeads(2, 2), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
     x = torch.randn(512, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-3]) + 5
-    critic.start_from(torch.zeros(512), torch.zeros(512, dtype=torch.bool), x, x)
+    critic.initialise(torch.zeros(512), torch.zeros(512, dtype=torch.bool), x, x)
     standard = critic.target.states(x)
     torch.testing.assert_close(standard.mean(0), torch.zeros(2), atol=1e-3, rtol=0)
     torch.testing.assert_close(standard.std(0, unbiased=False), torch.ones(2), atol=0.05, rtol=0)
-    assert critic.judge()["utterances.mean"] == pytest.approx([5.0, 5.0], abs=0.1)
+    assert critic.target_weights()["utterances.mean"] == pytest.approx([5.0, 5.0], abs=0.1)
 
 
 def test_heads_have_the_papers_shape():

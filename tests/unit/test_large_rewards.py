@@ -141,11 +141,11 @@ def test_archers_critic_learns_from_extremes(expectile):
     features = [torch.randn(32, 4, generator=draw) * 100 for _ in range(5)]
     rewards = torch.tensor([MOST, -MOST, 1.0, 0.0]).repeat(8)
     batch = CriticBatch(*features[:3], rewards, torch.zeros(32), *features[3:], torch.full((32,), 10.0))
-    critic.start_from(torch.full((32,), MOST), torch.zeros(32), features[0], features[1])
+    critic.initialise(torch.full((32,), MOST), torch.zeros(32), features[0], features[1])
     assert float(typical_value(torch.full((2,), MOST), torch.full((2,), 0.999))) == pytest.approx(1e9, rel=1e-3)
     for _ in range(5):
         assert all(np.isfinite(value) for value in critic.step(batch).values())
-    for found in (critic.advantages(*features[:2]), *critic.foretold(batch), critic.td_errors(batch)):
+    for found in (critic.advantages(*features[:2]), *critic.advantages_and_td_errors(batch), critic.td_errors(batch)):
         assert np.isfinite(found).all()
 
 

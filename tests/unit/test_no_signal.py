@@ -14,7 +14,8 @@ from cola_ray.algorithms.gradients import clip_gradients
 from cola_ray.algorithms.grpo import group_normalised
 from cola_ray.algorithms.rloo import leave_one_out
 from cola_ray.registry import find
-from cola_ray.replay.buffer import ReplayBuffer, importance_weights
+from cola_ray.replay.buffer import ReplayBuffer
+from cola_ray.replay.priorities import importance_weights
 from cola_ray.settings.algorithms import OF_OUTCOMES
 
 ADVANTAGES = {name: find("advantage", name) for name in OF_OUTCOMES}

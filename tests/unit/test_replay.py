@@ -23,8 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cola_ray.experience import Episode, Turn, was_said
-from cola_ray.replay.buffer import ReplayBuffer, ReplayError, importance_weights
+from cola_ray.replay.buffer import ReplayBuffer, ReplayError
 from cola_ray.replay.critic_service import CriticReplicas, CriticService
+from cola_ray.replay.priorities import importance_weights
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.replay.transitions import TextReader, as_rows, critic_batch, features, read_features
 from cola_ray.settings.config import CriticConfig
@@ -126,7 +127,7 @@ def test_snapshots_add_up_and_restore(tmp_path):
         total += 7
         buffer.snapshot(tmp_path)
     again = ReplayBuffer(50, 1 << 30)
-    assert again.restore(tmp_path) == 50
+    assert again.load_snapshots(tmp_path) == 50
     assert contents(again) == contents(buffer)
     assert again.snapshot(tmp_path) == 0, "what was restored is on disk already"
     shown = datasets.load_dataset("parquet", data_files=str(tmp_path / "*.parquet"), split="train", cache_dir=tmp_path)
@@ -138,7 +139,7 @@ def test_a_smaller_buffer_restores_the_newest(tmp_path):
     buffer, total = filled([40])
     buffer.snapshot(tmp_path)
     small = ReplayBuffer(15, 1 << 30)
-    small.restore(tmp_path)
+    small.load_snapshots(tmp_path)
     assert contents(small) == list(range(total - 15, total))
 
 
@@ -151,10 +152,10 @@ def test_broken_snapshots_are_named(tmp_path):
         buffer.snapshot(tmp_path)
     (tmp_path / "rows-000000000025-000000000030.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(ReplayError, match=r"rows-000000000025-000000000030.parquet cannot be read"):
-        ReplayBuffer(50, 1 << 30).restore(tmp_path)
+        ReplayBuffer(50, 1 << 30).load_snapshots(tmp_path)
     (tmp_path / "rows-000000000020-000000000025.parquet").unlink()
     with pytest.raises(ReplayError, match="rows 20 to 25 are missing"):
-        ReplayBuffer(50, 1 << 30).restore(tmp_path)
+        ReplayBuffer(50, 1 << 30).load_snapshots(tmp_path)
 
 
 def test_sigkill_while_saving_loses_at_most_what_was_not_saved(tmp_path):
@@ -174,7 +175,7 @@ def test_sigkill_while_saving_loses_at_most_what_was_not_saved(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     buffer = ReplayBuffer(100_000, 1 << 30)
-    assert buffer.restore(tmp_path) >= said
+    assert buffer.load_snapshots(tmp_path) >= said
     assert contents(buffer) == list(range(len(buffer)))
 
 
@@ -340,7 +341,7 @@ def test_an_episode_whose_first_turns_are_gone_still_counts_once(tmp_path):
     shard.insert(as_rows([episode(1, [0.5, 0.5, 0.5], True), episode(2, [0.0], True)], 4))
     assert len(shard.buffer) == 5
     assert shard.buffer.column("turn")[0] != 0
-    assert shard.totals().tolist() == [3.0, 1.5, 0.0]
+    assert shard.episode_returns().tolist() == [3.0, 1.5, 0.0]
     assert shard.rows_above(1.5) == 4
 
 
@@ -350,7 +351,7 @@ def test_shards_without_rows_are_no_error_and_no_shard_with_rows_is_one(tmp_path
     for draw in (everywhere.sample(3), everywhere.sample_prioritised(3, 0.4), everywhere.sample_best(3, 0.1)):
         with pytest.raises(ReplayError, match="no shard holds"):
             asyncio.run(draw)
-    assert empty[0].totals().shape == (0,)
+    assert empty[0].episode_returns().shape == (0,)
     assert asyncio.run(everywhere.size()) == (0, 0)
 
 
@@ -366,7 +367,7 @@ def test_a_replica_that_is_asked_about_no_row_says_nothing(tmp_path):
         return await getattr(services[number], method)(*args)
 
     replicas = CriticReplicas(2, ask)
-    replicas.together = True
+    replicas.joined = True
     assert asyncio.run(replicas.foretold(played)).shape == (2, 1)
     assert asyncio.run(replicas.advantages(played)).shape == (1,)
 

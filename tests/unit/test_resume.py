@@ -442,22 +442,22 @@ def rows(first, count):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=25), st.data())
-def test_a_buffer_goes_back_to_its_mark(tmp_path_factory, sizes, data):
-    """Contents, priorities, draws, and what is evicted from then on: those of a buffer that never went on."""
+def test_a_buffer_returns_to_its_checkpoint(tmp_path_factory, sizes, data):
+    """Contents, priorities, draws, and what is evicted from then on: those of a buffer that was not restored."""
     at, folder = data.draw(st.integers(0, len(sizes) - 1)), tmp_path_factory.mktemp("rows")
     buffer, total, needed = ReplayBuffer(50, 3000), 0, set()
-    histories, mark = [], None
+    histories, checkpoint = [], None
     for again in (False, True):
         history = []
         if again:
-            buffer.go_back(folder, mark)
+            buffer.restore(folder, checkpoint)
             total = buffer.end
         for number, size in enumerate(sizes):
             if again and number < at:
                 continue
             if number == at and not again:
-                mark = buffer.mark(folder)
-                needed = set(mark["files"])
+                checkpoint = buffer.checkpoint(folder)
+                needed = set(checkpoint["files"])
             buffer.append(rows(total, size))
             total += size
             rng = np.random.default_rng(number)
@@ -477,7 +477,7 @@ def test_rows_that_no_checkpoint_needs_may_be_damaged(tmp_path):
     """A run that goes back does not look at them; a shard that was killed within a run does."""
     shard = ReplayShard(50, 1 << 20, str(tmp_path), 0)
     shard.insert(rows(0, 10))
-    mark = shard.mark()
+    checkpoint = shard.checkpoint()
     shard.insert(rows(10, 10))
     shard.snapshot()
     (later,) = tmp_path.glob("rows-000000000010-*.parquet")
@@ -485,11 +485,11 @@ def test_rows_that_no_checkpoint_needs_may_be_damaged(tmp_path):
     with pytest.raises(ReplayError, match="cannot be read"):
         ReplayShard(50, 1 << 20, str(tmp_path), 0).size()
     again = ReplayShard(50, 1 << 20, str(tmp_path), 0)
-    again.go_back(mark)
+    again.restore(checkpoint)
     assert again.size()[0] == 10
     assert not later.exists()
     anew = ReplayShard(50, 1 << 20, str(tmp_path), 0)
-    anew.go_back(None)
+    anew.restore(None)
     assert anew.size()[0] == 0
     assert not list(tmp_path.iterdir())
 
