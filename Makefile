@@ -66,7 +66,7 @@ bench: setup  ## timings as ratios, written to docs/results/bench.json
 chaos: setup  ## kill and stop every kind of process of running jobs; MINUTES=30 limits a call, trials add up
 	$(BIN)/python benchmarks/chaos.py $(if $(MINUTES),--minutes $(MINUTES))
 
-results: setup  ## rewrite docs/results.md from docs/results/*.json
+results: setup  ## update the tables in docs/*.md from docs/results/*.json
 	$(BIN)/python benchmarks/record.py
 
 lock:  ## compile the pinned requirements of both machines

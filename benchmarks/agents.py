@@ -1,13 +1,12 @@
-"""Sample efficiency on Twenty Questions: ArCHer, CHAI, filtered cloning and PPO from one cloned start, several seeds.
+"""Sample efficiency on Twenty Questions: ArCHer, CHAI, filtered cloning and PPO from the same cloned start, by seed.
 
-ArCHer as the preset has it, whose critic chooses among utterances, and alone, as in the paper.
+"archer" is the preset, where the critic chooses among utterances; "archer_alone" is ArCHer as in the paper.
 
 python benchmarks/agents.py --folder outputs/agents --model MODEL [--seeds 0 1 2] [--iterations 60] [--parallel 2]
 
-The paper's claim in shape (Zhou et al. 2024, figure 3): how many episodes until the mean return passes -9 and -8,
-from about -11, and where each method ends. A method's curve is the mean return of the episodes that it plays while it
-learns, over the last 256 of them. Runs that are already in the folder are not made again, so that a stopped benchmark
-goes on.
+Follows figure 3 of Zhou et al. 2024: how many episodes each method needs until the mean return passes -9 and -8,
+starting from about -11, and where it ends. The curve of a method is the mean return of its last 256 training episodes.
+Runs that are already in the folder are not repeated, so a stopped benchmark continues.
 """
 
 import argparse
@@ -15,8 +14,8 @@ import functools
 from pathlib import Path
 
 import numpy as np
+from cached_run import run_all, run_once, series
 from record import RESULTS, record
-from trial import all_of, series, trial
 
 THRESHOLDS = (-9.0, -8.0)
 PER_STEP, WINDOW = 32, 256
@@ -32,8 +31,8 @@ METHODS: dict[str, list[str]] = {
 
 
 def returns_of(where: Path, method: str, seed: int, iterations: int, model: str) -> np.ndarray:
-    """Mean return of each iteration's episodes."""
-    trial(
+    """(iterations,) mean returns of the episodes of each iteration."""
+    run_once(
         where, "rl_agent", *COMMON, *METHODS[method], "--seed", str(seed), "--rl.max-steps", str(iterations),
         "--model.path", model,
     )  # fmt: skip
@@ -41,13 +40,13 @@ def returns_of(where: Path, method: str, seed: int, iterations: int, model: str)
 
 
 def smoothed(returns: np.ndarray) -> np.ndarray:
-    """Over the last ``WINDOW`` episodes, less at the start."""
+    """Moving average over the last ``WINDOW`` episodes, or over all of them at the start."""
     width = WINDOW // PER_STEP
     return np.array([returns[max(0, i + 1 - width) : i + 1].mean() for i in range(len(returns))])
 
 
 def episodes_to(curve: np.ndarray, threshold: float) -> float:
-    """Infinite where it was never reached; not before a whole window has been played."""
+    """Episodes until the curve reaches a threshold, at least ``WINDOW``; infinite if it never does."""
     reached = np.flatnonzero(curve[WINDOW // PER_STEP - 1 :] >= threshold)
     return float((reached[0] + WINDOW // PER_STEP) * PER_STEP) if len(reached) else float("inf")
 
@@ -79,12 +78,12 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each keeps about one core busy")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each uses about one core")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     args = parser.parse_args()
     folder, model = Path(args.folder).resolve(), str(Path(args.model).resolve())
     pairs = [(method, seed) for seed in args.seeds for method in args.methods]
-    runs = all_of(
+    runs = run_all(
         [
             functools.partial(returns_of, folder / f"{method}-{seed}", method, seed, args.iterations, model)
             for method, seed in pairs

@@ -1,8 +1,8 @@
-"""Every algorithm on the tiny preset's arithmetic, from the same cloned start a seed: does each improve on it?
+"""Every algorithm on the tiny preset's arithmetic, from one cloned start per seed: how much does each improve on it?
 
 python benchmarks/algorithms.py --folder outputs/algorithms [--seeds 0 1 2] [--parallel 2]
 
-Accuracy is of greedy answers to held-out problems. Runs that are already in the folder are not made again.
+Accuracy is measured by greedy answers to held-out problems. Runs that are already in the folder are not repeated.
 """
 
 import argparse
@@ -10,13 +10,13 @@ import functools
 from pathlib import Path
 
 import numpy as np
+from cached_run import run_all, run_once
 from record import record
-from trial import all_of, trial
 
 ALGORITHMS: dict[str, list[str]] = {
     "grpo": [],
     "rloo": [],
-    "remax": ["--rl.group-size", "4", "--rl.prompts-per-step", "128"],  # the greedy one comes on top
+    "remax": ["--rl.group-size", "4", "--rl.prompts-per-step", "128"],  # plus a greedy completion per prompt
     "reinforce": [],
     "ppo": ["--rl.updates-per-batch", "2", "--rl.value-steps", "8"],
     "etpo": ["--rl.kl-coef", "0.05", "--rl.value-steps", "20", "--rl.target-tau", "0.05"],
@@ -30,25 +30,25 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS))
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each keeps about one core busy")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each uses about one core")
     args = parser.parse_args()
     folder = args.folder.resolve()
 
     def start(seed: int) -> Path:
         return folder / f"start-{seed}" / "outputs" / "run" / "model"
 
-    all_of(
+    run_all(
         [
-            functools.partial(trial, folder / f"start-{seed}", "pretrain", "--preset", "tiny", "--seed", str(seed))
+            functools.partial(run_once, folder / f"start-{seed}", "pretrain", "--preset", "tiny", "--seed", str(seed))
             for seed in args.seeds
         ],
-        parallel=1,  # two ranks of their own
+        parallel=1,  # each has two learner ranks
     )
     pairs = [(seed, algorithm) for seed in args.seeds for algorithm in args.algorithms]
-    summaries = all_of(
+    summaries = run_all(
         [
             functools.partial(
-                trial, folder / f"{algorithm}-{seed}", "rl_math", *TINY, "--rl.algorithm", algorithm,
+                run_once, folder / f"{algorithm}-{seed}", "rl_math", *TINY, "--rl.algorithm", algorithm,
                 *ALGORITHMS[algorithm], "--rl.max-steps", str(args.steps), "--seed", str(seed),
                 "--model.path", str(start(seed)),
             )

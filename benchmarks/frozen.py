@@ -1,13 +1,13 @@
-"""Three RL steps of every algorithm, bit for bit against another revision: for changes that must change nothing.
+"""Compares three RL steps of every algorithm with another revision, bit for bit, to check that runs did not change.
 
     python benchmarks/frozen.py REVISION              # e.g. the commit before a refactoring; a minute a run
     python benchmarks/frozen.py REVISION --runs grpo archer
 
-    REVISION, in a worktree ──> start models (made once) ──> runs ──┐ metrics of every step, but for times and memory,
-    this working tree ───────────────────────────────────> runs ──┴─> and the tensors of the models they leave
+    REVISION, in a worktree ──> start models (made once) ──> runs ──┐ compares the metrics of every step, except times
+    this working tree ───────────────────────────────────> runs ──┴─> and memory, and the tensors of the final models
 
-Numbers are never stored with the project: processors differ in the last bit. What REVISION gave is kept in
-outputs/frozen/<commit>, so it runs once.
+No numbers are stored with the project, because processors differ in the last bit. Results of REVISION are kept in
+outputs/frozen/<commit>, so it runs only once.
 """
 
 import argparse
@@ -38,14 +38,14 @@ RUNS = {
     "token": ("rl_math", [*PROBLEMS, "--rl.action-space", "token"]),
     "archer": ("rl_agent", EPISODES),
 }
-OF_THE_MACHINE = ("time/", "memory/", "learner/tokens_per_second", "rollout/tokens_per_second")
+TIMES_AND_MEMORY = ("time/", "memory/", "learner/tokens_per_second", "rollout/tokens_per_second")
 
 
 def run(code: Path, job: str, where: Path, args: Sequence[str]) -> None:
-    """One job of a checkout, to its end; its output in ``where/log``.
+    """Run a job of a checkout to its end, with its output in ``where/log``.
 
     Raises:
-        SystemExit: it failed; with the end of its log.
+        SystemExit: the job failed; the message has the end of its log.
     """
     where.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(code / "jobs" / f"{job}.py"), "--preset", "tiny", "--output-dir", str(where / "run"),
@@ -58,7 +58,7 @@ def run(code: Path, job: str, where: Path, args: Sequence[str]) -> None:
 
 
 def start_model(code: Path, job: str) -> Path:
-    """What the runs of a job begin with, made once."""
+    """The model that the runs of a job start from, made once."""
     where = FOLDER / "start" / job
     if not (where / "run" / "summary.json").exists():
         run(code, "pretrain", where, STARTS[job])
@@ -66,19 +66,19 @@ def start_model(code: Path, job: str) -> Path:
 
 
 def curve(folder: Path) -> dict[int, dict[str, float]]:
-    """The last metrics of each step."""
+    """Metrics of each step; if a step was repeated, the last ones."""
     steps: dict[int, dict[str, float]] = {}
     for line in (folder / "log.jsonl").read_text().splitlines():
         event = json.loads(line)
         if event.get("event") == "step":
             steps.setdefault(int(event["version"]), {}).update(
-                {name: value for name, value in event.items() if "/" in name and not name.startswith(OF_THE_MACHINE)}
+                {name: value for name, value in event.items() if "/" in name and not name.startswith(TIMES_AND_MEMORY)}
             )
     return steps
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Where two runs are not the same, a line each."""
+    """Differences between two runs, one line each."""
     curves: tuple[Mapping[int, Mapping[str, float]], ...] = (curve(one), curve(other))
     lines = [] if curves[0].keys() == curves[1].keys() else [f"steps {[*curves[0]]} and {[*curves[1]]}"]
     for step in curves[0].keys() & curves[1].keys():
@@ -100,7 +100,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def checkout(revision: str) -> Path:
-    """A worktree of a revision."""
+    """A git worktree of a revision, made if needed."""
     where = FOLDER / revision / "code"
     if not where.exists():
         subprocess.run(["git", "worktree", "add", "-q", "--detach", str(where), revision], cwd=ROOT, check=True)
@@ -109,7 +109,7 @@ def checkout(revision: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("revision", help="what to compare this working tree with")
+    parser.add_argument("revision", help="the revision to compare this working tree with")
     parser.add_argument("--runs", nargs="+", default=[*RUNS], choices=[*RUNS], metavar="RUN", help=", ".join(RUNS))
     args = parser.parse_args()
     named = ["git", "rev-parse", "--short", f"{args.revision}^{{commit}}"]

@@ -1,11 +1,10 @@
-"""Latent actions against tokens: the same base, task, algorithm and step count, with and without a price on divergence.
+"""Latent actions against tokens: the same base, task, algorithm and number of steps, with and without a KL penalty.
 
 python benchmarks/latent_vs_token.py --folder outputs/latent-vs-token --start MODEL [MODEL ...] [--parallel 2]
 
-One start a seed: the CoLA model that pretrain.py left for it. Over tokens its base alone is used, all of whose weights
-train, at a fifth of the policy's learning rate. Runs that are already in the folder are not made again. Accuracy is of
-greedy answers to held-out problems; distinct are a prompt's different completions over all of them, at the last ten
-steps.
+Each seed starts from a CoLA model made by pretrain.py. Over tokens, all weights of its base train, at a fifth of the
+policy's learning rate. Runs that are already in the folder are not repeated. Accuracy is measured by greedy answers to
+held-out problems; "distinct" is the share of different completions of a prompt, over the last ten steps.
 """
 
 import argparse
@@ -14,8 +13,8 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+from cached_run import run_all, run_once, series
 from record import RESULTS, record
-from trial import all_of, series, trial
 
 SPACES = {"latent": "5e-4", "token": "1e-4"}
 TINY = ["--preset", "tiny", "--cluster.learner-ranks", "1", "--rl.eval-every", "10"]
@@ -44,8 +43,12 @@ def main() -> None:
     parser.add_argument("--start", type=Path, nargs="+", required=True, help="a CoLA model for each of seeds 0, 1, ...")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--kl-coefs", nargs="+", default=["0.0", "0.01"])
-    parser.add_argument("--name", default="latent_vs_token", help="of the result; another one leaves the full run's")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each keeps about one core busy")
+    parser.add_argument(
+        "--name",
+        default="latent_vs_token",
+        help="of the result file; give another name to keep the results of the full run",
+    )
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each uses about one core")
     args = parser.parse_args()
     folder, seeds = args.folder.resolve(), range(len(args.start))
     cases = list(itertools.product(SPACES, args.kl_coefs, seeds))
@@ -53,10 +56,10 @@ def main() -> None:
     def where(space: str, kl_coef: str, seed: int) -> Path:
         return folder / f"{space}-{kl_coef}-{seed}"
 
-    summaries = all_of(
+    summaries = run_all(
         [
             functools.partial(
-                trial, where(space, kl_coef, seed), "rl_math", *TINY, "--rl.action-space", space, "--rl.lr",
+                run_once, where(space, kl_coef, seed), "rl_math", *TINY, "--rl.action-space", space, "--rl.lr",
                 SPACES[space], "--rl.kl-coef", kl_coef, "--rl.max-steps", str(args.steps), "--seed", str(seed),
                 "--model.path", str(args.start[seed].resolve()),
             )

@@ -1,7 +1,7 @@
-"""The RL update of the policy at Llama-3.1-8B's shapes, random weights, bfloat16: seconds, MFU and memory on one GPU.
+"""An RL update of the policy with random bfloat16 weights in the shapes of Llama-3.1-8B: seconds, MFU and GPU memory.
 
-python benchmarks/learner_gpu.py                (needs a GPU of 80 GB or more; torch, transformers and deepspeed alone)
-python benchmarks/learner_gpu.py --shape tiny   (the same code at a toy's size; on a CPU it shows that it runs)
+python benchmarks/learner_gpu.py                (needs a GPU of 80 GB or more, torch, transformers and deepspeed)
+python benchmarks/learner_gpu.py --shape tiny   (a toy size, which checks on a CPU that the benchmark runs)
 """
 
 import argparse
@@ -35,7 +35,7 @@ REPEATS = 5
 
 
 def settings(gpu: bool) -> Config:
-    """The paper's, one rank."""
+    """The settings of the paper, with one rank."""
     changes = {"model.dtype": "bfloat16", "cluster.use_gpu": gpu, "cluster.learner_ranks": 1, "rl.kl_coef": 0.001}
     return override(preset("llama-3.1-8b"), changes)
 
@@ -50,7 +50,7 @@ def random_model(shape: dict[str, int], device: torch.device) -> CoLAForCausalLM
 
 
 def flops(model: CoLAForCausalLM, batch: Batch) -> float:
-    """Of one update: base forward, reference forward, policy forward and backward; attention scores included."""
+    """FLOPs of an update with attention: forward through base, reference and policy, backward through the policy."""
     config, tokens = model.config, float(batch.attention_mask.sum())
     width = batch.input_ids.shape[1]
 
@@ -107,7 +107,7 @@ def main() -> None:
             "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30,
         }
     print(figures)
-    if gpu:  # a CPU's figures say nothing about this
+    if gpu:  # figures of a CPU are of no interest here
         record("learner_gpu", figures, [0], "One RL update of the policy at these shapes, random weights, bfloat16.")
 
 

@@ -1,16 +1,16 @@
-"""The plan's memory against what processes took: peak resident memory of learner and engine, tiny and smollm2-135m.
+"""Planned against measured peak memory of the learner and engine processes, with tiny and smollm2-135m.
 
 python benchmarks/plan_memory.py --folder outputs/plan-memory [--gsm8k DATA/gsm8k]
 
-Short runs on CPU from models that are hardly trained: memory does not ask how good a policy is. Without --gsm8k the
-larger preset answers sums, whose short texts fill no micro-batch.
+Short runs on CPU, from models that are hardly trained, since memory does not depend on how good a policy is. Without
+--gsm8k the larger preset answers sums, whose texts are too short to fill a micro-batch.
 """
 
 import argparse
 from pathlib import Path
 
+from cached_run import run_once
 from record import record
-from trial import trial
 
 from cola_ray.command_line import from_command_line
 from cola_ray.studies import plan
@@ -23,12 +23,12 @@ RL = {
 
 
 def compare(folder: Path, name: str, task: list[str]) -> dict[str, float]:
-    """Gibibytes, measured and planned, of both kinds of process."""
+    """Measured and planned memory of both kinds of process, in GiB."""
     of_task = ["--preset", name, *task]
-    trial(folder / f"{name}-start", "pretrain", *of_task, "--pretrain.max-steps", PRETRAINED[name])
+    run_once(folder / f"{name}-start", "pretrain", *of_task, "--pretrain.max-steps", PRETRAINED[name])
     model = str(folder / f"{name}-start" / "outputs" / "run" / "model")
     run = [*of_task, *RL[name], "--model.path", model]
-    found = trial(folder / name, "rl_math", *run)
+    found = run_once(folder / name, "rl_math", *run)
     config = from_command_line("plan", run)
     planned = plan.host_memory(config, plan.sizes(config))
     figures = {}

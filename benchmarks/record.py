@@ -1,4 +1,8 @@
-"""Where figures come from: a command writes them to docs/results/<name>.json, and documents are made from that."""
+"""Records benchmark figures as JSON, and writes them as tables into the documents that discuss them.
+
+record(name, figures) ─> docs/results/<name>.json ─> the table between <!-- name --> and <!-- /name -->
+                                                     in the document in docs/ that has these two lines
+"""
 
 import json
 import os
@@ -10,11 +14,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
+DOCUMENTS = ROOT / "docs"
+RESULTS = DOCUMENTS / "results"
 
 
 def record(name: str, figures: Mapping[str, Any], seeds: Sequence[int] = (), about: str = "") -> Path:
-    """Write ``docs/results/<name>.json`` and rewrite the tables made from such files."""
+    """Write ``docs/results/<name>.json`` with the command, commit and hardware, and update the tables in docs/.
+
+    Args:
+        figures: name -> number, list of numbers or text; or rows, name -> {column: value}, with the same columns.
+        seeds: of the runs.
+        about: one line that says what was measured.
+
+    Raises:
+        ValueError: no document has a place for this table.
+    """
+    if not any(f"<!-- {name} -->\n" in document.read_text() for document in DOCUMENTS.glob("*.md")):
+        raise ValueError(f"{name}: no document in docs/ has the lines <!-- {name} --> and <!-- /{name} -->; add them")
     content = {
         "about": about,
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
@@ -39,29 +55,24 @@ def hardware() -> str:
 
 
 def write_tables() -> None:
-    """docs/results.md, whole, from docs/results/*.json; in other documents what stands between a result's marks."""
-    lines = [
-        "# Results",
-        "",
-        "Made by `make results` from `docs/results/*.json`; the commands there write the figures.",
-        "",
-    ]
-    results = {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
-    for name, result in results.items():
-        lines += [f"## {name}", "", result["about"], "", *_table(result), ""]
-    (ROOT / "docs" / "results.md").write_text("\n".join(lines))
-    for document in (ROOT / "docs").glob("*.md"):
-        text = document.read_text()
-        for name, result in results.items():
-            start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-            if start in text:
-                before, rest = text.split(start, 1)
-                text = before + start + "\n".join(_table(result)) + "\n" + end + rest.split(end, 1)[1]
-        document.write_text(text)
+    """Update every table in docs/*.md from docs/results/*.json."""
+    for document in DOCUMENTS.glob("*.md"):
+        document.write_text(with_tables(document.read_text()))
+
+
+def with_tables(text: str) -> str:
+    """A document's text with all tables between markers replaced by current ones."""
+    for file in sorted(RESULTS.glob("*.json")):
+        start, end = f"<!-- {file.stem} -->\n", f"<!-- /{file.stem} -->"
+        if start in text:
+            before, rest = text.split(start, 1)
+            table = "\n".join(_table(json.loads(file.read_text())))
+            text = f"{before}{start}{table}\n{end}{rest.split(end, 1)[1]}"
+    return text
 
 
 def _table(result: Mapping[str, Any]) -> list[str]:
-    """Of figures, or where each is a row of figures of the same names, with a column for each name."""
+    """Lines of a table with one row per figure; figures that are rows themselves get a column per name."""
     figures = result["figures"]
     names = {tuple(value) if isinstance(value, Mapping) else () for value in figures.values()}
     if len(names) != 1 or names == {()}:
@@ -72,13 +83,13 @@ def _table(result: Mapping[str, Any]) -> list[str]:
         "",
         f"| figure | {' | '.join(columns)} |",
         f"| --- |{' --- |' * len(columns)}",
-        *(f"| `{name}` | {' | '.join(_shown(row[c]) for c in columns)} |" for name, row in figures.items()),
+        *(f"| `{name}` | {' | '.join(_formatted(row[c]) for c in columns)} |" for name, row in figures.items()),
     ]
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(_shown(item) for item in value)
+        return ", ".join(_formatted(item) for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -1,11 +1,11 @@
-"""The replay buffer against what one would use instead: a Python list of dicts, and a plain Arrow take.
+"""The replay buffer against two alternatives: a Python list of dicts, and a plain Arrow take.
 
 python benchmarks/replay.py [--rows 1000000] [--soak-rows 10000000]
 
-A batch is 256 transitions of Twenty Questions as a critic wants them: ids of state, utterance and next state padded to
-matrices, beside rewards and flags. The list holds text, as a buffer written by hand does, and has each batch tokenised;
-ours holds the ids that were sampled, flat, and pads them at once. A list of ready ids is timed as well, to tell apart
-what tokenising and what lookup and padding cost, and so are the bare lookups.
+A batch is 256 transitions of Twenty Questions as a critic reads them: token ids of state, utterance and next state as
+padded matrices, rewards and flags. The list holds text, as in a simple buffer, so each batch is tokenised; our buffer
+holds flat token ids and pads them in one operation. A list of token ids and the lookups alone are timed as well, to
+separate the costs of tokenising, lookup and padding.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TEXTS = ("state", "utterance", "next")
 
 
 class Source:
-    """Turns of played episodes, as text and as the same rows in ids."""
+    """Turns of played episodes, as texts and as token ids."""
 
     def __init__(self, episodes: int = 1000) -> None:
         task = PlayedTask(TaskConfig(name="twenty_questions", num_problems=episodes), seed=0)
@@ -58,7 +58,7 @@ class Source:
 
 
 def padded(column: pa.ChunkedArray) -> np.ndarray:
-    """Lists of ids as (rows, WIDTH), padded with 0."""
+    """Lists of ids as a matrix (rows, WIDTH), padded with 0."""
     out = np.zeros((len(column), WIDTH), np.int64)
     row = 0
     for chunk in column.chunks:
@@ -137,7 +137,7 @@ def speed(source: Source, num_rows: int) -> dict[str, float]:
 
 
 def soak(source: Source, num_rows: int, capacity: int) -> dict[str, float]:
-    """``num_rows`` through a buffer of ``capacity``, sampled as it goes: memory must stay where it was when full."""
+    """Append ``num_rows`` rows to a buffer of ``capacity`` while sampling; measures memory growth once it is full."""
     rng = np.random.default_rng(1)
     buffer, memory, started = ReplayBuffer(capacity, 1 << 40), [], time.perf_counter()
     for first in range(0, num_rows, 5000):

@@ -1,9 +1,9 @@
-"""`make bench`: what the design promises, as ratios within one run; medians of five.
+"""`make bench`: speed and memory of engine, learner and loop, as ratios within one run; medians of five.
 
-python benchmarks/run.py [decoding] [publishing] [learning] [orchestration] [overlap]     # some parts; the rest is kept
+python benchmarks/run.py [decoding] [publishing] [learning] [orchestration] [overlap]     # only these parts
 
-Model-free figures and single-process ones are timed here, one thread each; the overlapped step is a real run.
-What each figure is, and what bounds it: docs/benchmarks.md.
+Figures of other parts are kept. Each part is timed in its own process with one thread; the overlapped step is a real
+run. docs/benchmarks.md explains each figure and what limits it.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ WIDE = LlamaConfig(
 
 
 def seconds(action: Callable[[], object], repeats: int = REPEATS, warm_ups: int = 1, pause: float = 0.0) -> float:
-    """Median, after warm-ups; a pause before each lets others tidy up what the one before left."""
+    """Median duration after warm-ups; the pause before each call lets other processes clean up after the last one."""
     times = []
     for _ in range(warm_ups + repeats):
         time.sleep(pause)
@@ -52,7 +52,7 @@ def seconds(action: Callable[[], object], repeats: int = REPEATS, warm_ups: int 
 
 
 def flops_per_token(config: LlamaConfig, latent: bool) -> int:
-    """Multiply-adds times two of one decoded token, attention over the cache left out."""
+    """FLOPs (two per multiply-add) of decoding one token, without attention over the cache."""
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = 4 * hidden * hidden + 3 * hidden * inner
     total = config.num_hidden_layers * layer + hidden * config.vocab_size
@@ -69,13 +69,13 @@ def prompts() -> np.ndarray:
 
 
 def rollout_prompts() -> tuple[np.ndarray, np.ndarray]:
-    """What rollouts look like: groups of 8 share a prompt of 128 tokens, answers have 8 to 64. Prompts and lengths."""
+    """Prompts and response lengths as in rollouts: groups of 8 share a prompt of 128 tokens; responses have 8 to 64."""
     draw = np.random.default_rng(1)
     return draw.integers(1, 31_000, (BATCH // 8, 128)).repeat(8, 0), draw.integers(8, 65, BATCH)
 
 
 def gemm_rate() -> float:
-    """FLOP/s of a decode step's usual product, one thread: the most that decoding can reach here."""
+    """FLOP/s of a typical matrix product of a decoding step, one thread: an upper bound for decoding."""
     torch.set_num_threads(1)
     x, w = torch.randn(BATCH, WIDE.hidden_size), torch.randn(WIDE.intermediate_size, WIDE.hidden_size)
     return 2 * BATCH * w.numel() / seconds(lambda: torch.nn.functional.linear(x, w), repeats=200)
@@ -106,7 +106,7 @@ def latent_decoding(latent: str) -> dict[str, float]:
 
 
 def plain_decoding(base: str) -> dict[str, float]:
-    """vLLM's own Llama on the same base, with the settings of the latent engine."""
+    """vLLM's Llama with the same base and the settings of the latent engine."""
     from cola_ray.rollout.engine import prepare_process
 
     prepare_process(1)
@@ -127,7 +127,7 @@ def plain_decoding(base: str) -> dict[str, float]:
 
 
 def torch_decoding(latent: str) -> dict[str, float]:
-    """A generate-style loop with key/value caches in PyTorch; every row runs until the longest has ended."""
+    """A loop like ``generate`` in PyTorch with key/value caches; every row runs until the longest has ended."""
     rate = gemm_rate()
     model = CoLAForCausalLM.from_pretrained(latent).eval()
     seeds = torch.arange(BATCH)
@@ -144,7 +144,7 @@ def torch_decoding(latent: str) -> dict[str, float]:
 
 
 def loading(engine: Any, latent: str) -> float:
-    """New weights into the engine, which repacks them on CPU, against one copy of them."""
+    """Loading new weights into the engine, which repacks them on CPU, relative to copying them once."""
     from cola_ray.weights import WeightSender
 
     model = CoLAForCausalLM.from_pretrained(latent)
@@ -162,9 +162,10 @@ def memcpy_seconds(nbytes: int) -> float:
 
 
 def publishing() -> dict[str, float]:
-    """A policy's tensors into Ray's store, out of it, checked: against one copy of those bytes. Loading apart.
+    """Writing a policy's tensors to Ray's store, reading and checking them, relative to copying the bytes once.
 
-    One policy layer of Llama-3.1-8B in bfloat16, and two layers of the small model, whose tensors have 1 to 3 MB.
+    For one policy layer of Llama-3.1-8B in bfloat16, and two layers of the small model, whose tensors have 1 to 3 MB.
+    Does not include loading into the engine.
     """
     import ray
 
@@ -188,7 +189,7 @@ def publishing() -> dict[str, float]:
                 receiver.add(bucket)
             receiver.finish(dict(tensors))
 
-        # Warm and with pauses: in a run seconds pass between two versions, and the older one's memory is used again.
+        # Warm and with pauses, as in a run: seconds pass between versions, and the memory of older ones is reused.
         published = seconds(publish, warm_ups=5, pause=1.0)
         return memcpy_seconds(sum(tensor.nbytes for _, tensor in tensors)) / published
 
@@ -231,7 +232,7 @@ def one_rank() -> Config:
 
 
 def latent_learning(latent: str) -> dict[str, float]:
-    """Our RL step against a bare DeepSpeed loop of the same arithmetic."""
+    """Our RL step against a minimal DeepSpeed loop with the same arithmetic."""
     from cola_ray.learner.policies import LatentPolicy
     from cola_ray.learner.rl import RLLearner
 
@@ -239,7 +240,7 @@ def latent_learning(latent: str) -> dict[str, float]:
     batch = random_batch()
     bare, _ = bare_latent_step(latent, batch)
     pairs = []
-    for _ in range(2 * REPEATS + 1):  # in turn, so that a slow moment of the machine hits both
+    for _ in range(2 * REPEATS + 1):  # in turn, so that a slow moment of the machine affects both
         started = time.perf_counter()
         learner.step(batch)
         between = time.perf_counter()
@@ -253,7 +254,7 @@ def latent_learning(latent: str) -> dict[str, float]:
 
 
 def token_learning(base: str) -> dict[str, float]:
-    """The same over tokens: all of the base trains, with a whole copy of it as the reference."""
+    """The RL step over tokens: the whole base trains, and the reference is a copy of it."""
     from cola_ray.learner.policies import TokenPolicy
     from cola_ray.learner.rl import RLLearner
 
@@ -266,7 +267,7 @@ def token_learning(base: str) -> dict[str, float]:
 
 
 def bare_latent_step(latent: str, batch: Batch) -> tuple[Callable[[], None], Any]:
-    """What one would write by hand with DeepSpeed: no frame, no metrics, no checks; the same losses."""
+    """The same losses in a minimal hand-written DeepSpeed step, without metrics or checks."""
 
     from cola_ray.learner.policies import LatentPolicy
     from cola_ray.learner.rl import tensors_of
@@ -314,7 +315,7 @@ def deepspeed_engine(module: torch.nn.Module) -> tuple[Any, Any]:
 
 
 def state_bytes(optimizer: Any) -> int:
-    """Of the optimizer's moments."""
+    """Bytes of the optimizer's moments."""
     states = optimizer.optimizer.state.values()
     return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
 
@@ -323,7 +324,7 @@ def state_bytes(optimizer: Any) -> int:
 
 
 class EchoWorker:
-    """Answers with ready-made groups: all that is left of a step is controller, Ray and collation."""
+    """Returns ready-made groups, so that a step consists only of controller, Ray and collation."""
 
     def __init__(self, config: Config) -> None:
         self.size = config.rl.group_size
@@ -375,7 +376,7 @@ def orchestration() -> dict[str, float]:
 
 
 def overlap() -> dict[str, float]:
-    """A tiny run with one engine and one rank, a core each: apart, then overlapped."""
+    """Run tiny with one engine and one rank, a core each, first without and then with overlap."""
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         short = ["--pretrain.steps.base", "20", "--pretrain.steps.actions", "20", "--pretrain.steps.policy", "5"]
@@ -395,7 +396,7 @@ def overlap() -> dict[str, float]:
             return statistics.median(series(staleness, key).values())
 
         def cpu_seconds(process: psutil.Process) -> tuple[int, float]:
-            """The last step, and what all of the run's processes have computed until now."""
+            """The last step, and the CPU seconds of all processes of the run so far."""
             total = 0.0
             for one in [process, *process.children(recursive=True)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -406,7 +407,7 @@ def overlap() -> dict[str, float]:
             command = [*job, "--rl.max-staleness", str(staleness), "--output-dir", f"outputs/{staleness}"]
             running = psutil.Popen(command, cwd=where, stdout=subprocess.DEVNULL)
             samples = []
-            while running.poll() is None:  # between two steps late in the run all processes have started
+            while running.poll() is None:  # between two late steps, when all processes have started
                 if staleness and max(series(1, "time/step"), default=0) in (8, 28):
                     samples.append(cpu_seconds(running))
                 time.sleep(0.2)
@@ -425,7 +426,7 @@ def overlap() -> dict[str, float]:
 
 
 def isolated(name: str, *args: str) -> dict[str, float]:
-    """Each part in a process of its own, so that none inherits another's threads and memory."""
+    """Run a function of this file in its own process, so that no part inherits the threads and memory of another."""
     code = f"import json, run; print('RESULT' + json.dumps(run.{name}(*{args!r})))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
@@ -445,7 +446,7 @@ def decoding(latent: str, base: str) -> dict[str, float]:
     figures["latent_vs_plain_per_flop"] = rate / figures["plain_tokens_per_second"] / flop_ratio
     figures["latent_vs_hf_generate"] = rate / figures["torch_tokens_per_second"]
     figures["latent_vs_hf_generate_rollouts"] = figures["torch_rollouts_seconds"] / figures["latent_rollouts_seconds"]
-    # There are as many tokens in the prompts, and reading one costs as much as writing one but for the LM head.
+    # Prompts have as many tokens, and processing one costs as much as decoding one, except for the LM head.
     read = cost - 2 * WIDE.hidden_size * WIDE.vocab_size
     figures["latent_decode_share_of_gemm_rate"] = rate * (cost + read) / figures["gemm_gflops_per_second"] / 1e9
     return figures

@@ -1,10 +1,10 @@
-"""Search over latent actions: right answers over the tokens that they cost, and what the prefix cache saves.
+"""Search over latent actions: right answers against generated tokens, and the tokens that the prefix cache saves.
 
 python benchmarks/search.py --folder outputs/search --model MODEL [--budgets 2 4 8 16 32] [--problems 512]
 
-MODEL is one that RL has trained. Q of MCTS-Q is learnt from its samples of training problems. All ways of answering
-have the same verifier, which chooses among their responses, and the same number of responses. Saved tokens are counted
-in the engine: what a search computed, against computing the whole text again for every simulation.
+MODEL was trained by RL. The Q of MCTS-Q is learnt from the model's samples on training problems. All ways of answering
+use the same verifier to choose among the same number of responses. Saved tokens are counted in the engine: tokens that
+a search computed, against computing the whole text again in every simulation.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from cached_run import run_once
 from record import RESULTS, record
-from trial import trial
 
 from cola_ray.rollout.engine import LatentEngine, Request
 from cola_ray.rollout.search import Question, TreeSearch
@@ -46,7 +46,7 @@ def plot(
 
 
 def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> dict[str, float]:
-    """By length of prompt: tokens of all simulated texts, over the tokens that the engine computed for them."""
+    """By prompt length, the tokens of all simulated texts divided by the tokens that the engine computed."""
     engine = LatentEngine(str(model), dtype="float32", max_model_len=512, stop_token_ids=[1], kv_cache_mb=128)
     batch = RunningBatch(engine, drain=True)
     draw = np.random.default_rng(0)
@@ -81,19 +81,19 @@ def main() -> None:
     common = ["--preset", "tiny", "--task.name", args.task, "--model.path", str(args.model.resolve())]
     asked = [*common, "--eval.problems", str(args.problems), "--eval.chunk", "128"]
     wide = ["--search.root-breadth", "16", "--search.breadth", "16"]
-    trial(folder / "log", "evaluate", *common, "--eval.split", "train", "--eval.ways", "sample", "--eval.problems",
+    run_once(folder / "log", "evaluate", *common, "--eval.split", "train", "--eval.ways", "sample", "--eval.problems",
           "4096", "--eval.chunk", "512", "--search.simulations", "16")  # fmt: skip
     logged = folder / "log" / "outputs" / "run" / "predictions" / "sample"
-    learnt = trial(folder / "q", "train_q", *common, "--data.path", str(logged), "--pretrain.steps.q", "1500",
+    learnt = run_once(folder / "q", "train_q", *common, "--data.path", str(logged), "--pretrain.steps.q", "1500",
                    "--pretrain.batch-size", "256", "--cluster.learner-ranks", "1")  # fmt: skip
     with_q = ["--q.path", str(folder / "q" / "outputs" / "run" / "model")]
-    single = trial(folder / "greedy", "evaluate", *asked, "--eval.ways", "base", "greedy")
+    single = run_once(folder / "greedy", "evaluate", *asked, "--eval.ways", "base", "greedy")
     curves: dict[str, list[tuple[float, float, float, float]]] = {way: [] for way in WAYS}
     figures: dict[str, object] = {f"{way}_right": single[way]["accuracy"] for way in ("base", "greedy")}
     figures |= {"q_heldout_loss": learnt["q_heldout_loss"], "q_heldout_correlation": learnt["q_heldout_correlation"]}
     for budget in args.budgets:
         where = folder / f"budget-{budget}"
-        found = trial(where, "evaluate", *asked, *wide, *with_q, "--eval.ways", *WAYS, "--search.simulations",
+        found = run_once(where, "evaluate", *asked, *wide, *with_q, "--eval.ways", *WAYS, "--search.simulations",
                       str(budget))  # fmt: skip
         for way in WAYS:
             of_way = found[way]

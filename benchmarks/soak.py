@@ -1,9 +1,9 @@
-"""Half an hour of the tiny run while a random rollout worker is killed every two minutes.
+"""Half an hour of RL with the tiny preset, while a random rollout worker is killed every two minutes.
 
 python benchmarks/soak.py --minutes 30
 
-Every prompt must be trained on exactly once, and no process may grow: resident memory of each kind at a tenth of the
-time and at the end.
+Asserts that every prompt is trained on exactly once. Records the resident memory of each kind of process after a tenth
+of the time and at the end, to show growth.
 """
 
 import argparse
@@ -24,7 +24,7 @@ NAMES = ("ray::RolloutWorker", "ray::RayTrainWorker", "ray::Controller", "jobs/r
 
 
 def processes(root: int) -> dict[str, list[tuple[int, float]]]:
-    """Resident megabytes by kind of process, of everything below ``root``."""
+    """(pid, resident MB) of all descendants of ``root``, by kind of process."""
     found = subprocess.run(["ps", "-eo", "pid,ppid,rss,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 3) for line in found.splitlines()[1:]]
     below = {root}
@@ -39,6 +39,7 @@ def processes(root: int) -> dict[str, list[tuple[int, float]]]:
 
 
 def megabytes(root: int) -> dict[str, float]:
+    """Resident MB of the largest process of each kind."""
     return {name: round(max((size for _, size in found), default=0.0), 1) for name, found in processes(root).items()}
 
 

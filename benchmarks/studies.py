@@ -1,10 +1,10 @@
-"""Diversity and kept capabilities of tiny and of smollm2-135m: ways of continuing, and a harness task on both models.
+"""Diversity and kept capabilities with tiny and smollm2-135m.
 
 python benchmarks/studies.py --folder outputs/studies --gsm8k DATA/gsm8k
 
-Needs the packages of `make evals`. tiny is pre-trained as its preset says, smollm2-135m for half an hour on GSM8K: what
-is checked is the order of ways and whether anything broke, not the paper's scale. The harness asks tiny for sums, and
-smollm2-135m which of four first sentences begins the solution of a problem.
+Needs the packages of `make evals`. tiny is pre-trained as in its preset, smollm2-135m for half an hour on GSM8K, so
+this compares the ways of continuing texts at a small scale, not at that of the paper. The evaluation harness asks tiny
+for sums, and smollm2-135m which of four first sentences begins the solution of a problem.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import random
 import re
 from pathlib import Path
 
+from cached_run import run_once
 from record import record
-from trial import trial
 
 from cola_ray.studies.reproduce import write_choices, write_sums
 
@@ -24,7 +24,7 @@ PROBLEMS = 32
 
 
 def write_first_sentences(folder: Path, gsm8k: Path) -> None:
-    """GSM8K as choices: the other three begin the solutions of other problems."""
+    """Multiple choice from GSM8K: the three wrong sentences begin the solutions of other problems."""
     draw = random.Random(0)
     rows = [json.loads(line) for line in (gsm8k / "test.jsonl").read_text().splitlines()]
     first = [re.sub("<<.*?>>", "", row["answer"].split("\n")[0]) for row in rows]
@@ -35,13 +35,13 @@ def write_first_sentences(folder: Path, gsm8k: Path) -> None:
     ])  # fmt: skip
 
 
-def look_at(folder: Path, name: str, pretraining: list[str], sample: list[str], task: str) -> dict[str, float]:
-    """Figures of one preset's model, each with its name before it."""
+def measure(folder: Path, name: str, pretraining: list[str], sample: list[str], task: str) -> dict[str, float]:
+    """Figures of the model of a preset, with the name of the preset as prefix."""
     model = folder / f"{name}-start"
-    trial(model, "pretrain", "--preset", name, *pretraining)
+    run_once(model, "pretrain", "--preset", name, *pretraining)
     about = ["--preset", name, "--model.path", str(model / "outputs" / "run" / "model")]
-    different = trial(folder / f"{name}-diversity", "diversity", *about, *sample)
-    kept = trial(folder / f"{name}-capabilities", "capabilities", *about, "--harness.tasks", task,
+    different = run_once(folder / f"{name}-diversity", "diversity", *about, *sample)
+    kept = run_once(folder / f"{name}-capabilities", "capabilities", *about, "--harness.tasks", task,
                  "--harness.include-path", str(folder / "tasks"))  # fmt: skip
     figures = {}
     measures = ("diversity", "diversity_low", "diversity_high", "distinct_1", "self_bleu")
@@ -60,8 +60,8 @@ def main() -> None:
     write_sums(folder / "tasks")
     write_first_sentences(folder / "tasks", gsm8k)
     train, test = (["--data.path", str(gsm8k / f"{split}.jsonl")] for split in ("train", "test"))
-    figures = look_at(folder, "tiny", [], [], "sums")
-    figures |= look_at(folder, "smollm2-135m", [*SHORT, *train], [*SMALL_SAMPLE, *test], "first_sentences")
+    figures = measure(folder, "tiny", [], [], "sums")
+    figures |= measure(folder, "smollm2-135m", [*SHORT, *train], [*SMALL_SAMPLE, *test], "first_sentences")
     record("studies", figures, [0], "Diversity of continuations (1 over the mean cosine), and a harness task on both")
 
 

@@ -1,4 +1,4 @@
-"""The demo over several seeds: greedy held-out accuracy of base, cloned policy and RL policy.
+"""The demo with several seeds: greedy held-out accuracy of the base, the cloned policy and the policy after RL.
 
 python benchmarks/tiny_rl.py 0 1 2
 """
@@ -15,7 +15,7 @@ KEYS = ("base_accuracy", "bc_accuracy", "rl_accuracy", "wall_seconds", "seconds_
 
 
 def run_seed(seed: int, where: Path) -> dict:
-    """One whole demo in a folder of its own; returns its summary."""
+    """Run the demo with one seed; returns its summary."""
     command = [sys.executable, str(ROOT / "jobs" / "rl_math.py"), "--preset", "tiny", "--seed", str(seed)]
     subprocess.run([*command, "--output-dir", f"outputs/{seed}"], cwd=where, check=True)
     return json.loads((where / "outputs" / str(seed) / "summary.json").read_text())

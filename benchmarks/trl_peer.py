@@ -1,4 +1,4 @@
-"""TRL's side of vs_trl.sh, run in TRL's environment: GRPOTrainer on our task; writes what it measured.
+"""TRL's part of vs_trl.sh, run in TRL's environment: trains with GRPOTrainer on our task and writes measurements.
 
 python trl_peer.py '{"base": ..., "steps": ...}' RESULT.json
 """
@@ -29,28 +29,28 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    wishes = json.loads(sys.argv[1])
-    task = make_task(TaskConfig(num_problems=wishes["num_problems"]), wishes["seed"])
-    tokenizer = AutoTokenizer.from_pretrained(wishes["base"])
+    settings = json.loads(sys.argv[1])
+    task = make_task(TaskConfig(num_problems=settings["num_problems"]), settings["seed"])
+    tokenizer = AutoTokenizer.from_pretrained(settings["base"])
     rows = [{"prompt": problem.question, "index": problem.index} for problem in task.problems("train")]
 
     def reward(completions: list[str], index: list[int], **_: Any) -> list[float]:
         return [task.score("train", i, text) for i, text in zip(index, completions, strict=True)]
 
-    size = wishes["prompts"] * wishes["group"]
+    size = settings["prompts"] * settings["group"]
     clock = Clock()
     trainer = trl.GRPOTrainer(
-        model=LlamaForCausalLM.from_pretrained(wishes["base"]),
+        model=LlamaForCausalLM.from_pretrained(settings["base"]),
         processing_class=tokenizer,
         reward_funcs=reward,
         train_dataset=Dataset.from_list(rows),
         callbacks=[clock],
         args=trl.GRPOConfig(
-            output_dir="trl-output", use_cpu=True, seed=wishes["seed"], max_steps=wishes["steps"],
-            learning_rate=wishes["lr"], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
-            adam_beta1=wishes["betas"][0], adam_beta2=wishes["betas"][1], max_grad_norm=wishes["max_grad_norm"],
-            per_device_train_batch_size=size, num_generations=wishes["group"],
-            max_completion_length=wishes["new_tokens"], temperature=1.0, beta=0.0,
+            output_dir="trl-output", use_cpu=True, seed=settings["seed"], max_steps=settings["steps"],
+            learning_rate=settings["lr"], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+            adam_beta1=settings["betas"][0], adam_beta2=settings["betas"][1], max_grad_norm=settings["max_grad_norm"],
+            per_device_train_batch_size=size, num_generations=settings["group"],
+            max_completion_length=settings["new_tokens"], temperature=1.0, beta=0.0,
             gradient_checkpointing=False, bf16=False, save_strategy="no", report_to=[], logging_steps=1,
         ),
     )  # fmt: skip
@@ -58,7 +58,7 @@ def main() -> None:
     trainer.train()
     ends = [started, *clock.ends]
     result = {
-        "accuracy": heldout_accuracy(trainer.model, tokenizer, task, wishes),
+        "accuracy": heldout_accuracy(trainer.model, tokenizer, task, settings),
         "rewards": [entry["reward"] for entry in trainer.state.log_history if "reward" in entry],
         "step_seconds": [after - before for before, after in itertools.pairwise(ends)],
         "version": trl.__version__,
@@ -68,14 +68,14 @@ def main() -> None:
 
 
 @torch.no_grad()
-def heldout_accuracy(model: Any, tokenizer: Any, task: Any, wishes: dict[str, Any]) -> float:
-    """Of greedy answers to the held-out problems that our runs are evaluated on."""
+def heldout_accuracy(model: Any, tokenizer: Any, task: Any, settings: dict[str, Any]) -> float:
+    """Accuracy of greedy answers to the held-out problems that our runs are evaluated on."""
     model.eval()
-    problems = task.problems("heldout")[: wishes["eval_problems"]]
+    problems = task.problems("heldout")[: settings["eval_problems"]]
     tokenizer.padding_side = "left"
     batch = tokenizer([p.question for p in problems], return_tensors="pt", padding=True, add_special_tokens=False)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    ids = model.generate(**inputs, max_new_tokens=wishes["new_tokens"], do_sample=False)
+    ids = model.generate(**inputs, max_new_tokens=settings["new_tokens"], do_sample=False)
     texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return sum(task.score("heldout", p.index, text) >= 1 for p, text in zip(problems, texts, strict=True)) / len(texts)
 

@@ -1,4 +1,4 @@
-"""What vs_trl.sh runs once TRL has its environment: both trainers by turns, and docs/results/vs_trl.json."""
+"""Called by vs_trl.sh when TRL is installed: runs both trainers in turn and writes docs/results/vs_trl.json."""
 
 import argparse
 import json
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cached_run import run_once, series
 from record import ROOT, record
-from trial import series, trial
 
 from cola_ray.settings.config import Config, override
 from cola_ray.settings.presets import preset
 
-# What both are given; the rest is each one's own way.
+# Settings of both trainers; all others are the trainer's defaults.
 SHARED: dict[str, Any] = {"rl.lr": 1e-4, "rl.kl_coef": 0.0, "rl.prompts_per_step": 64, "rl.group_size": 8}
-SKIPPED = 5  # first steps, in which allocators and caches settle
+SKIPPED = 5  # first steps, while allocators and caches warm up
 
 
 def settings(steps: int, seed: int) -> Config:
@@ -27,7 +27,7 @@ def settings(steps: int, seed: int) -> Config:
 def ours(folder: Path, config: Config, model: str) -> dict[str, Any]:
     where = folder / f"cola_ray-{config.seed}"
     shared = [part for name, value in SHARED.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    summary = trial(
+    summary = run_once(
         where, "rl_math", "--preset", "tiny", *shared, "--rl.action-space", "token", "--model.path", model,
         "--rl.max-steps", str(config.rl.max_steps), "--seed", str(config.seed), "--rl.eval-every", "0",
         "--rl.save-every", "1000", "--cluster.learner-ranks", "1",
@@ -48,7 +48,7 @@ def theirs(folder: Path, config: Config, base: str) -> dict[str, Any]:
     result = folder / f"trl-{config.seed}.json"
     if not result.exists():
         rl, rollout = config.rl, config.rollout
-        wishes = {
+        settings = {
             "base": base, "steps": rl.max_steps, "seed": config.seed, "lr": rl.lr, "betas": rl.adam_betas,
             "prompts": rl.prompts_per_step, "group": rl.group_size, "new_tokens": rollout.max_new_tokens,
             "max_grad_norm": rl.grad_clip, "eval_problems": rl.eval_problems, "num_problems": config.task.num_problems,
@@ -58,7 +58,7 @@ def theirs(folder: Path, config: Config, base: str) -> dict[str, Any]:
         command = [
             str(folder / "trl/bin/python"),
             str(ROOT / "benchmarks/trl_peer.py"),
-            json.dumps(wishes),
+            json.dumps(settings),
             str(result),
         ]
         with (folder / f"trl-{config.seed}.log").open("w") as log:

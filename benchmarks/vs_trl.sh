@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Token-level GRPO here against TRL's GRPOTrainer: same base, prompts, reward, group size, step count, machine.
+# Token-level GRPO against TRL's GRPOTrainer: same base, prompts, reward, group size, number of steps and machine.
 #
 #   benchmarks/vs_trl.sh FOLDER MODEL [--seeds 0 1 2] [--steps 80]
 #
-# FOLDER: where TRL's own environment and all runs go; what is there is not made again. MODEL: a CoLA model of the tiny
-# preset, e.g. outputs/pretrain-tiny-seed0/model, whose base both start from.
+# FOLDER: for TRL's environment and all runs; runs that are already there are not repeated. MODEL: a CoLA model of the
+# tiny preset, e.g. outputs/pretrain-tiny-seed0/model; both trainers start from its base.
 set -euo pipefail
 if [ $# -lt 2 ]; then
-    echo "usage: $0 FOLDER MODEL [--seeds 0 1 2] [--steps 80]; what they are stands at the top of this file" >&2
+    echo "usage: $0 FOLDER MODEL [--seeds 0 1 2] [--steps 80]; the top of this file explains them" >&2
     exit 2
 fi
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,7 +19,7 @@ if [ ! -x "$folder/trl/bin/python" ]; then
     links=$("$root/.venv/bin/python" -m pip config get global.find-links 2>/dev/null || true)
     if [ -n "$links" ]; then export UV_FIND_LINKS=$links; else export UV_TORCH_BACKEND=cpu; fi
     torch=$("$root/.venv/bin/python" -c 'import torch; print(torch.__version__)')
-    # TRL as it is, and what the task needs for its problems and rewards.
+    # TRL, and what our task needs for its problems and rewards.
     "$root/.venv/bin/uv" pip install -q --python "$folder/trl/bin/python" \
         trl==1.16.0 "torch==$torch" pydantic wrapt reasoning-gym math-verify xxhash
 fi

@@ -100,9 +100,9 @@ class SoftQPolicy(nn.Module):
 
     def __init__(self, cola: CoLAForCausalLM, beta: float) -> None:
         super().__init__()
-        cola.act_softly(beta)
+        cola.enable_soft_q(beta)
         self.width, self.num_actions = cola.config.hidden_size, cola.config.num_actions
-        self.q: QHead = cola.policy.soft_q  # type: ignore[assignment]  # which act_softly made
+        self.q: QHead = cola.policy.soft_q  # type: ignore[assignment]  # which enable_soft_q made
         cola.policy.soft_q = None
         self.cola = cola
         del cola.idm, cola.world_model, cola.codebook
@@ -247,7 +247,7 @@ def export(start_model: str, trained: dict[str, Tensor], target: Path, soft_q_be
     plain = AutoConfig.from_pretrained(start_model).model_type == "llama" and not is_released(start_model)
     model = (LlamaForCausalLM if plain else CoLAForCausalLM).from_pretrained(start_model, dtype="auto")
     if soft_q_beta:
-        model.act_softly(soft_q_beta)
+        model.enable_soft_q(soft_q_beta)
     unknown = trained.keys() - model.state_dict().keys()
     if unknown:
         raise ValueError(f"trained tensors that the model does not have: {sorted(unknown)[:3]}")

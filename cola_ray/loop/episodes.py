@@ -47,19 +47,19 @@ class CriticClient(Protocol):
 
     async def fit(self, fresh: pa.Table) -> Metrics: ...
 
-    async def mark(self) -> str: ...
+    async def checkpoint(self) -> str: ...
 
-    async def go_back(self, file: str) -> None: ...
+    async def restore(self, file: str) -> None: ...
 
     async def assess(self, rows: pa.Table) -> Metrics: ...
 
     async def advantages(self, fresh: pa.Table) -> Array: ...
 
-    async def foretold(self, rows: pa.Table) -> Array:
+    async def advantages_and_td_errors(self, rows: pa.Table) -> Array:
         """Advantages of played utterances, and V's temporal-difference errors after them, (2, rows)."""
         ...
 
-    async def judge(self) -> dict[str, Array]:
+    async def target_weights(self) -> dict[str, Array]:
         """The heads' weights, for players who choose by them."""
         ...
 
@@ -101,10 +101,10 @@ class Episodes:
         """An environment makes an episode of any seed."""
 
     async def state(self) -> dict[str, Any]:
-        return {"critic": await self.critic.mark(), "fitted": self.critic_fitted, "recent": list(self.recent)}
+        return {"critic": await self.critic.checkpoint(), "fitted": self.critic_fitted, "recent": list(self.recent)}
 
     async def go_back(self, state: Mapping[str, Any] | None) -> None:
-        await self.critic.go_back(state["critic"] if state else "")
+        await self.critic.restore(state["critic"] if state else "")
         self.critic_fitted = bool(state and state["fitted"])
         self.recent.clear()
         self.recent.extend(state["recent"] if state else ())
@@ -134,7 +134,7 @@ class Episodes:
     async def _players_critic(self) -> tuple[Any, ...]:
         """The critic's heads once there are some, where players choose by them."""
         chooses = self.config.rl.algorithm == "chai" or self.config.critic.chooses
-        return (await self.critic.judge(),) if chooses and self.critic_fitted else ()
+        return (await self.critic.target_weights(),) if chooses and self.critic_fitted else ()
 
     # --- batches ----------------------------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class Episodes:
     async def _weigh_what_was_played(self, metrics: Metrics) -> list[Trajectory]:
         """Sequences of the recent episodes, each turn with its own advantage."""
         episodes = [episode for some, _ in self.recent for episode in some]
-        expected, drawn = await self.critic.foretold(pa.concat_tables(rows for _, rows in self.recent))
+        expected, drawn = await self.critic.advantages_and_td_errors(pa.concat_tables(rows for _, rows in self.recent))
         share = self.config.critic.td_share
         advantages = (1 - share) * expected + share * drawn
         centred = _centred(advantages, metrics)

@@ -23,13 +23,13 @@ class ReplayClient:
 
     async def store(self, rows: pa.Table) -> None:
         """Each row in its position's shard; one insert for each that gets any."""
-        lost = await self.shards.came_back()
+        lost = await self.shards.restarted()
         for shard, held in lost:
             self.supervisor.say(
                 f"replay shard {shard} was started again and has the {held} rows of its last snapshot"
             )  # fmt: skip
         if lost:
-            await self.shards.need(self.kept)
+            await self.shards.keep_files(self.kept)
         homes = np.array([self.shards.shard_of(str(position)) for position in rows["position"].to_pylist()])
         inserts = (self.shards.insert(int(home), rows.filter(pa.array(homes == home))) for home in np.unique(homes))
         await asyncio.gather(*inserts)
@@ -49,16 +49,16 @@ class ReplayClient:
 
     async def state(self) -> list[dict[str, Any]]:
         """What the shards are now; their rows are on disk."""
-        return await self.shards.mark()
+        return await self.shards.checkpoint()
 
     async def keep(self, states: Sequence[Sequence[Mapping[str, Any]]]) -> None:
         """Keep the files of these states on disk."""
         self.kept = states
-        await self.shards.need(states)
+        await self.shards.keep_files(states)
 
     async def go_back(self, state: Sequence[Mapping[str, Any]] | None) -> None:
         """Be what the shards were; None: empty."""
         self.kept = ()
-        await self.shards.go_back(state)
+        await self.shards.restore(state)
         if state is not None:
             await self.keep([state])

@@ -1,9 +1,9 @@
-"""What the files of a checkpoint say about it, without loading a weight.
+"""Checks a checkpoint by its files, without loading weights.
 
-    faults(Path("outputs/demo/model"))            ["the weights are cut short: model.safetensors ...; copy it again"]
-    shape_of(Path("SmolLM2-135M.gguf"))           what config.json or the header of a GGUF file states
+    faults(Path("outputs/demo/model"))            ["model.safetensors cannot be read (...); copy the checkpoint again"]
+    shape_of(Path("SmolLM2-135M.gguf"))           sizes from config.json or from the header of a GGUF file
 
-Only Python, NumPy and safetensors are needed, so a command line can be refused before torch is imported.
+Needs only Python, NumPy and safetensors, so that a command line can be refused before torch is imported.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 RELEASED = "IntentionForCausalLM"
-"""Architecture of the authors' checkpoints, whose model_type is that of a Llama."""
+"""Architecture named in the authors' checkpoints; their model_type is "llama"."""
 
 
 class UnreadableError(ValueError):
@@ -23,26 +23,26 @@ class UnreadableError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a checkpoint decides whether it can be served and trained; 0 or "" where it is not stated."""
+    """Properties that decide whether a checkpoint can be served and trained; 0 or "" if the checkpoint does not say."""
 
     kind: str  # model_type; "cola" also for the authors' checkpoints
-    head: int = 0
-    positions: int = 0
+    head: int = 0  # size of an attention head
+    positions: int = 0  # longest sequence
     vocabulary: int = 0  # rows of the embeddings
     actions: int = 0
-    biases: str = ""  # the field that gives linear layers biases
-    quantised: str = ""
+    biases: str = ""  # the setting that gives linear layers biases
+    quantised: str = ""  # quantisation method
 
 
 def shape_of(path: Path) -> Shape:
-    """Of a directory or a GGUF file; :class:`UnreadableError` where its description cannot be read."""
+    """Properties of a directory or a GGUF file; UnreadableError if config.json or the header cannot be read."""
     if path.suffix == ".gguf":
         return _of_gguf(path)
     raw = _json(path / "config.json")
     width, heads = raw.get("hidden_size", 0), raw.get("num_attention_heads", 0)
     numbers = (width, heads, raw.get("vocab_size", 0), raw.get("max_position_embeddings") or 0)
     if any(not isinstance(number, int) for number in numbers):
-        raise UnreadableError(f"{path / 'config.json'} has sizes that are no whole numbers; copy the checkpoint again")
+        raise UnreadableError(f"{path / 'config.json'} has sizes that are not integers; copy the checkpoint again")
     released = RELEASED in (raw.get("architectures") or [])
     return Shape(
         kind="cola" if released else str(raw.get("model_type", "unknown")),
@@ -56,11 +56,11 @@ def shape_of(path: Path) -> Shape:
 
 
 def faults(path: Path, tokenizer: bool = True) -> list[str]:
-    """Why the weights or the tokenizer of a directory or GGUF file cannot be used, each ``why; fix``."""
+    """Reasons why the weights or the tokenizer of a directory or GGUF file cannot be used, each as ``why; fix``."""
     try:
         shape = shape_of(path)
         if path.suffix == ".gguf":
-            return []  # its header has been read to the end
+            return []  # shape_of has checked the whole header
         tensors = _tensors(path)
         width = _tokenizer_width(path) if tokenizer else 0
     except UnreadableError as error:
@@ -82,11 +82,13 @@ def faults(path: Path, tokenizer: bool = True) -> list[str]:
 
 
 def faults_of_judge(path: Path) -> list[str]:
-    """Why a directory is no reward model: without a head, rewards would come from one that is drawn at random."""
-    made = [] if path.suffix == ".gguf" else _json(path / "config.json").get("architectures") or []
-    if not made or any("SequenceClassification" in str(name) for name in made):
+    """Reasons why a directory is not a reward model: without its head, rewards would come from a random one."""
+    architectures = [] if path.suffix == ".gguf" else _json(path / "config.json").get("architectures") or []
+    if not architectures or any("SequenceClassification" in str(name) for name in architectures):
         return []
-    return [f"{made[0]}, which gives no rewards; give a sequence classifier, e.g. what jobs/reward_model.py left"]
+    return [
+        f"{architectures[0]}, which gives no rewards; give a sequence classifier, e.g. what jobs/reward_model.py left"
+    ]
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -97,9 +99,9 @@ def _json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UnreadableError(f"{file}: {error.strerror}; make it readable") from None
     except ValueError as error:
-        raise UnreadableError(f"{file} is not whole JSON ({error}); copy the checkpoint again") from None
+        raise UnreadableError(f"{file} is not complete JSON ({error}); copy the checkpoint again") from None
     if not isinstance(raw, dict):
-        raise UnreadableError(f"{file} is no JSON object; copy the checkpoint again")
+        raise UnreadableError(f"{file} is not a JSON object; copy the checkpoint again")
     return raw
 
 
@@ -107,7 +109,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in safetensors files, by name; empty where weights are in another format."""
+    """Shapes of all tensors in safetensors files, by name; empty if the weights are in another format."""
     shards = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -121,7 +123,7 @@ def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def q_actions(file: Path) -> int:
-    """Actions that a ``q.safetensors`` of jobs/train_q.py knows; :class:`UnreadableError` where it is none."""
+    """Number of actions of a ``q.safetensors`` by jobs/train_q.py; UnreadableError if the file is something else."""
     shapes = dict(_header(file))
     if "layers.2.weight" not in shapes:
         raise UnreadableError(f"{file.name} holds no Q of latent actions; give the folder model/ of jobs/train_q.py")
@@ -132,8 +134,8 @@ def _header(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(shard, "np") as tensors:  # checks that the file is as long as its header says
-            for name in tensors.keys():  # noqa: SIM118  (no dictionary)
+        with safe_open(shard, "np") as tensors:  # checks the length of the file against its header
+            for name in tensors.keys():  # noqa: SIM118  (not a dictionary)
                 yield name, tuple(tensors.get_slice(name).get_shape())
     except (SafetensorError, OSError) as error:
         raise UnreadableError(f"{shard.name} cannot be read ({error}); copy the checkpoint again") from None
@@ -143,7 +145,7 @@ def _header(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _tokenizer_width(folder: Path) -> int:
-    """One more than the largest id that the folder's tokenizer gives; 0 where that takes more than reading JSON."""
+    """One more than the largest id of the folder's tokenizer; 0 if reading JSON is not enough to find it."""
     file = folder / "tokenizer.json"
     if not file.exists():
         if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "spiece.model")):
@@ -163,12 +165,12 @@ _TEXT, _ARRAY = 8, 9
 
 
 def _of_gguf(path: Path) -> Shape:
-    """From the header: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+    """Read the header; its format is in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
     try:
         with path.open("rb") as file:
             magic, version, tensors, pairs = struct.unpack("<4sIQQ", file.read(24))
             if magic != b"GGUF" or version not in (2, 3):
-                raise UnreadableError("no GGUF file of version 2 or 3; give another file")
+                raise UnreadableError("not a GGUF file of version 2 or 3; give another file")
             known = {}
             for _ in range(pairs):
                 name = _text(file)
@@ -196,7 +198,7 @@ def _of_gguf(path: Path) -> Shape:
 
 
 def _gguf_value(file: IO[bytes], kind: int) -> Any:
-    """A scalar or text; of an array, its length."""
+    """The value of a scalar or text, or the length of an array."""
     if kind in _SCALARS:
         return _unpack(file, _SCALARS[kind])
     if kind == _TEXT:
@@ -214,10 +216,10 @@ def _gguf_value(file: IO[bytes], kind: int) -> Any:
 
 def _text(file: IO[bytes]) -> str:
     length = _unpack(file, "Q")
-    said = file.read(min(length, 1 << 24))
-    if len(said) < length:
+    data = file.read(min(length, 1 << 24))
+    if len(data) < length:
         raise UnreadableError("its header is broken or cut short; copy it again")
-    return said.decode("utf-8", "replace")
+    return data.decode("utf-8", "replace")
 
 
 def _unpack(file: IO[bytes], form: str) -> Any:

@@ -1,6 +1,6 @@
-"""Checkpoints in and out: attach CoLA to a Llama, and the authors' released names.
+"""Conversion of checkpoints: attach CoLA to a Llama, extract the base again, and read or write the authors' format.
 
-Released name                                      ours
+Released name                                      our name
 model.{embed_tokens,layers,norm}, lm_head          the same
 model.action_layers.* / action_norm / action_head  idm.layers.* / idm.norm / idm.head
 model.action_code_book.weight (H, K)               codebook.weight (K, H), the transpose
@@ -48,15 +48,15 @@ _OURS_BY_RELEASED_PREFIX = {
 def attach(
     base_path: str | os.PathLike, *, seed: int = 0, dtype: torch.dtype | None = None, **sizes: Any
 ) -> CoLAForCausalLM:
-    """Put an untrained CoLA around a Llama checkpoint; the base's weights are taken over untouched.
+    """Add untrained CoLA modules to a Llama checkpoint, whose weights are copied unchanged.
 
-    The world model starts in its identity form with zero output projections, so under *any* action the new
-    model's token logits are the base's, bit for bit.
+    The world model starts in its identity form with zero output projections, so under *any* action the token logits
+    of the new model equal those of the base, bit for bit.
 
     Args:
         base_path: a local directory, a hub id, or a ``.gguf`` file.
-        seed: of the new modules' initial weights.
-        dtype: of all weights; default the checkpoint's own.
+        seed: of the initial weights of the new modules.
+        dtype: of all weights; by default that of the checkpoint.
         sizes: ``num_actions``, ``num_idm_layers``, ``num_world_model_layers``, ``num_policy_layers``.
 
     Raises:
@@ -76,13 +76,13 @@ def attach(
     if not config.tie_word_embeddings:
         model.lm_head.load_state_dict(base.lm_head.state_dict())
     model.tie_weights()
-    # The base's end tokens, and none of its sampling settings: those were of tokens.
+    # Keep the base's end tokens but not its sampling settings, which were meant for tokens.
     model.generation_config.update(**_special_tokens(base.generation_config))
     return model
 
 
 def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The Llama at ``base_path`` (directory, hub id or GGUF file); ValueError if it is another architecture."""
+    """Load the Llama at ``base_path`` (directory, hub id or GGUF file); ValueError if it is not a Llama."""
     path = Path(base_path)
     source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(base_path), {})
     config = AutoConfig.from_pretrained(source, **options)
@@ -91,14 +91,14 @@ def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None) ->
             f"model.base: {base_path} is a {config.model_type!r} model; CoLA attaches to Llama checkpoints"
         )
     base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
-    if options:  # its weights were unpacked on loading: an ordinary model from here on
+    if options:  # loading has dequantised the weights, so this is an ordinary model now
         base.hf_quantizer, base.is_quantized = None, False
         del base.config.quantization_config
     return base
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """Of the checkpoint at ``path`` (directory, hub id or GGUF file)."""
+    """Load the tokenizer of the checkpoint at ``path`` (directory, hub id or GGUF file)."""
     file = Path(path)
     if file.suffix == ".gguf":
         return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -106,11 +106,12 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def plain_base(path: str | os.PathLike, target: str | os.PathLike) -> Path:
-    """A directory of the plain Llama at ``path``, which vLLM can serve, with its tokenizer.
+    """A directory with the plain Llama of ``path`` and its tokenizer, which vLLM can serve.
 
     Args:
-        path: a Llama's directory or hub id, which is the answer itself; a GGUF file or a CoLA checkpoint, whose base is
-            written to ``target``.
+        path: a Llama's directory or hub id, which is returned as it is; or a GGUF file or a CoLA checkpoint, whose base
+            is written to ``target``.
+        target: the directory to write to.
     """
     if Path(path).suffix == ".gguf":
         save(load_base(path), load_tokenizer(path), target)
@@ -123,17 +124,17 @@ def plain_base(path: str | os.PathLike, target: str | os.PathLike) -> Path:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: str | os.PathLike) -> None:
-    """A directory of ``model`` with its tokenizer; a generation config that transformers would not write is mended."""
+    """Save a model with its tokenizer; a generation config that transformers refuses to write is repaired first."""
     model.generation_config = valid_generation_config(model.generation_config)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
 def describe(folder: str | os.PathLike, facts: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-    """Say in a saved model's card what it was made from ("base", "data", "task", ...) and what it reached.
+    """Add facts ("base", "data", "task", ...) and results to the card of a saved model.
 
-    The facts stay with the model when it is saved or pushed again. A card that somebody has edited, and a plain Llama's
-    folder, are left alone.
+    They are kept in config.json, so they stay with the model when it is saved or pushed again. Cards that a user has
+    edited and directories of plain Llamas are not changed.
     """
     config, readme = AutoConfig.from_pretrained(folder), Path(folder) / "README.md"
     if not isinstance(config, CoLAConfig):
@@ -147,13 +148,16 @@ def describe(folder: str | os.PathLike, facts: Mapping[str, Any], figures: Mappi
 
 
 def valid_generation_config(settings: GenerationConfig) -> GenerationConfig:
-    """``settings``, or what is left of them: hub models come with some that ``save_pretrained`` refuses to write."""
+    """``settings`` if they are valid, else the nearest valid ones, with a warning.
+
+    Some models on the hub have settings that ``save_pretrained`` refuses to write.
+    """
     sampling = copy.deepcopy(settings)
     sampling.do_sample = True
     for candidate, change in (
         (settings, ""),
-        (sampling, "do_sample = true is added, which its sampling settings ask for"),
-        (GenerationConfig(**_special_tokens(settings)), "its special tokens alone are kept"),
+        (sampling, "do_sample = true is added, which its sampling settings require"),
+        (GenerationConfig(**_special_tokens(settings)), "only its special tokens are kept"),
     ):
         try:
             candidate.validate(strict=True)
@@ -166,36 +170,40 @@ def valid_generation_config(settings: GenerationConfig) -> GenerationConfig:
 
 
 def _special_tokens(settings: GenerationConfig) -> dict[str, int | list[int]]:
-    """Of texts' begin, end and padding; some checkpoints say -1 for none."""
+    """The ids of the begin, end and padding tokens; some checkpoints use -1 for none."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: value for name in names if (value := getattr(settings, name)) not in (None, -1)}
 
 
 def _detach(cola: Path, target: Path) -> None:
-    """File by file, so that no more than one of them is in memory."""
+    """Write the base of a CoLA checkpoint, one file at a time to save memory."""
     target.mkdir(parents=True, exist_ok=True)
     raw = json.loads((cola / "config.json").read_text())
-    of_cola = {*CoLAConfig.attribute_map, *CoLAConfig.attribute_map.values(), "world_model_form", "v", "soft_q_beta"}
-    raw = {name: value for name, value in raw.items() if name not in of_cola}
+    added = {*CoLAConfig.attribute_map, *CoLAConfig.attribute_map.values(), "world_model_form", "v", "soft_q_beta"}
+    raw = {name: value for name, value in raw.items() if name not in added}
     raw |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    places: dict[str, str] = {}
+    files: dict[str, str] = {}
     for shard in sorted(cola.glob("*.safetensors")):
         with safe_open(shard, "pt") as tensors:
-            names = [name for name in tensors.keys() if _is_of_base(_to_ours(name))]  # noqa: SIM118  (no dictionary)
+            names = [name for name in tensors.keys() if _belongs_to_base(_to_ours(name))]  # noqa: SIM118  (not a dictionary)
             save_file({name: tensors.get_tensor(name) for name in names}, target / shard.name, {"format": "pt"})
-        places |= dict.fromkeys(names, shard.name)
-    if set(places.values()) != {"model.safetensors"}:
-        index = {"metadata": {}, "weight_map": places}
+        files |= dict.fromkeys(names, shard.name)
+    if set(files.values()) != {"model.safetensors"}:
+        index = {"metadata": {}, "weight_map": files}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _is_of_base(name: str) -> bool:
+def _belongs_to_base(name: str) -> bool:
     return name.startswith(("model.", "lm_head."))
 
 
 def reset_latent_modules(model: CoLAForCausalLM) -> None:
-    """Initial weights of what CoLA adds: 1/sqrt(fan-in) linears, residual outputs scaled down, identity world model."""
+    """Initialise the modules that CoLA adds.
+
+    Linear layers are normal with deviation 1/sqrt(fan-in), and the outputs of residual branches are scaled down. The
+    world model is the identity: ``d = e + sum of blocks`` with zero output projections (in the identity form).
+    """
     config = model.config
     for name, module in model.named_modules():
         if not name.startswith(("idm", "policy", "world_model")) or not isinstance(module, nn.Linear):
@@ -208,21 +216,21 @@ def reset_latent_modules(model: CoLAForCausalLM) -> None:
         elif name == "policy.head":
             std *= 0.1  # close to uniform over the actions
         elif name == "idm.head":
-            # Sure of its codes from the start: were the actions mostly Gumbel noise, the world model would learn to
-            # ignore them before the inverse dynamics model learns to choose them.
+            # Logits with a deviation of about 3. From near-uniform logits the codes would be mostly Gumbel noise, and
+            # the world model would learn to ignore them before the inverse dynamics model learns to choose them.
             std *= 3.0
         nn.init.normal_(module.weight, std=std)
     nn.init.normal_(model.codebook.weight, std=1.0)
 
 
 def load_released(path: str | os.PathLike, **kwargs: Any) -> CoLAForCausalLM:
-    """Read a released checkpoint; every tensor must be there and used.
+    """Load a checkpoint in the authors' format; every tensor must be present and used.
 
     Args:
-        kwargs: as of any ``from_pretrained``: ``dtype``, ``device_map`` and so on.
+        kwargs: those of ``from_pretrained``, such as ``dtype`` and ``device_map``.
 
     Raises:
-        FileNotFoundError: there are no weights (the message names the files).
+        FileNotFoundError: weights are missing (the message names the files).
         ValueError: a tensor is missing, unknown, or of the wrong shape (the message lists names).
     """
     raw = json.loads((Path(path) / "config.json").read_text())
@@ -230,7 +238,9 @@ def load_released(path: str | os.PathLike, **kwargs: Any) -> CoLAForCausalLM:
     config = CoLAConfig(**raw)
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(Path(path)):
-        tensors |= {_to_ours(name): _flip(name, tensor) for name, tensor in load_state_dict(str(file)).items()}
+        tensors |= {
+            _to_ours(name): _transposed_codebook(name, tensor) for name, tensor in load_state_dict(str(file)).items()
+        }
     if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     with torch.device("meta"):
@@ -251,14 +261,16 @@ def load_released(path: str | os.PathLike, **kwargs: Any) -> CoLAForCausalLM:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """All of a checkpoint's, safetensors first."""
+    """The weight files of a checkpoint, safetensors if there are any; FileNotFoundError if one is missing."""
     for kind, index in (("*.safetensors", "model.safetensors.index.json"), ("*.bin", "pytorch_model.bin.index.json")):
         files = sorted(file for file in path.glob(kind) if file.name != "training_args.bin")
         if (path / index).is_file():
             files = [path / name for name in sorted({*json.loads((path / index).read_text())["weight_map"].values()})]
             for file in files:
                 if not file.is_file():
-                    raise FileNotFoundError(f"model.path: {file} is missing, which {index} names; fetch it again")
+                    raise FileNotFoundError(
+                        f"model.path: {file} is missing, which {index} names; download the checkpoint again"
+                    )
         if files:
             return files
     raise FileNotFoundError(
@@ -267,10 +279,10 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
-    """Write ``model`` in the authors' names; tensors that came from a released checkpoint go back byte-identical.
+    """Write ``model`` in the authors' format; tensors loaded from a released checkpoint are written byte-identical.
 
     Raises:
-        ValueError: the world model is in the identity form, or the policy has a Q: the released code reads neither.
+        ValueError: the world model is in the identity form, or the policy has a Q; the released code supports neither.
     """
     if model.config.soft_q_beta:
         raise ValueError("soft_q_beta: a policy with a Q cannot be exported; the released format has no place for it")
@@ -282,14 +294,14 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         released = _to_released(name)
-        tensors[released] = _flip(released, tensor).contiguous()
+        tensors[released] = _transposed_codebook(released, tensor).contiguous()
     save_file(tensors, Path(path) / "model.safetensors", metadata={"format": "pt"})
     raw = model.config.to_dict()
     for released, ours in CoLAConfig.attribute_map.items():
         raw[released] = raw.pop(ours, None) or getattr(model.config, ours)
     for name in ("world_model_form", "soft_q_beta", "card", "auto_map"):
         raw.pop(name, None)
-    # Readers of the released form know the rotary embedding's settings by these two names.
+    # The released code reads the settings of the rotary embedding from these two entries.
     rope = dict(raw.get("rope_parameters") or {})
     raw["rope_theta"] = rope.pop("rope_theta", None) or 10000.0
     raw["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
@@ -311,6 +323,6 @@ def _to_released(name: str) -> str:
     return name
 
 
-def _flip(released_name: str, tensor: Tensor) -> Tensor:
-    """The released codebook is a linear over one-hots, (H, K); ours is a table, (K, H)."""
+def _transposed_codebook(released_name: str, tensor: Tensor) -> Tensor:
+    """Transpose a codebook, which is (H, K) in the released format and (K, H) in ours; return other tensors as is."""
     return tensor.t().contiguous() if released_name.startswith("model.action_code_book.") else tensor

@@ -1,6 +1,6 @@
-"""Whether what a hub id names can be had: from the local cache, or from the hub with a short timeout.
+"""Checks whether a hub id is available, in the local cache or on the hub, with a short timeout.
 
-Hugging Face's own switches hold: HF_HUB_OFFLINE (and HF_DATASETS_OFFLINE, TRANSFORMERS_OFFLINE), HF_ENDPOINT, HF_TOKEN.
+Hugging Face's own variables apply: HF_HUB_OFFLINE (HF_DATASETS_OFFLINE, TRANSFORMERS_OFFLINE), HF_ENDPOINT, HF_TOKEN.
 """
 
 import functools
@@ -16,7 +16,7 @@ _ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 @functools.cache
 def fault(name: str, kind: Kind) -> str:
-    """Why a hub id cannot be had, as ``why; fix``; empty where it can. Asked once a process."""
+    """Why a hub id is not available, as ``why; fix``; empty if it is. The result is cached for the process."""
     if not _ID.fullmatch(name):
         return "neither an existing path nor a hub id; give a path or org/name"
     if cached(name, kind):
@@ -24,7 +24,7 @@ def fault(name: str, kind: Kind) -> str:
     offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE" if kind == "dataset" else "TRANSFORMERS_OFFLINE")
     switch = next((one for one in offline if os.environ.get(one, "").upper() in ("1", "ON", "YES", "TRUE")), "")
     if switch:
-        return f"not in the local cache, and {switch} is set; give a path, or fetch it once without {switch}"
+        return f"not in the local cache, and {switch} is set; give a path, or download it once without {switch}"
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -36,15 +36,15 @@ def fault(name: str, kind: Kind) -> str:
     except GatedRepoError:
         return "gated on the hub; accept its terms there and set HF_TOKEN, or give a path"
     except RepositoryNotFoundError:
-        return f"no such path here, and no such {kind} on the hub; give a path, or set HF_TOKEN where it is private"
-    except Exception as error:  # whatever the connection says, in the words of any of its libraries
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"no such path here, and the hub cannot be reached ({said}); give a path, or see to the connection"
+        return f"no such path here, and no such {kind} on the hub; give a path, or set HF_TOKEN if it is private"
+    except Exception as error:  # connection errors come from several libraries
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"no such path here, and the hub cannot be reached ({reason}); give a path, or check the connection"
     return ""
 
 
 def cached(name: str, kind: Kind) -> Path | None:
-    """The folder of the local cache that holds it."""
+    """The folder in the local cache that holds a hub id; None if it is not cached."""
     if not _ID.fullmatch(name):
         return None
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE

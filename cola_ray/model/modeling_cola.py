@@ -1,18 +1,18 @@
-"""CoLA as Hugging Face classes: a Llama base with 64 latent actions between its state and the next token.
+"""CoLA as Hugging Face classes: a Llama whose next token is chosen through K latent actions.
 
         x (B,T) ──> model (Llama) ──> e (B,T,H) ──┬──> idm     ──> u (B,T,K)   "which action led from t-1 to t"
                                                   ├──> policy  ──> logits (B,T,K)   pi(a | x_1..t)
                                                   └──> world_model(e, a) ──> d (B,T,H) ──> lm_head ──> token logits
 
-Legend: B sequences, T positions, H hidden width, K actions, V vocabulary.
+Legend: B sequences, T positions, H hidden size, K actions, V vocabulary size.
 Source: Jia et al., "Controlling Large Language Models with Latent Actions", ICML 2025 (arXiv 2503.21383).
 
 Alignment, by example: tokens p0 p1 p2 are the prompt, x3 x4 the response. The action taken at position 2 (from
-e_2) produced x3. The inverse dynamics model has seen x3 only at position 3, so its output at t+1 labels the
-action taken at t; the last position has no action.
+e_2) produced x3. The inverse dynamics model (IDM) sees x3 only at position 3, so its output at t+1 labels the action
+taken at t; the last position has no action.
 
-``save_pretrained`` copies this file beside the weights, where transformers alone can run it. So it imports nothing of
-the package that it comes from.
+``save_pretrained`` copies this file beside the weights (``auto_map``), so that a checkpoint opens with transformers
+alone. Therefore the file imports nothing from this package, and it also contains the function that draws actions.
 """
 
 import copy
@@ -46,26 +46,27 @@ from transformers.utils.generic import can_return_tuple
 WorldModelForm = Literal["identity", "released"]
 Likelihood = Literal["base", "marginal", "greedy"]
 RELEASED_ARCHITECTURE = "IntentionForCausalLM"
-"""How the authors' checkpoints call this class."""
+"""Name of the model class in the authors' checkpoints."""
 
 
 @strict
 class CoLAConfig(LlamaConfig):
-    """Configuration of :class:`CoLAForCausalLM`: a Llama's, and the sizes of what CoLA adds.
+    """Configuration of :class:`CoLAForCausalLM`: that of a Llama, and the sizes of the modules that CoLA adds.
 
     Args:
         num_actions: K, the number of latent actions (codebook rows).
         num_idm_layers: decoder layers of the inverse dynamics model.
         num_world_model_layers: position-wise SwiGLU blocks of the world model.
         num_policy_layers: decoder layers of the policy.
-        world_model_form: "identity" reads ``d = e + sum of block outputs`` and is the base language model at
-            start; "released" reads ``d = norm(s) - e`` as in the authors' checkpoints.
-        soft_q_beta: above 0, the policy is ``rho exp(Q / beta) / Z``: its layers are rho, and a head Q is added.
-        card: what the model card says of the model: "base", "data", "task", "figures" and whatever else is known.
+        world_model_form: "identity" computes ``d = e + sum of block outputs``, which is the base language model at
+            initialisation; "released" computes ``d = norm(s) - e`` as in the authors' checkpoints.
+        soft_q_beta: if above 0, the policy is ``rho exp(Q / beta) / Z``, where rho is the output of its layers and Q
+            an additional head.
+        card: facts for the model card, such as "base", "data", "task" and "figures".
     """
 
     model_type = "cola"
-    # The released checkpoints' names for the same four numbers.
+    # Names of these four numbers in the released checkpoints.
     attribute_map: ClassVar[dict[str, str]] = {
         "num_code": "num_actions",
         "num_action_layer": "num_idm_layers",
@@ -83,7 +84,7 @@ class CoLAConfig(LlamaConfig):
 
     @property
     def per_layer_config(self) -> list[Any]:
-        """One for each layer that a cache holds: the base's, then the policy's."""
+        """One configuration per layer of a key/value cache: the base's layers, then the policy's."""
         return [*super().per_layer_config, *[self] * self.num_policy_layers]
 
     @per_layer_config.setter
@@ -92,10 +93,10 @@ class CoLAConfig(LlamaConfig):
             raise ValueError("per_layer_config: all layers of a CoLA model have one shape; leave it out")
 
 
-# --- how an action is drawn ---------------------------------------------------------------------------------------
-# A pure function of (seed, position, logits). The Gumbel noise comes from a counter-based hash, so a request draws the
-# same actions alone or among sixty-three others, in vLLM or in PyTorch, before or after a preemption; any trajectory
-# can be replayed exactly.
+# --- drawing an action --------------------------------------------------------------------------------------------
+# A draw is a pure function of (seed, position, logits). The Gumbel noise comes from a counter-based hash, so a request
+# draws the same actions alone or in any batch, in vLLM or in PyTorch, before or after a preemption. Any trajectory can
+# be replayed exactly, and parity tests can compare actions instead of distributions.
 
 
 def _as_int64(value: int) -> int:
@@ -115,7 +116,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
-    # int64 multiplication wraps alike on CPU and CUDA, which is all the hash needs.
+    # int64 multiplication wraps around in the same way on CPU and CUDA.
     z = (z ^ _shift_right(z, 30)) * _MIX_1
     z = (z ^ _shift_right(z, 27)) * _MIX_2
     return z ^ _shift_right(z, 31)
@@ -126,18 +127,18 @@ def gumbel_noise(seed: Tensor, position: Tensor, num_actions: int) -> Tensor:
     key = _mix(_mix(seed + _GOLDEN) + position * _GOLDEN)
     index = torch.arange(1, num_actions + 1, device=seed.device, dtype=torch.int64)
     bits = _mix(key[:, None] + index[None] * _GOLDEN)
-    # 52 random bits, centred in their cell: never 0, never 1.
+    # 52 random bits, centred within their interval, so never 0 or 1
     uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
 
 
 def action_log_probs(logits: Tensor, temperature: Tensor, top_k: Tensor) -> Tensor:
-    """Log-probabilities (..., K) of the distribution that is sampled: temperature and truncation included.
+    """Log-probabilities (..., K) of the distribution that is sampled, i.e. after temperature and top-k truncation.
 
     Args:
-        logits: (..., K); the result has their type.
-        temperature: (...,); 0 means greedy, whose scores are those of temperature 1.
-        top_k: (...,) int64; 0 keeps all K. Ties at the k-th value are all kept.
+        logits: (..., K); the result has the same dtype.
+        temperature: (...,); 0 means greedy, which is scored as temperature 1.
+        top_k: (...,) int64; 0 keeps all K actions. All actions tied at the k-th value are kept.
     """
     num_actions = logits.shape[-1]
     temperature = torch.where(temperature > 0, temperature, torch.ones_like(temperature))
@@ -150,29 +151,32 @@ def action_log_probs(logits: Tensor, temperature: Tensor, top_k: Tensor) -> Tens
 
 
 RANKED = -3
-"""As a forced action: RANKED - i takes the i-th most probable one, counted from 0."""
+"""As a forced action, ``RANKED - i`` takes the i-th most probable action, counted from 0."""
 
 
 def sample_actions(
     logits: Tensor, temperature: Tensor, top_k: Tensor, seed: Tensor, position: Tensor, forced: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Draw one action a row and score it under the very distribution it was drawn from.
+    """Draw one action per row, and score it under the distribution it was drawn from.
 
-    ``a = argmax_k (log pi_k + g_k)`` with Gumbel noise g, an exact categorical sample.
+    ``a = argmax_k (log pi_k + g_k)`` with Gumbel noise g is an exact categorical sample (the Gumbel-max trick).
 
     Args:
         logits: (N, K) policy logits.
         temperature: (N,) float; 0 is greedy.
         top_k: (N,) int64; 0 keeps all actions.
         seed: (N,) int64, the request's seed.
-        position: (N,) int64, index in its own sequence of the token whose state acts.
-        forced: (N,) int64; an action to take regardless, or -1, or ``RANKED - i`` for the i-th most probable one.
+        position: (N,) int64, index within its sequence of the token at which the action is taken.
+        forced: (N,) int64; an action to take instead of drawing one, or -1 to draw, or ``RANKED - i`` for the i-th most
+            probable one.
 
     Returns:
         actions (N,) int64 and their log-probabilities (N,) float32. A forced action outside the
         truncation has log-probability -inf.
     """
-    log_probs = action_log_probs(logits.double(), temperature, top_k)  # double: rounding must not decide a draw
+    log_probs = action_log_probs(
+        logits.double(), temperature, top_k
+    )  # float64, so that rounding does not decide a draw
     noise = gumbel_noise(seed, position, logits.shape[-1])
     drawn = torch.where(temperature > 0, (log_probs + noise).argmax(-1), log_probs.argmax(-1))
     actions = torch.where(forced >= 0, forced, drawn)
@@ -187,7 +191,7 @@ def sample_actions(
 
 
 class QHead(nn.Module):
-    """``Q(e, .)``: (..., H) -> (..., K), float32; 0 for all at first."""
+    """Q values of all actions: e (..., H) -> (..., K) float32; all 0 after initialisation."""
 
     def __init__(self, width: int, num_actions: int) -> None:
         super().__init__()
@@ -207,7 +211,7 @@ class QHead(nn.Module):
 
     @classmethod
     def open(cls, file: Path) -> "QHead":
-        """What ``save`` wrote; its sizes are in its tensors."""
+        """Load a head written by :meth:`save`; sizes are taken from the tensors."""
         tensors = load_file(file)
         num_actions, width = tensors["layers.2.weight"].shape
         head = cls(width, num_actions)
@@ -216,10 +220,10 @@ class QHead(nn.Module):
 
 
 class ActionStack(nn.Module):
-    """Causal decoder layers over e, a norm and a linear head to K logits: the shape of both IDM and policy.
+    """Causal decoder layers over e, a norm, and a linear head with K outputs; the IDM and the policy are such stacks.
 
     Args:
-        first_layer: its layers' place in a key/value cache; the policy's come after the base's.
+        first_layer: index of the first layer in a key/value cache; the policy's layers come after the base's.
     """
 
     def __init__(self, config: CoLAConfig, num_layers: int, first_layer: int = 0) -> None:
@@ -239,7 +243,7 @@ class ActionStack(nn.Module):
         past_key_values: Cache | None = None,
         scored: Tensor | None = None,
     ) -> Tensor:
-        """e (B, T, H) -> logits (B, T, K), float32; (N, K) at the N positions where ``scored`` (B, T) is true."""
+        """e (B, T, H) -> logits (B, T, K) float32, or (N, K) at the N positions where ``scored`` (B, T) is true."""
         if position_ids is None:
             position_ids = positions(attention_mask, e.shape[:2], e.device)
         mask = create_causal_mask(
@@ -248,7 +252,7 @@ class ActionStack(nn.Module):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
-            layer_idx=self.first_layer,  # the base's layers have seen these tokens already
+            layer_idx=self.first_layer,  # the base's layers have cached these tokens already
         )
         rotary = self.rotary_emb(e, position_ids=position_ids)
         hidden = e
@@ -269,7 +273,7 @@ class ActionStack(nn.Module):
 
 
 class Codebook(nn.Embedding):
-    """K rows of width H, looked up by action ids (...) or mixed by one-hots (..., K), straight-through ones too."""
+    """K rows of width H, indexed by action ids (...) int64, or by one-hot (also straight-through) vectors (..., K)."""
 
     def forward(self, actions: Tensor) -> Tensor:
         if actions.is_floating_point():
@@ -278,7 +282,7 @@ class Codebook(nn.Embedding):
 
 
 class WorldModelBlock(nn.Module):
-    """``down(silu(gate([s; c])) * up([s; c]))``: input 2H, inner I, output H, no bias, no norm."""
+    """``down(silu(gate([s; c])) * up([s; c]))``: input 2H, intermediate size I, output H; no bias, no norm."""
 
     def __init__(self, config: CoLAConfig) -> None:
         super().__init__()
@@ -293,12 +297,12 @@ class WorldModelBlock(nn.Module):
 
 @dataclass
 class CoLACausalLMOutput(CausalLMOutputWithPast):
-    """A causal language model's output, and what the policy says at the positions that ``logits`` are of.
+    """Output of a causal language model, and the policy's output at the positions of ``logits``.
 
     Args:
         action_logits: (B, T, K) float32, unnormalised.
-        actions: (B, T) int64, those that ``logits`` are given.
-        last_hidden_state: (B, T, H), e at all positions, as ``AutoModel``'s users look for it.
+        actions: (B, T) int64, the actions that ``logits`` are conditioned on.
+        last_hidden_state: (B, T, H), e at all positions.
     """
 
     action_logits: Tensor | None = None
@@ -308,19 +312,19 @@ class CoLACausalLMOutput(CausalLMOutputWithPast):
 
 @dataclass
 class CoLAGenerateOutput(GenerateDecoderOnlyOutput):
-    """What ``generate(return_dict_in_generate=True)`` returns; ``logits`` and ``scores`` are of tokens, given actions.
+    """Result of ``generate(return_dict_in_generate=True)``; ``logits`` and ``scores`` are of tokens given the actions.
 
     Args:
-        actions: (B, N) int64 of the N new tokens; -1 after a sequence's end, by a token or a stopping criterion.
-        action_log_probs: (B, N) float32, under the distribution that they were drawn from; 0 after the end.
+        actions: (B, N) int64, one for each of the N new tokens; -1 after the end of a sequence.
+        action_log_probs: (B, N) float32, under the distribution they were drawn from; 0 after the end of a sequence.
     """
 
     actions: Tensor | None = None
     action_log_probs: Tensor | None = None
 
 
-class _Choice:
-    """Chooses each step's actions for ``generate`` and keeps the last ones, with their log-probabilities."""
+class _ActionChooser:
+    """Chooses the actions of each step of ``generate``; keeps those of the last step with their log-probabilities."""
 
     def __init__(self, sampled: bool, processors: LogitsProcessorList) -> None:
         self.sampled, self.processors = sampled, processors
@@ -328,23 +332,25 @@ class _Choice:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(B, 1, K) -> (B, 1)."""
-        ids = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)  # an action has no history
+        ids = torch.empty(
+            len(logits), 0, dtype=torch.int64, device=logits.device
+        )  # processors of token histories do not apply to actions
         log_probs = self.processors(ids, logits[:, -1]).log_softmax(-1)
         actions = torch.multinomial(log_probs.exp(), 1) if self.sampled else log_probs.argmax(-1, keepdim=True)
         self.latest = actions[:, 0], log_probs.gather(-1, actions)[:, 0]
         return actions
 
 
-class _Recorder(StoppingCriteriaList):
-    """Stopping criteria, which are asked after each token, and the actions that led to those of rows still going."""
+class _ActionRecorder(StoppingCriteriaList):
+    """Stopping criteria, which ``generate`` calls after each token; also records the actions of unfinished rows."""
 
-    def __init__(self, criteria: StoppingCriteriaList, choice: _Choice) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, chooser: _ActionChooser) -> None:
         super().__init__(criteria)
-        self.choice, self.ended = choice, torch.tensor(False)
+        self.chooser, self.ended = chooser, torch.tensor(False)
         self.steps: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        actions, log_probs = self.choice.latest
+        actions, log_probs = self.chooser.latest
         ended = self.ended.to(actions.device)
         self.steps.append((actions.masked_fill(ended, -1), log_probs.masked_fill(ended, 0.0)))
         done = super().__call__(input_ids, scores, **kwargs)
@@ -352,28 +358,30 @@ class _Recorder(StoppingCriteriaList):
         return done
 
 
-_OF_ACTIONS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Generation settings that shape the distribution which is sampled: the policy's."""
+_ACTION_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Generation settings that shape the sampled distribution, which is the policy's distribution over actions."""
 
-_NO_PLACE = "CoLA draws latent actions, whose tokens follow from them"
+_REASON = "CoLA draws latent actions, and tokens follow from the actions"
 _REFUSED_MODES = {
-    GenerationMode.ASSISTED_GENERATION: f"drafts are accepted by their tokens' probabilities, and {_NO_PLACE}",
-    GenerationMode.CONTRASTIVE_SEARCH: f"it ranks tokens, and {_NO_PLACE}",
-    GenerationMode.DOLA_GENERATION: f"it contrasts layers' token distributions, and {_NO_PLACE}",
+    GenerationMode.ASSISTED_GENERATION: f"drafts are accepted by the probabilities of their tokens, and {_REASON}",
+    GenerationMode.CONTRASTIVE_SEARCH: f"it ranks tokens, and {_REASON}",
+    GenerationMode.DOLA_GENERATION: f"it contrasts token distributions of layers, and {_REASON}",
 }
-_BEAMS = (
-    f"beams are ranked by their tokens' probabilities, and {_NO_PLACE}; use do_sample=True with num_return_sequences, "
-    "or search over actions with cola_ray's jobs/evaluate.py"
+_NO_BEAMS = (
+    f"beams are ranked by the probabilities of their tokens, and {_REASON}; use do_sample=True with "
+    "num_return_sequences, or search over actions with cola_ray's jobs/evaluate.py"
 )
 _LOGITS_AT_ONCE = 1 << 25
-"""Token logits, over all actions, that a loss holds at a time."""
+"""Largest number of token logits (positions x K x V) that the loss computes at a time."""
 
 
 def positions(attention_mask: Tensor | None, shape: torch.Size, device: torch.device, seen: int | Tensor = 0) -> Tensor:
-    """Position ids (B, T): 0, 1, 2, ... over the tokens that are not padding, on whichever side it lies.
+    """Position ids (B, T) that count 0, 1, 2, ... over the tokens that are not padding, on either side.
 
     Args:
-        seen: tokens in the cache; a mask (B, seen + T) covers them, too.
+        attention_mask: (B, seen + T), or None if there is no padding.
+        shape: (B, T).
+        seen: number of tokens already in the cache.
     """
     if attention_mask is None or attention_mask.dim() != 2:
         return (torch.arange(shape[1], device=device) + seen).expand(shape[0], -1)
@@ -381,7 +389,7 @@ def positions(attention_mask: Tensor | None, shape: torch.Size, device: torch.de
 
 
 def is_released(path: str | os.PathLike) -> bool:
-    """Does this directory hold a checkpoint in the authors' names?"""
+    """Whether this directory holds a checkpoint with the authors' parameter names."""
     config_file = Path(path) / "config.json"
     if not config_file.is_file():
         return False
@@ -389,56 +397,21 @@ def is_released(path: str | os.PathLike) -> bool:
 
 
 def _conversion() -> Any:
-    """The module of checkpoints in and out, where the package is installed."""
+    """The package's conversion module; ModuleNotFoundError if the package is not installed."""
     try:
         return importlib.import_module("cola_ray.model.conversion")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("attach and checkpoints in the released names need the package cola_ray") from error
 
 
-class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
-    """A Llama steered by latent actions, as a causal language model of transformers.
-
-    ``from_pretrained`` takes our own directories and those in the released names; ``attach`` adds CoLA to any
-    Llama checkpoint.
-
-    ``forward`` takes the policy's greedy action at every position, or ``actions``, and returns token logits given
-    those. Its ``loss`` is that of a proper distribution over texts, the mean of ``-log sum_a pi(a | e) p(x | e, a)``
-    over labelled tokens, so that policy, world model and base all learn from it.
-
-    ``generate`` first takes an action, then the most probable token given the action: what RL trains and vLLM serves.
-
-    ==========================================================  =======================================================
-    do_sample=False                                             the policy's most probable action
-    do_sample=True                                              an action drawn from the policy
-    temperature, top_k, top_p, min_p, top_h, typical_p,         shape that distribution over actions; top_k counts
-    epsilon_cutoff, eta_cutoff                                  actions, and all K are kept unless it is set
-    repetition_penalty, no_repeat_ngram_size, bad_words_ids,    act on the token logits given the action, before the
-    suppress_tokens, min_new_tokens, logits_processor, ...      most probable token is taken
-    num_return_sequences, stopping criteria, streamers, caches  as for any model
-    num_beams, assistant_model, prompt_lookup_num_tokens,       refused: they rank tokens by probabilities that CoLA
-    penalty_alpha, dola_layers, guidance_scale                  does not draw from
-    ==========================================================  =======================================================
-    """
+class CoLAPreTrainedModel(LlamaPreTrainedModel):
+    """How a CoLA model is loaded, saved and described."""
 
     config_class = CoLAConfig
     config: CoLAConfig
     _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "WorldModelBlock"]
-
-    def __init__(self, config: CoLAConfig) -> None:
-        super().__init__(config)
-        self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.idm = ActionStack(config, config.num_idm_layers)
-        self.codebook = Codebook(config.num_actions, config.hidden_size)
-        self.world_model = nn.ModuleList(WorldModelBlock(config) for _ in range(config.num_world_model_layers))
-        self.policy = ActionStack(config, config.num_policy_layers, first_layer=config.num_hidden_layers)
-        if config.soft_q_beta:
-            self.policy.soft_q = QHead(config.hidden_size, config.num_actions)
-        self.post_init()
-        self.generation_config.do_sample = False  # pipelines sample where a model does not say
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -449,7 +422,7 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
     ) -> "CoLAForCausalLM":
-        """Load a directory or hub id of ours, or a directory in the authors' released names."""
+        """Load a directory or hub id saved by this class, or a directory with the authors' parameter names."""
         path = pretrained_model_name_or_path
         if path is not None and is_released(path):
             return _conversion().load_released(path, **kwargs)
@@ -457,15 +430,15 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
     @classmethod
     def attach(cls, base_path: str | os.PathLike, **sizes: Any) -> "CoLAForCausalLM":
-        """A CoLA model around any Llama checkpoint: see :func:`cola_ray.model.conversion.attach`."""
+        """A new CoLA model around a Llama checkpoint: see :func:`cola_ray.model.conversion.attach`."""
         return _conversion().attach(base_path, **sizes)
 
     def export_released(self, path: str | os.PathLike) -> None:
-        """Write the authors' names and layout: see :func:`cola_ray.model.conversion.export_released`."""
+        """Write a checkpoint with the authors' names: see :func:`cola_ray.model.conversion.export_released`."""
         _conversion().export_released(self, path)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As for any model, and beside the weights this file, for machines without the package, and a model card."""
+        """Save the model, a copy of this file for machines without the package, and a model card."""
         name = type(self).__module__.split(".")[-1]
         model = f"{name}.CoLAForCausalLM"
         self.config.auto_map = {"AutoConfig": f"{name}.CoLAConfig", "AutoModel": model, "AutoModelForCausalLM": model}
@@ -474,25 +447,28 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        self._write_card(working_dir)  # push_to_hub has put a template over it
+        self._write_card(working_dir)  # push_to_hub has replaced it by a template
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _write_card(self, folder: str | os.PathLike) -> None:
-        """README.md, unless somebody has written one."""
+        """Write README.md unless a user has written one."""
         readme = Path(folder) / "README.md"
         if readme.exists() and "This model card has been automatically generated." not in readme.read_text():
             return
         readme.parent.mkdir(parents=True, exist_ok=True)
         readme.write_text(model_card(self.config))
 
-    def act_softly(self, beta: float) -> None:
-        """From here on the policy is ``rho exp(Q / beta) / Z``, with a Q of 0 where the checkpoint has none."""
-        self.config.soft_q_beta = beta
-        if self.policy.soft_q is None:
-            head = QHead(self.config.hidden_size, self.config.num_actions)
-            self.policy.soft_q = head.to(device=self.device, dtype=self.policy.head.weight.dtype)
 
-    # --- the five maps of the paper -------------------------------------------------------------------------
+class LatentActionMixin:
+    """The maps of the paper between tokens, states and actions, and the likelihood that follows from them."""
+
+    config: CoLAConfig
+    model: LlamaModel
+    lm_head: nn.Linear
+    idm: ActionStack
+    codebook: Codebook
+    world_model: nn.ModuleList
+    policy: ActionStack
 
     def encode(
         self,
@@ -501,7 +477,7 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """e = the base's last hidden state after its final norm: (B, T) -> (B, T, H).
+        """e, the base's last hidden state after its final norm: (B, T) -> (B, T, H).
 
         Pass ``attention_mask`` (B, T) for padding on either side, or ``position_ids`` (B, T) that restart at 0
         for each of several sequences packed into a row.
@@ -520,13 +496,13 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def inverse_dynamics_logits(
         self, e: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """u (B, T, K), raw and unshifted: position t+1 labels the action taken at t."""
+        """u (B, T, K), not shifted: the logits at position t+1 label the action taken at t."""
         return self.idm(e, attention_mask, position_ids)
 
     def inverse_dynamics_actions(
         self, e: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """``a_t = argmax u_{t+1}``, (B, T-1) int64: shifted, so entry t led from token t to token t+1."""
+        """``a_t = argmax u_{t+1}``, (B, T-1) int64, shifted: entry t is the action that led from token t to t+1."""
         return self.inverse_dynamics_logits(e, attention_mask, position_ids)[:, 1:].argmax(-1)
 
     def policy_logits(
@@ -540,8 +516,8 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         return self.policy(e, attention_mask, position_ids, past_key_values)
 
     def world_model_logits(self, e: Tensor, actions: Tensor) -> Tensor:
-        """Next-token logits (..., V) from states e (..., H) and actions (...) int64, or one-hots (..., K)."""
-        # .to(e.device): a device map may put blocks elsewhere
+        """Next-token logits (..., V) from states e (..., H) and actions (...) int64 or one-hot vectors (..., K)."""
+        # .to(e.device): a device map may place blocks on other devices
         state, code = e, self.codebook(actions).to(e.device)
         for block in self.world_model:
             state = state + block(state, code).to(e.device)
@@ -550,11 +526,11 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         return self.lm_head(state)
 
     def token_log_probs(self, e: Tensor, policy_logits: Tensor, likelihood: Likelihood) -> Tensor:
-        """Of the next token: states (N, H) and ``policy_logits`` (N, K) -> (N, V) float32.
+        """Log-probabilities of the next token: states (N, H) and ``policy_logits`` (N, K) -> (N, V) float32.
 
         marginal: ``log sum_a pi(a | e) p(x | e, a)``, over all actions. greedy: ``log p(x | e, argmax_a pi(a | e))``.
-        base: ``log p(x | e)`` of the bare base. p(x | e, a) is the softmax that the world model was trained with; what
-        CoLA says is its most probable token alone, under which almost every text would have the probability 0.
+        base: ``log p(x | e)`` of the bare base. Here p(x | e, a) is the softmax that the world model was trained with,
+        although generation takes its most probable token; under that rule almost every text would have probability 0.
         """
         if likelihood == "base":
             return self.lm_head(e).float().log_softmax(-1)
@@ -565,74 +541,6 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         tokens = self.world_model_logits(e[:, None].expand(-1, num_actions, -1), every).float().log_softmax(-1)
         return torch.logsumexp(policy_logits.log_softmax(-1)[..., None] + tokens, 1)
 
-    # --- a causal language model ----------------------------------------------------------------------------
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        actions: Tensor | None = None,
-        choose_actions: Callable[[Tensor], Tensor] | None = None,
-        **kwargs: Any,
-    ) -> CoLACausalLMOutput:
-        """Token logits given actions, at all positions or the last ``logits_to_keep``.
-
-        Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: as in :meth:`encode`.
-            past_key_values: of the base's layers and then the policy's: ``DynamicCache(config=model.config)``.
-            labels: (B, T) int64, shifted within; -100 is left out. ``shift_labels`` and ``num_items_in_batch`` count.
-            actions: (B, logits_to_keep or T) int64; -1, and no tensor, take the policy's most probable one.
-            choose_actions: in its place, (B, T, K) -> (B, T).
-            kwargs: ``output_hidden_states`` and ``output_attentions`` give the base's; the last hidden state is e.
-        """
-        if use_cache is None:
-            use_cache = self.config.use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if position_ids is None and given is not None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = positions(attention_mask, given.shape[:2], given.device, seen)
-        base = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        e = base.last_hidden_state
-        policy = self.policy(e, attention_mask, position_ids, past_key_values)
-        loss = None if labels is None else self._loss(e, policy, labels, **kwargs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        e, policy = e[:, kept], policy[:, kept].to(e.device)
-        chosen = policy.argmax(-1) if choose_actions is None else choose_actions(policy)
-        if actions is not None:
-            if actions.shape != chosen.shape:
-                raise ValueError(
-                    f"actions of shape {tuple(actions.shape)}: logits are of {tuple(chosen.shape)} positions; "
-                    "one action for each"
-                )
-            chosen = torch.where(actions < 0, chosen, actions)
-        return CoLACausalLMOutput(
-            loss=loss,
-            logits=self.world_model_logits(e, chosen),
-            past_key_values=past_key_values,
-            hidden_states=base.hidden_states,
-            attentions=base.attentions,
-            action_logits=policy,
-            actions=chosen,
-            last_hidden_state=base.last_hidden_state,
-        )
-
     def _loss(
         self,
         e: Tensor,
@@ -642,7 +550,10 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Mean of ``-log sum_a pi(a | e) p(x | e, a)``; a token's K rows of logits are made again for the gradient."""
+        """Mean of ``-log sum_a pi(a | e) p(x | e, a)`` over labelled tokens.
+
+        A token has K rows of logits; they are computed piece by piece, and again for the gradient.
+        """
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         shift_labels = shift_labels.to(e.device)
@@ -650,33 +561,36 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         columns = (e[rows], policy_logits.to(e.device)[rows], shift_labels[rows])
         size = max(1, _LOGITS_AT_ONCE // (policy_logits.shape[-1] * self.config.vocab_size))
         pieces = zip(*(column.split(size) for column in columns), strict=True)
-        total = torch.stack([checkpoint(self._surprise, *piece, use_reentrant=False) for piece in pieces]).sum()
+        losses = [checkpoint(self._negative_log_likelihood, *piece, use_reentrant=False) for piece in pieces]
+        total = torch.stack(losses).sum()
         if num_items_in_batch is None:
             return total / rows.sum().clamp_min(1)
         return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
-    def _surprise(self, e: Tensor, policy_logits: Tensor, wanted: Tensor) -> Tensor:
+    def _negative_log_likelihood(self, e: Tensor, policy_logits: Tensor, tokens: Tensor) -> Tensor:
         """(N, H), (N, K), (N,) -> the sum of ``-log p(x | e)``."""
         num_actions = policy_logits.shape[-1]
         every = torch.arange(num_actions, device=e.device).expand(len(e), -1)
         logits = self.world_model_logits(e[:, None].expand(-1, num_actions, -1), every).float()
-        targets = wanted.repeat_interleave(num_actions)
+        targets = tokens.repeat_interleave(num_actions)
         given = -nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none").view(-1, num_actions)
         return -torch.logsumexp(policy_logits.log_softmax(-1) + given, -1).sum()
 
-    # --- generate -------------------------------------------------------------------------------------------
+
+class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
+    """``generate`` over latent actions, with transformers' random numbers or with the engine's."""
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        said = kwargs.get("top_k", getattr(generation_config, "top_k", None))
+        top_k = kwargs.get("top_k", getattr(generation_config, "top_k", None))
         settings, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name in {"actions", "choose_actions"} & model_kwargs.keys():
             raise ValueError(f"{name}: generate chooses actions itself; force them with generate_latent(actions=...)")
-        if said is None and self.generation_config.top_k is None:
-            settings.top_k = 0  # transformers' own default, 50 of a vocabulary, would be most of the actions
+        if top_k is None and self.generation_config.top_k is None:
+            settings.top_k = 0  # transformers' default of 50 is meant for a vocabulary; here it would be most actions
         if settings.guidance_scale not in (None, 1, 1.0):
-            raise ValueError(f"guidance_scale: it mixes two token distributions, and {_NO_PLACE}")
+            raise ValueError(f"guidance_scale: it mixes two token distributions, and {_REASON}")
         if settings.penalty_alpha:
             raise ValueError(f"penalty_alpha: {_REFUSED_MODES[GenerationMode.CONTRASTIVE_SEARCH]}")
         self._refuse_mode(settings.get_generation_mode())
@@ -688,37 +602,39 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
     def _refuse_mode(self, mode: GenerationMode) -> None:
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise ValueError(f"{mode.value.replace('_', ' ')}: {_REFUSED_MODES.get(mode, _BEAMS)}")
+            raise ValueError(f"{mode.value.replace('_', ' ')}: {_REFUSED_MODES.get(mode, _NO_BEAMS)}")
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        """Refused: it samples tokens in a loop of its own. vLLM batches continuously and draws actions."""
+        """Not supported, because it samples tokens in its own loop. vLLM batches continuously and draws actions."""
         raise ValueError("continuous batching: it samples tokens itself; serve the model with cola_ray.serve instead")
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
-        """Those of token logits alone; what shapes a sampled distribution is the policy's, in :meth:`_sample`."""
-        of_tokens = copy.copy(generation_config)
-        of_tokens.do_sample = False
-        return super()._get_logits_processor(generation_config=of_tokens, **kwargs)
+        """Processors of token logits only; :meth:`_sample` applies those that shape the distribution over actions."""
+        for_tokens = copy.copy(generation_config)
+        for_tokens.do_sample = False
+        return super()._get_logits_processor(generation_config=for_tokens, **kwargs)
 
     def _sample(
         self, input_ids: Tensor, *, generation_config: GenerationConfig, **kwargs: Any
     ) -> Tensor | CoLAGenerateOutput:
-        """transformers' loop with greedy tokens, in which ``forward`` chooses the action of each step."""
-        of_actions = LogitsProcessorList()
+        """transformers' loop with greedy tokens, where ``forward`` chooses the action of each step."""
+        action_processors = LogitsProcessorList()
         if generation_config.do_sample:
-            shape = {name: getattr(generation_config, name) for name in _OF_ACTIONS}
-            of_actions = super()._get_logits_processor(GenerationConfig(do_sample=True, **shape), device=self.device)
-        choice = _Choice(generation_config.do_sample, of_actions)
-        of_tokens = copy.copy(generation_config)
-        of_tokens.do_sample = False
-        recorder = _Recorder(kwargs.pop("stopping_criteria"), choice)
-        kwargs |= {"stopping_criteria": recorder, "choose_actions": choice, "logits_to_keep": 1}
-        made = super()._sample(input_ids, generation_config=of_tokens, **kwargs)
+            shape = GenerationConfig(
+                do_sample=True, **{name: getattr(generation_config, name) for name in _ACTION_SETTINGS}
+            )
+            action_processors = super()._get_logits_processor(shape, device=input_ids.device)
+        chooser = _ActionChooser(generation_config.do_sample, action_processors)
+        for_tokens = copy.copy(generation_config)
+        for_tokens.do_sample = False
+        recorder = _ActionRecorder(kwargs.pop("stopping_criteria"), chooser)
+        kwargs |= {"stopping_criteria": recorder, "choose_actions": chooser, "logits_to_keep": 1}
+        generated = super()._sample(input_ids, generation_config=for_tokens, **kwargs)
         if not generation_config.return_dict_in_generate:
-            return made
-        steps = recorder.steps[: made.sequences.shape[1] - input_ids.shape[1]]
+            return generated
+        steps = recorder.steps[: generated.sequences.shape[1] - input_ids.shape[1]]
         actions, log_probs = (torch.stack(column, 1) for column in zip(*steps, strict=True))
-        return CoLAGenerateOutput(**made, actions=actions, action_log_probs=log_probs)
+        return CoLAGenerateOutput(**generated, actions=actions, action_log_probs=log_probs)
 
     @torch.no_grad()
     def generate_latent(
@@ -734,44 +650,27 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         eos_token_id: int | Sequence[int] | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``generate`` with a seed for each row: the draws are those of vLLM, whatever else is in the batch.
+        """``generate`` with a seed for each row: draws equal those of vLLM and do not depend on the batch.
 
         Args:
             input_ids: (B, P) prompts, left-padded where ``attention_mask`` (B, P) is 0.
-            temperature, top_k, seed: one number, or (B,) tensors, as in :func:`sample_actions`.
-            actions: (B, F) int64 actions to force at the first F steps, or ranks, as ``forced`` there; -1 leaves a step
-                free.
-            eos_token_id: a row that produced one is finished; its later tokens are the first of them (or 0), actions
-                -1, log-probabilities 0.
-            stopping_criteria: of transformers, asked after each token, e.g. ``StopStringCriteria(tokenizer, ["\\n"])``.
+            temperature, top_k, seed: numbers, or (B,) tensors, as in :func:`sample_actions`.
+            actions: (B, F) int64 actions to force in the first F steps, or ranks, as ``forced`` there; -1 draws.
+            eos_token_id: ends a row; its later tokens are the first such id (or 0), its actions -1, its log-probs 0.
+            stopping_criteria: applied after each token, e.g. ``StopStringCriteria(tokenizer, ["\\n"])``.
 
         Returns:
-            tokens (B, N), actions (B, N), log-probabilities of the actions (B, N) float32, N <= max_new_tokens.
+            tokens (B, N), actions (B, N), log-probabilities of the actions (B, N) float32; N <= max_new_tokens.
 
         Raises:
-            ValueError: fewer than one new token, padding on the right, a negative temperature, or no such action.
+            ValueError: fewer than one new token, padding on the right, a negative temperature, or an unknown action.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {max_new_tokens}: needs 1 or more")
-        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-            raise ValueError("attention_mask: a prompt ends in padding; pad on the left")
-        if bool((torch.as_tensor(temperature) < 0).any()):
-            raise ValueError(f"temperature = {temperature}: must be >= 0 (0 is greedy)")
-        if actions is not None:
-            known = (actions < self.config.num_actions) & ((actions >= -1) | (actions <= RANKED))
-            if len(actions) != len(input_ids) or not bool(known.all()):
-                raise ValueError(
-                    f"actions: needs a row for each prompt, of 0 to {self.config.num_actions - 1}, -1 for a free step, "
-                    f"or {RANKED} - i for the i-th most probable one"
-                )
+        _check_latent_arguments(self.config, input_ids, attention_mask, max_new_tokens, temperature, actions)
         device, (batch, _) = input_ids.device, input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-
-        def per_row(value: float | Tensor, dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(value, dtype=dtype, device=device).expand(batch)
-
-        rows = (per_row(temperature, torch.float32), per_row(top_k, torch.int64), per_row(seed, torch.int64))
+        settings = ((temperature, torch.float32), (top_k, torch.int64), (seed, torch.int64))
+        rows = [torch.as_tensor(value, dtype=dtype, device=device).expand(batch) for value, dtype in settings]
         cache = DynamicCache(config=self.config)
         position_ids = positions(mask, input_ids.shape, device)
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -788,8 +687,8 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             out.append((token, action.masked_fill(finished, -1), log_prob.masked_fill(finished, 0.0)))
             finished = finished | torch.isin(token, torch.tensor(stops, dtype=token.dtype, device=device))
             if stopping_criteria:
-                said = torch.stack([column[0] for column in out], 1)
-                finished = finished | stopping_criteria(torch.cat([input_ids, said], 1), None)
+                generated = torch.stack([tokens for tokens, _, _ in out], 1)
+                finished = finished | stopping_criteria(torch.cat([input_ids, generated], 1), None)
             if bool(finished.all()):
                 break
             step_ids, position_ids = token[:, None], position_ids[:, -1:] + 1
@@ -798,12 +697,144 @@ class CoLAForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         return tokens, taken, log_probs
 
 
+def _check_latent_arguments(
+    config: CoLAConfig, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int,
+    temperature: float | Tensor, actions: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise ValueError for arguments that :meth:`LatentGenerationMixin.generate_latent` does not accept."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: needs 1 or more")
+    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        raise ValueError("attention_mask: a prompt ends in padding; pad on the left")
+    if bool((torch.as_tensor(temperature) < 0).any()):
+        raise ValueError(f"temperature = {temperature}: must be >= 0 (0 is greedy)")
+    if actions is not None:
+        known = (actions < config.num_actions) & ((actions >= -1) | (actions <= RANKED))
+        if len(actions) != len(input_ids) or not bool(known.all()):
+            raise ValueError(
+                f"actions: needs a row for each prompt, of 0 to {config.num_actions - 1}, -1 for a free step, "
+                f"or {RANKED} - i for the i-th most probable one"
+            )
+
+
+class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixin):
+    """A Llama steered by latent actions, usable as a causal language model of transformers.
+
+    ``from_pretrained`` opens our own checkpoints and those in the authors' names; ``attach`` adds CoLA to any Llama
+    checkpoint.
+
+    ``forward`` takes the policy's greedy action at every position, or ``actions``, and returns the token logits given
+    these actions, so that other decoding loops decode greedily as ours does. Its ``loss`` is the mean of
+    ``-log sum_a pi(a | e) p(x | e, a)`` over labelled tokens: the likelihood of a proper distribution over texts, from
+    which the policy, the world model and the base all receive gradients.
+
+    ``generate`` first takes an action, and then the most probable token given the action, as in RL and in vLLM. Base
+    and policy layers share one key/value cache.
+
+    ==========================================================  =======================================================
+    do_sample=False                                             the policy's most probable action
+    do_sample=True                                              an action drawn from the policy
+    temperature, top_k, top_p, min_p, top_h, typical_p,         shape this distribution over actions; top_k counts
+    epsilon_cutoff, eta_cutoff                                  actions, and all K are kept unless it is set
+    repetition_penalty, no_repeat_ngram_size, bad_words_ids,    change the token logits given the action, before the
+    suppress_tokens, min_new_tokens, logits_processor, ...      most probable token is taken
+    num_return_sequences, stopping criteria, streamers, caches  as for any model
+    num_beams, assistant_model, prompt_lookup_num_tokens,       refused: they rank tokens by probabilities from which
+    penalty_alpha, dola_layers, guidance_scale                  CoLA does not draw
+    ==========================================================  =======================================================
+    """
+
+    def __init__(self, config: CoLAConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.idm = ActionStack(config, config.num_idm_layers)
+        self.codebook = Codebook(config.num_actions, config.hidden_size)
+        self.world_model = nn.ModuleList(WorldModelBlock(config) for _ in range(config.num_world_model_layers))
+        self.policy = ActionStack(config, config.num_policy_layers, first_layer=config.num_hidden_layers)
+        if config.soft_q_beta:
+            self.policy.soft_q = QHead(config.hidden_size, config.num_actions)
+        self.post_init()
+        self.generation_config.do_sample = False  # pipelines sample by default
+
+    def enable_soft_q(self, beta: float) -> None:
+        """Make the policy ``rho exp(Q / beta) / Z`` from now on; if the checkpoint has no Q, it starts at 0."""
+        self.config.soft_q_beta = beta
+        if self.policy.soft_q is None:
+            head = QHead(self.config.hidden_size, self.config.num_actions)
+            self.policy.soft_q = head.to(device=self.device, dtype=self.policy.head.weight.dtype)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        actions: Tensor | None = None,
+        choose_actions: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> CoLACausalLMOutput:
+        """Token logits given actions, at all positions or at the last ``logits_to_keep``.
+
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds: as in :meth:`encode`.
+            past_key_values: a cache of the base's and then the policy's layers: ``DynamicCache(config=model.config)``.
+            labels: (B, T) int64, shifted here; -100 is ignored. ``shift_labels`` and ``num_items_in_batch`` also work.
+            actions: (B, logits_to_keep or T) int64; None or -1 take the policy's most probable action.
+            choose_actions: chooses actions instead: policy logits (B, T, K) -> (B, T).
+            kwargs: ``output_hidden_states`` and ``output_attentions`` return those of the base.
+
+        Raises:
+            ValueError: ``actions`` has another shape.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if position_ids is None and given is not None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = positions(attention_mask, given.shape[:2], given.device, seen)
+        base = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+        e = base.last_hidden_state
+        policy = self.policy(e, attention_mask, position_ids, past_key_values)
+        loss = None if labels is None else self._loss(e, policy, labels, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        e, policy = e[:, kept], policy[:, kept].to(e.device)
+        chosen = policy.argmax(-1) if choose_actions is None else choose_actions(policy)
+        if actions is not None:
+            chosen = _with_actions(chosen, actions)
+        return CoLACausalLMOutput(
+            loss=loss, logits=self.world_model_logits(e, chosen), past_key_values=past_key_values,
+            hidden_states=base.hidden_states, attentions=base.attentions, action_logits=policy, actions=chosen,
+            last_hidden_state=base.last_hidden_state,
+        )  # fmt: skip
+
+
+def _with_actions(chosen: Tensor, actions: Tensor) -> Tensor:
+    """``actions`` where they are not negative, else ``chosen``."""
+    if actions.shape != chosen.shape:
+        raise ValueError(
+            f"actions of shape {tuple(actions.shape)}: logits are of {tuple(chosen.shape)} positions; "
+            "one action for each"
+        )
+    return torch.where(actions < 0, chosen, actions)
+
+
 def model_card(config: CoLAConfig) -> str:
-    """The README.md of a checkpoint: what it was made from, what it reached, how it is opened."""
-    known = dict(sorted((config.card or {}).items()))  # config.json keeps no order
+    """Text of a checkpoint's README.md: what it was made from, its results, and how to open it."""
+    known = dict(sorted((config.card or {}).items()))  # sorted, since config.json keeps no order
     base, figures = str(known.pop("base", None) or "a Llama"), dict(sorted((known.pop("figures", None) or {}).items()))
-    of_hub = base.count("/") == 1 and not Path(base).exists()
-    base = base if of_hub else Path(base).name
+    on_hub = base.count("/") == 1 and not Path(base).exists()
+    base = base if on_hub else Path(base).name
     layers = (config.num_hidden_layers, config.num_policy_layers, config.num_idm_layers, config.num_world_model_layers)
     facts = {"base": base} | known | {
         "latent actions": config.num_actions,
@@ -811,7 +842,7 @@ def model_card(config: CoLAConfig) -> str:
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in (facts | figures).items())
     return _CARD.format(
-        base=base, base_model=f"base_model: {base}\n" if of_hub else "", table=table, num_actions=config.num_actions
+        base=base, base_model=f"base_model: {base}\n" if on_hub else "", table=table, num_actions=config.num_actions
     )
 
 
@@ -842,10 +873,11 @@ tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=64))
 ```
 
 `do_sample=True` draws an action from the policy and takes its most probable token; `temperature`, `top_k` and `top_p`
-are those of actions. Where the package `cola_ray` is installed, `trust_remote_code` is not needed, and
-`python -m cola_ray.serve PATH` answers OpenAI's protocol.
+apply to the distribution over actions. If the package `cola_ray` is installed, `trust_remote_code` is not needed, and
+`python -m cola_ray.serve PATH` serves the model with OpenAI's API.
 
 ## Licence
 
-The weights contain the base model's: its licence holds for them, and the data's. `modeling_cola.py` is Apache-2.0.
+The weights contain those of the base model: its licence applies to them, and so does that of the data.
+`modeling_cola.py` is Apache-2.0.
 """

@@ -1,12 +1,12 @@
-"""CoLA inside vLLM: policy layers with paged key/value cache, actions sampled in the engine.
+"""CoLA in vLLM: policy layers use the paged key/value cache, and actions are sampled in the engine.
 
-    forward          base layers ─> e ─> policy layers ─> row [e ; p], one graph           (every token)
-    compute_logits   head(p) ─> sample action ─> world model(e, action) ─> token logits     (last tokens only)
+    forward          base layers ─> e ─> policy layers ─> row [e ; p], in one graph        (every token)
+    compute_logits   head(p) ─> sample action ─> world model(e, action) ─> token logits    (only last tokens)
 
-Prefill, chunking and prefix caching need nothing more: only the position-wise world model depends on the action.
-Which request owns which row of ``compute_logits`` is told by a :class:`~cola_ray.model.vllm_rows.RowTable`, filled by
-a :class:`~cola_ray.model.vllm_rows.RowTracker` (vLLM's V1 model runner) or :class:`CoLAModelState` (V2, the default on
-GPUs).
+Prefill, chunking and prefix caching need no special treatment, because only the world model depends on the action, and
+it works position by position. :class:`~cola_ray.model.vllm_rows.RowTable` says which request owns which row of
+``compute_logits``. It is filled by :class:`~cola_ray.model.vllm_rows.RowTracker` in vLLM's V1 model runner, and by
+:class:`CoLAModelState` in V2, the default on GPUs.
 """
 
 from collections.abc import Iterable
@@ -33,10 +33,12 @@ from cola_ray.model.vllm_rows import RowTable
 
 
 def engine_overrides(vocab_size: int, keep_hidden_states: bool = False, soft_q_beta: float = 0.0) -> dict[str, Any]:
-    """``hf_overrides`` that pad the served vocabulary by the action columns, and ask for a :class:`StateStore`.
+    """``hf_overrides`` for an engine whose vocabulary is padded by the action columns.
 
     Args:
-        soft_q_beta: above 0, the policy gets a Q to act softly by; 0 at first, where the checkpoint has none.
+        vocab_size: V, without padding.
+        keep_hidden_states: keep e of every position in a :class:`StateStore`.
+        soft_q_beta: if above 0, the policy is ``rho exp(Q / beta) / Z``; if the checkpoint has no Q, it starts at 0.
     """
     overrides = {
         "vocab_size": vocab_size + NUM_COLUMNS,
@@ -48,12 +50,12 @@ def engine_overrides(vocab_size: int, keep_hidden_states: bool = False, soft_q_b
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class CoLAModel(LlamaModel):
-    """Base layers, then policy layers as further paged layers. Output row: [e ; p], width 2H."""
+    """Base layers followed by policy layers, all with paged caches. An output row is [e ; p], of width 2H."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_type=LlamaDecoderLayer):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
         config = vllm_config.model_config.hf_config
-        # vLLM binds a layer's cache by the one integer in its name, so policy layers count on from the base's.
+        # vLLM finds the cache of a layer by the integer in its name, so policy layers are numbered after the base's.
         self.policy_layers = nn.ModuleList(
             layer_type(vllm_config=vllm_config, prefix=f"{prefix}.policy_layers.{config.num_hidden_layers + index}")
             for index in range(config.num_policy_layers)
@@ -70,7 +72,7 @@ class CoLAModel(LlamaModel):
 
 
 class WorldModelBlock(nn.Module):
-    """``s + down(silu(gate([s; c])) * up([s; c]))``, split over tensor-parallel ranks like a Llama MLP."""
+    """``s + down(silu(gate([s; c])) * up([s; c]))``, split over tensor-parallel ranks like the MLP of a Llama."""
 
     def __init__(self, hidden: int, inner: int, prefix: str) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class WorldModelBlock(nn.Module):
 
 
 class CoLAForCausalLM(nn.Module):
-    """The served model. Without the padded columns (plain ``vllm serve``) it answers with tokens alone."""
+    """The served model. Without the padded columns, as in plain ``vllm serve``, it returns only tokens."""
 
     hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
@@ -98,7 +100,7 @@ class CoLAForCausalLM(nn.Module):
         self.model_config = vllm_config.model_config
         config = self.config = vllm_config.model_config.hf_config
         if vllm_config.parallel_config.pipeline_parallel_size != 1:
-            raise ValueError("pipeline_parallel_size: CoLA's policy layers read the base's last state; use 1")
+            raise ValueError("pipeline_parallel_size: CoLA's policy layers read the base's last hidden state; use 1")
         hidden = config.hidden_size
         self.vocab_size = getattr(config, "unpadded_vocab_size", config.vocab_size)
         self.model = CoLAModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -131,7 +133,7 @@ class CoLAForCausalLM(nn.Module):
         return rows
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Rows [e ; p] (N, 2H) -> logits (N, V + 8) whose last columns carry the action."""
+        """Draw actions for rows [e ; p] (N, 2H); returns logits (N, V + 8), whose last columns encode the actions."""
         e, policy_hidden = hidden_states.chunk(2, -1)
         action_logits = F.linear(policy_hidden, self.policy_head.weight).float()
         if self.soft_q is not None:
@@ -142,9 +144,9 @@ class CoLAForCausalLM(nn.Module):
         for block in self.world_model:
             state = block(state, code)
         if self.config.world_model_form == "released":
-            # clone: vLLM's norm may work in place
+            # cloned, because vLLM's norm may work in place
             state = self.model.norm(state.clone()) - e
-        # The bare base, for comparison: its own logits are lm_head(e).
+        # The bare base, for comparison: its logits are lm_head(e).
         state = torch.where((rows[-1] == BASE_TOKENS)[:, None], e, state)
         logits = self.logits_layer(self.lm_head, state)
         if logits is None:  # tensor-parallel ranks that do not sample
@@ -157,9 +159,9 @@ class CoLAForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take a checkpoint in our names; the inverse dynamics model is not served, and a Q may be still to come."""
-        to_come = {name for name, _ in self.named_parameters() if name.startswith("soft_q.")}
-        return to_come | AutoWeightsLoader(self).load_weights(self._served(weights), mapper=self.hf_to_vllm_mapper)
+        """Load a checkpoint in our names. The IDM is not served; a missing Q may arrive with a weight update."""
+        optional = {name for name, _ in self.named_parameters() if name.startswith("soft_q.")}
+        return optional | AutoWeightsLoader(self).load_weights(self._served(weights), mapper=self.hf_to_vllm_mapper)
 
     def _served(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         padding = self.config.vocab_size - self.vocab_size
@@ -171,14 +173,14 @@ class CoLAForCausalLM(nn.Module):
             yield served_name(name), tensor
 
     def policy_modules(self) -> list[nn.Module]:
-        """What a weight update replaces."""
+        """The modules that a weight update replaces."""
         return [
             *self.model.policy_layers, self.model.policy_norm, self.policy_head, *filter(None, [self.soft_q])
         ]  # fmt: skip
 
 
 def served_name(name: str) -> str:
-    """Our parameter name -> its place in the served module tree."""
+    """Name in the served model of a parameter with our name."""
     if name.startswith("policy.head."):
         return name.replace("policy.head.", "policy_head.")
     if name.startswith("policy.soft_q."):
@@ -187,10 +189,10 @@ def served_name(name: str) -> str:
 
 
 class StateStore:
-    """e of every cached position, at the slot of its keys and values.
+    """e of every cached position, stored at the slot of its keys and values.
 
-    So prefix caching, chunked prefill and preemption need no thought here: whoever shares a block shares its states,
-    and since the base is frozen they outlive weight updates.
+    Prefix caching, chunked prefill and preemption need no special treatment: requests that share a block share its
+    states, and since the base is frozen, states stay valid across weight updates.
     """
 
     def __init__(self, vllm_config: VllmConfig, hidden: int) -> None:
@@ -205,11 +207,11 @@ class StateStore:
         num_slots = self.cache.num_gpu_blocks * self.cache.block_size
         if self.table is None:
             self.table = torch.zeros(num_slots + 1, self.hidden, dtype=self.dtype, device=e.device)
-        # Padded rows have slot -1; they go to a row that nobody reads.
+        # Padded rows have slot -1; they go to an extra row that is never read.
         self.table.index_copy_(0, torch.where(slots < 0, num_slots, slots), e[: len(slots)])
 
     def read(self, blocks: list[int], length: int) -> np.ndarray:
-        """(length, H) of a sequence whose cache lies in ``blocks``; bfloat16 as its int16 bits, for NumPy."""
+        """(length, H) states of a sequence whose cache lies in ``blocks``; bfloat16 as int16 bits, for NumPy."""
         assert self.table is not None
         size = self.cache.block_size
         starts = torch.tensor(blocks, device=self.table.device) * size
@@ -219,7 +221,7 @@ class StateStore:
 
 
 class CoLAModelState(DefaultModelState):
-    """V2 model runner: per-request values live on the device, gathered by the batch's index mapping."""
+    """For the V2 model runner: settings of requests on the device, gathered by the batch's index mapping."""
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
@@ -229,7 +231,7 @@ class CoLAModelState(DefaultModelState):
         self.top_k_and_seed = np.zeros((2, slots), np.int64)
         self.prompt_length = np.zeros(slots, np.int64)
         self.forced: dict[int, Tensor] = {}
-        self.mirror: tuple[Tensor, Tensor] | None = None  # device copies, renewed when a request arrives
+        self.on_device: tuple[Tensor, Tensor] | None = None  # copies of the arrays, renewed when a request arrives
 
     def add_request(self, req_index, new_req_data) -> None:
         super().add_request(req_index, new_req_data)
@@ -241,11 +243,11 @@ class CoLAModelState(DefaultModelState):
         self.forced.pop(req_index, None)
         if request.forced:
             self.forced[req_index] = torch.tensor(request.forced, dtype=torch.int64, device=self.device)
-        self.mirror = None
+        self.on_device = None
 
     def prepare_inputs(self, input_batch, req_states):
-        if self.mirror is None:
-            self.mirror = (
+        if self.on_device is None:
+            self.on_device = (
                 torch.from_numpy(self.temperature.copy()).to(self.device, non_blocking=True),
                 torch.from_numpy(self.top_k_and_seed.copy()).to(self.device, non_blocking=True),
             )
@@ -253,13 +255,19 @@ class CoLAModelState(DefaultModelState):
         position = input_batch.positions[input_batch.logits_indices].long()
         forced = torch.full_like(position, -1)
         for row, slot in enumerate(input_batch.idx_mapping_np.tolist() if self.forced else ()):
-            wanted = self.forced.get(slot)
-            if wanted is not None:  # indexed on the device, so that no step waits for the host
+            actions = self.forced.get(slot)
+            if actions is not None:  # indexed on the device, so that no step waits for the host
                 step = position[row] - (int(self.prompt_length[slot]) - 1)
-                inside = (step >= 0) & (step < wanted.numel())
-                forced[row] = torch.where(inside, wanted[step.clamp(0, wanted.numel() - 1)], forced[row])
-        temperature, whole = self.mirror
-        self.table.on_device = (temperature[slots], whole[0][slots], whole[1][slots], position, forced)
+                inside = (step >= 0) & (step < actions.numel())
+                forced[row] = torch.where(inside, actions[step.clamp(0, actions.numel() - 1)], forced[row])
+        temperature, top_k_and_seed = self.on_device
+        self.table.on_device = (
+            temperature[slots],
+            top_k_and_seed[0][slots],
+            top_k_and_seed[1][slots],
+            position,
+            forced,
+        )
         return super().prepare_inputs(input_batch, req_states)
 
     def prepare_dummy_inputs(self, num_reqs, num_tokens):

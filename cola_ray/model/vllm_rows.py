@@ -1,6 +1,6 @@
-"""Whose row is whose inside vLLM's sampler, and the draw of tokens that does without vLLM's own.
+"""Maps rows of a vLLM batch to requests, and draws tokens in place of vLLM's sampler.
 
-request ─> RowTracker mirrors the batch ─> RowTable ─┬─> CoLAForCausalLM.compute_logits draws actions
+request ─> RowTracker mirrors the batch ─> RowTable ─┬─> CoLAForCausalLM.compute_logits draws latent actions
                                                      └─> TokenSampler draws tokens of a plain Llama
 """
 
@@ -21,44 +21,44 @@ from cola_ray.model.action_columns import LOWEST_LOG_PROB, ActionRequest
 from cola_ray.model.modeling_cola import sample_actions
 
 ROW_TRACKER, TOKEN_SAMPLER = f"{__name__}:RowTracker", f"{__name__}:TokenSampler"
-"""What an engine passes as ``logits_processors``: of a CoLA model, of a plain Llama."""
+"""Import paths for an engine's ``logits_processors``: for a CoLA model, and for a plain Llama."""
 REQUEST_SAMPLER = f"{__name__}:RequestSampler"
-"""The same of a CoLA model that is served to OpenAI's clients."""
+"""The same for a CoLA model that is served through OpenAI's API."""
 
 
 class RowTable:
-    """Which request owns which row of ``compute_logits``. One per engine, found by its config's instance id."""
+    """Which request owns which row of ``compute_logits``; one table per engine, by the instance id of its config."""
 
     _by_engine: ClassVar[dict[str, "RowTable"]] = {}
 
     def __init__(self) -> None:
         self.requests: list[tuple[ActionRequest, int, list[int]]] | None = None  # V1: request, prompt length, output
-        self.on_device: tuple[Tensor, ...] | None = None  # V2
+        self.on_device: tuple[Tensor, ...] | None = None  # V2: the result of params
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> "RowTable":
         return cls._by_engine.setdefault(vllm_config.instance_id, cls())
 
     def params(self, num_rows: int, device: torch.device) -> tuple[Tensor, ...]:
-        """temperature, top_k, seed, position, forced: each (N,). Greedy where rows are unknown (profiling runs)."""
+        """temperature, top_k, seed, position, forced action: each (N,). Greedy if rows are unknown (profiling runs)."""
         if self.on_device is not None and self.on_device[0].shape[0] == num_rows:
             return self.on_device
         if self.requests is None or len(self.requests) != num_rows:
             zero = torch.zeros(num_rows, dtype=torch.int64, device=device)
             return zero.float(), zero, zero, zero, zero - 1
         temperature = np.empty(num_rows, np.float32)
-        whole = np.empty((4, num_rows), np.int64)
+        integers = np.empty((4, num_rows), np.int64)
         for row, (request, prompt_length, output) in enumerate(self.requests):
             step = len(output)
             temperature[row] = request.temperature
             forced = request.forced[step] if step < len(request.forced) else -1
-            whole[:, row] = request.top_k, request.seed, prompt_length - 1 + step, forced
-        columns = torch.from_numpy(whole).to(device, non_blocking=True)
+            integers[:, row] = request.top_k, request.seed, prompt_length - 1 + step, forced
+        columns = torch.from_numpy(integers).to(device, non_blocking=True)
         return torch.from_numpy(temperature).to(device, non_blocking=True), *columns.unbind(0)
 
 
 class RowTracker(LogitsProcessor):
-    """V1 model runner: a logits processor that touches no logits and only mirrors the persistent batch."""
+    """For the V1 model runner: a logits processor that leaves logits unchanged and mirrors the persistent batch."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -79,7 +79,7 @@ class RowTracker(LogitsProcessor):
         return logits
 
     @staticmethod
-    def wishes(params: SamplingParams) -> ActionRequest:
+    def action_request(params: SamplingParams) -> ActionRequest:
         return ActionRequest.from_params(params.extra_args, params.seed)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -89,7 +89,7 @@ class RowTracker(LogitsProcessor):
         for index in batch_update.removed:
             rows.pop(index, None)
         for index, params, prompt, output in batch_update.added:
-            rows[index] = (self.wishes(params), len(prompt or ()), output)
+            rows[index] = (self.action_request(params), len(prompt or ()), output)
         for source, target, way in batch_update.moved:
             moved, replaced = rows.pop(source, None), rows.pop(target, None)
             if moved is not None:
@@ -100,11 +100,11 @@ class RowTracker(LogitsProcessor):
 
 
 class TokenSampler(RowTracker):
-    """Draws each row's token itself and leaves it, with its log-probability, as the only finite logit.
+    """Draws the token of each row and leaves it as the only finite logit, whose value is its log-probability.
 
-    vLLM then takes the greedy token, and hands its logit out (``logprobs_mode="processed_logits"``). The draw is
-    :func:`sample_actions` over the vocabulary, a pure function of seed and position: it survives chunked prefill, which
-    vLLM's seeded sampler does not on CPU, preemption, and a batch of any company.
+    vLLM then takes the greedy token and returns its logit (``logprobs_mode="processed_logits"``). The draw is
+    :func:`sample_actions` over the vocabulary, a pure function of seed and position, so it is the same under chunked
+    prefill (where vLLM's seeded sampler differs on CPU), after a preemption, and in any batch.
     """
 
     def is_argmax_invariant(self) -> bool:
@@ -117,11 +117,12 @@ class TokenSampler(RowTracker):
 
 
 class RequestSampler(RowTracker):
-    """Serves requests as OpenAI's clients and ``vllm serve`` write them, by the rule of ``CoLAForCausalLM.generate``.
+    """For requests through OpenAI's API and ``vllm serve``, by the rule of ``CoLAForCausalLM.generate``.
 
-    ``temperature``, ``top_k`` and ``seed`` are those of the latent action; its token is the most probable one.
-    ``logit_bias``, ``bad_words``, ``min_tokens`` and structured outputs act on the token's logits given the action, and
-    log-probabilities are the token's given the action, before those.
+    ``temperature``, ``top_k`` and ``seed`` apply to the latent action, whose most probable token is taken.
+    ``logit_bias``, ``bad_words``, ``min_tokens`` and structured outputs change the token logits given the action.
+    Returned log-probabilities are those of the token given the action, before these changes. :class:`ServedConfig`
+    names this processor for every CoLA model, so plain ``vllm serve`` follows the rule, too.
     """
 
     @classmethod
@@ -143,8 +144,8 @@ class RequestSampler(RowTracker):
             raise VLLMValidationError(f"prompt_logprobs: {neutral['prompt_logprobs'][1]}; leave out echo with logprobs")
 
     @staticmethod
-    def wishes(params: SamplingParams) -> ActionRequest:
-        """vLLM gives each of n > 1 completions a seed of its own, where the request has one."""
+    def action_request(params: SamplingParams) -> ActionRequest:
+        """A request without a seed gets a random one; with a seed, vLLM gives each of n completions its own."""
         seed = secrets.randbits(63) if params.seed is None else params.seed
         args = {"action_temperature": params.temperature, "action_top_k": max(params.top_k, 0)}
         return ActionRequest.from_params(args, seed)
@@ -153,23 +154,23 @@ class RequestSampler(RowTracker):
         return False
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Leaves the most probable token, whatever temperature vLLM has for it."""
+        """Leave only the most probable token, so that vLLM takes it at any temperature."""
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, float("-inf")).scatter_(1, best, 0.0)
 
 
 class ServedConfig(VerifyAndUpdateConfig):
-    """What ``vllm serve`` needs to know of a CoLA model."""
+    """Settings that vLLM applies to every CoLA model that it serves."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        if not model_config.logits_processors:  # the engines of training bring their own
+        if not model_config.logits_processors:  # engines used in training pass their own
             model_config.logits_processors = [REQUEST_SAMPLER]
-        # The V2 model runner's processors have another form.
+        # Logits processors of the V2 model runner have a different interface.
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative_config: drafts are accepted by token probabilities, which CoLA does not draw")
-        vllm_config.scheduler_config.async_scheduling = False  # a row's position is the length of its output
+        vllm_config.scheduler_config.async_scheduling = False  # a row's position comes from the length of its output

@@ -226,7 +226,7 @@ class CriticReplicas:
         advantage of 1 is followed by an error of 1 on average, 0 if advantages say nothing, negative if they mislead.
         ``critic/foresight_correlation`` is their correlation. Both are 0 if all advantages are equal.
         """
-        both = torch.from_numpy(await self.foretold(rows)).double()
+        both = torch.from_numpy(await self.advantages_and_td_errors(rows)).double()
         advantages, errors = centred(both)
         deviations, largest = both.std(1, correction=0), both.abs().amax(1)
         slope = over_spread((advantages * errors).mean() / deviations[0], deviations[0], largest[0])
@@ -235,7 +235,7 @@ class CriticReplicas:
             "critic/foresight_correlation": float(over_spread(slope * deviations[0], deviations[1], largest[1])),
         }
 
-    async def foretold(self, rows: pa.Table) -> Array:
+    async def advantages_and_td_errors(self, rows: pa.Table) -> Array:
         """Advantages of played utterances and V's temporal-difference errors of the same turns, (2, rows)."""
         return np.concatenate(await self._all("advantages_and_td_errors", self._shares(rows)), axis=1)
 
@@ -243,15 +243,15 @@ class CriticReplicas:
         cuts = np.linspace(0, len(rows), self.count + 1).astype(int)
         return [(rows.slice(start, stop - start),) for start, stop in itertools.pairwise(cuts)]
 
-    async def judge(self) -> dict[str, Array]:
+    async def target_weights(self) -> dict[str, Array]:
         """The target heads' weights by name."""
         return (await self._all("target_weights", [()] * self.count))[0]
 
-    async def mark(self) -> str:
-        """The file that :meth:`go_back` needs; empty if nothing was fitted yet or there is no critic."""
+    async def checkpoint(self) -> str:
+        """The file that :meth:`restore` needs; empty if nothing was fitted yet or there is no critic."""
         return str(await self._with_retries(self.ask, 0, "checkpoint")) if self.count else ""
 
-    async def go_back(self, file: str) -> None:
+    async def restore(self, file: str) -> None:
         """Return to the state saved in ``file``, or to a new critic if it is empty."""
         self.joined = False
         if self.count:

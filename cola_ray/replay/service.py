@@ -190,7 +190,7 @@ class Shards:
 
     def __init__(self, count: int, ask: Ask, seed: int) -> None:
         self.count, self.ask, self.seed = count, ask, seed
-        self.processes: dict[int, int] = {}  # shard -> process id, as of the last came_back
+        self.processes: dict[int, int] = {}  # shard -> process id, as of the last call of restarted
 
     def shard_of(self, key: str) -> int:
         """The shard for the rows of a key, e.g. of an episode: rows of one key stay together."""
@@ -204,7 +204,7 @@ class Shards:
         sizes = await self._ask_all("size")
         return sum(rows for rows, *_ in sizes), sum(nbytes for _, nbytes, *_ in sizes)
 
-    async def came_back(self) -> list[tuple[int, int]]:
+    async def restarted(self) -> list[tuple[int, int]]:
         """Shards that restarted since the last call, with the number of rows that their snapshots held."""
         found = []
         for shard, (_, _, restored, process) in enumerate(await self._ask_all("size")):
@@ -275,18 +275,20 @@ class Shards:
         counts = np.random.default_rng((self.seed, *place)).multinomial(count, weights / weights.sum())
         return [(shard, int(n), (self.seed, 1 + shard, *place)) for shard, n in enumerate(counts) if n]
 
-    async def mark(self) -> list[dict[str, Any]]:
-        """What :meth:`go_back` needs besides the files on disk, one entry per shard."""
+    async def checkpoint(self) -> list[dict[str, Any]]:
+        """What :meth:`restore` needs besides the files on disk, one entry per shard."""
         return list(await self._ask_all("checkpoint"))
 
-    async def need(self, marks: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        """Keep the files that these marks name; others are removed once their rows are evicted."""
-        files = [{name for mark in marks for name in mark[shard]["files"]} for shard in range(self.count)]
+    async def keep_files(self, checkpoints: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Keep the files that these checkpoints name; others are removed once their rows are evicted."""
+        files = [
+            {name for checkpoint in checkpoints for name in checkpoint[shard]["files"]} for shard in range(self.count)
+        ]
         await asyncio.gather(*(self.ask(shard, "keep_files", files[shard]) for shard in range(self.count)))
 
-    async def go_back(self, mark: Sequence[Mapping[str, Any]] | None) -> None:
-        """Return to the state at a mark; None: to empty shards."""
-        asked = (self.ask(shard, "restore", mark[shard] if mark else None) for shard in range(self.count))
+    async def restore(self, checkpoint: Sequence[Mapping[str, Any]] | None) -> None:
+        """Return to the state at a checkpoint; None: to empty shards."""
+        asked = (self.ask(shard, "restore", checkpoint[shard] if checkpoint else None) for shard in range(self.count))
         await asyncio.gather(*asked)
 
     async def _ask_all(self, method: str, *args: Any) -> Sequence[Any]:

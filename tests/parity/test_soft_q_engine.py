@@ -31,7 +31,7 @@ def engine(cola_dir):
 def soft(cola):
     """The same model with a Q that changes most choices."""
     model = copy.deepcopy(cola)
-    model.act_softly(BETA)
+    model.enable_soft_q(BETA)
     scramble(model.policy.soft_q)
     return model
 

@@ -240,10 +240,10 @@ def test_a_shard_that_was_started_again_is_noticed_once(tmp_path):
         return (*size[:3], id(current)) if method == "size" else size
 
     shards = Shards(1, ask, seed=0)
-    assert asyncio.run(shards.came_back()) == []
+    assert asyncio.run(shards.restarted()) == []
     current = second = ReplayShard(100, 1 << 20, str(tmp_path / "0"), 0)
-    assert asyncio.run(shards.came_back()) == [(0, 10)]
-    assert asyncio.run(shards.came_back()) == []
+    assert asyncio.run(shards.restarted()) == [(0, 10)]
+    assert asyncio.run(shards.restarted()) == []
     assert second.size()[0] == 10, "what came after the snapshot is lost, and no more"
 
 
@@ -368,7 +368,7 @@ def test_a_replica_that_is_asked_about_no_row_says_nothing(tmp_path):
 
     replicas = CriticReplicas(2, ask)
     replicas.joined = True
-    assert asyncio.run(replicas.foretold(played)).shape == (2, 1)
+    assert asyncio.run(replicas.advantages_and_td_errors(played)).shape == (2, 1)
     assert asyncio.run(replicas.advantages(played)).shape == (1,)
 
 

@@ -1,4 +1,4 @@
-"""One run of a job in a folder of its own, made once: a benchmark that was stopped goes on where it was."""
+"""Runs of jobs whose results are kept, so that a benchmark that was stopped continues where it was."""
 
 import sqlite3
 import subprocess
@@ -13,10 +13,10 @@ from record import ROOT
 from cola_ray.runs.run_folder import summary_of
 
 
-def trial(where: Path, job: str, *settings: str) -> dict[str, Any]:
-    """The summary of ``jobs/<job>.py`` with these settings, run in ``where`` if it has not been before.
+def run_once(where: Path, job: str, *settings: str) -> dict[str, Any]:
+    """Run ``jobs/<job>.py`` with these settings in ``where``, unless it finished there before; returns its summary.
 
-    One that was interrupted goes on from where it was.
+    An interrupted run is resumed.
     """
     run = where / "outputs" / "run"
     if summary_of(run) is None:
@@ -30,14 +30,14 @@ def trial(where: Path, job: str, *settings: str) -> dict[str, Any]:
 
 
 def series(where: Path, metric: str) -> list[float]:
-    """A metric of a trial, by step."""
+    """The values of a metric of a run, sorted by step."""
     with sqlite3.connect(where / "outputs" / "mlflow.db") as database:
         query = "select value from metrics where key = ? order by step"
         return [value for (value,) in database.execute(query, [metric])]
 
 
-def all_of(jobs: Iterable[Callable[[], Any]], parallel: int) -> list[Any]:
-    """Results in order, with so many at a time; says how far it is."""
+def run_all(jobs: Iterable[Callable[[], Any]], parallel: int) -> list[Any]:
+    """Results of all jobs in order, computed ``parallel`` at a time; prints progress."""
     waiting = list(jobs)
     results = []
     with ThreadPoolExecutor(parallel) as pool:
