@@ -46,10 +46,10 @@ class _Job:
 
 
 _JOBS = {
-    "atlas": _Job("cola_ray.studies.jobs:atlas"),
-    "capabilities": _Job("cola_ray.studies.jobs:capabilities"),
-    "diversity": _Job("cola_ray.studies.jobs:diversity"),
-    "evaluate": _Job("cola_ray.studies.jobs:evaluate"),
+    "atlas": _Job("cola_ray.studies.atlas:atlas"),
+    "capabilities": _Job("cola_ray.studies.capabilities:capabilities"),
+    "diversity": _Job("cola_ray.studies.diversity:diversity"),
+    "evaluate": _Job("cola_ray.studies.evaluation:evaluate"),
     "plan": _Job("cola_ray.studies.plan:show"),
     "pretrain": _Job("cola_ray.train:pretrain"),
     "reproduce": _Job("cola_ray.studies.reproduce:reproduce"),

@@ -669,8 +669,7 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
         device, (batch, _) = input_ids.device, input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-        settings = ((temperature, torch.float32), (top_k, torch.int64), (seed, torch.int64))
-        rows = [torch.as_tensor(value, dtype=dtype, device=device).expand(batch) for value, dtype in settings]
+        rows = _per_row(temperature, input_ids, torch.float32), _per_row(top_k, input_ids), _per_row(seed, input_ids)
         cache = DynamicCache(config=self.config)
         position_ids = positions(mask, input_ids.shape, device)
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -695,6 +694,11 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
             mask = torch.cat([mask, mask.new_ones(batch, 1)], 1)
         tokens, taken, log_probs = (torch.stack(column, 1) for column in zip(*out, strict=True))
         return tokens, taken, log_probs
+
+
+def _per_row(value: float | Tensor, input_ids: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A number, or (B,) numbers, as (B,) on the device of ``input_ids`` (B, P)."""
+    return torch.as_tensor(value, dtype=dtype, device=input_ids.device).expand(len(input_ids))
 
 
 def _check_latent_arguments(

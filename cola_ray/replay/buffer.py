@@ -219,7 +219,7 @@ class ReplayBuffer:
         lock = lock or contextlib.nullcontext()
         with lock:
             numbers = np.arange(self.first, self.end)
-            state = {
+            state: dict[str, Any] = {
                 "first": self.first, "end": self.end, "highest": self.priorities.highest,
                 "starts": [max(start, self.first) for start in self.starts],
                 "priorities": self.priorities.of(numbers),

@@ -1,1 +1,1 @@
-"""What models are like and what runs add up to: evaluations, sweeps, the papers' matrix."""
+"""Studies of finished models, sweeps over training runs, the papers' matrix, and plans of resources."""

@@ -1,8 +1,8 @@
-"""What each latent action does: how often it is taken, what it says, and the text it steers to.
+"""The action atlas: how often each latent action is taken, which tokens it gives, and the texts it steers to.
 
-    texts ─> e ─┬─> idm: the action that each next token was labelled with ─> usage, typical tokens
-                ├─> policy: how probable each action was ─────────────────────> usage
-                └─> world model under every action ─> how many different tokens a state offers
+    texts ─> e ─┬─> IDM: the action that labels each next token ─> usage, typical tokens
+                ├─> policy: the probability of each action ──────> usage
+                └─> world model under every action ─> number of different next tokens that a state can reach
     prefixes ─> one action forced at every step ─> steered texts
 
 Legend: B rows, T positions, K actions.
@@ -12,31 +12,81 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
+from cola_ray.checks.refusals import check
+from cola_ray.learner.corpus import pack
 from cola_ray.model.modeling_cola import CoLAForCausalLM
+from cola_ray.runs.display import current, shown
+from cola_ray.runs.ending import in_words
+from cola_ray.runs.tracking import print_summary
+from cola_ray.settings.config import Config
+from cola_ray.studies.study import load_texts, open_study, text_prefixes
 
-TYPICAL = 12  # tokens shown for an action
-TRIED = 32  # states of a call of ``add`` in which all K actions are tried
+TYPICAL = 12  # most frequent tokens shown for an action
+TRIED = 32  # states per call of ``add`` in which all K actions are tried
+STEERED = 8  # most frequent actions whose steered texts are shown
+
+
+@shown()
+@in_words()
+def atlas(config: Config) -> dict[str, Any]:
+    """Make an atlas from ``8 * diversity.prefixes`` texts; writes ``output_dir/atlas.html``.
+
+    Runs in this process, on a GPU with ``cluster.use_gpu``.
+
+    Returns:
+        The summary: the figures of :meth:`Atlas.summary`.
+
+    Raises:
+        ConfigError: before anything is loaded.
+        RunFailedError: the run failed; the message says why.
+    """
+    check(config, "atlas")
+    device, dtype = torch.device("cuda" if config.cluster.use_gpu else "cpu"), getattr(torch, config.model.dtype)
+    with open_study(config, "atlas") as study:
+        config = study.config
+        current().doing("opening the model and its texts")
+        tokenizer, texts = load_texts(config, study.start)
+        disable_progress_bar()
+        model = CoLAForCausalLM.from_pretrained(config.model.path, dtype=dtype).eval().to(device)
+        texts_used = texts[: 8 * config.diversity.prefixes]
+        rows = pack(texts_used, config.pretrain.sequence_length, 0, config.pretrain.response_only)
+        result, size = Atlas(model.config.num_actions), config.pretrain.micro_batch_size
+        for first in range(0, len(rows), size):
+            piece = [torch.from_numpy(a[first : first + size]).to(device) for a in astuple(rows)]
+            result.add(model, *piece)
+            current().update("atlas: actions in the texts", min(first + size, len(rows)), len(rows))
+        current().doing("atlas: texts that one action steers")
+        for prefix in text_prefixes(config, texts)[:3]:
+            result.steer(model, tokenizer, prefix, result.by_usage[:STEERED], config.rollout.max_new_tokens)
+        page = study.output / "atlas.html"
+        page.write_text(result.html(f"Latent actions of {study.start}", tokenizer))
+        study.tracker.log(0, result.summary())
+        study.summary |= {"texts": len(texts_used), **result.summary()}
+    print_summary(f"action atlas: {page}", study.tracker.summary)
+    return study.tracker.summary
 
 
 @dataclass
 class Atlas:
-    """Sums over texts; ``add`` takes more of them."""
+    """Counts over texts; each call of :meth:`add` adds more texts."""
 
     num_actions: int
-    labelled: np.ndarray = field(init=False)  # (K,) how often the IDM gave each action
-    expected: np.ndarray = field(init=False)  # (K,) sum of the policy's probabilities
-    tokens: list[Counter[int]] = field(init=False)  # of each action, next tokens that it labels
-    agreed: np.ndarray = field(init=False)  # (K,) how often the world model says that very token
-    reachable: list[int] = field(default_factory=list)  # different tokens under all K actions, a state
-    steered: list[dict[str, str]] = field(default_factory=list)  # prefix, then a text for each action
+    labelled: np.ndarray = field(init=False)  # (K,) tokens that the IDM labels with each action
+    expected: np.ndarray = field(init=False)  # (K,) sums of the policy's probabilities
+    tokens: list[Counter[int]] = field(init=False)  # for each action, the tokens that it labels
+    agreed: np.ndarray = field(init=False)  # (K,) labelled tokens that the world model also predicts under that action
+    reachable: list[int] = field(default_factory=list)  # per state tried, different tokens under the K actions
+    steered: list[dict[str, str]] = field(default_factory=list)  # prefix and the text of each action
 
     def __post_init__(self) -> None:
         self.labelled, self.expected, self.agreed = (np.zeros(self.num_actions) for _ in range(3))
@@ -44,30 +94,30 @@ class Atlas:
 
     @torch.no_grad()
     def add(self, model: CoLAForCausalLM, input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> None:
-        """Count packed rows, (B, T) each; where ``mask`` is true, the next token belongs to the same text."""
+        """Add packed rows, (B, T) each; ``mask`` is true where the next token belongs to the same text."""
         e = model.encode(input_ids, position_ids=position_ids)
         mask = mask[:, :-1]
         if not mask.any():
             return
         taken = model.inverse_dynamics_actions(e, position_ids=position_ids)[mask]
-        states, said = e[:, :-1][mask], input_ids[:, 1:][mask]
+        states, tokens = e[:, :-1][mask], input_ids[:, 1:][mask]
         probs = model.policy_logits(e, position_ids=position_ids)[:, :-1][mask].softmax(-1)
         self.labelled += np.bincount(taken.cpu().numpy(), minlength=self.num_actions)
         self.expected += probs.sum(0).double().cpu().numpy()
-        right = model.world_model_logits(states, taken).argmax(-1) == said
+        right = model.world_model_logits(states, taken).argmax(-1) == tokens
         self.agreed += np.bincount(taken[right].cpu().numpy(), minlength=self.num_actions)
-        for action, token in zip(taken.tolist(), said.tolist(), strict=True):
+        for action, token in zip(taken.tolist(), tokens.tolist(), strict=True):
             self.tokens[action][token] += 1
-        some = states[:: -(-len(states) // TRIED)]
-        every = torch.arange(self.num_actions, device=e.device).expand(len(some), -1)
-        offered = model.world_model_logits(some[:, None].expand(-1, self.num_actions, -1), every).argmax(-1)
-        self.reachable += [len(set(row)) for row in offered.tolist()]
+        tried = states[:: -(-len(states) // TRIED)]
+        every = torch.arange(self.num_actions, device=e.device).expand(len(tried), -1)
+        reached = model.world_model_logits(tried[:, None].expand(-1, self.num_actions, -1), every).argmax(-1)
+        self.reachable += [len(set(row)) for row in reached.tolist()]
 
     def steer(
         self, model: CoLAForCausalLM, tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int], actions: Sequence[int],
         new_tokens: int,
     ) -> None:  # fmt: skip
-        """Continue a prefix with each of ``actions`` alone, and with the policy's most probable ones."""
+        """Continue a prefix with each of ``actions`` forced at every step, and with the policy's greedy actions."""
         forced = torch.tensor([-1, *actions], device=model.device)[:, None].expand(-1, new_tokens)
         ids = torch.tensor([list(prefix)], device=model.device).expand(len(forced), -1)
         tokens, _, _ = model.generate_latent(ids, max_new_tokens=new_tokens, temperature=0.0, actions=forced)
@@ -77,11 +127,11 @@ class Atlas:
 
     @property
     def by_usage(self) -> list[int]:
-        """Actions, the most labelled first."""
+        """Action ids, sorted by how many tokens they label, most first."""
         return [int(action) for action in np.argsort(-self.labelled, kind="stable")]
 
     def summary(self) -> dict[str, float]:
-        """Alive actions, entropy of their usage (nats), agreement of world model and labels, tokens a state offers."""
+        """Numbers of tokens and of used actions, entropies of usage (nats), agreement, reachable tokens per state."""
         return {
             "tokens": float(self.labelled.sum()),
             "alive": float((self.labelled > 0).sum()),
@@ -92,7 +142,7 @@ class Atlas:
         }
 
     def html(self, title: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A page that needs no other file."""
+        """The atlas as a self-contained HTML page."""
         from jinja2 import Template
 
         total = max(self.labelled.sum(), 1)
@@ -113,21 +163,21 @@ class Atlas:
         return page.render(title=title, rows=rows, steered=self.steered, summary=self.summary(), plots=self._plots())
 
     def _plots(self) -> str:
-        """Usage and reachable tokens, as a PNG in base64."""
+        """Plots of usage and reachable tokens, as a PNG in base64."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        figure, (usage, offered) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained", width_ratios=(3, 1))
+        figure, (usage, reachable) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained", width_ratios=(3, 1))
         order, places = self.by_usage, np.arange(self.num_actions)
         usage.bar(places - 0.2, 100 * self.labelled[order] / max(self.labelled.sum(), 1), 0.4, label="labels (IDM)")
         usage.bar(places + 0.2, 100 * self.expected[order] / max(self.expected.sum(), 1e-9), 0.4, label="policy")
         usage.set_xticks(places, [str(action) for action in order], fontsize=6)
         usage.set(xlabel="latent action", ylabel="% of tokens")
         usage.legend()
-        offered.hist(self.reachable, bins=np.arange(0.5, self.num_actions + 1.5))
-        offered.set(xlabel="different tokens under all actions", ylabel="states")
+        reachable.hist(self.reachable, bins=np.arange(0.5, self.num_actions + 1.5))
+        reachable.set(xlabel="different tokens under all actions", ylabel="states")
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=110)
         plt.close(figure)

@@ -1,28 +1,92 @@
-"""How different the texts are that follow one prefix: by meaning, and by words.
+"""How much texts differ that continue the same prefix, by their meaning and by their words.
 
     N prefixes x M continuations ─> sentence encoder ─> mean cosine over pairs of a prefix ─> mean over prefixes
                                 └─> distinct-n, self-BLEU
 
-Semantic diversity is the reciprocal of the mean cosine (CoLA, section 5.1). It rises with incoherence too, so tables
-show it beside random tokens, which mean nothing at all.
+Semantic diversity is the reciprocal of the mean cosine (Jia et al. 2025, section 5.1). Incoherent texts have a high
+diversity as well; tables therefore show that of random tokens, which have no meaning, beside the others.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from transformers.utils.logging import disable_progress_bar
 
 from cola_ray.algorithms.intervals import with_intervals
+from cola_ray.checks.refusals import check
+from cola_ray.cluster import actors
+from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
+from cola_ray.runs.display import current, shown
+from cola_ray.runs.ending import in_words
+from cola_ray.runs.tracking import print_ways
+from cola_ray.settings.config import Config, RunFailedError, override
+from cola_ray.studies.study import load_texts, open_study, text_prefixes
+from cola_ray.train import served
 
 Embed = Callable[[Sequence[str]], np.ndarray]
-"""(texts) -> (len, D), of length 1 each."""
+"""Maps N texts to unit vectors (N, D)."""
+
+
+@shown()
+@in_words()
+def diversity(config: Config) -> dict[str, Any]:
+    """Continue prefixes of texts in all of ``CHANCES``; writes ``output_dir/continuations.parquet``.
+
+    Returns:
+        The summary: by way of continuing, the figures of :func:`measure`.
+
+    Raises:
+        ConfigError: before any process starts.
+        RunFailedError: the run failed; the message says why.
+    """
+    check(config, "diversity")
+    disable_progress_bar()
+    current().doing("opening the sentence encoder")
+    embed = open_encoder(config.diversity.encoder)
+    figures: dict[str, dict[str, float]] = {}
+    rows = []
+    with open_study(config, "diversity") as study, actors.cluster(config):
+        config = study.config
+        prefixes = text_prefixes(config, load_texts(config, study.start)[1])
+        if not prefixes:
+            raise RunFailedError("no text to begin with", "give texts of two tokens or more as data.path")
+        for space, chances in itertools.groupby(CHANCES, key=_action_space):
+            of_space = override(config, {"rl.action_space": space})
+            pool = actors.RayWorkers(of_space, served(of_space, study.start), ContinuationWorker)
+            worker = pool.spawn()
+            for chance in chances:
+                current().update(f"diversity: {chance}", len(figures), len(CHANCES))
+                groups = ray.get(worker.continue_prefixes.remote(prefixes, config.diversity.continuations, chance))
+                figures[chance] = measure(groups, embed, config.seed)
+                rows += [{"chance": chance, "prefix": i, "texts": texts} for i, texts in enumerate(groups)]
+                current().update(f"diversity: {chance}", len(figures), len(CHANCES), milestone=True)
+            pool.kill(worker)
+        current().doing("writing the summary")
+        pq.write_table(pa.Table.from_pylist(rows), study.output / "continuations.parquet")
+        study.summary["prefixes"] = len(prefixes)
+        study.add(figures)
+    print_ways(f"diversity of continuations: {study.output}", figures)
+    return study.tracker.summary
+
+
+def _action_space(chance: Chance) -> str:
+    return "latent" if chance in ("policy", "random_actions") else "token"
 
 
 def open_encoder(name: str) -> Embed:
-    """A sentence-transformers model by directory or hub id; empty for the one that a package carries.
+    """Load a sentence encoder.
+
+    Args:
+        name: directory or hub id of a sentence-transformers model; empty for MiniLM from the installed package.
 
     Raises:
-        ModuleNotFoundError: the packages are not installed.
+        ModuleNotFoundError: the packages of ``make evals`` are not installed.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -35,16 +99,16 @@ def open_encoder(name: str) -> Embed:
 
 
 def mean_cosine(embedded: np.ndarray) -> float:
-    """Over all pairs of different rows of (M, D) unit vectors.
+    """Mean cosine over all pairs of different rows of (M, D) unit vectors.
 
-    Example: two equal rows and one across them: (1 + 0 + 0) / 3.
+    Example: two equal rows and one orthogonal to them -> (1 + 0 + 0) / 3.
     """
     count = len(embedded)
     return float((np.square(embedded.sum(0)).sum() - count) / (count * (count - 1)))
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share of the texts' word n-grams that are different (Li et al. 2016); 0 where there are none.
+    """Number of different word n-grams over the number of all (Li et al. 2016); 0 if there are none.
 
     Example: ["a b", "a c"], n 1 -> 3 of 4.
     """
@@ -53,10 +117,10 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Mean BLEU of each text against all others (Zhu et al. 2018), 0 to 100: 100 where all are the same.
+    """Mean BLEU of each text against all others (Zhu et al. 2018), 0 to 100; 100 if all texts are equal.
 
-    Of a text that shares a word with another, an order without a match counts as a tenth of one, so that short texts
-    compare at all.
+    If a text shares a word with another, n-gram orders without a match count as 0.1 matches, so that short texts can
+    be compared.
     """
     from sacrebleu.metrics.bleu import BLEU
 
@@ -68,14 +132,18 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def measure(groups: Sequence[Sequence[str]], embed: Embed, seed: int) -> dict[str, float]:
-    """Figures of one way of continuing, with 95 % bootstrap intervals over prefixes as ``<name>_low``, ``<name>_high``.
+    """Diversity, similarity, distinct-1, distinct-2 and self-BLEU, as means over prefixes.
+
+    Each has a 95 % bootstrap interval over prefixes, as ``<name>_low`` and ``<name>_high``.
 
     Args:
-        groups: (N, M) texts.
+        groups: M texts for each of N prefixes.
+        embed: the sentence encoder.
+        seed: of the bootstrap.
     """
     flat = embed([text for group in groups for text in group])
     size = len(groups[0])
-    found = with_intervals(
+    figures = with_intervals(
         {
             "similarity": [mean_cosine(flat[start : start + size]) for start in range(0, len(flat), size)],
             "distinct_1": [distinct_n(group, 1) for group in groups],
@@ -85,5 +153,5 @@ def measure(groups: Sequence[Sequence[str]], embed: Embed, seed: int) -> dict[st
         seed,
     )
     ends = {"diversity": "similarity", "diversity_low": "similarity_high", "diversity_high": "similarity_low"}
-    # Texts that point away from each other on average have no reciprocal to speak of.
-    return {name: 1 / found[of] for name, of in ends.items() if found.get(of, 0.0) > 0} | found
+    # Diversity is not defined for a mean cosine of 0 or less.
+    return {name: 1 / figures[of] for name, of in ends.items() if figures.get(of, 0.0) > 0} | figures

@@ -1,12 +1,13 @@
-"""Evaluations: every way of answering over held-out problems, kept as Parquet, summed up with intervals.
+"""Evaluation: answers held-out problems in several ways, keeps predictions as Parquet, and sums them up.
 
-problems, in chunks ─> Evaluator ─> AnswerWorkers ─> predictions/<way>/<first>.parquet, one file a chunk
-(or seeds)                          (AgentWorkers)      │ a chunk that is there is not asked again
+problems, in chunks ─> Evaluator ─> AnswerWorkers ─> predictions/<way>/<first>.parquet, one file per chunk;
+(or seeds)                          (AgentWorkers)      │ chunks that exist are not answered again
                                                         v
-                                 figures: accuracy, pass@k, majority, best; tokens and seconds a problem
+                                 figures: accuracy, pass@k, majority, best; tokens and seconds per problem
                                           (of episodes: return, best return, share solved, turns)
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +16,81 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 
 from cola_ray.algorithms.intervals import with_intervals
 from cola_ray.algorithms.search import majority, pass_at_k, vote_weights
+from cola_ray.checks.refusals import check
+from cola_ray.cluster import actors
 from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup, WorkerPool
-from cola_ray.settings.config import Config, EvalConfig
+from cola_ray.rollout.agent import AgentWorker
+from cola_ray.rollout.answers import AnswerWorker
+from cola_ray.runs.display import current, shown, tell
+from cola_ray.runs.ending import in_words
+from cola_ray.runs.saved import write_whole
+from cola_ray.runs.tracking import plot_against_tokens, print_ways
+from cola_ray.settings.config import Config, EvalConfig, is_environment
+from cola_ray.studies.study import Study, open_study
+from cola_ray.tasks import least_right_reward
+from cola_ray.train import served
 
 Row = dict[str, Any]
+
+
+@shown()
+@in_words()
+def evaluate(config: Config) -> dict[str, Any]:
+    """Answer problems, or play episodes, in all of ``eval.ways``; writes ``output_dir/predictions``.
+
+    With ``resume``, chunks that an earlier run with the same settings has answered are not answered again.
+
+    Returns:
+        The summary: by way, the result of :func:`figures` or :func:`episode_figures`.
+
+    Raises:
+        ConfigError: before any process starts.
+        RunFailedError: the run failed; the message says why.
+    """
+    check(config, "evaluate")
+    with open_study(config, "evaluate") as study, actors.cluster(config):
+        config, folder = study.config, study.output / "predictions"
+        _predict(study, folder)
+        right_from = least_right_reward(config.task)
+        if is_environment(config.task.name):
+            found, shown_first = episode_figures(config.eval, folder, config.seed), ("return", "best_return")
+        else:
+            found = figures(config.eval, folder, config.seed, right_from)
+            shown_first = ("reward", "best_reward") if right_from is None else ("accuracy", "majority", "best")
+        study.add(found)
+        plot_against_tokens(study.output / "accuracy.png", found, shown_first)
+    print_ways(f"{config.task.name}: {folder}", found)
+    for line in remarks(config.eval, found):
+        tell(line)
+    return study.tracker.summary
+
+
+def _predict(study: Study, folder: Path) -> None:
+    """Answer all chunks that are not in ``folder`` yet."""
+    config = study.config
+    reward_model = actors.judge(config)
+    worker = AgentWorker if is_environment(config.task.name) else AnswerWorker
+    arguments = [reward_model] if reward_model else []
+    pool = actors.RayWorkers(config, served(config, study.start), worker, *arguments)
+    evaluator = actors.controller(Evaluator, config, pool)
+    try:
+        current().doing(f"starting {config.rollout.num_workers} engine(s)")
+        facts = ray.get(evaluator.open.remote())
+        left = list(chunks(config.eval, facts[f"num_{config.eval.split}"], folder))
+        for number, (way, indices, file) in enumerate(left):
+            current().update(f"evaluate: {way}", number, len(left))
+            rows = ray.get(evaluator.answer.remote(indices, way))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, functools.partial(pq.write_table, rows))
+            current().update(f"evaluate: {way}", number + 1, len(left), milestone=True)
+        current().doing("writing the summary")
+    finally:
+        ray.kill(evaluator)
 
 
 class Evaluator:
@@ -56,7 +124,7 @@ class Evaluator:
 
 
 def chunks(config: EvalConfig, num_heldout: int, folder: Path) -> Iterator[tuple[str, list[int], Path]]:
-    """(way, problems, file) of what is still to be asked."""
+    """The chunks that are not answered yet, as (way, problem indices, file)."""
     last = min(config.problems, num_heldout)
     for way in config.ways:
         for first in range(0, last, config.chunk):
@@ -67,17 +135,22 @@ def chunks(config: EvalConfig, num_heldout: int, folder: Path) -> Iterator[tuple
 
 
 def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | None = 1.0) -> dict[str, dict[str, float]]:
-    """Of each way: shares and means over problems, with their 95 % intervals as ``<name>_low`` and ``<name>_high``.
+    """By way: shares and means over problems, with 95 % intervals as ``<name>_low`` and ``<name>_high``.
 
-    ``accuracy`` and ``reward`` are of the first response, ``majority`` is of the answer that most responses give, by
-    value, ``best`` and ``best_reward`` are of the response of the highest value; where a reward model gives values,
-    ``weighted_majority`` counts votes by them, and the verifier's ``best`` is ``any_right``. ``pass_at_<k>`` is
-    unbiased. A problem that got no response in its time is ``unanswered``, wrong, and has the reward 0. ``failed``
-    counts responses that verifier or reward model could not score; those of the verifier are not right, and in no mean
-    of rewards.
+    - ``accuracy`` and ``reward``: of the first response.
+    - ``majority``: of the answer that most responses give; answers are compared by value.
+    - ``best`` and ``best_reward``: of the response with the highest value.
+    - ``pass_at_<k>``: the unbiased estimate.
+    - ``weighted_majority`` and ``any_right``, if a reward model gives the values: votes weighted by value, and the
+      share of problems with any right response.
+    - ``unanswered``: problems without a response in time; they are wrong and have reward 0.
+    - ``failed``: responses that the verifier or the reward model could not score. Those that the verifier could not
+      score are not right, and are left out of mean rewards.
 
     Args:
-        right_from: the least reward of a right response; None where the task does not say what is right.
+        folder: of the predictions.
+        seed: of the bootstrap.
+        right_from: the lowest reward of a right response; None if the task does not say what is right.
     """
     found: dict[str, dict[str, float]] = {}
     for way in config.ways:
@@ -94,25 +167,25 @@ def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | Non
             **with_intervals(means, seed),
             "failed": float(sum(_failed(row) for row in rows)),
             "unanswered": float(sum(not row["rewards"] for row in rows)),
-            **{name: float(np.mean([row[name] for row in rows])) for name in _SPENT},
+            **{name: float(np.mean([row[name] for row in rows])) for name in _COSTS},
         }
     return found
 
 
-_SPENT = ("generated_tokens", "computed_tokens", "seconds")
+_COSTS = ("generated_tokens", "computed_tokens", "seconds")
 
 
 def _shares(config: EvalConfig, rows: Sequence[Row], way: str, right_from: float) -> dict[str, list[float]]:
-    """1 or 0 a problem, or for ``pass_at_<k>`` a probability."""
+    """For each share, a value per problem: 0 or 1, or for ``pass_at_<k>`` a probability."""
     scored = [list(zip(row["rewards"], _failures(row), strict=True)) for row in rows]
     right = [[reward >= right_from and not failure for reward, failure in row] for row in scored]
     shares = {"accuracy": [float(any(one[:1])) for one in right]}
-    fewest, most = (of(len(one) for one in right) for of in (min, max))
+    fewest, most = min(map(len, right)), max(map(len, right))
     if most > 1:
         pairs = list(zip(rows, right, strict=True))
         shares["majority"] = [_voted(row["answers"], one) for row, one in pairs]
         shares["best"] = [float(any(one) and one[_best(row)]) for row, one in pairs]
-        if any(_is_led(row) for row in rows):
+        if any(_has_other_values(row) for row in rows):
             weighted = [_voted(row["answers"], one, vote_weights(row["values"])) for row, one in pairs]
             shares |= {"weighted_majority": weighted, "any_right": [float(any(one)) for one in right]}
     if way == "sample":
@@ -123,7 +196,7 @@ def _shares(config: EvalConfig, rows: Sequence[Row], way: str, right_from: float
 
 
 def remarks(config: EvalConfig, found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What figures do not say by themselves, a line each."""
+    """Remarks on the figures, one line each: missing pass@k, unanswered and failed problems."""
     lines = []
     sample = found.get("sample", {})
     too_few = [str(k) for k in config.ks if "accuracy" in sample and f"pass_at_{k}" not in sample]
@@ -144,10 +217,10 @@ def remarks(config: EvalConfig, found: Mapping[str, Mapping[str, float]]) -> lis
 
 
 def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Of each way of playing: means over environment seeds, with intervals as :func:`figures` has them.
+    """By way of playing: means over environment seeds, with intervals as in :func:`figures`.
 
-    ``return``, ``solved`` and ``turns`` are means over a seed's episodes, ``best_return`` is of the best of them.
-    Episodes that their environment failed are counted in ``failed`` and nowhere else.
+    ``return``, ``solved`` and ``turns`` are means over the episodes of a seed, ``best_return`` is that of the best one.
+    Episodes whose environment failed are counted in ``failed`` and left out otherwise.
     """
     found: dict[str, dict[str, float]] = {}
     for way in config.ways:
@@ -174,44 +247,44 @@ def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, di
 
 
 def _rows(config: EvalConfig, folder: Path) -> list[Row]:
-    """Of the chunks that these settings make; an earlier run with others may have left more."""
+    """Rows of the chunks of these settings; an earlier run with other settings may have left more files."""
     files = [file for file in sorted(folder.glob("*.parquet"))
              if int(file.stem) % config.chunk == 0 and int(file.stem) < config.problems]  # fmt: skip
     tables = [pq.read_table(file) for file in files]
-    # A chunk without a single answer does not know the type of its columns.
+    # permissive: in a chunk without any answer the types of columns are unknown
     return pa.concat_tables(tables, promote_options="permissive").to_pylist()[: config.problems] if tables else []
 
 
 def _failures(row: Row) -> list[str]:
-    """Why the verifier did not score a response, "" where it did."""
+    """For each response, why the verifier could not score it; "" if it could."""
     return row.get("failures") or [""] * len(row["rewards"])
 
 
 def _failed(row: Row) -> int:
-    """Responses without a reward or a value."""
+    """Number of responses without a reward or a value."""
     pairs = zip(_failures(row), row["values"], strict=True)
     return sum(bool(failure) or not np.isfinite(value) for failure, value in pairs)
 
 
-def _is_led(row: Row) -> bool:
-    """Whether something else than the verifier gave the values."""
+def _has_other_values(row: Row) -> bool:
+    """Whether the values come from a reward model, and not from the verifier."""
     pairs = zip(row["values"], row["rewards"], strict=True)
     return any(value != reward for value, reward in pairs if np.isfinite(value))
 
 
 def _best(row: Row) -> int:
-    """Of the highest value; of equals, and of none, the first."""
+    """Index of the response with the highest value, the first of equals; 0 if there is none."""
     return int(np.argmax(row["values"])) if row["values"] else 0
 
 
 def _rewards(rows: Sequence[Row], places: Sequence[int]) -> list[float]:
-    """The reward of one response of each problem, where there is one."""
+    """The reward of a response of each problem, 0 without responses; none if the verifier could not score it."""
     pairs = zip(rows, places, strict=True)
     return [row["rewards"][place] if row["rewards"] else 0.0
             for row, place in pairs if not any(_failures(row)[place : place + 1])]  # fmt: skip
 
 
 def _voted(answers: Sequence[str], right: Sequence[bool], weights: Sequence[float] | None = None) -> float:
-    """Whether the majority's answer is right: one of the responses that give it."""
+    """1 if the answer of the majority is right, i.e. a response that gives it is; else 0."""
     chosen = majority([answer or None for answer in answers], weights)
     return float(any(one for answer, one in zip(answers, right, strict=True) if answer == chosen))

@@ -1,7 +1,7 @@
-"""A CoLA model for EleutherAI's evaluation harness, beside the bare base that it was made of.
+"""A CoLA model as a model of EleutherAI's evaluation harness, and its bare base for comparison.
 
-loglikelihood    CoLAForCausalLM.token_log_probs: marginal over actions, greedy in them, or the bare base's
-generate_until   in vLLM, greedily: latent actions, or the base's tokens
+loglikelihood    CoLAForCausalLM.token_log_probs: marginal over actions, under greedy actions, or of the bare base
+generate_until   greedy decoding in vLLM, over latent actions or over the base's tokens
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from cola_ray.settings.config import Config
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.endings import Endings
 
-_POSITIONS = 16  # scored at a time, so that (16, K, V) fits
+_POSITIONS = 16  # positions scored at a time, to limit memory for (16, K, V) logits
 
 
 @register_model("cola_ray")
@@ -32,11 +32,11 @@ class HarnessModel(TemplateLM):
     """``lm_eval --model cola_ray --model_args pretrained=MODEL,likelihood=marginal``.
 
     Args:
-        pretrained: a CoLA model's directory.
-        likelihood: of texts; "base" also generates by the base alone.
-        dtype: of weights.
-        batch_size: texts in a forward pass.
-        max_gen_toks: tokens generated where a task does not say.
+        pretrained: directory of a CoLA model.
+        likelihood: how texts are scored; with "base" the bare base also generates.
+        dtype: of the weights.
+        batch_size: texts per forward pass.
+        max_gen_toks: most tokens to generate, unless a task says otherwise.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text that has no context."""
         return self.chat.begin[0] if self.chat.begin else self.eot_token_id
 
     @property
@@ -69,7 +69,7 @@ class HarnessModel(TemplateLM):
         return self.path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """As the model was trained on texts, with BOS where the tokenizer has one, unless it is said otherwise."""
+        """Encode as in training: with BOS if the tokenizer has one, unless ``add_special_tokens`` is False."""
         return [*(self.chat.begin if add_special_tokens is not False else ()), *self.chat.text_ids(string)]
 
     # --- likelihoods ----------------------------------------------------------------------------------------------
@@ -77,43 +77,45 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        begin = self.chat.begin  # which a text without context has twice: as its context, and as its own
-        pairs = [(context, said[1:] if begin and said[:1] == begin else said) for _, context, said in requests]
-        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))  # like lengths share a pass
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        begin = self.chat.begin  # a text without context has it twice: as its context and as its first token
+        pairs = [(context, ids[1:] if begin and ids[:1] == begin else ids) for _, context, ids in requests]
+        order = sorted(
+            range(len(pairs)), key=lambda i: -sum(map(len, pairs[i]))
+        )  # texts of similar length share a pass
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for start in range(0, len(order), self.batch_size):
-            some = order[start : start + self.batch_size]
-            for i, scored in zip(some, self._scored([pairs[i] for i in some]), strict=True):
-                found[i] = scored
-        return found
+            batch = order[start : start + self.batch_size]
+            for i, score in zip(batch, self._score([pairs[i] for i in batch]), strict=True):
+                scores[i] = score
+        return scores
 
     @torch.inference_mode()
-    def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
-        """Log-probability of what was said after its context, and whether it is what would be said greedily."""
-        rows = [([*context, *said][-self.max_length - 1 :], len(said)) for context, said in pairs]
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether greedy decoding would give it."""
+        rows = [([*context, *ids][-self.max_length - 1 :], len(ids)) for context, ids in pairs]
         width = max(len(ids) - 1 for ids, _ in rows)
         ids = torch.zeros((len(rows), width), dtype=torch.int64, device=self.on)
-        attended = torch.zeros_like(ids)
-        for row, (whole, _) in enumerate(rows):
-            ids[row, : len(whole) - 1] = torch.tensor(whole[:-1])
-            attended[row, : len(whole) - 1] = 1
-        e = self.model.encode(ids, attended)
-        policy = self.model.policy_logits(e, attended)
-        for row, (whole, length) in enumerate(rows):
-            end = len(whole) - 1
+        attention_mask = torch.zeros_like(ids)
+        for row, (text, _) in enumerate(rows):
+            ids[row, : len(text) - 1] = torch.tensor(text[:-1])
+            attention_mask[row, : len(text) - 1] = 1
+        e = self.model.encode(ids, attention_mask)
+        policy = self.model.policy_logits(e, attention_mask)
+        for row, (text, length) in enumerate(rows):
+            end = len(text) - 1
             span = slice(max(end - length, 0), end)
-            wanted = torch.tensor(whole[span.start + 1 :], device=self.on)
+            targets = torch.tensor(text[span.start + 1 :], device=self.on)
             total, greedy = 0.0, True
-            for start in range(0, len(wanted), _POSITIONS):
+            for start in range(0, len(targets), _POSITIONS):
                 piece = slice(span.start + start, min(span.start + start + _POSITIONS, end))
                 log_probs = self.model.token_log_probs(e[row, piece], policy[row, piece], self.likelihood)
-                said = wanted[start : start + _POSITIONS]
-                total += float(log_probs.gather(-1, said[:, None]).sum())
-                greedy = greedy and bool((log_probs.argmax(-1) == said).all())
+                tokens = targets[start : start + _POSITIONS]
+                total += float(log_probs.gather(-1, tokens[:, None]).sum())
+                greedy = greedy and bool((log_probs.argmax(-1) == tokens).all())
             yield total, greedy
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows that share no token."""
+        """Log-probabilities of whole texts, summed over windows that share no token."""
         found = []
         for request in requests:
             (text,) = request.args
@@ -125,7 +127,7 @@ class HarnessModel(TemplateLM):
     # --- generation -----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to the first of a request's stop strings, an end token, or the budget."""
+        """Generate up to the first stop string, an end token, or the token budget of a request."""
         asked = [(context, dict(settings)) for context, settings in (request.args for request in requests)]
         budgets = [int(settings.get("max_gen_toks", self.max_gen_toks)) for _, settings in asked]
         made = self._engine().generate([
@@ -153,7 +155,7 @@ class HarnessModel(TemplateLM):
         return self.engine
 
     def close(self) -> None:
-        """End the engine, if one was started."""
+        """Close the engine if one was started."""
         if self.engine is not None:
             self.engine.close()
 
@@ -164,7 +166,7 @@ def _until(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def score(config: Config, likelihood: Likelihood) -> dict[str, Any]:
-    """Results, versions and sample counts of ``config.harness.tasks`` for the model at ``model.path``."""
+    """Score the model at ``model.path`` on ``harness.tasks``: results, versions and sample counts of the harness."""
     settings = config.harness
     model = HarnessModel(config.model.path, likelihood, config.model.dtype)
     found = simple_evaluate(

@@ -1,11 +1,11 @@
-"""What a run needs of its machines, from its settings: memory by component, seconds a step, seconds of a weight update.
+"""Plans a run from its settings: memory by component, seconds per step, seconds per weight update.
 
     python -m cola_ray.studies.plan --preset llama-3.1-8b --hardware.gpus 16 --hardware.gpu h100
-    python -m cola_ray.studies.plan --preset smollm2-135m                 (on CPU: memory alone)
+    python -m cola_ray.studies.plan --preset smollm2-135m                 (on CPU: only memory)
 
-Parameters are counted on the model itself, without its weights. Formulas stand where their numbers are made, and beside
-them in docs/scaling.md. What does not fit is refused with what to change. Legend: P parameters, b bytes of one, H, I
-widths of a layer and of its MLP, T tokens of a micro-batch, M learner ranks.
+Parameters are counted on the model itself, built without weights. Each formula stands as a comment beside its code, and
+in docs/scaling.md. If something does not fit, the plan is refused with what to change. Legend: P parameters, b bytes
+per parameter, H and I widths of a layer and of its MLP, T tokens of a micro-batch, M learner ranks.
 """
 
 import os
@@ -28,7 +28,7 @@ Bytes = dict[str, float]
 
 @dataclass(frozen=True)
 class Gpu:
-    """Of the maker's data sheet; FLOP/s dense, in bfloat16."""
+    """A GPU as in its data sheet; FLOP/s are dense, in bfloat16."""
 
     memory_gb: float
     bandwidth_gbs: float
@@ -42,41 +42,41 @@ GPUS = {
     "l40s": Gpu(48, 864, 362),
 }
 
-# Assumed, not measured here: what share of the data sheet's figures is reached.
-_MFU = 0.4  # of a learner's matrix products
-_DECODE = 0.6  # of an engine's memory bandwidth
-_USABLE = 0.9  # of a GPU's memory: vLLM's own default, and a margin for the learner's fragments
-_LINK_GBS = 300.0  # between GPUs of a node
-_STORE_GBS = 2.5  # into Ray's object store and out of it, checksums included (docs/benchmarks.md, publish_vs_memcpy)
+# Assumed, not measured: the share of the data sheet's figures that is reached.
+_MFU = 0.4  # of FLOP/s, in the learner's matrix products
+_DECODE = 0.6  # of memory bandwidth, in the engine's decoding
+_USABLE = 0.9  # of GPU memory: vLLM's default, and a margin for fragmentation in the learner
+_LINK_GBS = 300.0  # GB/s between GPUs of a node
+_STORE_GBS = 2.5  # GB/s into Ray's object store and out of it, with checksums (docs/benchmarks.md, publish_vs_memcpy)
 # DeepSpeed's defaults for stage 3, in parameters.
 _LIVE, _BUCKET, _PREFETCH = 1e9, 5e8, 5e7
-# Resident memory of a process that has imported what it needs, on CPU, in GiB.
+# Resident memory of a process after its imports, on CPU, in GiB. Measured.
 _PROCESS_GIB = {"learner": 0.70, "engine": 1.85}
-# A learner's heap on CPU over what comes and goes in it: malloc keeps the holes. With its mmap threshold held at 1 MiB
-# the peak of smollm2-135m falls from 2.74 to 2.38 GiB.
+# Factor on temporary tensors of a learner on CPU, because malloc keeps freed memory. With its mmap threshold fixed at
+# 1 MiB the peak of smollm2-135m falls from 2.74 to 2.38 GiB.
 _HEAP = 1.5
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's, as the learner and the engines hold it."""
+    """Sizes of a model, and of its parts in the learner and in the engines."""
 
     width: int  # H
     mlp: int  # I
     layers: int
     policy_layers: int
-    heads: int  # of queries, all of them together in values: heads x head_dim
-    kv: int  # likewise, of keys
-    base: float  # P of what only encodes: embeddings and decoder layers
-    policy: float  # P that trains
-    learner: float  # P of the learner's module: base, policy, reference
-    served: float  # P of what an engine holds
-    whole: float  # P of a checkpoint
+    heads: int  # width of all query heads together: heads x head_dim
+    kv: int  # width of all key heads together
+    base: float  # P of embeddings and base layers, which only encode
+    policy: float  # P of the policy, which trains
+    learner: float  # P in the learner: base, policy and reference
+    served: float  # P in an engine
+    whole: float  # P in a checkpoint
     num_bytes: int  # b
 
 
 def sizes(config: Config) -> Sizes:
-    """Counted on a model of these sizes that has no weights."""
+    """Count the parameters of the configured model, built on the meta device."""
     import torch
 
     from cola_ray.learner.policies import LatentPolicy
@@ -117,7 +117,7 @@ _LLAMA_31_8B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
 }  # fmt: skip
 _KNOWN = {"meta-llama/Llama-3.1-8B": _LLAMA_31_8B, "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_31_8B}
-"""Gated on the hub: a plan should not need a token."""
+"""Gated on the hub; known here, so that a plan needs no token."""
 
 
 def _shape(config: Config) -> dict[str, object]:
@@ -146,63 +146,63 @@ def _shape(config: Config) -> dict[str, object]:
 
 
 def learner_memory(config: Config, model: Sizes) -> Bytes:
-    """Of one ZeRO-3 rank, at the end of the policy's backward pass; on CPU, with its share of the object store."""
+    """Peak memory of a ZeRO-3 rank, in the policy's backward pass; on CPU with its share of the object store."""
     ranks, b = config.cluster.learner_ranks, model.num_bytes
     tokens, on_gpu = config.rl.micro_batch_tokens, config.cluster.use_gpu
     parts = {
-        # b (P - P_policy) / M: the base and the reference, in M parts
+        # b (P - P_policy) / M: base and reference are divided over ranks
         "base and reference": b * (model.learner - model.policy) / ranks,
         # (b + b) P_policy / M: weights and gradients
         "policy and its gradients": 2 * b * model.policy / ranks,
         # 12 P_policy / M: float32 weights and Adam's two moments
         "Adam": 12 * model.policy / ranks,
-        # b (min(P, 1e9) + min(P, 5e7)): gathered and not yet let go, and the buffer that the next ones arrive in
+        # b (min(P, 1e9) + min(P, 5e7)): gathered parameters that are not released yet, and the prefetch buffer
         "gathered parameters": b * (min(model.learner, _LIVE) + min(model.learner, _PREFETCH)),
-        # b 5e8: DeepSpeed's reduction bucket; on CPU no more of it is touched than there are gradients
+        # b 5e8: DeepSpeed's reduction bucket; on CPU only as much of it is touched as there are gradients
         "reduction bucket": b * (_BUCKET if on_gpu else min(_BUCKET, model.policy)),
-        # T l_policy (2 H (4 + b) + 2 b (Q + 2 KV) + b H + 4 b I): norms in float32, queries to values with and without
-        # positions, attention's and the MLP's inner values
+        # T l_policy (2 H (4 + b) + 2 b (Q + 2 KV) + b H + 4 b I): norms in float32; queries, keys and values with and
+        # without positions; inner values of attention and MLP
         "activations of the policy": tokens * model.policy_layers * _kept_of_a_layer(model),
-        # T (b (4 H + 2 I) + b H): what one layer of the base needs at a time, and e
+        # T (b (4 H + 2 I) + b H): one layer of the base at a time, and e
         "activations of the base": tokens * b * (5 * model.width + 2 * model.mlp),
     }  # fmt: skip
     if on_gpu:
         return parts
-    come_and_go = ("gathered parameters", "activations of the policy", "activations of the base")
-    parts |= {name: _HEAP * parts[name] for name in come_and_go}
-    # 2 b P_policy: this version and the one before it, mapped by rank 0
+    temporary = ("gathered parameters", "activations of the policy", "activations of the base")
+    parts |= {name: _HEAP * parts[name] for name in temporary}
+    # 2 b P_policy: this version and the previous one in the object store, mapped by rank 0
     return parts | {"weights for engines": 2 * b * model.policy}
 
 
 def _kept_of_a_layer(model: Sizes) -> float:
-    """Bytes a token that a decoder layer keeps for its backward pass."""
+    """Bytes per token that a decoder layer keeps for its backward pass."""
     b, wide = model.num_bytes, model.width
     return 2 * wide * (4 + b) + 2 * b * (model.heads + 2 * model.kv) + b * wide + 4 * b * model.mlp
 
 
 def engine_memory(config: Config, model: Sizes, gpu: Gpu | None) -> Bytes:
-    """Of one GPU of an engine, or of its process on CPU."""
+    """Memory of one GPU of an engine, or of the engine's process on CPU."""
     split = config.rollout.tensor_parallel_size
     weights = model.num_bytes * model.served / split
     if gpu is None:
         return {"weights": weights, "keys and values": config.rollout.kv_cache_mb * 2.0**20}
-    # What is left of the share that vLLM may take, less what a step of 8192 tokens computes with
+    # Keys and values get what is left of the share that vLLM may use after weights and a step of 8192 tokens
     inner = 8192 * model.num_bytes * (4 * model.width + 3 * model.mlp) / split
     room = _USABLE * gpu.memory_gb * 1e9 - weights - inner
     return {"weights": weights, "inner values": inner, "keys and values": max(room, 0.0)}
 
 
 def kv_bytes(model: Sizes) -> float:
-    """``2 b KV (layers + policy layers) + b H``: what a token keeps in an engine's cache, e included."""
+    """Bytes per token in an engine's cache, with e: ``2 b KV (layers + policy layers) + b H``."""
     b = model.num_bytes
     return 2 * b * model.kv * (model.layers + model.policy_layers) + b * model.width
 
 
 def host_memory(config: Config, model: Sizes) -> Mapping[str, float]:
-    """Resident memory of a process on CPU, by kind."""
+    """Peak resident memory of a learner rank and of an engine on CPU, in bytes."""
     process = {name: gib * 2.0**30 for name, gib in _PROCESS_GIB.items()}
     learner = process["learner"] + sum(learner_memory(config, model).values())
-    # Each rank reads the whole checkpoint before it keeps its part, and copies the policy for the reference.
+    # While loading, each rank holds the whole checkpoint, and a copy of the policy for the reference.
     loading = process["learner"] + model.num_bytes * (model.whole + model.policy)
     engine = process["engine"] + sum(engine_memory(config, model, None).values())
     return {"learner": max(learner, loading), "engine": engine}
@@ -213,7 +213,7 @@ def host_memory(config: Config, model: Sizes) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds, of a step."""
+    """Planned duration of a step, in seconds; also decoding speed, and sequences that an engine decodes at a time."""
 
     rollout: float
     learn: float
@@ -226,13 +226,13 @@ class Step:
 
 
 def step_time(config: Config, model: Sizes, gpu: Gpu) -> Step:
-    """A model of it; the shares reached are assumptions, named at the top of this file."""
+    """Estimate the duration of a step; the assumptions are at the top of this file."""
     rl, rollout, hardware = config.rl, config.rollout, config.hardware
     trained = rl.prompts_per_step * rl.group_size
-    sequences = trained + rl.prompts_per_step * config.algorithm.greedy  # whose baselines are generated, too
+    sequences = trained + rl.prompts_per_step * config.algorithm.greedy  # greedy baselines are generated, too
     answer = hardware.response_tokens or rollout.max_new_tokens // 2
     length = rollout.max_prompt_tokens / 2 + answer
-    # Decoding: each step reads all weights and the cache of every sequence, or computes 2 P a token
+    # Decoding: a step reads all weights and the cache of every sequence, or computes 2 P FLOPs per token
     capacity = engine_memory(config, model, gpu)["keys and values"] * rollout.tensor_parallel_size / kv_bytes(model)
     most = min(sequences / rollout.num_workers, rollout.max_num_seqs, capacity / length)
     width = rollout.tensor_parallel_size
@@ -241,18 +241,18 @@ def step_time(config: Config, model: Sizes, gpu: Gpu) -> Step:
     )
     computed = most * 2 * model.served / (width * gpu.tflops * 1e12 * _MFU)
     per_second = rollout.num_workers * most / max(read, computed)
-    # The longest answer of a step keeps its engine until it ends
+    # A step lasts at least as long as its longest answer
     rounds = max(sequences / rollout.num_workers / most, 1.0)
     generate = max(sequences * answer / per_second, rounds * answer * max(read, computed))
-    # Learning: 2 P_base for e, 2 P for the reference, 6 P an update of the policy, a token
+    # Learning, FLOPs per token: 2 P_base for e, 2 P for the reference, 6 P for each update of the policy
     tokens = trained * length / config.cluster.learner_ranks
     flops = tokens * (2 * model.base + (2 + 6 * rl.updates_per_batch) * model.policy)
-    # Every micro-batch gathers all layers once, the policy's twice more
+    # Every micro-batch gathers all layers once, and those of the policy twice more
     batches = max(tokens / rl.micro_batch_tokens, 1.0)
     link = _LINK_GBS if config.cluster.learner_ranks <= hardware.gpus_per_node else hardware.network_gbs
     gathered = batches * model.num_bytes * (model.learner + 2 * model.policy) / (link * 1e9)
     learn = max(flops / (gpu.tflops * 1e12 * _MFU), gathered if config.cluster.learner_ranks > 1 else 0.0)
-    # The policy's weights: out of the ranks, and to each engine
+    # Weight update: gather the policy from the ranks, and send it to each engine
     moved = model.num_bytes * model.policy / 1e9
     by_store = 2 * moved / _STORE_GBS + moved / hardware.network_gbs
     sync = moved / _LINK_GBS + (by_store if config.cluster.weight_transport == "object_store" else
@@ -264,7 +264,7 @@ def step_time(config: Config, model: Sizes, gpu: Gpu) -> Step:
 
 
 def refuse(config: Config, model: Sizes) -> None:
-    """Raises ConfigError where a process does not fit its GPU, the GPUs do not suffice, or the machine's memory."""
+    """Raise ConfigError if a process does not fit its GPU, or if GPUs or memory are not sufficient."""
     lines = []
     if not config.cluster.use_gpu:
         needs = host_memory(config, model)
@@ -311,7 +311,7 @@ def refuse(config: Config, model: Sizes) -> None:
 
 
 def best_split(config: Config, model: Sizes) -> Config:
-    """The same number of GPUs, divided between learner and engines so that a step is shortest."""
+    """The settings with the same number of GPUs, divided between learner and engines so that a step is shortest."""
     gpu, width = GPUS[config.hardware.gpu], config.rollout.tensor_parallel_size
     total = config.hardware.gpus or config.cluster.learner_ranks + _engine_gpus(config)
     sequences = config.rl.prompts_per_step * config.rl.group_size
@@ -335,7 +335,7 @@ def _this_machines_gib() -> float:
 
 
 def show(config: Config) -> None:
-    """Print the plan; raises ConfigError where it does not fit."""
+    """Print the plan; ConfigError if it does not fit."""
     model, console = sizes(config), Console(highlight=False)
     console.print(
         f"{config.preset}: {model.whole / 1e6:,.1f} M parameters, {model.policy / 1e6:,.1f} M of them train, "
@@ -392,7 +392,7 @@ def _time_table(console: Console, config: Config, model: Sizes, gpu: Gpu) -> Non
 
 
 def main() -> None:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed need not look for GPUs
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # keeps DeepSpeed from looking for GPUs; nothing is computed here
     config = from_command_line("plan", description=__doc__ or "")
     try:
         with in_words():

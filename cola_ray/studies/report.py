@@ -1,6 +1,6 @@
-"""The reproduction's report: each figure of the papers, the paper's number, ours, and what differs.
+"""The report of a reproduction: each figure of the papers, its number there, our number, and what differs.
 
-    stages/<name>/summary.json, log.jsonl, *.png ──> report/index.html, one file, and report/report.md with pictures
+    stages/<name>/summary.json, log.jsonl, *.png ──> report/index.html (self-contained), report/report.md with pictures
 
 Papers: CoLA (Jia et al. 2025), ArCHer (Zhou et al. 2024), ETPO (Wen et al. 2024).
 """
@@ -25,11 +25,15 @@ Summaries = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Figure:
-    """One of the papers'.
+    """A figure or table of a paper, and how to compute it from our stages.
 
     Args:
-        ours: from the stages' summaries; a KeyError says that a stage is missing.
-        pictures: of stages, ``stage/file``.
+        title: what it shows.
+        source: the paper, and the place in it.
+        paper: the number in the paper.
+        ours: computes our number from the summaries of the stages; KeyError if a stage is missing.
+        differs: what differs between the paper's setting and ours.
+        pictures: plots of stages, as ``stage/file``.
     """
 
     title: str
@@ -125,10 +129,10 @@ FIGURES = (
 
 
 def write_report(output: Path) -> Path:
-    """Of what ``output/stages`` holds; what is missing is said. Returns the page."""
+    """Write the report of the stages in ``output/stages``, which names missing ones; returns the HTML page."""
     folder = output / "stages"
-    ended = {file.parent.name: summary_of(file.parent) for file in sorted(folder.glob("*/summary.json"))}
-    found = {name: summary for name, summary in ended.items() if summary is not None}
+    summaries = {file.parent.name: summary_of(file.parent) for file in sorted(folder.glob("*/summary.json"))}
+    found = {name: summary for name, summary in summaries.items() if summary is not None}
     report = output / "report"
     report.mkdir(parents=True, exist_ok=True)
     _plot_both_spaces(folder, report / "latent_and_token.png")
@@ -138,7 +142,7 @@ def write_report(output: Path) -> Path:
             ours = figure.ours(found)
         except KeyError as missing:
             ours = f"not there yet: {missing.args[0]}"
-        pictures = [_taken_along(folder / name, report) for name in figure.pictures if (folder / name).exists()]
+        pictures = [_copied(folder / name, report) for name in figure.pictures if (folder / name).exists()]
         rows.append({"figure": figure, "ours": ours, "pictures": pictures})
     stages = [
         {"name": file.parent.name, "exists": file.parent.name in found,
@@ -156,7 +160,7 @@ def write_report(output: Path) -> Path:
 
 
 def _plot_both_spaces(folder: Path, path: Path) -> None:
-    """Held-out accuracy over steps of both action spaces, in one picture."""
+    """Plot held-out accuracy over steps for both action spaces."""
     curves = {}
     for name in ("rl_latent", "rl_token"):
         if (folder / name / "log.jsonl").exists():
@@ -166,8 +170,8 @@ def _plot_both_spaces(folder: Path, path: Path) -> None:
         plot(path, "right answers (held out) while RL goes on", curves, {})
 
 
-def _taken_along(picture: Path, report: Path) -> Path:
-    """A copy in the report's folder, which then can be sent as it is."""
+def _copied(picture: Path, report: Path) -> Path:
+    """Copy a picture into the report's folder, so that the folder is complete."""
     return Path(shutil.copyfile(picture, report / f"{picture.parent.name}-{picture.name}"))
 
 

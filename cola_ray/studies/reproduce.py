@@ -1,15 +1,17 @@
-"""One command for the papers' matrix: stages as Ray jobs, in the order that their models need, and a report.
+"""Runs the papers' matrix: stages as Ray jobs, in the order in which they need each other's models, and a report.
 
     reproduce(config)
-      ├─ cluster: the one that is there, or a head on this machine
-      ├─ while stages are left: submit those whose needs are done, as many as reproduce.parallel
-      │     done: its folder has a summary.json. A stage that fails takes along only those that need it
+      ├─ cluster: an existing one, or a new head on this machine
+      ├─ while stages are left: submit those whose needs are done, at most reproduce.parallel at a time
+      │     a stage is done if its folder has a summary.json; if one fails, those that need it do not run
       └─ report/index.html and report/report.md: each figure of the papers beside ours
 
-Run it again after a stop or a failure: stages that are done are skipped, and the others go on from their checkpoints.
+Each stage is the command line that a user would type, with a log, a folder, and an id that ``ray job`` knows. Run the
+command again after a stop or a failure: stages that are done are skipped, and others continue from their checkpoints.
 """
 
 import contextlib
+import graphlib
 import itertools
 import json
 import os
@@ -43,18 +45,23 @@ from cola_ray.train import signals
 
 ROOT = Path(__file__).parents[2]
 _POLL_S = 2.0
-_STOP_WAIT_S = 60  # that a stage has for its last step and checkpoint before Ray kills it
+_STOP_WAIT_S = 60  # time that a stage has for its last step and checkpoint before Ray kills it
 
 
 def write_sums(folder: Path) -> None:
-    """A task of the evaluation harness that a base of a million parameters can do: which of four numbers is the sum."""
+    """Write a task for the evaluation harness that a base of a million parameters can solve: choose the right sum."""
     pairs = itertools.product(range(1, 10), repeat=2)
     write_choices(folder, "sums", [(f"{a} + {b} =", [str(n) for n in (a + b, a + b + 1, a - b, a * b + 20)])
                                    for a, b in pairs])  # fmt: skip
 
 
 def write_choices(folder: Path, name: str, questions: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """A multiple-choice task of the evaluation harness: questions and what may follow them, the right one first."""
+    """Write a multiple-choice task for the evaluation harness.
+
+    Args:
+        folder: where ``<name>.yaml`` and ``<name>.jsonl`` are written.
+        questions: each with its choices, the right one first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.jsonl"
     rows = [{"question": question, "choices": list(choices), "label": 0} for question, choices in questions]
@@ -70,11 +77,14 @@ def write_choices(folder: Path, name: str, questions: Iterable[tuple[str, Sequen
 @shown()
 @in_words()
 def reproduce(config: Config) -> dict[str, Any]:
-    """Run the matrix of ``config.preset``; leaves ``stages/`` and ``report/``. Returns the summary.
+    """Run the matrix of ``config.preset``; writes ``stages/`` and ``report/``.
+
+    Returns:
+        The summary: the state of each stage.
 
     Raises:
         ConfigError: before anything starts.
-        RunFailedError: stages failed; the report has the others, and the same command tries them again.
+        RunFailedError: a stage failed; the report has the others, and the same command runs it again.
     """
     check(config, "reproduce")
     matrix = chosen(config)
@@ -104,12 +114,12 @@ def reproduce(config: Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def dashboard(config: Config) -> Iterator[tuple[str, dict[str, str] | None]]:
-    """A dashboard that takes jobs, and headers for it: of the cluster that is there, or of a head started here."""
-    there = actors.address(config)
-    if there.startswith("http"):
-        yield there, None
-    elif there:
-        context = ray.init(address=there, log_to_driver=False)
+    """Address and headers of a dashboard that accepts jobs, of an existing cluster or of a head started here."""
+    address = actors.address(config)
+    if address.startswith("http"):
+        yield address, None
+    elif address:
+        context = ray.init(address=address, log_to_driver=False)
         yield f"http://{context.dashboard_url}", None
         ray.shutdown()
     else:
@@ -119,7 +129,7 @@ def dashboard(config: Config) -> Iterator[tuple[str, dict[str, str] | None]]:
 
 @contextlib.contextmanager
 def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
-    """``ray start --head``, with a token that only this process and its jobs know."""
+    """Run ``ray start --head`` with a token that only this process and its jobs know."""
     token = secrets.token_hex(32)
     gcs, dashboard = _free_ports(2)
     cpus = _at_once(config) * (int(actors.demand(config)["CPU"]) + 3)
@@ -130,14 +140,14 @@ def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
                  **head.own_folder()}  # fmt: skip
     log = Path(config.output_dir) / "head.log"
     with (
-        log.open("w") as said,
+        log.open("w") as output,
         subprocess.Popen(
             command,
             env={**os.environ, **variables},
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
-            preexec_fn=set_kill_on_parent_death_linux,  # and Ray's own processes with it, also when this one is killed
+            preexec_fn=set_kill_on_parent_death_linux,  # so that the head ends even if this process is killed
         ) as process,  # fmt: skip
     ):
         try:
@@ -145,7 +155,7 @@ def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
         finally:
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_WAIT_S)  # it drains its node first
+                process.wait(_STOP_WAIT_S)  # the head drains its node first
     head.remove_own_folder()
 
 
@@ -165,46 +175,61 @@ def _at_once(config: Config) -> int:
 
 
 def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel: int) -> dict[str, str]:
-    """Every stage once its needs are done; states by name: done, failed, or needs NAME.
+    """Run every stage once its needs are done.
+
+    Args:
+        matrix: the stages, with those that they need.
+        folder: of the stages' folders.
+        parallel: most stages at a time.
+
+    Returns:
+        By name of the stage: "done", "failed", or "needs NAME" if that one is not done.
 
     Raises:
-        KeyboardInterrupt: stopped, after the stages under way have written their checkpoints.
+        KeyboardInterrupt: stopped, after the running stages have written their checkpoints.
     """
-    states: dict[str, str] = {stage.name: "done" for stage in matrix if _is_done(folder, stage)}
-    running: dict[str, str] = {}
+    stages = {stage.name: stage for stage in matrix}
+    states = {name: "done" for name, stage in stages.items() if _is_done(folder, stage)}
+    needs = {
+        name: [need for need in stages[name].needs if need not in states] for name in stages.keys() - states.keys()
+    }
+    graph = graphlib.TopologicalSorter(needs)
+    graph.prepare()
+    waiting, running = list(graph.get_ready()), dict[str, str]()
     with signals() as received:
-        while len(states) < len(matrix):
+        while waiting or running:
             if received:
                 submitter.stop(list(running.values()))
                 raise KeyboardInterrupt
-            for stage in matrix:
-                missing = [name for name in stage.needs if states.get(name) not in (None, "done")]
-                if stage.name in states or stage.name in running:
-                    continue
-                if missing:
-                    states[stage.name] = f"needs {missing[0]}"
-                elif len(running) < parallel and all(states.get(name) == "done" for name in stage.needs):
-                    running[stage.name] = submitter.submit(stage, folder)
-                    current().update("stages", len(states), len(matrix), f"{stage.name} started", milestone=True)
+            waiting.sort(key=list(stages).index)
+            while waiting and len(running) < parallel:
+                name = waiting.pop(0)
+                running[name] = submitter.submit(stages[name], folder)
+                current().update("stages", len(states), len(matrix), f"{name} started", milestone=True)
             for name, job in list(running.items()):
-                ended = submitter.ended(job)
-                if ended is None:
+                succeeded = submitter.ended(job)
+                if succeeded is None:
                     continue
-                stage = next(one for one in matrix if one.name == name)
-                states[name] = "done" if ended and _is_done(folder, stage) else "failed"
+                states[name] = "done" if succeeded and _is_done(folder, stages[name]) else "failed"
                 del running[name]
+                if states[name] == "done":
+                    graph.done(name)
+                    waiting += graph.get_ready()
                 current().update("stages", len(states), len(matrix), f"{name} {states[name]}", milestone=True)
             if running:
                 time.sleep(_POLL_S)
-    return {stage.name: states[stage.name] for stage in matrix}
+    for name in graphlib.TopologicalSorter(needs).static_order():
+        if name not in states:
+            states[name] = f"needs {next(need for need in needs[name] if states[need] != 'done')}"
+    return {name: states[name] for name in stages}
 
 
 def _is_done(folder: Path, stage: Stage) -> bool:
     return summary_of(folder / stage.name) is not None
 
 
-_PATIENCE = tenacity.Retrying(  # a head that has just started has no dashboard yet, and then no agent
-    retry=tenacity.retry_if_exception_type((RuntimeError, OSError)),  # what the connection says, in any words
+_RETRY = tenacity.Retrying(  # a head that has just started has no dashboard yet, and then no agent
+    retry=tenacity.retry_if_exception_type((RuntimeError, OSError)),  # errors of the connection
     wait=tenacity.wait_fixed(1),
     stop=tenacity.stop_after_delay(120),
     reraise=True,
@@ -212,18 +237,19 @@ _PATIENCE = tenacity.Retrying(  # a head that has just started has no dashboard 
 
 
 class Submitter:
-    """Stages as jobs of a Ray cluster.
+    """Submits stages as jobs to a Ray cluster.
 
     Args:
-        address: of its dashboard.
-        headers: with the token of a head that was started here; else Ray finds the user's.
+        address: of the cluster's dashboard.
+        headers: with the token of a head started here; None to use the user's token.
+        config: of the reproduction.
     """
 
     def __init__(self, address: str, headers: dict[str, str] | None, config: Config) -> None:
-        self.client, self.config = _PATIENCE(JobSubmissionClient, address, headers=headers), config
+        self.client, self.config = _RETRY(JobSubmissionClient, address, headers=headers), config
 
     def submit(self, stage: Stage, folder: Path) -> str:
-        """Returns the job's id, by which Ray's own command line finds it."""
+        """Start a stage; returns the id of its Ray job."""
         where = folder / stage.name
         where.mkdir(parents=True, exist_ok=True)
         settings = [word.format(**{name: str(folder / name) for name in stage.needs}) for word in stage.settings]
@@ -232,11 +258,11 @@ class Submitter:
                  "--output-dir", str(where), "--resume"]  # fmt: skip
         entrypoint = f"{shlex.join(words)} > {shlex.quote(str(where / 'log.txt'))} 2>&1"
         variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}
-        job: str = _PATIENCE(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
+        job: str = _RETRY(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
         return job
 
     def stop(self, jobs: Sequence[str]) -> None:
-        """Ask them to end, and wait until they have: they write a checkpoint first."""
+        """Stop these jobs and wait until they have ended; they write a checkpoint first."""
         for job in jobs:
             self.client.stop_job(job)
         deadline = time.monotonic() + 2 * _STOP_WAIT_S
@@ -244,7 +270,7 @@ class Submitter:
             time.sleep(_POLL_S)
 
     def ended(self, job: str) -> bool | None:
-        """Whether it succeeded; None while it runs."""
+        """Whether a job succeeded; None while it runs."""
         status = self.client.get_job_status(job)
         if status in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
             return bool(status == JobStatus.SUCCEEDED)

@@ -1,13 +1,16 @@
-"""Sweeps: one setting over several values and seeds, each a whole training run, under Ray Tune.
+"""Sweeps: one setting over several values and seeds, where each trial is a whole training run under Ray Tune.
 
     sweep(config)
-      ├─ pretrain, where the preset makes its own start: once, for all runs
-      ├─ Tuner: grid of sweep.values x sweep.seeds, as many at a time as the cluster has room for
-      │     └─ _trial: run_rl or run_agent in Tune's process; its metrics go to Tune step by step, for ASHA
-      └─ a table, summary.json, frontier.png: what was reached against how far the policy went
+      ├─ pre-train once for all trials, if the preset makes its own start model
+      ├─ Tuner: grid of sweep.values x sweep.seeds, as many trials at a time as the cluster has room for
+      │     └─ _trial: run_rl or run_agent in a process of Tune, which reports metrics step by step, for ASHA
+      └─ a table, summary.json, and frontier.png: the results against the KL from the reference
 
-A sweep that was killed goes on with --resume: runs that ended are not made again, and the others go on from their own
-last checkpoints, so the table is that of a sweep that nobody disturbed.
+A sweep that was killed continues with --resume: finished trials are not repeated, and the others continue from their
+last checkpoints, so the table equals that of an uninterrupted sweep. Trials place their own actors: Ray Tune reserves a
+tenth of a CPU for the driver of each trial, and engines, services and learner are placed outside Tune's group, because
+Ray Train makes its own placement group, which cannot be nested in Tune's. So that trials do not wait for parts of each
+other's resources, no more start than the cluster's free resources can hold at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,27 +32,30 @@ from cola_ray.settings.presets import trial
 from cola_ray.train import make_start_model, measured, run_agent, run_rl, tracked
 
 Row = dict[str, Any]
-_REPORTED = ("reward/mean", "policy/kl", "policy/entropy")
+_REPORTED = ("reward/mean", "policy/kl", "policy/entropy")  # metrics that a trial reports to Tune at every step
 
 
 @shown()
 @in_words()
 def sweep(config: Config) -> dict[str, Any]:
-    """Train ``len(sweep.values) x len(sweep.seeds)`` policies; leaves ``runs/``, ``frontier.png``. Returns the summary.
+    """Train ``len(sweep.values) * len(sweep.seeds)`` policies; writes ``runs/`` and ``frontier.png``.
+
+    Returns:
+        The summary: rows of all trials, and their means by value.
 
     Raises:
         ConfigError: before any process starts.
-        RunFailedError: some run failed; the others' results are written, and with ``resume`` it is tried again.
-        KeyboardInterrupt: stopped; can be resumed.
+        RunFailedError: a trial failed; the results of the others are written, and ``resume`` runs it again.
+        KeyboardInterrupt: the sweep was stopped; ``resume`` continues it.
     """
     check(config, "sweep")
     begun = launch.begin(config, "sweep")
     output, runs = begun.folder.path, config.sweep.parallel or 1
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     rows: list[Row] = []
 
     def summarise(_: Tracker) -> dict[str, Any]:
-        return {"preset": config.preset, "task": config.task.name, "field": config.sweep.field, **found}
+        return {"preset": config.preset, "task": config.task.name, "field": config.sweep.field, **results}
 
     def draw(_: Tracker) -> None:
         if rows:
@@ -62,31 +68,31 @@ def sweep(config: Config) -> dict[str, Any]:
             config = begun.config if begun.start is None else provenance.starting_from(begun.config, begun.start)
             uri = config.tracking_uri or f"sqlite:///{output.parent / 'mlflow.db'}"
             parent = {"tracking_uri": uri, "tracking_parent": tracker.events.run, "overwrite": False}
-            made, failures, unfinished = _fit(override(config, parent))
-            rows += made
-            found |= {"values": by_value(rows), "runs": rows, "failed": failures}
+            finished, failures, unfinished = _run_trials(override(config, parent))
+            rows += finished
+            results |= {"values": by_value(rows), "runs": rows, "failed": failures}
             if unfinished and not failures:
                 raise KeyboardInterrupt
             if failures:
                 raise RunFailedError(
                     f"{len(failures)} of {len(grid(config))} runs failed, the first with: {failures[0]}"
                 )
-    print_ways(f"{config.sweep.field}, {len(rows)} runs: {output}", found["values"])
+    print_ways(f"{config.sweep.field}, {len(rows)} runs: {output}", results["values"])
     return tracker.summary
 
 
 def grid(config: Config) -> list[Row]:
-    """``{"value": ..., "seed": ...}`` of every run."""
+    """``{"value": ..., "seed": ...}`` of every trial."""
     return [{"value": value, "seed": seed} for value in config.sweep.values for seed in config.sweep.seeds]
 
 
 def by_value(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """By the setting's value, means over seeds of what ``runs`` runs reached.
+    """Results by value of the setting: means over seeds, and the number of ``runs``.
 
-    ``..._low`` and ``..._high`` are the least and the greatest of them. Runs that were stopped early are counted in
-    ``stopped_early``; they bring their last reward and nothing else.
+    ``<name>_low`` and ``<name>_high`` are the lowest and the highest over seeds. Trials that were stopped early are
+    counted in ``stopped_early`` and contribute only their last reward.
     """
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     for value in dict.fromkeys(row["value"] for row in rows):
         of_value = [row for row in rows if row["value"] == value]
         figures = {"runs": float(len(of_value))}
@@ -96,105 +102,110 @@ def by_value(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         for name in dict.fromkeys(
             name for row in of_value for name, figure in row.items() if isinstance(figure, float)
         ):
-            some = [row[name] for row in of_value if name in row]
+            by_seed = [row[name] for row in of_value if name in row]
             if name != "value":
-                figures |= {name: sum(some) / len(some), f"{name}_low": min(some), f"{name}_high": max(some)}
-        found[str(value)] = figures
-    return found
+                mean = sum(by_seed) / len(by_seed)
+                figures |= {name: mean, f"{name}_low": min(by_seed), f"{name}_high": max(by_seed)}
+        results[str(value)] = figures
+    return results
 
 
 # --- Ray Tune -----------------------------------------------------------------------------------------------------
 
 
-def _fit(config: Config) -> tuple[list[Row], list[str], int]:
-    """Every run to its end. Rows of what they reached in the grid's order, errors, and how many did not end."""
+def _run_trials(config: Config) -> tuple[list[Row], list[str], int]:
+    """Run all trials: rows of results in the order of the grid, errors, and the number of unfinished trials."""
+    current().doing("starting the runs")
+    results = _tuner(config).fit()
+    rows, failures, unfinished = [], [], 0
+    for settings, result in sorted(
+        ((result.config, result) for result in results), key=lambda pair: grid(config).index(_value_and_seed(pair[0]))
+    ):
+        if result.error is not None:
+            failures.append(ending.explain(result.error)[0])
+        elif not (result.metrics or {}).get("ended") and not config.sweep.asha:
+            unfinished += 1
+        else:
+            known = {name: value for name, value in result.metrics.items() if name in _RESULTS}
+            if not known:  # stopped by ASHA: use what it reported last
+                known = {"steps": result.metrics["step"], "reward_last": result.metrics["reward/mean"],
+                         "stopped_early": True}  # fmt: skip
+            rows.append({**_value_and_seed(settings), **known})
+    return rows, failures, unfinished
+
+
+def _tuner(config: Config) -> tune.Tuner:
+    """A new tuner over the grid, or the one of the interrupted sweep."""
     settings = config.sweep
     trainable = tune.with_resources(tune.with_parameters(_trial, tree=config.model_dump()), {"CPU": 0.1})
     space = {"value": tune.grid_search(list(settings.values)), "seed": tune.grid_search(list(settings.seeds))}
     folder = Path(config.output_dir) / "tune"
     if config.resume and tune.Tuner.can_restore(str(folder)):
-        tuner = tune.Tuner.restore(
+        return tune.Tuner.restore(
             str(folder), trainable=trainable, resume_unfinished=True, resume_errored=True, param_space=space
         )
-    else:
-        asha = None
-        if settings.asha:
-            asha = tune.schedulers.ASHAScheduler(grace_period=settings.grace_steps, max_t=config.rl.max_steps)
-        tuner = tune.Tuner(
-            trainable,
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                metric="reward/mean",
-                mode="max",
-                max_concurrent_trials=_room(config),
-                scheduler=asha,
-            ),
-            run_config=tune.RunConfig(
-                name=folder.name,
-                storage_path=str(folder.parent),
-                verbose=0,
-                log_to_file=True,
-                callbacks=[_Progress(len(grid(config)), config.rl.max_steps)],
-            ),
-        )
-    current().doing("starting the runs")
-    results = tuner.fit()
-    rows, failures, unfinished = [], [], 0
-    for settings_of, result in sorted(
-        ((result.config, result) for result in results), key=lambda pair: grid(config).index(_plain(pair[0]))
-    ):
-        if result.error is not None:
-            failures.append(ending.explain(result.error)[0])
-        elif not (result.metrics or {}).get("ended") and not settings.asha:
-            unfinished += 1
-        else:
-            known = {name: value for name, value in result.metrics.items() if name in _SHOWN}
-            if not known:  # stopped by ASHA: what was last said of it
-                known = {"steps": result.metrics["step"], "reward_last": result.metrics["reward/mean"],
-                         "stopped_early": True}  # fmt: skip
-            rows.append({**_plain(settings_of), **known})
-    return rows, failures, unfinished
+    asha = None
+    if settings.asha:
+        asha = tune.schedulers.ASHAScheduler(grace_period=settings.grace_steps, max_t=config.rl.max_steps)
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric="reward/mean", mode="max", max_concurrent_trials=_max_parallel(config), scheduler=asha
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            verbose=0,
+            log_to_file=True,
+            callbacks=[_Progress(len(grid(config)), config.rl.max_steps)],
+        ),
+    )
 
 
-_SHOWN = ("steps", *(f"{when}_{measure}" for measure in ("accuracy", "reward", "return") for when in ("bc", "rl")),
+_RESULTS = ("steps", *(f"{when}_{measure}" for measure in ("accuracy", "reward", "return") for when in ("bc", "rl")),
           "reward_last", "kl_last")  # fmt: skip
 
 
-def _plain(settings: Mapping[str, Any]) -> Row:
+def _value_and_seed(settings: Mapping[str, Any]) -> Row:
     return {"value": settings["value"], "seed": settings["seed"]}
 
 
 def _trial(settings: dict[str, Any], tree: dict[str, Any]) -> None:
-    """One run, in a process of Ray Tune's; what ended before is told again from its summary."""
+    """One trial, in a process of Ray Tune; the results of a finished one are reported from its summary."""
     config = trial(Config.model_validate(tree), settings["value"], settings["seed"])
     summary = summary_of(Path(config.output_dir))
     if summary is None:
         run = run_agent if is_environment(config.task.name) else run_rl
-        summary = run(config, on_step=_tell_tune)
-    known = {name: summary[name] for name in _SHOWN if name in summary}
+        summary = run(config, on_step=_report_to_tune)
+    known = {name: summary[name] for name in _RESULTS if name in summary}
     tune.report({"reward/mean": summary["reward_last"], **known, "ended": True})
 
 
-def _tell_tune(step: int, metrics: Mapping[str, Any]) -> None:
+def _report_to_tune(step: int, metrics: Mapping[str, Any]) -> None:
     if "reward/mean" in metrics:
         tune.report({"step": step, **{name: metrics[name] for name in _REPORTED if name in metrics}})
 
 
-def _room(config: Config) -> int:
-    """How many runs the cluster's free resources hold; no more are started, or some would wait for each other's."""
+def _max_parallel(config: Config) -> int:
+    """How many trials may run at a time: as many as the cluster's free resources hold.
+
+    Raises:
+        RunFailedError: they do not hold a single trial.
+    """
     free, needs = ray.available_resources(), actors.demand(config)
     holds = min(int(free.get(name, 0.0) // count) for name, count in needs.items() if count)
     if not holds:
-        wanted = ", ".join(f"{count:g} {name}" for name, count in needs.items() if count)
-        there = ", ".join(f"{free.get(name, 0.0):g} {name}" for name, count in needs.items() if count)
+        needed = ", ".join(f"{count:g} {name}" for name, count in needs.items() if count)
+        available = ", ".join(f"{free.get(name, 0.0):g} {name}" for name, count in needs.items() if count)
         raise RunFailedError(
-            f"a run of this sweep needs {wanted}, and the cluster has {there} free", "make runs smaller"
+            f"a run of this sweep needs {needed}, and the cluster has {available} free", "make runs smaller"
         )
     return min(holds, config.sweep.parallel or holds, len(grid(config)))
 
 
 class _Progress(tune.Callback):
-    """One line over all runs."""
+    """Shows the progress of all trials on one line."""
 
     def __init__(self, runs: int, steps: int) -> None:
         self.runs, self.steps, self.ended = runs, steps, 0

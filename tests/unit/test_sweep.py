@@ -74,11 +74,11 @@ def test_as_many_runs_as_the_cluster_has_room_for(config, monkeypatch):
     needs = actors.demand(config)["CPU"]
     for free, room in ((needs, 1), (3.5 * needs, 3), (100 * needs, 8)):
         monkeypatch.setattr(sweep.ray, "available_resources", lambda free=free: {"CPU": free})
-        assert sweep._room(config) == room
-    assert sweep._room(override(config, {"sweep.parallel": 2})) == 2
+        assert sweep._max_parallel(config) == room
+    assert sweep._max_parallel(override(config, {"sweep.parallel": 2})) == 2
     monkeypatch.setattr(sweep.ray, "available_resources", lambda: {"CPU": needs - 1})
     with pytest.raises(RuntimeError, match=rf"needs {needs:g} CPU, and the cluster has {needs - 1:g} CPU free"):
-        sweep._room(config)
+        sweep._max_parallel(config)
 
 
 def test_a_run_that_ended_is_told_again_from_its_summary(config, monkeypatch):

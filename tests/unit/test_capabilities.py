@@ -1,11 +1,11 @@
-"""What a study makes of the evaluation harness's results."""
+"""Scores and intervals that are made of the evaluation harness's results."""
 
 import math
 
 import pytest
 
 from cola_ray.algorithms.intervals import share_interval
-from cola_ray.studies.jobs import _scores
+from cola_ray.studies.capabilities import _scores
 
 
 def test_scores_have_their_filters_and_intervals():
