@@ -58,12 +58,13 @@ def evaluate(config: Config) -> dict[str, Any]:
         _predict(study, folder)
         right_from = least_right_reward(config.task)
         if is_environment(config.task.name):
-            found, shown_first = episode_figures(config.eval, folder, config.seed), ("return", "best_return")
+            found = episode_figures(config.eval, folder, config.seed)
+            plotted = ["return", "best_return"]
         else:
             found = figures(config.eval, folder, config.seed, right_from)
-            shown_first = ("reward", "best_reward") if right_from is None else ("accuracy", "majority", "best")
+            plotted = ["reward", "best_reward"] if right_from is None else ["accuracy", "majority", "best"]
         study.add(found)
-        plot_against_tokens(study.output / "accuracy.png", found, shown_first)
+        plot_against_tokens(study.output / "accuracy.png", found, plotted)
     print_ways(f"{config.task.name}: {folder}", found)
     for line in remarks(config.eval, found):
         tell(line)
