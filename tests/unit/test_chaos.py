@@ -9,8 +9,9 @@ from runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import chaos
+from chaos_trials import SAME
 
-CURVE = {step: dict.fromkeys(chaos.SAME, step / 8) for step in (1, 2, 3)}
+CURVE = {step: dict.fromkeys(SAME, step / 8) for step in (1, 2, 3)}
 
 
 def a_trial(kind="worker", sent="SIGKILL", setting="arithmetic", outcome="went on", seconds=9.6):
@@ -107,6 +108,7 @@ def test_a_process_whose_parent_has_died_is_still_seen():
 import subprocess, sys, time
 sys.path[:0] = [{benchmarks!r}]
 import chaos
+from chaos_trials import SAME
 chaos.adopt_orphans()
 parent = subprocess.Popen([sys.executable, "-c", "import subprocess; subprocess.Popen(['sleep', '60'])"])
 parent.wait()
