@@ -193,6 +193,11 @@ class StateStore:
 
     Prefix caching, chunked prefill and preemption need no special treatment: requests that share a block share its
     states, and since the base is frozen, states stay valid across weight updates.
+
+    With ``rl.cache_hidden_states`` states leave the engine with the tokens, and the learner holds no base. This costs H
+    values per token in transit and saves 2 x base parameters FLOPs: for Llama-3.1-8B in bfloat16, 8 KB against 16
+    GFLOP, so it pays above 0.2 GB/s at 400 TFLOP/s. It is off by default because it fills host memory: 64 groups of 4
+    with 2000 tokens are 4 GB per step.
     """
 
     def __init__(self, vllm_config: VllmConfig, hidden: int) -> None:
