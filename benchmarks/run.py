@@ -24,141 +24,24 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from decoding import (
+    POLICY_LAYERS,
+    REPEATS,
+    WIDE,
+    WORLD_MODEL_LAYERS,
+    flops_per_token,
+    memcpy_seconds,
+    seconds,
+)
 from record import RESULTS, ROOT, record
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
 from cola_ray.settings.config import Config, override
 from cola_ray.settings.presets import preset
 
-REPEATS, BATCH, PROMPT, NEW = 5, 64, 32, 32
-POLICY_LAYERS, WORLD_MODEL_LAYERS = 2, 2
-WIDE = LlamaConfig(
-    vocab_size=32_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-    num_key_value_heads=8, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, max_position_embeddings=512,
-)  # fmt: skip
-
-
-def seconds(action: Callable[[], object], repeats: int = REPEATS, warm_ups: int = 1, pause: float = 0.0) -> float:
-    """Median duration after warm-ups; the pause before each call lets other processes clean up after the last one."""
-    times = []
-    for _ in range(warm_ups + repeats):
-        time.sleep(pause)
-        started = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[warm_ups:])
-
-
-def flops_per_token(config: LlamaConfig, latent: bool) -> int:
-    """FLOPs (two per multiply-add) of decoding one token, without attention over the cache."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    layer = 4 * hidden * hidden + 3 * hidden * inner
-    total = config.num_hidden_layers * layer + hidden * config.vocab_size
-    if latent:
-        total += POLICY_LAYERS * layer + WORLD_MODEL_LAYERS * 5 * hidden * inner + 64 * hidden
-    return 2 * total
-
-
-# --- decoding -----------------------------------------------------------------------------------------------------
-
-
-def prompts() -> np.ndarray:
-    return np.random.default_rng(0).integers(1, 31_000, (BATCH, PROMPT))
-
-
-def rollout_prompts() -> tuple[np.ndarray, np.ndarray]:
-    """Prompts and response lengths as in rollouts: groups of 8 share a prompt of 128 tokens; responses have 8 to 64."""
-    draw = np.random.default_rng(1)
-    return draw.integers(1, 31_000, (BATCH // 8, 128)).repeat(8, 0), draw.integers(8, 65, BATCH)
-
-
-def gemm_rate() -> float:
-    """FLOP/s of a typical matrix product of a decoding step, one thread: an upper bound for decoding."""
-    torch.set_num_threads(1)
-    x, w = torch.randn(BATCH, WIDE.hidden_size), torch.randn(WIDE.intermediate_size, WIDE.hidden_size)
-    return 2 * BATCH * w.numel() / seconds(lambda: torch.nn.functional.linear(x, w), repeats=200)
-
-
-def latent_decoding(latent: str) -> dict[str, float]:
-    from cola_ray.rollout.engine import LatentEngine, Request
-
-    engine = LatentEngine(
-        latent, dtype="float32", max_model_len=256, stop_token_ids=[31_999], max_num_seqs=BATCH, kv_cache_mb=512
-    )
-    uniform = [Request(prompt.tolist(), seed, 1.0, 0, NEW) for seed, prompt in enumerate(prompts())]
-    ragged = [
-        Request(prompt.tolist(), seed, 1.0, 0, int(length))
-        for seed, (prompt, length) in enumerate(zip(*rollout_prompts(), strict=True))
-    ]
-
-    def decode(requests: list[Any]) -> None:
-        engine.reset_prefix_cache()
-        done = sum(len(completion.actions) for completion in engine.generate(requests))
-        assert done == sum(request.max_new_tokens for request in requests)
-
-    return {
-        "latent_tokens_per_second": BATCH * NEW / seconds(lambda: decode(uniform)),
-        "latent_rollouts_seconds": seconds(lambda: decode(ragged)),
-        "engine_load_vs_memcpy": loading(engine, latent),
-    }
-
-
-def plain_decoding(base: str) -> dict[str, float]:
-    """vLLM's Llama with the same base and the settings of the latent engine."""
-    from cola_ray.rollout.engine import prepare_process
-
-    prepare_process(1)
-    import vllm
-
-    llm = vllm.LLM(
-        base, skip_tokenizer_init=True, dtype="float32", max_model_len=256, max_num_seqs=BATCH,
-        kv_cache_memory_bytes=512 << 20, distributed_executor_backend="uni", enforce_eager=True, seed=0,
-    )  # fmt: skip
-    params = vllm.SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True, detokenize=False)
-    inputs: Any = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts()]
-
-    def decode() -> None:
-        llm.reset_prefix_cache()
-        llm.generate(inputs, params, use_tqdm=False)
-
-    return {"plain_tokens_per_second": BATCH * NEW / seconds(decode)}
-
-
-def torch_decoding(latent: str) -> dict[str, float]:
-    """A loop like ``generate`` in PyTorch with key/value caches; every row runs until the longest has ended."""
-    rate = gemm_rate()
-    model = CoLAForCausalLM.from_pretrained(latent).eval()
-    seeds = torch.arange(BATCH)
-    uniform = torch.from_numpy(prompts())
-    shared, lengths = rollout_prompts()
-    ragged, longest = torch.from_numpy(shared), int(lengths.max())
-    return {
-        "gemm_gflops_per_second": rate / 1e9,
-        "torch_tokens_per_second": BATCH
-        * NEW
-        / seconds(lambda: model.generate_latent(uniform, max_new_tokens=NEW, seed=seeds)),
-        "torch_rollouts_seconds": seconds(lambda: model.generate_latent(ragged, max_new_tokens=longest, seed=seeds)),
-    }
-
-
-def loading(engine: Any, latent: str) -> float:
-    """Loading new weights into the engine, which repacks them on CPU, relative to copying them once."""
-    from cola_ray.weights import WeightSender
-
-    model = CoLAForCausalLM.from_pretrained(latent)
-    policy = [(f"policy.{name}", tensor) for name, tensor in model.policy.state_dict().items()]
-    buckets = list(WeightSender().buckets(1, policy))
-    return memcpy_seconds(sum(tensor.nbytes for _, tensor in policy)) / seconds(
-        lambda: engine.update_weights(1, buckets)
-    )
-
-
-def memcpy_seconds(nbytes: int) -> float:
-    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return seconds(lambda: target.copy_(source), warm_ups=3)
+# --- publishing ---------------------------------------------------------------------------------------------------
 
 
 def publishing() -> dict[str, float]:
@@ -425,9 +308,9 @@ def overlap() -> dict[str, float]:
     }
 
 
-def isolated(name: str, *args: str) -> dict[str, float]:
-    """Run a function of this file in its own process, so that no part inherits the threads and memory of another."""
-    code = f"import json, run; print('RESULT' + json.dumps(run.{name}(*{args!r})))"
+def isolated(name: str, *args: str, module: str = "run") -> dict[str, float]:
+    """Run a function in its own process, so that no part inherits the threads and memory of another."""
+    code = f"import json, {module}; print('RESULT' + json.dumps({module}.{name}(*{args!r})))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -438,9 +321,10 @@ def isolated(name: str, *args: str) -> dict[str, float]:
 
 
 def decoding(latent: str, base: str) -> dict[str, float]:
-    figures = (
-        isolated("latent_decoding", latent) | isolated("plain_decoding", base) | isolated("torch_decoding", latent)
-    )
+    parts = {"latent_decoding": latent, "plain_decoding": base, "torch_decoding": latent}
+    figures: dict[str, float] = {}
+    for name, model in parts.items():
+        figures |= isolated(name, model, module="decoding")
     rate, cost = figures["latent_tokens_per_second"], flops_per_token(WIDE, latent=True)
     flop_ratio = flops_per_token(WIDE, latent=False) / cost
     figures["latent_vs_plain_per_flop"] = rate / figures["plain_tokens_per_second"] / flop_ratio

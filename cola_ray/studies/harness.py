@@ -79,9 +79,8 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         begin = self.chat.begin  # a text without context has it twice: as its context and as its first token
         pairs = [(context, ids[1:] if begin and ids[:1] == begin else ids) for _, context, ids in requests]
-        order = sorted(
-            range(len(pairs)), key=lambda i: -sum(map(len, pairs[i]))
-        )  # texts of similar length share a pass
+        # Texts of similar length share a pass.
+        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
