@@ -39,14 +39,14 @@ evals: setup  ## add sentence encoders, self-BLEU and the evaluation harness
 
 demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about five minutes on 2 cores
 	$(call kept,demo)
-	$(BIN)/python jobs/rl_math.py --preset tiny --output-dir outputs/demo $(AGAIN)
+	$(BIN)/cola_ray rl --preset tiny --output-dir outputs/demo $(AGAIN)
 
 demo-agent: setup  ## the same for a multi-turn agent: Twenty Questions, ArCHer's critic over utterances
 	$(call kept,demo-agent)
-	$(BIN)/python jobs/rl_agent.py --preset tiny --output-dir outputs/demo-agent $(AGAIN)
+	$(BIN)/cola_ray agent --preset tiny --output-dir outputs/demo-agent $(AGAIN)
 
 reproduce: evals  ## the papers' matrix with the tiny preset, to outputs/reproduce/report/index.html; under three hours
-	$(BIN)/python jobs/reproduce.py --preset tiny --output-dir outputs/reproduce
+	$(BIN)/cola_ray reproduce --preset tiny --output-dir outputs/reproduce
 
 test: setup  ## unit, parity and system tests
 	$(BIN)/python -m pytest -q -m "not slow" tests

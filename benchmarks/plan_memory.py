@@ -12,7 +12,7 @@ from pathlib import Path
 from cached_run import run_once
 from record import record
 
-from cola_ray.command_line import from_command_line
+from cola_ray.cli.arguments import from_command_line
 from cola_ray.studies import plan
 
 PRETRAINED = {"tiny": "30", "smollm2-135m": "1"}  # steps

@@ -1,13 +1,21 @@
 """Reinforcement learning for language models in a learned latent action space, on Ray.
 
-Importing the package makes CoLA known to Hugging Face's auto classes:
+    import cola_ray
+
+    config = cola_ray.preset("tiny")                               settings, as on the command line
+    config = cola_ray.override(config, {"rl.kl_coef": 0.01})
+    cola_ray.run("rl", config)                                     what `cola_ray rl` does
+    model = cola_ray.load("outputs/rl_math-tiny-seed0/model")      a CoLA model, to generate with
+    model = cola_ray.attach("my-llama", num_actions=64)            a fresh one around a base
+
+    @cola_ray.register("advantage", "median")                      algorithms, tasks, rewards of your own
+
+Importing the package loads neither torch nor transformers: names come when they are asked for. Hugging Face's auto
+classes hear of CoLA when transformers loads them:
 
     >>> import cola_ray
     >>> from transformers import AutoModelForCausalLM
     >>> model = AutoModelForCausalLM.from_pretrained("outputs/demo/model")  # doctest: +SKIP
-
-It loads neither torch nor transformers by itself: classes come when they are asked for, and the auto classes are told
-when transformers loads them.
 """
 
 import importlib
@@ -18,19 +26,45 @@ from typing import TYPE_CHECKING, Any
 from wrapt.importer import register_post_import_hook
 
 if TYPE_CHECKING:
+    from cola_ray.cli import run
+    from cola_ray.model.conversion import attach, load
     from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
+    from cola_ray.registry import register
+    from cola_ray.settings.algorithms import Algorithm
+    from cola_ray.settings.config import Config, ConfigError, RunFailedError, override
+    from cola_ray.settings.presets import preset
 
 __version__ = "0.1.0"
-__all__ = ["CoLAConfig", "CoLAForCausalLM", "__version__"]
+__all__ = [
+    "Algorithm", "CoLAConfig", "CoLAForCausalLM", "Config", "ConfigError", "RunFailedError", "__version__", "attach",
+    "load", "override", "preset", "register", "run",
+]  # fmt: skip
+
+_MODELS = "cola_ray.model.modeling_cola"
+_FROM = {
+    "Algorithm": "cola_ray.settings.algorithms",
+    "CoLAConfig": _MODELS,
+    "CoLAForCausalLM": _MODELS,
+    "Config": "cola_ray.settings.config",
+    "ConfigError": "cola_ray.settings.config",
+    "RunFailedError": "cola_ray.settings.config",
+    "attach": "cola_ray.model.conversion",
+    "load": "cola_ray.model.conversion",
+    "override": "cola_ray.settings.config",
+    "preset": "cola_ray.settings.presets",
+    "register": "cola_ray.registry",
+    "run": "cola_ray.cli",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _FROM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_OURS), name)
+    return getattr(importlib.import_module(_FROM[name]), name)
 
 
-_OURS = "cola_ray.model.modeling_cola"
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _tell_config(module: ModuleType) -> None:

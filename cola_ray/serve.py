@@ -1,7 +1,7 @@
 """``vllm serve`` for a CoLA model, also where vLLM is installed under its CPU distribution's name, which vLLM's own
 command does not find.
 
-    python -m cola_ray.serve outputs/demo/model --port 8000 --served-model-name cola       # and any flag of vllm serve
+    cola_ray serve outputs/demo/model --port 8000 --served-model-name cola       # and any flag of vllm serve
 
 Then any client of OpenAI's completions and chat completions. ``temperature`` (0 is greedy), ``top_k`` and ``seed`` are
 those of latent actions; what has no meaning for them is refused with status 400. See
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser(prog="python -m cola_ray.serve", description=__doc__))
+    parser = make_arg_parser(FlexibleArgumentParser(prog="cola_ray serve", description=__doc__))
     if on_cpu:  # one process computes, in the blocks that vLLM's kernels take there
         parser.set_defaults(distributed_executor_backend="uni", enforce_eager=True, block_size=32)
     args = parser.parse_args(given)
@@ -72,7 +72,7 @@ def _check(model: str) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"model = {model}: {str(error).splitlines()[0]}; give the folder of a CoLA model or its hub id")
     if kind != "cola":
-        sys.exit(f"model = {model}: is a {kind} model; cola_ray.serve serves CoLA models, vLLM itself serves others")
+        sys.exit(f"model = {model}: is a {kind} model; cola_ray serves CoLA models, vLLM itself serves others")
 
 
 def chat_template(tokenizer_path: str) -> str | None:
@@ -102,7 +102,3 @@ async def refuse_beams(request: "Request", call_next: Callable[[Any], Awaitable[
             error = {"message": message, "type": "BadRequestError", "param": "use_beam_search", "code": 400}
             return JSONResponse({"error": error}, status_code=400)
     return await call_next(request)
-
-
-if __name__ == "__main__":
-    main()

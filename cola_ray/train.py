@@ -321,9 +321,9 @@ def afterwards(config: Config, job: str, summary: Mapping[str, Any]) -> list[str
     lines += [f"the model: {model}", "next, for example:"]
     if config.task.name != "preference":
         space = " --rl.action-space token" if config.rl.action_space == "token" else ""
-        lines.append(f"  python jobs/evaluate.py {command}{space}")
+        lines.append(f"  cola_ray evaluate {command}{space}")
     if config.rl.action_space == "latent":
-        lines.append(f"  python jobs/atlas.py {command}")
+        lines.append(f"  cola_ray atlas {command}")
     return lines
 
 

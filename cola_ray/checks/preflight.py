@@ -36,7 +36,7 @@ _STUDIES = ("evaluate", "diversity", "atlas", "capabilities")
 _GENERATING = (*TRAINING, "evaluate", "diversity", "atlas")
 _TABLES = (".jsonl", ".json", ".parquet", ".txt")
 LOGGED = ("prompt_ids", "token_ids", "actions", "rewards")
-"""Columns of the answers that jobs/train_q.py learns from."""
+"""Columns of the answers that `cola_ray train-q` learns from."""
 _TIMEOUT_S = 3.0  # that an address is given to answer in
 _FREE_GB = 1.0  # least space that a run's checkpoints and logs are given
 _TRIED_BYTES = 1 << 20  # a quota may be used up where the disk is not
@@ -103,7 +103,7 @@ def _paths(config: Config, job: str) -> Iterator[str]:
         yield from _path("task.reward_model", task.reward_model, "a model's folder, a hub id or an endpoint", ())
     yield from _path("model.base", config.model.base, "a Llama's folder, a .gguf file or a hub id", (".gguf",))
     yield from _path("model.path", config.model.path, "a CoLA model's folder", (), hub=False)
-    yield from _path("q.path", config.q.path, "the folder model/ that jobs/train_q.py left", (), hub=not job)
+    yield from _path("q.path", config.q.path, "the folder model/ that `cola_ray train-q` left", (), hub=not job)
     if config.rl.algorithm == "archer":
         yield from _path("critic.encoder", config.critic.encoder, "an encoder's folder or a hub id", ())
     if job == "diversity":
@@ -116,7 +116,7 @@ def _paths(config: Config, job: str) -> Iterator[str]:
         if missing:
             yield f"task.path = {task.path!r}: no {' and no '.join(missing)} in this folder; {task.name} needs them"
     if config.q.path and Path(config.q.path).is_dir() and not (Path(config.q.path) / "q.safetensors").is_file():
-        yield f"q.path = {config.q.path!r}: no q.safetensors in it; give the folder model/ of jobs/train_q.py"
+        yield f"q.path = {config.q.path!r}: no q.safetensors in it; give the folder model/ of `cola_ray train-q`"
 
 
 def _path(
@@ -217,7 +217,7 @@ def _of_shape(config: Config, shape: checkpoints.Shape, cola: bool) -> Iterator[
         yield f"a {shape.kind!r} model; CoLA attaches to Llama checkpoints only"
         return
     if cola and shape.kind != "cola":
-        yield "a plain Llama; make a CoLA model of it with `python jobs/pretrain.py --model.base`"
+        yield "a plain Llama; make a CoLA model of it with `cola_ray pretrain --model.base`"
         return
     if 0 < shape.head < 32 and not config.cluster.use_gpu:
         yield f"heads of {shape.head}; vLLM on CPU needs 32 or more: use another base or a GPU"

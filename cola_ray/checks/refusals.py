@@ -178,7 +178,7 @@ def _check_answers(config: Config) -> list[str]:
     if "mcts_q" not in config.eval.ways:
         return []
     if not config.q.path:
-        return ["q.path = '': mcts_q asks a Q; train one with jobs/train_q.py and give its folder model/"]
+        return ["q.path = '': mcts_q asks a Q; train one with `cola_ray train-q` and give its folder model/"]
     return _unlike(config, {"rl.action_space": "latent", "rl.actor_free": False}, "mcts_q")
 
 
@@ -197,17 +197,19 @@ def _check_reward_model(config: Config) -> list[str]:
 def _check_logged(config: Config) -> list[str]:
     if config.data.path:
         return []
-    return ["data.path = '': Q learns from logged answers; log some with `python jobs/evaluate.py --eval.split train "
+    return ["data.path = '': Q learns from logged answers; log some with `cola_ray evaluate --eval.split train "
             "--eval.ways sample` and give its folder predictions/sample"]  # fmt: skip
 
 
 def _check_problems(config: Config) -> list[str]:
     task = config.task
     if is_environment(task.name):
-        return [f"task.name = {task.name!r}: an environment of many turns; use jobs/rl_agent.py"]
-    if task.name == "preference" and not task.reward_model:
-        return ["task.reward_model = '': preference has no verifier; give a model that jobs/reward_model.py left, any "
-                "sequence classifier, or an http(s) endpoint"]  # fmt: skip
+        return [f"task.name = {task.name!r}: an environment of many turns; use `cola_ray agent`"]
+    if task.reward and task.reward_model:
+        return [f"task.reward = {task.reward!r}: task.reward_model scores responses, too; leave one of them out"]
+    if task.name == "preference" and not (task.reward_model or task.reward):
+        return ["task.reward_model = '': preference has no verifier; give a model that `cola_ray reward-model` left, "
+                "any sequence classifier, or an http(s) endpoint; or task.reward"]  # fmt: skip
     if task.name != "preference" and task.reward_model:
         return [f"task.reward_model = {task.reward_model!r}: {task.name} has a verifier; leave it out"]
     return []
@@ -216,8 +218,8 @@ def _check_problems(config: Config) -> list[str]:
 def _check_preferences(config: Config) -> list[str]:
     if config.task.name == "preference":
         return _check_problems(config)
-    job = "rl_agent" if is_environment(config.task.name) else "rl_math"
-    return [f"task.name = {config.task.name!r}: rl_preference learns from a reward model; use jobs/{job}.py"]
+    command = "agent" if is_environment(config.task.name) else "rl"
+    return [f"task.name = {config.task.name!r}: rl_preference learns from a reward model; use `cola_ray {command}`"]
 
 
 def _check_agent(config: Config) -> list[str]:
@@ -273,7 +275,7 @@ def _check_sweep(config: Config) -> list[str]:
         return [*lines, f"sweep.field = {sweep.field!r}: each run has its own, or all have one; name another field"]
     if sweep.field.startswith(("pretrain.", "data.", "model.")) and sweep.field != "model.dtype":
         return [f"sweep.field = {sweep.field!r}: all runs start from one model; train one a value with "
-                "jobs/pretrain.py and run jobs/rl_math.py from each"]  # fmt: skip
+                "`cola_ray pretrain` and run `cola_ray rl` from each"]  # fmt: skip
     if sweep.field in relevance.given(config):
         given = value_at(config, sweep.field)
         lines.append(f"{sweep.field} = {given!r}: has no effect here; sweep.values do")

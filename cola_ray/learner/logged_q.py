@@ -76,7 +76,7 @@ def train_loop(config: Config, report: Report) -> None:
 
 
 def load_log(path: str) -> list[Trajectory]:
-    """Answers that jobs/evaluate.py logged, shuffled once.
+    """Answers that `cola_ray evaluate` logged, shuffled once.
 
     Those whose actions nobody recorded, or that the verifier could not score, are left out.
 

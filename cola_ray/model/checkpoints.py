@@ -86,9 +86,8 @@ def faults_of_judge(path: Path) -> list[str]:
     architectures = [] if path.suffix == ".gguf" else _json(path / "config.json").get("architectures") or []
     if not architectures or any("SequenceClassification" in str(name) for name in architectures):
         return []
-    return [
-        f"{architectures[0]}, which gives no rewards; give a sequence classifier, e.g. what jobs/reward_model.py left"
-    ]
+    wanted = "give a sequence classifier, e.g. what `cola_ray reward-model` left"
+    return [f"{architectures[0]}, which gives no rewards; {wanted}"]
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -123,10 +122,10 @@ def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def q_actions(file: Path) -> int:
-    """Number of actions of a ``q.safetensors`` by jobs/train_q.py; UnreadableError if the file is something else."""
+    """Number of actions of a ``q.safetensors`` by `cola_ray train-q`; UnreadableError if the file is something else."""
     shapes = dict(_header(file))
     if "layers.2.weight" not in shapes:
-        raise UnreadableError(f"{file.name} holds no Q of latent actions; give the folder model/ of jobs/train_q.py")
+        raise UnreadableError(f"{file.name} holds no Q of latent actions; give the folder model/ of `cola_ray train-q`")
     return shapes["layers.2.weight"][0]
 
 

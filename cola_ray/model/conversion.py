@@ -61,6 +61,16 @@ def attach(
 
     Raises:
         ValueError: the checkpoint is not a Llama.
+
+    Example:
+        >>> import cola_ray, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> small = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                     num_attention_heads=2, num_key_value_heads=1, eos_token_id=None)
+        >>> LlamaForCausalLM(small).save_pretrained("llama")
+        >>> model = cola_ray.attach("llama", num_actions=8, num_idm_layers=1, num_policy_layers=1)
+        >>> model.config.num_actions, model.codebook.weight.shape
+        (8, torch.Size([8, 16]))
     """
     base = load_base(base_path, dtype)
     known = base.config.to_dict()
@@ -79,6 +89,33 @@ def attach(
     # Keep the base's end tokens but not its sampling settings, which were meant for tokens.
     model.generation_config.update(**_special_tokens(base.generation_config))
     return model
+
+
+def load(path: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **options: Any) -> CoLAForCausalLM:
+    """A CoLA model for inference: in evaluation mode, as ``generate`` and pipelines want it.
+
+    Args:
+        path: a directory that a run left, a released checkpoint, or a hub id. Its tokenizer is
+            ``transformers.AutoTokenizer.from_pretrained(path)``.
+        dtype: of all weights; "auto": the checkpoint's own.
+        options: as of ``from_pretrained``: ``device_map`` and so on.
+
+    Raises:
+        OSError: no model is there; ValueError: it is none of CoLA's.
+
+    Example (after that of :func:`attach`):
+        >>> model.save_pretrained("cola")
+        >>> again = cola_ray.load("cola")
+        >>> again.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, pad_token_id=0).shape
+        torch.Size([1, 7])
+    """
+    kind = "cola" if is_released(path) else AutoConfig.from_pretrained(path).model_type
+    if kind != "cola":
+        raise ValueError(
+            f"path = {str(path)!r}: a {kind!r} model, not one of CoLA's; attach() puts CoLA around a Llama"
+        )
+    model: CoLAForCausalLM = CoLAForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    return model.eval()
 
 
 def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None) -> PreTrainedModel:

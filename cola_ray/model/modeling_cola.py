@@ -369,7 +369,7 @@ _REFUSED_MODES = {
 }
 _NO_BEAMS = (
     f"beams are ranked by the probabilities of their tokens, and {_REASON}; use do_sample=True with "
-    "num_return_sequences, or search over actions with cola_ray's jobs/evaluate.py"
+    "num_return_sequences, or search over actions with `cola_ray evaluate`"
 )
 _LOGITS_AT_ONCE = 1 << 25
 """Largest number of token logits (positions x K x V) that the loss computes at a time."""
@@ -878,7 +878,7 @@ tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=64))
 
 `do_sample=True` draws an action from the policy and takes its most probable token; `temperature`, `top_k` and `top_p`
 apply to the distribution over actions. If the package `cola_ray` is installed, `trust_remote_code` is not needed, and
-`python -m cola_ray.serve PATH` serves the model with OpenAI's API.
+`cola_ray serve PATH` serves the model with OpenAI's API.
 
 ## Licence
 

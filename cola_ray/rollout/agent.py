@@ -2,7 +2,7 @@
 
 play_episodes(tickets) ─> Episodes, sampled       hundreds at once: each turn joins the engine's running batch
 evaluate(seeds)        ─> returns on seeds of their own
-answer(seeds, way)     ─> all that happened there, for jobs/evaluate.py
+answer(seeds, way)     ─> all that happened there, for `cola_ray evaluate`
 speak(states)          ─> one fresh utterance for each state, with the base's features: what the critic asks for
 """
 

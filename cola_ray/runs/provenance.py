@@ -179,7 +179,7 @@ def refusals(config: Config, job: str) -> list[str]:
         )
         again = " --resume" if read_record(model.parent) else ""
         return [
-            f"model.path = {str(model)!r}: {there}; make one with `python jobs/pretrain.py --preset {config.preset}"
+            f"model.path = {str(model)!r}: {there}; make one with `cola_ray pretrain --preset {config.preset}"
             f"{more}{again}` or give the path of one"
         ]
     made = read(model).get("settings")

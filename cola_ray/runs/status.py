@@ -14,6 +14,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -139,41 +140,37 @@ def _sparkline(values: list[float], width: int = 24) -> str:
     return "".join(_BARS[int((mean - low) / spread * (len(_BARS) - 1))] for mean in means)
 
 
-def main() -> None:
-    layout = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog="cola_ray", description=__doc__, formatter_class=layout)
-    commands = parser.add_subparsers(dest="command", required=True)
-    status = commands.add_parser("status", help="what runs are doing")
-    status.add_argument("run", nargs="+", type=Path, help="a run's folder, e.g. outputs/demo")
-    status.add_argument("--follow", action="store_true", help="show it again every two seconds")
-    send = commands.add_parser("send", help="send MLflow what it lacks of runs")
-    send.add_argument("run", nargs="+", type=Path, help="a run's folder, e.g. outputs/demo")
-    send.add_argument("--tracking-uri", default="", help="in place of the run's own, whose password is not kept")
-    arguments = parser.parse_args()
-    if arguments.command == "send":
-        sys.exit(_send([one for folder in arguments.run for one in runs_of(folder)], arguments.tracking_uri))
-    folders = [one for folder in arguments.run for one in runs_of(folder)]
+def status(argv: Sequence[str]) -> int:
+    """``cola_ray status RUN ... [--follow]``; the exit code."""
+    parser = _parser("status", "what runs are doing")
+    parser.add_argument("--follow", action="store_true", help="show it again every two seconds")
+    arguments = parser.parse_args(argv)
+    folders = [run for given in arguments.run for run in runs_of(given)]
     for folder in folders:
         if not is_run(folder):
             print(f"{folder}: no run there; give the --output-dir of one, e.g. outputs/demo", file=sys.stderr)
-            sys.exit(2)
+            return 2
     console = wide_console(log_width=200)
     if not arguments.follow:
         console.print(shown([read(folder) for folder in folders]))
-        return
+        return 0
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(shown([read(folder) for folder in folders]), refresh=True)
             time.sleep(2)
+    return 0
 
 
-def _send(folders: list[Path], uri: str) -> int:
-    """The exit code."""
+def send(argv: Sequence[str]) -> int:
+    """``cola_ray send RUN ... [--tracking-uri URI]``; the exit code."""
+    parser = _parser("send", "send MLflow what it lacks of runs")
+    parser.add_argument("--tracking-uri", default="", help="in place of the run's own, whose password is not kept")
+    arguments = parser.parse_args(argv)
     from cola_ray.runs import mirror
 
-    for folder in folders:
+    for folder in (run for given in arguments.run for run in runs_of(given)):
         try:
-            print(mirror.send(folder, uri))
+            print(mirror.send(folder, arguments.tracking_uri))
         except ConfigError as error:
             print(redacted(str(error)), file=sys.stderr)
             return 2
@@ -183,5 +180,7 @@ def _send(folders: list[Path], uri: str) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    main()
+def _parser(command: str, about: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"cola_ray {command}", description=about)
+    parser.add_argument("run", nargs="+", type=Path, help="a run's folder, e.g. outputs/demo")
+    return parser

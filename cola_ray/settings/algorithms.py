@@ -19,6 +19,11 @@ class Algorithm:
 
     Without an advantage of its own, the learner gets the rewards themselves, and a value head, a Q or the utterance
     critic makes something of them.
+
+    Example:
+        >>> import cola_ray
+        >>> cola_ray.Algorithm(advantage="rloo", groups=True).within_prompts
+        True
     """
 
     advantage: str | Callable[..., Any] = ""

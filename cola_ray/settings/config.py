@@ -71,7 +71,13 @@ class RunFailedError(RuntimeError):
 
 
 class Config(Branch):
-    """Settings of a run. Every field can be given as --branch.field on the command line."""
+    """Settings of a run. Every field can be given as --branch.field on the command line.
+
+    Example:
+        >>> import cola_ray
+        >>> cola_ray.Config().rl.group_size
+        4
+    """
 
     preset: Literal["tiny", "smollm2-135m", "llama-3.1-8b"] = "tiny"
     """tiny, smollm2-135m or llama-3.1-8b: sets every default below."""
@@ -171,10 +177,18 @@ def results_root() -> Path:
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A new tree with dotted fields changed, e.g. ``{"rl.kl_coef": 0.01}``.
+    """A new tree with dotted fields changed; ``config`` stays as it is.
 
     Raises:
         ConfigError: a line for each field that is unknown or has a wrong value.
+
+    Example:
+        >>> import cola_ray
+        >>> cola_ray.override(cola_ray.preset("tiny"), {"rl.kl_coef": 0.01}).rl.kl_coef
+        0.01
+        >>> cola_ray.override(cola_ray.preset("tiny"), {"rl.kl_cof": 1})
+        Traceback (most recent call last):
+        cola_ray.settings.config.ConfigError: rl.kl_cof = 1: no such field; did you mean rl.kl_coef?
     """
     changed, wrong = try_override(config, changes)
     if wrong:

@@ -52,7 +52,7 @@ def stages(config: Config) -> list[Stage]:
         Stage("rl_latent", "rl_math", [*math, *start]),
         Stage("rl_token", "rl_math", [*math, *start, "--rl.action-space", "token", *token_lr]),
         Stage("rl_fta", "rl_math", [*math, "--model.path", "{fta}/model", *few]),
-        Stage("kl_sweep", "sweep_kl", [*math, *start, *values, *few]),
+        Stage("kl_sweep", "sweep", [*math, *start, *values, *few]),
         Stage("etpo", "rl_math", [*math, *start, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", *few]),
         Stage("countdown_start", "pretrain", [*countdown, *learnt]),
         Stage("countdown_latent", "rl_math", [*countdown, *answered, "--model.path", "{countdown_start}/model", *few]),
@@ -104,7 +104,6 @@ _TINY_COUNTDOWN_PRETRAINING = ["--pretrain.sequence-length", "176", "--pretrain.
 
 def machines(config: Config, job: str) -> list[str]:
     """What was said of engines, ranks and tracking holds for every stage whose job has them."""
-    name_of_job = "sweep" if job == "sweep_kl" else job
     usual = preset(config.preset)
     # Two stages of one rank each keep two cores busier than one stage of two ranks, which wait for each other.
     changes: dict[str, Any] = {"cluster.learner_ranks": 1} if config.preset == "tiny" else {}
@@ -114,7 +113,7 @@ def machines(config: Config, job: str) -> list[str]:
     changes.pop("cluster.address", None)  # Ray tells a job of its cluster
     if config.tracking_uri:
         changes["tracking_uri"] = config.tracking_uri
-    return _words({name: value for name, value in changes.items() if relevance.reads(name_of_job, name)})
+    return _words({name: value for name, value in changes.items() if relevance.reads(job, name)})
 
 
 def _said(config: Config, branch: str, without: Sequence[str] = ()) -> list[str]:

@@ -179,8 +179,15 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     """A complete tree by name, for problems with answers or for multi-turn agents; ConfigError for an unknown one.
 
     Args:
+        name: tiny, smollm2-135m or llama-3.1-8b.
+        agents: whether for multi-turn environments.
         task: a task's name, where it is not the preset's own: its rows are not the preset's, and some environments
             have defaults of their own.
+
+    Example:
+        >>> import cola_ray
+        >>> cola_ray.preset("tiny").rl.algorithm, cola_ray.preset("tiny", agents=True).rl.algorithm
+        ('grpo', 'archer')
     """
     if name not in _PRESETS:
         raise ConfigError(f"preset = {name!r}: unknown; choose one of {', '.join(_PRESETS)}")
@@ -202,9 +209,7 @@ def expectation(config: Config, job: str, makes_start_model: bool) -> str:
     """How long a job will take, and what says so: one line."""
     if config.preset != "tiny" or job not in ("pretrain", "rl_math", "rl_agent"):
         return "time: seen after the first steps" + (
-            f"; `python -m cola_ray.studies.plan --preset {config.preset}` says what to expect"
-            if job.startswith("rl_")
-            else ""
+            f"; `cola_ray plan --preset {config.preset}` says what to expect" if job.startswith("rl_") else ""
         )
     seconds, parts = 0.0, []
     usual = preset("tiny", agents=job == "rl_agent")

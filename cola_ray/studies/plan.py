@@ -1,7 +1,7 @@
 """Plans a run from its settings: memory by component, seconds per step, seconds per weight update.
 
-    python -m cola_ray.studies.plan --preset llama-3.1-8b --hardware.gpus 16 --hardware.gpu h100
-    python -m cola_ray.studies.plan --preset smollm2-135m                 (on CPU: only memory)
+    cola_ray plan --preset llama-3.1-8b --hardware.gpus 16 --hardware.gpu h100
+    cola_ray plan --preset smollm2-135m                 (on CPU: only memory)
 
 Parameters are counted on the model itself, built without weights. Each formula stands as a comment beside its code, and
 in docs/scaling.md. If something does not fit, the plan is refused with what to change. Legend: P parameters, b bytes
@@ -9,7 +9,6 @@ per parameter, H and I widths of a layer and of its MLP, T tokens of a micro-bat
 """
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cola_ray.command_line import from_command_line
 from cola_ray.runs import provenance
-from cola_ray.runs.ending import in_words
-from cola_ray.settings.config import Config, ConfigError, RunFailedError, override
+from cola_ray.settings.config import Config, ConfigError, override
 
 Bytes = dict[str, float]
 """Component -> bytes."""
@@ -389,20 +386,3 @@ def _time_table(console: Console, config: Config, model: Sizes, gpu: Gpu) -> Non
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-
-
-def main() -> None:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # keeps DeepSpeed from looking for GPUs; nothing is computed here
-    config = from_command_line("plan", description=__doc__ or "")
-    try:
-        with in_words():
-            show(config)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except RunFailedError as error:
-        sys.exit(f"the plan failed: {error}")
-
-
-if __name__ == "__main__":
-    main()

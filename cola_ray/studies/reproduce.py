@@ -32,6 +32,7 @@ from ray._private.utils import set_kill_on_parent_death_linux
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cola_ray.checks.refusals import check
+from cola_ray.cli.commands import OF_JOB
 from cola_ray.cluster import actors, head
 from cola_ray.runs import launch
 from cola_ray.runs.display import current, shown
@@ -43,7 +44,6 @@ from cola_ray.settings.matrix import Stage, chosen, machines
 from cola_ray.studies.report import write_report
 from cola_ray.train import signals
 
-ROOT = Path(__file__).parents[2]
 _POLL_S = 2.0
 _STOP_WAIT_S = 60  # time that a stage has for its last step and checkpoint before Ray kills it
 
@@ -253,7 +253,7 @@ class Submitter:
         where = folder / stage.name
         where.mkdir(parents=True, exist_ok=True)
         settings = [word.format(**{name: str(folder / name) for name in stage.needs}) for word in stage.settings]
-        words = [sys.executable, str(ROOT / "jobs" / f"{stage.job}.py"), "--preset", self.config.preset,
+        words = [sys.executable, "-m", "cola_ray", OF_JOB[stage.job], "--preset", self.config.preset,
                  *machines(self.config, stage.job), *settings, "--seed", str(self.config.seed),
                  "--output-dir", str(where), "--resume"]  # fmt: skip
         entrypoint = f"{shlex.join(words)} > {shlex.quote(str(where / 'log.txt'))} 2>&1"

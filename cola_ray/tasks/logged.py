@@ -1,4 +1,4 @@
-"""Answers that jobs/evaluate.py logged, as its rows have them: a problem each, with all of its responses."""
+"""Answers that `cola_ray evaluate` logged, as its rows have them: a problem each, with all of its responses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""``python -m cola_ray.serve`` under OpenAI's own client: the answers of ``generate``, and refusals in words."""
+"""``cola_ray serve`` under OpenAI's own client: the answers of ``generate``, and refusals in words."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ def client(cola, tokenizer, tmp_path_factory):
         port = free.getsockname()[1]
     log = (folder / "log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "cola_ray.serve", str(folder), "--port", str(port), "--host", "127.0.0.1",
+        [sys.executable, "-m", "cola_ray", "serve", str(folder), "--port", str(port), "--host", "127.0.0.1",
          "--served-model-name", "cola", "--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "16"],
         stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
@@ -178,7 +178,11 @@ def test_a_tokenizer_with_a_template_keeps_it(tokenizer, tmp_path):
 def test_other_models_are_refused_before_anything_starts(base_dir, tmp_path, kind):
     folder = base_dir if kind == "llama" else tmp_path / "nowhere"
     run = subprocess.run(
-        [sys.executable, "-m", "cola_ray.serve", str(folder)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "cola_ray", "serve", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1].startswith(f"model = {folder}: ")

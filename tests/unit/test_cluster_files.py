@@ -180,7 +180,7 @@ def test_the_job_asks_for_no_more_than_there_is():
 
 def test_the_entrypoint_is_a_command_line_that_the_job_takes():
     words = documents("rayjob.yaml")[0]["spec"]["entrypoint"].split()
-    from cola_ray.command_line import from_command_line
+    from cola_ray.cli.arguments import from_command_line
 
     flags = [word for word in words[2:] if word != "/results/pretrain-llama-3.1-8b/model"]
     flags.remove("--model.path")

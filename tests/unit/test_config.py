@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cola_ray.checks.refusals import check
-from cola_ray.command_line import from_command_line
+from cola_ray.cli.arguments import from_command_line
 from cola_ray.runs.provenance import resolve, start_model
 from cola_ray.settings.config import Config, ConfigError, override
 from cola_ray.settings.presets import preset
@@ -133,7 +133,7 @@ TOKENS = {"rl.action_space": "token"}
         (TOKENS | {"rl.marginal_aliases": True}, "rl.action_space = 'token': rl.marginal_aliases needs 'latent'"),
         ({"rl.marginal_aliases": True, "rl.kl_estimator": "k1"}, "rl.kl_estimator = 'k1': rl.marginal_aliases needs"),
         ({"rl.dynamic_sampling": True, "rl.algorithm": "ppo"}, "rl.dynamic_sampling = True: for grpo and rloo on"),
-        ({"eval.ways": ("mcts_q",)}, "q.path = '': mcts_q asks a Q; train one with jobs/train_q.py"),
+        ({"eval.ways": ("mcts_q",)}, "q.path = '': mcts_q asks a Q; train one with `cola_ray train-q`"),
         (TOKENS | {"eval.ways": ("mcts_q",), "q.path": "a/b"}, "rl.action_space = 'token': mcts_q needs 'latent'"),
         ({"task.name": "preference"}, "task.path = '': preference needs rows with a column prompt"),
         (
@@ -187,9 +187,9 @@ def test_command_line(capsys):
     assert capsys.readouterr().err.strip().startswith("rl.group_size = 1")
 
 
-@pytest.mark.parametrize("job", ["rl_math", "pretrain"])
-def test_help_teaches(job):
-    shown = subprocess.run([sys.executable, f"jobs/{job}.py", "--help"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("words", [["jobs/rl_math.py"], ["-m", "cola_ray", "pretrain"]])
+def test_help_teaches(words):
+    shown = subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, check=True)
     for phrase in ("Examples:", "--model.num-actions", "K, codes in the codebook", "--preset"):
         assert phrase in shown.stdout
 
@@ -199,7 +199,7 @@ def test_refused_before_any_process_starts():
         [sys.executable, "jobs/rl_math.py", "--preset", "llama-3.1-8b"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 2, "refused settings, as jobs promise"
-    assert "no CoLA model there; make one with `python jobs/pretrain.py --preset llama-3.1-8b`" in run.stderr
+    assert "no CoLA model there; make one with `cola_ray pretrain --preset llama-3.1-8b`" in run.stderr
 
 
 def test_a_submitted_jobs_results_do_not_go_where_ray_deletes_them(monkeypatch, tmp_path):

@@ -15,7 +15,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from cola_ray.command_line import from_command_line
+from cola_ray.cli.arguments import from_command_line
+from cola_ray.cli.commands import COMMANDS
 from cola_ray.runs import display as module
 from cola_ray.runs.display import QUIET_S, Display, current, shown, wide_console
 from cola_ray.settings.config import override
@@ -137,15 +138,15 @@ def test_whoever_waits_for_ray_is_in_a_phase():
 FIRST = """
 import sys
 from types import SimpleNamespace
-from cola_ray import command_line
+from cola_ray.cli import job, main
 
 def refuse(name):
     heavy = {"torch", "ray", "vllm", "mlflow", "transformers"}
     print(sorted(heavy & {*sys.modules}), file=sys.stderr)
     return SimpleNamespace(run_rl=lambda config: None)
 
-command_line.importlib = SimpleNamespace(import_module=refuse)
-command_line.main("rl_math", "")
+job.importlib = SimpleNamespace(import_module=refuse)
+main("rl")
 """
 
 
@@ -170,7 +171,7 @@ def test_how_long_it_takes_follows_from_steps_and_sizes():
     assert minutes({}, makes=True) > minutes({})
     hours = minutes({"rl.max_steps": 4000})
     assert minutes({"rl.max_steps": 4000, "rl.prompts_per_step": 32}) == pytest.approx(hours / 2, rel=0.05)
-    assert "cola_ray.studies.plan --preset llama-3.1-8b" in expectation(preset("llama-3.1-8b"), "rl_math", False)
+    assert "`cola_ray plan --preset llama-3.1-8b`" in expectation(preset("llama-3.1-8b"), "rl_math", False)
 
 
 def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(cola_dir, tmp_path, monkeypatch):
@@ -183,16 +184,16 @@ def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(cola_dir, t
         "accuracy on 512 held-out problems: 0.35 before RL, 0.85 after, +50 points",
         "the model: outputs/demo/model",
         "next, for example:",
-        "  python jobs/evaluate.py --preset tiny --task.name arithmetic --model.path outputs/demo/model",
-        "  python jobs/atlas.py --preset tiny --task.name arithmetic --model.path outputs/demo/model",
+        "  cola_ray evaluate --preset tiny --task.name arithmetic --model.path outputs/demo/model",
+        "  cola_ray atlas --preset tiny --task.name arithmetic --model.path outputs/demo/model",
     ]
     shutil.copytree(cola_dir, "outputs/demo/model")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="e").save_pretrained(
         "outputs/demo/model"
     )
     for line in afterwards(config, "rl_math", summary)[-2:]:
-        _, script, *args = line.split()
-        from_command_line(Path(script).stem, args)
+        _, command, *args = line.split()
+        from_command_line(COMMANDS[command].job, args)
     tokens = afterwards(override(config, {"rl.action_space": "token"}), "rl_math", summary)
     assert tokens[-1].endswith("--rl.action-space token")
 

@@ -23,7 +23,7 @@ from ray.train.v2._internal import exceptions as train
 from ray.tune.error import TuneError
 from safetensors import safe_open
 
-from cola_ray.command_line import from_command_line
+from cola_ray.cli.arguments import from_command_line
 from cola_ray.learner.engine import CheckpointError
 from cola_ray.loop.workers import WorkerLostError
 from cola_ray.runs import ending, event_log
@@ -375,13 +375,13 @@ def test_it_passes_through_a_process(tmp_path):
 JOB = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from cola_ray import command_line
-def job(config):
+from cola_ray.cli import job, main
+from cola_ray.settings.config import ConfigError
+def body(config):
     {body}
-command_line._JOBS = {{"rl_math": command_line._Job("job:run")}}
-command_line._parsed = lambda *_: object()
-command_line._run = lambda config, name: job(config)
-command_line.main("rl_math", "")
+job.parsed = lambda *_: object()
+job._run = lambda config, command: body(config)
+main("rl")
 """
 
 
@@ -395,7 +395,7 @@ def run(body, **options):
     [
         ("pass", 0, ""),
         ("raise TypeError('x')", 1, "the run failed: TypeError: x; the same command with --resume goes on"),
-        ("raise command_line.ConfigError('seed = -1: too small; use 0')", 2, "seed = -1: too small; use 0"),
+        ("raise ConfigError('seed = -1: too small; use 0')", 2, "seed = -1: too small; use 0"),
         ("raise KeyboardInterrupt", 130, "stopped; the same command with --resume goes on from the last checkpoint"),
         ("os.kill(os.getpid(), signal.SIGTERM)", 130, "stopped; the same command with --resume"),
         ("os.kill(os.getpid(), signal.SIGHUP)", 130, "stopped; the same command with --resume"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from test_run_folder import USERS, fingerprint, write
 
-from cola_ray import command_line
-from cola_ray.command_line import from_command_line
+from cola_ray.cli import arguments
+from cola_ray.cli.arguments import from_command_line
+from cola_ray.cli.commands import COMMANDS
 from cola_ray.runs import launch, provenance, run_folder, status
 from cola_ray.runs.provenance import first_lines, made_from, pretrained_dir, resolve, start_model
 from cola_ray.settings import relevance
@@ -84,8 +85,13 @@ def test_every_field_is_read_by_some_job():
 
 
 def documented():
-    """Every command line of a job in the documents and in the jobs' own examples."""
-    sources = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "jobs").glob("*.py"))]
+    """Every command line in the documents and in the commands' own examples."""
+    commands = ROOT / "cola_ray" / "cli" / "commands.py"
+    sources = [
+        ROOT / "README.md",
+        *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "extending.md"}),
+        commands,
+    ]
     found = []
     for source in sources:
         text = (
@@ -95,19 +101,20 @@ def documented():
             .replace("M=outputs", "")
             .replace("$M", "MODEL")
         )
-        for line in re.findall(r"(?:python|--) jobs/(\w+\.py[^\n]*)", text):
-            words = re.sub(r"\s{2,}\(.*|`.*|\s+#.*|\.\.\.", "", line)
+        jobs = "|".join(name for name, command in COMMANDS.items() if command.job)
+        for line in re.findall(rf"(?<![\w`-])cola_ray ((?:{jobs})\b[^\n]*)|`cola_ray ((?:{jobs}) --[^`\n]*)`", text):
+            words = re.sub(r"\s{2,}\(.*|`.*|\s+#.*|\.\.\.|\"\"\".*", "", "".join(line))
             found.append(pytest.param(words, id=f"{source.name}: {words[:60]}"))
     return found
 
 
 @pytest.mark.parametrize("line", documented())
 def test_documented_command_lines_say_nothing_in_vain(line, monkeypatch):
-    script, *words = shlex.split(line)
-    job = {"sweep_kl": "sweep"}.get(script.removesuffix(".py"), script.removesuffix(".py"))
+    command, *words = shlex.split(line)
+    job = COMMANDS[command].job
     if "--help" in words:
         return
-    monkeypatch.setattr(command_line, "check", lambda *_: None)
+    monkeypatch.setattr(arguments, "check", lambda *_: None)
     assert unread(from_command_line(job, words), job) == []
 
 
@@ -251,7 +258,7 @@ def test_an_unfinished_or_unknown_start_is_not_taken():
     folder = pretrained_dir(usual).parent
     made(usual, folder, "stopped")
     assert (
-        "its pre-training has not ended; make one with `python jobs/pretrain.py --preset smollm2-135m --resume`"
+        "its pre-training has not ended; make one with `cola_ray pretrain --preset smollm2-135m --resume`"
         in (launch.refusals(usual, "rl_math")[0])
     )
     run_folder.RunFolder(folder, "pretrain").end("finished")

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cola_ray.checks import preflight
-from cola_ray.command_line import from_command_line
+from cola_ray.cli.arguments import from_command_line
 from cola_ray.model.checkpoints import faults, shape_of
 from cola_ray.runs.provenance import PATHS
 from cola_ray.settings.config import Config, schemas
@@ -293,7 +293,7 @@ rl_agent --task.name jericho --task.game none.z5 | task.*
 rl_preference --task.path pairs.jsonl | task.reward_model = '': preference has no verifier
 rl_preference --task.path odd.jsonl --task.reward-model http://x/ | task.path = 'odd.jsonl': row 1, field prompt: '3'
 rl_preference --task.name arithmetic | task.name = 'arithmetic': rl_preference learns from a reward model; use
-rl_preference --task.name guess_city | task.name = 'guess_city': rl_preference learns .* use jobs/rl_agent.py
+rl_preference --task.name guess_city | task.name = 'guess_city': rl_preference learns .* use `cola_ray agent`
 rl_preference --task.path pairs.jsonl --task.reward-model plain | task.reward_model = 'plain': LlamaForCausalLM,
 rl_preference --task.path pairs.jsonl --task.reward-model http://127.0.0.1:1/ | task.reward_model = .* nothing answers
 rl_preference --task.path pairs.jsonl --task.reward-model http:// | task.reward_model = 'http://': names no host
@@ -554,10 +554,12 @@ def test_all_mistakes_are_reported_together(in_here, capsys):
     [
         ["jobs/rl_math.py", "--rl.lr", "nan", "--model.path", "nope"],
         ["jobs/rl_agent.py", "--task.options", "skil", "3"],
-        ["jobs/pretrain.py", "--task.name", "countdwn"],
+        ["-m", "cola_ray", "pretrain", "--task.name", "countdwn"],
         ["jobs/sweep_kl.py", "--sweep.field", "rl.klcoef"],
         ["jobs/reproduce.py", "--reproduce.stages", "archer"],
-        ["jobs/evaluate.py", "--help"],
+        ["-m", "cola_ray", "evaluate", "--help"],
+        ["-m", "cola_ray", "--help"],
+        ["-m", "cola_ray", "status", "--help"],
         ["-c", "import cola_ray"],
     ],
 )
@@ -604,7 +606,7 @@ def test_every_number_has_a_limit_and_every_setting_a_meaning():
 def helped(job, capsys, *words):
     """What --help of a job prints, and its flags."""
     with pytest.raises(SystemExit) as caught:
-        from_command_line(job, [*words, "--help"], "what it does")
+        from_command_line(job, [*words, "--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     return shown, re.findall(r"^  (--[\w.-]+)", shown, re.MULTILINE)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cola_ray.command_line import from_command_line
+from cola_ray.cli.arguments import from_command_line
 from cola_ray.runs import ending, run_folder
 from cola_ray.runs.redaction import redacted, redacted_tree
 from cola_ray.settings.config import RunFailedError, override

@@ -7,10 +7,11 @@ import subprocess
 import pytest
 from matplotlib.image import imread
 
-from cola_ray import command_line
 from cola_ray.checks import preflight
 from cola_ray.checks.refusals import check
-from cola_ray.command_line import from_command_line
+from cola_ray.cli import arguments
+from cola_ray.cli.arguments import from_command_line
+from cola_ray.cli.commands import OF_JOB
 from cola_ray.settings import matrix
 from cola_ray.settings.config import ConfigError, override
 from cola_ray.settings.matrix import Stage
@@ -86,16 +87,16 @@ def test_every_stage_has_a_job_and_a_command_line_that_it_takes(name, config, tm
     stages = matrix.stages(override(preset(name), changes))
     names = [stage.name for stage in stages]
     assert len(set(names)) == len(names)
-    monkeypatch.setattr(command_line, "check", lambda config, job: check(config))
+    monkeypatch.setattr(arguments, "check", lambda config, job: check(config))
     monkeypatch.setattr(preflight, "faults", lambda config, job: [])  # no model is there yet
     for stage in stages:
-        assert (reproduce.ROOT / "jobs" / f"{stage.job}.py").exists()
+        assert stage.job in OF_JOB
         assert set(stage.needs) <= set(names)
         for need in stage.needs:
             for sub in ("model", "predictions/sample"):
                 (tmp_path / need / sub).mkdir(parents=True, exist_ok=True)
         words = [word.format(**{need: str(tmp_path / need) for need in stage.needs}) for word in stage.settings]
-        from_command_line({"sweep_kl": "sweep"}.get(stage.job, stage.job), ["--preset", name, *words, "--resume"])
+        from_command_line(stage.job, ["--preset", name, *words, "--resume"])
 
 
 @pytest.fixture
@@ -163,15 +164,14 @@ def test_what_is_said_of_machines_holds_for_every_stage(config):
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2-135m"])
 def test_stages_are_told_nothing_in_vain(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(command_line, "check", lambda *_: None)
+    monkeypatch.setattr(arguments, "check", lambda *_: None)
     said = {"output_dir": str(tmp_path), "rollout.num_workers": 3, "cluster.learner_ranks": 4, "data.path": "x.jsonl",
             "data.text_field": "t", "harness.limit": 3}  # fmt: skip
     config = override(preset(name), said)
     for stage in matrix.stages(config):
-        job = {"sweep_kl": "sweep"}.get(stage.job, stage.job)
         settings = [word.format_map(_Anywhere()) for word in stage.settings]
         words = ["--preset", name, *matrix.machines(config, stage.job), *settings]
-        assert unread(from_command_line(job, words), job) == [], stage.name
+        assert unread(from_command_line(stage.job, words), stage.job) == [], stage.name
 
 
 class _Anywhere(dict):

@@ -1,0 +1,84 @@
+"""The command ``cola_ray``: read the words, refuse what cannot run, then import what runs it.
+
+    cola_ray COMMAND ...          commands.py: all of them
+    main("rl")                    as `cola_ray rl`, with the words of this process; what jobs/*.py do
+
+    commands.py ─> arguments.py ─> checks/refusals.py ─> module:function of the command
+                   (explain.py for --help)
+
+Nothing heavy is imported before the settings have been checked: neither PyTorch nor Ray, vLLM or MLflow.
+"""
+
+import difflib
+import importlib
+import sys
+from typing import Any, NoReturn
+
+from cola_ray.cli.commands import COMMANDS, Command, overview
+
+
+def main(*words: str) -> NoReturn:
+    """Run the command that the words of this process name, and exit.
+
+    Args:
+        words: in front of those of ``sys.argv``, e.g. the command of a file in jobs/.
+
+    How a run ended is one line, and a code of :data:`~cola_ray.runs.ending.EXIT_CODES`.
+    """
+    name, *rest = [*words, *sys.argv[1:]] or ["--help"]
+    if name in ("-h", "--help"):
+        print(overview())
+        sys.exit(0)
+    if name == "--version":
+        from cola_ray import __version__
+
+        print(__version__)
+        sys.exit(0)
+    command = COMMANDS.get(name)
+    if command is None:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
+        print(f"{name}: no such command; {fix}", file=sys.stderr)
+        sys.exit(2)
+    if not command.job:
+        sys.exit(_imported(command.run)(rest))
+    from cola_ray.cli import job
+
+    job.run(command, rest)
+
+
+def run(command: str, config: Any) -> Any:
+    """Do with these settings what ``cola_ray COMMAND`` does.
+
+    Settings do not say what is to be done with them, so the command does: "rl", "agent", "pretrain", "evaluate", or
+    any other of ``cola_ray --help`` that takes settings.
+
+    Args:
+        command: the word behind ``cola_ray``.
+        config: e.g. a preset with changes; the preset of "agent" is ``preset(name, agents=True)``.
+
+    Returns:
+        the summary that the run wrote to ``output_dir/summary.json``; None for "plan".
+
+    Raises:
+        ConfigError: the settings are refused, a line for each reason; nothing has been started.
+        RunFailedError: the run ended before its time; the message says why and what to do.
+        ValueError: there is no such command, or it takes no settings.
+
+    Example:
+        >>> import cola_ray
+        >>> config = cola_ray.override(cola_ray.preset("tiny"), {"rl.group_size": 4, "cluster.learner_ranks": 1})
+        >>> cola_ray.run("plan", config)  # doctest: +ELLIPSIS
+        tiny: ... M parameters, ...
+        it fits
+    """
+    found = COMMANDS.get(command, Command("", ""))
+    if not found.job:
+        jobs = ", ".join(name for name, one in COMMANDS.items() if one.job)
+        raise ValueError(f"command = {command!r}: runs no settings; use one of {jobs}")
+    return _imported(found.run)(config)
+
+
+def _imported(name: str) -> Any:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)

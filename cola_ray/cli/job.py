@@ -1,0 +1,69 @@
+"""A command with settings, from its words to its exit code."""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from cola_ray.cli.arguments import parsed
+from cola_ray.cli.commands import Command
+from cola_ray.runs import launch, provenance
+from cola_ray.runs.display import current, shown
+from cola_ray.runs.ending import RESUME, in_words
+from cola_ray.runs.redaction import redacted
+from cola_ray.settings.config import Config, ConfigError, RunFailedError
+from cola_ray.settings.presets import expectation
+
+
+def run(command: Command, argv: Sequence[str]) -> NoReturn:
+    """Parse, check, run, exit."""
+    code, line = 0, ""
+    try:
+        with in_words():
+            config = parsed(command, argv)
+            if config is not None:
+                _run(config, command)
+    except ConfigError as error:
+        code, line = 2, redacted(str(error))
+    except RunFailedError as error:
+        code, line = 1, f"the run failed: {error}"
+    except KeyboardInterrupt:
+        code, line = 130, f"stopped; {RESUME}"
+    _leave(code, line)
+
+
+def _run(config: Config, command: Command) -> None:
+    if command.job == "plan":  # which answers at once
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed, and DeepSpeed need not look for GPUs
+        _imported(command.run)(config)
+        return
+    with shown() as display:
+        for line in launch.first_lines(config, command.job).splitlines():
+            display.say(line)
+        makes_start_model = provenance.makes_start_model(config) and not provenance.is_made(
+            provenance.start_model(config)
+        )
+        display.say(expectation(config, command.job, makes_start_model))
+        current().doing("importing PyTorch, Ray and vLLM")
+        _imported(command.run)(config)
+
+
+def _imported(name: str) -> Callable[[Config], Any]:
+    module, _, function = name.partition(":")
+    found: Callable[[Config], Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _leave(code: int, line: str) -> NoReturn:
+    """Exit, also where nobody reads what is printed any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if line and stream is sys.stderr:
+                print(line, file=stream)
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)

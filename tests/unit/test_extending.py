@@ -1,0 +1,159 @@
+"""The examples of docs/extending.md, each in a file outside the project, through the registry and the checks."""
+
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cola_ray import registry
+from cola_ray.algorithms.advantages import Outcomes
+from cola_ray.checks.refusals import check
+from cola_ray.cli.arguments import from_command_line
+from cola_ray.settings.config import ConfigError, is_environment, named, override
+from cola_ray.settings.presets import preset
+from cola_ray.settings.training import TaskConfig
+from cola_ray.tasks import inspection, least_right_reward, make_environment, make_prompts, make_task
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+EXAMPLES = dict(re.findall(r"```python file=(\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
+COMMANDS = re.findall(r"^    cola_ray (rl|agent) (.*)$", PAGE.read_text(), re.MULTILINE)
+JOBS = {"rl": "rl_math", "agent": "rl_agent"}
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A folder with the page's files, from which a job starts; what is imported from it is forgotten afterwards."""
+    for name, text in EXAMPLES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "_MODULE_OF", {})
+    before = {*sys.modules}
+    yield tmp_path
+    for name in {*sys.modules} - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def refusal(changes):
+    with pytest.raises(ConfigError) as caught:
+        check(override(preset("tiny"), changes), "rl_math")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("command", "words"), COMMANDS)
+def test_every_command_line_of_the_page_passes_the_checks(command, words, outside):
+    if "--task.name doubling" in words and ".py" not in words:
+        pytest.skip("of a package")
+    config = from_command_line(JOBS[command], words.split())
+    assert [value for value in named(config).values() if ".py:" in value]
+    assert inspection.faults(config.task) == [], "which tries a task or an environment of one's own"
+
+
+def test_every_kind_has_an_example():
+    assert {*EXAMPLES} == {"median.py", "dr_grpo.py", "doubling.py", "countdown_game.py", "close.py"}
+
+
+def test_an_advantage_and_an_algorithm(outside):
+    prompts = [Outcomes(torch.tensor([1.0, 0.0, 0.0])), Outcomes(torch.tensor([2.0, 4.0]))]
+    config = override(preset("tiny"), {"rl.advantage": "median.py:median"})
+    assert [one.tolist() for one in config.algorithm.advantages()(prompts)] == [[1, 0, 0], [0, 2]]
+    assert registry.find("advantage", "median") is registry.find("advantage", "median.py:over_the_median")
+    config = override(preset("tiny"), {"rl.algorithm": "dr_grpo.py:DR_GRPO"})
+    assert config.algorithm.groups
+    assert config.algorithm.advantages()(prompts)[1].tolist() == [-1, 1]
+    assert refusal({"rl.algorithm": "dr_grpo.py:DR_GRPO", "rl.group_size": 1}).startswith(
+        "rl.group_size = 1: dr_grpo.py:DR_GRPO compares completions of one prompt"
+    )
+
+
+def test_a_task_with_a_reward(outside):
+    config = TaskConfig(name="doubling.py:Doubling", reward="close.py:close")
+    task = make_task(config, 0)
+    assert task.problems("heldout")[0].question == "1 + 1 ="
+    assert [task.score("heldout", 0, said) for said in ("2", "4", "two")] == [1.0, 1 / 3, 0.0]
+    assert least_right_reward(config) is None, "the function does not say what is right"
+    assert least_right_reward(config.model_copy(update={"reward": ""})) == 1.0
+    assert make_prompts(config, 0).problems("train")[0].solution == "6"
+
+
+def test_an_environment(outside):
+    name = "countdown_game.py:Countdown"
+    assert is_environment(name)
+    game = make_environment(TaskConfig(name=name, options={"start": 2}))
+    assert game.reset(seed=0)[0] == "2"
+    assert game.step("1")[1:4] == (1.0, False, False)
+    assert game.step("0")[1:4] == (1.0, True, False)
+    with pytest.raises(ValueError, match=r"task.options.begin = 2: countdown_game.py:Countdown takes start"):
+        make_environment(TaskConfig(name=name, options={"begin": 2}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"rl.advantage": "median.py:medain"}, "rl.advantage = 'median.py:medain': median.py has no medain"),
+        ({"rl.advantage": "nowhere.py:a"}, "rl.advantage = 'nowhere.py:a': no such file nowhere.py; give its path"),
+        ({"rl.advantage": "two-words.py:a"}, "rl.advantage = 'two-words.py:a': two-words.py cannot be imported"),
+        ({"rl.advantage": "broken.py:a"}, "rl.advantage = 'broken.py:a': importing broken.py raised ZeroDivisionError"),
+        ({"rl.advantage": "json.py:a"}, "rl.advantage = 'json.py:a': Python has another module 'json'"),
+        ({"rl.advantage": "grop"}, "rl.advantage = 'grop': unknown advantage; did you mean grpo?"),
+        ({"rl.advantage": "close.py:close"}, "rl.advantage = 'close.py:close': close is called with (prompts), and "),
+        ({"rl.algorithm": "close.py:close"}, "rl.algorithm = 'close.py:close': close is function, not an Algorithm"),
+        (
+            {"task.reward": "median.py:over_the_median"},
+            "task.reward = 'median.py:over_the_median': over_the_median is ",
+        ),
+        ({"task.name": "doubling.py:Halving"}, "task.name = 'doubling.py:Halving': doubling.py has no Halving"),
+        ({"task.name": "close.py:close"}, "task.name = 'close.py:close': close "),
+    ],
+)
+def test_what_is_wrong_with_a_name_is_one_line(changes, line, outside):
+    (outside / "broken.py").write_text("1 / 0\n")
+    (outside / "json.py").write_text("a = 1\n")
+    (outside / "two-words.py").write_text("a = 1\n")
+    said = refusal(changes)
+    assert said.startswith(line)
+    assert len(said.splitlines()) == 1
+
+
+def test_rays_copy_of_a_file_is_found_by_its_name(outside, tmp_path, monkeypatch):
+    """On another node the path leads nowhere, and the file lies in a folder of Ray's on ``sys.path``."""
+    (there := tmp_path / "of_ray").mkdir()
+    (outside / "median.py").rename(there / "median.py")
+    monkeypatch.syspath_prepend(str(there))
+    assert registry.find("advantage", "/home/me/median.py:median")([]) == []
+
+
+def test_files_are_what_nodes_need_a_copy_of(outside):
+    config = override(preset("tiny"), {"rl.advantage": "median.py:median", "task.reward": "close.py:close"})
+    assert registry.files(named(config).values()) == [str(outside / "median.py"), str(outside / "close.py")]
+
+
+def test_entry_points_of_packages(outside, monkeypatch):
+    entry = importlib.metadata.EntryPoint("doubling", "doubling:Doubling", "cola_ray.tasks")
+    monkeypatch.syspath_prepend(str(outside))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] if group == entry.group else [])
+    registry._entry_points.cache_clear()
+    try:
+        assert "doubling" in registry.names("task")
+        check(override(preset("tiny"), {"task.name": "doubling"}), "rl_math")
+        assert make_task(TaskConfig(name="doubling"), 0).problems("train")
+    finally:
+        registry._entry_points.cache_clear()
+
+
+def test_names_of_ours_are_not_taken():
+    with pytest.raises(ValueError, match="the project has an advantage of this name"):
+        registry.register("advantage", "grpo")
+    with pytest.raises(ValueError, match="kind = 'model': unknown; use one of algorithm, advantage"):
+        registry.register("model", "mine")
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_what_is_built_in_is_found_in_the_same_way(kind):
+    for name in registry.BUILT_IN[kind]:
+        assert registry.find(kind, name) is not None
