@@ -1,4 +1,4 @@
-"""What a job needs of this machine and of the hub: paths, checkpoints, places to write, GPUs, addresses.
+"""What a job needs of files and of the hub: paths, checkpoints, rows; what it needs of this machine is in machine.py.
 
     faults(config, "rl_math")             a line for each: ``field = value: why; fix``
     further_faults(config, "rl_math")     what takes longer, for settings without other faults
@@ -6,19 +6,13 @@
 Files are looked at, not loaded; the hub is asked with a short timeout, and only about what the job will read.
 """
 
-import functools
 import os
-import re
-import shutil
-import socket
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
+from cola_ray.checks import machine
+from cola_ray.checks.machine import GENERATING, TRAINING
 from cola_ray.learner.corpus import document
 from cola_ray.model import checkpoints, hub
 from cola_ray.runs import provenance
@@ -30,25 +24,16 @@ from cola_ray.tasks.logged import logged
 from cola_ray.tasks.rows import Row, cell, peek
 from cola_ray.tasks.verifiable import Gsm8k, Math500
 
-TRAINING = ("rl_math", "rl_preference", "rl_agent", "sweep")
-"""Jobs that train a policy by RL."""
-_STUDIES = ("evaluate", "diversity", "atlas", "capabilities")
-_GENERATING = (*TRAINING, "evaluate", "diversity", "atlas")
 _TABLES = (".jsonl", ".json", ".parquet", ".txt")
 LOGGED = ("prompt_ids", "token_ids", "actions", "rewards")
 """Columns of the answers that `cola_ray train-q` learns from."""
-_TIMEOUT_S = 3.0  # that an address is given to answer in
-_FREE_GB = 1.0  # least space that a run's checkpoints and logs are given
-_TRIED_BYTES = 1 << 20  # a quota may be used up where the disk is not
-_PATH_MAX = 4096  # bytes that the system takes in a path
-_LONGEST_BELOW = 256  # bytes of what a run adds to its folder's
 
 
 def faults(config: Config, job: str) -> list[str]:
     """Everything that can be seen now. Empty ``job``: what the given paths are, whoever reads them."""
     lines = [*_paths(config, job), *_checkpoints(config, job), *_lengths(config, job)]
     if job and job != "plan":
-        lines += [*_output(config, job), *_addresses(config, job), *_machine(config, job)]
+        lines += [*machine.output(config, job), *machine.addresses(config, job), *machine.machine(config, job)]
         lines += _rows(config, job)
     return lines
 
@@ -58,9 +43,9 @@ def further_faults(config: Config, job: str) -> list[str]:
     if job in ("", "plan"):
         return []
     if job == "reproduce":
-        return list(_silent(config, job))
+        return list(machine.silent(config, job))
     asked = _asks_task(config, job) and not (config.task.name == "jericho" and not config.task.game)
-    return [*_hub(config, job), *_silent(config, job), *(inspection.faults(config.task) if asked else [])]
+    return [*_hub(config, job), *machine.silent(config, job), *(inspection.faults(config.task) if asked else [])]
 
 
 def unseen(config: Config) -> list[str]:
@@ -246,7 +231,7 @@ def _lengths(config: Config, job: str) -> Iterator[str]:
     else:
         if config.preset != "tiny" or not job:
             return
-    if limit and (not job or job in _GENERATING) and rollout.max_prompt_tokens + rollout.max_new_tokens > limit:
+    if limit and (not job or job in GENERATING) and rollout.max_prompt_tokens + rollout.max_new_tokens > limit:
         yield (
             f"rollout.max_new_tokens = {rollout.max_new_tokens}: with rollout.max_prompt_tokens = "
             f"{rollout.max_prompt_tokens} more than the {limit} positions of {whose}; lower one of them"
@@ -338,187 +323,3 @@ def _hub(config: Config, job: str) -> list[str]:
     with ThreadPoolExecutor(len(ids)) as pool:
         found = list(pool.map(lambda one: hub.fault(one[1], one[2]), ids))
     return [f"{field} = {value!r}: {why}" for (field, value, _), why in zip(ids, found, strict=True) if why]
-
-
-# --- this machine -------------------------------------------------------------------------------------------------
-
-
-def _output(config: Config, job: str) -> Iterator[str]:
-    """The output folder can be made and written, which is tried, and has some room."""
-    if "://" in config.output_dir:
-        yield f"output_dir = {config.output_dir!r}: an address; give a folder, on which it may be mounted"
-        return
-    output = Path(provenance.resolve(config, job).output_dir)
-    named = f"output_dir = {str(output)!r}"
-    if config.output_dir.startswith("~"):  # which a shell leaves as it is behind a "=" or in quotes
-        yield f"output_dir = {config.output_dir!r}: ~ is no folder of this name; write the whole path, or $HOME"
-        return
-    there = next(parent for parent in (output, *output.parents) if parent.exists())
-    if not there.is_dir():
-        yield f"{named}: {there} is a file; give a folder"
-        return
-    try:
-        longest = max(len(os.fsencode(part)) for part in output.parts)
-        if longest > os.pathconf(there, "PC_NAME_MAX") or len(os.fsencode(output)) + _LONGEST_BELOW > _PATH_MAX:
-            yield f"{named}: too long a name for this file system; give a shorter one"
-            return
-        with tempfile.TemporaryFile(dir=there) as file:
-            file.write(bytes(_TRIED_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        yield f"{named}: {there} cannot be written ({str(error.strerror).lower()}); give a folder of yours"
-        return
-    free = shutil.disk_usage(there).free / 2**30
-    if free < _FREE_GB:
-        yield f"{named}: {free:.2f} GiB free there, and checkpoints need {_FREE_GB:g} or more; make room"
-
-
-_STORES = ("sqlite", "postgresql", "mysql", "mssql")
-
-
-def _addresses(config: Config, job: str) -> Iterator[str]:
-    uri = config.tracking_uri
-    wanted = "use http(s)://HOST[:PORT], sqlite:///FILE, another database's URI or a folder"
-    why = _bad_url(uri)
-    if why and uri and not uri.startswith(("sqlite:", *(f"{store}+" for store in _STORES))):
-        yield f"tracking_uri = {uri!r}: {why}; {wanted}"
-    elif uri and (uri.startswith("file:") or not urlsplit(uri).scheme):
-        place = Path(urlsplit(uri).path)
-        there = next((parent for parent in (place, *place.parents) if parent.exists()), Path())
-        if uri.startswith("~") or not there.is_dir() or not os.access(there, os.W_OK) or _is_of_kernel(there):
-            yield f"tracking_uri = {uri!r}: no folder can be made there; {wanted}"
-    if uri.startswith("sqlite:"):
-        file = Path(uri.removeprefix("sqlite:///"))
-        if not uri.startswith("sqlite:///") or not file.name:
-            yield f"tracking_uri = {uri!r}: names no file; use sqlite:///FILE"
-        elif not file.parent.is_dir() or file.is_dir():
-            yield f"tracking_uri = {uri!r}: no folder {file.parent}; make it, or give another file"
-    if is_endpoint(config.task.reward_model) and _bad_url(config.task.reward_model):
-        reward_model = config.task.reward_model
-        yield f"task.reward_model = {reward_model!r}: {_bad_url(reward_model)}; use http(s)://HOST[:PORT]/PATH"
-    address = config.cluster.address
-    if not address or address in ("auto", "local"):
-        return
-    plain = re.fullmatch(r"[\w.-]+:(\d{1,5})", address) or re.fullmatch(r"\[[0-9A-Fa-f:]+\]:(\d{1,5})", address)
-    if plain and 0 < int(plain[1]) < 65_536:
-        return
-    if "://" not in address or _bad_url(address) or urlsplit(address).scheme not in ("ray", "http", "https"):
-        yield f"cluster.address = {address!r}: no address of a Ray cluster; use HOST:PORT, ray://HOST:PORT or auto"
-    elif job != "reproduce" and urlsplit(address).scheme != "ray":
-        yield (
-            f"cluster.address = {address!r}: a dashboard, which takes jobs; submit with `ray job submit --address "
-            f"{address} -- python jobs/...`, or use HOST:PORT"
-        )
-
-
-def _is_of_kernel(folder: Path) -> bool:
-    """Folders that even root cannot write into."""
-    return folder.resolve().parts[1:2] in (("proc",), ("sys",))
-
-
-def _silent(config: Config, job: str) -> Iterator[str]:
-    """Services that the job will ask, of which nothing answers at the address."""
-    asked = {"cluster.address": config.cluster.address}  # MLflow may be away: a run sends it its events later
-    if job in ("rl_math", "rl_preference", "evaluate"):
-        asked["task.reward_model"] = config.task.reward_model
-    for field, value in asked.items():
-        parts = urlsplit(value if "://" in value else f"tcp://{value}")
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-        if field != "cluster.address" and parts.scheme not in ("http", "https"):
-            continue
-        if parts.hostname and port and not (parts.scheme in getproxies() and not proxy_bypass(parts.hostname)):
-            why = _unreachable(parts.hostname, port)
-            if why:
-                yield f"{field} = {value!r}: nothing answers at {parts.hostname}:{port} ({why}); start it, or mend this"
-
-
-@functools.cache
-def _unreachable(host: str, port: int) -> str:
-    try:
-        socket.create_connection((host, port), _TIMEOUT_S).close()
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
-    return ""
-
-
-def _bad_url(url: str) -> str:
-    """Why it is no address; empty for a good one, and for what is no URL at all."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        return str(error).lower()
-    known = ("http", "https", "ray", "file", "databricks", "databricks-uc", *_STORES)
-    if not parts.scheme or (len(parts.scheme) == 1 and parts.path):
-        return "has no scheme" if "://" in url else ""
-    if parts.scheme not in known and parts.scheme.partition("+")[0] not in _STORES:
-        return f"unknown scheme {parts.scheme}"
-    if parts.scheme in ("http", "https", "ray") and (not parts.hostname or port == 0):
-        return "names no host" if not parts.hostname else "names no port"
-    return ""
-
-
-def _machine(config: Config, job: str) -> Iterator[str]:
-    """GPUs and processors, where the run starts a cluster of its own on this machine."""
-    cluster, rollout = config.cluster, config.rollout
-    ray = sys.modules.get("ray")
-    if cluster.address not in ("", "local") or "RAY_ADDRESS" in os.environ or (ray and ray.is_initialized()):
-        return
-    for part in ("learner", "rollout", "service"):
-        group = getattr(cluster, f"{part}_group")
-        if group:
-            yield (
-                f"cluster.{part}_group = {group!r}: nodes of a cluster, and this job starts one of this machine alone; "
-                "leave it out, or give cluster.address"
-            )
-    if cluster.learner_placement == "STRICT_SPREAD" and cluster.learner_ranks > 1 and job not in _STUDIES:
-        yield (
-            f"cluster.learner_placement = 'STRICT_SPREAD': {cluster.learner_ranks} ranks on a node each, and this "
-            "machine is one; leave it out, or give cluster.address"
-        )
-    if cluster.use_gpu:
-        there = _num_gpus()
-        ranks = cluster.learner_ranks if job not in _STUDIES else 0
-        engines = rollout.num_workers * rollout.tensor_parallel_size if job in _GENERATING else 0
-        needed = max(ranks, engines) if cluster.colocated else ranks + engines
-        if there < max(needed, 1):
-            has = "no GPU" if there == 0 else f"{there} of them"
-            yield (
-                f"cluster.use_gpu = True: this machine has {has}, and this job needs {max(needed, 1)} (learner ranks "
-                f"{ranks}, engines {engines}); lower these, leave it out, or give cluster.address"
-            )
-        return
-    if rollout.tensor_parallel_size > 1:
-        yield (
-            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}: GPUs that an engine spans, and "
-            "cluster.use_gpu is False; use 1"
-        )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    if job in _GENERATING and rollout.num_workers * rollout.kv_cache_mb > memory:
-        yield (
-            f"rollout.kv_cache_mb = {rollout.kv_cache_mb}: of each of {rollout.num_workers} engines, and this machine "
-            f"has {memory} MiB; use less"
-        )
-    cores = os.cpu_count() or 1
-    most = max(16, 4 * cores)
-    counts = {
-        "cluster.learner_ranks": cluster.learner_ranks,
-        "cluster.threads_per_process": cluster.threads_per_process,
-        "critic.replicas": config.critic.replicas,
-        "replay.shards": config.replay.shards,
-        "rollout.environment_processes": rollout.environment_processes,
-        "rollout.num_workers": rollout.num_workers,
-    }
-    for field, count in counts.items():
-        if count > most:
-            yield f"{field} = {count}: this machine has {cores} cores; use at most {most}, or give cluster.address"
-
-
-def _num_gpus() -> int:
-    """NVIDIA GPUs that a process here would see."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
-    if visible is None:
-        return there
-    return min(there, len([one for one in visible.split(",") if one.strip() not in ("", "-1")]))

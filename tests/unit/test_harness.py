@@ -5,6 +5,9 @@ import torch
 
 pytest.importorskip("lm_eval", reason="make evals installs it")
 
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
+from cola_ray.studies import harness
 from cola_ray.studies.harness import HarnessModel, _until
 
 
@@ -40,3 +43,20 @@ def test_a_continuation_is_scored_token_by_token(model_dir, cola, likelihood):
 def test_a_request_says_where_its_text_ends():
     assert _until({"until": ["\n", ""]}) == _until({"until": "\n"}) == ("\n",)
     assert _until({}) == _until({"until": None}) == ()
+
+
+@pytest.mark.parametrize(("given", "asked"), [(-1, None), (0, 0), (5, 5)])
+def test_the_harness_is_asked_for_as_many_examples_as_the_settings_say(given, asked, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(harness, "HarnessModel", lambda *_: type("Model", (), {"close": lambda self: None})())
+    monkeypatch.setattr(harness, "TaskManager", lambda **_: None)
+    monkeypatch.setattr(
+        harness,
+        "simple_evaluate",
+        lambda model, **said: (
+            seen.update(said) or {name: {} for name in ("results", "versions", "n-shot", "n-samples")}
+        ),
+    )
+    config = override(preset("tiny"), {"harness.tasks": ("arc_easy",), "harness.num_fewshot": given})
+    assert harness.score(config, "base")["results"] == {}
+    assert seen["num_fewshot"] == asked

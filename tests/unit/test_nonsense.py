@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cola_ray.checks import preflight
+from cola_ray.checks import machine
 from cola_ray.cli.arguments import from_command_line
 from cola_ray.model.checkpoints import faults, shape_of
 from cola_ray.runs.provenance import PATHS
@@ -405,8 +405,8 @@ def in_here(here, monkeypatch):
     monkeypatch.syspath_prepend(str(here))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    asked = preflight._unreachable
-    monkeypatch.setattr(preflight, "_unreachable", lambda host, port: asked(host, port) if port == 1 else "")
+    asked = machine._unreachable
+    monkeypatch.setattr(machine, "_unreachable", lambda host, port: asked(host, port) if port == 1 else "")
     return here
 
 
@@ -614,7 +614,7 @@ def helped(job, capsys, *words):
 
 def test_the_help_says_what_flags_are_with_the_presets_defaults(capsys):
     shown, flags = helped("plan", capsys, "--preset", "llama-3.1-8b")
-    assert shown.startswith("what it does")
+    assert shown.startswith("cola_ray plan: what a run needs")
     assert len(flags) == len(schemas())
     assert "--model.base meta-llama/Llama-3.1-8B" in shown
     assert "other jobs" not in shown

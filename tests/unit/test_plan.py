@@ -123,3 +123,15 @@ def test_the_documents_times_are_what_the_plan_computes(paper, sizes):
         }  # fmt: skip
         for name, value in figures.items():
             assert float(stated[name][column].replace(" ", "")) == pytest.approx(value, rel=0.01, abs=0.05), name
+
+
+def test_longer_answers_and_smaller_nodes_take_longer(paper, sizes):
+    def step(**hardware):
+        config = override(paper, {f"hardware.{name}": value for name, value in hardware.items()})
+        return plan.step_time(config, sizes, plan.GPUS["h100"])
+
+    usual = step()
+    assert step(response_tokens=1024) == usual, "half of rollout.max_new_tokens"
+    assert step(response_tokens=2048).rollout > usual.rollout
+    assert step(gpus_per_node=4) == usual, "four ranks are still on one node"
+    assert step(gpus_per_node=2).learn > usual.learn
