@@ -606,7 +606,7 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         """Not supported, because it samples tokens in its own loop. vLLM batches continuously and draws actions."""
-        raise ValueError("continuous batching: it samples tokens itself; serve the model with cola_ray.serve instead")
+        raise ValueError("continuous batching: it samples tokens itself; serve the model with `cola_ray serve` instead")
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
         """Processors of token logits only; :meth:`_sample` applies those that shape the distribution over actions."""
