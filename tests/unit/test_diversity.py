@@ -8,7 +8,7 @@ import pytest
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 from cola_ray.studies.diversity import distinct_n, mean_cosine, measure
-from cola_ray.studies.jobs import _beginnings
+from cola_ray.studies.study import text_prefixes
 
 
 def test_mean_cosine_is_the_mean_over_pairs():
@@ -41,6 +41,6 @@ def test_beginnings_are_as_long_as_the_settings_say():
     text = (list(range(20)), [False] * 20)
     answered = (list(range(30, 50)), [False] * 3 + [True] * 17)
     config = override(preset("tiny"), {"diversity.prefix_tokens": 5, "diversity.prefixes": 2})
-    assert _beginnings(config, [text, answered, text]) == [[0, 1, 2, 3, 4], [30, 31, 32]]
+    assert text_prefixes(config, [text, answered, text]) == [[0, 1, 2, 3, 4], [30, 31, 32]]
     longer = override(config, {"diversity.prefix_tokens": 32})
-    assert _beginnings(longer, [text]) == [list(range(10))], "at most half of a text"
+    assert text_prefixes(longer, [text]) == [list(range(10))], "at most half of a text"
