@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from record import record
 
-from cola_ray.learner.pretrain import make_tokenizer
+from cola_ray.learner.start_model import make_tokenizer
 from cola_ray.replay.buffer import ReplayBuffer
 from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import PlayedTask

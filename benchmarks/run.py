@@ -152,8 +152,8 @@ def token_learning(base: str) -> dict[str, float]:
 def bare_latent_step(latent: str, batch: Batch) -> tuple[Callable[[], None], Any]:
     """The same losses in a minimal hand-written DeepSpeed step, without metrics or checks."""
 
+    from cola_ray.learner.micro_batch import MicroBatch
     from cola_ray.learner.policies import LatentPolicy
-    from cola_ray.learner.rl import tensors_of
 
     module = LatentPolicy(CoLAForCausalLM.from_pretrained(latent))
     for name, parameter in module.named_parameters():
@@ -161,15 +161,15 @@ def bare_latent_step(latent: str, batch: Batch) -> tuple[Callable[[], None], Any
     engine, optimizer = deepspeed_engine(module)
 
     def step() -> None:
-        piece = tensors_of(batch, *batch.micro_batches[0], torch.device("cpu"))
-        mask = piece["action_mask"]
-        logits, _, reference, _ = engine(piece["input_ids"], piece["attention_mask"], mask)
-        taken, place = piece["actions"][mask][:, None], torch.zeros(mask.shape)
+        piece = MicroBatch.cut(batch, *batch.micro_batches[0], torch.device("cpu"))
+        mask = piece.action_mask
+        logits, _, reference, _ = engine(piece.input_ids, piece.attention_mask, mask)
+        taken, place = piece.actions[mask][:, None], torch.zeros(mask.shape)
         log_probs, reference = (
             place.masked_scatter(mask, one.log_softmax(-1).gather(-1, taken)[:, 0]) for one in (logits, reference)
         )
         old = log_probs.detach()
-        advantages = piece["advantages"] - 0.001 * ((old - reference) * mask).flip(1).cumsum(1).flip(1)
+        advantages = piece.advantages - 0.001 * ((old - reference) * mask).flip(1).cumsum(1).flip(1)
         ratio = (log_probs - old).exp()
         loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
         engine.backward((loss * mask).sum() / batch.num_actions_global)

@@ -449,9 +449,9 @@ def make_start_model(config: Config) -> None:
 
 def _rl_rank(loop: dict[str, Any]) -> None:
     config = _enter_rank(loop)
-    from cola_ray.learner import rl
+    from cola_ray.learner.train_loop import train_loop
 
-    rl.train_loop(config, loop["model_path"], actors.RemoteController(loop["controller"]))
+    train_loop(config, loop["model_path"], actors.RemoteController(loop["controller"]))
 
 
 def _rl_summary(config: Config, tracker: Tracker, found: Mapping[str, Any]) -> dict[str, Any]:

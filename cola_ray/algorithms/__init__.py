@@ -4,6 +4,6 @@
     ppo                             rewards, discounts and values of actions ─> one advantage an action
     archer                          features of states and utterances ─> one advantage an utterance
 
-What they have in common: sums over actions (advantages.py), distributions over actions (latent_actions.py), and the
-loss that an advantage enters, with its penalties (policy_loss.py).
+What they have in common: sums over actions (advantages.py), distributions over actions (latent_actions.py), the losses
+that an advantage enters, with its penalties (policy_loss.py), and small networks with their optimizers (heads.py).
 """

@@ -4,11 +4,10 @@
     V_i(s)    -> Qbar_i(s, u~)                                 u~ ~ pi(. | s), fresh
     A(s, u~)   = min(Q_1, Q_2)(s, u~) - min(V_1, V_2)(s)       the policy gradient's weight for all of u~'s actions
 
-Bars are targets, moved by :func:`polyak_` after every critic step. A time limit is no end: ``terminated`` is false for
-a truncated episode, whose last state still has a value. Legend: B transitions; twins are the leading dimension of 2.
+Bars are targets, moved by ``heads.polyak_`` after every critic step. A time limit is no end: ``terminated`` is false
+for a truncated episode, whose last state still has a value.
+Legend: B transitions; twins are the leading dimension of 2.
 """
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -134,10 +133,3 @@ def soft_value(q: Tensor, prior_log_probs: Tensor, beta: float) -> Tensor:
     target of V: no utterance need be generated. It lies between the mean of q under rho and its maximum.
     """
     return beta * torch.logsumexp(prior_log_probs + q / beta, -1)
-
-
-@torch.no_grad()
-def polyak_(target: Iterable[Tensor], online: Iterable[Tensor], tau: float) -> None:
-    """``target <- (1 - tau) target + tau online``, in place."""
-    for slow, fast in zip(target, online, strict=True):
-        slow.lerp_(fast, tau)

@@ -114,3 +114,32 @@ def entropy(log_probs: Tensor) -> Tensor:
 def truncated_importance_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
     """``min(exp(old - rollout), cap)``: corrects for rollouts drawn by another engine or version, (B, T)."""
     return (old_log_probs - rollout_log_probs).exp().clamp(max=cap)
+
+
+def marginal_log_probs(log_probs: Tensor, aliases: Tensor, actions: Tensor, possible: Tensor) -> Tensor:
+    """Log-probabilities of the tokens said, summed over all actions that say them: ``log sum_z pi(z)``, (N,).
+
+    What follows depends on the token alone, so ``E[A grad log sum_z pi(z)]`` is the same gradient as
+    ``E[A grad log pi(a)]``, without the variance of which of them was drawn.
+
+    Args:
+        log_probs: (N, K).
+        aliases: (N, K) bool, which actions say the token that was said.
+        actions: (N,), those taken.
+        possible: (N,) bool, whether the action taken has a probability; elsewhere the result has no meaning, and no
+            gradient that is not finite.
+    """
+    # The action taken did say it, whatever this engine's rounding finds.
+    saying = aliases.scatter(-1, actions[:, None], True)
+    summed = log_probs.masked_fill(~saying, float("-inf"))
+    # A row without any would have the gradient of log 0, which no mask behind it takes away.
+    return summed.masked_fill(~possible[:, None], 0.0).logsumexp(-1)
+
+
+def mean_under(log_probs: Tensor, values: Tensor) -> Tensor:
+    """``sum_k pi_k c_k``: (N, K) each -> (N,); what a control variate c adds to the objective.
+
+    An advantage loses ``c(a)`` and the objective gains the mean of c, exactly: the expected gradient is the same, since
+    ``E[c(a) grad log pi(a)] = grad E[c(a)]``, and its variance is that of ``A - c(a)`` (Gu et al. 2017, "Q-Prop").
+    """
+    return (log_probs.exp() * values).sum(-1)

@@ -216,7 +216,7 @@ async def _answer(actor: Any, method: str, args: Sequence[Any], who: str, lost: 
 
 
 class RemoteController:
-    """The learner's :class:`~cola_ray.learner.rl.BatchSource` over the controller actor."""
+    """The learner's :class:`~cola_ray.learner.train_loop.BatchSource` over the controller actor."""
 
     def __init__(self, controller: Any) -> None:
         self.controller = controller

@@ -7,11 +7,8 @@ The head is small and whole on every rank. Which answers a step learns from is a
 Legend: B answers, T positions, L actions of an answer, K actions to choose from.
 """
 
-import copy
-import functools
 import itertools
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +20,11 @@ from cola_ray.algorithms.advantages import over_spread
 from cola_ray.algorithms.double_q import double_q_values
 from cola_ray.algorithms.etpo import soft_targets
 from cola_ray.algorithms.gradients import NonFiniteError
+from cola_ray.algorithms.heads import HeadLearner
 from cola_ray.experience import Trajectory, collate
-from cola_ray.learner.engine import Report, last_checkpoint, save_checkpoint, warmup_cosine
-from cola_ray.learner.rl import tensors_of
-from cola_ray.learner.value import step_together
+from cola_ray.learner import supervised
+from cola_ray.learner.engine import Report, last_checkpoint
+from cola_ray.learner.micro_batch import Encoded, MicroBatch
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import Q_STAGE
@@ -38,41 +36,47 @@ HELD_OUT = 512  # answers at most, the last of the log
 
 def train_loop(config: Config, report: Report) -> None:
     """On every rank; leaves ``output_dir/model/q.safetensors``. ``report`` is a collective."""
-    settings, rank = config.pretrain, torch.distributed.get_rank()
-    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    output, device = Path(config.output_dir), torch.device("cuda" if config.cluster.use_gpu else "cpu")
     report.doing("reading the logged answers")
     log = load_log(config.data.path)
     held_out = min(HELD_OUT, len(log) // 10)
     train, rest = log[: len(log) - held_out], log[len(log) - held_out :]
     report.doing("opening the model")
     model = CoLAForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
-    model = model.to(device).requires_grad_(False)
-    learner = LoggedQLearner(config, model, device)
-    output, checkpoint = Path(config.output_dir), last_checkpoint(Path(config.output_dir))
+    learner = LoggedQLearner(config, model.to(device).requires_grad_(False), device)
+    stage, checkpoint = QStage(config, learner, train, rest), last_checkpoint(output)
     first = learner.load(checkpoint.folder) if checkpoint else 0
-    total = settings.num_steps(Q_STAGE)
     report.doing("the first step")
-    for step in range(first, total):
-        started = time.perf_counter()
-        draw = np.random.default_rng((config.seed, step))
-        wanted = draw.choice(len(train), settings.batch_size, replace=len(train) < settings.batch_size)
-        factor = warmup_cosine(step, total, min(settings.warmup_steps, total), settings.min_lr_ratio)
-        metrics: dict[str, Any] = learner.step([train[i] for i in wanted], config.q.lr * factor, step)
-        last = step + 1 == total
-        if rest and ((step + 1) % 25 == 0 or last):
-            metrics |= {f"q/heldout_{name}": value for name, value in learner.measure(rest).items()}
-        metrics |= {"stage": Q_STAGE, "step": step + 1, "steps": total, "time/step": time.perf_counter() - started}
-        due = (step + 1) % settings.save_every == 0 and not last
-        stop = report(metrics, due)
-        if due or stop:
-            save_checkpoint(output, step + 1, functools.partial(learner.save, step=step + 1), report.fail)
-        if stop:
-            break
-    if rank == 0:
+    supervised.train(config, stage, report, first_step=first)
+    if torch.distributed.get_rank() == 0:
         target = output / "model"
         target.mkdir(parents=True, exist_ok=True)
         learner.online.save(target / "q.safetensors")
     torch.distributed.barrier()
+
+
+class QStage:
+    """The :class:`~cola_ray.learner.supervised.Stage` of logged answers."""
+
+    name, measure_every = Q_STAGE, 25
+
+    def __init__(
+        self, config: Config, learner: "LoggedQLearner", train: Sequence[Trajectory], heldout: Sequence[Trajectory]
+    ) -> None:
+        self.config, self.learner, self.train, self.heldout = config, learner, train, heldout
+        self.peak_lr = config.q.lr
+
+    def step(self, number: int, lr: float) -> dict[str, Any]:
+        wanted = supervised.drawn(self.config, number, len(self.train))
+        return {**self.learner.step([self.train[i] for i in wanted], lr, number)}
+
+    def measure(self) -> dict[str, Any]:
+        if not self.heldout:
+            return {}
+        return {f"q/heldout_{name}": value for name, value in self.learner.measure(self.heldout).items()}
+
+    def save(self, folder: Path, step: int) -> None:
+        self.learner.save(folder, step)
 
 
 def load_log(path: str) -> list[Trajectory]:
@@ -106,7 +110,7 @@ def _trajectory(answer: LoggedAnswer) -> Trajectory:
     )  # fmt: skip
 
 
-class LoggedQLearner:
+class LoggedQLearner(HeadLearner):
     """Online head, target head and Adam. ``torch.distributed`` must be initialised.
 
     Args:
@@ -115,10 +119,9 @@ class LoggedQLearner:
 
     def __init__(self, config: Config, model: CoLAForCausalLM, device: torch.device) -> None:
         torch.manual_seed(config.seed)
+        head = QHead(model.config.hidden_size, model.config.num_actions).to(device)
+        super().__init__(head, lr=config.q.lr, grad_clip=config.rl.grad_clip, with_target=True)
         self.config, self.model, self.device = config, model, device
-        self.online = QHead(model.config.hidden_size, model.config.num_actions).to(device)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=config.q.lr)
 
     def step(self, answers: Sequence[Trajectory], lr: float, number: int) -> dict[str, float]:
         """A gradient step on the mean squared error over all actions of all ranks' answers; all ranks call.
@@ -126,42 +129,41 @@ class LoggedQLearner:
         Raises:
             NonFiniteError: on every rank; Q is untouched.
         """
-        pieces, num_actions = self._mine(answers)
-        self.optimizer.zero_grad()
+        batches, num_actions = self._mine(answers)
         sums = torch.zeros(3, device=self.device)
-        for piece in pieces:
-            q = self.online(piece["hidden_states"])
-            taken, goals = self._taken_and_goals(q, piece)
-            error = (taken - goals).square().sum()
-            (error / num_actions).backward()
-            sums += torch.stack([error, taken.sum(), goals.sum()]).detach()
+
+        def losses() -> Iterator[Tensor]:
+            for encoded in batches:
+                taken, goals = self._taken_and_goals(encoded)
+                error = (taken - goals).square().sum()
+                yield error / num_actions
+                sums.add_(torch.stack([error, taken.sum(), goals.sum()]).detach())
+
+        self.accumulate(losses())
         torch.distributed.all_reduce(sums)
         loss, taken_mean, goal_mean = (sums / num_actions).tolist()
         if not np.isfinite(loss):
             raise NonFiniteError(f"q/loss is {loss}; is there a reward that is not finite in data.path?")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        step_together(self.online, self.optimizer, self.config.rl.grad_clip)
-        if (number + 1) % self.config.q.copy_every == 0:
-            self.target.load_state_dict(self.online.state_dict())
-        return {"q/loss": loss, "q/taken": taken_mean, "q/target": goal_mean, "q/lr": lr}
+        due = (number + 1) % self.config.q.copy_every == 0
+        self.descend(lr=lr, tau=1.0 if due else 0.0)
+        return {"q/loss": loss, "q/taken": taken_mean, "q/target": goal_mean}
 
     @torch.no_grad()
     def measure(self, answers: Sequence[Trajectory]) -> dict[str, float]:
         """Of answers not learnt from: the loss, and how the value of an action correlates with the answer's reward."""
-        pieces, num_actions = self._mine(answers)
+        batches, num_actions = self._mine(answers)
         of_actions = []
-        for piece in pieces:
-            taken, goals = self._taken_and_goals(self.online(piece["hidden_states"]), piece)
-            rewards = piece["advantages"][piece["action_mask"]]
+        for encoded in batches:
+            taken, goals = self._taken_and_goals(encoded)
+            rewards = encoded.batch.advantages[encoded.batch.action_mask]
             of_actions.append(torch.stack([taken, rewards, (taken - goals).square()]).double())
         values, rewards, errors = torch.cat(of_actions, 1)
         means = self._mean(torch.stack([values, rewards, errors]), num_actions)
         v, r = values - means[0], rewards - means[1]
         products = self._mean(torch.stack([v * r, v * v, r * r, values.square(), rewards.square()]), num_actions)
         correlation = products[0]
-        for spread, largest in zip(products[1:3].sqrt(), products[3:].sqrt(), strict=True):
-            correlation = over_spread(correlation, spread, largest)
+        for deviation, largest in zip(products[1:3].sqrt(), products[3:].sqrt(), strict=True):
+            correlation = over_spread(correlation, deviation, largest)
         return {"loss": float(means[2]), "correlation": float(correlation)}
 
     @staticmethod
@@ -171,36 +173,34 @@ class LoggedQLearner:
         torch.distributed.all_reduce(sums)
         return sums / num_actions
 
-    def _mine(self, answers: Sequence[Trajectory]) -> tuple[list[dict[str, Tensor]], int]:
+    def _mine(self, answers: Sequence[Trajectory]) -> tuple[list[Encoded], int]:
         """This rank's micro-batches, and the actions of all ranks."""
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         rewards = [answer.reward for answer in answers]
         pad = self.model.config.pad_token_id or 0
         batch = collate(answers, rewards, ranks, pad, 0, self.config.rl.micro_batch_tokens)[rank]
-        pieces = [tensors_of(batch, *cut, self.device) for cut in batch.micro_batches]
+        cut = [MicroBatch.cut(batch, *one, self.device) for one in batch.micro_batches]
         with torch.no_grad():
-            for piece in pieces:
-                piece["hidden_states"] = self.model.encode(piece["input_ids"], piece["attention_mask"])
-        return pieces, batch.num_actions_global
+            encoded = [Encoded(one, self.model.encode(one.input_ids, one.attention_mask), one.rewards) for one in cut]
+        return encoded, batch.num_actions_global
 
-    def _taken_and_goals(self, q: Tensor, piece: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _taken_and_goals(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """(N,) each: Q of the actions taken, and what it should be."""
-        actions, mask = piece["actions"], piece["action_mask"]
+        q, batch = self.online(encoded.hidden_states), encoded.batch
         with torch.no_grad():
-            values = double_q_values(q, self.target(piece["hidden_states"]))
+            values = double_q_values(q, self.target(encoded.hidden_states))
             nothing = values.new_zeros(len(values))  # follows the last action
-            goals = soft_targets(piece["rewards"], self.config.q.gamma * piece["discounts"], values, nothing, mask)
-        return q[mask].gather(-1, actions[mask][:, None])[:, 0], goals[mask]
+            discounts = self.config.q.gamma * batch.discounts
+            goals = soft_targets(encoded.rewards, discounts, values, nothing, batch.action_mask)
+        mask = batch.action_mask
+        return q[mask].gather(-1, batch.actions[mask][:, None])[:, 0], goals[mask]
 
     def save(self, folder: Path, step: int) -> None:
         if torch.distributed.get_rank() == 0:
-            heads = {name: getattr(self, name).state_dict() for name in ("online", "target", "optimizer")}
-            torch.save({**heads, "step": step}, folder / "q.pt")
+            torch.save({**self.state_dict(), "step": step}, folder / "q.pt")
 
     def load(self, folder: Path) -> int:
         """Returns the step to go on from."""
-        saved = torch.load(folder / "q.pt", weights_only=True)
-        step: int = saved.pop("step")
-        for name, state in saved.items():
-            getattr(self, name).load_state_dict(state)
-        return step
+        saved = torch.load(folder / "q.pt", map_location=self.device, weights_only=True)
+        self.load_state_dict(saved)
+        return int(saved["step"])

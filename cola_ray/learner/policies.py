@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from cola_ray.learner.engine import Published
+from cola_ray.learner.micro_batch import Frozen, MicroBatch
 from cola_ray.model.conversion import is_released, save
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead, positions
 from cola_ray.settings.config import Config
@@ -223,6 +224,17 @@ def _merged(scaling: float) -> Callable[..., Tensor]:
 
 
 Policy = LatentPolicy | SoftQPolicy | TokenPolicy
+
+
+def forward(policy: Callable[..., States], batch: MicroBatch, frozen: Frozen) -> tuple[Tensor, Frozen]:
+    """A policy's logits, (N, K), and what its frozen parts say, which is not computed again where it is known.
+
+    Args:
+        policy: a :data:`Policy`, or the engine around it.
+    """
+    known = frozen.hidden_states, frozen.reference_logits, frozen.aliases
+    logits, *found = policy(batch.input_ids, batch.attention_mask, batch.scored_mask, *known)
+    return logits, Frozen(*found)
 
 
 def make_policy(config: Config, model_path: str) -> Policy:

@@ -2,33 +2,28 @@
 
     (prompt, chosen), (prompt, rejected) ─> sequence classifier ─> r_c, r_r ─> -log sigmoid(r_c - r_r) ─> ZeRO-3 step
 
-Bradley and Terry 1952; Ouyang et al. 2022, eq. 1. Which pairs a step trains on is a pure function of (seed, step).
+Bradley and Terry 1952; Ouyang et al. 2022, eq. 1.
 """
 
-import functools
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from cola_ray.learner.engine import (
-    Published,
-    Report,
-    ZeroEngine,
-    last_checkpoint,
-    save_checkpoint,
-    warmup_cosine,
-)
+from cola_ray.learner import supervised
+from cola_ray.learner.engine import Published, Report, ZeroEngine, last_checkpoint
 from cola_ray.model.conversion import plain_base
 from cola_ray.settings.config import Config
+from cola_ray.settings.training import REWARD_STAGE
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.preference import Pair, Preference
+
+Ids = tuple[list[int], list[int]]
+"""Token ids of a prompt with its chosen response, and with its rejected one."""
 
 
 class PairedRewards(nn.Module):
@@ -48,10 +43,79 @@ def preference_loss(rewards: Tensor) -> Tensor:
     return -F.logsigmoid(rewards[0] - rewards[1]).sum()
 
 
+class RewardStage:
+    """The :class:`~cola_ray.learner.supervised.Stage` of preference pairs.
+
+    Args:
+        classifier: taken over.
+    """
+
+    name, measure_every = REWARD_STAGE, 25
+
+    def __init__(self, config: Config, classifier: Any, train: Sequence[Ids], heldout: Sequence[Ids]) -> None:
+        settings = config.pretrain
+        self.config, self.train, self.heldout = config, train, heldout
+        self.pad, self.peak_lr = classifier.config.pad_token_id, settings.base_lr
+        self.zero = ZeroEngine(
+            PairedRewards(classifier), ("classifier.",), lr=settings.base_lr, betas=settings.adam_betas,
+            bfloat16=config.model.dtype == "bfloat16",
+        )  # fmt: skip
+
+    def step(self, number: int, lr: float) -> dict[str, Any]:
+        wanted = supervised.drawn(self.config, number, len(self.train))
+        mine = [self.train[i] for i in wanted[self.zero.rank :: self.zero.world_size]]
+
+        def loss_of(_: int, pairs: Sequence[Ids]) -> tuple[Tensor, dict[str, Tensor]]:
+            rewards = self.zero(*self._tensors(pairs))
+            loss, gap = preference_loss(rewards), (rewards[0] - rewards[1]).detach()
+            return loss, {"loss": loss.detach(), "train_accuracy": (gap > 0).float().sum(), "margin": gap.sum()}
+
+        size = self.config.pretrain.batch_size
+        found, grad_norm = supervised.zero_step(
+            self.zero, supervised.micro_batches(mine, self.config), loss_of, size, lr
+        )
+        means = {f"reward/{name}": float(value / size) for name, value in found.items()}
+        return {**means, "reward/grad_norm": grad_norm}
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """Share of held-out pairs, 512 at most, whose chosen response is worth more."""
+        if not self.heldout:
+            return {}
+        some, size = self.heldout[:512], self.config.pretrain.micro_batch_size
+        mine, right = some[self.zero.rank :: self.zero.world_size], torch.zeros((), device=self.zero.device)
+        rounds = -(-len(some) // (self.zero.world_size * size))  # ZeRO-3: every rank as many passes
+        for number in range(rounds):
+            pairs = mine[number * size : (number + 1) * size]
+            rewards = self.zero(*self._tensors(pairs or some[:1]))
+            right += (rewards[0] > rewards[1]).float().sum() if pairs else 0.0
+        torch.distributed.all_reduce(right)
+        return {"reward/accuracy": float(right) / len(some)}
+
+    def save(self, folder: Path, step: int) -> None:
+        self.zero.save(folder, {"step": step})
+
+    def load(self, folder: Path) -> int:
+        """Returns the step to go on from."""
+        return int(self.zero.load(folder)["step"])
+
+    def _tensors(self, pairs: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask of B pairs, (2B, T), chosen first."""
+        rows = [*(chosen for chosen, _ in pairs), *(rejected for _, rejected in pairs)]
+        ids = torch.full((len(rows), max(map(len, rows))), self.pad)
+        mask = torch.zeros_like(ids)
+        for row, one in enumerate(rows):
+            ids[row, : len(one)], mask[row, : len(one)] = torch.tensor(one), 1
+        return ids.to(self.zero.device), mask.to(self.zero.device)
+
+
 def train_loop(config: Config, report: Report) -> None:
-    """On every rank; leaves ``output_dir/model``. ``report`` is a collective."""
-    settings, output = config.pretrain, Path(config.output_dir)
-    rank = torch.distributed.get_rank()
+    """On every rank; leaves ``output_dir/model``. ``report`` is a collective.
+
+    Raises:
+        ValueError: there are no pairs to learn from.
+    """
+    output, rank = Path(config.output_dir), torch.distributed.get_rank()
     report.doing("reading the pairs")
     start = config.model.path or config.model.base
     if rank == 0:
@@ -63,35 +127,16 @@ def train_loop(config: Config, report: Report) -> None:
     if not task.pairs("train"):
         raise ValueError(f"task.path = {config.task.path!r}: has no columns chosen and rejected to learn from")
     chat = ChatTokenizer(tokenizer, config.data.date)
-    train, heldout = ([_both(chat, pair, config) for pair in task.pairs(split)] for split in ("train", "heldout"))
+    train, heldout = ([_ids(chat, pair, config) for pair in task.pairs(split)] for split in ("train", "heldout"))
     report.doing("opening the model")
-    classifier = open_classifier(source, tokenizer, config)
-    bfloat16 = config.model.dtype == "bfloat16"
-    zero = ZeroEngine(
-        PairedRewards(classifier), ("classifier.",), lr=settings.base_lr, betas=settings.adam_betas, bfloat16=bfloat16
-    )
+    stage = RewardStage(config, open_classifier(source, tokenizer, config), train, heldout)
     checkpoint = last_checkpoint(output)
-    first = zero.load(checkpoint.folder)["step"] if checkpoint else 0
-    total, pad = settings.num_steps("reward"), classifier.config.pad_token_id
+    first = stage.load(checkpoint.folder) if checkpoint else 0
     report.doing("the first step")
-    for step in range(first, total):
-        started = time.perf_counter()
-        lr = settings.base_lr * warmup_cosine(step, total, min(settings.warmup_steps, total), settings.min_lr_ratio)
-        metrics = _step(config, zero, train, step, lr, pad)
-        last = step + 1 == total
-        if heldout and ((step + 1) % 25 == 0 or last):
-            metrics["reward/accuracy"] = _accuracy(zero, heldout, settings.micro_batch_size, pad)
-        metrics |= {"stage": "reward", "step": step + 1, "steps": total, "time/step": time.perf_counter() - started}
-        due = (step + 1) % settings.save_every == 0 and not last
-        stop = report(metrics, due)
-        if due or stop:
-            save = functools.partial(zero.save, notes={"step": step + 1})
-            save_checkpoint(output, step + 1, save, report.fail)
-        if stop:
-            break
+    supervised.train(config, stage, report, first_step=first)
     report.doing("saving the model")
-    published = [Published(name.removeprefix("classifier."), (parameter,)) for name, parameter in zero.trained]
-    tensors = {name: tensor.cpu().clone() for name, tensor in zero.stream(published)}
+    published = [Published(name.removeprefix("classifier."), (parameter,)) for name, parameter in stage.zero.trained]
+    tensors = {name: tensor.cpu().clone() for name, tensor in stage.zero.stream(published)}
     if rank == 0:
         model = open_classifier(source, tokenizer, config)
         model.load_state_dict(model.state_dict() | tensors)
@@ -111,54 +156,7 @@ def open_classifier(source: Path, tokenizer: PreTrainedTokenizerBase, config: Co
     return model
 
 
-def _both(chat: ChatTokenizer, pair: Pair, config: Config) -> tuple[list[int], list[int]]:
+def _ids(chat: ChatTokenizer, pair: Pair, config: Config) -> Ids:
     limit = config.pretrain.sequence_length
     chosen, rejected = (chat.judged_ids(pair.prompt, said)[-limit:] for said in (pair.chosen, pair.rejected))
     return chosen, rejected
-
-
-def _step(
-    config: Config, zero: ZeroEngine, pairs: Sequence[tuple[list[int], list[int]]], step: int, lr: float, pad: int
-) -> dict[str, Any]:
-    settings = config.pretrain
-    draw = np.random.default_rng((config.seed, step))
-    wanted = draw.choice(len(pairs), settings.batch_size, replace=len(pairs) < settings.batch_size)
-    mine = [pairs[i] for i in wanted[zero.rank :: zero.world_size]]
-    sums = torch.zeros(3, device=zero.device)
-    starts = range(0, len(mine), settings.micro_batch_size)
-    for start in starts:
-        rewards = zero(*_batch(mine[start : start + settings.micro_batch_size], pad, zero.device))
-        loss = preference_loss(rewards)
-        zero.backward(loss / settings.batch_size, last=start == starts[-1])
-        gap = (rewards[0] - rewards[1]).detach()
-        sums += torch.stack([loss.detach(), (gap > 0).float().sum(), gap.sum()])
-    grad_norm = zero.step(lr)
-    torch.distributed.all_reduce(sums)
-    loss_mean, right, margin = (sums / settings.batch_size).tolist()
-    return {
-        "reward/loss": loss_mean, "reward/train_accuracy": right, "reward/margin": margin, "reward/lr": lr,
-        "reward/grad_norm": grad_norm,
-    }  # fmt: skip
-
-
-def _batch(pairs: Sequence[tuple[list[int], list[int]]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = [*(chosen for chosen, _ in pairs), *(rejected for _, rejected in pairs)]
-    ids = torch.full((len(rows), max(map(len, rows))), pad)
-    mask = torch.zeros_like(ids)
-    for row, one in enumerate(rows):
-        ids[row, : len(one)], mask[row, : len(one)] = torch.tensor(one), 1
-    return ids.to(device), mask.to(device)
-
-
-@torch.no_grad()
-def _accuracy(zero: ZeroEngine, pairs: Sequence[tuple[list[int], list[int]]], size: int, pad: int) -> float:
-    """Share of held-out pairs, 512 at most, whose chosen response is worth more."""
-    some = pairs[:512]
-    mine, right = some[zero.rank :: zero.world_size], torch.zeros((), device=zero.device)
-    rounds = -(-len(some) // (zero.world_size * size))  # ZeRO-3: every rank as many passes
-    for number in range(rounds):
-        batch = mine[number * size : (number + 1) * size]
-        rewards = zero(*_batch(batch or some[:1], pad, zero.device))
-        right += (rewards[0] > rewards[1]).float().sum() if batch else 0.0
-    torch.distributed.all_reduce(right)
-    return float(right) / len(some)

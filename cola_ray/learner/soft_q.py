@@ -1,38 +1,35 @@
-"""ETPO's soft Q: a K-way head on the frozen base's e, and what it is fitted to.
+"""ETPO's soft Q beside an actor: a K-way head on the frozen base's e, and what it is fitted to.
 
     e (N, H) ─> Qbar(e) ────┐                        pi, rho (N, K)
                             ├─> V of each state ─> targets r + g V(next) ─> squared error of Q(e, action taken)
     pi, rho ────────────────┘                                              then Qbar follows by Polyak averaging
 
-    with an actor   Q(e) ─> actor loss, summed over all K actions ─> the policy's update, on the same batch
-    without         rho exp(Q / beta) / Z acts, V is its own, and batches are of any age
+    Q(e) ─> actor loss, summed over all K actions ─> the policy's update, on the same batch
 
-At first every action is worth the same, and the best policy is the reference. N
-positions are scored: where an action was taken, and the last one of a sequence.
+At first every action is worth the same, and the best policy is the reference. N positions are scored: where an action
+was taken, and the last one of a sequence. Without an actor: ``actor_free.py``.
 """
 
-import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cola_ray.algorithms import etpo
 from cola_ray.algorithms.advantages import beyond_noise
-from cola_ray.algorithms.archer import polyak_
-from cola_ray.learner.value import level_of, step_together
+from cola_ray.algorithms.heads import HeadLearner
+from cola_ray.learner.micro_batch import Distributions, Encoded, last_positions
+from cola_ray.learner.value import level_of
 from cola_ray.model.modeling_cola import QHead
 
 
-class SoftQLearner:
-    """Beside an actor: online head, target head and Adam, small and whole on every rank, with a clip of its own.
-
-    ``torch.distributed`` must be initialised.
+class SoftQLearner(HeadLearner):
+    """Online head, target head and Adam. ``torch.distributed`` must be initialised.
 
     Args:
         tau: share of the online head that the target takes over after each gradient step.
         steps: gradient steps a batch.
+        seed: of the head's first weights.
     """
 
     def __init__(
@@ -40,30 +37,27 @@ class SoftQLearner:
         steps: int, seed: int,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
-        self.online = QHead(width, num_actions).to(device)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=lr)
-        self.tau, self.grad_clip, self.steps = tau, grad_clip, steps
+        super().__init__(QHead(width, num_actions).to(device), lr=lr, grad_clip=grad_clip, with_target=True)
+        self.tau, self.steps = tau, steps
 
     @torch.no_grad()
-    def start(self, pieces: Sequence[dict[str, Tensor]], num_actions: int) -> None:
+    def start(self, batches: Sequence[Encoded], num_actions: int) -> None:
         """Before the first step: every action of every state is worth what the average one leads to.
 
         From 0, actions that were taken would be learnt to be worth more than those that were not, by the rewards' level
         alone. All ranks call; once there has been a step it changes nothing.
         """
-        if self.optimizer.state:
-            return
-        level = level_of(pieces, num_actions)
-        for head in (self.online, self.target):
-            nn.init.constant_(head.layers[-1].get_parameter("bias"), level)
+        if self.is_new:
+            level = level_of(batches, num_actions)
+            for head in (self.online, self.target):
+                nn.init.constant_(head.layers[-1].get_parameter("bias"), level)
 
-    def fit(self, pieces: Sequence[dict[str, Tensor]], num_actions: int, beta: float) -> dict[str, Tensor]:
+    def fit(
+        self, batches: Sequence[Encoded], distributions: Sequence[Distributions], num_actions: int, beta: float
+    ) -> dict[str, Tensor]:
         """``steps`` gradient steps on ``mean (Q(e, a) - target)^2``; all ranks call.
 
         Args:
-            pieces: of this rank, with ``hidden_states`` (B, T, H), ``policy`` and ``reference`` (N, K)
-                log-probabilities at the positions of ``scored_mask`` (B, T), ``rewards`` and ``discounts`` (B, T).
             num_actions: over all ranks.
             beta: weight of KL(policy || reference) in values.
 
@@ -71,54 +65,52 @@ class SoftQLearner:
             metric sums over actions, of the first step.
         """
         sums: dict[str, Tensor] = {}
-        for step in range(self.steps):
-            self.optimizer.zero_grad()
-            for piece in pieces:
-                mask = piece["action_mask"]
-                goals = one_step_targets(self.target, piece, beta, piece["policy"])[mask]
-                taken = self.online(piece["hidden_states"][mask]).gather(-1, piece["actions"][mask][:, None])[:, 0]
+
+        def losses(step: int) -> Iterator[Tensor]:
+            for encoded, of in zip(batches, distributions, strict=True):
+                batch, mask = encoded.batch, encoded.batch.action_mask
+                goals = one_step_targets(self.target, encoded, of.reference, beta, of.policy)[mask]
+                q = self.online(encoded.hidden_states[mask])
+                taken = q.gather(-1, batch.actions[mask][:, None])[:, 0]
                 error = beyond_noise(taken - goals, goals).square().sum()
-                (error / num_actions).backward()
+                yield error / num_actions
                 if step == 0:
                     found = {"q/taken": taken.detach().sum(), "q/target": goals.sum(), "q/error": error.detach()}
-                    sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
-            step_together(self.online, self.optimizer, self.grad_clip)
-            polyak_(self.target.parameters(), self.online.parameters(), self.tau)
+                    sums.update({name: sums.get(name, 0.0) + value for name, value in found.items()})
+
+        for step in range(self.steps):
+            self.accumulate(losses(step))
+            self.descend(tau=self.tau)
         return sums
 
     @torch.no_grad()
-    def q(self, piece: dict[str, Tensor]) -> Tensor:
-        """What the policy follows, (N, K)."""
-        return self.online(piece["hidden_states"][piece["scored_mask"]])
+    def q(self, encoded: Encoded) -> Tensor:
+        """Of every action at the scored positions, (N, K)."""
+        found: Tensor = self.online(encoded.hidden_states[encoded.batch.scored_mask])
+        return found
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in ("online", "target", "optimizer")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, saved in state.items():
-            getattr(self, name).load_state_dict(saved)
+    def control(self, encoded: Encoded, of: Distributions) -> Tensor:
+        """What Q expects of each action beyond the policy's mean, (N, K): a control variate."""
+        q = self.q(encoded)
+        return q - etpo.soft_values(q, of.policy, of.reference, 0.0)[..., None]
 
 
 @torch.no_grad()
-def one_step_targets(target: QHead, piece: dict[str, Tensor], beta: float, policy: Tensor | None = None) -> Tensor:
+def one_step_targets(
+    target: QHead, encoded: Encoded, reference: Tensor, beta: float, policy: Tensor | None = None
+) -> Tensor:
     """``r + g V(next)`` at each action, 0 elsewhere, (B, T).
 
     Args:
-        piece: as for :meth:`SoftQLearner.fit`.
-        policy: (N, K) log-probabilities, whose values count; None for the best policy's.
+        reference: (N, K) log-probabilities at the scored positions, each row's last among them.
+        policy: (N, K), whose values count; None for the best policy's.
     """
-    scored, reference = piece["scored_mask"], piece["reference"]
-    q = target(piece["hidden_states"][scored])
+    batch = encoded.batch
+    q = target(encoded.hidden_states[batch.scored_mask])
     if policy is None:
         found = etpo.best_soft_values(q, reference, beta)
     else:
         found = etpo.soft_values(q, policy, reference, beta)
-    values = torch.zeros(scored.shape, device=found.device).masked_scatter(scored, found)
-    final = values[last_positions(piece["attention_mask"])]
-    return etpo.soft_targets(piece["rewards"], piece["discounts"], values, final, piece["action_mask"])
-
-
-def last_positions(attention_mask: Tensor) -> Tensor:
-    """True at each row's last token, (B, T); padding is on the right."""
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return places == attention_mask.sum(1, keepdim=True) - 1
+    values = batch.place(found)
+    final = values[last_positions(batch.attention_mask)]
+    return etpo.soft_targets(encoded.rewards, batch.discounts, values, final, batch.action_mask)

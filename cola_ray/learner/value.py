@@ -5,19 +5,19 @@
                           └── squared error to A + V <──────┘    own Adam, own clip
 
 The head reads e, which nothing here trains, so its gradients never meet the policy's: it has an optimizer of its own,
-and a large value error cannot use up the policy's gradient norm. It is small, and whole on every rank. Legend: B
-sequences, T positions, H hidden size.
+and a large value error cannot use up the policy's gradient norm. Legend: B sequences, T positions, H hidden size.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from cola_ray.algorithms.advantages import beyond_noise, over_spread, typical_value, within_noise
-from cola_ray.algorithms.gradients import NonFiniteError, clip_gradients
+from cola_ray.algorithms.heads import HeadLearner
 from cola_ray.algorithms.ppo import generalised_advantages
+from cola_ray.learner.micro_batch import Advantages, Encoded
 
 
 class ValueHead(nn.Module):
@@ -32,13 +32,24 @@ class ValueHead(nn.Module):
         return self.layers(self.norm(e.float()))[..., 0]
 
 
-class ValueLearner:
-    """The head and its optimizer, the same on every rank. ``torch.distributed`` must be initialised.
+@dataclass(frozen=True)
+class _Estimates:
+    """What the head says of a micro-batch's actions, (B, T) each, 0 where masked."""
+
+    values: Tensor
+    advantages: Tensor  # GAE's
+    returns: Tensor  # advantages + values, what the head is fitted to
+    gains: Tensor  # what follows each action, undecayed, whatever the values are
+
+
+class ValueLearner(HeadLearner):
+    """The head and its optimizer. ``torch.distributed`` must be initialised.
 
     Args:
         decay: lambda of GAE.
         whiten: advantages to mean 0 and variance 1 over the actions of the global batch.
         steps: gradient steps a batch.
+        seed: of the head's first weights.
     """
 
     def __init__(
@@ -46,131 +57,121 @@ class ValueLearner:
         seed: int,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
-        self.head = ValueHead(width).to(device)
-        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=lr)
-        self.grad_clip, self.decay, self.whiten, self.steps = grad_clip, decay, whiten, steps
+        super().__init__(ValueHead(width).to(device), lr=lr, grad_clip=grad_clip)
+        self.decay, self.whiten, self.steps = decay, whiten, steps
 
     @torch.no_grad()
-    def start(self, pieces: Sequence[dict[str, Tensor]], num_actions: int) -> None:
+    def start(self, batches: Sequence[Encoded], num_actions: int) -> None:
         """Before the first step: every value as if all actions were like the average one of the global batch.
 
         All ranks call; once there has been a step it changes nothing.
         """
-        if self.optimizer.state:
-            return
-        nn.init.zeros_(self.head.layers[-1].get_parameter("weight"))
-        nn.init.constant_(self.head.layers[-1].get_parameter("bias"), level_of(pieces, num_actions))
+        if self.is_new:
+            nn.init.zeros_(self.online.layers[-1].get_parameter("weight"))
+            nn.init.constant_(self.online.layers[-1].get_parameter("bias"), level_of(batches, num_actions))
 
     @torch.no_grad()
-    def advantages(self, pieces: Sequence[dict[str, Tensor]], num_actions: int) -> dict[str, Tensor]:
-        """Replace each micro-batch's ``advantages`` by GAE's and add its ``returns``; all ranks call.
+    def advantages(
+        self, batches: Sequence[Encoded], num_actions: int
+    ) -> tuple[list[Advantages], list[Tensor], dict[str, Tensor]]:
+        """GAE's advantages of this rank's micro-batches, whitened where wanted; all ranks call.
 
         Where all that comes after one action is worth the same as after any other, the head's errors are no advantage:
-        all are exactly 0. Whitened, a micro-batch has the ``deviation`` that its advantages were divided by, 1 where
-        they were not, for whatever else belongs to the same objective.
+        all are exactly 0. Whitened ones come with the deviation that they were divided by, 1 where they were not, for
+        whatever else belongs to the same objective.
 
         Args:
-            pieces: of this rank, with ``hidden_states`` (B, T, H), ``rewards`` and ``discounts`` (B, T).
             num_actions: over all ranks.
 
         Returns:
-            metric sums over actions: values, returns, their squared deviations, and squared errors of values.
+            advantages; returns (B, T) to fit the head to; metric sums over actions: values, returns, their squared
+            deviations, squared errors of values.
         """
-        gains = [self._estimate(piece) for piece in pieces]
-        largest, highest, lowest = self._extremes(pieces, gains)
+        found = [self._estimate(one) for one in batches]
+        largest, highest, lowest = _extremes(batches, found)
         if bool(within_noise(highest - lowest, largest)):
-            for piece, gain in zip(pieces, gains, strict=True):
-                piece |= {"advantages": torch.zeros_like(gain), "returns": gain}
-        acted = [piece["action_mask"] for piece in pieces]
+            found = [replace(one, advantages=torch.zeros_like(one.gains), returns=one.gains) for one in found]
         values, returns, advantages = (
-            torch.cat([piece[name][mask] for piece, mask in zip(pieces, acted, strict=True)]).double()
-            for name in ("values", "returns", "advantages")
+            _acted(batches, [getattr(one, name) for one in found]) for name in ("values", "returns", "advantages")
         )
-        sums = self._summed(values.sum(), returns.sum(), advantages.sum(), advantages.square().sum())
+        sums = _summed(values.sum(), returns.sum(), advantages.sum(), advantages.square().sum())
         mean_return, mean = sums[1] / num_actions, sums[2] / num_actions
+        made = [Advantages(one.advantages) for one in found]
         if self.whiten:
-            deviation = (self._summed((advantages - mean).square().sum())[0] / num_actions).sqrt()
-            noise = bool(within_noise(deviation, largest))
-            for piece, mask in zip(pieces, acted, strict=True):
-                whitened = over_spread(piece["advantages"].double() - mean, deviation, largest)
-                piece["advantages"] = whitened.masked_fill(~mask, 0.0).float()
-                piece["deviation"] = torch.ones_like(deviation) if noise else deviation
-        return {
+            deviation = (_summed((advantages - mean).square().sum())[0] / num_actions).sqrt()
+            divisor = torch.ones_like(deviation) if bool(within_noise(deviation, largest)) else deviation
+            whitened = (over_spread(one.advantages.double() - mean, deviation, largest) for one in found)
+            made = [
+                Advantages(one.masked_fill(~encoded.batch.action_mask, 0.0).float(), deviation=divisor)
+                for one, encoded in zip(whitened, batches, strict=True)
+            ]
+        return made, [one.returns for one in found], {
             "value/mean": values.sum(),
             "value/returns": returns.sum(),
             "value/returns_deviation": (returns - mean_return).square().sum(),
             "value/error": advantages.square().sum(),
-        }
+        }  # fmt: skip
 
-    def _estimate(self, piece: dict[str, Tensor]) -> Tensor:
-        """Leaves ``values``, ``advantages`` and ``returns`` in a micro-batch; what follows each action, undecayed."""
-        values, mask = self.head(piece["hidden_states"]), piece["action_mask"]
-        last = piece["attention_mask"].sum(1, keepdim=True) - 1
+    def _estimate(self, encoded: Encoded) -> _Estimates:
+        values, batch = self.online(encoded.hidden_states), encoded.batch
+        last = batch.attention_mask.sum(1, keepdim=True) - 1
         final = values.gather(1, last)[:, 0]
-        given = piece["rewards"], piece["discounts"]
-        piece["values"] = values.masked_fill(~mask, 0.0)
-        piece["advantages"] = generalised_advantages(*given, values, final, mask, self.decay)
-        piece["returns"] = piece["advantages"] + piece["values"]
-        return generalised_advantages(*given, torch.zeros_like(values), final, mask, 1.0)
+        given, mask = (encoded.rewards, batch.discounts), batch.action_mask
+        masked = values.masked_fill(~mask, 0.0)
+        advantages = generalised_advantages(*given, values, final, mask, self.decay)
+        gains = generalised_advantages(*given, torch.zeros_like(values), final, mask, 1.0)
+        return _Estimates(masked, advantages, advantages + masked, gains)
 
-    def _extremes(self, pieces: Sequence[dict[str, Tensor]], gains: Sequence[Tensor]) -> Tensor:
-        """Over all ranks' actions: the greatest magnitude of gains and values, the greatest gain and the least."""
-        masks = [piece["action_mask"] for piece in pieces]
-        gained, values = (
-            torch.cat([one[mask] for one, mask in zip(of, masks, strict=True)]).double()
-            for of in (gains, [piece["values"] for piece in pieces])
-        )
-        least = torch.full((1,), -torch.inf, dtype=torch.float64, device=gained.device)  # of a rank without actions
-        found = torch.stack([
-            torch.cat([least, gained.abs(), values.abs()]).max(),
-            torch.cat([least, gained]).max(),
-            torch.cat([least, -gained]).max(),
-        ])  # fmt: skip
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        return found * torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64, device=found.device)
+    def fit(self, batches: Sequence[Encoded], returns: Sequence[Tensor], num_actions: int) -> None:
+        """``steps`` gradient steps on ``mean (V - returns)^2``; all ranks call.
 
-    @staticmethod
-    def _summed(*sums: Tensor) -> Tensor:
-        """Over all ranks."""
-        together = torch.stack(sums)
-        torch.distributed.all_reduce(together)
-        return together
+        Args:
+            returns: (B, T) of each micro-batch.
 
-    def fit(self, pieces: Sequence[dict[str, Tensor]], num_actions: int) -> None:
-        """``steps`` gradient steps on ``mean (V - returns)^2``; all ranks call."""
+        Raises:
+            NonFiniteError: on every rank; the head is as before the step.
+        """
+
+        def loss(encoded: Encoded, goals: Tensor) -> Tensor:
+            error = beyond_noise(self.online(encoded.hidden_states)[encoded.batch.action_mask] - goals, goals)
+            return error.square().sum() / num_actions
+
         for _ in range(self.steps):
-            self.optimizer.zero_grad()
-            for piece in pieces:
-                mask = piece["action_mask"]
-                goals = piece["returns"][mask]
-                error = beyond_noise(self.head(piece["hidden_states"])[mask] - goals, goals)
-                (error.square().sum() / num_actions).backward()
-            step_together(self.head, self.optimizer, self.grad_clip)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            pairs = zip(batches, returns, strict=True)
+            self.accumulate(loss(one, goals[one.batch.action_mask]) for one, goals in pairs)
+            self.descend()
 
 
-def level_of(pieces: Sequence[dict[str, Tensor]], num_actions: int) -> float:
+def level_of(batches: Sequence[Encoded], num_actions: int) -> float:
     """What every state is worth if all actions of all ranks' micro-batches are like the average one; all ranks call."""
-    columns = [torch.cat([piece[name][piece["action_mask"]] for piece in pieces]) for name in ("rewards", "discounts")]
+    columns = [torch.cat([one[batch.batch.action_mask] for one, batch in zip(of, batches, strict=True)])
+               for of in ([one.rewards for one in batches], [one.batch.discounts for one in batches])]  # fmt: skip
     sums = torch.stack([column.double().sum() for column in columns])
     torch.distributed.all_reduce(sums)
     return float(typical_value(*(sums / num_actions)))
 
 
-def step_together(head: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
-    """A step on the sum of all ranks' gradients, for a head that every rank holds whole; all ranks call.
+def _acted(batches: Sequence[Encoded], columns: Sequence[Tensor]) -> Tensor:
+    """(B, T) of each micro-batch -> float64 of all its rank's actions."""
+    masks = [one.batch.action_mask for one in batches]
+    return torch.cat([column[mask] for column, mask in zip(columns, masks, strict=True)]).double()
 
-    Raises:
-        NonFiniteError: on every rank; the head is as before.
-    """
-    for parameter in head.parameters():
-        torch.distributed.all_reduce(parameter.grad)
-    if not torch.isfinite(clip_gradients(head.parameters(), grad_clip)):
-        raise NonFiniteError("a value's gradient is not finite")
-    optimizer.step()
+
+def _extremes(batches: Sequence[Encoded], estimates: Sequence[_Estimates]) -> Tensor:
+    """Over all ranks' actions: the greatest magnitude of gains and values, the greatest gain and the least; (3,)."""
+    gains, values = (_acted(batches, [getattr(one, name) for one in estimates]) for name in ("gains", "values"))
+    least = torch.full((1,), -torch.inf, dtype=torch.float64, device=gains.device)  # of a rank without actions
+    found = torch.stack([
+        torch.cat([least, gains.abs(), values.abs()]).max(),
+        torch.cat([least, gains]).max(),
+        torch.cat([least, -gains]).max(),
+    ])  # fmt: skip
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found * torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64, device=found.device)
+
+
+def _summed(*sums: Tensor) -> Tensor:
+    """Over all ranks, (S,)."""
+    together = torch.stack(sums)
+    torch.distributed.all_reduce(together)
+    return together

@@ -8,8 +8,7 @@
 The base never changes, so features are stored in the replay buffer once and critic steps do not run the base.
 """
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,12 @@ from cola_ray.algorithms.advantages import typical_value
 from cola_ray.algorithms.archer import (
     TwinHeads,
     expectile_loss,
-    polyak_,
     q_targets,
     twin_squared_error,
     utterance_advantages,
 )
-from cola_ray.algorithms.gradients import clip_gradients
+from cola_ray.algorithms.gradients import NonFiniteError
+from cola_ray.algorithms.heads import HeadLearner
 
 Array = np.ndarray
 Inputs = Tensor | Mapping[str, Tensor]
@@ -74,7 +73,7 @@ class CriticBatch:
     weights: Tensor | None = None  # (B,) importance weights of prioritised replay
 
 
-class Critic:
+class Critic(HeadLearner):
     """Online heads with Adam, and target heads that follow them.
 
     Args:
@@ -96,10 +95,8 @@ class Critic:
         grad_clip: float,
         expectile: float = 0.0,
     ) -> None:
-        self.gamma, self.tau, self.grad_clip, self.expectile = gamma, tau, grad_clip, expectile
-        self.online: Any = heads
-        self.target: Any = copy.deepcopy(heads).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(heads.parameters(), lr=lr)
+        super().__init__(heads, lr=lr, grad_clip=grad_clip, with_target=True, combine=self._average_gradients)
+        self.gamma, self.tau, self.expectile = gamma, tau, expectile
         self.average: Callable[[Tensor], None] | None = None  # averages gradients over replicas, in place
         self.steps = 0
 
@@ -107,24 +104,20 @@ class Critic:
         """Take a gradient step on Q and V, then move the target heads. Returns metrics.
 
         Raises:
-            RuntimeError: the gradient is not finite; the weights are left unchanged.
+            NonFiniteError: the gradient is not finite, on every replica; the weights are left unchanged.
         """
         targets = self._q_targets(batch)
         q = self.online.q_values(batch.states, batch.utterances)
         v, v_loss = self._value_loss(batch)
         loss = twin_squared_error(q, targets, batch.weights) + v_loss
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.average is not None:
-            self._average_gradients(self.average)
-        grad_norm = clip_gradients(self.online.parameters(), self.grad_clip)
-        if not torch.isfinite(grad_norm):  # the same on every replica
-            raise RuntimeError(
-                f"the critic's loss is {loss.item()} at its step {self.steps}, its gradient over all replicas "
-                f"{float(grad_norm)}: a reward or a state is NaN"
-            )
-        self.optimizer.step()
-        polyak_(self.target.parameters(), self.online.parameters(), self.tau)
+        self.accumulate([loss])
+        try:
+            grad_norm = self.descend(tau=self.tau)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"the critic's loss is {loss.item()} at its step {self.steps}, and over all replicas {error}: "
+                "a reward or a state is NaN"
+            ) from error
         self.steps += 1
         return {
             "critic/loss": loss.item(),
@@ -164,12 +157,12 @@ class Critic:
         if self.average is not None:
             self.average(measured)
 
-    def _average_gradients(self, average: Callable[[Tensor], None]) -> None:
-        parameters = [p for p in self.online.parameters() if p.grad is not None]
-        flat = torch.cat([p.grad.flatten() for p in parameters])
-        average(flat)
-        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+    def _average_gradients(self, gradients: Sequence[Tensor]) -> None:
+        if self.average is not None:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            self.average(flat)
+            for gradient, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
 
     @torch.no_grad()
     def _q_targets(self, batch: CriticBatch) -> Tensor:
@@ -209,16 +202,9 @@ class Critic:
         """The target heads' weights by name, for players that choose among utterances by Q (CHAI)."""
         return {name: tensor.numpy().copy() for name, tensor in self.target.state_dict().items()}
 
-    def state_dict(self) -> dict[str, object]:
-        return {
-            "online": self.online.state_dict(),
-            "target": self.target.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "steps": self.steps,
-        }
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.online.load_state_dict(state["online"])
-        self.target.load_state_dict(state["target"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         self.steps = state["steps"]

@@ -126,7 +126,7 @@ def _shape(config: Config) -> dict[str, object]:
     if base in _KNOWN:
         return dict(_KNOWN[base])
     if not base:
-        from cola_ray.learner.pretrain import make_tiny_llama
+        from cola_ray.learner.start_model import make_tiny_llama
 
         return dict(make_tiny_llama(280, 1, 0).config.to_dict())
     file = Path(base)

@@ -15,12 +15,14 @@ from conftest import NUM_ACTIONS, VOCAB_SIZE
 from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.algorithms.archer import polyak_
+from cola_ray.algorithms.heads import polyak_
 from cola_ray.experience import Batch, Trajectory, collate
 from cola_ray.learner.engine import NonFiniteError, join_group, last_checkpoint, save_checkpoint
-from cola_ray.learner.policies import export, make_policy
-from cola_ray.learner.rl import RLLearner, policy_objective, tensors_of
-from cola_ray.learner.soft_q import last_positions, one_step_targets
+from cola_ray.learner.micro_batch import Advantages, Encoded, Frozen, MicroBatch
+from cola_ray.learner.objective import policy_objective
+from cola_ray.learner.policies import export, forward, make_policy
+from cola_ray.learner.rl import RLLearner
+from cola_ray.learner.soft_q import one_step_targets
 from cola_ray.runs.saved import MANIFEST
 from cola_ray.settings.config import Config, override
 from cola_ray.settings.presets import preset
@@ -159,12 +161,12 @@ def plain(space, model_dir):
     optimizer = torch.optim.AdamW(parameters, lr=config.rl.lr, betas=config.rl.adam_betas, weight_decay=0.0)
     losses = []
     for (batch,) in batches(1, space):
-        piece = tensors_of(batch, *batch.micro_batches[0], torch.device("cpu"))
-        inputs = (piece[name] for name in ("input_ids", "attention_mask", "scored_mask"))
-        logits, _, piece["reference_logits"], _ = module(*inputs)
+        whole = MicroBatch.cut(batch, *batch.micro_batches[0], torch.device("cpu"))
+        logits, frozen = forward(module, whole, Frozen())
         loss, _ = policy_objective(
-            logits, piece, None, rl=config.rl, kl_coef=config.rl.kl_coef, temperature=0.8, top_k=0
-        )
+            logits, whole, frozen, Advantages(whole.advantages), None, rl=config.rl, kl_coef=config.rl.kl_coef,
+            temperature=0.8, top_k=0,
+        )  # fmt: skip
         optimizer.zero_grad()
         (loss / batch.num_actions_global).backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.rl.grad_clip)
@@ -178,14 +180,13 @@ def plain_q(config, module):
     optimizer = torch.optim.AdamW(module.q.parameters(), lr=rl.value_lr, betas=rl.adam_betas, weight_decay=0.0)
     losses = []
     for (batch,) in batches(1, "actor_free"):
-        piece = tensors_of(batch, *batch.micro_batches[0], torch.device("cpu"))
-        mask = piece["action_mask"]
-        piece["scored_mask"] = mask | last_positions(piece["attention_mask"])
+        whole = MicroBatch.cut(batch, *batch.micro_batches[0], torch.device("cpu"), score_last=True)
+        mask = whole.action_mask
         for step in range(rl.value_steps):
-            _, e, reference, _ = module(*(piece[name] for name in ("input_ids", "attention_mask", "scored_mask")))
-            piece |= {"hidden_states": e, "reference": reference.log_softmax(-1)}
-            goals = one_step_targets(target, piece, rl.kl_coef)[mask]
-            error = (module.q(e[mask]).gather(-1, piece["actions"][mask][:, None])[:, 0] - goals).square().mean()
+            _, frozen = forward(module, whole, Frozen())
+            e, reference = frozen.hidden_states, frozen.reference_logits.log_softmax(-1)
+            goals = one_step_targets(target, Encoded(whole, e, whole.rewards), reference, rl.kl_coef)[mask]
+            error = (module.q(e[mask]).gather(-1, whole.actions[mask][:, None])[:, 0] - goals).square().mean()
             optimizer.zero_grad()
             error.backward()
             torch.nn.utils.clip_grad_norm_(module.q.parameters(), rl.grad_clip)

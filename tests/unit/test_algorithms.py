@@ -4,10 +4,12 @@ Literals marked with a source are facts asserted by that project's tests (all Ap
 """
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import micro_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +27,8 @@ from cola_ray.algorithms.policy_loss import (
 )
 from cola_ray.algorithms.rloo import leave_one_out
 from cola_ray.checks.refusals import check
-from cola_ray.learner.rl import policy_objective
+from cola_ray.learner.micro_batch import ActionValues, Advantages, Encoded, Frozen, Scored
+from cola_ray.learner.objective import policy_objective
 from cola_ray.learner.value import ValueLearner
 from cola_ray.registry import BUILT_IN, find
 from cola_ray.settings.algorithms import OF_OUTCOMES
@@ -193,6 +196,12 @@ def test_overlong_completions_pay_in_proportion():
     assert overlong_penalty(100, 100, 0) == 0
 
 
+def loss_of(logits, batch, follows, reference=None, old=None, *, rl, kl_coef=0.0, aliases=None, **rollout):
+    """Of a policy that is sampled as it is, unless told otherwise."""
+    frozen, rollout = Frozen(None, reference, aliases), {"temperature": 1.0, "top_k": 0} | rollout
+    return policy_objective(logits, batch, frozen, follows, old, rl=rl, kl_coef=kl_coef, **rollout)
+
+
 # --- KL ---------------------------------------------------------------------------------------------------------------
 
 
@@ -214,12 +223,9 @@ def two_steps(estimator, kl_in, kl_coef):
     rl = RLConfig(kl_in=kl_in, kl_estimator=estimator, importance_cap=0.0)
     for first, second in itertools.product(range(3), repeat=2):
         rows, actions = [0, 1 + first], torch.tensor([[first, second]])
-        batch = {
-            "actions": actions, "action_mask": mask, "advantages": torch.zeros(1, 2, dtype=torch.float64),
-            "reference_logits": reference[rows],
-            "discounts": torch.ones(1, 1), "rollout_log_probs": torch.zeros(1, 2), "scored_mask": mask,
-        }  # fmt: skip
-        loss, _ = policy_objective(table[rows], batch, None, rl=rl, kl_coef=kl_coef, temperature=1.0, top_k=0)
+        batch = micro_batch(actions=actions, action_mask=mask, discounts=torch.ones(1, 1))
+        follows = Advantages(torch.zeros(1, 2, dtype=torch.float64))
+        loss, _ = loss_of(table[rows], batch, follows, reference[rows], rl=rl, kl_coef=kl_coef)
         gradients.append(-torch.autograd.grad(loss, table)[0])
         chances.append(float((policy[0, first] + policy[1 + first, second]).exp().detach()))
     return torch.tensor(chances, dtype=torch.float64), torch.stack(gradients), wanted
@@ -294,32 +300,28 @@ class Process:
         passed = torch.tensor([float(np.prod(DISCOUNTS[: len(history)])) for history in self.states])
         return gradient / passed[:, None]
 
-    def batch(self):
-        shape = self.rows.shape
-        mask = torch.ones(shape, dtype=torch.bool)
-        rewards = self.rewards[self.rows, self.actions]
-        discounts = torch.tensor(DISCOUNTS, dtype=torch.float64).expand(shape)
-        return {
-            "actions": self.actions, "action_mask": mask, "scored_mask": mask, "rewards": rewards,
-            "attention_mask": torch.ones(shape, dtype=torch.long), "discounts": discounts,
-            "advantages": discounted_sum_to_go(rewards, mask, discounts),
-            "rollout_log_probs": torch.zeros(shape, dtype=torch.float64),
-            "reference_logits": self.reference[self.rows.flatten()],
-        }  # fmt: skip
+    def batch(self, rows=slice(None)):
+        shape = self.rows[rows].shape
+        return micro_batch(
+            actions=self.actions[rows], action_mask=torch.ones(shape, dtype=torch.bool),
+            rewards=self.rewards[self.rows[rows], self.actions[rows]],
+            discounts=torch.tensor(DISCOUNTS, dtype=torch.float64).expand(shape),
+            rollout_log_probs=torch.zeros(shape, dtype=torch.float64),
+        )  # fmt: skip
 
-    def found(self, batch, kl_in, estimator, beta, **changes):
+    def advantages(self):
+        """Of all sequences: the discounted rewards to go."""
+        batch = self.batch()
+        return Advantages(discounted_sum_to_go(batch.rewards, batch.action_mask, batch.discounts))
+
+    def found(self, advantages, kl_in, estimator, beta, **changes):
         """The expectation of what the loss teaches, over all sequences by their probabilities."""
         rl = RLConfig(kl_in=kl_in, kl_estimator=estimator, importance_cap=0.0, **changes)
         total = torch.zeros_like(self.table)
         for index, chance in enumerate(self.chances):
-            one = {
-                name: tensor if tensor.dim() == 0 else tensor[index : index + 1]
-                for name, tensor in batch.items()
-                if name != "reference_logits"
-            }
-            rows = self.rows[index]
-            one["reference_logits"] = self.reference[rows]
-            loss, _ = policy_objective(self.table[rows], one, None, rl=rl, kl_coef=beta, temperature=1.0, top_k=0)
+            one, rows = slice(index, index + 1), self.rows[index]
+            follows = replace(advantages, values=advantages.values[one])
+            loss, _ = loss_of(self.table[rows], self.batch(one), follows, self.reference[rows], rl=rl, kl_coef=beta)
             total -= chance * torch.autograd.grad(loss, self.table)[0]
         return total
 
@@ -340,7 +342,7 @@ def test_charges_by_hand():
 def test_discounted_kl_in_the_reward_has_the_exact_objectives_gradient(estimator):
     process = Process(seed=0)
     for beta in (0.0, 0.1, 3.0):
-        found = process.found(process.batch(), "reward", estimator, beta)
+        found = process.found(process.advantages(), "reward", estimator, beta)
         torch.testing.assert_close(found, process.wanted(beta), atol=1e-9, rtol=1e-9)
 
 
@@ -356,24 +358,23 @@ def test_whitened_advantages_scale_the_whole_gradient(estimator, monkeypatch):
     times = (process.chances * 64).round().long()
     for name in ("rows", "actions"):
         setattr(process, name, getattr(process, name).repeat_interleave(times, 0))
-    batch, mask, beta = process.batch(), torch.ones(process.rows.shape, dtype=torch.bool), 0.1
+    batch, beta = process.batch(), 0.1
     policy, reference = (of.detach().log_softmax(-1)[process.rows] for of in (process.table, process.reference))
     taken = (of.gather(-1, process.actions[..., None])[..., 0] for of in (policy, reference))
-    charges = kl_penalties(*taken, exact_kl(policy, reference), mask, batch["discounts"], estimator)
-    batch |= {
-        "rewards": batch["rewards"] - beta * charges, "kl_penalties": torch.zeros_like(charges),
-        "hidden_states": torch.randn(len(process.states), 4, generator=torch.Generator().manual_seed(1))[process.rows],
-    }  # fmt: skip
+    charges = kl_penalties(*taken, exact_kl(policy, reference), batch.action_mask, batch.discounts, estimator)
+    e = torch.randn(len(process.states), 4, generator=torch.Generator().manual_seed(1))[process.rows]
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
     learner = ValueLearner(
         4, torch.device("cpu"), lr=1e-3, grad_clip=1.0, decay=1.0, whiten=True, steps=1, seed=0
     )  # fmt: skip
-    learner.advantages([batch], mask.numel())
-    assert float(batch["advantages"].square().mean()) == pytest.approx(1.0, abs=1e-5)
+    encoded = Encoded(batch, e, batch.rewards - beta * charges)
+    (advantages,), _, _ = learner.advantages([encoded], batch.action_mask.numel())
+    assert float(advantages.values.square().mean()) == pytest.approx(1.0, abs=1e-5)
     monkeypatch.setattr(Process, "chances", torch.full((len(process.rows),), 1 / len(process.rows)).double())
-    found, wanted = process.found(batch, "reward", estimator, beta), process.wanted(beta)
+    found = process.found(replace(advantages, hold_kl=True), "reward", estimator, beta)
+    wanted = process.wanted(beta)
     # An exact expectation loses any baseline: the head's values, and the mean. Advantages are in float32: 1e-6.
-    torch.testing.assert_close(found * batch["deviation"], wanted, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found * advantages.deviation, wanted, atol=1e-6, rtol=1e-4)
     assert torch.cosine_similarity(found.flatten(), wanted.flatten(), 0) == pytest.approx(1.0, abs=1e-6)
 
 
@@ -390,7 +391,7 @@ def divergence_after(kl_in, estimator, steps=12):
             of_states = exact_kl(process.table.log_softmax(-1), process.reference.log_softmax(-1))
             after = float((process.chances[:, None] * of_states[process.rows]).sum())
         before = before if step else after
-        process.table.data += process.found(process.batch(), kl_in, estimator, beta=1.0)
+        process.table.data += process.found(process.advantages(), kl_in, estimator, beta=1.0)
     return before, after
 
 
@@ -434,22 +435,23 @@ def test_an_action_outside_the_top_k_weighs_nothing_and_is_counted(name, left_ou
     old = torch.tensor([[-0.4, -0.7, -1.3]], dtype=torch.float64)
     if left_out in ("then", "both"):
         old[0, 1] = -torch.inf
-    batch = {
-        "actions": torch.tensor([[0, 1 if left_out == "then" else 4, 1]]), "action_mask": mask, "scored_mask": mask,
-        "discounts": torch.ones(1, 1), "rollout_log_probs": torch.full((1, 3), -0.5, dtype=torch.float64),
-        "reference_logits": torch.randn(3, 5, generator=draw, dtype=torch.float64),
-    }  # fmt: skip
-    if rl.control_variate:
-        batch["control"] = torch.randn(3, 5, generator=draw, dtype=torch.float64)
-    if rl.marginal_aliases:
-        batch |= {"aliases": torch.zeros(3, 5, dtype=torch.bool), "old_marginals": old.nan_to_num(neginf=0.0)}
-    q = torch.randn(3, 5, generator=draw, dtype=torch.float64) if rl.algorithm == "etpo" else None
+    batch = micro_batch(
+        actions=torch.tensor([[0, 1 if left_out == "then" else 4, 1]]), action_mask=mask, discounts=torch.ones(1, 1),
+        rollout_log_probs=torch.full((1, 3), -0.5, dtype=torch.float64),
+    )  # fmt: skip
+    reference, other = (torch.randn(3, 5, generator=draw, dtype=torch.float64) for _ in range(2))
+    aliases = torch.zeros(3, 5, dtype=torch.bool) if rl.marginal_aliases else None
+    marginals = old.nan_to_num(neginf=0.0) if rl.marginal_aliases else None
+    penalties = torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64)
 
     def taught(advantage):
         logits = values.clone().requires_grad_()
-        batch["advantages"] = torch.tensor([[1.0, advantage, -1.0]], dtype=torch.float64)
-        given = None if left_out == "from the start" else old
-        loss, metrics = policy_objective(logits, batch, given, rl=rl, kl_coef=0.1, temperature=1.0, top_k=2, q=q)
+        advantages = torch.tensor([[1.0, advantage, -1.0]], dtype=torch.float64)
+        follows = Advantages(advantages, control=other if rl.control_variate else None)
+        if rl.algorithm == "etpo":
+            follows = ActionValues(other)
+        given = None if left_out == "from the start" else Scored(old, penalties, marginals)
+        loss, metrics = loss_of(logits, batch, follows, reference, given, rl=rl, kl_coef=0.1, top_k=2, aliases=aliases)
         (gradient,) = torch.autograd.grad(loss, logits)
         return loss, gradient, metrics
 
@@ -466,15 +468,14 @@ def test_an_action_outside_the_top_k_weighs_nothing_and_is_counted(name, left_ou
 def test_what_the_top_k_keeps_is_taught_as_without_a_neighbour_that_it_leaves_out():
     """The gradient of the other actions is theirs alone, over the same number of actions."""
     logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    both = {
-        "actions": torch.tensor([[1, 2]]), "action_mask": torch.tensor([[True, True]]),
-        "advantages": torch.ones(1, 2, dtype=torch.float64), "discounts": torch.ones(1, 1),
-        "rollout_log_probs": torch.full((1, 2), -1.0, dtype=torch.float64), "reference_logits": None,
-    }  # fmt: skip
+    both = micro_batch(
+        actions=torch.tensor([[1, 2]]), action_mask=torch.tensor([[True, True]]), discounts=torch.ones(1, 1),
+        rollout_log_probs=torch.full((1, 2), -1.0, dtype=torch.float64),
+    )  # fmt: skip
     gradients = []
-    for batch in (both, both | {"action_mask": torch.tensor([[True, False]])}):
-        batch["scored_mask"] = both["action_mask"]
-        loss, _ = policy_objective(logits, batch, None, rl=RLConfig(), kl_coef=0.0, temperature=1.0, top_k=2)
+    for batch in (both, replace(both, action_mask=torch.tensor([[True, False]]))):
+        follows = Advantages(torch.ones(1, 2, dtype=torch.float64))
+        loss, _ = loss_of(logits, batch, follows, rl=RLConfig(), top_k=2)
         gradients.append(torch.autograd.grad(loss, logits)[0])
     torch.testing.assert_close(*gradients)
 
@@ -504,14 +505,10 @@ def test_the_coefficient_follows_the_divergence():
 def test_the_entropy_bonus_spreads_the_policy():
     logits = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
     zero, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
-    batch = {"actions": torch.zeros(1, 1, dtype=torch.long), "action_mask": mask, "advantages": zero,
-             "scored_mask": mask, "discounts": torch.ones(1, 1),
-             "rollout_log_probs": zero, "reference_logits": torch.zeros(1, 3)}  # fmt: skip
+    batch = micro_batch(action_mask=mask, discounts=torch.ones(1, 1), rollout_log_probs=zero)
 
     def loss(x):
-        return policy_objective(
-            x, batch, None, rl=RLConfig(entropy_coef=0.3), kl_coef=0.0, temperature=1.0, top_k=0
-        )[0]  # fmt: skip
+        return loss_of(x, batch, Advantages(zero), torch.zeros(1, 3), rl=RLConfig(entropy_coef=0.3))[0]
 
     assert torch.autograd.gradcheck(lambda x: -0.3 * entropy(x.log_softmax(-1)).sum(), (logits,))
     (found,) = torch.autograd.grad(loss(logits), logits)
@@ -527,14 +524,10 @@ def noisy_choice(control):
     (wanted,) = torch.autograd.grad((probs * values).sum(), logits)
     chances, gradients = [], []
     for action, noise in itertools.product(range(3), (-1.0, 1.0)):
-        batch = {
-            "actions": torch.tensor([[action]]), "action_mask": mask,
-            "discounts": torch.ones(1, 1), "rollout_log_probs": torch.zeros(1, 1),
-            "advantages": (values[action] + noise).reshape(1, 1), "reference_logits": torch.zeros(1, 3),
-            "scored_mask": mask,
-        } | ({} if control is None else {"control": control[None]})  # fmt: skip
-        rl = RLConfig(importance_cap=0.0)
-        loss, _ = policy_objective(logits, batch, None, rl=rl, kl_coef=0.0, temperature=1.0, top_k=0)
+        batch = micro_batch(actions=torch.tensor([[action]]), action_mask=mask, discounts=torch.ones(1, 1))
+        advantage = (values[action] + noise).reshape(1, 1)
+        follows = Advantages(advantage, control=None if control is None else control[None])
+        loss, _ = loss_of(logits, batch, follows, torch.zeros(1, 3), rl=RLConfig(importance_cap=0.0))
         gradients.append(-torch.autograd.grad(loss, logits)[0])
         chances.append(0.5 * float(logits.softmax(-1)[0, action].detach()))
     chances, gradients = torch.tensor(chances, dtype=torch.float64)[:, None, None], torch.stack(gradients)
@@ -563,13 +556,10 @@ def aliased_choice(marginal):
     (wanted,) = torch.autograd.grad((probs * worth[token_of]).sum(), logits, retain_graph=True)
     gradients = []
     for action, token in enumerate(token_of):
-        batch = {
-            "actions": torch.tensor([[action]]), "action_mask": mask, "scored_mask": mask,
-            "advantages": worth[token].reshape(1, 1), "reference_logits": None,
-            "discounts": torch.ones(1, 1), "rollout_log_probs": torch.zeros(1, 1),
-        } | ({"aliases": (token_of == token)[None]} if marginal else {})  # fmt: skip
-        rl = RLConfig(importance_cap=0.0)
-        loss, _ = policy_objective(logits, batch, None, rl=rl, kl_coef=0.0, temperature=1.0, top_k=0)
+        batch = micro_batch(actions=torch.tensor([[action]]), action_mask=mask, discounts=torch.ones(1, 1))
+        aliases = (token_of == token)[None] if marginal else None
+        follows = Advantages(worth[token].reshape(1, 1))
+        loss, _ = loss_of(logits, batch, follows, rl=RLConfig(importance_cap=0.0), aliases=aliases)
         gradients.append(-torch.autograd.grad(loss, logits)[0])
     chances, gradients = probs.detach()[:, None, None], torch.stack(gradients)
     mean = (chances * gradients).sum(0)
@@ -611,20 +601,20 @@ def test_the_objectives_gradient_is_that_of_its_values(name, top_k):
     logits = random(count, 5).requires_grad_()
     actions = torch.zeros(shape, dtype=torch.long)
     actions[mask] = logits.detach().topk(3).indices[torch.arange(count), torch.randint(3, (count,), generator=draw)]
-    batch = {
-        "actions": actions, "action_mask": mask, "scored_mask": mask, "advantages": random(*shape),
-        "discounts": torch.ones(1, 1), "rollout_log_probs": random(*shape) - 2.0, "reference_logits": random(count, 5),
-        "kl_penalties": random(*shape) * mask,
-    }  # fmt: skip
-    if rl.control_variate:
-        batch["control"] = random(count, 5)
-    if rl.marginal_aliases:
-        batch |= {"aliases": random(count, 5) > 0, "old_marginals": (random(*shape) - 1.0) * mask}
-    old = (random(*shape) - 1.5) * mask  # ratios on both sides of the clips
-    q = random(count, 5) if rl.algorithm == "etpo" else None
+    batch = micro_batch(
+        actions=actions, action_mask=mask, discounts=torch.ones(1, 1), rollout_log_probs=random(*shape) - 2.0
+    )  # fmt: skip
+    reference, values = random(count, 5), random(count, 5)
+    follows = Advantages(random(*shape), control=values if rl.control_variate else None)
+    if rl.algorithm == "etpo":
+        follows = ActionValues(values)
+    aliases = random(count, 5) > 0 if rl.marginal_aliases else None
+    marginals = (random(*shape) - 1.0) * mask if rl.marginal_aliases else None
+    old = Scored((random(*shape) - 1.5) * mask, random(*shape) * mask, marginals)  # ratios on both sides of the clips
 
     def loss(x):
-        return policy_objective(x, batch, old, rl=rl, kl_coef=0.3, temperature=0.7, top_k=top_k, q=q)[0]
+        given = {"rl": rl, "kl_coef": 0.3, "temperature": 0.7, "top_k": top_k, "aliases": aliases}
+        return loss_of(x, batch, follows, reference, old, **given)[0]
 
     assert torch.autograd.gradcheck(loss, (logits,))
 
@@ -632,12 +622,8 @@ def test_the_objectives_gradient_is_that_of_its_values(name, top_k):
 def test_without_a_reference_nothing_is_charged_or_measured():
     mask = torch.ones(1, 2, dtype=torch.bool)
     logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    batch = {
-        "actions": torch.tensor([[1, 2]]), "action_mask": mask, "scored_mask": mask, "advantages": torch.ones(1, 2),
-        "discounts": torch.ones(1, 1), "rollout_log_probs": torch.zeros(1, 2), "reference_logits": None,
-    }  # fmt: skip
-    rl = RLConfig(importance_cap=0.0)
-    loss, metrics = policy_objective(logits, batch, None, rl=rl, kl_coef=0.0, temperature=1.0, top_k=0)
+    batch = micro_batch(actions=torch.tensor([[1, 2]]), action_mask=mask, discounts=torch.ones(1, 1))
+    loss, metrics = loss_of(logits, batch, Advantages(torch.ones(1, 2)), rl=RLConfig(importance_cap=0.0))
     (found,) = torch.autograd.grad(loss, logits)
     wanted = logits.softmax(-1).detach() - torch.nn.functional.one_hot(torch.tensor([1, 2]), 4)
     torch.testing.assert_close(found, wanted)

@@ -8,12 +8,12 @@ from cola_ray.algorithms.advantages import typical_value
 from cola_ray.algorithms.archer import (
     TwinHeads,
     expectile_loss,
-    polyak_,
     q_targets,
     soft_value,
     twin_squared_error,
     utterance_advantages,
 )
+from cola_ray.algorithms.heads import polyak_
 from cola_ray.replay.critic import Critic, CriticBatch
 
 

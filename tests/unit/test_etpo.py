@@ -6,11 +6,14 @@ import socket
 import numpy as np
 import pytest
 import torch
+from conftest import micro_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.algorithms import etpo
-from cola_ray.learner.soft_q import QHead, SoftQLearner, last_positions, one_step_targets
+from cola_ray.learner.micro_batch import Distributions, Encoded, last_positions
+from cola_ray.learner.soft_q import SoftQLearner, one_step_targets
+from cola_ray.model.modeling_cola import QHead
 
 K, LENGTH, GAMMA = 3, 2, 0.9
 
@@ -140,18 +143,18 @@ def test_equal_outcomes_move_no_action(alone):
     """Q of actions that were taken and of those that were not stays the same, exactly: there is nothing to prefer."""
     draw = torch.Generator().manual_seed(0)
     log_probs = torch.randn(32, 4, generator=draw).log_softmax(-1)
-    batch = {
-        "hidden_states": torch.randn(8, 4, 5, generator=draw), "actions": torch.randint(4, (8, 4), generator=draw),
-        "action_mask": torch.tensor([[True, True, True, False]]).repeat(8, 1),
-        "attention_mask": torch.ones(8, 4, dtype=torch.long), "scored_mask": torch.ones(8, 4, dtype=torch.bool),
-        "rewards": torch.tensor([[0.0, 0.0, 0.2, 0.0]]).repeat(8, 1), "policy": log_probs, "reference": log_probs,
-        "discounts": torch.tensor([[1.0, 1.0, 0.0, 0.0]]).repeat(8, 1),
-    }  # fmt: skip
+    e, actions = torch.randn(8, 4, 5, generator=draw), torch.randint(4, (8, 4), generator=draw)
+    batch = micro_batch(
+        actions=actions, action_mask=torch.tensor([[True, True, True, False]]).repeat(8, 1),
+        scored_mask=torch.ones(8, 4, dtype=torch.bool), rewards=torch.tensor([[0.0, 0.0, 0.2, 0.0]]).repeat(8, 1),
+        discounts=torch.tensor([[1.0, 1.0, 0.0, 0.0]]).repeat(8, 1),
+    )  # fmt: skip
+    encoded = Encoded(batch, e, batch.rewards)
     learner = SoftQLearner(5, 4, torch.device("cpu"), lr=1e-2, tau=0.05, grad_clip=1.0, steps=4, seed=0)
     for _ in range(5):
-        learner.start([batch], 24)
-        learner.fit([batch], 24, beta=0.1)
-    assert torch.equal(learner.q(batch), torch.full((32, 4), 0.2))
+        learner.start([encoded], 24)
+        learner.fit([encoded], [Distributions(log_probs, log_probs)], 24, beta=0.1)
+    assert torch.equal(learner.q(encoded), torch.full((32, 4), 0.2))
 
 
 def test_the_fitted_head_finds_the_exact_soft_values(alone):
@@ -163,20 +166,19 @@ def test_the_fitted_head_finds_the_exact_soft_values(alone):
     exact_first = torch.stack([(ref[0].exp() * reward[a]).sum() for a in range(3)])  # pi = rho: no KL to pay
     learner = SoftQLearner(4, 3, torch.device("cpu"), lr=1e-2, tau=0.05, grad_clip=10.0, steps=1, seed=0)
     pairs = torch.tensor(list(itertools.product(range(3), repeat=2)))
-    batch = {
-        "hidden_states": torch.stack([torch.stack([states[0], states[1 + a], states[0]]) for a, _ in pairs]),
-        "actions": torch.cat([pairs, torch.zeros(9, 1, dtype=torch.long)], 1),
-        "action_mask": torch.tensor([[True, True, False]]).repeat(9, 1),
-        "attention_mask": torch.ones(9, 3, dtype=torch.long),
-        "rewards": torch.stack([torch.tensor([0.0, float(reward[a, b]), 0.0]) for a, b in pairs]),
-        "discounts": torch.tensor([[1.0, 0.0, 0.0]]).repeat(9, 1),
-        "scored_mask": torch.ones(9, 3, dtype=torch.bool),
-        "policy": ref[:1].expand(27, 3), "reference": ref[:1].expand(27, 3),
-    }  # fmt: skip
+    batch = micro_batch(
+        actions=torch.cat([pairs, torch.zeros(9, 1, dtype=torch.long)], 1),
+        action_mask=torch.tensor([[True, True, False]]).repeat(9, 1),
+        rewards=torch.stack([torch.tensor([0.0, float(reward[a, b]), 0.0]) for a, b in pairs]),
+        discounts=torch.tensor([[1.0, 0.0, 0.0]]).repeat(9, 1), scored_mask=torch.ones(9, 3, dtype=torch.bool),
+    )  # fmt: skip
+    e = torch.stack([torch.stack([states[0], states[1 + a], states[0]]) for a, _ in pairs])
+    uniform = Distributions(ref[:1].expand(27, 3), ref[:1].expand(27, 3))
     for _ in range(1500):
-        metrics = learner.fit([batch], 18, beta)
+        metrics = learner.fit([Encoded(batch, e, batch.rewards)], [uniform], 18, beta)
     assert float(metrics["q/error"]) / 18 < 1e-4
-    q = learner.q({"hidden_states": states[None], "scored_mask": torch.ones(1, 4, dtype=torch.bool)})
+    everywhere = micro_batch(action_mask=torch.ones(1, 4, dtype=torch.bool))
+    q = learner.q(Encoded(everywhere, states[None], everywhere.rewards))
     torch.testing.assert_close(q[0], exact_first, atol=0.02, rtol=0)
     torch.testing.assert_close(q[1:], exact_second, atol=0.02, rtol=0)
     other = SoftQLearner(4, 3, torch.device("cpu"), lr=1e-2, tau=0.05, grad_clip=10.0, steps=1, seed=1)
@@ -190,47 +192,47 @@ def test_without_an_actor_the_target_is_the_best_policys_value():
     target, beta = QHead(4, 6), 0.3
     torch.nn.init.normal_(target.layers[-1].weight)
     reference = torch.randn(3, 6, dtype=torch.float64).log_softmax(-1).float()
-    piece = {
-        "hidden_states": torch.randn(1, 3, 4), "action_mask": torch.tensor([[True, True, False]]),
-        "scored_mask": torch.ones(1, 3, dtype=torch.bool), "attention_mask": torch.ones(1, 3, dtype=torch.long),
-        "rewards": torch.tensor([[0.5, 2.0, 0.0]]), "discounts": torch.tensor([[1.0, 0.9, 0.0]]),
-        "reference": reference,
-    }  # fmt: skip
-    goals = one_step_targets(target, piece, beta)[0]
-    q = target(piece["hidden_states"])[0].detach()
+    batch = micro_batch(
+        action_mask=torch.tensor([[True, True, False]]), scored_mask=torch.ones(1, 3, dtype=torch.bool),
+        rewards=torch.tensor([[0.5, 2.0, 0.0]]), discounts=torch.tensor([[1.0, 0.9, 0.0]]),
+    )  # fmt: skip
+    encoded = Encoded(batch, torch.randn(1, 3, 4), batch.rewards)
+    goals = one_step_targets(target, encoded, reference, beta)[0]
+    q = target(encoded.hidden_states)[0].detach()
     z = [sum(float(reference[i, a].exp() * (q[i, a] / beta).exp()) for a in range(6)) for i in range(3)]
     by_hand = [0.5 + beta * np.log(z[1]), 2.0 + 0.9 * beta * np.log(z[2]), 0.0]
     np.testing.assert_allclose(goals.numpy(), by_hand, rtol=1e-5)
     best = etpo.best_log_probs(q, reference, beta)
-    torch.testing.assert_close(one_step_targets(target, piece, beta, best)[0], goals)
+    torch.testing.assert_close(one_step_targets(target, encoded, reference, beta, best)[0], goals)
 
 
 def draws(rows):
     """A micro-batch of random episodes; for any rows the same ones."""
     draw = torch.Generator().manual_seed(0)
     shape = (6, 5)
-    whole = {
-        "hidden_states": torch.randn(*shape, 4, generator=draw),
+    e = torch.randn(*shape, 4, generator=draw)
+    fields = {
         "actions": torch.randint(3, shape, generator=draw),
         "action_mask": torch.rand(shape, generator=draw) > 0.3,
         "attention_mask": torch.ones(shape, dtype=torch.long),
         "rewards": torch.randn(shape, generator=draw),
         "discounts": torch.rand(shape, generator=draw),
-        "policy": torch.randn(*shape, 3, generator=draw).log_softmax(-1),
-        "reference": torch.randn(*shape, 3, generator=draw).log_softmax(-1),
     }
-    some = {name: tensor[rows] for name, tensor in whole.items()}
-    scored = some["scored_mask"] = some["action_mask"] | last_positions(some["attention_mask"])
-    return some | {name: some[name][scored] for name in ("policy", "reference")}
+    policy, reference = (torch.randn(*shape, 3, generator=draw).log_softmax(-1)[rows] for _ in range(2))
+    some = {name: tensor[rows] for name, tensor in fields.items()}
+    scored = some["action_mask"] | last_positions(some["attention_mask"])
+    batch = micro_batch(**some, scored_mask=scored)
+    return Encoded(batch, e[rows], batch.rewards), Distributions(policy[scored], reference[scored])
 
 
 def rank(number, size, port, out):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=size)
     learner = SoftQLearner(4, 3, torch.device("cpu"), lr=1e-2, tau=0.1, grad_clip=1.0, steps=3, seed=0)
-    count = int(draws(slice(0, 6))["action_mask"].sum())
+    count = int(draws(slice(0, 6))[0].batch.action_mask.sum())
+    encoded, distributions = draws(slice(0, 6) if size == 1 else slice(3 * number, 3 * number + 3))
     for _ in range(5):
-        learner.fit([draws(slice(0, 6) if size == 1 else slice(3 * number, 3 * number + 3))], count, 0.3)
+        learner.fit([encoded], [distributions], count, 0.3)
     torch.save(learner.state_dict()["target"], f"{out}/{size}-{number}")
     torch.distributed.destroy_process_group()
 

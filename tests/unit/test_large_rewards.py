@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import micro_batch
 
 from cola_ray.algorithms import grpo, reinforce, remax, rloo
 from cola_ray.algorithms.advantages import Outcomes, typical_value
@@ -13,6 +14,7 @@ from cola_ray.algorithms.etpo import best_log_probs, soft_targets, soft_values
 from cola_ray.algorithms.policy_loss import clipped_policy_gradient
 from cola_ray.algorithms.ppo import generalised_advantages
 from cola_ray.experience import Episode, Turn, collate
+from cola_ray.learner.micro_batch import Encoded
 from cola_ray.learner.value import ValueLearner
 from cola_ray.replay.critic import Critic, CriticBatch
 from cola_ray.rollout.isolation import Answer, as_reward
@@ -111,16 +113,14 @@ def test_value_heads_learn_from_extremes(monkeypatch, rewards, whiten):
     given = {"lr": 1e-2, "grad_clip": 1.0, "decay": 0.95, "whiten": whiten, "steps": 3, "seed": 0}
     learner = ValueLearner(5, torch.device("cpu"), **given)
     mask = torch.ones(4, 200, dtype=torch.bool)
-    piece = {
-        "hidden_states": torch.randn(4, 200, 5, generator=draw) * 100, "action_mask": mask,
-        "rewards": torch.tensor(rewards).repeat(4, 100), "discounts": mask.float(), "attention_mask": mask.long(),
-    }  # fmt: skip
+    batch = micro_batch(action_mask=mask, rewards=torch.tensor(rewards).repeat(4, 100), discounts=mask.float())
+    encoded = Encoded(batch, torch.randn(4, 200, 5, generator=draw) * 100, batch.rewards)
     for started in (False, True):
         if started:
-            learner.start([piece], 800)
-        sums = learner.advantages([piece], 800)
+            learner.start([encoded], 800)
+        (found,), returns, sums = learner.advantages([encoded], 800)
         assert all(np.isfinite(float(value)) for value in sums.values())
-        advantages = piece["advantages"]
+        advantages = found.values
         assert torch.isfinite(advantages).all()
         if whiten and advantages.any():
             assert float(advantages.double().mean()) == pytest.approx(0.0, abs=1e-3)
@@ -129,8 +129,8 @@ def test_value_heads_learn_from_extremes(monkeypatch, rewards, whiten):
         clipped_policy_gradient(log_probs, torch.zeros(4, 200), advantages, mask, 0.2, 0.2)[0].sum().backward()
         assert torch.isfinite(log_probs.grad).all()
         assert torch.isfinite(log_probs.grad.square().sum()), "as a gradient's norm has it"
-        learner.fit([piece], 800)
-        assert all(torch.isfinite(parameter).all() for parameter in learner.head.parameters())
+        learner.fit([encoded], returns, 800)
+        assert all(torch.isfinite(parameter).all() for parameter in learner.online.parameters())
 
 
 @pytest.mark.parametrize("expectile", [0.0, 0.9])

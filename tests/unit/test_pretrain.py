@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
-from cola_ray.learner.pretrain import TRAINED, StageModule, _train_step, make_tokenizer, noise_seeds
+from cola_ray.learner.pretrain import corpus_step
+from cola_ray.learner.stage_module import TRAINED, StageModule, noise_seeds
+from cola_ray.learner.start_model import make_tokenizer
 from cola_ray.settings.config import ConfigError, DataConfig, PretrainConfig, TaskConfig, override
 from cola_ray.settings.presets import preset
 from cola_ray.tasks import answer_of, make_task, to_pretrain_on
@@ -300,7 +302,7 @@ def gradients_of_a_step(cola, monkeypatch, ranks, micro_batch_size, seed=0):
     def run(rank):
         group.number.value = rank
         module = stage_module("actions", cola, balance_coef=5.0)
-        metrics, _ = _train_step(changed, PlainEngine(module, rank, ranks), rows, "actions", 3, 0.1)
+        metrics, _ = corpus_step(changed, PlainEngine(module, rank, ranks), rows, "actions", 3, 0.1)
         found[rank] = metrics, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]

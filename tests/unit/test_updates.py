@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cola_ray.experience import Trajectory, collate
-from cola_ray.learner.rl import RLLearner, tensors_of
+from cola_ray.learner.rl import PolicyUpdate
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 
@@ -14,6 +14,8 @@ K, LENGTH, LR = 5, 6, 40.0
 
 class Engine:
     """Logits a position in the place of a policy, and steps against their gradient."""
+
+    device = torch.device("cpu")
 
     def __init__(self, logits):
         self.logits, self.norms = logits.clone().requires_grad_(), []
@@ -39,21 +41,17 @@ def test_what_is_clipped_and_the_gradient_are_means_over_updates():
     log_probs = logits.log_softmax(-1)[torch.arange(LENGTH), torch.from_numpy(taken)].numpy()
     one = Trajectory(np.array([1, 2]), taken, taken, log_probs, taken * 0, 0.0, False, "")
     (batch,) = collate([one], [1.0], 1, 0, 0, 64)
-    learner = object.__new__(RLLearner)
-    learner.config = override(preset("tiny"), {"rl.updates_per_batch": 3, "rl.kl_coef": 0.0})
-    learner.zero, learner.kl_coef, learner.target_q = Engine(logits), 0.0, None
-    learner.value = learner.soft_q = None
-    pieces = [tensors_of(batch, *cut, torch.device("cpu")) for cut in batch.micro_batches]
-    sums, norm = learner._improve_policy(pieces, LENGTH, LR)
+    config = override(preset("tiny"), {"rl.updates_per_batch": 3, "rl.kl_coef": 0.0})
+    sums, norm = PolicyUpdate(config, Engine(logits), None, None).improve(batch, LR, 0.0)
 
     policy, shares, norms = logits.clone(), [], []
     old = torch.from_numpy(log_probs)
     for _ in range(3):
         policy.requires_grad_()
         ratio = (policy.log_softmax(-1)[torch.arange(LENGTH), torch.from_numpy(taken)] - old).exp()
-        clipped = ratio > 1 + learner.config.rl.clip_high
+        clipped = ratio > 1 + config.rl.clip_high
         shares.append(float(clipped.float().mean()))
-        (gradient,) = torch.autograd.grad(-torch.where(clipped, 1 + learner.config.rl.clip_high, ratio).mean(), policy)
+        (gradient,) = torch.autograd.grad(-torch.where(clipped, 1 + config.rl.clip_high, ratio).mean(), policy)
         norms.append(float(gradient.norm()))
         policy = (policy - LR * gradient).detach()
     assert shares[0] == 0 < shares[1], "the first update is made where the batch was drawn"

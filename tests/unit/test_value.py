@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import micro_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.algorithms.ppo import generalised_advantages
 from cola_ray.experience import Episode, Turn, collate
+from cola_ray.learner.micro_batch import Encoded
 from cola_ray.learner.value import ValueLearner
 
 WIDTH, NUMBERS = 5, st.floats(-3, 3, width=32)
@@ -66,14 +68,27 @@ def test_rewards_and_discounts_stand_at_the_ends_of_turns(terminated):
     assert advantages[0, :5].tolist() == [-1 + last / 2, -1 + last / 2, 0, last, last]
 
 
-def pieces(rows: slice) -> list[dict[str, torch.Tensor]]:
+def in_twos(e: torch.Tensor, fields: dict[str, torch.Tensor]) -> list[Encoded]:
+    """Micro-batches of two rows."""
+    cuts = [slice(i, i + 2) for i in range(0, len(e), 2)]
+    made = [micro_batch(**{name: tensor[cut] for name, tensor in fields.items()}) for cut in cuts]
+    return [Encoded(one, e[cut], one.rewards) for one, cut in zip(made, cuts, strict=True)]
+
+
+def drawn(rows: slice) -> list[Encoded]:
     torch.manual_seed(3)
     mask = torch.rand(6, 8) < 0.7
-    whole = {
-        "hidden_states": torch.randn(6, 8, WIDTH), "rewards": torch.randn(6, 8) * mask, "action_mask": mask,
-        "discounts": torch.rand(6, 8) * mask, "attention_mask": torch.ones(6, 8, dtype=torch.long),
-    }  # fmt: skip
-    return [{name: tensor[rows][i : i + 2] for name, tensor in whole.items()} for i in range(0, len(mask[rows]), 2)]
+    e, rewards = torch.randn(6, 8, WIDTH), torch.randn(6, 8) * mask
+    fields = {"rewards": rewards, "action_mask": mask, "discounts": torch.rand(6, 8) * mask}
+    return in_twos(e[rows], {name: tensor[rows] for name, tensor in fields.items()})
+
+
+def acted(batches: list[Encoded], columns: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([column[one.batch.action_mask] for one, column in zip(batches, columns, strict=True)])
+
+
+def actions_of(batches: list[Encoded]) -> int:
+    return sum(int(one.batch.action_mask.sum()) for one in batches)
 
 
 @pytest.fixture
@@ -86,19 +101,17 @@ def learner_of(**changes) -> ValueLearner:
     return ValueLearner(WIDTH, torch.device("cpu"), **given)
 
 
-def outcomes(*rewards) -> list[dict[str, torch.Tensor]]:
+def outcomes(*rewards) -> list[Encoded]:
     """Completions of three to eight actions, a reward at the end of each, in micro-batches of two."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 9, (len(rewards),), generator=generator)
     places = torch.arange(9)
     mask = places < lengths[:, None]
     last = places == lengths[:, None] - 1
-    whole = {
-        "hidden_states": torch.randn(len(rewards), 9, WIDTH, generator=generator), "action_mask": mask,
-        "rewards": last * torch.tensor(rewards)[:, None], "discounts": (mask & ~last).float(),
+    return in_twos(torch.randn(len(rewards), 9, WIDTH, generator=generator), {
+        "action_mask": mask, "rewards": last * torch.tensor(rewards)[:, None], "discounts": (mask & ~last).float(),
         "attention_mask": (places <= lengths[:, None]).long(),
-    }  # fmt: skip
-    return [{name: tensor[i : i + 2] for name, tensor in whole.items()} for i in range(0, len(rewards), 2)]
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize("whiten", [True, False])
@@ -108,29 +121,29 @@ def test_equal_outcomes_have_no_advantage_however_wrong_the_head_is(alone, rewar
     for started in (False, True):
         for _ in range(3):
             given = outcomes(*[reward] * 6)
-            count = sum(int(piece["action_mask"].sum()) for piece in given)
+            count = actions_of(given)
             if started:
                 learner.start(given, count)
-            sums = learner.advantages(given, count)
-            assert not any(piece["advantages"].any() for piece in given)
-            assert all(piece["deviation"] == 1.0 for piece in given if whiten), "nothing is divided"
+            advantages, returns, sums = learner.advantages(given, count)
+            assert not any(one.values.any() for one in advantages)
+            assert all(one.deviation == (1.0 if whiten else None) for one in advantages), "nothing is divided"
             assert float(sums["value/returns"]) / count == pytest.approx(reward, abs=1e-5)
-            learner.fit(given, count)
+            learner.fit(given, returns, count)
 
 
 def test_whitening_by_hand_and_its_metrics(alone):
     """Against NumPy in float64, of outcomes far from 0, where the difference of two squares would be rounding."""
     learner, given = learner_of(decay=1.0), outcomes(1000.0, 1001.0, 1000.5, 1003.0)
-    count = sum(int(piece["action_mask"].sum()) for piece in given)
+    count = actions_of(given)
     with torch.no_grad():
-        values = [learner.head(piece["hidden_states"])[piece["action_mask"]] for piece in given]
-    sums = learner.advantages(given, count)
-    gains = [(piece["rewards"].sum(1, keepdim=True) * piece["action_mask"])[piece["action_mask"]] for piece in given]
-    raw = (torch.cat(gains).double() - torch.cat(values).double()).numpy()
-    found = torch.cat([piece["advantages"][piece["action_mask"]] for piece in given]).numpy()
+        values = acted(given, [learner.online(one.hidden_states) for one in given])
+    advantages, _, sums = learner.advantages(given, count)
+    gains = acted(given, [one.rewards.sum(1, keepdim=True).expand(one.rewards.shape) for one in given])
+    raw = (gains.double() - values.double()).numpy()
+    found = acted(given, [one.values for one in advantages]).numpy()
     np.testing.assert_allclose(found, (raw - raw.mean()) / raw.std(), atol=1e-3)  # 1000's rounding over a spread of 1
-    assert float(given[0]["deviation"]) == pytest.approx(raw.std(), rel=1e-3)
-    returns = torch.cat(gains).double().numpy()
+    assert float(advantages[0].deviation) == pytest.approx(raw.std(), rel=1e-3)
+    returns = gains.double().numpy()
     assert float(sums["value/returns_deviation"]) / count == pytest.approx(returns.var(), rel=1e-3)
     assert float(sums["value/error"]) == pytest.approx((raw**2).sum(), rel=1e-5)
 
@@ -139,19 +152,19 @@ def test_a_limit_of_zero_clips_nothing_and_a_nan_is_not_stepped_on(alone):
     heads = []
     for limit in (0.0, 1e9):
         learner, given = learner_of(grad_clip=limit), outcomes(0.0, 1.0, 5.0, 2.0)
-        count = sum(int(piece["action_mask"].sum()) for piece in given)
-        learner.advantages(given, count)
-        before = {name: tensor.clone() for name, tensor in learner.head.state_dict().items()}
-        learner.fit(given, count)
-        heads.append(learner.head.state_dict())
+        count = actions_of(given)
+        _, returns, _ = learner.advantages(given, count)
+        before = {name: tensor.clone() for name, tensor in learner.online.state_dict().items()}
+        learner.fit(given, returns, count)
+        heads.append(learner.online.state_dict())
         assert not torch.equal(heads[-1]["layers.0.weight"], before["layers.0.weight"])
     for name, tensor in heads[0].items():
         assert torch.equal(tensor, heads[1][name])
-    given[0]["returns"][0, 0] = torch.nan
+    returns[0][0, 0] = torch.nan
     kept = {name: tensor.clone() for name, tensor in heads[1].items()}
     with pytest.raises(NonFiniteError):
-        learner.fit(given, count)
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in learner.head.state_dict().items())
+        learner.fit(given, returns, count)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in learner.online.state_dict().items())
 
 
 def rank(number: int, size: int, port: int, out: str) -> None:
@@ -160,14 +173,13 @@ def rank(number: int, size: int, port: int, out: str) -> None:
     learner = ValueLearner(
         WIDTH, torch.device("cpu"), lr=1e-2, grad_clip=1.0, decay=0.9, whiten=True, steps=3, seed=0
     )  # fmt: skip
-    count = sum(int(piece["action_mask"].sum()) for piece in pieces(slice(0, 6)))
-    mine = pieces(slice(0, 6) if size == 1 else slice(4 * number, 4 + 2 * number))
+    count = actions_of(drawn(slice(0, 6)))
+    mine = drawn(slice(0, 6) if size == 1 else slice(4 * number, 4 + 2 * number))
     for _ in range(4):
-        learner.advantages(mine, count)
-        learner.fit(mine, count)
-    torch.save(
-        [learner.state_dict()["head"], torch.cat([piece["advantages"] for piece in mine])], f"{out}/{size}-{number}"
-    )
+        advantages, returns, _ = learner.advantages(mine, count)
+        learner.fit(mine, returns, count)
+    found = torch.cat([one.values for one in advantages])
+    torch.save([learner.state_dict()["online"], found], f"{out}/{size}-{number}")
     torch.distributed.destroy_process_group()
 
 
@@ -182,6 +194,6 @@ def test_two_ranks_fit_the_same_head_as_one(tmp_path):
         torch.testing.assert_close(both[0][0][name], tensor, atol=1e-5, rtol=1e-5)
         assert torch.equal(both[0][0][name], both[1][0][name]), "every rank holds the same head"
     torch.testing.assert_close(torch.cat([both[0][1], both[1][1]]), alone[1], atol=1e-4, rtol=1e-4)
-    acted = alone[1][torch.cat([piece["action_mask"] for piece in pieces(slice(0, 6))])]
+    acted = alone[1][torch.cat([one.batch.action_mask for one in drawn(slice(0, 6))])]
     assert abs(float(acted.mean())) < 1e-5
     assert float(acted.square().mean()) == pytest.approx(1.0, abs=1e-4)

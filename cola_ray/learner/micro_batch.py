@@ -1,0 +1,130 @@
+"""What is known of a micro-batch, a type a stage: a field that does not exist yet belongs to a later type.
+
+    Batch ──cut──> MicroBatch                              as it was collated, on the device
+                       │ forward pass
+                       v
+                   Frozen                                  e, the reference's logits, aliases: the same at every update
+                       │ Encoded = MicroBatch + e + rewards, what value heads and Qs learn from
+                       v
+                   Scored, Distributions                   the policy as it is before the batch's first update
+                       │
+                       v
+                   Advantages or ActionValues              what the policy follows
+
+Legend: B sequences, T positions, N of them scored, H hidden size, K actions. (B, T) tensors are 0 where no action was
+taken, but for ``input_ids`` and ``attention_mask``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cola_ray.experience import Batch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a rank's batch."""
+
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64
+    actions: Tensor  # (B, T) int64
+    action_mask: Tensor  # (B, T) bool, where the policy chose an action
+    scored_mask: Tensor  # (B, T) bool, the N positions where logits are computed: those and, for a Q, each row's last
+    rollout_log_probs: Tensor  # (B, T) float32, of the engine that drew the actions
+    advantages: Tensor  # (B, T) float32, of the outcome
+    rewards: Tensor  # (B, T) float32
+    discounts: Tensor  # (B, T) float32, of the value after each action
+    hidden_states: Tensor | None = None  # (B, T, H), e, where the engine sends it
+
+    @classmethod
+    def cut(
+        cls, batch: Batch, start: int, stop: int, width: int, device: torch.device, score_last: bool = False
+    ) -> "MicroBatch":
+        """Rows ``start`` to ``stop`` of a batch, ``width`` positions wide.
+
+        Args:
+            score_last: score each row's last position, too, whose value counts where a limit cut the episode.
+        """
+
+        def rows(name: str) -> Tensor:  # a copy: arrays from Ray's object store are read-only
+            return torch.tensor(getattr(batch, name)[start:stop, :width], device=device)
+
+        names = ("input_ids", "attention_mask", "actions", "action_mask", "rollout_log_probs", "advantages", "rewards",
+                 "discounts")  # fmt: skip
+        fields = {name: rows(name) for name in names}
+        hidden_states = None if batch.hidden_states is None else rows("hidden_states")
+        if hidden_states is not None and hidden_states.dtype is torch.int16:  # NumPy has no bfloat16
+            hidden_states = hidden_states.view(torch.bfloat16)
+        scored = fields["action_mask"]
+        if score_last:
+            scored = scored | last_positions(fields["attention_mask"])
+        return cls(**fields, scored_mask=scored, hidden_states=hidden_states)
+
+    def taken(self, values: Tensor) -> Tensor:
+        """Of the actions taken: (N, K) -> (N,)."""
+        return values.gather(-1, self.actions[self.scored_mask][:, None])[:, 0]
+
+    def place(self, values: Tensor) -> Tensor:
+        """(N,) -> (B, T), 0 at positions that are not scored."""
+        scored = self.scored_mask
+        return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What the frozen parts of the model say; None where the policy needs none of it, or before the first pass."""
+
+    hidden_states: Tensor | None = None  # (B, T, H), e
+    reference_logits: Tensor | None = None  # (N, K)
+    aliases: Tensor | None = None  # (N, K) bool, which actions would have said what was said
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A micro-batch with the states that value heads and Qs read."""
+
+    batch: MicroBatch
+    hidden_states: Tensor  # (B, T, H), e
+    rewards: Tensor  # (B, T), with whatever is charged to them
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Log-probabilities of all actions at the scored positions, (N, K) each."""
+
+    policy: Tensor
+    reference: Tensor
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The policy before the batch's first update, of the actions taken; without gradient."""
+
+    log_probs: Tensor  # (B, T), -inf where top_k leaves the action out
+    kl_penalties: Tensor  # (B, T), see algorithms/policy_loss.py
+    marginals: Tensor | None = None  # (B, T), of the tokens said, where aliases are summed over
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What a policy gradient weighs actions by."""
+
+    values: Tensor  # (B, T)
+    hold_kl: bool = False  # whether KL penalties are in them already
+    deviation: Tensor | None = None  # scalar that they were divided by, where they are whitened
+    control: Tensor | None = None  # (N, K), a control variate's value of every action
+
+
+@dataclass(frozen=True)
+class ActionValues:
+    """What ETPO's policy follows."""
+
+    q: Tensor  # (N, K)
+
+
+def last_positions(attention_mask: Tensor) -> Tensor:
+    """True at each row's last token, (B, T); padding is on the right."""
+    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return places == attention_mask.sum(1, keepdim=True) - 1

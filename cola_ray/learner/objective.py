@@ -1,0 +1,217 @@
+"""What the policy minimises on a micro-batch: the losses that the settings ask for, added up.
+
+    logits ─> log-probs of all actions, of those taken ─┬─> clipped surrogate of the advantages, or ETPO's actor loss
+                                                        ├─> - mean of the control variate    rl.control_variate
+                                                        ├─> + KL to the reference            rl.kl_in, rl.kl_estimator
+                                                        └─> - entropy                        rl.entropy_coef
+
+Each loss is a function in ``algorithms/``; here they are chosen, weighed and measured. All are sums over actions, which
+the learner divides by the number of actions in the global batch. Legend: B sequences, T positions, N of them scored, K
+actions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cola_ray.algorithms import etpo
+from cola_ray.algorithms.advantages import discounted_sum_to_go
+from cola_ray.algorithms.policy_loss import (
+    clipped_policy_gradient,
+    entropy,
+    exact_kl,
+    kl_estimate,
+    kl_penalties,
+    marginal_log_probs,
+    mean_under,
+    truncated_importance_weights,
+)
+from cola_ray.learner.micro_batch import ActionValues, Advantages, Frozen, MicroBatch, Scored
+from cola_ray.model.modeling_cola import action_log_probs
+from cola_ray.settings.config import RLConfig
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A policy at the scored positions of a micro-batch, and its reference."""
+
+    policy: Tensor  # (N, K) log-probabilities, as it is sampled from
+    reference: Tensor  # (N, K), untruncated: its support must cover the policy's
+    log_probs: Tensor  # (B, T), of the actions taken; -inf where top_k leaves one out
+    ref_log_probs: Tensor  # (B, T)
+    kl: Tensor  # (B, T), exact, of each state
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Log-probabilities of the actions taken, (B, T); 0 where an action is not ``possible``."""
+
+    possible: Tensor  # bool: taken, and given a probability by the policy both now and before the batch
+    log_probs: Tensor
+    ref_log_probs: Tensor
+    old_log_probs: Tensor
+    said: Tensor  # of the tokens said, where aliases are summed over; else as ``log_probs``
+    old_said: Tensor
+
+
+def score(logits: Tensor, reference_logits: Tensor | None, batch: MicroBatch, temperature: float, top_k: int) -> Scores:
+    """(N, K) logits -> log-probabilities.
+
+    Args:
+        reference_logits: (N, K); None lets the policy stand for the reference, at no distance.
+        temperature, top_k: of the rollouts.
+    """
+
+    def scored(of: Tensor, kept: int) -> Tensor:
+        rows = of.shape[:-1]
+        heat, limit = torch.full(rows, temperature, device=of.device), torch.full(rows, kept, device=of.device)
+        return action_log_probs(of.to(torch.promote_types(of.dtype, torch.float32)), heat, limit)
+
+    policy = scored(logits, top_k)
+    reference = policy.detach() if reference_logits is None else scored(reference_logits, 0)
+    log_probs, ref_log_probs = (
+        batch.place(batch.taken(one)).masked_fill(~batch.action_mask, 0.0) for one in (policy, reference)
+    )
+    return Scores(policy, reference, log_probs, ref_log_probs, batch.place(exact_kl(policy, reference)))
+
+
+def before_updates(scores: Scores, batch: MicroBatch, aliases: Tensor | None, rl: RLConfig) -> Scored:
+    """What later updates on the same batch compare themselves with."""
+    possible = batch.action_mask & scores.log_probs.isfinite()
+    penalties = kl_penalties(
+        scores.log_probs.masked_fill(~possible, 0.0), scores.ref_log_probs.masked_fill(~possible, 0.0), scores.kl,
+        batch.action_mask, batch.discounts, rl.kl_estimator,
+    )  # fmt: skip
+    return Scored(scores.log_probs, penalties, _marginals(scores, batch, aliases, possible))
+
+
+def policy_objective(
+    logits: Tensor,
+    batch: MicroBatch,
+    frozen: Frozen,
+    follows: Advantages | ActionValues,
+    old: Scored | None,
+    *,
+    rl: RLConfig,
+    kl_coef: float,
+    temperature: float,
+    top_k: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, a sum over the actions taken, and sums of metrics over them.
+
+    An action that ``top_k`` leaves out now, or left out before the batch's first update, has no probability to
+    compare: it weighs 0 and is counted.
+
+    Args:
+        logits: (N, K), at ``batch.scored_mask``.
+        follows: what the policy is drawn to.
+        old: None on the first update, where the policy before the batch is the current one.
+        kl_coef: in force; it may be adapted from step to step. ETPO's beta.
+        temperature, top_k: of the rollouts.
+    """
+    mask = batch.action_mask
+    scores = score(logits, frozen.reference_logits, batch, temperature, top_k)
+    taken = _taken(scores, old, batch, frozen.aliases)
+    with torch.set_grad_enabled(bool(rl.entropy_coef)):
+        entropies = batch.place(entropy(scores.policy))
+    weights = taken.possible.to(taken.log_probs.dtype)
+    clipped = torch.zeros((), device=logits.device)
+    if isinstance(follows, ActionValues):
+        actor = etpo.actor_loss(scores.policy, scores.reference, follows.q, kl_coef)
+        losses = [batch.place(actor)[mask].sum()]
+    else:
+        weights = _weights(taken, batch, rl)
+        advantages = _charged(follows, taken, scores.kl, batch, old, rl, kl_coef)
+        if follows.control is not None:
+            advantages = advantages - batch.place(batch.taken(follows.control))
+        surrogate, clipped = clipped_policy_gradient(
+            taken.said, taken.old_said, weights * advantages, taken.possible, rl.clip_low, rl.clip_high
+        )
+        losses = [surrogate]
+        if follows.control is not None:
+            losses.append(-batch.place(mean_under(scores.policy, follows.control))[mask].sum())
+        losses += _kl_loss(follows, taken, scores.kl, mask, rl, kl_coef)
+    if rl.entropy_coef:
+        losses.append(-rl.entropy_coef * entropies[mask].sum())
+    loss = sum(losses[1:], losses[0])
+    measured = {
+        "policy/loss": loss.detach(),
+        "policy/clip_fraction": clipped.float(),
+        "policy/entropy": entropies.detach()[mask].sum(),
+    }
+    if frozen.reference_logits is not None:
+        measured["policy/kl"] = scores.kl.detach()[mask].sum()
+    return loss, measured | _rollout_metrics(taken, weights, batch, rl)
+
+
+def _taken(scores: Scores, old: Scored | None, batch: MicroBatch, aliases: Tensor | None) -> Taken:
+    old_log_probs = scores.log_probs.detach() if old is None else old.log_probs
+    possible = batch.action_mask & scores.log_probs.isfinite() & old_log_probs.isfinite()
+    log_probs, ref_log_probs, old_log_probs = (
+        one.masked_fill(~possible, 0.0) for one in (scores.log_probs, scores.ref_log_probs, old_log_probs)
+    )
+    said, old_said = log_probs, old_log_probs
+    marginals = _marginals(scores, batch, aliases, possible)
+    if marginals is not None:
+        said = marginals
+        old_said = said.detach() if old is None or old.marginals is None else old.marginals
+    return Taken(possible, log_probs, ref_log_probs, old_log_probs, said, old_said)
+
+
+def _marginals(scores: Scores, batch: MicroBatch, aliases: Tensor | None, possible: Tensor) -> Tensor | None:
+    """Log-probabilities of the tokens said, (B, T), 0 where not ``possible`` (B, T); None without ``aliases``."""
+    if aliases is None:
+        return None
+    scored = batch.scored_mask
+    summed = marginal_log_probs(scores.policy, aliases, batch.actions[scored], possible[scored])
+    return batch.place(summed).masked_fill(~possible, 0.0)
+
+
+def _weights(taken: Taken, batch: MicroBatch, rl: RLConfig) -> Tensor:
+    """How much each action counts, (B, T): for rollouts of an older version or of another engine's arithmetic."""
+    if not rl.importance_cap:
+        return taken.possible.to(taken.log_probs.dtype)
+    capped = truncated_importance_weights(taken.old_log_probs, batch.rollout_log_probs, rl.importance_cap)
+    return capped.masked_fill(~taken.possible, 0.0)
+
+
+def _charged(
+    given: Advantages, taken: Taken, kl: Tensor, batch: MicroBatch, old: Scored | None, rl: RLConfig, kl_coef: float
+) -> Tensor:
+    """Advantages less the KL that each action answers for: the penalties from it on, discounted (CoLA's RL stage)."""
+    if given.hold_kl or rl.kl_in == "loss":
+        return given.values
+    if old is None:
+        penalties = kl_penalties(
+            taken.log_probs.detach(), taken.ref_log_probs, kl.detach(), batch.action_mask, batch.discounts,
+            rl.kl_estimator,
+        )  # fmt: skip
+    else:
+        penalties = old.kl_penalties
+    return given.values - kl_coef * discounted_sum_to_go(penalties, batch.action_mask, batch.discounts)
+
+
+def _kl_loss(given: Advantages, taken: Taken, kl: Tensor, mask: Tensor, rl: RLConfig, kl_coef: float) -> list[Tensor]:
+    """The share of the KL that is differentiated: all of it with ``kl_in`` loss, the exact one's with reward."""
+    if rl.kl_estimator == "exact":
+        # In the reward, the other half is in advantages: what divides them divides this.
+        whole = kl_coef if given.deviation is None or rl.kl_in == "loss" else kl_coef / given.deviation
+        return [(whole * kl[mask]).sum()]
+    if rl.kl_in == "loss":
+        return [kl_coef * kl_estimate(taken.log_probs, taken.ref_log_probs, rl.kl_estimator)[taken.possible].sum()]
+    return []
+
+
+@torch.no_grad()
+def _rollout_metrics(taken: Taken, weights: Tensor, batch: MicroBatch, rl: RLConfig) -> dict[str, Tensor]:
+    """How far the rollouts' policy is from the learner's: sums over actions, and a maximum."""
+    mask = batch.action_mask
+    mismatch = (taken.old_log_probs - batch.rollout_log_probs).abs().masked_fill(~taken.possible, 0.0)
+    return {
+        "policy/left_out": (mask & ~taken.possible).float().sum(),
+        "policy/importance_weight": weights[mask].sum(),
+        "policy/importance_capped": ((weights >= rl.importance_cap) & mask).float().sum() * bool(rl.importance_cap),
+        "policy/rollout_mismatch": mismatch.sum(),
+        "policy/rollout_mismatch_max": mismatch.max(),
+    }

@@ -1,0 +1,193 @@
+"""What each stage of pre-training minimises, as one module, so that ZeRO-3 sees one forward.
+
+    base        -log P(x_t+1 | x_1..t)                                      a plain Llama
+    actions     -log P(x_t+1 | e_t, a_t), a_t a straight-through Gumbel sample of the IDM   + entropy_coef sum p log p
+    policy      -log pi(a_t | e_1..t), a_t the IDM's greedy action
+    fta_idm     -log P(x_t+1 | e_t, a_t), the base alone trains, a_t the IDM's greedy action
+    fta_policy  the same, a_t sampled from the policy
+
+Source: Jia et al. 2025, stages 1 and 2; departures are named where they are made.
+Legend: B rows, T positions, N of them masked in, K actions.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage_imbalance
+from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, sample_actions
+from cola_ray.settings.config import Config
+from cola_ray.settings.training import PretrainStage
+
+TRAINED: dict[PretrainStage, tuple[str, ...]] = {
+    "base": ("model.",),
+    "actions": ("model.idm.", "model.codebook.", "model.world_model."),
+    "policy": ("model.policy.",),
+    "fta_idm": ("model.model.", "model.lm_head."),
+    "fta_policy": ("model.model.", "model.lm_head."),
+}
+"""What a stage trains: name prefixes inside :class:`StageModule`."""
+
+MEASURED_STATES = 32  # states a rank on which all K actions are tried, for the reachable-tokens metric
+
+
+class StageModule(nn.Module):
+    """A stage's loss on packed rows, so that ZeRO-3 sees one forward."""
+
+    def __init__(self, model: CoLAForCausalLM | LlamaForCausalLM, stage: PretrainStage, config: Config) -> None:
+        super().__init__()
+        self.model: Any = model  # a CoLA model, or a plain Llama in the stage that makes the base
+        self.stage, self.settings = stage, config.pretrain
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        loss_mask: Tensor,
+        noise_seed: Tensor,
+        measure: bool,
+        mean_usage: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss *sum* over masked-in positions, and sums.
+
+        Args:
+            input_ids, position_ids, loss_mask: (B, T).
+            noise_seed: (B,) int64.
+            measure: whether to try all actions on some states.
+            mean_usage: (K,), the relaxed actions' mean over the step's batch; None where no rank has more than one
+                micro-batch, and all compute theirs at the same time.
+        """
+        labels = input_ids[:, 1:]
+        mask = loss_mask[:, :-1]
+        if self.stage == "base":
+            # Without use_cache=False transformers would not see that rows are packed and attend across documents.
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
+            loss = F.cross_entropy(logits[mask].float(), labels[mask], reduction="sum")
+            return loss, {"loss": loss.detach()}
+        base_trains = self.stage.startswith("fta")
+        with torch.set_grad_enabled(base_trains and torch.is_grad_enabled()):
+            e = self.model.encode(input_ids, position_ids=position_ids)
+        if self.stage == "actions":
+            return self._actions_loss(e, position_ids, labels, mask, noise_seed, measure, mean_usage)
+        if self.stage == "policy":
+            with torch.no_grad():
+                wanted = self.model.inverse_dynamics_actions(e, position_ids=position_ids)
+            logits = self.model.policy_logits(e, position_ids=position_ids)[:, :-1]
+            loss = F.cross_entropy(logits[mask], wanted[mask], reduction="sum")
+            return loss, {"loss": loss.detach(), "counts": self._counts(wanted[mask])}
+        with torch.no_grad():
+            if self.stage == "fta_idm":
+                actions = self.model.inverse_dynamics_actions(e, position_ids=position_ids)
+            else:
+                actions = self._sampled_actions(e, position_ids, noise_seed)
+        logits = self.model.world_model_logits(e[:, :-1], actions)
+        loss = F.cross_entropy(logits[mask].float(), labels[mask], reduction="sum")
+        return loss, {"loss": loss.detach(), "counts": self._counts(actions[mask])}
+
+    @torch.no_grad()
+    def usage(self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, noise_seed: Tensor) -> Tensor:
+        """Of the stage actions: the relaxed actions' sum over masked-in positions, (K,)."""
+        e = self.model.encode(input_ids, position_ids=position_ids)
+        return self._drawn(e, position_ids, loss_mask[:, :-1], noise_seed)[1].sum(0)
+
+    def _drawn(self, e: Tensor, position_ids: Tensor, mask: Tensor, noise_seed: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions at the N masked-in positions, one-hot and relaxed, (N, K) each."""
+        logits = self.model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:]
+        batch, steps, num_actions = logits.shape
+        index = torch.arange(steps, device=e.device)
+        noise = gumbel_noise(noise_seed.repeat_interleave(steps), index.repeat(batch), num_actions)
+        return straight_through_gumbel(logits[mask], noise.view_as(logits)[mask].float(), self.settings.gumbel_tau)
+
+    def _actions_loss(
+        self,
+        e: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        noise_seed: Tensor,
+        measure: bool,
+        mean_usage: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``CE(logits_t, x_{t+1}) + entropy_coef * sum p log p`` (paper), plus the optional balance term (ours)."""
+        settings = self.settings
+        one_hot, relaxed = self._drawn(e, position_ids, mask, noise_seed)
+        states, targets = e[:, :-1][mask], labels[mask]
+        cross_entropy = F.cross_entropy(
+            self.model.world_model_logits(states, one_hot).float(), targets, reduction="sum"
+        )
+        loss = cross_entropy + settings.entropy_coef * negative_entropy(relaxed).sum()
+        if settings.balance_coef:
+            mean = mean_over_ranks(relaxed) if mean_usage is None else mean_usage
+            loss = loss + settings.balance_coef * usage_imbalance(relaxed, mean)
+        sums = {"loss": cross_entropy.detach(), "counts": self._counts(one_hot.argmax(-1))}
+        with torch.no_grad():
+            base = self.model.lm_head(states).float()
+            sums["base_loss"] = F.cross_entropy(base, targets, reduction="sum")
+            if measure:
+                sums |= self._reachable(states[:MEASURED_STATES], targets[:MEASURED_STATES])
+        return loss, sums
+
+    def _reachable(self, states: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Over all K actions in each state: how many distinct next tokens, and is the right one among them?"""
+        num_actions = self.model.config.num_actions
+        tried = states[:, None].expand(-1, num_actions, -1)
+        actions = torch.arange(num_actions, device=states.device).expand(len(states), -1)
+        tokens = self.model.world_model_logits(tried, actions).argmax(-1)  # (S, K)
+        ordered = tokens.sort(-1).values
+        distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(-1)
+        return {
+            "reachable": distinct.float().sum(),
+            "covered": (tokens == targets[:, None]).any(-1).float().sum(),
+            "states": torch.tensor(float(len(states)), device=states.device),
+        }
+
+    def _sampled_actions(self, e: Tensor, position_ids: Tensor, noise_seed: Tensor) -> Tensor:
+        logits = self.model.policy_logits(e, position_ids=position_ids)[:, :-1]
+        batch, steps, num_actions = logits.shape
+        rows = batch * steps
+        zero = torch.zeros(rows, dtype=torch.int64, device=e.device)
+        index = torch.arange(steps, device=e.device).repeat(batch)
+        seeds = noise_seed.repeat_interleave(steps)
+        flat = logits.reshape(rows, num_actions)
+        actions, _ = sample_actions(flat, torch.ones(rows, device=e.device), zero, seeds, index, zero - 1)
+        return actions.view(batch, steps)
+
+    def _counts(self, actions: Tensor) -> Tensor:
+        return torch.bincount(actions, minlength=self.model.config.num_actions).float()
+
+    @torch.no_grad()
+    def correct(self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> Tensor:
+        """Is greedy decoding right? (B,) bool.
+
+        Greedy decoding gives the reference answer if and only if, fed that answer, every argmax is its next token;
+        so one forward tells, without generating.
+        """
+        if self.stage == "base":
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        else:
+            e = self.model.encode(input_ids, attention_mask)
+            logits = self.model.world_model_logits(e, self.model.policy_logits(e, attention_mask).argmax(-1))
+        right = logits[:, :-1].argmax(-1) == input_ids[:, 1:]
+        return (right | ~answer_mask[:, :-1]).all(-1)
+
+
+def noise_seeds(seed: int, step: int, rows: np.ndarray) -> Tensor:
+    """Of these rows' draws in a step, (B,) int64: what a row draws depends on it and the step, not on its rank."""
+    return torch.from_numpy(rows.astype(np.int64)) + mixed(seed, step)
+
+
+def mixed(*numbers: int) -> int:
+    """A seed of 62 bits for a place in a run."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 2)
+
+
+def mean_over_ranks(rows: Tensor) -> Tensor:
+    """Of the (N, K) rows of all ranks: (K,), without gradient; all ranks call."""
+    sums = torch.cat([rows.detach().double().sum(0), rows.new_full((1,), len(rows), dtype=torch.float64)])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return (sums[:-1] / sums[-1].clamp_min(1.0)).to(rows.dtype)

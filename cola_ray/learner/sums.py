@@ -1,0 +1,24 @@
+"""Metrics as sums over actions: over micro-batches, then over ranks. A name that ends in ``_max`` is a maximum."""
+
+import torch
+from torch import Tensor
+
+
+def add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Put a micro-batch's sums to those of the ones before."""
+    for name, value in found.items():
+        known = sums.get(name, torch.zeros_like(value))
+        sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value.detach()
+
+
+def means(sums: dict[str, Tensor], num_actions: int) -> dict[str, float]:
+    """Over all ranks' actions, of which there are ``num_actions``; maxima stay what they are. All ranks call."""
+    out = {}
+    for name, value in sums.items():
+        is_max = name.endswith("_max")
+        total = value.detach().clone().double()
+        torch.distributed.all_reduce(
+            total, torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM
+        )
+        out[name] = float(total) if is_max else float(total) / num_actions
+    return out
