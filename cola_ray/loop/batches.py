@@ -43,7 +43,7 @@ class Source(Protocol):
         """What a checkpoint needs of this source beside replay, by names of its own."""
         ...
 
-    async def go_back(self, state: Mapping[str, Any] | None) -> None:
+    async def restore(self, state: Mapping[str, Any] | None) -> None:
         """Be what :meth:`state` said, or what there is before the first step."""
         ...
 

@@ -2,7 +2,7 @@
 
     step v begins ──> before_step(v): the state, taken once ──┐
     learner saves version v ──> of_version(v) ────────────────┴──> {"version", "totals", "shards", "metrics", ...}
-    a learner that comes back ──> go_back(state) ──> replay, critic and totals are what they were
+    a learner that comes back ──> restore(state) ──> replay, critic and totals are what they were
 
 With ``max_staleness`` 0 the state is that in which the step from its version began, although that step may have been
 made meanwhile: a run that goes back to it makes the same step. With more, steps are made at the same time, and the
@@ -66,15 +66,15 @@ class Checkpoints:
         state = {"version": version, "totals": replace(self.workers.totals), "shards": await self.replay.state()}
         return state | await self.source.state()
 
-    async def go_back(self, state: Mapping[str, Any] | None) -> None:
+    async def restore(self, state: Mapping[str, Any] | None) -> None:
         """Be what :meth:`of_version` returned, or what there is before the first step."""
         self.taken, self.saved, self.metrics = {}, {}, {}
         if state is None:
             self.workers.totals = Totals(response_length=self.config.rollout.max_new_tokens)
-            await self.replay.go_back(None)
+            await self.replay.restore(None)
         else:
             self.workers.totals, self.saved = replace(state["totals"]), {state["version"]: dict(state)}
-            await self.replay.go_back(state["shards"])
+            await self.replay.restore(state["shards"])
             for step, metrics in state["metrics"].items():
                 self.supervisor.step(step, metrics)
-        await self.source.go_back(state)
+        await self.source.restore(state)

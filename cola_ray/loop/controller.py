@@ -69,7 +69,7 @@ class Controller:
         await self.supervisor.cancel(self.producer)
         await self.weights.stop()
         self.batches.start(version)
-        await self.checkpoints.go_back(state)
+        await self.checkpoints.restore(state)
         await self.weights.start(version, buckets)
         self.producer = self.supervisor.spawn(self._produce(version))
 

@@ -103,7 +103,7 @@ class Episodes:
     async def state(self) -> dict[str, Any]:
         return {"critic": await self.critic.checkpoint(), "fitted": self.critic_fitted, "recent": list(self.recent)}
 
-    async def go_back(self, state: Mapping[str, Any] | None) -> None:
+    async def restore(self, state: Mapping[str, Any] | None) -> None:
         await self.critic.restore(state["critic"] if state else "")
         self.critic_fitted = bool(state and state["fitted"])
         self.recent.clear()
@@ -237,7 +237,8 @@ class Episodes:
     async def _weigh_what_was_played(self, metrics: Metrics) -> list[Trajectory]:
         """Sequences of the recent episodes, each turn with its own advantage."""
         episodes = [episode for some, _ in self.recent for episode in some]
-        expected, drawn = await self.critic.advantages_and_td_errors(pa.concat_tables(rows for _, rows in self.recent))
+        rows = pa.concat_tables(rows for _, rows in self.recent)
+        expected, drawn = await self.critic.advantages_and_td_errors(rows)
         share = self.config.critic.td_share
         advantages = (1 - share) * expected + share * drawn
         centred = _centred(advantages, metrics)

@@ -71,7 +71,7 @@ class Problems:
     async def state(self) -> dict[str, Any]:
         return {}
 
-    async def go_back(self, state: Mapping[str, Any] | None) -> None:
+    async def restore(self, state: Mapping[str, Any] | None) -> None:
         """A ticket is all that a draw depends on: there is nothing to go back to."""
 
     # --- rollouts ---------------------------------------------------------------------------------------------------

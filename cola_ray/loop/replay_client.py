@@ -56,8 +56,8 @@ class ReplayClient:
         self.kept = states
         await self.shards.keep_files(states)
 
-    async def go_back(self, state: Sequence[Mapping[str, Any]] | None) -> None:
-        """Be what the shards were; None: empty."""
+    async def restore(self, state: Sequence[Mapping[str, Any]] | None) -> None:
+        """Return to a state of the shards; None: to empty ones."""
         self.kept = ()
         await self.shards.restore(state)
         if state is not None:

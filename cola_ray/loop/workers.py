@@ -19,11 +19,11 @@ from cola_ray.settings.training import RolloutConfig
 
 
 class WorkerLostError(RuntimeError):
-    """A worker's process is gone; what it was asked for must be asked of another."""
+    """A worker's process is gone; its work must be given to another."""
 
 
 class WorkerNeverRanError(WorkerLostError):
-    """It was sent to a machine that was gone already: no work is lost with it, and another may run elsewhere."""
+    """Its machine was gone before it started: no work is lost with it, and another may run elsewhere."""
 
 
 class WorkerPool(Protocol):
@@ -94,7 +94,7 @@ class WorkerGroup:
     async def generate(
         self, tickets: Sequence[Ticket], method: str, *args: Any, completions_per_ticket: int = 1
     ) -> list[Any]:
-        """Rollouts of each ticket, in order. A group stays whole, so that its prompt is computed once."""
+        """One rollout per ticket, in order: a group, whose prompt is then computed once, or an episode."""
         made = await self.dispatch(
             tickets, method, *args, completions=completions_per_ticket, on_loss=self._count_regenerated
         )
@@ -110,10 +110,10 @@ class WorkerGroup:
         completions: int = 1,
         on_loss: Callable[[int], None] = lambda count: None,
     ) -> list[Any]:
-        """``method(share, *args)`` gives a result an item; here, over all workers, also if some die. In items' order.
+        """Results of ``method(share, *args)`` over all workers, one per item and in the items' order; survives losses.
 
         Args:
-            completions: that an item takes, each as long as the mean; for the balance between workers.
+            completions: per item, each taken to be of mean length; used to balance the workers.
             on_loss: called with the size of a share that has to be done again.
         """
 
@@ -147,7 +147,7 @@ class WorkerGroup:
         return [(worker, shares[worker.number]) for worker in ready if shares[worker.number]]
 
     async def _serve(self, worker: Worker, share: list[Any], completions: int, method: str, *args: Any) -> list[Any]:
-        """What a worker makes of a share; its tokens are outstanding until it has, or is lost."""
+        """Have one worker do a share; its tokens are outstanding until it returns or is lost."""
         tokens = self._expected_tokens(len(share) * completions)
         worker.outstanding_tokens += tokens
         try:
@@ -158,7 +158,7 @@ class WorkerGroup:
         return made
 
     def _expected_tokens(self, completions: int) -> int:
-        """Whole ones, so that what is outstanding comes back to exactly 0."""
+        """An integer, so that outstanding tokens return to exactly 0."""
         return completions * math.ceil(self.totals.response_length)
 
     def _count_regenerated(self, count: int) -> None:
@@ -185,7 +185,7 @@ class WorkerGroup:
     # --- losses -----------------------------------------------------------------------------------------------------
 
     async def _wait_until_ready(self) -> list[Worker]:
-        """All workers that are ready, one at least."""
+        """All workers that are ready; at least one."""
         await self.supervisor.until(lambda: bool(self.ready))
         return self.ready
 
@@ -208,7 +208,7 @@ class WorkerGroup:
         except WorkerLostError as lost:
             self._replace(worker, lost)
             return
-        worker.is_ready = True  # at once: the next update must not pass it by
+        worker.is_ready = True  # before any await: the next update must not miss it
         await self.supervisor.notify()
 
 
