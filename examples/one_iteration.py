@@ -30,7 +30,7 @@ def digits(problem, response):
 
 
 def random_model(config, folder):
-    from cola_ray.learner.pretrain import attach, make_tiny_llama, make_tokenizer
+    from cola_ray.learner.start_model import attach, make_tiny_llama, make_tokenizer
     from cola_ray.model import conversion
     from cola_ray.tasks import make_prompts
 
