@@ -167,9 +167,9 @@ def _checkpoints(config: Config, job: str) -> Iterator[str]:
         if not job:
             break
     yield from _q(config, job)
-    judge = _local("" if is_endpoint(config.task.reward_model) else config.task.reward_model)
-    if judge is not None and job in ("rl_preference", "rl_math", "evaluate"):
-        found = checkpoints.faults(judge) or checkpoints.faults_of_judge(judge)
+    reward_model = _local("" if is_endpoint(config.task.reward_model) else config.task.reward_model)
+    if reward_model is not None and job in ("rl_preference", "rl_math", "evaluate"):
+        found = checkpoints.faults(reward_model) or checkpoints.reward_model_faults(reward_model)
         yield from (f"task.reward_model = {config.task.reward_model!r}: {fault}" for fault in found)
 
 

@@ -81,7 +81,7 @@ def faults(path: Path, tokenizer: bool = True) -> list[str]:
     return found
 
 
-def faults_of_judge(path: Path) -> list[str]:
+def reward_model_faults(path: Path) -> list[str]:
     """Reasons why a directory is not a reward model: without its head, rewards would come from a random one."""
     architectures = [] if path.suffix == ".gguf" else _json(path / "config.json").get("architectures") or []
     if not architectures or any("SequenceClassification" in str(name) for name in architectures):

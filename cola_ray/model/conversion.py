@@ -92,16 +92,17 @@ def attach(
 
 
 def load(path: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **options: Any) -> CoLAForCausalLM:
-    """A CoLA model for inference: in evaluation mode, as ``generate`` and pipelines want it.
+    """Load a CoLA model in evaluation mode, for ``generate`` and pipelines.
 
     Args:
-        path: a directory that a run left, a released checkpoint, or a hub id. Its tokenizer is
+        path: directory of a model saved by a run, a released checkpoint, or a hub id. Load its tokenizer with
             ``transformers.AutoTokenizer.from_pretrained(path)``.
-        dtype: of all weights; "auto": the checkpoint's own.
-        options: as of ``from_pretrained``: ``device_map`` and so on.
+        dtype: of all weights; "auto" keeps that of the checkpoint.
+        options: those of ``from_pretrained``, such as ``device_map``.
 
     Raises:
-        OSError: no model is there; ValueError: it is none of CoLA's.
+        OSError: there is no model.
+        ValueError: it is not a CoLA model.
 
     Example (after that of :func:`attach`):
         >>> model.save_pretrained("cola")
@@ -111,9 +112,7 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
     """
     kind = "cola" if is_released(path) else AutoConfig.from_pretrained(path).model_type
     if kind != "cola":
-        raise ValueError(
-            f"path = {str(path)!r}: a {kind!r} model, not one of CoLA's; attach() puts CoLA around a Llama"
-        )
+        raise ValueError(f"path = {str(path)!r}: a {kind!r} model, not one of CoLA's; attach() adds CoLA to a Llama")
     model: CoLAForCausalLM = CoLAForCausalLM.from_pretrained(path, dtype=dtype, **options)
     return model.eval()
 
