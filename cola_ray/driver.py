@@ -32,7 +32,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
-from cola_ray import actors, head, launch, provenance, relevance, resume, saved
+from cola_ray import actors, head, launch, provenance, relevance, resume, saved, watch
 from cola_ray.agents import AgentController
 from cola_ray.config import Q_STAGE, REWARD_STAGE, Config, RunFailedError, flat, is_environment, override
 from cola_ray.controller import Controller
@@ -539,12 +539,14 @@ def _fit(
             errors.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
+    supervisor = watch.Unreachable("TrainController", config.cluster.answer_timeout_s)
     with signals() as received:
         thread.start()
         asked = False
         while thread.is_alive():
             thread.join(0.5)
             head.raise_if_lost()
+            supervisor.look()
             poll()
             if received and not asked and stop is not None:
                 stop()
