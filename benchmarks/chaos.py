@@ -34,7 +34,7 @@ from record import RESULTS, ROOT, hardware, write_tables
 FOLDER = ROOT / "outputs" / "chaos"
 SIGNALS = ("SIGSTOP", "SIGKILL")
 START_S = 1200.0  # most seconds for a run to start, on a machine that may be busy
-LEFT_S = 60.0  # seconds after its end in which a run's processes must be gone
+LEFT_S = 90.0  # seconds after its end in which a run's processes must be gone; Ray's agents look for a dead GCS for 60
 
 
 class Session:

@@ -37,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     on_cpu = not torch.cuda.is_available()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if on_cpu:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -48,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="cola_ray serve", description=__doc__))
     if on_cpu:  # one process computes, in the blocks that vLLM's kernels take there
-        parser.set_defaults(distributed_executor_backend="uni", enforce_eager=True, block_size=32)
+        parser.set_defaults(distributed_executor_backend="uni", enforce_eager=True, block_size=32,
+                            kv_cache_memory_bytes=1 << 30)  # fmt: skip
     args = parser.parse_args(given)
     args.model = args.model_tag or args.model
     _check(args.model)

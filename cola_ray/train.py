@@ -33,7 +33,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cola_ray.checks.refusals import check
-from cola_ray.cluster import actors, head
+from cola_ray.cluster import actors, head, watch
 from cola_ray.loop.batches import Source
 from cola_ray.loop.controller import Controller
 from cola_ray.loop.episodes import Episodes
@@ -545,12 +545,14 @@ def _fit(
             errors.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
+    supervisor = watch.Unreachable("TrainController", config.cluster.answer_timeout_s)
     with signals() as received:
         thread.start()
         asked = False
         while thread.is_alive():
             thread.join(0.5)
             head.raise_if_lost()
+            supervisor.look()
             poll()
             if received and not asked and stop is not None:
                 stop()

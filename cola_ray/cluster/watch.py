@@ -2,6 +2,7 @@
 
     begin(actor, seconds)       an actor, asked now and then whether it answers, from a thread of whoever depends on it
     end()                       before Ray is left: nobody may call it afterwards
+    Unreachable(kind, seconds)  an actor on this machine that nobody has a handle of: its process is looked at
 
 Asked is what Ray itself answers beside an actor's methods; one that is busy, with threads or coroutines, answers.
 """
@@ -11,7 +12,9 @@ import threading
 import time
 from typing import Any
 
+import psutil
 import ray
+from ray._private import state
 
 _LOOK_S = 0.5  # between two looks at whether an answer has come, or the end
 
@@ -81,3 +84,41 @@ def end() -> None:
     for one in _WATCHES:
         one.join()
     _WATCHES.clear()
+
+
+class Unreachable:
+    """Ends an actor of this job once its process has been stopped (SIGSTOP) for so long.
+
+    Ray Train keeps the handle of its controller to itself, and places it on the machine of the process that called it.
+
+    Args:
+        kind: name of the actor's class.
+        seconds: that it may be stopped.
+    """
+
+    def __init__(self, kind: str, seconds: float) -> None:
+        self.kind, self.seconds = kind, seconds
+        self.process: psutil.Process | None = None
+        self.stopped_s, self.looked = 0.0, time.monotonic()
+
+    def look(self) -> None:
+        """To be called every second or so."""
+        now = time.monotonic()
+        passed, self.looked = min(now - self.looked, 2.0), now  # more is this process's own time, held by somebody
+        try:
+            self.process = self.process or self._find()
+            is_stopped = self.process is not None and self.process.status() == psutil.STATUS_STOPPED
+            self.stopped_s = self.stopped_s + passed if is_stopped else 0.0
+            if self.process is not None and self.stopped_s > self.seconds:
+                self.process.kill()
+        except psutil.Error:
+            self.process = None
+
+    def _find(self) -> psutil.Process | None:
+        with contextlib.suppress(ray.exceptions.RayError, OSError, RuntimeError):
+            here = ray.get_runtime_context()
+            for actor in state.actors(job_id=ray.JobID.from_hex(here.get_job_id())).values():
+                is_here = actor["State"] == "ALIVE" and actor["Address"]["NodeID"] == here.get_node_id()
+                if is_here and actor["ActorClassName"] == self.kind:
+                    return psutil.Process(actor["Pid"])
+        return None

@@ -71,6 +71,10 @@ def assert_same(completion, expected):
     np.testing.assert_allclose(completion.log_probs[finite], log_probs[finite], atol=LOG_PROB_TOLERANCE)
 
 
+def test_the_cache_is_as_large_as_it_is_said_to_be(engine):
+    assert engine.llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes == 256 << 20
+
+
 def preemptions(engine):
     return sum(metric.value for metric in engine.llm.get_metrics() if metric.name == "vllm:num_preemptions")
 

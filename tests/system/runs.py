@@ -102,7 +102,7 @@ class Run:
 
 def descendants(root: int) -> list[tuple[int, int, str]]:
     """(pid, parent, command line) of every process below ``root``."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in found.splitlines()[1:]]
     below = {root}
     while True:

@@ -90,7 +90,8 @@ def test_ppo_learns_a_value_and_resumes(played, tmp_path):
     run.finish()
     run = Run("rl_agent", tmp_path, "--model.path", str(model), *FEW, *settings, "--rl.max-steps", "4", "--resume")
     run.finish()
-    guessed = run.series("value/mean")
-    assert guessed[4] < guessed[1], "the head learns that questions cost something"
+    guessed, returned = run.series("value/mean"), run.series("value/returns")
+    assert sorted(guessed) == [1, 2, 3, 4]
+    assert all(abs(guessed[step] - returned[step]) < abs(returned[step]) / 2 for step in guessed), "questions cost"
     assert max(run.series("policy/grad_norm").values()) > 0
     assert max(run.series("policy/rollout_mismatch_max").values()) < 1e-4

@@ -82,10 +82,11 @@ def test_a_process_that_hangs_counts_as_lost(start, straight, title):
     assert_same_curve(run, straight)
 
 
-def test_a_controller_that_hangs_ends_the_run_in_bounded_time(start, straight):
+@pytest.mark.parametrize("title", ["ray::Controller", "ray::TrainController"])
+def test_a_controller_that_hangs_ends_the_run_in_bounded_time(start, straight, title):
     run = start("--cluster.answer-timeout-s", "20")
     run.wait_for_step("reward/mean", 3)
-    os.kill(run.actors("ray::Controller")[-1], signal.SIGSTOP)
+    os.kill(run.actors(title)[-1], signal.SIGSTOP)
     shown = run.finish(code=1, timeout=180)
     assert "the run failed: " in shown
     assert "--resume" in shown

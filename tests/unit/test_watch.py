@@ -1,5 +1,8 @@
 """What becomes of an actor that does not answer; with Ray's own errors, and no cluster."""
 
+import os
+import signal
+import subprocess
 import threading
 import types
 
@@ -100,3 +103,51 @@ def test_nobody_calls_ray_after_the_end(answers, monkeypatch):
     assert not watch._WATCHES
     assert not [one for one in threading.enumerate() if isinstance(one, watch._Watch)]
     assert len(actor.asked) == asked <= 2
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_an_actor_without_a_handle_is_ended_once_it_is_stopped_for_long(held, monkeypatch):
+    with subprocess.Popen(["sleep", "60"]) as process:
+        actors = {
+            "elsewhere": {
+                "ActorClassName": "TrainController",
+                "State": "ALIVE",
+                "Pid": os.getpid(),
+                "Address": {"NodeID": "b"},
+            },
+            "another": {
+                "ActorClassName": "Controller",
+                "State": "ALIVE",
+                "Pid": os.getpid(),
+                "Address": {"NodeID": "a"},
+            },
+            "ours": {
+                "ActorClassName": "TrainController",
+                "State": "ALIVE",
+                "Pid": process.pid,
+                "Address": {"NodeID": "a"},
+            },
+        }
+        context = types.SimpleNamespace(get_job_id=lambda: "01000000", get_node_id=lambda: "a")
+        monkeypatch.setattr(watch.ray, "get_runtime_context", lambda: context)
+        monkeypatch.setattr(watch, "state", types.SimpleNamespace(actors=lambda job_id: actors))
+        now = 0.0
+        monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: now))
+        supervisor = watch.Unreachable("TrainController", 10.0)
+        if held:
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+        for now in range(1, 10):  # noqa: B007
+            supervisor.look()
+        now = 1000.0  # this process itself was held meanwhile
+        supervisor.look()
+        assert process.poll() is None
+        now = 1002.0
+        supervisor.look()
+        if held:
+            assert process.wait(10) == -signal.SIGKILL
+            now = 1003.0
+            supervisor.look()  # there is nobody any more
+        else:
+            assert process.poll() is None
+            process.kill()
