@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-Kind = Literal["algorithm", "advantage", "loss", "task", "environment", "reward", "base"]
+Kind = Literal["algorithm", "advantage", "loss", "task", "environment", "reward"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Found = TypeVar("Found")
 
@@ -56,7 +56,6 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "data_science": "cola_ray.tasks.data_science:DataScience",
     },
     "reward": {},
-    "base": {},
 }  # fmt: skip
 """By kind and name: where it is, as ``module:name``."""
 
@@ -75,7 +74,7 @@ class _Call:
 
 _CALLS: dict[Kind, _Call] = {
     "advantage": _Call(("prompts",)),
-    "loss": _Call(("batch",)),
+    "loss": _Call(("log_probs", "old_log_probs", "advantages", "mask")),
     "task": _Call(("config", "seed")),
     "reward": _Call(("problem", "response")),
 }
@@ -87,7 +86,7 @@ def register(kind: Kind, name: str) -> Callable[[Found], Found]:
     """Put a function, a class or an instance into the registry; returns it unchanged.
 
     Args:
-        kind: algorithm, advantage, loss, task, environment, reward or base.
+        kind: algorithm, advantage, loss, task, environment or reward.
         name: under which settings name it, behind ``file.py:`` or ``package.module:`` where the file has not been
             imported before.
 

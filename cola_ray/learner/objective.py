@@ -10,6 +10,7 @@ the learner divides by the number of actions in the global batch. Legend: B sequ
 actions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,9 @@ from cola_ray.algorithms.policy_loss import (
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Frozen, MicroBatch, Scored
 from cola_ray.model.modeling_cola import action_log_probs
 from cola_ray.settings.config import RLConfig
+
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``(log_probs, old_log_probs, advantages, mask) -> loss of each action``, all (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def policy_objective(
     kl_coef: float,
     temperature: float,
     top_k: int,
+    policy_loss: PolicyLoss | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, a sum over the actions taken, and sums of metrics over them.
 
@@ -109,6 +114,7 @@ def policy_objective(
         old: None on the first update, where the policy before the batch is the current one.
         kl_coef: in force; it may be adapted from step to step. ETPO's beta.
         temperature, top_k: of the rollouts.
+        policy_loss: replaces the clipped surrogate; the advantages it gets bear the importance weights.
     """
     mask = batch.action_mask
     scores = score(logits, frozen.reference_logits, batch, temperature, top_k)
@@ -125,9 +131,7 @@ def policy_objective(
         advantages = _charged(follows, taken, scores.kl, batch, old, rl, kl_coef)
         if follows.control is not None:
             advantages = advantages - batch.place(batch.taken(follows.control))
-        surrogate, clipped = clipped_policy_gradient(
-            taken.said, taken.old_said, weights * advantages, taken.possible, rl.clip_low, rl.clip_high
-        )
+        surrogate, clipped = _surrogate(taken, weights * advantages, rl, policy_loss)
         losses = [surrogate]
         if follows.control is not None:
             losses.append(-batch.place(mean_under(scores.policy, follows.control))[mask].sum())
@@ -143,6 +147,19 @@ def policy_objective(
     if frozen.reference_logits is not None:
         measured["policy/kl"] = scores.kl.detach()[mask].sum()
     return loss, measured | _rollout_metrics(taken, weights, batch, rl)
+
+
+def _surrogate(taken: Taken, advantages: Tensor, rl: RLConfig, own: PolicyLoss | None) -> tuple[Tensor, Tensor]:
+    """What draws the policy to advantages (B, T): a sum, and the number of actions that are clipped."""
+    if own is None:
+        return clipped_policy_gradient(
+            taken.said, taken.old_said, advantages, taken.possible, rl.clip_low, rl.clip_high
+        )
+    of_each = own(taken.said, taken.old_said, advantages, taken.possible)
+    if of_each.shape != advantages.shape:
+        shapes = f"{tuple(of_each.shape)}, and a loss for each action has {tuple(advantages.shape)}"
+        raise ValueError(f"rl.loss returned a tensor of shape {shapes}")
+    return of_each.masked_fill(~taken.possible, 0.0).sum(), torch.zeros((), device=advantages.device)
 
 
 def _taken(scores: Scores, old: Scored | None, batch: MicroBatch, aliases: Tensor | None) -> Taken:

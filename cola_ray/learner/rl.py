@@ -157,7 +157,7 @@ class PolicyUpdate:
         self, config: Config, zero: ZeroEngine, value: ValueLearner | None, soft_q: SoftQLearner | None
     ) -> None:
         self.config, self.zero, self.value, self.soft_q = config, zero, value, soft_q
-        self.lr = config.rl.lr
+        self.lr, self.policy_loss = config.rl.lr, config.algorithm.policy_loss()
 
     @property
     def heads(self) -> dict[str, ValueLearner | SoftQLearner]:
@@ -258,11 +258,11 @@ class PolicyUpdate:
         rl, rollout = self.config.rl, self.config.rollout
         logits, frozen = forward(self.zero, one.batch, one.frozen)
         follows: Advantages | ActionValues = one.follows
-        if self.soft_q is not None and rl.algorithm == "etpo":
+        if self.soft_q is not None and self.config.algorithm.soft_q:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))
         return policy_objective(
             logits, one.batch, frozen, follows, one.old, rl=rl, kl_coef=kl_coef, temperature=rollout.temperature,
-            top_k=rollout.top_k,
+            top_k=rollout.top_k, policy_loss=self.policy_loss,
         )  # fmt: skip
 
 
@@ -283,11 +283,11 @@ def _heads(
     shared: Mapping[str, Any] = {"lr": rl.value_lr, "grad_clip": rl.grad_clip, "steps": rl.value_steps,
                                  "seed": config.seed}  # fmt: skip
     value = soft_q = None
-    if rl.algorithm == "ppo":
+    if config.algorithm.value_head:
         value = ValueLearner(width, device, decay=rl.gae_lambda, whiten=True, **shared)
     elif rl.algorithm == "archer" and config.critic.token_baseline:
         value = ValueLearner(width, device, decay=1.0, whiten=False, **shared)
-    if rl.algorithm == "etpo" or rl.control_variate:
+    if config.algorithm.soft_q or rl.control_variate:
         soft_q = SoftQLearner(width, num_actions, device, tau=rl.target_tau, **shared)
     return value, soft_q
 

@@ -30,7 +30,8 @@ class Algorithm:
     """From the outcomes of a step's prompts to a number for each completion: a function ``prompts -> list of (G,)
     tensors``, or a name as in ``rl.advantage``."""
     loss: str | Callable[..., Any] = ""
-    """Of the policy: a function, or a name as in ``rl.loss``; empty: PPO's clipped surrogate."""
+    """Of the policy: a function ``(log_probs, old_log_probs, advantages, mask) -> loss of each action``, all (B, T), or
+    a name as in ``rl.loss``; empty: PPO's clipped surrogate."""
     groups: bool = False
     """Compares completions of one prompt with each other: ``rl.group_size`` is 2 or more."""
     greedy: bool = False

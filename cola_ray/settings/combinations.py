@@ -161,6 +161,9 @@ COMBINATIONS: tuple[Combination, ...] = (
         f"leave it out, or use {', '.join(OF_OUTCOMES)} or an algorithm of your own",
     ),
     Combination(
+        "rl.loss", _AllBut(""), _any(_of("etpo", "chai"), _actor_free), "{} has a loss of its own, or none",
+    ),
+    Combination(
         "critic.encoder", ("",), _all(_tokens, _of("archer")), "with rl.action_space token the base's states change",
         "give an encoder",
     ),
@@ -202,6 +205,10 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination("rl.updates_per_batch", None, _any(_of("chai"), _actor_free), "no policy trains"),
     *(
         Combination(field, None, _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}")
+        for field in ("rl.clip_low", "rl.clip_high")
+    ),
+    *(
+        Combination(field, None, _needs("loss"), "rl.loss replaces the clipped surrogate")
         for field in ("rl.clip_low", "rl.clip_high")
     ),
     *(

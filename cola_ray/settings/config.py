@@ -130,9 +130,10 @@ class Config(Branch):
 
     @property
     def algorithm(self) -> Algorithm:
-        """What ``rl.algorithm`` needs, with ``rl.advantage`` in place of its own where that is given."""
+        """What ``rl.algorithm`` needs; ``rl.advantage`` and ``rl.loss`` replace its own."""
+        given = {"advantage": self.rl.advantage, "loss": self.rl.loss}
         found = algorithms.of(self.rl.algorithm)
-        return dataclasses.replace(found, advantage=self.rl.advantage) if self.rl.advantage else found
+        return dataclasses.replace(found, **{name: value for name, value in given.items() if value})
 
     @property
     def learns_values(self) -> bool:
@@ -160,6 +161,7 @@ def is_environment(task: str) -> bool:
 NAMED: dict[str, registry.Kind] = {
     "rl.algorithm": "algorithm",
     "rl.advantage": "advantage",
+    "rl.loss": "loss",
     "task.name": "task",
     "task.reward": "reward",
 }

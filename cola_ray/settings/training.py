@@ -232,6 +232,9 @@ class RLConfig(Branch):
     advantage: str = ""
     """In place of the algorithm's own, for grpo, rloo, remax, reinforce and yours: one of these names, or your own
     function of a step's outcomes as package.module:name or file.py:name. Empty: the algorithm's."""
+    loss: str = ""
+    """In place of PPO's clipped surrogate: your own function of log-probabilities and advantages, as
+    package.module:name or file.py:name. Empty: the algorithm's."""
     action_space: Literal["latent", "token"] = "latent"
     """latent: actions of the learned codebook; the policy over them trains. token: the plain base chooses tokens and
     itself trains, through the same workers, tasks and algorithms: what latent actions are compared with."""

@@ -43,6 +43,14 @@ REFUSED = [
     (agent("chai", rl__entropy_coef=0.1), "rl.entropy_coef = 0.1: no policy trains"),
     (SOFT | {"rl.entropy_coef": 0.1}, "rl.entropy_coef = 0.1: no policy trains"),
     (SOFT | {"rl.updates_per_batch": 3}, "rl.updates_per_batch = 3: no policy trains"),
+    (ETPO | {"rl.loss": "mine.py:mine"}, "rl.loss = 'mine.py:mine': etpo has a loss of its own, or none"),
+    *(
+        (
+            {"rl.loss": "mine.py:mine", field: 0.1, "rl.updates_per_batch": 2},
+            f"{field} = 0.1: rl.loss replaces the clipped",
+        )
+        for field in ("rl.clip_low", "rl.clip_high")
+    ),
     (ETPO | {"rl.clip_low": 0.1, "rl.updates_per_batch": 2}, "rl.clip_low = 0.1: with rl.algorithm etpo nothing"),
     (ETPO | {"rl.clip_high": 0.1, "rl.updates_per_batch": 2}, "rl.clip_high = 0.1: with rl.algorithm etpo nothing"),
     ({"rl.clip_low": 0.1}, "rl.clip_low = 0.1: ratios are to the policy at the start of a batch"),

@@ -99,7 +99,7 @@ def by_hand(of, rl, *, later, hold_kl, whitened):
     return total
 
 
-def found(of, rl, *, later, hold_kl, whitened):
+def found(of, rl, *, later, hold_kl, whitened, policy_loss=None):
     batch, at = of.batch(), (ROWS, PLACES)
     logits, reference, q, earlier = (torch.from_numpy(x[at]) for x in (of.logits, of.ref_logits, of.q, of.earlier))
     aliases = torch.from_numpy(of.aliases[at]) if rl.marginal_aliases else None
@@ -113,7 +113,10 @@ def found(of, rl, *, later, hold_kl, whitened):
     if rl.algorithm == "etpo":
         follows = ActionValues(q)
     frozen = Frozen(None, reference, aliases)
-    return policy_objective(logits, batch, frozen, follows, old, rl=rl, kl_coef=BETA, temperature=HEAT, top_k=0)
+    return policy_objective(
+        logits, batch, frozen, follows, old, rl=rl, kl_coef=BETA, temperature=HEAT, top_k=0,
+        policy_loss=policy_loss,
+    )  # fmt: skip
 
 
 KINDS = {
@@ -136,6 +139,21 @@ def test_the_parts_add_up_to_the_sum_of_the_papers(kind, later):
         loss, metrics = found(Drawn(seed), rl, **given)
         assert float(loss) == pytest.approx(by_hand(Drawn(seed), rl, **given), rel=1e-9)
         assert metrics["policy/loss"] == loss
+
+
+def test_a_loss_of_ones_own_stands_in_the_clipped_surrogates_place():
+    """The surrogate written anew; where there is no action its numbers are infinite, and must not count."""
+    rl, given = RLConfig(entropy_coef=0.1, clip_high=0.3), {"later": True, "hold_kl": False, "whitened": True}
+
+    def clipped(log_probs, old_log_probs, advantages, mask):
+        ratio = torch.where(mask, log_probs - old_log_probs, torch.inf).exp()
+        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)
+
+    for seed in range(3):
+        usual, own = (found(Drawn(seed), rl, **given, policy_loss=loss)[0] for loss in (None, clipped))
+        assert float(own) == pytest.approx(float(usual), rel=1e-12)
+    with pytest.raises(ValueError, match="of shape"):
+        found(Drawn(0), rl, **given, policy_loss=lambda log_probs, *_: log_probs.sum())
 
 
 def test_what_is_kept_from_before_the_updates_has_no_gradient_and_is_the_first_updates_own():
