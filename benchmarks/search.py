@@ -16,9 +16,9 @@ import numpy as np
 from cached_run import run_once
 from record import RESULTS, record
 
+from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import LatentEngine, Request
-from cola_ray.rollout.search import Question, TreeSearch
-from cola_ray.rollout.worker import RunningBatch
+from cola_ray.rollout.search import SearchProblem, TreeSearch
 from cola_ray.settings.config import SearchConfig
 
 WAYS = ("sample", "beam", "mcts", "mcts_q")
@@ -52,7 +52,7 @@ def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> di
     draw = np.random.default_rng(0)
     ratios = {}
 
-    async def judge(responses: Sequence[np.ndarray]) -> list[float]:
+    async def score(responses: Sequence[np.ndarray]) -> list[float]:
         return draw.random(len(responses)).tolist()
 
     def request(ids: Sequence[int], seed: int, actions: Sequence[int], budget: int) -> Request:
@@ -61,7 +61,7 @@ def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> di
     for length in (64, 128, 256, 448):
         prompt = draw.integers(2, engine.vocab_size // 2, length).tolist()
         config = SearchConfig(simulations=simulations, depth=new_tokens)
-        search = TreeSearch(config, Question(prompt, new_tokens, batch.complete, judge, request))
+        search = TreeSearch(config, SearchProblem(prompt, new_tokens, batch.complete, score, request))
         found = asyncio.run(search.run())
         whole = sum(length + len(response) for response in found.responses)
         ratios[f"saved_at_{length}_prompt_tokens"] = whole / found.computed_tokens

@@ -39,7 +39,7 @@ from cola_ray.loop.controller import Controller
 from cola_ray.loop.episodes import Episodes
 from cola_ray.loop.problems import Problems
 from cola_ray.model.conversion import describe, plain_base
-from cola_ray.rollout.agent import AgentWorker
+from cola_ray.rollout.agent_worker import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.runs import launch, provenance, resume, saved
 from cola_ray.runs.display import current, shown, tell

@@ -30,7 +30,7 @@ from cola_ray.experience import Batch
 from cola_ray.loop.workers import WorkerLostError, WorkerNeverRanError
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
-from cola_ray.rollout.judge import HttpJudge, Judge, RewardModel
+from cola_ray.rollout.reward_model import RewardEndpoint, RewardFunction, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.runs.display import current
 from cola_ray.runs.ending import last_error
@@ -305,13 +305,13 @@ class RemoteReplicas:
         return await _answer(self.actors[replica], method, args, "a critic", ReplicaLostError)
 
 
-def judge(config: Config) -> Judge | None:
+def judge(config: Config) -> RewardFunction | None:
     """Who scores in place of a verifier: an endpoint, or a reward model on an actor of its own."""
     where = config.task.reward_model
     if not where:
         return None
     if is_endpoint(where):
-        return HttpJudge(where, config.task.reward_timeout_s)
+        return RewardEndpoint(where, config.task.reward_timeout_s)
     rollout = config.rollout
     placed = _placed(config, "service", GPU=float(config.cluster.use_gpu))
     actor = ray.remote(RewardModel).options(**placed, max_restarts=-1, max_task_retries=-1)
@@ -320,7 +320,7 @@ def judge(config: Config) -> Judge | None:
 
 
 class RemoteJudge:
-    """A :data:`~cola_ray.rollout.judge.Judge` that asks its actor, which Ray starts again."""
+    """A :data:`~cola_ray.rollout.reward_model.RewardFunction` that asks its actor, which Ray starts again."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor

@@ -158,5 +158,5 @@ def open_classifier(source: Path, tokenizer: PreTrainedTokenizerBase, config: Co
 
 def _ids(chat: ChatTokenizer, pair: Pair, config: Config) -> Ids:
     limit = config.pretrain.sequence_length
-    chosen, rejected = (chat.judged_ids(pair.prompt, said)[-limit:] for said in (pair.chosen, pair.rejected))
+    chosen, rejected = (chat.exchange_ids(pair.prompt, said)[-limit:] for said in (pair.chosen, pair.rejected))
     return chosen, rejected

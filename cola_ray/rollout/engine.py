@@ -1,51 +1,53 @@
-"""One in-process vLLM engine: prompt ids in, tokens, actions and log-probabilities out; weights applied between steps.
+"""One in-process vLLM engine: prompt ids in; tokens, actions and log-probabilities out.
 
-    submit(request) ... ─> step() ─> [(id, completion)]        continuous batching: submit at any time between steps
+    submit(request) ... ─> step() ─> {request id: completion}     continuous batching: submit at any time between steps
                              │
-                 update_weights(version, buckets)               between two steps; requests in flight go on with it
+                     update_weights(version, buckets)              between two steps; requests in flight carry on
 
-    LatentEngine   a CoLA checkpoint: actions are latent, the policy is what updates replace
-    TokenEngine    a plain Llama: actions are tokens, updates replace all of it, or what adapters change
+    LatentEngine   serves a CoLA checkpoint: actions are latent codes, and updates replace the policy
+    TokenEngine    serves a plain Llama: actions are tokens, and updates replace all weights, or only those that
+                   LoRA adapters change
 
-A request in flight at an update keeps its tokens. Its key/value entries of layers that trained are stale, so it is
-preempted and computed again under the new weights; ``Completion.versions`` tells which version chose each action.
+A request in flight at an update keeps the tokens that it has. The key/value entries of the layers that were updated are
+stale, so vLLM preempts the request and recomputes them under the new weights. ``Completion.versions`` records which
+version of the policy chose each action.
 """
 
 import abc
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cola_ray.model.action_columns import acting_args, decode, sampling_args
+from cola_ray.rollout.weight_loading import Loader, load_llama, load_policy, load_projections, load_soft_q
 from cola_ray.tasks.endings import Endings
 from cola_ray.weights import Broadcast, BroadcastReceiver, Bucket, Offer, WeightReceiver
-
-if TYPE_CHECKING:
-    from cola_ray.model.vllm_cola import CoLAForCausalLM
 
 
 @dataclass(frozen=True)
 class Request:
+    """One prompt to complete, and how to sample."""
+
     prompt_ids: Sequence[int]
     seed: int
     temperature: float
     top_k: int
     max_new_tokens: int
-    actions: Sequence[int] = ()  # forced at the first steps
-    stop: Sequence[str] = ()  # strings that end it, beside the engine's end tokens
-    said: int = 0  # of the prompt's last tokens: a response's beginning, which this one goes on with
+    actions: Sequence[int] = ()  # forced at the first steps, in place of sampled ones
+    stop: Sequence[str] = ()  # strings that end the completion, in addition to the engine's end tokens
+    response_prefix: int = 0  # how many of the prompt's last tokens already belong to the response
 
 
 @dataclass
 class _InFlight:
     request: Request
-    engine_id: str  # vLLM's own name of the request
-    versions: list[tuple[int, int]]  # (first output position, version), ascending
+    engine_id: str  # vLLM's own id of the request
+    versions: list[tuple[int, int]]  # (first output position that it chose, policy version), ascending
 
     @property
     def prompt_length(self) -> int:
@@ -54,17 +56,19 @@ class _InFlight:
 
 @dataclass(frozen=True)
 class Completion:
-    token_ids: np.ndarray  # (L,) int64, what ended it included: a token, or those that make a string
+    """What the engine generated for one request: L tokens after a prompt of P."""
+
+    token_ids: np.ndarray  # (L,) int64; includes the end token, or the tokens of the stop string
     actions: np.ndarray  # (L,) int64
-    log_probs: np.ndarray  # (L,) float32, of the actions, under the distribution sampled from
+    log_probs: np.ndarray  # (L,) float32, of the actions under the distribution that they were sampled from
     versions: np.ndarray  # (L,) int64, the policy version that chose each action
-    truncated: bool  # out of budget, not stopped
-    hidden_states: np.ndarray | None  # (P + L - 1, H), e where the engine keeps it; bfloat16 as int16
-    computed_tokens: int = 0  # P + L, less what the prefix cache held
+    truncated: bool  # cut by the token limit rather than stopped
+    hidden_states: np.ndarray | None  # (P + L - 1, H), e, if the engine keeps it; bfloat16 is stored as int16
+    computed_tokens: int = 0  # P + L, minus the prompt tokens that the prefix cache held
 
 
 def as_float(states: np.ndarray) -> np.ndarray:
-    """A completion's hidden states as float32."""
+    """Return a completion's hidden states as float32."""
     if states.dtype == np.int16:  # bfloat16, which NumPy does not know
         import torch
 
@@ -72,20 +76,20 @@ def as_float(states: np.ndarray) -> np.ndarray:
     return states.astype(np.float32, copy=False)
 
 
-Loader = Callable[[Any, WeightReceiver | BroadcastReceiver], None]
-"""(served model, receiver): a complete update, or an error before any change."""
-
-
 class Engine(abc.ABC):
-    """vLLM in this process; what heirs add is what an action is and which weights change.
+    """vLLM in this process. Subclasses say what an action is and which weights change.
 
     Args:
         model_path: a directory that vLLM can serve.
         dtype: "float32" or "bfloat16".
-        max_model_len: prompt plus completion, in tokens.
-        stop_token_ids: each ends a completion.
-        tokenizer: for requests with strings that end them.
-        kv_cache_mb: key/value cache on CPU.
+        max_model_len: most tokens of prompt and completion together.
+        stop_token_ids: ids that each end a completion.
+        tokenizer: needed only for requests with stop strings.
+        max_num_seqs: most sequences in one step.
+        kv_cache_mb: size of the key/value cache in MB, on CPU.
+        tensor_parallel_size: GPUs of this engine.
+        num_threads: CPU threads of this process.
+        engine_args: further arguments of ``vllm.LLM``.
     """
 
     def __init__(
@@ -117,7 +121,7 @@ class Engine(abc.ABC):
             engine_args.setdefault("kv_cache_memory_bytes", kv_cache_mb << 20)
             engine_args.setdefault("distributed_executor_backend", "uni")
             engine_args.setdefault("enforce_eager", True)
-            # vLLM's blocks of 128 on CPU would share no prefix shorter than that; 32 is the least its kernels take.
+            # vLLM's default of 128 on CPU would share no prefix shorter than that; its kernels need at least 32.
             engine_args.setdefault("block_size", 32)
         self.llm = vllm.LLM(
             model_path,
@@ -127,30 +131,30 @@ class Engine(abc.ABC):
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
             seed=0,
-            async_scheduling=False,  # a weight update must know exactly how far each request is
+            async_scheduling=False,  # a weight update must know exactly how far each request has come
             **engine_args,
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        self.llm.llm_engine.output_processor.tokenizer = tokenizer  # looks for strings, where a request has some
+        self.llm.llm_engine.output_processor.tokenizer = tokenizer  # finds stop strings
 
-    # --- what heirs say -------------------------------------------------------------------------------------------
+    # --- for subclasses -------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def _sampling(self, request: Request) -> dict[str, Any]:
-        """Arguments for ``vllm.SamplingParams`` that make it act."""
+        """Return the arguments of ``vllm.SamplingParams`` that make vLLM sample actions for this request."""
 
     @abc.abstractmethod
     def _read(self, request: _InFlight, output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """vLLM's ``CompletionOutput`` -> tokens, actions, log-probabilities, hidden states."""
+        """Return tokens, actions, log-probabilities and hidden states from vLLM's ``CompletionOutput``."""
 
     @abc.abstractmethod
     def _loader(self) -> Loader:
-        """What takes new weights in beside the served model; sent to all of an engine's GPUs."""
+        """Return the function that loads new weights; it is sent to each of the engine's GPU processes."""
 
     # --- requests -------------------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """All completions, in the order of the requests; nothing else may be in flight."""
+        """Return the completions of all requests, in order; nothing else may be in flight."""
         ids = [self.submit(request) for request in requests]
         finished: dict[str, Completion] = {}
         while self.num_in_flight:
@@ -158,29 +162,29 @@ class Engine(abc.ABC):
         return [finished[request_id] for request_id in ids]
 
     def submit(self, request: Request) -> str:
-        """Queue a request; returns its id, under which ``step`` will hand out the completion.
+        """Queue a request and return its id, under which ``step`` returns the completion.
 
         Raises:
-            ValueError: vLLM refuses it, e.g. a prompt longer than the model's context; or it is to end at a string and
-                the engine has no tokenizer.
+            ValueError: vLLM refuses the request, e.g. because the prompt exceeds the model's context; or the request
+                has stop strings and the engine has no tokenizer.
         """
         if request.stop and self.endings.tokenizer is None:
-            raise ValueError(f"stop = {list(request.stop)!r}: the engine was made without a tokenizer")
+            raise ValueError(f"stop = {list(request.stop)!r}: the engine has no tokenizer; pass one when creating it")
         params = self.vllm.SamplingParams(
             max_tokens=request.max_new_tokens,
             stop_token_ids=list(self.endings.token_ids),
-            ignore_eos=True,  # the end tokens above, not a default of the checkpoint's configuration
+            ignore_eos=True,  # only the ids above end a completion, not the checkpoint's configured default
             stop=list(request.stop) or None,
             detokenize=bool(request.stop),
             skip_special_tokens=False,
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,  # made for this request alone; a deep copy would be a fifth of a short rollout
+            skip_clone=True,  # the object is ours alone; a deep copy would take a fifth of a short rollout's time
             **self._sampling(request),
         )
         self.num_submitted += 1
         name, prompt = str(self.num_submitted), {"prompt_token_ids": list(request.prompt_ids)}
         engine_id = self.llm.llm_engine.add_request(name, prompt, params)
-        if request.stop:  # log-probabilities stay numbers: no vocabulary spells the columns that carry actions
+        if request.stop:  # the columns that carry actions are no vocabulary entries, so nothing may try to decode them
             self.llm.llm_engine.output_processor.request_states[engine_id].logprobs_processor.tokenizer = None
         self.in_flight[name] = _InFlight(request, engine_id, [(0, self.version)])
         return name
@@ -190,38 +194,38 @@ class Engine(abc.ABC):
         return len(self.in_flight)
 
     def abort(self, name: str) -> None:
-        """Forget a request in flight; called between two steps."""
+        """Drop a request in flight. Call it between two steps."""
         self.llm.llm_engine.abort_request([name])
         del self.in_flight[name]
 
     def step(self) -> dict[str, Completion]:
-        """One forward pass over the running batch; returns what finished in it."""
+        """Run one forward pass over the running batch; return the completions that finished in it."""
         return {
             output.request_id: self._complete(self.in_flight.pop(output.request_id), output)
             for output in self.llm.llm_engine.step()
         }
 
-    def _complete(self, request: "_InFlight", answer: Any) -> Completion:
-        output = answer.outputs[0]
+    def _complete(self, request: "_InFlight", finished: Any) -> Completion:
+        output = finished.outputs[0]
         token_ids, actions, log_probs, states = self._read(request, output)
         starts, versions = zip(*request.versions, strict=True)
         lengths = np.diff([*starts, len(actions)])
-        computed_tokens = request.prompt_length + len(actions) - (answer.num_cached_tokens or 0)
+        computed_tokens = request.prompt_length + len(actions) - (finished.num_cached_tokens or 0)
         made = Completion(
             token_ids, actions, log_probs, np.repeat(np.array(versions, np.int64), lengths),
             truncated=output.finish_reason == "length", hidden_states=states, computed_tokens=computed_tokens,
         )  # fmt: skip
-        return self._cut(made, request.request)
+        return self._cut_at_stop(made, request.request)
 
-    def _cut(self, made: Completion, request: Request) -> Completion:
-        """Up to a string that began in what was said before, which vLLM does not see."""
-        if not request.stop or not request.said:
+    def _cut_at_stop(self, made: Completion, request: Request) -> Completion:
+        """Cut at a stop string that began within the response's prefix in the prompt, where vLLM does not look."""
+        if not request.stop or not request.response_prefix:
             return made
-        before = list(request.prompt_ids[-request.said :])
+        before = list(request.prompt_ids[-request.response_prefix :])
         whole = dataclasses.replace(self.endings, strings=tuple(request.stop)).length([*before, *made.token_ids])
         if whole is None:
             return made
-        length = max(whole - request.said, 1)
+        length = max(whole - request.response_prefix, 1)
         states = made.hidden_states
         return dataclasses.replace(
             made, token_ids=made.token_ids[:length], actions=made.actions[:length], log_probs=made.log_probs[:length],
@@ -232,20 +236,19 @@ class Engine(abc.ABC):
     # --- weights --------------------------------------------------------------------------------------------------
 
     def update_weights(self, version: int, buckets: Sequence[Bucket]) -> None:
-        """Replace the policy by ``version`` and drop the prefix cache, which is stale now.
+        """Replace the policy by ``version`` and drop the prefix cache, which is stale from then on.
 
         Raises:
-            WeightTransferError: the buckets are not exactly the policy's tensors; nothing was changed.
+            WeightTransferError: the buckets do not hold exactly the policy's tensors; nothing was changed.
         """
         receiver, load = WeightReceiver(version), self._loader()
         for bucket in buckets:
             receiver.add(bucket)
         self.llm.apply_model(lambda model: load(model, receiver))
-        self._go_on_with(version)
+        self._continue_with(version)
 
     def receive_weights(self, offer: Offer) -> None:
-        """The same from a broadcast; returns when all of it has been sent and loaded."""
-
+        """Replace the policy by a broadcast version; return once everything has been received and loaded."""
         load = self._loader()
 
         def receive(model: Any) -> None:
@@ -258,27 +261,31 @@ class Engine(abc.ABC):
             load(model, BroadcastReceiver(offer, end, rank, torch.device(device)))
 
         self.llm.apply_model(receive)
-        self._go_on_with(offer.version)
+        self._continue_with(offer.version)
 
-    def _go_on_with(self, version: int) -> None:
+    def _continue_with(self, version: int) -> None:
         self.reset_prefix_cache()
         self.version = version
-        # How far each request is, is known to the scheduler alone before the request ends.
+        # Until a request has finished, only the scheduler knows how far it has come.
         for request in self.in_flight.values():
             request.versions.append((self.scheduler.requests[request.engine_id].num_output_tokens, version))
 
     def reset_prefix_cache(self) -> None:
-        """Forget all keys and values; requests in flight are computed again, without new draws."""
+        """Drop all keys and values; requests in flight recompute theirs and draw nothing again.
+
+        Raises:
+            RuntimeError: vLLM did not reset its cache.
+        """
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
-            raise RuntimeError("vLLM kept its prefix cache during a weight update")
+            raise RuntimeError("vLLM did not reset its prefix cache after a weight update")
 
     def close(self) -> None:
-        """End vLLM here and now, so that another engine can start in this process."""
+        """Shut vLLM down, so that another engine can start in this process."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.scheduler
 
     def sleep(self) -> None:
-        """Free the GPU for a colocated learner: weights to host memory, cache dropped."""
+        """Free the GPU for a colocated learner: move weights to host memory and drop the cache."""
         self.llm.sleep(level=1)
 
     def wake_up(self) -> None:
@@ -286,11 +293,11 @@ class Engine(abc.ABC):
 
 
 class LatentEngine(Engine):
-    """vLLM over a directory of :class:`CoLAForCausalLM`.
+    """Serves a directory of :class:`CoLAForCausalLM`.
 
     Args:
-        keep_hidden_states: completions bring the base's states along.
-        soft_q_beta: above 0, actions come from ``rho exp(Q / beta) / Z``, and updates bring Q alone.
+        keep_hidden_states: return the base's hidden states with each completion.
+        soft_q_beta: if above 0, sample actions from ``rho exp(Q / beta) / Z``; updates then replace Q alone.
     """
 
     def __init__(
@@ -312,7 +319,7 @@ class LatentEngine(Engine):
             self._remember_blocks(self.scheduler.kv_cache_manager)
 
     def _remember_blocks(self, manager: Any) -> None:
-        """A finished request's cache is freed within its last step; its states are still there, if one knows where."""
+        """Record which cache blocks a request used: they are freed in its last step, but still hold its states."""
         free = manager.free
 
         def remember_and_free(request: Any) -> None:
@@ -348,10 +355,10 @@ class LatentEngine(Engine):
 
 
 class TokenEngine(Engine):
-    """vLLM over a plain Llama: the token is the action.
+    """Serves a plain Llama: the token is the action.
 
     Args:
-        adapters: updates bring the linear layers alone, adapters merged into them.
+        adapters: updates bring only the linear layers, with LoRA adapters merged into them.
     """
 
     def __init__(self, model_path: str, *, adapters: bool = False, **engine_args: Any) -> None:
@@ -363,7 +370,7 @@ class TokenEngine(Engine):
 
     def _sampling(self, request: Request) -> dict[str, Any]:
         args = acting_args(request.temperature, request.top_k, request.seed, request.actions)
-        return args | {"logprobs": 0}  # of the token drawn alone
+        return args | {"logprobs": 0}  # only the sampled token's
 
     def _read(self, _: _InFlight, output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
         tokens = np.asarray(output.token_ids, np.int64)
@@ -375,82 +382,10 @@ class TokenEngine(Engine):
 
 
 def prepare_process(num_threads: int) -> None:
-    """Environment that vLLM reads on import: engine in this process, V1 model runner, our thread count."""
+    """Set the environment that vLLM reads on import: engine in this process, V1 model runner, number of threads."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule the size that the engine is given
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
-
-
-def load_policy(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastReceiver) -> None:
-    """A new policy into the served CoLA."""
-    config = model.config
-    layers = _layer_tensors("policy.", config.num_policy_layers, _PROJECTIONS + _NORMS)
-    expected = [*layers, "policy.norm.weight", "policy.head.weight", *_soft_q_tensors(model)]
-    _reload(model, receiver, expected, model.policy_modules(), model.model_config)
-
-
-def load_soft_q(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastReceiver) -> None:
-    """A new Q into the served CoLA; what acts softly by it stays."""
-    _reload(model, receiver, _soft_q_tensors(model), [model.soft_q], model.model_config)
-
-
-def _soft_q_tensors(model: "CoLAForCausalLM") -> list[str]:
-    return [] if model.soft_q is None else [f"policy.soft_q.{name}" for name, _ in model.soft_q.named_parameters()]
-
-
-def load_llama(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_config: Any) -> None:
-    """All weights of a served Llama, which does not know its ``model_config``."""
-    config = model.config
-    layers = _layer_tensors("model.", config.num_hidden_layers, _PROJECTIONS + _NORMS)
-    expected = [*layers, "model.embed_tokens.weight", "model.norm.weight"]
-    if not config.tie_word_embeddings:
-        _reload(model, receiver, [*expected, "lm_head.weight"], [model], model_config)
-        return
-    _reload(model, receiver, expected, [model.model], model_config)
-    # On CPU a tied head has a packed copy of the embeddings, which nobody else renews.
-    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-
-
-def load_projections(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_config: Any) -> None:
-    """The linear layers of a served Llama."""
-    expected = _layer_tensors("model.", model.config.num_hidden_layers, _PROJECTIONS)
-    held = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
-    modules = [
-        module
-        for attention, mlp in held
-        for module in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-    ]
-    _reload(model, receiver, expected, modules, model_config)
-
-
-_PROJECTIONS = (*(f"self_attn.{kind}_proj" for kind in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-def _layer_tensors(prefix: str, count: int, names: Sequence[str]) -> list[str]:
-    return [f"{prefix}layers.{layer}.{name}.weight" for layer in range(count) for name in names]
-
-
-def _reload(
-    model: Any,
-    receiver: WeightReceiver | BroadcastReceiver,
-    expected: Sequence[str],
-    modules: Sequence[Any],
-    model_config: Any,
-) -> None:
-    """Runs beside the served model: ``modules`` take exactly the tensors ``expected``, or nothing is changed.
-
-    On CPU vLLM repacks linear weights at load and frees the originals, so writing into parameters would do nothing;
-    its layer-wise reload restores, loads and repacks.
-    """
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    tensors = receiver.finish(expected)
-    for module in modules:
-        initialize_layerwise_reload(module)
-    model.load_weights(tensors)
-    for module in modules:
-        finalize_layerwise_reload(module, model_config)

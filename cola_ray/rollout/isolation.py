@@ -1,17 +1,17 @@
 """User code in a process of its own, every call with a deadline: it may raise, hang, exit or return nonsense.
 
-    Isolated.call([(method, *args), ...])  ─>  [Answer, ...]     in order, always complete
-        RewardProcess.score                    a task's rewards
-        EnvironmentProcess.reset / step        many episodes of a multi-turn environment
+    IsolatedObject.call([(method, *args), ...])  ─>  [Reply, ...]     in order, one for every call
+        RewardProcess.score                          a task's rewards
+        EnvironmentProcess.reset / step              many episodes of a multi-turn environment
 
     this process ── [token, method, *args] ──> child: the object; a verifier that executes responses forks for each
                  <── [token, reply] ──────────        (sandbox/messages.py: a line of JSON, never a pickle)
 
-One call is under way at a time, and its reply bears its token, so nothing that a child sends can be taken for the
-answer to another call. A call that takes too long, or whose reply is none, costs its own answer: the process is killed
-with whatever it started, a new one does the rest. Where somebody has killed or stopped the process, or what came may
-belong to the call before, the call is made once more. ``signal.alarm`` would not do; it works in main threads only and
-does not stop C code.
+One call is under way at a time, and its reply carries the call's token, so nothing else that a child sends can be taken
+for the reply. If a call takes too long, or what comes is not a reply, that call fails: the process is killed together
+with whatever it started, and a new one serves the calls after it. If the process was killed or stopped from outside, or
+what came may belong to the call before, the call is made once more. ``signal.alarm`` would not do: it works in main
+threads only and does not interrupt C code.
 """
 
 import contextlib
@@ -38,25 +38,25 @@ from cola_ray.tasks import Task, answer_of
 from cola_ray.tasks.environment import Environment
 from cola_ray.tasks.protocol import Split, not_a_reward
 
-_GRACE_S = 5.0  # for what a child does around a fork that keeps the deadline itself
-_SHOWN = 300
-_MOST_OF_A_STATE = 4 << 20
+_GRACE_S = 5.0  # for a child that keeps the deadline itself and must still clean up its forks
+_MAX_FAILURE_LENGTH = 300  # characters
+_MAX_ENVIRONMENT_BYTES = 4 << 20  # an environment's messages carry its state
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     value: Any = None  # data: numbers, text, lists and dicts
-    failure: str = ""  # why there is none: what was raised, or the time limit
+    failure: str = ""  # why there is no value: what was raised, or the time limit
 
 
-class Isolated:
-    """An object that lives in a child process, where it is made.
+class IsolatedObject:
+    """An object that is built in a child process and lives there.
 
     Args:
-        make: picklable, builds the object in the child.
-        timeout_s: seconds a call may take.
-        start_timeout_s: seconds the child may take to build it.
-        most_bytes: of a call, and of its reply.
+        make: builds the object in the child; picklable.
+        timeout_s: seconds that a call may take.
+        start_timeout_s: seconds that building the object may take.
+        max_bytes: size limit of a call, and of its reply.
     """
 
     def __init__(
@@ -64,57 +64,61 @@ class Isolated:
         make: Callable[[], Any],
         timeout_s: float,
         start_timeout_s: float = 300.0,
-        most_bytes: int = 1 << 20,
+        max_bytes: int = 1 << 20,
     ) -> None:
-        self.make, self.timeout_s, self.start_timeout_s, self.most_bytes = make, timeout_s, start_timeout_s, most_bytes
+        self.make, self.timeout_s, self.start_timeout_s, self.max_bytes = make, timeout_s, start_timeout_s, max_bytes
         self.lock = threading.Lock()
         self.start()
 
     def start(self) -> None:
-        # A fork would inherit the engine's threads and locks, and a spawned process pays for all imports each time: a
-        # server that has imported them, and nothing else, forks instead.
+        # A fork of this process would inherit the engine's threads and locks, and a spawned process would import
+        # everything each time. So a fork server imports the modules once and forks the children.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self.connection, theirs = socket.socketpair()
         self.connection.setblocking(False)
-        self.channel = Channel(self.connection.fileno(), self.connection.fileno(), self.most_bytes)
-        arguments = (self.make, theirs, self.timeout_s, self.most_bytes)
+        self.channel = Channel(self.connection.fileno(), self.connection.fileno(), self.max_bytes)
+        arguments = (self.make, theirs, self.timeout_s, self.max_bytes)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         self.ready = False
-        self.patience = self.timeout_s
+        self.reply_timeout_s = self.timeout_s
 
-    def call(self, calls: Sequence[tuple[Any, ...]]) -> list[Answer]:
-        """One answer for every (method, *arguments), in order; arguments are data. Thread-safe.
+    def call(self, calls: Sequence[tuple[Any, ...]]) -> list[Reply]:
+        """Make each (method, *arguments) in turn and return one reply per call; arguments are data. Thread-safe.
 
-        Raises RuntimeError if the object cannot be built.
+        Raises:
+            RuntimeError: the object cannot be built.
         """
         with self.lock:
-            return [self._ask(call) for call in calls]
+            return [self._call(call) for call in calls]
 
-    def _ask(self, call: tuple[Any, ...], again: bool = True) -> Answer:
+    def _call(self, call: tuple[Any, ...], retry: bool = True) -> Reply:
         self._wait_until_ready()
         token = secrets.randbits(48)
         try:
             if not self.channel.silent():
-                self._restart()  # somebody speaks unasked: not in answer to this call, which is not to pay for it
+                self._restart()  # it sent something unasked, which must not be taken for the reply to this call
                 self._wait_until_ready()
             try:
-                self.channel.send([token, *call], self.patience)
+                self.channel.send([token, *call], self.reply_timeout_s)
             except ValueError as error:
-                return Answer(failure=f"too much to hand over: {error}")
-            reply = self.channel.receive(self.patience)
+                return Reply(failure=f"too much to hand over: {error}")
+            reply = self.channel.receive(self.reply_timeout_s)
             if not (isinstance(reply, list) and len(reply) == 2 and reply[0] == token and is_reply(reply[1])):
-                raise BrokenError("sent what is no reply")
+                raise BrokenError("sent something that is not a reply")
         except BrokenError as error:
-            failure = self._why(error)  # which waits for the end of a process that is ending
-            # What is no reply may be what the call before has sent late.
-            elsewhere = self._was_disturbed() or not isinstance(error, GoneError | LateError)
+            failure = self._why(error)  # ask before the restart: it waits for the exit code of a process that is ending
+            # A malformed reply may be a late message of the call before.
+            not_its_fault = self._was_disturbed() or not isinstance(error, GoneError | LateError)
             self._restart()
-            return self._ask(call, again=False) if again and elsewhere else Answer(failure=failure)
-        failure = as_text(reply[1].get("failure", ""), _SHOWN)
-        return Answer(failure=failure or "raised without a word") if "failure" in reply[1] else Answer(**reply[1])
+            return self._call(call, retry=False) if retry and not_its_fault else Reply(failure=failure)
+        if "failure" in reply[1]:
+            return Reply(
+                failure=as_text(reply[1]["failure"], _MAX_FAILURE_LENGTH) or "raised an error without a message"
+            )
+        return Reply(**reply[1])
 
     def _why(self, error: BrokenError) -> str:
         if isinstance(error, LateError):
@@ -126,7 +130,7 @@ class Isolated:
         return str(error)
 
     def _was_disturbed(self) -> bool:
-        """Whether somebody has killed or stopped the process."""
+        """Whether the process was killed or stopped from outside."""
         if self.process.exitcode is not None:
             return self.process.exitcode == -signal.SIGKILL
         with contextlib.suppress(psutil.Error):
@@ -137,16 +141,16 @@ class Isolated:
         if self.ready:
             return
         try:
-            said = self.channel.receive(self.start_timeout_s)
+            message = self.channel.receive(self.start_timeout_s)
         except LateError:
-            raise RuntimeError(f"the task was not built within {self.start_timeout_s:g} s") from None
+            raise RuntimeError(f"the task could not be built: it took longer than {self.start_timeout_s:g} s") from None
         except BrokenError as error:
-            raise RuntimeError(f"the task's process {self._why(error)}".replace("process ended its ", "")) from None
-        if not isinstance(said, dict) or not isinstance(said.get("failure"), str):
-            raise RuntimeError("the task's process sent what is no message")
-        if said["failure"]:
-            raise RuntimeError(f"the task could not be built: {as_text(said['failure'], _SHOWN)}")
-        self.patience = self.timeout_s + (_GRACE_S if said.get("keeps_time") is True else 0.0)
+            raise RuntimeError(f"the task could not be built: it {self._why(error)}") from None
+        if not isinstance(message, dict) or not isinstance(message.get("failure"), str):
+            raise RuntimeError("the task could not be built: its process sent something that is not a message")
+        if message["failure"]:
+            raise RuntimeError(f"the task could not be built: {as_text(message['failure'], _MAX_FAILURE_LENGTH)}")
+        self.reply_timeout_s = self.timeout_s + (_GRACE_S if message.get("keeps_time") is True else 0.0)
         self.ready = True
 
     def _restart(self) -> None:
@@ -154,7 +158,7 @@ class Isolated:
         self.start()
 
     def close(self) -> None:
-        """End the process and those of its group."""
+        """Kill the process and everything in its process group."""
         self.connection.close()
         pid = self.process.pid
         if pid is not None:
@@ -164,12 +168,13 @@ class Isolated:
         self.process.join()
 
 
-def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float, most_bytes: int) -> None:
-    os.setsid()  # a group of its own: killed as one, and not meant by a signal to the owner's
-    die_with_parent()  # the server; it ends when its own owner does, unless somebody holds the other end of its pipe
+def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float, max_bytes: int) -> None:
+    """Build the object and answer calls until the other end is closed; runs in the child."""
+    os.setsid()  # a process group of its own: killed as one, and not reached by signals to the owner's group
+    die_with_parent()  # the parent is the fork server, which ends with its owner once nobody else holds its pipe open
     alive: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
     os.close(alive._forkserver_alive_fd)
-    channel = Channel(connection.fileno(), connection.fileno(), most_bytes)
+    channel = Channel(connection.fileno(), connection.fileno(), max_bytes)
     try:
         served = make()
         forks = bool(getattr(served, "executes_responses", False))
@@ -178,7 +183,7 @@ def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float,
     except Exception as error:
         forks, keeps_time, failure = False, False, f"{type(error).__name__}: {error_text(error)}"
     channel.send({"failure": failure.removeprefix("raised "), "keeps_time": keeps_time})
-    gc.freeze()  # what a fork would copy because the collector looked at it
+    gc.freeze()  # the collector would otherwise touch, and so copy, pages that forks share
     while not failure:
         try:
             token, method, *args = channel.receive()
@@ -197,31 +202,31 @@ def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float,
 
 @dataclass(frozen=True)
 class Reward:
-    value: float  # 0 where there is none
+    value: float  # 0 where scoring failed
     failure: str = ""
 
 
-class RewardProcess(Isolated):
-    """A task's verifier; ``make`` builds the task."""
+class RewardProcess(IsolatedObject):
+    """A task's verifier in a process of its own; ``make`` builds the task."""
 
     def __init__(self, make: Callable[[], Task], timeout_s: float) -> None:
         super().__init__(functools.partial(_Verifier, make, timeout_s), timeout_s)
 
     def score(self, items: Sequence[tuple[Split, int, str]]) -> list[Reward]:
-        """A reward for each (split, problem's index, response), in order."""
-        return [as_reward(answer) for answer in self.call([("score", *item) for item in items])]
+        """Return a reward for each (split, index of the problem, response), in order."""
+        return [as_reward(reply) for reply in self.call([("score", *item) for item in items])]
 
     def answers(self, responses: Sequence[str]) -> list[str]:
-        """What each response commits to; "" where that cannot be read, or not in time."""
-        found = self.call([("answer_of", response) for response in responses])
-        return [answer.value if _is_text(answer.value) else "" for answer in found]
+        """Return the answer that each response commits to; "" where it cannot be read, or not in time."""
+        replies = self.call([("answer_of", response) for response in responses])
+        return [reply.value if _is_text(reply.value) else "" for reply in replies]
 
 
 class _Verifier:
-    """In the child."""
+    """The task, in the child; what it executes runs in forks of a process that was forked before the task was built."""
 
     def __init__(self, make: Callable[[], Task], seconds: float) -> None:
-        apart = Apart(seconds)  # forked from here, where no solution is known yet
+        apart = Apart(seconds)  # forked from here, before any solution is in memory
         self.task = make()
         self.executes_responses = getattr(self.task, "executes_responses", False)
         tasks: tuple[Any, ...] = (self.task, getattr(self.task, "task", None))
@@ -245,12 +250,12 @@ def _executes_apart(task: object) -> bool:
     return isinstance(inspect.getattr_static(task, "execute", None), staticmethod)
 
 
-def as_reward(answer: Answer) -> Reward:
-    """What is no number of at most ``protocol.LARGEST_REWARD`` either way is a failure that says so."""
-    if answer.failure:
-        return Reward(0.0, answer.failure)
-    why = not_a_reward(answer.value)
-    return Reward(0.0, f"returned {why}") if why else Reward(float(answer.value))
+def as_reward(reply: Reply) -> Reward:
+    """Return a call's reply as a reward; a failure unless it is a number within +-``protocol.LARGEST_REWARD``."""
+    if reply.failure:
+        return Reward(0.0, reply.failure)
+    why = not_a_reward(reply.value)
+    return Reward(0.0, f"returned {why}") if why else Reward(float(reply.value))
 
 
 # --- environments ---------------------------------------------------------------------------------------------------
@@ -258,7 +263,7 @@ def as_reward(answer: Answer) -> Reward:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an environment said to one utterance, and its state after it."""
+    """What an environment returned for one utterance, and its state after it."""
 
     observation: str
     reward: float
@@ -267,47 +272,49 @@ class Outcome:
     state: Any  # data
 
 
-class EnvironmentProcess(Isolated):
-    """Many episodes of one environment; ``make`` builds an environment.
+class EnvironmentProcess(IsolatedObject):
+    """Many episodes of one environment in one process; ``make`` builds an environment.
 
-    Every step brings the episode's state along, so that the other episodes of a process that had to be killed go on in
-    the next one. States are data, like all that crosses; :meth:`Environment.get_state` says what that is.
+    Every step carries the episode's state, so when a process has to be killed its other episodes go on in the next one.
+    States are data, like everything that crosses the channel; see :meth:`Environment.get_state`.
     """
 
     def __init__(self, make: Callable[[], Environment], timeout_s: float) -> None:
-        super().__init__(_Episodes(make), timeout_s, most_bytes=_MOST_OF_A_STATE)
+        super().__init__(_Episodes(make), timeout_s, max_bytes=_MAX_ENVIRONMENT_BYTES)
 
-    def reset(self, episode: int, seed: int) -> Answer:
-        """An :class:`Outcome` whose reward is 0, or why there is none."""
+    def reset(self, episode: int, seed: int) -> Reply:
+        """Start an episode; the reply's value is an :class:`Outcome` with reward 0."""
         return _as_outcome(self.call([("reset", episode, seed)])[0])
 
-    def step(self, episode: int, state: Any, utterance: str) -> Answer:
-        """An :class:`Outcome`; one whose reward is none is a failure."""
+    def step(self, episode: int, state: Any, utterance: str) -> Reply:
+        """Take a turn; the reply's value is an :class:`Outcome`. A reward that is not a valid number is a failure."""
         return _as_outcome(self.call([("step", episode, state, utterance)])[0])
 
     def forget(self, episode: int) -> None:
         self.call([("forget", episode)])
 
 
-def _as_outcome(answer: Answer) -> Answer:
-    """With an :class:`Outcome` for its value; a failure where that has another form."""
-    if answer.failure:
-        return answer
-    value = answer.value
+def _as_outcome(reply: Reply) -> Reply:
+    """Turn a reply's value into an :class:`Outcome`, or into a failure if it has another form."""
+    if reply.failure:
+        return reply
+    value = reply.value
     if not (isinstance(value, dict) and value.keys() == {"observation", "reward", "terminated", "truncated", "state"}):
-        return Answer(failure="returned what is no outcome")
+        return Reply(failure="returned something that is not an outcome")
     if not _is_text(value["observation"]):
-        return Answer(failure=f"returned the observation {as_text(repr(value['observation']), 100)}, which is no text")
+        return Reply(
+            failure=f"returned the observation {as_text(repr(value['observation']), 100)}, which is not valid text"
+        )
     if why := not_a_reward(value["reward"]):
-        return Answer(failure=f"returned the reward {why}")
+        return Reply(failure=f"returned the reward {why}")
     for name in ("terminated", "truncated"):
         if not isinstance(value[name], bool):
-            return Answer(failure=f"returned {name} = {as_text(repr(value[name]), 100)}, not true or false")
-    return Answer(Outcome(**value | {"reward": float(value["reward"])}))
+            return Reply(failure=f"returned {name} = {as_text(repr(value[name]), 100)}, not true or false")
+    return Reply(Outcome(**value | {"reward": float(value["reward"])}))
 
 
 def _is_text(value: object) -> bool:
-    """Text that can be tokenised and stored: without halves of Unicode's surrogate pairs."""
+    """Whether this is text that can be tokenised and stored: a string without lone surrogates."""
     if not isinstance(value, str):
         return False
     try:
@@ -317,14 +324,14 @@ def _is_text(value: object) -> bool:
 
 
 class _Episodes:
-    """In the child: one environment an episode, made again from its state where this process does not have it."""
+    """In the child: one environment per episode, rebuilt from its state where this process does not hold it."""
 
     def __init__(self, make: Callable[[], Environment]) -> None:
         self.make = make
         self.environments: dict[int, Environment] = {}
 
     def __call__(self) -> "_Episodes":
-        self.make()  # fails here, where the cause is told, rather than in the first episode
+        self.make()  # so that an environment that cannot be built fails at the start, not in the first episode
         return self
 
     def reset(self, episode: int, seed: int) -> Mapping[str, Any]:
@@ -348,7 +355,7 @@ class _Episodes:
     def _outcome(
         self, environment: Environment, observation: str, reward: float, terminated: bool, truncated: bool
     ) -> Mapping[str, Any]:
-        """The state of an episode that is over is nobody's."""
+        """The result of a reset or a step. An episode that is over needs no state."""
         state = None if terminated or truncated else as_data(environment.get_state(), "get_state()")
         return {
             "observation": observation, "reward": reward, "terminated": terminated, "truncated": truncated,

@@ -1,14 +1,14 @@
-"""What runs in a rollout actor: an engine and a tokenizer, shared by all calls. Stateless but for weights and caches.
+"""What runs in a rollout actor: an engine and a tokenizer, shared by all calls; no state but weights and caches.
 
-    EngineWorker     update_weights, sleep, and the RunningBatch that every call joins
-      RolloutWorker  generate_groups, evaluate: problems with verifiable answers
-      AgentWorker    play_episodes, speak, evaluate: multi-turn environments (rollout/agent.py)
+    EngineWorker           update_weights, sleep, and the RunningBatch that every call joins
+      RolloutWorker        generate_groups, evaluate: single-turn problems with verifiable answers
+        EvaluationWorker   answer, in every way that evaluations compare (rollout/evaluation_worker.py)
+      AgentWorker          play_episodes, speak, evaluate: multi-turn environments (rollout/agent_worker.py)
+      ContinuationWorker   continue_prefixes: for studies of diversity (rollout/continuation_worker.py)
 
-    generate_groups ─┐                                          ┌─> completions ─> RewardProcess ─> Groups
-    evaluate        ─┼─> arrivals ─> all that have come join, then a step, in a thread; and again
-    update_weights  ─┘       gate: closed while an update waits for requests in flight (update_mode drain)
+    generate_groups(tickets) ─> requests ─> RunningBatch ─> completions ─> texts ─> rewards ─> Groups
 
-Calls overlap: the actor is asyncio. A failed step is the error of every call that waits on it.
+Calls overlap, since the actor is asyncio.
 """
 
 import asyncio
@@ -16,15 +16,15 @@ import functools
 import math
 import resource
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from cola_ray.experience import Group, Ticket, Trajectory
 from cola_ray.model.action_columns import BASE_TOKENS
+from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
 from cola_ray.rollout.isolation import Reward, RewardProcess
-from cola_ray.rollout.judge import Judge, judged
+from cola_ray.rollout.reward_model import RewardFunction, score_with
 from cola_ray.settings.config import Config
 from cola_ray.tasks import make_prompts, make_task, stop_strings
 from cola_ray.tasks.chat import ChatTokenizer
@@ -33,80 +33,8 @@ from cola_ray.tasks.protocol import Split
 from cola_ray.weights import Bucket, Offer
 
 
-class RunningBatch:
-    """One engine that many callers share: whoever comes joins the batch before its next step.
-
-    Args:
-        drain: weights are swapped when all requests in flight have ended; else between two steps.
-    """
-
-    def __init__(self, engine: Engine, drain: bool) -> None:
-        self.engine, self.drain = engine, drain
-        self.gate = asyncio.Lock()  # held by a swap that drains, and by whoever joins, for a moment
-        self.between_steps = asyncio.Lock()
-        self.arrivals: list[tuple[Request, asyncio.Future[Completion]]] = []
-        self.waiting: dict[str, asyncio.Future[Completion]] = {}
-        self.runner: asyncio.Task | None = None
-        self.stepper = ThreadPoolExecutor(1)  # one thread for all steps: OpenMP keeps a team for every caller
-
-    async def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """They join in one go, so that who shares a batch with whom does not depend on timing.
-
-        A caller that is cancelled takes its requests along: they leave the engine before its next step.
-        """
-        async with self.gate:
-            arrivals = [(request, asyncio.get_running_loop().create_future()) for request in requests]
-            self.arrivals += arrivals
-            if self.runner is None or self.runner.done():
-                self.runner = asyncio.create_task(self._run())
-        return await asyncio.gather(*(future for _, future in arrivals))
-
-    async def swap(self, load: Callable[[], None]) -> None:
-        """Run ``load`` while the engine rests."""
-        async with self.gate if self.drain else self.between_steps:
-            if self.drain and self.runner is not None:
-                await self.runner
-            await asyncio.get_running_loop().run_in_executor(self.stepper, load)
-
-    async def _run(self) -> None:
-        """Step until nothing is in flight and nobody waits to be."""
-        try:
-            while self.arrivals or self.engine.num_in_flight:
-                async with self.between_steps:
-                    self._forget_cancelled()
-                    self._admit()
-                    if not self.engine.num_in_flight:
-                        continue
-                    finished = await asyncio.get_running_loop().run_in_executor(self.stepper, self.engine.step)
-                for name, completion in finished.items():
-                    future = self.waiting.pop(name)
-                    if not future.done():  # cancelled within the step
-                        future.set_result(completion)
-        except Exception as error:
-            futures = [*self.waiting.values(), *(future for _, future in self.arrivals)]
-            self.waiting, self.arrivals = {}, []
-            for future in futures:
-                if not future.done():
-                    future.set_exception(error)
-
-    def _forget_cancelled(self) -> None:
-        self.arrivals = [(request, future) for request, future in self.arrivals if not future.done()]
-        for name in [name for name, future in self.waiting.items() if future.done()]:
-            del self.waiting[name]
-            self.engine.abort(name)
-
-    def _admit(self) -> None:
-        """All arrivals: many episodes end a turn in one step, and the next step has all their next turns."""
-        arrivals, self.arrivals = self.arrivals, []
-        for request, future in arrivals:
-            try:
-                self.waiting[self.engine.submit(request)] = future
-            except Exception as error:  # refused: the others go on
-                future.set_exception(error)
-
-
 class EngineWorker:
-    """An engine whose weights follow the learner's. A plain class; the driver makes its heirs Ray actors."""
+    """An engine whose weights follow the learner's. cluster/actors.py makes its subclasses Ray actors."""
 
     def __init__(self, config: Config, model_path: str, keep_hidden_states: bool) -> None:
         prepare_process(config.cluster.threads_per_process)
@@ -140,12 +68,12 @@ class EngineWorker:
 
     @property
     def num_actions(self) -> int:
-        """Codes of the served checkpoint, or tokens of a plain Llama."""
+        """Number of codes of the served checkpoint, or of tokens of a plain Llama."""
         served = self.engine.llm.llm_engine.model_config.hf_config
         return int(served.num_actions if self.latent else served.vocab_size)
 
     async def facts(self) -> dict[str, object]:
-        """What the driver wants to know once: sizes and versions."""
+        """Return what the driver asks once: the padding id and vLLM's version."""
         import vllm
 
         return {
@@ -154,12 +82,12 @@ class EngineWorker:
         }
 
     async def update_weights(self, version: int, *buckets: Bucket) -> int:
-        """Hold ``version`` on return. Mode drain lets requests in flight end first; continue swaps between steps."""
+        """Load ``version`` and return it. Update mode drain lets requests in flight finish first; continue does not."""
         await self.batch.swap(lambda: self.engine.update_weights(version, buckets))
         return version
 
     async def receive_weights(self, offer: Offer) -> int:
-        """The same by broadcast, together with all other members of the offer's channel."""
+        """Load a version by broadcast, together with all other members of the offer's channel, and return it."""
         await self.batch.swap(lambda: self.engine.receive_weights(offer))
         return offer.version
 
@@ -173,7 +101,7 @@ class EngineWorker:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def _seed(self, *place: int) -> int:
-        """Of a request's draws: depends on the run's seed and ``place`` alone."""
+        """Return the seed of a request's draws, which depends on the run's seed and ``place`` alone."""
         return int(np.random.SeedSequence((self.config.seed, *place)).generate_state(1, np.uint64)[0] >> 2)
 
 
@@ -181,12 +109,12 @@ class RolloutWorker(EngineWorker):
     """Turns problem indices into scored groups.
 
     Args:
-        judge: says what responses are worth, in place of the task's verifier.
+        reward_model: scores responses in place of the task's verifier.
     """
 
-    def __init__(self, config: Config, model_path: str, judge: Judge | None = None) -> None:
-        self.judge = judge
-        if judge is None:
+    def __init__(self, config: Config, model_path: str, reward_model: RewardFunction | None = None) -> None:
+        self.reward_model = reward_model
+        if reward_model is None:
             make = functools.partial(make_task, config.task, config.seed)
             self.rewards = RewardProcess(make, config.task.reward_timeout_s)
         super().__init__(config, model_path, config.rl.cache_hidden_states)
@@ -211,25 +139,25 @@ class RolloutWorker(EngineWorker):
         }
 
     async def generate_groups(self, tickets: Sequence[Ticket]) -> list[Group]:
-        """A group of ``rl.group_size`` scored completions for each ticket, in order.
+        """Return a group of ``rl.group_size`` scored completions per ticket, in order.
 
-        Draws depend on (run seed, ticket's position, sibling) alone, so who generates a group, when, and how often
-        does not matter.
+        Draws depend on (run seed, ticket's position, index within the group) alone, so it does not matter which worker
+        generates a group, when, or how often.
         """
         indices = [self.fitting["train"][ticket.problem] for ticket in tickets]
         size = self.config.rl.group_size
-        asked = size + self.config.algorithm.greedy  # the last of them greedily
+        per_ticket = size + self.config.algorithm.greedy  # ReMax's baseline is a greedy completion, the last one
         requests = [
             self._request(self.prompts["train"][index], self._seed(ticket.position, sibling), greedy=sibling == size)
             for ticket, index in zip(tickets, indices, strict=True)
-            for sibling in range(asked)
+            for sibling in range(per_ticket)
         ]
         completions = await self.batch.complete(requests)
-        owners = [index for index in indices for _ in range(asked)]
+        owners = [index for index in indices for _ in range(per_ticket)]
         texts = self._texts([completion.token_ids for completion in completions])
         rewards = await self._score("train", owners, texts)
         made = [self._trajectory(*one) for one in zip(owners, completions, texts, rewards, strict=True)]
-        groups = [made[start : start + asked] for start in range(0, len(made), asked)]
+        groups = [made[start : start + per_ticket] for start in range(0, len(made), per_ticket)]
         return [
             Group(ticket.position, tuple(group[:size]), *group[size:])
             for ticket, group in zip(tickets, groups, strict=True)
@@ -241,7 +169,12 @@ class RolloutWorker(EngineWorker):
         return Request(prompt, seed, temperature, top_k, rollout.max_new_tokens, stop=self.endings.strings)
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
-        """Greedy rewards on held-out problems that fit, of the policy or of the bare base; NaN where scoring failed."""
+        """Return greedy rewards on held-out problems, of the policy or the bare base; NaN where scoring failed.
+
+        Args:
+            indices: into the held-out problems whose prompts fit into ``rollout.max_prompt_tokens``.
+            bare_base: force the action that passes the base's own tokens through.
+        """
         problems = [self.fitting["heldout"][index] for index in indices]
         requests = [self._greedy_request(self.prompts["heldout"][problem], bare_base) for problem in problems]
         completions = await self.batch.complete(requests)
@@ -251,14 +184,14 @@ class RolloutWorker(EngineWorker):
 
     def _greedy_request(self, prompt: Sequence[int], bare_base: bool = False) -> Request:
         limit = self.config.rollout.max_new_tokens
-        # Before the first update a plain base is its own start.
+        # Evaluation of the base comes before the first update, when a plain Llama still is the base: nothing to force.
         actions = [BASE_TOKENS] * limit if bare_base and self.latent else []
         return Request(prompt, 0, 0.0, 0, limit, actions, self.endings.strings)
 
     async def _score(self, split: Split, indices: Sequence[int], texts: Sequence[str]) -> list[Reward]:
-        if self.judge is not None:
+        if self.reward_model is not None:
             problems = self.task.problems(split)
-            return await judged(self.judge, [problems[index].question for index in indices], texts)
+            return await score_with(self.reward_model, [problems[index].question for index in indices], texts)
         items = [(split, index, text) for index, text in zip(indices, texts, strict=True)]
         return await asyncio.to_thread(self.rewards.score, items)
 

@@ -141,7 +141,7 @@ def _is_rays(handler: object) -> bool:
 
 _ACTORS = {
     "Controller": "the controller", "Evaluator": "the controller",
-    "RolloutWorker": "a rollout worker", "AgentWorker": "a rollout worker", "AnswerWorker": "a rollout worker",
+    "RolloutWorker": "a rollout worker", "AgentWorker": "a rollout worker", "EvaluationWorker": "a rollout worker",
     "ContinuationWorker": "a rollout worker", "ReplayShard": "a replay shard", "CriticService": "a critic",
     "RewardModel": "the reward model", "RayTrainWorker": "a learner rank",
     "TrainController": "the learner's supervisor", "_QueueActor": "the queue between learner and driver",

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from cola_ray.algorithms.intervals import with_intervals
 from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
-from cola_ray.rollout.continuations import CHANCES, Chance, ContinuationWorker
+from cola_ray.rollout.continuation_worker import SAMPLINGS, ContinuationWorker, Sampling
 from cola_ray.runs.display import current, shown
 from cola_ray.runs.ending import in_words
 from cola_ray.runs.tracking import print_ways
@@ -36,7 +36,7 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 @shown()
 @in_words()
 def diversity(config: Config) -> dict[str, Any]:
-    """Continue prefixes of texts in all of ``CHANCES``; writes ``output_dir/continuations.parquet``.
+    """Continue prefixes of texts in all of ``SAMPLINGS``; writes ``output_dir/continuations.parquet``.
 
     Returns:
         The summary: by way of continuing, the figures of :func:`measure`.
@@ -56,16 +56,16 @@ def diversity(config: Config) -> dict[str, Any]:
         prefixes = text_prefixes(config, load_texts(config, study.start)[1])
         if not prefixes:
             raise RunFailedError("no text to begin with", "give texts of two tokens or more as data.path")
-        for space, chances in itertools.groupby(CHANCES, key=_action_space):
+        for space, chances in itertools.groupby(SAMPLINGS, key=_action_space):
             of_space = override(config, {"rl.action_space": space})
             pool = actors.RayWorkers(of_space, served(of_space, study.start), ContinuationWorker)
             worker = pool.spawn()
             for chance in chances:
-                current().update(f"diversity: {chance}", len(figures), len(CHANCES))
+                current().update(f"diversity: {chance}", len(figures), len(SAMPLINGS))
                 groups = ray.get(worker.continue_prefixes.remote(prefixes, config.diversity.continuations, chance))
                 figures[chance] = measure(groups, embed, config.seed)
                 rows += [{"chance": chance, "prefix": i, "texts": texts} for i, texts in enumerate(groups)]
-                current().update(f"diversity: {chance}", len(figures), len(CHANCES), milestone=True)
+                current().update(f"diversity: {chance}", len(figures), len(SAMPLINGS), milestone=True)
             pool.kill(worker)
         current().doing("writing the summary")
         pq.write_table(pa.Table.from_pylist(rows), study.output / "continuations.parquet")
@@ -75,7 +75,7 @@ def diversity(config: Config) -> dict[str, Any]:
     return study.tracker.summary
 
 
-def _action_space(chance: Chance) -> str:
+def _action_space(chance: Sampling) -> str:
     return "latent" if chance in ("policy", "random_actions") else "token"
 
 

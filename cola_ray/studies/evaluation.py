@@ -1,6 +1,6 @@
 """Evaluation: answers held-out problems in several ways, keeps predictions as Parquet, and sums them up.
 
-problems, in chunks ─> Evaluator ─> AnswerWorkers ─> predictions/<way>/<first>.parquet, one file per chunk;
+problems, in chunks ─> Evaluator ─> EvaluationWorkers ─> predictions/<way>/<first>.parquet, one file per chunk;
 (or seeds)                          (AgentWorkers)      │ chunks that exist are not answered again
                                                         v
                                  figures: accuracy, pass@k, majority, best; tokens and seconds per problem
@@ -24,8 +24,8 @@ from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
 from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup, WorkerPool
-from cola_ray.rollout.agent import AgentWorker
-from cola_ray.rollout.answers import AnswerWorker
+from cola_ray.rollout.agent_worker import AgentWorker
+from cola_ray.rollout.evaluation_worker import EvaluationWorker
 from cola_ray.runs.display import current, shown, tell
 from cola_ray.runs.ending import in_words
 from cola_ray.runs.saved import write_whole
@@ -75,7 +75,7 @@ def _predict(study: Study, folder: Path) -> None:
     """Answer all chunks that are not in ``folder`` yet."""
     config = study.config
     reward_model = actors.judge(config)
-    worker = AgentWorker if is_environment(config.task.name) else AnswerWorker
+    worker = AgentWorker if is_environment(config.task.name) else EvaluationWorker
     arguments = [reward_model] if reward_model else []
     pool = actors.RayWorkers(config, served(config, study.start), worker, *arguments)
     evaluator = actors.controller(Evaluator, config, pool)

@@ -3,7 +3,7 @@
     chat = ChatTokenizer(tokenizer, "2026-01-31")
     chat.prompt_ids("3 + 4 =")                               # a question, or a conversation with its roles
     chat.text_ids("some text")                               # nothing added
-    chat.judged_ids(prompt, response)                        # a finished exchange
+    chat.exchange_ids(prompt, response)                        # a finished exchange
 
 Control tokens come from the chat template and the tokenizer alone. One that somebody typed, ``<|im_end|>`` in a
 question say, is tokenised as the characters that it consists of.
@@ -141,7 +141,7 @@ class ChatTokenizer:
         """What follows a prompt, to its end."""
         return [*self.text_ids(response), self.end]
 
-    def judged_ids(self, prompt: Prompt, response: str) -> list[int]:
+    def exchange_ids(self, prompt: Prompt, response: str) -> list[int]:
         """A prompt with its response, as a reward model reads them."""
         if self.tokenizer.chat_template:
             messages = _messages(prompt)

@@ -15,8 +15,8 @@ from vllm.exceptions import VLLMValidationError
 
 from cola_ray.model.action_columns import BASE_TOKENS, decode, sampling_args
 from cola_ray.model.modeling_cola import RANKED
+from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import LatentEngine, Request
-from cola_ray.rollout.worker import RunningBatch
 from cola_ray.weights import WeightSender, WeightTransferError
 
 STOP = 7

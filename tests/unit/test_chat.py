@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from cola_ray.learner.corpus import load_documents
-from cola_ray.rollout.episode import Table, _Record
+from cola_ray.rollout.episode import EpisodeSetting, _Record
 from cola_ray.settings.config import DataConfig
 from cola_ray.tasks.chat import ChatTokenizer, as_prompt, as_text, followed_by
 from cola_ray.tasks.environment import Dialogue
@@ -83,7 +83,7 @@ def test_clean_conversations_are_as_transformers_has_them(template, start):
     assert chat.prompt_ids(as_prompt(talk)) == expected
     assert expected.count(tokenizer.bos_token_id) == (template != CHATML)
     judged = tokenizer.apply_chat_template([*taken, {"role": "assistant", "content": "3"}], return_dict=False, **day)
-    assert chat.judged_ids(as_prompt(talk), "3") == judged
+    assert chat.exchange_ids(as_prompt(talk), "3") == judged
     goes_on = [*taken, {"role": "assistant", "content": "It is"}]
     expected = tokenizer.apply_chat_template(goes_on, continue_final_message=True, return_dict=False, **day)
     assert chat.prompt_ids(as_prompt([*talk, goes_on[-1]])) == expected
@@ -113,7 +113,7 @@ def test_typed_control_tokens_stay_text(template, where):
         talk = [
             {**message, "content": message["content"] + (typed if message["role"] == where else "")} for message in TALK
         ]
-        return chat.judged_ids(talk, "7" + (typed if where == "response" else ""))
+        return chat.exchange_ids(talk, "7" + (typed if where == "response" else ""))
 
     clean, attacked = ids_with(""), ids_with(attack)
     assert [i for i in attacked if i in control] == [i for i in clean if i in control]
@@ -175,11 +175,11 @@ def test_an_agents_transcript_begins_as_its_demonstration():
 
     chat = ChatTokenizer(make_tokenizer(), "")
     ((ids, own),) = _windows(Dialogue("Ask.", (("3?<|eot_id|>", "No."), ("4?", ""))), chat, 512)
-    record = _Record(0, Table((), chat.text_ids, chat.tokenizer.decode, 64, chat.begin))
+    record = _Record(0, EpisodeSetting((), chat.text_ids, chat.tokenizer.decode, 64, chat.begin))
     record.observe("Ask.")
     assert record.state() == ids[: own.index(True)]
     assert record.state()[0] == chat.tokenizer.bos_token_id
-    short = _Record(0, Table((), chat.text_ids, chat.tokenizer.decode, 3, chat.begin))
+    short = _Record(0, EpisodeSetting((), chat.text_ids, chat.tokenizer.decode, 3, chat.begin))
     short.observe("Ask.")
     assert short.state() == [0, *chat.text_ids("Ask.")[-2:]]
 

@@ -119,7 +119,7 @@ class FakeEngine:
 
 @pytest.mark.parametrize("space", ["latent", "token"])
 def test_every_request_of_a_worker_knows_where_it_ends(tmp_path, monkeypatch, space):
-    from cola_ray.rollout import agent, answers, worker
+    from cola_ray.rollout import agent_worker, evaluation_worker, worker
     from cola_ray.settings.config import override
     from cola_ray.settings.presets import preset
 
@@ -128,20 +128,20 @@ def test_every_request_of_a_worker_knows_where_it_ends(tmp_path, monkeypatch, sp
     for name in ("LatentEngine", "TokenEngine"):
         monkeypatch.setattr(worker, name, FakeEngine)
     monkeypatch.setattr(worker, "RewardProcess", lambda *_: None)
-    monkeypatch.setattr(answers.AnswerWorker, "num_actions", 64)
+    monkeypatch.setattr(evaluation_worker.EvaluationWorker, "num_actions", 64)
     config = override(preset("tiny"), {"rollout.stop": ("no",), "task.num_problems": 50, "rl.action_space": space})
-    made = answers.AnswerWorker(config, str(tmp_path))
+    made = evaluation_worker.EvaluationWorker(config, str(tmp_path))
     assert set(made.engine.settings["stop_token_ids"]) == {2, WORDS["<|stop|>"], WORDS["<|eot_id|>"]}
     assert made.engine.settings["tokenizer"] is made.tokenizer
-    question = made._question(0, [10, 11])
+    problem = made._problem(0, [10, 11])
     requests = [
         made._request([10], 0, False),
         made._greedy_request([10], True),
-        question.request([10, 11, 12], 0, [], 5),
+        problem.request([10, 11, 12], 0, [], 5),
     ]
     assert [request.stop for request in requests] == [("no",)] * 3
-    assert [request.said for request in requests] == [0, 0, 1], "a search goes on with what was said"
+    assert [request.response_prefix for request in requests] == [0, 0, 1], "a search continues a response"
     assert made._texts([ids("1no2")]) == ["1"]
-    player = agent.AgentWorker.__new__(agent.AgentWorker)
+    player = agent_worker.AgentWorker.__new__(agent_worker.AgentWorker)
     player.config, player.endings = config, made.endings
     assert player._request([10], 0, 1.0).stop == ("no",)

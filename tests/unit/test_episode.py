@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cola_ray.experience import collate
-from cola_ray.rollout.episode import Table, Utterance, play
+from cola_ray.rollout.episode import EpisodeSetting, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.tasks.guessing import TwentyQuestions, article
 
@@ -30,9 +30,9 @@ class Slow(TwentyQuestions):
 
 
 @pytest.fixture(scope="module")
-def table():
+def setting():
     processes = [EnvironmentProcess(Slow, timeout_s=1.5) for _ in range(2)]
-    yield Table(processes, encode, decode, max_state_tokens=2000)
+    yield EpisodeSetting(processes, encode, decode, max_state_tokens=2000)
     for process in processes:
         process.close()
 
@@ -55,18 +55,18 @@ def speaker(lines, heard=None):
     return speak
 
 
-def run(table, lines, seed=3, heard=None, **more):
-    return asyncio.run(play(more.pop("position", 0), seed, table, speaker(lines, heard), **more))
+def run(setting, lines, seed=3, heard=None, **more):
+    return asyncio.run(play(more.pop("position", 0), seed, setting, speaker(lines, heard), **more))
 
 
 def hidden(seed):
     return TwentyQuestions().reset(seed=seed)[1]["hidden"]
 
 
-def test_a_won_episode(table):
+def test_a_won_episode(setting):
     heard = []
     win = f"Is it {article(hidden(3))}?"
-    episode = run(table, ["Is it alive?", win], heard=heard)
+    episode = run(setting, ["Is it alive?", win], heard=heard)
     alive = "Yes." if "Yes" in heard[1] else "No."
     assert heard == ["Questions:\n", f"Questions:\nIs it alive?{alive}\n"], "each state is the whole transcript"
     assert episode.text == f"Questions:\nIs it alive?{alive}\n{win}Yes.\n"
@@ -83,8 +83,8 @@ def test_a_won_episode(table):
     assert (first.state_features, first.utterance_features) == (before - 1, before + (length - 2) / 2)
 
 
-def test_only_the_policys_own_actions_are_trained_on(table):
-    episode = run(table, ["Is it alive?", f"Is it {article(hidden(3))}?"])
+def test_only_the_policys_own_actions_are_trained_on(setting):
+    episode = run(setting, ["Is it alive?", f"Is it {article(hidden(3))}?"])
     (trajectory,) = episode.as_trajectories()
     said = sum(len(turn.token_ids) for turn in episode.turns)
     assert trajectory.num_actions == said < len(trajectory.token_ids)
@@ -98,8 +98,8 @@ def test_only_the_policys_own_actions_are_trained_on(table):
     assert not batch.actions[~batch.action_mask].any()
 
 
-def test_twenty_questions_truncate_and_the_last_state_is_looked_at(table):
-    episode = run(table, ["Is it alive?"], look=speaker(["?"]))
+def test_twenty_questions_truncate_and_the_last_state_is_read(setting):
+    episode = run(setting, ["Is it alive?"], read_state=speaker(["?"]))
     assert len(episode.turns) == 20
     assert not episode.terminated
     assert episode.total_reward == -20
@@ -110,9 +110,9 @@ def test_twenty_questions_truncate_and_the_last_state_is_looked_at(table):
     assert whole.action_mask.sum() == sum(len(turn.token_ids) for turn in episode.turns)
 
 
-def test_a_transcript_that_is_too_long_loses_its_oldest_turns(table):
+def test_a_transcript_that_is_too_long_loses_its_oldest_turns(setting):
     heard = []
-    small = Table(table.environments, encode, decode, max_state_tokens=60)
+    small = EpisodeSetting(setting.environments, encode, decode, max_state_tokens=60)
     episode = run(small, [f"Is it {letter}?" for letter in "abcdefghij"], heard=heard)
     assert len(episode.turns) == 20
     assert max(len(turn.state_ids) for turn in episode.turns) <= 60
@@ -124,10 +124,10 @@ def test_a_transcript_that_is_too_long_loses_its_oldest_turns(table):
     assert sum(piece.num_actions for piece in pieces) == sum(len(turn.token_ids) for turn in episode.turns)
 
 
-def test_many_at_once_and_the_failing_ones_fail_alone(table):
+def test_many_at_once_and_the_failing_ones_fail_alone(setting):
     async def both():
-        bad = play(0, 3, table, speaker(["Is it alive?", "hang"]))
-        good = [play(i, i, table, speaker(["Is it alive?", "Is it round?"])) for i in range(1, 40)]
+        bad = play(0, 3, setting, speaker(["Is it alive?", "hang"]))
+        good = [play(i, i, setting, speaker(["Is it alive?", "Is it round?"])) for i in range(1, 40)]
         return await asyncio.gather(bad, *good)
 
     bad, *good = asyncio.run(both())
@@ -135,5 +135,5 @@ def test_many_at_once_and_the_failing_ones_fail_alone(table):
     assert len(bad.turns) == 2, "what was said is kept"
     assert [episode.position for episode in good] == list(range(1, 40))
     assert {(len(episode.turns), episode.failure) for episode in good} == {(20, "")}
-    alone = run(table, ["Is it alive?", "Is it round?"], seed=7, position=7)
+    alone = run(setting, ["Is it alive?", "Is it round?"], seed=7, position=7)
     assert good[6].text == alone.text

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cola_ray.loop.workers import WorkerLostError
-from cola_ray.rollout.agent import Played
-from cola_ray.rollout.answers import Answered
+from cola_ray.rollout.agent_worker import PlayedSeed
+from cola_ray.rollout.evaluation_worker import AnsweredProblem
 from cola_ray.settings.config import EvalConfig, override
 from cola_ray.settings.presets import preset
 from cola_ray.studies.evaluation import Evaluator, chunks, episode_figures, figures, remarks
@@ -20,7 +20,7 @@ def write(folder, way, first, rewards, answers, values=None, failures=None):
     file = folder / way / f"{first:06d}.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        Answered(
+        AnsweredProblem(
             first + i,
             "?",
             [0],
@@ -84,7 +84,7 @@ def test_a_reward_model_chooses_and_the_verifier_judges(tmp_path):
 def test_figures_of_episodes_by_hand(tmp_path):
     def played(index, returns, solved, turns, failures):
         none = [[1]] * len(returns)
-        return Played(index, ["?"] * len(returns), returns, solved, turns, none, none, failures, 6, 0.5)
+        return PlayedSeed(index, ["?"] * len(returns), returns, solved, turns, none, none, failures, 6, 0.5)
 
     rows = [
         played(0, [-3.0, -5.0], [True, False], [4, 6], ["", ""]),

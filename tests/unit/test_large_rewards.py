@@ -17,7 +17,7 @@ from cola_ray.experience import Episode, Turn, collate
 from cola_ray.learner.micro_batch import Encoded
 from cola_ray.learner.value import ValueLearner
 from cola_ray.replay.critic import Critic, CriticBatch
-from cola_ray.rollout.isolation import Answer, as_reward
+from cola_ray.rollout.isolation import Reply, as_reward
 from cola_ray.tasks.protocol import LARGEST_REWARD
 
 MOST = LARGEST_REWARD
@@ -27,7 +27,7 @@ EPS = float(np.finfo(np.float32).eps)
 
 
 def test_extremes_are_rewards():
-    assert all(not as_reward(Answer(value)).failure for value in EXTREMES)
+    assert all(not as_reward(Reply(value)).failure for value in EXTREMES)
 
 
 def by_hand(name, rewards):

@@ -1,4 +1,4 @@
-"""Preference pairs, the reward model they make, and whoever else may judge."""
+"""Preference pairs, the reward model they make, and the endpoint that may take its place."""
 
 import asyncio
 import http.server
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from cola_ray.learner import reward_model
-from cola_ray.rollout.judge import HttpJudge, RewardModel, judged
+from cola_ray.rollout.reward_model import RewardEndpoint, RewardModel, score_with
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 from cola_ray.tasks.chat import ChatTokenizer
@@ -83,14 +83,14 @@ def test_rows_without_prompts_are_refused(tmp_path):
 
 
 def test_long_conversations_lose_their_beginning(tokenizer, tmp_path):
-    ids = ChatTokenizer(tokenizer, "").judged_ids("say w1", "good bad")
+    ids = ChatTokenizer(tokenizer, "").exchange_ids("say w1", "good bad")
     assert tokenizer.convert_ids_to_tokens(ids) == ["say", "w1", "good", "bad", "<eos>"]
     small = small_llama()
     small.config.num_labels = 1
     AutoModelForSequenceClassification.from_config(small.config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    judge = RewardModel(str(tmp_path), max_tokens=3)
-    scored = asyncio.run(judge.score(["say w1", "w9 w9"], ["good bad", "good bad"]))
+    scorer = RewardModel(str(tmp_path), max_tokens=3)
+    scored = asyncio.run(scorer.score(["say w1", "w9 w9"], ["good bad", "good bad"]))
     assert scored[0] == pytest.approx(scored[1], abs=1e-6)
 
 
@@ -126,16 +126,16 @@ def test_a_reward_model_learns_which_is_better_and_scores_as_it_learnt(pairs, to
     assert said.phases == ["reading the pairs", "opening the model", "the first step", "saving the model"]
     assert said[0]["reward/loss"] == pytest.approx(np.log(2), abs=0.2)
     assert said[-1]["reward/accuracy"] > 0.9
-    judge = RewardModel(str(tmp_path / "out" / "model"), max_tokens=64, batch_size=7)
+    scorer = RewardModel(str(tmp_path / "out" / "model"), max_tokens=64, batch_size=7)
     heldout = Preference(str(pairs), 0).pairs("heldout")
     prompts = [pair.prompt for pair in heldout]
     chosen, rejected = (
-        asyncio.run(judge.score(prompts, [getattr(pair, side) for pair in heldout])) for side in ("chosen", "rejected")
+        asyncio.run(scorer.score(prompts, [getattr(pair, side) for pair in heldout])) for side in ("chosen", "rejected")
     )
     assert np.mean(np.array(chosen) > np.array(rejected)) == said[-1]["reward/accuracy"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
     alone = [
-        float(model(torch.tensor([ChatTokenizer(tokenizer, "").judged_ids(pair.prompt, pair.chosen)])).logits)
+        float(model(torch.tensor([ChatTokenizer(tokenizer, "").exchange_ids(pair.prompt, pair.chosen)])).logits)
         for pair in heldout
     ]
     np.testing.assert_allclose(chosen, alone, atol=1e-5)
@@ -153,10 +153,10 @@ def test_a_reward_model_without_padding_scores_a_batch_like_each_alone(tokenizer
     classifier.save_pretrained(tmp_path)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
     bare.save_pretrained(tmp_path)
-    judge = RewardModel(str(tmp_path), max_tokens=64, batch_size=3)
+    scorer = RewardModel(str(tmp_path), max_tokens=64, batch_size=3)
     prompts, responses = ["say w1"] * 7, [" ".join(["good"] * (1 + i)) for i in range(7)]
-    rewards = asyncio.run(judge.score(prompts, responses))
-    rows = [ChatTokenizer(bare, "").judged_ids(*pair) for pair in zip(prompts, responses, strict=True)]
+    rewards = asyncio.run(scorer.score(prompts, responses))
+    rows = [ChatTokenizer(bare, "").exchange_ids(*pair) for pair in zip(prompts, responses, strict=True)]
     alone = [float(classifier(torch.tensor([row])).logits) for row in rows]
     np.testing.assert_allclose(rewards, alone, atol=1e-5)
     assert len({round(reward, 4) for reward in rewards}) > 3
@@ -187,7 +187,7 @@ def endpoint():
 def test_an_endpoint_is_asked_again_when_its_server_stumbles(endpoint):
     url, answers, asked = endpoint
     answers += [(503, ""), (200, '{"rewards": [1.5, NaN]}')]
-    first, second = asyncio.run(judged(HttpJudge(url, 5.0), ["a", "b"], ["c", "d"]))
+    first, second = asyncio.run(score_with(RewardEndpoint(url, 5.0), ["a", "b"], ["c", "d"]))
     assert first.value == 1.5
     assert second.failure == "returned nan"
     assert asked[0] == asked[1] == {"prompts": ["a", "b"], "responses": ["c", "d"]}
@@ -203,7 +203,7 @@ def test_an_endpoint_is_asked_again_when_its_server_stumbles(endpoint):
 def test_what_an_endpoint_gives_is_a_reward_or_a_failure(endpoint, reward, failure):
     url, answers, _ = endpoint
     answers.append((200, f'{{"rewards": [{reward}, true]}}'))
-    bad, good = asyncio.run(judged(HttpJudge(url, 5.0), ["a", "b"], ["c", "d"]))
+    bad, good = asyncio.run(score_with(RewardEndpoint(url, 5.0), ["a", "b"], ["c", "d"]))
     assert bad.failure.startswith(failure)
     assert (good.value, good.failure) == (1.0, "")
 
@@ -218,6 +218,6 @@ def test_what_an_endpoint_gives_is_a_reward_or_a_failure(endpoint, reward, failu
 def test_an_endpoint_that_answers_otherwise_fails_at_once(endpoint, answer):
     url, answers, asked = endpoint
     answers.append(answer)
-    (reward,) = asyncio.run(judged(HttpJudge(url, 5.0), ["a"], ["b"]))
+    (reward,) = asyncio.run(score_with(RewardEndpoint(url, 5.0), ["a"], ["b"]))
     assert reward.failure.startswith("the reward model: ")
     assert len(asked) == 1

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cola_ray.algorithms.search import ValueRange, majority, pass_at_k, puct, vote_weights
 from cola_ray.model.modeling_cola import RANKED
 from cola_ray.rollout.engine import Completion, Request
-from cola_ray.rollout.search import BeamSearch, BestOf, Question, TreeSearch
+from cola_ray.rollout.search import BeamSearch, BestOf, SearchProblem, TreeSearch
 from cola_ray.settings.config import SearchConfig
 
 PROMPT = [100, 101]
@@ -46,16 +46,16 @@ class Game:
         cut = len(actions) < len(whole)
         return Completion(tokens, np.array(actions), log_probs, tokens * 0, cut, None, computed_tokens=len(tokens))
 
-    async def judge(self, responses):
+    async def score(self, responses):
         return [float(self.value(tuple(int(token) for token in response))) for response in responses]
 
     def search(self, forks=None, **settings):
         fixed = {"root_breadth": len(self.priors), "breadth": len(self.priors), "simulations": 10**6, "searchers": 1}
-        tree = TreeSearch(SearchConfig(**(fixed | settings)), self.question(), forks)
+        tree = TreeSearch(SearchConfig(**(fixed | settings)), self.problem(), forks)
         return tree, asyncio.run(tree.run())
 
-    def question(self, budget=0):
-        return Question(PROMPT, budget or self.depth, self.complete, self.judge, _request, len(self.priors))
+    def problem(self, budget=0):
+        return SearchProblem(PROMPT, budget or self.depth, self.complete, self.score, _request, len(self.priors))
 
 
 def _request(ids, seed, actions, new_tokens):
@@ -84,7 +84,7 @@ def test_visits_by_hand():
     a, b = tree.root.children
     assert (tree.root.visits, a.visits, b.visits) == (4, 3, 1)
     assert [child.visits for child in a.children] == [1, 1]
-    assert (a.total, b.total, tree.root.total) == (1.0, 0.0, 1.0)
+    assert (a.total_value, b.total_value, tree.root.total_value) == (1.0, 0.0, 1.0)
     assert found.responses[found.best].tolist() == [0, 1]
     assert puct(1.5, 2, 0.5, 9, 0.7) == pytest.approx(1.1)
     tree, found = game.search(simulations=50)
@@ -202,7 +202,7 @@ def test_never_a_token_more_than_allowed(tokens, way, seed, root, breadth, depth
     game = Wild(seed, [0.4, 0.3, 0.2, 0.1], 6, sum)
     settings = SearchConfig(root_breadth=root, breadth=breadth, depth=depth, searchers=searchers,
                             simulations=simulations, max_tokens=tokens)  # fmt: skip
-    search = {"tree": TreeSearch, "best": BestOf, "beam": BeamSearch}[way](settings, game.question())
+    search = {"tree": TreeSearch, "best": BestOf, "beam": BeamSearch}[way](settings, game.problem())
     found = asyncio.run(search.run())
     assert 0 < found.generated_tokens <= tokens
     assert 0 < len(found.responses) == found.simulations <= simulations
@@ -222,7 +222,7 @@ def test_what_is_under_way_when_the_time_is_up_is_dropped(way):
 
     game = Slow([0.6, 0.4], 3, sum)
     settings = SearchConfig(root_breadth=2, breadth=1, max_seconds=0.2, simulations=8, searchers=2)
-    found = asyncio.run(way(settings, game.question()).run())
+    found = asyncio.run(way(settings, game.problem()).run())
     assert found.ended_by == "seconds"
     assert len(found.responses) == len(found.rewards) == {TreeSearch: 3, BestOf: 3, BeamSearch: 2}[way]
 
@@ -241,7 +241,7 @@ def test_an_engines_error_is_the_searchs_and_nobody_waits_on(way):
 
     async def whole():
         with pytest.raises(ValueError, match="no KV cache left"):
-            await asyncio.wait_for(way(settings, game.question()).run(), 10)
+            await asyncio.wait_for(way(settings, game.problem()).run(), 10)
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(whole())
@@ -258,7 +258,7 @@ def test_best_of_n_keeps_the_first_draws_that_fit_whatever_their_order_of_arriva
 
     for seed in range(5):
         game = Lengths(seed, [1.0], 5, sum)
-        found = asyncio.run(BestOf(SearchConfig(simulations=9, max_tokens=12), game.question(6)).run())
+        found = asyncio.run(BestOf(SearchConfig(simulations=9, max_tokens=12), game.problem(6)).run())
         assert [response.tolist() for response in found.responses] == [[0] * 3, [1] * 5, [2] * 3]
         assert (found.generated_tokens, found.ended_by) == (12, "tokens")
 
@@ -311,8 +311,11 @@ def test_a_response_without_a_value_is_nobodys_choice():
     game = Game([0.6, 0.4], 1, lambda response: -math.inf if response == (0,) else -5.0)
     tree, found = game.search()
     assert found.responses[found.best].tolist() == [1]
-    assert [(child.visits, child.judged, child.total) for child in tree.root.children] == [(1, 0, 0.0), (1, 1, -5.0)]
-    assert found.voted(lambda response: None if response[0] == 0 else "one") == "one"
+    assert [(child.visits, child.num_values, child.total_value) for child in tree.root.children] == [
+        (1, 0, 0.0),
+        (1, 1, -5.0),
+    ]
+    assert found.majority_answer(lambda response: None if response[0] == 0 else "one") == "one"
 
 
 def test_no_more_actions_are_tried_than_there_are():

@@ -96,7 +96,7 @@ ATTACKS = {
         "import os\nfor d in range(3, 256):\n"
         "    for t in range(50):\n"
         "        try: os.write(d, b'[%d, {\"value\": 1.0}]\\n' % t)\n        except OSError: break\n"
-        "answer = 0", "no reply"),
+        "answer = 0", "not a reply"),
     "protocol: every descriptor is closed": ("import os; os.closerange(0, 65536); answer = 0", "ended its process"),
     "protocol: a reply of two gigabytes": (
         "answer = type('T', (float,), {'__eq__': lambda *_: 'x' * (1 << 31)})()", "MemoryError"),
@@ -403,29 +403,29 @@ def written(raw, then=""):
 
 
 LIES = {
-    "a pickle": ("evil", "no JSON|too long|longer than|no reply"),
+    "a pickle": ("evil", "no JSON|too long|longer than|not a reply"),
     "a pickle in a frame": (written(struct.pack("!i", 20) + pickle.dumps([1.0]) + b"\n"), "no JSON"),
     "no JSON": (written(b"hello\n"), "no JSON"),
     "half a reply, then nothing": (written(b'[TOKEN, {"val', "hang"), "took longer than 2 s"),
     "half a reply, then the end": (written(b'[TOKEN, {"val', "exit"), "exit code 0"),
     "more than fits": ("flood", "more than 1048576 bytes"),
     "a line that is too long": (written(b"[" + b"1," * 30000, "exit"), "exit code 0"),
-    "lists within lists": (written(b"[" * 50000 + b"]" * 50000 + b"\n"), "no JSON|no reply"),
+    "lists within lists": (written(b"[" * 50000 + b"]" * 50000 + b"\n"), "no JSON|not a reply"),
     "lists as deep as JSON goes": (
         written(b'[TOKEN, {"value": ' + b"[" * 900 + b"]" * 900 + b"}]\n"),
         "no JSON|nested",
     ),
-    "another call's token": (written(b'[1, {"value": 1.0}]\n'), "no reply"),
+    "another call's token": (written(b'[1, {"value": 1.0}]\n'), "not a reply"),
     "two replies": (written(b'[TOKEN, {"value": 0.25}]\n'), ""),
     "a reply and a half": (written(b'[TOKEN, {"value": 0.25}]\n[TOKEN, {'), ""),
     "an empty line": (written(b"\n"), "no JSON"),
-    "null": (written(b"null\n"), "no reply"),
-    "a number": (written(b"1.0\n"), "no reply"),
-    "no list": (written(b'{"token": TOKEN, "value": 1.0}\n'), "no reply"),
-    "no value": (written(b"[TOKEN, {}]\n"), "no reply"),
-    "value and failure": (written(b'[TOKEN, {"value": 1, "failure": "no"}]\n'), "no reply"),
-    "a failure that is no text": (written(b'[TOKEN, {"failure": [1]}]\n'), "no reply"),
-    "a failure without a word": (written(b'[TOKEN, {"failure": ""}]\n'), "without a word"),
+    "null": (written(b"null\n"), "not a reply"),
+    "a number": (written(b"1.0\n"), "not a reply"),
+    "no list": (written(b'{"token": TOKEN, "value": 1.0}\n'), "not a reply"),
+    "no value": (written(b"[TOKEN, {}]\n"), "not a reply"),
+    "value and failure": (written(b'[TOKEN, {"value": 1, "failure": "no"}]\n'), "not a reply"),
+    "a failure that is no text": (written(b'[TOKEN, {"failure": [1]}]\n'), "not a reply"),
+    "a failure without a word": (written(b'[TOKEN, {"failure": ""}]\n'), "without a message"),
     "not-a-number": (written(b'[TOKEN, {"value": NaN}]\n'), "returned nan"),
     "infinity": (written(b'[TOKEN, {"value": -Infinity}]\n'), "returned -inf"),
     "1e999": (written(b'[TOKEN, {"value": 1e999}]\n'), "returned inf"),
@@ -581,7 +581,7 @@ def games():
 @pytest.mark.parametrize(
     ("utterance", "failure"),
     [
-        ("bytes", "TypeError: value"), ("surrogate", "which is no text"), ("none", "observation None"),
+        ("bytes", "TypeError: value"), ("surrogate", "which is not valid text"), ("none", "observation None"),
         ("much", "returned too much"), ("nan", "returned the reward nan"), ("inf", "returned the reward inf"),
         ("1e308", "more than 1e+06 either way"), ("reward of text", "ValueError"), ("array", "TypeError"),
         ("object", "get_state()[1] is object"), ("keys", "get_state()[1] has the key 1"),
@@ -644,10 +644,10 @@ def test_an_owner_that_is_killed_leaves_nobody(tmp_path):
 
 
 def test_rewards_up_to_the_bound_are_rewards():
-    from cola_ray.rollout.isolation import Answer, as_reward
+    from cola_ray.rollout.isolation import Reply, as_reward
 
     for value in (LARGEST_REWARD, -LARGEST_REWARD, 0, True, -0.0, 5e-324):
-        assert as_reward(Answer(value)) == Reward(float(value))
+        assert as_reward(Reply(value)) == Reward(float(value))
     for value in (
         np.nextafter(LARGEST_REWARD, np.inf).item(),
         -1e308,
@@ -658,5 +658,5 @@ def test_rewards_up_to_the_bound_are_rewards():
         "1",
         [1],
     ):
-        assert as_reward(Answer(value)).failure.startswith("returned ")
-        assert as_reward(Answer(value)).value == 0.0
+        assert as_reward(Reply(value)).failure.startswith("returned ")
+        assert as_reward(Reply(value)).value == 0.0

@@ -38,7 +38,7 @@ def worker(monkeypatch):
 
     monkeypatch.setattr(EngineWorker, "__init__", serve)
     config = override(preset("tiny"), {"rollout.max_prompt_tokens": LIMIT, "task.num_problems": 300})
-    made = RolloutWorker(config, "", judge=lambda *_: None)
+    made = RolloutWorker(config, "", reward_model=lambda *_: None)
 
     async def score(split, indices, texts):
         questions = [made.task.problems(split)[index].question for index in indices]

@@ -1,0 +1,93 @@
+"""Loading new weights into a model that vLLM serves; each function runs inside vLLM's worker process, beside the model.
+
+    load_policy        CoLA's policy: layers, norm, head, and the Q head where the model has one
+    load_soft_q        the Q head alone (actor-free RL)
+    load_llama         all weights of a plain Llama
+    load_projections   a plain Llama's linear layers alone, which is what merged LoRA adapters change
+
+Each takes its tensors from a receiver and raises :class:`WeightTransferError` before it changes anything, if the
+receiver does not hold exactly the tensors that the model expects.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cola_ray.weights import BroadcastReceiver, WeightReceiver
+
+if TYPE_CHECKING:
+    from cola_ray.model.vllm_cola import CoLAForCausalLM
+
+Loader = Callable[[Any, WeightReceiver | BroadcastReceiver], None]
+"""(served model, receiver of the new weights) -> None; loads all of them, or raises before any change."""
+
+
+def load_policy(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastReceiver) -> None:
+    """Load a new policy into a served CoLA model."""
+    config = model.config
+    layers = _layer_tensors("policy.", config.num_policy_layers, _PROJECTIONS + _NORMS)
+    expected = [*layers, "policy.norm.weight", "policy.head.weight", *_soft_q_tensors(model)]
+    _reload(model, receiver, expected, model.policy_modules(), model.model_config)
+
+
+def load_soft_q(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastReceiver) -> None:
+    """Load a new Q head into a served CoLA model; the policy that it reweights stays as it is."""
+    _reload(model, receiver, _soft_q_tensors(model), [model.soft_q], model.model_config)
+
+
+def _soft_q_tensors(model: "CoLAForCausalLM") -> list[str]:
+    return [] if model.soft_q is None else [f"policy.soft_q.{name}" for name, _ in model.soft_q.named_parameters()]
+
+
+def load_llama(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_config: Any) -> None:
+    """Load all weights of a served Llama. vLLM's Llama does not keep its ``model_config``, so the caller passes it."""
+    config = model.config
+    layers = _layer_tensors("model.", config.num_hidden_layers, _PROJECTIONS + _NORMS)
+    expected = [*layers, "model.embed_tokens.weight", "model.norm.weight"]
+    if not config.tie_word_embeddings:
+        _reload(model, receiver, [*expected, "lm_head.weight"], [model], model_config)
+        return
+    _reload(model, receiver, expected, [model.model], model_config)
+    # On CPU a tied head holds a packed copy of the embeddings, which the reload of model.model does not renew.
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def load_projections(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_config: Any) -> None:
+    """Load the linear layers of a served Llama."""
+    expected = _layer_tensors("model.", model.config.num_hidden_layers, _PROJECTIONS)
+    held = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
+    modules = [
+        module
+        for attention, mlp in held
+        for module in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    ]
+    _reload(model, receiver, expected, modules, model_config)
+
+
+_PROJECTIONS = (*(f"self_attn.{kind}_proj" for kind in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _layer_tensors(prefix: str, count: int, names: Sequence[str]) -> list[str]:
+    return [f"{prefix}layers.{layer}.{name}.weight" for layer in range(count) for name in names]
+
+
+def _reload(
+    model: Any,
+    receiver: WeightReceiver | BroadcastReceiver,
+    expected: Sequence[str],
+    modules: Sequence[Any],
+    model_config: Any,
+) -> None:
+    """Reload ``modules`` from exactly the tensors named in ``expected``, or raise before anything is changed.
+
+    On CPU vLLM repacks linear weights at load and frees the originals, so writing into parameters would do nothing;
+    its layer-wise reload restores, loads and repacks.
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    tensors = receiver.finish(expected)
+    for module in modules:
+        initialize_layerwise_reload(module)
+    model.load_weights(tensors)
+    for module in modules:
+        finalize_layerwise_reload(module, model_config)
