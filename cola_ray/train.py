@@ -41,17 +41,13 @@ from cola_ray.loop.problems import Problems
 from cola_ray.model.conversion import describe, plain_base
 from cola_ray.rollout.agent_worker import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
-from cola_ray.runs import launch, provenance, resume, saved
-from cola_ray.runs.display import current, shown, tell
-from cola_ray.runs.ending import in_words
+from cola_ray.runs import checkpoints, launch, provenance, resume
+from cola_ray.runs.display import current, print_line, shown
+from cola_ray.runs.failure import explained_failures
+from cola_ray.runs.figures import plot, print_summary
 from cola_ray.runs.launch import Launch
 from cola_ray.runs.run_folder import State, read_record, write_json
-from cola_ray.runs.tracking import (
-    Tracker,
-    peak_memory_gb,
-    plot,
-    print_summary,
-)
+from cola_ray.runs.tracking import Tracker, peak_memory_gb
 from cola_ray.settings import relevance
 from cola_ray.settings.config import Config, RunFailedError, flat, is_environment, override
 from cola_ray.settings.training import Q_STAGE, REWARD_STAGE
@@ -61,7 +57,7 @@ from cola_ray.tasks import least_right_reward
 
 
 @shown()
-@in_words()
+@explained_failures()
 def pretrain(config: Config) -> dict[str, Any]:
     """Run the stages of ``config.pretrain``; leaves ``output_dir/model``. Returns the summary.
 
@@ -74,7 +70,7 @@ def pretrain(config: Config) -> dict[str, Any]:
 
 
 @shown()
-@in_words()
+@explained_failures()
 def train_reward_model(config: Config) -> dict[str, Any]:
     """A reward model from the preference pairs at ``task.path``, on ``model.base``; as ``pretrain``."""
     check(config, "reward_model")
@@ -82,7 +78,7 @@ def train_reward_model(config: Config) -> dict[str, Any]:
 
 
 @shown()
-@in_words()
+@explained_failures()
 def train_q(config: Config) -> dict[str, Any]:
     """MCTS-Q's values of actions, from the answers at ``data.path`` that evaluate logged; as ``pretrain``."""
     check(config, "train_q")
@@ -222,7 +218,7 @@ OnStep = Callable[[int, Mapping[str, Any]], None]
 
 
 @shown()
-@in_words()
+@explained_failures()
 def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """RL of the policy over latent actions on problems with answers; leaves ``output_dir/model``. Returns the summary.
 
@@ -242,7 +238,7 @@ def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
 
 
 @shown()
-@in_words()
+@explained_failures()
 def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
     """RL over the turns of a multi-turn environment, with replay and an utterance critic beside it; as ``run_rl``."""
     check(config, "rl_agent")
@@ -300,7 +296,7 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
                 if (output / "model" / "config.json").exists():
                     provenance.write(output / "model", config, job.name, begun.start)
         print_summary(f"RL, {config.preset}: {output}", tracker.summary)
-        tell("\n".join(afterwards(config, job.name, tracker.summary)))
+        print_line("\n".join(afterwards(config, job.name, tracker.summary)))
     return tracker.summary
 
 
@@ -519,7 +515,7 @@ def _fit(
     """
     gpus = config.cluster.use_gpu
     # What Ray Train notes for itself, and would go on from: a new place each time, for checkpoints are ours to find.
-    notes = Path(config.output_dir) / saved.FOLDER / f"{saved.NOTES}{secrets.token_hex(4)}"
+    notes = Path(config.output_dir) / checkpoints.FOLDER / f"{checkpoints.RAY_NOTES}{secrets.token_hex(4)}"
     trainer = TorchTrainer(
         rank_loop,
         train_loop_config=loop,
@@ -626,7 +622,7 @@ def tracked(
     tracker = Tracker(config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step)
     error: BaseException | None = None
     try:
-        with in_words(output), head.blamed():
+        with explained_failures(output), head.blamed():
             yield tracker
     except BaseException as caught:
         error = caught

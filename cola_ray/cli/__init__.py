@@ -23,7 +23,7 @@ def main(*words: str) -> NoReturn:
     Args:
         words: in front of those of ``sys.argv``, e.g. the command of a file in jobs/.
 
-    How a run ended is one line, and a code of :data:`~cola_ray.runs.ending.EXIT_CODES`.
+    How a run ended is one line, and a code of :data:`~cola_ray.runs.failure.EXIT_CODES`.
     """
     name, *rest = [*words, *sys.argv[1:]] or ["--help"]
     if name in ("-h", "--help"):

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from cola_ray.cli.commands import OF_JOB, Command
 from cola_ray.runs.display import wide_console
-from cola_ray.runs.ending import EXIT_CODES
+from cola_ray.runs.failure import EXIT_CODES
 from cola_ray.settings import relevance
 from cola_ray.settings.config import Config, schemas, value_at
 from cola_ray.settings.limits import wanted

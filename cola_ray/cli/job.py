@@ -11,7 +11,7 @@ from cola_ray.cli.arguments import parsed
 from cola_ray.cli.commands import Command
 from cola_ray.runs import launch, provenance
 from cola_ray.runs.display import current, shown
-from cola_ray.runs.ending import RESUME, in_words
+from cola_ray.runs.failure import RESUME, explained_failures
 from cola_ray.runs.redaction import redacted
 from cola_ray.settings.config import Config, ConfigError, RunFailedError
 from cola_ray.settings.presets import expectation
@@ -21,7 +21,7 @@ def run(command: Command, argv: Sequence[str]) -> NoReturn:
     """Parse, check, run, exit."""
     code, line = 0, ""
     try:
-        with in_words():
+        with explained_failures():
             config = parsed(command, argv)
             if config is not None:
                 _run(config, command)

@@ -33,7 +33,7 @@ from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.rollout.reward_model import RewardEndpoint, RewardFunction, RewardModel
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.runs.display import current
-from cola_ray.runs.ending import last_error
+from cola_ray.runs.explanations import last_error
 from cola_ray.runs.tracking import peak_memory_gb
 from cola_ray.settings.config import Config, ConfigError, is_endpoint, named
 from cola_ray.tasks.chat import Prompt

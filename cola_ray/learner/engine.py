@@ -19,8 +19,8 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from cola_ray.algorithms.gradients import NonFiniteError
-from cola_ray.runs import resume, saved
-from cola_ray.runs.saved import Checkpoint, CheckpointError, Described
+from cola_ray.runs import checkpoints, resume
+from cola_ray.runs.checkpoints import Checkpoint, CheckpointError, Checksums
 from cola_ray.weights import Manifest
 
 
@@ -45,7 +45,7 @@ class Report(Protocol):
 
 
 def save_checkpoint(
-    run: Path, step: int, save: Callable[[Path], Described | None], fail: Callable[[str], None]
+    run: Path, step: int, save: Callable[[Path], Checksums | None], fail: Callable[[str], None]
 ) -> None:
     """Make the run's checkpoint at ``step``; a collective.
 
@@ -58,20 +58,22 @@ def save_checkpoint(
         OSError: it could not be written, for want of room say; the checkpoints before it stay.
     """
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    folder = saved.staged(run, step)
+    folder = checkpoints.staging_path(run, step)
     try:
         if rank == 0:
-            saved.clear(folder)
+            checkpoints.make_empty(folder)
         torch.distributed.barrier()
         beside = save(folder) or {}
         torch.distributed.barrier()
-        mine = saved.describe(folder, (file for file in folder.rglob("*") if file.is_file() and _writer(file) == rank))
+        mine = checkpoints.checksums(
+            folder, (file for file in folder.rglob("*") if file.is_file() and _writer(file) == rank)
+        )
         of_ranks: list[Any] = [None] * size
         torch.distributed.all_gather_object(of_ranks, (mine, beside))
         if rank == 0:
             files, others = ({name: what for one in of_ranks for name, what in one[part].items()} for part in (0, 1))
             settings = resume.digest(json.loads((run / "config.json").read_text()))
-            saved.seal(folder, step, size, settings, files, others)
+            checkpoints.seal(folder, step, size, settings, files, others)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)  # room for what the run still has to say
         why = f"the checkpoint of step {step} could not be written to {folder.parent}: {error}"
@@ -82,7 +84,7 @@ def save_checkpoint(
 
 def last_checkpoint(run: Path) -> Checkpoint | None:
     """The newest whole one; a collective. The first rank looks."""
-    found: list[Any] = [saved.newest(run).checkpoint if torch.distributed.get_rank() == 0 else None]
+    found: list[Any] = [checkpoints.newest(run).checkpoint if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(found)
     checkpoint: Checkpoint | None = found[0]
     return checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cola_ray.learner.engine import Report
-from cola_ray.runs.saved import fault_of_stage, seal_stage
+from cola_ray.runs.checkpoints import fault_of_stage, seal_stage
 
 DONE = "done.json"
 """Of a stage that came to its end: its last metrics, and what its files are."""

@@ -22,7 +22,7 @@ from cola_ray.experience import Batch
 from cola_ray.learner.engine import last_checkpoint, save_checkpoint
 from cola_ray.learner.policies import export, make_policy
 from cola_ray.learner.rl import RLLearner
-from cola_ray.runs.saved import Described
+from cola_ray.runs.checkpoints import Described
 from cola_ray.settings.config import Config
 from cola_ray.weights import Bucket, Channel, Manifest
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
-from cola_ray.runs import ending
+from cola_ray.runs import explanations
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class Supervisor:
         try:
             yield
         except Exception as error:
-            await self.fail(ending.reason(error))
+            await self.fail(explanations.one_line(error))
             raise
         self.is_open = True
         await self.notify()
@@ -82,7 +82,7 @@ class Supervisor:
             try:
                 return await work
             except Exception as error:
-                await self.fail(ending.reason(error))
+                await self.fail(explanations.one_line(error))
                 raise
 
         task = asyncio.get_running_loop().create_task(guarded())

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cola_ray.replay.priorities import Priorities
-from cola_ray.runs.saved import Described, describe, write_whole
+from cola_ray.runs.checkpoints import Checksums, checksums, write_atomically
 
 Array = np.ndarray
 _FULL = 512 << 20  # bytes of a chunk that is not merged any further: Arrow's offsets have 31 bits
@@ -55,7 +55,7 @@ class ReplayBuffer:
         self.starts: list[int] = []  # number of each chunk's first row
         self.first, self.end = 0, 0  # the buffer holds rows first..end-1
         self.saved = 0  # rows before this one are on disk
-        self.files: Described = {}  # snapshot files, with sizes and checksums
+        self.files: Checksums = {}  # snapshot files, with sizes and checksums
         self.priorities = Priorities(self.max_rows, self.alpha)
 
     def __len__(self) -> int:
@@ -200,8 +200,8 @@ class ReplayBuffer:
             table = self._slice(first, end) if end > first else None
         if table is not None:
             path = folder / f"rows-{first:012d}-{end:012d}.parquet"
-            write_whole(path, lambda file: pq.write_table(table, file, compression="zstd"))
-            self.files |= describe(folder, [path])
+            write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))
+            self.files |= checksums(folder, [path])
         with lock:
             self.saved = max(self.saved, end)
             oldest = self.first
@@ -273,7 +273,7 @@ class ReplayBuffer:
                 self.first = self.end = first
             for batch in table.to_batches(max_chunksize=self.max_rows):
                 self.append(pa.Table.from_batches([batch]))
-        self.files = describe(folder, (path for path, *_ in _files(folder)))
+        self.files = checksums(folder, (path for path, *_ in _files(folder)))
         self.saved = self.end
         return len(self)
 

@@ -28,7 +28,7 @@ from cola_ray.algorithms.archer import TwinHeads
 from cola_ray.replay.critic import Critic, TextTwinHeads
 from cola_ray.replay.service import Draw, Shards
 from cola_ray.replay.transitions import Reader, TextReader, critic_batch, read_features
-from cola_ray.runs.saved import write_whole
+from cola_ray.runs.checkpoints import write_atomically
 from cola_ray.settings.config import CriticConfig
 from cola_ray.weights import Channel, join, meeting_point
 
@@ -83,7 +83,7 @@ class CriticService:
                     old.unlink()
             if file:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(self.folder / Path(file).name, lambda to: to.write(Path(file).read_bytes()))
+                write_atomically(self.folder / Path(file).name, lambda to: to.write(Path(file).read_bytes()))
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("critic-*.pt"))
@@ -181,7 +181,7 @@ class CriticService:
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"critic-{self.critic.steps:09d}.pt"
-        write_whole(file, lambda opened: torch.save(self.critic.state_dict(), opened))
+        write_atomically(file, lambda opened: torch.save(self.critic.state_dict(), opened))
         for old in self._files()[:-_SAVES]:
             old.unlink()
 

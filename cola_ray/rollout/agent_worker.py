@@ -1,9 +1,9 @@
 """The rollout actor of multi-turn tasks: an engine, environment processes, and the episodes between them.
 
-    play_episodes(tickets) ─> Episodes, sampled         hundreds at once: each turn joins the engine's running batch
-    evaluate(seeds)        ─> returns on held-out environment seeds
-    answer(seeds, way)     ─> everything that happened on those seeds, for `cola_ray evaluate`
-    speak(states)          ─> one fresh utterance per state, with the base's features, for the critic
+play_episodes(tickets) ─> Episodes, sampled         hundreds at once: each turn joins the engine's running batch
+evaluate(seeds)        ─> returns on held-out environment seeds
+answer(seeds, way)     ─> everything that happened on those seeds, for `cola_ray evaluate`
+speak(states)          ─> one fresh utterance per state, with the base's features, for the critic
 """
 
 import asyncio

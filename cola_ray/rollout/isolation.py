@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 
 from cola_ray.sandbox.confine import die_with_parent
-from cola_ray.sandbox.execution import Apart, error_text, in_a_fork, is_reply, reply_of
+from cola_ray.sandbox.execution import SeparateExecutor, call_in_fork, error_text, is_reply, reply_of
 from cola_ray.sandbox.messages import BrokenError, Channel, GoneError, LateError, as_data, as_text
 from cola_ray.tasks import Task, answer_of
 from cola_ray.tasks.environment import Environment
@@ -179,7 +179,7 @@ def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float,
         served = make()
         forks = bool(getattr(served, "executes_responses", False))
         keeps_time = forks or getattr(served, "keeps_time", False)
-        failure = in_a_fork(int, timeout_s).get("failure", "") if keeps_time else ""
+        failure = call_in_fork(int, timeout_s).get("failure", "") if keeps_time else ""
     except Exception as error:
         forks, keeps_time, failure = False, False, f"{type(error).__name__}: {error_text(error)}"
     channel.send({"failure": failure.removeprefix("raised "), "keeps_time": keeps_time})
@@ -190,7 +190,7 @@ def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float,
         except GoneError:
             return
         call = functools.partial(getattr(served, method), *args)
-        reply = in_a_fork(call, timeout_s) if forks else reply_of(call)
+        reply = call_in_fork(call, timeout_s) if forks else reply_of(call)
         try:
             channel.send([token, reply])
         except ValueError as error:
@@ -226,17 +226,17 @@ class _Verifier:
     """The task, in the child; what it executes runs in forks of a process that was forked before the task was built."""
 
     def __init__(self, make: Callable[[], Task], seconds: float) -> None:
-        apart = Apart(seconds)  # forked from here, before any solution is in memory
+        executor = SeparateExecutor(seconds)  # forked from here, before any solution is in memory
         self.task = make()
         self.executes_responses = getattr(self.task, "executes_responses", False)
         tasks: tuple[Any, ...] = (self.task, getattr(self.task, "task", None))
-        owner = next((one for one in tasks if _executes_apart(one)), None)
+        owner = next((one for one in tasks if _executes_separately(one)), None)
         self.keeps_time = self.executes_responses or owner is not None
         if owner is None:
-            apart.close()
+            executor.close()
             return
-        apart.take(owner.execute)
-        owner.execute = apart
+        executor.use(owner.execute)
+        owner.execute = executor
 
     def score(self, split: Split, index: int, response: str) -> Any:
         reward: Any = self.task.score(split, index, response)
@@ -246,7 +246,7 @@ class _Verifier:
         return answer_of(self.task, response)
 
 
-def _executes_apart(task: object) -> bool:
+def _executes_separately(task: object) -> bool:
     return isinstance(inspect.getattr_static(task, "execute", None), staticmethod)
 
 

@@ -14,7 +14,6 @@ Calls overlap, since the actor is asyncio.
 import asyncio
 import functools
 import math
-import resource
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -25,6 +24,7 @@ from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
 from cola_ray.rollout.isolation import Reward, RewardProcess
 from cola_ray.rollout.reward_model import RewardFunction, score_with
+from cola_ray.runs.tracking import peak_memory_gb
 from cola_ray.settings.config import Config
 from cola_ray.tasks import make_prompts, make_task, stop_strings
 from cola_ray.tasks.chat import ChatTokenizer
@@ -98,7 +98,7 @@ class EngineWorker:
         self.engine.wake_up()
 
     async def peak_memory_gb(self) -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak_memory_gb()
 
     def _seed(self, *place: int) -> int:
         """Return the seed of a request's draws, which depends on the run's seed and ``place`` alone."""

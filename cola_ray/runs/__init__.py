@@ -1,1 +1,1 @@
-"""A run's life: its folder and record, what is shown and logged, how it ends, what it goes on from."""
+"""A run's life: its folder and record, what it prints and logs, how it ends, and what it resumes from."""

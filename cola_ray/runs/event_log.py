@@ -1,10 +1,10 @@
-"""``log.jsonl``: what happened in a run, a line each, kept on the run's own disk before anybody else is told.
+"""``log.jsonl``: what happened in a run, one JSON object a line, written to the run's own disk before anything else.
 
     log = EventLog(folder)
     log.append("step", version=3, **metrics)     {"time": ..., "run": ..., "event": "step", "version": 3, ...}
-    read(folder)                                 every whole line; one that a kill or a full disk cut is passed over
+    read(folder)                                 all complete lines; one that a kill or a full disk cut off is skipped
 
-Every event bears the run's id, which is made with its first event and stays when the run is resumed.
+Every event carries the run's id, which is chosen at its first event and kept when the run is resumed.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ NAME = "log.jsonl"
 
 
 class EventLog:
-    """Of the run in this folder; may be written to by several threads.
+    """The log of one run; thread-safe.
 
     Args:
         folder: of the run; must exist.
@@ -34,27 +34,31 @@ class EventLog:
         self.run: str = next((event["run"] for event in read(folder) if event.get("run")), secrets.token_hex(16))
 
     def append(self, event: str, **facts: Any) -> None:
-        """Raises OSError where the disk takes no more."""
+        """Append an event; facts are redacted.
+
+        Raises:
+            OSError: the line could not be written.
+        """
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps(redacted_tree({"time": when, "run": self.run, "event": event, **facts}), default=str)
         with self.lock, self.file.open("ab+") as file:
-            if file.tell() and not _ends_whole(file):
-                line = "\n" + line  # what a kill or a full disk cut stays a line of its own
+            if file.tell() and not _ends_with_newline(file):
+                line = "\n" + line  # so that a line that was cut off does not spoil this one
             file.write(line.encode() + b"\n")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All whole events, in order; none where there is no log."""
+    """Return all complete events in order; [] if there is no log."""
     return [event for _, event in read_from(folder, 0)]
 
 
 def read_from(folder: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Events behind the first ``start`` bytes, each with how many bytes there are up to its end."""
+    """Yield the events after the first ``start`` bytes, each with the number of bytes up to its end."""
     with contextlib.suppress(FileNotFoundError), (folder / NAME).open("rb") as file:
         file.seek(start)
         for line in file:
             if not line.endswith(b"\n"):
-                return  # still being written
+                return  # it is still being written
             start += len(line)
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
@@ -63,7 +67,7 @@ def read_from(folder: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def history(events: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Metrics by step, from the events of steps; of one made again, the last value."""
+    """Return metrics by step from the step events; the last value counts if a step was repeated."""
     found: dict[int, dict[str, float]] = {}
     for event in events:
         if event["event"] == "step":
@@ -75,6 +79,6 @@ def history(events: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     return found
 
 
-def _ends_whole(file: Any) -> bool:
+def _ends_with_newline(file: Any) -> bool:
     file.seek(-1, 2)
     return bool(file.read(1) == b"\n")

@@ -1,15 +1,15 @@
 """From settings to a run that may begin: what it starts from, what it reads, where it writes.
 
-lines = refusals(config, "rl_math")      # why it may not begin; nothing is touched
+lines = refusals(config, "rl_math")      # why it may not begin; changes nothing
 print(first_lines(config, "rl_math"))    # starts from, base, task, data, actions, writes to
-launch = begin(config, "rl_math")        # takes the folder
+launch = begin(config, "rl_math")        # claims the folder
 """
 
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cola_ray.runs import provenance, resume, run_folder, saved
+from cola_ray.runs import checkpoints, provenance, resume, run_folder
 from cola_ray.runs.display import current
 from cola_ray.runs.run_folder import RunFolder
 from cola_ray.settings import relevance
@@ -21,21 +21,21 @@ _FROM_A_MODEL = ("rl_math", "rl_preference", "rl_agent", "sweep", "evaluate", "d
 
 @dataclass(frozen=True)
 class Launch:
-    """A run that has begun: its settings with absolute paths and the start model's sizes, and its folder."""
+    """A run that has begun: its folder, and its settings with absolute paths and the start model's sizes."""
 
     config: Config
     job: str
     start: Path | None
-    """The model that it starts from; None where there is none, or only a plain base."""
+    """The model that it starts from; None if there is none, or only a plain base."""
     folder: RunFolder
     resumes: bool = False
-    """Whether it goes on from a checkpoint."""
+    """Whether it continues from a checkpoint."""
     began: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
 
 def refusals(config: Config, job: str) -> list[str]:
-    """A line for each reason why the job may not begin: settings that do nothing, the start model, the folder."""
+    """Return why the job may not begin, one line per reason: settings without effect, the start model, the folder."""
     config, job = _as_run(config, job)
     lines = relevance.unread(config, job)
     if job not in run_folder.WRITES:
@@ -49,7 +49,7 @@ def refusals(config: Config, job: str) -> list[str]:
 
 
 def first_lines(config: Config, job: str) -> str:
-    """What a run starts from, on which base, task and data, and where it writes; empty for what is no run."""
+    """Return what a run starts from, its base, task and data, and where it writes; "" for a job that is not a run."""
     if job not in run_folder.WRITES:
         return ""
     config, job = _as_run(config, job)
@@ -62,10 +62,10 @@ def _sized(config: Config, start: Path | None) -> Config:
 
 
 def begin(config: Config, job: str) -> Launch:
-    """Take the folder, say from where the run goes on, and remove what a kill left of a checkpoint.
+    """Claim the folder, say where the run continues from, and remove checkpoints that a kill left unfinished.
 
     Raises:
-        ConfigError: it may not, see :func:`refusals`.
+        ConfigError: the run may not begin; see :func:`refusals`.
     """
     lines = refusals(config, job)
     if lines:
@@ -75,17 +75,17 @@ def begin(config: Config, job: str) -> Launch:
     config = _sized(provenance.resolve(config, job), start)
     is_new = run_folder.read_record(Path(config.output_dir)) is None
     folder = run_folder.claim(config, job, start)
-    if not config.resume or saved.FOLDER not in run_folder.WRITES[job]:
+    if not config.resume or checkpoints.FOLDER not in run_folder.WRITES[job]:
         return Launch(config, job, start, folder)
-    saved.tidy(folder.path)
-    found = resume.looked_at(folder.path)
-    for line in resume.words(found, folder.path, is_new):
+    checkpoints.remove_unfinished(folder.path)
+    found = resume.newest_checkpoint(folder.path)
+    for line in resume.announcement(found, folder.path, is_new):
         current().say(line)
     return Launch(config, job, start, folder, found.checkpoint is not None)
 
 
 def _as_run(config: Config, job: str) -> tuple[Config, str]:
-    """With what goes without saying: preferences are a job of their own, and a reproduction goes on where it was."""
+    """Apply what is implied: preferences are a job of their own, and a reproduction resumes by itself."""
     if job == "rl_math" and config.task.name == "preference":
         return config, "rl_preference"
     if job == "reproduce" and not config.overwrite:

@@ -1,15 +1,16 @@
-"""MLflow's copy of a run's ``log.jsonl``: sent from a thread of its own, which neither holds the run up nor ends it.
+"""MLflow's copy of a run's ``log.jsonl``, sent from a thread of its own, which neither delays the run nor ends it.
 
-    mirror = Mirror(uri, folder, Run("cola_ray/rl_math", params))
-    mirror.wake()                    there is more in the log
-    line = mirror.finish("FINISHED") what MLflow lacks after a few seconds, and how to send it; empty where it has all
+    mirror = Mirror(uri, folder, MlflowRun("cola_ray/rl_math", params))
+    mirror.wake()                      there is more in the log
+    line = mirror.finish("FINISHED")   what MLflow still misses after a few seconds, and how to send it; "" if nothing
 
-    RUN/mlflow_run_id      the run's id there, once it is known
+    RUN/mlflow_run_id      the run's id in MLflow, once it is known
     RUN/mlflow_sent.json   {"bytes": of log.jsonl that MLflow has, "params": ..., "state": ...}
 
-The log is the truth, and this sends what is behind the bytes that MLflow has: so nothing is lost while a server is
-away, slow or locked. A resumed run sends what an earlier one could not; so does ``cola_ray send RUN``, without a run.
-Points bear the time of their event: what is sent twice, where a kill came between sending and noting, is one point.
+The log is the source of truth, and the mirror sends all after the bytes that MLflow has. So nothing is lost while
+a server is away, slow or locked: a resumed run sends what an earlier one could not, and ``cola_ray send RUN`` does so
+without a run. Points carry the time of their event, so a point that is sent twice, because a kill came between sending
+and noting, still counts as one.
 """
 
 import contextlib
@@ -27,74 +28,75 @@ from urllib.parse import urlsplit
 
 import filelock
 
-from cola_ray.runs import ending, event_log, run_folder
+from cola_ray.runs import event_log, explanations, folder_lock, run_folder
 from cola_ray.runs.display import current
 from cola_ray.runs.redaction import HIDDEN, redacted, redacted_tree
 from cola_ray.runs.run_folder import write_json
 from cola_ray.settings.config import Config, ConfigError, RunFailedError, flat
 
 STATES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-"""MLflow's words for how a run ended."""
+"""MLflow's names for how a run ended."""
 ARTIFACTS = ("summary.json", "reward.png", "losses.png", "accuracy.png", "frontier.png", "log.jsonl", "error.txt")
-_OPENING_S = 1.5  # that a run's start waits for a first answer
-_CLOSING_S = 2.0  # that a run's end waits for the next answer
-_CLOSING_MOST_S = 20.0  # that it waits while answers do come
-_PAUSE_S = (1.0, 30.0)  # between attempts, doubled from the first to the last
-_MOST = 1000  # metrics that MLflow takes in one request
-_MOST_PARAMS = 100
+_OPENING_S = 1.5  # how long a run's start waits for a first answer
+_CLOSING_S = 2.0  # how long a run's end waits for the next answer
+_MAX_CLOSING_S = 20.0  # how long a run's end waits while answers do come
+_PAUSE_S = (1.0, 30.0)  # between attempts; doubled from the first to the second
+_MAX_METRICS = 1000  # in one request, MLflow's limit
+_MAX_PARAMS = 100
 _TAG = "cola_ray.run"
-_OF_SWEEPS = "cola_ray/sweep"
+_SWEEPS = "cola_ray/sweep"
 
 
 @dataclass(frozen=True)
-class Run:
-    """What MLflow is told of a run before its metrics."""
+class MlflowRun:
+    """What MLflow shows of a run besides its metrics."""
 
     experiment: str
     params: Mapping[str, Any] = field(default_factory=dict)
     parent: str = ""
-    """The run that this one is shown below, in its experiment: as its log names it, or MLflow."""
+    """The run that this one is shown below, by the id in its log or by MLflow's."""
 
 
 class Mirror:
-    """The sending side.
+    """Sends the log of one run.
 
     Args:
-        uri: of a tracking server or database; empty for a sqlite file beside the folder.
+        uri: tracking server or database; if empty, a sqlite file beside the folder.
         folder: of the run.
+        run: experiment, parameters and parent.
     """
 
-    def __init__(self, uri: str, folder: Path, run: Run) -> None:
-        self.made_here, self.uri = not uri, uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
+    def __init__(self, uri: str, folder: Path, run: MlflowRun) -> None:
+        self.uses_default_uri, self.uri = not uri, uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
         self.folder, self.run = folder, run
         self.id_file, self.sent_file = folder / "mlflow_run_id", folder / "mlflow_sent.json"
         self.client: Any = None
         self.fault = ""  # of the last attempt
-        self.told = False  # of a fault that goes on
-        self.state = ""  # that the run ended in
+        self.fault_shown = False  # printed once for a fault that goes on
+        self.state = ""  # MLflow's name for how the run ended
         self.progress = time.monotonic()
         self.pause = _PAUSE_S[0]
         self.woken, self.tried, self.done = threading.Event(), threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def open(self) -> None:
-        """Begin; waits a moment for a first answer, so that a fault is said early."""
+        """Start the thread and wait a moment for a first answer, so that a fault is reported early."""
         _load()
         self.wake()
         self.thread.start()
         self.tried.wait(_OPENING_S)
 
     def wake(self) -> None:
-        """There is more to send."""
+        """Tell the thread that there is more to send."""
         self.woken.set()
 
     @property
     def run_id(self) -> str:
-        """In MLflow; empty as long as there is none."""
+        """The run's id in MLflow; "" as long as there is none."""
         return self.id_file.read_text().strip() if self.id_file.exists() else ""
 
     def finish(self, state: str) -> str:
-        """Send the rest, as long as it gets on; a line on what is missing there, or nothing.
+        """Send the rest for as long as answers come; return a line on what MLflow misses, or "".
 
         Args:
             state: FINISHED, FAILED or KILLED.
@@ -102,7 +104,7 @@ class Mirror:
         self.state, self.progress = state, time.monotonic()
         self.pause = _PAUSE_S[0]
         self.wake()
-        last = time.monotonic() + _CLOSING_MOST_S
+        last = time.monotonic() + _MAX_CLOSING_S
         while not self.done.wait(0.05):
             now = time.monotonic()
             if now > last or now - self.progress > _CLOSING_S:
@@ -110,7 +112,7 @@ class Mirror:
         return "" if self.done.is_set() and not self.fault else self._missing()
 
     def send(self) -> None:
-        """All that MLflow lacks, from this thread. Raises whatever keeps it from that."""
+        """Send everything that MLflow misses, in the calling thread; raises any error that prevents it."""
         if self.client is None:
             self._connect()
         sent = self._sent()
@@ -137,31 +139,29 @@ class Mirror:
             ending_now = bool(self.state)
             try:
                 self.send()
-                self.fault, self.told, self.pause = "", False, _PAUSE_S[0]
+                self.fault, self.fault_shown, self.pause = "", False, _PAUSE_S[0]
             except Exception as error:
                 self.client = None
-                self.fault = redacted(ending.explain(error)[0])
-                self._say_once()
+                self.fault = redacted(explanations.explain(error)[0])
+                self._show_fault_once()
             self.tried.set()
             if ending_now:
                 self.done.set()
             elif self.fault:
                 self.woken.clear()
-                self._rest()
+                self._wait()
                 self.woken.set()
 
-    def _rest(self) -> None:
-        """Between attempts, unless the run ends meanwhile."""
+    def _wait(self) -> None:
+        """Pause between attempts; cut short when the run ends."""
         until, self.pause = time.monotonic() + self.pause, min(2 * self.pause, _PAUSE_S[1])
         while time.monotonic() < until and not self.state:
             time.sleep(0.05)
 
-    def _say_once(self) -> None:
-        if not self.told and not self.state:
-            self.told = True
-            current().say(
-                f"MLflow at {redacted(self.uri)}: {self.fault}; the run goes on, and what it logs is sent later"
-            )
+    def _show_fault_once(self) -> None:
+        if not self.fault_shown and not self.state:
+            self.fault_shown = True
+            current().say(f"MLflow at {redacted(self.uri)}: {self.fault}; the run goes on, and its log is sent later")
 
     def _missing(self) -> str:
         try:
@@ -172,7 +172,7 @@ class Mirror:
         why = self.fault or "no answer in time"
         hidden = "" if redacted(self.uri) == self.uri else " --tracking-uri URI"
         return (
-            f"MLflow at {redacted(self.uri)} lacks {count} events of this run and its files ({why}); log.jsonl has "
+            f"MLflow at {redacted(self.uri)} misses {count} events of this run and its files ({why}); log.jsonl has "
             f"them, and `cola_ray send {self.folder}{hidden}` sends them"
         )
 
@@ -184,14 +184,14 @@ class Mirror:
 
     def _connect(self) -> None:
         mlflow = _load()
-        with self._alone():
+        with self._database_lock():
             client = mlflow.MlflowClient(tracking_uri=self.uri)
-            client.get_experiment_by_name(self.run.experiment)  # opens the store, which may make its tables
+            client.get_experiment_by_name(self.run.experiment)  # opens the store, which may create its tables
         self.client, self.progress = client, time.monotonic()
 
     @contextlib.contextmanager
-    def _alone(self) -> Any:
-        """MLflow makes its tables when a database is first opened, and two runs that do so at once break each other."""
+    def _database_lock(self) -> Any:
+        """Lock out other runs: MLflow creates tables when it first opens a database, which two must not do at once."""
         if not self.uri.startswith("sqlite:///"):
             yield
             return
@@ -200,7 +200,7 @@ class Mirror:
             yield
 
     def _make_run(self) -> str:
-        """A run there, or the one that an attempt made whose answer was lost."""
+        """Create the run in MLflow, or find the one that an earlier attempt created without seeing the answer."""
         parent = self._parent()
         experiment, own = self._experiment(parent), event_log.EventLog(self.folder).run
         found = self.client.search_runs([experiment], f"tags.`{_TAG}` = '{own}'", max_results=1)
@@ -217,10 +217,10 @@ class Mirror:
         return run_id
 
     def _parent(self) -> Any:
-        """The MLflow run of the sweep that this run belongs to, which another process may be about to make."""
+        """Return the MLflow run of the sweep that this run belongs to, which another process may be about to create."""
         if not self.run.parent:
             return None
-        sweeps = self.client.get_experiment_by_name(_OF_SWEEPS)
+        sweeps = self.client.get_experiment_by_name(_SWEEPS)
         if sweeps is not None:
             own = f"tags.`{_TAG}` = '{self.run.parent}'"
             found = self.client.search_runs([sweeps.experiment_id], own, max_results=1)
@@ -231,21 +231,21 @@ class Mirror:
     def _experiment(self, parent: Any) -> str:
         if parent is not None:
             return str(parent.info.experiment_id)
-        with self._alone():
+        with self._database_lock():
             known = self.client.get_experiment_by_name(self.run.experiment)
             if known is not None:
                 if known.lifecycle_stage == "deleted":
                     self.client.restore_experiment(known.experiment_id)
                 return str(known.experiment_id)
             # A local store would put its artifacts into the working directory; they belong beside the database.
-            beside = (self.folder.parent / "mlartifacts").as_uri() if self.made_here else None
+            beside = (self.folder.parent / "mlartifacts").as_uri() if self.uses_default_uri else None
             return str(self.client.create_experiment(self.run.experiment, artifact_location=beside))
 
     def _send_params(self, run_id: str) -> None:
         from mlflow.entities import Param
 
         params = iter([Param(name, str(value)[:500]) for name, value in redacted_tree(self.run.params).items()])
-        while piece := list(islice(params, _MOST_PARAMS)):
+        while piece := list(islice(params, _MAX_PARAMS)):
             self.client.log_batch(run_id, params=piece)
             self.progress = time.monotonic()
 
@@ -258,14 +258,14 @@ class Mirror:
             points = event_log.history([event])
             when = int(datetime.fromisoformat(event["time"]).timestamp() * 1000)
             some = [Metric(name, value, when, step) for step, of in points.items() for name, value in of.items()]
-            if waiting and len(waiting) + len(some) > _MOST:
+            if waiting and len(waiting) + len(some) > _MAX_METRICS:
                 sent, waiting = self._send_batch(run_id, waiting, sent, upto), []
             waiting, upto = waiting + some, end
         return self._send_batch(run_id, waiting, sent, upto) if upto > sent["bytes"] else sent
 
     def _send_batch(self, run_id: str, metrics: list[Any], sent: dict[str, Any], upto: int) -> dict[str, Any]:
-        for first in range(0, len(metrics), _MOST):
-            self.client.log_batch(run_id, metrics=metrics[first : first + _MOST])
+        for first in range(0, len(metrics), _MAX_METRICS):
+            self.client.log_batch(run_id, metrics=metrics[first : first + _MAX_METRICS])
             self.progress = time.monotonic()
         return self._note(sent, bytes=upto)
 
@@ -275,7 +275,7 @@ class Mirror:
             return nothing | json.loads(self.sent_file.read_text())
         except FileNotFoundError:
             return nothing
-        except ValueError:  # cut by a full disk: sent again, the points are the same ones
+        except ValueError:  # cut off by a full disk: everything is sent again, which gives the same points
             return nothing | {"params": bool(self.run_id)}
 
     def _note(self, sent: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -285,25 +285,26 @@ class Mirror:
 
 
 def send(folder: Path, uri: str = "") -> str:
-    """Send what MLflow lacks of a run that has ended; a line on what that was.
+    """Send what MLflow misses of a run that has ended; return a line on what was sent.
 
     Args:
-        uri: in place of the run's own, whose password is not kept.
+        folder: of the run.
+        uri: instead of the run's own, whose password is not stored.
 
     Raises:
-        ConfigError: there is no run that has ended, or its address is not whole.
-        RunFailedError: MLflow does not take it.
+        ConfigError: there is no run that has ended, or the password of its address is missing.
+        RunFailedError: MLflow did not accept it.
     """
     record, settings = run_folder.read_record(folder), folder / "config.json"
     if record is None or not settings.exists():
-        raise ConfigError(f"{folder}: no run there; give the --output-dir of one, e.g. outputs/demo")
-    if run_folder.is_at_work(folder):
-        raise ConfigError(f"{folder}: a run is at work there, which sends by itself; wait for its end")
+        raise ConfigError(f"{folder}: no run there; give a run's --output-dir, e.g. outputs/demo")
+    if folder_lock.is_in_use(folder):
+        raise ConfigError(f"{folder}: a run is in progress there, which sends its log itself; wait for its end")
     config = Config.model_validate_json(settings.read_text())
     uri = uri or config.tracking_uri
     if HIDDEN in uri:
-        raise ConfigError(f"tracking_uri = {uri!r}: its secret is not kept; give the whole address by --tracking-uri")
-    run = Run(f"cola_ray/{record['job']}", flat(config.model_dump()), config.tracking_parent)
+        raise ConfigError(f"tracking_uri = {uri!r}: its secret is not stored; give the whole address by --tracking-uri")
+    run = MlflowRun(f"cola_ray/{record['job']}", flat(config.model_dump()), config.tracking_parent)
     mirror = Mirror(uri, folder, run)
     mirror.state = STATES.get(str(record.get("state")), "KILLED")
     before = mirror._sent()["bytes"]
@@ -311,12 +312,12 @@ def send(folder: Path, uri: str = "") -> str:
     try:
         mirror.send()
     except Exception as error:
-        raise RunFailedError(f"MLflow at {redacted(mirror.uri)}: {ending.reason(error)}") from error
+        raise RunFailedError(f"MLflow at {redacted(mirror.uri)}: {explanations.one_line(error)}") from error
     return f"{folder}: {count} events sent to MLflow at {redacted(mirror.uri)}, run {mirror.run_id}"
 
 
 def _load() -> Any:
-    """MLflow, which waits two minutes for an answer and asks seven times, unless it is told otherwise."""
+    """Import MLflow, with its default of seven attempts of two minutes each reduced to one of ten seconds."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -3,11 +3,11 @@
     MODEL/provenance.json    {"made_by", "settings": {dotted field: value}, "date", "start": that of the model before}
 
     start = start_model(config)               # model.path, or where this preset's pre-training leaves its model
-    lines = refusals(config, "rl_math")       # it is not there, or was made from something else than is asked for
+    lines = refusals(config, "rl_math")       # the model is missing, or was made with other settings than requested
     print(first_lines(config, "rl_math", start))
 
-The tiny preset makes its own start model, in a folder whose name says what differs from the preset; other presets have
-one pre-training a seed, and a run that asks for another is told what differs.
+The tiny preset makes its own start model, in a folder whose name says what differs from the preset. Other presets have
+one pre-trained model per seed, and a run that requests other settings is refused with what differs.
 """
 
 import hashlib
@@ -17,8 +17,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cola_ray.runs.folder_lock import is_in_use
 from cola_ray.runs.redaction import redacted_tree
-from cola_ray.runs.run_folder import is_at_work, is_finished, read_record, write_json
+from cola_ray.runs.run_folder import is_finished, read_record, write_json
 from cola_ray.settings.config import Config, is_environment, override, results_root, value_at
 from cola_ray.settings.relevance import defaults, entries, given
 
@@ -37,7 +38,7 @@ _NOT_MADE_FROM = ("model.path", "data.date", "task.reward", "task.reward_model",
 
 
 def pretrained_dir(config: Config) -> Path:
-    """Where pre-training with these settings leaves the CoLA model that RL starts from."""
+    """Return the folder in which pre-training with these settings leaves the CoLA model that RL starts from."""
     name, task = f"pretrain-{config.preset}", config.task.name
     usual = defaults(config)
     if task != usual.task.name or is_environment(task):
@@ -45,7 +46,7 @@ def pretrained_dir(config: Config) -> Path:
     elif task == "preference":
         name += "-preference"
     if makes_start_model(config):
-        changed = {field: value for field, value in _asked(config).items() if field not in ("seed", "task.name")}
+        changed = {field: value for field, value in _requested(config).items() if field not in ("seed", "task.name")}
         if changed:
             digest = hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[:6]
             name += f"-{'-'.join(f'{_leaf(field)}={_slug(value)}' for field, value in changed.items())[:80]}-{digest}"
@@ -53,30 +54,31 @@ def pretrained_dir(config: Config) -> Path:
 
 
 def start_model(config: Config) -> Path:
+    """Return the folder of the model that a run starts from; it need not exist yet."""
     return Path(config.model.path) if config.model.path else pretrained_dir(config)
 
 
 def makes_start_model(config: Config) -> bool:
-    """Whether a run pre-trains the model that it starts from where that is missing."""
+    """Whether a run pre-trains its own start model if that is missing."""
     return config.preset == "tiny" and not config.model.path
 
 
 def starts_from_base(config: Config) -> bool:
-    """Whether a run over tokens starts from a plain base, with no CoLA model around it."""
+    """Whether a run over tokens starts from a plain base rather than from the base of a CoLA model."""
     if config.rl.action_space != "token" or config.model.path or not config.model.base:
         return False
     return "model.base" in given(config) or not is_made(start_model(config))
 
 
 def is_made(model: Path) -> bool:
-    """Whether pre-training has left it, whole."""
+    """Whether pre-training has finished this model."""
     if not (model / "config.json").exists():
         return False
     return read_record(model.parent) is None or is_finished(model.parent)
 
 
 def resolve(config: Config, job: str) -> Config:
-    """The same settings with ``output_dir`` and the paths in use made absolute, and the date that templates show."""
+    """Return the settings with absolute paths, a default for ``output_dir``, and the date that chat templates show."""
     output = config.output_dir or (
         str(pretrained_dir(config).parent) if job == "pretrain" else f"outputs/{job}-{config.preset}-seed{config.seed}"
     )
@@ -89,7 +91,7 @@ def resolve(config: Config, job: str) -> Config:
 
 
 def starting_from(config: Config, model: Path) -> Config:
-    """The settings with this start model and its own sizes; what it was made from is no longer asked for."""
+    """Return the settings with this start model and its sizes, without requests for what it should be made from."""
     usual = defaults(config)
     data = usual.data.model_copy(update={"date": config.data.date})
     settled = config.model_copy(update={"pretrain": usual.pretrain, "data": data})
@@ -97,12 +99,12 @@ def starting_from(config: Config, model: Path) -> Config:
 
 
 def with_sizes_of(config: Config, model: Path) -> Config:
-    """The settings with the model's own number of actions and layers, in place of the preset's."""
+    """Return the settings with the model's own number of actions and layers instead of the preset's."""
     return override(config, {f"model.{name}": size for name, size in _sizes(model).items()})
 
 
 def _date(output: Path, model: Path, resumes: bool) -> str:
-    """Of the run that goes on; else that of the model's making; else today."""
+    """Return the date of the run that is resumed, else the one on which the model was made, else today's."""
     if resumes:
         before = _read(output / "config.json").get("data", {}).get("date")
         if before:
@@ -114,10 +116,13 @@ def _date(output: Path, model: Path, resumes: bool) -> str:
 
 
 def write(folder: Path, config: Config, job: str, start: Path | None = None) -> None:
-    """Beside the weights of a model that a job made.
+    """Write provenance.json beside the weights of a model that a job made.
 
     Args:
-        start: the model that it was made from, whose provenance is taken along.
+        folder: of the model.
+        config: the job's settings.
+        job: its name.
+        start: the model that this one was made from, whose provenance is included.
     """
     content: dict[str, Any] = {
         "made_by": job,
@@ -133,12 +138,12 @@ def write(folder: Path, config: Config, job: str, start: Path | None = None) -> 
 
 
 def read(model: Path) -> dict[str, Any]:
-    """Empty where nothing is known of the model."""
+    """Return the provenance of a model; {} if nothing is known of it."""
     return _read(model / FILE)
 
 
 def made_from(config: Config) -> dict[str, Any]:
-    """The settings that decide what pre-training makes, with absolute paths and without secrets."""
+    """Return the settings that determine the pre-trained model, with absolute paths and without secrets."""
     steps = {stage: config.pretrain.num_steps(stage) for stage in config.pretrain.stages}
     pretraining = config.pretrain.model_copy(update={"steps": steps, "max_steps": None})
     settings = entries(config.model_copy(update={"pretrain": pretraining}))
@@ -153,25 +158,27 @@ def made_from(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _asked(config: Config) -> dict[str, Any]:
-    """Those of them that are asked for, against the preset's."""
+def _requested(config: Config) -> dict[str, Any]:
+    """Return those settings of ``made_from`` that differ from the preset's."""
     usual = made_from(override(defaults(config), {"seed": config.seed}))
     return {field: value for field, value in made_from(config).items() if usual.get(field) != value}
 
 
 def refusals(config: Config, job: str) -> list[str]:
-    """Why the run cannot start from its start model, a line each."""
+    """Return why the run cannot start from its start model, one line per reason."""
     if config.model.path:
-        return _against_sizes(config)
+        return _size_refusals(config)
     model = start_model(config)
     if starts_from_base(config):
         return []
     if not is_made(model):
         if makes_start_model(config) and job in ("rl_math", "rl_preference", "rl_agent", "sweep"):
-            if not is_at_work(model.parent):
+            if not is_in_use(model.parent):
                 return []
-            return [f"model.path = {str(model)!r}: another run is making it; wait for its end, or give another --seed"]
-        there = "its pre-training has not ended" if (model / "config.json").exists() else "no CoLA model there"
+            return [
+                f"model.path = {str(model)!r}: another run is pre-training it; wait for its end, or give another --seed"
+            ]
+        there = "its pre-training has not finished" if (model / "config.json").exists() else "no CoLA model there"
         more = (
             f" --task.name {config.task.name}"
             if model.parent.name.split("-seed")[0] != f"pretrain-{config.preset}"
@@ -184,27 +191,31 @@ def refusals(config: Config, job: str) -> list[str]:
         ]
     made = read(model).get("settings")
     if not isinstance(made, dict):
-        return [f"model.path = {str(model)!r}: has no {FILE}, so it is not known what it was made from; give it as "
-                "--model.path to use it even so"]  # fmt: skip
+        return [f"model.path = {str(model)!r}: has no {FILE}, so its settings are unknown; give it as --model.path "
+                "to use it anyway"]  # fmt: skip
     lines = []
-    for field, value in _asked(config).items():
-        option = field.startswith("task.options.") and "task.name" in made  # which was not given is not there
-        dtype = field == "model.dtype" and not makes_start_model(config)  # of this run's weights, not of the model's
+    for field, value in _requested(config).items():
+        option = (
+            field.startswith("task.options.") and "task.name" in made
+        )  # an option that was not given is not recorded
+        dtype = field == "model.dtype" and not makes_start_model(
+            config
+        )  # the run may use another dtype than the model's file
         if (field in made or option) and made.get(field) != value and not dtype:
-            had = f"with {made[field]!r}" if field in made else "without"
+            had = f"with {made[field]!r}" if field in made else "without it"
             lines.append(
-                f"{field} = {value!r}: {model} was made {had}; pre-train with {_flag(field)} into "
-                "another --output-dir and give its model/ as --model.path, or leave this out"
+                f"{field} = {value!r}: {model} was made {had}; pre-train with {_flag(field)} "
+                "into another --output-dir and give its model/ as --model.path, or leave this out"
             )
     return lines
 
 
-def _against_sizes(config: Config) -> list[str]:
-    """Sizes that were given beside a model that has others."""
-    model, asked, lines = Path(config.model.path), given(config), list[str]()
+def _size_refusals(config: Config) -> list[str]:
+    """Refuse sizes that differ from those of the given model."""
+    model, requested, lines = Path(config.model.path), given(config), list[str]()
     there = _sizes(model)
     for name in SIZES:
-        value = asked.get(f"model.{name}")
+        value = requested.get(f"model.{name}")
         if value is not None and not there and (model / "config.json").exists():
             lines.append(f"model.{name} = {value!r}: {config.model.path} is a plain model and has none; leave it out")
         elif value is not None and value != there.get(name, value):
@@ -217,7 +228,7 @@ _RELEASED = {"num_actions": "num_code", "num_idm_layers": "num_action_layer",
 
 
 def _sizes(model: Path) -> dict[str, int]:
-    """Of a CoLA checkpoint's directory, in our names; none where it is another model."""
+    """Read the sizes of a CoLA checkpoint, under this package's names; {} for another model."""
     raw = _read(model / "config.json")
     found = {name: raw.get(name, raw.get(_RELEASED.get(name, name))) for name in SIZES}
     return {name: size for name, size in found.items() if isinstance(size, int)}
@@ -227,7 +238,7 @@ def _sizes(model: Path) -> dict[str, int]:
 
 
 def first_lines(config: Config, job: str, start: Path | None = None) -> str:
-    """What a run starts from, on which base, task and data, and where it writes: a line each."""
+    """Return one line each for what a run starts from, its base, task, data and actions, and where it writes."""
     made = read(start) if start else {}
     origin = made
     while origin.get("start"):
@@ -269,7 +280,7 @@ def _task(config: Config) -> str:
     return ", ".join(parts)
 
 
-# --- small things -------------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------------
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -281,7 +292,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """Return a value as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
 
 

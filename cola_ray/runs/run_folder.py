@@ -1,22 +1,20 @@
-"""A run's folder: what a job may write there, and the record of what it did.
+"""A run's folder: what a job may write there, and the record of what it wrote.
 
     RUN/run.json    {"tool": "cola_ray", "job": ..., "state": ..., "step": ..., "process": "PID on HOST",
                      "wrote": [names], "files": {path: [bytes, time in ns]}}
 
-    lines = refusals(config, "rl_math")      # why the job may not write there; empty: it may
-    folder = claim(config, "rl_math")        # removes an earlier run's names, with consent alone, and writes the record
+    lines = refusals(config, "rl_math")      # why the job may not write there; [] if it may
+    folder = claim(config, "rl_math")        # writes the record; with --overwrite, removes an earlier run's files first
     folder.end("finished", step=80)
 
-A job takes names that nothing had before, so whatever bears them later is the run's: that, and nothing else, is what
-``--overwrite`` removes. Files that somebody put among them meanwhile are known by not being in the record, files that
-somebody changed by their size and time. A run at work holds a lock on its folder, which ends with the process.
+A job takes only names that did not exist before, so whatever bears them later belongs to the run; that, and nothing
+else, is what ``--overwrite`` removes. A file that somebody added among them meanwhile is missing in the record, and one
+that somebody changed differs in size or time; both stop a removal.
 """
 
 import contextlib
-import fcntl
 import json
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -27,15 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cola_ray.runs import ending
+from cola_ray.runs import failure, folder_lock
+from cola_ray.runs.folder_lock import LOCK
 from cola_ray.runs.redaction import redacted_tree
 from cola_ray.settings.config import Config, ConfigError, is_endpoint
 
 State = Literal["running", "finished", "stopped", "failed"]
 RECORD = "run.json"
 _TOOL = "cola_ray"
-_LATE = ("mlflow_run_id", "mlflow_sent.json")  # what is sent to MLflow after a run's end is noted there
-LOCK = "run.lock"
+_LATE = ("mlflow_run_id", "mlflow_sent.json")  # also written after a run's end, when MLflow is sent what it missed
 _EVERY_RUN = (RECORD, LOCK, "config.json", "summary.json", "log.jsonl", "error.txt", *_LATE)
 _RL = ("checkpoints", "base", "model", "replay", "critic", "reward.png")
 WRITES: Mapping[str, tuple[str, ...]] = {
@@ -52,11 +50,12 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "sweep": ("runs", "tune", "frontier.png"),
     "reproduce": ("stages", "sums", "report", "head.log"),
 }
-"""What each job may write in its folder, beside the names of every run."""
-_BESIDE = ("log.txt",)  # written into a stage's folder by whoever started it
+"""What each job may write in its folder, in addition to what every run writes."""
+_BY_LAUNCHER = ("log.txt",)  # written into a stage's folder by the process that started it
 
 
 def written_by(job: str) -> tuple[str, ...]:
+    """Return all names that a job may write in its folder."""
     return (*_EVERY_RUN, *WRITES[job])
 
 
@@ -65,34 +64,24 @@ _KNOWN = frozenset(name for job in WRITES for name in written_by(job))
 
 @dataclass(eq=False)
 class RunFolder:
-    """One that a job has claimed."""
+    """A folder that a job has claimed."""
 
     path: Path
     job: str
     release: Callable[[], object] = lambda: None
-    """Ends the lock; so does the end of this object."""
+    """Releases the lock, as does the end of this object."""
     ended: bool = False
 
     def lock(self) -> bool:
-        """Keep other runs away until this one ends; false where another has done so."""
-        for place in (self.path, self.path / LOCK):
-            handle = _opened(place, create=True)
-            with contextlib.suppress(OSError):
-                if not _locked(handle, fcntl.LOCK_EX):
-                    os.close(handle)
-                    return False
-                self.release = weakref.finalize(self, os.close, handle)
-                return True
-            os.close(handle)
-        # A file system without locks: the file says who is at work.
-        if _named_in(self.path / LOCK):
+        """Keep other runs out until this one ends; returns False if another run has the folder."""
+        release = folder_lock.acquire(self.path)
+        if release is None:
             return False
-        (self.path / LOCK).write_text(this_process())
-        self.release = weakref.finalize(self, _unname, self.path / LOCK, this_process())
+        self.release = weakref.finalize(self, release)
         return True
 
     def end(self, state: State, step: int | None = None) -> None:
-        """Record how the run ended, and which files are its own; others may have the folder then."""
+        """Record how the run ended and which files it wrote, and release the folder."""
         record = read_record(self.path) or {}
         files = {file: _stamp(self.path / file) for file in _files(self.path, record.get("wrote", ()))}
         write_json(self.path / RECORD, record | {"state": state, "step": step, "files": files})
@@ -101,20 +90,20 @@ class RunFolder:
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Whatever ends the run in here is recorded as its end, and raised in words (ending.py)."""
+        """Record whatever ends the run within the block as its end, and raise it explained (failure.py)."""
         try:
-            with ending.in_words(self.path):
+            with failure.explained_failures(self.path):
                 yield
         except BaseException as error:
             if not self.ended:
-                with contextlib.suppress(OSError):  # a disk that takes no more leaves the record at "running"
+                with contextlib.suppress(OSError):  # on a full disk the record stays at "running"
                     self.end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
             self.release()
             raise
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of the run in this folder; None where no run of ours has written, or it is not whole."""
+    """Return the record of the run in this folder; None if no run has written one, or it is damaged."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -127,7 +116,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def summary_of(folder: Path) -> dict[str, Any] | None:
-    """Of a run that came to its end; None where it did not."""
+    """Return the summary of a run that finished; None if it did not."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
@@ -140,125 +129,64 @@ def is_finished(folder: Path) -> bool:
     return record is not None and record.get("state") == "finished"
 
 
-def is_at_work(folder: Path) -> bool:
-    """Whether a run holds the folder."""
-    for place in (folder, folder / LOCK):
-        try:
-            handle = _opened(place)
-        except OSError:
-            return False
-        try:
-            return not _locked(handle, fcntl.LOCK_SH)
-        except OSError:  # this cannot be locked
-            continue
-        finally:
-            os.close(handle)
-    return bool(_named_in(folder / LOCK))
-
-
-def this_process() -> str:
-    """``PID on HOST, since TICKS``, the last of which tells it from a later process of the same number."""
-    return f"{os.getpid()} on {socket.gethostname()}, since {_began(os.getpid())}"
-
-
-def _opened(place: Path, create: bool = False) -> int:
-    """A folder, or the file beside: network file systems lock files that are open for writing, and no folders."""
-    how = os.O_RDONLY | os.O_DIRECTORY if place.name != LOCK else os.O_RDWR | (os.O_CREAT if create else 0)
-    return os.open(place, how)
-
-
-def _locked(handle: int, how: int) -> bool:
-    """False where another has it; raises OSError where it cannot be locked."""
-    try:
-        fcntl.flock(handle, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _named_in(lock: Path) -> str:
-    """The process that a lock file names; empty where there is none, or it is known to be gone."""
-    try:
-        holder = lock.read_text()
-    except OSError:
-        return ""
-    match = re.fullmatch(r"(\d+) on (.+), since (\d+)", holder)
-    if match and match[2] == socket.gethostname() and _began(int(match[1])) != int(match[3]):
-        return ""
-    return holder
-
-
-def _unname(lock: Path, holder: str) -> None:
-    with contextlib.suppress(OSError):
-        if lock.read_text() == holder:
-            lock.unlink()
-
-
-def _began(process: int) -> int:
-    """When a process of this machine was started, in ticks since boot; 0 where there is none."""
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _at_work(folder: Path) -> str:
+def _in_use_message(folder: Path) -> str:
     record = read_record(folder) or {}
-    gone = ""
-    if _named_in(folder / LOCK):
-        gone = f"; if it is gone, remove {folder / LOCK}, since this file system keeps no locks"
+    stale = ""
+    if folder_lock.named_holder(folder):
+        stale = f"; if that process is gone, remove {folder / LOCK}, since this file system has no locks"
     return (
-        f"output_dir = {str(folder)!r}: a run of {record.get('job')} is at work there, process "
-        f"{record.get('process')}; wait for its end or stop it, or give another --output-dir{gone}"
+        f"output_dir = {str(folder)!r}: a run of {record.get('job')} is in progress there, process "
+        f"{record.get('process')}; wait for its end or stop it, or give another --output-dir{stale}"
     )
 
 
 def refusals(config: Config, job: str, start: Path | None = None) -> list[str]:
-    """Why the job may not write into ``output_dir``, a line each. Changes nothing.
+    """Return why the job may not write into ``output_dir``, one line per reason. Changes nothing.
 
     Args:
         config: with absolute paths.
+        job: that wants to write.
         start: the model that the run starts from.
     """
     folder = Path(config.output_dir)
-    said = f"output_dir = {config.output_dir!r}"
+    field = f"output_dir = {config.output_dir!r}"
     if config.resume and config.overwrite:
-        return ["overwrite = True: a run is either resumed or begun anew; leave --resume or --overwrite out"]
+        return ["overwrite = True: contradicts resume = True; leave out --resume or --overwrite"]
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        return [f"{said}: {folder} is a file; give a folder"]
-    if is_at_work(folder):
-        return [_at_work(folder)]
+        return [f"{field}: {folder} is a file; give a folder"]
+    if folder_lock.is_in_use(folder):
+        return [_in_use_message(folder)]
     record, names = read_record(folder), written_by(job)
     ours = [] if record is None else [name for name in record["wrote"] if name in _KNOWN]
-    lines = _no_database(config, {*names, *ours})
+    lines = _database_refusals(config, {*names, *ours})
     foreign = [name for name in names if os.path.lexists(folder / name) and name not in ours]
-    strange = [] if record is None else strangers(folder)
+    unknown = [] if record is None else unknown_files(folder)
     away = "give another --output-dir, or move them away"
     if foreign:
-        lines.append(f"{said}: has {_listed(foreign)}, which no run of this folder wrote; {away}")
+        lines.append(f"{field}: has {_listed(foreign)}, which no run of this folder wrote; {away}")
     elif record is not None and config.resume and record.get("job") != job:
-        lines.append(f"{said}: holds a run of {record.get('job')}, not of {job}; give another --output-dir")
+        lines.append(f"{field}: holds a run of {record.get('job')}, not of {job}; give another --output-dir")
     elif record is not None and not (config.resume or config.overwrite):
         how = "a finished run" if record.get("state") == "finished" else "an unfinished run"
         at = "" if record.get("step") is None else f", at step {record['step']}"
         lines.append(
-            f"{said}: holds {how} of {record.get('job')}{at}; use --resume to go on with it, --overwrite to remove it "
-            "and begin anew, or another --output-dir"
+            f"{field}: holds {how} of {record.get('job')}{at}; use --resume to continue it, --overwrite to remove it "
+            "and begin again, or another --output-dir"
         )
     elif config.overwrite and record is not None and (edited := changed(folder)):
-        lines.append(f"{said}: has {_listed(edited)}, which somebody changed after the run; {away}")
-    elif strange:
-        verb = "resumed over" if config.resume else "removed with the run"
-        lines.append(f"{said}: has {_listed(strange)}, which the run did not write and which would be {verb}; {away}")
+        lines.append(f"{field}: has {_listed(edited)}, which somebody changed after the run; {away}")
+    elif unknown:
+        fate = "resumed over" if config.resume else "removed with the run"
+        lines.append(f"{field}: has {_listed(unknown)}, which the run did not write and which would be {fate}; {away}")
     removed = ours if config.overwrite else []
-    return lines + _inputs_within(config, folder, {*names, *removed}, start)
+    return lines + _input_refusals(config, folder, {*names, *removed}, start)
 
 
 def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
-    """Take the folder for a job: make it, remove an earlier run with ``overwrite``, write record and settings.
+    """Claim the folder for a job: create it, remove an earlier run if ``overwrite`` is set, write record and settings.
 
     Raises:
-        ConfigError: it may not be taken, see :func:`refusals`; then nothing has been touched.
+        ConfigError: it may not be claimed, see :func:`refusals`; then nothing has been changed.
     """
     folder = Path(config.output_dir)
     record = read_record(folder)
@@ -268,16 +196,16 @@ def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder, job)
     if not run.lock():
-        raise ConfigError(_at_work(folder))
-    if read_record(folder) != record:  # judged by what is no longer there
+        raise ConfigError(_in_use_message(folder))
+    if read_record(folder) != record:  # the refusals were decided by a record that is no longer there
         run.release()
-        raise ConfigError(f"output_dir = {config.output_dir!r}: another run was there a moment ago; try again")
+        raise ConfigError(f"output_dir = {config.output_dir!r}: another run used it a moment ago; try again")
     if record is not None and config.overwrite:
-        # The record goes last: what a kill leaves behind is still known to be the run's. The lock stays.
+        # The record goes last, so that after a kill the remaining files are known to be the run's; the lock stays.
         for name in sorted({*record["wrote"]} & _KNOWN - {LOCK}, key=lambda name: name == RECORD):
             _remove(folder / name)
         record = None
-    (folder / ending.FILE).unlink(missing_ok=True)  # of an earlier end
+    (folder / failure.ERROR_FILE).unlink(missing_ok=True)  # of an earlier end
     begun = {"tool": _TOOL, "job": job, "state": "running", "step": None, "wrote": written_by(job)}
     if record is not None and "inputs" in record:
         begun["inputs"] = record["inputs"]
@@ -286,8 +214,8 @@ def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
     return run
 
 
-def strangers(folder: Path) -> list[str]:
-    """Files and links among a run's own that it did not write; of a run that was killed, links alone."""
+def unknown_files(folder: Path) -> list[str]:
+    """Return files and links among a run's own that it did not write; of a run that was killed, only links."""
     record = read_record(folder) or {}
     names = [name for name in record.get("wrote", ()) if name in _KNOWN]
     found = [name for name in names if (folder / name).is_symlink()]
@@ -296,14 +224,14 @@ def strangers(folder: Path) -> list[str]:
         late = (file for file in _files(folder, names) if file not in known and file not in _LATE)
         found += [file for file in late if file not in found]
     for below in _runs_below(folder, names):
-        own = {*(read_record(below) or {}).get("wrote", ()), *_BESIDE}
+        own = {*(read_record(below) or {}).get("wrote", ()), *_BY_LAUNCHER}
         beside = [str(entry.relative_to(folder)) for entry in sorted(below.iterdir()) if entry.name not in own]
-        found += beside + [str((below / file).relative_to(folder)) for file in strangers(below)]
+        found += beside + [str((below / file).relative_to(folder)) for file in unknown_files(below)]
     return found
 
 
 def changed(folder: Path) -> list[str]:
-    """Files of a run that ended, and of runs within it, that are no longer as they were at its end."""
+    """Return files of a run that ended, and of runs within it, that have changed since its end."""
     record = read_record(folder) or {}
     files = record.get("files", {})
     now = {file: _stamp(folder / file) for file in files if os.path.lexists(folder / file)}
@@ -314,13 +242,14 @@ def changed(folder: Path) -> list[str]:
 
 
 def _stamp(file: Path) -> list[int] | None:
-    """Size and time; None of what a run still writes to while and after it says how it ended."""
+    """Return size and time; None for a file that is still written to while, or after, the end is recorded."""
     seen = file.lstat()
-    return None if file.name in (RECORD, LOCK, "log.jsonl", *_LATE, *_BESIDE) else [seen.st_size, seen.st_mtime_ns]
+    late = (RECORD, LOCK, "log.jsonl", *_LATE, *_BY_LAUNCHER)
+    return None if file.name in late else [seen.st_size, seen.st_mtime_ns]
 
 
 def _files(folder: Path, names: Sequence[str]) -> list[str]:
-    """Relative paths of files and links below these names; of folders of runs their records, which name the rest."""
+    """Return relative paths of files and links below these names; of runs below, only the record."""
     found = []
     for name in names:
         place = folder / name
@@ -345,7 +274,7 @@ def _runs_below(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    """A file or a folder; of links below it, the links alone."""
+    """Remove a file or a folder; links are removed, not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -357,8 +286,8 @@ def _listed(names: Sequence[str]) -> str:
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
-def _inputs_within(config: Config, folder: Path, written: set[str], start: Path | None) -> list[str]:
-    """What is read may not be written over, and nothing is written into what is read."""
+def _input_refusals(config: Config, folder: Path, written: set[str], start: Path | None) -> list[str]:
+    """Refuse to overwrite what is read, and to write into what is read."""
     inputs = {
         "model.path": config.model.path, "model.base": config.model.base, "data.path": config.data.path,
         "task.path": config.task.path, "task.game": config.task.game, "q.path": config.q.path,
@@ -374,25 +303,26 @@ def _inputs_within(config: Config, folder: Path, written: set[str], start: Path 
             continue
         place = place.resolve()
         if any(place == folder / name or folder / name in place.parents for name in written):
-            lines.append(f"{field} = {value!r}: lies in what the run writes to {folder}; give another --output-dir")
+            lines.append(f"{field} = {value!r}: is among the files that the run writes to {folder}; give another "
+                         "--output-dir")  # fmt: skip
         elif place == folder or place in folder.parents:
             lines.append(f"{field} = {value!r}: the run would write into it, to {folder}; give another --output-dir")
     if start is not None and not config.model.path and (start == folder or folder in start.resolve().parents):
-        lines.append(f"output_dir = {config.output_dir!r}: holds the model that the run starts from; give another")
+        lines.append(f"output_dir = {config.output_dir!r}: holds the model that the run starts from; give another one")
     return lines
 
 
-def _no_database(config: Config, written: set[str]) -> list[str]:
-    """Another program's database is not taken for runs, nor one among what a run writes; by default it lies beside."""
+def _database_refusals(config: Config, written: set[str]) -> list[str]:
+    """Refuse a database of another program, or one among the files that the run writes. The default is beside them."""
     folder, given = Path(config.output_dir), config.tracking_uri
     if given and not given.startswith("sqlite:///"):
         return []
     file = Path(given.removeprefix("sqlite:///")) if given else folder.parent / "mlflow.db"
     named = f"tracking_uri = {given!r}" if given else f"output_dir = {config.output_dir!r}"
-    another = "give --tracking-uri, e.g. sqlite:///runs.db"
+    fix = "give --tracking-uri, e.g. sqlite:///runs.db"
     place = file.resolve()
     if any(folder / name in (place, *place.parents) for name in written):
-        return [f"{named}: lies in what the run writes to {folder}; {another}"]
+        return [f"{named}: is among the files that the run writes to {folder}; {fix}"]
     if not file.exists() or not file.stat().st_size:
         return []
     with (
@@ -402,13 +332,13 @@ def _no_database(config: Config, written: set[str]) -> list[str]:
         tables = {name for (name,) in db.execute("select name from sqlite_master where type = 'table'")}
         if not tables or "experiments" in tables:
             return []
-    return [f"{named}: {file} is no database of MLflow; {another}{'' if given else ', or a folder elsewhere'}"]
+    return [f"{named}: {file} is not a database of MLflow; {fix}{'' if given else ', or a folder elsewhere'}"]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """In one rename, so that a reader never sees half a file; through a file whose name nobody else has.
+    """Write JSON by one rename, so that a reader never sees half a file, via a temporary file with a unique name.
 
-    Secrets in it are hidden, see redaction.py: settings of now are compared with written ones by ``redacted_tree``.
+    Secrets are hidden (redaction.py); to compare current settings with written ones, apply ``redacted_tree`` first.
     """
     staging = path.with_name(f".{path.stem}-{secrets.token_hex(8)}.tmp")
     with staging.open("x") as file:

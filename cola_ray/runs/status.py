@@ -1,11 +1,11 @@
-"""``cola_ray status RUN ...``: what runs are doing, from the folders that they write; a sweep's folder shows its runs.
-``cola_ray send RUN ...``: what MLflow lacks of runs that ended while it was away.
+"""``cola_ray status RUN ...``: what runs are doing, read from their folders; for a sweep's folder, all of its runs.
+``cola_ray send RUN ...``: send MLflow the events that it missed of runs that have ended.
 
-    RUN/config.json    what was asked for
-    RUN/log.jsonl      start, steps, what was said, the end: a line each, with the run's id and the policy's version
+    RUN/config.json    the settings
+    RUN/log.jsonl      start, steps, messages and end, a line each, with the run's id and the policy's version
     RUN/summary.json   once it has ended
 
-The first reads files alone: it works beside a run, after it, and on another machine that sees the folder.
+``status`` only reads files: it works while a run goes on, after it, and on another machine that sees the folder.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from cola_ray.runs.redaction import redacted
 from cola_ray.settings.config import ConfigError, RunFailedError
 
 _BARS = "▁▂▃▄▅▆▇█"
-_SILENCE = 120.0  # seconds without a word, or five steps, after which a run is called silent
+_SILENT_S = 120.0  # a run is called silent after so many seconds, or five steps, without an event
 
 
 @dataclass(frozen=True)
 class Status:
-    """Of one run, as its folder has it."""
+    """One run, as its folder shows it."""
 
     folder: Path
     config: dict[str, Any]
@@ -43,24 +43,24 @@ class Status:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """In order; of a step that a learner made again after a loss, the last time."""
+        """The step events in order; the last one counts if a learner repeated a step after a loss."""
         found = {event["version"]: event for event in self.events if event["event"] == "step" and event["version"] > 0}
         return [found[version] for version in sorted(found)]
 
     @property
     def state(self) -> str:
-        """starting, running, ended, stopped, failed, or silent: no word for long, perhaps killed."""
+        """starting, running, ended, stopped, failed, or silent: no event for long, perhaps killed."""
         last = self.events[-1] if self.events else {"event": "start"}
         if last["event"] in ("end", "stop", "fail"):
             return {"end": "ended", "stop": "stopped", "fail": "failed"}[last["event"]]
         quiet = time.time() - (self.folder / "log.jsonl").stat().st_mtime if self.events else 0.0
-        if quiet > max(_SILENCE, 5 * self.seconds_per_step):
+        if quiet > max(_SILENT_S, 5 * self.seconds_per_step):
             return f"silent for {timedelta(seconds=int(quiet))}"
         return "running" if self.steps else "starting"
 
     @property
     def seconds_per_step(self) -> float:
-        """Over the last ten intervals between steps; the time until a resume, or back to an earlier step, is none."""
+        """The mean of the last ten intervals between steps, without pauses before a resume and steps done again."""
         seconds, made = list[float](), list[int]()
         for before, after in itertools.pairwise(event for event in self.events if event["event"] in ("step", "resume")):
             if before["event"] == after["event"] == "step" and after["version"] > before["version"]:
@@ -70,7 +70,7 @@ class Status:
         return sum(seconds[-10:]) / sum(made[-10:]) if made else 0.0
 
     def latest(self, *names: str) -> float | None:
-        """The last value of the first of these metrics that there is."""
+        """Return the last value of the first of these metrics that was logged."""
         for name in names:
             for event in reversed(self.events):
                 if name in event:
@@ -79,13 +79,17 @@ class Status:
 
 
 def read(folder: Path) -> Status:
-    """Raises FileNotFoundError where no run has written."""
+    """Read a run's folder.
+
+    Raises:
+        FileNotFoundError: no run has written there.
+    """
     config = json.loads((folder / "config.json").read_text())
     return Status(folder, config, event_log.read(folder))
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run's settings lie there, and not somebody's own config.json."""
+    """Whether the folder holds a run's settings, rather than some other config.json."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -94,16 +98,16 @@ def is_run(folder: Path) -> bool:
 
 
 def runs_of(folder: Path) -> list[Path]:
-    """The folder itself, and below a sweep's its runs."""
+    """Return the folder itself and, if it is a sweep's, the folders of its runs."""
     return [folder, *sorted(path.parent for path in folder.glob("runs/*/config.json"))]
 
 
-def shown(runs: list[Status]) -> Group:
-    """A table of all, and below it what each said last."""
+def overview(runs: list[Status]) -> Group:
+    """Return a table of all runs, and below it the last messages of each."""
     table = Table()
     for heading in ("run", "state", "step", "reward", "", "held out", "KL", "s a step", "left"):
         table.add_column(heading, justify="left" if heading in ("run", "state", "") else "right", no_wrap=True)
-    said = []
+    messages = []
     for run in runs:
         steps, total = run.steps, run.config["rl"]["max_steps"]
         done = steps[-1]["version"] if steps else 0
@@ -120,9 +124,9 @@ def shown(runs: list[Status]) -> Group:
             _number(run.seconds_per_step or None),
             str(timedelta(seconds=int(left))) if run.state == "running" and rewards and left > 0 else "",
         )
-        words = [event.get("text") or event.get("reason") for event in run.events if {"text", "reason"} & set(event)]
-        said += [f"{run.folder.name}: {text}" for text in words[-3:]]
-    return Group(table, *said)
+        texts = [event.get("text") or event.get("reason") for event in run.events if {"text", "reason"} & set(event)]
+        messages += [f"{run.folder.name}: {text}" for text in texts[-3:]]
+    return Group(table, *messages)
 
 
 def _number(value: float | None) -> str:
@@ -130,41 +134,41 @@ def _number(value: float | None) -> str:
 
 
 def _sparkline(values: list[float], width: int = 24) -> str:
-    """Means of ``width`` equal stretches, as bars between the least and the greatest."""
+    """Draw the means of ``width`` equal stretches as bars, scaled from the lowest to the highest."""
     if not values:
         return ""
     count = min(width, len(values))
     cuts = [len(values) * i // count for i in range(count + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(cuts)]
-    low, spread = min(means), max(means) - min(means) or 1.0
-    return "".join(_BARS[int((mean - low) / spread * (len(_BARS) - 1))] for mean in means)
+    low, span = min(means), max(means) - min(means) or 1.0
+    return "".join(_BARS[int((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
 def status(argv: Sequence[str]) -> int:
-    """``cola_ray status RUN ... [--follow]``; the exit code."""
+    """Run ``cola_ray status RUN ... [--follow]``; return the exit code."""
     parser = _parser("status", "what runs are doing")
     parser.add_argument("--follow", action="store_true", help="show it again every two seconds")
     arguments = parser.parse_args(argv)
     folders = [run for given in arguments.run for run in runs_of(given)]
     for folder in folders:
         if not is_run(folder):
-            print(f"{folder}: no run there; give the --output-dir of one, e.g. outputs/demo", file=sys.stderr)
+            print(f"{folder}: no run there; give a run's --output-dir, e.g. outputs/demo", file=sys.stderr)
             return 2
     console = wide_console(log_width=200)
     if not arguments.follow:
-        console.print(shown([read(folder) for folder in folders]))
+        console.print(overview([read(folder) for folder in folders]))
         return 0
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(shown([read(folder) for folder in folders]), refresh=True)
+            live.update(overview([read(folder) for folder in folders]), refresh=True)
             time.sleep(2)
     return 0
 
 
 def send(argv: Sequence[str]) -> int:
-    """``cola_ray send RUN ... [--tracking-uri URI]``; the exit code."""
-    parser = _parser("send", "send MLflow what it lacks of runs")
-    parser.add_argument("--tracking-uri", default="", help="in place of the run's own, whose password is not kept")
+    """Run ``cola_ray send RUN ... [--tracking-uri URI]``; return the exit code."""
+    parser = _parser("send", "send MLflow the events that it missed")
+    parser.add_argument("--tracking-uri", default="", help="instead of the run's own, whose password is not stored")
     arguments = parser.parse_args(argv)
     from cola_ray.runs import mirror
 

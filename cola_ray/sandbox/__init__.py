@@ -1,1 +1,1 @@
-"""What programs and responses run under: confined, bounded, and gone with their owner."""
+"""Where generated programs and responses are executed: confined, bounded, and ended with the process that asked."""

@@ -1,17 +1,18 @@
-"""A process gives up its rights, for good: what it may still do is listed here, and the kernel refuses all else.
+"""A process gives up its rights for good: what it may still do is listed here, and the kernel refuses everything else.
 
     bind(readable_files(libraries), writable_files(folder))
-        capabilities       none left, not even to root; no program that it could start would bring any back
-        Landlock           files: libraries can be read, the folder read and written, nothing else opened; neither TCP
-                           nor signals and abstract sockets, from the kernels on that can refuse them (see ``MISSING``)
-        seccomp            system calls: those of ``_CALLS``, and of ``_checked`` with harmless arguments; others fail
-                           with EPERM, so that programs see the error of a missing permission
+        capabilities       none are left, not even for root, and no program that it could start would bring any back
+        Landlock           files: libraries can be read, the folder read and written, nothing else opened; no TCP; on
+                           kernels that can refuse them, no signals and abstract sockets (see ``MISSING``)
+        seccomp            system calls: those of ``_CALLS``, and those of ``_checked`` with harmless arguments; others
+                           fail with EPERM, so that programs see an ordinary permission error
 
-What is left is one process that computes, reads libraries and adds plain files to a flat folder: it cannot start
-processes or threads, open sockets, signal or watch others, change limits, priorities, owners, modes or times, remove,
-rename or link files, or make directories, devices, pipes with names, or objects of System V or POSIX.
+What is left is one process that computes, reads libraries and adds plain files to a flat folder. It cannot start
+processes or threads; open sockets; signal or watch other processes; change limits, priorities, owners, modes or times;
+remove, rename or link files; or make directories, devices, named pipes, or objects of System V or POSIX.
 
-Standard library only, and no module of ours: the sandbox's server loads this file in an interpreter of its own.
+Standard library only, and no other module of this package: the sandbox's server loads this file in an isolated
+interpreter.
 """
 
 import ctypes
@@ -28,13 +29,13 @@ MISSING = {
     4: "ioctl on devices, signals and abstract sockets",
     5: "signals and abstract sockets",
 }
-"""By Landlock's version, what it cannot refuse; there the filter over system calls is the only lock, not the second."""
+"""What each version of Landlock cannot refuse; on such kernels only the filter over system calls refuses it."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 # --- system calls ---------------------------------------------------------------------------------------------------
 
-# Numbers on x86_64 and aarch64; None where an architecture has no such call. Allowed whatever their arguments are.
+# Numbers on x86_64 and aarch64; None where the architecture has no such call. Allowed with any arguments.
 _CALLS: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
     "pwrite64": (18, 68), "preadv": (295, 69), "pwritev": (296, 70), "lseek": (8, 62), "close": (3, 57),
@@ -57,24 +58,24 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "getrlimit": (97, 163), "futex": (202, 98), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
     "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
-# Calls that are only sometimes harmless: see :func:`_checked`.
+# Calls that are harmless with some arguments only: see :func:`_checked`.
 _SOMETIMES: dict[str, tuple[int | None, int | None]] = {
     "open": (2, None), "openat": (257, 56), "fcntl": (72, 25), "ioctl": (16, 29), "mmap": (9, 222),
     "madvise": (28, 233), "prctl": (157, 167), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131),
     "prlimit64": (302, 261),
 }  # fmt: skip
-# Unknown rather than forbidden: the C library then does without.
+# Calls that are reported as unknown rather than forbidden, so that the C library does without them.
 _UNKNOWN: dict[str, tuple[int | None, int | None]] = {"clone3": (435, 435), "rseq": (334, 293)}
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-_Line = tuple[int, int, int, int]  # of classic BPF: operation, lines to skip if true and if false, operand
+_Line = tuple[int, int, int, int]  # of classic BPF: operation, lines to skip if true, lines to skip if false, operand
 _LOAD, _AND, _EQUAL, _ANY_BIT, _GIVE = 0x20, 0x54, 0x15, 0x45, 0x06
 _ALLOW, _KILL = (_GIVE, 0, 0, 0x7FFF0000), (_GIVE, 0, 0, 0x80000000)
 _EPERM, _ENOSYS = (_GIVE, 0, 0, 0x00050000 | 1), (_GIVE, 0, 0, 0x00050000 | 38)
 
 
 def _filter(machine: str, pid: int) -> list[_Line]:
-    """The filter for a machine and the one process that is bound by it; KeyError for a machine without a table."""
+    """Return the filter for a machine and the one process that it is for; KeyError for a machine without a table."""
     column, architecture = _ARCHITECTURES[machine]
     lines: list[_Line] = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), _KILL, (_LOAD, 0, 0, 0)]
 
@@ -93,7 +94,7 @@ def _filter(machine: str, pid: int) -> list[_Line]:
 
 
 def _checked(pid: int) -> dict[str, list[_Line]]:
-    """Each call's answer by its arguments. Whatever these are, one of the lines gives it."""
+    """Return the filter's lines for each call that depends on its arguments; every path ends in a verdict."""
 
     def argument(index: int, high: bool = False) -> _Line:
         return _LOAD, 0, 0, 16 + 8 * index + 4 * high  # little-endian on both machines
@@ -105,7 +106,7 @@ def _checked(pid: int) -> dict[str, list[_Line]]:
         return [argument(index), (_ANY_BIT, 0, 1, bits), _EPERM, _ALLOW]
 
     def opening(index: int) -> list[_Line]:
-        """No O_ASYNC, no file without a name, and no O_TRUNC for one that is opened to read."""
+        """Refuse O_ASYNC, unnamed files, and O_TRUNC for a file opened for reading."""
         asynchronous, nameless, truncate, mode = 0o20000, 0o20000000, 0o1000, 0o3
         return [
             argument(index), (_ANY_BIT, 0, 1, asynchronous | nameless), _EPERM, (_AND, 0, 0, truncate | mode),
@@ -113,7 +114,7 @@ def _checked(pid: int) -> dict[str, list[_Line]]:
         ]  # fmt: skip
 
     duplicate, get_descriptor, set_descriptor, get_status, set_status, duplicate_closed = 0, 1, 2, 3, 4, 1030
-    status = without(2, 0o20000)  # O_ASYNC: signals to whom F_SETOWN names
+    status = without(2, 0o20000)  # O_ASYNC: it would send signals to the process that F_SETOWN names
     unqueried = [argument(2), (_EQUAL, 0, 3, 0), argument(2, high=True), (_EQUAL, 0, 1, 0), _ALLOW, _EPERM]
     return {
         "open": opening(1),
@@ -122,14 +123,14 @@ def _checked(pid: int) -> dict[str, list[_Line]]:
             argument(1), (_EQUAL, 0, len(status), set_status), *status,
             *one_of(1, duplicate, get_descriptor, set_descriptor, get_status, duplicate_closed),
         ],
-        "ioctl": one_of(1, 0x5401, 0x802C542A, 0x5413, 0x5450, 0x5451),  # is it a terminal, how wide, close on exec
-        "mmap": without(3, 0x40000 | 0x2000),  # MAP_HUGETLB, MAP_LOCKED: pages of which others have fewer then
-        "madvise": one_of(2, 0, 1, 2, 3, 4, 8, 14, 15, 16, 17),  # what allocators say of their own pages
-        "prctl": one_of(0, 2, 3, 16, 51),  # to ask: PDEATHSIG, DUMPABLE, NAME, SVE_GET_VL
+        "ioctl": one_of(1, 0x5401, 0x802C542A, 0x5413, 0x5450, 0x5451),  # is it a terminal, its size, close on exec
+        "mmap": without(3, 0x40000 | 0x2000),  # MAP_HUGETLB, MAP_LOCKED: pages that other processes would lack
+        "madvise": one_of(2, 0, 1, 2, 3, 4, 8, 14, 15, 16, 17),  # advice that allocators give on their own pages
+        "prctl": one_of(0, 2, 3, 16, 51),  # queries only: PDEATHSIG, DUMPABLE, NAME, SVE_GET_VL
         "kill": one_of(0, pid),
         "tkill": one_of(0, pid),
         "tgkill": one_of(0, pid),
-        "prlimit64": [argument(0), (_EQUAL, 2, 0, 0), (_EQUAL, 1, 0, pid), _EPERM, *unqueried],  # its own, to ask
+        "prlimit64": [argument(0), (_EQUAL, 2, 0, 0), (_EQUAL, 1, 0, pid), _EPERM, *unqueried],  # queries of its own
     }  # fmt: skip
 
 
@@ -149,23 +150,24 @@ _READING, _WRITING = _EXECUTE | _READ_FILE | _READ_DIR, _WRITE_FILE | _MAKE_FILE
 
 
 def landlock_version() -> int:
-    """Of the kernel's interface: 1 from Linux 5.13 on, 7 from 6.15 on; 0 or less where there is none."""
+    """Return the version of the kernel's Landlock: 1 from Linux 5.13 on, 7 from 6.15 on; at most 0 if there is none."""
     return int(_libc.syscall(_CREATE, None, 0, 1))
 
 
 def readable_files(readable: Iterable[str], listable: Iterable[str] = (), writable: str = "/dev/null") -> int:
-    """Rules that refuse all else, as a descriptor for :func:`bind`.
+    """Return rules that refuse everything but these files, as a descriptor for :func:`bind`.
 
     Args:
-        readable: files and folders with all that is in them; those that do not exist are passed over.
-        listable: folders whose names can be read, though not what is in them.
+        readable: files, and folders with everything in them; those that do not exist are skipped.
+        listable: folders whose entries can be listed but not read.
         writable: a folder to which files can be added, and whose files can be read and written.
 
-    Raises OSError where the kernel has no Landlock.
+    Raises:
+        OSError: the kernel has no Landlock.
     """
     version = landlock_version()
     files = _files(version)
-    # Beside files: TCP's bind and connect; abstract sockets and signals. No rule allows any of them.
+    # Besides files: bind and connect of TCP; abstract sockets and signals. No rule allows any of them.
     handled = struct.pack("QQQ", files, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
     rules = _rules(handled)
     for path in readable:
@@ -178,7 +180,7 @@ def readable_files(readable: Iterable[str], listable: Iterable[str] = (), writab
 
 
 def writable_files(folder: str) -> int:
-    """Rules that refuse to write outside a folder, to be bound by beside others."""
+    """Return rules that refuse to write outside a folder, as a descriptor for :func:`bind`, along with other rules."""
     files = _files(landlock_version()) & ~_READING
     rules = _rules(struct.pack("Q", files))
     _allow(rules, "/dev/null", _WRITE_FILE)
@@ -187,9 +189,9 @@ def writable_files(folder: str) -> int:
 
 
 def _files(version: int) -> int:
-    """The rights on files that a version knows."""
+    """Return the rights on files that a version of Landlock knows."""
     if version < 1:
-        raise OSError("this kernel has no Landlock (Linux 5.13 and newer have it, unless it was left out at boot)")
+        raise OSError("this kernel has no Landlock; it needs Linux 5.13 or newer with Landlock enabled at boot")
     return int((1 << {1: 13, 2: 14}.get(version, 15 if version < 5 else 16)) - 1)
 
 
@@ -216,7 +218,7 @@ def _allow(rules: int, path: str, rights: int) -> None:
 
 
 def die_with_parent() -> None:
-    """From here on the end of the thread that forked this process is its own; once bound, it cannot take that back."""
+    """Have the kernel kill this process when the thread that forked it ends; ``bind`` makes this irrevocable."""
     at_end_of_parent(signal.SIGKILL)
 
 
@@ -226,13 +228,14 @@ def at_end_of_parent(number: int) -> None:
 
 
 def bind(*files: int) -> None:
-    """Give up files, calls and capabilities, for good.
+    """Give up files, system calls and capabilities, for good.
 
     Args:
-        files: from :func:`readable_files` and :func:`writable_files`; what any of them refuses is refused.
+        files: rules from :func:`readable_files` and :func:`writable_files`; what any of them refuses is refused.
 
-    Raises OSError where the kernel refuses, for a machine that has no table of calls, and in a process that has more
-    than one thread, of which the others would not be bound.
+    Raises:
+        OSError: the kernel refuses; the machine has no table of calls; or the process has more than one thread, since
+            the others would not be bound.
     """
     if platform.machine() not in _ARCHITECTURES:
         raise OSError(f"no table of system calls for {platform.machine()}")
@@ -242,7 +245,7 @@ def bind(*files: int) -> None:
     for option, value, what in ((4, 0, "a process without dumps"), (38, 1, "no_new_privs")):
         if _libc.prctl(option, value, 0, 0, 0):
             raise OSError(ctypes.get_errno(), f"{what} was refused")
-    quiet = int(landlock_version() >= 7)  # what is refused fills no audit log
+    quiet = int(landlock_version() >= 7)  # keeps refusals out of the audit log
     for rules in files:
         if _libc.syscall(_RESTRICT, rules, quiet):
             raise OSError(ctypes.get_errno(), "Landlock refused to bind this process")
@@ -251,7 +254,7 @@ def bind(*files: int) -> None:
 
 
 def _drop_capabilities() -> None:
-    """Out of the bounding and ambient sets as far as there is a right to, and out of the others in any case."""
+    """Drop them from the bounding and ambient sets as far as permitted, and from the other sets in any case."""
     for capability in range(64):
         _libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
     _libc.prctl(47, 4, 0, 0, 0)  # PR_CAP_AMBIENT_CLEAR_ALL

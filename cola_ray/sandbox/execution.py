@@ -1,11 +1,11 @@
-"""What a response makes run, in a forked process that has given up its rights and ends with that response.
+"""Running what a response asks for, in a forked process that has given up its rights and ends with that response.
 
-    in_a_fork(call, seconds) ─> fork: no files, sockets, processes; call() ─> one line of data ─> killed ─> its reply
-    Apart()(response) ─> a process from before the task was built ─> the same ─> what ``execute`` made of the response
+    call_in_fork(call, seconds) ─> fork: no files, sockets, processes; call() ─> one line of data ─> killed ─> its reply
+    SeparateExecutor()(response) ─> a process from before the task was built ─> the same ─> the result of ``execute``
 
-The fork's memory is a copy, so nothing that is done to it is there for the next response, and the only thing that
-leaves it is a message of bounded size. A fork of the process that scores has what that process knows, solutions too;
-one of :class:`Apart` has nothing but the function and the response.
+A fork's memory is a copy, so the next response finds nothing of what was done to it, and only a message of bounded size
+leaves it. A fork of the process that scores holds what that process knows, including solutions; one of
+:class:`SeparateExecutor` holds only the function and the response.
 """
 
 import functools
@@ -22,17 +22,17 @@ from cola_ray.sandbox.confine import die_with_parent
 from cola_ray.sandbox.messages import BrokenError, Channel, GoneError, LateError, as_data, as_text
 from cola_ray.sandbox.programs import confine_this_process
 
-MOST_BYTES = 1 << 20
-"""Of a response, and of what is made of it."""
-_MEMORY_MB = 1024  # beside what the process has when it forks
+MAX_BYTES = 1 << 20
+"""Size limit of a response, and of the result of executing it."""
+_MEMORY_MB = 1024  # in addition to what the process uses when it forks
 
 
 class NotExecutedError(ValueError):
-    """A response made nothing: why, in a line."""
+    """Executing a response gave no result; the message says why, in one line."""
 
 
 def reply_of(call: Callable[[], Any]) -> dict[str, Any]:
-    """``{"value": ...}`` of a call, as data, or ``{"failure": why}``."""
+    """Return ``{"value": ...}`` with the result of a call as data, or ``{"failure": why}``."""
     try:
         return {"value": as_data(call())}
     except Exception as error:
@@ -40,7 +40,7 @@ def reply_of(call: Callable[[], Any]) -> dict[str, Any]:
 
 
 def error_text(error: BaseException) -> str:
-    """Its message, also where its own ``__str__`` raises."""
+    """Return the error's message, or "no message" if its own ``__str__`` raises."""
     try:
         return as_text(error, 300)
     except Exception:
@@ -48,28 +48,28 @@ def error_text(error: BaseException) -> str:
 
 
 def is_reply(reply: Any) -> bool:
-    """Whether it has the form of :func:`reply_of`."""
+    """Whether a message has the form that :func:`reply_of` returns."""
     if not isinstance(reply, dict) or len(reply) != 1:
         return False
     return "value" in reply or isinstance(reply.get("failure"), str)
 
 
-def in_a_fork(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
-    """The reply of a call that may do anything; the fork is gone on return, however it ended.
+def call_in_fork(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
+    """Return the reply of a call that may do anything; the fork is gone on return, however it ended.
 
-    Of the main thread of a process that has no other. Raises NoSandboxError, in the reply's words, where the kernel
-    offers no confinement; then nothing was executed.
+    Only for the main thread of a process that has no other threads. If the kernel offers no confinement, nothing is
+    executed and the reply's failure is that of NoSandboxError.
     """
     reading, writing = os.pipe()
     owner = os.getpid()
     pid = os.fork()
     if not pid:
-        _in_the_fork(call, writing, owner, seconds)
+        _serve_call(call, writing, owner, seconds)
     os.close(writing)
     failure = ""
     try:
-        reply = Channel(reading, -1, MOST_BYTES).receive(seconds)
-        return reply if is_reply(reply) else {"failure": "sent what is no reply"}
+        reply = Channel(reading, -1, MAX_BYTES).receive(seconds)
+        return reply if is_reply(reply) else {"failure": "sent something that is not a reply"}
     except LateError:
         failure = f"took longer than {seconds:g} s"
     except GoneError:
@@ -78,32 +78,33 @@ def in_a_fork(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
         failure = str(error)
     finally:
         os.close(reading)
-        os.kill(pid, signal.SIGKILL)  # one that ended by itself keeps its exit code
+        os.kill(pid, signal.SIGKILL)  # a process that has already ended keeps its exit code
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return {"failure": failure or f"ended its process with exit code {code}"}
 
 
-def _in_the_fork(call: Callable[[], Any], writing: int, owner: int, seconds: float) -> NoReturn:
+def _serve_call(call: Callable[[], Any], writing: int, owner: int, seconds: float) -> NoReturn:
+    """Make the call and send its reply; runs in the fork."""
     try:
         die_with_parent()
-        if os.getppid() != owner:  # it died before that
+        if os.getppid() != owner:  # the owner died before die_with_parent took effect
             os._exit(1)
-        _leave_everything_but(writing)
+        _close_all_but(writing)
         _limit_resources(seconds)
         confine_this_process()
         reply = reply_of(call)
-    except BaseException as error:  # sys.exit included: the owner's loop must not go on in here
+    except BaseException as error:  # including sys.exit: the owner's loop must not continue in the fork
         reply = {"failure": f"raised {type(error).__name__}: {error_text(error)}"}
     try:
-        Channel(-1, writing, MOST_BYTES).send(reply)
+        Channel(-1, writing, MAX_BYTES).send(reply)
     except ValueError as error:
-        Channel(-1, writing, MOST_BYTES).send({"failure": f"gave too much: {error}"})
+        Channel(-1, writing, MAX_BYTES).send({"failure": f"returned too much: {error}"})
     finally:
         os._exit(0)
 
 
-def _leave_everything_but(kept: int) -> None:
-    """No descriptor of the owner's, its connection and its output among them, is open in here."""
+def _close_all_but(kept: int) -> None:
+    """Close every other descriptor of the owner's, including its connection and its output."""
     null = os.open("/dev/null", os.O_RDWR)
     for stream in range(3):
         os.dup2(null, stream)
@@ -122,15 +123,15 @@ def _limit_resources(seconds: float) -> None:
         resource.setrlimit(kind, (most, most))
 
 
-class Apart:
+class SeparateExecutor:
     """A process that never saw the task: it knows a function by its name, and calls it in forks of its own.
 
-    Made before the task is built, in the process that will build it; :meth:`take` then says which function it is.
+    Create it before the task is built, in the process that will build it; then name the function with :meth:`use`.
     """
 
     def __init__(self, seconds: float) -> None:
-        asked, self.asks = os.pipe()
-        self.told, tells = os.pipe()
+        requests, self.requests = os.pipe()
+        self.replies, replies = os.pipe()
         owner = os.getpid()
         self.seconds = seconds
         self.pid = os.fork()
@@ -138,33 +139,41 @@ class Apart:
             try:
                 die_with_parent()
                 if os.getppid() == owner:
-                    os.close(self.asks)
-                    os.close(self.told)
-                    _serve(Channel(asked, tells, MOST_BYTES), seconds)
+                    os.close(self.requests)
+                    os.close(self.replies)
+                    _serve(Channel(requests, replies, MAX_BYTES), seconds)
             finally:
                 os._exit(0)
-        os.close(asked)
-        os.close(tells)
-        self.channel = Channel(self.told, self.asks, MOST_BYTES)
+        os.close(requests)
+        os.close(replies)
+        self.channel = Channel(self.replies, self.requests, MAX_BYTES)
 
-    def take(self, function: Callable[..., Any]) -> None:
-        """Raises ValueError where the function cannot be had by its module and name."""
+    def use(self, function: Callable[..., Any]) -> None:
+        """Choose the function to call.
+
+        Raises:
+            ValueError: it cannot be imported by its module and name.
+        """
         self.channel.send([function.__module__, function.__qualname__])
         failure = self.channel.receive()
         if failure:
-            raise ValueError(f"{function.__qualname__} cannot be called apart from its task: {failure}")
+            raise ValueError(f"{function.__qualname__} cannot be called in a process of its own: {failure}")
 
     def __call__(self, response: str) -> Any:
-        """What the function makes of a response, as data. Raises NotExecutedError."""
+        """Return the function's result for a response, as data.
+
+        Raises:
+            NotExecutedError: there is none.
+        """
         self.channel.send(response)
-        reply = self.channel.receive()  # of the process, not of its fork: it keeps the deadline
+        reply = self.channel.receive()  # without a deadline: the process keeps that of its forks
         if "failure" in reply:
             raise NotExecutedError(reply["failure"])
         return reply["value"]
 
     def close(self) -> None:
-        os.close(self.asks)
-        os.close(self.told)
+        os.close(self.requests)
+        os.close(self.replies)
         os.waitpid(self.pid, 0)
 
 
@@ -181,4 +190,4 @@ def _serve(channel: Channel, seconds: float) -> None:
     gc.freeze()
     while True:
         response = channel.receive()
-        channel.send(in_a_fork(functools.partial(function, response), seconds))
+        channel.send(call_in_fork(functools.partial(function, response), seconds))

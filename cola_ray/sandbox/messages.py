@@ -1,9 +1,9 @@
-"""Data between processes that do not trust each other: one JSON value a line, bounded in size and in time.
+"""Data between processes that do not trust each other: one JSON value per line, bounded in size and in time.
 
     Channel.send(value) ──line──> Channel.receive(seconds) ─> value, or BrokenError
 
-Numbers, text, true, false, null, lists and objects can cross, and nothing that a receiver would have to execute. A peer
-that sends anything else, too much, half of it or nothing is not listened to any further.
+Only numbers, text, true, false, null, lists and objects can cross, so a receiver executes nothing. If a peer sends
+anything else, too much, half a message or nothing, the receiver raises :class:`BrokenError` and should stop listening.
 """
 
 import json
@@ -13,16 +13,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-_DEPTH = 64  # of lists and objects within each other
-_AROUND = 8  # more of them, that a message has around what it carries
+_MAX_DEPTH = 64  # of nested lists and objects
+_ENVELOPE_DEPTH = 8  # further levels, for what a message wraps around the data that it carries
 
 
 class BrokenError(Exception):
-    """The other side is gone, is late, or sent what is no message."""
+    """The other side is gone or late, or sent something that is not a message."""
 
 
 class LateError(BrokenError):
-    """Nothing whole came in time."""
+    """No complete message came in time."""
 
 
 class GoneError(BrokenError):
@@ -33,20 +33,29 @@ class Channel:
     """One end of a connection.
 
     Args:
-        reading: file descriptor to read from, as good as -1 at an end that only writes.
-        writing: the one to write to; may be the same.
-        most: bytes that a message may have, its line's end included.
+        reading: file descriptor to read from; -1 at an end that only writes.
+        writing: file descriptor to write to; may be the same, or -1 at an end that only reads.
+        max_bytes: size limit of a message, including the end of its line.
     """
 
-    def __init__(self, reading: int, writing: int, most: int) -> None:
-        self.reading, self.writing, self.most = reading, writing, most
-        self.rest = b""
+    def __init__(self, reading: int, writing: int, max_bytes: int) -> None:
+        self.reading, self.writing, self.max_bytes = reading, writing, max_bytes
+        self.unread = b""
 
     def send(self, value: Any, seconds: float | None = None) -> None:
-        """One message; without ``seconds`` for as long as it takes. ValueError where it is too long for a message."""
+        """Send one message.
+
+        Args:
+            value: JSON data.
+            seconds: time limit; without it, wait as long as it takes.
+
+        Raises:
+            ValueError: the message is too large.
+            BrokenError: the other side is gone, or did not read it in time.
+        """
         line = json.dumps(value).encode() + b"\n"
-        if len(line) > self.most:
-            raise ValueError(f"{len(line)} bytes are more than the {self.most} that a message may have")
+        if len(line) > self.max_bytes:
+            raise ValueError(f"a message of {len(line)} bytes; at most {self.max_bytes} are allowed")
         deadline = _deadline(seconds)
         while line:
             _wait(self.writing, select.POLLOUT, deadline)
@@ -56,34 +65,41 @@ class Channel:
                 raise GoneError(str(error)) from None
 
     def receive(self, seconds: float | None = None) -> Any:
-        """The next message's value; ``seconds`` count until all of it is there."""
+        """Return the value of the next message.
+
+        Args:
+            seconds: time limit for the whole message; without it, wait as long as it takes.
+
+        Raises:
+            BrokenError: the other side is gone or late, or sent something that is not a message.
+        """
         deadline = _deadline(seconds)
-        while b"\n" not in self.rest:
-            if len(self.rest) >= self.most:
-                raise BrokenError(f"sent more than {self.most} bytes")
+        while b"\n" not in self.unread:
+            if len(self.unread) >= self.max_bytes:
+                raise BrokenError(f"sent more than {self.max_bytes} bytes")
             _wait(self.reading, select.POLLIN, deadline)
             try:
-                more = os.read(self.reading, min(1 << 16, self.most))
+                more = os.read(self.reading, min(1 << 16, self.max_bytes))
             except OSError as error:
                 raise GoneError(str(error)) from None
             if not more:
-                raise GoneError("closed its end" + (" within a message" if self.rest else ""))
-            self.rest += more
-        line, _, self.rest = self.rest.partition(b"\n")
-        if len(line) >= self.most:
-            raise BrokenError(f"sent more than {self.most} bytes")
+                raise GoneError("closed the connection" + (" within a message" if self.unread else ""))
+            self.unread += more
+        line, _, self.unread = self.unread.partition(b"\n")
+        if len(line) >= self.max_bytes:
+            raise BrokenError(f"sent more than {self.max_bytes} bytes")
         try:
-            return as_data(json.loads(line.decode("ascii")), "the message", depth=-_AROUND)
+            return as_data(json.loads(line.decode("ascii")), "the message", depth=-_ENVELOPE_DEPTH)
         except (ValueError, RecursionError):
-            raise BrokenError("sent what is no JSON") from None
+            raise BrokenError("sent something that is not JSON") from None
         except TypeError as error:
             raise BrokenError(f"sent too much: {error}") from None
 
     def silent(self) -> bool:
-        """Whether the other side has said nothing that was not received yet."""
+        """Whether nothing has been sent that is still to be received."""
         poll = select.poll()
         poll.register(self.reading, select.POLLIN)
-        return not self.rest and not poll.poll(0)
+        return not self.unread and not poll.poll(0)
 
 
 def _deadline(seconds: float | None) -> float | None:
@@ -91,7 +107,7 @@ def _deadline(seconds: float | None) -> float | None:
 
 
 def _wait(descriptor: int, event: int, deadline: float | None) -> None:
-    """Until something can be done with it; poll, for descriptors may be too many for select."""
+    """Wait until the descriptor is ready. Uses poll, since descriptors may be too high for select."""
     poll = select.poll()
     poll.register(descriptor, event)
     left = None if deadline is None else max(deadline - time.monotonic(), 0.0) * 1000
@@ -100,12 +116,18 @@ def _wait(descriptor: int, event: int, deadline: float | None) -> None:
 
 
 def as_data(value: Any, name: str = "value", depth: int = 0) -> Any:
-    """``value`` as JSON gives it back: tuples become lists, scalars of NumPy and PyTorch numbers.
+    """Return ``value`` as JSON would give it back: tuples become lists, NumPy's and PyTorch's scalars become numbers.
 
-    Raises TypeError, naming the place, for what is no data: bytes, arrays, objects, keys that are no text.
+    Args:
+        value: numbers, text, lists and dicts.
+        name: of the value in errors.
+        depth: levels of nesting around the value.
+
+    Raises:
+        TypeError: it holds something else (bytes, arrays, objects, keys that are not text); the message says where.
     """
-    if depth > _DEPTH:
-        raise TypeError(f"{name} is nested more than {_DEPTH} deep; flatten it")
+    if depth > _MAX_DEPTH:
+        raise TypeError(f"{name} is nested more than {_MAX_DEPTH} deep; flatten it")
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -117,14 +139,14 @@ def as_data(value: Any, name: str = "value", depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise TypeError(f"{name} has the key {key!r:.60}; keys are text")
+                raise TypeError(f"{name} has the key {key!r:.60}; keys must be text")
         return {str(key): as_data(one, f"{name}[{key!r:.60}]", depth + 1) for key, one in value.items()}
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         return as_data(value.item(), name, depth + 1)
-    raise TypeError(f"{name} is {type(value).__name__}; only numbers, text, lists and dicts of them can be kept")
+    raise TypeError(f"{name} is {type(value).__name__}; only numbers, text, lists and dicts can be sent")
 
 
-def as_text(value: object, most: int) -> str:
-    """Text that can be stored and shown anywhere: Unicode, of one line, not too long."""
-    whole = str(value)[:most].encode(errors="replace").decode()
+def as_text(value: object, max_length: int) -> str:
+    """Return the value as one line of valid, printable Unicode of at most ``max_length`` characters."""
+    whole = str(value)[:max_length].encode(errors="replace").decode()
     return "".join(letter if letter.isprintable() else " " for letter in whole)

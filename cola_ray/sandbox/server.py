@@ -1,14 +1,14 @@
-"""The sandbox's other end: a process that has imported the libraries, and forks one that gives up its rights for good.
+"""The sandbox's server: a process that has imported the libraries and forks a child for each program.
 
     python -I sandbox/server.py ─> settings, prepare ─> ready ─> request ─> fork ─> child: confine.py, the program
-                                                        ^                   └─> watched from here, and killed where it
+                                                        ^                   └─> watched from here, and killed when it
                                                         └─ how it ended ──────  breaks a limit or the owner has ended
 
-    memory, CPU seconds, size of a file            the child's resource limits
-    wall time, output, number and size of files    looked at from here, some twenty times a second
+    memory, CPU seconds, size of a file            limited by the kernel (resource limits of the child)
+    wall time, output, number and size of files    checked from here, some twenty times a second
 
-As a program can start no process, killing it is killing all of it. Standard library only: programs share this
-interpreter, and find here what they find anywhere.
+A program cannot start processes, so killing it is enough. Standard library only: programs run in this interpreter, and
+should find in it what they find in any other.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ import traceback
 from typing import Any, NoReturn
 
 PROGRAM = "program.py"
-LOOK_S = 0.05
-"""Between two looks at what a program has written."""
+CHECK_S = 0.05
+"""Seconds between two checks of what a program has written."""
 
 
 def _confine() -> Any:
-    """The file beside this one, which an isolated interpreter does not look for."""
+    """Load the file beside this one, which an isolated interpreter does not find by import."""
     spec = importlib.util.spec_from_file_location("confine", os.path.join(os.path.dirname(__file__), "confine.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -44,31 +44,31 @@ confine = _confine()
 
 
 def main() -> None:
-    """Serve requests, one JSON object a line, until the owner has ended or closed its end; then leave nothing."""
-    owner = os.pidfd_open(os.getppid())  # one that ended before now has closed its end of the pipe
-    confine.at_end_of_parent(signal.SIGCONT)  # somebody who stopped this process would keep it from seeing that
+    """Serve requests, one JSON object a line, until the owner has ended or closed its end; then clean up."""
+    owner = os.pidfd_open(os.getppid())  # if the owner has ended before this, its end of the pipe is closed
+    confine.at_end_of_parent(signal.SIGCONT)  # so that the owner's end is noticed even if this process was stopped
     scratch = ""
     try:
-        settings = _hear(owner)
+        settings = _receive(owner)
         scratch = settings["scratch"]
         rules, problem = _try_out(settings)
-        _tell(problem=problem, landlock=confine.landlock_version())
+        _send(problem=problem, landlock=confine.landlock_version())
         while not problem:
-            request = _hear(owner)
-            _tell(number=request["number"], **_run(rules, request, owner))
+            request = _receive(owner)
+            _send(number=request["number"], **_run(rules, request, owner))
     except _OwnerGoneError:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _tell(**message: Any) -> None:
+def _send(**message: Any) -> None:
     os.write(1, json.dumps(message).encode() + b"\n")
 
 
 class _OwnerGoneError(Exception):
-    """It has ended, or has closed its end."""
+    """The owner has ended, or has closed its end of the pipe."""
 
 
-def _hear(owner: int) -> dict[str, Any]:
+def _receive(owner: int) -> dict[str, Any]:
     line = b""
     while not line.endswith(b"\n"):
         ready, _, _ = select.select([0, owner], [], [])
@@ -81,7 +81,7 @@ def _hear(owner: int) -> dict[str, Any]:
 
 
 def _run(rules: int, request: dict[str, Any], owner: int) -> dict[str, Any]:
-    """Its exit code, and which limit it broke, in words; _OwnerGoneError where there is nobody to tell."""
+    """Run a program; return its exit code and the limit that it broke, in words. Raises _OwnerGoneError."""
     server, began, pid = os.getpid(), time.monotonic(), os.fork()
     if not pid:
         _run_program(rules, request, server)
@@ -95,7 +95,7 @@ def _run(rules: int, request: dict[str, Any], owner: int) -> dict[str, Any]:
         os.close(program)
     return {
         "returncode": os.waitstatus_to_exitcode(status),
-        "stopped": stopped or _broken(request),  # by what it wrote in its last moments, after the last look
+        "stopped": stopped or _limit_broken(request),  # by what it wrote after the last check
         "wall_s": time.monotonic() - began,
         "cpu_s": used.ru_utime + used.ru_stime,
     }
@@ -106,21 +106,22 @@ def _ended(program: int) -> bool:
 
 
 def _watch(request: dict[str, Any], program: int, owner: int) -> str:
+    """Wait until the program ends (return "") or breaks a limit (return which). Raises _OwnerGoneError."""
     deadline = time.monotonic() + request["wall_s"]
     while True:
-        ready, _, _ = select.select([program, owner], [], [], LOOK_S)
+        ready, _, _ = select.select([program, owner], [], [], CHECK_S)
         if owner in ready:
             raise _OwnerGoneError
         if program in ready:
             return ""
         if time.monotonic() > deadline:
             return f"it ran for more than {request['wall_s']:.3g} s"
-        if stopped := _broken(request):
+        if stopped := _limit_broken(request):
             return stopped
 
 
-def _broken(request: dict[str, Any]) -> str:
-    """Which limit on what it writes is broken: all that it has written is in its flat folder and its output."""
+def _limit_broken(request: dict[str, Any]) -> str:
+    """Return which limit on output and files is broken, in words; a program can write only into its flat folder."""
     if os.stat(request["output"]).st_size > request["output_kb"] << 10:
         return f"it wrote more than {request['output_kb']} KB"
     blocks = 0
@@ -136,14 +137,14 @@ def _broken(request: dict[str, Any]) -> str:
 
 
 def _try_out(settings: dict[str, Any]) -> tuple[int, str]:
-    """The rules for files that every program is bound by, and why none can be run here: empty where it can."""
+    """Prepare, and confine a process as a trial. Return the rules for files, and why no program can run here, or ""."""
     try:
         exec(settings["prepare"], {})
         rules = confine.readable_files(settings["readable"], settings["listable"], settings["scratch"])
     except OSError as error:
         return -1, str(error)
     except Exception as error:
-        return -1, f"what they need could not be prepared: {type(error).__name__}: {error}"
+        return -1, f"the sandbox's imports failed: {type(error).__name__}: {error}"
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -160,11 +161,11 @@ def _try_out(settings: dict[str, Any]) -> tuple[int, str]:
 
 
 def _run_program(rules: int, request: dict[str, Any], server: int) -> NoReturn:
-    """Never returns."""
+    """Run the program in the child; never returns."""
     code, end = 1, os._exit
     try:
         confine.die_with_parent()
-        if os.getppid() != server:  # it has ended already
+        if os.getppid() != server:  # the server has ended already
             end(1)
         os.chdir(request["folder"])
         _leave_the_server(request["output"], rules)
@@ -173,7 +174,7 @@ def _run_program(rules: int, request: dict[str, Any], server: int) -> NoReturn:
         _limit_resources(request)
         confine.bind(rules, confine.writable_files("."))
         code = _become(source)
-    except BaseException:  # whatever it is, the server's loop must not go on in here
+    except BaseException:  # of any kind: the server's loop must not continue in the child
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -192,16 +193,16 @@ def _leave_the_server(output: str, rules: int) -> None:
     os.dup2(1, 2)
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) != rules:
-            with contextlib.suppress(OSError):  # of the listing itself
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
                 os.close(int(name))
     sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # read-only in some containers
-        file.write("1000")  # where memory runs out, this goes first
+        file.write("1000")  # if memory runs out, the kernel kills this process first
 
 
 def _limit_resources(request: dict[str, Any]) -> None:
     memory, file = int(request["memory_mb"]) << 20, int(request["file_mb"]) << 20
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # libraries start as many workers as they see cores
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # libraries start as many threads as they see cores
     for kind, most in (
         (resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, max(math.ceil(request["cpu_s"]), 1)),
         (resource.RLIMIT_FSIZE, file), (resource.RLIMIT_NOFILE, 256), (resource.RLIMIT_CORE, 0),
@@ -212,14 +213,14 @@ def _limit_resources(request: dict[str, Any]) -> None:
 def _become(source: str) -> int:
     sys.argv = [PROGRAM]
     sys.path.insert(0, os.getcwd())
-    spare = bytearray(16 << 20)  # where a program has taken all there is, telling so takes some more
+    spare = bytearray(16 << 20)  # freed to report an error after the program has used up all memory
     try:
         exec(compile(source, PROGRAM, "exec"), {"__name__": "__main__", "__file__": PROGRAM})
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
         del spare
-        # As if it had been started alone: without the frame above.
+        # Print the traceback as if the program had been started alone, without the frame above.
         here = error.__traceback__
         traceback.print_exception(error.with_traceback(here.tb_next if here else None))
         return 1

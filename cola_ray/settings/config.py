@@ -57,7 +57,7 @@ class RunFailedError(RuntimeError):
 
     Args:
         what: ended it, in the words of the part that failed.
-        then: what to do about it; ending.py adds how to go on.
+        then: what to do about it; runs/failure.py adds how to go on.
         file: that has the whole traceback, once there is one.
     """
 

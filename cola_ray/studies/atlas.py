@@ -26,8 +26,8 @@ from cola_ray.checks.refusals import check
 from cola_ray.learner.corpus import pack
 from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.runs.display import current, shown
-from cola_ray.runs.ending import in_words
-from cola_ray.runs.tracking import print_summary
+from cola_ray.runs.failure import explained_failures
+from cola_ray.runs.figures import print_summary
 from cola_ray.settings.config import Config
 from cola_ray.studies.study import load_texts, open_study, text_prefixes
 
@@ -37,7 +37,7 @@ STEERED = 8  # most frequent actions whose steered texts are shown
 
 
 @shown()
-@in_words()
+@explained_failures()
 def atlas(config: Config) -> dict[str, Any]:
     """Make an atlas from ``8 * diversity.prefixes`` texts; writes ``output_dir/atlas.html``.
 

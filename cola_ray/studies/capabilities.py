@@ -11,15 +11,15 @@ from cola_ray.algorithms.intervals import share_interval
 from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
 from cola_ray.runs.display import current, shown
-from cola_ray.runs.ending import in_words
+from cola_ray.runs.failure import explained_failures
+from cola_ray.runs.figures import print_comparison
 from cola_ray.runs.run_folder import write_json
-from cola_ray.runs.tracking import print_ways
 from cola_ray.settings.config import Config, ConfigError
 from cola_ray.studies.study import open_study
 
 
 @shown()
-@in_words()
+@explained_failures()
 def capabilities(config: Config) -> dict[str, Any]:
     """Score the model and its bare base with each of ``harness.likelihoods``; writes ``output_dir/harness.json``.
 
@@ -53,7 +53,7 @@ def capabilities(config: Config) -> dict[str, Any]:
         current().doing("writing the summary")
         write_json(study.output / "harness.json", results)
         study.add(figures)
-    print_ways(f"kept capabilities: {study.output}", figures)
+    print_comparison(f"kept capabilities: {study.output}", figures)
     return study.tracker.summary
 
 

@@ -23,8 +23,8 @@ from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
 from cola_ray.rollout.continuation_worker import SAMPLINGS, ContinuationWorker, Sampling
 from cola_ray.runs.display import current, shown
-from cola_ray.runs.ending import in_words
-from cola_ray.runs.tracking import print_ways
+from cola_ray.runs.failure import explained_failures
+from cola_ray.runs.figures import print_comparison
 from cola_ray.settings.config import Config, RunFailedError, override
 from cola_ray.studies.study import load_texts, open_study, text_prefixes
 from cola_ray.train import served
@@ -34,7 +34,7 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 
 
 @shown()
-@in_words()
+@explained_failures()
 def diversity(config: Config) -> dict[str, Any]:
     """Continue prefixes of texts in all of ``SAMPLINGS``; writes ``output_dir/continuations.parquet``.
 
@@ -71,7 +71,7 @@ def diversity(config: Config) -> dict[str, Any]:
         pq.write_table(pa.Table.from_pylist(rows), study.output / "continuations.parquet")
         study.summary["prefixes"] = len(prefixes)
         study.add(figures)
-    print_ways(f"diversity of continuations: {study.output}", figures)
+    print_comparison(f"diversity of continuations: {study.output}", figures)
     return study.tracker.summary
 
 

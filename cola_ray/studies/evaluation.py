@@ -26,10 +26,10 @@ from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup, WorkerPool
 from cola_ray.rollout.agent_worker import AgentWorker
 from cola_ray.rollout.evaluation_worker import EvaluationWorker
-from cola_ray.runs.display import current, shown, tell
-from cola_ray.runs.ending import in_words
-from cola_ray.runs.saved import write_whole
-from cola_ray.runs.tracking import plot_against_tokens, print_ways
+from cola_ray.runs.checkpoints import write_atomically
+from cola_ray.runs.display import current, print_line, shown
+from cola_ray.runs.failure import explained_failures
+from cola_ray.runs.figures import plot_against_tokens, print_comparison
 from cola_ray.settings.config import Config, EvalConfig, is_environment
 from cola_ray.studies.study import Study, open_study
 from cola_ray.tasks import least_right_reward
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 @shown()
-@in_words()
+@explained_failures()
 def evaluate(config: Config) -> dict[str, Any]:
     """Answer problems, or play episodes, in all of ``eval.ways``; writes ``output_dir/predictions``.
 
@@ -65,9 +65,9 @@ def evaluate(config: Config) -> dict[str, Any]:
             plotted = ["reward", "best_reward"] if right_from is None else ["accuracy", "majority", "best"]
         study.add(found)
         plot_against_tokens(study.output / "accuracy.png", found, plotted)
-    print_ways(f"{config.task.name}: {folder}", found)
+    print_comparison(f"{config.task.name}: {folder}", found)
     for line in remarks(config.eval, found):
-        tell(line)
+        print_line(line)
     return study.tracker.summary
 
 
@@ -87,7 +87,7 @@ def _predict(study: Study, folder: Path) -> None:
             current().update(f"evaluate: {way}", number, len(left))
             rows = ray.get(evaluator.answer.remote(indices, way))
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, functools.partial(pq.write_table, rows))
+            write_atomically(file, functools.partial(pq.write_table, rows))
             current().update(f"evaluate: {way}", number + 1, len(left), milestone=True)
         current().doing("writing the summary")
     finally:

@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import Template
 
 from cola_ray.runs import status
+from cola_ray.runs.figures import plot
 from cola_ray.runs.run_folder import summary_of
-from cola_ray.runs.tracking import plot
 
 Summaries = Mapping[str, Mapping[str, Any]]
 

@@ -36,9 +36,9 @@ from cola_ray.cli.commands import OF_JOB
 from cola_ray.cluster import actors, head
 from cola_ray.runs import launch
 from cola_ray.runs.display import current, shown
-from cola_ray.runs.ending import in_words
+from cola_ray.runs.failure import explained_failures
+from cola_ray.runs.figures import print_summary
 from cola_ray.runs.run_folder import summary_of, write_json
-from cola_ray.runs.tracking import print_summary
 from cola_ray.settings.config import Config, RunFailedError
 from cola_ray.settings.matrix import Stage, chosen, machines
 from cola_ray.studies.report import write_report
@@ -75,7 +75,7 @@ def write_choices(folder: Path, name: str, questions: Iterable[tuple[str, Sequen
 
 
 @shown()
-@in_words()
+@explained_failures()
 def reproduce(config: Config) -> dict[str, Any]:
     """Run the matrix of ``config.preset``; writes ``stages/`` and ``report/``.
 

@@ -22,11 +22,12 @@ from ray import tune
 
 from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
-from cola_ray.runs import ending, launch, provenance
+from cola_ray.runs import explanations, launch, provenance
 from cola_ray.runs.display import current, shown
-from cola_ray.runs.ending import in_words
+from cola_ray.runs.failure import explained_failures
+from cola_ray.runs.figures import plot_frontier, print_comparison
 from cola_ray.runs.run_folder import summary_of
-from cola_ray.runs.tracking import Tracker, plot_frontier, print_ways
+from cola_ray.runs.tracking import Tracker
 from cola_ray.settings.config import Config, RunFailedError, is_environment, override
 from cola_ray.settings.presets import trial
 from cola_ray.train import make_start_model, measured, run_agent, run_rl, tracked
@@ -36,7 +37,7 @@ _REPORTED = ("reward/mean", "policy/kl", "policy/entropy")  # metrics that a tri
 
 
 @shown()
-@in_words()
+@explained_failures()
 def sweep(config: Config) -> dict[str, Any]:
     """Train ``len(sweep.values) * len(sweep.seeds)`` policies; writes ``runs/`` and ``frontier.png``.
 
@@ -77,7 +78,7 @@ def sweep(config: Config) -> dict[str, Any]:
                 raise RunFailedError(
                     f"{len(failures)} of {len(grid(config))} runs failed, the first with: {failures[0]}"
                 )
-    print_ways(f"{config.sweep.field}, {len(rows)} runs: {output}", results["values"])
+    print_comparison(f"{config.sweep.field}, {len(rows)} runs: {output}", results["values"])
     return tracker.summary
 
 
@@ -122,7 +123,7 @@ def _run_trials(config: Config) -> tuple[list[Row], list[str], int]:
         ((result.config, result) for result in results), key=lambda pair: grid(config).index(_value_and_seed(pair[0]))
     ):
         if result.error is not None:
-            failures.append(ending.explain(result.error)[0])
+            failures.append(explanations.explain(result.error)[0])
         elif not (result.metrics or {}).get("ended") and not config.sweep.asha:
             unfinished += 1
         else:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cola_ray.sandbox.programs import Limits, Ran, Sandbox
+from cola_ray.sandbox.programs import Limits, ProgramResult, Sandbox
 from cola_ray.settings.limits import Count, Seconds, Share
 from cola_ray.tasks.csv_table import as_numbers, read_columns
 from cola_ray.tasks.environment import Dialogue, Transition
@@ -285,7 +285,7 @@ def _files(code: str, split: Split) -> dict[str, bytes]:
     return files
 
 
-def _probabilities(ran: Ran, split: Split) -> Array:
+def _probabilities(ran: ProgramResult, split: Split) -> Array:
     """What a program left for the unseen rows, (m, C); _NoScoreError where that is no distribution."""
     if not ran.succeeded:
         lines = ran.output.strip().splitlines()

@@ -139,7 +139,7 @@ def test_a_signal_to_the_whole_group_stops_in_order(start, straight):
     os.killpg(run.process.pid, signal.SIGTERM)
     shown = run.finish(code=130, timeout=120)
     assert "stopping after step" in shown
-    assert shown.splitlines()[-1] == "stopped; the same command with --resume goes on from the last checkpoint"
+    assert shown.splitlines()[-1] == "stopped; the same command with --resume continues from the last checkpoint"
     assert_nothing_is_left(run, below)
     assert not Path(f"/tmp/cola_ray-{run.process.pid}").exists()
     resumed = start("--resume")
@@ -150,7 +150,7 @@ def test_a_signal_to_the_whole_group_stops_in_order(start, straight):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("ray::Controller", "the controller died without a word"),
+        ("ray::Controller", "the controller died without an error message"),
         ("gcs_server", "the Ray cluster's head (GCS) died"),
         ("raylet", "Ray's process on this machine (raylet) died"),
     ],
@@ -164,7 +164,7 @@ def test_what_cannot_be_replaced_ends_the_run_with_its_line(start, straight, nam
     shown = run.finish(code=1, timeout=60)
     line = shown.splitlines()[-1]
     assert line.startswith(f"the run failed: {why}")
-    assert "--resume goes on from the last checkpoint" in line
+    assert "--resume continues from the last checkpoint" in line
     assert line.endswith(f"(traceback in {run.output / 'error.txt'})")
     assert "Traceback" not in shown
     assert "Traceback" in (run.output / "error.txt").read_text()

@@ -60,8 +60,8 @@ def test_again_without_consent_is_refused_in_one_line(finished):
     again = Run("rl_math", finished.where, *SHORT_PRETRAINING, *SHORT_RL)
     said = again.finish(code=2, timeout=60).splitlines()[-1]
     assert said == (
-        f"output_dir = {str(finished.output)!r}: holds a finished run of rl_math, at step 5; use --resume to go on "
-        "with it, --overwrite to remove it and begin anew, or another --output-dir"
+        f"output_dir = {str(finished.output)!r}: holds a finished run of rl_math, at step 5; use --resume to "
+        "continue it, --overwrite to remove it and begin again, or another --output-dir"
     )
     assert {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")} == before
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import Run, descendants
 
-from cola_ray.runs import event_log, saved
+from cola_ray.runs import checkpoints, event_log
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 STEPS, HALF = 10, 5
@@ -103,7 +103,7 @@ def services(folder):
 def assert_same_run(one, other):
     assert metrics(one) == metrics(other)
     assert sorted(metrics(one)) == list(range(STEPS + 1))
-    folders = [saved.newest(run.output).checkpoint.folder for run in (one, other)]
+    folders = [checkpoints.newest(run.output).checkpoint.folder for run in (one, other)]
     assert [folder.name for folder in folders] == [f"step-{STEPS:08d}"] * 2
     names = [
         sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()) for folder in folders
@@ -135,7 +135,7 @@ def test_five_steps_a_kill_and_five_more_equal_ten(name, start_of, tmp_path):
         killed.wait_for_step("reward/mean", HALF)
     finally:
         kill(killed)
-    reached = saved.newest(killed.output).checkpoint.step
+    reached = checkpoints.newest(killed.output).checkpoint.step
     assert reached in (4, 6, 8)
     resumed = Run(job, tmp_path / "killed", *start, "--resume")
     shown = resumed.finish()
@@ -157,10 +157,10 @@ def test_kills_while_checkpoints_are_written(start_of, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         kill(run)
-        assert saved.newest(run.output).checkpoint.step in (step - 1, step)
+        assert checkpoints.newest(run.output).checkpoint.step in (step - 1, step)
     for notes in folder.glob("ray-*"):
         subprocess.run(["rm", "-r", str(notes)], check=True)
-    newest = saved.newest(run.output).checkpoint
+    newest = checkpoints.newest(run.output).checkpoint
     shard = next(newest.folder.rglob("*pp_rank_1_mp_rank*optim_states.pt"))
     shard.write_bytes(shard.read_bytes()[:-1])
     resumed = Run("rl_math", tmp_path / "killed", *start, "--resume")
@@ -176,5 +176,5 @@ def test_another_task_is_refused_before_anything_starts(start_of, tmp_path):
     Run("rl_math", tmp_path, *start).finish()
     began = time.monotonic()
     shown = Run("rl_math", tmp_path, *start, "--resume", "--seed", "0", "--rl.algorithm", "rloo").finish(code=2)
-    assert "rl.algorithm = 'rloo': the run began with 'grpo'; give that to go on" in shown
+    assert "rl.algorithm = 'rloo': the run began with 'grpo'; use that to continue it" in shown
     assert time.monotonic() - began < 60

@@ -23,7 +23,7 @@ from cola_ray.learner.objective import policy_objective
 from cola_ray.learner.policies import export, forward, make_policy
 from cola_ray.learner.rl import RLLearner
 from cola_ray.learner.soft_q import one_step_targets
-from cola_ray.runs.saved import MANIFEST
+from cola_ray.runs.checkpoints import MANIFEST
 from cola_ray.settings.config import Config, override
 from cola_ray.settings.presets import preset
 

@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from sklearn.utils import all_estimators
 
-from cola_ray.sandbox.programs import Ran
+from cola_ray.sandbox.programs import ProgramResult
 from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import make_environment
 from cola_ray.tasks.data_science import DataScience, _auc, _files, bundled, code_in
@@ -192,7 +192,7 @@ def test_a_run_has_the_labels_of_one_split(iris, monkeypatch):
     monkeypatch.setattr(
         iris.sandbox,
         "run",
-        lambda source, files, *rest: given.append(files) or Ran(0, "", "", {"probabilities": UNIFORM}),
+        lambda source, files, *rest: given.append(files) or ProgramResult(0, "", "", {"probabilities": UNIFORM}),
     )
     iris.reset(seed=5)
     assert iris.attempt("model = 1")[0] == pytest.approx(0.5)

@@ -220,13 +220,13 @@ def test_tables_go_to_streams_that_are_no_files(monkeypatch):
 
 UNREAD = """
 import sys
-from cola_ray.runs.display import current, shown, tell, wide_console
+from cola_ray.runs.display import current, shown, print_line, wide_console
 
 @shown()
 def job():
     for number in range(3):
         current().say("x" * 9)
-        tell("y")
+        print_line("y")
         wide_console(80).print("z")
     sys.stderr.write("done")
 

@@ -173,7 +173,7 @@ class Workers:
         await asyncio.sleep(60 if self.hangs and actor == 1 else 0)
         if self.dies and actor == 1:
             raise WorkerLostError("killed")
-        return [Played(index, [], [float(index)], [], [], [], [], [], 0, 0.0) for index in args[0]]
+        return [PlayedSeed(index, [], [float(index)], [], [], [], [], [], 0, 0.0) for index in args[0]]
 
 
 def answers_of(workers, **changes):

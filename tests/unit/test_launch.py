@@ -231,7 +231,7 @@ def test_options_that_a_model_was_made_without_are_refused():
     assert launch.refusals(usual, "rl_math") == []
     (line,) = launch.refusals(asked, "rl_math")
     assert line.startswith("task.options.min_terms = 3: ")
-    assert "was made without; pre-train with --task.options.min-terms" in line
+    assert "was made without it; pre-train with --task.options.min-terms" in line
 
 
 def test_a_model_that_was_made_so_is_taken():
@@ -247,7 +247,7 @@ def test_an_unfinished_or_unknown_start_is_not_taken():
     folder = pretrained_dir(usual).parent
     made(usual, folder, "stopped")
     assert (
-        "its pre-training has not ended; make one with `cola_ray pretrain --preset smollm2-135m --resume`"
+        "its pre-training has not finished; make one with `cola_ray pretrain --preset smollm2-135m --resume`"
         in (launch.refusals(usual, "rl_math")[0])
     )
     run_folder.RunFolder(folder, "pretrain").end("finished")
@@ -260,7 +260,7 @@ def test_a_start_that_another_run_is_making_is_waited_for():
     folder = pretrained_dir(tiny()).parent
     making = run_folder.claim(tiny(output_dir=str(folder.resolve())), "pretrain")
     (line,) = launch.refusals(tiny(), "rl_math")
-    assert line.endswith("another run is making it; wait for its end, or give another --seed")
+    assert line.endswith("another run is pre-training it; wait for its end, or give another --seed")
     making.end("stopped")
     assert launch.refusals(tiny(), "rl_math") == []
 

@@ -70,7 +70,7 @@ def track(folder, steps, uri="", state="finished"):
 
 def patient(monkeypatch):
     monkeypatch.setattr(mirror, "_CLOSING_S", 60.0)
-    monkeypatch.setattr(mirror, "_CLOSING_MOST_S", 60.0)
+    monkeypatch.setattr(mirror, "_MAX_CLOSING_S", 60.0)
 
 
 def test_a_run_spends_less_than_five_seconds_on_a_server_that_does_not_exist():
@@ -92,7 +92,7 @@ def test_everything_arrives(folder, monkeypatch, capsys):
     assert (run_id, name, state) == (tracker.mlflow_run_id, "run", "FINISHED")
     ((artifacts,),) = rows(folder, "select artifact_uri from runs")
     assert (Path(artifacts.removeprefix("file://")) / "log.jsonl").exists()
-    assert "lacks" not in capsys.readouterr().out
+    assert "misses" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_is_one_run_with_one_history(folder, monkeypatch):
@@ -184,7 +184,7 @@ def test_a_tracker_that_is_away_neither_ends_nor_holds_up(folder, uri, why, caps
     assert tracker.series("reward/mean")[1] == [0.0, 0.25, 0.5]
     assert [event["event"] for event in event_log.read(folder)] == ["start", "step", "step", "step", "end"]
     said = capsys.readouterr().out
-    assert f"MLflow at {uri} lacks 5 events of this run and its files" in said
+    assert f"MLflow at {uri} misses 5 events of this run and its files" in said
     assert why in said
     assert f"`cola_ray send {folder}` sends them" in said
     assert Tracker(uri, "rl_math", folder, PARAMS).step == 2, "history needs no server"
@@ -195,7 +195,7 @@ def test_a_database_that_another_program_locks_is_sent_later(folder, capsys, mon
     locker = sqlite3.connect(folder.parent / "mlflow.db", isolation_level=None)
     locker.execute("begin exclusive")
     tracker = track(folder, range(3))
-    assert "lacks 5 events" in capsys.readouterr().out
+    assert "misses 5 events" in capsys.readouterr().out
     locker.rollback()
     locker.close()
     tracker.mirror.thread.join(60)  # which has the database's patience still
@@ -225,7 +225,7 @@ def test_a_server_that_comes_back_gets_the_rest_from_the_run_itself(folder, monk
     monkeypatch.setattr(mirror.Mirror, "_connect", flaky)
     tracker = Tracker("", "rl_math", folder, PARAMS)
     tracker.log(0, {"x": 1.0})
-    assert "the run goes on, and what it logs is sent later" in capsys.readouterr().out
+    assert "the run goes on, and its log is sent later" in capsys.readouterr().out
     away.set()
     tracker.log(1, {"x": 2.0})
     deadline = time.monotonic() + 60
@@ -233,19 +233,19 @@ def test_a_server_that_comes_back_gets_the_rest_from_the_run_itself(folder, monk
         time.sleep(0.05)
     tracker.finish("finished")
     assert metrics(folder) == [("x", 0, 1.0), ("x", 1, 2.0)]
-    assert "lacks" not in capsys.readouterr().out
+    assert "misses" not in capsys.readouterr().out
 
 
 def test_what_is_sent_after_the_end_keeps_nobody_from_the_folder(folder):
     record(folder)
     for name in ("mlflow_run_id", "mlflow_sent.json"):
         (folder / name).write_text("{}")
-    assert run_folder.strangers(folder) == run_folder.changed(folder) == []
+    assert run_folder.unknown_files(folder) == run_folder.changed(folder) == []
     run_folder.read_record(folder)
     claimed = run_folder.RunFolder(folder, "rl_math")
     claimed.end("finished")
     (folder / "mlflow_sent.json").write_text('{"bytes": 3}')
-    assert run_folder.strangers(folder) == run_folder.changed(folder) == []
+    assert run_folder.unknown_files(folder) == run_folder.changed(folder) == []
 
 
 def test_sending_says_why_it_cannot(folder, tmp_path, capsys):
@@ -253,7 +253,7 @@ def test_sending_says_why_it_cannot(folder, tmp_path, capsys):
         mirror.send(tmp_path / "none")
     shutil.rmtree(folder)
     record(folder, "http://ann:pw@127.0.0.1:1/?token=t")
-    with pytest.raises(ConfigError, match="secret is not kept; give the whole address by --tracking-uri"):
+    with pytest.raises(ConfigError, match="secret is not stored; give the whole address by --tracking-uri"):
         mirror.send(folder)
     with pytest.raises(RunFailedError, match="does not answer"):
         mirror.send(folder, "http://ann:pw@127.0.0.1:1")
@@ -305,7 +305,7 @@ def test_a_real_server_gets_everything(tmp_path):
                 break
             time.sleep(0.5)
         time.sleep(5)
-        mirror._CLOSING_S = mirror._CLOSING_MOST_S = 60.0
+        mirror._CLOSING_S = mirror._MAX_CLOSING_S = 60.0
         tracker = track(tmp_path / "run", range(30), uri)
         import mlflow
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cola_ray.cli.arguments import from_command_line
-from cola_ray.runs import ending, run_folder
+from cola_ray.runs import failure, run_folder
 from cola_ray.runs.redaction import redacted, redacted_tree
 from cola_ray.settings.config import RunFailedError, override
 from cola_ray.settings.presets import preset
@@ -79,7 +79,7 @@ def test_a_runs_settings_are_written_without(tmp_path):
 
 
 def test_errors_are_told_without(tmp_path):
-    with pytest.raises(RunFailedError) as caught, ending.in_words(tmp_path):
+    with pytest.raises(RunFailedError) as caught, failure.explained_failures(tmp_path):
         raise ValueError(f"no answer from {URI}")
     told = [str(caught.value), *(file.read_text() for file in tmp_path.iterdir())]
     assert len(told) == 3

@@ -276,7 +276,7 @@ def test_a_full_disk_is_told_to_producers(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cola_ray.replay.buffer.write_whole", full)
+    monkeypatch.setattr("cola_ray.replay.buffer.write_atomically", full)
     shard.insert(rows(0, 10))
     deadline = time.monotonic() + 20
     while not shard.failure:

@@ -31,7 +31,7 @@ from cola_ray.loop.episodes import Episodes
 from cola_ray.replay.buffer import ReplayBuffer, ReplayError
 from cola_ray.replay.critic_service import CriticService
 from cola_ray.replay.service import ReplayShard, Shards
-from cola_ray.runs import launch, resume, run_folder, saved
+from cola_ray.runs import checkpoints, launch, resume, run_folder
 from cola_ray.runs.run_folder import claim, refusals, write_json
 from cola_ray.settings.config import ConfigError, override
 from cola_ray.settings.presets import preset
@@ -45,17 +45,17 @@ ROWS = "replay/0/rows-000000000000-000000000009.parquet"
 
 def make(run, step):
     """A checkpoint of two ranks, with rows of replay beside it."""
-    folder = saved.staged(run, step)
-    saved.clear(folder)
+    folder = checkpoints.staging_path(run, step)
+    checkpoints.make_empty(folder)
     write(folder, *PARTS, content=f"step {step}")
     if not (run / ROWS).exists():
         write(run, ROWS, content="rows")
-    files = saved.describe(folder, [folder / part for part in PARTS])
-    return saved.seal(folder, step, 2, "digest", files, saved.describe(run, [run / ROWS]))
+    files = checkpoints.checksums(folder, [folder / part for part in PARTS])
+    return checkpoints.seal(folder, step, 2, "digest", files, checkpoints.checksums(run, [run / ROWS]))
 
 
 def newest(run):
-    found = saved.newest(run).checkpoint
+    found = checkpoints.newest(run).checkpoint
     return found and found.step
 
 
@@ -65,11 +65,11 @@ def test_the_newest_whole_checkpoint_is_found_and_two_are_kept(tmp_path):
         make(tmp_path, step)
         assert newest(tmp_path) == step
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000004", "step-00000006"]
-    found = saved.newest(tmp_path).checkpoint
-    assert (found.ranks, found.settings, set(found.beside)) == (2, "digest", {ROWS})
+    found = checkpoints.newest(tmp_path).checkpoint
+    assert (found.ranks, found.settings, set(found.outside)) == (2, "digest", {ROWS})
     shutil.rmtree(found.folder)
     assert newest(tmp_path) == 4, "a folder that somebody removed is none"
-    assert saved.newest(tmp_path).damaged == ()
+    assert checkpoints.newest(tmp_path).damaged == ()
 
 
 class Killed(BaseException):
@@ -90,7 +90,7 @@ def kill_at(monkeypatch, number):
         return wrapped
 
     for owner, names in ((Path, ("mkdir", "rename", "write_text", "open", "unlink")), (os, ("fsync", "rmdir")),
-                         (saved, ("_sync",))):  # fmt: skip
+                         (checkpoints, ("_sync",))):  # fmt: skip
         for name in names:
             monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
     return left
@@ -106,11 +106,11 @@ def test_a_kill_at_any_moment_leaves_the_checkpoint_before_or_this_one(tmp_path,
             left = kill_at(patched, number)
             with contextlib.suppress(Killed):
                 make(run, 6)
-        found = saved.newest(run)
+        found = checkpoints.newest(run)
         assert found.checkpoint.step in (4, 6)
         assert not found.damaged, "what is not whole has no name that counts"
         reached.add(found.checkpoint.step)
-        saved.tidy(run)
+        checkpoints.remove_unfinished(run)
         assert not list((run / "checkpoints").glob("*.tmp"))
         make(run, 8)
         assert newest(run) == 8
@@ -128,43 +128,52 @@ def flip(file):
 
 
 DAMAGE = {
-    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-1]), r"has \d+ bytes, not \d+|is not as it was written"),
-    "longer": (lambda file: file.write_bytes(file.read_bytes() + b"\0"), r"has \d+ bytes|is not as it was written"),
-    "empty": (lambda file: file.write_bytes(b""), "has 0 bytes|is not as it was written"),
-    "flipped": (flip, "is not as it was written"),
+    "cut": (
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        r"has \d+ bytes, not \d+|has changed since it was written",
+    ),
+    "longer": (
+        lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+        r"has \d+ bytes|has changed since it was written",
+    ),
+    "empty": (lambda file: file.write_bytes(b""), "has 0 bytes|has changed since it was written"),
+    "flipped": (flip, "has changed since it was written"),
     "gone": (lambda file: file.unlink(), "is missing"),
-    "folder": (lambda file: (file.unlink(), file.mkdir()), "is not as it was written|cannot be read|bytes, not"),
+    "folder": (
+        lambda file: (file.unlink(), file.mkdir()),
+        "has changed since it was written|cannot be read|bytes, not",
+    ),
 }
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("part", [*PARTS, saved.MANIFEST, ROWS])
+@pytest.mark.parametrize("part", [*PARTS, checkpoints.MANIFEST, ROWS])
 def test_a_damaged_checkpoint_is_passed_over_in_words(part, how, tmp_path):
     make(tmp_path, 2)
     with_rows = make(tmp_path, 4)
     if part == ROWS:  # which only the newer one needs
-        manifest = json.loads((saved.place(tmp_path, 2) / saved.MANIFEST).read_text())
-        manifest["beside"] = {}
+        manifest = json.loads((checkpoints.path_of(tmp_path, 2) / checkpoints.MANIFEST).read_text())
+        manifest["outside"] = {}
         del manifest["checksum"]
-        saved._write_sealed(saved.place(tmp_path, 2) / saved.MANIFEST, manifest)
+        checkpoints._write_sealed(checkpoints.path_of(tmp_path, 2) / checkpoints.MANIFEST, manifest)
     damage, words = DAMAGE[how]
     damage(tmp_path / part if part == ROWS else with_rows / part)
-    found = saved.newest(tmp_path)
+    found = checkpoints.newest(tmp_path)
     assert found.checkpoint.step == 2
     (why,) = found.damaged
-    with pytest.raises(saved.CheckpointError, match=words):
-        saved.read(with_rows)
+    with pytest.raises(checkpoints.CheckpointError, match=words):
+        checkpoints.read(with_rows)
     (line,) = resume.words(found, tmp_path, is_new=False)
-    assert line == f"{why}, so it is passed over; resuming from the checkpoint of step 2"
+    assert line == f"{why}, so it is skipped; resuming from the checkpoint of step 2"
     assert line.startswith(f"step 4: {part} ")
     if part != ROWS:
         make(tmp_path, 3)
-        assert newest(tmp_path) == 3, "what was passed over is gone as soon as there is another"
+        assert newest(tmp_path) == 3, "what was skipped is removed as soon as there is another"
 
 
 def test_a_checkpoint_under_another_name_is_none(tmp_path):
-    make(tmp_path, 2).rename(saved.place(tmp_path, 9))
-    assert saved.newest(tmp_path).damaged == ("step 9: manifest.json is that of step 2",)
+    make(tmp_path, 2).rename(checkpoints.path_of(tmp_path, 9))
+    assert checkpoints.newest(tmp_path).damaged == ("step 9: manifest.json is that of step 2",)
 
 
 def test_what_is_no_leftover_of_the_runs_stays(tmp_path):
@@ -172,9 +181,9 @@ def test_what_is_no_leftover_of_the_runs_stays(tmp_path):
     left = ("step-00000004.tmp", "ray-0a1b2c3d")
     others = ("notes", "step-4.tmp", "step-00000004.tmp.bak", "ray-notes")
     for name in (*left, *others):
-        write(tmp_path / saved.FOLDER / name, "a/b")
-    saved.tidy(tmp_path)
-    assert sorted(os.listdir(tmp_path / saved.FOLDER)) == sorted(["step-00000002", *others])
+        write(tmp_path / checkpoints.FOLDER / name, "a/b")
+    checkpoints.remove_unfinished(tmp_path)
+    assert sorted(os.listdir(tmp_path / checkpoints.FOLDER)) == sorted(["step-00000002", *others])
 
 
 # --- which settings -----------------------------------------------------------------------------------------------
@@ -217,7 +226,7 @@ def test_what_is_changed_is_refused_by_name(field, begun):
     named = "task.options.min_terms" if field == "task.options" else field
     assert line.startswith(f"{named} = ")
     assert ": the run began with" in line
-    assert line.endswith("give that to go on, or another --output-dir for another run")
+    assert line.endswith("use that to continue it, or another --output-dir for a new run")
 
 
 def test_each_change_has_a_line_with_what_there_was(begun):
@@ -250,19 +259,19 @@ def test_every_pattern_of_what_may_change_is_a_field():
 def test_fewer_steps_than_were_made_and_other_ranks_are_refused(begun):
     lines = launch.refusals(begun(**{"rl.max_steps": 3, "cluster.learner_ranks": 1}), "rl_math")
     assert [line.split(":")[0] for line in lines] == ["cluster.learner_ranks = 1", "rl.max_steps = 3"]
-    assert "cut over 2 ranks; use 2" in lines[0]
+    assert "sharded over 2 ranks; use 2" in lines[0]
     assert "the run has made 4 steps" in lines[1]
 
 
 def test_all_checkpoints_damaged_is_a_refusal_and_none_at_all_a_new_beginning(begun, tmp_path, capsys):
-    folder = saved.place(tmp_path / "out", 4)
+    folder = checkpoints.path_of(tmp_path / "out", 4)
     (folder / "value.pt").unlink()
     (line,) = launch.refusals(begun(), "rl_math")
     assert line == (
-        f"resume = True: no checkpoint in {tmp_path / 'out' / 'checkpoints'} is whole (step 4: value.pt is missing); "
-        "put a copy of one there, or use --overwrite to begin anew"
+        f"resume = True: no checkpoint in {tmp_path / 'out' / 'checkpoints'} is intact (step 4: value.pt is missing); "
+        "restore one from a copy, or begin again with --overwrite"
     )
-    with pytest.raises(ConfigError, match="is whole"):
+    with pytest.raises(ConfigError, match="is intact"):
         launch.begin(begun(), "rl_math")
     assert folder.exists()
     shutil.rmtree(folder)
@@ -305,10 +314,10 @@ def test_another_model_under_the_same_path_is_refused(begun, model, change):
 def test_lost_settings_are_known_by_their_digest(begun, tmp_path, model):
     run = tmp_path / "out"
     recorded = json.loads((run / "config.json").read_text())
-    shutil.rmtree(saved.place(run, 4))
-    folder = saved.staged(run, 4)
-    saved.clear(folder)
-    saved.seal(folder, 4, 2, resume.digest(recorded), {}, {})
+    shutil.rmtree(checkpoints.path_of(run, 4))
+    folder = checkpoints.staging_path(run, 4)
+    checkpoints.make_empty(folder)
+    checkpoints.seal(folder, 4, 2, resume.digest(recorded), {}, {})
     (run / "config.json").unlink()
     changed = launch.refusals(begun(seed=5), "rl_math")
     assert "the settings are not those of" in changed[0]
@@ -391,7 +400,7 @@ def test_two_runs_in_one_folder_also_across_overwrite_and_without_locks(kind, tm
     try:
         write(folder, "model/weights", content="of the run at work")
         for how in ({}, {"resume": True}, {"overwrite": True}):
-            with pytest.raises(ConfigError, match="is at work there"):
+            with pytest.raises(ConfigError, match="is in progress there"):
                 claim(tiny(folder, **how), "rl_math")
         assert (folder / "model" / "weights").exists()
         assert not refusals(tiny(folder / "another"), "rl_math")
@@ -412,7 +421,7 @@ def test_a_lock_file_of_another_machine_is_believed_until_it_is_removed(tmp_path
     claim(tiny(tmp_path), "rl_math")
     (tmp_path / "run.lock").write_text("7 on elsewhere, since 5")
     (line,) = refusals(tiny(tmp_path, resume=True), "rl_math")
-    assert f"if it is gone, remove {tmp_path / 'run.lock'}" in line
+    assert f"if that process is gone, remove {tmp_path / 'run.lock'}" in line
     for stale in (f"7 on {socket.gethostname()}, since 5", f"{os.getpid()} on {socket.gethostname()}, since 5"):
         (tmp_path / "run.lock").write_text(stale)
         assert refusals(tiny(tmp_path, resume=True), "rl_math") == [], "a number that another process has by now"
@@ -428,7 +437,7 @@ def test_a_run_that_came_and_went_meanwhile_is_noticed(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(run_folder, "refusals", slowly)
-    with pytest.raises(ConfigError, match="another run was there a moment ago"):
+    with pytest.raises(ConfigError, match="another run used it a moment ago"):
         claim(tiny(tmp_path), "rl_math")
 
 
@@ -646,7 +655,7 @@ def both_ways(loop, config, folder, at):
                 loop(changed, report)
             except Killed:
                 assert end is not None
-            saved.tidy(folder / way)
+            checkpoints.remove_unfinished(folder / way)
             seen |= report.seen
         found.append((seen, folder / way / "model"))
     (straight, one), (resumed, other) = found
@@ -672,7 +681,7 @@ def test_pretraining_resumes_bit_for_bit(tmp_path, one_rank):
     flip(stage / "model.safetensors")
     report = Report()
     pretrain.train_loop(override(config, {"output_dir": str(tmp_path / "resumed")}), report)
-    assert report.lines == [f"{stage}: model.safetensors is not as it was written; the stage is made again"]
+    assert report.lines == [f"{stage}: model.safetensors has changed since it was written; the stage is made again"]
     for name in ("straight", "resumed"):
         model = (tmp_path / name / "model" / "model.safetensors").read_bytes()
         assert model == (tmp_path / "straight" / "model" / "model.safetensors").read_bytes()

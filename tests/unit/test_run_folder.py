@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cola_ray.runs import launch, run_folder
-from cola_ray.runs.run_folder import WRITES, claim, read_record, refusals, strangers, summary_of, write_json
+from cola_ray.runs.run_folder import WRITES, claim, read_record, refusals, summary_of, unknown_files, write_json
 from cola_ray.settings.config import ConfigError, override
 from cola_ray.settings.presets import preset
 
@@ -91,11 +91,11 @@ def test_a_finished_run_is_refused_with_the_choices(ours):
     before = fingerprint(ours)
     (line,) = refusals(settings(ours), "rl_math")
     assert line == (
-        f"output_dir = {str(ours)!r}: holds a finished run of rl_math, at step 80; use --resume to go on with it, "
-        "--overwrite to remove it and begin anew, or another --output-dir"
+        f"output_dir = {str(ours)!r}: holds a finished run of rl_math, at step 80; use --resume to continue it, "
+        "--overwrite to remove it and begin again, or another --output-dir"
     )
     assert "holds a run of rl_math, not of evaluate" in refusals(settings(ours, resume=True), "evaluate")[0]
-    assert "either resumed or begun anew" in refusals(settings(ours, resume=True, overwrite=True), "rl_math")[0]
+    assert "contradicts resume = True" in refusals(settings(ours, resume=True, overwrite=True), "rl_math")[0]
     assert refusals(settings(ours, resume=True), "rl_math") == []
     assert fingerprint(ours) == before
 
@@ -169,7 +169,7 @@ def test_a_run_at_work_is_left_alone(how, tmp_path):
     run = claim(settings(tmp_path), "rl_math")
     write(tmp_path, "checkpoints/learner/a", content="ours")
     before = fingerprint(tmp_path)
-    with pytest.raises(ConfigError, match=f"a run of rl_math is at work there, process {os.getpid()} on "):
+    with pytest.raises(ConfigError, match=f"a run of rl_math is in progress there, process {os.getpid()} on "):
         claim(settings(tmp_path, **how), "evaluate")
     assert fingerprint(tmp_path) == before
     run.end("stopped")
@@ -200,7 +200,7 @@ def test_a_run_that_somebody_put_into_a_sweep_is_not_lost(tmp_path):
     mine = claim(settings(tmp_path / "runs" / "mine"), "rl_math")
     write(tmp_path, "runs/mine/model/weights")
     mine.end("finished", 3)
-    assert strangers(tmp_path) == ["runs/mine/run.json"]
+    assert unknown_files(tmp_path) == ["runs/mine/run.json"]
     with pytest.raises(ConfigError, match=r"has runs/mine/run.json, which the run did not write"):
         claim(settings(tmp_path, overwrite=True), "sweep")
 
@@ -211,9 +211,9 @@ def test_runs_within_a_sweep_have_records_of_their_own(tmp_path):
     write(tmp_path, "runs/a/model/weights", content="ours")
     trial.end("finished", 3)
     sweep.end("finished")
-    assert strangers(tmp_path) == []
+    assert unknown_files(tmp_path) == []
     write(tmp_path, "runs/a/model/mine", "runs/a/notes.txt", "runs/mine.txt")
-    assert sorted(strangers(tmp_path)) == ["runs/a/model/mine", "runs/a/notes.txt", "runs/mine.txt"]
+    assert sorted(unknown_files(tmp_path)) == ["runs/a/model/mine", "runs/a/notes.txt", "runs/mine.txt"]
 
 
 FIELDS = ["model.path", "model.base", "data.path", "task.path", "q.path", "task.reward_model", "critic.encoder",
@@ -241,7 +241,7 @@ def test_a_model_is_not_removed_by_what_reads_it(ours):
     for how in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises(ConfigError):
             claim(settings(ours, **{"model.path": str(ours / "model")}, **how), "atlas")
-    assert "lies in what the run writes" in refusals(
+    assert "is among the files that the run writes" in refusals(
         settings(ours, overwrite=True, **{"model.path": str(ours / "model")}), "atlas"
     )[0]  # fmt: skip
     assert fingerprint(ours) == before
@@ -250,15 +250,18 @@ def test_a_model_is_not_removed_by_what_reads_it(ours):
 def test_another_programs_database_is_not_taken(tmp_path):
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         database.execute("create table mine (x)")
-    assert "is no database of MLflow; give --tracking-uri" in refusals(settings(tmp_path / "out"), "rl_math")[0]
+    assert "is not a database of MLflow; give --tracking-uri" in refusals(settings(tmp_path / "out"), "rl_math")[0]
     assert refusals(settings(tmp_path / "out", tracking_uri="sqlite:///x.db"), "rl_math") == []
     given = f"sqlite:///{tmp_path / 'mlflow.db'}"
     (line,) = refusals(settings(tmp_path / "out", tracking_uri=given), "rl_math")
     assert line.startswith(f"tracking_uri = {given!r}: ")
     within = f"sqlite:///{tmp_path / 'out' / 'model' / 'runs.db'}"
-    assert "lies in what the run writes" in refusals(settings(tmp_path / "out", tracking_uri=within), "rl_math")[0]
+    assert (
+        "is among the files that the run writes"
+        in refusals(settings(tmp_path / "out", tracking_uri=within), "rl_math")[0]
+    )
     (tmp_path / "mlflow.db").write_text("notes")
-    assert "is no database of MLflow" in refusals(settings(tmp_path / "out"), "rl_math")[0]
+    assert "is not a database of MLflow" in refusals(settings(tmp_path / "out"), "rl_math")[0]
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -138,7 +138,7 @@ def test_a_kernel_that_cannot_confine_runs_nothing(monkeypatch, tmp_path):
 
 
 def test_what_cannot_be_prepared_is_said():
-    with pytest.raises(NoSandboxError, match="not run: what they need could not be prepared: ModuleNotFoundError"):
+    with pytest.raises(NoSandboxError, match="not run: the sandbox's imports failed: ModuleNotFoundError"):
         Sandbox(prepare="import nothing_of_that_name").start()
 
 

@@ -291,8 +291,8 @@ COSTS = {
     "output that is none": ("sys.stdout = sys.stderr = 3; raise SystemExit(2)", ""),
     "closes everything": ("os.closerange(0, 300); raise SystemExit(2)", ""),
     "goes on where the server would": ("sys._getframe(1).f_globals['os']._exit = print; raise SystemExit(2)", ""),
-    "result that is too large": ("open('result', 'wb').write(bytes(1 << 17))", "its result is no plain file of"),
-    "result that is sparse": ("open('result', 'wb').truncate(8 << 20)", "its result is no plain file of"),
+    "result that is too large": ("open('result', 'wb').write(bytes(1 << 17))", "its result is not a plain file of"),
+    "result that is sparse": ("open('result', 'wb').truncate(8 << 20)", "its result is not a plain file of"),
 }  # fmt: skip
 
 
@@ -364,7 +364,7 @@ def test_results_of_odd_kinds_are_not_opened(tmp_path, kind):
             path.chmod(0)
         else:
             limits = replace(limits, result_kb=0)  # root reads everything; this is refused as well
-    with pytest.raises(_NoResultError, match="its result is no plain file of at most"):
+    with pytest.raises(_NoResultError, match="its result is not a plain file of at most"):
         list(_collect(tmp_path, ("result",), limits))
 
 

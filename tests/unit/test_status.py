@@ -58,7 +58,7 @@ def test_a_sweeps_runs_and_what_they_said(tmp_path):
     write(tmp_path / "runs" / "a", START, *STEPS, event("fail", 9, reason="a reward is NaN"))
     write(tmp_path / "runs" / "b", START, event("step", 0, version=0, **{"eval/accuracy": 0.5}), *STEPS)
     console = Console(width=160, record=True)
-    console.print(status.shown([status.read(folder) for folder in status.runs_of(tmp_path)]))
+    console.print(status.overview([status.read(folder) for folder in status.runs_of(tmp_path)]))
     text = console.export_text()
     assert "a: a reward is NaN" in text
     assert "3/10" in text
@@ -79,7 +79,7 @@ def test_steps_that_are_told_by_tens_are_ten(tmp_path):
     run = status.read(write(tmp_path, START, *some))
     assert run.seconds_per_step == pytest.approx(0.5)
     console = Console(width=160, record=True)
-    console.print(status.shown([run]))
+    console.print(status.overview([run]))
     assert "day" not in console.export_text(), "pre-training has no RL steps left"
 
 

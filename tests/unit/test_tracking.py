@@ -2,7 +2,7 @@
 
 import pytest
 
-from cola_ray.runs.tracking import plot_against_tokens, print_ways
+from cola_ray.runs.figures import plot_against_tokens, print_comparison
 
 WAYS = ("base", "greedy", "sample", "beam", "mcts", "mcts_q")
 FIGURES = {
@@ -14,7 +14,7 @@ FIGURES = {
 
 
 def test_a_table_in_a_log_has_every_digit(capsys):
-    print_ways("held out", dict.fromkeys(WAYS, FIGURES) | {"low": {"yield_low": 0.25}})
+    print_comparison("held out", dict.fromkeys(WAYS, FIGURES) | {"low": {"yield_low": 0.25}})
     said = capsys.readouterr().out
     assert said.count("0.812 (0.76..0.854)") == len(WAYS)
     assert "weighted_majority " in said

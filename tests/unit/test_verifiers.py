@@ -91,7 +91,7 @@ ATTACKS = {
         "import os\nclass Evil:\n    def __reduce__(self): return os.system, ('touch {marker}',)\n"
         "import pickle; b = pickle.dumps(Evil())\n"
         "for d in range(256):\n    try: os.write(d, len(b).to_bytes(4, 'big') + b)\n    except OSError: pass\n"
-        "answer = 0", "no JSON"),
+        "answer = 0", "not JSON"),
     "protocol: replies to later calls are written to every descriptor": (
         "import os\nfor d in range(3, 256):\n"
         "    for t in range(50):\n"
@@ -403,22 +403,22 @@ def written(raw, then=""):
 
 
 LIES = {
-    "a pickle": ("evil", "no JSON|too long|longer than|not a reply"),
-    "a pickle in a frame": (written(struct.pack("!i", 20) + pickle.dumps([1.0]) + b"\n"), "no JSON"),
-    "no JSON": (written(b"hello\n"), "no JSON"),
+    "a pickle": ("evil", "not JSON|too long|longer than|not a reply"),
+    "a pickle in a frame": (written(struct.pack("!i", 20) + pickle.dumps([1.0]) + b"\n"), "not JSON"),
+    "not JSON": (written(b"hello\n"), "not JSON"),
     "half a reply, then nothing": (written(b'[TOKEN, {"val', "hang"), "took longer than 2 s"),
     "half a reply, then the end": (written(b'[TOKEN, {"val', "exit"), "exit code 0"),
     "more than fits": ("flood", "more than 1048576 bytes"),
     "a line that is too long": (written(b"[" + b"1," * 30000, "exit"), "exit code 0"),
-    "lists within lists": (written(b"[" * 50000 + b"]" * 50000 + b"\n"), "no JSON|not a reply"),
+    "lists within lists": (written(b"[" * 50000 + b"]" * 50000 + b"\n"), "not JSON|not a reply"),
     "lists as deep as JSON goes": (
         written(b'[TOKEN, {"value": ' + b"[" * 900 + b"]" * 900 + b"}]\n"),
-        "no JSON|nested",
+        "not JSON|nested",
     ),
     "another call's token": (written(b'[1, {"value": 1.0}]\n'), "not a reply"),
     "two replies": (written(b'[TOKEN, {"value": 0.25}]\n'), ""),
     "a reply and a half": (written(b'[TOKEN, {"value": 0.25}]\n[TOKEN, {'), ""),
-    "an empty line": (written(b"\n"), "no JSON"),
+    "an empty line": (written(b"\n"), "not JSON"),
     "null": (written(b"null\n"), "not a reply"),
     "a number": (written(b"1.0\n"), "not a reply"),
     "no list": (written(b'{"token": TOKEN, "value": 1.0}\n'), "not a reply"),
@@ -430,12 +430,12 @@ LIES = {
     "infinity": (written(b'[TOKEN, {"value": -Infinity}]\n'), "returned -inf"),
     "1e999": (written(b'[TOKEN, {"value": 1e999}]\n'), "returned inf"),
     "a number of 4000 digits": (written(b'[TOKEN, {"value": ' + b"9" * 4000 + b"}]\n"), "returned 9999"),
-    "a number of 5000 digits": (written(b'[TOKEN, {"value": ' + b"9" * 5000 + b"}]\n"), "no JSON"),
+    "a number of 5000 digits": (written(b'[TOKEN, {"value": ' + b"9" * 5000 + b"}]\n"), "not JSON"),
     "text for a number": (written(b'[TOKEN, {"value": "1.0"}]\n'), "returned '1.0'"),
     "a list for a number": (written(b'[TOKEN, {"value": [1.0]}]\n'), r"returned \[1.0\]"),
-    "bytes that are no UTF-8": (written(b'[TOKEN, {"failure": "\xff\xfe"}]\n'), "no JSON"),
+    "bytes that are no UTF-8": (written(b'[TOKEN, {"failure": "\xff\xfe"}]\n'), "not JSON"),
     "surrogates": (written(b'[TOKEN, {"failure": "\\ud800\\u001b[2J"}]\n'), r"\? \[2J"),
-    "the connection closed": ("close", "closed its end|exit code"),
+    "the connection closed": ("close", "closed the connection|exit code"),
     "an object": ("object", "TypeError: value is object"),
     "nothing": ("none", "returned None"),
     "text": ("text", "returned '1.0'"),
@@ -506,7 +506,7 @@ def test_a_channel_carries_text_of_any_kind(pipe):
         Channel(-1, writing, 100).send(value)
         assert channel.receive(1.0) == value
         assert channel.silent()
-    with pytest.raises(ValueError, match="101 bytes are more than the 100"):
+    with pytest.raises(ValueError, match="a message of 101 bytes; at most 100"):
         Channel(-1, writing, 100).send("x" * 98)
 
 

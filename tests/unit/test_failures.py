@@ -26,7 +26,7 @@ from safetensors import safe_open
 from cola_ray.cli.arguments import from_command_line
 from cola_ray.learner.engine import CheckpointError
 from cola_ray.loop.workers import WorkerLostError
-from cola_ray.runs import ending, event_log
+from cola_ray.runs import event_log, explanations, failure
 from cola_ray.settings.config import ConfigError, RunFailedError
 
 SIGKILLED = (
@@ -104,23 +104,27 @@ def open_tensors(tmp):
 MEMORY = "use fewer processes, smaller batches or a smaller rollout.kv_cache_mb"
 CASES = [
     # Ray's actors
-    (died("Controller"), "the controller died without a word: killed, perhaps for memory, or crashed", ""),
-    (died("ReplayShard"), "a replay shard died without a word", ""),
-    (died("CriticService"), "a critic died without a word", ""),
+    (
+        died("Controller"),
+        "the controller died without an error message: it crashed, or was killed, perhaps for lack of memory",
+        "",
+    ),
+    (died("ReplayShard"), "a replay shard died without an error message", ""),
+    (died("CriticService"), "a critic died without an error message", ""),
     (died("RewardModel", "The actor died because its node has died."), "the reward model died with its machine", ""),
-    (died("AgentWorker", "The actor is dead because it was killed by `ray.kill`."), "a rollout worker was ended", ""),
-    (died("Mine"), "the process of Mine died without a word", ""),
+    (died("AgentWorker", "The actor is dead because it was killed by `ray.kill`."), "a rollout worker was killed", ""),
+    (died("Mine"), "the process of Mine died without an error message", ""),
     (
         died("Controller", "Task was killed due to the node running low on memory."),
-        "the controller was ended, since the machine ran out of memory",
+        "the controller was killed, since the machine ran out of memory",
         MEMORY,
     ),
     (
         died("Evaluator", "The actor is dead because its owner has died. Owner Id: 1"),
-        "the controller died with the process that had started it",
+        "the controller died with the process that started it",
         "",
     ),
-    (re.ActorDiedError(), "a process of the run died without a word", ""),
+    (re.ActorDiedError(), "a process of the run died without an error message", ""),
     (
         could_not_start("ValueError: max_model_len is 512"),
         "a rollout worker could not start: ValueError: max_model_len is 512",
@@ -134,13 +138,13 @@ CASES = [
     (
         re.ActorUnavailableError("The actor is temporarily unavailable", b"0" * 16),
         "a process of the run cannot be reached",
-        "see to the Ray cluster",
+        "check the Ray cluster",
     ),
     # Ray itself
-    (re.WorkerCrashedError(), "a process of the run crashed, or was killed, perhaps for memory", ""),
+    (re.WorkerCrashedError(), "a process of the run crashed, or was killed, perhaps for lack of memory", ""),
     (re.OutOfMemoryError("Memory on the node was 95 %"), "a machine ran out of memory", MEMORY),
-    (re.NodeDiedError("Node ab died"), "a machine of the Ray cluster died", "see to the Ray cluster"),
-    (re.LocalRayletDiedError(), "Ray's process on this machine (raylet) died", "see to the Ray cluster"),
+    (re.NodeDiedError("Node ab died"), "a machine of the Ray cluster died", "check the Ray cluster"),
+    (re.LocalRayletDiedError(), "Ray's process on this machine (raylet) died", "check the Ray cluster"),
     (re.ObjectLostError("ab" * 28, None, ""), "data in Ray's object store was lost", ""),
     (re.OwnerDiedError("ab" * 28, None, ""), "data in Ray's object store died with the process that made it", ""),
     (re.ObjectStoreFullError("full"), "Ray's object store is full", "give it more memory"),
@@ -149,34 +153,38 @@ CASES = [
     (
         re.RaySystemError("System error: Failed to connect to GCS at address 10.0.0.1:6379"),
         "the Ray cluster's head (GCS) does not answer",
-        "see to the Ray cluster",
+        "check the Ray cluster",
     ),
-    (re.RpcError("failed to connect to all addresses"), "the Ray cluster does not answer", "see to the Ray cluster"),
+    (re.RpcError("failed to connect to all addresses"), "the Ray cluster does not answer", "check the Ray cluster"),
     (
         ConnectionError("Failed to connect to GCS within 60 seconds"),
         "the Ray cluster's head (GCS) does not answer",
-        "see to the Ray cluster",
+        "check the Ray cluster",
     ),
     (
         ConnectionError("Failed to connect to Ray at address: http://127.0.0.1:8265."),
         "the Ray cluster does not answer",
-        "see to the Ray cluster",
+        "check the Ray cluster",
     ),
     (re.RuntimeEnvSetupError("pip failed"), "Ray could not set up the environment of the run's processes", ""),
-    (re.AuthenticationError("Invalid token"), "the Ray cluster did not take the token", "set RAY_AUTH_TOKEN"),
+    (re.AuthenticationError("Invalid token"), "the Ray cluster did not accept the token", "set RAY_AUTH_TOKEN"),
     (re.ActorUnschedulableError("infeasible"), "no machine of the Ray cluster can hold a process", "add machines"),
     # tasks: the innermost cause
     (in_task(ValueError("no problem to train on")), "no problem to train on", ""),
     (in_task(ValueError("no problem")).as_instanceof_cause(), "no problem", ""),
     (in_task(in_task(KeyError("answer"))), "KeyError: 'answer'", ""),
-    (in_task(died("ReplayShard")), "a replay shard died without a word", ""),
+    (in_task(died("ReplayShard")), "a replay shard died without an error message", ""),
     (in_task(os_error(errno.ENOSPC, "/data/x")), "no space is left on the disk of /data/x", "make room on it"),
     (in_task(RunFailedError("runs failed", "see them")), "runs failed", "see them"),
-    (ExceptionGroup("unhandled errors in a TaskGroup", [died("CriticService")]), "a critic died without a word", ""),
+    (
+        ExceptionGroup("unhandled errors in a TaskGroup", [died("CriticService")]),
+        "a critic died without an error message",
+        "",
+    ),
     # Ray Train
     (
         WorkerGroupError("…", {1: train.WorkerHealthCheckFailedError("failed", died("RayTrainWorker"))}),
-        "learner rank 1 died without a word",
+        "learner rank 1 died without an error message",
         "",
     ),
     (
@@ -187,7 +195,7 @@ CASES = [
                 1: train.WorkerHealthCheckFailedError("failed", died("RayTrainWorker")),
             },
         ),
-        "learner rank 1 died without a word",
+        "learner rank 1 died without an error message",
         "",
     ),
     (
@@ -211,13 +219,13 @@ CASES = [
     (os_error(errno.ENOSPC, "/data/x.pt"), "no space is left on the disk of /data/x.pt", "make room on it"),
     (os_error(errno.ENOSPC), "no space is left on the disk of the run", "make room on it"),
     (os_error(errno.EDQUOT, "/home/x"), "the quota on the disk of /home/x is used up", "make room on it"),
-    (os_error(errno.EROFS, "/ro/x"), "/ro/x is on a file system that cannot be written", "mount it for writing"),
-    (os_error(errno.EACCES, "/x"), "/x may not be read or written", "change its permissions"),
+    (os_error(errno.EROFS, "/ro/x"), "/ro/x is on a read-only file system", "mount it read-write"),
+    (os_error(errno.EACCES, "/x"), "no permission to read or write /x", "change its permissions"),
     (os_error(errno.EMFILE), "too many files are open", "raise the limit (ulimit -n 65536)"),
-    (os_error(errno.ENOENT, "/x/model"), "/x/model is gone", "do not remove"),
-    (os_error(errno.EAGAIN), "the system gives no more processes or memory", "raise the limit (ulimit -u)"),
+    (os_error(errno.ENOENT, "/x/model"), "/x/model is gone", "do not remove files"),
+    (os_error(errno.EAGAIN), "the system allows no more processes or memory", "raise the limit (ulimit -u)"),
     (os_error(errno.ENAMETOOLONG, "x" * 9), "the name xxxxxxxxx is too long", "give a shorter --output-dir"),
-    (os_error(errno.EIO, "/x"), "the disk of /x has a fault", "look at the disk"),
+    (os_error(errno.EIO, "/x"), "the disk of /x reports an I/O error", "check the disk"),
     (MemoryError(), "the machine is out of memory", MEMORY),
     (
         RuntimeError(
@@ -240,17 +248,17 @@ CASES = [
     ),
     (
         OSError("It looks like the config file at '/m/config.json' is not a valid JSON file."),
-        "/m/config.json is cut or damaged",
+        "/m/config.json is truncated or damaged",
         "copy it again",
     ),
     (subprocess.CalledProcessError(3, ["/usr/bin/nvcc", "x.cu"]), "the command nvcc failed with code 3", ""),
     (RecursionError("maximum recursion depth exceeded"), "something is nested too deeply", "see the traceback"),
-    (zipfile.BadZipFile("File is not a zip file"), "a file of tensors is cut or damaged", "copy it again"),
+    (zipfile.BadZipFile("File is not a zip file"), "a file of tensors is truncated or damaged", "copy it again"),
     # trackers
     (
         mlflow.exceptions.MlflowException("API request to http://h failed"),
         "MLflow failed: API request to http://h failed",
-        "see to the tracking server",
+        "check the tracking server",
     ),
     (
         mlflow.exceptions.MlflowException("(sqlite3.OperationalError) database is locked"),
@@ -270,12 +278,12 @@ CASES = [
             "111] Connection refused'))"
         ),
         "MLflow does not answer (connection refused)",
-        "see to the tracking server",
+        "check the tracking server",
     ),
     # our own, and what nobody expects
     (RunFailedError("the episodes failed", "look at your class"), "the episodes failed", "look at your class"),
     (WorkerLostError("a worker is gone"), "a worker is gone", ""),
-    (SystemExit(3), "a part of the run called for an exit: 3", ""),
+    (SystemExit(3), "a part of the run called sys.exit: 3", ""),
     (KeyError("reward"), "KeyError: 'reward'", ""),
     (AttributeError("'NoneType' object has no attribute 'x'"), "AttributeError: 'NoneType' object has no", ""),
     (TypeError(), "TypeError", ""),
@@ -284,7 +292,7 @@ CASES = [
 
 @pytest.mark.parametrize(("error", "what", "then"), CASES, ids=lambda case: type(case).__name__)
 def test_every_end_has_words(error, what, then):
-    said, step = ending.explain(error)
+    said, step = explanations.explain(error)
     assert said.startswith(what)
     assert step.startswith(then) if then else step == ""
     assert "\n" not in said
@@ -297,20 +305,20 @@ def test_every_end_has_words(error, what, then):
      (open_tensors, "")],
 )  # fmt: skip
 def test_files_that_were_cut_are_named(tmp_path, work, name):
-    said, step = ending.explain(caught(lambda: work(tmp_path)))
-    assert f"{tmp_path / name} is cut or damaged" in said if name else "tensors is cut or damaged" in said
+    said, step = explanations.explain(caught(lambda: work(tmp_path)))
+    assert f"{tmp_path / name} is truncated or damaged" in said if name else "tensors is truncated or damaged" in said
     assert step
 
 
 def test_a_failure_is_one_line_and_leaves_its_traceback_in_folder_and_log(tmp_path):
     def work():
-        with ending.in_words(tmp_path):
+        with failure.explained_failures(tmp_path):
             raise os_error(errno.ENOSPC, "/data/x")
 
     error = caught(work)
     assert isinstance(error, RunFailedError)
     assert str(error) == (
-        "no space is left on the disk of /data/x; make room on it; then the same command with --resume goes on from "
+        "no space is left on the disk of /data/x; make room on it; then the same command with --resume continues from "
         f"the last checkpoint (traceback in {tmp_path / 'error.txt'})"
     )
     told = (tmp_path / "error.txt").read_text()
@@ -323,7 +331,7 @@ def test_a_failure_is_one_line_and_leaves_its_traceback_in_folder_and_log(tmp_pa
 
 def test_it_is_told_once_however_many_places_it_passes(tmp_path):
     def work():
-        with ending.in_words(), ending.in_words(tmp_path), ending.in_words(tmp_path):
+        with failure.explained_failures(), failure.explained_failures(tmp_path), failure.explained_failures(tmp_path):
             raise died("Controller")
 
     assert str(caught(work)).count("traceback in") == 1
@@ -334,7 +342,7 @@ def test_without_a_folder_or_with_a_full_disk_the_traceback_is_elsewhere(tmp_pat
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def work(folder):
-        with ending.in_words(folder):
+        with failure.explained_failures(folder):
             raise TypeError("x")
 
     for folder in (None, tmp_path / "removed"):
@@ -349,16 +357,16 @@ def test_no_disk_at_all_still_leaves_the_line(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
 
     def work():
-        with ending.in_words(tmp_path / "removed"):
+        with failure.explained_failures(tmp_path / "removed"):
             raise TypeError("x")
 
-    assert str(caught(work)) == f"TypeError: x; {ending.RESUME}"
+    assert str(caught(work)) == f"TypeError: x; {failure.RESUME}"
 
 
 @pytest.mark.parametrize("error", [ConfigError("seed = -1: too small"), KeyboardInterrupt()])
 def test_refusals_and_stops_stay_what_they_are(tmp_path, error):
     def work():
-        with ending.in_words(tmp_path):
+        with failure.explained_failures(tmp_path):
             raise error
 
     assert caught(work) is error
@@ -394,12 +402,12 @@ def run(body, **options):
     ("body", "code", "line"),
     [
         ("pass", 0, ""),
-        ("raise TypeError('x')", 1, "the run failed: TypeError: x; the same command with --resume goes on"),
+        ("raise TypeError('x')", 1, "the run failed: TypeError: x; the same command with --resume continues"),
         ("raise ConfigError('seed = -1: too small; use 0')", 2, "seed = -1: too small; use 0"),
-        ("raise KeyboardInterrupt", 130, "stopped; the same command with --resume goes on from the last checkpoint"),
+        ("raise KeyboardInterrupt", 130, "stopped; the same command with --resume continues from the last checkpoint"),
         ("os.kill(os.getpid(), signal.SIGTERM)", 130, "stopped; the same command with --resume"),
         ("os.kill(os.getpid(), signal.SIGHUP)", 130, "stopped; the same command with --resume"),
-        ("raise SystemExit(5)", 1, "the run failed: a part of the run called for an exit: 5"),
+        ("raise SystemExit(5)", 1, "the run failed: a part of the run called sys.exit: 5"),
     ],
 )
 def test_the_terminal_has_one_line_and_the_code(tmp_path, body, code, line):
@@ -429,7 +437,7 @@ def test_help_and_readme_have_the_codes(capsys):
         from_command_line("rl_math", ["--help"])
     assert caught.value.code == 0
     (_, foot) = capsys.readouterr().out.split("How it ends, by exit code:")
-    assert [line.split()[0] for line in foot.strip().splitlines()] == [str(code) for code in ending.EXIT_CODES]
+    assert [line.split()[0] for line in foot.strip().splitlines()] == [str(code) for code in failure.EXIT_CODES]
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    for code in ending.EXIT_CODES:
+    for code in failure.EXIT_CODES:
         assert f"| {code} |" in readme
