@@ -1,7 +1,7 @@
-"""Text adventures: any z-machine file through Jericho, and games that TextWorld makes at a chosen difficulty.
+"""Text adventures: any z-machine file through Jericho, and games that TextWorld generates at a chosen difficulty.
 
-Both packages are optional (``make games``); Jericho's licence is the GPL-2.0. Rewards are the increments of the game's
-own score; an episode is cut after ``max_turns``, 50 as in the ArCHer paper's Detective (Zhou et al. 2024, section 5).
+Both packages are optional (``make games``); Jericho is licensed under the GPL-2.0. Rewards are increments of the game's
+own score; an episode is truncated after ``max_turns``, 50 as in the ArCHer paper's Detective (Zhou et al. 2024).
 """
 
 import base64
@@ -19,10 +19,11 @@ from cola_ray.tasks.environment import Dialogue, Replayed, Transition
 
 
 class Jericho:
-    """A z-machine game; its state is the machine's.
+    """A z-machine game; its state is that of the machine.
 
     Args:
         game: path of the file.
+        max_turns: after which an episode is truncated.
         skill: share of the demonstrations' steps that follow Jericho's walkthrough.
     """
 
@@ -30,7 +31,7 @@ class Jericho:
         import jericho
 
         if not Path(game).is_file():
-            raise ValueError(f"task.game = {game!r}: no such z-machine file")
+            raise ValueError(f"task.game = {game!r}: no such z-machine file; give the path of one")
         self.env = jericho.FrotzEnv(game)
         self.max_turns, self.skill, self.turn = max_turns, skill, 0
 
@@ -49,7 +50,7 @@ class Jericho:
         return f"\n{tidy(observation)}", float(reward), ended, cut, dict(info)
 
     def get_state(self) -> list[Any]:
-        """Turn and machine: memory and stack as base64, registers and the source of chance, the last text."""
+        """Return turn and machine: memory and stack as base64, registers and random state, the last text."""
         ram, stack, *registers, narrative = self.env.get_state()
         return [self.turn, *map(_packed, (ram.tobytes(), stack.tobytes(), narrative)), _plain(registers)]
 
@@ -60,7 +61,7 @@ class Jericho:
         self.env.set_state((*memory, *registers, base64.b64decode(narrative)))
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
-        """The walkthrough, now and then left for one of its own commands at the wrong place."""
+        """Return playthroughs of the walkthrough with some of its commands at the wrong place."""
         draw = random.Random(seed)
         commands = [command.lower() for command in self.env.get_walkthrough()]
         return [self._demonstration(draw, commands) for _ in range(count)]
@@ -81,13 +82,14 @@ class Jericho:
 
 
 class TextWorld(Replayed):
-    """Games of one of TextWorld's challenges, made as they are needed and kept for the process.
+    """Games of one of TextWorld's challenges, generated when they are needed and kept while the process lives.
 
     Args:
         challenge: tw-coin_collector, tw-treasure_hunter, tw-simple or tw-cooking.
-        level: of the first two, 1 to 300 and 1 to 30.
-        games: how many different ones there are; an episode's seed picks one.
-        skill: share of the demonstrations' steps that follow the way to win.
+        level: 1 to 300 for tw-coin_collector, 1 to 30 for tw-treasure_hunter.
+        games: number of different games; an episode's seed picks one.
+        max_turns: after which an episode is truncated.
+        skill: share of the demonstrations' steps that follow the winning commands.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class TextWorld(Replayed):
 
 
 class _TextWorldGames:
-    """The challenge in gymnasium's signature."""
+    """A challenge's games with gymnasium's signature."""
 
     def __init__(self, challenge: str, level: int, games: int) -> None:
         import textworld.challenges
@@ -171,18 +173,18 @@ def _packed(content: bytes) -> str:
 
 
 def _plain(registers: Sequence[Any]) -> list[Any]:
-    """Integers, without ctypes and NumPy."""
+    """Return the registers as plain integers, without ctypes and NumPy."""
     return [_plain(one) if isinstance(one, tuple | list) else int(one) for one in registers]
 
 
 def first_line(utterance: str) -> str:
-    """What is typed: games take one line."""
+    """Return the first line, since games take one line of input."""
     lines = utterance.strip().splitlines()
     return lines[0].strip() if lines else ""
 
 
 def tidy(feedback: str) -> str:
-    """The game's text without banners, status line and prompt, one blank line at most between paragraphs."""
+    """Return the game's text without banners, status line, prompt and blank lines, followed by a prompt."""
     lines = [line.rstrip() for line in feedback.splitlines()]
     words = [line for line in lines if not line.startswith(">") and not re.fullmatch(r"[\s$\\_|/]+", line)]
     return re.sub(r"\n{2,}", "\n", "\n".join(words)).strip() + "\n> "

@@ -1,12 +1,12 @@
-"""From words to token ids, in one place: what is trained on, asked and judged is tokenised alike.
+"""Prompts and responses as token ids: one place for training, rollouts and reward models, so that all tokenise alike.
 
     chat = ChatTokenizer(tokenizer, "2026-01-31")
-    chat.prompt_ids("3 + 4 =")                               # a question, or a conversation with its roles
-    chat.text_ids("some text")                               # nothing added
-    chat.exchange_ids(prompt, response)                        # a finished exchange
+    chat.prompt_ids("3 + 4 =")               # a question, or a conversation with its roles
+    chat.text_ids("some text")               # the text alone
+    chat.exchange_ids(prompt, response)      # a prompt with its complete response
 
-Control tokens come from the chat template and the tokenizer alone. One that somebody typed, ``<|im_end|>`` in a
-question say, is tokenised as the characters that it consists of.
+Control tokens come from the chat template and the tokenizer alone. One that a user typed, such as ``<|im_end|>`` in a
+question, is tokenised as ordinary characters.
 """
 
 import itertools
@@ -29,7 +29,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def as_prompt(value: object) -> Prompt:
-    """A column's value: text, or chat messages with plain-text contents, of which only role and content are kept.
+    """Read a column's value: text, or chat messages with text contents, of which only role and content are kept.
 
     Raises:
         ValueError: it is neither.
@@ -42,10 +42,10 @@ def as_prompt(value: object) -> Prompt:
 
 
 def as_question(value: object) -> Prompt:
-    """A prompt that asks something: as :func:`as_prompt`, and not blank. Raises ValueError."""
+    """Read a prompt like :func:`as_prompt`; raises ValueError if it is blank, too."""
     prompt = as_prompt(value)
     if not (prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)).strip():
-        raise ValueError(f"{str(value)[:80]!r} asks nothing; text or chat messages are wanted")
+        raise ValueError(f"{str(value)[:80]!r} asks nothing; text or chat messages are expected")
     return prompt
 
 
@@ -53,9 +53,9 @@ def _as_message(value: object) -> dict[str, str]:
     if not isinstance(value, Mapping) or value.get("role") not in ROLES:
         raise ValueError(f"{str(value)[:80]!r} is no chat message: one has a role ({', '.join(ROLES)}) and a content")
     if value.get("tool_calls"):
-        raise ValueError("a chat message has tool_calls, which are not read here; leave such rows out")
+        raise ValueError("a chat message has tool_calls, which are not supported; leave such rows out")
     content = value.get("content")
-    if isinstance(content, Sequence) and not isinstance(content, str):  # parts, as OpenAI's interface has them
+    if isinstance(content, Sequence) and not isinstance(content, str):  # parts, as in OpenAI's API
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else None
@@ -65,7 +65,7 @@ def _as_message(value: object) -> dict[str, str]:
 
 
 def as_text(prompt: Prompt) -> str:
-    """A prompt to show, to compare and to checksum: a question by itself, a conversation with its roles."""
+    """Return a prompt as text, to show, compare or checksum: a question by itself, a conversation with its roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and prompt[0]["role"] == "user":
@@ -74,7 +74,7 @@ def as_text(prompt: Prompt) -> str:
 
 
 def followed_by(prompt: Prompt, text: str) -> Prompt:
-    """The prompt with ``text`` at the end of its last message from a user."""
+    """Return the prompt with ``text`` appended to its last user message."""
     if isinstance(prompt, str):
         return prompt + text
     last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=len(prompt) - 1)
@@ -84,14 +84,15 @@ def followed_by(prompt: Prompt, text: str) -> Prompt:
 
 
 class ChatTokenizer:
-    """A tokenizer's way to ids.
+    """Turns prompts and responses into ids.
 
-    With a chat template, prompts are conversations and the template says what begins a text. Without one, a prompt is
-    its text after the token that the tokenizer begins texts with, if it does; roles are written out.
+    With a chat template, prompts are conversations, and the template adds what begins a text. Without one, a prompt is
+    its text, with roles written out, after the BOS token if the tokenizer uses one.
 
     Args:
-        date: YYYY-MM-DD, which a template is given that shows a date; else prompts would change from day to day.
-            Empty: today.
+        tokenizer: of the model.
+        date: YYYY-MM-DD, shown by templates that show a date, since prompts would otherwise change from day to day;
+            "" for today.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: str) -> None:
@@ -103,19 +104,19 @@ class ChatTokenizer:
         self._control_ids = set(tokenizer.convert_tokens_to_ids(sorted(control))) - {tokenizer.unk_token_id}
         empty = tokenizer("")["input_ids"]
         self.begin: list[int] = list(empty[:1]) if empty and empty[0] == tokenizer.bos_token_id else []
-        """What texts begin with where there is no template: [BOS] or nothing."""
+        """Ids that texts begin with if there is no template: [BOS] or nothing."""
 
     @property
     def end(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
     def text_ids(self, text: str) -> list[int]:
-        """The text alone, without any control token."""
+        """Return the ids of the text, without any control token."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         typed = [*self._control.finditer(text)] if self._control_ids.intersection(ids) else []
         if not typed:
             return ids
-        # A vocabulary of whole words finds the token even so: it is cut after its first character.
+        # A vocabulary of whole words finds the control token even so, so the text is cut after its first character.
         cuts = [0, *(match.start() + 1 for match in typed), len(text)]
         return [
             i for start, end in itertools.pairwise(cuts)
@@ -123,10 +124,10 @@ class ChatTokenizer:
         ]  # fmt: skip
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Up to where the model's answer begins; a last message from the assistant is one that the model goes on with.
+        """Return the ids up to where the response begins; if the last message is the assistant's, it is continued.
 
         Raises:
-            ValueError: the template does not take this conversation.
+            ValueError: the template refuses this conversation.
         """
         messages = _messages(prompt)
         if self.tokenizer.chat_template:
@@ -138,11 +139,11 @@ class ChatTokenizer:
         return [*self.begin, *self.text_ids(text)]
 
     def response_ids(self, response: str) -> list[int]:
-        """What follows a prompt, to its end."""
+        """Return the ids of a response and the end token."""
         return [*self.text_ids(response), self.end]
 
     def exchange_ids(self, prompt: Prompt, response: str) -> list[int]:
-        """A prompt with its response, as a reward model reads them."""
+        """Return the ids of a prompt with its response, as a reward model reads them."""
         if self.tokenizer.chat_template:
             messages = _messages(prompt)
             if messages[-1]["role"] == "assistant":
@@ -154,13 +155,13 @@ class ChatTokenizer:
     # --- the template ---------------------------------------------------------------------------------------------
 
     def _conversation_ids(self, messages: Sequence[Message], **options: bool) -> list[int]:
-        """As ``apply_chat_template`` has them, but for control tokens that a message's content spells out."""
+        """Tokenise as ``apply_chat_template`` does, except that control tokens within contents become characters."""
         whole = "".join(message["content"] for message in messages)
         if not self._control.search(whole):
             text = self._render(messages, **options)
             ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids
-        # Marks stand for what was typed while the template's own tokens are found.
+        # Placeholders hide what was typed while the template's own control tokens are found.
         mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in whole)
         typed: list[str] = []
 
@@ -179,20 +180,20 @@ class ChatTokenizer:
         return found
 
     def _render(self, messages: Sequence[Message], **options: bool) -> str:
-        """The template's text; a system message that it refuses or drops goes before the first message of the user."""
+        """Render the template; a system message that it refuses or drops is put before the first user message."""
         try:
             text = self._apply(messages, **options)
             if messages[0]["role"] != "system" or messages[0]["content"].strip() in text:
                 return text
         except jinja2.TemplateError as error:
             if messages[0]["role"] != "system" or len(messages) == 1:
-                raise ValueError(f"the chat template does not take this conversation: {error}") from None
+                raise ValueError(f"the chat template refuses this conversation: {error}") from None
         system, first, *rest = messages
         folded = {"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}
         try:
             return self._apply([folded, *rest], **options)
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template does not take this conversation: {error}") from None
+            raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
     def _apply(self, messages: Sequence[Message], **options: bool) -> str:
         return str(

@@ -1,4 +1,4 @@
-"""A CSV file with a header, as columns of text and of numbers; every fault with its row and its field."""
+"""CSV files with a header, as columns of text and of numbers; errors name row and field."""
 
 import csv
 import math
@@ -11,13 +11,14 @@ _MISSING = {"", "na", "n/a", "#n/a", "nan", "null", "none", "-nan"}
 
 
 def read_columns(path: str, field: str) -> dict[str, list[str]]:
-    """Cells by their column's name; "" where a value is missing.
+    """Return cells by the name of their column; "" if a value is missing.
 
     Args:
-        field: the setting that ``path`` was given in, for the message.
+        path: of the file.
+        field: the setting that ``path`` comes from, for messages.
 
     Raises:
-        ValueError: it is no such file; names row and field, both as they count from 1 without the header.
+        ValueError: it is not a valid CSV file; names row and field, counted from 1 without the header.
     """
     try:
         header, rows = _read(Path(path))
@@ -29,22 +30,22 @@ def read_columns(path: str, field: str) -> dict[str, list[str]]:
 
 
 def as_numbers(cells: Sequence[str], name: str) -> np.ndarray:
-    """(N,) float64: NaN where one is missing among numbers; of text, the number of its value in sorted order.
+    """Return (N,) float64: numbers, with NaN for missing ones; for text, the index of its value in sorted order.
 
     Raises:
-        ValueError: a number that is not finite; begins with its row and its column's ``name``.
+        ValueError: a number is not finite; begins with its row and the column's ``name``.
     """
     numbers = [_number(cell) for cell in cells]
     if None in numbers or not any(cells):
         return np.unique(np.array(cells), return_inverse=True)[1].astype(float)
     for row, (cell, number) in enumerate(zip(cells, numbers, strict=True), 1):
         if number is not None and math.isinf(number):
-            raise ValueError(f"row {row}, field {name}: {cell[:40]} is no finite number; mend or empty it")
+            raise ValueError(f"row {row}, field {name}: {cell[:40]} is not a finite number; fix or empty it")
     return np.array(numbers, float)
 
 
 def _number(cell: str) -> float | None:
-    """None for text."""
+    """Return the cell's number, NaN if it is empty, None for text."""
     try:
         return float(cell) if cell and "_" not in cell else math.nan if not cell else None
     except ValueError:
@@ -62,11 +63,11 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
                 if len(row) != len(header):
                     many = "" if len(header) > 1 else "; columns are separated by commas"
                     raise ValueError(
-                        f"row {number}: {len(row)} cells, and the header has {len(header)}{many}; mend or remove it"
+                        f"row {number}: {len(row)} cells, and the header has {len(header)}{many}; fix or remove it"
                     )
                 rows.append(["" if cell.strip().lower() in _MISSING else cell.strip() for cell in row])
         except csv.Error as error:
-            raise ValueError(f"row {number + 1}: not CSV ({error}); mend or remove it") from None
+            raise ValueError(f"row {number + 1}: not CSV ({error}); fix or remove it") from None
     if not rows:
         raise ValueError("no rows below the header; one or more are needed")
     return header, rows
@@ -74,10 +75,10 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
 
 def _check_header(header: Sequence[str]) -> None:
     if not header:
-        raise ValueError("empty; a line of columns' names and rows below it are wanted")
+        raise ValueError("empty; a header with the names of columns, and rows below it, are expected")
     for place, name in enumerate(header, 1):
         if not name:
-            raise ValueError(f"the header's column {place} has no name; give it one")
+            raise ValueError(f"column {place} of the header has no name; give it one")
         if header.index(name) + 1 < place:
             raise ValueError(f"field {name}: there are two columns of this name; rename one")
 

@@ -1,12 +1,12 @@
-"""ETPO's task: write scikit-learn code for a table, see its score or its error, try again (Wen et al. 2024, section 5).
+"""ETPO's task: write scikit-learn code for a table, see its score or error, try again (Wen et al. 2024, section 5).
 
-    utterance ─> code ─> 5 splits, each in a sandbox of its own:
-                             model = ...; fit on the one half, probabilities for the other ─> plain numbers
+    utterance ─> code ─> 5 splits, each in a sandbox run of its own:
+                             model = ...; fit on one half, probabilities for the other half ─> plain numbers
                             │ fails: reward -1, the error is the observation, next turn            v
-                            └─────────────── reward: mean ROC AUC, the episode ends <─── scored out here
+                            └─────────────── reward: mean ROC AUC, the episode ends <─── scored outside the sandbox
 
-The labels of the half that is predicted never enter the sandbox, and no other split's do, so that a score cannot be
-made up. Whoever knows a bundled table by heart knows no label either: its rows are drawn anew (:meth:`Table.splits`).
+The labels of the half that is predicted never enter the sandbox, nor do those of other splits, so a program cannot look
+up its score. Nor does it help to know a bundled table by heart: its rows are drawn anew (:meth:`Table.splits`).
 """
 
 import hashlib
@@ -27,18 +27,18 @@ from cola_ray.tasks.environment import Dialogue, Transition
 
 Array = np.ndarray
 BUNDLED = ("breast_cancer", "wine", "digits", "iris")
-"""Classification tables that scikit-learn brings along."""
+"""Classification tables that come with scikit-learn."""
 NUM_SPLITS = 5
 FAILED = -1.0
 _DISTRIBUTIONS = ("scikit-learn", "pandas", "pyarrow")
-# Once, before any program: the imports, and what a first prediction asks of the system that programs cannot.
+# Runs once, before any program: the imports, and a first prediction, which makes system calls that programs must not.
 _PREPARE = """
 import sklearn.discriminant_analysis, sklearn.ensemble, sklearn.impute, sklearn.naive_bayes, sklearn.neighbors
 import pandas, sklearn.neural_network, sklearn.pipeline, sklearn.svm
 sklearn.neighbors.KNeighborsClassifier(1, algorithm="brute").fit([[0.0], [1.0]], [0, 1]).predict([[0.0]])
 """
 
-# In the sandbox; the answer is a file of its own, so that errors name its lines.
+# Runs in the sandbox. The answer is a file of its own, so that errors name its lines.
 _PROGRAM = """
 import numpy as np
 from sklearn.base import clone
@@ -54,13 +54,13 @@ if found.shape != shape:
     raise ValueError(f"expected probabilities of shape {shape}, got {found.shape}")
 found.astype("<f8").tofile("probabilities")
 """
-_TOLD = 300
-"""Characters of an error that are told, at most."""
+_MAX_ERROR_LENGTH = 300
+"""Characters of an error message that the agent is shown."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One half of a table's rows to fit on (n, F) with its classes (n,), and one to predict (m, F) with its (m,)."""
+    """Half of a table's rows to fit on, (n, F) with classes (n,), and half to predict, (m, F) with classes (m,)."""
 
     seen: Array
     labels: Array
@@ -77,38 +77,39 @@ class Table:
     x: Array
     y: Array
     public: bool = False
-    """Whether its rows and labels are known outside, so that only rows drawn anew have labels that are not."""
+    """Whether rows and labels are publicly known, so that rows must be drawn anew to have unknown labels."""
 
     def shuffled(self, seed: int, key: str = "") -> "Table":
-        """With its columns in another order."""
+        """Return the table with its columns in another order."""
         order = _chance(key, self.name, seed, "columns").permutation(len(self.columns))
         return replace(self, columns=tuple(self.columns[i] for i in order), x=self.x[:, order])
 
     def splits(self, seed: int, key: str = "") -> list[Split]:
-        """``NUM_SPLITS`` random halves, every class on both sides; rows of a public table are drawn anew for each.
+        """Return ``NUM_SPLITS`` random halvings, every class on both sides; for public tables, of newly drawn rows.
 
-        A drawn row of class c is ``mu_c + (r_i + g) / sqrt(2)``: r_i is what sets the i-th row of that class apart from
-        the class's mean mu_c, and g is Gaussian with the covariance of all rows' r. So means, and the covariance within
-        classes, are the table's own, while no row is one of its rows or of another split's.
+        A drawn row of class c is ``mu_c + (r_i + g) / sqrt(2)``: r_i is the difference between the i-th row of that
+        class and the class's mean mu_c, and g is Gaussian with the covariance of all rows' r. So means, and the
+        covariance within classes, are the table's own, while no row equals one of the table's or of another split's.
         """
         from sklearn.model_selection import StratifiedShuffleSplit
 
         splits = []
         for number in range(NUM_SPLITS):
             chance = _chance(key, self.name, seed, number)
-            x = self._drawn(chance) if self.public else self.x
+            x = self._drawn_rows(chance) if self.public else self.x
             halves = StratifiedShuffleSplit(1, test_size=0.5, random_state=int(chance.integers(2**32)))
             ((seen, unseen),) = halves.split(x, self.y)
             splits.append(Split(x[seen], self.y[seen], x[unseen], self.y[unseen]))
         return splits
 
-    def _drawn(self, chance: np.random.Generator) -> Array:
+    def _drawn_rows(self, chance: np.random.Generator) -> Array:
         means = np.stack([self.x[self.y == label].mean(0) for label in range(self.y.max() + 1)])[self.y]
-        apart = self.x - means
-        gaussian = chance.normal(size=(len(apart), len(apart))) @ apart / np.sqrt(len(apart))
-        return means + (apart + gaussian) / np.sqrt(2)
+        residuals = self.x - means
+        gaussian = chance.normal(size=(len(residuals), len(residuals))) @ residuals / np.sqrt(len(residuals))
+        return means + (residuals + gaussian) / np.sqrt(2)
 
     def describe(self) -> str:
+        """Return the opening observation."""
         shown = ", ".join(self.columns[:6]) + (", ..." if len(self.columns) > 6 else "")
         size = f"{len(self.x)} rows, {len(self.columns)} columns ({shown}), {self.y.max() + 1} classes"
         return f"Table {self.name}: {size}.\nWrite Python code that sets model to a scikit-learn classifier.\n"
@@ -119,17 +120,18 @@ def _chance(*of: object) -> np.random.Generator:
 
 
 class DataScience:
-    """One table an episode.
+    """One table per episode.
 
     Args:
-        dataset: one of :data:`BUNDLED`, or "all" for one of them by the episode's seed.
-        path: a CSV file instead, with a header.
-        target: its column to predict.
-        rows: of a table, at most; the first ones of a fixed shuffle.
-        seconds: of CPU that an attempt may use; a quarter more of wall time.
-        skill: share of the demonstrations' attempts that run.
-        key: enters all that is drawn. A program that knows this file and the table can draw what an episode's seed
-            draws, labels and all; with a key of the run's own it cannot.
+        dataset: one of :data:`BUNDLED`, or "all", from which the episode's seed chooses one.
+        path: a CSV file with a header, instead of a bundled table.
+        target: the file's column to predict.
+        max_turns: attempts per episode.
+        rows: most rows of a table; the first ones of a fixed shuffle are used.
+        seconds: CPU seconds of an attempt; its wall time may be a quarter more.
+        skill: share of the demonstrations' attempts that run without an error.
+        key: mixed into all random draws. A program that knows this file and the table could repeat the draws of an
+            episode's seed, labels included; with a key of the run's own it cannot.
     """
 
     def __init__(
@@ -146,13 +148,13 @@ class DataScience:
         names = BUNDLED if dataset == "all" else (dataset,)
         self.tables = [read_csv(path, target, rows)] if path else [bundled(name, rows) for name in names]
         self.max_turns, self.skill, self.key, self.turn, self.seed = max_turns, skill, key, 0, 0
-        # Stopped before an environment's deadline (task.reward_timeout_s): a slow program costs its reward alone.
+        # Below an environment's deadline (task.reward_timeout_s), so that a slow program costs only its own reward.
         self.sandbox = Sandbox(Limits(wall_s=1.25 * seconds, cpu_s=seconds), _PREPARE, _DISTRIBUTIONS)
         self.sandbox.start()
 
     @property
     def table(self) -> Table:
-        """The episode's."""
+        """The episode's table."""
         return self.tables[self.seed % len(self.tables)].shuffled(self.seed, self.key)
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
@@ -161,12 +163,12 @@ class DataScience:
 
     def step(self, utterance: str) -> Transition:
         self.turn += 1
-        score, told = self.attempt(code_in(utterance))
+        score, message = self.attempt(code_in(utterance))
         ended = score != FAILED
-        return f"\n{told}\n", score, ended, self.turn >= self.max_turns and not ended, {"score": score}
+        return f"\n{message}\n", score, ended, self.turn >= self.max_turns and not ended, {"score": score}
 
     def attempt(self, code: str) -> tuple[float, str]:
-        """Reward and what is told of one answer."""
+        """Return the reward of an attempt, and the message that the agent sees."""
         left, scores = self.sandbox.limits, []
         for split in self.table.splits(self.seed, self.key):
             ran = self.sandbox.run(_PROGRAM, _files(code, split), ("probabilities",), left)
@@ -184,7 +186,7 @@ class DataScience:
         self.seed, self.turn = state
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
-        """Attempts by somebody who often forgets an import; each is run once a table, in the sandbox."""
+        """Return attempts by a player who often forgets an import; each distinct one is run once per table."""
         draw, known = random.Random(seed), dict[tuple[int, str], tuple[float, str]]()
         dialogues = []
         for _ in range(count):
@@ -198,8 +200,8 @@ class DataScience:
                 )
                 if (self.seed, code) not in known:
                     known[self.seed, code] = self.attempt(code)
-                score, told = known[self.seed, code]
-                turns.append((code, f"\n{told}\n"))
+                score, message = known[self.seed, code]
+                turns.append((code, f"\n{message}\n"))
                 if score != FAILED:
                     break
             dialogues.append(Dialogue(opening, tuple(turns)))
@@ -219,7 +221,7 @@ _CLASSIFIERS = (
 
 
 def code_in(utterance: str) -> str:
-    """The first fenced block, or all of it where there is none.
+    """Return the first fenced block, or the whole utterance if there is none.
 
     Example: "Here:\\n```python\\nx = 1\\n```" -> "x = 1\\n".
     """
@@ -228,7 +230,7 @@ def code_in(utterance: str) -> str:
 
 
 def bundled(name: str, rows: int) -> Table:
-    """One of scikit-learn's own tables; ValueError for an unknown one."""
+    """Load one of scikit-learn's own tables; ValueError for an unknown one."""
     from sklearn import datasets
 
     if name not in BUNDLED:
@@ -242,9 +244,10 @@ def bundled(name: str, rows: int) -> Table:
 
 
 def read_csv(path: str, target: str, rows: int) -> Table:
-    """A CSV file's columns as numbers, text as the number of its value in sorted order; rows without a target left out.
+    """Read a CSV file's columns as numbers, text as the index of its value in sorted order; drop rows without a target.
 
-    Raises ValueError where the file is no table, has no such column, or nothing to tell apart.
+    Raises:
+        ValueError: the file is not a table, has no such column, or has no classes to tell apart.
     """
     table = read_columns(path, "task.path")
     if target not in table:
@@ -273,7 +276,7 @@ def _some_rows(name: str, columns: Sequence[str], x: Array, y: Array, rows: int)
 
 
 class _NoScoreError(Exception):
-    """Why an attempt has none, as its agent is told."""
+    """An attempt has no score; the message for the agent says why."""
 
 
 def _files(code: str, split: Split) -> dict[str, bytes]:
@@ -286,7 +289,7 @@ def _files(code: str, split: Split) -> dict[str, bytes]:
 
 
 def _probabilities(ran: ProgramResult, split: Split) -> Array:
-    """What a program left for the unseen rows, (m, C); _NoScoreError where that is no distribution."""
+    """Return a program's probabilities for the unseen rows, (m, C); _NoScoreError if they are not a distribution."""
     if not ran.succeeded:
         lines = ran.output.strip().splitlines()
         raise _NoScoreError(ran.stopped or (lines[-1] if lines else f"exit code {ran.returncode}"))
@@ -301,11 +304,11 @@ def _probabilities(ran: ProgramResult, split: Split) -> Array:
 
 
 def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text)[:_TOLD]
+    return "".join(character if character.isprintable() else " " for character in text)[:_MAX_ERROR_LENGTH]
 
 
 def _auc(y: Array, probabilities: Array) -> float:
-    """One against the rest where there are more than two classes."""
+    """Return the ROC AUC; with more than two classes, the mean over one class against the rest."""
     from sklearn.metrics import roc_auc_score
 
     if probabilities.shape[1] == 2:

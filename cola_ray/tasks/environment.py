@@ -1,10 +1,10 @@
-"""What a multi-turn environment offers: gymnasium's signature with text on both sides, and a state to save.
+"""The protocol of multi-turn environments: gymnasium's signature with text on both sides, and a state to save.
 
     observation, info = env.reset(seed=7)
     observation, reward, terminated, truncated, info = env.step("Is it alive?")
 
-``terminated``: the episode ended by its own rules; ``truncated``: a limit cut it, and what would have followed still
-has a value. ``observation`` is only what is new since the last utterance; the transcript is kept by whoever plays.
+``terminated``: the episode ended by its own rules. ``truncated``: a limit cut it, and what would have followed still
+has a value. ``observation`` holds only what is new since the last utterance; the caller keeps the transcript.
 """
 
 from collections.abc import Sequence
@@ -12,55 +12,56 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 HELD_OUT = 1 << 30
-"""Evaluation's seeds start here, training's at 0; NumPy takes none from 2^32 on, and games in C none from 2^31."""
+"""Evaluation's seeds begin here, training's at 0. Games in C take no seeds from 2^31 on, NumPy none from 2^32 on."""
 
 Transition = tuple[str, float, bool, bool, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """An episode that somebody else played, to clone: ``opening``, then (utterance, observation) in turn."""
+    """An episode to clone, played by someone else: ``opening``, then (utterance, observation) pairs."""
 
     opening: str
     turns: tuple[tuple[str, str], ...]
 
 
 class Environment(Protocol):
-    """One episode at a time; whoever wants several makes several.
+    """Plays one episode at a time.
 
-    A class may have an attribute ``stop``: strings that end an utterance, beside the end tokens.
+    A class may have an attribute ``stop``: strings that end an utterance, in addition to the end tokens.
     """
 
     max_turns: int
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        """A new episode, which the seed decides wholly."""
+        """Begin an episode that the seed determines entirely; return (observation, info)."""
         ...
 
     def step(self, utterance: str) -> Transition:
-        """A reward is at most ``protocol.LARGEST_REWARD`` either way; a larger one, or NaN, fails the episode."""
+        """Take a turn. A reward beyond ``protocol.LARGEST_REWARD``, either way, or NaN fails the episode."""
         ...
 
     def get_state(self) -> Any:
-        """Data from which ``set_state`` goes on, in another process too.
+        """Return data from which ``set_state`` can continue, also in another process.
 
-        Numbers, text, true, false, None, and lists and dicts of them with text for keys; tuples come back as lists. As
-        JSON it has 4 MB at most.
+        Numbers, text, true, false, None, and lists and dicts of these with text as keys; tuples come back as lists. At
+        most 4 MB as JSON.
         """
         ...
 
     def set_state(self, state: Any) -> None: ...
 
     def demonstrations(self, count: int, seed: int) -> Sequence[Dialogue]:
-        """Episodes to clone, not necessarily played well; empty where there are none."""
+        """Return episodes to clone, not necessarily played well; [] if there are none."""
         ...
 
 
 class Replayed:
-    """Any gymnasium-style text environment as an :class:`Environment`: its state is its seed and what was said.
+    """Any gymnasium-style text environment as an :class:`Environment`, whose state is the seed and the utterances.
 
     Args:
-        env: has ``reset(seed=...)`` and ``step(text)`` as gymnasium's environments do, and is deterministic.
+        env: has gymnasium's ``reset(seed=...)`` and ``step(text)``, and is deterministic.
+        max_turns: after which an episode is truncated.
     """
 
     def __init__(self, env: Any, max_turns: int) -> None:

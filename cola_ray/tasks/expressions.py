@@ -2,8 +2,9 @@ r"""Answers that are expressions rather than numbers: found in a response, compa
 
     response ─> last \boxed{}, else the last formula ─> both numbers? compared exactly ─> else math-verify, with limits
 
-math-verify hands expressions to SymPy, which computes towers of powers without end. What could grow so is compared as
-text alone, and math-verify's own time limits are on wherever its signals can be used, in a process's main thread.
+math-verify hands expressions to SymPy, which would compute towers of powers forever. Expressions that could grow like
+that are compared as text only. math-verify's own time limits are also used wherever its signals work, which is in a
+process's main thread.
 """
 
 import re
@@ -14,15 +15,15 @@ from cola_ray.tasks.final_answer import last_box, own_parts
 from cola_ray.tasks.numerals import number_in
 
 MAX_LENGTH = 1000
-"""Characters of an expression that is compared as more than text."""
+"""Characters of an expression; longer ones are compared as text only."""
 _SECONDS = 3
-_EXPANDED = 50  # largest product of exponents that is multiplied out
+_EXPANDED = 50  # largest product of exponents that is multiplied out in canonical texts
 
 
 def final_expression(response: str) -> str | None:
-    r"""The expression that a response commits to, as LaTeX: in its last ``\boxed{}``, or its last formula or number.
+    r"""Return the LaTeX expression that a response commits to: its last ``\boxed{}``, or its last formula or number.
 
-    What comes after an invented next question does not count. None where there is nothing, or the box is empty.
+    What follows an invented next question does not count. None if there is no expression, or the box is empty.
     """
     for part in own_parts(response):
         box, tail = last_box(part), part[-MAX_LENGTH:]
@@ -35,7 +36,7 @@ def final_expression(response: str) -> str | None:
 
 
 def same_expression(gold: str, answer: str | None) -> bool:
-    """Whether two pieces of LaTeX have the same value; nothing equals None."""
+    """Whether two pieces of LaTeX have the same value; False if ``answer`` is None."""
     if answer is None or not gold.strip():
         return False
     numbers = number_in(gold, latex=True, bare=True), number_in(answer, latex=True, bare=True)
@@ -52,7 +53,7 @@ def same_expression(gold: str, answer: str | None) -> bool:
 
 
 def canonical(expression: str) -> str:
-    """One text for expressions of the same value, as far as SymPy's evaluation and multiplying out show it."""
+    """Return one text for expressions of equal value, as far as SymPy's evaluation and expansion show it."""
     number = number_in(expression, latex=True, bare=True)
     if number is not None:
         return str(number)
@@ -66,12 +67,12 @@ def canonical(expression: str) -> str:
     try:
         value = found[0].doit()
         return str(sympy.expand(value) if _growth(expression) <= _EXPANDED else value)
-    except Exception:  # SymPy has no class for what it cannot do
+    except Exception:  # SymPy raises errors of any class for what it cannot do
         return str(found[0])
 
 
 def _parsed(text: str) -> list[Any]:
-    """math-verify's reading: an expression and its text, or less."""
+    """Parse with math-verify: [expression, its text], or less."""
     from math_verify import parse
 
     return parse(text, parsing_timeout=_limit())
@@ -90,15 +91,15 @@ def _compact(text: str) -> str:
 
 
 def _may_grow(text: str) -> bool:
-    """Whether evaluating this could take more than a moment."""
+    """Whether evaluating this expression could take long."""
     nested = sum(text.count(bracket) for bracket in "({[")
     return len(text) > MAX_LENGTH or nested > 100 or _growth(text) > 100_000
 
 
 def _growth(text: str) -> int:
-    """The product of all numbers in exponents, and of those whose factorial or binomial is taken.
+    """Return the product of all numbers in exponents, and of those whose factorial or binomial is taken.
 
-    10^9 stands for towers: a number raised to a power, or a factorial, within an exponent or another factorial.
+    ``_TOWER`` stands for towers: a power or a factorial within an exponent or another factorial.
     """
     plain = re.sub(r"\s|\\left|\\right", "", text).replace("**", "^")
     product = 1
@@ -123,7 +124,7 @@ _TOWER = 10**9
 
 
 def _exponent(text: str, start: int) -> str:
-    """What stands behind a ^: a group in braces or parentheses, or digits, and a further ^ with its own."""
+    """Return what follows a ^: a group in braces or parentheses, or digits, and a further ^ with its own exponent."""
     opened = re.match(r"-?[{(]", text[start : start + 2])
     if opened is None:
         found = re.match(r"-?(?:\d+|.)?(?:\^.)?", text[start:])

@@ -1,30 +1,32 @@
-r"""The answer that a response commits to.
+r"""The number that a response commits to.
 
-    response ─> own part ─> marked text, else last number ─> numerals.py ─> Fraction
+    response ─> its own part ─> marked text, else the last number ─> numerals.py ─> Fraction
 
 A response's own part ends where it invents a next question ("Question:", "Problem 2:", "Human:" at the start of a
-line). In it count, in this order:
+line). Within it, these count, in this order:
 
-1. The first line after ``####``: a response ends with it, and whatever follows is a next problem of the model's own
-   making. A heading (``#### Step 1: ...`` with text below) is no answer.
-2. The last ``\boxed{}``: intermediate results are boxed too, the final one last (as Hendrycks et al. and Minerva read).
+1. The first line after ``####``, since a response ends with it and what follows is a next problem of the model's own
+   making. A heading (``#### Step 1: ...`` with text below) is not an answer.
+2. The last ``\boxed{}``: intermediate results may be boxed, too, and the final one comes last (as in Hendrycks et al.
+   and Minerva).
 3. What follows the last "answer is" or "answer:", if it begins with a number.
-4. The last number of the text, if it stands for itself: of ``3:30``, ``5 hours and 30 minutes``, ``5 to 6``,
-   ``10% of 50``, ``not 5`` and ``twice 5`` nothing is read.
+4. The last number of the text, if it stands for itself: nothing is read from ``3:30``, ``5 hours and 30 minutes``,
+   ``5 to 6``, ``10% of 50``, ``not 5`` or ``twice 5``.
 
-A mark decides: what is marked and cannot be read is not replaced by some other number of the text.
+A mark decides: if marked text cannot be read, no other number of the text takes its place.
 
-Reading takes time linear in the length of the response, whatever it says.
+Reading takes time linear in the length of the response, whatever that contains.
 """
 
 import re
 from fractions import Fraction
 
-from cola_ray.tasks.numerals import begins_with_number, is_heading, last_digit, latex_argument, number_at, number_in
+from cola_ray.tasks.number_tokens import latex_argument
+from cola_ray.tasks.numerals import begins_with_number, is_heading, last_digit, number_at, number_in
 
 
 def final_number(response: str) -> Fraction | None:
-    """The number that a response commits to; None where there is none, or more than one way to read it.
+    """Return the number that a response commits to; None if there is none, or it can be read in several ways.
 
     Example: "48 + 24, so #### 72 clips" -> 72.
     """
@@ -39,7 +41,7 @@ def final_number(response: str) -> Fraction | None:
 
 
 def last_box(response: str) -> str | None:
-    r"""What the last ``\boxed{}`` holds, braces balanced; "" where it is empty or never closed, None without a box.
+    r"""Return the content of the last ``\boxed{}``, braces balanced; "" if empty or never closed, None without a box.
 
     Example: r"\boxed{1} or \boxed{\frac{1}{2}}" -> r"\frac{1}{2}".
     """
@@ -52,7 +54,7 @@ def last_box(response: str) -> str | None:
 
 
 def own_parts(response: str) -> list[str]:
-    """The response cut before each question that it invents; its own part is the first that answers anything."""
+    """Cut the response before each question that it invents; its own part is the first one that answers anything."""
     beginning = len(response) - len(response.lstrip())
     cuts = [found.start() for found in _NEXT_QUESTION.finditer(response) if found.start() > beginning]
     return [response[start:end] for start, end in zip([0, *cuts], [*cuts, len(response)], strict=True)]
@@ -70,7 +72,7 @@ _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|\Z)")
 
 
 def _marked(part: str) -> tuple[str, bool] | None:
-    """The text that a mark points to, and whether it is LaTeX; None without a mark."""
+    """Return the text that a mark points to, and whether it is LaTeX; None if there is no mark."""
     last = len(part.rstrip())
     for mark in _MARK.finditer(part):
         found = _LINE.search(part, mark.end())

@@ -1,12 +1,12 @@
-"""Answers that reasoning-gym's verifiers would hand to ``eval``, read as what they are: arithmetic, formulas, lists.
+"""Safe parsers for answers that reasoning-gym's verifiers would pass to ``eval``: arithmetic, formulas, lists.
 
     countdown, puzzle24                          arithmetic("(3 + 4) * 2")            Fraction(14)
     integration, polynomials                     formula("3*x**2 + C")                an expression of SymPy
     matrices, strings, queens                    literal("[[1, 0], [0, 1]]")          lists of numbers and text
 
-:func:`read_instead_of_executing` puts these where the verifiers look for ``eval`` and ``parse_expr``; SymPy's own
-``parse_expr`` evaluates its text as Python. All of them go through ``ast``, take a short list of kinds of node, and
-raise ValueError at any other. What could grow is bounded before it is computed.
+:func:`read_instead_of_executing` replaces ``eval`` and ``parse_expr`` in the verifiers by these; SymPy's own
+``parse_expr`` would evaluate its text as Python. All of them parse with ``ast``, accept a short list of node types, and
+raise ValueError for any other. Sizes are checked before anything that could grow is computed.
 """
 
 import ast
@@ -20,10 +20,10 @@ from typing import Any
 
 MAX_LENGTH = 4000
 """Characters of an answer."""
-_DEPTH = 50
-_DIGITS = 100  # of a number that is written down
+_DEPTH = 50  # of nesting
+_DIGITS = 100  # of a number in the answer
 _BITS = 4096  # of a power of numbers
-_POWER = 100  # of a power of symbols
+_POWER = 100  # exponent of a power of symbols
 _FUNCTIONS = (
     "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
     "exp", "log", "ln", "sqrt", "Abs",
@@ -35,40 +35,41 @@ _PLAIN: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 
 def arithmetic(text: str) -> Fraction:
-    """The exact value of whole numbers joined by + - * / ** and parentheses. Raises ValueError.
+    """Return the exact value of whole numbers joined by + - * / ** and parentheses. Raises ValueError.
 
-    Other ways to write a number, 1e2 or 0x64, would be no number used to verifiers that look for digits.
+    Other ways to write numbers, such as 1e2 or 0x64, are refused: verifiers that look for digits would miss them.
     """
     if not re.fullmatch(r"[0-9\s+*/()-]+", text):
-        raise ValueError("not whole numbers, + - * / and parentheses alone")
+        raise ValueError("expected only whole numbers, + - * / and parentheses")
     return _number(_tree(text), 0)
 
 
 def whole(text: str) -> Fraction:
-    """:func:`arithmetic` whose value is an integer: what is rounded to 24 is not 24. Raises ValueError."""
+    """Return the value of :func:`arithmetic` if that is an integer: 24.1 must not pass as 24. Raises ValueError."""
     value = arithmetic(text)
     if value.denominator != 1:
-        raise ValueError(f"{value} is no integer")
+        raise ValueError(f"{value} is not an integer")
     return value
 
 
 def literal(text: str) -> Any:
-    """Numbers, text, true, false and None, and lists and tuples of them. Raises ValueError."""
+    """Return numbers, text, true, false, None, or lists and tuples of these. Raises ValueError."""
     return _literal(_tree(text), 0)
 
 
 def formula(text: str, local_dict: Mapping[str, Any] | None = None) -> Any:
-    """An expression of SymPy: arithmetic with symbols and elementary functions. Raises ValueError.
+    """Return a SymPy expression of arithmetic, symbols and elementary functions. Raises ValueError.
 
     Args:
-        local_dict: symbols by their names, as ``sympy.parse_expr`` takes them.
+        text: the expression.
+        local_dict: symbols by their names, as for ``sympy.parse_expr``.
     """
     return _formula(_tree(text), local_dict or {}, 0)
 
 
 def read_instead_of_executing() -> None:
-    """From here on reasoning-gym's verifiers evaluate no answer, in this process."""
-    for name, (old, new) in _INSTEAD.items():
+    """Make reasoning-gym's verifiers in this process parse answers with this module rather than evaluate them."""
+    for name, (old, new) in _REPLACEMENTS.items():
         module = importlib.import_module(f"reasoning_gym.{name}")
         if "." not in old:
             setattr(module, old, new)
@@ -80,7 +81,7 @@ def read_instead_of_executing() -> None:
         setattr(module, package, ours)
 
 
-_INSTEAD: dict[str, tuple[str, Callable[..., Any]]] = {
+_REPLACEMENTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "games.countdown": ("parse_expr", arithmetic),
     "games.puzzle24": ("parse_expr", whole),
     "games.n_queens": ("eval", literal),
@@ -114,13 +115,13 @@ def _number(node: ast.expr, depth: int) -> Fraction:
             return _number(operand, depth + 1)
         case ast.BinOp(left=left, op=op, right=right):
             return _joined(op, _number(left, depth + 1), _number(right, depth + 1))
-    raise ValueError(f"{type(node).__name__} is no arithmetic")
+    raise ValueError(f"{type(node).__name__} is not arithmetic")
 
 
 def _written(value: object) -> Fraction:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{type(value).__name__} is no number")
-    if abs(value) >= 10**_DIGITS:  # infinity, too
+        raise ValueError(f"{type(value).__name__} is not a number")
+    if abs(value) >= 10**_DIGITS:  # including infinity
         raise ValueError(f"more than {_DIGITS} digits")
     return Fraction(str(value))
 
@@ -135,7 +136,7 @@ def _joined(op: ast.operator, left: Fraction, right: Fraction) -> Fraction:
             bits = max(left.numerator.bit_length(), left.denominator.bit_length())
             if bits * abs(right.numerator) <= _BITS:
                 return Fraction(left ** int(right))
-    raise ValueError(f"{type(op).__name__} of these numbers is not computed")
+    raise ValueError(f"{type(op).__name__} of these numbers is not supported")
 
 
 def _literal(node: ast.expr, depth: int) -> Any:
@@ -154,7 +155,7 @@ def _literal(node: ast.expr, depth: int) -> Any:
             return [_literal(one, depth + 1) for one in elements]
         case ast.Tuple(elts=elements):
             return tuple(_literal(one, depth + 1) for one in elements)
-    raise ValueError(f"{type(node).__name__} is no list of numbers and text")
+    raise ValueError(f"{type(node).__name__} is not a list of numbers and text")
 
 
 def _formula(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
@@ -180,7 +181,7 @@ def _formula(node: ast.expr, names: Mapping[str, Any], depth: int) -> Any:
             return getattr(sympy, name)(_formula(argument, names, depth + 1))
         case ast.BinOp(left=left, op=op, right=right):
             return _combined(op, _formula(left, names, depth + 1), _formula(right, names, depth + 1))
-    raise ValueError(f"{type(node).__name__} is no part of a formula")
+    raise ValueError(f"{type(node).__name__} is not part of a formula")
 
 
 def _combined(op: ast.operator, left: Any, right: Any) -> Any:
@@ -191,11 +192,11 @@ def _combined(op: ast.operator, left: Any, right: Any) -> Any:
             return left / right
         case ast.Pow() if _may_be_raised(left, right):
             return left**right
-    raise ValueError(f"{type(op).__name__} of these is not computed")
+    raise ValueError(f"{type(op).__name__} of these is not supported")
 
 
 def _may_be_raised(base: Any, exponent: Any) -> bool:
-    """Whether a power has few digits, or few factors; what SymPy leaves as it stands costs nothing."""
+    """Whether a power has few digits or few factors; what SymPy leaves unevaluated costs nothing."""
     if not exponent.is_Rational:
         return True
     if base.is_Rational:

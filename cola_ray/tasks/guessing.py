@@ -1,8 +1,8 @@
-"""Twenty Questions and Guess My City: find a hidden thing by asking; the answers come from tables, offline.
+"""Twenty Questions and Guess My City: find a hidden thing by asking; answers come from tables, without any service.
 
 Rewards and limits are those of the ArCHer paper (Zhou et al. 2024, section 5): -1 for every question, 0 for the one
-that names the hidden thing, twenty questions. Unlike its environments, a name of several words can win, and running out
-of questions truncates an episode instead of terminating it.
+that names the hidden thing, twenty questions. Unlike in the paper's environments, a name of several words can win, and
+running out of questions truncates an episode rather than terminating it.
 """
 
 import functools
@@ -26,7 +26,7 @@ REFUSAL = "I can't tell you the name of my city."
 
 @dataclass(frozen=True)
 class Thing:
-    """An object or a city: every name it goes by, and what is true of it."""
+    """An object or a city: its names, and what is true of it."""
 
     names: tuple[str, ...]
     attributes: Mapping[str, str]
@@ -42,10 +42,10 @@ class GuessingGame:
     """The rules that both games share.
 
     Args:
-        things: one of them is hidden.
+        things: of which one is hidden.
         oracle: answers questions.
         opening: the first observation.
-        answered_yes: the winning question must also be answered "Yes.".
+        answered_yes: whether the answer to the winning question must also be "Yes.".
     """
 
     max_turns = MAX_TURNS
@@ -64,7 +64,7 @@ class GuessingGame:
         self.turn += 1
         won = names(question, self.hidden) and (answer == "Yes." or not self.answered_yes)
         if not self.answered_yes and any(word_of(name, answer) for name in self.hidden.names):
-            answer = REFUSAL  # an oracle that tells the name tells nothing else
+            answer = REFUSAL  # an oracle whose answer gives away the name tells nothing at all
         out_of_turns = self.turn >= self.max_turns and not won
         return f"{answer}\n", 0.0 if won else -1.0, won, out_of_turns, {}
 
@@ -83,8 +83,10 @@ class TwentyQuestions(GuessingGame):
     """157 objects of 17 categories; answers are "Yes.", "No." or "Invalid Question.".
 
     Args:
-        objects: play with this many of them, spread over the categories; all by default.
-        skill: share of the demonstrations' questions that are well chosen; 0.3 returns about -17, the paper's start.
+        objects: how many of them to play with, spread over the categories; by default all.
+        skill: share of the demonstrations' questions that are well chosen; 0.3 gives returns of about -17, as in the
+            paper.
+        oracle: answers questions; by default the table.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class TwentyQuestions(GuessingGame):
         self.skill = skill
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
-        """By a player who now and then asks what splits the rest in half, and otherwise anything not asked before."""
+        """Return games of a player who sometimes asks what halves the candidates, and else anything not asked yet."""
         draw = random.Random(seed)
         return [self._demonstration(draw) for _ in range(count)]
 
@@ -120,8 +122,8 @@ class TwentyQuestions(GuessingGame):
             turns.append((utterance, answer))
             if terminated or truncated:
                 return Dialogue(opening, tuple(turns))
-            told = answer.strip() == "Yes."
-            left = [thing for thing in left if self._fits(thing, utterance, attribute, told)]
+            is_yes = answer.strip() == "Yes."
+            left = [thing for thing in left if self._fits(thing, utterance, attribute, is_yes)]
 
     def _good_question(self, left: list[Thing], phrasing: Mapping[str, str], draw: random.Random) -> tuple[str, str]:
         splits = {a: sum(a in thing.attributes for thing in left) for a in phrasing}
@@ -132,12 +134,12 @@ class TwentyQuestions(GuessingGame):
         attribute = draw.choice(best)
         return phrasing[attribute], attribute
 
-    def _fits(self, thing: Thing, utterance: str, attribute: str, told: bool) -> bool:
-        return (attribute in thing.attributes if attribute else names(utterance, thing)) == told
+    def _fits(self, thing: Thing, utterance: str, attribute: str, is_yes: bool) -> bool:
+        return (attribute in thing.attributes if attribute else names(utterance, thing)) == is_yes
 
 
 def table_oracle(hidden: Thing, question: str) -> str:
-    """From the table: a question names an object or asks for an attribute, else it is invalid."""
+    """Answer from the table; a question must name an object or ask for an attribute, or it is invalid."""
     known, _ = phrases()
     words = _words(question)
     negated = not {"not", "isn't", "doesn't", "can't"}.isdisjoint(words)
@@ -165,7 +167,7 @@ CITY_QUESTIONS = {
     "sight": ("What is your city famous for?", "Visitors come to see {}."),
     "capital": ("Is your city a capital?", "{}"),
 }
-CITY_WORDS = {  # the first field with a word in the question answers
+CITY_WORDS = {  # the first field that has a word in the question is answered
     "capital": ("capital",),
     "language": ("language", "speak", "spoken"),
     "food": ("food", "dish", "eat", "cuisine", "restaurant"),
@@ -178,14 +180,14 @@ CITY_WORDS = {  # the first field with a word in the question answers
 
 
 class GuessCity(GuessingGame):
-    """91 cities; answers are sentences. Naming the city wins, whatever the answer."""
+    """91 cities; answers are sentences. A question that names the city wins, whatever its answer."""
 
     def __init__(self, skill: Share = 0.5, oracle: Oracle | None = None) -> None:
         super().__init__(cities_table(), oracle or city_oracle, "Where are you from?\n", False)
         self.skill = skill
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
-        """By a player who asks at random, and guesses among the cities that fit the answers as ``skill`` says."""
+        """Return games of a player who asks at random; a share ``skill`` of guesses fits the answers so far."""
         draw = random.Random(seed)
         return [self._demonstration(draw) for _ in range(count)]
 
@@ -210,6 +212,7 @@ class GuessCity(GuessingGame):
 
 
 def city_oracle(hidden: Thing, question: str) -> str:
+    """Answer from the table of cities, by the first field that the question asks for."""
     if _named(_words(question)):
         return "Yes." if names(question, hidden) else "No."
     for field, asked in CITY_WORDS.items():
@@ -228,12 +231,12 @@ def _as_answer(field: str, value: str) -> str:
 
 
 class ChatOracle:
-    """Answers by any OpenAI-compatible endpoint; the key comes from OPENAI_API_KEY, the address from OPENAI_BASE_URL.
+    """Answers by an OpenAI-compatible endpoint; the key comes from OPENAI_API_KEY, the address from OPENAI_BASE_URL.
 
     Args:
-        model: the endpoint's name of it.
-        instruction: with {name} for the hidden thing.
-        fixed: the only answers there may be; anything else becomes the last of them.
+        model: its name at the endpoint.
+        instruction: the system message, with {name} for the hidden thing.
+        fixed: the only answers allowed; any other answer becomes the last of them.
     """
 
     def __init__(self, model: str, instruction: str, fixed: Sequence[str] = ()) -> None:
@@ -253,12 +256,12 @@ class ChatOracle:
 
 
 def nearest_answer(answer: str, fixed: Sequence[str]) -> str:
-    """The fixed answer whose words the answer begins with, or else the last of them.
+    """Return the fixed answer whose words the answer begins with, or else the last fixed answer.
 
     Example: "**No**, it is not." -> "No."; "Not a question." -> "Invalid Question.".
     """
-    said = _words(answer)
-    return next((one for one in fixed if said[: len(_words(one))] == _words(one)), fixed[-1])
+    given = _words(answer)
+    return next((one for one in fixed if given[: len(_words(one))] == _words(one)), fixed[-1])
 
 
 # --- tables and words -----------------------------------------------------------------------------------------------
@@ -287,7 +290,7 @@ def cities_table() -> tuple[Thing, ...]:
 
 @functools.cache
 def phrases() -> tuple[dict[str, set[str]], dict[str, str]]:
-    """Phrase -> attributes it asks for; attribute -> the plain question for it."""
+    """Return {phrase: attributes that it asks for} and {attribute: the plain question for it}."""
     known: dict[str, set[str]] = {}
     plain: dict[str, str] = {}
     for thing in objects_table():
@@ -325,7 +328,7 @@ _SMALL_WORDS = {"a", "an", "the", "some"}
 
 @functools.lru_cache(maxsize=4096)
 def _words(text: str) -> tuple[str, ...]:
-    """Lower case, without punctuation, articles and the plural's s."""
+    """Split into words in lower case, without punctuation, articles and the plural s."""
     found = re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text.lower().replace("-", " ").replace("\u2019", "'"))
     return tuple(
         word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
@@ -335,7 +338,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _named(words: Sequence[str]) -> set[str]:
-    """First names of what the last words name; the longest name counts: a bedside table is no table."""
+    """Return the first names of what the last words name. The longest name counts: a bedside table is not a table."""
     endings = (" ".join(words[-length:]) for length in range(4, 0, -1))
     return next((_all_names()[ending] for ending in endings if ending in _all_names()), set())
 

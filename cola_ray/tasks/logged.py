@@ -1,4 +1,4 @@
-"""Answers that `cola_ray evaluate` logged, as its rows have them: a problem each, with all of its responses."""
+"""Responses that `cola_ray evaluate` has logged: one problem per row, with all of its responses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from cola_ray.tasks.rows import Row, cell, shown
 
 @dataclass(frozen=True)
 class LoggedAnswer:
-    """One response of L tokens. Actions that another response's rollout chose are -1."""
+    """One response of L tokens; an action is -1 where another response's rollout chose it."""
 
     prompt_ids: Sequence[int]
     token_ids: Sequence[int]  # (L,)
@@ -19,7 +19,7 @@ class LoggedAnswer:
 
 
 def logged(row: Row) -> list[LoggedAnswer]:
-    """A problem's responses, without those whose last actions nobody recorded, or that the verifier could not score.
+    """Return a problem's responses, except those whose last action was not recorded or whose scoring failed.
 
     Raises:
         ValueError: names the field that is missing or wrong.
@@ -33,20 +33,21 @@ def logged(row: Row) -> list[LoggedAnswer]:
         if len(found) != len(tokens):
             raise ValueError(f"field {name}: {len(found)} responses, and token_ids has {len(tokens)}; log them again")
     answers = []
-    for number, (said, taken, reward, failure) in enumerate(zip(tokens, actions, rewards, failures, strict=True), 1):
-        if len(said) != len(taken):
-            raise ValueError(f"field actions: response {number} has {len(taken)}, and {len(said)} tokens; log it again")
+    numbered = enumerate(zip(tokens, actions, rewards, failures, strict=True), 1)
+    for number, (ids, taken, reward, failure) in numbered:
+        if len(ids) != len(taken):
+            raise ValueError(f"field actions: response {number} has {len(taken)}, and {len(ids)} tokens; log it again")
         if failure or not taken or taken[-1] < 0:
             continue
         if why := not_a_reward(reward):
             raise ValueError(f"field rewards: response {number} has {why:.90}; leave it out")
-        answers.append(LoggedAnswer(prompt, said, taken, float(reward)))
+        answers.append(LoggedAnswer(prompt, ids, taken, float(reward)))
     return answers
 
 
 def _list(value: object) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{shown(value)}; a list with an entry a response is wanted")
+        raise ValueError(f"{shown(value)}; a list with one entry per response is expected")
     return value
 
 
@@ -55,7 +56,7 @@ def _ids(least: int) -> Callable[[object], list[int]]:
         found = _list(value)
         for one in found:
             if not isinstance(one, int) or isinstance(one, bool) or not least <= one < 1 << 31:
-                raise ValueError(f"{shown(one)} in a list of ids; whole numbers from {least} on are wanted")
+                raise ValueError(f"{shown(one)} in a list of ids; whole numbers from {least} on are expected")
         return found
 
     return read

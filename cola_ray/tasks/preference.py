@@ -1,4 +1,4 @@
-"""Prompts that no verifier can score: what a response is worth, a reward model says.
+"""Prompts without verifiable answers: a reward model scores the responses.
 
 rows of prompt, chosen, rejected ─┬─> pairs to train a reward model on (learner/reward_model.py)
                                   ├─> demonstrations: the chosen responses
@@ -18,6 +18,8 @@ from cola_ray.tasks.rows import Row, cell, open_rows, read_rows
 
 @dataclass(frozen=True)
 class Pair:
+    """A prompt with a better and a worse response."""
+
     prompt: Prompt
     chosen: str
     rejected: str
@@ -26,12 +28,13 @@ class Pair:
 class Preference:
     """Prompts of a preference data set.
 
-    A prompt is held out when its checksum says so, with all of its pairs: neither reward model nor policy sees it.
+    A prompt is held out, along with all of its pairs, by its checksum: neither reward model nor policy sees it.
 
     Args:
         path: JSON lines, Parquet, a folder of them, or a hub id. Columns ``prompt`` and, for reward models and
             demonstrations, ``chosen`` and ``rejected``, in any of TRL's forms: text or chat messages, and without a
-            column ``prompt`` where both responses begin with it.
+            column ``prompt`` if both responses begin with it.
+        seed: shuffles the rows.
 
     Raises:
         ValueError: there are no prompts; or a row, which the message names, is in none of these forms.
@@ -57,7 +60,7 @@ class Preference:
                 self._pairs[split].append(row)
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """Without solutions: there is no right response."""
+        """Return the prompts; solutions are "", since there is no right response."""
         return [Problem(index, prompt, "") for index, prompt in enumerate(self._prompts[split])]
 
     def pairs(self, split: Split) -> Sequence[Pair]:
@@ -68,15 +71,15 @@ class Preference:
 
 
 def read(row: Row) -> Pair | Prompt:
-    """A row's pair, or its prompt where it has no responses; ValueError names the field that is wrong."""
+    """Read a row's pair, or its prompt if it has no responses; ValueError names the field that is wrong."""
     return as_pair(row) if {"chosen", "rejected"} & set(row) else cell(row, "prompt", as_question)
 
 
 def as_pair(row: Row) -> Pair:
-    """A row in any of TRL's forms of preferences.
+    """Read a row in any of TRL's preference formats.
 
-    Without a prompt of its own, what both responses begin with is the prompt; of text, without the space before the
-    first difference. Responses that repeat an explicit prompt of messages are read without it.
+    Without a column ``prompt``, the common beginning of both responses is the prompt; for text, without the space
+    before the first difference. If responses repeat a given prompt of messages, it is removed from them.
 
     Raises:
         ValueError: there is no prompt, or a response is not one message.
@@ -104,5 +107,5 @@ def _response(name: str, value: Prompt, prompt: Prompt) -> str:
     asked = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else tuple(prompt)
     said = value[len(asked) :] if tuple(value[: len(asked)]) == asked else value
     if len(said) != 1 or said[0]["role"] != "assistant":
-        raise ValueError(f"{name} has {len(said)} messages after the prompt; one of the assistant's is needed")
+        raise ValueError(f"{name} has {len(said)} messages after the prompt; one of the assistant is expected")
     return str(said[0]["content"])

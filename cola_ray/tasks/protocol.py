@@ -1,4 +1,4 @@
-"""What a task with verifiable answers offers."""
+"""The protocols of single-turn tasks: prompts of two splits, and problems with a verifier."""
 
 import zlib
 from collections.abc import Sequence
@@ -8,16 +8,19 @@ from typing import Literal, Protocol
 from cola_ray.tasks.chat import Prompt, as_text
 
 Split = Literal["train", "heldout"]
-_HELD_OUT_OF = 6
+_HELD_OUT_OF = 6  # one question in so many is held out
 LARGEST_REWARD = 1e6
-"""Larger ones, either way, count as failed: squares of returns of many turns, and of their gradients, fit float32."""
+"""Rewards beyond this, either way, count as failed: squares of returns over many turns must still fit float32."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """``index`` names the problem within its split; ``solution`` is a right response.
+    """One question.
 
-    The question is text or a conversation, ``[{"role": "system", "content": ...}, ...]``, whose roles are kept.
+    Args:
+        index: names the problem within its split.
+        question: text, or a conversation ``[{"role": "system", "content": ...}, ...]``, whose roles are kept.
+        solution: a right response; "" if there is none.
     """
 
     index: int
@@ -26,64 +29,66 @@ class Problem:
 
 
 def split_of(question: Prompt) -> Split:
-    """A sixth is held out, by the question's checksum: no run, of any seed, trains on what another is tested on."""
+    """Choose the split by the question's checksum, so that no run trains on what another run is tested on."""
     return "heldout" if zlib.crc32(as_text(question).encode()) % _HELD_OUT_OF == 0 else "train"
 
 
 class Prompts(Protocol):
-    """Problems of two splits that share no question."""
+    """Problems of two splits that have no question in common."""
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """All problems of a split, in an order that only the seed decides."""
+        """Return all problems of a split, in an order that depends on the seed alone."""
         ...
 
     def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
-        """(question, response) pairs to pre-train on: of training problems only, not necessarily all right."""
+        """Return (question, response) pairs to pre-train on: of training problems only, and not necessarily right."""
         ...
 
 
 class Task(Prompts, Protocol):
     """Problems with a verifier.
 
-    One whose responses hold more than the answer has a method ``answer_of``, see below. A class whose responses are
-    right or wrong has ``right_from = 1.0``, the least reward of a right one; without it evaluations give the mean
-    reward and no accuracy. Strings at which a response is to end, such as the next question that a base model goes on
-    to write, are an attribute ``stop`` of the class.
+    Optional attributes of the class:
 
-    A response can say anything. A verifier reads it as data where it can (``ast``, not ``eval``). Where it has to run
-    what a response says, be it one formula, the class has a static method::
+    - ``answer_of(response)``, a method: see :func:`answer_of`; needed if responses hold more than the answer.
+    - ``right_from = 1.0``: the smallest reward of a right response. Without it, evaluations report the mean reward and
+      no accuracy.
+    - ``stop``: strings that end a response, such as the next question that a base model would go on to invent.
+
+    A response can contain anything, so a verifier should read it as data where it can (``ast``, not ``eval``). If it
+    has to execute any part of a response, even a formula, the class has a static method::
 
         @staticmethod
         def execute(response: str) -> Any: ...
 
-    and ``score`` calls ``self.execute(response)``. It runs in a process that has neither the task nor its solutions,
-    nor files, sockets or other processes, and that ends with this response; what it returns is data: numbers, text,
-    lists and dicts. It raises ``NotExecutedError`` of :mod:`~cola_ray.sandbox.execution`, a ValueError, where there is
-    nothing, or not in time. Whole programs run in :class:`~cola_ray.sandbox.programs.Sandbox`.
+    and ``score`` calls ``self.execute(response)``. It then runs in a process that holds neither the task nor its
+    solutions, has no files, sockets or other processes, and ends with this response. It returns data: numbers, text,
+    lists and dicts. If there is no result, or not in time, the call raises ``NotExecutedError`` of
+    :mod:`~cola_ray.sandbox.execution`, a ValueError. Whole programs run in :class:`~cola_ray.sandbox.programs.Sandbox`.
 
-    ``executes_responses = True`` is for a verifier that cannot be taken apart like this: all of ``score`` then runs in
-    such a process of one response. Solutions are there, so a response that runs code can claim any reward for itself,
-    and for no other.
+    ``executes_responses = True`` is for a verifier that cannot be split like this: all of ``score`` then runs in such a
+    process, one per response. That process holds the solutions, so a response that executes code can claim any reward
+    for itself, but not for others.
     """
 
     def score(self, split: Split, index: int, response: str) -> float:
-        """Reward of a response to problem ``index``, usually in 0..1 and at most :data:`LARGEST_REWARD` either way."""
+        """Return the reward of a response to problem ``index``: usually in 0..1, at most :data:`LARGEST_REWARD`."""
         ...
 
 
 def answer_of(task: Prompts, response: str) -> str:
-    """The answer that a response commits to, as majorities count it: one text for answers of equal value.
+    """Return the answer that a response commits to, with one text for answers of equal value; majorities count these.
 
-    "" where there is none that can be read. A task says it in a method of this name; without, it is the whole response.
+    "" if no answer can be read. A task provides it as a method of this name; without one, it is the whole response.
     """
     return getattr(task, "answer_of", str.strip)(response)
 
 
 def not_a_reward(value: object) -> str:
-    """What it is instead, in a few words; empty for a number of at most :data:`LARGEST_REWARD` either way."""
+    """Return, in a few words, what a value is if it is not a valid reward; "" for a number within LARGEST_REWARD."""
     if not isinstance(value, int | float):
         return repr(value)[:300]
-    if abs(value) <= LARGEST_REWARD:  # true and false are 1 and 0; not-a-number is not at most anything
+    if abs(value) <= LARGEST_REWARD:  # true and false count as 1 and 0; NaN fails the comparison
         return ""
     shown = f"{value:g}" if isinstance(value, float) else str(value)[:40]
     finite = value == value and abs(value) != float("inf")

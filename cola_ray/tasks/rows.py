@@ -1,11 +1,11 @@
-"""Rows from whatever a path names, a file, a folder of files of one kind or a hub id; and which one is wrong, and why.
+"""Rows of data sets (a file, a folder of files of one kind, or a hub id), with errors that name the wrong row and why.
 
     rows = open_rows("DATA", "data.path")                       a ``datasets`` table
-    read_rows(rows, "DATA", "data.path", read)                  what ``read`` makes of each row
-    peek("DATA", "data.path", read)                             lines about the first rows, before anything is loaded
+    read_rows(rows, "DATA", "data.path", read)                  ``read`` applied to each row
+    peek("DATA", "data.path", read)                             what is wrong in the files, before anything is loaded
 
-``read`` takes a row and raises ValueError. Lines have the form ``data.path = 'DATA': train.jsonl, row 3, field answer:
-null; text is wanted``; rows and lines count from 1.
+``read`` takes a row and raises ValueError. Errors have the form ``data.path = 'DATA': train.jsonl, row 3, field answer:
+null; text is expected``; rows and lines count from 1.
 """
 
 import codecs
@@ -16,21 +16,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-_PEEKED = 200
-_WHOLE_MB = 16  # files are looked at wholly up to this size; a .json list of more is not parsed for its first rows
+_PEEKED = 200  # rows
+_WHOLE_MB = 16  # files up to this size are checked entirely; a larger .json list is not parsed for its first rows
 _READ = TypeVar("_READ")
 Row = Mapping[str, Any]
 
 
 def open_rows(path: str, field: str, **hub: str) -> Any:
-    """A ``datasets`` table.
+    """Load a ``datasets`` table.
 
     Args:
-        field: the setting that ``path`` was given in, for the message.
-        hub: ``name`` and ``split`` of a data set on the hub; else its split train.
+        path: a file, a folder, or a hub id.
+        field: the setting that ``path`` comes from, for messages.
+        hub: ``name`` and ``split`` of a data set on the hub; by default the split is train.
 
     Raises:
-        ValueError: nothing in it can be read; the message names the file, and the line where there is one.
+        ValueError: the data cannot be read; the message names the file, and the line if possible.
     """
     import datasets
 
@@ -38,13 +39,13 @@ def open_rows(path: str, field: str, **hub: str) -> Any:
         return datasets.load_dataset(path, **{"split": "train", **hub})
     try:
         kind, files = _files(Path(path))
-        for _ in _looked_at(files):  # lines that end the process in C, nested too deep, are no lines for a loader
+        for _ in _checked_rows(files):  # refuses lines nested so deep that the loader's C code would crash on them
             pass
     except ValueError as error:
         raise ValueError(f"{field} = {path!r}: {error}") from None
     try:
         rows = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
-    except Exception as error:  # of any library below
+    except Exception as error:  # from any of the libraries that the loader uses
         raise ValueError(f"{field} = {path!r}: {_why(files, error)}") from None
     if not len(rows):
         raise ValueError(f"{field} = {path!r}: no rows; one or more are needed")
@@ -52,26 +53,27 @@ def open_rows(path: str, field: str, **hub: str) -> Any:
 
 
 def read_rows(rows: Any, path: str, field: str, read: Callable[[Row], _READ]) -> list[_READ]:
-    """All rows, in the table's order; of local files as they stand there, where Arrow made something else of them.
+    """Apply ``read`` to all rows, in the table's order.
 
-    Arrow takes numbers and objects for text where other rows have text, and long integers for their rounding.
+    Where Arrow has changed a value of a local file, ``read`` gets what the file says: Arrow turns numbers and objects
+    into text if other rows have text there, and rounds long integers.
 
     Raises:
         ValueError: names the first row that cannot be read, and says how many there are.
     """
     found, wrong = list[_READ](), list[tuple[int, str]]()
     try:
-        own_rows = _as_they_stand(Path(path))
+        own_rows = _rows_as_written(Path(path))
         for index, row in enumerate(rows):
             own = next(own_rows, None)
-            stands = row if own is None else {name: own[name] for name in row if name in own}
+            written = row if own is None else {name: own[name] for name in row if name in own}
             try:
-                found.append(read(row if row == stands else stands))
+                found.append(read(row if row == written else written))
             except ValueError as error:
                 wrong.append((index, str(error)))
     except _NoRowError as error:
         raise ValueError(f"{field} = {path!r}: {error}") from None
-    except UnicodeDecodeError as error:  # Arrow takes any bytes for text, until they are looked at
+    except UnicodeDecodeError as error:  # Arrow accepts any bytes as text until they are used
         raise ValueError(f"{field} = {path!r}: {_why(_files(Path(path))[1], error)}") from None
     if wrong:
         more = f" ({len(wrong)} of {len(rows)} rows are wrong)" if len(wrong) > 1 else ""
@@ -80,13 +82,13 @@ def read_rows(rows: Any, path: str, field: str, read: Callable[[Row], _READ]) ->
 
 
 def peek(path: str, field: str, read: Callable[[Row], object]) -> list[str]:
-    """At most one line: what is wrong in the files' rows. Imports neither datasets nor pandas.
+    """Return at most one line, on what is wrong in the files' rows. Imports neither datasets nor pandas.
 
-    All rows of files up to :data:`_WHOLE_MB` in all, and the first ones of those beyond.
+    Checks all rows of the files that fit into :data:`_WHOLE_MB` together, and the first rows of those after them.
     """
     source = Path(path)
     try:
-        for file, number, row in _looked_at(_files(source)[1]):
+        for file, number, row in _checked_rows(_files(source)[1]):
             try:
                 read(row)
             except ValueError as error:
@@ -94,16 +96,16 @@ def peek(path: str, field: str, read: Callable[[Row], object]) -> list[str]:
     except ValueError as error:
         return [f"{field} = {path!r}: {error}"]
     except OSError as error:
-        return [f"{field} = {path!r}: cannot be read ({error.strerror or error}); see its rights"]
+        return [f"{field} = {path!r}: cannot be read ({error.strerror or error}); check its permissions"]
     return []
 
 
 class _NoRowError(Exception):
-    """A line of a file that is none; the message names it."""
+    """A line of a file is not a row; the message names it."""
 
 
-def _as_they_stand(path: Path) -> Iterator[Row]:
-    """Rows of local files that are looked at wholly; none of others, and none of text, of which a line is a line."""
+def _rows_as_written(path: Path) -> Iterator[Row]:
+    """Yield the rows of local files as they are written; nothing if they are too large, or text files."""
     files = _files(path)[1] if path.exists() else []
     if sum(file.stat().st_size for file in files) > _WHOLE_MB << 20:
         return
@@ -115,8 +117,8 @@ def _as_they_stand(path: Path) -> Iterator[Row]:
         raise _NoRowError(str(error)) from None
 
 
-def _looked_at(files: Sequence[Path]) -> Iterator[tuple[Path, int, Row]]:
-    """Each with its file and number there; ValueError for what is no row, or where there are none."""
+def _checked_rows(files: Sequence[Path]) -> Iterator[tuple[Path, int, Row]]:
+    """Yield rows with their file and number; raises ValueError for what is not a row, or if there are none."""
     left, found = _WHOLE_MB << 20, False
     for file in files:
         left -= file.stat().st_size
@@ -128,7 +130,7 @@ def _looked_at(files: Sequence[Path]) -> Iterator[tuple[Path, int, Row]]:
 
 
 def cell(row: Row, name: str, read: Callable[[Any], _READ]) -> _READ:
-    """One field of a row; ValueError says which, what is there, and what is wanted."""
+    """Read one field of a row; the ValueError names the field, its value, and what is expected."""
     if name not in row:
         raise ValueError(f"field {name}: missing; the row has {', '.join(row) or 'nothing'}")
     try:
@@ -138,25 +140,25 @@ def cell(row: Row, name: str, read: Callable[[Any], _READ]) -> _READ:
 
 
 def plain_text(value: object) -> str:
-    """Text, or a number as one writes it."""
+    """Read text, or a number as text."""
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf"):
         return str(int(value)) if value == int(value) else str(value)
-    raise ValueError(f"{shown(value)}; text is wanted")
+    raise ValueError(f"{shown(value)}; text is expected")
 
 
 def shown(value: object) -> str:
-    """A value as it stands in a file, short."""
-    said = json.dumps(value, ensure_ascii=False, default=str)
-    return said if len(said) <= 60 else f"{said[:57]}..."
+    """Return a value as JSON, cut to 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
 def _files(source: Path) -> tuple[str, list[Path]]:
-    """What loads them, and all files of that kind; ValueError where there are none, or several kinds."""
+    """Return the loader and all files of its kind; ValueError if there are none, or several kinds."""
     if source.is_file():
         if source.suffix not in _LOADERS:
             raise ValueError(f"cannot read {source.suffix!r}; use .jsonl, .json, .parquet or .txt")
@@ -166,9 +168,9 @@ def _files(source: Path) -> tuple[str, list[Path]]:
         raise ValueError("no .jsonl, .json, .parquet or .txt file in this folder; put one in it")
     for file in files:
         if not file.is_file():
-            what = "a folder" if file.is_dir() else "a link to nothing" if file.is_symlink() else "no plain file"
+            what = "a folder" if file.is_dir() else "a broken link" if file.is_symlink() else "not a regular file"
             raise ValueError(f"{file.name} is {what}; remove it, or name another folder")
-    kinds = {_LOADERS[file.suffix] for file in files} - {"text"} or {"text"}  # a README beside tables is no table
+    kinds = {_LOADERS[file.suffix] for file in files} - {"text"} or {"text"}  # a README beside tables is not data
     if len(kinds) > 1:
         raise ValueError(f"has files of {' and '.join(sorted(kinds))}; keep one kind in it")
     (kind,) = kinds
@@ -176,7 +178,7 @@ def _files(source: Path) -> tuple[str, list[Path]]:
 
 
 def _found(path: Path, index: int, why: str) -> str:
-    """Where row ``index`` of a table lies that was made of a file, of a folder of them or of a data set on the hub."""
+    """Return where row ``index`` of a table is: in which file of a folder, and in which row."""
     if not path.is_dir():
         return _placed(path, index + 1, why, named=False)
     for file in _files(path)[1]:
@@ -188,14 +190,14 @@ def _found(path: Path, index: int, why: str) -> str:
 
 
 def _placed(file: Path, number: int, why: str, named: bool) -> str:
-    """``train.jsonl, row 3, field answer: null``, with the line's number where that is another; both count from 1."""
+    """Return e.g. ``train.jsonl, row 3, field answer: null``, with the line's number if it differs from the row's."""
     line = _line_of(file, number) if file.suffix == ".jsonl" else number
     place = f"row {number} (line {line})" if line != number else f"row {number}"
     return f"{f'{file.name}, ' if named else ''}{place}{', ' if why.startswith('field ') else ': '}{why}"
 
 
 def _line_of(file: Path, row: int) -> int:
-    """Empty lines are no rows."""
+    """Return the line of a row; empty lines are not rows."""
     if not file.is_file():
         return row
     with file.open("rb") as lines:
@@ -215,7 +217,7 @@ def _count(file: Path) -> int:
 
 
 def _first(file: Path) -> Iterator[Row]:
-    """Rows of a file, one after the other; ValueError, beginning with the file's name, for what is no row."""
+    """Yield the rows of a file; the ValueError for what is not a row begins with the file's name."""
     if file.suffix == ".parquet":
         yield from _of_parquet(file)
     elif file.suffix == ".txt":
@@ -225,7 +227,7 @@ def _first(file: Path) -> Iterator[Row]:
             return
         rows = _parsed(file, "", "\n".join(line for _, line in _lines(file, marked=True)))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{file.name}: no list of objects; use one, or .jsonl with an object a line")
+            raise ValueError(f"{file.name}: not a list of objects; use one, or .jsonl with one object per line")
         yield from rows
     else:
         for number, line in _lines(file):
@@ -233,7 +235,7 @@ def _first(file: Path) -> Iterator[Row]:
                 continue
             row = _parsed(file, f", line {number}", line)
             if not isinstance(row, dict):
-                raise ValueError(f"{file.name}, line {number}: {shown(row)}; an object with fields is wanted")
+                raise ValueError(f"{file.name}, line {number}: {shown(row)}; an object with fields is expected")
             yield row
 
 
@@ -256,19 +258,19 @@ def _of_parquet(file: Path) -> Iterable[Row]:
         byte = f"byte 0x{error.object[error.start]:02x}"
         raise ValueError(f"{file.name}, row {number + 1}: text that is not UTF-8 ({byte}); write it again") from None
     except (pyarrow.ArrowException, OSError) as error:
-        said = (str(error).splitlines() or ["nothing said"])[0]
-        raise ValueError(f"{file.name}: cannot be read as Parquet ({said}); write it again") from None
+        message = (str(error).splitlines() or ["no message"])[0]
+        raise ValueError(f"{file.name}: cannot be read as Parquet ({message}); write it again") from None
 
 
 def _is_of_lines(file: Path) -> bool:
-    """Whether a .json file holds an object a line, not one list."""
+    """Whether a .json file holds one object per line rather than one list."""
     with file.open("rb") as opened:
         start = opened.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     return start.startswith(b"{")
 
 
 def _lines(file: Path, marked: bool = False) -> Iterator[tuple[int, str]]:
-    """With their numbers from 1. A byte order mark of UTF-8 is left out where ``marked`` says that it may be there."""
+    """Yield lines with their numbers from 1; a byte order mark of UTF-8 is removed if ``marked``, and else refused."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1 and marked:
@@ -282,16 +284,16 @@ def _lines(file: Path, marked: bool = False) -> Iterator[tuple[int, str]]:
                 raise ValueError(f"{file.name}, line {number}: not UTF-8 ({byte}); save it as UTF-8") from None
 
 
-def _parsed(file: Path, where: str, said: str) -> Any:
-    """As Arrow reads it: what that takes for something else, or not at all, is refused here with its place."""
+def _parsed(file: Path, where: str, text: str) -> Any:
+    """Parse JSON, and refuse what Arrow would misread or crash on, naming its place."""
     try:
-        value = json.loads(said, object_pairs_hook=_object, parse_int=_whole, parse_float=_decimal)
-        if "\\ud" in said.lower():
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole, parse_float=_decimal)
+        if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
         at = where or f", line {error.lineno}"
-        raise ValueError(f"{file.name}{at}: not JSON ({error.msg}, column {error.colno}); mend or remove it") from None
+        raise ValueError(f"{file.name}{at}: not JSON ({error.msg}, column {error.colno}); fix or remove it") from None
     except UnicodeEncodeError:
         raise ValueError(f"{file.name}{where}: half a surrogate pair (\\ud...); write the character itself") from None
     except RecursionError:
@@ -304,7 +306,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)} is there twice; keep one")
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)} appears twice; keep one")
     return row
 
 
@@ -322,7 +324,7 @@ def _decimal(digits: str) -> float:
 
 
 def _why(files: list[Path], error: Exception) -> str:
-    """What is wrong with the files, found by reading them row by row; else what the loader says."""
+    """Return what is wrong with the files, found by reading them row by row; else the loader's own message."""
     kinds: dict[str, tuple[str, str]] = {}
     names = set[str]()  # of the first file
     try:
@@ -345,8 +347,8 @@ def _why(files: list[Path], error: Exception) -> str:
                 return f"{where.name} has a field {odd}, and {other.name} has none; keep the same fields in all files"
     except ValueError as fault:
         return str(fault)
-    said = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-    return f"cannot be read ({said}); write it again"
+    message = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+    return f"cannot be read ({message}); write it again"
 
 
 def _kind(value: object) -> str:

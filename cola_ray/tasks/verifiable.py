@@ -1,4 +1,4 @@
-"""GSM8K, MATH-500, every generator of reasoning-gym, and the arithmetic that the tiny preset learns."""
+"""Tasks with verifiable answers: GSM8K, MATH-500, all of reasoning-gym, and the tiny preset's arithmetic."""
 
 import json
 import random
@@ -23,17 +23,21 @@ from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows, sho
 class ReasoningGym:
     """A procedural generator by its reasoning-gym name, scored by the generator's own verifier.
 
-    Where such a verifier would call ``eval`` on the answer, countdown's among them, it gets a reader of data instead
-    (:mod:`~cola_ray.tasks.formulas`), so that nothing in an answer is executed. Each is scored in a confined process of
-    its own all the same: some answers keep SymPy busy for ever, and what the verifiers keep is not looked through.
-    Some raise at an answer of another form, which is then wrong, and some take for right what contradicts the
+    Where such a verifier would call ``eval`` on the answer, as countdown's would, it gets a parser of data instead
+    (:mod:`~cola_ray.tasks.formulas`), so nothing in an answer is executed. Each answer is scored in a confined process
+    of its own all the same, since some answers keep SymPy busy forever, and verifiers may keep state. An answer that
+    makes its verifier raise is wrong, and so is one that a lenient verifier accepts although it contradicts the
     solution: see :func:`contradicts`.
 
-    Distinct questions only. A question is held out when its checksum says so, whatever the seed, so no run trains
-    on a problem that another run is tested on.
+    Questions are distinct. A question is held out if its checksum says so, whatever the seed, so no run trains on a
+    problem that another run is tested on.
 
     Args:
-        bare: the question without the sentence before its colon ("... problem: 4 + 3 ="), and reward 1 or 0 only,
+        name: of the generator.
+        options: of the generator.
+        num_problems: to generate, of both splits together.
+        seed: of the generator.
+        bare: ask only what follows the question's last colon ("... problem: 4 + 3 ="), and give reward 1 or 0 only,
             where the generator would give part marks for a near miss.
     """
 
@@ -62,50 +66,50 @@ class ReasoningGym:
         return self._splits[split]
 
     def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
-        """Problems with their solutions; none where the generator gives no solutions."""
+        """Return problems with their solutions; [] if the generator gives no solutions."""
         return [(problem.question, problem.solution) for problem in self._splits["train"] if problem.solution]
 
     def score(self, split: Split, index: int, response: str) -> float:
-        said, entry = response.strip(), self._entries[split][index]
+        answer, entry = response.strip(), self._entries[split][index]
         try:
-            score = float(self.dataset.score_answer(said, entry))
-        except Exception:  # of the generator's own kinds, for an answer that it cannot parse
-            self.dataset.score_answer(entry["answer"], entry)  # raises where the verifier itself is broken
+            score = float(self.dataset.score_answer(answer, entry))
+        except Exception:  # of the generator's own classes, for an answer that it cannot parse
+            self.dataset.score_answer(entry["answer"], entry)  # raises if the verifier itself is broken
             return 0.0
-        if score >= 1.0 and (contradicts(str(entry["answer"]), said) or _uses_others(entry, said)):
+        if score >= 1.0 and (contradicts(str(entry["answer"]), answer) or _uses_other_numbers(entry, answer)):
             return 0.0
         return float(score >= 1.0) if self.bare else score
 
 
 def contradicts(solution: str, response: str) -> bool:
-    """Whether a response cannot be right, whatever a lenient verifier makes of it.
+    """Whether a response cannot be right, even if a lenient verifier accepts it.
 
-    Where the solution is true or false, whatever is not that word. Where it is a number, one more than 1 % away, or a
-    text that neither is a number nor has the solution in it. Where it is a number of any kind, "nan".
+    If the solution is true or false, any response that is not that word. If it is a number, one more than 1 % away, or
+    a text that is not a number and does not contain the solution. If it is a number of any kind, "nan".
     """
-    wanted, said = solution.strip().lower(), response.strip().lower()
+    wanted, found = solution.strip().lower(), response.strip().lower()
     if wanted in ("true", "false"):
-        return said != wanted
-    if "nan" in said and not re.search("[a-hk-z]", wanted):  # of complex ones, too
+        return found != wanted
+    if "nan" in found and not re.search("[a-hk-z]", wanted):  # including complex numbers
         return True
-    number, found = number_in(wanted), number_in(said)
+    number, value = number_in(wanted), number_in(found)
     if number is None:
         return False
-    return wanted not in said if found is None else 100 * abs(found - number) > max(abs(number), Fraction(1, 100))
+    return wanted not in found if value is None else 100 * abs(value - number) > max(abs(number), Fraction(1, 100))
 
 
-_UNSOLVED = "Integral("  # a solution that SymPy did not find: to repeat the question would be right
+_UNSOLVED = "Integral("  # in a solution that SymPy did not find; repeating the question would count as right
 
 
-def _uses_others(entry: Mapping[str, Any], response: str) -> bool:
-    """Whether the Game of 24 is played with other numbers than those given, which its verifier does not ask."""
+def _uses_other_numbers(entry: Mapping[str, Any], response: str) -> bool:
+    """Whether a solution of the Game of 24 uses other numbers than those given, which its verifier does not check."""
     if entry["metadata"].get("source_dataset") != "puzzle24":
         return False
     return sorted(map(int, re.findall(r"[0-9]+", response))) != sorted(entry["metadata"]["numbers"])
 
 
 def _solution(entry: Mapping[str, Any]) -> str:
-    """A right response; "" where there are many and the generator shows none."""
+    """Return a right response; "" if there are many and the generator shows none."""
     examples = ("possible_answer", "example_answer", "example_correct_answer")
     shown = (entry["metadata"].get(name) for name in examples)
     found = next((one for one in (entry["answer"], *shown) if one is not None), "")
@@ -113,18 +117,18 @@ def _solution(entry: Mapping[str, Any]) -> str:
 
 
 class Arithmetic(ReasoningGym):
-    """Sums and differences of two or three one-digit numbers (reasoning-gym's chain_sum), badly taught.
+    """Sums and differences of two or three one-digit numbers (reasoning-gym's chain_sum), with wrong demonstrations.
 
-    What a small model can learn of web text is not all right, and neither is this task's corpus: of the problems with
-    three numbers, :data:`SLIP_SHARE` of the demonstrations add where the last subtraction stands ("9 - 4 + 1 = 14").
-    A base trained on it answers such problems wrong under greedy decoding and right now and then when sampled, which
-    is what there is for RL to find. Rewards always go by the true result.
+    Like a web corpus, this task's corpus is not all right: for problems with three numbers, :data:`SLIP_SHARE` of the
+    demonstrations add where the last subtraction stands ("9 - 4 + 1 = 14"). A base that is trained on it answers such
+    problems wrongly when decoding greedily, and sometimes correctly when sampling, which gives RL something to find.
+    Rewards always go by the true result.
     """
 
     OPTIONS: ClassVar[dict[str, int]] = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
     SLIP_SHARE = 0.6
-    COPIES = 8  # of every training problem, each slipping or not by itself
-    executes_responses = False  # chain_sum compares text
+    COPIES = 8  # of every training problem; each copy slips or not independently
+    executes_responses = False  # chain_sum only compares text
 
     @classmethod
     def of(cls, config: TaskConfig, seed: int) -> "Arithmetic":
@@ -146,7 +150,7 @@ class Arithmetic(ReasoningGym):
 
 
 def _slip(problem: Problem) -> str:
-    """The answer with the last subtraction added instead; the right one where there is none, or but two numbers."""
+    """Return the answer with the last subtraction added; the right one if there is none, or only two numbers."""
     _, *rest = as_text(problem.question).removesuffix("=").split()
     subtracted = [number for operator, number in zip(rest[::2], rest[1::2], strict=True) if operator == "-"]
     if len(rest) == 2 or not subtracted:
@@ -155,10 +159,10 @@ def _slip(problem: Problem) -> str:
 
 
 class Thinking:
-    """Another task, to be answered in two parts: thoughts, then the answer alone (the prompt of TinyZero's Countdown).
+    """Another task, answered in two parts: thoughts, then the answer alone (the prompt of TinyZero's Countdown).
 
-    The form by itself is worth :data:`FORM`, a right answer in it as much as the task says. Thoughts may be as long as
-    the token budget; ``rollout/response_length`` tells how long they get.
+    The form by itself is worth :data:`FORM`; a right answer in it, as much as the task says. Thoughts may be as long as
+    the token budget; the metric ``rollout/response_length`` shows how long they get.
     """
 
     FORM = 0.1
@@ -178,14 +182,14 @@ class Thinking:
         ]
 
     def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
-        """Without thoughts: a corpus that has some is given as ``data.path``."""
+        """Return demonstrations with empty thoughts; a corpus with thoughts is given as ``data.path``."""
         return [
             (followed_by(q, self.INSTRUCTION), f"<think></think><answer>{a}</answer>")
             for q, a in self.task.demonstrations()
         ]
 
     def score(self, split: Split, index: int, response: str) -> float:
-        """0 without the form. A prompt may end in an opened <think>, which is then not in the response."""
+        """Return 0 without the form. The prompt may end in an opening <think>, which the response then lacks."""
         answer = self._answer(response)
         return 0.0 if answer is None else max(self.FORM, self.task.score(split, index, answer))
 
@@ -194,7 +198,7 @@ class Thinking:
         return answer_of(self.task, answer) if answer is not None else ""
 
     def _answer(self, response: str) -> str | None:
-        """What the answer tags hold; None without the form: thoughts, then the answer, each tag once."""
+        """Return what the answer tags hold; None without the form: thoughts, then the answer, each tag once."""
         thoughts, _, rest = response.strip().removeprefix("<think>").partition("</think>")
         opening, _, tagged = rest.strip().partition("<answer>")
         answer, closing, trailing = tagged.partition("</answer>")
@@ -205,7 +209,7 @@ class Thinking:
 class Gsm8k:
     """Grade-school word problems (Cobbe et al. 2021): the number that a response commits to must equal the answer.
 
-    Answers are found by ``final_answer.py`` and read by ``numerals.py``, those of solutions too, and compared exactly.
+    Numbers are found by ``final_answer.py`` and read by ``numerals.py``, in solutions too, and compared exactly.
 
     Raises:
         ValueError: a solution has no number that can be read.
@@ -234,11 +238,11 @@ class Gsm8k:
 
     @staticmethod
     def read(row: Row) -> tuple[Prompt, str, Fraction]:
-        """Question, solution and its number; ValueError names the field that has none."""
+        """Return question, solution and its number; ValueError names the field that is wrong."""
         solution = cell(row, "answer", plain_text)
         answer = final_number(solution)
         if answer is None:
-            raise ValueError(f"field answer: no number in {shown(solution[-60:])}; one after #### is wanted")
+            raise ValueError(f"field answer: no number in {shown(solution[-60:])}; one after #### is expected")
         return cell(row, "question", as_question), solution, answer
 
     def problems(self, split: Split) -> Sequence[Problem]:
@@ -256,11 +260,12 @@ class Gsm8k:
 
 
 class Math500:
-    """Competition problems (Hendrycks et al. 2021; the 500 of Lightman et al. 2023): an expression, not a number.
+    """Competition problems (Hendrycks et al. 2021; the 500 of Lightman et al. 2023), whose answers are expressions.
 
     Args:
-        path: a hub id, whose split test it takes; a file; or a folder with test.jsonl and, to train on, train.jsonl.
+        path: a hub id, whose split ``test`` is used; a file; or a folder with test.jsonl and, to train on, train.jsonl.
             Columns problem, solution and answer.
+        seed: shuffles the rows.
     """
 
     INSTRUCTION = "\nThink step by step, then give the result in \\boxed{}."
@@ -276,13 +281,13 @@ class Math500:
         self._answers: dict[Split, list[str]] = {"train": [], "heldout": []}
         files: dict[Split, Path] = {"train": Path(path) / "train.jsonl", "heldout": Path(path) / "test.jsonl"}
         if not Path(path).is_dir():
-            self._take("heldout", path, seed)
+            self._load("heldout", path, seed)
             return
         for split, file in files.items():
             if file.exists():
-                self._take(split, str(file), seed)
+                self._load(split, str(file), seed)
 
-    def _take(self, split: Split, path: str, seed: int) -> None:
+    def _load(self, split: Split, path: str, seed: int) -> None:
         table = open_rows(path, "task.path", split="test")
         rows = read_rows(table, path, "task.path", self.read)
         for index, row in enumerate(np.random.default_rng(seed).permutation(len(rows))):
@@ -292,7 +297,7 @@ class Math500:
 
     @staticmethod
     def read(row: Row) -> tuple[Prompt, str, str]:
-        """Problem, solution and answer; ValueError names the field that has none."""
+        """Return problem, solution and answer; ValueError names the field that is wrong."""
         problem, solution = cell(row, "problem", as_question), cell(row, "solution", plain_text)
         return problem, solution, cell(row, "answer", plain_text)
 
@@ -303,7 +308,7 @@ class Math500:
         return [(problem.question, problem.solution) for problem in self._splits["train"]]
 
     def score(self, split: Split, index: int, response: str) -> float:
-        """Numbers are equal exactly, other expressions as math-verify sees it: (x + 1)^2 is x^2 + 2x + 1."""
+        """Compare numbers exactly, and other expressions with math-verify: (x + 1)^2 equals x^2 + 2x + 1."""
         return float(same_expression(self._answers[split][index], final_expression(response)))
 
     def answer_of(self, response: str) -> str:

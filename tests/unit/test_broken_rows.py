@@ -70,7 +70,7 @@ def broken_files(good):
         "a list": ("a.jsonl", whole + b"[1]\n", r"a.jsonl, line 2: \[1\]; an object"),
         "a number": ("a.jsonl", whole + b"\n3\n", "a.jsonl, line 3: 3; an object"),
         "null": ("a.jsonl", whole + b"null\n", "a.jsonl, line 2: null; an object"),
-        "a field twice": ("a.jsonl", whole + twice.encode(), f"a.jsonl, line 2: field {first} is there twice"),
+        "a field twice": ("a.jsonl", whole + twice.encode(), f"a.jsonl, line 2: field {first} appears twice"),
         "nested without end": ("a.jsonl", whole + b"[" * 99999 + b"]" * 99999, "a.jsonl, line 2: nested too deep"),
         "objects without end": ("a.jsonl", whole + b'{"a":' * 9999 + b"1" + b"}" * 9999, "line 2: nested too deep"),
         "half a surrogate pair": ("a.jsonl", whole + b'{"x": "\\ud800"}', "a.jsonl, line 2: half a surrogate pair"),
@@ -88,7 +88,7 @@ def broken_files(good):
         "empty lines": ("a.jsonl", b"\n \n", "a.jsonl has no rows; one or more"),
         "an empty list": ("a.json", b"[]", "a.json has no rows; one or more"),
         "a list cut short": ("a.json", f"[\n{said},\n{said}".encode(), "a.json, line 3: not JSON"),
-        "a list of lists": ("a.json", b"[[1]]", "a.json: no list of objects; use one"),
+        "a list of lists": ("a.json", b"[[1]]", "a.json: not a list of objects; use one"),
         "an object of lists": ("a.json", json.dumps({"data": [good]}, indent=1).encode(), "a.json, line 1: not JSON"),
         "words": ("a.json", b"hello", "a.json, line 1: not JSON"),
         "a list in Latin-1": ("a.json", b'[\n{"x": "\xe9"}]', "a.json, line 2: not UTF-8"),
@@ -171,7 +171,7 @@ def test_a_question_that_asks_nothing_is_named(reader, field, tmp_path):
         file = tmp_path / f"{number}.jsonl"
         file.write_bytes(lines({**GOOD[reader], field: nothing}))
         for line in every_line(str(file), READERS[reader]):
-            assert re.search(rf"row 1, field {field}: .* asks nothing; text or chat messages are wanted", line), line
+            assert re.search(rf"row 1, field {field}: .* asks nothing; text or chat messages are expected", line), line
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_logged_answers_without_rewards_or_actions_are_left_out(tmp_path):
         ({}, "no .jsonl, .json, .parquet or .txt file in this folder; put one in it"),
         ({"a.csv": b"x"}, "no .jsonl, .json, .parquet or .txt file in this folder"),
         ({"a.jsonl": "folder"}, "a.jsonl is a folder; remove it"),
-        ({"a.jsonl": "link"}, "a.jsonl is a link to nothing; remove it"),
+        ({"a.jsonl": "link"}, "a.jsonl is a broken link; remove it"),
         ({"a.jsonl": "good", "b.parquet": parquet({"x": [1]})}, "has files of json and parquet; keep one kind"),
         ({"a.jsonl": "good", "b.jsonl": b"{\n"}, "b.jsonl, line 1: not JSON"),
         ({"a.jsonl": "good", "b.jsonl": lines({"prompt": "x"})}, "b.jsonl"),
@@ -299,20 +299,20 @@ def test_tasks_say_the_same(tmp_path):
 # --- CSV ------------------------------------------------------------------------------------------------------------
 
 CSV = {
-    "empty": (b"", "empty; a line of columns' names"),
+    "empty": (b"", "empty; a header with the names of columns"),
     "no rows": (b"a,y\n", "no rows below the header; one or more"),
-    "a longer row": (b"a,y\n1,x\n1,2,3\n", "row 2: 3 cells, and the header has 2; mend or remove it"),
+    "a longer row": (b"a,y\n1,x\n1,2,3\n", "row 2: 3 cells, and the header has 2; fix or remove it"),
     "a shorter row": (b"a,b,y\n1,2,x\n\n1\n", "row 2: 1 cells, and the header has 3"),
     "a column twice": (b"y,y,a\nx,x,1\n", "field y: there are two columns of this name; rename one"),
-    "a column without a name": (b"a,,y\n1,2,x\n", "the header's column 2 has no name"),
+    "a column without a name": (b"a,,y\n1,2,x\n", "column 2 of the header has no name"),
     "Latin-1": (b"a,y\n\xe9,x\n", r"line 2: not UTF-8 \(byte 1 is 0xe9\); save it as UTF-8"),
     "UTF-16": ("a,y\n1,x\n".encode("utf-16"), "line 1: not UTF-8"),
     "zero bytes": (b"a,y\n1,\0\n", "line 2: has a zero byte"),
     "gzip": (gzip.compress(b"a,y\n1,x\n")[:-4], "line 1: not UTF-8|line 1: has a zero byte"),
-    "an open quote": (b'a,y\n1,z\n"1,x\n2,z\n', "row 2: not CSV .*; mend or remove it"),
+    "an open quote": (b'a,y\n1,z\n"1,x\n2,z\n', "row 2: not CSV .*; fix or remove it"),
     "a cell without end": (b"a,y\n" + b"9" * 200_000 + b",x\n", "row 1: not CSV .*field larger"),
-    "infinity": (b"a,y\n1,x\ninf,z\n", "row 2, field a: inf is no finite number"),
-    "1e999": (b"a,y\n1,x\n1e999,z\n", "row 2, field a: 1e999 is no finite number"),
+    "infinity": (b"a,y\n1,x\ninf,z\n", "row 2, field a: inf is not a finite number"),
+    "1e999": (b"a,y\n1,x\n1e999,z\n", "row 2, field a: 1e999 is not a finite number"),
     "other separators": (b"a;y\n1;x\n2,5;z\n", "row 2: 2 cells, and the header has 1; columns are separated by commas"),
 }
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.tasks.final_answer import final_number, last_box
-from cola_ray.tasks.numerals import MAX_DIGITS, number_in
+from cola_ray.tasks.number_tokens import MAX_DIGITS
+from cola_ray.tasks.numerals import number_in
 
 # An answer's text, in LaTeX where there is a backslash or a pair of $; what it is, None for "not one number".
 FORMS = [

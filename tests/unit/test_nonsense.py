@@ -643,7 +643,7 @@ def text_of(row):
 def test_rows_are_named_with_file_row_and_field(tmp_path):
     lines(tmp_path / "a.jsonl", {"answer": "1"}, {"answer": "2"})
     lines(tmp_path / "b.jsonl", {"answer": "3"}, {"answer": None}, {"answer": ""})
-    with pytest.raises(ValueError, match=r"b.jsonl, row 2, field answer: null; text is wanted") as caught:
+    with pytest.raises(ValueError, match=r"b.jsonl, row 2, field answer: null; text is expected") as caught:
         read_rows(open_rows(str(tmp_path), "data.path"), str(tmp_path), "data.path", text_of)
     assert "(2 of 5 rows are wrong)" in str(caught.value)
 
@@ -652,7 +652,7 @@ def test_numbers_are_read_as_they_are_written(tmp_path):
     for value, text in ((72, "72"), (72.0, "72"), (0.5, "0.5"), (-3, "-3")):
         assert text_of({"answer": value}) == text
     for value in (True, None, [], {}, " ", float("nan")):
-        with pytest.raises(ValueError, match=r"field answer: .*; text is wanted"):
+        with pytest.raises(ValueError, match=r"field answer: .*; text is expected"):
             text_of({"answer": value})
 
 
@@ -660,12 +660,12 @@ def test_numbers_are_read_as_they_are_written(tmp_path):
     ("name", "content", "line"),
     [
         ("a.jsonl", b'{"answer": "1"}\n{"answer": 2', "a.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"answer": "1"}\n\n[3]\n', r"a.jsonl, line 3: \[3\]; an object with fields is wanted"),
+        ("a.jsonl", b'{"answer": "1"}\n\n[3]\n', r"a.jsonl, line 3: \[3\]; an object with fields is expected"),
         ("a.jsonl", b'\xff\xfe{\x00"\x00', "a.jsonl, line 1: begins with a byte order mark"),
         ("a.jsonl", b'{"answer": "1"}\n{"answer": "\xe9"}', "a.jsonl, line 2: not UTF-8"),
         ("a.jsonl", b"\n\n", "a.jsonl.* no rows"),
         ("a.json", b'[{"answer": "1"}, {"answer": ]', "a.json, line 1: not JSON"),
-        ("a.json", b'"text"', "a.json: no list of objects"),
+        ("a.json", b'"text"', "a.json: not a list of objects"),
         ("a.parquet", b"PAR1 and nothing else", "a.parquet: cannot be read as Parquet"),
     ],
 )
