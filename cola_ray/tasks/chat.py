@@ -51,7 +51,7 @@ def as_question(value: object) -> Prompt:
 
 def _as_message(value: object) -> dict[str, str]:
     if not isinstance(value, Mapping) or value.get("role") not in ROLES:
-        raise ValueError(f"{str(value)[:80]!r} is not a chat message; one has a role ({', '.join(ROLES)}) and a content")
+        raise ValueError(f"{str(value)[:80]!r} is no chat message; one has a role ({', '.join(ROLES)}) and a content")
     if value.get("tool_calls"):
         raise ValueError("a chat message has tool_calls, which are not supported; leave such rows out")
     content = value.get("content")

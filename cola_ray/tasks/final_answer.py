@@ -13,6 +13,9 @@ line). Within it, these count, in this order:
 4. The last number of the text, if it stands for itself: nothing is read from ``3:30``, ``5 hours and 30 minutes``,
    ``5 to 6``, ``10% of 50``, ``not 5`` or ``twice 5``.
 
+Graders that use one regular expression err on both sides: for them ``\boxed{\frac{7}{2}}`` is 2. Here, what can be
+read in several ways has no value, is not right, and never wins a majority.
+
 A mark decides: if marked text cannot be read, no other number of the text takes its place.
 
 Reading takes time linear in the length of the response, whatever that contains.

@@ -6,6 +6,9 @@
 
 ``read`` takes a row and raises ValueError. Errors have the form ``data.path = 'DATA': train.jsonl, row 3, field answer:
 null; text is expected``; rows and lines count from 1.
+
+Files of up to 16 MB are checked line by line first, since Arrow converts a number or an object to text if other rows
+have text, rounds long integers, and crashes the process on lists that are nested too deep.
 """
 
 import codecs
