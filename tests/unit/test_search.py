@@ -332,6 +332,7 @@ def test_a_child_is_put_where_something_is_decided():
     assert (last.tokens, last.ended) == ((1, 0, 0, 0, 0, 0), True)
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 8), c=st.integers(0, 8), k=st.integers(1, 8))
 def test_pass_at_k_is_the_share_of_samples_with_a_right_one(n, c, k):
     c, k = min(c, n), min(k, n)
@@ -354,6 +355,7 @@ def test_votes():
     assert majority([None, None]) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-8, 8), min_size=1), st.sampled_from([0.25, 1, 16]), st.integers(-64, 64))
 def test_votes_by_values_have_no_unit(values, scale, shift):
     weights = vote_weights(values)
