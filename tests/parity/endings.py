@@ -50,5 +50,5 @@ def check_what_ends_a_completion(engine, reference, stop_token, monkeypatch):
     assert ended.token_ids.tolist() == tokens[: tokens.index(tokens[length - 1]) + 1]
     assert not ended.truncated
     monkeypatch.setattr(engine, "endings", dataclasses.replace(engine.endings, tokenizer=None))
-    with pytest.raises(ValueError, match="without a tokenizer"):
+    with pytest.raises(ValueError, match="the engine has no tokenizer"):
         engine.submit(dataclasses.replace(whole, stop=("x",)))
