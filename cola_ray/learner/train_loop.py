@@ -22,7 +22,7 @@ from cola_ray.experience import Batch
 from cola_ray.learner.engine import last_checkpoint, save_checkpoint
 from cola_ray.learner.policies import export, make_policy
 from cola_ray.learner.rl import RLLearner
-from cola_ray.runs.checkpoints import Described
+from cola_ray.runs.checkpoints import Checksums
 from cola_ray.settings.config import Config
 from cola_ray.weights import Bucket, Channel, Manifest
 
@@ -107,7 +107,7 @@ def train_loop(
         export(model_path, tensors, output / "model", beta)
 
 
-def _save(learner: RLLearner, source: BatchSource, folder: Path) -> Described:
+def _save(learner: RLLearner, source: BatchSource, folder: Path) -> Checksums:
     """The learner's part of a checkpoint, and beside it what controller, replay and critic were at its version."""
     state = source.checkpoint(learner.zero.rank, learner.version)  # may take longer than ranks wait for each other
     learner.save(folder)

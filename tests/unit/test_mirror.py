@@ -199,7 +199,7 @@ def test_a_database_that_another_program_locks_is_sent_later(folder, capsys, mon
     locker.rollback()
     locker.close()
     tracker.mirror.thread.join(60)  # which has the database's patience still
-    assert status._send([folder], "") == 0
+    assert status.send([str(folder)]) == 0
     assert [step for _, step, _ in metrics(folder)] == [0, 1, 2]
     assert rows(folder, "select status from runs") == [("FINISHED",)]
 
@@ -257,7 +257,7 @@ def test_sending_says_why_it_cannot(folder, tmp_path, capsys):
         mirror.send(folder)
     with pytest.raises(RunFailedError, match="does not answer"):
         mirror.send(folder, "http://ann:pw@127.0.0.1:1")
-    assert status._send([folder], "") == 2
+    assert status.send([str(folder)]) == 2
     assert "ann" not in "".join(capsys.readouterr())
 
 

@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_words(part, how, tmp_path):
     (why,) = found.damaged
     with pytest.raises(checkpoints.CheckpointError, match=words):
         checkpoints.read(with_rows)
-    (line,) = resume.words(found, tmp_path, is_new=False)
+    (line,) = resume.announcement(found, tmp_path, is_new=False)
     assert line == f"{why}, so it is skipped; resuming from the checkpoint of step 2"
     assert line.startswith(f"step 4: {part} ")
     if part != ROWS:
