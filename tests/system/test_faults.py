@@ -159,7 +159,9 @@ def test_what_cannot_be_replaced_ends_the_run_with_its_line(start, straight, nam
     run = start()
     run.wait_for_step("reward/mean", 3)
     below = processes(run)
-    (victim,) = [pid for pid, _, args in descendants(run.process.pid) if args.split()[0].split("/")[-1] == name]
+    (victim,) = [
+        pid for pid, _, args in descendants(run.process.pid) if args.split()[0].split("/")[-1].startswith(name)
+    ]
     os.kill(victim, signal.SIGKILL)
     shown = run.finish(code=1, timeout=60)
     line = shown.splitlines()[-1]
