@@ -131,9 +131,8 @@ class Config(Branch):
     @property
     def algorithm(self) -> Algorithm:
         """What ``rl.algorithm`` needs; ``rl.advantage`` and ``rl.loss`` replace its own."""
-        given = {"advantage": self.rl.advantage, "loss": self.rl.loss}
-        found = algorithms.of(self.rl.algorithm)
-        return dataclasses.replace(found, **{name: value for name, value in given.items() if value})
+        found, rl = algorithms.of(self.rl.algorithm), self.rl
+        return dataclasses.replace(found, advantage=rl.advantage or found.advantage, loss=rl.loss or found.loss)
 
     @property
     def learns_values(self) -> bool:
