@@ -32,7 +32,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "pretrain": Command(
-        "cola_ray.train:pretrain",
+        "cola_ray.training.supervised:pretrain",
         "latent pre-training: discover actions, clone a policy over them, optionally fine-tune the base",
         "pretrain",
         """
@@ -42,7 +42,7 @@ cola_ray pretrain --preset llama-3.1-8b --data.path org/corpus --pretrain.stages
         "The stage actions trains inverse dynamics model, codebook and world model together.",
     ),
     "rl": Command(
-        "cola_ray.train:run_rl",
+        "cola_ray.training.rl:run_rl",
         "RL with verifiable rewards: vLLM rollouts, ZeRO-3 learner, MLflow",
         "rl_math",
         """
@@ -53,7 +53,7 @@ cola_ray rl --preset tiny --resume                        (continue from the las
         "Algorithms, tasks and rewards of your own: docs/extending.md.",
     ),
     "agent": Command(
-        "cola_ray.train:run_agent",
+        "cola_ray.training.rl:run_agent",
         "RL of a multi-turn agent: ArCHer's off-policy utterance critic over whole turns, or any other algorithm",
         "rl_agent",
         """
@@ -64,7 +64,7 @@ cola_ray agent --task.name guess_city --resume""",
         agents=True,
     ),
     "preference": Command(
-        "cola_ray.train:run_rl",
+        "cola_ray.training.rl:run_rl",
         "RL from preferences: prompts without a verifier, scored by a reward model or an endpoint",
         "rl_preference",
         """
@@ -117,7 +117,7 @@ cola_ray capabilities --model.path MODEL --harness.tasks mine --harness.include-
 after `import cola_ray.studies.harness`.""",
     ),
     "reward-model": Command(
-        "cola_ray.train:train_reward_model",
+        "cola_ray.training.supervised:train_reward_model",
         "a reward model from preference pairs: Bradley-Terry loss on a sequence classifier",
         "reward_model",
         """
@@ -128,7 +128,7 @@ cola_ray reward-model --preset llama-3.1-8b --task.path org/pairs --model.base m
         task="preference",
     ),
     "train-q": Command(
-        "cola_ray.train:train_q",
+        "cola_ray.training.supervised:train_q",
         "Q of latent actions for MCTS-Q: double Q-learning over the frozen base, from logged answers",
         "train_q",
         """

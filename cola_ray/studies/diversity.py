@@ -27,7 +27,7 @@ from cola_ray.runs.failure import explained_failures
 from cola_ray.runs.figures import print_comparison
 from cola_ray.settings.config import Config, RunFailedError, override
 from cola_ray.studies.study import load_texts, open_study, text_prefixes
-from cola_ray.train import served
+from cola_ray.training.rl import served
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Maps N texts to unit vectors (N, D)."""

@@ -33,7 +33,7 @@ from cola_ray.runs.figures import plot_against_tokens, print_comparison
 from cola_ray.settings.config import Config, EvalConfig, is_environment
 from cola_ray.studies.study import Study, open_study
 from cola_ray.tasks import least_right_reward
-from cola_ray.train import served
+from cola_ray.training.rl import served
 
 Row = dict[str, Any]
 

@@ -42,7 +42,7 @@ from cola_ray.runs.run_folder import summary_of, write_json
 from cola_ray.settings.config import Config, RunFailedError
 from cola_ray.settings.matrix import Stage, chosen, machines
 from cola_ray.studies.report import write_report
-from cola_ray.train import signals
+from cola_ray.training.ranks import signals
 
 _POLL_S = 2.0
 _STOP_WAIT_S = 60  # time that a stage has for its last step and checkpoint before Ray kills it

@@ -25,7 +25,7 @@ from cola_ray.runs.tracking import Tracker
 from cola_ray.settings.config import Config, override
 from cola_ray.tasks import to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer
-from cola_ray.train import tracked
+from cola_ray.training.tracked_run import tracked
 
 if TYPE_CHECKING:
     from cola_ray.learner.corpus import Document

@@ -30,7 +30,8 @@ from cola_ray.runs.run_folder import summary_of
 from cola_ray.runs.tracking import Tracker
 from cola_ray.settings.config import Config, RunFailedError, is_environment, override
 from cola_ray.settings.presets import trial
-from cola_ray.train import make_start_model, measured, run_agent, run_rl, tracked
+from cola_ray.training.rl import make_start_model, measured, run_agent, run_rl
+from cola_ray.training.tracked_run import tracked
 
 Row = dict[str, Any]
 _REPORTED = ("reward/mean", "policy/kl", "policy/entropy")  # metrics that a trial reports to Tune at every step

@@ -121,7 +121,8 @@ def test_a_terminal_keeps_each_phase_with_its_time(clock):
 def test_whoever_waits_for_ray_is_in_a_phase():
     """Every job's function opens the display, and nothing of it is imported that takes long."""
     folder = Path(module.__file__).parents[1]
-    jobs = {"train": {"pretrain", "train_reward_model", "train_q", "run_rl", "run_agent"},
+    jobs = {"training/supervised": {"pretrain", "train_reward_model", "train_q"},
+            "training/rl": {"run_rl", "run_agent"},
             "studies/evaluation": {"evaluate"}, "studies/diversity": {"diversity"}, "studies/atlas": {"atlas"},
             "studies/capabilities": {"capabilities"}, "studies/sweep": {"sweep"},
             "studies/reproduce": {"reproduce"}}  # fmt: skip
@@ -176,7 +177,7 @@ def test_how_long_it_takes_follows_from_steps_and_sizes():
 
 
 def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(cola_dir, tmp_path, monkeypatch):
-    from cola_ray.train import afterwards
+    from cola_ray.training.rl import afterwards
 
     monkeypatch.chdir(tmp_path)
     config = override(preset("tiny"), {"output_dir": str(tmp_path / "outputs" / "demo")})

@@ -4,8 +4,8 @@ import types
 
 import pytest
 
-from cola_ray import train
 from cola_ray.settings.config import RunFailedError
+from cola_ray.training import rl
 
 
 class Clocked:
@@ -14,10 +14,10 @@ class Clocked:
     def __init__(self, monkeypatch):
         self.now, self.answers, self.look_s = 0.0, False, 0.5
         ray = types.SimpleNamespace(wait=self.wait, get=lambda _: ([{"say": "hello"}], None))
-        monkeypatch.setattr(train, "ray", ray)
-        monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(rl, "ray", ray)
+        monkeypatch.setattr(rl, "time", types.SimpleNamespace(monotonic=lambda: self.now))
         asked = types.SimpleNamespace(remote=lambda: "question")
-        self.talk = train._Talk(types.SimpleNamespace(drain=asked), start_s=100.0, patience_s=10.0)
+        self.talk = rl._Talk(types.SimpleNamespace(drain=asked), start_s=100.0, patience_s=10.0)
 
     def wait(self, questions, timeout):
         self.now += self.look_s

@@ -1,0 +1,1 @@
+"""Training runs: Ray Train over the actors, from the checks to the summary."""

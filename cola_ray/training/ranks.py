@@ -1,0 +1,130 @@
+"""Ray Train over the learner's ranks: started, polled, stopped by signals, and watched until they end."""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cola_ray.cluster import actors, head, watch
+from cola_ray.runs import checkpoints
+from cola_ray.settings.config import Config
+
+ANSWER_S = 60.0
+"""For what never computes for long."""
+
+
+def fit_ranks(
+    config: Config,
+    rank_loop: Callable[[dict[str, Any]], None],
+    loop: dict[str, Any],
+    poll: Callable[..., None],
+    stop: Callable[[], None] | None,
+) -> None:
+    """Ray Train over the ZeRO-3 ranks, which go on from the run's last checkpoint; also those that replace dead ones.
+
+    ``fit`` runs in a thread of its own, so that this one can ``poll`` twice a second, fail as soon as polling does,
+    and answer signals: the first Ctrl-C or SIGTERM calls ``stop`` and waits for the orderly end, the next one ends
+    at once, as does the first where there is no ``stop``.
+    """
+    # What Ray Train notes for itself, and would go on from: a new place each time, for checkpoints are ours to find.
+    notes = Path(config.output_dir) / checkpoints.FOLDER / f"{checkpoints.RAY_NOTES}{secrets.token_hex(4)}"
+    trainer = _trainer(config, rank_loop, loop, notes)
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    supervisor = watch.Unreachable("TrainController", config.cluster.answer_timeout_s)
+    with signals() as received:
+        thread.start()
+        asked = False
+        while thread.is_alive():
+            thread.join(0.5)
+            head.raise_if_lost()
+            supervisor.look()
+            poll()
+            if received and not asked and stop is not None:
+                stop()
+                asked = True
+            elif len(received) > int(asked):
+                raise KeyboardInterrupt
+    poll(last=True)
+    shutil.rmtree(notes, ignore_errors=True)
+    if errors:
+        raise errors[0]
+    if received:
+        raise KeyboardInterrupt
+
+
+def _trainer(
+    config: Config, rank_loop: Callable[[dict[str, Any]], None], loop: dict[str, Any], notes: Path
+) -> TorchTrainer:
+    gpus = config.cluster.use_gpu
+    return TorchTrainer(
+        rank_loop,
+        train_loop_config=loop,
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.learner_ranks,
+            use_gpu=gpus,
+            resources_per_worker=actors.booking(config, "learner"),
+            placement_strategy=config.cluster.learner_placement,
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=RunConfig(
+            name=notes.name,
+            storage_path=str(notes.parent),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """The SIGINT, SIGTERM and SIGHUP that came so far, without those that are ignored, as under nohup; elsewhere than
+    in a main thread, none.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {
+        number: signal.signal(number, lambda n, _: received.append(n))
+        for number in asked
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def enter_rank(loop: dict[str, Any]) -> Config:
+    """What every learner rank does first: threads, process group, settings."""
+    config = Config.model_validate(loop["config"])
+    import torch
+
+    from cola_ray.learner.engine import join_group
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not config.cluster.use_gpu:
+        torch.set_num_threads(config.cluster.threads_per_process)
+    os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
+    join_group("nccl" if config.cluster.use_gpu else "gloo")
+    return config

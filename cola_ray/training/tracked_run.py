@@ -1,0 +1,78 @@
+"""A run from its start to its end, however it ends: MLflow, summary, plot and model card."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cola_ray.cluster import head
+from cola_ray.model.conversion import describe
+from cola_ray.runs.display import current
+from cola_ray.runs.failure import explained_failures
+from cola_ray.runs.launch import Launch
+from cola_ray.runs.run_folder import State, write_json
+from cola_ray.runs.tracking import Tracker
+from cola_ray.settings.config import Config, flat
+
+OnStep = Callable[[int, Mapping[str, Any]], None]
+"""Called after every learner step with its number and metrics."""
+
+
+@contextlib.contextmanager
+def tracked(
+    begun: Launch,
+    summarise: Callable[[Tracker], dict[str, Any]],
+    draw: Callable[[Tracker], None] = lambda _: None,
+    on_step: OnStep | None = None,
+) -> Iterator[Tracker]:
+    """A run from here to its end, whichever that is: summary and plot are left of where it came to.
+
+    Args:
+        summarise: what is known of the run; how it ended and how long it took is added.
+        draw: its plots, where there is anything to show.
+    """
+    config, folder = begun.config, begun.folder
+    output, params = folder.path, flat(config.model_dump())
+    current().doing("opening MLflow")
+    tracker = Tracker(config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step)
+    error: BaseException | None = None
+    try:
+        with explained_failures(output), head.blamed():
+            yield tracker
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
+        state = _state(error)
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            ended = {"state": state, "step": tracker.step, **({"reason": str(error)} if str(error or "") else {})}
+            tracker.summary = ended | summarise(tracker) | {"wall_seconds": round(time.time() - begun.began, 1)}
+            write_json(output / "summary.json", tracker.summary)
+            _describe(output / "model", config, begun.job, tracker.summary)
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            draw(tracker)
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            tracker.finish(state)
+            folder.end(state, tracker.step)
+
+
+def _describe(model: Path, config: Config, job: str, summary: Mapping[str, Any]) -> None:
+    """The run's part of its model's card. Of paths the last name alone: a card is for other machines."""
+    if not (model / "config.json").exists():
+        return
+    facts = {job: f"preset {config.preset}, seed {config.seed}, task {config.task.name}"}
+    if job == "pretrain":
+        facts["data"] = Path(config.data.path).name if config.data.path else f"the demonstrations of {config.task.name}"
+        if not (config.model.base or config.model.path):
+            facts["base"] = "a small Llama that was trained from nothing"
+    cost = ("_seconds", "_gb", "_mb", "_per_step")
+    figures = {
+        f"{job}: {name}": round(value, 4) for name, value in summary.items()
+        if isinstance(value, float) and not name.endswith(cost)
+    }  # fmt: skip
+    describe(model, facts, figures)
+
+
+def _state(error: BaseException | None) -> State:
+    return "finished" if error is None else "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
