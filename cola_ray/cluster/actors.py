@@ -53,8 +53,9 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    files = registry.files([*named(config).values(), *map(str, config.sweep.values)])
-    environment: dict[str, Any] = {"env_vars": _worker_environment(config), "py_modules": files}
+    environment: dict[str, Any] = {"env_vars": _worker_environment(config)}
+    if files := registry.files([*named(config).values(), *map(str, config.sweep.values)]):
+        environment["py_modules"] = files  # which Ray does not take empty
     there = address(config)
     current().doing(f"attaching to the Ray cluster at {there}" if there else "starting Ray")
     logging.getLogger("ray").setLevel(logging.WARNING)
