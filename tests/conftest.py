@@ -21,7 +21,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.learner.micro_batch import MicroBatch
 
 torch.set_num_threads(1)
 VOCAB_SIZE, NUM_ACTIONS = 96, 16
@@ -105,16 +104,6 @@ def letters(first: int = 0x4E00) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=chr(first)))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def micro_batch(**given: torch.Tensor) -> MicroBatch:
-    """Fields by name; of those left out, masks are the actions', and all else is 0 or as if nothing were padded."""
-    like = given.get("action_mask", given.get("scored_mask"))
-    empty, whole = torch.zeros(like.shape), torch.zeros(like.shape, dtype=torch.long)
-    fields = {"input_ids": whole, "attention_mask": whole + 1, "actions": whole, "action_mask": like,
-              "scored_mask": like, "rollout_log_probs": empty, "advantages": empty, "rewards": empty,
-              "discounts": empty}  # fmt: skip
-    return MicroBatch(**(fields | given))
 
 
 def words(**special: str) -> PreTrainedTokenizerFast:

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import micro_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro_batches import micro_batch
 
 from cola_ray.algorithms import remax
 from cola_ray.algorithms.advantages import Outcomes, discounted_sum_to_go, following, overlong_penalty

@@ -60,7 +60,7 @@ def broken_files(good):
     first = next(iter(good))
     twice = said[:-1] + f", {said[1:-1]}" + "}"
     return {
-        "a line that is no JSON": ("a.jsonl", whole + b'{"x": \n' + whole, "a.jsonl, line 2: not JSON .* mend"),
+        "a line that is no JSON": ("a.jsonl", whole + b'{"x": \n' + whole, "a.jsonl, line 2: not JSON .* fix"),
         "a line cut short": ("a.jsonl", whole + whole[:12], "a.jsonl, line 2: not JSON"),
         "a comma after each line": ("a.jsonl", whole.strip() + b",\n", "a.jsonl, line 1: not JSON"),
         "two objects on a line": ("a.jsonl", whole + whole.strip() + whole, "a.jsonl, line 2: not JSON"),

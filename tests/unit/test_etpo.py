@@ -6,9 +6,9 @@ import socket
 import numpy as np
 import pytest
 import torch
-from conftest import micro_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro_batches import micro_batch
 
 from cola_ray.algorithms import etpo
 from cola_ray.learner.micro_batch import Distributions, Encoded, last_positions

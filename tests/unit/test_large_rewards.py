@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import micro_batch
+from micro_batches import micro_batch
 
 from cola_ray.algorithms import grpo, reinforce, remax, rloo
 from cola_ray.algorithms.advantages import Outcomes, typical_value

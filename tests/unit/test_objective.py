@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from conftest import micro_batch
+from micro_batches import micro_batch
 
 from cola_ray.experience import Trajectory, collate
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Frozen, MicroBatch, Scored

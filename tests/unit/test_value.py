@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import micro_batch
 from hypothesis import given
 from hypothesis import strategies as st
+from micro_batches import micro_batch
 
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.algorithms.ppo import generalised_advantages
