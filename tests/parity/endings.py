@@ -36,7 +36,7 @@ def check_what_ends_a_completion(engine, reference, stop_token, monkeypatch):
     check(engine.generate([dataclasses.replace(whole, stop=("no", stop))])[0], 0)
     assert dataclasses.replace(engine.endings, strings=(stop,)).text(tokens) == text[: length - 2]
     begun = length - 1  # amid the string
-    later = Request([*prompt, *tokens[:begun]], 5, 1.0, 0, 12 - begun, stop=(stop,), said=begun)
+    later = Request([*prompt, *tokens[:begun]], 5, 1.0, 0, 12 - begun, stop=(stop,), response_prefix=begun)
     check(engine.generate([later])[0], begun)
     for exactly in (length, length + 1):  # the limit falls on the string's last token, or behind it
         check(engine.generate([dataclasses.replace(whole, stop=(stop,), max_new_tokens=exactly)])[0], 0)
