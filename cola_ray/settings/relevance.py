@@ -191,28 +191,30 @@ def readers(*fields: str) -> str:
 
 def unread(config: Config, job: str) -> list[str]:
     """A line for each given setting that has no effect in the job: field, value, and who does read it."""
-    lines = []
-    for field, value in given(config).items():
-        if field == "preset" or (field == "task.name" and reads(job, field)):
-            continue
-        if not reads(job, field):
-            whom = readers(field)
-            verb = "only plan does" if whom == "plan" else f"{whom} {'do' if ' and ' in whom else 'does'}"
-            lines.append(f"{field} = {value!r}: {job} does not read it; {verb}")
-            continue
-        for only in _ONLY:
-            if any(fnmatch.fnmatchcase(field, pattern) for pattern in only.fields) and not only.when(config, job):
-                lines.append(f"{field} = {value!r}: has no effect here; {only.readers}")
-                break
-    return lines
+    whys = ((field, value, _why_unread(config, job, field)) for field, value in given(config).items())
+    return [f"{field} = {value!r}: {why}" for field, value, why in whys if why]
+
+
+def _why_unread(config: Config, job: str, field: str) -> str:
+    """Why a setting has no effect in the job, and who does read it; empty where it has one."""
+    if field == "preset" or (field == "task.name" and reads(job, field)):
+        return ""
+    if not reads(job, field):
+        whom = readers(field)
+        verb = "only plan does" if whom == "plan" else f"{whom} {'do' if ' and ' in whom else 'does'}"
+        return f"{job} does not read it; {verb}"
+    for only in _ONLY:
+        if any(fnmatch.fnmatchcase(field, pattern) for pattern in only.fields) and not only.when(config, job):
+            return f"has no effect here; {only.readers}"
+    return ""
 
 
 def only_read(config: Config, job: str) -> Config:
-    """The settings with the preset's in place of those that the job does not read."""
+    """The settings with the preset's in place of those that have no effect in the job."""
     usual = entries(defaults(config))
     return override(config, {
         field: usual[field] for field in given(config)
-        if field != "task.name" and field in usual and not reads(job, field)
+        if field != "task.name" and field in usual and _why_unread(config, job, field)
     })  # fmt: skip
 
 

@@ -272,8 +272,7 @@ def make_start_model(config: Config) -> None:
     model = provenance.start_model(config)
     if provenance.makes_start_model(config) and not provenance.is_made(model):
         begun = read_record(model.parent) is not None
-        changes = {"output_dir": "", "resume": begun, "overwrite": False, "task.reward_model": "", "task.reward": "",
-                   "task.oracle": "", "tracking_parent": ""}  # fmt: skip
+        changes = {"output_dir": "", "resume": begun, "overwrite": False, "tracking_parent": ""}
         pretrain(relevance.only_read(override(config, changes), "pretrain"))
 
 

@@ -314,3 +314,15 @@ def test_making_the_start_model_asks_for_the_same(tmp_path):
         assert unread(making, "pretrain") == []
         assert Path(resolve(making, "pretrain").output_dir) / "model" == start_model(config).resolve()
         assert made_from(making) == made_from(config)
+
+
+@pytest.mark.parametrize("changes", [
+    {"task.reward_timeout_s": 5.0}, {"task.max_failed_rewards": 0.5}, {"task.reward": "mine.py:mine"},
+    {"task.name": "preference", "task.path": "p.jsonl", "task.reward_model": "http://x"},
+    {"task.name": "twenty_questions", "task.oracle": "a-model"}, {"rl.lr": 0.1, "rollout.num_workers": 2},
+], ids=lambda changes: "-".join(changes))  # fmt: skip
+def test_what_only_rl_reads_is_no_reason_to_refuse_the_pretraining_before_it(changes):
+    config = tiny(**changes)
+    making = only_read(config, "pretrain")
+    assert unread(making, "pretrain") == []
+    assert made_from(making) == made_from(config)
