@@ -10,7 +10,6 @@ Nothing heavy is imported before the settings have been checked: neither PyTorch
 """
 
 import difflib
-import importlib
 import sys
 from typing import Any, NoReturn
 
@@ -41,7 +40,7 @@ def main(*words: str) -> NoReturn:
         print(f"{name}: no such command; {fix}", file=sys.stderr)
         sys.exit(2)
     if not command.job:
-        sys.exit(_imported(command.run)(rest))
+        sys.exit(command.function()(rest))
     from cola_ray.cli import job
 
     job.run(command, rest)
@@ -76,9 +75,4 @@ def run(command: str, config: Any) -> Any:
     if not found.job:
         jobs = ", ".join(name for name, one in COMMANDS.items() if one.job)
         raise ValueError(f"command = {command!r}: runs no settings; use one of {jobs}")
-    return _imported(found.run)(config)
-
-
-def _imported(name: str) -> Any:
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return found.function()(config)

@@ -4,7 +4,10 @@ A command is data, so that ``cola_ray --help`` needs no settings, and settings n
 as ``module:function`` and imported once its settings have been checked.
 """
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,12 @@ class Command:
     notes: str = ""
     agents: bool = False
     task: str = ""
+
+    def function(self) -> Callable[..., Any]:
+        """What ``run`` names, imported now."""
+        module, _, name = self.run.partition(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return found
 
 
 COMMANDS: dict[str, Command] = {

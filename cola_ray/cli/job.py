@@ -1,11 +1,10 @@
 """A command with settings, from its words to its exit code."""
 
 import contextlib
-import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
 from cola_ray.cli.arguments import parsed
 from cola_ray.cli.commands import Command
@@ -37,7 +36,7 @@ def run(command: Command, argv: Sequence[str]) -> NoReturn:
 def _run(config: Config, command: Command) -> None:
     if command.job == "plan":  # which answers at once
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed, and DeepSpeed need not look for GPUs
-        _imported(command.run)(config)
+        command.function()(config)
         return
     with shown() as display:
         for line in launch.first_lines(config, command.job).splitlines():
@@ -47,13 +46,7 @@ def _run(config: Config, command: Command) -> None:
         )
         display.say(expectation(config, command.job, makes_start_model))
         current().doing("importing PyTorch, Ray and vLLM")
-        _imported(command.run)(config)
-
-
-def _imported(name: str) -> Callable[[Config], Any]:
-    module, _, function = name.partition(":")
-    found: Callable[[Config], Any] = getattr(importlib.import_module(module), function)
-    return found
+        command.function()(config)
 
 
 def _leave(code: int, line: str) -> NoReturn:

@@ -140,14 +140,14 @@ def test_whoever_waits_for_ray_is_in_a_phase():
 FIRST = """
 import sys
 from types import SimpleNamespace
-from cola_ray.cli import job, main
+from cola_ray.cli import commands, main
 
 def refuse(name):
     heavy = {"torch", "ray", "vllm", "mlflow", "transformers"}
     print(sorted(heavy & {*sys.modules}), file=sys.stderr)
     return SimpleNamespace(run_rl=lambda config: None)
 
-job.importlib = SimpleNamespace(import_module=refuse)
+commands.importlib = SimpleNamespace(import_module=refuse)
 main("rl")
 """
 
