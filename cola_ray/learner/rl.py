@@ -157,7 +157,8 @@ class PolicyUpdate:
         self, config: Config, zero: ZeroEngine, value: ValueLearner | None, soft_q: SoftQLearner | None
     ) -> None:
         self.config, self.zero, self.value, self.soft_q = config, zero, value, soft_q
-        self.lr, self.policy_loss = config.rl.lr, config.algorithm.policy_loss()
+        self.lr, algorithm = config.rl.lr, config.algorithm
+        self.policy_loss, self.follows_q = algorithm.policy_loss(), algorithm.soft_q
 
     @property
     def heads(self) -> dict[str, ValueLearner | SoftQLearner]:
@@ -258,7 +259,7 @@ class PolicyUpdate:
         rl, rollout = self.config.rl, self.config.rollout
         logits, frozen = forward(self.zero, one.batch, one.frozen)
         follows: Advantages | ActionValues = one.follows
-        if self.soft_q is not None and self.config.algorithm.soft_q:
+        if self.soft_q is not None and self.follows_q:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))
         return policy_objective(
             logits, one.batch, frozen, follows, one.old, rl=rl, kl_coef=kl_coef, temperature=rollout.temperature,

@@ -146,9 +146,7 @@ def level_of(batches: Sequence[Encoded], num_actions: int) -> float:
     """What every state is worth if all actions of all ranks' micro-batches are like the average one; all ranks call."""
     columns = [torch.cat([one[batch.batch.action_mask] for one, batch in zip(of, batches, strict=True)])
                for of in ([one.rewards for one in batches], [one.batch.discounts for one in batches])]  # fmt: skip
-    sums = torch.stack([column.double().sum() for column in columns])
-    torch.distributed.all_reduce(sums)
-    return float(typical_value(*(sums / num_actions)))
+    return float(typical_value(*(_summed(*(column.double().sum() for column in columns)) / num_actions)))
 
 
 def _acted(batches: Sequence[Encoded], columns: Sequence[Tensor]) -> Tensor:

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from cola_ray.algorithms.advantages import Outcomes
-from cola_ray.experience import Batch, Trajectory, collate
+from cola_ray.algorithms.latent_actions import usage
+from cola_ray.experience import Batch, Trajectory, Turn, collate
 from cola_ray.loop.evaluation import HeldOut
 from cola_ray.loop.replay_client import ReplayClient
 from cola_ray.loop.workers import WorkerGroup
@@ -53,6 +55,7 @@ class BatchMaker:
 
     def __init__(self, config: Config, workers: WorkerGroup, replay: ReplayClient) -> None:
         self.config, self.workers, self.replay = config, workers, replay
+        self.algorithm = config.algorithm
 
     def check_failures(self, failures: Sequence[str], count: int, what: str) -> None:
         """Count what user code failed at.
@@ -68,9 +71,39 @@ class BatchMaker:
                 f"{self.config.task.max_failed_rewards:.0%}; the first one {failures[0]}"
             )
 
+    def counted(self, seconds: float) -> Metrics:
+        """What became of prompts and workers so far; and the seconds that a step's rollouts took."""
+        totals = self.workers.totals
+        return {
+            "reward/failed": float(totals.failed_rewards),
+            "rollout/regenerated_groups": float(totals.regenerated_groups),
+            "rollout/worker_losses": float(totals.worker_losses),
+            "time/rollout": seconds,
+        }
+
+    def measured(self, said: Sequence[Trajectory | Turn], rewards: Sequence[float], step: int) -> Metrics:
+        """Of what the policy said in a step's rollouts, of which there is one for each reward.
+
+        Their mean length also tells how much work a rollout is taken to be from now on.
+        """
+        lengths = np.array([len(one.token_ids) for one in said])
+        actions = np.concatenate([one.actions for one in said])
+        staleness = step - np.concatenate([one.versions for one in said])
+        counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
+        totals = self.workers.totals
+        totals.response_length = 0.9 * totals.response_length + 0.1 * float(lengths.sum() / len(rewards))
+        return {
+            "reward/mean": float(np.mean(rewards)),
+            "reward/std": float(np.std(rewards)),
+            "rollout/response_length": float(lengths.mean()),
+            "staleness/mean": float(staleness.mean()),
+            "staleness/max": float(staleness.max()),
+            **usage(counts),
+        }
+
     def advantages(self, prompts: Sequence[Outcomes]) -> list[list[float]]:
         """Of each prompt's completions. Where the learner's value head is the baseline, the rewards themselves."""
-        algorithm = self.config.algorithm.advantages()
+        algorithm = self.algorithm.advantages()
         found = [one.rewards for one in prompts] if algorithm is None else algorithm(prompts)
         return [advantages.tolist() for advantages in found]
 

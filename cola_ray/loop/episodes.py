@@ -28,7 +28,6 @@ import pyarrow as pa
 import torch
 
 from cola_ray.algorithms.advantages import Outcomes, all_alike, centred
-from cola_ray.algorithms.latent_actions import usage
 from cola_ray.experience import Batch, Episode, Ticket, Trajectory
 from cola_ray.loop.batches import BatchMaker, Metrics
 from cola_ray.loop.evaluation import HeldOut, returned
@@ -143,14 +142,14 @@ class Episodes:
         metrics = self._measure(episodes, step, rollouts.seconds)
         said = sum(len(turn.token_ids) for episode in rollouts.episodes for turn in episode.turns)
         metrics["rollout/tokens_per_second"] = said / rollouts.seconds
-        if not self.config.algorithm.replays:
+        if not self.batches.algorithm.replays:
             batches, more = await self._whole_episodes(episodes, step)
             return batches, metrics | more
         rows = as_rows(episodes, self.workers.facts["feature_width"])
         if self.critic_fitted:
             metrics |= await self.critic.assess(rows)
         await self.replay.store(rows)
-        of_turns = self._archer if self.config.algorithm.critic else self._filtered_bc
+        of_turns = self._archer if self.batches.algorithm.critic else self._filtered_bc
         batches, more = await of_turns(episodes, rows, step)
         return batches, metrics | more
 
@@ -249,29 +248,13 @@ class Episodes:
         return [one for episode, own in of_episodes for one in episode.as_trajectories(advantages=own.tolist())]
 
     def _measure(self, episodes: Sequence[Episode], step: int, seconds: float) -> Metrics:
-        returns = np.array([episode.total_reward for episode in episodes])
         turns = [turn for episode in episodes for turn in episode.turns]
-        lengths = np.array([len(turn.token_ids) for turn in turns])
-        actions = np.concatenate([turn.actions for turn in turns])
-        versions = np.concatenate([turn.versions for turn in turns])
-        counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
-        totals, per_episode = self.workers.totals, lengths.sum() / len(episodes)
-        totals.response_length = 0.9 * totals.response_length + 0.1 * float(per_episode)
-        return {
-            "reward/mean": float(returns.mean()),
-            "reward/std": float(returns.std()),
-            "reward/failed": float(totals.failed_rewards),
+        returns = [episode.total_reward for episode in episodes]
+        return self.batches.counted(seconds) | self.batches.measured(turns, returns, step) | {
             "agent/episodes": float((step + 1) * self.config.rl.prompts_per_step * self.config.rl.group_size),
             "agent/turns": len(turns) / len(episodes),
             "agent/terminated": float(np.mean([episode.terminated for episode in episodes])),
-            "rollout/response_length": float(lengths.mean()),
-            "rollout/regenerated_groups": float(totals.regenerated_groups),
-            "rollout/worker_losses": float(totals.worker_losses),
-            "staleness/mean": float((step - versions).mean()),
-            "staleness/max": float((step - versions).max()),
-            "time/rollout": seconds,
-            **usage(counts),
-        }
+        }  # fmt: skip
 
 
 def _centred(advantages: Array, metrics: Metrics) -> Array:

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from cola_ray.algorithms.advantages import Outcomes, all_alike, overlong_penalty
-from cola_ray.algorithms.latent_actions import usage
-from cola_ray.experience import Batch, Group, Ticket
+from cola_ray.experience import Batch, Group, Ticket, Trajectory
 from cola_ray.loop.batches import BatchMaker, Metrics
 from cola_ray.loop.evaluation import HeldOut, graded
 from cola_ray.loop.replay_client import ReplayClient
@@ -39,6 +38,15 @@ class Collected:
     groups: Sequence[Group]  # of the first draw
     refills: Sequence[Group]  # of other prompts, where those had no signal
     seconds: float
+
+    @property
+    def groups_of_all(self) -> list[Group]:
+        return [*self.groups, *self.refills]
+
+    @property
+    def asked(self) -> list[Trajectory]:
+        """All completions, also those whose reward failed."""
+        return [one for group in self.groups_of_all for one in group.asked]
 
 
 class Problems:
@@ -81,9 +89,9 @@ class Problems:
         groups = await self._generate(self.tickets(step))
         refills = await self._refill(groups, step) if self.config.rl.dynamic_sampling else []
         seconds = time.perf_counter() - started
-        asked = [one for group in (*groups, *refills) for one in group.asked]
-        self.batches.check_failures([one.failure for one in asked if one.failure], len(asked), "rewards")
-        return Collected(groups, refills, seconds)
+        made = Collected(groups, refills, seconds)
+        self.batches.check_failures([one.failure for one in made.asked if one.failure], len(made.asked), "rewards")
+        return made
 
     def tickets(self, step: int) -> list[Ticket]:
         wanted = self.config.rl.prompts_per_step
@@ -120,13 +128,12 @@ class Problems:
     # --- batches ----------------------------------------------------------------------------------------------------
 
     async def to_batches(self, rollouts: Collected, step: int) -> tuple[list[Batch], Metrics]:
-        groups, refills = rollouts.groups, rollouts.refills
-        asked = [one for group in (*groups, *refills) for one in group.asked]
-        more = {"rollout/tokens_per_second": sum(len(one.token_ids) for one in asked) / rollouts.seconds}
-        taught = groups
+        groups = taught = rollouts.groups
+        more = {"rollout/tokens_per_second": sum(len(one.token_ids) for one in rollouts.asked) / rollouts.seconds}
         if self.config.rl.dynamic_sampling:
-            taught = [group for group in (*groups, *refills) if self._differs(group)]
-            more |= {"rollout/refilled_groups": float(len(refills)), "reward/taught_groups": float(len(taught))}
+            taught = [group for group in rollouts.groups_of_all if self._differs(group)]
+            more["rollout/refilled_groups"] = float(len(rollouts.refills))
+            more["reward/taught_groups"] = float(len(taught))
         scored = [group for group in taught or groups if group.scored]
         if not scored:
             raise RuntimeError("a step has no sample with a reward")
@@ -149,42 +156,24 @@ class Problems:
         whole = [*group.scored, *([greedy] if greedy else [])]
         rewards = torch.tensor([one.reward for one in whole], dtype=torch.float64)
         limit, buffer = self.config.rollout.max_new_tokens, self.config.rl.overlong_buffer
-        if buffer and not (self.config.algorithm.within_prompts and all_alike(rewards)):
+        if buffer and not (self.batches.algorithm.within_prompts and all_alike(rewards)):
             lengths = [len(one.token_ids) for one in whole]
             rewards -= torch.tensor([overlong_penalty(length, limit, buffer) for length in lengths])
         return Outcomes(rewards[: len(group.scored)], float(rewards[-1]) if greedy else float("nan"))
 
     def _measure(self, groups: Sequence[Group], step: int, seconds: float) -> Metrics:
         """Of a step's first draw; where no reward of it came, what was counted alone."""
-        totals = self.workers.totals
-        counted = {
-            "reward/failed": float(totals.failed_rewards),
-            "rollout/regenerated_groups": float(totals.regenerated_groups),
-            "rollout/worker_losses": float(totals.worker_losses),
-            "rollout/last_position": float(groups[-1].position),  # tickets up to here have been generated, each once
-            "time/rollout": seconds,
-        }
+        counted = self.batches.counted(seconds)
+        counted["rollout/last_position"] = float(groups[-1].position)  # tickets up to here were generated, each once
         scored = [group for group in groups if group.scored]
         if not scored:
             return counted
         trajectories = [trajectory for group in scored for trajectory in group.scored]
-        rewards = np.array([trajectory.reward for trajectory in trajectories])
-        lengths = np.array([len(trajectory.token_ids) for trajectory in trajectories])
-        actions = np.concatenate([trajectory.actions for trajectory in trajectories])
-        staleness = step - np.concatenate([trajectory.versions for trajectory in trajectories])
-        counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
-        totals.response_length = 0.9 * totals.response_length + 0.1 * float(lengths.mean())
-        return counted | {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std()),
+        return counted | self.batches.measured(trajectories, [one.reward for one in trajectories], step) | {
             "reward/zero_variance_groups": float(np.mean([not _has_signal(group) for group in scored])),
-            "rollout/response_length": float(lengths.mean()),
             "rollout/distinct": float(np.mean([_distinct(group) for group in scored])),
             "rollout/truncated": float(np.mean([trajectory.truncated for trajectory in trajectories])),
-            "staleness/mean": float(staleness.mean()),
-            "staleness/max": float(staleness.max()),
-            **usage(counts),
-        }
+        }  # fmt: skip
 
 
 def _has_signal(group: Group) -> bool:

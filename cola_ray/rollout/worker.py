@@ -118,6 +118,7 @@ class RolloutWorker(EngineWorker):
             make = functools.partial(make_task, config.task, config.seed)
             self.rewards = RewardProcess(make, config.task.reward_timeout_s)
         super().__init__(config, model_path, config.rl.cache_hidden_states)
+        self.draws_greedy = config.algorithm.greedy
         self.task = make_prompts(config.task, config.seed)
         splits: tuple[Split, ...] = ("train", "heldout")
         self.prompts = {
@@ -146,7 +147,7 @@ class RolloutWorker(EngineWorker):
         """
         indices = [self.fitting["train"][ticket.problem] for ticket in tickets]
         size = self.config.rl.group_size
-        per_ticket = size + self.config.algorithm.greedy  # ReMax's baseline is a greedy completion, the last one
+        per_ticket = size + self.draws_greedy  # ReMax's baseline is a greedy completion, the last one
         requests = [
             self._request(self.prompts["train"][index], self._seed(ticket.position, sibling), greedy=sibling == size)
             for ticket, index in zip(tickets, indices, strict=True)

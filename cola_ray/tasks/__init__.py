@@ -10,7 +10,6 @@ from cola_ray.settings.config import TaskConfig, is_environment
 from cola_ray.settings.limits import refusal
 from cola_ray.tasks.environment import Dialogue, Environment
 from cola_ray.tasks.guessing import ChatOracle
-from cola_ray.tasks.preference import Preference
 from cola_ray.tasks.protocol import Problem, Prompts, Task, answer_of
 from cola_ray.tasks.rewarded import Rewarded
 from cola_ray.tasks.verifiable import ReasoningGym, Thinking
@@ -58,8 +57,8 @@ def to_pretrain_on(config: TaskConfig, seed: int) -> Prompts | PlayedTask:
 
 
 def make_prompts(config: TaskConfig, seed: int) -> Prompts:
-    """The task named in the settings, also where a reward model takes a verifier's place."""
-    return Preference(config.path, seed) if config.name == "preference" else make_task(config, seed)
+    """The task named in the settings, for its prompts: preference has no verifier, since others score."""
+    return make_task(config, seed)
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:
