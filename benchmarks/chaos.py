@@ -28,8 +28,10 @@ from typing import Any
 
 import psutil
 from chaos_processes import KINDS, LOSSY, RUNS, SETTINGS, Run, adopt_orphans, left_files, of_kind, processes
-from chaos_trials import Trial, compare, gaps, grown, missing, read_steps, table, without_folders
+from chaos_trials import Trial, compare, gaps, grown, missing, table, without_folders
 from record import RESULTS, ROOT, hardware, write_tables
+
+from cola_ray.runs import event_log
 
 FOLDER = ROOT / "outputs" / "chaos"
 SIGNALS = ("SIGSTOP", "SIGKILL")
@@ -63,7 +65,7 @@ class Session:
 
     @property
     def steps(self) -> dict[int, dict[str, float]]:
-        return read_steps(self.run.output / "log.jsonl")
+        return event_log.history(event_log.read(self.run.output))
 
     @property
     def prompts(self) -> int:
@@ -316,6 +318,8 @@ def main() -> None:
     finally:
         if session is not None:
             session.discard()
+        for run in RUNS:  # also one that was being started
+            run.end()
     if args.out.resolve() == (RESULTS / "chaos.json").resolve():
         write_tables()
     for row, figures in table(trials).items():

@@ -1,10 +1,8 @@
 """Records of benchmarks/chaos.py: what a trial did and found, which trials are missing, and their table."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from chaos_processes import KINDS, LOSSY, SETTINGS
@@ -69,23 +67,6 @@ def compare(found: Mapping[int, Mapping[str, float]], expected: Mapping[int, Map
             else:
                 verdict = f"within {TOLERANCE:g}"
     return verdict, where
-
-
-def read_steps(log: Path) -> dict[int, dict[str, float]]:
-    """Metrics of each step in a run's ``log.jsonl``; if a step was repeated, the last ones."""
-    steps: dict[int, dict[str, float]] = {}
-    try:
-        lines = log.read_text().splitlines()
-    except OSError:
-        return steps
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:  # a line that is being written
-            continue
-        if event.get("event") == "step":
-            steps.setdefault(int(event["version"]), {}).update(event)
-    return steps
 
 
 def gaps(steps: Mapping[int, Mapping[str, float]], prompts: int) -> list[str]:

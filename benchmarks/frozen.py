@@ -11,17 +11,18 @@ outputs/frozen/<commit>, so it runs only once.
 """
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from record import ROOT
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "system"))
+from runs import Run, metrics
+
 FOLDER = ROOT / "outputs" / "frozen"
 SHORT = ["--pretrain.steps.base", "60", "--pretrain.steps.actions", "20", "--pretrain.steps.policy", "20"]
 AGENT = ["--task.name", "twenty_questions", "--task.num-problems", "300"]
@@ -38,48 +39,30 @@ RUNS = {
     "token": ("rl_math", [*PROBLEMS, "--rl.action-space", "token"]),
     "archer": ("rl_agent", EPISODES),
 }
-TIMES_AND_MEMORY = ("time/", "memory/", "learner/tokens_per_second", "rollout/tokens_per_second")
 
 
-def run(code: Path, job: str, where: Path, args: Sequence[str]) -> None:
-    """Run a job of a checkout to its end, with its output in ``where/log``.
+def finished(code: Path, job: str, where: Path, args: Sequence[str]) -> Path:
+    """Run a job of a checkout to its end, with its output in ``where/log``; returns its folder.
 
     Raises:
-        SystemExit: the job failed; the message has the end of its log.
+        AssertionError: the job failed; the message has the end of its log.
     """
-    where.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(code / "jobs" / f"{job}.py"), "--preset", "tiny", "--output-dir", str(where / "run"),
-               "--overwrite", *args]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with (where / "log").open("w") as log:
-        code_of_end = subprocess.run(command, cwd=where, env=environment, stdout=log, stderr=log).returncode
-    if code_of_end:
-        raise SystemExit(f"{' '.join(command)}\nended with {code_of_end}:\n{(where / 'log').read_text()[-2000:]}")
+    run = Run(job, where, "--overwrite", *args, code=code)
+    run.finish()
+    return run.output
 
 
 def start_model(code: Path, job: str) -> Path:
     """The model that the runs of a job start from, made once."""
     where = FOLDER / "start" / job
-    if not (where / "run" / "summary.json").exists():
-        run(code, "pretrain", where, STARTS[job])
-    return where / "run" / "model"
-
-
-def curve(folder: Path) -> dict[int, dict[str, float]]:
-    """Metrics of each step; if a step was repeated, the last ones."""
-    steps: dict[int, dict[str, float]] = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        event = json.loads(line)
-        if event.get("event") == "step":
-            steps.setdefault(int(event["version"]), {}).update(
-                {name: value for name, value in event.items() if "/" in name and not name.startswith(TIMES_AND_MEMORY)}
-            )
-    return steps
+    for summary in where.glob("outputs/pretrain-tiny-*/summary.json"):
+        return summary.parent / "model"
+    return finished(code, "pretrain", where, STARTS[job]) / "model"
 
 
 def differences(one: Path, other: Path) -> list[str]:
     """Differences between two runs, one line each."""
-    curves: tuple[Mapping[int, Mapping[str, float]], ...] = (curve(one), curve(other))
+    curves: tuple[Mapping[int, Mapping[str, float]], ...] = (metrics(one), metrics(other))
     lines = [] if curves[0].keys() == curves[1].keys() else [f"steps {[*curves[0]]} and {[*curves[1]]}"]
     for step in curves[0].keys() & curves[1].keys():
         before, after = curves[0][step], curves[1][step]
@@ -118,10 +101,10 @@ def main() -> None:
     for name in args.runs:
         job, settings = RUNS[name]
         start = ["--model.path", str(start_model(checkout(revision), job))]
-        if not (before / name / "run" / "summary.json").exists():
-            run(checkout(revision), job, before / name, [*start, *settings])
-        run(ROOT, job, FOLDER / "now" / name, [*start, *settings])
-        lines = differences(before / name / "run", FOLDER / "now" / name / "run")
+        there = before / name / "outputs" / f"{job}-tiny-seed0"
+        if not (there / "summary.json").exists():
+            finished(checkout(revision), job, before / name, [*start, *settings])
+        lines = differences(there, finished(ROOT, job, FOLDER / "now" / name, [*start, *settings]))
         differ += bool(lines)
         print(f"{name:12}", "the same, bit for bit" if not lines else "\n".join(["differs:", *lines[:20]]), flush=True)
     raise SystemExit(f"{differ} of {len(args.runs)} runs differ from {revision}" if differ else 0)

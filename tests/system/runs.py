@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cola_ray.runs import event_log
+
 ROOT = Path(__file__).parents[2]
+OF_THE_MACHINE = ("time/", "memory/", "learner/tokens_per_second", "rollout/tokens_per_second")
 # A base trained just long enough to be right now and then, so that RL has something to learn from.
 SHORT_PRETRAINING = [
     "--pretrain.steps.base", "120", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40"
@@ -22,13 +25,13 @@ SHORT_RL = ["--rl.max-steps", "5", "--rl.prompts-per-step", "8", "--rl.group-siz
 
 
 class Run:
-    """One job in a folder of its own; its output goes to ``where/log``."""
+    """One job of a checkout in a folder of its own; its output goes to ``where/log``."""
 
-    def __init__(self, job: str, where: Path, *args: str) -> None:
+    def __init__(self, job: str, where: Path, *args: str, code: Path = ROOT) -> None:
         where.mkdir(parents=True, exist_ok=True)
         self.job, self.where = job, where
-        command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--preset", "tiny", *args]
-        environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}
+        command = [sys.executable, str(code / "jobs" / f"{job}.py"), "--preset", "tiny", *args]
+        environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{code}"}
         with (where / "log").open("a") as log:
             self.process = subprocess.Popen(
                 command, cwd=where, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -98,6 +101,14 @@ class Run:
         victim = self.actors(title)[-1]
         os.kill(victim, signal.SIGKILL)
         return victim
+
+
+def metrics(output: Path) -> dict[int, dict[str, float]]:
+    """By step, those that settings and seed decide: no times, and nothing else of the machine."""
+    return {
+        step: {name: value for name, value in of_step.items() if not name.startswith(OF_THE_MACHINE)}
+        for step, of_step in event_log.history(event_log.read(output)).items()
+    }
 
 
 def descendants(root: int) -> list[tuple[int, int, str]]:

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import Run, descendants
+from runs import Run, descendants, metrics
 
-from cola_ray.runs import checkpoints, event_log
+from cola_ray.runs import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 STEPS, HALF = 10, 5
@@ -33,7 +33,6 @@ RUNS = {
     "archer_replayed": ("rl_agent", [*EPISODES, "--critic.actor-states", "replayed", "--critic.td-share", "0",
                                      "--critic.priority-beta", "0.4", "--replay.shards", "2"]),
 }  # fmt: skip
-OF_THE_MACHINE = ("time/", "memory/", "learner/tokens_per_second", "rollout/tokens_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +61,6 @@ def kill(run):
     while any(os.path.exists(f"/proc/{pid}/exe") for pid in doomed):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def metrics(run):
-    history = event_log.history(event_log.read(run.output))
-    return {
-        step: {name: value for name, value in of_step.items() if not name.startswith(OF_THE_MACHINE)}
-        for step, of_step in history.items()
-    }
 
 
 def assert_same(one, other, where="") -> None:

@@ -7,6 +7,8 @@ import sys
 import pytest
 from runs import ROOT
 
+from cola_ray.runs import event_log
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import chaos
 from chaos_trials import SAME
@@ -55,7 +57,7 @@ def test_a_log_is_read_up_to_the_line_that_is_being_written(tmp_path):
         {"event": "step", "version": 1, "x": 2},
     ]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "st')
-    steps = chaos.read_steps(tmp_path / "log.jsonl")
+    steps = event_log.history(event_log.read(tmp_path))
     assert steps[1]["reward/mean"] == 0.1
     assert steps[1]["x"] == 2
 
