@@ -14,6 +14,8 @@ endif
 export OMP_NUM_THREADS ?= 1
 # A demo that has been made is kept: RESUME=1 goes on with it, OVERWRITE=1 removes it and begins anew.
 AGAIN := $(strip $(if $(RESUME),--resume) $(if $(OVERWRITE),--overwrite))
+# make finds the command in its environment; whoever types what a run names next has to enter that first.
+next_time = @echo "\`. $(BIN)/activate\` puts the command cola_ray on the path of your shell"
 HAS_RUN = has a run already: RESUME=1 goes on with it, OVERWRITE=1 removes it and begins anew
 kept = $(if $(AGAIN),,$(if $(wildcard outputs/$(1)/run.json),@echo "outputs/$(1) $(HAS_RUN)"; exit 2))
 
@@ -40,10 +42,12 @@ evals: setup  ## add sentence encoders, self-BLEU and the evaluation harness
 demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about five minutes on 2 cores
 	$(call kept,demo)
 	$(BIN)/cola_ray rl --preset tiny --output-dir outputs/demo $(AGAIN)
+	$(next_time)
 
 demo-agent: setup  ## the same for a multi-turn agent: Twenty Questions, ArCHer's critic over utterances
 	$(call kept,demo-agent)
 	$(BIN)/cola_ray agent --preset tiny --output-dir outputs/demo-agent $(AGAIN)
+	$(next_time)
 
 reproduce: evals  ## the papers' matrix with the tiny preset, to outputs/reproduce/report/index.html; under three hours
 	$(BIN)/cola_ray reproduce --preset tiny --output-dir outputs/reproduce
