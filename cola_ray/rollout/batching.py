@@ -38,7 +38,9 @@ class RunningBatch:
         self.arrivals: list[tuple[Request, asyncio.Future[Completion]]] = []
         self.waiting: dict[str, asyncio.Future[Completion]] = {}
         self.runner: asyncio.Task | None = None
-        self.stepper = ThreadPoolExecutor(1)  # one thread for all steps: OpenMP keeps a thread pool per calling thread
+        # One thread for all steps, because OpenMP keeps a pool for each thread that calls it. A new thread has OpenMP's
+        # own number of threads until torch has set it, and vLLM's attention refuses a number that changes in mid-step.
+        self.stepper = ThreadPoolExecutor(1, initializer=_use_torchs_threads)
 
     async def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Return the completions in order. All requests of a call join at once, so timing cannot split them.
@@ -139,3 +141,10 @@ class Rounds(Generic[T]):
             own = list(itertools.islice(made, len(requests)))
             if not results.done():  # the episode may have been cancelled
                 results.set_result(own)
+
+
+def _use_torchs_threads() -> None:
+    """Give this thread the number of OpenMP threads that ``torch.set_num_threads`` has set for the process."""
+    import torch
+
+    torch.get_num_threads()  # sets it at a thread's first call
