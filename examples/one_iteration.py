@@ -1,11 +1,9 @@
 """One iteration of RL in one process, without Ray: a rollout worker, the loop and the learner, step by step.
 
-A run has the same three as actors on many machines; ``Local`` is what stands for Ray here. The model is a small one of
-random weights, whose reward is the share of digits in what it says. On CPU, a minute, most of it imports.
+``Local`` stands in for Ray's actors. A small random model is rewarded for digits. Half a minute, most of it imports.
 """
 
 import asyncio
-import functools
 import os
 import tempfile
 
@@ -30,15 +28,17 @@ def digits(problem, response):
 
 
 def random_model(config, folder):
+    import torch
+
     from cola_ray.learner.start_model import attach, make_tiny_llama, make_tokenizer
     from cola_ray.model import conversion
     from cola_ray.tasks import make_prompts
 
     tokenizer = make_tokenizer(make_prompts(config.task, config.seed))
     conversion.save(make_tiny_llama(len(tokenizer), tokenizer.eos_token_id, config.seed), tokenizer, f"{folder}/base")
-    model = attach(config, f"{folder}/base")
+    model, draw = attach(config, f"{folder}/base"), torch.Generator().manual_seed(config.seed)
     for parameter in model.world_model.parameters():  # which would say what the base says, whatever the action
-        parameter.data.normal_(std=0.3)
+        parameter.data.normal_(std=0.3, generator=draw)
     conversion.save(model, tokenizer, folder)
 
 
@@ -49,8 +49,8 @@ async def one_iteration(config, model):
     from cola_ray.rollout.worker import RolloutWorker
 
     worker = RolloutWorker(config, model)
-    source = functools.partial(problems.Problems, shards=Shards(0, None, config.seed))  # no replay
-    loop = controller.Controller(config, Local(lambda: worker), source)
+    shards = Shards(0, None, config.seed)  # no replay
+    loop = controller.Controller(config, Local(lambda: worker), lambda *of: problems.Problems(*of, shards=shards))
     await loop.start(resumed=False)
     engine.join_group("gloo")
     learner = rl.RLLearner(config, policies.make_policy(config, model))
