@@ -92,8 +92,8 @@ def services(folder):
 
 
 def assert_same_run(one, other):
-    assert metrics(one) == metrics(other)
-    assert sorted(metrics(one)) == list(range(STEPS + 1))
+    assert metrics(one.output) == metrics(other.output)
+    assert sorted(metrics(one.output)) == list(range(STEPS + 1))
     folders = [checkpoints.newest(run.output).checkpoint.folder for run in (one, other)]
     assert [folder.name for folder in folders] == [f"step-{STEPS:08d}"] * 2
     names = [
