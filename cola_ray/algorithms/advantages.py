@@ -1,6 +1,6 @@
-"""What several algorithms share: what an outcome is, when outcomes differ, and sums over actions.
+"""What several algorithms share: what an outcome is, and when outcomes differ.
 
-Legend: B sequences, T positions, G completions of a prompt.
+Legend: G completions of a prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,37 +83,6 @@ def standardised(values: Tensor) -> Tensor:
     wide = centred(values.double())
     spread = wide.square().sum(-1, keepdim=True).div(wide.shape[-1] - 1).sqrt()
     return (wide / spread.masked_fill(spread == 0, 1.0)).to(values.dtype)
-
-
-def discounted_sum_to_go(values: Tensor, mask: Tensor, discounts: Tensor) -> Tensor:
-    """``y_t = values_t + discounts_t y_next`` over masked-in positions only, (B, T); "next" is the next one in the row.
-
-    Positions outside the mask (observations, padding) are skipped. Used to spread per-step KL penalties backwards.
-
-    Example: values [1, 2, 3], mask [1, 0, 1], discounts 0.5 -> [2.5, 0, 3].
-    """
-    followed = (mask.flip(1).cumsum(1).flip(1) - mask.long()) > 0
-    if not bool((mask & followed & (discounts != 1.0)).any()):
-        return (values * mask).flip(1).cumsum(1).flip(1) * mask
-    out = torch.zeros_like(values)
-    running = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        here = mask[:, t].bool()
-        running = torch.where(here, values[:, t] + discounts[:, t] * running, running)
-        out[:, t] = torch.where(here, running, torch.zeros_like(running))
-    return out
-
-
-def following(values: Tensor, mask: Tensor, final_values: Tensor) -> Tensor:
-    """At every masked-in position the value of the next one in its row, ``final_values`` (B,) at the last; (B, T).
-
-    Example: values [1, 2, 3], mask [1, 0, 1], final 9 -> [3, 0, 9].
-    """
-    width = values.shape[1]
-    places = torch.arange(width, device=values.device).where(mask, width)
-    here_or_later = places.flip(1).cummin(1).values.flip(1)
-    later = torch.nn.functional.pad(here_or_later[:, 1:], (0, 1), value=width)
-    return torch.cat([values, final_values[:, None]], 1).gather(1, later).masked_fill(~mask, 0.0)
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:

@@ -14,7 +14,7 @@ choice is decided at a difference of about 4 beta. Legend: B sequences, T positi
 import torch
 from torch import Tensor
 
-from cola_ray.algorithms.advantages import following
+from cola_ray.algorithms.policy_loss import following
 
 
 def soft_values(q: Tensor, log_probs: Tensor, ref_log_probs: Tensor, beta: float) -> Tensor:

@@ -10,8 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cola_ray.algorithms.advantages import following
-
 Estimator = Literal["exact", "k1", "k2", "k3"]
 
 
@@ -68,6 +66,37 @@ def kl_penalties(
     if estimator == "exact":
         return discounts * following(divergences, mask, torch.zeros_like(divergences[:, 0]))
     return kl_estimate(log_probs, ref_log_probs, estimator)
+
+
+def discounted_sum_to_go(values: Tensor, mask: Tensor, discounts: Tensor) -> Tensor:
+    """``y_t = values_t + discounts_t y_next`` over masked-in positions only, (B, T); "next" is the next one in the row.
+
+    Positions outside the mask (observations, padding) are skipped. Used to spread per-step KL penalties backwards.
+
+    Example: values [1, 2, 3], mask [1, 0, 1], discounts 0.5 -> [2.5, 0, 3].
+    """
+    followed = (mask.flip(1).cumsum(1).flip(1) - mask.long()) > 0
+    if not bool((mask & followed & (discounts != 1.0)).any()):
+        return (values * mask).flip(1).cumsum(1).flip(1) * mask
+    out = torch.zeros_like(values)
+    running = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        here = mask[:, t].bool()
+        running = torch.where(here, values[:, t] + discounts[:, t] * running, running)
+        out[:, t] = torch.where(here, running, torch.zeros_like(running))
+    return out
+
+
+def following(values: Tensor, mask: Tensor, final_values: Tensor) -> Tensor:
+    """At every masked-in position the value of the next one in its row, ``final_values`` (B,) at the last; (B, T).
+
+    Example: values [1, 2, 3], mask [1, 0, 1], final 9 -> [3, 0, 9].
+    """
+    width = values.shape[1]
+    places = torch.arange(width, device=values.device).where(mask, width)
+    here_or_later = places.flip(1).cummin(1).values.flip(1)
+    later = torch.nn.functional.pad(here_or_later[:, 1:], (0, 1), value=width)
+    return torch.cat([values, final_values[:, None]], 1).gather(1, later).masked_fill(~mask, 0.0)
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, gain: float = 0.1) -> float:

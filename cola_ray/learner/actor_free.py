@@ -84,7 +84,7 @@ class ActorFreeUpdate:
 
     def _error(self, batch: MicroBatch, frozen: Frozen, beta: float) -> tuple[Tensor, dict[str, Tensor], Frozen]:
         """Squared error, summed over actions, with metric sums and what the frozen parts found."""
-        q, frozen = forward(self.zero, batch, frozen)
+        q, frozen = forward(self.zero.engine, batch, frozen)
         assert frozen.hidden_states is not None
         assert frozen.reference_logits is not None
         mask, reference = batch.action_mask, frozen.reference_logits.log_softmax(-1)

@@ -169,9 +169,6 @@ class ZeroEngine:
     def zero_stage(self) -> int:
         return int(self.engine.zero_optimization_stage())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.engine(*args, **kwargs)
-
     def backward(self, loss_share: Tensor, *, last: bool) -> None:
         """Accumulate a micro-batch. ``loss_share`` is this rank's share of the global loss: shares *add up*.
 

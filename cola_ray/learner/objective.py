@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from cola_ray.algorithms import etpo
-from cola_ray.algorithms.advantages import discounted_sum_to_go
 from cola_ray.algorithms.policy_loss import (
     clipped_policy_gradient,
+    discounted_sum_to_go,
     entropy,
     exact_kl,
     kl_estimate,
@@ -87,7 +87,8 @@ def before_updates(scores: Scores, batch: MicroBatch, aliases: Tensor | None, rl
         scores.log_probs.masked_fill(~possible, 0.0), scores.ref_log_probs.masked_fill(~possible, 0.0), scores.kl,
         batch.action_mask, batch.discounts, rl.kl_estimator,
     )  # fmt: skip
-    return Scored(scores.log_probs, penalties, _marginals(scores, batch, aliases, possible))
+    marginals = None if aliases is None else _marginals(scores, batch, aliases, possible)
+    return Scored(scores.log_probs, penalties, marginals)
 
 
 def policy_objective(
@@ -121,21 +122,12 @@ def policy_objective(
     taken = _taken(scores, old, batch, frozen.aliases)
     with torch.set_grad_enabled(bool(rl.entropy_coef)):
         entropies = batch.place(entropy(scores.policy))
-    weights = taken.possible.to(taken.log_probs.dtype)
-    clipped = torch.zeros((), device=logits.device)
     if isinstance(follows, ActionValues):
         actor = etpo.actor_loss(scores.policy, scores.reference, follows.q, kl_coef)
-        losses = [batch.place(actor)[mask].sum()]
+        losses, weights = [batch.place(actor)[mask].sum()], taken.possible.to(taken.log_probs.dtype)
+        clipped = torch.zeros((), device=logits.device)
     else:
-        weights = _weights(taken, batch, rl)
-        advantages = _charged(follows, taken, scores.kl, batch, old, rl, kl_coef)
-        if follows.control is not None:
-            advantages = advantages - batch.place(batch.taken(follows.control))
-        surrogate, clipped = _surrogate(taken, weights * advantages, rl, policy_loss)
-        losses = [surrogate]
-        if follows.control is not None:
-            losses.append(-batch.place(mean_under(scores.policy, follows.control))[mask].sum())
-        losses += _kl_loss(follows, taken, scores.kl, mask, rl, kl_coef)
+        losses, weights, clipped = _policy_gradient(follows, scores, taken, old, batch, rl, kl_coef, policy_loss)
     if rl.entropy_coef:
         losses.append(-rl.entropy_coef * entropies[mask].sum())
     loss = sum(losses[1:], losses[0])
@@ -149,17 +141,61 @@ def policy_objective(
     return loss, measured | _rollout_metrics(taken, weights, batch, rl)
 
 
-def _surrogate(taken: Taken, advantages: Tensor, rl: RLConfig, own: PolicyLoss | None) -> tuple[Tensor, Tensor]:
-    """What draws the policy to advantages (B, T): a sum, and the number of actions that are clipped."""
+def _policy_gradient(
+    follows: Advantages,
+    scores: Scores,
+    taken: Taken,
+    old: Scored | None,
+    batch: MicroBatch,
+    rl: RLConfig,
+    kl_coef: float,
+    own: PolicyLoss | None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The clipped surrogate of advantages, a control variate's mean and the KL that is differentiated.
+
+    Returns:
+        loss sums; importance weights (B, T), for rollouts of an older version or of another engine's arithmetic; and
+        the number of actions that are clipped.
+    """
+    weights = taken.possible.to(taken.log_probs.dtype)
+    if rl.importance_cap:
+        weights = truncated_importance_weights(taken.old_log_probs, batch.rollout_log_probs, rl.importance_cap)
+        weights = weights.masked_fill(~taken.possible, 0.0)
+    advantages = follows.values
+    if rl.kl_in == "reward" and not follows.hold_kl:  # each action answers for the penalties from it on
+        penalties = old.kl_penalties if old is not None else kl_penalties(
+            taken.log_probs.detach(), taken.ref_log_probs, scores.kl.detach(), batch.action_mask, batch.discounts,
+            rl.kl_estimator,
+        )  # fmt: skip
+        advantages = advantages - kl_coef * discounted_sum_to_go(penalties, batch.action_mask, batch.discounts)
+    if follows.control is not None:
+        advantages = advantages - batch.place(batch.taken(follows.control))
+    advantages = weights * advantages
     if own is None:
-        return clipped_policy_gradient(
+        surrogate, clipped = clipped_policy_gradient(
             taken.said, taken.old_said, advantages, taken.possible, rl.clip_low, rl.clip_high
         )
+    else:
+        surrogate, clipped = _own_loss(own, taken, advantages), torch.zeros((), device=advantages.device)
+    losses = [surrogate]
+    if follows.control is not None:
+        losses.append(-batch.place(mean_under(scores.policy, follows.control))[batch.action_mask].sum())
+    if rl.kl_estimator == "exact":
+        # In the reward, the other half is in advantages: what divides them divides this.
+        whole = kl_coef if follows.deviation is None or rl.kl_in == "loss" else kl_coef / follows.deviation
+        losses.append((whole * scores.kl[batch.action_mask]).sum())
+    elif rl.kl_in == "loss":
+        estimates = kl_estimate(taken.log_probs, taken.ref_log_probs, rl.kl_estimator)
+        losses.append(kl_coef * estimates[taken.possible].sum())
+    return losses, weights, clipped
+
+
+def _own_loss(own: PolicyLoss, taken: Taken, advantages: Tensor) -> Tensor:
     of_each = own(taken.said, taken.old_said, advantages, taken.possible)
     if of_each.shape != advantages.shape:
         shapes = f"{tuple(of_each.shape)}, and a loss for each action has {tuple(advantages.shape)}"
         raise ValueError(f"rl.loss returned a tensor of shape {shapes}")
-    return of_each.masked_fill(~taken.possible, 0.0).sum(), torch.zeros((), device=advantages.device)
+    return of_each.masked_fill(~taken.possible, 0.0).sum()
 
 
 def _taken(scores: Scores, old: Scored | None, batch: MicroBatch, aliases: Tensor | None) -> Taken:
@@ -169,55 +205,17 @@ def _taken(scores: Scores, old: Scored | None, batch: MicroBatch, aliases: Tenso
         one.masked_fill(~possible, 0.0) for one in (scores.log_probs, scores.ref_log_probs, old_log_probs)
     )
     said, old_said = log_probs, old_log_probs
-    marginals = _marginals(scores, batch, aliases, possible)
-    if marginals is not None:
-        said = marginals
+    if aliases is not None:
+        said = _marginals(scores, batch, aliases, possible)
         old_said = said.detach() if old is None or old.marginals is None else old.marginals
     return Taken(possible, log_probs, ref_log_probs, old_log_probs, said, old_said)
 
 
-def _marginals(scores: Scores, batch: MicroBatch, aliases: Tensor | None, possible: Tensor) -> Tensor | None:
-    """Log-probabilities of the tokens said, (B, T), 0 where not ``possible`` (B, T); None without ``aliases``."""
-    if aliases is None:
-        return None
+def _marginals(scores: Scores, batch: MicroBatch, aliases: Tensor, possible: Tensor) -> Tensor:
+    """Log-probabilities of the tokens said, (B, T), 0 where not ``possible`` (B, T)."""
     scored = batch.scored_mask
     summed = marginal_log_probs(scores.policy, aliases, batch.actions[scored], possible[scored])
     return batch.place(summed).masked_fill(~possible, 0.0)
-
-
-def _weights(taken: Taken, batch: MicroBatch, rl: RLConfig) -> Tensor:
-    """How much each action counts, (B, T): for rollouts of an older version or of another engine's arithmetic."""
-    if not rl.importance_cap:
-        return taken.possible.to(taken.log_probs.dtype)
-    capped = truncated_importance_weights(taken.old_log_probs, batch.rollout_log_probs, rl.importance_cap)
-    return capped.masked_fill(~taken.possible, 0.0)
-
-
-def _charged(
-    given: Advantages, taken: Taken, kl: Tensor, batch: MicroBatch, old: Scored | None, rl: RLConfig, kl_coef: float
-) -> Tensor:
-    """Advantages less the KL that each action answers for: the penalties from it on, discounted (CoLA's RL stage)."""
-    if given.hold_kl or rl.kl_in == "loss":
-        return given.values
-    if old is None:
-        penalties = kl_penalties(
-            taken.log_probs.detach(), taken.ref_log_probs, kl.detach(), batch.action_mask, batch.discounts,
-            rl.kl_estimator,
-        )  # fmt: skip
-    else:
-        penalties = old.kl_penalties
-    return given.values - kl_coef * discounted_sum_to_go(penalties, batch.action_mask, batch.discounts)
-
-
-def _kl_loss(given: Advantages, taken: Taken, kl: Tensor, mask: Tensor, rl: RLConfig, kl_coef: float) -> list[Tensor]:
-    """The share of the KL that is differentiated: all of it with ``kl_in`` loss, the exact one's with reward."""
-    if rl.kl_estimator == "exact":
-        # In the reward, the other half is in advantages: what divides them divides this.
-        whole = kl_coef if given.deviation is None or rl.kl_in == "loss" else kl_coef / given.deviation
-        return [(whole * kl[mask]).sum()]
-    if rl.kl_in == "loss":
-        return [kl_coef * kl_estimate(taken.log_probs, taken.ref_log_probs, rl.kl_estimator)[taken.possible].sum()]
-    return []
 
 
 @torch.no_grad()

@@ -172,7 +172,7 @@ def corpus_step(
         mean_usage /= num_tokens
 
     def loss_of(index: int, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, found = zero(*batch, index == 0 and (step + 1) % 10 == 0, mean_usage)
+        loss, found = zero.engine(*batch, index == 0 and (step + 1) % 10 == 0, mean_usage)
         return loss, found
 
     sums, grad_norm = supervised.zero_step(zero, batches, loss_of, num_tokens, lr)

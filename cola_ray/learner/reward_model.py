@@ -66,7 +66,7 @@ class RewardStage:
         mine = [self.train[i] for i in wanted[self.zero.rank :: self.zero.world_size]]
 
         def loss_of(_: int, pairs: Sequence[Ids]) -> tuple[Tensor, dict[str, Tensor]]:
-            rewards = self.zero(*self._tensors(pairs))
+            rewards = self.zero.engine(*self._tensors(pairs))
             loss, gap = preference_loss(rewards), (rewards[0] - rewards[1]).detach()
             return loss, {"loss": loss.detach(), "train_accuracy": (gap > 0).float().sum(), "margin": gap.sum()}
 
@@ -87,7 +87,7 @@ class RewardStage:
         rounds = -(-len(some) // (self.zero.world_size * size))  # ZeRO-3: every rank as many passes
         for number in range(rounds):
             pairs = mine[number * size : (number + 1) * size]
-            rewards = self.zero(*self._tensors(pairs or some[:1]))
+            rewards = self.zero.engine(*self._tensors(pairs or some[:1]))
             right += (rewards[0] > rewards[1]).float().sum() if pairs else 0.0
         torch.distributed.all_reduce(right)
         return {"reward/accuracy": float(right) / len(some)}

@@ -190,7 +190,9 @@ class PolicyUpdate:
             NonFiniteError: loss or gradient is not finite; the weights are those before the optimizer step.
         """
         updates = self.config.rl.updates_per_batch
-        ready, found = self._prepare(self._cut(batch), batch.num_actions_global, kl_coef)
+        ready, found = self._cut(batch), dict[str, Tensor]()
+        if updates > 1 or self.heads:
+            ready, found = self._prepare(ready, batch.num_actions_global, kl_coef)
         grad_norms = list[float]()
         for update in range(updates):
             for index in range(len(batch.micro_batches)):
@@ -212,8 +214,6 @@ class PolicyUpdate:
 
     def _prepare(self, ready: list[_Ready], num_actions: int, kl_coef: float) -> tuple[list[_Ready], dict[str, Tensor]]:
         """Look at the batch with the policy as it is, and let the heads learn from it; metric sums of theirs."""
-        if self.config.rl.updates_per_batch == 1 and self.value is None and self.soft_q is None:
-            return ready, {}
         looked = [self._look(one) for one in ready]
         ready, distributions = [one for one, _ in looked], [of for _, of in looked if of is not None]
         if self.value is not None:
@@ -236,7 +236,7 @@ class PolicyUpdate:
     def _look(self, one: _Ready) -> tuple[_Ready, Distributions | None]:
         """The policy before the batch's first update; its distributions where a Q learns from them."""
         rollout = self.config.rollout
-        logits, frozen = forward(self.zero, one.batch, one.frozen)
+        logits, frozen = forward(self.zero.engine, one.batch, one.frozen)
         scores = score(logits, frozen.reference_logits, one.batch, rollout.temperature, rollout.top_k)
         old = before_updates(scores, one.batch, frozen.aliases, self.config.rl)
         distributions = Distributions(scores.policy, scores.reference) if self.soft_q is not None else None
@@ -257,7 +257,7 @@ class PolicyUpdate:
     def _objective(self, one: _Ready, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss sum and metric sums."""
         rl, rollout = self.config.rl, self.config.rollout
-        logits, frozen = forward(self.zero, one.batch, one.frozen)
+        logits, frozen = forward(self.zero.engine, one.batch, one.frozen)
         follows: Advantages | ActionValues = one.follows
         if self.soft_q is not None and self.follows_q:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))

@@ -55,7 +55,7 @@ class BatchMaker:
 
     def __init__(self, config: Config, workers: WorkerGroup, replay: ReplayClient) -> None:
         self.config, self.workers, self.replay = config, workers, replay
-        self.algorithm = config.algorithm
+        self.algorithm, self.compare = config.algorithm, config.algorithm.advantages()
 
     def check_failures(self, failures: Sequence[str], count: int, what: str) -> None:
         """Count what user code failed at.
@@ -103,8 +103,7 @@ class BatchMaker:
 
     def advantages(self, prompts: Sequence[Outcomes]) -> list[list[float]]:
         """Of each prompt's completions. Where the learner's value head is the baseline, the rewards themselves."""
-        algorithm = self.algorithm.advantages()
-        found = [one.rewards for one in prompts] if algorithm is None else algorithm(prompts)
+        found = [one.rewards for one in prompts] if self.compare is None else self.compare(prompts)
         return [advantages.tolist() for advantages in found]
 
     async def train_on(

@@ -76,7 +76,7 @@ class Controller:
     async def _produce(self, first: int) -> None:
         async with asyncio.TaskGroup() as steps:
             for step in range(first, self.config.rl.max_steps):
-                await self.weights.slot()
+                await self.weights.slots.acquire()  # freed when all workers hold what a step made
                 if step >= self.batches.last_version:
                     return
                 steps.create_task(self._produce_step(step))
@@ -85,7 +85,8 @@ class Controller:
         await self.checkpoints.before_step(step)
         rollouts = await self.source.collect(step)
         batches, metrics = await self.source.to_batches(rollouts, step)
-        await self.weights.rest()
+        if self.config.cluster.colocated:
+            await self.weights.rest()
         await self.batches.put(step, batches, metrics)
 
     async def next_batch(self, rank: int, version: int) -> Batch | None:

@@ -59,10 +59,6 @@ class WeightSync:
     def _all_slots(self) -> asyncio.BoundedSemaphore:
         return asyncio.BoundedSemaphore(self.config.rl.max_staleness + 1)
 
-    async def slot(self) -> None:
-        """Wait for a slot for the next step; it is freed when all workers hold what the step made."""
-        await self.slots.acquire()
-
     async def stop(self) -> None:
         """Forget what is under way; the learner's first rank may be another process now."""
         await self.supervisor.cancel(self.publishing, self.receiving)
@@ -113,8 +109,7 @@ class WeightSync:
 
     async def rest(self) -> None:
         """Engines that share GPUs with the learner leave them to it, until they are given weights again."""
-        if self.config.cluster.colocated:
-            await self.workers.ask_all("sleep")
+        await self.workers.ask_all("sleep")
 
     async def _load(self, version: int, buckets: Sequence[Bucket]) -> None:
         """Every ready worker holds ``version`` on return; one that is being replaced will before it is ready."""

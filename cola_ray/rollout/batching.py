@@ -66,7 +66,6 @@ class RunningBatch:
         try:
             while self.arrivals or self.engine.num_in_flight:
                 async with self.between_steps:
-                    self._drop_cancelled()
                     self._admit()
                     if not self.engine.num_in_flight:
                         continue
@@ -82,16 +81,19 @@ class RunningBatch:
                 if not future.done():
                     future.set_exception(error)
 
-    def _drop_cancelled(self) -> None:
-        self.arrivals = [(request, future) for request, future in self.arrivals if not future.done()]
+    def _admit(self) -> None:
+        """Drop what was cancelled, and submit all arrivals.
+
+        Episodes that finished a turn in one step thus all have their next turn in the next step.
+        """
         for name in [name for name, future in self.waiting.items() if future.done()]:
             del self.waiting[name]
             self.engine.abort(name)
 
-    def _admit(self) -> None:
-        """Submit all arrivals: episodes that finished a turn in one step all have their next turn in the next step."""
         arrivals, self.arrivals = self.arrivals, []
         for request, future in arrivals:
+            if future.done():
+                continue
             try:
                 self.waiting[self.engine.submit(request)] = future
             except Exception as error:  # vLLM refused this request; the others go on

@@ -215,12 +215,12 @@ class Engine(abc.ABC):
             token_ids, actions, log_probs, np.repeat(np.array(versions, np.int64), lengths),
             truncated=output.finish_reason == "length", hidden_states=states, computed_tokens=computed_tokens,
         )  # fmt: skip
+        if not request.request.stop or not request.request.response_prefix:
+            return made
         return self._cut_at_stop(made, request.request)
 
     def _cut_at_stop(self, made: Completion, request: Request) -> Completion:
         """Cut at a stop string that began within the response's prefix in the prompt, where vLLM does not look."""
-        if not request.stop or not request.response_prefix:
-            return made
         before = list(request.prompt_ids[-request.response_prefix :])
         whole = dataclasses.replace(self.endings, strings=tuple(request.stop)).length([*before, *made.token_ids])
         if whole is None:

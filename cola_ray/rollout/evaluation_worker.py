@@ -79,7 +79,7 @@ class EvaluationWorker(RolloutWorker):
     async def _answer(self, index: int, way: str) -> AnsweredProblem:
         prompt = self.prompts[self.split][index]
         found = await self.ways[way](index, prompt)
-        texts = self._texts(found.responses)
+        texts = [self.endings.text(response) for response in found.responses]
         if self.chooser is None:
             scored = [Reward(value) if math.isfinite(value) else Reward(0.0, "not scored") for value in found.rewards]
         else:
@@ -143,7 +143,7 @@ class EvaluationWorker(RolloutWorker):
 
     async def _values(self, index: int, responses: Sequence[Array]) -> list[float]:
         """Return what searches maximise: the chooser's scores or the verifier's rewards; -inf where those failed."""
-        texts, indices = self._texts(responses), [index] * len(responses)
+        texts, indices = [self.endings.text(one) for one in responses], [index] * len(responses)
         if self.chooser is None:
             scored = await self._score(self.split, indices, texts)
         else:

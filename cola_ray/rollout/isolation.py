@@ -32,8 +32,18 @@ from typing import Any
 import psutil
 
 from cola_ray.sandbox.confine import die_with_parent
-from cola_ray.sandbox.execution import SeparateExecutor, call_in_fork, error_text, is_reply, reply_of
-from cola_ray.sandbox.messages import BrokenError, Channel, GoneError, LateError, as_data, as_text
+from cola_ray.sandbox.execution import SeparateExecutor, call_in_fork
+from cola_ray.sandbox.messages import (
+    BrokenError,
+    Channel,
+    GoneError,
+    LateError,
+    as_data,
+    as_text,
+    error_text,
+    is_reply,
+    reply_of,
+)
 from cola_ray.tasks import Task, answer_of
 from cola_ray.tasks.environment import Environment
 from cola_ray.tasks.protocol import Split, not_a_reward
@@ -95,12 +105,13 @@ class IsolatedObject:
             return [self._call(call) for call in calls]
 
     def _call(self, call: tuple[Any, ...], retry: bool = True) -> Reply:
-        self._wait_until_ready()
+        if not self.ready:
+            self._finish_start()
         token = secrets.randbits(48)
         try:
             if not self.channel.silent():
                 self._restart()  # it sent something unasked, which must not be taken for the reply to this call
-                self._wait_until_ready()
+                self._finish_start()
             try:
                 self.channel.send([token, *call], self.reply_timeout_s)
             except ValueError as error:
@@ -137,9 +148,7 @@ class IsolatedObject:
             return bool(psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED)
         return False
 
-    def _wait_until_ready(self) -> None:
-        if self.ready:
-            return
+    def _finish_start(self) -> None:
         try:
             message = self.channel.receive(self.start_timeout_s)
         except LateError:

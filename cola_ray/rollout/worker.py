@@ -155,7 +155,7 @@ class RolloutWorker(EngineWorker):
         ]
         completions = await self.batch.complete(requests)
         owners = [index for index in indices for _ in range(per_ticket)]
-        texts = self._texts([completion.token_ids for completion in completions])
+        texts = [self.endings.text(completion.token_ids) for completion in completions]
         rewards = await self._score("train", owners, texts)
         made = [self._trajectory(*one) for one in zip(owners, completions, texts, rewards, strict=True)]
         groups = [made[start : start + per_ticket] for start in range(0, len(made), per_ticket)]
@@ -179,7 +179,7 @@ class RolloutWorker(EngineWorker):
         problems = [self.fitting["heldout"][index] for index in indices]
         requests = [self._greedy_request(self.prompts["heldout"][problem], bare_base) for problem in problems]
         completions = await self.batch.complete(requests)
-        texts = self._texts([completion.token_ids for completion in completions])
+        texts = [self.endings.text(completion.token_ids) for completion in completions]
         scored = await self._score("heldout", problems, texts)
         return [math.nan if reward.failure else reward.value for reward in scored]
 
@@ -209,6 +209,3 @@ class RolloutWorker(EngineWorker):
             failure=reward.failure,
             hidden_states=completion.hidden_states,
         )
-
-    def _texts(self, responses: Sequence[np.ndarray]) -> list[str]:
-        return [self.endings.text(response) for response in responses]

@@ -19,7 +19,15 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from cola_ray.sandbox.confine import die_with_parent
-from cola_ray.sandbox.messages import BrokenError, Channel, GoneError, LateError, as_data, as_text
+from cola_ray.sandbox.messages import (
+    BrokenError,
+    Channel,
+    GoneError,
+    LateError,
+    error_text,
+    is_reply,
+    reply_of,
+)
 from cola_ray.sandbox.programs import confine_this_process
 
 MAX_BYTES = 1 << 20
@@ -29,29 +37,6 @@ _MEMORY_MB = 1024  # in addition to what the process uses when it forks
 
 class NotExecutedError(ValueError):
     """Executing a response gave no result; the message says why, in one line."""
-
-
-def reply_of(call: Callable[[], Any]) -> dict[str, Any]:
-    """Return ``{"value": ...}`` with the result of a call as data, or ``{"failure": why}``."""
-    try:
-        return {"value": as_data(call())}
-    except Exception as error:
-        return {"failure": f"raised {type(error).__name__}: {error_text(error)}"}
-
-
-def error_text(error: BaseException) -> str:
-    """Return the error's message, or "no message" if its own ``__str__`` raises."""
-    try:
-        return as_text(error, 300)
-    except Exception:
-        return "no message"
-
-
-def is_reply(reply: Any) -> bool:
-    """Whether a message has the form that :func:`reply_of` returns."""
-    if not isinstance(reply, dict) or len(reply) != 1:
-        return False
-    return "value" in reply or isinstance(reply.get("failure"), str)
 
 
 def call_in_fork(call: Callable[[], Any], seconds: float) -> dict[str, Any]:

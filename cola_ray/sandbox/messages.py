@@ -10,7 +10,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _MAX_DEPTH = 64  # of nested lists and objects
@@ -150,3 +150,26 @@ def as_text(value: object, max_length: int) -> str:
     """Return the value as one line of valid, printable Unicode of at most ``max_length`` characters."""
     whole = str(value)[:max_length].encode(errors="replace").decode()
     return "".join(letter if letter.isprintable() else " " for letter in whole)
+
+
+def reply_of(call: Callable[[], Any]) -> dict[str, Any]:
+    """Return ``{"value": ...}`` with the result of a call as data, or ``{"failure": why}``."""
+    try:
+        return {"value": as_data(call())}
+    except Exception as error:
+        return {"failure": f"raised {type(error).__name__}: {error_text(error)}"}
+
+
+def error_text(error: BaseException) -> str:
+    """Return the error's message, or "no message" if its own ``__str__`` raises."""
+    try:
+        return as_text(error, 300)
+    except Exception:
+        return "no message"
+
+
+def is_reply(reply: Any) -> bool:
+    """Whether a message has the form that :func:`reply_of` returns."""
+    if not isinstance(reply, dict) or len(reply) != 1:
+        return False
+    return "value" in reply or isinstance(reply.get("failure"), str)

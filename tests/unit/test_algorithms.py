@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from micro_batches import micro_batch
 
 from cola_ray.algorithms import remax
-from cola_ray.algorithms.advantages import Outcomes, discounted_sum_to_go, following, overlong_penalty
-from cola_ray.algorithms.grpo import group_normalised
+from cola_ray.algorithms.advantages import Outcomes, centred, overlong_penalty, standardised
 from cola_ray.algorithms.policy_loss import (
     adapted_kl_coef,
     clipped_policy_gradient,
+    discounted_sum_to_go,
     entropy,
     exact_kl,
+    following,
     kl_estimate,
     kl_penalties,
     truncated_importance_weights,
@@ -39,12 +40,12 @@ ADVANTAGES = {name: find("advantage", name) for name in BUILT_IN["advantage"]}
 
 
 def test_group_advantages_by_hand():
-    torch.testing.assert_close(group_normalised(torch.tensor([[1.0, 0.0]])), torch.tensor([[0.5, -0.5]]) / 0.5**0.5)
+    torch.testing.assert_close(standardised(torch.tensor([[1.0, 0.0]])), torch.tensor([[0.5, -0.5]]) / 0.5**0.5)
     # SkyRL, test_ppo_utils.py: GRPO without std; RLOO
     rewards = torch.tensor([[6.0, 3.0], [9.0, 12.0]])
-    assert group_normalised(rewards, normalise_std=False).tolist() == [[1.5, -1.5], [-1.5, 1.5]]
+    assert centred(rewards).tolist() == [[1.5, -1.5], [-1.5, 1.5]]
     assert leave_one_out(rewards).tolist() == [[3.0, -3.0], [-3.0, 3.0]]
-    assert group_normalised(torch.ones(2, 4)).abs().max() == 0
+    assert standardised(torch.ones(2, 4)).abs().max() == 0
 
 
 @settings(max_examples=30, deadline=None)

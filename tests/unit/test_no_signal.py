@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from cola_ray.algorithms.advantages import Outcomes, all_alike, centred, over_spread, standardised
 from cola_ray.algorithms.archer import Standardised
 from cola_ray.algorithms.gradients import clip_gradients
-from cola_ray.algorithms.grpo import group_normalised
 from cola_ray.algorithms.rloo import leave_one_out
 from cola_ray.registry import find
 from cola_ray.replay.buffer import ReplayBuffer
@@ -76,7 +75,7 @@ def test_grpo_and_rloo_are_those_of_other_libraries(rewards):
     """TRL's GRPOTrainer, (r - mean) / (std + 1e-4), and RLOOTrainer, r - (sum - r) / (k - 1); by NumPy in float64."""
     values, given = np.array(rewards, np.float64), torch.tensor([rewards], dtype=torch.float32)
     if np.ptp(values) <= 1e-5 * max(1.0, np.abs(values).max()):
-        assert not group_normalised(given).any()
+        assert not standardised(given).any()
         assert not leave_one_out(given).any()
         return
     others = (values.sum() - values) / (len(values) - 1)
@@ -84,7 +83,7 @@ def test_grpo_and_rloo_are_those_of_other_libraries(rewards):
     spread = values.std(ddof=1)
     if spread > 2e-5 * max(1.0, np.abs(values).max()):
         exact, trl = (values - values.mean()) / spread, (values - values.mean()) / (spread + 1e-4)
-        found = group_normalised(given)[0].numpy()
+        found = standardised(given)[0].numpy()
         np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(found, trl, rtol=1e-4 / spread + 1e-6, atol=1e-7)
 

@@ -50,8 +50,8 @@ def test_a_slot_is_freed_when_the_last_worker_holds_what_its_step_made():
         gate, reporting = asyncio.Event(), asyncio.Event()
         sync = sync_of(pool := Pool(), max_staleness=0)
         await sync.start(0, [])
-        await sync.slot()
-        second = asyncio.create_task(sync.slot())
+        await sync.slots.acquire()
+        second = asyncio.create_task(sync.slots.acquire())
         await asyncio.sleep(0.01)
         assert not second.done()
         pool.slow = gate
@@ -77,9 +77,9 @@ def test_the_docstrings_example():
     async def run():
         sync = sync_of(Pool(), max_staleness=1)
         await sync.start(0, [])
-        await sync.slot()
-        await sync.slot()
-        third = asyncio.create_task(sync.slot())
+        await sync.slots.acquire()
+        await sync.slots.acquire()
+        third = asyncio.create_task(sync.slots.acquire())
         await asyncio.sleep(0.01)
         assert not third.done()
         await sync.publish(1, [], nothing)
@@ -99,7 +99,7 @@ def test_no_step_is_staler_than_allowed(max_staleness, steps):
         await sync.start(0, [])
         for version in range(steps):
             while not sync.slots.locked():  # begin steps as early as ever possible
-                await sync.slot()
+                await sync.slots.acquire()
                 begun.append(min(pool.held))
             worst = max(worst, version - begun.pop(0))
             await sync.publish(version + 1, [], nothing)
@@ -124,8 +124,8 @@ def test_a_replacement_is_ready_when_it_holds_the_version_that_came_meanwhile():
     async def run():
         sync = sync_of(pool := Pool(lost_at={(0, 1)}), max_staleness=1)
         await sync.start(0, [])
-        await sync.slot()
-        await sync.slot()
+        await sync.slots.acquire()
+        await sync.slots.acquire()
         loading = asyncio.Event()
         load = pool.call
 
