@@ -1,11 +1,11 @@
 """Actors on a Ray cluster: what they are placed on, how they are asked, what becomes of their deaths.
 
-    cluster(config)     attach to the cluster that is there, or start one on this machine
-    controller(...)     the run's loop, or a study's evaluator, which owns
-    RayWorkers              rollout workers, spawned again when they die
-    replay(config)      ReplayShard actors      ┐
-    critic(config)      CriticService actors    ├ which Ray starts again, and which go on from what they last saved
-    judge(config)       RewardModel actor       ┘
+    cluster(config)       attach to the cluster that is there, or start one on this machine
+    controller(...)       the run's loop, or a study's evaluator, which owns
+    RayWorkers                rollout workers, spawned again when they die
+    replay(config)        ReplayShard actors      ┐
+    critic(config)        CriticService actors    ├ which Ray starts again, and which go on from what they last saved
+    reward_model(config)  a RewardModel actor     ┘
 
 The only file that says ``ray.remote``. What is asked through it knows nothing of Ray: each Remote class is the one
 interface that its callers take, and maps Ray's errors to theirs.
@@ -105,13 +105,13 @@ def booking(config: Config, part: Part) -> dict[str, float]:
 
 def demand(config: Config) -> dict[str, float]:
     """What a run books of a cluster."""
-    judges = bool(config.task.reward_model) and not is_endpoint(config.task.reward_model)
+    has_model = bool(config.task.reward_model) and not is_endpoint(config.task.reward_model)
     counts: dict[Part, int] = {
         "learner": config.cluster.learner_ranks,
         "rollout": config.rollout.num_workers,
-        "service": config.critic.replicas * config.algorithm.critic + judges,
+        "service": config.critic.replicas * config.algorithm.critic + has_model,
     }
-    total = {"CPU": 0.0, "GPU": float(judges and config.cluster.use_gpu)}
+    total = {"CPU": 0.0, "GPU": float(has_model and config.cluster.use_gpu)}
     for part, count in counts.items():
         for name, amount in booking(config, part).items():
             total[name] = total.get(name, 0.0) + count * amount
@@ -306,7 +306,7 @@ class RemoteReplicas:
         return await _answer(self.actors[replica], method, args, "a critic", ReplicaLostError)
 
 
-def judge(config: Config) -> RewardFunction | None:
+def reward_model(config: Config) -> RewardFunction | None:
     """Who scores in place of a verifier: an endpoint, or a reward model on an actor of its own."""
     where = config.task.reward_model
     if not where:
@@ -317,10 +317,10 @@ def judge(config: Config) -> RewardFunction | None:
     placed = _placed(config, "service", GPU=float(config.cluster.use_gpu))
     actor = ray.remote(RewardModel).options(**placed, max_restarts=-1, max_task_retries=-1)
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
-    return RemoteJudge(actor.remote(where, longest, config.data.date))
+    return RemoteRewardModel(actor.remote(where, longest, config.data.date))
 
 
-class RemoteJudge:
+class RemoteRewardModel:
     """A :data:`~cola_ray.rollout.reward_model.RewardFunction` that asks its actor, which Ray starts again."""
 
     def __init__(self, actor: Any) -> None:

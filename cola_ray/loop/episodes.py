@@ -80,7 +80,7 @@ class Episodes:
     """A :class:`~cola_ray.loop.batches.Source` of episodes, one a ticket.
 
     Args:
-        workers: that have ``play_episodes``, ``speak`` and ``evaluate``, see rollout/agent.py.
+        workers: that have ``play_episodes``, ``speak`` and ``evaluate``, see rollout/agent_worker.py.
         critic: of utterances; asked by ``archer`` and ``chai`` alone.
     """
 

@@ -74,7 +74,7 @@ def evaluate(config: Config) -> dict[str, Any]:
 def _predict(study: Study, folder: Path) -> None:
     """Answer all chunks that are not in ``folder`` yet."""
     config = study.config
-    reward_model = actors.judge(config)
+    reward_model = actors.reward_model(config)
     worker = AgentWorker if is_environment(config.task.name) else EvaluationWorker
     arguments = [reward_model] if reward_model else []
     pool = actors.RayWorkers(config, served(config, study.start), worker, *arguments)

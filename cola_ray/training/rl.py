@@ -120,8 +120,8 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
             services: dict[str, Any] = {"shards": actors.replay(config)}
             if job.source is Episodes:
                 services["critic"] = actors.critic(config, model_path, services["shards"])
-            judge = actors.judge(config)
-            pool = actors.RayWorkers(config, model_path, job.worker, *([judge] if judge else []))
+            scorer = actors.reward_model(config)
+            pool = actors.RayWorkers(config, model_path, job.worker, *([scorer] if scorer else []))
             controller = actors.controller(Controller, config, pool, functools.partial(job.source, **services))
             try:
                 _train(config, model_path, controller, tracker, found, begun.resumes)
