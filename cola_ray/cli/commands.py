@@ -22,6 +22,7 @@ class Command:
         notes: what else a reader of ``--help`` wants to know.
         agents: its preset is that of multi-turn agents.
         task: ``task.name``, where it is always the same.
+        computes: it starts processes and takes time; else it answers at once, from the settings alone.
     """
 
     run: str
@@ -31,6 +32,7 @@ class Command:
     notes: str = ""
     agents: bool = False
     task: str = ""
+    computes: bool = True
 
     def function(self) -> Callable[..., Any]:
         """What ``run`` names, imported now."""
@@ -178,6 +180,7 @@ cola_ray reproduce --preset llama-3.1-8b --cluster.address http://HEAD:8265 --re
 cola_ray plan --preset llama-3.1-8b --hardware.gpus 16 --hardware.gpu h100
 cola_ray plan --preset smollm2-135m                       (on CPU: memory alone)""",
         "Formulas are in docs/scaling.md.",
+        computes=False,
     ),
     "status": Command("cola_ray.runs.status:status", "what runs are doing, from the folders that they write"),
     "send": Command("cola_ray.runs.status:send", "send MLflow what it lacks of runs that ended while it was away"),

@@ -34,8 +34,8 @@ def run(command: Command, argv: Sequence[str]) -> NoReturn:
 
 
 def _run(config: Config, command: Command) -> None:
-    if command.job == "plan":  # which answers at once
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed, and DeepSpeed need not look for GPUs
+    if not command.computes:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for GPUs
         command.function()(config)
         return
     with shown() as display:
