@@ -1,9 +1,11 @@
 """ZeRO-3 on two ranks against one plain PyTorch process: same losses and weights over 20 RL steps, in each space."""
 
 import copy
+import faulthandler
 import json
 import os
 import socket
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +86,15 @@ def batches(ranks: int, space: str) -> list[list[Batch]]:
 
 
 def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> None:
+    faulthandler.enable()
+    try:
+        as_zero_rank(rank, port, space, model_dir, out)
+    except BaseException:  # told at once: when one rank goes, gloo aborts the other, and only that one is reported
+        Path(out, f"rank-{rank}.txt").write_text(traceback.format_exc())
+        raise
+
+
+def as_zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     torch.set_num_threads(1)
@@ -149,7 +160,11 @@ def two_ranks(space, model_dir, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(zero_rank, (port, space, str(model_dir), str(out)), nprocs=2)
+    try:
+        mp.spawn(zero_rank, (port, space, str(model_dir), str(out)), nprocs=2)
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        said = [f"{file.name}:\n{file.read_text()}" for file in sorted(out.glob("rank-*.txt"))]
+        pytest.fail("\n".join([str(error), *said]))
     return torch.load(out / "result.pt")
 
 
