@@ -47,7 +47,9 @@ def test_the_atlas_is_a_page_with_every_action(model, tmp_path):
 
 def test_both_models_are_scored_by_the_harness(model, tmp_path):
     pytest.importorskip("lm_eval", reason="make evals installs it")
-    write_choices(tmp_path, "sums", [(f"{a} + {b} =", [str(a + b), "99"]) for a in range(4) for b in range(4)])
-    _, found = run_study("capabilities", model, tmp_path / "run", "--harness.include-path", str(tmp_path),
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    write_choices(tasks, "sums", [(f"{a} + {b} =", [str(a + b), "99"]) for a in range(4) for b in range(4)])
+    _, found = run_study("capabilities", model, tmp_path / "run", "--harness.include-path", str(tasks),
                          "--harness.tasks", "sums")  # fmt: skip
     assert found["base"]["sums acc"] > 0.5 < found["marginal"]["sums acc"]
