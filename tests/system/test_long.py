@@ -36,7 +36,7 @@ def test_a_killed_rank_resumes_on_the_same_loss_curve(tmp_path):
     whole.finish()
     broken = Run("pretrain", tmp_path / "broken", *short)
     deadline = time.monotonic() + 300
-    while not list((broken.where / "outputs").glob("**/checkpoint_*")):
+    while not list((broken.where / "outputs").glob("*/checkpoints/step-*[0-9]")):
         assert time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.5)
     broken.kill_actor("ray::RayTrainWorker")
