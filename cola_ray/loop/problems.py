@@ -61,9 +61,7 @@ class Problems:
         self.config, self.workers, self.supervisor = config, workers, supervisor
         self.replay = ReplayClient(shards, supervisor)
         self.batches = BatchMaker(config, workers, self.replay)
-        self.generate = functools.partial(
-            workers.generate, method="generate_groups", completions_per_ticket=config.rl.group_size
-        )
+        self.how: dict[str, Any] = {"method": "generate_groups", "completions_per_ticket": config.rl.group_size}
         summarise = functools.partial(graded, right_from=least_right_reward(config.task))
         self.held_out = HeldOut(config.rl, workers, supervisor, summarise, self._no_arguments)
 
@@ -89,7 +87,7 @@ class Problems:
 
     async def collect(self, step: int) -> Collected:
         started = time.perf_counter()
-        groups = await self.generate(self.tickets(step))
+        groups = await self.workers.generate(self.tickets(step), **self.how)
         refills = await self._refill(groups, step) if self.config.rl.dynamic_sampling else []
         seconds = time.perf_counter() - started
         made = Collected(groups, refills, seconds)
@@ -118,7 +116,7 @@ class Problems:
             if not missing:
                 break
             first = _REFILLS + (step * rl.refill_rounds + round_number) * rl.prompts_per_step
-            refills += await self.generate([self._ticket(first + i) for i in range(missing)])
+            refills += await self.workers.generate([self._ticket(first + i) for i in range(missing)], **self.how)
         return refills
 
     def _differs(self, group: Group) -> bool:

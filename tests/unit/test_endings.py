@@ -141,7 +141,7 @@ def test_every_request_of_a_worker_knows_where_it_ends(tmp_path, monkeypatch, sp
     ]
     assert [request.stop for request in requests] == [("no",)] * 3
     assert [request.response_prefix for request in requests] == [0, 0, 1], "a search continues a response"
-    assert made._texts([ids("1no2")]) == ["1"]
+    assert made.endings.text(ids("1no2")) == "1"
     player = agent_worker.AgentWorker.__new__(agent_worker.AgentWorker)
     player.config, player.endings = config, made.endings
     assert player._request([10], 0, 1.0).stop == ("no",)

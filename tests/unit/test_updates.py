@@ -18,7 +18,7 @@ class Engine:
     device = torch.device("cpu")
 
     def __init__(self, logits):
-        self.logits, self.norms = logits.clone().requires_grad_(), []
+        self.engine, self.logits, self.norms = self, logits.clone().requires_grad_(), []
         self.reference = logits.clone()
 
     def __call__(self, input_ids, attention_mask, scored_mask, *_):

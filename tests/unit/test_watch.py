@@ -137,7 +137,7 @@ def test_an_actor_without_a_handle_is_ended_once_it_is_stopped_for_long(held, mo
         if held:
             process.send_signal(signal.SIGSTOP)
             os.waitpid(process.pid, os.WUNTRACED)
-        for now in range(1, 10):  # noqa: B007
+        for now in range(1, 9):  # noqa: B007
             supervisor.look()
         now = 1000.0  # this process itself was held meanwhile
         supervisor.look()
