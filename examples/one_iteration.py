@@ -32,9 +32,9 @@ def random_model(config, folder):
 
     from cola_ray.learner.start_model import attach, make_tiny_llama, make_tokenizer
     from cola_ray.model import conversion
-    from cola_ray.tasks import make_prompts
+    from cola_ray.tasks import make_task
 
-    tokenizer = make_tokenizer(make_prompts(config.task, config.seed))
+    tokenizer = make_tokenizer(make_task(config.task, config.seed))
     conversion.save(make_tiny_llama(len(tokenizer), tokenizer.eos_token_id, config.seed), tokenizer, f"{folder}/base")
     model, draw = attach(config, f"{folder}/base"), torch.Generator().manual_seed(config.seed)
     for parameter in model.world_model.parameters():  # which would say what the base says, whatever the action

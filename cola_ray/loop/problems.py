@@ -61,7 +61,6 @@ class Problems:
         self.config, self.workers, self.supervisor = config, workers, supervisor
         self.replay = ReplayClient(shards, supervisor)
         self.batches = BatchMaker(config, workers, self.replay)
-        self.how: dict[str, Any] = {"method": "generate_groups", "completions_per_ticket": config.rl.group_size}
         summarise = functools.partial(graded, right_from=least_right_reward(config.task))
         self.held_out = HeldOut(config.rl, workers, supervisor, summarise, self._no_arguments)
 
@@ -87,7 +86,7 @@ class Problems:
 
     async def collect(self, step: int) -> Collected:
         started = time.perf_counter()
-        groups = await self.workers.generate(self.tickets(step), **self.how)
+        groups = await self._generate(self.tickets(step))
         refills = await self._refill(groups, step) if self.config.rl.dynamic_sampling else []
         seconds = time.perf_counter() - started
         made = Collected(groups, refills, seconds)
@@ -104,6 +103,10 @@ class Problems:
         epoch, offset = divmod(position, num_train)
         return Ticket(position, int(_epoch_order(self.config.seed, epoch, num_train)[offset]))
 
+    async def _generate(self, tickets: Sequence[Ticket]) -> list[Group]:
+        size = self.config.rl.group_size
+        return await self.workers.generate(tickets, "generate_groups", completions_per_ticket=size)
+
     async def _refill(self, groups: Sequence[Group], step: int) -> list[Group]:
         """Other prompts' groups where too few have rewards that differ (DAPO, Yu et al. 2025, section 3.2).
 
@@ -116,7 +119,7 @@ class Problems:
             if not missing:
                 break
             first = _REFILLS + (step * rl.refill_rounds + round_number) * rl.prompts_per_step
-            refills += await self.workers.generate([self._ticket(first + i) for i in range(missing)], **self.how)
+            refills += await self._generate([self._ticket(first + i) for i in range(missing)])
         return refills
 
     def _differs(self, group: Group) -> bool:

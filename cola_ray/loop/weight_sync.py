@@ -109,7 +109,8 @@ class WeightSync:
 
     async def rest(self) -> None:
         """Engines that share GPUs with the learner leave them to it, until they are given weights again."""
-        await self.workers.ask_all("sleep")
+        if self.config.cluster.colocated:
+            await self.workers.ask_all("sleep")
 
     async def _load(self, version: int, buckets: Sequence[Bucket]) -> None:
         """Every ready worker holds ``version`` on return; one that is being replaced will before it is ready."""

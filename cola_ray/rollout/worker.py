@@ -26,7 +26,7 @@ from cola_ray.rollout.isolation import Reward, RewardProcess
 from cola_ray.rollout.reward_model import RewardFunction, score_with
 from cola_ray.runs.tracking import peak_memory_gb
 from cola_ray.settings.config import Config
-from cola_ray.tasks import make_prompts, make_task, stop_strings
+from cola_ray.tasks import make_task, stop_strings
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.endings import Endings
 from cola_ray.tasks.protocol import Split
@@ -119,7 +119,7 @@ class RolloutWorker(EngineWorker):
             self.rewards = RewardProcess(make, config.task.reward_timeout_s)
         super().__init__(config, model_path, config.rl.cache_hidden_states)
         self.draws_greedy = config.algorithm.greedy
-        self.task = make_prompts(config.task, config.seed)
+        self.task = make_task(config.task, config.seed)
         splits: tuple[Split, ...] = ("train", "heldout")
         self.prompts = {
             split: [self.chat.prompt_ids(problem.question) for problem in self.task.problems(split)] for split in splits

@@ -19,15 +19,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from cola_ray.sandbox.confine import die_with_parent
-from cola_ray.sandbox.messages import (
-    BrokenError,
-    Channel,
-    GoneError,
-    LateError,
-    error_text,
-    is_reply,
-    reply_of,
-)
+from cola_ray.sandbox.messages import BrokenError, Channel, GoneError, LateError, error_text, is_reply, reply_of
 from cola_ray.sandbox.programs import confine_this_process
 
 MAX_BYTES = 1 << 20

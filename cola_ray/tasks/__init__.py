@@ -16,7 +16,7 @@ from cola_ray.tasks.verifiable import ReasoningGym, Thinking
 
 __all__ = [
     "Environment", "PlayedTask", "Problem", "Prompts", "Task", "answer_of", "least_right_reward",
-    "make_environment", "make_prompts", "make_task", "stop_strings", "to_pretrain_on",
+    "make_environment", "make_task", "stop_strings", "to_pretrain_on",
 ]  # fmt: skip
 
 # Settings that an environment takes beside its options.
@@ -53,19 +53,14 @@ class PlayedTask:
 
 def to_pretrain_on(config: TaskConfig, seed: int) -> Prompts | PlayedTask:
     """The task of the settings, of any kind."""
-    return PlayedTask(config, seed) if is_environment(config.name) else make_prompts(config, seed)
-
-
-def make_prompts(config: TaskConfig, seed: int) -> Prompts:
-    """The task named in the settings, for its prompts: preference has no verifier, since others score."""
-    return make_task(config, seed)
+    return PlayedTask(config, seed) if is_environment(config.name) else make_task(config, seed)
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:
     """The task named in the settings. Problems and their split depend on ``seed`` only through their order.
 
     A class is called with (TaskConfig, seed), or its class method ``of`` is, where it has one. What is in the registry
-    under no name is a generator of reasoning-gym.
+    under no name is a generator of reasoning-gym. Preference has prompts and no verifier, since others score.
     """
     task = _make_task(config, seed)
     if config.reward:

@@ -120,8 +120,8 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
             services: dict[str, Any] = {"shards": actors.replay(config)}
             if job.source is Episodes:
                 services["critic"] = actors.critic(config, model_path, services["shards"])
-            scorer = actors.reward_model(config)
-            pool = actors.RayWorkers(config, model_path, job.worker, *([scorer] if scorer else []))
+            reward_model = actors.reward_model(config)
+            pool = actors.RayWorkers(config, model_path, job.worker, *([reward_model] if reward_model else []))
             controller = actors.controller(Controller, config, pool, functools.partial(job.source, **services))
             try:
                 _train(config, model_path, controller, tracker, found, begun.resumes)

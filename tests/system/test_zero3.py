@@ -88,13 +88,14 @@ def batches(ranks: int, space: str) -> list[list[Batch]]:
 def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> None:
     faulthandler.enable()
     try:
-        as_zero_rank(rank, port, space, model_dir, out)
-    except BaseException:  # told at once: when one rank goes, gloo aborts the other, and only that one is reported
+        train_and_check(rank, port, space, model_dir, out)
+    except BaseException:
+        # When one rank fails, gloo may abort the other, and torch then reports only that one.
         Path(out, f"rank-{rank}.txt").write_text(traceback.format_exc())
         raise
 
 
-def as_zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> None:
+def train_and_check(rank: int, port: int, space: str, model_dir: str, out: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from cola_ray.cli.arguments import from_command_line
 from cola_ray.settings.config import ConfigError, is_environment, named, override
 from cola_ray.settings.presets import preset
 from cola_ray.settings.training import TaskConfig
-from cola_ray.tasks import inspection, least_right_reward, make_environment, make_prompts, make_task
+from cola_ray.tasks import inspection, least_right_reward, make_environment, make_task
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 EXAMPLES = dict(re.findall(r"```python file=(\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
@@ -78,7 +78,7 @@ def test_a_task_with_a_reward(outside):
     assert [task.score("heldout", 0, said) for said in ("2", "4", "two")] == [1.0, 1 / 3, 0.0]
     assert least_right_reward(config) is None, "the function does not say what is right"
     assert least_right_reward(config.model_copy(update={"reward": ""})) == 1.0
-    assert make_prompts(config, 0).problems("train")[0].solution == "6"
+    assert make_task(config, 0).problems("train")[0].solution == "6"
 
 
 def test_an_environment(outside):
