@@ -107,7 +107,10 @@ def raise_if_lost() -> None:
 
 @contextlib.contextmanager
 def blamed() -> Iterator[None]:
-    """What ends the block since the cluster is lost, an interrupted wait for instance, is told as that."""
+    """What ends the block since the cluster is lost, an interrupted wait for instance, is told as that.
+
+    Where the wait was part of cleaning up after a failure, that failure stays the one that is told.
+    """
     try:
         yield
     except RunFailedError:
@@ -116,6 +119,11 @@ def blamed() -> Iterator[None]:
         lost = _WATCHES[0].look() if _WATCHES else None
         if lost is None:
             raise
+        before = error.__context__
+        while before is not None and not isinstance(before, RunFailedError):
+            before = before.__context__
+        if before is not None:
+            raise before  # noqa: B904  which was raised first, not because of the interruption
         raise lost from error
 
 

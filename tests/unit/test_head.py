@@ -12,6 +12,8 @@ import ray
 from ray._private import services
 
 from cola_ray.cluster import head
+from cola_ray.runs import event_log
+from cola_ray.runs.failure import explained_failures
 from cola_ray.settings.config import RunFailedError
 
 
@@ -49,6 +51,22 @@ def test_one_that_died_is_what_ended_the_run(watch, process):
             raise error
     with pytest.raises(RunFailedError, match="worded before"), head.blamed():
         raise RunFailedError("worded before")
+
+
+def test_cleaning_up_that_is_interrupted_is_no_second_failure(watch, process, tmp_path):
+    def interrupted():
+        try:
+            with explained_failures(tmp_path):
+                head.raise_if_lost()
+        finally:
+            raise KeyboardInterrupt
+
+    process.kill()
+    process.wait()
+    with pytest.raises(RunFailedError, match="GCS") as told, explained_failures(tmp_path), head.blamed():
+        interrupted()
+    assert told.value.file == str(tmp_path / "error.txt")
+    assert [event["event"] for event in event_log.read(tmp_path)] == ["fail"]
 
 
 def test_one_that_is_stopped_is_waited_for_a_while(watch, process, monkeypatch):
