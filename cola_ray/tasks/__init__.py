@@ -72,8 +72,13 @@ def _make_task(config: TaskConfig, seed: int) -> Task:
     found = task_class(config.name)
     if found is None:
         return ReasoningGym(config.name, config.options, config.num_problems, seed)
-    task: Task = getattr(found, "of", found)(config, seed)
+    task: Task = called(found)(config, seed)
     return task
+
+
+def called(found: Callable[..., Any]) -> Callable[..., Any]:
+    """What is called with (TaskConfig, seed) to make a task: a class's ``of``, where it has one, or itself."""
+    return getattr(found, "of", found)
 
 
 def task_class(name: str) -> Callable[..., Any] | None:

@@ -23,7 +23,7 @@ from cola_ray.sandbox.messages import as_data
 from cola_ray.sandbox.programs import NoSandboxError
 from cola_ray.settings.config import MULTI_TURN, TaskConfig, is_environment
 from cola_ray.settings.limits import nearest
-from cola_ray.tasks import make_environment, task_class
+from cola_ray.tasks import called, make_environment, task_class
 from cola_ray.tasks.chat import as_prompt
 from cola_ray.tasks.environment import Dialogue
 from cola_ray.tasks.protocol import LARGEST_REWARD, not_a_reward
@@ -166,9 +166,10 @@ def _of_own(task: TaskConfig) -> Iterator[str]:
         return
     if not plays:
         try:
-            inspect.signature(made).bind(task, 0)
+            inspect.signature(called(made)).bind(task, 0)
         except TypeError as error:
-            yield f"{named}: {attribute} is called with (TaskConfig, seed), and {error}; see make_task in {protocol}"
+            by = attribute if called(made) is made else f"{attribute}.of"
+            yield f"{named}: {by} is called with (TaskConfig, seed), and {error}; see make_task in cola_ray/tasks"
             return
         except ValueError:  # no signature to read
             pass
@@ -196,7 +197,7 @@ def _within(seconds: float, trial: Callable[[], str]) -> str:
 
 def _ask(task: TaskConfig, made: Callable[..., Any]) -> str:
     """The first problem of each split, and the score of a right answer."""
-    served = made(task, 0)
+    served = called(made)(task, 0)
     for split in ("train", "heldout"):
         problems = served.problems(split)
         if not hasattr(problems, "__len__") or not hasattr(problems, "__getitem__"):

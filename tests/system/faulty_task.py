@@ -9,10 +9,13 @@ from cola_ray.tasks.verifiable import Arithmetic
 class Faulty(Arithmetic):
     """Problems 0 of 10 raise, 1 of 10 hang, 2 of 10 are NaN; ``options`` say which, by name."""
 
+    @classmethod
+    def of(cls, config: TaskConfig, seed: int) -> "Faulty":
+        return cls(config, seed)
+
     def __init__(self, config: TaskConfig, seed: int) -> None:
-        options = dict(config.options)
-        self.faults = {name for name in ("raise", "hang", "nan") if options.pop(name, False)}
-        super().__init__(options, 500, seed)
+        self.faults = {name for name in ("raise", "hang", "nan") if config.options.get(name)}
+        super().__init__({}, 500, seed)
 
     def score(self, split, index, response):
         fault = {0: "raise", 1: "hang", 2: "nan"}.get(index % 100) if split == "train" else None

@@ -67,12 +67,12 @@ def test_every_stage_runs_under_zero3_with_codes_revived(tmp_path):
 
 
 def test_a_reward_model_teaches_a_policy_what_it_prefers(tmp_path):
-    """Pairs of right and wrong sums: a reward model from them, and RL that only it rewards."""
+    """Of two numbers the smaller one is preferred: a reward model from such pairs, and RL that only it rewards."""
     problems = make_task(TaskConfig(num_problems=5000), 0)
     rows = [
-        {"prompt": p.question, "chosen": p.solution, "rejected": str(int(p.solution) + shift)}
+        {"prompt": p.question, "chosen": str(int(p.solution) - shift), "rejected": str(int(p.solution) + shift)}
         for split in ("train", "heldout")
-        for p, shift in zip(problems.problems(split), itertools.cycle((-2, 1, -1, 2)), strict=False)
+        for p, shift in zip(problems.problems(split), itertools.cycle((1, 2, 3)), strict=False)
     ]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(map(json.dumps, rows)))
@@ -83,7 +83,7 @@ def test_a_reward_model_teaches_a_policy_what_it_prefers(tmp_path):
                 "--pretrain.base-lr", "1e-3", "--pretrain.batch-size", "64", "--pretrain.micro-batch-size", "32",
                 "--pretrain.max-steps", "150")  # fmt: skip
     judge.finish()
-    assert judge.series("reward/accuracy")[150] > 0.6
+    assert judge.series("reward/accuracy")[150] > 0.9
     assert judge.series("reward/loss")[1] == pytest.approx(math.log(2), abs=0.3)
     run = Run("rl_preference", tmp_path / "rl", "--task.path", str(pairs), "--model.path", model,
               "--task.reward-model", str(judge.output / "model"), "--rl.max-steps", "15", "--rl.eval-every", "0",

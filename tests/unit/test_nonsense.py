@@ -102,6 +102,10 @@ def here(tmp_path_factory):
         "class Nothing:\n    pass\n"
         "class Arguments:\n    def __init__(self): pass\n"
         "    def problems(self, split): return []\n    demonstrations = score = problems\n"
+        "from cola_ray.tasks.verifiable import Arithmetic\n"
+        "class Inherits(Arithmetic):\n    def __init__(self, config, seed): super().__init__({}, 9, seed)\n"
+        "class ByOf(Arithmetic):\n    def __init__(self): super().__init__({}, 9, 0)\n"
+        "    @classmethod\n    def of(cls, config, seed): return cls()\n"
         "class Raises(Arguments):\n    def __init__(self, config, seed): raise KeyError('corpus')\n"
         "class Empty(Arguments):\n    def __init__(self, config, seed): pass\n"
         "class Fields(Empty):\n    def problems(self, split): return [('q', 'a')]\n"
@@ -267,6 +271,7 @@ rl_math --task.name nowhere:Task | task.name = 'nowhere:Task': No module named '
 rl_math --task.name bad_own:Task | task.name = 'bad_own:Task': importing bad_own raised ZeroDivisionError
 rl_math --task.name exits:Task | task.name = 'exits:Task': importing exits raised SystemExit
 rl_math --task.name own:Arguments | task.name = 'own:Arguments': Arguments is called with (TaskConfig, seed)
+rl_math --task.name own:Inherits | task.name = 'own:Inherits': Inherits raised TypeError: Inherits.__init__() takes 3
 rl_math --task.name own:Raises | task.name = 'own:Raises': Raises raised KeyError: 'corpus' (own.py:
 rl_math --task.name own:Empty | task.name = 'own:Empty': Empty has no problems to train on
 rl_math --task.name own:Fields | task.name = 'own:Fields': Fields gives tuple as a problem, which has no
@@ -473,6 +478,7 @@ rl_math --task.name countdown --task.thinking --rollout.max-prompt-tokens 160 --
 rl_math --task.name gsm8k --task.path gsm --rollout.max-new-tokens 100
 rl_math --task.options max_terms 2
 rl_math --task.name own:Good
+rl_math --task.name own:ByOf
 rl_agent
 rl_agent --rl.algorithm grpo --rl.group-size 8 --rl.prompts-per-step 8
 rl_agent --task.options objects 20 skill 0.3
