@@ -35,7 +35,7 @@ from record import RESULTS, ROOT, hardware, write_tables
 from cola_ray.runs import event_log
 
 FOLDER = ROOT / "outputs" / "chaos"
-SIGNALS = ("SIGSTOP", "SIGKILL")
+SIGNALS = ("SIGKILL", "SIGSTOP")
 START_S = 1200.0  # most seconds for a run to start, on a machine that may be busy
 LEFT_S = 90.0  # seconds after its end in which a run's processes must be gone; Ray's agents look for a dead GCS for 60
 
@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--signals", nargs="+", default=SIGNALS, choices=SIGNALS)
     parser.add_argument(
-        "--trials", type=int, default=3, help="number of trials for each job, kind and signal, over all calls"
+        "--trials", type=int, default=3, help="for each job and kind, over all calls; the signals take turns"
     )
     parser.add_argument("--minutes", type=float, default=1e6, help="no trial starts after this time")
     parser.add_argument("--bound-s", type=float, default=300.0, help="seconds in which a run must continue or end")

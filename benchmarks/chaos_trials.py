@@ -39,19 +39,18 @@ class Trial:
 
 def missing(trials: Sequence[Mapping[str, Any]], settings: Sequence[str], kinds: Sequence[str], signals: Sequence[str],
             wanted: int) -> Iterator[tuple[str, str, str, int]]:  # fmt: skip
-    """(setting, kind, signal, number) of missing trials; the first of each before the second of any."""
+    """(setting, kind, signal, number) of missing trials, in which signals take turns; the first of each kind first."""
     made: dict[tuple[str, ...], int] = {}
     for trial in trials:
         key = (trial["setting"], trial["kind"], trial["signal"])
         made[key] = made.get(key, 0) + 1
     for number in range(wanted):
+        name, of_signal = signals[number % len(signals)], number // len(signals)
         for setting in settings:
             for lossy in (False, True):
                 for kind in SETTINGS[setting].kinds:
-                    if kind in kinds and (kind in LOSSY) == lossy:
-                        for name in signals:
-                            if made.get((setting, kind, name), 0) <= number:
-                                yield setting, kind, name, number
+                    if kind in kinds and (kind in LOSSY) == lossy and made.get((setting, kind, name), 0) <= of_signal:
+                        yield setting, kind, name, number
 
 
 def compare(found: Mapping[int, Mapping[str, float]], expected: Mapping[int, Mapping[str, float]]) -> tuple[str, str]:

@@ -25,8 +25,11 @@ def test_trials_add_up_over_calls_and_lossy_kinds_come_last_of_a_round():
     made = [a_trial("rank"), a_trial("rank"), a_trial("worker")]
     left = list(chaos.missing(made, ["arithmetic"], ["worker", "rank"], ["SIGKILL"], 3))
     assert left == [("arithmetic", kind, "SIGKILL", n) for kind, n in (("worker", 1), ("worker", 2), ("rank", 2))]
-    agents = chaos.missing([], ["twenty_questions"], ["replay shard", "worker"], ["SIGKILL", "SIGSTOP"], 1)
-    assert [kind for _, kind, _, _ in agents] == ["worker", "worker", "replay shard", "replay shard"]
+    agents = chaos.missing([], ["twenty_questions"], ["replay shard", "worker"], ["SIGKILL", "SIGSTOP"], 3)
+    a_round = ["worker", "replay shard"]
+    assert [kind for _, kind, _, _ in agents] == a_round * 3
+    agents = chaos.missing([], ["twenty_questions"], ["worker"], ["SIGKILL", "SIGSTOP"], 3)
+    assert [signal for _, _, signal, _ in agents] == ["SIGKILL", "SIGSTOP", "SIGKILL"]
 
 
 @pytest.mark.parametrize(
