@@ -60,7 +60,7 @@ SETTINGS = {
         ("--task.name", "data_science", "--task.num-problems", "100", "--pretrain.steps.base", "60",
          "--pretrain.steps.actions", "20", "--pretrain.steps.policy", "20"),
         ("--task.name", "data_science", "--rl.algorithm", "grpo", "--rl.prompts-per-step", "2", "--rl.group-size", "4",
-         "--rl.eval-problems", "2"),
+         "--rl.eval-problems", "2", "--task.max-failed-rewards", "0.2"),
         20,
     ),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import io
 import json
+import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -236,6 +237,23 @@ def test_to_know_a_table_by_heart_is_worth_no_more_than_noise(name):
     assert gain["more to learn from"] < noise
     own = replace(table, public=False).splits(0)
     assert [_auc(split.gold, _looked_up(table, split)) for split in own] == [1.0] * 5
+
+
+def test_a_program_that_draws_without_a_seed_has_the_same_score_each_time(iris):
+    """Also in another process, as after a restart; by numpy's generator and by Python's, which a fork seeds anew."""
+    code = """
+        import random
+        from sklearn.ensemble import RandomForestClassifier
+        model = RandomForestClassifier(random.randrange(2, 9))
+    """
+    iris.reset(seed=4)
+    scores = {iris.attempt(textwrap.dedent(code))[0] for _ in range(2)}
+    another = DataScience("iris", seconds=60)
+    another.reset(seed=4)
+    scores.add(another.attempt(textwrap.dedent(code))[0])
+    another.sandbox.close()
+    assert len(scores) == 1
+    assert scores.pop() > 0.9
 
 
 @pytest.mark.parametrize(
