@@ -12,9 +12,11 @@ actions.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cola_ray.algorithms import etpo
 from cola_ray.algorithms.policy_loss import (
@@ -28,7 +30,7 @@ from cola_ray.algorithms.policy_loss import (
     mean_under,
     truncated_importance_weights,
 )
-from cola_ray.learner.micro_batch import ActionValues, Advantages, Frozen, MicroBatch, Scored
+from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Frozen, MicroBatch, Scored
 from cola_ray.model.modeling_cola import action_log_probs
 from cola_ray.settings.config import RLConfig
 
@@ -36,15 +38,25 @@ PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``(log_probs, old_log_probs, advantages, mask) -> loss of each action``, all (B, T)."""
 
 
+_AT_ONCE = 1 << 25
+"""Log-probabilities that are computed at a time: 262 rows of 128 k tokens, or all rows of a few actions."""
+
+
 @dataclass(frozen=True)
 class Scores:
-    """A policy at the scored positions of a micro-batch, and its reference."""
+    """A policy at the scored positions of a micro-batch, and its reference; (B, T)."""
 
-    policy: Tensor  # (N, K) log-probabilities, as it is sampled from
-    reference: Tensor  # (N, K), untruncated: its support must cover the policy's
-    log_probs: Tensor  # (B, T), of the actions taken; -inf where top_k leaves one out
-    ref_log_probs: Tensor  # (B, T)
-    kl: Tensor  # (B, T), exact, of each state
+    log_probs: Tensor  # of the actions taken; -inf where top_k leaves one out
+    ref_log_probs: Tensor
+    kl: Tensor  # exact, of each state
+    entropies: Tensor
+    kept: Distributions | None
+
+    @property
+    def every(self) -> Distributions:
+        """Of all actions."""
+        assert self.kept is not None, "whoever reads them asks score() for every one"
+        return self.kept
 
 
 @dataclass(frozen=True)
@@ -59,25 +71,65 @@ class Taken:
     old_said: Tensor
 
 
-def score(logits: Tensor, reference_logits: Tensor | None, batch: MicroBatch, temperature: float, top_k: int) -> Scores:
-    """(N, K) logits -> log-probabilities.
+def score(
+    logits: Tensor,
+    reference_logits: Tensor | None,
+    batch: MicroBatch,
+    temperature: float,
+    top_k: int,
+    *,
+    every: bool = False,
+    entropy_trains: bool = False,
+) -> Scores:
+    """(N, K) logits -> log-probabilities of the actions taken, divergences and entropies.
+
+    Where K is a vocabulary, one tensor of float32 log-probabilities takes 8.4 GB (16 384 rows of 128 256), and there
+    would be a dozen. Rows are therefore taken piece by piece, and computed again for the gradient.
 
     Args:
         reference_logits: (N, K); None lets the policy stand for the reference, at no distance.
         temperature, top_k: of the rollouts.
+        every: log-probabilities of all actions are wanted, too; then all rows are computed at once.
+        entropy_trains: the entropies get a gradient.
     """
+    rows = (logits, reference_logits, batch.actions[batch.scored_mask])
+    settings = (temperature, top_k, entropy_trains)
+    kept: Distributions | None = None
+    if every or logits.numel() <= _AT_ONCE:
+        kept, columns = _score_rows(*rows, *settings)
+    else:
+        size = max(1, _AT_ONCE // logits.shape[-1])
+        references = [None] * -(-len(logits) // size) if reference_logits is None else reference_logits.split(size)
+        pieces = zip(logits.split(size), references, rows[2].split(size), strict=True)
+        made = [checkpoint(_reduce_rows, *piece, *settings, use_reentrant=False, preserve_rng_state=False)
+                for piece in pieces]  # fmt: skip
+        columns = tuple(torch.cat(column) for column in zip(*made, strict=True))
+    log_probs, ref_log_probs, kl, entropies = (batch.place(column) for column in columns)
+    log_probs, ref_log_probs = (one.masked_fill(~batch.action_mask, 0.0) for one in (log_probs, ref_log_probs))
+    return Scores(log_probs, ref_log_probs, kl, entropies, kept)
+
+
+def _score_rows(
+    logits: Tensor, reference_logits: Tensor | None, actions: Tensor, temperature: float, top_k: int,
+    entropy_trains: bool,
+) -> tuple[Distributions, tuple[Tensor, ...]]:  # fmt: skip
+    """Of n rows: all log-probabilities; and those of ``actions``, the reference's, divergence and entropy, (n,)."""
 
     def scored(of: Tensor, kept: int) -> Tensor:
-        rows = of.shape[:-1]
-        heat, limit = torch.full(rows, temperature, device=of.device), torch.full(rows, kept, device=of.device)
+        heat, limit = (torch.full(of.shape[:-1], value, device=of.device) for value in (temperature, kept))
         return action_log_probs(of.to(torch.promote_types(of.dtype, torch.float32)), heat, limit)
 
     policy = scored(logits, top_k)
+    # Not truncated: the reference's support must cover the policy's.
     reference = policy.detach() if reference_logits is None else scored(reference_logits, 0)
-    log_probs, ref_log_probs = (
-        batch.place(batch.taken(one)).masked_fill(~batch.action_mask, 0.0) for one in (policy, reference)
-    )
-    return Scores(policy, reference, log_probs, ref_log_probs, batch.place(exact_kl(policy, reference)))
+    taken, ref_taken = (one.gather(-1, actions[:, None])[:, 0] for one in (policy, reference))
+    with torch.set_grad_enabled(entropy_trains and torch.is_grad_enabled()):
+        entropies = entropy(policy)
+    return Distributions(policy, reference), (taken, ref_taken, exact_kl(policy, reference), entropies)
+
+
+def _reduce_rows(*args: Any) -> tuple[Tensor, ...]:
+    return _score_rows(*args)[1]
 
 
 def before_updates(scores: Scores, batch: MicroBatch, aliases: Tensor | None, rl: RLConfig) -> Scored:
@@ -118,23 +170,24 @@ def policy_objective(
         policy_loss: replaces the clipped surrogate; the advantages it gets bear the importance weights.
     """
     mask = batch.action_mask
-    scores = score(logits, frozen.reference_logits, batch, temperature, top_k)
+    scores = score(
+        logits, frozen.reference_logits, batch, temperature, top_k, entropy_trains=bool(rl.entropy_coef),
+        every=isinstance(follows, ActionValues) or follows.control is not None or frozen.aliases is not None,
+    )  # fmt: skip
     taken = _taken(scores, old, batch, frozen.aliases)
-    with torch.set_grad_enabled(bool(rl.entropy_coef)):
-        entropies = batch.place(entropy(scores.policy))
     if isinstance(follows, ActionValues):
-        actor = etpo.actor_loss(scores.policy, scores.reference, follows.q, kl_coef)
+        actor = etpo.actor_loss(scores.every.policy, scores.every.reference, follows.q, kl_coef)
         losses, weights = [batch.place(actor)[mask].sum()], taken.possible.to(taken.log_probs.dtype)
         clipped = torch.zeros((), device=logits.device)
     else:
         losses, weights, clipped = _policy_gradient(follows, scores, taken, old, batch, rl, kl_coef, policy_loss)
     if rl.entropy_coef:
-        losses.append(-rl.entropy_coef * entropies[mask].sum())
+        losses.append(-rl.entropy_coef * scores.entropies[mask].sum())
     loss = sum(losses[1:], losses[0])
     measured = {
         "policy/loss": loss.detach(),
         "policy/clip_fraction": clipped.float(),
-        "policy/entropy": entropies.detach()[mask].sum(),
+        "policy/entropy": scores.entropies.detach()[mask].sum(),
     }
     if frozen.reference_logits is not None:
         measured["policy/kl"] = scores.kl.detach()[mask].sum()
@@ -179,7 +232,7 @@ def _policy_gradient(
         surrogate, clipped = _own_loss(own, taken, advantages), torch.zeros((), device=advantages.device)
     losses = [surrogate]
     if follows.control is not None:
-        losses.append(-batch.place(mean_under(scores.policy, follows.control))[batch.action_mask].sum())
+        losses.append(-batch.place(mean_under(scores.every.policy, follows.control))[batch.action_mask].sum())
     if rl.kl_estimator == "exact":
         # In the reward, the other half is in advantages: what divides them divides this.
         whole = kl_coef if follows.deviation is None or rl.kl_in == "loss" else kl_coef / follows.deviation
@@ -214,7 +267,7 @@ def _taken(scores: Scores, old: Scored | None, batch: MicroBatch, aliases: Tenso
 def _marginals(scores: Scores, batch: MicroBatch, aliases: Tensor, possible: Tensor) -> Tensor:
     """Log-probabilities of the tokens said, (B, T), 0 where not ``possible`` (B, T)."""
     scored = batch.scored_mask
-    summed = marginal_log_probs(scores.policy, aliases, batch.actions[scored], possible[scored])
+    summed = marginal_log_probs(scores.every.policy, aliases, batch.actions[scored], possible[scored])
     return batch.place(summed).masked_fill(~possible, 0.0)
 
 

@@ -235,12 +235,14 @@ class PolicyUpdate:
     @torch.no_grad()
     def _look(self, one: _Ready) -> tuple[_Ready, Distributions | None]:
         """The policy before the batch's first update; its distributions where a Q learns from them."""
-        rollout = self.config.rollout
+        rollout, q_learns = self.config.rollout, self.soft_q is not None
         logits, frozen = forward(self.zero.engine, one.batch, one.frozen)
-        scores = score(logits, frozen.reference_logits, one.batch, rollout.temperature, rollout.top_k)
+        scores = score(
+            logits, frozen.reference_logits, one.batch, rollout.temperature, rollout.top_k,
+            every=q_learns or frozen.aliases is not None,
+        )  # fmt: skip
         old = before_updates(scores, one.batch, frozen.aliases, self.config.rl)
-        distributions = Distributions(scores.policy, scores.reference) if self.soft_q is not None else None
-        return replace(one, frozen=frozen, old=old), distributions
+        return replace(one, frozen=frozen, old=old), scores.every if q_learns else None
 
     def _charged(self, ready: Sequence[_Ready], kl_coef: float) -> list[Encoded]:
         """For a value head, which learns to expect the KL penalties where they are part of the reward."""

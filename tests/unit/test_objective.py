@@ -9,6 +9,7 @@ import torch
 from micro_batches import micro_batch
 
 from cola_ray.experience import Trajectory, collate
+from cola_ray.learner import objective
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Frozen, MicroBatch, Scored
 from cola_ray.learner.objective import before_updates, policy_objective, score
 from cola_ray.settings.config import RLConfig
@@ -188,6 +189,33 @@ def test_a_micro_batch_is_what_was_collated_and_nothing_of_its_neighbours(score_
         table = torch.rand(len(values), 6)
         wanted = [table[i, a] for i, a in enumerate(one.actions[one.scored_mask])]
         assert torch.equal(one.taken(table), torch.stack(wanted))
+
+
+@pytest.mark.parametrize("given", [{"entropy_coef": 0.2}, {"kl_estimator": "k3", "kl_in": "loss"}])
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_a_vocabulary_in_pieces_has_the_loss_and_gradient_of_all_rows_at_once(monkeypatch, given, with_reference):
+    of, rl, at = Drawn(0), RLConfig(**given), (ROWS, PLACES)
+    reference = torch.from_numpy(of.ref_logits[at]) if with_reference else None
+
+    def run():
+        logits = torch.from_numpy(of.logits[at]).requires_grad_()
+        follows = Advantages(torch.from_numpy(of.advantages * MASK))
+        loss, metrics = policy_objective(
+            logits, of.batch(), Frozen(None, reference), follows, None, rl=rl, kl_coef=BETA, temperature=HEAT, top_k=2
+        )
+        loss.backward()
+        return loss.detach(), logits.grad, metrics
+
+    whole = run()
+    monkeypatch.setattr(objective, "_AT_ONCE", 2 * K)  # two of six rows
+    made = []
+    monkeypatch.setattr(objective, "_score_rows", lambda *args, of=objective._score_rows: made.append(1) or of(*args))
+    pieces = run()
+    assert len(made) == 6, "three pieces, each once more for its gradient"
+    assert torch.equal(whole[0], pieces[0])
+    assert torch.equal(whole[1], pieces[1])
+    assert whole[2].keys() == pieces[2].keys()
+    assert all(torch.equal(whole[2][name], pieces[2][name]) for name in whole[2])
 
 
 def test_scored_actions_outside_the_truncation_are_kept_as_impossible():
