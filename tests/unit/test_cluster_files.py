@@ -214,6 +214,72 @@ def test_slurm_script_is_valid_shell():
     subprocess.run(["bash", "-n", ROOT / "cluster" / "slurm.sh"], check=True)
 
 
+@pytest.mark.parametrize(("nodes", "learner_nodes"), [(2, 1), (5, 2)])
+def test_slurm_uses_every_gpu_of_the_allocation(nodes, learner_nodes, tmp_path):
+    """The script itself, over commands that write down what they are asked."""
+    asked = tmp_path / "asked"
+    fakes = {
+        "scontrol": f"seq -f node%g 0 {nodes - 1}",
+        "srun": f'case "$*" in *hostname*) echo 10.0.0.1;; *) echo "$@" >> {asked};; esac',
+        "ray": "exit 0",
+        "python": f'case "$*" in *ray.init*) echo {nodes};; *) echo 00ff;; esac',
+        "job": f'echo "job $RAY_ADDRESS $@" >> {asked}',
+    }
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": "n",
+                   "LEARNER_NODES": str(learner_nodes), "SLURM_GPUS_ON_NODE": "4"}  # fmt: skip
+    script = ["bash", ROOT / "cluster" / "slurm.sh", "job", "--preset", "tiny"]
+    subprocess.run(script, env=environment, check=True, timeout=30)
+    lines = asked.read_text().splitlines()
+    started = [line for line in lines if "ray start" in line]
+    held = [json.loads(re.search(r"--resources (\{.*?\})", line)[1]) for line in started]
+    assert len(started) == nodes
+    assert all("--num-gpus 4" in line for line in started)
+    (head,) = [line for line in started if "--head" in line]
+    assert "node0" in head
+    assert {"service": 64, "learner": 4} in held
+    for name, count in (("learner", learner_nodes), ("rollout", nodes - learner_nodes)):
+        assert sum(one.get(name, 0) for one in held) == 4 * count
+    assert lines[-1].startswith("job 10.0.0.1:6379 --preset tiny --cluster.learner-group learner")
+    few = subprocess.run(script, env=environment | {"LEARNER_NODES": str(nodes)}, capture_output=True, check=False)
+    assert few.returncode == 2
+
+
+def compose():
+    return yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+
+
+def test_image_and_pins_have_one_cuda():
+    pinned = re.search(
+        r"^cuda-toolkit==(\d+\.\d+\.\d+)", (ROOT / "requirements" / "gpu.txt").read_text(), re.MULTILINE
+    )[1]
+    named = re.findall(r"nvidia/cuda:(\d+\.\d+\.\d+)-", (ROOT / "docker" / "Dockerfile").read_text())
+    composed = re.findall(r"nvidia/cuda:(\d+\.\d+\.\d+)-", json.dumps(compose()))
+    assert {*named, *composed} == {pinned}
+
+
+def test_compose_runs_a_job_on_the_gpus_of_one_machine():
+    from cola_ray.cli.arguments import from_command_line
+
+    (service,) = compose()["services"].values()
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert service["volumes"] == ["results:/results"]
+    assert set(compose()["volumes"]) == {"results"}
+    build = service["build"]
+    assert (ROOT / "docker" / build["context"] / build["dockerfile"]).is_file()
+    arguments = re.findall(r"^ARG (\w+)", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    assert set(build["args"]) <= set(arguments)
+    words = service["command"].split()
+    assert (ROOT / words[1]).is_file()
+    config = from_command_line("plan", words[2:])
+    assert config.cluster.use_gpu
+    assert config.output_dir.startswith("/results/")
+    assert service["cap_drop"] == ["ALL"]
+
+
 def test_dockerfile_lints():
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     done = subprocess.run([hadolint, ROOT / "docker" / "Dockerfile"], capture_output=True, text=True, check=False)
