@@ -1,13 +1,23 @@
-"""The decoding part of `make bench`, and what all parts share: sizes of the models, and timing."""
+"""The decoding part of `make bench`, and what all parts share: sizes of the models, and timing.
 
+python benchmarks/decoding.py [REVISION]      the host's work in a decoding step, of this revision and of another one
+"""
+
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
+from record import RESULTS, ROOT, record
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 
@@ -135,3 +145,115 @@ def memcpy_seconds(nbytes: int) -> float:
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8)
     target = torch.empty_like(source)
     return seconds(lambda: target.copy_(source), warm_ups=3)
+
+
+# --- the host's work in a step ----------------------------------------------------------------------------------------
+
+SEQUENCES, STEPS = 256, 48
+NARROW = LlamaConfig(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, max_position_embeddings=128,
+)  # fmt: skip
+"""So small that arithmetic takes next to nothing."""
+
+
+def host_ms(llm: Any, submit: Callable[[int], None], step: Callable[[], object]) -> float:
+    """Milliseconds of a step that decodes 256 sequences, without those in the model's forward: the median step.
+
+    Forward is what a GPU replays as one graph. What remains runs on the host: scheduling, the batch's settings, the
+    calls that draw actions and tokens, and keeping what they return. CPU time, which other processes do not change.
+    """
+    (model,) = llm.apply_model(lambda served: served)
+    forward, spent = model.forward, [0.0]
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.process_time()
+        made = forward(*args, **kwargs)
+        spent[0] += time.process_time() - started
+        return made
+
+    model.forward = timed
+    rest = []
+    for turn in range(3):  # the first warms up
+        for index in range(SEQUENCES):
+            submit(turn * SEQUENCES + index)
+        for _ in range(STEPS):
+            spent[0], started = 0.0, time.process_time()
+            step()
+            rest.append(time.process_time() - started - spent[0])
+        assert not llm.llm_engine.has_unfinished_requests()
+    decoding = [rest[turn * STEPS + at] for turn in (1, 2) for at in range(STEPS // 4, STEPS - 1)]
+    return 1000 * statistics.median(decoding)
+
+
+_HOST = {"max_model_len": 96, "max_num_seqs": SEQUENCES, "max_num_batched_tokens": 8 * SEQUENCES}
+
+
+def latent_host_ms(latent: str) -> float:
+    from cola_ray.rollout.engine import LatentEngine, Request
+
+    engine = LatentEngine(latent, dtype="float32", stop_token_ids=[511], kv_cache_mb=256, **_HOST)
+    return host_ms(
+        engine.llm, lambda seed: engine.submit(Request([1 + seed % 500] * 8, seed, 1.0, 0, STEPS)), engine.step
+    )
+
+
+def plain_host_ms(base: str) -> float:
+    """vLLM's Llama with the same base and greedy tokens."""
+    from cola_ray.rollout.engine import prepare_process
+
+    prepare_process(1)
+    import vllm
+
+    llm = vllm.LLM(
+        base, skip_tokenizer_init=True, dtype="float32", kv_cache_memory_bytes=256 << 20, block_size=32,
+        distributed_executor_backend="uni", enforce_eager=True, seed=0, **_HOST,
+    )  # fmt: skip
+    params = vllm.SamplingParams(
+        max_tokens=STEPS, temperature=0.0, ignore_eos=True, detokenize=False,
+        output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY, skip_clone=True,
+    )  # fmt: skip
+    return host_ms(
+        llm,
+        lambda seed: llm.llm_engine.add_request(str(seed), {"prompt_token_ids": [1 + seed % 500] * 8}, params),
+        llm.llm_engine.step,
+    )
+
+
+def measured(function: str, model: str, source: Path = ROOT) -> float:
+    """The figure of one of these functions, in a process of its own, over the package as it is in ``source``."""
+    code = f"import json, decoding; print('RESULT' + json.dumps(decoding.{function}({model!r})))"
+    paths = f"{source}:{Path(__file__).parent}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "VLLM_LOGGING_LEVEL": "WARNING"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"{function} failed:\n{done.stderr[-3000:]}")
+    return float(next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).removeprefix("RESULT"))
+
+
+def main(revision: str = "") -> None:
+    file = RESULTS / "host_work.json"
+    figures: dict[str, float] = json.loads(file.read_text())["figures"] if file.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        base, latent, other = (str(Path(folder) / name) for name in ("base", "latent", "other"))
+        torch.manual_seed(0)
+        LlamaForCausalLM(NARROW).save_pretrained(base)
+        CoLAForCausalLM.attach(base, num_idm_layers=1, num_policy_layers=1, num_world_model_layers=1).save_pretrained(
+            latent
+        )
+        figures |= {"plain_ms": measured("plain_host_ms", base), "latent_ms": measured("latent_host_ms", latent)}
+        if revision:
+            subprocess.run(["git", "worktree", "add", "--detach", "--quiet", other, revision], cwd=ROOT, check=True)
+            try:
+                figures["latent_before_ms"] = measured("latent_host_ms", latent, Path(other))
+            finally:
+                subprocess.run(["git", "worktree", "remove", "--force", other], cwd=ROOT, check=True)
+    figures["ours_ms"] = figures["latent_ms"] - figures["plain_ms"]
+    if "latent_before_ms" in figures:
+        figures["ours_before_ms"] = figures["latent_before_ms"] - figures["plain_ms"]
+        figures["ours_vs_before"] = figures["ours_ms"] / figures["ours_before_ms"]
+    record("host_work", figures, about="256 sequences, hidden 64, 1 + 1 layers, vocabulary 512, float32, one thread.")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
