@@ -49,7 +49,7 @@ def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> di
     """By prompt length, the tokens of all simulated texts divided by the tokens that the engine computed."""
     engine = LatentEngine(str(model), dtype="float32", max_model_len=512, stop_token_ids=[1], kv_cache_mb=128)
     batch = RunningBatch(engine, drain=True)
-    draw = np.random.default_rng(0)
+    draw, vocabulary = np.random.default_rng(0), engine.llm.llm_engine.model_config.hf_config.vocab_size
     ratios = {}
 
     async def score(responses: Sequence[np.ndarray]) -> list[float]:
@@ -59,7 +59,7 @@ def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> di
         return Request(ids, seed, 1.0, 0, budget, actions)
 
     for length in (64, 128, 256, 448):
-        prompt = draw.integers(2, engine.vocab_size // 2, length).tolist()
+        prompt = draw.integers(2, vocabulary // 2, length).tolist()
         config = SearchConfig(simulations=simulations, depth=new_tokens)
         search = TreeSearch(config, SearchProblem(prompt, new_tokens, batch.complete, score, request))
         found = asyncio.run(search.run())

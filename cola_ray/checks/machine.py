@@ -172,7 +172,7 @@ def machine(config: Config, job: str) -> Iterator[str]:
         there = _num_gpus()
         ranks = cluster.learner_ranks if job not in STUDIES else 0
         engines = rollout.num_workers * rollout.tensor_parallel_size if job in GENERATING else 0
-        needed = max(ranks, engines) if cluster.colocated else ranks + engines
+        needed = ranks + engines
         if there < max(needed, 1):
             has = "no GPU" if there == 0 else f"{there} of them"
             yield (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ray import registry
-from cola_ray.checks import preflight
+from cola_ray.checks import engine_args, preflight
 from cola_ray.runs import launch
 from cola_ray.runs.redaction import redacted
 from cola_ray.settings import combinations, matrix, relevance
@@ -100,18 +100,6 @@ def _check_batches(config: Config) -> list[str]:
             lines.append(f"{field} = {value}: does not divide over cluster.learner_ranks = {ranks}; use a multiple")
         if value > _MOST_SEQUENCES:
             lines.append(f"{field} = {value}: sequences of one step; use at most {_MOST_SEQUENCES}")
-    return lines
-
-
-def _check_overlap(config: Config) -> list[str]:
-    lines = []
-    if config.cluster.colocated and config.rl.max_staleness:
-        lines.append(
-            f"rl.max_staleness = {config.rl.max_staleness}: with cluster.colocated engines sleep while the learner "
-            "trains; use 0"
-        )
-    if config.cluster.colocated and not config.cluster.use_gpu:
-        lines.append("cluster.colocated = True: there are no GPUs to share; set cluster.use_gpu or leave it out")
     return lines
 
 
@@ -310,7 +298,7 @@ _RULES: tuple[Rule, ...] = (
     combinations.refused,
     _check_actions,
     _check_batches,
-    _check_overlap,
+    engine_args.faults,
     _check_paths,
     _check_columns,
     _check_task,

@@ -94,7 +94,7 @@ def _read(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         elif field is None and flag == "--":
             lines[flag] = f"{' '.join([flag, *values])}: belongs to no setting; settings are --branch.field value"
         elif field is None:  # an option of a dictionary, or a mistake
-            value = literal(values[0]) if len(values) == 1 else tuple(values)
+            value = literal(values[0]) if len(values) == 1 else tuple(values) or True
             given[flag[2:].replace("-", "_")] = value
         else:
             value, line = _value(field, values, negated)

@@ -96,9 +96,7 @@ def booking(config: Config, part: Part) -> dict[str, float]:
     """What one process of a part books of its node: a learner rank, an engine, a service."""
     gpus = 0.0
     if config.cluster.use_gpu and part != "service":
-        # Colocated, an engine takes half of each GPU's booking and the learner the other.
-        each = 0.5 if config.cluster.colocated else 1.0
-        gpus = each * (config.rollout.tensor_parallel_size if part == "rollout" else 1)
+        gpus = float(config.rollout.tensor_parallel_size if part == "rollout" else 1)
     group = getattr(config.cluster, f"{part}_group")
     return {"CPU": 1.0} | ({"GPU": gpus} if gpus else {}) | ({group: 0.001} if group else {})
 

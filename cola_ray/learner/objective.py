@@ -116,7 +116,8 @@ def _score_rows(
     """Of n rows: all log-probabilities; and those of ``actions``, the reference's, divergence and entropy, (n,)."""
 
     def scored(of: Tensor, kept: int) -> Tensor:
-        heat, limit = (torch.full(of.shape[:-1], value, device=of.device) for value in (temperature, kept))
+        heat = torch.full(of.shape[:-1], temperature, device=of.device)
+        limit = torch.full(of.shape[:-1], kept, device=of.device) if kept else None
         return action_log_probs(of.to(torch.promote_types(of.dtype, torch.float32)), heat, limit)
 
     policy = scored(logits, top_k)

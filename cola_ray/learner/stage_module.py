@@ -149,11 +149,10 @@ class StageModule(nn.Module):
         logits = self.model.policy_logits(e, position_ids=position_ids)[:, :-1]
         batch, steps, num_actions = logits.shape
         rows = batch * steps
-        zero = torch.zeros(rows, dtype=torch.int64, device=e.device)
         index = torch.arange(steps, device=e.device).repeat(batch)
         seeds = noise_seed.repeat_interleave(steps)
         flat = logits.reshape(rows, num_actions)
-        actions, _ = sample_actions(flat, torch.ones(rows, device=e.device), zero, seeds, index, zero - 1)
+        actions, _ = sample_actions(flat, torch.ones(rows, device=e.device), None, seeds, index, None)
         return actions.view(batch, steps)
 
     def _counts(self, actions: Tensor) -> Tensor:

@@ -85,7 +85,6 @@ class Controller:
         await self.checkpoints.before_step(step)
         rollouts = await self.source.collect(step)
         batches, metrics = await self.source.to_batches(rollouts, step)
-        await self.weights.rest()
         await self.batches.put(step, batches, metrics)
 
     async def next_batch(self, rank: int, version: int) -> Batch | None:

@@ -88,8 +88,6 @@ class WeightSync:
         if self.channel is None or self.members != [worker.actor for worker in ready]:
             self.members = [worker.actor for worker in ready]
             self.channel = Channel(host, port, 1 + size * len(ready))
-        if self.config.cluster.colocated:
-            await self.workers.ask_all("wake_up")
         offers = [Offer(version, self.channel, 1 + size * index, manifest) for index in range(len(ready))]
         self.receiving = self.supervisor.spawn(self._receive(ready, offers))
         return self.channel
@@ -107,11 +105,6 @@ class WeightSync:
         self.reported_at = time.perf_counter()
         self.slots.release()
 
-    async def rest(self) -> None:
-        """Engines that share GPUs with the learner leave them to it, until they are given weights again."""
-        if self.config.cluster.colocated:
-            await self.workers.ask_all("sleep")
-
     async def _load(self, version: int, buckets: Sequence[Bucket]) -> None:
         """Every ready worker holds ``version`` on return; one that is being replaced will before it is ready."""
         self.current = (version, buckets)
@@ -119,8 +112,6 @@ class WeightSync:
         if self.receiving is not None:
             await asyncio.gather(self.receiving)
             self.receiving, holders = None, self.members
-        elif self.config.cluster.colocated:
-            await self.workers.ask_all("wake_up")
         await self.workers.ask_all("update_weights", version, *buckets, without=holders)
 
     async def _catch_up(self, actor: Any) -> None:

@@ -122,68 +122,97 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
-def gumbel_noise(seed: Tensor, position: Tensor, num_actions: int) -> Tensor:
-    """Standard Gumbel noise (N, K) float64, a pure function of ``seed`` (N,) and ``position`` (N,), both int64."""
+def gumbel_noise(seed: Tensor, position: Tensor, num_actions: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard Gumbel noise (N, K), a pure function of ``seed`` (N,) and ``position`` (N,), both int64.
+
+    In float32 it is the same noise to within rounding above -1, and coarser below, where it wins no draw among
+    thousands of actions.
+    """
     key = _mix(_mix(seed + _GOLDEN) + position * _GOLDEN)
     index = torch.arange(1, num_actions + 1, device=seed.device, dtype=torch.int64)
-    bits = _mix(key[:, None] + index[None] * _GOLDEN)
     # 52 random bits, centred within their interval, so never 0 or 1
-    uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
-    return -torch.log(-torch.log(uniform))
+    bits = _shift_right(_mix(key[:, None] + index[None] * _GOLDEN), 12)
+    if dtype is torch.float64:
+        return -torch.log(-torch.log((bits.double() + 0.5) * 2.0**-52))
+    # Large noise belongs to u close to 1, where float32 is coarse; 1 - u is fine there. Its limit of 1 - 2^-24 cuts off
+    # noise below -2.8.
+    rest = (((1 << 52) - 1 - bits).to(dtype) + 0.5) * 2.0**-52
+    return -torch.log(-torch.log1p(-rest.clamp_max(1 - 2.0**-24)))
 
 
-def action_log_probs(logits: Tensor, temperature: Tensor, top_k: Tensor) -> Tensor:
+def action_log_probs(logits: Tensor, temperature: Tensor | None, top_k: Tensor | None) -> Tensor:
     """Log-probabilities (..., K) of the distribution that is sampled, i.e. after temperature and top-k truncation.
 
     Args:
         logits: (..., K); the result has the same dtype.
-        temperature: (...,); 0 means greedy, which is scored as temperature 1.
-        top_k: (...,) int64; 0 keeps all K actions. All actions tied at the k-th value are kept.
+        temperature: (...,); 0 means greedy, which is scored as temperature 1. None: 1 everywhere.
+        top_k: (...,) int64; 0 keeps all K actions. All actions tied at the k-th value are kept. None: 0 everywhere.
     """
     num_actions = logits.shape[-1]
-    temperature = torch.where(temperature > 0, temperature, torch.ones_like(temperature))
-    scaled = logits / temperature[..., None].to(logits.dtype)
-    if bool(((top_k > 0) & (top_k < num_actions)).any()):
+    if temperature is not None:
+        temperature = torch.where(temperature > 0, temperature, torch.ones_like(temperature))
+        logits = logits / temperature[..., None].to(logits.dtype)
+    if top_k is not None:
         keep = torch.where(top_k > 0, top_k.clamp(max=num_actions), torch.full_like(top_k, num_actions))
-        kth = scaled.sort(dim=-1, descending=True).values.gather(-1, (keep - 1)[..., None])
-        scaled = scaled.masked_fill(scaled < kth, float("-inf"))
-    return scaled.log_softmax(-1)
+        kth = logits.sort(dim=-1, descending=True).values.gather(-1, (keep - 1)[..., None])
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    return logits.log_softmax(-1)
 
 
 RANKED = -3
 """As a forced action, ``RANKED - i`` takes the i-th most probable action, counted from 0."""
+FEW_ACTIONS = 4096
+"""Up to so many actions are drawn in float64; a vocabulary is drawn in float32, with half the memory traffic."""
+
+
+NOISE_AT_ONCE = 1 << 23
+"""Numbers of noise that are in memory together, with temporaries of 64 MB each: 65 rows of a vocabulary of 128 k."""
 
 
 def sample_actions(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, seed: Tensor, position: Tensor, forced: Tensor
+    logits: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    seed: Tensor,
+    position: Tensor,
+    forced: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one action per row, and score it under the distribution it was drawn from.
 
-    ``a = argmax_k (log pi_k + g_k)`` with Gumbel noise g is an exact categorical sample (the Gumbel-max trick).
+    ``a = argmax_k (log pi_k + g_k)`` with Gumbel noise g is an exact categorical sample (the Gumbel-max trick). Of
+    equal sums the first wins. In float64 rounding decides no draw; in float32 sums that differ by less than 4e-6 may
+    count as equal, which changes about one draw in 10^5 and no probability by more than that share of itself.
+
+    Nothing here waits for the device: who calls knows which of its rows have settings, and passes None where none has.
 
     Args:
         logits: (N, K) policy logits.
-        temperature: (N,) float; 0 is greedy.
-        top_k: (N,) int64; 0 keeps all actions.
+        temperature: (N,) float; 0 is greedy. None: all rows are greedy.
+        top_k: (N,) int64; 0 keeps all actions. None: all rows keep all.
         seed: (N,) int64, the request's seed.
         position: (N,) int64, index within its sequence of the token at which the action is taken.
         forced: (N,) int64; an action to take instead of drawing one, or -1 to draw, or ``RANKED - i`` for the i-th most
-            probable one.
+            probable one. None: all rows draw.
 
     Returns:
         actions (N,) int64 and their log-probabilities (N,) float32. A forced action outside the
         truncation has log-probability -inf.
     """
-    log_probs = action_log_probs(
-        logits.double(), temperature, top_k
-    )  # float64, so that rounding does not decide a draw
-    noise = gumbel_noise(seed, position, logits.shape[-1])
-    drawn = torch.where(temperature > 0, (log_probs + noise).argmax(-1), log_probs.argmax(-1))
-    actions = torch.where(forced >= 0, forced, drawn)
-    if bool((forced <= RANKED).any()):
-        ranks = (RANKED - forced).clamp(0, logits.shape[-1] - 1)
+    num_actions = logits.shape[-1]
+    dtype = torch.float64 if num_actions <= FEW_ACTIONS else torch.float32
+    log_probs = action_log_probs(logits.to(dtype), temperature, top_k)
+    actions = log_probs.argmax(-1)
+    if temperature is not None:
+        parts = (one.split(max(1, NOISE_AT_ONCE // num_actions)) for one in (seed, position, log_probs))
+        drawn = [
+            gumbel_noise(seeds, at, num_actions, dtype).add_(scores).argmax(-1)
+            for seeds, at, scores in zip(*parts, strict=True)
+        ]
+        actions = torch.where(temperature > 0, torch.cat(drawn), actions)
+    if forced is not None:
+        ranks = (RANKED - forced).clamp(0, num_actions - 1)
         ranked = logits.argsort(dim=-1, descending=True, stable=True).gather(-1, ranks[:, None])[:, 0]
-        actions = torch.where(forced <= RANKED, ranked, actions)
+        actions = torch.where(forced >= 0, forced, torch.where(forced <= RANKED, ranked, actions))
     return actions, log_probs.gather(-1, actions[:, None])[:, 0].float()
 
 
@@ -669,7 +698,11 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
         device, (batch, _) = input_ids.device, input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-        rows = _per_row(temperature, input_ids, torch.float32), _per_row(top_k, input_ids), _per_row(seed, input_ids)
+        rows = (
+            None if _is_zero(temperature) else _per_row(temperature, input_ids, torch.float32),
+            None if _is_zero(top_k) else _per_row(top_k, input_ids),
+            _per_row(seed, input_ids),
+        )
         cache = DynamicCache(config=self.config)
         position_ids = positions(mask, input_ids.shape, device)
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -677,9 +710,7 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
         for step in range(max_new_tokens):
             e = self.encode(step_ids, mask, position_ids, cache)
             logits = self.policy_logits(e, mask, position_ids, cache)[:, -1]
-            forced = torch.full((batch,), -1, dtype=torch.int64, device=device)
-            if actions is not None and step < actions.shape[1]:
-                forced = actions[:, step]
+            forced = actions[:, step] if actions is not None and step < actions.shape[1] else None
             action, log_prob = sample_actions(logits, *rows, position_ids[:, -1], forced)
             token = self.world_model_logits(e[:, -1], action).argmax(-1)
             token = token.masked_fill(finished, stops[0] if stops else 0)
@@ -694,6 +725,10 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
             mask = torch.cat([mask, mask.new_ones(batch, 1)], 1)
         tokens, taken, log_probs = (torch.stack(column, 1) for column in zip(*out, strict=True))
         return tokens, taken, log_probs
+
+
+def _is_zero(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) and value == 0
 
 
 def _per_row(value: float | Tensor, input_ids: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:

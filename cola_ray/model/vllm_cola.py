@@ -5,8 +5,8 @@
 
 Prefill, chunking and prefix caching need no special treatment, because only the world model depends on the action, and
 it works position by position. :class:`~cola_ray.model.vllm_rows.RowTable` says which request owns which row of
-``compute_logits``. It is filled by :class:`~cola_ray.model.vllm_rows.RowTracker` in vLLM's V1 model runner, and by
-:class:`CoLAModelState` in V2, the default on GPUs.
+``compute_logits`` and keeps the actions. It is filled by :class:`~cola_ray.model.vllm_rows.RowTracker` in vLLM's V1
+model runner, and by :class:`~cola_ray.model.vllm_slots.CoLAModelState` in V2, the default on GPUs.
 """
 
 from collections.abc import Iterable
@@ -25,27 +25,20 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor as Logit
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
-from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from cola_ray.model.action_columns import BASE, BASE_TOKENS, LOWEST_LOG_PROB, NUM_COLUMNS, SCALE, STEP, ActionRequest
-from cola_ray.model.modeling_cola import QHead, sample_actions
+from cola_ray.model.action_requests import BASE_TOKENS
+from cola_ray.model.modeling_cola import QHead
 from cola_ray.model.vllm_rows import RowTable
 
 
-def engine_overrides(vocab_size: int, keep_hidden_states: bool = False, soft_q_beta: float = 0.0) -> dict[str, Any]:
-    """``hf_overrides`` for an engine whose vocabulary is padded by the action columns.
+def engine_overrides(keep_hidden_states: bool = False, soft_q_beta: float = 0.0) -> dict[str, Any]:
+    """``hf_overrides`` for an engine.
 
     Args:
-        vocab_size: V, without padding.
         keep_hidden_states: keep e of every position in a :class:`StateStore`.
         soft_q_beta: if above 0, the policy is ``rho exp(Q / beta) / Z``; if the checkpoint has no Q, it starts at 0.
     """
-    overrides = {
-        "vocab_size": vocab_size + NUM_COLUMNS,
-        "unpadded_vocab_size": vocab_size,
-        "keep_hidden_states": keep_hidden_states,
-    }
-    return overrides | ({"soft_q_beta": soft_q_beta} if soft_q_beta else {})
+    return {"keep_hidden_states": keep_hidden_states} | ({"soft_q_beta": soft_q_beta} if soft_q_beta else {})
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
@@ -87,7 +80,7 @@ class WorldModelBlock(nn.Module):
 
 
 class CoLAForCausalLM(nn.Module):
-    """The served model. Without the padded columns, as in plain ``vllm serve``, it returns only tokens."""
+    """The served model."""
 
     hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
@@ -102,7 +95,6 @@ class CoLAForCausalLM(nn.Module):
         if vllm_config.parallel_config.pipeline_parallel_size != 1:
             raise ValueError("pipeline_parallel_size: CoLA's policy layers read the base's last hidden state; use 1")
         hidden = config.hidden_size
-        self.vocab_size = getattr(config, "unpadded_vocab_size", config.vocab_size)
         self.model = CoLAModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.policy_head = nn.Linear(hidden, config.num_actions, bias=False)
         self.soft_q = QHead(hidden, config.num_actions) if config.soft_q_beta else None
@@ -120,7 +112,9 @@ class CoLAForCausalLM(nn.Module):
         self.states = StateStore(vllm_config, hidden) if getattr(config, "keep_hidden_states", False) else None
 
     @staticmethod
-    def get_model_state_cls() -> type["CoLAModelState"]:
+    def get_model_state_cls() -> type[Any]:
+        from cola_ray.model.vllm_slots import CoLAModelState
+
         return CoLAModelState
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -133,30 +127,22 @@ class CoLAForCausalLM(nn.Module):
         return rows
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Draw actions for rows [e ; p] (N, 2H); returns logits (N, V + 8), whose last columns encode the actions."""
+        """Draw actions for rows [e ; p] (N, 2H); returns logits (N, V) of the tokens given the actions."""
         e, policy_hidden = hidden_states.chunk(2, -1)
         action_logits = F.linear(policy_hidden, self.policy_head.weight).float()
         if self.soft_q is not None:
             action_logits = action_logits + self.soft_q(e) / self.config.soft_q_beta
-        rows = self.rows.params(e.shape[0], e.device)
-        actions, log_probs = sample_actions(action_logits, *rows)
+        actions, rows = self.rows.draw(action_logits)
         state, code = e, self.codebook(actions)
         for block in self.world_model:
             state = block(state, code)
         if self.config.world_model_form == "released":
             # cloned, because vLLM's norm may work in place
             state = self.model.norm(state.clone()) - e
-        # The bare base, for comparison: its logits are lm_head(e).
-        state = torch.where((rows[-1] == BASE_TOKENS)[:, None], e, state)
+        if rows.forced is not None:  # perhaps by the bare base, for comparison: its logits are lm_head(e)
+            state = torch.where((rows.forced == BASE_TOKENS)[:, None], e, state)
         logits = self.logits_layer(self.lm_head, state)
-        if logits is None:  # tensor-parallel ranks that do not sample
-            return None
-        logits = logits.float()
-        if logits.shape[-1] > self.vocab_size:
-            logits[:, self.vocab_size :] = BASE
-            logits[:, self.vocab_size + 1] -= STEP * actions
-            logits[:, self.vocab_size + 2] += SCALE * log_probs.clamp_min(LOWEST_LOG_PROB)
-        return logits
+        return None if logits is None else logits.float()  # None: tensor-parallel ranks that do not sample
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint in our names. The IDM is not served; a missing Q may arrive with a weight update."""
@@ -164,13 +150,9 @@ class CoLAForCausalLM(nn.Module):
         return optional | AutoWeightsLoader(self).load_weights(self._served(weights), mapper=self.hf_to_vllm_mapper)
 
     def _served(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        padding = self.config.vocab_size - self.vocab_size
         for name, tensor in weights:
-            if name.startswith("idm.") or (name == "lm_head.weight" and self.config.tie_word_embeddings):
-                continue
-            if name in ("model.embed_tokens.weight", "lm_head.weight") and padding:
-                tensor = F.pad(tensor, (0, 0, 0, padding))
-            yield served_name(name), tensor
+            if not name.startswith("idm.") and (name != "lm_head.weight" or not self.config.tie_word_embeddings):
+                yield served_name(name), tensor
 
     def policy_modules(self) -> list[nn.Module]:
         """The modules that a weight update replaces."""
@@ -223,58 +205,3 @@ class StateStore:
         slots = (starts[:, None] + torch.arange(size, device=self.table.device)).flatten()[:length]
         states = self.table[slots].cpu()
         return (states.view(torch.int16) if states.dtype is torch.bfloat16 else states).numpy()
-
-
-class CoLAModelState(DefaultModelState):
-    """For the V2 model runner: settings of requests on the device, gathered by the batch's index mapping."""
-
-    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache, device: torch.device) -> None:
-        super().__init__(vllm_config, model, encoder_cache, device)
-        self.table = RowTable.of(vllm_config)
-        slots = self.max_num_reqs
-        self.temperature = np.zeros(slots, np.float32)
-        self.top_k_and_seed = np.zeros((2, slots), np.int64)
-        self.prompt_length = np.zeros(slots, np.int64)
-        self.forced: dict[int, Tensor] = {}
-        self.on_device: tuple[Tensor, Tensor] | None = None  # copies of the arrays, renewed when a request arrives
-
-    def add_request(self, req_index, new_req_data) -> None:
-        super().add_request(req_index, new_req_data)
-        params = new_req_data.sampling_params
-        request = ActionRequest.from_params(params.extra_args, params.seed)
-        self.temperature[req_index] = request.temperature
-        self.top_k_and_seed[:, req_index] = request.top_k, request.seed
-        self.prompt_length[req_index] = len(new_req_data.prompt_token_ids or ())
-        self.forced.pop(req_index, None)
-        if request.forced:
-            self.forced[req_index] = torch.tensor(request.forced, dtype=torch.int64, device=self.device)
-        self.on_device = None
-
-    def prepare_inputs(self, input_batch, req_states):
-        if self.on_device is None:
-            self.on_device = (
-                torch.from_numpy(self.temperature.copy()).to(self.device, non_blocking=True),
-                torch.from_numpy(self.top_k_and_seed.copy()).to(self.device, non_blocking=True),
-            )
-        slots = input_batch.idx_mapping.long()
-        position = input_batch.positions[input_batch.logits_indices].long()
-        forced = torch.full_like(position, -1)
-        for row, slot in enumerate(input_batch.idx_mapping_np.tolist() if self.forced else ()):
-            actions = self.forced.get(slot)
-            if actions is not None:  # indexed on the device, so that no step waits for the host
-                step = position[row] - (int(self.prompt_length[slot]) - 1)
-                inside = (step >= 0) & (step < actions.numel())
-                forced[row] = torch.where(inside, actions[step.clamp(0, actions.numel() - 1)], forced[row])
-        temperature, top_k_and_seed = self.on_device
-        self.table.on_device = (
-            temperature[slots],
-            top_k_and_seed[0][slots],
-            top_k_and_seed[1][slots],
-            position,
-            forced,
-        )
-        return super().prepare_inputs(input_batch, req_states)
-
-    def prepare_dummy_inputs(self, num_reqs, num_tokens):
-        self.table.on_device = None
-        return super().prepare_dummy_inputs(num_reqs, num_tokens)

@@ -1,12 +1,18 @@
-"""Maps rows of a vLLM batch to requests, and draws tokens in place of vLLM's sampler.
+"""Maps rows of a vLLM batch to requests, draws their actions and keeps them; and the processors of the V1 model runner.
 
-request ─> RowTracker mirrors the batch ─> RowTable ─┬─> CoLAForCausalLM.compute_logits draws latent actions
-                                                     └─> TokenSampler draws tokens of a plain Llama
+request ─> RowTracker mirrors the batch (V1) ─┐
+        ─> CoLAModelState / samplers (V2)     ├─> RowTable.draw ─┬─> CoLAForCausalLM.compute_logits: latent actions
+                                              ┘        │         └─> TokenSampler: tokens of a plain Llama
+                                                       v
+                                                  ActionTable ─> read_actions, once a completion
+
+Nothing here waits for the device: what steps decide on is known to the host.
 """
 
 import os
 import secrets
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,16 +20,87 @@ from torch import Tensor
 from vllm.config import ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from cola_ray.model.action_columns import LOWEST_LOG_PROB, ActionRequest
+from cola_ray.model.action_requests import LOWEST_LOG_PROB, ActionRequest
 from cola_ray.model.modeling_cola import sample_actions
 
-ROW_TRACKER, TOKEN_SAMPLER = f"{__name__}:RowTracker", f"{__name__}:TokenSampler"
-"""Import paths for an engine's ``logits_processors``: for a CoLA model, and for a plain Llama."""
-REQUEST_SAMPLER = f"{__name__}:RequestSampler"
-"""The same for a CoLA model that is served through OpenAI's API."""
+
+class Rows(NamedTuple):
+    """Of the N rows of ``compute_logits``: settings, (N,) each, as :func:`sample_actions` takes them, and addresses."""
+
+    temperature: Tensor | None
+    top_k: Tensor | None
+    seed: Tensor
+    position: Tensor
+    forced: Tensor | None
+    slot: Tensor | None  # int64, of the ActionTable, where -1 is a row that nobody reads; None: no row keeps its action
+    step: Tensor  # int64, index of the action within its completion
+
+
+class ActionTable:
+    """The action taken and its log-probability, of every step of the requests that hold a slot.
+
+    8 bytes a step: 512 requests of up to 3072 tokens are 12.6 MB, which vLLM's memory share does not count.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.table: Tensor | None = None  # (slots + 1, num_steps, 2) int32: action, and the bits of a float32
+
+    def reserve(self, slot: int, device: torch.device) -> None:
+        """Have a row for this slot. The last row takes what nobody reads."""
+        held = 0 if self.table is None else len(self.table) - 1
+        if slot < held:
+            return
+        grown = torch.zeros(max(64, 2 * held, slot + 1) + 1, self.num_steps, 2, dtype=torch.int32, device=device)
+        if self.table is not None:
+            grown[:held] = self.table[:held]
+        self.table = grown
+
+    def write(self, slot: Tensor, step: Tensor, actions: Tensor, log_probs: Tensor) -> None:
+        """Keep actions (N,) and their log-probabilities (N,) float32."""
+        assert self.table is not None
+        bits = log_probs.clamp_min(LOWEST_LOG_PROB).view(torch.int32)
+        self.table.index_put_((slot, step), torch.stack([actions.to(torch.int32), bits], -1))
+
+    def read(self, slots: Sequence[int], num_steps: int) -> np.ndarray:
+        """The first steps of some slots, (slots, num_steps, 2) int32, in one transfer."""
+        assert self.table is not None
+        chosen = async_tensor_h2d(list(slots), device=self.table.device, dtype=torch.int64)
+        return self.table[chosen, :num_steps].cpu().numpy()
+
+
+class Settings:
+    """Settings of requests by index, on the host and, until a request arrives or moves, on the device."""
+
+    def __init__(self, size: int) -> None:
+        self.temperature = np.zeros(size, np.float32)
+        self.integers = np.zeros((4, size), np.int64)  # top_k, seed, prompt length, slot
+        self.integers[3] = -1
+        self.forced: list[tuple[int, ...]] = [()] * size
+
+    def put(self, index: int, request: ActionRequest, prompt_length: int) -> None:
+        self.temperature[index] = request.temperature
+        self.integers[:, index] = request.top_k, request.seed, prompt_length, request.slot
+        self.forced[index] = request.forced
+
+    def move(self, source: int, target: int, swap: bool) -> None:
+        for columns in (self.temperature[None], self.integers):
+            replaced = columns[:, target].copy()
+            columns[:, target] = columns[:, source]
+            if swap:
+                columns[:, source] = replaced
+        self.forced[source], self.forced[target] = self.forced[target] if swap else (), self.forced[source]
+
+    def to(self, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
+        """Of the first ``count``: temperatures (count,) and integers (4, count)."""
+        # Copies, because on CPU the device's tensors would be these arrays.
+        whole = async_tensor_h2d(self.integers[:, :count].copy(), device=device)
+        return async_tensor_h2d(self.temperature[:count].copy(), device=device), whole
 
 
 class RowTable:
@@ -31,46 +108,126 @@ class RowTable:
 
     _by_engine: ClassVar[dict[str, "RowTable"]] = {}
 
-    def __init__(self) -> None:
-        self.requests: list[tuple[ActionRequest, int, list[int]]] | None = None  # V1: request, prompt length, output
-        self.on_device: tuple[Tensor, ...] | None = None  # V2: the result of params
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.kept = ActionTable(vllm_config.model_config.max_model_len)
+        self.settings = Settings(vllm_config.scheduler_config.max_num_seqs)  # V1: by row
+        self.outputs: list[list[int]] = []  # V1: of each row, the tokens so far
+        self.fixed: tuple[Tensor, Tensor] | None = None  # V1: settings on the device
+        self.forcing: list[int] = []  # V1: rows with forced actions
+        self.prepared: Rows | None = None  # V2: of the step under way
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> "RowTable":
-        return cls._by_engine.setdefault(vllm_config.instance_id, cls())
+        if vllm_config.instance_id not in cls._by_engine:
+            cls._by_engine[vllm_config.instance_id] = cls(vllm_config)
+        return cls._by_engine[vllm_config.instance_id]
 
-    def params(self, num_rows: int, device: torch.device) -> tuple[Tensor, ...]:
-        """temperature, top_k, seed, position, forced action: each (N,). Greedy if rows are unknown (profiling runs)."""
-        if self.on_device is not None and self.on_device[0].shape[0] == num_rows:
-            return self.on_device
-        if self.requests is None or len(self.requests) != num_rows:
+    @classmethod
+    def forget(cls, instance_id: str) -> None:
+        """Free the table of an engine that has shut down."""
+        cls._by_engine.pop(instance_id, None)
+
+    def draw(self, logits: Tensor) -> tuple[Tensor, Rows]:
+        """Draw an action for each row of logits (N, K), keep it, and return actions (N,) and what they came from."""
+        rows = self.rows(len(logits), logits.device)
+        actions, log_probs = sample_actions(logits, *rows[:5])
+        if rows.slot is not None:
+            self.kept.write(rows.slot, rows.step, actions, log_probs)
+        return actions, rows
+
+    def rows(self, num_rows: int, device: torch.device) -> Rows:
+        """Settings of all rows; greedy and kept nowhere if rows are unknown, as in profiling runs."""
+        if self.prepared is not None and len(self.prepared.seed) == num_rows:
+            return self.prepared
+        if not num_rows or len(self.outputs) != num_rows:
             zero = torch.zeros(num_rows, dtype=torch.int64, device=device)
-            return zero.float(), zero, zero, zero, zero - 1
-        temperature = np.empty(num_rows, np.float32)
-        integers = np.empty((4, num_rows), np.int64)
-        for row, (request, prompt_length, output) in enumerate(self.requests):
-            step = len(output)
-            temperature[row] = request.temperature
-            forced = request.forced[step] if step < len(request.forced) else -1
-            integers[:, row] = request.top_k, request.seed, prompt_length - 1 + step, forced
-        columns = torch.from_numpy(integers).to(device, non_blocking=True)
-        return torch.from_numpy(temperature).to(device, non_blocking=True), *columns.unbind(0)
+            return Rows(None, None, zero, zero, None, None, zero)
+        if self.fixed is None:
+            self.fixed = self.settings.to(device, num_rows)
+        steps = np.fromiter(map(len, self.outputs), np.int64, num_rows)
+        temperature, (top_k, seed, prompt_length, slot) = self.fixed
+        step, forced = async_tensor_h2d(steps, device=device), self._forced(steps)
+        return Rows(
+            temperature if self.settings.temperature[:num_rows].any() else None,
+            top_k if self.settings.integers[0, :num_rows].any() else None,
+            seed,
+            prompt_length + (step - 1),
+            None if forced is None else async_tensor_h2d(forced, device=device),
+            slot if (self.settings.integers[3, :num_rows] >= 0).any() else None,
+            step,
+        )
+
+    def _forced(self, steps: np.ndarray) -> np.ndarray | None:
+        """Forced actions of all rows at their steps; None where none is forced."""
+        forced = None
+        for row in self.forcing:
+            actions = self.settings.forced[row]
+            if steps[row] < len(actions):
+                forced = np.full(len(steps), -1, np.int64) if forced is None else forced
+                forced[row] = actions[steps[row]]
+        return forced
+
+    def mirror(self, outputs: list[list[int]], device: torch.device) -> None:
+        """V1: take over the rows of a batch that has changed; :attr:`settings` has their settings already."""
+        self.outputs, self.fixed = outputs, None
+        self.forcing = [row for row, actions in enumerate(self.settings.forced[: len(outputs)]) if actions]
+        if (highest := self.settings.integers[3, : len(outputs)].max(initial=-1)) >= 0:
+            self.kept.reserve(int(highest), device)
+
+
+def read_actions(model: Any, instance_id: str, slots: Sequence[int], num_steps: int) -> np.ndarray:
+    """What :meth:`ActionTable.read` returns, called through ``vllm.LLM.apply_model`` in an engine's processes."""
+    return RowTable._by_engine[instance_id].kept.read(slots, num_steps)
+
+
+def check_action_request(params: SamplingParams) -> None:
+    """Refuse a request to an engine that is used in training, of either model runner."""
+    args = params.extra_args or {}
+    if args.get("action_temperature", 1.0) < 0:
+        raise ValueError("action_temperature: must be >= 0 (0 is greedy)")
+    if params.prompt_logprobs is not None:
+        raise ValueError("prompt_logprobs: a prompt's positions have no actions to score; leave it unset")
+
+
+def check_served_request(params: SamplingParams) -> None:
+    """Refuse what has no meaning in a request through OpenAI's API, of either model runner."""
+    neutral = {
+        "top_p": (1.0, "CoLA draws latent actions by temperature and top_k"),
+        "min_p": (0.0, "CoLA draws latent actions by temperature and top_k"),
+        "presence_penalty": (0.0, "a token follows from its latent action"),
+        "frequency_penalty": (0.0, "a token follows from its latent action"),
+        "repetition_penalty": (1.0, "a token follows from its latent action"),
+        "prompt_logprobs": (None, "a prompt's positions have no actions to score"),
+        "extra_args": (None, "a server takes no actions from its clients"),
+    }
+    for name, (value, why) in neutral.items():
+        found = getattr(params, name)
+        if found and found != value:
+            raise VLLMValidationError(f"{name} = {found}: {why}; leave it out", parameter=name, value=found)
+    if params.prompt_logprobs is not None:
+        raise VLLMValidationError(f"prompt_logprobs: {neutral['prompt_logprobs'][1]}; leave out echo with logprobs")
+
+
+def served_request(params: SamplingParams) -> ActionRequest:
+    """How a request through OpenAI's API draws: without a seed by a random one; vLLM gives each of n its own seed."""
+    seed = secrets.randbits(63) if params.seed is None else params.seed
+    args = {"action_temperature": params.temperature, "action_top_k": max(params.top_k, 0)}
+    return ActionRequest.from_params(args, seed)
+
+
+# --- processors of the V1 model runner; vllm_slots.py has those of V2 -------------------------------------------------
 
 
 class RowTracker(LogitsProcessor):
-    """For the V1 model runner: a logits processor that leaves logits unchanged and mirrors the persistent batch."""
+    """Leaves logits unchanged and mirrors V1's persistent batch."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        args = sampling_params.extra_args or {}
-        if args.get("action_temperature", 1.0) < 0:
-            raise ValueError("action_temperature: must be >= 0 (0 is greedy)")
-        if sampling_params.prompt_logprobs is not None:
-            raise ValueError("prompt_logprobs: a prompt's positions have no actions to score; leave it unset")
+        check_action_request(sampling_params)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self.table = RowTable.of(vllm_config)
-        self.rows: dict[int, tuple[ActionRequest, int, list[int]]] = {}
+        self.table, self.device = RowTable.of(vllm_config), device
+        self.outputs: dict[int, list[int]] = {}
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -85,35 +242,34 @@ class RowTracker(LogitsProcessor):
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         if batch_update is None:
             return
-        rows = self.rows
         for index in batch_update.removed:
-            rows.pop(index, None)
+            self.outputs.pop(index, None)
         for index, params, prompt, output in batch_update.added:
-            rows[index] = (self.action_request(params), len(prompt or ()), output)
+            self.table.settings.put(index, self.action_request(params), len(prompt or ()))
+            self.outputs[index] = output
         for source, target, way in batch_update.moved:
-            moved, replaced = rows.pop(source, None), rows.pop(target, None)
-            if moved is not None:
-                rows[target] = moved
-            if replaced is not None and way is MoveDirectionality.SWAP:
-                rows[source] = replaced
-        self.table.requests = [rows[index] for index in range(batch_update.batch_size)]
+            swap = way is MoveDirectionality.SWAP and target in self.outputs
+            self.table.settings.move(source, target, swap)
+            moved, replaced = self.outputs.pop(source), self.outputs.pop(target, [])
+            self.outputs[target] = moved
+            if swap:
+                self.outputs[source] = replaced
+        self.table.mirror([self.outputs[index] for index in range(batch_update.batch_size)], self.device)
 
 
 class TokenSampler(RowTracker):
-    """Draws the token of each row and leaves it as the only finite logit, whose value is its log-probability.
+    """Draws the token of each row of a plain Llama and leaves it as the only finite logit, which vLLM then takes.
 
-    vLLM then takes the greedy token and returns its logit (``logprobs_mode="processed_logits"``). The draw is
-    :func:`sample_actions` over the vocabulary, a pure function of seed and position, so it is the same under chunked
-    prefill (where vLLM's seeded sampler differs on CPU), after a preemption, and in any batch.
+    The draw is :func:`sample_actions` over the vocabulary, a pure function of seed and position, so it is the same
+    under chunked prefill (where vLLM's seeded sampler differs on CPU), after a preemption, and in any batch.
     """
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def apply(self, logits: Tensor) -> Tensor:
-        tokens, log_probs = sample_actions(logits, *self.table.params(logits.shape[0], logits.device))
-        logits.fill_(float("-inf"))
-        return logits.scatter_(1, tokens[:, None], log_probs.clamp_min(LOWEST_LOG_PROB)[:, None].to(logits.dtype))
+        tokens, _ = self.table.draw(logits)
+        return logits.fill_(float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
 
 class RequestSampler(RowTracker):
@@ -127,28 +283,11 @@ class RequestSampler(RowTracker):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        neutral = {
-            "top_p": (1.0, "CoLA draws latent actions by temperature and top_k"),
-            "min_p": (0.0, "CoLA draws latent actions by temperature and top_k"),
-            "presence_penalty": (0.0, "a token follows from its latent action"),
-            "frequency_penalty": (0.0, "a token follows from its latent action"),
-            "repetition_penalty": (1.0, "a token follows from its latent action"),
-            "prompt_logprobs": (None, "a prompt's positions have no actions to score"),
-            "extra_args": (None, "a server takes no actions from its clients"),
-        }
-        for name, (value, why) in neutral.items():
-            found = getattr(sampling_params, name)
-            if found and found != value:
-                raise VLLMValidationError(f"{name} = {found}: {why}; leave it out", parameter=name, value=found)
-        if sampling_params.prompt_logprobs is not None:
-            raise VLLMValidationError(f"prompt_logprobs: {neutral['prompt_logprobs'][1]}; leave out echo with logprobs")
+        check_served_request(sampling_params)
 
     @staticmethod
     def action_request(params: SamplingParams) -> ActionRequest:
-        """A request without a seed gets a random one; with a seed, vLLM gives each of n completions its own."""
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        args = {"action_temperature": params.temperature, "action_top_k": max(params.top_k, 0)}
-        return ActionRequest.from_params(args, seed)
+        return served_request(params)
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -159,18 +298,37 @@ class RequestSampler(RowTracker):
         return torch.full_like(logits, float("-inf")).scatter_(1, best, 0.0)
 
 
+_PROCESSORS = {
+    "tracker": (f"{__name__}:RowTracker", "cola_ray.model.vllm_slots:SlotTracker"),
+    "tokens": (f"{__name__}:TokenSampler", "cola_ray.model.vllm_slots:SlotTokenSampler"),
+    "served": (f"{__name__}:RequestSampler", "cola_ray.model.vllm_slots:SlotRequestSampler"),
+}
+"""By use, for V1 and for V2: a CoLA model in training, a plain Llama in training, a CoLA model behind OpenAI's API."""
+
+
+def processor(use: str) -> str:
+    """Import path of an engine's ``logits_processors``, for the model runner that this process will have."""
+    return _PROCESSORS[use][os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"]
+
+
+def choose_model_runner() -> None:
+    """Settle which of vLLM's model runners this process has: what the environment says, else V2 on GPUs and V1 on CPUs.
+
+    V2's kernels are written in Triton, which has no CPU backend in the pinned versions.
+    """
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if current_platform.is_cuda_alike() else "0")
+
+
 class ServedConfig(VerifyAndUpdateConfig):
     """Settings that vLLM applies to every CoLA model that it serves."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        choose_model_runner()
         if not model_config.logits_processors:  # engines used in training pass their own
-            model_config.logits_processors = [REQUEST_SAMPLER]
-        # Logits processors of the V2 model runner have a different interface.
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+            model_config.logits_processors = [processor("served")]
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative_config: drafts are accepted by token probabilities, which CoLA does not draw")
-        vllm_config.scheduler_config.async_scheduling = False  # a row's position comes from the length of its output

@@ -19,7 +19,7 @@ import torch
 
 from cola_ray.algorithms.archer import TwinHeads
 from cola_ray.experience import Episode, Ticket, Trajectory, was_said
-from cola_ray.model.action_columns import BASE_TOKENS
+from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.rollout.batching import Rounds
 from cola_ray.rollout.engine import Completion, Request, as_float
 from cola_ray.rollout.episode import EpisodeSetting, Generate, Submit, Utterance, play

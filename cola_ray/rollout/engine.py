@@ -11,11 +11,17 @@
 A request in flight at an update keeps the tokens that it has. The key/value entries of the layers that were updated are
 stale, so vLLM preempts the request and recomputes them under the new weights. ``Completion.versions`` records which
 version of the policy chose each action.
+
+On GPUs vLLM schedules asynchronously: when ``step`` returns what one forward pass gave, the next one is under way
+already. An update is queued on the device behind that pass, whose tokens vLLM drops and draws again by the new weights,
+so the number of tokens that the scheduler has of a request says where the new version begins. vLLM turns asynchronous
+scheduling off on CPUs, where there is nothing to overlap with.
 """
 
 import abc
 import dataclasses
 import functools
+import heapq
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from cola_ray.model.action_columns import acting_args, decode, sampling_args
+from cola_ray.model.action_requests import sampling_args
 from cola_ray.rollout.weight_loading import Loader, load_llama, load_policy, load_projections, load_soft_q
 from cola_ray.tasks.endings import Endings
 from cola_ray.weights import Broadcast, BroadcastReceiver, Bucket, Offer, WeightReceiver
@@ -47,6 +53,7 @@ class Request:
 class _InFlight:
     request: Request
     engine_id: str  # vLLM's own id of the request
+    slot: int  # of the table that keeps its actions
     versions: list[tuple[int, int]]  # (first output position that it chose, policy version), ascending
 
     @property
@@ -110,12 +117,16 @@ class Engine(abc.ABC):
         import torch
         import vllm
 
+        from cola_ray.model.vllm_rows import read_actions
+
         torch.set_num_threads(num_threads)
         self.vllm = vllm
         self.endings = Endings(tokenizer, tuple(stop_token_ids))
         self.version = 0
         self.in_flight: dict[str, _InFlight] = {}
         self.num_submitted = 0
+        self.free_slots: list[int] = []  # of the action table: a heap of those below num_slots
+        self.num_slots = 0
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             engine_args.setdefault("kv_cache_memory_bytes", kv_cache_mb << 20)
@@ -131,21 +142,17 @@ class Engine(abc.ABC):
             max_num_seqs=max_num_seqs,
             tensor_parallel_size=tensor_parallel_size,
             seed=0,
-            async_scheduling=False,  # a weight update must know exactly how far each request has come
             **engine_args,
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self.read_actions = functools.partial(read_actions, instance_id=self.llm.llm_engine.vllm_config.instance_id)
         self.llm.llm_engine.output_processor.tokenizer = tokenizer  # finds stop strings
 
     # --- for subclasses -------------------------------------------------------------------------------------------
 
-    @abc.abstractmethod
-    def _sampling(self, request: Request) -> dict[str, Any]:
-        """Return the arguments of ``vllm.SamplingParams`` that make vLLM sample actions for this request."""
-
-    @abc.abstractmethod
-    def _read(self, request: _InFlight, output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Return tokens, actions, log-probabilities and hidden states from vLLM's ``CompletionOutput``."""
+    def _states(self, request: _InFlight, num_actions: int) -> np.ndarray | None:
+        """Return the hidden states of a request that has finished, if the engine keeps them."""
+        return None
 
     @abc.abstractmethod
     def _loader(self) -> Loader:
@@ -170,6 +177,9 @@ class Engine(abc.ABC):
         """
         if request.stop and self.endings.tokenizer is None:
             raise ValueError(f"stop = {list(request.stop)!r}: the engine has no tokenizer; pass one when creating it")
+        if not self.free_slots:
+            heapq.heappush(self.free_slots, self.num_slots)
+            self.num_slots += 1
         params = self.vllm.SamplingParams(
             max_tokens=request.max_new_tokens,
             stop_token_ids=list(self.endings.token_ids),
@@ -179,14 +189,15 @@ class Engine(abc.ABC):
             skip_special_tokens=False,
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # the object is ours alone; a deep copy would take a fifth of a short rollout's time
-            **self._sampling(request),
-        )
+            **sampling_args(
+                temperature=request.temperature, top_k=request.top_k, seed=request.seed, actions=request.actions,
+                slot=self.free_slots[0],
+            ),
+        )  # fmt: skip
         self.num_submitted += 1
         name, prompt = str(self.num_submitted), {"prompt_token_ids": list(request.prompt_ids)}
         engine_id = self.llm.llm_engine.add_request(name, prompt, params)
-        if request.stop:  # the columns that carry actions are no vocabulary entries, so nothing may try to decode them
-            self.llm.llm_engine.output_processor.request_states[engine_id].logprobs_processor.tokenizer = None
-        self.in_flight[name] = _InFlight(request, engine_id, [(0, self.version)])
+        self.in_flight[name] = _InFlight(request, engine_id, heapq.heappop(self.free_slots), [(0, self.version)])
         return name
 
     @property
@@ -196,18 +207,30 @@ class Engine(abc.ABC):
     def abort(self, name: str) -> None:
         """Drop a request in flight. Call it between two steps."""
         self.llm.llm_engine.abort_request([name])
-        del self.in_flight[name]
+        heapq.heappush(self.free_slots, self.in_flight.pop(name).slot)
 
     def step(self) -> dict[str, Completion]:
         """Run one forward pass over the running batch; return the completions that finished in it."""
+        finished = self.llm.llm_engine.step()
+        if not finished:
+            return {}
+        requests = [self.in_flight.pop(output.request_id) for output in finished]
+        slots, longest = [one.slot for one in requests], max(len(output.outputs[0].token_ids) for output in finished)
+        kept = self.llm.apply_model(functools.partial(self.read_actions, slots=slots, num_steps=longest))[0]
+        for slot in slots:
+            heapq.heappush(self.free_slots, slot)
         return {
-            output.request_id: self._complete(self.in_flight.pop(output.request_id), output)
-            for output in self.llm.llm_engine.step()
+            output.request_id: self._complete(request, output, taken)
+            for request, output, taken in zip(requests, finished, kept, strict=True)
         }
 
-    def _complete(self, request: "_InFlight", finished: Any) -> Completion:
+    def _complete(self, request: _InFlight, finished: Any, taken: np.ndarray) -> Completion:
+        """``taken`` (steps, 2) is the request's row of the action table."""
         output = finished.outputs[0]
-        token_ids, actions, log_probs, states = self._read(request, output)
+        token_ids = np.asarray(output.token_ids, np.int64)
+        actions = taken[: len(token_ids), 0].astype(np.int64)
+        log_probs = np.ascontiguousarray(taken[: len(token_ids), 1]).view(np.float32)
+        states = self._states(request, len(actions))
         starts, versions = zip(*request.versions, strict=True)
         lengths = np.diff([*starts, len(actions)])
         computed_tokens = request.prompt_length + len(actions) - (finished.num_cached_tokens or 0)
@@ -266,7 +289,7 @@ class Engine(abc.ABC):
     def _continue_with(self, version: int) -> None:
         self.reset_prefix_cache()
         self.version = version
-        # Until a request has finished, only the scheduler knows how far it has come.
+        # Until a request has finished, only the scheduler knows how far it has come; what is under way does not count.
         for request in self.in_flight.values():
             request.versions.append((self.scheduler.requests[request.engine_id].num_output_tokens, version))
 
@@ -281,15 +304,11 @@ class Engine(abc.ABC):
 
     def close(self) -> None:
         """Shut vLLM down, so that another engine can start in this process."""
+        from cola_ray.model.vllm_rows import RowTable
+
+        RowTable.forget(self.llm.llm_engine.vllm_config.instance_id)
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm, self.scheduler
-
-    def sleep(self) -> None:
-        """Free the GPU for a colocated learner: move weights to host memory and drop the cache."""
-        self.llm.sleep(level=1)
-
-    def wake_up(self) -> None:
-        self.llm.wake_up()
 
 
 class LatentEngine(Engine):
@@ -304,16 +323,14 @@ class LatentEngine(Engine):
         self, model_path: str, *, keep_hidden_states: bool = False, soft_q_beta: float = 0.0, **engine_args: Any
     ) -> None:
         prepare_process(engine_args.get("num_threads", 1))
-        from transformers import AutoConfig
-
         import cola_ray  # noqa: F401
         from cola_ray.model.vllm_cola import engine_overrides
-        from cola_ray.model.vllm_rows import ROW_TRACKER
+        from cola_ray.model.vllm_rows import choose_model_runner, processor
 
-        self.vocab_size = AutoConfig.from_pretrained(model_path).vocab_size
-        overrides = engine_overrides(self.vocab_size, keep_hidden_states, soft_q_beta)
+        choose_model_runner()
+        overrides = engine_overrides(keep_hidden_states, soft_q_beta)
         self.soft_q_beta = soft_q_beta
-        super().__init__(model_path, logits_processors=[ROW_TRACKER], hf_overrides=overrides, **engine_args)
+        super().__init__(model_path, logits_processors=[processor("tracker")], hf_overrides=overrides, **engine_args)
         self.last_blocks: dict[str, list[int]] = {}
         if keep_hidden_states:
             self._remember_blocks(self.scheduler.kv_cache_manager)
@@ -333,22 +350,13 @@ class LatentEngine(Engine):
         super().abort(name)
         self.last_blocks.pop(engine_id, None)
 
-    def _sampling(self, request: Request) -> dict[str, Any]:
-        return sampling_args(
-            self.vocab_size,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            seed=request.seed,
-            actions=list(request.actions),
-        )
-
-    def _read(self, request: _InFlight, output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        token_ids, actions, log_probs = decode(output)
-        blocks, states = self.last_blocks.pop(request.engine_id, None), None
-        if blocks is not None:
-            computed = request.prompt_length + len(actions) - 1
-            states = self.llm.apply_model(lambda model: model.states.read(blocks, computed))[0]
-        return token_ids, actions, log_probs, states
+    def _states(self, request: _InFlight, num_actions: int) -> np.ndarray | None:
+        blocks = self.last_blocks.pop(request.engine_id, None)
+        if blocks is None:
+            return None
+        computed = request.prompt_length + num_actions - 1
+        states: np.ndarray = self.llm.apply_model(lambda model: model.states.read(blocks, computed))[0]
+        return states
 
     def _loader(self) -> Loader:
         return load_soft_q if self.soft_q_beta else load_policy
@@ -363,18 +371,11 @@ class TokenEngine(Engine):
 
     def __init__(self, model_path: str, *, adapters: bool = False, **engine_args: Any) -> None:
         prepare_process(engine_args.get("num_threads", 1))
-        from cola_ray.model.vllm_rows import TOKEN_SAMPLER
+        from cola_ray.model.vllm_rows import choose_model_runner, processor
 
-        super().__init__(model_path, logits_processors=[TOKEN_SAMPLER], logprobs_mode="processed_logits", **engine_args)
+        choose_model_runner()
+        super().__init__(model_path, logits_processors=[processor("tokens")], **engine_args)
         self.adapters = adapters
-
-    def _sampling(self, request: Request) -> dict[str, Any]:
-        args = acting_args(request.temperature, request.top_k, request.seed, request.actions)
-        return args | {"logprobs": 0}  # only the sampled token's
-
-    def _read(self, _: _InFlight, output: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
-        tokens = np.asarray(output.token_ids, np.int64)
-        return tokens, tokens, np.asarray(output.logprobs.logprobs, np.float32).reshape(len(tokens), -1)[:, 0], None
 
     def _loader(self) -> Loader:
         load = load_projections if self.adapters else load_llama
@@ -382,9 +383,8 @@ class TokenEngine(Engine):
 
 
 def prepare_process(num_threads: int) -> None:
-    """Set the environment that vLLM reads on import: engine in this process, V1 model runner, number of threads."""
+    """Set the environment that vLLM reads on import: engine in this process, number of threads."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule the size that the engine is given
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

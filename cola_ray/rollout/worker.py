@@ -1,6 +1,6 @@
 """What runs in a rollout actor: an engine and a tokenizer, shared by all calls; no state but weights and caches.
 
-    EngineWorker           update_weights, sleep, and the RunningBatch that every call joins
+    EngineWorker           update_weights, and the RunningBatch that every call joins
       RolloutWorker        generate_groups, evaluate: single-turn problems with verifiable answers
         EvaluationWorker   answer, in every way that evaluations compare (rollout/evaluation_worker.py)
       AgentWorker          play_episodes, speak, evaluate: multi-turn environments (rollout/agent_worker.py)
@@ -15,11 +15,12 @@ import asyncio
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from cola_ray.experience import Group, Ticket, Trajectory
-from cola_ray.model.action_columns import BASE_TOKENS
+from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
 from cola_ray.rollout.isolation import Reward, RewardProcess
@@ -31,6 +32,22 @@ from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.endings import Endings
 from cola_ray.tasks.protocol import Split
 from cola_ray.weights import Bucket, Offer
+
+
+def engine_args(config: Config) -> dict[str, Any]:
+    """What the settings say to ``vllm.LLM`` beside what every engine has."""
+    rollout = config.rollout
+    args: dict[str, Any] = {"enable_prefix_caching": rollout.prefix_caching}
+    if rollout.max_num_batched_tokens:
+        args["max_num_batched_tokens"] = rollout.max_num_batched_tokens
+    if config.cluster.use_gpu:
+        args |= {
+            name: getattr(rollout, name)
+            for name in ("gpu_memory_utilization", "kv_cache_dtype", "enforce_eager", "async_scheduling")
+        }
+        args |= {} if rollout.quantization == "none" else {"quantization": rollout.quantization}
+        args |= {} if rollout.enforce_eager else {"optimization_level": rollout.optimization_level}
+    return args | rollout.engine_args
 
 
 class EngineWorker:
@@ -62,7 +79,7 @@ class EngineWorker:
             kv_cache_mb=rollout.kv_cache_mb,
             tensor_parallel_size=rollout.tensor_parallel_size,
             num_threads=config.cluster.threads_per_process,
-            enable_sleep_mode=config.cluster.colocated,
+            **engine_args(config),
         )
         self.batch = RunningBatch(self.engine, drain=config.rl.update_mode == "drain")
 
@@ -90,12 +107,6 @@ class EngineWorker:
         """Load a version by broadcast, together with all other members of the offer's channel, and return it."""
         await self.batch.swap(lambda: self.engine.receive_weights(offer))
         return offer.version
-
-    async def sleep(self) -> None:
-        self.engine.sleep()
-
-    async def wake_up(self) -> None:
-        self.engine.wake_up()
 
     async def peak_memory_gb(self) -> float:
         return peak_memory_gb()

@@ -29,6 +29,8 @@ MAY_CHANGE = (
     "tracking_uri", "tracking_parent",
     "cluster.*", "hardware.*",
     "rollout.num_workers", "rollout.tensor_parallel_size", "rollout.max_num_seqs", "rollout.kv_cache_mb",
+    "rollout.gpu_memory_utilization", "rollout.max_num_batched_tokens", "rollout.prefix_caching",
+    "rollout.enforce_eager", "rollout.optimization_level", "rollout.async_scheduling",
     "rollout.environment_processes", "rollout.max_restarts",
     "rl.micro_batch_tokens", "rl.gradient_checkpointing", "pretrain.micro_batch_size",
     "task.reward_timeout_s", "task.max_failed_rewards",

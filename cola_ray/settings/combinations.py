@@ -123,6 +123,10 @@ def _buffer_too_long(config: Config) -> bool:
     return config.rl.overlong_buffer > config.rollout.max_new_tokens
 
 
+def _too_few_tokens(config: Config) -> bool:
+    return 0 < config.rollout.max_num_batched_tokens < config.rollout.max_num_seqs
+
+
 def _never_trains(config: Config) -> bool:
     return config.critic.warmup_iterations >= config.rl.max_steps
 
@@ -239,6 +243,18 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         "rollout.top_k", (1,), lambda _: True, "all completions of a prompt would be the same",
         "use 0 (all) or 2 or more",
+    ),
+    # Engines.
+    Combination(
+        "rollout.max_num_batched_tokens", None, _too_few_tokens,
+        "less than rollout.max_num_seqs, each of which takes a token a step", "use at least that, or fewer sequences",
+    ),
+    Combination(
+        "rollout.quantization", ("fp8",), _has("model.dtype", "float32"), "its kernels compute in bfloat16",
+        "set model.dtype to bfloat16",
+    ),
+    Combination(
+        "rollout.optimization_level", None, _has("rollout.enforce_eager", True), "an eager engine compiles nothing"
     ),
     # Values and controls.
     Combination(

@@ -204,6 +204,8 @@ def try_override(config: Config, changes: Mapping[str, Any]) -> tuple[Config, di
     for dotted, value in changes.items():
         if _is_field(dotted):
             _put(tree, dotted, value)
+        elif dotted in _NOT_OFFERED:
+            wrong[dotted] = f"{dotted} = {value!r}: {_NOT_OFFERED[dotted]}"
         else:
             near = difflib.get_close_matches(dotted, schemas(), n=1)
             wrong[dotted] = f"{dotted} = {value!r}: no such field; did you mean {near[0] if near else '--help'}?"
@@ -214,6 +216,13 @@ def try_override(config: Config, changes: Mapping[str, Any]) -> tuple[Config, di
     to_blame = [dotted for dotted in changes for field in refused if f"{field}.".startswith(f"{dotted}.")]
     right = {dotted: value for dotted, value in changes.items() if dotted not in {*wrong, *to_blame}}
     return try_override(config, right)[0], wrong | refused
+
+
+_NOT_OFFERED = {
+    "cluster.colocated": "learner ranks and engines do not share GPUs; give each GPUs of its own, as `cola_ray plan` "
+    "divides them, and rl.max_staleness 1 to keep both busy",
+}
+"""Settings of other libraries that are looked for here: why there are none, and what to use."""
 
 
 def value_at(config: Config, field: str) -> Any:

@@ -14,6 +14,10 @@ from cola_ray.settings.algorithms import OF_TURNS
 from cola_ray.settings.config import Config, flat, is_environment, override
 from cola_ray.settings.presets import preset
 
+ON_GPU = ("gpu_memory_utilization", "quantization", "kv_cache_dtype", "enforce_eager", "optimization_level",
+          "async_scheduling")  # fmt: skip
+"""Settings below rollout that only engines on GPUs have."""
+
 _RUN = ("preset", "output_dir", "seed", "resume", "overwrite", "tracking_uri", "tracking_parent", "cluster.address",
         "cluster.use_gpu", "cluster.threads_per_process", "cluster.*_group", "cluster.answer_timeout_s")  # fmt: skip
 _SIZES = ("model.num_actions", "model.num_idm_layers", "model.num_world_model_layers", "model.num_policy_layers")
@@ -21,7 +25,8 @@ _TRAINS = ("cluster.learner_*", "cluster.max_failures", "pretrain.max_steps", "p
            "pretrain.micro_batch_size", "pretrain.warmup_steps", "pretrain.min_lr_ratio",
            "pretrain.save_every")  # fmt: skip
 _SERVED = ("rollout.tensor_parallel_size", "rollout.temperature", "rollout.top_k", "rollout.max_*",
-           "rollout.kv_cache_mb", "cluster.rollout_group")  # fmt: skip
+           "rollout.kv_cache_mb", "rollout.engine_args.*", "cluster.rollout_group",
+           *(f"rollout.{name}" for name in ON_GPU), "rollout.prefix_caching")  # fmt: skip
 _TEXTS = ("task.*", "data.*")
 _RL = ("model.*", "task.*", "data.*", "pretrain.*", "rollout.*", "rl.*", "cluster.*")
 _RL_JOBS = ("rl_math", "rl_preference", "rl_agent", "sweep")
@@ -127,6 +132,10 @@ _ONLY: tuple[_Only, ...] = (
     _Only(("pretrain.base_lr",),
           lambda c, job: job == "reward_model" or _stage("base", "fta_idm", "fta_policy")(c, job),
           "the stages base, fta_idm and fta_policy do"),
+    _Only(tuple(f"rollout.{name}" for name in ON_GPU), lambda c, _: c.cluster.use_gpu,
+          "engines on GPUs do, with cluster.use_gpu"),
+    _Only(("rollout.kv_cache_mb",), lambda c, _: not c.cluster.use_gpu,
+          "engines on CPU do; on GPU use rollout.gpu_memory_utilization"),
     _Only(("rollout.environment_processes",), lambda c, _: is_environment(c.task.name), "agents do"),
     _Only(("rollout.in_rounds",), lambda c, job: job == "plan" or _trains_agent(c, job), "rl_agent does"),
     _Only(("critic.gamma",), lambda c, job: job == "plan" or _trains_agent(c, job), "agents do"),

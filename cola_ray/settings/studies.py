@@ -158,8 +158,6 @@ class ClusterConfig(Branch):
     """PyTorch threads of each learner rank and engine on CPU."""
     max_failures: Whole = 2
     """Times the learner is restarted from its last checkpoint before the run fails."""
-    colocated: bool = False
-    """Learner and engines share GPUs in turn: engines sleep while the learner trains. Needs max_staleness 0."""
     weight_transport: Literal["object_store", "nccl"] = "object_store"
     """How new weights reach engines: Ray's object store, or a broadcast between GPUs (gloo where there are none)."""
     stall_timeout_s: Seconds = 1800.0

@@ -193,7 +193,7 @@ class DataConfig(Branch):
 
 class RolloutConfig(Branch):
     num_workers: Processes = 1
-    """vLLM engines, each a Ray actor."""
+    """vLLM engines, each a Ray actor: the data parallelism of rollouts."""
     tensor_parallel_size: Processes = 1
     """GPUs an engine spans."""
     temperature: Temperature = 1.0
@@ -211,6 +211,25 @@ class RolloutConfig(Branch):
     """Concurrent requests in an engine."""
     kv_cache_mb: Count = 512
     """Key/value cache of an engine on CPU; on GPU vLLM's memory share rules."""
+    gpu_memory_utilization: PositiveShare = 0.9
+    """On GPU: share of each GPU's memory that an engine takes; what weights leave of it is for keys and values."""
+    max_num_batched_tokens: Whole = 0
+    """Tokens of prompts and completions that an engine computes in a step. 0: as vLLM chooses."""
+    prefix_caching: bool = True
+    """Prompts share the keys and values of what they begin with, so that a group's prompt is computed once."""
+    quantization: Literal["none", "fp8"] = "none"
+    """On GPU, fp8: the Llama layers' weights have 8 bits in the engine, made of each version as it arrives. What the
+    engine then samples differs from the learner's policy; rl.importance_cap corrects for it."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """On GPU, fp8: keys and values have 8 bits, so twice as many fit. auto: model.dtype."""
+    enforce_eager: bool = False
+    """On GPU: no compilation and no CUDA graphs. Starts in seconds and decodes slowly."""
+    optimization_level: Annotated[Whole, Field(le=3)] = 2
+    """On GPU: how far vLLM compiles the model, 0 not at all; a higher one starts later and decodes faster."""
+    async_scheduling: bool = True
+    """On GPU: an engine prepares the next step while the GPU computes this one."""
+    engine_args: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)
+    """Further arguments of vllm.LLM by name, e.g. block_size 64; those that a setting has are refused."""
     environment_processes: Processes = 2
     """Processes that a worker's multi-turn environments share."""
     in_rounds: bool = False

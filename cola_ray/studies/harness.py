@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import AutoTokenizer
 
-from cola_ray.model.action_columns import BASE_TOKENS
+from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.model.modeling_cola import CoLAForCausalLM, Likelihood
 from cola_ray.rollout.engine import LatentEngine, Request
 from cola_ray.settings.config import Config

@@ -278,7 +278,7 @@ def refuse(config: Config, model: Sizes) -> None:
         return
     gpu, b = GPUS[config.hardware.gpu], model.num_bytes
     there, ranks, engines = config.hardware.gpus, config.cluster.learner_ranks, _engine_gpus(config)
-    needed = max(ranks, engines) if config.cluster.colocated else ranks + engines
+    needed = ranks + engines
     if there and needed > there:
         lines.append(
             f"hardware.gpus = {there}: {ranks} learner ranks and {engines} GPUs of engines need {needed}; "
@@ -355,7 +355,7 @@ def show(config: Config) -> None:
         gpu = GPUS[config.hardware.gpu]
         _time_table(console, config, model, gpu)
         better = best_split(config, model)
-        if better.cluster.learner_ranks != config.cluster.learner_ranks and not config.cluster.colocated:
+        if better.cluster.learner_ranks != config.cluster.learner_ranks:
             console.print(
                 f"shortest step with these GPUs: --cluster.learner-ranks {better.cluster.learner_ranks} "
                 f"--rollout.num-workers {better.rollout.num_workers}"

@@ -20,7 +20,7 @@ import ray
 import ray.train
 
 from cola_ray.checks.refusals import check
-from cola_ray.cluster import actors, head
+from cola_ray.cluster import actors
 from cola_ray.loop.batches import Source
 from cola_ray.loop.controller import Controller
 from cola_ray.loop.episodes import Episodes
@@ -211,11 +211,6 @@ def _train(
         display.say(f"stopping after step {last}; once more to stop at once")
 
     loop = {"config": config.model_dump(), "model_path": model_path, "controller": controller}
-    # Engines and ranks start side by side; where they share GPUs, engines first measure what memory is free.
-    while config.cluster.colocated and not found:
-        head.raise_if_lost()
-        poll()
-        time.sleep(0.5)
     fit_ranks(config, _rl_rank, loop, poll, stop)
     display.doing("writing the summary")
     with contextlib.suppress(ray.exceptions.RayError):  # a figure is no reason to fail a run that has ended

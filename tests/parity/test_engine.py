@@ -13,7 +13,7 @@ from conftest import NUM_ACTIONS, VOCAB_SIZE, letters
 from endings import check_what_ends_a_completion
 from vllm.exceptions import VLLMValidationError
 
-from cola_ray.model.action_columns import BASE_TOKENS, decode, sampling_args
+from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.model.modeling_cola import RANKED
 from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import LatentEngine, Request
@@ -38,6 +38,10 @@ def engine(cola_dir):
 
 @pytest.fixture(scope="module")
 def requests():
+    return mixed_requests()
+
+
+def mixed_requests():
     """64 requests of mixed length, seed, temperature, truncation, forced actions and budget; some share a prefix."""
     draw = np.random.default_rng(3)
     shared = draw.integers(8, VOCAB_SIZE, 40).tolist()
@@ -261,15 +265,3 @@ def test_who_is_cancelled_leaves_the_engine_and_the_others_stay(engine, cola):
     assert_same(completion, reference(cola, stays))
     assert not engine.num_in_flight
     assert not engine.last_blocks
-
-
-def test_siblings_of_n_draw_their_own_actions(engine):
-    """vLLM's own n > 1 needs a token temperature; top_k = 1 keeps tokens greedy given the action."""
-    wishes = sampling_args(VOCAB_SIZE, seed=3) | {"temperature": 1.0, "top_k": 1, "seed": 11, "n": 6}
-    params = engine.vllm.SamplingParams(max_tokens=12, detokenize=False, ignore_eos=True, **wishes)
-    first, second = (
-        engine.llm.generate([{"prompt_token_ids": [20, 21, 22]}], [params], use_tqdm=False)[0].outputs for _ in range(2)
-    )
-    actions = [tuple(decode(output)[1].tolist()) for output in first]
-    assert len(set(actions)) == 6
-    assert actions == [tuple(decode(output)[1].tolist()) for output in second]

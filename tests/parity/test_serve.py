@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, words
 
-from cola_ray.model.action_columns import ActionRequest
+from cola_ray.model.action_requests import ActionRequest
 from cola_ray.serve import chat_template
 from cola_ray.tasks.chat import ChatTokenizer
 

@@ -62,6 +62,12 @@ REFUSED = [
     (agent("ppo", rl__overlong_buffer=4), "rl.overlong_buffer = 4: episodes are limited by their turns"),
     ({"rl.overlong_buffer": 7, "rollout.max_new_tokens": 6}, "rl.overlong_buffer = 7: more than"),
     ({"rollout.top_k": 1}, "rollout.top_k = 1: all completions of a prompt would be the same"),
+    ({"rollout.max_num_batched_tokens": 8}, "rollout.max_num_batched_tokens = 8: less than rollout.max_num_seqs"),
+    ({"rollout.quantization": "fp8"}, "rollout.quantization = 'fp8': its kernels compute in bfloat16; set model.dtype"),
+    (
+        {"rollout.optimization_level": 3, "rollout.enforce_eager": True},
+        "rollout.optimization_level = 3: an eager engine compiles nothing; leave it out",
+    ),
     (
         {"rl.algorithm": "ppo", "rl.control_variate": True},
         "rl.control_variate = True: for grpo, rloo, remax, reinforce",
@@ -147,6 +153,7 @@ def test_every_row_is_tried():
         {"rl.algorithm": "reinforce", "rl.group_size": 1},
         {"rl.dynamic_sampling": True, "rl.refill_rounds": 4, "rl.overlong_buffer": 2},
         {"rl.max_staleness": 1, "rl.update_mode": "continue", "rollout.top_k": 4},
+        {"model.dtype": "bfloat16", "rollout.quantization": "fp8", "rollout.max_num_batched_tokens": 512},
         ALIASES,
         {"rl.control_variate": True, "rl.value_lr": 1e-2},
         TOKENS | {"rl.lora_rank": 4, "rl.gradient_checkpointing": True},

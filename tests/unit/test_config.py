@@ -160,11 +160,6 @@ def test_an_environment_brings_defaults_that_others_do_not_inherit():
     assert refusal({"task.name": "guess_city", "rl.cache_hidden_states": True}).startswith("rl.cache_hidden_states")
 
 
-def test_colocation_needs_gpus_and_turns():
-    lines = refusal({"cluster.colocated": True, "rl.max_staleness": 1}).splitlines()
-    assert [line.split(" = ")[0] for line in lines] == ["rl.max_staleness", "cluster.colocated"]
-
-
 def test_gsm8k_needs_its_path():
     assert "gsm8k needs a folder" in refusal({"task.name": "gsm8k", "task.path": ""})
 

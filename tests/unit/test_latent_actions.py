@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage, usage_imbalance
-from cola_ray.model.modeling_cola import RANKED, action_log_probs, gumbel_noise, sample_actions
+from cola_ray.model import modeling_cola
+from cola_ray.model.modeling_cola import FEW_ACTIONS, RANKED, action_log_probs, gumbel_noise, sample_actions
 
 
 def draw(logits, temperature=1.0, top_k=0, seeds=None, positions=None, forced=None):
@@ -65,6 +66,55 @@ def test_a_row_does_not_depend_on_its_batch(seed, position, temperature, top_k):
         alone = draw(logits[row : row + 1], temperature, top_k, seeds[row : row + 1], positions[row : row + 1])
         assert together[0][row] == alone[0][0]
         assert together[1][row] == alone[1][0]
+
+
+def test_a_vocabulary_is_drawn_in_float32_and_follows_its_distribution():
+    """Draws are those of float64 noise but for rare ties, and shares are the softmax's, also of a rare token."""
+    rows, vocabulary = 400, 2 * FEW_ACTIONS
+    logits = torch.full((vocabulary,), -4.0)
+    logits[5], logits[-1], logits[77] = 6.0, 5.0, 2.0  # beside 8189 tokens of e^-4 each: 0.57, 0.21, 0.01, 0.21
+    expected = logits.double().softmax(0)
+    groups, same = torch.zeros(4), 0
+    for start in range(0, 8 * rows, rows):
+        seeds = torch.arange(start, start + rows)
+        actions, log_probs = draw(logits.expand(rows, -1), seeds=seeds)
+        torch.testing.assert_close(log_probs.double(), expected.log()[actions], atol=1e-5, rtol=0)
+        same += int((actions == (gumbel_noise(seeds, seeds * 0, vocabulary) + expected.log()).argmax(-1)).sum())
+        named = [(actions == one).sum() for one in (5, vocabulary - 1, 77)]
+        groups += torch.tensor([*named, rows - sum(named)])
+    assert same >= 8 * rows - 1
+    shares = torch.tensor([*expected[[5, vocabulary - 1, 77]], 1 - expected[[5, vocabulary - 1, 77]].sum()])
+    chi_square = ((groups - 8 * rows * shares) ** 2 / (8 * rows * shares)).sum()
+    assert chi_square < 16.3, "the 0.001 quantile for three degrees of freedom"
+
+
+def test_noise_in_float32_is_that_of_float64():
+    seeds = torch.arange(40)
+    exact, found = (gumbel_noise(seeds, seeds, 50_000, dtype) for dtype in (torch.float64, torch.float32))
+    assert exact.max() > 13, "large noise decides draws, and is not cut off"
+    decides = exact > -1
+    torch.testing.assert_close(found[decides].double(), exact[decides], atol=2e-6, rtol=2e-7)
+    assert found[~decides].max() < -0.999
+
+
+def test_noise_is_drawn_in_parts_that_fit_into_memory(monkeypatch):
+    logits = torch.randn(7, 9, generator=torch.Generator().manual_seed(1))
+    whole = draw(logits, seeds=torch.arange(7))
+    monkeypatch.setattr(modeling_cola, "NOISE_AT_ONCE", 19)
+    for one, other in zip(draw(logits, seeds=torch.arange(7)), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_settings_that_no_row_has_need_not_be_asked_of_the_device():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    seeds, zero = torch.arange(6), torch.zeros(6, dtype=torch.int64)
+    neutral = torch.zeros(6), zero, seeds, zero, zero - 1
+    for absent, neutral_ones in (
+        ((None, None, seeds, zero, None), neutral),
+        ((torch.ones(6), None, seeds, zero, None), (torch.ones(6), *neutral[1:])),
+    ):
+        for one, other in zip(sample_actions(logits, *absent), sample_actions(logits, *neutral_ones), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_truncation_is_part_of_the_score():

@@ -197,7 +197,21 @@ rl_math --rollout.tensor-parallel-size 0 | rollout.tensor_parallel_size = 0: out
 rl_math --rollout.tensor-parallel-size 2 | rollout.tensor_parallel_size = 2: GPUs that an engine spans
 rl_math --rollout.kv-cache-mb -1 | rollout.kv_cache_mb = -1: out of range
 rl_math --cluster.use-gpu | cluster.use_gpu = True: this machine has no GPU
-rl_math --cluster.colocated | cluster.colocated = True: there are no GPUs to share
+rl_math --cluster.colocated | cluster.colocated = True: learner ranks and engines do not share GPUs; give each GPUs of
+rl_math --rollout.enforce-eager | rollout.enforce_eager = True: has no effect here; engines on GPUs do, with cluster.use
+rl_math --rollout.quantization fp8 | rollout.quantization = 'fp8': its kernels compute in bfloat16; set model.dtype to
+rl_math --rollout.quantization int3 | rollout.quantization = 'int3': unknown; use one of none, fp8
+rl_math --rollout.kv-cache-dtype fp8 | rollout.kv_cache_dtype = 'fp8': has no effect here; engines on GPUs do
+rl_math --rollout.optimization-level 4 | rollout.optimization_level = 4: out of range; use a whole number from 0 to 3
+rl_math --rollout.no-async-scheduling | rollout.async_scheduling = False: has no effect here; engines on GPUs do
+rl_math --rollout.gpu-memory-utilization 0.5 | rollout.gpu_memory_utilization = 0.5: has no effect here; engines on GPUs
+rl_math --rollout.gpu-memory-utilization 1.5 | rollout.gpu_memory_utilization = 1.5: out of range
+plan --cluster.use-gpu --rollout.kv-cache-mb 64 | rollout.kv_cache_mb = 64: has no effect here; engines on CPU
+rl_math --rollout.max-num-batched-tokens 8 | rollout.max_num_batched_tokens = 8: less than rollout.max_num_seqs
+rl_math --rollout.engine-args dtype half | rollout.engine_args.dtype = 'half': learner and engine have one
+rl_math --rollout.engine-args enforce_eager True | rollout.engine_args.enforce_eager = True: use rollout.enforce_eager
+rl_math --rollout.engine-args blok_size 64 | rollout.engine_args.blok_size = 64: vllm.LLM takes no .* did you mean block
+rl_math --rollout.engine-args block_size | rollout.engine_args = block_size: 1 values given; use pairs of a name and
 rl_math --cluster.learner-ranks 0 | cluster.learner_ranks = 0: out of range
 rl_math --cluster.learner-ranks 64 | cluster.learner_ranks = 64: this machine has
 rl_math --cluster.stall-timeout-s 0 | cluster.stall_timeout_s = 0: out of range
@@ -604,7 +618,8 @@ def test_every_number_has_a_limit_and_every_setting_a_meaning():
         assert schema["description"], field
         said = json.dumps(schema)
         if '"number"' in said or '"integer"' in said:
-            free = ("sweep.values", "task.options")  # as the swept field and the task limit them
+            # As the swept field, the task and vLLM limit them.
+            free = ("sweep.values", "task.options", "rollout.engine_args")
             assert field in free or re.search(r'"(exclusiveM|m)inimum"', said), field
     assert Config().seed == 0
 

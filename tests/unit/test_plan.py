@@ -54,7 +54,6 @@ def test_too_few_gpus(paper, sizes):
     with pytest.raises(ConfigError, match=r"hardware.gpus = 4: 4 learner ranks and 4 GPUs of engines need 8; e.g. "
                        r"--cluster.learner-ranks 2 --rollout.num-workers 2"):  # fmt: skip
         plan.refuse(override(paper, {"hardware.gpus": 4}), sizes)
-    plan.refuse(override(paper, {"hardware.gpus": 4, "cluster.colocated": True}), sizes)
 
 
 def test_an_engine_needs_room_for_one_sequence(paper, sizes):

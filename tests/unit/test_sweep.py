@@ -106,4 +106,3 @@ def test_demand_counts_what_a_run_books(config):
     assert actors.demand(agents) == {"CPU": 5.0, "GPU": 0.0, "service": 0.002}
     paper = preset("llama-3.1-8b")
     assert actors.demand(override(paper, {"rollout.tensor_parallel_size": 2}))["GPU"] == 4 + 4 * 2
-    assert actors.demand(override(paper, {"cluster.colocated": True}))["GPU"] == 4.0

@@ -7,9 +7,10 @@ import types
 import numpy as np
 import pytest
 
+from cola_ray.checks.engine_args import _OWNED, faults, known
 from cola_ray.rollout.engine import Completion
 from cola_ray.rollout.isolation import Reward
-from cola_ray.rollout.worker import EngineWorker, RolloutWorker
+from cola_ray.rollout.worker import EngineWorker, RolloutWorker, engine_args
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 
@@ -63,3 +64,43 @@ def test_held_out_prompts_that_are_too_long_are_left_out_and_counted(worker):
     assert {place % 2 for place in places} == {0, 1}
     expected = [math.nan if place % 2 else place for place in places]
     np.testing.assert_array_equal(rewards, expected)
+
+
+def test_settings_reach_the_engine():
+    on_gpu = {"cluster.use_gpu": True, "model.dtype": "bfloat16"}
+    changes = {
+        "rollout.gpu_memory_utilization": 0.7, "rollout.max_num_batched_tokens": 4096, "rollout.prefix_caching": False,
+        "rollout.quantization": "fp8", "rollout.kv_cache_dtype": "fp8", "rollout.optimization_level": 3,
+        "rollout.async_scheduling": False, "rollout.engine_args": {"block_size": 64},
+    }  # fmt: skip
+    assert engine_args(override(preset("tiny"), on_gpu | changes)) == {
+        "gpu_memory_utilization": 0.7, "max_num_batched_tokens": 4096, "enable_prefix_caching": False,
+        "quantization": "fp8", "kv_cache_dtype": "fp8", "enforce_eager": False, "optimization_level": 3,
+        "async_scheduling": False, "block_size": 64,
+    }  # fmt: skip
+    eager = engine_args(override(preset("tiny"), on_gpu | {"rollout.enforce_eager": True}))
+    assert eager["enforce_eager"]
+    assert not {"optimization_level", "quantization", "max_num_batched_tokens"} & {*eager}
+    assert engine_args(preset("tiny")) == {"enable_prefix_caching": True}, "vLLM's CPU backend has its own of the rest"
+    assert {*engine_args(override(preset("tiny"), on_gpu | changes))} <= known()
+
+
+def test_names_of_arguments_are_those_of_vllm():
+    """Read from its sources, they are what the class has; and what settings own is among them."""
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert known() == {field.name for field in fields(EngineArgs) if not field.name.startswith("_")}
+    assert {*_OWNED} <= known()
+
+
+def test_names_are_not_checked_where_vllm_is_not_installed(monkeypatch):
+    config = override(preset("tiny"), {"rollout.engine_args": {"blok_size": 64, "seed": 3}})
+    assert [line.split(":")[0] for line in faults(config)] == [
+        "rollout.engine_args.blok_size = 64", "rollout.engine_args.seed = 3"
+    ]  # fmt: skip
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    known.cache_clear()
+    assert [line.split(":")[0] for line in faults(config)] == ["rollout.engine_args.seed = 3"]
+    known.cache_clear()
