@@ -137,10 +137,10 @@ class CorpusStage:
         """Greedy accuracy on the held-out problems."""
         if not self.heldout:
             return {}
-        right = torch.zeros(2)
+        right = torch.zeros(2, device=self.zero.device)
         for batch in self.heldout:
             correct = self.zero.engine.module.correct(*(tensor.to(self.zero.device) for tensor in batch))
-            right += torch.tensor([float(correct.sum()), float(len(correct))])
+            right += right.new_tensor([float(correct.sum()), float(len(correct))])
         torch.distributed.all_reduce(right)
         return {f"{self.name}/accuracy": float(right[0] / right[1])}
 

@@ -12,13 +12,11 @@ model runner, and by :class:`~cola_ray.model.vllm_slots.CoLAModelState` in V2, t
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor as LogitsLayer
@@ -29,13 +27,14 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.model.modeling_cola import QHead
 from cola_ray.model.vllm_rows import RowTable
+from cola_ray.model.vllm_states import StateStore
 
 
 def engine_overrides(keep_hidden_states: bool = False, soft_q_beta: float = 0.0) -> dict[str, Any]:
     """``hf_overrides`` for an engine.
 
     Args:
-        keep_hidden_states: keep e of every position in a :class:`StateStore`.
+        keep_hidden_states: keep e of every position in a :class:`~cola_ray.model.vllm_states.StateStore`.
         soft_q_beta: if above 0, the policy is ``rho exp(Q / beta) / Z``; if the checkpoint has no Q, it starts at 0.
     """
     return {"keep_hidden_states": keep_hidden_states} | ({"soft_q_beta": soft_q_beta} if soft_q_beta else {})
@@ -56,12 +55,16 @@ class CoLAModel(LlamaModel):
         self.policy_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
-        e = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
-        hidden, residual = e, None
+        hidden, residual = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds), None
+        # e leaves before the policy layers, because they receive it as the residual that a fused norm overwrites. It
+        # goes into part of a wider buffer, since vLLM's compiler removes a clone whose original is not read again.
+        width = hidden.shape[-1]
+        rows = hidden.new_empty((hidden.shape[0], 2 * width))
+        rows[:, :width] = hidden
         for layer in self.policy_layers:
             hidden, residual = layer(positions, hidden, residual)
-        hidden, _ = self.policy_norm(hidden, residual)
-        return torch.cat([e, hidden], -1)
+        rows[:, width:], _ = self.policy_norm(hidden, residual)
+        return rows
 
 
 class WorldModelBlock(nn.Module):
@@ -109,7 +112,10 @@ class CoLAForCausalLM(nn.Module):
         self.logits_layer = LogitsLayer(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self.rows = RowTable.of(vllm_config)
-        self.states = StateStore(vllm_config, hidden) if getattr(config, "keep_hidden_states", False) else None
+        self.states = None
+        if getattr(config, "keep_hidden_states", False):
+            name = f"states.{config.num_hidden_layers + config.num_policy_layers}"  # the number after the last layer's
+            self.states = StateStore(vllm_config, hidden, maybe_prefix(prefix, name))
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
@@ -168,40 +174,3 @@ def served_name(name: str) -> str:
     if name.startswith("policy.soft_q."):
         return name.removeprefix("policy.")
     return name.replace("policy.layers.", "model.policy_layers.").replace("policy.norm.", "model.policy_norm.")
-
-
-class StateStore:
-    """e of every cached position, stored at the slot of its keys and values.
-
-    Prefix caching, chunked prefill and preemption need no special treatment: requests that share a block share its
-    states, and since the base is frozen, states stay valid across weight updates.
-
-    With ``rl.cache_hidden_states`` states leave the engine with the tokens, and the learner holds no base. This costs H
-    values per token in transit and saves 2 x base parameters FLOPs: for Llama-3.1-8B in bfloat16, 8 KB against 16
-    GFLOP, so it pays above 0.2 GB/s at 400 TFLOP/s. It is off by default because it fills host memory: 64 groups of 4
-    with 2000 tokens are 4 GB per step.
-    """
-
-    def __init__(self, vllm_config: VllmConfig, hidden: int) -> None:
-        self.cache, self.dtype, self.hidden = vllm_config.cache_config, vllm_config.model_config.dtype, hidden
-        self.table: Tensor | None = None
-
-    def write(self, e: Tensor) -> None:
-        mappings = get_forward_context().slot_mapping
-        if not mappings:  # a profiling run
-            return
-        slots = next(iter(mappings.values())).long()[: e.shape[0]]
-        num_slots = self.cache.num_gpu_blocks * self.cache.block_size
-        if self.table is None:
-            self.table = torch.zeros(num_slots + 1, self.hidden, dtype=self.dtype, device=e.device)
-        # Padded rows have slot -1; they go to an extra row that is never read.
-        self.table.index_copy_(0, torch.where(slots < 0, num_slots, slots), e[: len(slots)])
-
-    def read(self, blocks: list[int], length: int) -> np.ndarray:
-        """(length, H) states of a sequence whose cache lies in ``blocks``; bfloat16 as int16 bits, for NumPy."""
-        assert self.table is not None
-        size = self.cache.block_size
-        starts = torch.tensor(blocks, device=self.table.device) * size
-        slots = (starts[:, None] + torch.arange(size, device=self.table.device)).flatten()[:length]
-        states = self.table[slots].cpu()
-        return (states.view(torch.int16) if states.dtype is torch.bfloat16 else states).numpy()

@@ -23,16 +23,24 @@ import dataclasses
 import functools
 import heapq
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cola_ray.model.action_requests import sampling_args
-from cola_ray.rollout.weight_loading import Loader, load_llama, load_policy, load_projections, load_soft_q
+from cola_ray.rollout.weight_loading import (
+    Loader,
+    load_buckets,
+    load_llama,
+    load_policy,
+    load_projections,
+    load_soft_q,
+    receive_broadcast,
+)
 from cola_ray.tasks.endings import Endings
-from cola_ray.weights import Broadcast, BroadcastReceiver, Bucket, Offer, WeightReceiver
+from cola_ray.weights import Bucket, Offer, WeightTransferError
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class Engine(abc.ABC):
         tokenizer: needed only for requests with stop strings.
         max_num_seqs: most sequences in one step.
         kv_cache_mb: size of the key/value cache in MB, on CPU.
-        tensor_parallel_size: GPUs of this engine.
+        tensor_parallel_size: GPUs of this engine; above 1 each has a process of its own.
         num_threads: CPU threads of this process.
         engine_args: further arguments of ``vllm.LLM``.
     """
@@ -130,10 +138,11 @@ class Engine(abc.ABC):
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             engine_args.setdefault("kv_cache_memory_bytes", kv_cache_mb << 20)
-            engine_args.setdefault("distributed_executor_backend", "uni")
             engine_args.setdefault("enforce_eager", True)
             # vLLM's default of 128 on CPU would share no prefix shorter than that; its kernels need at least 32.
             engine_args.setdefault("block_size", 32)
+        # In a Ray actor's placement group vLLM would otherwise ask Ray for more GPUs than the engine's own.
+        engine_args.setdefault("distributed_executor_backend", "uni" if tensor_parallel_size == 1 else "mp")
         self.llm = vllm.LLM(
             model_path,
             skip_tokenizer_init=True,
@@ -156,7 +165,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def _loader(self) -> Loader:
-        """Return the function that loads new weights; it is sent to each of the engine's GPU processes."""
+        """Return the function that loads new weights, which each of the engine's processes imports by its name."""
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -264,27 +273,23 @@ class Engine(abc.ABC):
         Raises:
             WeightTransferError: the buckets do not hold exactly the policy's tensors; nothing was changed.
         """
-        receiver, load = WeightReceiver(version), self._loader()
-        for bucket in buckets:
-            receiver.add(bucket)
-        self.llm.apply_model(lambda model: load(model, receiver))
+        self._load(load_buckets, version, tuple(buckets))
         self._continue_with(version)
 
     def receive_weights(self, offer: Offer) -> None:
-        """Replace the policy by a broadcast version; return once everything has been received and loaded."""
-        load = self._loader()
+        """Replace the policy by a broadcast version; return once everything has been received and loaded.
 
-        def receive(model: Any) -> None:
-            import torch
-            from vllm.distributed import get_tensor_model_parallel_rank
-
-            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-            end = model.__dict__.setdefault("broadcast", Broadcast())
-            rank = get_tensor_model_parallel_rank()
-            load(model, BroadcastReceiver(offer, end, rank, torch.device(device)))
-
-        self.llm.apply_model(receive)
+        Raises:
+            WeightTransferError: the offer does not announce exactly the policy's tensors; nothing was changed.
+        """
+        self._load(receive_broadcast, offer)
         self._continue_with(offer.version)
+
+    def _load(self, function: Callable[..., str | None], *args: Any) -> None:
+        """Call ``function(worker, loader, *args)`` in each of the engine's processes."""
+        refusals = self.llm.collective_rpc(function, args=(self._loader(), *args))
+        if any(refusals):
+            raise WeightTransferError(next(filter(None, refusals)))
 
     def _continue_with(self, version: int) -> None:
         self.reset_prefix_cache()
@@ -355,7 +360,7 @@ class LatentEngine(Engine):
         if blocks is None:
             return None
         computed = request.prompt_length + num_actions - 1
-        states: np.ndarray = self.llm.apply_model(lambda model: model.states.read(blocks, computed))[0]
+        states: np.ndarray = self.llm.collective_rpc(read_states, args=(blocks, computed))[0]
         return states
 
     def _loader(self) -> Loader:
@@ -378,8 +383,12 @@ class TokenEngine(Engine):
         self.adapters = adapters
 
     def _loader(self) -> Loader:
-        load = load_projections if self.adapters else load_llama
-        return functools.partial(load, model_config=self.llm.llm_engine.model_config)
+        return load_projections if self.adapters else load_llama
+
+
+def read_states(worker: Any, blocks: list[int], length: int) -> np.ndarray | None:
+    """States of a sequence, from the first of the engine's processes; all of them hold the same."""
+    return worker.get_model().states.read(blocks, length) if worker.rank == 0 else None
 
 
 def prepare_process(num_threads: int) -> None:
@@ -387,5 +396,6 @@ def prepare_process(num_threads: int) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule the size that the engine is given
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else an engine of n processes asks for n NUMA nodes
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["OMP_NUM_THREADS"] = str(num_threads)

@@ -1,45 +1,76 @@
-"""Loading new weights into a model that vLLM serves; each function runs inside vLLM's worker process, beside the model.
+"""Loading new weights into a model that vLLM serves; everything here runs in vLLM's processes, beside the model.
 
-    load_policy        CoLA's policy: layers, norm, head, and the Q head where the model has one
-    load_soft_q        the Q head alone (actor-free RL)
-    load_llama         all weights of a plain Llama
-    load_projections   a plain Llama's linear layers alone, which is what merged LoRA adapters change
+    load_buckets | receive_broadcast (worker, loader, ...)     what the engine calls in each of its processes
+        └─> loader(model, receiver, model config)
+                load_policy        CoLA's policy: layers, norm, head, and the Q head where the model has one
+                load_soft_q        the Q head alone (actor-free RL)
+                load_llama         all weights of a plain Llama
+                load_projections   a plain Llama's linear layers alone, which is what merged LoRA adapters change
 
 Each takes its tensors from a receiver and raises :class:`WeightTransferError` before it changes anything, if the
-receiver does not hold exactly the tensors that the model expects.
+receiver does not hold exactly the tensors that the model expects. With tensor parallelism every process takes whole
+tensors and keeps its part of them. Functions and arguments are pickled on their way to these processes, so the
+functions are those of a module, and the arguments plain.
 """
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cola_ray.weights import BroadcastReceiver, WeightReceiver
+from cola_ray.weights import Broadcast, BroadcastReceiver, Bucket, Offer, WeightReceiver, WeightTransferError
 
 if TYPE_CHECKING:
     from cola_ray.model.vllm_cola import CoLAForCausalLM
 
-Loader = Callable[[Any, WeightReceiver | BroadcastReceiver], None]
-"""(served model, receiver of the new weights) -> None; loads all of them, or raises before any change."""
+Receiver = WeightReceiver | BroadcastReceiver
+Loader = Callable[[Any, Receiver, Any], None]
+"""(served model, receiver of weights, vLLM's ModelConfig) -> None; loads all of them, or raises before any change."""
 
 
-def load_policy(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastReceiver) -> None:
+def load_buckets(worker: Any, load: Loader, version: int, buckets: Sequence[Bucket]) -> str | None:
+    """Load ``version`` from buckets; return, not raise, why they are refused: vLLM passes on no exception's type."""
+    receiver = WeightReceiver(version)
+    try:
+        for bucket in buckets:
+            receiver.add(bucket)
+        load(worker.get_model(), receiver, worker.model_config)
+    except WeightTransferError as failure:
+        return str(failure)
+    return None
+
+
+def receive_broadcast(worker: Any, load: Loader, offer: Offer) -> str | None:
+    """Take part in the broadcast of ``offer`` and load what arrives; return why the offer is refused, if it is."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    model = worker.get_model()
+    end = model.__dict__.setdefault("broadcast", Broadcast())  # kept, because the channel outlives an update
+    receiver = BroadcastReceiver(offer, end, get_tensor_model_parallel_rank(), worker.device)
+    try:
+        load(model, receiver, worker.model_config)
+    except WeightTransferError as failure:
+        return str(failure)
+    return None
+
+
+def load_policy(model: "CoLAForCausalLM", receiver: Receiver, model_config: Any) -> None:
     """Load a new policy into a served CoLA model."""
     config = model.config
     layers = _layer_tensors("policy.", config.num_policy_layers, _PROJECTIONS + _NORMS)
     expected = [*layers, "policy.norm.weight", "policy.head.weight", *_soft_q_tensors(model)]
-    _reload(model, receiver, expected, model.policy_modules(), model.model_config)
+    _reload(model, receiver, expected, model.policy_modules(), model_config)
 
 
-def load_soft_q(model: "CoLAForCausalLM", receiver: WeightReceiver | BroadcastReceiver) -> None:
+def load_soft_q(model: "CoLAForCausalLM", receiver: Receiver, model_config: Any) -> None:
     """Load a new Q head into a served CoLA model; the policy that it reweights stays as it is."""
-    _reload(model, receiver, _soft_q_tensors(model), [model.soft_q], model.model_config)
+    _reload(model, receiver, _soft_q_tensors(model), [model.soft_q], model_config)
 
 
 def _soft_q_tensors(model: "CoLAForCausalLM") -> list[str]:
     return [] if model.soft_q is None else [f"policy.soft_q.{name}" for name, _ in model.soft_q.named_parameters()]
 
 
-def load_llama(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_config: Any) -> None:
-    """Load all weights of a served Llama. vLLM's Llama does not keep its ``model_config``, so the caller passes it."""
+def load_llama(model: Any, receiver: Receiver, model_config: Any) -> None:
+    """Load all weights of a served Llama."""
     config = model.config
     layers = _layer_tensors("model.", config.num_hidden_layers, _PROJECTIONS + _NORMS)
     expected = [*layers, "model.embed_tokens.weight", "model.norm.weight"]
@@ -51,7 +82,7 @@ def load_llama(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_c
     model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
-def load_projections(model: Any, receiver: WeightReceiver | BroadcastReceiver, model_config: Any) -> None:
+def load_projections(model: Any, receiver: Receiver, model_config: Any) -> None:
     """Load the linear layers of a served Llama."""
     expected = _layer_tensors("model.", model.config.num_hidden_layers, _PROJECTIONS)
     held = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
@@ -73,7 +104,7 @@ def _layer_tensors(prefix: str, count: int, names: Sequence[str]) -> list[str]:
 
 def _reload(
     model: Any,
-    receiver: WeightReceiver | BroadcastReceiver,
+    receiver: Receiver,
     expected: Sequence[str],
     modules: Sequence[Any],
     model_config: Any,

@@ -1,6 +1,7 @@
 """vLLM and PyTorch choose the same actions and tokens; published weights arrive; stale caches are dropped.
 
-One engine serves all tests here: starting it takes longer than using it. float32 throughout.
+One engine serves all tests here, under a GPU's contract (``accelerator.py``): starting it takes longer than using it.
+float32 throughout. Engines as they are on CPUs run in ``test_serve.py`` and in the system tests.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerator import ON_ACCELERATOR
 from conftest import NUM_ACTIONS, VOCAB_SIZE, letters
 from endings import check_what_ends_a_completion
 from vllm.exceptions import VLLMValidationError
@@ -30,7 +32,7 @@ def engine(cola_dir):
     engine = LatentEngine(
         str(cola_dir), dtype="float32", max_model_len=160, stop_token_ids=[STOP], max_num_seqs=64,
         block_size=32, num_gpu_blocks_override=32, max_num_batched_tokens=160, disable_log_stats=False,
-        keep_hidden_states=True, tokenizer=letters(),
+        keep_hidden_states=True, tokenizer=letters(), **ON_ACCELERATOR,
     )  # fmt: skip
     yield engine
     engine.close()

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerator import ON_ACCELERATOR
 from conftest import VOCAB_SIZE, scramble
 
 from cola_ray import CoLAForCausalLM
@@ -21,7 +22,7 @@ LOG_PROB_TOLERANCE = 5e-5  # logits hold Q / beta, ten times Q, and its rounding
 def engine(cola_dir):
     engine = LatentEngine(
         str(cola_dir), dtype="float32", max_model_len=96, stop_token_ids=[STOP], max_num_seqs=16, block_size=32,
-        soft_q_beta=BETA,
+        soft_q_beta=BETA, **ON_ACCELERATOR,
     )  # fmt: skip
     yield engine
     engine.close()

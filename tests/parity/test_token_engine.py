@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerator import ON_ACCELERATOR
 from conftest import VOCAB_SIZE, letters, scramble, small_llama
 from endings import check_what_ends_a_completion
 
@@ -30,6 +31,7 @@ def engine(llama, tmp_path_factory):
     engine = TokenEngine(
         str(path), dtype="float32", max_model_len=160, stop_token_ids=[STOP], max_num_seqs=64, block_size=32,
         num_gpu_blocks_override=32, max_num_batched_tokens=160, disable_log_stats=False, tokenizer=letters(),
+        **ON_ACCELERATOR,
     )  # fmt: skip
     yield engine
     engine.close()

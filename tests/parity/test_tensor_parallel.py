@@ -1,0 +1,100 @@
+"""An engine of two processes does what one of one process does, under a GPU's contract: CPU processes, float32."""
+
+import copy
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerator import ON_ACCELERATOR
+from conftest import NUM_ACTIONS, VOCAB_SIZE
+
+from cola_ray.rollout.engine import LatentEngine, Request
+from cola_ray.weights import Broadcast, Channel, Offer, WeightSender, WeightTransferError
+
+STOP = 7
+TOLERANCE = 1e-5
+REQUESTS = [
+    Request(
+        np.random.default_rng(i).integers(8, VOCAB_SIZE, 3 + 9 * i).tolist(), 1000 + i, [1.0, 0.7][i % 2], 0, 16,
+        actions=[(i + t) % NUM_ACTIONS for t in range(i % 3)],
+    )
+    for i in range(8)
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def environment_of_processes(monkeypatch):
+    """They import the contract by its name, and compile nothing."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+
+
+@pytest.fixture(scope="module")
+def versions(cola):
+    """Two further policies for the same model, each as (name, tensor)."""
+    found, generator = [], torch.Generator().manual_seed(9)
+    for _ in range(2):
+        policy = copy.deepcopy(cola.policy)
+        for parameter in policy.parameters():
+            parameter.data += 0.1 * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
+        found.append([(f"policy.{name}", tensor) for name, tensor in policy.state_dict().items()])
+    return found
+
+
+def receive(engine, version, tensors, members):
+    """Have the engine take ``tensors`` by a broadcast to its ``members`` processes."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        channel = Channel("localhost", free.getsockname()[1], 1 + members)
+    manifest = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors)
+
+    def send():
+        end = Broadcast()
+        end.join(channel, 0, torch.device("cpu"))
+        return len(list(end.send(tensors)))
+
+    with ThreadPoolExecutor() as threads:
+        sending = threads.submit(send)
+        engine.receive_weights(Offer(version, channel, 1, manifest))
+        assert sending.result(timeout=60) == len(tensors)
+
+
+def completions(path, members, versions):
+    """Of the first policy, of one that arrives in buckets while requests are under way, and of one by broadcast."""
+    engine = LatentEngine(
+        str(path), dtype="float32", max_model_len=128, stop_token_ids=[STOP], max_num_seqs=16, block_size=32,
+        num_gpu_blocks_override=32, max_num_batched_tokens=96, keep_hidden_states=True, kv_cache_mb=64,
+        tensor_parallel_size=members, **ON_ACCELERATOR,
+    )  # fmt: skip
+    try:
+        found = engine.generate(REQUESTS)
+        with pytest.raises(WeightTransferError, match=r"missing \['policy.head.weight'\]"):
+            engine.update_weights(1, list(WeightSender().buckets(1, versions[0][:-1])))
+        names = [engine.submit(request) for request in REQUESTS]
+        finished = {}
+        for _ in range(6):
+            finished |= engine.step()
+        engine.update_weights(1, list(WeightSender().buckets(1, versions[0])))
+        while engine.num_in_flight:
+            finished |= engine.step()
+        found += [finished[name] for name in names]
+        receive(engine, 2, versions[1], members)
+        engine.sleep()
+        engine.wake_up()
+        return found + engine.generate(REQUESTS)
+    finally:
+        engine.close()
+
+
+def test_two_processes_complete_and_update_as_one(cola_dir, versions):
+    one, two = (completions(cola_dir, members, versions) for members in (1, 2))
+    assert {version for made in one for version in made.versions.tolist()} == {0, 1, 2}
+    for single, split in zip(one, two, strict=True):
+        assert split.token_ids.tolist() == single.token_ids.tolist()
+        assert split.actions.tolist() == single.actions.tolist()
+        assert split.versions.tolist() == single.versions.tolist()
+        np.testing.assert_allclose(split.log_probs, single.log_probs, atol=TOLERANCE)
+        np.testing.assert_allclose(split.hidden_states, single.hidden_states, atol=TOLERANCE)
