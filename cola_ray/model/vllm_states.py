@@ -82,7 +82,7 @@ class StateStore(AttentionLayerBase):
         """Keep the states of a step's tokens, (N, H). Without a cache, as in vLLM's first profiling run, do nothing."""
         mappings: Any = get_forward_context().slot_mapping
         slots = mappings.get(self.name) if mappings else None
-        if slots is None:
+        if slots is None or not self.kv_cache.numel():
             return
         # Padded rows have slot -1. They go to block 0, which vLLM gives to no request.
         slots = slots[: e.shape[0]].long().clamp_min(0)

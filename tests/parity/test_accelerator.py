@@ -110,6 +110,25 @@ def test_completions_are_pytorchs_before_and_after_an_update(engine, model):
         check(engine.generate(REQUESTS), published)
 
 
+def test_states_are_a_layer_of_the_cache(engine, model):
+    """In the one group that there is, so with its blocks; counted in the bytes of a block; at one address."""
+
+    def look(worker):
+        (group,) = worker.model_runner.kv_cache_config.kv_cache_groups
+        pages = {name: one.page_size_bytes for name, one in group.kv_cache_spec.kv_cache_specs.items()}
+        store = worker.get_model().states
+        return pages, group.kv_cache_spec.page_size_bytes, store.name, store.kv_cache
+
+    (pages, of_a_block, name, states), *_ = engine.llm.collective_rpc(look)
+    layers, width = model.config.num_hidden_layers + len(model.policy.layers), model.config.hidden_size
+    assert pages.pop(name) == 32 * width * 4
+    assert len(pages) == layers
+    assert of_a_block == sum(pages.values()) + 32 * width * 4
+    assert states.shape == (24, 1, 32, width), "the last of three caches, the real one"
+    engine.generate(REQUESTS[:1])
+    assert engine.llm.collective_rpc(look)[0][3].data_ptr() == states.data_ptr()
+
+
 def reads_e_late(leave):
     """Forward that reads e after the policy layers, which were given ``leave(e)`` as their residual."""
 

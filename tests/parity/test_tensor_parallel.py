@@ -82,8 +82,6 @@ def completions(path, members, versions):
             finished |= engine.step()
         found += [finished[name] for name in names]
         receive(engine, 2, versions[1], members)
-        engine.sleep()
-        engine.wake_up()
         return found + engine.generate(REQUESTS)
     finally:
         engine.close()
