@@ -12,11 +12,9 @@ actions.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from cola_ray.algorithms import etpo
 from cola_ray.algorithms.policy_loss import (
@@ -31,15 +29,12 @@ from cola_ray.algorithms.policy_loss import (
     truncated_importance_weights,
 )
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Frozen, MicroBatch, Scored
+from cola_ray.learner.pieces import reduced
 from cola_ray.model.modeling_cola import action_log_probs
 from cola_ray.settings.config import RLConfig
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``(log_probs, old_log_probs, advantages, mask) -> loss of each action``, all (B, T)."""
-
-
-_AT_ONCE = 1 << 25
-"""Log-probabilities that are computed at a time: 262 rows of 128 k tokens, or all rows of a few actions."""
 
 
 @dataclass(frozen=True)
@@ -83,54 +78,41 @@ def score(
 ) -> Scores:
     """(N, K) logits -> log-probabilities of the actions taken, divergences and entropies.
 
-    Where K is a vocabulary, one tensor of float32 log-probabilities takes 8.4 GB (16 384 rows of 128 256), and there
-    would be a dozen. Rows are therefore taken piece by piece, and computed again for the gradient.
-
     Args:
         reference_logits: (N, K); None lets the policy stand for the reference, at no distance.
         temperature, top_k: of the rollouts.
-        every: log-probabilities of all actions are wanted, too; then all rows are computed at once.
+        every: log-probabilities of all actions are wanted, too; else a vocabulary's are not all held at a time.
         entropy_trains: the entropies get a gradient.
     """
-    rows = (logits, reference_logits, batch.actions[batch.scored_mask])
-    settings = (temperature, top_k, entropy_trains)
-    kept: Distributions | None = None
-    if every or logits.numel() <= _AT_ONCE:
-        kept, columns = _score_rows(*rows, *settings)
-    else:
-        size = max(1, _AT_ONCE // logits.shape[-1])
-        references = [None] * -(-len(logits) // size) if reference_logits is None else reference_logits.split(size)
-        pieces = zip(logits.split(size), references, rows[2].split(size), strict=True)
-        made = [checkpoint(_reduce_rows, *piece, *settings, use_reentrant=False, preserve_rng_state=False)
-                for piece in pieces]  # fmt: skip
-        columns = tuple(torch.cat(column) for column in zip(*made, strict=True))
+
+    def scored(of: Tensor, limit: int) -> Tensor:
+        heat = torch.full(of.shape[:-1], temperature, device=of.device)
+        kept = torch.full(of.shape[:-1], limit, device=of.device) if limit else None
+        return action_log_probs(of.to(torch.promote_types(of.dtype, torch.float32)), heat, kept)
+
+    def of_all(logits: Tensor, reference_logits: Tensor | None) -> Distributions:
+        policy = scored(logits, top_k)
+        # Not truncated: the reference's support must cover the policy's.
+        return Distributions(policy, policy.detach() if reference_logits is None else scored(reference_logits, 0))
+
+    def of_rows(logits: Tensor, reference_logits: Tensor | None, actions: Tensor) -> tuple[Tensor, ...]:
+        return _of_rows(of_all(logits, reference_logits), actions, entropy_trains)
+
+    actions, kept = batch.actions[batch.scored_mask], of_all(logits, reference_logits) if every else None
+    columns = reduced(of_rows, logits, reference_logits, actions) if kept is None else _of_rows(
+        kept, actions, entropy_trains
+    )  # fmt: skip
     log_probs, ref_log_probs, kl, entropies = (batch.place(column) for column in columns)
     log_probs, ref_log_probs = (one.masked_fill(~batch.action_mask, 0.0) for one in (log_probs, ref_log_probs))
     return Scores(log_probs, ref_log_probs, kl, entropies, kept)
 
 
-def _score_rows(
-    logits: Tensor, reference_logits: Tensor | None, actions: Tensor, temperature: float, top_k: int,
-    entropy_trains: bool,
-) -> tuple[Distributions, tuple[Tensor, ...]]:  # fmt: skip
-    """Of n rows: all log-probabilities; and those of ``actions``, the reference's, divergence and entropy, (n,)."""
-
-    def scored(of: Tensor, kept: int) -> Tensor:
-        heat = torch.full(of.shape[:-1], temperature, device=of.device)
-        limit = torch.full(of.shape[:-1], kept, device=of.device) if kept else None
-        return action_log_probs(of.to(torch.promote_types(of.dtype, torch.float32)), heat, limit)
-
-    policy = scored(logits, top_k)
-    # Not truncated: the reference's support must cover the policy's.
-    reference = policy.detach() if reference_logits is None else scored(reference_logits, 0)
-    taken, ref_taken = (one.gather(-1, actions[:, None])[:, 0] for one in (policy, reference))
+def _of_rows(every: Distributions, actions: Tensor, entropy_trains: bool) -> tuple[Tensor, ...]:
+    """Of n rows: log-probabilities of ``actions``, the reference's, divergence and entropy, (n,) each."""
+    taken, ref_taken = (one.gather(-1, actions[:, None])[:, 0] for one in (every.policy, every.reference))
     with torch.set_grad_enabled(entropy_trains and torch.is_grad_enabled()):
-        entropies = entropy(policy)
-    return Distributions(policy, reference), (taken, ref_taken, exact_kl(policy, reference), entropies)
-
-
-def _reduce_rows(*args: Any) -> tuple[Tensor, ...]:
-    return _score_rows(*args)[1]
+        entropies = entropy(every.policy)
+    return taken, ref_taken, exact_kl(every.policy, every.reference), entropies
 
 
 def before_updates(scores: Scores, batch: MicroBatch, aliases: Tensor | None, rl: RLConfig) -> Scored:

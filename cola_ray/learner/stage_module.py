@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage_imbalance
+from cola_ray.learner.pieces import cross_entropies
 from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, sample_actions
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import PretrainStage
@@ -66,7 +67,7 @@ class StageModule(nn.Module):
         if self.stage == "base":
             # Without use_cache=False transformers would not see that rows are packed and attend across documents.
             logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
-            loss = F.cross_entropy(logits[mask].float(), labels[mask], reduction="sum")
+            loss = cross_entropies(logits[mask], labels[mask])
             return loss, {"loss": loss.detach()}
         base_trains = self.stage.startswith("fta")
         with torch.set_grad_enabled(base_trains and torch.is_grad_enabled()):
@@ -85,7 +86,7 @@ class StageModule(nn.Module):
             else:
                 actions = self._sampled_actions(e, position_ids, noise_seed)
         logits = self.model.world_model_logits(e[:, :-1], actions)
-        loss = F.cross_entropy(logits[mask].float(), labels[mask], reduction="sum")
+        loss = cross_entropies(logits[mask], labels[mask])
         return loss, {"loss": loss.detach(), "counts": self._counts(actions[mask])}
 
     @torch.no_grad()
@@ -116,17 +117,14 @@ class StageModule(nn.Module):
         settings = self.settings
         one_hot, relaxed = self._drawn(e, position_ids, mask, noise_seed)
         states, targets = e[:, :-1][mask], labels[mask]
-        cross_entropy = F.cross_entropy(
-            self.model.world_model_logits(states, one_hot).float(), targets, reduction="sum"
-        )
+        cross_entropy = cross_entropies(self.model.world_model_logits(states, one_hot), targets)
         loss = cross_entropy + settings.entropy_coef * negative_entropy(relaxed).sum()
         if settings.balance_coef:
             mean = mean_over_ranks(relaxed) if mean_usage is None else mean_usage
             loss = loss + settings.balance_coef * usage_imbalance(relaxed, mean)
         sums = {"loss": cross_entropy.detach(), "counts": self._counts(one_hot.argmax(-1))}
         with torch.no_grad():
-            base = self.model.lm_head(states).float()
-            sums["base_loss"] = F.cross_entropy(base, targets, reduction="sum")
+            sums["base_loss"] = cross_entropies(self.model.lm_head(states), targets)
             if measure:
                 sums |= self._reachable(states[:MEASURED_STATES], targets[:MEASURED_STATES])
         return loss, sums

@@ -9,7 +9,7 @@ import torch
 from micro_batches import micro_batch
 
 from cola_ray.experience import Trajectory, collate
-from cola_ray.learner import objective
+from cola_ray.learner import objective, pieces
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Frozen, MicroBatch, Scored
 from cola_ray.learner.objective import before_updates, policy_objective, score
 from cola_ray.settings.config import RLConfig
@@ -106,7 +106,7 @@ def found(of, rl, *, later, hold_kl, whitened, policy_loss=None):
     aliases = torch.from_numpy(of.aliases[at]) if rl.marginal_aliases else None
     old = None
     if later:
-        old = before_updates(score(earlier, reference, batch, HEAT, 0), batch, aliases, rl)
+        old = before_updates(score(earlier, reference, batch, HEAT, 0, every=True), batch, aliases, rl)
     follows = Advantages(
         torch.from_numpy(of.advantages * MASK), hold_kl=hold_kl, control=q if rl.control_variate else None,
         deviation=torch.tensor(of.deviation, dtype=torch.float64) if whitened else None,
@@ -207,15 +207,30 @@ def test_a_vocabulary_in_pieces_has_the_loss_and_gradient_of_all_rows_at_once(mo
         return loss.detach(), logits.grad, metrics
 
     whole = run()
-    monkeypatch.setattr(objective, "_AT_ONCE", 2 * K)  # two of six rows
+    monkeypatch.setattr(pieces, "AT_ONCE", 2 * K)  # two of six rows
     made = []
-    monkeypatch.setattr(objective, "_score_rows", lambda *args, of=objective._score_rows: made.append(1) or of(*args))
-    pieces = run()
+    monkeypatch.setattr(objective, "_of_rows", lambda *args, of=objective._of_rows: made.append(1) or of(*args))
+    cut = run()
     assert len(made) == 6, "three pieces, each once more for its gradient"
-    assert torch.equal(whole[0], pieces[0])
-    assert torch.equal(whole[1], pieces[1])
-    assert whole[2].keys() == pieces[2].keys()
-    assert all(torch.equal(whole[2][name], pieces[2][name]) for name in whole[2])
+    assert torch.equal(whole[0], cut[0])
+    assert torch.equal(whole[1], cut[1])
+    assert whole[2].keys() == cut[2].keys()
+    assert all(torch.equal(whole[2][name], cut[2][name]) for name in whole[2])
+
+
+def test_cross_entropies_in_pieces_are_those_of_all_rows(monkeypatch):
+    logits, targets = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.arange(7) % 5
+    sums = []
+    for at_once in (1 << 25, 10):
+        monkeypatch.setattr(pieces, "AT_ONCE", at_once)
+        given = logits.to(torch.bfloat16).requires_grad_()
+        loss = pieces.cross_entropies(given, targets)
+        loss.backward()
+        sums.append((float(loss.detach()), given.grad))
+    wanted = torch.nn.functional.cross_entropy(logits.to(torch.bfloat16).double(), targets, reduction="sum")
+    assert sums[0][0] == pytest.approx(float(wanted), rel=1e-6)
+    assert sums[1][0] == pytest.approx(sums[0][0], rel=1e-6)
+    assert torch.equal(sums[0][1], sums[1][1])
 
 
 def test_scored_actions_outside_the_truncation_are_kept_as_impossible():
