@@ -13,7 +13,8 @@ from cached_run import run_once
 from record import record
 
 from cola_ray.cli.arguments import from_command_line
-from cola_ray.studies import plan
+from cola_ray.studies.planned_memory import host_memory
+from cola_ray.studies.planned_work import sizes
 
 PRETRAINED = {"tiny": "30", "smollm2-135m": "1"}  # steps
 RL = {
@@ -30,7 +31,7 @@ def compare(folder: Path, name: str, task: list[str]) -> dict[str, float]:
     run = [*of_task, *RL[name], "--model.path", model]
     found = run_once(folder / name, "rl_math", *run)
     config = from_command_line("plan", run)
-    planned = plan.host_memory(config, plan.sizes(config))
+    planned = host_memory(config, sizes(config))
     figures = {}
     for ours, theirs in (("learner", "learner"), ("engine", "worker")):
         measured = found[f"peak_memory_{theirs}_gb"]

@@ -1,313 +1,100 @@
 """Plans a run from its settings: memory by component, seconds per step, seconds per weight update.
 
-    cola_ray plan --preset llama-3.1-8b --hardware.gpus 16 --hardware.gpu h100
-    cola_ray plan --preset smollm2-135m                 (on CPU: only memory)
+cola_ray plan --preset llama-3.1-8b --hardware.gpus 16 --hardware.gpu h100
+cola_ray plan --preset llama-3.1-8b --rl.action-space token --rl.gradient-checkpointing
+cola_ray plan --preset smollm2-135m                 (on CPU: only memory)
 
-Parameters are counted on the model itself, built without weights. Each formula stands as a comment beside its code, and
-in docs/scaling.md. If something does not fit, the plan is refused with what to change. Legend: P parameters, b bytes
-per parameter, H and I widths of a layer and of its MLP, T tokens of a micro-batch, M learner ranks.
+settings ─> planned_work.py: FLOPs and bytes of a micro-batch ─┬─> planned_memory.py ─> refuse what does not fit
+                                                               └─> planned_time.py ──> expected | pessimistic
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
 
-from cola_ray.runs import provenance
 from cola_ray.settings.config import Config, ConfigError, override
-
-Bytes = dict[str, float]
-"""Component -> bytes."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as in its data sheet; FLOP/s are dense, in bfloat16."""
-
-    memory_gb: float
-    bandwidth_gbs: float
-    tflops: float
-
-
-GPUS = {
-    "a100": Gpu(80, 2039, 312),
-    "h100": Gpu(80, 3350, 989),
-    "h200": Gpu(141, 4800, 989),
-    "l40s": Gpu(48, 864, 362),
-}
-
-# Assumed, not measured: the share of the data sheet's figures that is reached.
-_MFU = 0.4  # of FLOP/s, in the learner's matrix products
-_DECODE = 0.6  # of memory bandwidth, in the engine's decoding
-_USABLE = 0.9  # of GPU memory: vLLM's default, and a margin for fragmentation in the learner
-_LINK_GBS = 300.0  # GB/s between GPUs of a node
-_STORE_GBS = 2.5  # GB/s into Ray's object store and out of it, with checksums (docs/benchmarks.md, publish_vs_memcpy)
-# DeepSpeed's defaults for stage 3, in parameters.
-_LIVE, _BUCKET, _PREFETCH = 1e9, 5e8, 5e7
-# Resident memory of a process after its imports, on CPU, in GiB. Measured.
-_PROCESS_GIB = {"learner": 0.70, "engine": 1.85}
-# Factor on temporary tensors of a learner on CPU, because malloc keeps freed memory. With its mmap threshold fixed at
-# 1 MiB the peak of smollm2-135m falls from 2.74 to 2.38 GiB.
-_HEAP = 1.5
+from cola_ray.settings.training import PretrainStage
+from cola_ray.studies.planned_memory import (
+    PROCESS_GIB,
+    USABLE,
+    Bytes,
+    engine_memory,
+    host_memory,
+    kv_bytes,
+    learner_memory,
+    stage_memory,
+    weight_bytes,
+)
+from cola_ray.studies.planned_time import EXPECTED, GPUS, PESSIMISTIC, PUBLISHED, Assumed, Gpu, stage_time, step_time
+from cola_ray.studies.planned_work import Sizes, sizes
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a model, and of its parts in the learner and in the engines."""
-
-    width: int  # H
-    mlp: int  # I
-    layers: int
-    policy_layers: int
-    heads: int  # width of all query heads together: heads x head_dim
-    kv: int  # width of all key heads together
-    base: float  # P of embeddings and base layers, which only encode
-    policy: float  # P of the policy, which trains
-    learner: float  # P in the learner: base, policy and reference
-    served: float  # P in an engine
-    whole: float  # P in a checkpoint
-    num_bytes: int  # b
-
-
-def sizes(config: Config) -> Sizes:
-    """Count the parameters of the configured model, built on the meta device."""
-    import torch
-
-    from cola_ray.learner.policies import LatentPolicy
-    from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
-
-    known = _shape(config)
-    latent = config.model
-    shape = CoLAConfig(
-        **{
-            "num_actions": latent.num_actions,
-            "num_idm_layers": latent.num_idm_layers,
-            "num_world_model_layers": latent.num_world_model_layers,
-            "num_policy_layers": latent.num_policy_layers,
-            **known,
-            "model_type": "cola",
-        }
-    )
-    with torch.device("meta"):
-        model = CoLAForCausalLM(shape)
-
-    def count(module: torch.nn.Module) -> float:
-        return float(sum({id(p): p.numel() for p in module.parameters()}.values()))
-
-    whole, idm, policy = count(model), count(model.idm), count(model.policy)
-    base = count(model.model)
-    learner = count(LatentPolicy(model))
-    head = shape.head_dim or shape.hidden_size // shape.num_attention_heads
-    return Sizes(
-        width=shape.hidden_size, mlp=shape.intermediate_size, layers=shape.num_hidden_layers,
-        policy_layers=shape.num_policy_layers, heads=head * shape.num_attention_heads,
-        kv=head * shape.num_key_value_heads, base=base, policy=policy, learner=learner, served=whole - idm, whole=whole,
-        num_bytes=2 if latent.dtype == "bfloat16" else 4,
-    )  # fmt: skip
-
-
-_LLAMA_31_8B = {
-    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
-}  # fmt: skip
-_KNOWN = {"meta-llama/Llama-3.1-8B": _LLAMA_31_8B, "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_31_8B}
-"""Gated on the hub; known here, so that a plan needs no token."""
-
-
-def _shape(config: Config) -> dict[str, object]:
-    from transformers import AutoConfig
-
-    start, base = provenance.start_model(config), config.model.base
-    if (start / "config.json").is_file():
-        return dict(AutoConfig.from_pretrained(start).to_dict())
-    if base in _KNOWN:
-        return dict(_KNOWN[base])
-    if not base:
-        from cola_ray.learner.start_model import make_tiny_llama
-
-        return dict(make_tiny_llama(280, 1, 0).config.to_dict())
-    file = Path(base)
-    source, options = (str(file.parent), {"gguf_file": file.name}) if file.suffix == ".gguf" else (base, {})
-    try:
-        known = AutoConfig.from_pretrained(source, **options).to_dict()
-    except OSError as error:
-        raise ConfigError(f"model.base = {base!r}: {str(error).splitlines()[0]}") from None
-    known.pop("quantization_config", None)
-    return dict(known)
-
-
-# --- memory -------------------------------------------------------------------------------------------------------
-
-
-def learner_memory(config: Config, model: Sizes) -> Bytes:
-    """Peak memory of a ZeRO-3 rank, in the policy's backward pass; on CPU with its share of the object store."""
-    ranks, b = config.cluster.learner_ranks, model.num_bytes
-    tokens, on_gpu = config.rl.micro_batch_tokens, config.cluster.use_gpu
-    parts = {
-        # b (P - P_policy) / M: base and reference are divided over ranks
-        "base and reference": b * (model.learner - model.policy) / ranks,
-        # (b + b) P_policy / M: weights and gradients
-        "policy and its gradients": 2 * b * model.policy / ranks,
-        # 12 P_policy / M: float32 weights and Adam's two moments
-        "Adam": 12 * model.policy / ranks,
-        # b (min(P, 1e9) + min(P, 5e7)): gathered parameters that are not released yet, and the prefetch buffer
-        "gathered parameters": b * (min(model.learner, _LIVE) + min(model.learner, _PREFETCH)),
-        # b 5e8: DeepSpeed's reduction bucket; on CPU only as much of it is touched as there are gradients
-        "reduction bucket": b * (_BUCKET if on_gpu else min(_BUCKET, model.policy)),
-        # T l_policy (2 H (4 + b) + 2 b (Q + 2 KV) + b H + 4 b I): norms in float32; queries, keys and values with and
-        # without positions; inner values of attention and MLP
-        "activations of the policy": tokens * model.policy_layers * _kept_of_a_layer(model),
-        # T (b (4 H + 2 I) + b H): one layer of the base at a time, and e
-        "activations of the base": tokens * b * (5 * model.width + 2 * model.mlp),
-    }  # fmt: skip
-    if on_gpu:
-        return parts
-    temporary = ("gathered parameters", "activations of the policy", "activations of the base")
-    parts |= {name: _HEAP * parts[name] for name in temporary}
-    # 2 b P_policy: this version and the previous one in the object store, mapped by rank 0
-    return parts | {"weights for engines": 2 * b * model.policy}
-
-
-def _kept_of_a_layer(model: Sizes) -> float:
-    """Bytes per token that a decoder layer keeps for its backward pass."""
-    b, wide = model.num_bytes, model.width
-    return 2 * wide * (4 + b) + 2 * b * (model.heads + 2 * model.kv) + b * wide + 4 * b * model.mlp
-
-
-def engine_memory(config: Config, model: Sizes, gpu: Gpu | None) -> Bytes:
-    """Memory of one GPU of an engine, or of the engine's process on CPU."""
-    split = config.rollout.tensor_parallel_size
-    weights = model.num_bytes * model.served / split
-    if gpu is None:
-        return {"weights": weights, "keys and values": config.rollout.kv_cache_mb * 2.0**20}
-    # Keys and values get what is left of the share that vLLM may use after weights and a step of 8192 tokens
-    inner = 8192 * model.num_bytes * (4 * model.width + 3 * model.mlp) / split
-    room = _USABLE * gpu.memory_gb * 1e9 - weights - inner
-    return {"weights": weights, "inner values": inner, "keys and values": max(room, 0.0)}
-
-
-def kv_bytes(model: Sizes) -> float:
-    """Bytes per token in an engine's cache, with e: ``2 b KV (layers + policy layers) + b H``."""
-    b = model.num_bytes
-    return 2 * b * model.kv * (model.layers + model.policy_layers) + b * model.width
-
-
-def host_memory(config: Config, model: Sizes) -> Mapping[str, float]:
-    """Peak resident memory of a learner rank and of an engine on CPU, in bytes."""
-    process = {name: gib * 2.0**30 for name, gib in _PROCESS_GIB.items()}
-    learner = process["learner"] + sum(learner_memory(config, model).values())
-    # While loading, each rank holds the whole checkpoint, and a copy of the policy for the reference.
-    loading = process["learner"] + model.num_bytes * (model.whole + model.policy)
-    engine = process["engine"] + sum(engine_memory(config, model, None).values())
-    return {"learner": max(learner, loading), "engine": engine}
-
-
-# --- time ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """Planned duration of a step, in seconds; also decoding speed, and sequences that an engine decodes at a time."""
-
-    rollout: float
-    learn: float
-    sync: float
-    decode_tokens_per_second: float
-    concurrent: float
-
-    def total(self, overlapped: bool) -> float:
-        return (max(self.rollout, self.learn) if overlapped else self.rollout + self.learn) + self.sync
-
-
-def step_time(config: Config, model: Sizes, gpu: Gpu) -> Step:
-    """Estimate the duration of a step; the assumptions are at the top of this file."""
-    rl, rollout, hardware = config.rl, config.rollout, config.hardware
-    trained = rl.prompts_per_step * rl.group_size
-    sequences = trained + rl.prompts_per_step * config.algorithm.greedy  # greedy baselines are generated, too
-    answer = hardware.response_tokens or rollout.max_new_tokens // 2
-    length = rollout.max_prompt_tokens / 2 + answer
-    # Decoding: a step reads all weights and the cache of every sequence, or computes 2 P FLOPs per token
-    capacity = engine_memory(config, model, gpu)["keys and values"] * rollout.tensor_parallel_size / kv_bytes(model)
-    most = min(sequences / rollout.num_workers, rollout.max_num_seqs, capacity / length)
-    width = rollout.tensor_parallel_size
-    read = (model.num_bytes * model.served + most * length * kv_bytes(model)) / (
-        width * gpu.bandwidth_gbs * 1e9 * _DECODE
-    )
-    computed = most * 2 * model.served / (width * gpu.tflops * 1e12 * _MFU)
-    per_second = rollout.num_workers * most / max(read, computed)
-    # A step lasts at least as long as its longest answer
-    rounds = max(sequences / rollout.num_workers / most, 1.0)
-    generate = max(sequences * answer / per_second, rounds * answer * max(read, computed))
-    # Learning, FLOPs per token: 2 P_base for e, 2 P for the reference, 6 P for each update of the policy
-    tokens = trained * length / config.cluster.learner_ranks
-    flops = tokens * (2 * model.base + (2 + 6 * rl.updates_per_batch) * model.policy)
-    # Every micro-batch gathers all layers once, and those of the policy twice more
-    batches = max(tokens / rl.micro_batch_tokens, 1.0)
-    link = _LINK_GBS if config.cluster.learner_ranks <= hardware.gpus_per_node else hardware.network_gbs
-    gathered = batches * model.num_bytes * (model.learner + 2 * model.policy) / (link * 1e9)
-    learn = max(flops / (gpu.tflops * 1e12 * _MFU), gathered if config.cluster.learner_ranks > 1 else 0.0)
-    # Weight update: gather the policy from the ranks, and send it to each engine
-    moved = model.num_bytes * model.policy / 1e9
-    by_store = 2 * moved / _STORE_GBS + moved / hardware.network_gbs
-    sync = moved / _LINK_GBS + (by_store if config.cluster.weight_transport == "object_store" else
-                                moved / hardware.network_gbs)  # fmt: skip
-    return Step(generate, learn, sync, per_second, most)
-
-
-# --- the plan -----------------------------------------------------------------------------------------------------
-
-
-def refuse(config: Config, model: Sizes) -> None:
+def refuse(config: Config, m: Sizes) -> None:
     """Raise ConfigError if a process does not fit its GPU, or if GPUs or memory are not sufficient."""
-    lines = []
-    if not config.cluster.use_gpu:
-        needs = host_memory(config, model)
-        counts = {"learner": config.cluster.learner_ranks, "engine": config.rollout.num_workers}
-        total = sum(needs[name] * count for name, count in counts.items()) / 2**30
-        there = config.hardware.memory_gb or _this_machines_gib()
-        if total > there:
-            lines.append(
-                f"cluster.learner_ranks = {counts['learner']}: the run needs {total:.1f} GiB of the {there:.1f} GiB "
-                "there are; lower rl.micro_batch_tokens, rollout.kv_cache_mb or cluster.learner_ranks"
-            )
-        if lines:
-            raise ConfigError("\n".join(lines))
-        return
-    gpu, b = GPUS[config.hardware.gpu], model.num_bytes
-    there, ranks, engines = config.hardware.gpus, config.cluster.learner_ranks, _engine_gpus(config)
-    needed = ranks + engines
-    if there and needed > there:
-        lines.append(
-            f"hardware.gpus = {there}: {ranks} learner ranks and {engines} GPUs of engines need {needed}; "
-            f"e.g. --cluster.learner-ranks {there // 2} --rollout.num-workers {there - there // 2}"
-        )
-    usable = _USABLE * gpu.memory_gb * 1e9
-    parts = learner_memory(config, model)
-    if sum(parts.values()) > usable:
-        largest = max(parts, key=lambda name: parts[name])
-        fixes = {"activations of the policy": "lower rl.micro_batch_tokens", "activations of the base":
-                 "lower rl.micro_batch_tokens"}  # fmt: skip
-        lines.append(
-            f"cluster.learner_ranks = {ranks}: a rank needs {sum(parts.values()) / 1e9:.0f} GB of the "
-            f"{usable / 1e9:.0f} GB it may take of a {config.hardware.gpu}, most for {largest}, "
-            f"{parts[largest] / 1e9:.0f} GB; {fixes.get(largest, 'take more ranks')}"
-        )
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    room = engine_memory(config, model, gpu)["keys and values"] * config.rollout.tensor_parallel_size
-    if room < longest * kv_bytes(model):
-        lines.append(
-            f"rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: weights of "
-            f"{b * model.served / 1e9:.0f} GB leave no room for one sequence of {longest} tokens on a "
-            f"{config.hardware.gpu}; take more GPUs an engine"
-        )
+    lines = list(_too_little_on_gpus(config, m) if config.cluster.use_gpu else _too_little_on_cpu(config, m))
     if lines:
         raise ConfigError("\n".join(lines))
 
 
-def best_split(config: Config, model: Sizes) -> Config:
+def _too_little_on_cpu(config: Config, m: Sizes) -> Iterator[str]:
+    needs = host_memory(config, m)
+    counts = {"learner": config.cluster.learner_ranks, "engine": config.rollout.num_workers}
+    total = sum(needs[name] * count for name, count in counts.items()) / 2**30
+    there = config.hardware.memory_gb or _this_machines_gib()
+    if total > there:
+        yield (
+            f"cluster.learner_ranks = {counts['learner']}: the run needs {total:.1f} GiB of the {there:.1f} GiB "
+            "there are; lower rl.micro_batch_tokens, rollout.kv_cache_mb or cluster.learner_ranks"
+        )
+
+
+def _too_little_on_gpus(config: Config, m: Sizes) -> Iterator[str]:
+    gpu, there = GPUS[config.hardware.gpu], config.hardware.gpus
+    ranks, engines = config.cluster.learner_ranks, _engine_gpus(config)
+    if there and ranks + engines > there:
+        yield (
+            f"hardware.gpus = {there}: {ranks} learner ranks and {engines} GPUs of engines need {ranks + engines}; "
+            f"e.g. --cluster.learner-ranks {there // 2} --rollout.num-workers {there - there // 2}"
+        )
+    checkpoint = "" if _checkpoints(config) else ", or set rl.gradient_checkpointing"
+    fix = f"lower rl.micro_batch_tokens{checkpoint if config.rl.action_space == 'token' else ''}"
+    yield from _too_large(config, "a rank", learner_memory(config, m), fix)
+    for stage in _stages(config):
+        yield from _too_large(config, f"a rank in pre-training, {stage},", stage_memory(config, m, stage),
+                              "lower pretrain.micro_batch_size")  # fmt: skip
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    split = config.rollout.tensor_parallel_size
+    if engine_memory(config, m, gpu.memory_gb)["keys and values"] * split < longest * kv_bytes(config, m):
+        yield (
+            f"rollout.tensor_parallel_size = {split}: weights of {weight_bytes(config, m) / 1e9:.0f} GB leave "
+            f"no room for one sequence of {longest} tokens on a {config.hardware.gpu}; take more GPUs an engine"
+        )
+
+
+def _too_large(config: Config, whose: str, parts: Bytes, fix: str) -> Iterator[str]:
+    """What is to be lowered where activations are most, and more ranks where they are not."""
+    usable, needed = USABLE * GPUS[config.hardware.gpu].memory_gb * 1e9, sum(parts.values())
+    largest = max(parts, key=lambda name: parts[name])
+    if needed > usable:
+        yield (
+            f"cluster.learner_ranks = {config.cluster.learner_ranks}: {whose} needs {needed / 1e9:.0f} GB of the "
+            f"{usable / 1e9:.0f} GB it may take of a {config.hardware.gpu}, most for {largest}, "
+            f"{parts[largest] / 1e9:.0f} GB; {fix if largest in ('activations', 'temporary') else 'take more ranks'}"
+        )
+
+
+def _checkpoints(config: Config) -> bool:
+    return config.rl.gradient_checkpointing
+
+
+def _stages(config: Config) -> tuple[PretrainStage, ...]:
+    """Of pre-training, which a run from a finished model does without, and one over tokens."""
+    return () if config.model.path or config.rl.action_space == "token" else config.pretrain.stages
+
+
+def best_split(config: Config, m: Sizes) -> Config:
     """The settings with the same number of GPUs, divided between learner and engines so that a step is shortest."""
     gpu, width = GPUS[config.hardware.gpu], config.rollout.tensor_parallel_size
     total = config.hardware.gpus or config.cluster.learner_ranks + _engine_gpus(config)
@@ -317,10 +104,10 @@ def best_split(config: Config, model: Sizes) -> Config:
         for ranks in range(1, total - width + 1)
         if sequences % ranks == 0 and config.pretrain.batch_size % ranks == 0
     ]
-    usable = _USABLE * gpu.memory_gb * 1e9
-    fitting = [one for one in splits if sum(learner_memory(one, model).values()) <= usable]
+    usable = USABLE * gpu.memory_gb * 1e9
+    fitting = [one for one in splits if sum(learner_memory(one, m).values()) <= usable]
     overlapped = config.rl.max_staleness > 0
-    return min(fitting or [config], key=lambda one: step_time(one, model, gpu).total(overlapped))
+    return min(fitting or [config], key=lambda one: step_time(one, m, gpu).total(overlapped))
 
 
 def _engine_gpus(config: Config) -> int:
@@ -331,36 +118,42 @@ def _this_machines_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
+# --- printed ------------------------------------------------------------------------------------------------------
+
+
 def show(config: Config) -> None:
     """Print the plan; ConfigError if it does not fit."""
-    model, console = sizes(config), Console(highlight=False)
-    console.print(
-        f"{config.preset}: {model.whole / 1e6:,.1f} M parameters, {model.policy / 1e6:,.1f} M of them train, "
-        f"{model.num_bytes} bytes each"
-    )
+    m, console = sizes(config), Console(highlight=False)
+    console.print(f"{config.preset}: {m.whole / 1e6:,.1f} M parameters, {m.num_bytes} bytes each")
     if config.cluster.use_gpu:
-        gpu = GPUS[config.hardware.gpu]
-        _table(console, f"a learner rank of {config.cluster.learner_ranks}, on a {config.hardware.gpu}",
-               learner_memory(config, model), 1e9, "GB")  # fmt: skip
-        _table(console, f"a GPU of {_engine_gpus(config)} for engines", engine_memory(config, model, gpu), 1e9, "GB")
+        _show_memory_of_gpus(console, config, m)
     else:
-        learner = {"process": _PROCESS_GIB["learner"] * 2.0**30, **learner_memory(config, model)}
-        engine = {"process": _PROCESS_GIB["engine"] * 2.0**30, **engine_memory(config, model, None)}
+        learner = {"process": PROCESS_GIB["learner"] * 2.0**30, **learner_memory(config, m)}
+        engine = {"process": PROCESS_GIB["engine"] * 2.0**30, **engine_memory(config, m, None)}
         _table(console, f"a learner rank of {config.cluster.learner_ranks}", learner, 2.0**30, "GiB")
         _table(console, f"an engine of {config.rollout.num_workers}", engine, 2.0**30, "GiB")
-        peaks = host_memory(config, model)
+        peaks = host_memory(config, m)
         console.print(f"peak: learner {peaks['learner'] / 2**30:.2f} GiB, engine {peaks['engine'] / 2**30:.2f} GiB")
-    refuse(config, model)
+    refuse(config, m)
     if config.cluster.use_gpu:
-        gpu = GPUS[config.hardware.gpu]
-        _time_table(console, config, model, gpu)
-        better = best_split(config, model)
+        _show_time(console, config, m, GPUS[config.hardware.gpu])
+        better = best_split(config, m)
         if better.cluster.learner_ranks != config.cluster.learner_ranks:
             console.print(
                 f"shortest step with these GPUs: --cluster.learner-ranks {better.cluster.learner_ranks} "
                 f"--rollout.num-workers {better.rollout.num_workers}"
             )
     console.print("it fits")
+
+
+def _show_memory_of_gpus(console: Console, config: Config, m: Sizes) -> None:
+    ranks, gpu = config.cluster.learner_ranks, config.hardware.gpu
+    for stage in _stages(config):
+        title = f"a rank of {ranks} in pre-training, {stage}, on a {gpu}"
+        _table(console, title, stage_memory(config, m, stage), 1e9, "GB")
+    _table(console, f"a learner rank of {ranks} in RL, on a {gpu}", learner_memory(config, m), 1e9, "GB")
+    engine = engine_memory(config, m, GPUS[gpu].memory_gb)
+    _table(console, f"a GPU of {_engine_gpus(config)} for engines", engine, 1e9, "GB")
 
 
 def _table(console: Console, title: str, parts: Bytes, unit: float, name: str) -> None:
@@ -372,17 +165,38 @@ def _table(console: Console, title: str, parts: Bytes, unit: float, name: str) -
     console.print(table)
 
 
-def _time_table(console: Console, config: Config, model: Sizes, gpu: Gpu) -> None:
-    step = step_time(config, model, gpu)
-    table = Table(title="a step, by the model of docs/scaling.md", show_header=False)
-    rows = {
+def _show_time(console: Console, config: Config, m: Sizes, gpu: Gpu) -> None:
+    table = Table(title="estimated, not measured; formulas in docs/scaling.md", show_header=True)
+    for name in ("", "expected", "pessimistic"):
+        table.add_column(name, justify="right" if name else "left")
+    columns = [_times(config, m, gpu, assumed) for assumed in (EXPECTED, PESSIMISTIC)]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    console.print(table)
+    for assumed, name in ((EXPECTED, "expected"), (PESSIMISTIC, "pessimistic")):
+        console.print(
+            f"{name}: MFU {assumed.mfu}, {assumed.decode} of memory bandwidth in decoding, {assumed.link_gbs:.0f} GB/s "
+            f"within a node, {assumed.network} of {config.hardware.network_gbs:.0f} GB/s between nodes, "
+            f"{assumed.store_gbs} GB/s into the object store"
+        )
+    console.print("published by others, of their own systems:")
+    for name, found in PUBLISHED.items():
+        console.print(f"  {name}: {found}")
+
+
+def _times(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed) -> dict[str, str]:
+    step = step_time(config, m, gpu, assumed)
+    total = step.total(config.rl.max_staleness > 0)
+    gpus = config.cluster.learner_ranks + _engine_gpus(config)
+    stages = {f"pre-training, {stage}: hours of {config.pretrain.num_steps(stage):,} steps":
+              f"{config.pretrain.num_steps(stage) * stage_time(config, m, gpu, stage, assumed) / 3600:,.1f}"
+              for stage in _stages(config)}  # fmt: skip
+    return stages | {
         "sequences an engine decodes at once": f"{step.concurrent:.0f}",
         "tokens a second, all engines": f"{step.decode_tokens_per_second:,.0f}",
         "rollout": f"{step.rollout:.1f} s",
         "learning": f"{step.learn:.1f} s",
         f"weights by {config.cluster.weight_transport}": f"{step.sync:.2f} s",
-        "together": f"{step.total(config.rl.max_staleness > 0):.1f} s",
+        "a step": f"{total:.1f} s",
+        "trained tokens a second and GPU": f"{step.tokens / total / gpus:,.0f}",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)

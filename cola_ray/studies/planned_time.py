@@ -1,0 +1,156 @@
+"""Seconds of a step from FLOPs, bytes and the data sheet, under stated assumptions; and what others have published.
+
+    FLOPs of planned_work.py / (FLOP/s x MFU)          bytes read per decoding step / (GB/s x share)
+    b P of what is sent, over each link that it crosses
+
+Nothing of this was measured here on a GPU; benchmarks/gpu.py does (docs/benchmarks.md). Legend: as in planned_work.py.
+"""
+
+from dataclasses import dataclass
+
+from cola_ray.settings.config import Config
+from cola_ray.settings.training import PretrainStage
+from cola_ray.studies import planned_work
+from cola_ray.studies.planned_memory import engine_memory, kv_bytes, looks_first, stage_rows, weight_bytes
+from cola_ray.studies.planned_work import Rows, Sizes
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as in its data sheet; FLOP/s are dense, in bfloat16."""
+
+    memory_gb: float
+    bandwidth_gbs: float
+    tflops: float
+
+
+GPUS = {
+    "a100": Gpu(80, 2039, 312),
+    "h100": Gpu(80, 3350, 989),
+    "h200": Gpu(141, 4800, 989),
+    "l40s": Gpu(48, 864, 362),
+}
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is reached of the data sheet's figures."""
+
+    mfu: float  # of FLOP/s, in the learner's and a prefill's matrix products
+    decode: float  # of memory bandwidth, in decoding
+    link_gbs: float  # GB/s between GPUs of a node
+    network: float  # of hardware.network_gbs
+    store_gbs: float  # GB/s into Ray's object store, or out of it, with the copy from the GPU and the checksum
+
+
+EXPECTED = Assumed(mfu=0.35, decode=0.55, link_gbs=300, network=0.5, store_gbs=2.5)
+PESSIMISTIC = Assumed(mfu=0.15, decode=0.30, link_gbs=100, network=0.05, store_gbs=1.0)
+"""Both lie within PUBLISHED; ``store_gbs`` 2.5 was measured here (docs/benchmarks.md, publish_vs_memcpy)."""
+
+PUBLISHED = {
+    "NeMo RL 0.4, GRPO, all weights": "16 H100, Llama-3.1-8B, 2048 sequences of 1060 tokens: 97.7 s a step, 1562 "
+    "tokens a second and GPU; one step off-policy 74.6 s, 2161 (docs.nvidia.com/nemo/rl, performance summary)",
+    "vLLM 0.30, decoding": "one H100, Qwen3-8B in bf16, 396 sequences of 128 + 1024 tokens at once: 13 322 tokens a "
+    "second, by our formula 0.54 of the bandwidth (github.com/tgarg01/silybench-data)",
+    "verl, MFU": "Qwen3-30B-A3B on 8, 16 and 32 GPUs: 0.40, 0.37, 0.31 (verl's documentation, DeepSeek-671B)",
+    "prime-rl, MFU": "0.11 to 0.27 at 16 to 64 thousand tokens (prime-rl's documentation)",
+    "verl, weights": "Qwen2.5-7B by NCCL from one H100 node to another: 5.5 to 6.0 s (its page on delta updates)",
+    "OpenRLHF": "8 H200, DAPO: generation takes more than 0.9 of the time (arXiv 2405.11143v6)",
+}
+"""What others report of themselves. TRL publishes no figure of this size."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Planned duration of a step, in seconds; also decoding speed, and sequences that an engine decodes at a time."""
+
+    rollout: float
+    learn: float
+    sync: float
+    decode_tokens_per_second: float
+    concurrent: float
+    tokens: float  # that the step trains on
+
+    def total(self, overlapped: bool) -> float:
+        return (max(self.rollout, self.learn) if overlapped else self.rollout + self.learn) + self.sync
+
+
+def step_time(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed = EXPECTED) -> Step:
+    """Estimate the duration of a step of RL."""
+    rollout = config.rollout
+    answer = config.hardware.response_tokens or rollout.max_new_tokens // 2
+    length = rollout.max_prompt_tokens / 2 + answer
+    generate, per_second, most = _rollout(config, m, gpu, assumed, answer, length)
+    trained = config.rl.prompts_per_step * config.rl.group_size
+    learn = _learning(config, m, gpu, assumed, Rows(trained * length, length, trained * answer))
+    sync = _update(config, m, assumed)
+    return Step(generate, learn, sync, per_second, most, trained * length)
+
+
+def _rollout(
+    config: Config, m: Sizes, gpu: Gpu, assumed: Assumed, answer: float, length: float
+) -> tuple[float, float, float]:
+    """Seconds; tokens a second of all engines; sequences at a time of one."""
+    rl, rollout = config.rl, config.rollout
+    # Greedy baselines are generated, too.
+    sequences = rl.prompts_per_step * (rl.group_size + config.algorithm.greedy)
+    tokens_act, width = rl.action_space == "token", rollout.tensor_parallel_size
+    cache = kv_bytes(config, m)
+    capacity = engine_memory(config, m, gpu.memory_gb)["keys and values"] * width / cache
+    most = min(sequences / rollout.num_workers, rollout.max_num_seqs, capacity / length)
+    # A decoding step reads all weights and every sequence's cache, or computes.
+    read = (weight_bytes(config, m) + most * length * cache) / (width * gpu.bandwidth_gbs * 1e9 * assumed.decode)
+    of_token = planned_work.generating(m, length, tokens_act) / (width * gpu.tflops * 1e12 * assumed.mfu)
+    seconds = max(read, most * of_token)
+    per_second = rollout.num_workers * most / seconds
+    # A step lasts at least as long as its longest answer.
+    rounds = max(sequences / rollout.num_workers / most, 1.0)
+    # With prefix caching, a group's prompt is computed once.
+    prompts = (rl.prompts_per_step if rollout.prefix_caching else sequences) * rollout.max_prompt_tokens / 2
+    prefill = prompts * of_token / rollout.num_workers
+    return prefill + max(sequences * answer / per_second, rounds * answer * seconds), per_second, most
+
+
+def _learning(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed, batch: Rows) -> float:
+    """FLOPs, or what ZeRO-3 gathers if that takes longer."""
+    rl, hardware, ranks = config.rl, config.hardware, config.cluster.learner_ranks
+    share = Rows(batch.tokens / ranks, batch.width, batch.scored / ranks)
+    work = planned_work.learning(config, m, share)
+    updates = rl.value_steps if rl.actor_free else rl.updates_per_batch
+    flops = work.look + updates * (work.forward + work.backward)
+    flops += work.forward * (looks_first(config) and not rl.actor_free)
+    # Every micro-batch gathers all that it passes, and what trains twice more.
+    micro_batches = max(share.tokens / rl.micro_batch_tokens, 1.0)
+    link = assumed.link_gbs if ranks <= hardware.gpus_per_node else hardware.network_gbs * assumed.network
+    moved = micro_batches * m.num_bytes * (work.frozen + work.trained + 2 * updates * work.trained)
+    return max(flops / (gpu.tflops * 1e12 * assumed.mfu), moved / (link * 1e9) if ranks > 1 else 0.0)
+
+
+def _update(config: Config, m: Sizes, assumed: Assumed) -> float:
+    """Gather what goes out from the ranks, and send it to each engine."""
+    sent = m.num_bytes * published(config, m) / 1e9
+    into_store, network = sent / assumed.store_gbs, sent / (config.hardware.network_gbs * assumed.network)
+    # A broadcast saves reading from the store alone: the buckets are kept for engines that start later.
+    by_store = into_store if config.cluster.weight_transport == "object_store" else 0.0
+    return sent / assumed.link_gbs + into_store + network + by_store
+
+
+def published(config: Config, m: Sizes) -> float:
+    """P of what goes to the engines after every step."""
+    rl = config.rl
+    if rl.action_space == "token":
+        return m.layers * m.linear if rl.lora_rank else m.base + m.head
+    return planned_work.learning(config, m, Rows(1, 1, 1)).trained
+
+
+def stage_time(config: Config, m: Sizes, gpu: Gpu, stage: PretrainStage, assumed: Assumed = EXPECTED) -> float:
+    """Seconds of an optimizer step of a stage of pre-training."""
+    rows, ranks = stage_rows(config), config.cluster.learner_ranks
+    micro_batches = config.pretrain.batch_size / config.pretrain.micro_batch_size / ranks
+    work = planned_work.pretraining(stage, m, rows)
+    flops = work.look + work.forward + work.backward
+    moved = m.num_bytes * (work.frozen + 3 * work.trained) if ranks > 1 else 0.0
+    link = assumed.link_gbs if ranks <= config.hardware.gpus_per_node else (
+        config.hardware.network_gbs * assumed.network
+    )  # fmt: skip
+    return micro_batches * max(flops / (gpu.tflops * 1e12 * assumed.mfu), moved / (link * 1e9))

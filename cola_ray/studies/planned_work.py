@@ -1,0 +1,319 @@
+"""What a learner rank computes and holds for one micro-batch, in every mode.
+
+                no gradient                  gradient                                 loss over
+    latent      base, reference              policy                                   K actions
+    actor-free  base, policy                 Q                                        K actions
+    token       reference                    the base                                 V tokens, piece by piece
+    LoRA        the base                     the base, whose adapters train           V tokens, piece by piece
+    actions     base                         IDM, codebook, world model               V tokens, piece by piece
+    policy      base, IDM                    policy                                   K actions
+    fta         IDM or policy                base, through the world model            V tokens, piece by piece
+
+Each formula follows the modules' operations in order, with fused attention and a mask for padding as on a GPU.
+``benchmarks/full_shapes.py`` runs the modules themselves at full shapes and compares (docs/scaling.md).
+Legend: b bytes of a number, H width, I of the MLP, Q and KV of all query and key heads, V vocabulary, K actions,
+r rank of adapters; a micro-batch has T tokens in rows of W, and N of them are scored.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cola_ray.learner.pieces import AT_ONCE
+from cola_ray.settings.config import Config, ConfigError
+from cola_ray.settings.training import PretrainStage
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model's shape, and the parameters P of its parts."""
+
+    width: int  # H
+    mlp: int  # I
+    queries: int  # Q
+    keys: int  # KV
+    heads: int
+    vocabulary: int  # V
+    actions: int  # K
+    layers: int
+    policy_layers: int
+    idm_layers: int
+    blocks: int  # of the world model
+    base: float  # P of embeddings and base layers
+    head: float  # P of the LM head; 0 where the embeddings are it
+    policy: float
+    idm: float
+    codebook: float
+    world_model: float
+    num_bytes: int  # b
+
+    @property
+    def whole(self) -> float:
+        return self.base + self.head + self.policy + self.idm + self.codebook + self.world_model
+
+    @property
+    def served(self) -> float:
+        return self.whole - self.idm
+
+    @property
+    def linear(self) -> float:
+        """P of a layer's matrices."""
+        return self.width * (2.0 * self.queries + 2.0 * self.keys + 3.0 * self.mlp)
+
+    @property
+    def block(self) -> float:
+        """P of a block of the world model, which reads state and code."""
+        return 5.0 * self.width * self.mlp
+
+
+def sizes(config: Config) -> Sizes:
+    """Count the parameters of the configured model, built on the meta device."""
+    import torch
+
+    from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
+
+    latent, known = config.model, {**_shape(config), "model_type": "cola"}
+    ours = latent.model_dump(include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers"})
+    shape = CoLAConfig(**(ours | known))
+    with torch.device("meta"):
+        model = CoLAForCausalLM(shape)
+
+    def count(module: torch.nn.Module) -> float:
+        return float(sum({id(p): p.numel() for p in module.parameters()}.values()))
+
+    head = shape.head_dim or shape.hidden_size // shape.num_attention_heads
+    return Sizes(
+        width=shape.hidden_size, mlp=shape.intermediate_size, queries=head * shape.num_attention_heads,
+        keys=head * shape.num_key_value_heads, heads=shape.num_attention_heads, vocabulary=shape.vocab_size,
+        actions=shape.num_actions, layers=shape.num_hidden_layers, policy_layers=shape.num_policy_layers,
+        idm_layers=shape.num_idm_layers, blocks=shape.num_world_model_layers, base=count(model.model),
+        head=0.0 if shape.tie_word_embeddings else count(model.lm_head), policy=count(model.policy),
+        idm=count(model.idm), codebook=count(model.codebook), world_model=count(model.world_model),
+        num_bytes=2 if latent.dtype == "bfloat16" else 4,
+    )  # fmt: skip
+
+
+LLAMA_31_8B = {
+    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+_KNOWN = {"meta-llama/Llama-3.1-8B": LLAMA_31_8B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA_31_8B}
+"""Gated on the hub; known here, so that a plan needs no token."""
+
+
+def _shape(config: Config) -> dict[str, object]:
+    from transformers import AutoConfig
+
+    from cola_ray.runs import provenance
+
+    start, base = provenance.start_model(config), config.model.base
+    if (start / "config.json").is_file():
+        return dict(AutoConfig.from_pretrained(start).to_dict())
+    if base in _KNOWN:
+        return dict(_KNOWN[base])
+    if not base:
+        from cola_ray.learner.start_model import make_tiny_llama
+
+        return dict(make_tiny_llama(280, 1, 0).config.to_dict())
+    file = Path(base)
+    source, options = (str(file.parent), {"gguf_file": file.name}) if file.suffix == ".gguf" else (base, {})
+    try:
+        known = AutoConfig.from_pretrained(source, **options).to_dict()
+    except OSError as error:
+        raise ConfigError(f"model.base = {base!r}: {str(error).splitlines()[0]}") from None
+    known.pop("quantization_config", None)
+    return dict(known)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Shape of a micro-batch."""
+
+    tokens: float  # T
+    width: float  # W
+    scored: float  # N
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one micro-batch."""
+
+    frozen: float  # P that only compute
+    trained: float  # P
+    kept: float  # bytes that the forward pass leaves for the backward pass
+    temporary: float  # bytes, the most that there are beside those
+    known: float  # bytes that stay of a micro-batch where later passes use them: e, the reference's logits
+    look: float  # FLOPs of what has no gradient
+    forward: float  # FLOPs of what has one
+    backward: float
+
+
+# --- a layer, and what follows the last one -----------------------------------------------------------------------
+
+
+def kept_of_layer(m: Sizes, width: float, trains: bool = True) -> float:
+    """Bytes of a token that a decoder layer keeps for its backward pass.
+
+    ``2 (4 H + 2 b H)``  two norms: input in float32, normalised, output (the input of linear layers that train)
+    ``b (4 Q + W)``      queries, keys and values repeated to as many heads, output; a row of the mask
+    ``4 heads``          logarithms of attention's sums
+    ``4 b I``            gate, its SiLU, up, their product
+    """
+    b, norms = m.num_bytes, 2.0 * m.width * (4 + m.num_bytes * (2 if trains else 1))
+    return norms + b * (4.0 * m.queries + width) + 4.0 * m.heads + 4.0 * b * m.mlp
+
+
+def kept_of_norm(m: Sizes) -> float:
+    """Bytes of a token: ``4 H + 2 b H``."""
+    return m.width * (4.0 + 2 * m.num_bytes)
+
+
+def forward_of_layer(m: Sizes, width: float) -> float:
+    """FLOPs of a token: ``2 P_linear + 4 W Q``; with a mask, attention computes the whole square."""
+    return 2 * m.linear + 4.0 * width * m.queries
+
+
+def backward_of_layer(m: Sizes, width: float, trains: bool = True) -> float:
+    """``(4 or, for frozen weights, 2) P_linear + 10 W Q``: attention's scores are computed again."""
+    return (4 if trains else 2) * m.linear + 10.0 * width * m.queries
+
+
+def _temporary(m: Sizes, rows: Rows) -> float:
+    """``T max(20 H, 3 b I - norm)``: the last norm's gradient in float32, or that of the last layer's MLP."""
+    return rows.tokens * max(20.0 * m.width, 3.0 * m.num_bytes * m.mlp - kept_of_norm(m))
+
+
+def _without_gradient(m: Sizes, rows: Rows) -> float:
+    """``T b (3 I + 4 H)``: a layer that keeps nothing."""
+    return rows.tokens * m.num_bytes * (3.0 * m.mlp + 4 * m.width)
+
+
+def _pieces(m: Sizes, rows: Rows) -> float:
+    """``b N V + 20 2^25``: gradients of the logits, and float32 of a piece; all in one, ``11 N V``, and 8 kept."""
+    numbers = rows.scored * m.vocabulary
+    return m.num_bytes * numbers + (20.0 * AT_ONCE if numbers > AT_ONCE else 11.0 * numbers)
+
+
+def _stack(m: Sizes, rows: Rows, layers: int) -> Work:
+    """Layers over e with a head of K actions: all of it trains, and e gets no gradient."""
+    head, first = 2.0 * m.width * m.actions, 2.0 * m.width * (m.queries + 2 * m.keys)
+    kept = layers * kept_of_layer(m, rows.width) - 4.0 * m.width
+    return Work(
+        frozen=0, trained=0, known=0, look=0, temporary=_temporary(m, rows),
+        kept=rows.tokens * kept + rows.scored * (kept_of_norm(m) + 16.0 * m.actions),
+        forward=rows.tokens * layers * forward_of_layer(m, rows.width) + rows.scored * head,
+        backward=rows.tokens * (layers * backward_of_layer(m, rows.width) - first) + 2 * rows.scored * head,
+    )  # fmt: skip
+
+
+# --- reinforcement learning ---------------------------------------------------------------------------------------
+
+
+def learning(config: Config, m: Sizes, rows: Rows) -> Work:
+    """The RL update in the configured mode."""
+    rl = config.rl
+    if rl.action_space == "token":
+        return _tokens(config, m, rows)
+    base = 0.0 if rl.cache_hidden_states else rows.tokens * m.layers * forward_of_layer(m, rows.width)
+    held = 0.0 if rl.cache_hidden_states else m.base + m.head
+    e = m.num_bytes * m.width * rows.tokens
+    known, stack = e + 4.0 * rows.scored * m.actions, _stack(m, rows, m.policy_layers)
+    if rl.actor_free:
+        square, out = float(m.width * m.width), float(m.width * m.actions)
+        kept = known + rows.scored * (5.0 * m.num_bytes * m.width + 16.0 * m.actions)
+        return Work(
+            frozen=held + m.policy, trained=square + 3.0 * m.width + out + m.actions, known=known,
+            kept=kept, temporary=max(_without_gradient(m, rows) - kept, 4.0 * m.width * rows.scored),
+            look=base + stack.forward, forward=rows.scored * 2 * (square + out),
+            backward=rows.scored * (2 * square + 4 * out),
+        )  # fmt: skip
+    tried = rows.scored * m.actions * (2 * m.blocks * m.block + 2.0 * m.width * m.vocabulary)
+    return Work(
+        frozen=held + m.policy + rl.marginal_aliases * (m.world_model + m.codebook), trained=m.policy, known=known,
+        kept=known + stack.kept, temporary=stack.temporary,
+        look=base + stack.forward + rl.marginal_aliases * tried, forward=stack.forward, backward=stack.backward,
+    )  # fmt: skip
+
+
+def adapters(m: Sizes, rank: int) -> float:
+    """P of low-rank adapters in all linear layers: ``r (in + out)`` of each."""
+    return rank * m.layers * (2.0 * (m.width + m.queries) + 2.0 * (m.width + m.keys) + 3.0 * (m.width + m.mlp))
+
+
+def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
+    """The base itself, or adapters in it."""
+    rl, b, rank = config.rl, m.num_bytes, config.rl.lora_rank
+    refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
+    logits, numbers = rows.scored * 2.0 * m.width * m.vocabulary, rows.scored * m.vocabulary
+    own = adapters(m, rank)
+    plain = rows.tokens * m.layers * forward_of_layer(m, rows.width) + logits
+    forward = plain + rows.tokens * 2 * own
+    backward = rows.tokens * (m.layers * backward_of_layer(m, rows.width, not rank) + 4 * own) + logits * (
+        1 if rank else 2
+    )  # fmt: skip
+    layer = kept_of_layer(m, rows.width, not rank) + 7.0 * b * rank
+    # Logits, the reference's too; where a Q learns of all tokens, their log-probabilities are held at a time.
+    every = config.algorithm.soft_q or rl.control_variate
+    held = 12.0 if every else 8.0 if numbers <= AT_ONCE else 0.0
+    wide = numbers * (b * (1 + refers) + held)
+    last = rows.tokens * (4.0 * m.width if rank else kept_of_norm(m)) + (0 if rank else rows.scored * b * m.width)
+    temporary = max(_temporary(m, rows), b * numbers + 20.0 * numbers if every else _pieces(m, rows))
+    kept = rows.tokens * m.layers * layer + last + wide
+    if rl.gradient_checkpointing:
+        kept = rows.tokens * m.layers * b * m.width + last + wide
+        # One layer at a time is computed again, when the logits are gone.
+        temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp) - wide)
+        backward += rows.tokens * m.layers * (forward_of_layer(m, rows.width) - 2.0 * m.mlp * m.width)
+    return Work(
+        frozen=(m.base + m.head) if refers or rank else 0.0, trained=own if rank else m.base + m.head,
+        kept=kept, temporary=temporary, known=refers * b * (numbers + rows.tokens * m.width), look=refers * plain,
+        forward=forward, backward=backward,
+    )  # fmt: skip
+
+
+# --- pre-training -------------------------------------------------------------------------------------------------
+
+
+def pretraining(stage: PretrainStage, m: Sizes, rows: Rows) -> Work:
+    """A stage of pre-training; all its tokens are scored."""
+    base = rows.tokens * m.layers * forward_of_layer(m, rows.width)
+    idm, policy = _stack(m, rows, m.idm_layers), _stack(m, rows, m.policy_layers)
+    e, numbers = m.num_bytes * m.width * rows.tokens, rows.scored * m.vocabulary
+    if stage == "policy":
+        return _staged(m, m.policy, e + policy.kept, policy.temporary, base + idm.forward, policy.forward,
+                       policy.backward)  # fmt: skip
+    logits, world = 2.0 * m.width * numbers, rows.scored * 2 * m.blocks * m.block
+    wide = m.num_bytes * numbers + (4.0 * numbers if numbers <= AT_ONCE else 0.0)
+    temporary = max(_temporary(m, rows), _pieces(m, rows))
+    if stage == "actions":
+        code = rows.scored * m.num_bytes * (4.0 * m.mlp + 2 * m.width) * m.blocks
+        return _staged(m, m.idm + m.codebook + m.world_model, 2 * e + idm.kept + code + wide, temporary,
+                       base + logits, idm.forward + world + logits, idm.backward + 2 * world + logits)  # fmt: skip
+    whole = rows.tokens * (m.layers * kept_of_layer(m, rows.width) + kept_of_norm(m)) + e + wide
+    backward = rows.tokens * m.layers * backward_of_layer(m, rows.width) + 2 * logits
+    if stage == "base":
+        return Work(
+            frozen=0.0, trained=m.base + m.head, kept=whole + m.num_bytes * numbers, temporary=temporary, known=0.0,
+            look=0.0, forward=base + logits, backward=backward,
+        )  # fmt: skip
+    look = (idm if stage == "fta_idm" else policy).forward
+    through = rows.scored * 3.0 * m.num_bytes * m.mlp * m.blocks
+    return _staged(m, m.base + m.head, whole + through, temporary, look, base + world + logits, backward + world)
+
+
+def _staged(
+    m: Sizes, trained: float, kept: float, temporary: float, look: float, forward: float, backward: float
+) -> Work:
+    """Every stage holds the whole model."""
+    return Work(m.whole - trained, trained, kept, temporary, 0.0, look, forward, backward)
+
+
+# --- an engine ----------------------------------------------------------------------------------------------------
+
+
+def generating(m: Sizes, context: float, tokens_are_actions: bool = False) -> float:
+    """FLOPs of one token in an engine; ``context`` positions are attended to."""
+    head = 2.0 * m.width * m.vocabulary
+    if tokens_are_actions:
+        return m.layers * forward_of_layer(m, context) + head
+    latent = 2 * m.blocks * m.block + 2.0 * m.width * m.actions
+    return (m.layers + m.policy_layers) * forward_of_layer(m, context) + latent + head
