@@ -19,7 +19,7 @@ next_time = @echo "\`. $(BIN)/activate\` puts the command cola_ray on the path o
 HAS_RUN = has a run already: RESUME=1 goes on with it, OVERWRITE=1 removes it and begins anew
 kept = $(if $(AGAIN),,$(if $(wildcard outputs/$(1)/run.json),@echo "outputs/$(1) $(HAS_RUN)"; exit 2))
 
-.PHONY: setup games evals demo demo-agent reproduce test test-slow lint bench chaos results lock clean help
+.PHONY: setup games evals demo demo-agent reproduce test test-slow lint bench gpu chaos results lock clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,6 +67,9 @@ lint: setup  ## ruff, mypy, and the floor plan
 
 bench: setup  ## timings as ratios, written to docs/results/bench.json
 	$(BIN)/python benchmarks/run.py
+
+gpu: setup  ## what a GPU has to show: correctness, speed, memory against the plan (with EXTRA=gpu); goes on where it was stopped
+	$(BIN)/python benchmarks/gpu.py
 
 chaos: setup  ## kill and stop every kind of process of running jobs; MINUTES=30 limits a call, trials add up
 	$(BIN)/python benchmarks/chaos.py $(if $(MINUTES),--minutes $(MINUTES))

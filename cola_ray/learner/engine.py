@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from cola_ray.algorithms.gradients import NonFiniteError
+from cola_ray.learner.published import Published
 from cola_ray.runs import checkpoints, resume
 from cola_ray.runs.checkpoints import Checkpoint, CheckpointError, Checksums
 from cola_ray.weights import Manifest
@@ -101,20 +101,6 @@ def join_group(backend: str) -> None:
     # On CPU DeepSpeed would first compile an all-reduce for inference, minutes on two cores; ZeRO-3 has no use for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A tensor that leaves the engine: its name outside, the parameters that make it, and how."""
-
-    name: str
-    parameters: tuple[Any, ...]
-    merged: Callable[..., Tensor] = lambda parameter: parameter
-
-    @property
-    def nbytes(self) -> int:
-        """Of what is gathered. A partitioned parameter's own ``numel()`` is zero."""
-        return sum(parameter.ds_numel * parameter.element_size() for parameter in self.parameters)
 
 
 class ZeroEngine:

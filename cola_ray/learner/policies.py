@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from cola_ray.learner.engine import Published
 from cola_ray.learner.micro_batch import Frozen, MicroBatch
+from cola_ray.learner.published import Published
 from cola_ray.model.conversion import is_released, save
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead, positions
 from cola_ray.settings.config import Config

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.learner import supervised
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
-from cola_ray.learner.engine import Published, Report, ZeroEngine, last_checkpoint
+from cola_ray.learner.engine import Report, ZeroEngine, last_checkpoint
+from cola_ray.learner.published import Published
 from cola_ray.learner.stage_folder import finish, is_done, put, staging_for
 from cola_ray.learner.stage_module import TRAINED, StageModule, mixed, noise_seeds
 from cola_ray.learner.start_model import attach, start_model

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from cola_ray.learner import supervised
-from cola_ray.learner.engine import Published, Report, ZeroEngine, last_checkpoint
+from cola_ray.learner.engine import Report, ZeroEngine, last_checkpoint
+from cola_ray.learner.published import Published
 from cola_ray.model.conversion import plain_base
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import REWARD_STAGE
