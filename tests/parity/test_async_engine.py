@@ -44,7 +44,7 @@ def engine(cola_dir):
         vllm_config.scheduler_config.async_scheduling = True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CpuPlatform, "check_and_update_config", left_on)
+        patch.setattr(CpuPlatform, "check_and_update_config", staticmethod(left_on))
         patch.setattr(torch.cuda, "Event", Nothing)
         patch.setattr(torch.cuda, "Stream", Nothing)
         patch.setattr(torch.cuda, "current_stream", Nothing)
