@@ -89,7 +89,7 @@ def test_accuracy_of_a_reward_model(reduced):
     class Zero:
         device, rank, world_size = GPU, 0, 1
 
-        def __call__(self, ids, mask):
+        def engine(self, ids, mask):
             return ids[:, 0].float().view(2, -1)
 
     config = types.SimpleNamespace(pretrain=types.SimpleNamespace(micro_batch_size=2))
