@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cola_ray.learner.micro_batch import Advantages, Frozen, MicroBatch
 from cola_ray.learner.objective import policy_objective
 from cola_ray.learner.policies import LatentPolicy, Policy, SoftQPolicy, TokenPolicy, forward
+from cola_ray.learner.sharding import checkpoint_layers
 from cola_ray.learner.stage_module import TRAINED, StageModule
 from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
 from cola_ray.settings.config import Config, override
@@ -43,7 +44,7 @@ MODES: dict[str, dict[str, Any]] = {
     "latent": {},
     "actor_free": {"rl.algorithm": "etpo", "rl.actor_free": True, "rl.kl_coef": 0.05},
     "token": _TOKENS,
-    "token_checkpointed": _TOKENS | {"rl.gradient_checkpointing": True},
+    "token_checkpointed": _TOKENS | {"cluster.gradient_checkpointing": True},
     "lora": _TOKENS | {"rl.lora_rank": 64},
     "actions": {},
     "policy": {},
@@ -202,7 +203,9 @@ def run(mode: str, config: Config, shape: dict[str, Any], rows: int, width: int)
     rl = config.rl
     policy: Policy
     if rl.action_space == "token":
-        policy = TokenPolicy(model, lora_rank=rl.lora_rank, checkpointing=rl.gradient_checkpointing)
+        policy = TokenPolicy(model, lora_rank=rl.lora_rank)
+        if config.cluster.gradient_checkpointing:
+            checkpoint_layers(model)
     else:
         policy = SoftQPolicy(model, rl.kl_coef) if rl.actor_free else LatentPolicy(model)
 

@@ -109,7 +109,8 @@ def demand(config: Config) -> dict[str, float]:
         "rollout": config.rollout.num_workers,
         "service": config.critic.replicas * config.algorithm.critic + has_model,
     }
-    total = {"CPU": 0.0, "GPU": float(has_model and config.cluster.use_gpu)}
+    of_critics = config.critic.gpu_share * config.critic.replicas * config.algorithm.critic
+    total = {"CPU": 0.0, "GPU": of_critics + float(has_model and config.cluster.use_gpu)}
     for part, count in counts.items():
         for name, amount in booking(config, part).items():
             total[name] = total.get(name, 0.0) + count * amount
@@ -275,7 +276,9 @@ def critic(config: Config, model_path: str, stored: Shards) -> CriticReplicas:
     from transformers import AutoConfig
 
     width, folder = AutoConfig.from_pretrained(model_path).hidden_size, str(Path(config.output_dir) / "critic")
-    actor = ray.remote(CriticService).options(**_placed(config, "service"), **_LASTING)
+    share = config.critic.gpu_share
+    placed = _placed(config, "service", **({"GPU": share} if share else {}))
+    actor = ray.remote(CriticService).options(**placed, **_LASTING)
     replicas = [
         actor.remote(config.critic, width, model_path, stored, folder, config.seed)
         for _ in range(config.critic.replicas if config.algorithm.critic else 0)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.learner.published import Published
+from cola_ray.learner.sharding import Shards, zero_config
 from cola_ray.runs import checkpoints, resume
 from cola_ray.runs.checkpoints import Checkpoint, CheckpointError, Checksums
+from cola_ray.settings.config import Config
 from cola_ray.weights import Manifest
 
 
@@ -103,13 +105,25 @@ def join_group(backend: str) -> None:
     deepspeed.init_distributed(dist_backend=backend)
 
 
+def placement(config: Config) -> dict[str, bool]:
+    """Arguments of :class:`ZeroEngine` that follow from the type of weights and the cluster."""
+    cluster = config.cluster
+    return {
+        "bfloat16": config.model.dtype == "bfloat16",
+        "offload_optimizer": cluster.offload_optimizer,
+        "offload_frozen": cluster.offload_frozen,
+    }
+
+
 class ZeroEngine:
     """One rank of a ZeRO-3 group. ``torch.distributed`` must be initialised.
 
     Args:
-        module: full, identical on all ranks; is partitioned in place.
+        module: whole and identical on all ranks, then it is divided in place; or divided already (``sharding.py``).
         trained: name prefixes of the parameters that train, e.g. ``("cola.policy.",)``.
         lr: peak; ``step(lr)`` may override it, so that a schedule is a pure function of the step.
+        offload_optimizer: float32 weights, gradients and moments stay in host memory, where Adam steps.
+        offload_frozen: shares of what does not train stay in host memory.
     """
 
     def __init__(
@@ -122,34 +136,33 @@ class ZeroEngine:
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
         bfloat16: bool = False,
+        offload_optimizer: bool = False,
+        offload_frozen: bool = False,
     ) -> None:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name.startswith(tuple(trained)))
         self.trained: list[tuple[str, Any]] = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not self.trained:
             raise ValueError(f"no parameter's name starts with any of {tuple(trained)}")
-        optimizer = torch.optim.AdamW([p for _, p in self.trained], lr=lr, betas=betas, weight_decay=weight_decay)
+        if offload_frozen:  # what is not divided yet, adapters say, must not follow frozen weights into host memory
+            shards = Shards()
+            for parameter in module.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    shards.take(parameter, on_host=not parameter.requires_grad)
+        optimizer = torch.optim.AdamW(
+            [p for _, p in self.trained], lr=lr, betas=betas, weight_decay=weight_decay,
+            fused=True if offload_optimizer else None,  # one pass over host memory
+        )  # fmt: skip
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": 1,  # ours to cut; DeepSpeed only needs a number
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": grad_clip,
-                "zero_optimization": {
-                    "stage": 3,
-                    "overlap_comm": torch.cuda.is_available(),
-                    "stage3_param_persistence_threshold": 0,
-                },
-                "bf16": {"enabled": bfloat16},
-                # torch's AdamW starts at once; DeepSpeed's own would compile a CPU kernel first.
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "steps_per_print": 1 << 30,
-            },
+            config=zero_config(dtype, offload_optimizer) | {"gradient_clipping": grad_clip},
         )
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = self.engine.device
+        for buffer in module.buffers():  # DeepSpeed leaves them where they are, if parameters were divided before
+            buffer.data = buffer.data.to(self.device)
 
     @property
     def zero_stage(self) -> int:
@@ -180,7 +193,7 @@ class ZeroEngine:
         for _, parameter in self.trained:
             gradient = safe_get_local_grad(parameter)
             if gradient is not None:
-                finite &= torch.isfinite(gradient).all().to(torch.int32)
+                finite &= torch.isfinite(gradient).all().to(finite)
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         if not bool(finite):
             raise NonFiniteError("a gradient is not finite")
@@ -195,6 +208,14 @@ class ZeroEngine:
             with deepspeed.zero.GatheredParameters([p for one in bucket for p in one.parameters]):
                 for one in bucket:
                     yield one.name, one.merged(*(parameter.detach() for parameter in one.parameters))
+
+    def collect(self, wanted: Sequence[Published]) -> dict[str, Tensor]:
+        """Copies of what ``stream`` yields in the first rank's host memory, nothing on the others. All ranks call."""
+        copies: dict[str, Tensor] = {}
+        for name, tensor in self.stream(wanted):
+            if self.rank == 0:
+                copies[name] = torch.empty_like(tensor, device="cpu").copy_(tensor)
+        return copies
 
     @staticmethod
     def manifest(wanted: Sequence[Published]) -> Manifest:

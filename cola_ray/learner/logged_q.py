@@ -25,7 +25,10 @@ from cola_ray.experience import Trajectory, collate
 from cola_ray.learner import supervised
 from cola_ray.learner.engine import Report, last_checkpoint
 from cola_ray.learner.micro_batch import Encoded, MicroBatch
+from cola_ray.learner.sharding import fill
+from cola_ray.model.conversion import opened
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
+from cola_ray.model.tensors import empty
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import Q_STAGE
 from cola_ray.tasks.logged import LoggedAnswer, logged
@@ -42,7 +45,10 @@ def train_loop(config: Config, report: Report) -> None:
     held_out = min(HELD_OUT, len(log) // 10)
     train, rest = log[: len(log) - held_out], log[len(log) - held_out :]
     report.doing("opening the model")
-    model = CoLAForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
+    shape, tensors = opened(config.model.path)
+    model = empty(CoLAForCausalLM, shape, getattr(torch, config.model.dtype))
+    del model.idm, model.policy, model.codebook, model.world_model, model.lm_head
+    fill(model, tensors, whole=("model.",), device=device)
     learner = LoggedQLearner(config, model.to(device).requires_grad_(False), device)
     stage, checkpoint = QStage(config, learner, train, rest), last_checkpoint(output)
     first = learner.load(checkpoint.folder) if checkpoint else 0

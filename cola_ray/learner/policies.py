@@ -20,8 +20,10 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from cola_ray.learner.micro_batch import Frozen, MicroBatch
 from cola_ray.learner.published import Published
-from cola_ray.model.conversion import is_released, save
+from cola_ray.learner.sharding import checkpoint_layers, fill
+from cola_ray.model.conversion import is_released, opened, save
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead, positions
+from cola_ray.model.tensors import empty
 from cola_ray.settings.config import Config
 
 States = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -56,6 +58,12 @@ class LatentPolicy(nn.Module):
     @property
     def trained(self) -> tuple[str, ...]:
         return ("cola.policy.",)
+
+    @staticmethod
+    def stored(name: str) -> str:
+        """The name in a checkpoint of what a parameter starts from."""
+        owner, _, rest = name.partition(".")
+        return rest if owner == "cola" else f"policy.{rest}"
 
     def published(self) -> list[Published]:
         return [Published(f"policy.{name}", (parameter,)) for name, parameter in self.cola.policy.named_parameters()]
@@ -112,6 +120,11 @@ class SoftQPolicy(nn.Module):
     def trained(self) -> tuple[str, ...]:
         return ("q.",)
 
+    @staticmethod
+    def stored(name: str) -> str:
+        """The name in a checkpoint of what a parameter starts from."""
+        return f"policy.soft_{name}" if name.startswith("q.") else name.removeprefix("cola.")
+
     def published(self) -> list[Published]:
         return [Published(f"policy.soft_q.{name}", (parameter,)) for name, parameter in self.q.named_parameters()]
 
@@ -141,27 +154,26 @@ class TokenPolicy(nn.Module):
         lora_rank: of adapters in all linear layers; 0 trains all weights.
         with_reference: whether anybody asks for the reference and its states. With adapters it costs no memory: it is
             the base without them.
-        checkpointing: activations are computed again in the backward pass.
     """
 
-    def __init__(
-        self, base: LlamaForCausalLM, *, lora_rank: int = 0, with_reference: bool = True, checkpointing: bool = False
-    ) -> None:
+    def __init__(self, base: LlamaForCausalLM, *, lora_rank: int = 0, with_reference: bool = True) -> None:
         super().__init__()
         self.width, self.num_actions = base.config.hidden_size, base.config.vocab_size
         self.with_reference = with_reference
         self.reference = copy.deepcopy(base) if with_reference and not lora_rank else None
         self.policy: Any = _adapted(base, lora_rank) if lora_rank else base
         self.lora_rank = lora_rank
-        if checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-            base.train()  # Hugging Face checkpoints in training mode alone; a Llama has no dropout
 
     @property
     def trained(self) -> tuple[str, ...]:
         if not self.lora_rank:
             return ("policy.",)
         return tuple(name for name, _ in self.named_parameters() if ".lora_" in name)
+
+    @staticmethod
+    def stored(name: str) -> str:
+        """The name in a checkpoint of what a parameter starts from, where all weights train."""
+        return name.partition(".")[2]
 
     def published(self) -> list[Published]:
         """Merged, where adapters train: engines and users of the result need to know nothing of them."""
@@ -238,20 +250,32 @@ def forward(policy: Callable[..., States], batch: MicroBatch, frozen: Frozen) ->
 
 
 def make_policy(config: Config, model_path: str) -> Policy:
-    """Of the run's action space, from the checkpoint at ``model_path``, in ``config.model.dtype``."""
+    """Of the run's action space, from the checkpoint at ``model_path``, in ``config.model.dtype``.
+
+    In a process group it is divided over the ranks, which load a share each; a collective.
+    """
     rl, dtype = config.rl, getattr(torch, config.model.dtype)
-    if rl.action_space == "latent":
-        cola = CoLAForCausalLM.from_pretrained(model_path, dtype=dtype)
-        if rl.actor_free:
-            torch.manual_seed(config.seed)  # every rank draws the same Q
-            return SoftQPolicy(cola, rl.kl_coef)
-        return LatentPolicy(cola, rl.cache_hidden_states, rl.marginal_aliases)
-    return TokenPolicy(
-        LlamaForCausalLM.from_pretrained(model_path, dtype=dtype),
-        lora_rank=rl.lora_rank,
-        with_reference=bool(rl.kl_coef or rl.kl_target) or config.learns_values,
-        checkpointing=rl.gradient_checkpointing,
-    )
+    shape, tensors = opened(model_path)
+    latent = rl.action_space == "latent"
+    model = empty(CoLAForCausalLM if latent else LlamaForCausalLM, shape, dtype)
+    if rl.lora_rank:  # adapters are made for weights that are there
+        fill(model, tensors, on_host=lambda _: config.cluster.offload_frozen)
+    policy: Policy
+    if latent and rl.actor_free:
+        torch.manual_seed(config.seed)  # every rank draws the same Q
+        policy = SoftQPolicy(model, rl.kl_coef)
+    elif latent:
+        policy = LatentPolicy(model, rl.cache_hidden_states, rl.marginal_aliases)
+    else:
+        refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
+        policy = TokenPolicy(model, lora_rank=rl.lora_rank, with_reference=refers)
+    if not rl.lora_rank:
+        frozen = config.cluster.offload_frozen
+        fill(policy, tensors, stored=policy.stored, whole=("q.",),
+             on_host=lambda name: frozen and not name.startswith(policy.trained))  # fmt: skip
+    if config.cluster.gradient_checkpointing:
+        checkpoint_layers(model)
+    return policy
 
 
 def export(start_model: str, trained: dict[str, Tensor], target: Path, soft_q_beta: float = 0.0) -> None:

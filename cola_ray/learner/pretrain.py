@@ -24,13 +24,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.learner import supervised
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
-from cola_ray.learner.engine import Report, ZeroEngine, last_checkpoint
+from cola_ray.learner.engine import Report, ZeroEngine, last_checkpoint, placement
 from cola_ray.learner.published import Published
+from cola_ray.learner.sharding import checkpoint_layers, fill
 from cola_ray.learner.stage_folder import finish, is_done, put, staging_for
 from cola_ray.learner.stage_module import TRAINED, StageModule, mixed, noise_seeds
-from cola_ray.learner.start_model import attach, start_model
+from cola_ray.learner.start_model import attached, start_model
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
+from cola_ray.model.tensors import empty
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import PretrainStage
 from cola_ray.tasks import PlayedTask, Prompts, to_pretrain_on
@@ -58,6 +60,8 @@ def train_loop(config: Config, report: Report) -> None:
         target = output / "stages" / stage
         made = made or not is_done(target, report)
         if made:
+            if stage != "base":
+                current = attached(config, current)
             same = checkpoint.folder if checkpoint and resumed == stage else None
             checkpoint = None  # of this stage, or of one after it that is made anew
             if not _run_stage(config, stage, task, current, target, same, report):
@@ -84,7 +88,13 @@ def _run_stage(
     chat = ChatTokenizer(tokenizer, config.data.date)
     rows = _load_rows(config, stage, task, chat)
     report.doing(f"{stage}: opening the model")
-    module = StageModule(_open_model(config, stage, source), stage, config)
+    shape, tensors = conversion.opened(source)
+    model = empty(LlamaForCausalLM if stage == "base" else CoLAForCausalLM, shape, getattr(torch, config.model.dtype))
+    trained = tuple(prefix.removeprefix("model.") for prefix in TRAINED[stage])
+    fill(model, tensors, on_host=lambda name: config.cluster.offload_frozen and not name.startswith(trained))
+    if config.cluster.gradient_checkpointing:
+        checkpoint_layers(model)
+    module = StageModule(model, stage, config)
     heldout: list[Heldout] = []
     if task is not None and not isinstance(task, PlayedTask) and _has_answers(config):
         heldout = list(_heldout_batches(task, chat, rank, torch.distributed.get_world_size()))
@@ -117,7 +127,7 @@ class CorpusStage:
         self.peak_lr = settings.base_lr if name == "base" or name.startswith("fta") else settings.lr
         self.zero = ZeroEngine(
             module, TRAINED[name], lr=self.peak_lr, betas=settings.adam_betas, weight_decay=0.01,
-            bfloat16=config.model.dtype == "bfloat16",
+            **placement(config),
         )  # fmt: skip
         self.used = torch.zeros(config.model.num_actions)  # how often each code was, since codes were last revived
 
@@ -260,22 +270,13 @@ def _leave(
     """Rank 0 writes the stage's model: the one it started from with the trained tensors in place. All ranks call."""
     zero = stage.zero
     published = [Published(name.removeprefix("model."), (parameter,)) for name, parameter in zero.trained]
-    trained = {name: tensor.cpu().clone() for name, tensor in zero.stream(published)}
+    trained = zero.collect(published)
     zero.close()
     if zero.rank == 0:
         staging = staging_for(target)
-        model = _open_model(config, stage.name, source)
+        kind = LlamaForCausalLM if stage.name == "base" else CoLAForCausalLM
+        model = kind.from_pretrained(source, dtype=getattr(torch, config.model.dtype))
         model.load_state_dict(model.state_dict() | trained)
         conversion.save(model, tokenizer, staging)
         finish(staging, target, metrics)
     torch.distributed.barrier()
-
-
-def _open_model(config: Config, stage: PretrainStage, source: Path) -> CoLAForCausalLM | LlamaForCausalLM:
-    """What a stage starts from. Attaching is deterministic in the seed, so it may be done again."""
-    dtype = getattr(torch, config.model.dtype)
-    if stage == "base":
-        return LlamaForCausalLM.from_pretrained(source, dtype=dtype)
-    if json.loads((source / "config.json").read_text())["model_type"] == "llama":
-        return attach(config, source)
-    return CoLAForCausalLM.from_pretrained(source, dtype=dtype)

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from cola_ray.learner import supervised
-from cola_ray.learner.engine import Report, ZeroEngine, last_checkpoint
+from cola_ray.learner.engine import Report, ZeroEngine, last_checkpoint, placement
 from cola_ray.learner.published import Published
+from cola_ray.learner.sharding import checkpoint_layers, fill
 from cola_ray.model.conversion import plain_base
+from cola_ray.model.tensors import Tensors, empty
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import REWARD_STAGE
 from cola_ray.tasks.chat import ChatTokenizer
@@ -59,7 +61,7 @@ class RewardStage:
         self.pad, self.peak_lr = classifier.config.pad_token_id, settings.base_lr
         self.zero = ZeroEngine(
             PairedRewards(classifier), ("classifier.",), lr=settings.base_lr, betas=settings.adam_betas,
-            bfloat16=config.model.dtype == "bfloat16",
+            **placement(config),
         )  # fmt: skip
 
     def step(self, number: int, lr: float) -> dict[str, Any]:
@@ -130,28 +132,41 @@ def train_loop(config: Config, report: Report) -> None:
     chat = ChatTokenizer(tokenizer, config.data.date)
     train, heldout = ([_ids(chat, pair, config) for pair in task.pairs(split)] for split in ("train", "heldout"))
     report.doing("opening the model")
-    stage = RewardStage(config, open_classifier(source, tokenizer, config), train, heldout)
+    classifier = open_classifier(source, tokenizer, config)
+    if config.cluster.gradient_checkpointing:
+        checkpoint_layers(classifier)
+    stage = RewardStage(config, classifier, train, heldout)
     checkpoint = last_checkpoint(output)
     first = stage.load(checkpoint.folder) if checkpoint else 0
     report.doing("the first step")
     supervised.train(config, stage, report, first_step=first)
     report.doing("saving the model")
     published = [Published(name.removeprefix("classifier."), (parameter,)) for name, parameter in stage.zero.trained]
-    tensors = {name: tensor.cpu().clone() for name, tensor in stage.zero.stream(published)}
+    tensors = stage.zero.collect(published)
     if rank == 0:
-        model = open_classifier(source, tokenizer, config)
+        model = open_classifier(source, tokenizer, config, whole=True)
         model.load_state_dict(model.state_dict() | tensors)
         model.save_pretrained(output / "model")
         tokenizer.save_pretrained(output / "model")
     torch.distributed.barrier()
 
 
-def open_classifier(source: Path, tokenizer: PreTrainedTokenizerBase, config: Config) -> Any:
-    """The base with a head of one output, which starts at random; the same on every rank."""
+def open_classifier(source: Path, tokenizer: PreTrainedTokenizerBase, config: Config, whole: bool = False) -> Any:
+    """The base with a head of one output, which starts at random; the same on every rank.
+
+    Args:
+        whole: open all of it in this process; else each rank loads its shards where the files have transformers' names
+            for this architecture.
+    """
     torch.manual_seed(config.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source, num_labels=1, dtype=getattr(torch, config.model.dtype)
-    )
+    dtype, shape = getattr(torch, config.model.dtype), AutoConfig.from_pretrained(source, num_labels=1)
+    model = empty(AutoModelForSequenceClassification, shape, dtype)
+    tensors = Tensors(source)
+    named = {f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_parameters()}
+    if whole or not named <= {*tensors}:
+        model = AutoModelForSequenceClassification.from_pretrained(source, config=shape, dtype=dtype)
+    else:
+        fill(model, tensors, initialise=model._init_weights)
     known = (model.config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     model.config.pad_token_id = next(token for token in known if token is not None)
     return model

@@ -28,7 +28,7 @@ from cola_ray.algorithms.policy_loss import adapted_kl_coef
 from cola_ray.experience import Batch
 from cola_ray.learner import sums
 from cola_ray.learner.actor_free import ActorFreeUpdate
-from cola_ray.learner.engine import ZeroEngine
+from cola_ray.learner.engine import ZeroEngine, placement
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Encoded, Frozen, MicroBatch, Scored
 from cola_ray.learner.objective import before_updates, policy_objective, score
 from cola_ray.learner.policies import Policy, SoftQPolicy, forward
@@ -58,7 +58,7 @@ class RLLearner:
             lr=rl.lr,
             betas=rl.adam_betas,
             grad_clip=rl.grad_clip,
-            bfloat16=config.model.dtype == "bfloat16",
+            **placement(config),
         )
         self.update: PolicyUpdate | ActorFreeUpdate
         if isinstance(policy, SoftQPolicy) and target is not None:

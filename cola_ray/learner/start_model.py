@@ -3,6 +3,7 @@
 Attaching and making are deterministic in the seed, so either may be done again.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
         include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers"}
     )
     return conversion.attach(base_path, seed=config.seed, dtype=getattr(torch, config.model.dtype), **sizes)
+
+
+def attached(config: Config, source: Path) -> Path:
+    """A directory of ``source`` with CoLA around it, made anew, which is ``source`` itself unless it is a Llama.
+
+    A collective.
+    """
+    if json.loads((source / "config.json").read_text())["model_type"] != "llama":
+        return source
+    target = source.with_name("attached")
+    if torch.distributed.get_rank() == 0:
+        staging = staging_for(target)
+        conversion.save(attach(config, source), conversion.load_tokenizer(source), staging)
+        finish(staging, target, {})
+    torch.distributed.barrier()
+    return target
 
 
 def make_tokenizer(task: Prompts | PlayedTask) -> PreTrainedTokenizerFast:

@@ -101,7 +101,7 @@ def train_loop(
             saved = learner.version
         if batch is None:
             break
-    tensors = {name: tensor.cpu().clone() for name, tensor in learner.zero.stream(learner.policy.published())}
+    tensors = learner.zero.collect(learner.policy.published())
     if is_first:
         beta = config.rl.kl_coef if config.rl.actor_free else 0.0
         export(model_path, tensors, output / "model", beta)

@@ -28,9 +28,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_utils import load_state_dict
 
 from cola_ray.model.modeling_cola import RELEASED_ARCHITECTURE, CoLAConfig, CoLAForCausalLM, is_released, model_card
+from cola_ray.model.tensors import DiscardedDraws, Tensors, empty, place
 
 log = logging.getLogger(__name__)
 _OURS_BY_RELEASED_PREFIX = {
@@ -55,7 +55,8 @@ def attach(
 
     Args:
         base_path: a local directory, a hub id, or a ``.gguf`` file.
-        seed: of the initial weights of the new modules.
+        seed: of the initial weights of the new modules. They depend on the sizes of the base as well: the generator is
+            where it would be if the base had been drawn first.
         dtype: of all weights; by default that of the checkpoint.
         sizes: ``num_actions``, ``num_idm_layers``, ``num_world_model_layers``, ``num_policy_layers``.
 
@@ -77,15 +78,18 @@ def attach(
     config = CoLAConfig(**{**known, **sizes, "model_type": "cola", "architectures": ["CoLAForCausalLM"]})
     config.tie_word_embeddings = base.config.tie_word_embeddings
     config.card = {"base": str(base_path)}
-    weights_dtype = next(base.parameters()).dtype
+    model = empty(CoLAForCausalLM, config, next(base.parameters()).dtype)
+    for name, parameter in base.named_parameters():  # which become the new model's
+        place(model, name, parameter.data)
+    del base.model, base.lm_head
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            place(model, name, torch.ones(parameter.shape, dtype=parameter.dtype))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = CoLAForCausalLM(config).to(weights_dtype)
-        reset_latent_modules(model)
-    model.model.load_state_dict(base.model.state_dict())
-    if not config.tie_word_embeddings:
-        model.lm_head.load_state_dict(base.lm_head.state_dict())
-    model.tie_weights()
+        with DiscardedDraws():
+            CoLAForCausalLM(config)
+        reset_latent_modules(model.train())
     # Keep the base's end tokens but not its sampling settings, which were meant for tokens.
     model.generation_config.update(**_special_tokens(base.generation_config))
     return model
@@ -259,6 +263,15 @@ def reset_latent_modules(model: CoLAForCausalLM) -> None:
     nn.init.normal_(model.codebook.weight, std=1.0)
 
 
+def opened(path: str | os.PathLike) -> tuple[Any, Tensors]:
+    """The configuration and the tensors, in our names, of a CoLA checkpoint in either form, or of a Llama."""
+    if not is_released(path):
+        return AutoConfig.from_pretrained(path), Tensors(path)
+    raw = json.loads((Path(path) / "config.json").read_text())
+    raw |= {"model_type": "cola", "architectures": ["CoLAForCausalLM"], "world_model_form": "released"}
+    return CoLAConfig(**raw), Tensors(path, _to_ours, _transposed_codebook)
+
+
 def load_released(path: str | os.PathLike, **kwargs: Any) -> CoLAForCausalLM:
     """Load a checkpoint in the authors' format; every tensor must be present and used.
 
@@ -269,49 +282,25 @@ def load_released(path: str | os.PathLike, **kwargs: Any) -> CoLAForCausalLM:
         FileNotFoundError: weights are missing (the message names the files).
         ValueError: a tensor is missing, unknown, or of the wrong shape (the message lists names).
     """
-    raw = json.loads((Path(path) / "config.json").read_text())
-    raw |= {"model_type": "cola", "architectures": ["CoLAForCausalLM"], "world_model_form": "released"}
-    config = CoLAConfig(**raw)
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(Path(path)):
-        tensors |= {
-            _to_ours(name): _transposed_codebook(name, tensor) for name, tensor in load_state_dict(str(file)).items()
-        }
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in CoLAForCausalLM(config).state_dict().items()}
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    config, tensors = opened(path)
+    expected = {name: one.shape for name, one in empty(CoLAForCausalLM, config, torch.float32).state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+    names = {*tensors} - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    missing, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
     if missing or unknown:
         raise ValueError(f"model.path: {path} lacks {missing[:5]} and has unknown {unknown[:5]}")
-    wrong = [f"{name} {tuple(tensors[name].shape)}" for name in expected if tensors[name].shape != expected[name]]
+    wrong = [f"{name} {tuple(tensors.shape(name))}" for name in expected if tensors.shape(name) != expected[name]]
     if wrong:
         raise ValueError(f"model.path: in {path} config.json asks for other shapes than {wrong[:5]}")
-    kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or tensors["model.embed_tokens.weight"].dtype)
+    kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or "auto")
     if kwargs["dtype"] == "auto":
-        kwargs["dtype"] = tensors["model.embed_tokens.weight"].dtype
-    model = CoLAForCausalLM.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+        kwargs["dtype"] = tensors.dtype("model.embed_tokens.weight")
+    mapped = {name: tensors.read(name) for name in names}  # pages of the files, which from_pretrained copies one by one
+    model = CoLAForCausalLM.from_pretrained(None, config=config, state_dict=mapped, **kwargs)
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config.update(**_special_tokens(GenerationConfig.from_pretrained(path)))
     return model
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The weight files of a checkpoint, safetensors if there are any; FileNotFoundError if one is missing."""
-    for kind, index in (("*.safetensors", "model.safetensors.index.json"), ("*.bin", "pytorch_model.bin.index.json")):
-        files = sorted(file for file in path.glob(kind) if file.name != "training_args.bin")
-        if (path / index).is_file():
-            files = [path / name for name in sorted({*json.loads((path / index).read_text())["weight_map"].values()})]
-            for file in files:
-                if not file.is_file():
-                    raise FileNotFoundError(
-                        f"model.path: {file} is missing, which {index} names; download the checkpoint again"
-                    )
-        if files:
-            return files
-    raise FileNotFoundError(
-        f"model.path: {path} has neither model.safetensors nor pytorch_model.bin, nor shards of one"
-    )
 
 
 def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:

@@ -39,6 +39,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
@@ -219,13 +220,34 @@ def sample_actions(
 # --- modules -------------------------------------------------------------------------------------------------------
 
 
+class Linear32(nn.Linear):
+    """Computes in float32, with weights of any type: (..., I) -> (..., O) float32.
+
+    Logits of actions and values leave through such layers. In bfloat16 a logit of 8 would be rounded to multiples of
+    1/16, differently in learner and engine, and probabilities by 3 percent with it; the layers are small.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight.float(), bias)
+
+
+class LayerNorm32(nn.LayerNorm):
+    """Computes in float32, with weights of any type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(
+            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
+
+
 class QHead(nn.Module):
-    """Q values of all actions: e (..., H) -> (..., K) float32; all 0 after initialisation."""
+    """Q values of all actions, computed in float32: e (..., H) -> (..., K) float32; all 0 after initialisation."""
 
     def __init__(self, width: int, num_actions: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_actions))
+        self.norm = LayerNorm32(width)
+        self.layers = nn.Sequential(Linear32(width, width), nn.ReLU(), Linear32(width, num_actions))
         self.reset()
 
     def reset(self) -> None:
@@ -233,7 +255,7 @@ class QHead(nn.Module):
             init.zeros_(self.layers[-1].get_parameter(name))
 
     def forward(self, e: Tensor) -> Tensor:
-        return self.layers(self.norm(e.to(self.norm.weight.dtype))).float()
+        return self.layers(self.norm(e))
 
     def save(self, file: Path) -> None:
         save_file(self.state_dict(), file)
@@ -249,7 +271,7 @@ class QHead(nn.Module):
 
 
 class ActionStack(nn.Module):
-    """Causal decoder layers over e, a norm, and a linear head with K outputs; the IDM and the policy are such stacks.
+    """Causal decoder layers over e, a norm, and a float32 head with K outputs; the IDM and the policy are such stacks.
 
     Args:
         first_layer: index of the first layer in a key/value cache; the policy's layers come after the base's.
@@ -260,7 +282,7 @@ class ActionStack(nn.Module):
         self.config, self.first_layer = config, first_layer
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer + index) for index in range(num_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.num_actions, bias=False)
+        self.head = Linear32(config.hidden_size, config.num_actions, bias=False)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.soft_q: QHead | None = None
 
@@ -294,7 +316,7 @@ class ActionStack(nn.Module):
                 use_cache=past_key_values is not None,
                 position_embeddings=rotary,
             )
-        logits: Tensor = self.head(self.norm(hidden if scored is None else hidden[scored])).float()
+        logits: Tensor = self.head(self.norm(hidden if scored is None else hidden[scored]))
         if self.soft_q is None:
             return logits
         soft_q = self.soft_q(e if scored is None else e[scored]).to(logits.device)
@@ -310,7 +332,7 @@ class Codebook(nn.Embedding):
         return super().forward(actions)
 
 
-class WorldModelBlock(nn.Module):
+class WorldModelBlock(GradientCheckpointingLayer):
     """``down(silu(gate([s; c])) * up([s; c]))``: input 2H, intermediate size I, output H; no bias, no norm."""
 
     def __init__(self, config: CoLAConfig) -> None:
@@ -800,8 +822,8 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
         """Make the policy ``rho exp(Q / beta) / Z`` from now on; if the checkpoint has no Q, it starts at 0."""
         self.config.soft_q_beta = beta
         if self.policy.soft_q is None:
-            head = QHead(self.config.hidden_size, self.config.num_actions)
-            self.policy.soft_q = head.to(device=self.device, dtype=self.policy.head.weight.dtype)
+            head = QHead(self.config.hidden_size, self.config.num_actions).to(self.policy.head.weight.dtype)
+            self.policy.soft_q = head if self.device.type == "meta" else head.to(self.device)
 
     @can_return_tuple
     def forward(

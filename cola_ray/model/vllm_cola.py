@@ -25,7 +25,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from cola_ray.model.action_requests import BASE_TOKENS
-from cola_ray.model.modeling_cola import QHead
+from cola_ray.model.modeling_cola import Linear32, QHead
 from cola_ray.model.vllm_rows import RowTable
 from cola_ray.model.vllm_states import StateStore
 
@@ -99,7 +99,7 @@ class CoLAForCausalLM(nn.Module):
             raise ValueError("pipeline_parallel_size: CoLA's policy layers read the base's last hidden state; use 1")
         hidden = config.hidden_size
         self.model = CoLAModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.policy_head = nn.Linear(hidden, config.num_actions, bias=False)
+        self.policy_head = Linear32(hidden, config.num_actions, bias=False)
         self.soft_q = QHead(hidden, config.num_actions) if config.soft_q_beta else None
         self.codebook = nn.Embedding(config.num_actions, hidden)
         self.world_model = nn.ModuleList(
@@ -135,7 +135,7 @@ class CoLAForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Draw actions for rows [e ; p] (N, 2H); returns logits (N, V) of the tokens given the actions."""
         e, policy_hidden = hidden_states.chunk(2, -1)
-        action_logits = F.linear(policy_hidden, self.policy_head.weight).float()
+        action_logits = self.policy_head(policy_hidden)
         if self.soft_q is not None:
             action_logits = action_logits + self.soft_q(e) / self.config.soft_q_beta
         actions, rows = self.rows.draw(action_logits)

@@ -72,9 +72,19 @@ class CriticBatch:
     fresh_utterances: Inputs
     weights: Tensor | None = None  # (B,) importance weights of prioritised replay
 
+    def to(self, device: torch.device) -> "CriticBatch":
+        return CriticBatch(**{name: moved(value, device) for name, value in vars(self).items()})
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """A tensor or a tokenizer's output on ``device``; None stays."""
+    if isinstance(inputs, Mapping):
+        return {name: moved(value, device) for name, value in inputs.items()}
+    return None if inputs is None else inputs.to(device)
+
 
 class Critic(HeadLearner):
-    """Online heads with Adam, and target heads that follow them.
+    """Online heads with Adam, and target heads that follow them; inputs are moved to where the heads are.
 
     Args:
         heads: the online heads, :class:`TwinHeads` or :class:`TextTwinHeads`.
@@ -100,12 +110,18 @@ class Critic(HeadLearner):
         self.average: Callable[[Tensor], None] | None = None  # averages gradients over replicas, in place
         self.steps = 0
 
+    @property
+    def device(self) -> torch.device:
+        where: torch.device = next(self.online.parameters()).device
+        return where
+
     def step(self, batch: CriticBatch) -> dict[str, float]:
         """Take a gradient step on Q and V, then move the target heads. Returns metrics.
 
         Raises:
             NonFiniteError: the gradient is not finite, on every replica; the weights are left unchanged.
         """
+        batch = batch.to(self.device)
         targets = self._q_targets(batch)
         q = self.online.q_values(batch.states, batch.utterances)
         v, v_loss = self._value_loss(batch)
@@ -179,7 +195,8 @@ class Critic(HeadLearner):
     @torch.no_grad()
     def advantages(self, states: Inputs, utterances: Inputs) -> Array:
         """``min_i Q_i(s, u) - min_i V_i(s)`` of B utterances by the online heads, (B,) float32."""
-        return utterance_advantages(self.online.q_values(states, utterances), self.online.values(states)).numpy()
+        states, utterances = moved(states, self.device), moved(utterances, self.device)
+        return utterance_advantages(self.online.q_values(states, utterances), self.online.values(states)).cpu().numpy()
 
     @torch.no_grad()
     def advantages_and_td_errors(self, batch: CriticBatch) -> tuple[Array, Array]:
@@ -188,19 +205,21 @@ class Critic(HeadLearner):
         The error is ``r + gamma (1 - terminated) V(s') - V(s)``, with V the mean of the online twins. Its expectation
         is the advantage if the critic is right.
         """
+        batch = batch.to(self.device)
         v, after = (self.online.values(states).mean(0) for states in (batch.states, batch.next_states))
         errors = batch.rewards + self.gamma * (1.0 - batch.terminated.float()) * after - v
-        return self.advantages(batch.states, batch.utterances), errors.numpy()
+        return self.advantages(batch.states, batch.utterances), errors.cpu().numpy()
 
     @torch.no_grad()
     def td_errors(self, batch: CriticBatch) -> Array:
         """(B,) priorities of the replayed rows: ``|Q_i - target|``, averaged over the twins."""
+        batch = batch.to(self.device)
         q = self.online.q_values(batch.states, batch.utterances)
-        return (q - self._q_targets(batch)).abs().mean(0).numpy()
+        return (q - self._q_targets(batch)).abs().mean(0).cpu().numpy()
 
     def target_weights(self) -> dict[str, Array]:
         """The target heads' weights by name, for players that choose among utterances by Q (CHAI)."""
-        return {name: tensor.numpy().copy() for name, tensor in self.target.state_dict().items()}
+        return {name: tensor.cpu().numpy().copy() for name, tensor in self.target.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"steps": self.steps}

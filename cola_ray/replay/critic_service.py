@@ -64,6 +64,7 @@ class CriticService:
         self.folder, self.busy = Path(folder), asyncio.Lock()
         self.read: Reader = TextReader(config.encoder, model_path) if config.encoder else read_features
         self.rank, self.size = 0, 1
+        self.device = torch.device("cuda" if config.gpu_share else "cpu")
 
     async def saved_state(self) -> Mapping[str, Any] | None:
         """The state saved by the last fit; None if there is none."""
@@ -98,12 +99,13 @@ class CriticService:
         config = self.config
         torch.manual_seed(self.seed)
         self.critic = Critic(
-            self._heads(),
+            self._heads().to(self.device),  # whose weights are the same wherever they are drawn
             gamma=config.gamma, tau=config.tau, lr=config.lr, grad_clip=config.grad_clip, expectile=config.expectile,
         )  # fmt: skip
         if state is not None:
             self.critic.load_state_dict(copy.deepcopy(dict(state)))  # Adam keeps references to the tensors it is given
         if self.size > 1:
+            # gloo, which several replicas on one GPU can use, too; gradients are some megabytes.
             group = await asyncio.to_thread(join, channel, rank, torch.device("cpu"))
             self.critic.average = functools.partial(_average, group, self.size)
 
@@ -187,11 +189,12 @@ class CriticService:
 
 
 def _average(group: Any, size: int, gradients: torch.Tensor) -> None:
+    on_host = gradients.cpu()  # itself, where it is there already
     try:
-        group.allreduce(gradients).wait()
+        group.allreduce(on_host).wait()
     except RuntimeError as error:
         raise ReplicaLostError(f"a critic replica is gone: {error}") from error
-    gradients /= size
+    gradients.copy_(on_host).div_(size)
 
 
 Ask = Callable[..., Awaitable[Any]]

@@ -32,9 +32,9 @@ MAY_CHANGE = (
     "rollout.gpu_memory_utilization", "rollout.max_num_batched_tokens", "rollout.prefix_caching",
     "rollout.enforce_eager", "rollout.optimization_level", "rollout.async_scheduling",
     "rollout.environment_processes", "rollout.max_restarts",
-    "rl.micro_batch_tokens", "rl.gradient_checkpointing", "pretrain.micro_batch_size",
+    "rl.micro_batch_tokens", "pretrain.micro_batch_size",
     "task.reward_timeout_s", "task.max_failed_rewards",
-    "replay.snapshot_every_s", "critic.replicas",
+    "replay.snapshot_every_s", "critic.replicas", "critic.gpu_share",
     "eval.ways", "eval.problems", "eval.ks", "eval.chunk",  # evaluate answers only what it has no prediction for yet
     "sweep.parallel", "reproduce.*",
 )  # fmt: skip

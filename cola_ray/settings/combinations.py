@@ -135,6 +135,12 @@ def _without_values(config: Config) -> bool:
     return not config.learns_values
 
 
+def _nothing_frozen(config: Config) -> bool:
+    rl = config.rl
+    refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
+    return rl.action_space == "token" and not rl.lora_rank and not refers
+
+
 _actor_free = _has("rl.actor_free", True)
 
 
@@ -271,10 +277,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         "only etpo's and rl.control_variate's Q have a target",
     ),
     # What an action is.
-    *(
-        Combination(field, None, _latent, "for rl.action_space token")
-        for field in ("rl.lora_rank", "rl.gradient_checkpointing")
-    ),
+    Combination("rl.lora_rank", None, _latent, "for rl.action_space token"),
     Combination("rl.cache_hidden_states", (True,), _agents, "turns do not bring their states to the learner"),
     Combination("rl.cache_hidden_states", (True,), _tokens, "with rl.action_space token the states change"),
     Combination("rl.marginal_aliases", (True,), _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}"),
@@ -297,6 +300,19 @@ COMBINATIONS: tuple[Combination, ...] = (
             ("rl.algorithm", "etpo"), ("rl.action_space", "latent"), ("rl.cache_hidden_states", False),
             ("rl.kl_target", 0.0), ("rollout.temperature", 1.0), ("rollout.top_k", 0),
         )
+    ),
+    # Where the learner keeps what.
+    Combination("cluster.gradient_checkpointing", (True,), _any(_of("chai"), _actor_free), "no layer trains"),
+    *(
+        Combination(field, (True,), _has("cluster.use_gpu", False), "without cluster.use_gpu all is in host memory")
+        for field in ("cluster.offload_optimizer", "cluster.offload_frozen")
+    ),
+    Combination(
+        "cluster.offload_frozen", (True,), _nothing_frozen, "all weights train, and nobody asks for a reference",
+    ),
+    Combination(
+        "critic.gpu_share", None, _has("cluster.use_gpu", False), "there are no GPUs to share",
+        "set cluster.use_gpu, or leave it out",
     ),
     # ArCHer's critic. Who asks none reads none of its settings (relevance.py).
     *(

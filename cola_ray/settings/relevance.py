@@ -24,6 +24,7 @@ _SIZES = ("model.num_actions", "model.num_idm_layers", "model.num_world_model_la
 _TRAINS = ("cluster.learner_*", "cluster.max_failures", "pretrain.max_steps", "pretrain.batch_size",
            "pretrain.micro_batch_size", "pretrain.warmup_steps", "pretrain.min_lr_ratio",
            "pretrain.save_every")  # fmt: skip
+_MEMORY = ("cluster.gradient_checkpointing", "cluster.offload_optimizer")
 _SERVED = ("rollout.tensor_parallel_size", "rollout.temperature", "rollout.top_k", "rollout.max_*",
            "rollout.kv_cache_mb", "rollout.engine_args.*", "cluster.rollout_group",
            *(f"rollout.{name}" for name in ON_GPU), "rollout.prefix_caching")  # fmt: skip
@@ -31,8 +32,10 @@ _TEXTS = ("task.*", "data.*")
 _RL = ("model.*", "task.*", "data.*", "pretrain.*", "rollout.*", "rl.*", "cluster.*")
 _RL_JOBS = ("rl_math", "rl_preference", "rl_agent", "sweep")
 _READ: Mapping[str, tuple[str, ...]] = {
-    "pretrain": ("model.*", *_TEXTS, "pretrain.*", "cluster.learner_*", "cluster.max_failures"),
+    "pretrain": ("model.*", *_TEXTS, "pretrain.*", "cluster.learner_*", "cluster.max_failures", *_MEMORY,
+                 "cluster.offload_frozen"),
     "reward_model": ("model.path", "model.base", "model.dtype", "task.name", "task.path", "data.date", *_TRAINS,
+                     *_MEMORY,
                      "pretrain.steps.reward", "pretrain.base_lr", "pretrain.sequence_length",
                      "pretrain.adam_betas"),
     "train_q": ("model.path", "model.dtype", "task.name", "data.path", *_TRAINS, "pretrain.steps.q", "q.gamma", "q.lr",
@@ -136,14 +139,16 @@ _ONLY: tuple[_Only, ...] = (
           "engines on GPUs do, with cluster.use_gpu"),
     _Only(("rollout.kv_cache_mb",), lambda c, _: not c.cluster.use_gpu,
           "engines on CPU do; on GPU use rollout.gpu_memory_utilization"),
+    _Only(("cluster.offload_frozen",), lambda c, job: job != "pretrain" or c.pretrain.stages != ("base",),
+          "stages after base do"),
     _Only(("rollout.environment_processes",), lambda c, _: is_environment(c.task.name), "agents do"),
     _Only(("rollout.in_rounds",), lambda c, job: job == "plan" or _trains_agent(c, job), "rl_agent does"),
     _Only(("critic.gamma",), lambda c, job: job == "plan" or _trains_agent(c, job), "agents do"),
     _Only(("critic.fresh_states",), lambda c, job: job == "plan" or (_trains_agent(c, job)
           and c.algorithm.replays), f"{', '.join(OF_TURNS)} do"),
     _Only(tuple(f"critic.{name}" for name in (
-        "encoder", "replicas", "tau", "lr", "grad_clip", "steps", "batch_size", "warmup_iterations", "candidates",
-        "chooses", "priority_beta", "actor_states", "reuse", "td_share", "token_baseline", "expectile")),
+        "gpu_share", "encoder", "replicas", "tau", "lr", "grad_clip", "steps", "batch_size", "warmup_iterations",
+        "candidates", "chooses", "priority_beta", "actor_states", "reuse", "td_share", "token_baseline", "expectile")),
           lambda c, job: job == "plan" or (_trains_agent(c, job) and c.algorithm.critic),
           "archer and chai do, of agents"),
     _Only(("replay.*",), lambda c, job: job == "plan" or c.replays, f"{', '.join(OF_TURNS)} and rl.actor_free do"),

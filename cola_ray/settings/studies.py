@@ -156,6 +156,13 @@ class ClusterConfig(Branch):
     """Place learner ranks and engines on GPUs (nccl); else CPU (gloo)."""
     threads_per_process: Processes = 1
     """PyTorch threads of each learner rank and engine on CPU."""
+    gradient_checkpointing: bool = False
+    """Learner: decoder layers that train keep their inputs alone and are computed again in the backward pass, a third
+    more time for far less memory."""
+    offload_optimizer: bool = False
+    """Learner on GPUs: float32 weights, gradients and Adam's moments stay in host memory, and Adam steps there."""
+    offload_frozen: bool = False
+    """Learner on GPUs: weights that do not train, base and reference, wait in host memory and come layer by layer."""
     max_failures: Whole = 2
     """Times the learner is restarted from its last checkpoint before the run fails."""
     weight_transport: Literal["object_store", "nccl"] = "object_store"

@@ -262,8 +262,6 @@ class RLConfig(Branch):
     actions, and Q learns from as many completions of any age, out of replay, as a step generates."""
     lora_rank: Whole = 0
     """token: above 0, low-rank adapters of this rank train in the base's place."""
-    gradient_checkpointing: bool = False
-    """token: activations are computed again in the backward pass, a third more time for far less memory."""
     max_steps: Count = 100
     """Learner steps."""
     prompts_per_step: Count = 64
@@ -349,6 +347,8 @@ class ReplayConfig(Branch):
 
 
 class CriticConfig(Branch):
+    gpu_share: Share = 0.0
+    """Of a GPU, what each replica takes where cluster.use_gpu is set, e.g. 0.25. 0: replicas compute on CPU."""
     encoder: str = ""
     """A Hugging Face encoder that reads states and utterances as text and trains with the critic, e.g. roberta-base.
     Empty: the base's own states, which cost nothing. Not for chai, whose players choose by those."""

@@ -58,7 +58,7 @@ def _too_little_on_gpus(config: Config, m: Sizes) -> Iterator[str]:
             f"hardware.gpus = {there}: {ranks} learner ranks and {engines} GPUs of engines need {ranks + engines}; "
             f"e.g. --cluster.learner-ranks {there // 2} --rollout.num-workers {there - there // 2}"
         )
-    checkpoint = "" if _checkpoints(config) else ", or set rl.gradient_checkpointing"
+    checkpoint = "" if _checkpoints(config) else ", or set cluster.gradient_checkpointing"
     fix = f"lower rl.micro_batch_tokens{checkpoint if config.rl.action_space == 'token' else ''}"
     yield from _too_large(config, "a rank", learner_memory(config, m), fix)
     for stage in _stages(config):
@@ -86,7 +86,7 @@ def _too_large(config: Config, whose: str, parts: Bytes, fix: str) -> Iterator[s
 
 
 def _checkpoints(config: Config) -> bool:
-    return config.rl.gradient_checkpointing
+    return config.cluster.gradient_checkpointing
 
 
 def _stages(config: Config) -> tuple[PretrainStage, ...]:

@@ -72,8 +72,8 @@ def _of_rank(config: Config, m: Sizes, work: Work) -> Bytes:
     parts = {
         # b P_frozen / M
         "what is frozen": b * work.frozen / ranks,
-        # (b + b) P_trained / M: weights and gradients
-        "what trains, with gradients": 2 * b * work.trained / ranks,
+        # (b + 4) P_trained / M: weights, and gradients in float32
+        "what trains, with gradients": (b + 4) * work.trained / ranks,
         # 12 P_trained / M: float32 weights and Adam's two moments
         "Adam": 12 * work.trained / ranks,
         # b (min(P, 1e9) + min(P, 5e7)): gathered parameters that are not released yet, and the prefetch buffer
@@ -153,7 +153,5 @@ def host_memory(config: Config, m: Sizes) -> Mapping[str, float]:
     """Peak resident memory of a learner rank and of an engine on CPU, in bytes."""
     process = {name: gib * 2.0**30 for name, gib in PROCESS_GIB.items()}
     learner = process["learner"] + sum(learner_memory(config, m).values())
-    # While loading, each rank holds the whole checkpoint, and a copy of the policy for the reference.
-    loading = process["learner"] + m.num_bytes * (m.whole + m.policy)
     engine = process["engine"] + sum(engine_memory(config, m, None).values())
-    return {"learner": max(learner, loading), "engine": engine}
+    return {"learner": learner, "engine": engine}  # loading needs less: a rank's share and one tensor

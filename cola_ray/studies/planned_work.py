@@ -258,7 +258,7 @@ def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
     last = rows.tokens * (4.0 * m.width if rank else kept_of_norm(m)) + (0 if rank else rows.scored * b * m.width)
     temporary = max(_temporary(m, rows), b * numbers + 20.0 * numbers if every else _pieces(m, rows))
     kept = rows.tokens * m.layers * layer + last + wide
-    if rl.gradient_checkpointing:
+    if config.cluster.gradient_checkpointing:
         kept = rows.tokens * m.layers * b * m.width + last + wide
         # One layer at a time is computed again, when the logits are gone.
         temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp) - wide)

@@ -119,12 +119,15 @@ def enter_rank(loop: dict[str, Any]) -> Config:
     """What every learner rank does first: threads, process group, settings."""
     config = Config.model_validate(loop["config"])
     import torch
+    from ray.train.torch import get_device
 
     from cola_ray.learner.engine import join_group
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not config.cluster.use_gpu:
         torch.set_num_threads(config.cluster.threads_per_process)
-    os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
+    # DeepSpeed takes the GPU of this number. Ray may show a process its own alone, or all of its node's.
+    device = get_device() if config.cluster.use_gpu else torch.device("cpu")
+    os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else ray.train.get_context().get_local_rank())
     join_group("nccl" if config.cluster.use_gpu else "gloo")
     return config

@@ -14,6 +14,7 @@ from cola_ray.algorithms.archer import (
     utterance_advantages,
 )
 from cola_ray.algorithms.heads import polyak_
+from cola_ray.replay import critic as archer_critic
 from cola_ray.replay.critic import Critic, CriticBatch
 
 
@@ -277,6 +278,21 @@ def test_a_poisoned_reward_is_told_and_changes_nothing():
     with pytest.raises(RuntimeError, match="critic's loss is nan at its step 0"):
         critic.step(CriticBatch(x, x, x, torch.tensor([0.0, float("nan"), 0, 0]), ended, x, x))
     assert all(torch.equal(tensor, before[name]) for name, tensor in critic.online.state_dict().items())
+
+
+def test_every_input_is_moved_to_the_heads(monkeypatch):
+    """float64 stands for another device: what nobody moves would meet weights of another type."""
+    monkeypatch.setattr(archer_critic, "moved", lambda one, _: one.double() if torch.is_floating_point(one) else one)
+    monkeypatch.setattr(CriticBatch, "to", lambda batch, device: CriticBatch(**{
+        name: one if one is None else archer_critic.moved(one, device) for name, one in vars(batch).items()
+    }))  # fmt: skip
+    critic = Critic(TwinHeads(5, 5).double(), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
+    x, ended = torch.randn(8, 5), torch.zeros(8, dtype=torch.bool)
+    batch = CriticBatch(x, x, x, torch.randn(8), ended, x, x, torch.ones(8))
+    critic.step(batch)
+    assert critic.td_errors(batch).dtype == np.float64
+    assert critic.advantages(x, x).dtype == np.float64
+    assert {one.dtype for one in critic.advantages_and_td_errors(batch)} == {np.dtype("float64")}
 
 
 def test_values_start_where_the_average_turn_leads():

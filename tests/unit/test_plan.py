@@ -36,7 +36,7 @@ def test_parameters_of_llama_by_hand(sizes):
 def test_a_ranks_share_by_hand(paper, sizes):
     parts = planned_memory.learner_memory(override(paper, {"cluster.learner_ranks": 8}), sizes)
     assert parts["Adam"] == 12 * sizes.policy / 8
-    assert parts["what trains, with gradients"] == 4 * sizes.policy / 8
+    assert parts["what trains, with gradients"] == (2 + 4) * sizes.policy / 8
     frozen = sizes.base + 128256 * 4096 + sizes.policy
     assert parts["what is frozen"] == 2 * frozen / 8
     assert parts["gathered parameters"] == 2e9 + 1e8
@@ -90,7 +90,7 @@ def test_what_is_held_of_a_batch_between_passes(paper, sizes):
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
-        (TOKENS, r"a rank needs 168 GB of the 72 GB .* lower rl.micro_batch_tokens, or set \S+gradient_checkpointing"),
+        (TOKENS, r"a rank needs 172 GB of the 72 GB .* lower rl.micro_batch_tokens, or set \S+gradient_checkpointing"),
         (TOKENS | {"rl.lora_rank": 64}, r"a rank needs 128 GB of the 72 GB"),
         ({"pretrain.stages": ["actions", "policy", "fta_idm"]},
          r"pre-training, fta_idm, needs \d+ GB .* most for activations, 61 GB; lower pretrain.micro_batch_size"),
@@ -109,8 +109,8 @@ def test_every_mode_is_planned_and_shown(paper, sizes, capsys):
                    "NeMo RL 0.4", "it fits"):  # fmt: skip
         assert wanted in shown, wanted
     seconds = {}
-    for name, changes in {"latent": {}, "token": TOKENS | {"rl.gradient_checkpointing": True},
-                          "lora": TOKENS | {"rl.lora_rank": 8, "rl.gradient_checkpointing": True},
+    for name, changes in {"latent": {}, "token": TOKENS | {"cluster.gradient_checkpointing": True},
+                          "lora": TOKENS | {"rl.lora_rank": 8, "cluster.gradient_checkpointing": True},
                           "cached": {"rl.cache_hidden_states": True}}.items():  # fmt: skip
         config = override(paper, changes)
         plan.refuse(config, sizes)

@@ -104,5 +104,7 @@ def test_demand_counts_what_a_run_books(config):
     assert actors.demand(config) == {"CPU": 3.0, "GPU": 0.0}
     agents = override(preset("tiny", agents=True), {"critic.replicas": 2, "cluster.service_group": "service"})
     assert actors.demand(agents) == {"CPU": 5.0, "GPU": 0.0, "service": 0.002}
+    shared = override(agents, {"cluster.use_gpu": True, "critic.gpu_share": 0.25})
+    assert actors.demand(shared)["GPU"] == agents.cluster.learner_ranks + agents.rollout.num_workers + 2 * 0.25
     paper = preset("llama-3.1-8b")
     assert actors.demand(override(paper, {"rollout.tensor_parallel_size": 2}))["GPU"] == 4 + 4 * 2

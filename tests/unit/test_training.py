@@ -1,11 +1,16 @@
-"""How long the driver waits for the controller's answers."""
+"""How long the driver waits for the controller's answers, and where a rank begins."""
 
+import os
 import types
 
 import pytest
+import ray.train.torch
+import torch
 
-from cola_ray.settings.config import RunFailedError
-from cola_ray.training import rl
+from cola_ray.learner import engine
+from cola_ray.settings.config import RunFailedError, override
+from cola_ray.settings.presets import preset
+from cola_ray.training import ranks, rl
 
 
 class Clocked:
@@ -49,3 +54,14 @@ def test_time_in_which_the_driver_itself_was_stopped_does_not_count(clocked):
     clocked.looks(4)
     with pytest.raises(RunFailedError, match="has not answered"):
         clocked.looks(1)
+
+
+def test_a_rank_takes_the_gpu_that_ray_gave_it(monkeypatch):
+    """Not that of its number among the ranks: Ray may show it only its own GPU, or some that engines use."""
+    joined = []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda:3"))
+    monkeypatch.setattr(engine, "join_group", joined.append)
+    config = override(preset("tiny"), {"cluster.use_gpu": True})
+    assert ranks.enter_rank({"config": config.model_dump()}) == config
+    assert (os.environ["LOCAL_RANK"], joined) == ("3", ["nccl"])
