@@ -97,9 +97,8 @@ class Shards:
     """Divides parameters over the ranks of the process group, one by one."""
 
     def __init__(self) -> None:
-        self.first: dict[
-            bool, Any
-        ] = {}  # by whether it is in host memory: divided already, DeepSpeed divides more by it
+        # A parameter that is divided already, by which DeepSpeed divides more; by whether shares are in host memory.
+        self.first: dict[bool, Any] = {}
 
     def take(self, parameter: Any, on_host: bool = False) -> None:
         """A collective: all ranks get the first rank's values, and keep their share of them.

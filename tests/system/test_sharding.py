@@ -36,7 +36,7 @@ def divided(module, whole=()):
             continue
         share = -(-parameter.ds_numel // RANKS)
         assert parameter.numel() == 0, f"{name} is whole"
-        assert parameter.ds_tensor.untyped_storage().nbytes() <= share * parameter.element_size(), name
+        assert parameter.ds_tensor.numel() <= share, name
         shares = [torch.empty_like(parameter.ds_tensor) for _ in range(RANKS)]
         torch.distributed.all_gather(shares, parameter.ds_tensor)
         together[name] = torch.cat(shares)[: parameter.ds_numel].view(parameter.ds_shape)
@@ -85,7 +85,7 @@ def rank_of(rank, port, cola_dir, base_dir):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_each_of_four_ranks_loads_a_quarter(cola_dir, base_dir):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
