@@ -35,21 +35,26 @@ from cola_ray.learner.stage_module import TRAINED, StageModule
 from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
 from cola_ray.settings.config import Config, override
 from cola_ray.settings.presets import preset
+from cola_ray.settings.training import PretrainStage
 from cola_ray.studies import planned_work
 from cola_ray.studies.planned_work import LLAMA_31_8B, Rows, Sizes, Work
 
 _aten = torch.ops.aten
+_AGAIN: dict[str, Any] = {"cluster.gradient_checkpointing": True}
 _TOKENS: dict[str, Any] = {"rl.action_space": "token"}
 MODES: dict[str, dict[str, Any]] = {
     "latent": {},
     "actor_free": {"rl.algorithm": "etpo", "rl.actor_free": True, "rl.kl_coef": 0.05},
     "token": _TOKENS,
-    "token_checkpointed": _TOKENS | {"cluster.gradient_checkpointing": True},
+    "latent_checkpointed": _AGAIN,
+    "token_checkpointed": _TOKENS | _AGAIN,
     "lora": _TOKENS | {"rl.lora_rank": 64},
     "actions": {},
     "policy": {},
     "fta_idm": {},
     "fta_policy": {},
+    "actions_checkpointed": _AGAIN,
+    "fta_idm_checkpointed": _AGAIN,
     "generate": {},
 }
 """What is run, and the settings that make it so."""
@@ -189,25 +194,31 @@ def _without_weights(config: Config, shape: dict[str, Any], plain: bool) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
+def _stage(mode: str) -> PretrainStage | None:
+    """Of pre-training, where a mode is one."""
+    return next((stage for stage in TRAINED if stage == mode.removesuffix("_checkpointed")), None)
+
+
 def run(mode: str, config: Config, shape: dict[str, Any], rows: int, width: int) -> dict[str, float]:
     """Measure one of MODES, with all positions scored."""
     model = _without_weights(config, shape, plain=config.rl.action_space == "token")
     batch = _micro_batch(rows, width)
     if mode == "generate":
         return measure(model, ("none",), 1.0, lambda: _generate(model, batch))
-    if mode in TRAINED:
-        module = StageModule(model, mode, config)  # type: ignore[arg-type]  # a stage's name
+    if config.cluster.gradient_checkpointing:
+        checkpoint_layers(model)
+    if stage := _stage(mode):
+        module = StageModule(model, stage, config)
         seeds = _meta(rows, dtype=torch.int64)
         given = (batch.input_ids, batch.input_ids, batch.action_mask, seeds, False)
-        return measure(module, TRAINED[mode], 1.0, lambda: module(*given)[0])  # type: ignore[index]
+        return measure(module, TRAINED[stage], 1.0, lambda: module(*given)[0])
     rl = config.rl
     policy: Policy
     if rl.action_space == "token":
         policy = TokenPolicy(model, lora_rank=rl.lora_rank)
-        if config.cluster.gradient_checkpointing:
-            checkpoint_layers(model)
     else:
-        policy = SoftQPolicy(model, rl.kl_coef) if rl.actor_free else LatentPolicy(model)
+        with torch.device("meta"):  # of Q, which is new
+            policy = SoftQPolicy(model, rl.kl_coef) if rl.actor_free else LatentPolicy(model)
 
     def step() -> Tensor:
         logits, frozen = forward(policy, batch, Frozen())
@@ -229,8 +240,8 @@ def _generate(model: CoLAForCausalLM, batch: MicroBatch) -> Tensor:
 
 def planned(mode: str, config: Config, m: Sizes, rows: int, width: int) -> Work:
     shape = Rows(rows * width, width, rows * width)
-    if mode in TRAINED:
-        return planned_work.pretraining(mode, m, shape)  # type: ignore[arg-type]
+    if stage := _stage(mode):
+        return planned_work.pretraining(stage, m, shape, config.cluster.gradient_checkpointing)
     if mode == "generate":
         return Work(m.whole, 0, 0, 0, 0, 0, rows * width * planned_work.generating(m, width), 0)
     return planned_work.learning(config, m, shape)
@@ -266,7 +277,7 @@ def main() -> None:
     figures = {}
     for mode in args.modes:
         # 16 384 tokens of RL, and the 8192 of the preset's pre-training
-        figures[mode] = compare(mode, LLAMA_31_8B, 4 if mode in TRAINED else 8, 2048)
+        figures[mode] = compare(mode, LLAMA_31_8B, 4 if _stage(mode) else 8, 2048)
         print(mode, figures[mode], flush=True)
     if len(args.modes) == len(MODES):
         record("full_shapes", figures, [], "One micro-batch of Llama-3.1-8B without weights, on one rank.")

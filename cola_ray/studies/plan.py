@@ -1,7 +1,7 @@
 """Plans a run from its settings: memory by component, seconds per step, seconds per weight update.
 
 cola_ray plan --preset llama-3.1-8b --hardware.gpus 16 --hardware.gpu h100
-cola_ray plan --preset llama-3.1-8b --rl.action-space token --rl.gradient-checkpointing
+cola_ray plan --preset llama-3.1-8b --rl.action-space token --cluster.gradient-checkpointing
 cola_ray plan --preset smollm2-135m                 (on CPU: only memory)
 
 settings ─> planned_work.py: FLOPs and bytes of a micro-batch ─┬─> planned_memory.py ─> refuse what does not fit
@@ -20,15 +20,18 @@ from cola_ray.studies.planned_memory import (
     PROCESS_GIB,
     USABLE,
     Bytes,
+    critic_memory,
     engine_memory,
     host_memory,
     kv_bytes,
     learner_memory,
+    offloaded,
+    rl_rows,
     stage_memory,
     weight_bytes,
 )
 from cola_ray.studies.planned_time import EXPECTED, GPUS, PESSIMISTIC, PUBLISHED, Assumed, Gpu, stage_time, step_time
-from cola_ray.studies.planned_work import Sizes, sizes
+from cola_ray.studies.planned_work import Sizes, learning, sizes
 
 
 def refuse(config: Config, m: Sizes) -> None:
@@ -58,12 +61,11 @@ def _too_little_on_gpus(config: Config, m: Sizes) -> Iterator[str]:
             f"hardware.gpus = {there}: {ranks} learner ranks and {engines} GPUs of engines need {ranks + engines}; "
             f"e.g. --cluster.learner-ranks {there // 2} --rollout.num-workers {there - there // 2}"
         )
-    checkpoint = "" if _checkpoints(config) else ", or set cluster.gradient_checkpointing"
-    fix = f"lower rl.micro_batch_tokens{checkpoint if config.rl.action_space == 'token' else ''}"
-    yield from _too_large(config, "a rank", learner_memory(config, m), fix)
+    checkpoint = "" if config.cluster.gradient_checkpointing else ", or set cluster.gradient_checkpointing"
+    yield from _too_large(config, "a rank", learner_memory(config, m), f"lower rl.micro_batch_tokens{checkpoint}")
     for stage in _stages(config):
         yield from _too_large(config, f"a rank in pre-training, {stage},", stage_memory(config, m, stage),
-                              "lower pretrain.micro_batch_size")  # fmt: skip
+                              f"lower pretrain.micro_batch_size{checkpoint}")  # fmt: skip
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     split = config.rollout.tensor_parallel_size
     if engine_memory(config, m, gpu.memory_gb)["keys and values"] * split < longest * kv_bytes(config, m):
@@ -77,16 +79,14 @@ def _too_large(config: Config, whose: str, parts: Bytes, fix: str) -> Iterator[s
     """What is to be lowered where activations are most, and more ranks where they are not."""
     usable, needed = USABLE * GPUS[config.hardware.gpu].memory_gb * 1e9, sum(parts.values())
     largest = max(parts, key=lambda name: parts[name])
+    if largest not in ("activations", "temporary"):
+        fix = "take more ranks, or set cluster.offload_optimizer"
     if needed > usable:
         yield (
             f"cluster.learner_ranks = {config.cluster.learner_ranks}: {whose} needs {needed / 1e9:.0f} GB of the "
             f"{usable / 1e9:.0f} GB it may take of a {config.hardware.gpu}, most for {largest}, "
-            f"{parts[largest] / 1e9:.0f} GB; {fix if largest in ('activations', 'temporary') else 'take more ranks'}"
+            f"{parts[largest] / 1e9:.0f} GB; {fix}"
         )
-
-
-def _checkpoints(config: Config) -> bool:
-    return config.cluster.gradient_checkpointing
 
 
 def _stages(config: Config) -> tuple[PretrainStage, ...]:
@@ -152,6 +152,13 @@ def _show_memory_of_gpus(console: Console, config: Config, m: Sizes) -> None:
         title = f"a rank of {ranks} in pre-training, {stage}, on a {gpu}"
         _table(console, title, stage_memory(config, m, stage), 1e9, "GB")
     _table(console, f"a learner rank of {ranks} in RL, on a {gpu}", learner_memory(config, m), 1e9, "GB")
+    critic = critic_memory(config, m)
+    if critic:
+        where = "on its share of a GPU" if config.critic.gpu_share else "in host memory"
+        _table(console, f"a replica of {config.critic.replicas} of the critic, {where}", critic, 1e9, "GB")
+    waits = offloaded(config, learning(config, m, rl_rows(config)), m.num_bytes)
+    if waits:
+        console.print(f"in host memory wait {waits / 1e9:.1f} GB of each rank")
     engine = engine_memory(config, m, GPUS[gpu].memory_gb)
     _table(console, f"a GPU of {_engine_gpus(config)} for engines", engine, 1e9, "GB")
 
@@ -177,7 +184,8 @@ def _show_time(console: Console, config: Config, m: Sizes, gpu: Gpu) -> None:
         console.print(
             f"{name}: MFU {assumed.mfu}, {assumed.decode} of memory bandwidth in decoding, {assumed.link_gbs:.0f} GB/s "
             f"within a node, {assumed.network} of {config.hardware.network_gbs:.0f} GB/s between nodes, "
-            f"{assumed.store_gbs} GB/s into the object store"
+            f"{assumed.pcie_gbs} GB/s to host memory, {assumed.store_gbs} GB/s into the object store, "
+            f"{assumed.host_tflops} TFLOP/s of a host's processors"
         )
     console.print("published by others, of their own systems:")
     for name, found in PUBLISHED.items():
@@ -195,6 +203,7 @@ def _times(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed) -> dict[str, st
         "sequences an engine decodes at once": f"{step.concurrent:.0f}",
         "tokens a second, all engines": f"{step.decode_tokens_per_second:,.0f}",
         "rollout": f"{step.rollout:.1f} s",
+        **({"critic": f"{step.critic:.1f} s"} if step.critic else {}),
         "learning": f"{step.learn:.1f} s",
         f"weights by {config.cluster.weight_transport}": f"{step.sync:.2f} s",
         "a step": f"{total:.1f} s",

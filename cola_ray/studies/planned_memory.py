@@ -64,26 +64,39 @@ def learner_memory(config: Config, m: Sizes) -> Bytes:
 
 def stage_memory(config: Config, m: Sizes, stage: PretrainStage) -> Bytes:
     """Peak memory of a rank in a stage of pre-training."""
-    return _of_rank(config, m, pretraining(stage, m, stage_rows(config)))
+    return _of_rank(config, m, pretraining(stage, m, stage_rows(config), config.cluster.gradient_checkpointing))
 
 
 def _of_rank(config: Config, m: Sizes, work: Work) -> Bytes:
-    ranks, b, held = config.cluster.learner_ranks, m.num_bytes, work.frozen + work.trained
+    cluster, b, held = config.cluster, m.num_bytes, work.frozen + work.trained
     parts = {
         # b P_frozen / M
-        "what is frozen": b * work.frozen / ranks,
+        "what is frozen": b * work.frozen / cluster.learner_ranks,
         # (b + 4) P_trained / M: weights, and gradients in float32
-        "what trains, with gradients": (b + 4) * work.trained / ranks,
+        "what trains, with gradients": (b + 4) * work.trained / cluster.learner_ranks,
         # 12 P_trained / M: float32 weights and Adam's two moments
-        "Adam": 12 * work.trained / ranks,
+        "Adam": 12 * work.trained / cluster.learner_ranks,
         # b (min(P, 1e9) + min(P, 5e7)): gathered parameters that are not released yet, and the prefetch buffer
         "gathered parameters": b * (min(held, _LIVE) + min(held, _PREFETCH)),
         # b 5e8: DeepSpeed's reduction bucket; on CPU only as much of it is touched as there are gradients
-        "reduction bucket": b * (_BUCKET if config.cluster.use_gpu else min(_BUCKET, work.trained)),
+        "reduction bucket": b * (_BUCKET if cluster.use_gpu else min(_BUCKET, work.trained)),
         "activations": work.kept,
         "temporary": work.temporary,
     }
-    return parts if config.cluster.use_gpu else parts | {name: _HEAP * parts[name] for name in _OF_A_MICRO_BATCH}
+    if not cluster.use_gpu:
+        return parts | {name: _HEAP * parts[name] for name in _OF_A_MICRO_BATCH}
+    if cluster.offload_frozen:
+        parts["what is frozen"] = 0.0
+    if cluster.offload_optimizer:
+        parts |= {"what trains, with gradients": b * work.trained / cluster.learner_ranks, "Adam": 0.0}
+    return parts
+
+
+def offloaded(config: Config, work: Work, num_bytes: int) -> float:
+    """Bytes of a rank that wait in host memory."""
+    cluster = config.cluster
+    frozen = num_bytes * work.frozen * cluster.offload_frozen
+    return (frozen + 16 * work.trained * cluster.offload_optimizer) / cluster.learner_ranks
 
 
 def _micro_batches(config: Config) -> float:
@@ -102,6 +115,25 @@ def _heads(config: Config, m: Sizes) -> float:
     rows = rl_rows(config)
     # 16 P, and 4 P of a target; 4 (4 H + 3 outputs) of each token
     return (20.0 if q_learns else 16.0) * parameters + 4.0 * rows.scored * (4 * m.width + 3 * outputs)
+
+
+def critic_width(config: Config, m: Sizes) -> int:
+    """U, features of a turn that ArCHer's heads read: e and one number; 0 where there is no such critic."""
+    agents = is_environment(config.task.name) and config.algorithm.critic
+    return m.width + 1 if agents and not config.critic.encoder else 0
+
+
+def critic_memory(config: Config, m: Sizes) -> Bytes:
+    """Of each replica: twin heads of ``3 U^2`` for Q and ``2 U^2`` for V, in float32; empty without a critic."""
+    square, rows = float(critic_width(config, m) ** 2), config.critic.batch_size / config.critic.replicas
+    if not square:
+        return {}
+    return {
+        # 4 bytes of weights, gradients, Adam's two moments and the target
+        "twin heads": 20 * 10 * square,
+        # features of five kinds, and two hidden layers of six pairs of heads with their ReLU
+        "a batch": 4 * rows * (5 + 48) * critic_width(config, m),
+    }
 
 
 # --- engines ------------------------------------------------------------------------------------------------------

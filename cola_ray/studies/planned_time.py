@@ -11,24 +11,25 @@ from dataclasses import dataclass
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import PretrainStage
 from cola_ray.studies import planned_work
-from cola_ray.studies.planned_memory import engine_memory, kv_bytes, looks_first, stage_rows, weight_bytes
+from cola_ray.studies.planned_memory import critic_width, engine_memory, kv_bytes, looks_first, stage_rows, weight_bytes
 from cola_ray.studies.planned_work import Rows, Sizes
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as in its data sheet; FLOP/s are dense, in bfloat16."""
+    """A GPU as in its data sheet."""
 
     memory_gb: float
     bandwidth_gbs: float
-    tflops: float
+    tflops: float  # in bfloat16, dense
+    float32: float  # TFLOP/s
 
 
 GPUS = {
-    "a100": Gpu(80, 2039, 312),
-    "h100": Gpu(80, 3350, 989),
-    "h200": Gpu(141, 4800, 989),
-    "l40s": Gpu(48, 864, 362),
+    "a100": Gpu(80, 2039, 312, 19.5),
+    "h100": Gpu(80, 3350, 989, 67),
+    "h200": Gpu(141, 4800, 989, 67),
+    "l40s": Gpu(48, 864, 362, 91.6),
 }
 
 
@@ -40,11 +41,13 @@ class Assumed:
     decode: float  # of memory bandwidth, in decoding
     link_gbs: float  # GB/s between GPUs of a node
     network: float  # of hardware.network_gbs
+    pcie_gbs: float  # GB/s between a GPU and host memory
+    host_tflops: float  # TFLOP/s of a critic replica on the host's processors, float32
     store_gbs: float  # GB/s into Ray's object store, or out of it, with the copy from the GPU and the checksum
 
 
-EXPECTED = Assumed(mfu=0.35, decode=0.55, link_gbs=300, network=0.5, store_gbs=2.5)
-PESSIMISTIC = Assumed(mfu=0.15, decode=0.30, link_gbs=100, network=0.05, store_gbs=1.0)
+EXPECTED = Assumed(mfu=0.35, decode=0.55, link_gbs=300, network=0.5, pcie_gbs=25, host_tflops=0.5, store_gbs=2.5)
+PESSIMISTIC = Assumed(mfu=0.15, decode=0.30, link_gbs=100, network=0.05, pcie_gbs=10, host_tflops=0.1, store_gbs=1.0)
 """Both lie within PUBLISHED; ``store_gbs`` 2.5 was measured here (docs/benchmarks.md, publish_vs_memcpy)."""
 
 PUBLISHED = {
@@ -70,9 +73,11 @@ class Step:
     decode_tokens_per_second: float
     concurrent: float
     tokens: float  # that the step trains on
+    critic: float = 0.0
 
     def total(self, overlapped: bool) -> float:
-        return (max(self.rollout, self.learn) if overlapped else self.rollout + self.learn) + self.sync
+        learn = self.critic + self.learn
+        return (max(self.rollout, learn) if overlapped else self.rollout + learn) + self.sync
 
 
 def step_time(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed = EXPECTED) -> Step:
@@ -84,7 +89,19 @@ def step_time(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed = EXPECTED) -
     trained = config.rl.prompts_per_step * config.rl.group_size
     learn = _learning(config, m, gpu, assumed, Rows(trained * length, length, trained * answer))
     sync = _update(config, m, assumed)
-    return Step(generate, learn, sync, per_second, most, trained * length)
+    share = config.critic.gpu_share  # of a GPU, or none of one
+    rate = share * gpu.float32 * assumed.mfu if share else assumed.host_tflops
+    critic = critic_flops(config, m) / config.critic.replicas / (rate * 1e12)
+    return Step(generate, learn, sync, per_second, most, trained * length, critic)
+
+
+def critic_flops(config: Config, m: Sizes) -> float:
+    """Of all critic steps of an iteration: ``68 U^2`` for each turn of a batch.
+
+    Twin heads of Q forward and backward, 28 U^2, and of V, 20, where features get no gradient; the target's V of the
+    next states, 8, and its Q of fresh utterances, 12.
+    """
+    return 68.0 * critic_width(config, m) ** 2 * config.critic.batch_size * config.critic.steps
 
 
 def _rollout(
@@ -123,7 +140,18 @@ def _learning(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed, batch: Rows)
     micro_batches = max(share.tokens / rl.micro_batch_tokens, 1.0)
     link = assumed.link_gbs if ranks <= hardware.gpus_per_node else hardware.network_gbs * assumed.network
     moved = micro_batches * m.num_bytes * (work.frozen + work.trained + 2 * updates * work.trained)
-    return max(flops / (gpu.tflops * 1e12 * assumed.mfu), moved / (link * 1e9) if ranks > 1 else 0.0)
+    computed = max(flops / (gpu.tflops * 1e12 * assumed.mfu), moved / (link * 1e9) if ranks > 1 else 0.0)
+    return computed + _over_pcie(config, m, work, micro_batches, updates, assumed)
+
+
+def _over_pcie(
+    config: Config, m: Sizes, work: planned_work.Work, micro_batches: float, updates: int, assumed: Assumed
+) -> float:
+    """Of what waits in host memory, frozen shares come in every micro-batch, gradients go and weights return."""
+    cluster, ranks = config.cluster, config.cluster.learner_ranks
+    frozen = micro_batches * m.num_bytes * work.frozen * cluster.offload_frozen
+    trained = updates * (micro_batches * 4 + m.num_bytes) * work.trained * cluster.offload_optimizer
+    return (frozen + trained) / ranks / (assumed.pcie_gbs * 1e9)
 
 
 def _update(config: Config, m: Sizes, assumed: Assumed) -> float:
@@ -147,7 +175,7 @@ def stage_time(config: Config, m: Sizes, gpu: Gpu, stage: PretrainStage, assumed
     """Seconds of an optimizer step of a stage of pre-training."""
     rows, ranks = stage_rows(config), config.cluster.learner_ranks
     micro_batches = config.pretrain.batch_size / config.pretrain.micro_batch_size / ranks
-    work = planned_work.pretraining(stage, m, rows)
+    work = planned_work.pretraining(stage, m, rows, config.cluster.gradient_checkpointing)
     flops = work.look + work.forward + work.backward
     moved = m.num_bytes * (work.frozen + 3 * work.trained) if ranks > 1 else 0.0
     link = assumed.link_gbs if ranks <= config.hardware.gpus_per_node else (

@@ -193,15 +193,24 @@ def _pieces(m: Sizes, rows: Rows) -> float:
     return m.num_bytes * numbers + (20.0 * AT_ONCE if numbers > AT_ONCE else 11.0 * numbers)
 
 
-def _stack(m: Sizes, rows: Rows, layers: int) -> Work:
+def _again(m: Sizes, rows: Rows, layers: int) -> float:
+    """FLOPs of layers that are computed again, all but their last product."""
+    return rows.tokens * layers * (forward_of_layer(m, rows.width) - 2.0 * m.mlp * m.width)
+
+
+def _stack(m: Sizes, rows: Rows, layers: int, checkpoints: bool) -> Work:
     """Layers over e with a head of K actions: all of it trains, and e gets no gradient."""
-    head, first = 2.0 * m.width * m.actions, 2.0 * m.width * (m.queries + 2 * m.keys)
-    kept = layers * kept_of_layer(m, rows.width) - 4.0 * m.width
+    b, head, first = m.num_bytes, 2.0 * m.width * m.actions, 2.0 * m.width * (m.queries + 2 * m.keys)
+    layer, temporary = kept_of_layer(m, rows.width), _temporary(m, rows)
+    kept = layers * layer - 4.0 * m.width
+    backward = rows.tokens * (layers * backward_of_layer(m, rows.width) - first) + 2 * rows.scored * head
+    if checkpoints:  # inputs stay, the first of which is e; one layer at a time is computed again
+        kept, backward = (layers - 1.0) * b * m.width, backward + _again(m, rows, layers)
+        temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp - kept_of_norm(m)))
+    last = kept_of_norm(m) + 16.0 * m.actions
     return Work(
-        frozen=0, trained=0, known=0, look=0, temporary=_temporary(m, rows),
-        kept=rows.tokens * kept + rows.scored * (kept_of_norm(m) + 16.0 * m.actions),
-        forward=rows.tokens * layers * forward_of_layer(m, rows.width) + rows.scored * head,
-        backward=rows.tokens * (layers * backward_of_layer(m, rows.width) - first) + 2 * rows.scored * head,
+        frozen=0, trained=0, known=0, look=0, temporary=temporary, kept=rows.tokens * kept + rows.scored * last,
+        forward=rows.tokens * layers * forward_of_layer(m, rows.width) + rows.scored * head, backward=backward,
     )  # fmt: skip
 
 
@@ -216,13 +225,15 @@ def learning(config: Config, m: Sizes, rows: Rows) -> Work:
     base = 0.0 if rl.cache_hidden_states else rows.tokens * m.layers * forward_of_layer(m, rows.width)
     held = 0.0 if rl.cache_hidden_states else m.base + m.head
     e = m.num_bytes * m.width * rows.tokens
-    known, stack = e + 4.0 * rows.scored * m.actions, _stack(m, rows, m.policy_layers)
+    known = e + 4.0 * rows.scored * m.actions
+    stack = _stack(m, rows, m.policy_layers, config.cluster.gradient_checkpointing)
     if rl.actor_free:
         square, out = float(m.width * m.width), float(m.width * m.actions)
-        kept = known + rows.scored * (5.0 * m.num_bytes * m.width + 16.0 * m.actions)
+        # In float32: input and output of the norm, the hidden layer, and the weights
+        kept = known + rows.scored * (12.0 * m.width + 16.0 * m.actions) + 4 * square
         return Work(
             frozen=held + m.policy, trained=square + 3.0 * m.width + out + m.actions, known=known,
-            kept=kept, temporary=max(_without_gradient(m, rows) - kept, 4.0 * m.width * rows.scored),
+            kept=kept, temporary=max(_without_gradient(m, rows) - kept, 8 * (m.width * rows.scored + square)),
             look=base + stack.forward, forward=rows.scored * 2 * (square + out),
             backward=rows.scored * (2 * square + 4 * out),
         )  # fmt: skip
@@ -262,7 +273,7 @@ def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
         kept = rows.tokens * m.layers * b * m.width + last + wide
         # One layer at a time is computed again, when the logits are gone.
         temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp) - wide)
-        backward += rows.tokens * m.layers * (forward_of_layer(m, rows.width) - 2.0 * m.mlp * m.width)
+        backward += _again(m, rows, m.layers)
     return Work(
         frozen=(m.base + m.head) if refers or rank else 0.0, trained=own if rank else m.base + m.head,
         kept=kept, temporary=temporary, known=refers * b * (numbers + rows.tokens * m.width), look=refers * plain,
@@ -273,31 +284,42 @@ def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
 # --- pre-training -------------------------------------------------------------------------------------------------
 
 
-def pretraining(stage: PretrainStage, m: Sizes, rows: Rows) -> Work:
-    """A stage of pre-training; all its tokens are scored."""
-    base = rows.tokens * m.layers * forward_of_layer(m, rows.width)
-    idm, policy = _stack(m, rows, m.idm_layers), _stack(m, rows, m.policy_layers)
-    e, numbers = m.num_bytes * m.width * rows.tokens, rows.scored * m.vocabulary
+def pretraining(stage: PretrainStage, m: Sizes, rows: Rows, checkpoints: bool = False) -> Work:
+    """A stage of pre-training; all its tokens are scored.
+
+    Args:
+        checkpoints: whether layers that train, and the world model's blocks, are computed again.
+    """
+    b, base = m.num_bytes, rows.tokens * m.layers * forward_of_layer(m, rows.width)
+    idm, policy = (_stack(m, rows, layers, checkpoints) for layers in (m.idm_layers, m.policy_layers))
+    e, numbers = b * m.width * rows.tokens, rows.scored * m.vocabulary
     if stage == "policy":
         return _staged(m, m.policy, e + policy.kept, policy.temporary, base + idm.forward, policy.forward,
                        policy.backward)  # fmt: skip
     logits, world = 2.0 * m.width * numbers, rows.scored * 2 * m.blocks * m.block
-    wide = m.num_bytes * numbers + (4.0 * numbers if numbers <= AT_ONCE else 0.0)
-    temporary = max(_temporary(m, rows), _pieces(m, rows))
+    wide = b * numbers + (4.0 * numbers if numbers <= AT_ONCE else 0.0)
+    temporary, pairs = max(_temporary(m, rows), _pieces(m, rows)), 2.0 * b * m.width  # state and code of a block
+    again = rows.scored * m.blocks * (2 * m.block - 2.0 * m.mlp * m.width) * checkpoints
     if stage == "actions":
-        code = rows.scored * m.num_bytes * (4.0 * m.mlp + 2 * m.width) * m.blocks
-        return _staged(m, m.idm + m.codebook + m.world_model, 2 * e + idm.kept + code + wide, temporary,
-                       base + logits, idm.forward + world + logits, idm.backward + 2 * world + logits)  # fmt: skip
-    whole = rows.tokens * (m.layers * kept_of_layer(m, rows.width) + kept_of_norm(m)) + e + wide
+        code = rows.scored * (pairs + (0.0 if checkpoints else 4.0 * b * m.mlp)) * m.blocks
+        return _staged(m, m.idm + m.codebook + m.world_model, 2 * e + idm.kept + code + wide,
+                       max(temporary, idm.temporary - wide), base + logits, idm.forward + world + logits,
+                       idm.backward + 2 * world + again + logits)  # fmt: skip
+    layer, temporary = kept_of_layer(m, rows.width), temporary + b * m.width * m.vocabulary  # the LM head's gradient
+    whole = rows.tokens * (m.layers * (b * m.width if checkpoints else layer) + kept_of_norm(m)) + e + wide
     backward = rows.tokens * m.layers * backward_of_layer(m, rows.width) + 2 * logits
+    if checkpoints:
+        backward += _again(m, rows, m.layers)
+        temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp) - wide)
     if stage == "base":
         return Work(
-            frozen=0.0, trained=m.base + m.head, kept=whole + m.num_bytes * numbers, temporary=temporary, known=0.0,
+            frozen=0.0, trained=m.base + m.head, kept=whole + b * numbers, temporary=temporary, known=0.0,
             look=0.0, forward=base + logits, backward=backward,
         )  # fmt: skip
     look = (idm if stage == "fta_idm" else policy).forward
-    through = rows.scored * 3.0 * m.num_bytes * m.mlp * m.blocks
-    return _staged(m, m.base + m.head, whole + through, temporary, look, base + world + logits, backward + world)
+    through = rows.scored * (pairs if checkpoints else 3.0 * b * m.mlp) * m.blocks
+    return _staged(m, m.base + m.head, whole + through, temporary, look, base + world + logits,
+                   backward + world + again)  # fmt: skip
 
 
 def _staged(

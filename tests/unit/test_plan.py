@@ -1,5 +1,6 @@
 """The plan's arithmetic, by hand."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -87,13 +88,37 @@ def test_what_is_held_of_a_batch_between_passes(paper, sizes):
     assert tokens["states of the batch"] == 11 * 16384 * 2 * (4096 + 128256)
 
 
+def test_a_critics_flops_are_those_of_its_step(paper, sizes):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from cola_ray.algorithms.archer import TwinHeads
+    from cola_ray.replay.critic import Critic, CriticBatch
+
+    small, rows = dataclasses.replace(sizes, width=64), 16
+    config = override(paper, {"task.name": "twenty_questions", "rl.algorithm": "archer", "critic.batch_size": rows,
+                              "critic.steps": 1})  # fmt: skip
+    critic = Critic(TwinHeads(65, 65), gamma=0.9, tau=0.1, lr=1e-3, grad_clip=1.0)
+    batch = CriticBatch(*torch.zeros(3, rows, 65), torch.zeros(rows), torch.zeros(rows, dtype=torch.bool),
+                        *torch.zeros(2, rows, 65))  # fmt: skip
+    with FlopCounterMode(display=False) as counter:
+        critic.step(batch)
+    planned = planned_time.critic_flops(config, small)
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert planned_memory.critic_memory(paper, sizes) == {}
+    parameters = sum(one.numel() for one in critic.online.parameters())
+    assert planned_memory.critic_memory(config, small)["twin heads"] == pytest.approx(20 * parameters, rel=0.05)
+    assert planned_time.step_time(paper, sizes, H100).critic == 0
+    assert planned_time.step_time(config, sizes, H100).critic > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
         (TOKENS, r"a rank needs 172 GB of the 72 GB .* lower rl.micro_batch_tokens, or set \S+gradient_checkpointing"),
         (TOKENS | {"rl.lora_rank": 64}, r"a rank needs 128 GB of the 72 GB"),
         ({"pretrain.stages": ["actions", "policy", "fta_idm"]},
-         r"pre-training, fta_idm, needs \d+ GB .* most for activations, 61 GB; lower pretrain.micro_batch_size"),
+         r"pre-training, fta_idm, needs \d+ GB .* for activations, 61 GB; lower pretrain.micro_batch_size, or set"),
     ],
 )  # fmt: skip
 def test_modes_that_do_not_fit_are_refused(paper, sizes, changes, refused):
