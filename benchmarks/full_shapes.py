@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from record import record
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,7 +148,9 @@ def measure(module: nn.Module, trained: tuple[str, ...], share: float, step: Cal
         parameter.requires_grad_(name.startswith(trained))
     meter.mark([*module.parameters(), *module.buffers()], "parameters")
     own = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    on_gpu = mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention_on_gpu)
+    on_gpu = mock.patch.multiple(
+        nn.functional, scaled_dot_product_attention=_attention_on_gpu, linear=zero3_linear_wrap
+    )
     flops = FlopCounterMode(display=False)
     with flops, meter, on_gpu:  # it holds on to graphs, so that memory is looked at without it
         loss = step()

@@ -194,8 +194,8 @@ def _pieces(m: Sizes, rows: Rows) -> float:
 
 
 def _again(m: Sizes, rows: Rows, layers: int) -> float:
-    """FLOPs of layers that are computed again, all but their last product."""
-    return rows.tokens * layers * (forward_of_layer(m, rows.width) - 2.0 * m.mlp * m.width)
+    """FLOPs of layers that are computed again, to the last product, for DeepSpeed's linear function saves its input."""
+    return rows.tokens * layers * forward_of_layer(m, rows.width)
 
 
 def _stack(m: Sizes, rows: Rows, layers: int, checkpoints: bool) -> Work:
@@ -299,9 +299,9 @@ def pretraining(stage: PretrainStage, m: Sizes, rows: Rows, checkpoints: bool = 
     logits, world = 2.0 * m.width * numbers, rows.scored * 2 * m.blocks * m.block
     wide = b * numbers + (4.0 * numbers if numbers <= AT_ONCE else 0.0)
     temporary, pairs = max(_temporary(m, rows), _pieces(m, rows)), 2.0 * b * m.width  # state and code of a block
-    again = rows.scored * m.blocks * (2 * m.block - 2.0 * m.mlp * m.width) * checkpoints
+    code = rows.scored * (pairs + (0.0 if checkpoints else 4.0 * b * m.mlp)) * m.blocks
+    again = world * checkpoints
     if stage == "actions":
-        code = rows.scored * (pairs + (0.0 if checkpoints else 4.0 * b * m.mlp)) * m.blocks
         return _staged(m, m.idm + m.codebook + m.world_model, 2 * e + idm.kept + code + wide,
                        max(temporary, idm.temporary - wide), base + logits, idm.forward + world + logits,
                        idm.backward + 2 * world + again + logits)  # fmt: skip
@@ -317,8 +317,7 @@ def pretraining(stage: PretrainStage, m: Sizes, rows: Rows, checkpoints: bool = 
             look=0.0, forward=base + logits, backward=backward,
         )  # fmt: skip
     look = (idm if stage == "fta_idm" else policy).forward
-    through = rows.scored * (pairs if checkpoints else 3.0 * b * m.mlp) * m.blocks
-    return _staged(m, m.base + m.head, whole + through, temporary, look, base + world + logits,
+    return _staged(m, m.base + m.head, whole + code, temporary, look, base + world + logits,
                    backward + world + again)  # fmt: skip
 
 

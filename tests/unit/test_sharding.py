@@ -223,7 +223,7 @@ def test_offloaded_weights_and_optimizers_step_alike(kind, cola_dir, base_dir, o
             zero.step()
         found.append({name: safe_get_full_fp32_param(one).clone() for name, one in zero.trained})
         assert ("cpu" in places) == offloaded
-        assert any(place != "cpu" for place in places), "what trains stays on the device"
+        assert not places or None in places, "what trains stays on the device"
         zero.close()
     for name, plain in found[0].items():
         torch.testing.assert_close(found[1][name], plain, atol=1e-5, rtol=0)
