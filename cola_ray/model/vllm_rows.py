@@ -10,7 +10,7 @@ Nothing here waits for the device: what steps decide on is known to the host.
 """
 
 import os
-import secrets
+import random
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -115,6 +115,9 @@ class RowTable:
         self.fixed: tuple[Tensor, Tensor] | None = None  # V1: settings on the device
         self.forcing: list[int] = []  # V1: rows with forced actions
         self.prepared: Rows | None = None  # V2: of the step under way
+        # Seeds of served requests that bring none. Tensor-parallel ranks share the id and see requests in one order,
+        # so they draw the same actions.
+        self.seeds = random.Random(f"{vllm_config.instance_id}/{vllm_config.parallel_config.data_parallel_rank}")
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> "RowTable":
@@ -208,9 +211,9 @@ def check_served_request(params: SamplingParams) -> None:
         raise VLLMValidationError(f"prompt_logprobs: {neutral['prompt_logprobs'][1]}; leave out echo with logprobs")
 
 
-def served_request(params: SamplingParams) -> ActionRequest:
-    """How a request through OpenAI's API draws: without a seed by a random one; vLLM gives each of n its own seed."""
-    seed = secrets.randbits(63) if params.seed is None else params.seed
+def served_request(params: SamplingParams, seeds: random.Random) -> ActionRequest:
+    """How a request through OpenAI's API draws: without a seed by one of ``seeds``; vLLM gives each of n its own."""
+    seed = seeds.getrandbits(63) if params.seed is None else params.seed
     args = {"action_temperature": params.temperature, "action_top_k": max(params.top_k, 0)}
     return ActionRequest.from_params(args, seed)
 
@@ -235,8 +238,7 @@ class RowTracker(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         return logits
 
-    @staticmethod
-    def action_request(params: SamplingParams) -> ActionRequest:
+    def action_request(self, params: SamplingParams) -> ActionRequest:
         return ActionRequest.from_params(params.extra_args, params.seed)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -285,9 +287,8 @@ class RequestSampler(RowTracker):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         check_served_request(sampling_params)
 
-    @staticmethod
-    def action_request(params: SamplingParams) -> ActionRequest:
-        return served_request(params)
+    def action_request(self, params: SamplingParams) -> ActionRequest:
+        return served_request(params, self.table.seeds)
 
     def is_argmax_invariant(self) -> bool:
         return False

@@ -88,7 +88,10 @@ class CoLAModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        request = served_request(params) if self.served else ActionRequest.from_params(params.extra_args, params.seed)
+        if self.served:
+            request = served_request(params, self.table.seeds)
+        else:
+            request = ActionRequest.from_params(params.extra_args, params.seed)
         self.slots.add_request(req_index, request, new_req_data.prompt_len)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:

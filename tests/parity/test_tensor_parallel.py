@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import vllm
 from accelerator import ON_ACCELERATOR
 from conftest import NUM_ACTIONS, VOCAB_SIZE
 
-from cola_ray.rollout.engine import LatentEngine, Request
+from cola_ray.model.vllm_rows import RowTable
+from cola_ray.rollout.engine import LatentEngine, Request, prepare_process
 from cola_ray.weights import Broadcast, Channel, Offer, WeightSender, WeightTransferError
 
 STOP = 7
@@ -96,3 +98,25 @@ def test_two_processes_complete_and_update_as_one(cola_dir, versions):
         assert split.versions.tolist() == single.versions.tolist()
         np.testing.assert_allclose(split.log_probs, single.log_probs, atol=TOLERANCE)
         np.testing.assert_allclose(split.hidden_states, single.hidden_states, atol=TOLERANCE)
+
+
+def seeds(worker):
+    table = RowTable.of(worker.vllm_config)
+    return table.settings.integers[1].tolist()
+
+
+def test_processes_of_a_server_draw_the_same_actions(cola_dir):
+    """Of requests without a seed, too, each of which has another one."""
+    prepare_process(1)
+    llm = vllm.LLM(
+        str(cola_dir), dtype="float32", max_model_len=128, max_num_seqs=16, block_size=32, skip_tokenizer_init=True,
+        num_gpu_blocks_override=32, tensor_parallel_size=2, enforce_eager=True, distributed_executor_backend="mp",
+    )  # fmt: skip
+    try:
+        params = vllm.SamplingParams(temperature=1.0, max_tokens=8, detokenize=False)
+        llm.generate([{"prompt_token_ids": request.prompt_ids} for request in REQUESTS], params, use_tqdm=False)
+        first, second = llm.collective_rpc(seeds)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    assert first == second
+    assert len({*first} - {0}) == len(REQUESTS)

@@ -13,13 +13,14 @@ CPU = torch.device("cpu")
 SLOTS, STEPS, ACTIONS = 8, 40, 12
 
 
-def config(name, processors=()):
+def config(name, processors=(), rank=0):
     """What the tables read of vLLM's configuration."""
     parts = types.SimpleNamespace
     return parts(
         instance_id=name,
         model_config=parts(max_model_len=STEPS, logits_processors=list(processors), enable_prompt_embeds=False),
         scheduler_config=parts(max_num_seqs=SLOTS, max_num_batched_tokens=64),
+        parallel_config=parts(data_parallel_rank=rank),
     )
 
 
@@ -249,6 +250,20 @@ def test_v2_served_requests_draw_by_their_own_settings(table, state):
     best = tokens.argmax(-1)
     left = SlotRequestSampler(None, None).apply(tokens, None)
     assert torch.equal(left.isfinite().nonzero()[:, 1], best)
+
+
+def test_ranks_of_a_server_draw_alike_and_replicas_do_not():
+    """Each rank has a table of its own in a process of its own; a request without a seed must draw the same in all."""
+    from vllm.sampling_params import SamplingParams
+
+    from cola_ray.model.vllm_rows import RowTable, served_request
+
+    def drawn(name, rank):
+        table = RowTable(config(name, rank=rank))
+        return [served_request(SamplingParams(temperature=1.0), table.seeds).seed for _ in range(4)]
+
+    assert drawn("a server", 0) == drawn("a server", 0)
+    assert len({*drawn("a server", 0), *drawn("a server", 1), *drawn("another", 0)}) == 12
 
 
 def test_v2_samples_tokens_in_a_processor(table):
