@@ -110,7 +110,8 @@ def test_processes_of_a_server_draw_the_same_actions(cola_dir):
     prepare_process(1)
     llm = vllm.LLM(
         str(cola_dir), dtype="float32", max_model_len=128, max_num_seqs=16, block_size=32, skip_tokenizer_init=True,
-        num_gpu_blocks_override=32, tensor_parallel_size=2, enforce_eager=True, distributed_executor_backend="mp",
+        num_gpu_blocks_override=32, kv_cache_memory_bytes=64 << 20, tensor_parallel_size=2, enforce_eager=True,
+        distributed_executor_backend="mp",
     )  # fmt: skip
     try:
         params = vllm.SamplingParams(temperature=1.0, max_tokens=8, detokenize=False)

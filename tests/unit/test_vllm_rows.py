@@ -110,13 +110,19 @@ def test_rows_of_a_profiling_run_are_greedy_and_kept_nowhere(table):
 
 
 @pytest.mark.parametrize("num_actions", [ACTIONS, 2 * FEW_ACTIONS])
-def test_a_step_asks_the_device_for_nothing(table, num_actions):
+def test_a_step_asks_the_device_for_nothing(table, num_actions, monkeypatch):
     """On the meta device there is nothing to read: a wait for a value, or a shape that depends on one, is an error."""
     from vllm.v1.sample.logits_processor import BatchUpdate
 
+    from cola_ray.model import vllm_rows, vllm_slots
     from cola_ray.model.vllm_rows import RowTracker
     from cola_ray.model.vllm_slots import SlotSettings
 
+    def to_device(data, device, dtype=None):  # once vLLM has served on a CPU in this process, its own leaves all there
+        return torch.as_tensor(data, dtype=dtype).to(device)
+
+    for module in (vllm_rows, vllm_slots):
+        monkeypatch.setattr(module, "async_tensor_h2d", to_device)
     meta = torch.device("meta")
     tracker, slots = RowTracker(config("a test"), meta, False), SlotSettings(table, SLOTS, meta)
     mixed = requests(6)
