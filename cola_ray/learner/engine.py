@@ -148,6 +148,7 @@ class ZeroEngine:
             shards = Shards()
             for parameter in module.parameters():
                 if not hasattr(parameter, "ds_id"):
+                    torch.distributed.broadcast(parameter.data, 0)
                     shards.take(parameter, on_host=not parameter.requires_grad)
         optimizer = torch.optim.AdamW(
             [p for _, p in self.trained], lr=lr, betas=betas, weight_decay=weight_decay,

@@ -1,8 +1,8 @@
 """Models whose every rank loads its own shards.
 
-    checkpoint ─> the first rank reads a tensor ─> broadcast ─> each rank keeps its share ─> the next tensor
+    checkpoint ─> each rank maps a tensor from its file ─> and copies its own share of it ─> the next tensor
 
-A rank never holds more than its share of the model and one whole tensor; the first also maps one from its file.
+A rank holds its share of the model and, only where the checkpoint has another dtype or form, one whole tensor.
 Without a process group the same code fills the model whole.
 """
 
@@ -78,13 +78,13 @@ def fill(
     for name in present.keys() - shared.keys():
         data = torch.empty(present[name].shape, dtype=present[name].dtype, device=device)
         place(module, name, data.copy_(tensors.read(stored(name))))
-    # All go through one buffer: shares between freed tensors would keep malloc from giving memory back.
+    # Conversions go through one buffer: shares between freed tensors would keep malloc from giving memory back.
     buffer = torch.empty(max((one.nbytes for one in shared.values()), default=0), dtype=torch.uint8)
     shards = Shards()
     for name, parameter in shared.items():
-        data = buffer[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-        if torch.distributed.get_rank() == 0:
-            data.copy_(tensors.read(stored(name)))
+        data = tensors.read(stored(name))
+        if data.dtype != parameter.dtype:
+            data = buffer[: parameter.nbytes].view(parameter.dtype).view(parameter.shape).copy_(data)
         shards.take(place(module, name, data), on_host(name))
     for name in absent:
         place(module, name, torch.empty(parameters[name].shape, dtype=parameters[name].dtype))
@@ -101,7 +101,7 @@ class Shards:
         self.first: dict[bool, Any] = {}
 
     def take(self, parameter: Any, on_host: bool = False) -> None:
-        """A collective: all ranks get the first rank's values, and keep their share of them.
+        """Keep this rank's share of a parameter that has the same values on all ranks.
 
         Args:
             on_host: keep the share in host memory, pinned where there are GPUs.
@@ -111,9 +111,16 @@ class Shards:
             return
         import deepspeed  # policies run without it, too
 
+        class Divide(deepspeed.zero.Init):  # type: ignore[misc]
+            """Without the broadcast of the first rank's values, which would read and write the whole tensor."""
+
+            def _zero_init_param(self, param: Any) -> None:
+                self._convert_to_deepspeed_param(param)
+                param.partition()
+
         holder = nn.Module()
         holder.register_parameter("parameter", parameter)
-        deepspeed.zero.Init(
+        Divide(
             module=holder, config_dict_or_path=zero_config(parameter.dtype), remote_device="cpu" if on_host else None,
             pin_memory=on_host and torch.cuda.is_available(),
         )  # fmt: skip

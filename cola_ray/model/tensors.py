@@ -3,7 +3,7 @@
     empty(LlamaForCausalLM, config, dtype) ─> parameters on the meta device, buffers real
     Tensors(path).read(name)               ─> one tensor, from safetensors or torch files
 
-A loader that keeps only its share of each tensor never holds more than that share and one whole tensor.
+Tensors of safetensors files are mapped, so a loader that copies its share of each holds little more than its share.
 """
 
 import json
