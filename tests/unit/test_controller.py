@@ -374,7 +374,7 @@ def test_a_learner_that_hangs_between_two_steps_is_named():
             await asyncio.sleep(0.02)
         return controller.supervisor.failure
 
-    _, failure = run(Pool(), {"cluster.stall_timeout_s": 0.4, "cluster.learner_ranks": 2}, hangs)
+    _, failure = run(Pool(), {"cluster.stall_timeout_s": 2.0, "cluster.learner_ranks": 2}, hangs)
     assert "waiting for: the learner, which saves or goes on" in failure
 
 
