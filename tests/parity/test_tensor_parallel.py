@@ -114,7 +114,7 @@ def test_processes_of_a_server_draw_the_same_actions(cola_dir):
         distributed_executor_backend="mp",
     )  # fmt: skip
     try:
-        params = vllm.SamplingParams(temperature=1.0, max_tokens=8, detokenize=False)
+        params = vllm.SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True, detokenize=False)
         llm.generate([{"prompt_token_ids": request.prompt_ids} for request in REQUESTS], params, use_tqdm=False)
         first, second = llm.collective_rpc(seeds)
     finally:
