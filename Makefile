@@ -54,7 +54,8 @@ reproduce: evals  ## the papers' matrix with the tiny preset, to outputs/reprodu
 
 test: setup  ## unit tests, two at a time, then parity and system tests
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/unit
-	$(BIN)/python -m pytest -q -m "not slow" tests/parity tests/system
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/parity
+	$(BIN)/python -m pytest -q -m "not slow" tests/system
 
 test-slow: setup  ## learning curves over three seeds and kill tests
 	$(BIN)/python -m pytest -q -m slow --timeout 5400 tests
