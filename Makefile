@@ -52,7 +52,7 @@ demo-agent: setup  ## the same for a multi-turn agent: Twenty Questions, ArCHer'
 reproduce: evals  ## the papers' matrix with the tiny preset, to outputs/reproduce/report/index.html; under three hours
 	$(BIN)/cola_ray reproduce --preset tiny --output-dir outputs/reproduce
 
-test: setup  ## unit tests, two at a time, then parity and system tests
+test: setup  ## unit tests, two at a time, parity tests likewise, then system tests
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/parity
 	$(BIN)/python -m pytest -q -m "not slow" tests/system
