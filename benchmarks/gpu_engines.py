@@ -165,16 +165,19 @@ def _whole(bench: Bench, preset: str, more: list[str]) -> Iterator[Figure]:
         print("a run takes two GPUs, one to learn and one to generate: left out", flush=True)
         return
     folder = ROOT / "outputs" / "gpu" / f"run-{preset}"
-    short = ["--pretrain.max-steps", "20", "--rl.max-steps", "4"] if on_gpu else [
-        "--pretrain.max-steps", "2", "--rl.max-steps", "2", "--rl.eval-problems", "8"]  # fmt: skip
-    command = [sys.executable, "-m", "cola_ray", "rl", "--preset", preset, "--output-dir", str(folder), "--overwrite",
-               "--cluster.learner-ranks", "1", "--cluster.use-gpu", str(on_gpu).lower(), *short, *more]  # fmt: skip
+    start, stages = folder.with_name(f"start-{preset}"), ["--pretrain.max-steps", "20" if on_gpu else "2"]
+    steps = ["--rl.max-steps", "4"] if on_gpu else ["--rl.max-steps", "2", "--rl.eval-problems", "8"]
+    placed = ["--cluster.learner-ranks", "1", "--cluster.use-gpu", str(on_gpu).lower()]
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    yield Figure("exit status", done.returncode, "")
-    if done.returncode:
-        print(done.stdout[-2000:], done.stderr[-4000:], flush=True)
-        raise RuntimeError(f"the run in {folder} failed")
+    for command in (
+        ["pretrain", "--output-dir", str(start), *stages],
+        ["rl", "--output-dir", str(folder), "--model.path", str(start / "model"), *steps],
+    ):
+        whole = [sys.executable, "-m", "cola_ray", *command, "--preset", preset, "--overwrite", *placed, *more]
+        done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(done.stdout[-2000:], done.stderr[-4000:], flush=True)
+            raise RuntimeError(f"`cola_ray {command[0]}` in {folder} ended with {done.returncode}")
     yield Figure("from nothing to the end", time.perf_counter() - started, "s")
     summary = json.loads((Path(folder) / "summary.json").read_text())
     for name in ("policy/rollout_mismatch", "time/learn", "time/rollout"):
