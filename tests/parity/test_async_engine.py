@@ -5,13 +5,20 @@ was asked when the call returns: scheduler, queue of batches and placeholders fo
 """
 
 import contextlib
-import copy
 
 import numpy as np
 import pytest
 import torch
 from conftest import letters
-from test_engine import STATE_TOLERANCE, STOP, assert_same, mixed_requests, publish, reference, replayed
+from test_engine import (
+    STATE_TOLERANCE,
+    STOP,
+    assert_same,
+    check_an_update_amid_requests,
+    mixed_requests,
+    reference,
+    with_another_policy,
+)
 
 from cola_ray.rollout.engine import LatentEngine, Request
 
@@ -77,26 +84,7 @@ def test_mixed_requests_equal_pytorch(engine, cola):
 
 
 def test_an_update_knows_where_the_step_under_way_begins(engine, cola):
-    other = copy.deepcopy(cola)
-    generator = torch.Generator().manual_seed(9)
-    for parameter in other.policy.parameters():
-        parameter.data += 0.1 * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
-    requests = [Request(list(range(20 + i, 40 + i)), 50 + i, 1.0, 0, 16) for i in range(8)]
-    ids, finished = [engine.submit(request) for request in requests], {}
-    for _ in range(6):
-        finished |= engine.step()
-    assert engine.num_in_flight
-    publish(engine, other, 10)
-    while engine.num_in_flight:
-        finished |= engine.step()
-    mixed = 0
-    for name, request in zip(ids, requests, strict=True):
-        completion = finished[name]
-        old = int((completion.versions != 10).sum())
-        mixed += 0 < old < len(completion.versions)
-        assert_same(completion, replayed(cola, other, request, old))
-    assert mixed >= 2, "the update was meant to fall amid the requests"
-    publish(engine, cola, 11)
+    check_an_update_amid_requests(engine, cola, with_another_policy(cola), 6)
 
 
 def test_slots_of_who_leaves_are_used_again(engine, cola):

@@ -131,14 +131,18 @@ def publish(engine, model, version):
     engine.update_weights(version, list(WeightSender(1 << 12).buckets(version, policy_tensors(model))))
 
 
-@pytest.fixture
-def other(cola):
-    """The same model with another policy."""
+def with_another_policy(cola):
+    """The same model, whose policy has moved a little."""
     model = copy.deepcopy(cola)
     generator = torch.Generator().manual_seed(9)
     for parameter in model.policy.parameters():
         parameter.data += 0.1 * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+@pytest.fixture
+def other(cola):
+    return with_another_policy(cola)
 
 
 def test_published_weights_reach_the_engine(engine, cola, other):
@@ -156,10 +160,15 @@ def test_published_weights_reach_the_engine(engine, cola, other):
 
 def test_requests_in_flight_continue_on_new_weights(engine, cola, other):
     """Tokens before the update are the old policy's, those after it the new one's: as PyTorch says, bit by bit."""
+    check_an_update_amid_requests(engine, cola, other, 5)
+
+
+def check_an_update_amid_requests(engine, cola, other, steps):
+    """After so many steps of the engine."""
     requests = [Request(list(range(20 + i, 40 + i)), 50 + i, 1.0, 0, 16) for i in range(8)]
     ids = [engine.submit(request) for request in requests]
     finished = {}
-    for _ in range(5):
+    for _ in range(steps):
         finished |= engine.step()
     assert engine.num_in_flight
     publish(engine, other, 10)
