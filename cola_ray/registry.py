@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-Kind = Literal["algorithm", "advantage", "loss", "task", "environment", "reward"]
+Kind = Literal["algorithm", "advantage", "loss", "task", "environment", "reward", "base"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Found = TypeVar("Found")
 
@@ -56,6 +56,9 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "data_science": "cola_ray.tasks.data_science:DataScience",
     },
     "reward": {},
+    "base": {
+        name: f"cola_ray.model.families:{name.upper()}" for name in ("llama", "mistral", "qwen2", "qwen3")
+    },
 }  # fmt: skip
 """By kind and name: where it is, as ``module:name``."""
 
@@ -86,7 +89,7 @@ def register(kind: Kind, name: str) -> Callable[[Found], Found]:
     """Put a function, a class or an instance into the registry; returns it unchanged.
 
     Args:
-        kind: algorithm, advantage, loss, task, environment or reward.
+        kind: algorithm, advantage, loss, task, environment, reward or base.
         name: under which settings name it, behind ``file.py:`` or ``package.module:`` where the file has not been
             imported before.
 

@@ -18,7 +18,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from cola_ray import CoLAForCausalLM
 
@@ -58,6 +65,35 @@ def small_llama(tied: bool = True) -> LlamaForCausalLM:
             pad_token_id=0,
         )
     ).eval()  # fmt: skip
+
+
+_SIZES = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+_LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+BASES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {"rope_parameters": _LLAMA_3, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 64}),
+}
+"""Small bases, by what is tested with them: model_type, and settings beside the usual sizes."""
+
+
+def small_base(name: str) -> PreTrainedModel:
+    """One of :data:`BASES` with random weights, all of them in use: norms, biases and scales too."""
+    kind, settings = BASES[name]
+    torch.manual_seed(0)
+    model = scramble(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(_SIZES | settings))))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.eval()
 
 
 def scramble(model: PreTrainedModel) -> PreTrainedModel:

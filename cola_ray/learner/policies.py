@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cola_ray.learner.micro_batch import Frozen, MicroBatch
 from cola_ray.learner.published import Published
@@ -147,7 +147,7 @@ class SoftQPolicy(nn.Module):
 
 
 class TokenPolicy(nn.Module):
-    """A plain Llama that trains, whole or by low-rank adapters, and the frozen one that it was at the start of RL.
+    """A plain base that trains, whole or by low-rank adapters, and the frozen one that it was at the start of RL.
 
     Args:
         base: taken over.
@@ -156,7 +156,7 @@ class TokenPolicy(nn.Module):
             the base without them.
     """
 
-    def __init__(self, base: LlamaForCausalLM, *, lora_rank: int = 0, with_reference: bool = True) -> None:
+    def __init__(self, base: Any, *, lora_rank: int = 0, with_reference: bool = True) -> None:
         super().__init__()
         self.width, self.num_actions = base.config.hidden_size, base.config.vocab_size
         self.with_reference = with_reference
@@ -179,11 +179,13 @@ class TokenPolicy(nn.Module):
         """Merged, where adapters train: engines and users of the result need to know nothing of them."""
         if not self.lora_rank:
             return [Published(name, (parameter,)) for name, parameter in self.policy.named_parameters()]
-        return [
-            Published(f"{name}.weight", _parts(module), _merged(module.scaling["default"]))
-            for name, module in self.policy.get_base_model().named_modules()
-            if hasattr(module, "lora_A")
-        ]
+        found = []
+        for name, module in self.policy.get_base_model().named_modules():
+            if hasattr(module, "lora_A"):
+                found.append(Published(f"{name}.weight", _parts(module), _merged(module.scaling["default"])))
+                if module.base_layer.bias is not None:  # unchanged; engines reload whole modules
+                    found.append(Published(f"{name}.bias", (module.base_layer.bias,)))
+        return found
 
     def forward(
         self,
@@ -204,8 +206,8 @@ class TokenPolicy(nn.Module):
         if self.with_reference and reference_logits is None:
             with torch.no_grad():
                 hidden_states, reference_logits = self._refer(inputs, scored_mask)
-        llama = self.policy.get_base_model() if self.lora_rank else self.policy
-        return _states_and_logits(llama, inputs, scored_mask)[1], hidden_states, reference_logits, aliases
+        base = self.policy.get_base_model() if self.lora_rank else self.policy
+        return _states_and_logits(base, inputs, scored_mask)[1], hidden_states, reference_logits, aliases
 
     def _refer(self, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
         if self.reference is None:
@@ -214,12 +216,12 @@ class TokenPolicy(nn.Module):
         return _states_and_logits(self.reference, inputs, scored_mask)
 
 
-def _states_and_logits(llama: Any, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
-    states = llama.model(**inputs).last_hidden_state
-    return states, llama.lm_head(states[scored_mask])
+def _states_and_logits(base: Any, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
+    states = base.model(**inputs).last_hidden_state
+    return states, base.lm_head(states[scored_mask])
 
 
-def _adapted(base: LlamaForCausalLM, rank: int) -> nn.Module:
+def _adapted(base: PreTrainedModel, rank: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -257,7 +259,7 @@ def make_policy(config: Config, model_path: str) -> Policy:
     rl, dtype = config.rl, getattr(torch, config.model.dtype)
     shape, tensors = opened(model_path)
     latent = rl.action_space == "latent"
-    model = empty(CoLAForCausalLM if latent else LlamaForCausalLM, shape, dtype)
+    model = empty(CoLAForCausalLM if latent else AutoModelForCausalLM, shape, dtype)
     if rl.lora_rank:  # adapters are made for weights that are there
         fill(model, tensors, on_host=lambda _: config.cluster.offload_frozen)
     policy: Policy
@@ -280,8 +282,8 @@ def make_policy(config: Config, model_path: str) -> Policy:
 
 def export(start_model: str, trained: dict[str, Tensor], target: Path, soft_q_beta: float = 0.0) -> None:
     """The start model with the trained tensors in place, as a Hugging Face directory, with its tokenizer."""
-    plain = AutoConfig.from_pretrained(start_model).model_type == "llama" and not is_released(start_model)
-    model = (LlamaForCausalLM if plain else CoLAForCausalLM).from_pretrained(start_model, dtype="auto")
+    plain = AutoConfig.from_pretrained(start_model).model_type != "cola" and not is_released(start_model)
+    model = (AutoModelForCausalLM if plain else CoLAForCausalLM).from_pretrained(start_model, dtype="auto")
     if soft_q_beta:
         model.enable_soft_q(soft_q_beta)
     unknown = trained.keys() - model.state_dict().keys()

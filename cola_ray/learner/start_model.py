@@ -53,11 +53,11 @@ def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
 
 
 def attached(config: Config, source: Path) -> Path:
-    """A directory of ``source`` with CoLA around it, made anew, which is ``source`` itself unless it is a Llama.
+    """A directory of ``source`` with CoLA around it, made anew, which is ``source`` itself if CoLA is there already.
 
     A collective.
     """
-    if json.loads((source / "config.json").read_text())["model_type"] != "llama":
+    if json.loads((source / "config.json").read_text())["model_type"] == "cola":
         return source
     target = source.with_name("attached")
     if torch.distributed.get_rank() == 0:

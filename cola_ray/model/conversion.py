@@ -1,4 +1,4 @@
-"""Conversion of checkpoints: attach CoLA to a Llama, extract the base again, and read or write the authors' format.
+"""Conversion of checkpoints: attach CoLA to a base, extract the base again, and read or write the authors' format.
 
 Released name                                      our name
 model.{embed_tokens,layers,norm}, lm_head          the same
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,22 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from cola_ray.model.modeling_cola import RELEASED_ARCHITECTURE, CoLAConfig, CoLAForCausalLM, is_released, model_card
+from cola_ray.model import families
+from cola_ray.model.modeling_cola import (
+    BY_LAYER,
+    RELEASED_ARCHITECTURE,
+    CoLAConfig,
+    CoLAForCausalLM,
+    is_released,
+    model_card,
+)
 from cola_ray.model.tensors import DiscardedDraws, Tensors, empty, place
 
 log = logging.getLogger(__name__)
@@ -46,9 +58,9 @@ _OURS_BY_RELEASED_PREFIX = {
 
 
 def attach(
-    base_path: str | os.PathLike, *, seed: int = 0, dtype: torch.dtype | None = None, **sizes: Any
+    base_path: str | os.PathLike, *, seed: int = 0, dtype: torch.dtype | None = None, family: str = "", **sizes: Any
 ) -> CoLAForCausalLM:
-    """Add untrained CoLA modules to a Llama checkpoint, whose weights are copied unchanged.
+    """Add untrained CoLA modules to a base, whose weights are copied unchanged.
 
     The world model starts in its identity form with zero output projections, so under *any* action the token logits
     of the new model equal those of the base, bit for bit.
@@ -58,10 +70,11 @@ def attach(
         seed: of the initial weights of the new modules. They depend on the sizes of the base as well: the generator is
             where it would be if the base had been drawn first.
         dtype: of all weights; by default that of the checkpoint.
+        family: of a base that the package does not know, ``package.module:name`` or ``file.py:name``.
         sizes: ``num_actions``, ``num_idm_layers``, ``num_world_model_layers``, ``num_policy_layers``.
 
     Raises:
-        ValueError: the checkpoint is not a Llama.
+        ValueError: the checkpoint is of no family that CoLA attaches to, or refused by its family.
 
     Example:
         >>> import cola_ray, torch
@@ -73,9 +86,10 @@ def attach(
         >>> model.config.num_actions, model.codebook.weight.shape
         (8, torch.Size([8, 16]))
     """
-    base = load_base(base_path, dtype)
+    base = load_base(base_path, dtype, family)
     known = base.config.to_dict()
-    config = CoLAConfig(**{**known, **sizes, "model_type": "cola", "architectures": ["CoLAForCausalLM"]})
+    whose = {"base_model_type": base.config.model_type, "base_family": family}
+    config = CoLAConfig(**{**known, **whose, **sizes, "model_type": "cola", "architectures": ["CoLAForCausalLM"]})
     config.tie_word_embeddings = base.config.tie_word_embeddings
     config.card = {"base": str(base_path)}
     model = empty(CoLAForCausalLM, config, next(base.parameters()).dtype)
@@ -116,20 +130,19 @@ def load(path: str | os.PathLike, *, dtype: torch.dtype | str = "auto", **option
     """
     kind = "cola" if is_released(path) else AutoConfig.from_pretrained(path).model_type
     if kind != "cola":
-        raise ValueError(f"path = {str(path)!r}: a {kind!r} model, not one of CoLA's; attach() adds CoLA to a Llama")
+        raise ValueError(f"path = {str(path)!r}: a {kind!r} model, not one of CoLA's; attach() adds CoLA to a base")
     model: CoLAForCausalLM = CoLAForCausalLM.from_pretrained(path, dtype=dtype, **options)
     return model.eval()
 
 
-def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Load the Llama at ``base_path`` (directory, hub id or GGUF file); ValueError if it is not a Llama."""
+def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None, family: str = "") -> PreTrainedModel:
+    """Load the base at ``base_path`` (directory, hub id or GGUF file); ValueError if CoLA does not attach to it."""
     path = Path(base_path)
     source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(base_path), {})
     config = AutoConfig.from_pretrained(source, **options)
-    if config.model_type != "llama":
-        raise ValueError(
-            f"model.base: {base_path} is a {config.model_type!r} model; CoLA attaches to Llama checkpoints"
-        )
+    fault = families.fault(config.to_dict(), family)
+    if fault:
+        raise ValueError(f"model.base = {str(base_path)!r}: {fault}")
     base = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
     if options:  # loading has dequantised the weights, so this is an ordinary model now
         base.hf_quantizer, base.is_quantized = None, False
@@ -146,10 +159,10 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def plain_base(path: str | os.PathLike, target: str | os.PathLike) -> Path:
-    """A directory with the plain Llama of ``path`` and its tokenizer, which vLLM can serve.
+    """A directory with the plain base of ``path`` and its tokenizer, which vLLM can serve.
 
     Args:
-        path: a Llama's directory or hub id, which is returned as it is; or a GGUF file or a CoLA checkpoint, whose base
+        path: a base's directory or hub id, which is returned as it is; or a GGUF file or a CoLA checkpoint, whose base
             is written to ``target``.
         target: the directory to write to.
     """
@@ -174,7 +187,7 @@ def describe(folder: str | os.PathLike, facts: Mapping[str, Any], figures: Mappi
     """Add facts ("base", "data", "task", ...) and results to the card of a saved model.
 
     They are kept in config.json, so they stay with the model when it is saved or pushed again. Cards that a user has
-    edited and directories of plain Llamas are not changed.
+    edited and directories of plain bases are not changed.
     """
     config, readme = AutoConfig.from_pretrained(folder), Path(folder) / "README.md"
     if not isinstance(config, CoLAConfig):
@@ -215,13 +228,21 @@ def _special_tokens(settings: GenerationConfig) -> dict[str, int | list[int]]:
     return {name: value for name in names if (value := getattr(settings, name)) not in (None, -1)}
 
 
+_OURS = ("world_model_form", "v", "soft_q_beta", "card", "auto_map", "base_model_type", "base_family")
+"""Settings of CoLA that no base has, beside its sizes."""
+
+
 def _detach(cola: Path, target: Path) -> None:
     """Write the base of a CoLA checkpoint, one file at a time to save memory."""
     target.mkdir(parents=True, exist_ok=True)
     raw = json.loads((cola / "config.json").read_text())
-    added = {*CoLAConfig.attribute_map, *CoLAConfig.attribute_map.values(), "world_model_form", "v", "soft_q_beta"}
+    kind, layers = raw.get("base_model_type", "llama"), raw["num_hidden_layers"]
+    added = {*CoLAConfig.attribute_map, *CoLAConfig.attribute_map.values(), *_OURS}
     raw = {name: value for name, value in raw.items() if name not in added}
-    raw |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    of_llama, of_base = ({field.name for field in fields(one)} for one in (LlamaConfig, CONFIG_MAPPING[kind]))
+    raw = {name: value for name, value in raw.items() if name in of_base or name not in of_llama}
+    raw |= {"model_type": kind, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]}
+    raw |= {name: raw[name][:layers] for name in BY_LAYER if raw.get(name)}
     (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     files: dict[str, str] = {}
     for shard in sorted(cola.glob("*.safetensors")):
@@ -246,8 +267,14 @@ def reset_latent_modules(model: CoLAForCausalLM) -> None:
     """
     config = model.config
     for name, module in model.named_modules():
-        if not name.startswith(("idm", "policy", "world_model")) or not isinstance(module, nn.Linear):
+        if not name.startswith(("idm", "policy", "world_model")):
             continue
+        if not isinstance(module, nn.Linear):
+            if next(module.parameters(recurse=False), None) is not None:
+                model._init_weights(module)  # norms, which start at 1, or at 0 where 1 is added to them
+            continue
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
         std = module.in_features**-0.5
         if name.startswith("world_model") and name.endswith("down_proj"):
             std = 0.0 if config.world_model_form == "identity" else std
@@ -264,7 +291,7 @@ def reset_latent_modules(model: CoLAForCausalLM) -> None:
 
 
 def opened(path: str | os.PathLike) -> tuple[Any, Tensors]:
-    """The configuration and the tensors, in our names, of a CoLA checkpoint in either form, or of a Llama."""
+    """The configuration and the tensors, in our names, of a CoLA checkpoint in either form, or of a base."""
     if not is_released(path):
         return AutoConfig.from_pretrained(path), Tensors(path)
     raw = json.loads((Path(path) / "config.json").read_text())
@@ -307,8 +334,13 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
     """Write ``model`` in the authors' format; tensors loaded from a released checkpoint are written byte-identical.
 
     Raises:
-        ValueError: the world model is in the identity form, or the policy has a Q; the released code supports neither.
+        ValueError: the world model is in the identity form, the policy has a Q, or the base is not a Llama; the released
+            code supports none of these.
     """
+    if model.config.base_model_type != "llama":
+        raise ValueError(
+            f"base_model_type: {model.config.base_model_type!r} cannot be exported; the released format is of a Llama"
+        )
     if model.config.soft_q_beta:
         raise ValueError("soft_q_beta: a policy with a Q cannot be exported; the released format has no place for it")
     if model.config.world_model_form != "released":
@@ -324,7 +356,7 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
     raw = model.config.to_dict()
     for released, ours in CoLAConfig.attribute_map.items():
         raw[released] = raw.pop(ours, None) or getattr(model.config, ours)
-    for name in ("world_model_form", "soft_q_beta", "card", "auto_map"):
+    for name in _OURS:
         raw.pop(name, None)
     # The released code reads the settings of the rotary embedding from these two entries.
     rope = dict(raw.get("rope_parameters") or {})

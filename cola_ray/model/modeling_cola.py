@@ -1,8 +1,8 @@
-"""CoLA as Hugging Face classes: a Llama whose next token is chosen through K latent actions.
+"""CoLA as Hugging Face classes: a language model whose next token is chosen through K latent actions.
 
-        x (B,T) ──> model (Llama) ──> e (B,T,H) ──┬──> idm     ──> u (B,T,K)   "which action led from t-1 to t"
-                                                  ├──> policy  ──> logits (B,T,K)   pi(a | x_1..t)
-                                                  └──> world_model(e, a) ──> d (B,T,H) ──> lm_head ──> token logits
+        x (B,T) ──> model (base) ──> e (B,T,H) ──┬──> idm     ──> u (B,T,K)   "which action led from t-1 to t"
+                                                 ├──> policy  ──> logits (B,T,K)   pi(a | x_1..t)
+                                                 └──> world_model(e, a) ──> d (B,T,H) ──> lm_head ──> token logits
 
 Legend: B sequences, T positions, H hidden size, K actions, V vocabulary size.
 Source: Jia et al., "Controlling Large Language Models with Latent Actions", ICML 2025 (arXiv 2503.21383).
@@ -11,12 +11,17 @@ Alignment, by example: tokens p0 p1 p2 are the prompt, x3 x4 the response. The a
 e_2) produced x3. The inverse dynamics model (IDM) sees x3 only at position 3, so its output at t+1 labels the action
 taken at t; the last position has no action.
 
+The base is any decoder of transformers that is built like a Llama: embeddings, ``layers``, ``norm`` and ``rotary_emb``.
+``config.base_model_type`` names it, and the IDM and the policy are made of its own decoder layers, so that they can do
+what it can.
+
 ``save_pretrained`` copies this file beside the weights (``auto_map``), so that a checkpoint opens with transformers
 alone. Therefore the file imports nothing from this package, and it also contains the function that draws actions.
 """
 
 import copy
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -29,7 +34,7 @@ from huggingface_hub.dataclasses import strict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaModel, LlamaPreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, LlamaConfig, LlamaPreTrainedModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
@@ -38,10 +43,11 @@ from transformers.generation import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.generic import can_return_tuple
 
 WorldModelForm = Literal["identity", "released"]
@@ -52,9 +58,16 @@ RELEASED_ARCHITECTURE = "IntentionForCausalLM"
 
 @strict
 class CoLAConfig(LlamaConfig):
-    """Configuration of :class:`CoLAForCausalLM`: that of a Llama, and the sizes of the modules that CoLA adds.
+    """Configuration of :class:`CoLAForCausalLM`: that of its base, and the sizes of the modules that CoLA adds.
+
+    Lists that have an entry for each layer of the base (:data:`BY_LAYER`) go on for those of the policy, which a
+    key/value cache numbers after them: layers of the base's kind where it has one kind, else layers that see
+    everything.
 
     Args:
+        base_model_type: of the base, as in its own config.json. What its family has beyond a Llama's settings is kept
+            under its own names.
+        base_family: where the engine finds how to serve the base, if the package does not know its ``base_model_type``.
         num_actions: K, the number of latent actions (codebook rows).
         num_idm_layers: decoder layers of the inverse dynamics model.
         num_world_model_layers: position-wise SwiGLU blocks of the world model.
@@ -75,6 +88,8 @@ class CoLAConfig(LlamaConfig):
         "num_policy_layer": "num_policy_layers",
     }
 
+    base_model_type: str = "llama"
+    base_family: str = ""
     num_actions: int = 64
     num_idm_layers: int = 4
     num_world_model_layers: int = 2
@@ -82,6 +97,30 @@ class CoLAConfig(LlamaConfig):
     world_model_form: str = "identity"
     soft_q_beta: float = 0.0
     card: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name, usual in BY_LAYER.items():
+            of_base = getattr(self, name, None)
+            if of_base and len(of_base) == self.num_hidden_layers:
+                kind = of_base[0] if len(set(of_base)) == 1 else usual
+                setattr(self, name, [*of_base, *[kind] * max(self.num_policy_layers, 1)])
+
+    def validate_architecture(self) -> None:
+        """A Llama's rules; another family's have been checked when its own configuration was read."""
+        if self.base_model_type == "llama":
+            super().validate_architecture()
+
+    def validate_layer_type(self) -> None:
+        """Lists by layer are longer here than transformers expects."""
+
+    @property
+    def window(self) -> bool:
+        """Whether the layers that CoLA adds see a sliding window only."""
+        of_layers = getattr(self, "layer_types", None)
+        if of_layers is None:
+            return getattr(self, "sliding_window", None) is not None
+        return of_layers[-1] == "sliding_attention"
 
     @property
     def per_layer_config(self) -> list[Any]:
@@ -92,6 +131,22 @@ class CoLAConfig(LlamaConfig):
     def per_layer_config(self, layers: Any) -> None:
         if layers is not None:
             raise ValueError("per_layer_config: all layers of a CoLA model have one shape; leave it out")
+
+
+BY_LAYER: dict[str, Any] = {"layer_types": "full_attention", "no_rope_layers": 1}
+"""Settings that are lists with an entry for each layer, and the entry of a layer that sees everything."""
+
+
+def base_class(config: CoLAConfig) -> type[PreTrainedModel]:
+    """transformers' model of the base, without a head.
+
+    Raises:
+        ValueError: transformers does not know ``base_model_type``.
+    """
+    try:
+        return MODEL_MAPPING[CONFIG_MAPPING[config.base_model_type]]
+    except KeyError:
+        raise ValueError(f"base_model_type = {config.base_model_type!r}: unknown to transformers; install it") from None
 
 
 # --- drawing an action --------------------------------------------------------------------------------------------
@@ -274,17 +329,22 @@ class ActionStack(nn.Module):
     """Causal decoder layers over e, a norm, and a float32 head with K outputs; the IDM and the policy are such stacks.
 
     Args:
-        first_layer: index of the first layer in a key/value cache; the policy's layers come after the base's.
+        base: whose kind of layers, norm and rotary embedding they have; nothing of it is kept.
+        cached: whether the layers have places in a key/value cache, after the base's.
     """
 
-    def __init__(self, config: CoLAConfig, num_layers: int, first_layer: int = 0) -> None:
+    def __init__(self, config: CoLAConfig, base: Any, num_layers: int, cached: bool = False) -> None:
         super().__init__()
-        self.config, self.first_layer = config, first_layer
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, first_layer + index) for index in range(num_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.config, self.first_layer = config, config.num_hidden_layers
+        layer, norm, rotary = (type(one) for one in (base.layers[0], base.norm, base.rotary_emb))
+        self.layers = nn.ModuleList(layer(config, self.first_layer + index * cached) for index in range(num_layers))
+        self.norm = norm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = Linear32(config.hidden_size, config.num_actions, bias=False)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = rotary(config=config)
         self.soft_q: QHead | None = None
+        # Families whose layers see differently far have a rotary embedding for each kind.
+        kinds = "layer_type" in inspect.signature(self.rotary_emb.forward).parameters
+        self.kind = {"layer_type": config.layer_types[-1]} if kinds else {}
 
     def forward(
         self,
@@ -297,7 +357,7 @@ class ActionStack(nn.Module):
         """e (B, T, H) -> logits (B, T, K) float32, or (N, K) at the N positions where ``scored`` (B, T) is true."""
         if position_ids is None:
             position_ids = positions(attention_mask, e.shape[:2], e.device)
-        mask = create_causal_mask(
+        mask = (create_sliding_window_causal_mask if self.config.window else create_causal_mask)(
             config=self.config,
             inputs_embeds=e,
             attention_mask=attention_mask,
@@ -305,7 +365,7 @@ class ActionStack(nn.Module):
             position_ids=position_ids,
             layer_idx=self.first_layer,  # the base's layers have cached these tokens already
         )
-        rotary = self.rotary_emb(e, position_ids=position_ids)
+        rotary = self.rotary_emb(e, position_ids=position_ids, **self.kind)
         hidden = e
         for layer in self.layers:
             hidden = layer(
@@ -462,10 +522,10 @@ class CoLAPreTrainedModel(LlamaPreTrainedModel):
     config: CoLAConfig
     _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "WorldModelBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["WorldModelBlock"]  # to which the base adds its layers
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        self.model._init_weights(module)  # norms of some families start at 0
         if isinstance(module, QHead):
             module.reset()
 
@@ -481,7 +541,7 @@ class CoLAPreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def attach(cls, base_path: str | os.PathLike, **sizes: Any) -> "CoLAForCausalLM":
-        """A new CoLA model around a Llama checkpoint: see :func:`cola_ray.model.conversion.attach`."""
+        """A new CoLA model around a base: see :func:`cola_ray.model.conversion.attach`."""
         return _conversion().attach(base_path, **sizes)
 
     def export_released(self, path: str | os.PathLike) -> None:
@@ -514,7 +574,7 @@ class LatentActionMixin:
     """The maps of the paper between tokens, states and actions, and the likelihood that follows from them."""
 
     config: CoLAConfig
-    model: LlamaModel
+    model: PreTrainedModel
     lm_head: nn.Linear
     idm: ActionStack
     codebook: Codebook
@@ -779,10 +839,10 @@ def _check_latent_arguments(
 
 
 class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixin):
-    """A Llama steered by latent actions, usable as a causal language model of transformers.
+    """A base steered by latent actions, usable as a causal language model of transformers.
 
-    ``from_pretrained`` opens our own checkpoints and those in the authors' names; ``attach`` adds CoLA to any Llama
-    checkpoint.
+    ``from_pretrained`` opens our own checkpoints and those in the authors' names; ``attach`` adds CoLA to the
+    checkpoint of a base.
 
     ``forward`` takes the policy's greedy action at every position, or ``actions``, and returns the token logits given
     these actions, so that other decoding loops decode greedily as ours does. Its ``loss`` is the mean of
@@ -807,12 +867,12 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
 
     def __init__(self, config: CoLAConfig) -> None:
         super().__init__(config)
-        self.model = LlamaModel(config)
+        self.model = base_class(config)(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.idm = ActionStack(config, config.num_idm_layers)
+        self.idm = ActionStack(config, self.model, config.num_idm_layers)
         self.codebook = Codebook(config.num_actions, config.hidden_size)
         self.world_model = nn.ModuleList(WorldModelBlock(config) for _ in range(config.num_world_model_layers))
-        self.policy = ActionStack(config, config.num_policy_layers, first_layer=config.num_hidden_layers)
+        self.policy = ActionStack(config, self.model, config.num_policy_layers, cached=True)
         if config.soft_q_beta:
             self.policy.soft_q = QHead(config.hidden_size, config.num_actions)
         self.post_init()
@@ -893,7 +953,7 @@ def _with_actions(chosen: Tensor, actions: Tensor) -> Tensor:
 def model_card(config: CoLAConfig) -> str:
     """Text of a checkpoint's README.md: what it was made from, its results, and how to open it."""
     known = dict(sorted((config.card or {}).items()))  # sorted, since config.json keeps no order
-    base, figures = str(known.pop("base", None) or "a Llama"), dict(sorted((known.pop("figures", None) or {}).items()))
+    base, figures = str(known.pop("base", None) or f"a {config.base_model_type} model"), dict(sorted((known.pop("figures", None) or {}).items()))
     on_hub = base.count("/") == 1 and not Path(base).exists()
     base = base if on_hub else Path(base).name
     layers = (config.num_hidden_layers, config.num_policy_layers, config.num_idm_layers, config.num_world_model_layers)

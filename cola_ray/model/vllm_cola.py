@@ -9,7 +9,10 @@ it works position by position. :class:`~cola_ray.model.vllm_rows.RowTable` says 
 model runner, and by :class:`~cola_ray.model.vllm_slots.CoLAModelState` in V2, the default on GPUs.
 """
 
+import functools
+import inspect
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -17,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor as LogitsLayer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
+from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from cola_ray.model import families
 from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.model.modeling_cola import Linear32, QHead
 from cola_ray.model.vllm_rows import RowTable
@@ -40,19 +43,24 @@ def engine_overrides(keep_hidden_states: bool = False, soft_q_beta: float = 0.0)
     return {"keep_hidden_states": keep_hidden_states} | ({"soft_q_beta": soft_q_beta} if soft_q_beta else {})
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
-class CoLAModel(LlamaModel):
-    """Base layers followed by policy layers, all with paged caches. An output row is [e ; p], of width 2H."""
+class WithPolicy:
+    """Base layers followed by policy layers, all with paged caches. An output row is [e ; p], of width 2H.
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layer_type=LlamaDecoderLayer):
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+    Mixed into vLLM's model of the base's family; the policy's layers and norm are of the same classes.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of vLLM's model
         config = vllm_config.model_config.hf_config
+        kind, given = type(self.layers[0]), {"vllm_config": vllm_config}
+        if "vllm_config" not in inspect.signature(kind).parameters:
+            given = {"config": config, "cache_config": vllm_config.cache_config, "quant_config": vllm_config.quant_config}
         # vLLM finds the cache of a layer by the integer in its name, so policy layers are numbered after the base's.
         self.policy_layers = nn.ModuleList(
-            layer_type(vllm_config=vllm_config, prefix=f"{prefix}.policy_layers.{config.num_hidden_layers + index}")
+            kind(**given, prefix=f"{prefix}.policy_layers.{config.num_hidden_layers + index}")
             for index in range(config.num_policy_layers)
         )
-        self.policy_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.policy_norm = type(self.norm)(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
         hidden, residual = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds), None
@@ -67,8 +75,22 @@ class CoLAModel(LlamaModel):
         return rows
 
 
+@functools.cache
+def with_policy(base: type[nn.Module]) -> type[nn.Module]:
+    """vLLM's model of a family with policy layers after its own, as vLLM compiles it."""
+    made = type(f"CoLA{base.__name__}", (WithPolicy, base), {"__module__": __name__})
+    inputs = ("input_ids", "positions", "intermediate_tensors", "inputs_embeds")
+    return support_torch_compile(dynamic_arg_dims=dict.fromkeys(inputs, 0))(made)
+
+
+def served_model(config: Any) -> type[nn.Module]:
+    """:func:`with_policy` of the base's family; NotFoundError if there is none."""
+    module, _, name = families.family(config.base_model_type, config.base_family).served_by.partition(":")
+    return with_policy(getattr(import_module(module), name))
+
+
 class WorldModelBlock(nn.Module):
-    """``s + down(silu(gate([s; c])) * up([s; c]))``, split over tensor-parallel ranks like the MLP of a Llama."""
+    """``s + down(silu(gate([s; c])) * up([s; c]))``, split over tensor-parallel ranks like the MLP of a base."""
 
     def __init__(self, hidden: int, inner: int, prefix: str) -> None:
         super().__init__()
@@ -85,7 +107,7 @@ class WorldModelBlock(nn.Module):
 class CoLAForCausalLM(nn.Module):
     """The served model."""
 
-    hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper
+    hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper  # that of every family that has these projections
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -98,7 +120,7 @@ class CoLAForCausalLM(nn.Module):
         if vllm_config.parallel_config.pipeline_parallel_size != 1:
             raise ValueError("pipeline_parallel_size: CoLA's policy layers read the base's last hidden state; use 1")
         hidden = config.hidden_size
-        self.model = CoLAModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.model = served_model(config)(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.policy_head = Linear32(hidden, config.num_actions, bias=False)
         self.soft_q = QHead(hidden, config.num_actions) if config.soft_q_beta else None
         self.codebook = nn.Embedding(config.num_actions, hidden)

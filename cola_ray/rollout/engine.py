@@ -5,7 +5,7 @@
                      update_weights(version, buckets)              between two steps; requests in flight carry on
 
     LatentEngine   serves a CoLA checkpoint: actions are latent codes, and updates replace the policy
-    TokenEngine    serves a plain Llama: actions are tokens, and updates replace all weights, or only those that
+    TokenEngine    serves a plain base: actions are tokens, and updates replace all weights, or only those that
                    LoRA adapters change
 
 A request in flight at an update keeps the tokens that it has. The key/value entries of the layers that were updated are
@@ -32,8 +32,8 @@ import numpy as np
 from cola_ray.model.action_requests import sampling_args
 from cola_ray.rollout.weight_loading import (
     Loader,
+    load_base,
     load_buckets,
-    load_llama,
     load_policy,
     load_projections,
     load_soft_q,
@@ -368,7 +368,7 @@ class LatentEngine(Engine):
 
 
 class TokenEngine(Engine):
-    """Serves a plain Llama: the token is the action.
+    """Serves a plain base: the token is the action.
 
     Args:
         adapters: updates bring only the linear layers, with LoRA adapters merged into them.
@@ -383,7 +383,7 @@ class TokenEngine(Engine):
         self.adapters = adapters
 
     def _loader(self) -> Loader:
-        return load_projections if self.adapters else load_llama
+        return load_projections if self.adapters else load_base
 
 
 def read_states(worker: Any, blocks: list[int], length: int) -> np.ndarray | None:

@@ -4,10 +4,11 @@
         └─> loader(model, receiver, model config)
                 load_policy        CoLA's policy: layers, norm, head, and the Q head where the model has one
                 load_soft_q        the Q head alone (actor-free RL)
-                load_llama         all weights of a plain Llama
-                load_projections   a plain Llama's linear layers alone, which is what merged LoRA adapters change
+                load_base          all weights of a plain base
+                load_projections   a plain base's linear layers alone, which is what merged LoRA adapters change
 
-Each takes its tensors from a receiver and raises :class:`WeightTransferError` before it changes anything, if the
+What an update must name is read off transformers' modules, made without memory from the served model's configuration:
+biases, norms of queries and keys, and whatever else the base's family has. Each takes its tensors from a receiver and raises :class:`WeightTransferError` before it changes anything, if the
 receiver does not hold exactly the tensors that the model expects. With tensor parallelism every process takes whole
 tensors and keeps its part of them. Functions and arguments are pickled on their way to these processes, so the
 functions are those of a module, and the arguments plain.
@@ -54,9 +55,7 @@ def receive_broadcast(worker: Any, load: Loader, offer: Offer) -> str | None:
 
 def load_policy(model: "CoLAForCausalLM", receiver: Receiver, model_config: Any) -> None:
     """Load a new policy into a served CoLA model."""
-    config = model.config
-    layers = _layer_tensors("policy.", config.num_policy_layers, _PROJECTIONS + _NORMS)
-    expected = [*layers, "policy.norm.weight", "policy.head.weight", *_soft_q_tensors(model)]
+    expected = [*_policy_tensors(model.config), *_soft_q_tensors(model)]
     _reload(model, receiver, expected, model.policy_modules(), model_config)
 
 
@@ -69,13 +68,11 @@ def _soft_q_tensors(model: "CoLAForCausalLM") -> list[str]:
     return [] if model.soft_q is None else [f"policy.soft_q.{name}" for name, _ in model.soft_q.named_parameters()]
 
 
-def load_llama(model: Any, receiver: Receiver, model_config: Any) -> None:
-    """Load all weights of a served Llama."""
-    config = model.config
-    layers = _layer_tensors("model.", config.num_hidden_layers, _PROJECTIONS + _NORMS)
-    expected = [*layers, "model.embed_tokens.weight", "model.norm.weight"]
-    if not config.tie_word_embeddings:
-        _reload(model, receiver, [*expected, "lm_head.weight"], [model], model_config)
+def load_base(model: Any, receiver: Receiver, model_config: Any) -> None:
+    """Load all weights of a served base."""
+    expected = [name for name, _ in _without_memory(model.config).named_parameters()]
+    if not model.config.tie_word_embeddings:
+        _reload(model, receiver, expected, [model], model_config)
         return
     _reload(model, receiver, expected, [model.model], model_config)
     # On CPU a tied head holds a packed copy of the embeddings, which the reload of model.model does not renew.
@@ -83,23 +80,37 @@ def load_llama(model: Any, receiver: Receiver, model_config: Any) -> None:
 
 
 def load_projections(model: Any, receiver: Receiver, model_config: Any) -> None:
-    """Load the linear layers of a served Llama."""
-    expected = _layer_tensors("model.", model.config.num_hidden_layers, _PROJECTIONS)
-    held = [(layer.self_attn, layer.mlp) for layer in model.model.layers]
-    modules = [
-        module
-        for attention, mlp in held
-        for module in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    """Load the linear layers of a served base, with their biases, since vLLM reloads whole modules."""
+    from torch import nn
+    from vllm.model_executor.layers.linear import LinearBase
+
+    expected = [
+        f"model.{name}.{of}"
+        for name, module in _without_memory(model.config).model.named_modules()
+        if isinstance(module, nn.Linear)
+        for of, _ in module.named_parameters()
     ]
+    modules = [module for module in model.model.layers.modules() if isinstance(module, LinearBase)]
     _reload(model, receiver, expected, modules, model_config)
 
 
-_PROJECTIONS = (*(f"self_attn.{kind}_proj" for kind in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+def _policy_tensors(config: Any) -> list[str]:
+    import torch
+
+    from cola_ray.model.modeling_cola import CoLAForCausalLM
+
+    with torch.device("meta"):
+        policy = CoLAForCausalLM(config).policy
+    return [f"policy.{name}" for name, _ in policy.named_parameters() if not name.startswith("soft_q.")]
 
 
-def _layer_tensors(prefix: str, count: int, names: Sequence[str]) -> list[str]:
-    return [f"{prefix}layers.{layer}.{name}.weight" for layer in range(count) for name in names]
+def _without_memory(config: Any) -> Any:
+    """transformers' model of a plain base."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _reload(

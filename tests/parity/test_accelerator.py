@@ -179,7 +179,7 @@ def test_e_read_after_a_norm_that_overwrote_it_is_found(engine, model, monkeypat
 
 
 def check_completions_without_e(engine, model, monkeypatch):
-    monkeypatch.setattr(vllm_cola.CoLAModel, "forward", reads_e_late(lambda e: e))
+    monkeypatch.setattr(vllm_cola.with_policy(LlamaModel), "forward", reads_e_late(lambda e: e))
     with pytest.raises(AssertionError, match="tokens are not PyTorch's"):
         check(engine.generate(REQUESTS), model)
     monkeypatch.undo()
@@ -189,7 +189,7 @@ def check_completions_without_e(engine, model, monkeypatch):
 
 def check_vllms_passes(engine, num_layers):
     """They refuse a read after the norm if they see it, do not see it across pieces, and remove a clone."""
-    kept, e = half_of_rows(engine, vllm_cola.CoLAModel.forward)
+    kept, e = half_of_rows(engine, vllm_cola.with_policy(LlamaModel).forward)
     torch.testing.assert_close(kept, e, atol=STATE_TOLERANCE, rtol=0)
     late, cloned = reads_e_late(lambda e: e), reads_e_late(torch.clone)
     if num_layers == 1:

@@ -1,0 +1,108 @@
+"""Families of bases that CoLA attaches to, one row each, by the ``model_type`` of their config.json.
+
+A row names only what cannot be found elsewhere. transformers finds the base's classes by its ``model_type``; a policy
+is made of the classes of its layers, norm and rotary embedding (``modeling_cola.base_class``). What a weight update
+names, biases, norms of queries and keys, tied heads, and what LoRA adapts, is read off these modules
+(``rollout/weight_loading.py``).
+
+    learner   model_type ─> transformers' classes ─> base, and policy of the base's own layers
+    engine    BaseFamily.served_by ─> vLLM's model ─> base, and policy of the model's own layers
+
+docs/extending.md adds a family. Needs only Python, so that a command line can be refused before torch is imported.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cola_ray import registry
+
+Settings = Mapping[str, Any]
+"""A config.json."""
+
+
+def _nothing(_: Settings) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class BaseFamily:
+    """How a family of bases is served, and which of its checkpoints are refused.
+
+    Args:
+        served_by: vLLM's model without a head, ``module:Class``, whose ``layers`` take ``(positions, hidden, residual)``
+            and give ``(hidden, residual)``, and whose ``norm`` takes both.
+        refused: why a checkpoint with this config.json is refused, as ``why; fix``; empty where it is not.
+    """
+
+    served_by: str
+    refused: Callable[[Settings], str] = _nothing
+
+
+def fault(settings: Settings, given: str = "") -> str:
+    """Why CoLA does not attach to a base with this config.json, as ``why; fix``; empty where it does.
+
+    Args:
+        given: import path of the family, in place of what the registry has for its ``model_type``.
+
+    Example:
+        >>> fault({"model_type": "qwen3"}), fault({"model_type": "mixtral"})[:46]
+        ('', "a 'mixtral' model, whose layers are mixtures o")
+    """
+    kind = str(settings.get("model_type", "unknown"))
+    try:
+        return family(kind, given).refused(settings)
+    except registry.NotFoundError as error:
+        if given:
+            return f"family {given!r}: {error}"
+    known = ", ".join(registry.names("base"))
+    why = next((f", whose {why}" for marks, why in _OTHERS.items() if any(mark in kind for mark in marks)), "")
+    return f"a {kind!r} model{why}; CoLA attaches to {known}, or to what model.family names (docs/extending.md)"
+
+
+def family(model_type: str, given: str = "") -> BaseFamily:
+    """The family of a base; NotFoundError if there is none.
+
+    Args:
+        given: as in :func:`fault`.
+    """
+    found: BaseFamily = registry.find("base", given or model_type)
+    return found
+
+
+_OTHERS = {
+    ("moe", "mixtral", "gpt_oss", "deepseek"): "layers are mixtures of experts: transformers stacks their weights, vLLM "
+    "splits them, and no weight update here names either",
+    ("_vl", "llava", "vision", "mllama", "paligemma", "idefics"): "prompts hold images: tasks, batches and weight "
+    "updates here know tokens only",
+    ("mamba", "jamba", "hybrid", "zamba", "rwkv", "qwen3_next", "qwen3_5", "lfm2"): "layers keep a recurrent state: "
+    "packed rows and the engine's states of e presume attention",
+    ("smollm3", "olmo2", "olmo3"): "layers vLLM serves through transformers only, where a policy's layers would have no "
+    "key/value cache",
+}  # fmt: skip
+"""Why others are not in the table, by what their ``model_type`` contains."""
+
+
+# --- the rows -----------------------------------------------------------------------------------------------------
+
+
+def _windows(settings: Settings) -> str:
+    if not settings.get("use_sliding_window"):
+        return ""
+    return "use_sliding_window is set, and vLLM's layers of this family have no windows; use a base without"
+
+
+def _windows_or_output_bias(settings: Settings) -> str:
+    if settings.get("attention_bias"):
+        return "attention_bias is set, and vLLM's o_proj of this family has no bias; use a base without"
+    return _windows(settings)
+
+
+LLAMA = BaseFamily("vllm.model_executor.models.llama:LlamaModel")
+"""Llama 2 and 3.x with scaled rotary embeddings, SmolLM2, and whatever else has this form; biases where it has them."""
+MISTRAL = BaseFamily("vllm.model_executor.models.mistral:MistralModel")
+"""All layers see a sliding window, or none does."""
+QWEN2 = BaseFamily("vllm.model_executor.models.qwen2:Qwen2Model", _windows)
+"""Qwen2 and Qwen2.5: biases at queries, keys and values."""
+QWEN3 = BaseFamily("vllm.model_executor.models.qwen3:Qwen3Model", _windows_or_output_bias)
+"""Norms of queries and keys, and heads of a size of their own."""
