@@ -334,6 +334,9 @@ class LatentEngine(Engine):
 
         choose_model_runner()
         overrides = engine_overrides(keep_hidden_states, soft_q_beta)
+        if keep_hidden_states:
+            # Layers with a sliding window would get a block table of their own, and blocks of another size than e's.
+            engine_args.setdefault("disable_hybrid_kv_cache_manager", True)
         self.soft_q_beta = soft_q_beta
         super().__init__(model_path, logits_processors=[processor("tracker")], hf_overrides=overrides, **engine_args)
         self.last_blocks: dict[str, list[int]] = {}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerator import ON_ACCELERATOR
-from conftest import BASES, NUM_ACTIONS, VOCAB_SIZE, scramble, small_base
+from conftest import BASES, NUM_ACTIONS, VOCAB_SIZE, scramble, small_base, words
 from transformers import AutoModelForCausalLM
 
 from cola_ray import CoLAForCausalLM
@@ -61,6 +61,7 @@ def cola(base_dir):
 def cola_dir(cola, tmp_path_factory):
     path = tmp_path_factory.mktemp("cola")
     cola.save_pretrained(path)
+    words().save_pretrained(path)
     return path
 
 
@@ -108,11 +109,6 @@ def test_attach_is_the_base_bit_for_bit(base, base_dir):
 
 
 def test_the_base_comes_out_of_a_checkpoint_as_it_went_in(base, cola_dir, tmp_path):
-    words = tmp_path / "words"
-    words.mkdir()
-    from conftest import words as make_words
-
-    make_words().save_pretrained(cola_dir)
     plain = AutoModelForCausalLM.from_pretrained(plain_base(cola_dir, tmp_path / "plain"))
     ids = ids_of(2, 20)
     assert type(plain) is type(base)

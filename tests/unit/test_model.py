@@ -67,7 +67,7 @@ def test_attached_to_a_gguf_file_saves_and_loads_like_any_other(tmp_path):
 
 def test_attach_refuses_other_architectures(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="'gpt2' model; CoLA attaches to Llama"):
+    with pytest.raises(ValueError, match="a 'gpt2' model; CoLA attaches to llama, mistral, qwen2, qwen3"):
         CoLAForCausalLM.attach(tmp_path)
 
 
