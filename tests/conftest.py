@@ -81,6 +81,19 @@ BASES: dict[str, tuple[str, dict]] = {
     "mistral": ("mistral", {"sliding_window": 8}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 64}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},
+    ),
 }
 """Small bases, by what is tested with them: model_type, and settings beside the usual sizes."""
 

@@ -23,7 +23,7 @@ _OWNED = {
     "logprobs_mode": "log-probabilities are those of actions; leave it out",
     "pipeline_parallel_size": "policy layers read the base's last hidden state; use rollout.tensor_parallel_size",
     "data_parallel_size": "engines are the data parallelism; use rollout.num_workers",
-    "enable_expert_parallel": "a Llama has no experts; leave it out",
+    "enable_expert_parallel": "bases have no experts; leave it out",
     "enable_lora": "adapters arrive merged into their layers; use rl.lora_rank",
     "enable_sleep_mode": "engines have GPUs of their own; leave it out",
     "speculative_config": "drafts are accepted by token probabilities, which latent actions do not have; leave it out",

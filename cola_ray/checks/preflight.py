@@ -14,7 +14,7 @@ from pathlib import Path
 from cola_ray.checks import machine
 from cola_ray.checks.machine import GENERATING, TRAINING
 from cola_ray.learner.corpus import document
-from cola_ray.model import checkpoints, hub
+from cola_ray.model import checkpoints, families, hub
 from cola_ray.runs import provenance
 from cola_ray.settings.config import Config, is_endpoint, value_at
 from cola_ray.settings.training import OWN_BASE_POSITIONS
@@ -86,7 +86,7 @@ def _paths(config: Config, job: str) -> Iterator[str]:
         yield from _path("task.path", task.path, rows, _TABLES)
     if not is_endpoint(task.reward_model):
         yield from _path("task.reward_model", task.reward_model, "a model's folder, a hub id or an endpoint", ())
-    yield from _path("model.base", config.model.base, "a Llama's folder, a .gguf file or a hub id", (".gguf",))
+    yield from _path("model.base", config.model.base, "a base's folder, a .gguf file or a hub id", (".gguf",))
     yield from _path("model.path", config.model.path, "a CoLA model's folder", (), hub=False)
     yield from _path("q.path", config.q.path, "the folder model/ that `cola_ray train-q` left", (), hub=not job)
     if config.rl.algorithm == "archer":
@@ -198,16 +198,15 @@ def _local(value: str) -> Path | None:
 
 
 def _of_shape(config: Config, shape: checkpoints.Shape, cola: bool) -> Iterator[str]:
-    if shape.kind not in ("llama", "cola"):
-        yield f"a {shape.kind!r} model; CoLA attaches to Llama checkpoints only"
+    whose = shape.settings.get("base_family", "") if shape.kind == "cola" else config.model.family
+    if fault := families.fault(shape.settings, whose):
+        yield fault
         return
     if cola and shape.kind != "cola":
-        yield "a plain Llama; make a CoLA model of it with `cola_ray pretrain --model.base`"
+        yield f"a plain {shape.kind} model; make a CoLA model of it with `cola_ray pretrain --model.base`"
         return
     if 0 < shape.head < 32 and not config.cluster.use_gpu:
         yield f"heads of {shape.head}; vLLM on CPU needs 32 or more: use another base or a GPU"
-    if shape.biases:
-        yield f"{shape.biases} is set; weight updates know no biases: use a Llama without"
     if shape.quantised:
         yield f"quantised by {shape.quantised}; what trains needs plain weights: use the checkpoint that it was made of"
     if shape.actions and config.rl.action_space == "latent" and config.rollout.top_k > shape.actions:

@@ -178,7 +178,7 @@ def _check_reward_model(config: Config) -> list[str]:
     if config.task.name != "preference":
         lines.append(f"task.name = {config.task.name!r}: reward models learn from preference pairs; use preference")
     if not (config.model.base or config.model.path):
-        lines.append("model.base = '': a reward model starts from a Llama; give a directory, a hub id or .gguf file")
+        lines.append("model.base = '': a reward model starts from a base; give a directory, a hub id or .gguf file")
     return lines
 
 

@@ -122,7 +122,7 @@ def train_loop(config: Config, report: Report) -> None:
     report.doing("reading the pairs")
     start = config.model.path or config.model.base
     if rank == 0:
-        plain_base(start, output / "base")
+        plain_base(start, output / "base", config.model.family)
     torch.distributed.barrier()
     source = output / "base" if (output / "base").exists() else Path(start)
     tokenizer = AutoTokenizer.from_pretrained(source)

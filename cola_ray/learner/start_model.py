@@ -49,7 +49,8 @@ def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
     sizes = config.model.model_dump(
         include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers"}
     )
-    return conversion.attach(base_path, seed=config.seed, dtype=getattr(torch, config.model.dtype), **sizes)
+    dtype, family = getattr(torch, config.model.dtype), config.model.family
+    return conversion.attach(base_path, seed=config.seed, dtype=dtype, family=family, **sizes)
 
 
 def attached(config: Config, source: Path) -> Path:

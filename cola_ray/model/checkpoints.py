@@ -9,12 +9,16 @@ Needs only Python, NumPy and safetensors, so that a command line can be refused 
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from cola_ray import registry
+
 RELEASED = "IntentionForCausalLM"
 """Architecture named in the authors' checkpoints; their model_type is "llama"."""
+NAMED_ALIKE = ("cola", *registry.BUILT_IN["base"])
+"""Kinds whose embeddings and last norm have the same names."""
 
 
 class UnreadableError(ValueError):
@@ -30,8 +34,8 @@ class Shape:
     positions: int = 0  # longest sequence
     vocabulary: int = 0  # rows of the embeddings
     actions: int = 0
-    biases: str = ""  # the setting that gives linear layers biases
     quantised: str = ""  # quantisation method
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the base, as its family reads them
 
 
 def shape_of(path: Path) -> Shape:
@@ -43,15 +47,15 @@ def shape_of(path: Path) -> Shape:
     numbers = (width, heads, raw.get("vocab_size", 0), raw.get("max_position_embeddings") or 0)
     if any(not isinstance(number, int) for number in numbers):
         raise UnreadableError(f"{path / 'config.json'} has sizes that are not integers; copy the checkpoint again")
-    released = RELEASED in (raw.get("architectures") or [])
+    kind = "cola" if RELEASED in (raw.get("architectures") or []) else str(raw.get("model_type", "unknown"))
     return Shape(
-        kind="cola" if released else str(raw.get("model_type", "unknown")),
+        kind=kind,
         head=raw.get("head_dim") or (width // heads if heads else 0),
         positions=raw.get("max_position_embeddings") or 0,
         vocabulary=raw.get("vocab_size") or 0,
         actions=raw.get("num_actions") or raw.get("num_code") or 0,
-        biases=next((name for name in ("attention_bias", "mlp_bias") if raw.get(name)), ""),
         quantised=str((raw.get("quantization_config") or {}).get("quant_method", "")),
+        settings=raw | ({"model_type": raw.get("base_model_type", "llama")} if kind == "cola" else {}),
     )
 
 
@@ -67,7 +71,7 @@ def faults(path: Path, tokenizer: bool = True) -> list[str]:
         return [str(error)]
     found = []
     embeddings = tensors.get("model.embed_tokens.weight", (shape.vocabulary,))[0]
-    if shape.kind in ("llama", "cola") and tensors:
+    if shape.kind in NAMED_ALIKE and tensors:
         wanted = ["model.embed_tokens.weight", "model.norm.weight"]
         missing = [name for name in wanted if name not in tensors]
         if missing:
@@ -193,6 +197,7 @@ def _of_gguf(path: Path) -> Shape:
         head=known.get(f"{kind}.attention.key_length") or (width // heads if isinstance(heads, int) and heads else 0),
         positions=known.get(f"{kind}.context_length", 0),
         vocabulary=known.get(f"{kind}.vocab_size") or known.get("tokenizer.ggml.tokens", 0),
+        settings={"model_type": kind},
     )
 
 

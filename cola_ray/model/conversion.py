@@ -158,16 +158,17 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(path))
 
 
-def plain_base(path: str | os.PathLike, target: str | os.PathLike) -> Path:
+def plain_base(path: str | os.PathLike, target: str | os.PathLike, family: str = "") -> Path:
     """A directory with the plain base of ``path`` and its tokenizer, which vLLM can serve.
 
     Args:
         path: a base's directory or hub id, which is returned as it is; or a GGUF file or a CoLA checkpoint, whose base
             is written to ``target``.
         target: the directory to write to.
+        family: as for :func:`attach`.
     """
     if Path(path).suffix == ".gguf":
-        save(load_base(path), load_tokenizer(path), target)
+        save(load_base(path, family=family), load_tokenizer(path), target)
         return Path(target)
     if is_released(path) or AutoConfig.from_pretrained(path).model_type == "cola":
         _detach(Path(path), Path(target))
@@ -334,7 +335,7 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
     """Write ``model`` in the authors' format; tensors loaded from a released checkpoint are written byte-identical.
 
     Raises:
-        ValueError: the world model is in the identity form, the policy has a Q, or the base is not a Llama; the released
+        ValueError: the world model is in the identity form, the policy has a Q, or the base is no Llama; the released
             code supports none of these.
     """
     if model.config.base_model_type != "llama":

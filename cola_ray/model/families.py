@@ -30,8 +30,8 @@ class BaseFamily:
     """How a family of bases is served, and which of its checkpoints are refused.
 
     Args:
-        served_by: vLLM's model without a head, ``module:Class``, whose ``layers`` take ``(positions, hidden, residual)``
-            and give ``(hidden, residual)``, and whose ``norm`` takes both.
+        served_by: vLLM's model without a head, ``module:Class``. Its ``layers`` take ``(positions, hidden, residual)``
+            and give ``(hidden, residual)``; its ``norm`` takes both.
         refused: why a checkpoint with this config.json is refused, as ``why; fix``; empty where it is not.
     """
 
@@ -61,24 +61,26 @@ def fault(settings: Settings, given: str = "") -> str:
 
 
 def family(model_type: str, given: str = "") -> BaseFamily:
-    """The family of a base; NotFoundError if there is none.
+    """The family of a base; NotFoundError if there is none, or something else is there.
 
     Args:
         given: as in :func:`fault`.
     """
-    found: BaseFamily = registry.find("base", given or model_type)
+    found = registry.find("base", given or model_type)
+    if not isinstance(found, BaseFamily):
+        raise registry.NotFoundError(f"it is of type {type(found).__name__}; name an instance of BaseFamily")
     return found
 
 
 _OTHERS = {
-    ("moe", "mixtral", "gpt_oss", "deepseek"): "layers are mixtures of experts: transformers stacks their weights, vLLM "
-    "splits them, and no weight update here names either",
+    ("moe", "mixtral", "gpt_oss", "deepseek"): "layers are mixtures of experts: transformers stacks their weights, "
+    "vLLM splits them, and no weight update here names either",
     ("_vl", "llava", "vision", "mllama", "paligemma", "idefics"): "prompts hold images: tasks, batches and weight "
     "updates here know tokens only",
     ("mamba", "jamba", "hybrid", "zamba", "rwkv", "qwen3_next", "qwen3_5", "lfm2"): "layers keep a recurrent state: "
     "packed rows and the engine's states of e presume attention",
-    ("smollm3", "olmo2", "olmo3"): "layers vLLM serves through transformers only, where a policy's layers would have no "
-    "key/value cache",
+    ("smollm3", "olmo2", "olmo3"): "layers vLLM serves through transformers only, where a policy's layers would have "
+    "no key/value cache",
 }  # fmt: skip
 """Why others are not in the table, by what their ``model_type`` contains."""
 
@@ -98,6 +100,14 @@ def _windows_or_output_bias(settings: Settings) -> str:
     return _windows(settings)
 
 
+def _not_causal_or_capped(settings: Settings) -> str:
+    if settings.get("use_bidirectional_attention"):
+        return "use_bidirectional_attention is set, and policies are causal; use a base without"
+    if settings.get("final_logit_softcapping"):
+        return "final_logit_softcapping is set, and logits here have no cap; use a base without"
+    return ""
+
+
 LLAMA = BaseFamily("vllm.model_executor.models.llama:LlamaModel")
 """Llama 2 and 3.x with scaled rotary embeddings, SmolLM2, and whatever else has this form; biases where it has them."""
 MISTRAL = BaseFamily("vllm.model_executor.models.mistral:MistralModel")
@@ -106,3 +116,5 @@ QWEN2 = BaseFamily("vllm.model_executor.models.qwen2:Qwen2Model", _windows)
 """Qwen2 and Qwen2.5: biases at queries, keys and values."""
 QWEN3 = BaseFamily("vllm.model_executor.models.qwen3:Qwen3Model", _windows_or_output_bias)
 """Norms of queries and keys, and heads of a size of their own."""
+GEMMA3_TEXT = BaseFamily("vllm.model_executor.models.gemma3:Gemma3Model", _not_causal_or_capped)
+"""Gemma 3 without images: windows in some layers, four norms a layer that start at 0, scaled embeddings."""

@@ -953,7 +953,10 @@ def _with_actions(chosen: Tensor, actions: Tensor) -> Tensor:
 def model_card(config: CoLAConfig) -> str:
     """Text of a checkpoint's README.md: what it was made from, its results, and how to open it."""
     known = dict(sorted((config.card or {}).items()))  # sorted, since config.json keeps no order
-    base, figures = str(known.pop("base", None) or f"a {config.base_model_type} model"), dict(sorted((known.pop("figures", None) or {}).items()))
+    base, figures = (
+        str(known.pop("base", None) or f"a {config.base_model_type} model"),
+        dict(sorted((known.pop("figures", None) or {}).items())),
+    )
     on_hub = base.count("/") == 1 and not Path(base).exists()
     base = base if on_hub else Path(base).name
     layers = (config.num_hidden_layers, config.num_policy_layers, config.num_idm_layers, config.num_world_model_layers)

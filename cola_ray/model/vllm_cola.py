@@ -49,12 +49,19 @@ class WithPolicy:
     Mixed into vLLM's model of the base's family; the policy's layers and norm are of the same classes.
     """
 
+    layers: nn.ModuleList
+    norm: nn.Module
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of vLLM's model
         config = vllm_config.model_config.hf_config
         kind, given = type(self.layers[0]), {"vllm_config": vllm_config}
         if "vllm_config" not in inspect.signature(kind).parameters:
-            given = {"config": config, "cache_config": vllm_config.cache_config, "quant_config": vllm_config.quant_config}
+            given = {
+                "config": config,
+                "cache_config": vllm_config.cache_config,
+                "quant_config": vllm_config.quant_config,
+            }
         # vLLM finds the cache of a layer by the integer in its name, so policy layers are numbered after the base's.
         self.policy_layers = nn.ModuleList(
             kind(**given, prefix=f"{prefix}.policy_layers.{config.num_hidden_layers + index}")
@@ -63,7 +70,8 @@ class WithPolicy:
         self.policy_norm = type(self.norm)(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
-        hidden, residual = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds), None
+        base: Any = super()
+        hidden, residual = base.forward(input_ids, positions, intermediate_tensors, inputs_embeds), None
         # e leaves before the policy layers, because they receive it as the residual that a fused norm overwrites. It
         # goes into part of a wider buffer, since vLLM's compiler removes a clone whose original is not read again.
         width = hidden.shape[-1]
@@ -120,7 +128,7 @@ class CoLAForCausalLM(nn.Module):
         if vllm_config.parallel_config.pipeline_parallel_size != 1:
             raise ValueError("pipeline_parallel_size: CoLA's policy layers read the base's last hidden state; use 1")
         hidden = config.hidden_size
-        self.model = served_model(config)(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.model: Any = served_model(config)(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.policy_head = Linear32(hidden, config.num_actions, bias=False)
         self.soft_q = QHead(hidden, config.num_actions) if config.soft_q_beta else None
         self.codebook = nn.Embedding(config.num_actions, hidden)

@@ -2,7 +2,7 @@
 
 request ─> RowTracker mirrors the batch (V1) ─┐
         ─> CoLAModelState / samplers (V2)     ├─> RowTable.draw ─┬─> CoLAForCausalLM.compute_logits: latent actions
-                                              ┘        │         └─> TokenSampler: tokens of a plain Llama
+                                              ┘        │         └─> TokenSampler: tokens of a plain base
                                                        v
                                                   ActionTable ─> read_actions, once a completion
 
@@ -260,7 +260,7 @@ class RowTracker(LogitsProcessor):
 
 
 class TokenSampler(RowTracker):
-    """Draws the token of each row of a plain Llama and leaves it as the only finite logit, which vLLM then takes.
+    """Draws the token of each row of a plain base and leaves it as the only finite logit, which vLLM then takes.
 
     The draw is :func:`sample_actions` over the vocabulary, a pure function of seed and position, so it is the same
     under chunked prefill (where vLLM's seeded sampler differs on CPU), after a preemption, and in any batch.
@@ -304,7 +304,7 @@ _PROCESSORS = {
     "tokens": (f"{__name__}:TokenSampler", "cola_ray.model.vllm_slots:SlotTokenSampler"),
     "served": (f"{__name__}:RequestSampler", "cola_ray.model.vllm_slots:SlotRequestSampler"),
 }
-"""By use, for V1 and for V2: a CoLA model in training, a plain Llama in training, a CoLA model behind OpenAI's API."""
+"""By use, for V1 and for V2: a CoLA model in training, a plain base in training, a CoLA model behind OpenAI's API."""
 
 
 def processor(use: str) -> str:

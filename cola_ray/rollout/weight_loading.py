@@ -8,10 +8,11 @@
                 load_projections   a plain base's linear layers alone, which is what merged LoRA adapters change
 
 What an update must name is read off transformers' modules, made without memory from the served model's configuration:
-biases, norms of queries and keys, and whatever else the base's family has. Each takes its tensors from a receiver and raises :class:`WeightTransferError` before it changes anything, if the
-receiver does not hold exactly the tensors that the model expects. With tensor parallelism every process takes whole
-tensors and keeps its part of them. Functions and arguments are pickled on their way to these processes, so the
-functions are those of a module, and the arguments plain.
+biases, norms of queries and keys, and whatever else the base's family has. Each function takes its tensors from a
+receiver and raises :class:`WeightTransferError` before it changes anything, if the receiver does not hold exactly the
+tensors that the model expects. With tensor parallelism every process takes whole tensors and keeps its part of them.
+Functions and arguments are pickled on their way to these processes, so the functions are those of a module, and the
+arguments plain.
 """
 
 from collections.abc import Callable, Sequence

@@ -85,7 +85,7 @@ class EngineWorker:
 
     @property
     def num_actions(self) -> int:
-        """Number of codes of the served checkpoint, or of tokens of a plain Llama."""
+        """Number of codes of the served checkpoint, or of tokens of a plain base."""
         served = self.engine.llm.llm_engine.model_config.hf_config
         return int(served.num_actions if self.latent else served.vocab_size)
 
@@ -196,7 +196,7 @@ class RolloutWorker(EngineWorker):
 
     def _greedy_request(self, prompt: Sequence[int], bare_base: bool = False) -> Request:
         limit = self.config.rollout.max_new_tokens
-        # Evaluation of the base comes before the first update, when a plain Llama still is the base: nothing to force.
+        # Evaluation of the base comes before the first update, when a plain model still is the base: nothing to force.
         actions = [BASE_TOKENS] * limit if bare_base and self.latent else []
         return Request(prompt, 0, 0.0, 0, limit, actions, self.endings.strings)
 

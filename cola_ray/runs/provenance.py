@@ -95,7 +95,8 @@ def starting_from(config: Config, model: Path) -> Config:
     usual = defaults(config)
     data = usual.data.model_copy(update={"date": config.data.date})
     settled = config.model_copy(update={"pretrain": usual.pretrain, "data": data})
-    return with_sizes_of(override(settled, {"model.path": str(model.resolve()), "model.base": usual.model.base}), model)
+    changes = {"model.path": str(model.resolve()), "model.base": usual.model.base, "model.family": ""}
+    return with_sizes_of(override(settled, changes), model)
 
 
 def with_sizes_of(config: Config, model: Path) -> Config:

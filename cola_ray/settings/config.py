@@ -79,8 +79,9 @@ class Config(Branch):
         4
     """
 
-    preset: Literal["tiny", "smollm2-135m", "llama-3.1-8b"] = "tiny"
-    """tiny, smollm2-135m or llama-3.1-8b: sets every default below."""
+    preset: Literal["tiny", "smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "qwen3-1.7b", "llama-3.1-8b"] = "tiny"
+    """tiny, smollm2-135m, qwen2.5-0.5b, llama-3.2-1b, qwen3-1.7b or llama-3.1-8b: sets every default below. Only the
+    first two have been run here."""
     output_dir: str = ""
     """Folder of checkpoints, summary and plots. Empty: outputs/<job>-<preset>, of a submitted job below ~/cola_ray."""
     seed: Seed = 0
@@ -163,6 +164,7 @@ NAMED: dict[str, registry.Kind] = {
     "rl.loss": "loss",
     "task.name": "task",
     "task.reward": "reward",
+    "model.family": "base",
 }
 """Settings that the registry looks up, and what they name; ``task.name`` may be an environment as well."""
 

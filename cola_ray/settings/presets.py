@@ -113,9 +113,35 @@ def _llama_31_8b() -> Config:
     )
 
 
+def _one_gpu_each(name: str, base: str, idm_layers: int, policy_layers: int, share: float) -> Config:
+    """A base of 0.5 to 2 B on two GPUs, one of them for the engine. Not run here: settings follow from those of the 8B.
+
+    Layers are the paper's shares of the base's, 1/8 and 1/4; pre-training sees as many tokens a parameter.
+
+    Args:
+        share: of the 8B's parameters.
+    """
+    paper = _llama_31_8b()
+    steps = {stage: 1000 * round(share * paper.pretrain.steps[stage] / 1000) for stage in ("actions", "policy")}
+    return override(paper, {
+        "preset": name,
+        "model.base": base,
+        "model.num_idm_layers": idm_layers,
+        "model.num_policy_layers": policy_layers,
+        "pretrain.steps": {**paper.pretrain.steps, **steps},
+        "rollout.num_workers": 1,
+        # Larger steps than 5e-7, as is usual below 2 B.
+        "rl.lr": 1e-6,
+        "cluster.learner_ranks": 1,
+    })  # fmt: skip
+
+
 _PRESETS: dict[str, Callable[[], Config]] = {
     "tiny": _tiny,
     "smollm2-135m": _smollm2_135m,
+    "qwen2.5-0.5b": lambda: _one_gpu_each("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct", 3, 6, 0.06),
+    "llama-3.2-1b": lambda: _one_gpu_each("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 2, 4, 0.15),
+    "qwen3-1.7b": lambda: _one_gpu_each("qwen3-1.7b", "Qwen/Qwen3-1.7B", 4, 7, 0.21),
     "llama-3.1-8b": _llama_31_8b,
 }
 
@@ -153,8 +179,9 @@ _AGENTS: dict[str, dict[str, Any]] = {
         # A base of this size does not keep what was asked; the critic is told.
         "critic.chooses": True,
     },
-    "smollm2-135m": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
-    "llama-3.1-8b": {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1},
+} | {
+    name: {"task.name": "twenty_questions", "rl.algorithm": "archer", "rl.group_size": 1}
+    for name in ("smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b", "qwen3-1.7b", "llama-3.1-8b")
 }
 
 
@@ -179,7 +206,7 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     """A complete tree by name, for problems with answers or for multi-turn agents; ConfigError for an unknown one.
 
     Args:
-        name: tiny, smollm2-135m or llama-3.1-8b.
+        name: tiny, smollm2-135m, qwen2.5-0.5b, llama-3.2-1b, qwen3-1.7b or llama-3.1-8b.
         agents: whether for multi-turn environments.
         task: a task's name, where it is not the preset's own: its rows are not the preset's, and some environments
             have defaults of their own.

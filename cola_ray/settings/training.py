@@ -85,7 +85,11 @@ def _above_half(expectile: float) -> float:
 
 class ModelConfig(Branch):
     base: str = ""
-    """Llama checkpoint that CoLA is attached to: directory, hub id or .gguf file. Empty: the preset's own."""
+    """Checkpoint that CoLA is attached to, of llama, mistral, qwen2, qwen3 or gemma3_text: directory, hub id or .gguf
+    file. Empty: the preset's own."""
+    family: str = ""
+    """Of a base that is of none of these families, package.module:name or file.py:name, see docs/extending.md. Empty:
+    that of its model_type."""
     path: str = ""
     """CoLA checkpoint that RL starts from. Empty: what `cola_ray pretrain` left for this preset."""
     num_actions: Annotated[Count, Field(ge=2, le=65_536)] = 64
@@ -218,7 +222,7 @@ class RolloutConfig(Branch):
     prefix_caching: bool = True
     """Prompts share the keys and values of what they begin with, so that a group's prompt is computed once."""
     quantization: Literal["none", "fp8"] = "none"
-    """On GPU, fp8: the Llama layers' weights have 8 bits in the engine, made of each version as it arrives. What the
+    """On GPU, fp8: the decoder layers' weights have 8 bits in the engine, made of each version as it arrives. What the
     engine then samples differs from the learner's policy; rl.importance_cap corrects for it."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """On GPU, fp8: keys and values have 8 bits, so twice as many fit. auto: model.dtype."""

@@ -9,6 +9,7 @@
     policy      base, IDM                    policy                                   K actions
     fta         IDM or policy                base, through the world model            V tokens, piece by piece
 
+A family's own norms of queries and keys count as parameters; what they keep for the backward pass does not.
 Each formula follows the modules' operations in order, with fused attention and a mask for padding as on a GPU.
 ``benchmarks/full_shapes.py`` runs the modules themselves at full shapes and compares (docs/scaling.md).
 Legend: b bytes of a number, H width, I of the MLP, Q and KV of all query and key heads, V vocabulary, K actions,
@@ -17,6 +18,7 @@ r rank of adapters; a micro-batch has T tokens in rows of W, and N of them are s
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cola_ray.learner.pieces import AT_ONCE
 from cola_ray.settings.config import Config, ConfigError
@@ -71,7 +73,9 @@ def sizes(config: Config) -> Sizes:
 
     from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
 
-    latent, known = config.model, {**_shape(config), "model_type": "cola"}
+    latent, known = config.model, _shape(config)
+    if known["model_type"] != "cola":
+        known |= {"base_model_type": known["model_type"], "model_type": "cola"}
     ours = latent.model_dump(include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers"})
     shape = CoLAConfig(**(ours | known))
     with torch.device("meta"):
@@ -92,15 +96,30 @@ def sizes(config: Config) -> Sizes:
     )  # fmt: skip
 
 
-LLAMA_31_8B = {
+LLAMA_31_8B: dict[str, Any] = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128,
     "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
 }  # fmt: skip
-_KNOWN = {"meta-llama/Llama-3.1-8B": LLAMA_31_8B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA_31_8B}
-"""Gated on the hub; known here, so that a plan needs no token."""
+_LLAMA_32_1B = LLAMA_31_8B | {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "num_attention_heads": 32,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+_QWEN25_05B = {
+    "model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864,
+    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+_QWEN3_17B = {
+    "model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128,
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True,
+}  # fmt: skip
+_KNOWN: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-3.1-8B": LLAMA_31_8B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA_31_8B,
+    "meta-llama/Llama-3.2-1B": _LLAMA_32_1B, "Qwen/Qwen2.5-0.5B-Instruct": _QWEN25_05B, "Qwen/Qwen3-1.7B": _QWEN3_17B,
+}  # fmt: skip
+"""Bases of presets, some of them gated on the hub; known here, so that a plan needs neither token nor network."""
 
 
-def _shape(config: Config) -> dict[str, object]:
+def _shape(config: Config) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from cola_ray.runs import provenance
@@ -109,7 +128,7 @@ def _shape(config: Config) -> dict[str, object]:
     if (start / "config.json").is_file():
         return dict(AutoConfig.from_pretrained(start).to_dict())
     if base in _KNOWN:
-        return dict(_KNOWN[base])
+        return dict(AutoConfig.for_model(**({"model_type": "llama"} | _KNOWN[base])).to_dict())
     if not base:
         from cola_ray.learner.start_model import make_tiny_llama
 

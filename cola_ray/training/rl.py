@@ -161,7 +161,7 @@ def served(config: Config, start: Path | None) -> str:
     """What engines and learner open: the CoLA model that a run starts from, or over tokens a plain Llama."""
     if config.rl.action_space == "latent":
         return str(start)
-    return str(plain_base(start or config.model.base, Path(config.output_dir) / "base"))
+    return str(plain_base(start or config.model.base, Path(config.output_dir) / "base", config.model.family))
 
 
 def _actions(config: Config) -> str:

@@ -2,29 +2,36 @@
 
     attach is the base, bit for bit        engine = generate_latent = the learner        an update reaches the engine
     the same over tokens, whole or LoRA    a checkpoint opens without the package        vLLM serves it by itself
+                                           a reward model is made of it
 
 Each family has its own engines; starting them is what takes time.
 """
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerator import ON_ACCELERATOR
-from conftest import BASES, NUM_ACTIONS, VOCAB_SIZE, scramble, small_base, words
+from conftest import BASES, NUM_ACTIONS, VOCAB_SIZE, assert_near, scramble, small_base, words
 from transformers import AutoModelForCausalLM
 
-from cola_ray import CoLAForCausalLM
+from cola_ray import CoLAForCausalLM, registry
 from cola_ray.learner.policies import LatentPolicy, TokenPolicy
+from cola_ray.learner.reward_model import PairedRewards, open_classifier
 from cola_ray.model.conversion import plain_base
 from cola_ray.model.modeling_cola import sample_actions
 from cola_ray.rollout.engine import LatentEngine, Request, TokenEngine
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 from cola_ray.weights import WeightSender, WeightTransferError
 
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 STOP = 7
 LOG_PROB_TOLERANCE = 1e-4
 STATE_TOLERANCE = 2e-5
@@ -48,8 +55,20 @@ def base_dir(base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cola(base_dir):
-    model = scramble(CoLAForCausalLM.attach(base_dir, **SIZES))
+def sizes(base, tmp_path_factory):
+    """Those of CoLA's modules; for a family that is not built in, with what docs/extending.md says."""
+    kind = base.config.model_type
+    if kind in registry.BUILT_IN["base"]:
+        return SIZES
+    (example,) = re.findall(rf"```python file={kind}.py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    path = tmp_path_factory.mktemp("outside") / f"{kind}.py"
+    path.write_text(example)
+    return SIZES | {"family": f"{path}:{kind.upper()}"}
+
+
+@pytest.fixture(scope="module")
+def cola(base_dir, sizes):
+    model = scramble(CoLAForCausalLM.attach(base_dir, **sizes))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.policy.parameters():
         if parameter.dim() == 1:
@@ -99,8 +118,8 @@ def ids_of(*shape):
     return torch.randint(8, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(4))
 
 
-def test_attach_is_the_base_bit_for_bit(base, base_dir):
-    model, ids = CoLAForCausalLM.attach(base_dir, **SIZES).eval(), ids_of(2, 40)
+def test_attach_is_the_base_bit_for_bit(base, base_dir, sizes):
+    model, ids = CoLAForCausalLM.attach(base_dir, **sizes).eval(), ids_of(2, 40)
     wanted = base(ids).logits
     assert torch.equal(model(ids).logits, wanted)
     assert torch.equal(model(ids, actions=ids % NUM_ACTIONS).logits, wanted)
@@ -209,11 +228,21 @@ def test_adapters_arrive_merged(token_engine, base, monkeypatch):
     monkeypatch.setattr(token_engine, "adapters", True)
     publish(token_engine, 4, policy)
     expected = token_reference(policy.policy, request)
-    assert expected[0] != token_reference(base, request)[0]
+    assert abs(expected[2][0] - token_reference(base, request)[2][0]) > 100 * LOG_PROB_TOLERANCE
     assert_same(token_engine.generate([request])[0], expected)
     monkeypatch.setattr(token_engine, "adapters", False)
     publish(token_engine, 5, TokenPolicy(base))
     assert_same(token_engine.generate([request])[0], token_reference(base, request))
+
+
+def test_a_reward_model_is_made_of_it(base, base_dir):
+    config = override(preset("tiny"), {"model.dtype": "float32"})
+    classifier = open_classifier(base_dir, words(), config).eval()
+    ids = ids_of(4, 20)
+    rewards = PairedRewards(classifier)(ids, torch.ones_like(ids))
+    wanted = classifier.score(base.model(ids).last_hidden_state[:, -1])
+    assert_near(rewards.flatten(), wanted[:, 0])
+    assert len({round(float(reward), 4) for reward in rewards.flatten()}) == 4
 
 
 ALONE = """
@@ -238,7 +267,9 @@ def test_a_checkpoint_opens_without_the_package(cola, cola_dir, tmp_path):
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == cola.generate(torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
+    assert (
+        json.loads(run.stdout.splitlines()[-1]) == cola.generate(torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
+    )
 
 
 def test_vllm_serves_it_by_itself(cola, cola_dir):

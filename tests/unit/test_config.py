@@ -72,12 +72,10 @@ def config_file(tmp_path, **fields):
     return str(tmp_path)
 
 
-def test_base_that_is_no_llama(tmp_path):
+def test_base_of_no_family(tmp_path):
     path = config_file(tmp_path, model_type="gpt2")
-    assert (
-        refusal({"model.base": path})
-        == f"model.base = {path!r}: a 'gpt2' model; CoLA attaches to Llama checkpoints only"
-    )
+    known = "llama, mistral, qwen2, qwen3, gemma3_text, or to what model.family names (docs/extending.md)"
+    assert refusal({"model.base": path}) == f"model.base = {path!r}: a 'gpt2' model; CoLA attaches to {known}"
 
 
 def test_heads_too_small_for_cpu(tmp_path):

@@ -55,7 +55,15 @@ def test_every_command_line_of_the_page_passes_the_checks(command, words, outsid
 
 
 def test_every_kind_has_an_example():
-    assert {*EXAMPLES} == {"median.py", "dr_grpo.py", "cispo.py", "doubling.py", "countdown_game.py", "close.py"}
+    assert {*EXAMPLES} == {
+        "median.py",
+        "dr_grpo.py",
+        "cispo.py",
+        "doubling.py",
+        "countdown_game.py",
+        "close.py",
+        "phi3.py",
+    }
 
 
 def test_an_advantage_and_an_algorithm(outside):

@@ -56,8 +56,10 @@ def here(tmp_path_factory):
     checkpoint(here / "plain", LLAMA | {"architectures": ["LlamaForCausalLM"]})
     checkpoint(here / "sized", COLA | {"num_actions": 16})
     checkpoint(here / "gpt2", LLAMA | {"model_type": "gpt2"})
+    checkpoint(here / "mixtral", LLAMA | {"model_type": "mixtral"})
+    checkpoint(here / "windowed", LLAMA | {"model_type": "qwen2", "use_sliding_window": True})
     checkpoint(here / "narrow", LLAMA | {"num_attention_heads": 4})
-    checkpoint(here / "biased", LLAMA | {"attention_bias": True})
+    checkpoint(here / "biased", LLAMA | {"model_type": "qwen3", "attention_bias": True})
     checkpoint(here / "quantised", LLAMA | {"quantization_config": {"quant_method": "awq"}})
     checkpoint(here / "wide", LLAMA, tokens=9)
     checkpoint(here / "torn", LLAMA, rows=6)
@@ -253,7 +255,7 @@ rl_math --model.dtype fp32 | model.dtype = 'fp32': unknown; did you mean float32
 rl_math --model.path nope | model.path = 'nope': no such file or folder
 rl_math --model.path good.jsonl | model.path = 'good.jsonl': a file; give a CoLA model's folder
 rl_math --model.path empty | model.path = 'empty': no config.json in it
-rl_math --model.path llama | model.path = 'llama': a plain Llama; make a CoLA model of it
+rl_math --model.path llama | model.path = 'llama': a plain llama model; make a CoLA model of it
 rl_math --model.path gpt2 | model.path = 'gpt2': a 'gpt2' model
 rl_math --model.path cola --rollout.top-k 16 --model.num-actions 8 | rollout.top_k = 16: the codebook has 8 actions
 rl_math --task.name countdwn | task.name = 'countdwn': unknown task; did you mean countdown?
@@ -318,7 +320,7 @@ rl_preference --task.path pairs.jsonl --task.reward-model http://127.0.0.1:1/ | 
 rl_preference --task.path pairs.jsonl --task.reward-model http:// | task.reward_model = 'http://': names no host
 rl_preference --task.path pairs.jsonl --task.reward-model ./none | task.reward_model = './none': no such file
 rl_preference --task.path pairs.jsonl --task.reward-model empty | task.reward_model = 'empty': no config.json in it
-reward_model --task.path pairs.jsonl | model.base = '': a reward model starts from a Llama
+reward_model --task.path pairs.jsonl | model.base = '': a reward model starts from a base
 reward_model --model.base llama | task.path = '': preference needs rows
 reward_model --model.base llama --task.path lonely.jsonl | task.path = 'lonely.jsonl': row 1, field chosen: missing
 reward_model --model.base llama --task.name gsm8k --task.path gsm | task.name = 'gsm8k': reward models learn from
@@ -349,9 +351,13 @@ pretrain --model.base broken.gguf | model.base = 'broken.gguf': its header is br
 pretrain --model.base data.csv | model.base = 'data.csv': a file of type '.csv'
 pretrain --model.base empty | model.base = 'empty': no config.json in it
 pretrain --model.base cutconfig | model.base = 'cutconfig': cutconfig/config.json is not complete JSON
-pretrain --model.base gpt2 | model.base = 'gpt2': a 'gpt2' model
+pretrain --model.base gpt2 | model.base = 'gpt2': a 'gpt2' model; CoLA attaches to llama, mistral, qwen2, qwen3
+pretrain --model.base mixtral | model.base = 'mixtral': a 'mixtral' model, whose layers are mixtures of experts
+pretrain --model.base windowed | model.base = 'windowed': use_sliding_window is set
+pretrain --model.base llama --model.family nowhere.py:MINE | model.family = 'nowhere.py:MINE': no such file nowhere.py
+pretrain --model.path cola --model.family math:pi | model.family = 'math:pi': has no effect here; a run without
 pretrain --model.base narrow | model.base = 'narrow': heads of 16; vLLM on CPU needs 32
-pretrain --model.base biased | model.base = 'biased': attention_bias is set
+pretrain --model.base biased | model.base = 'biased': attention_bias is set, and vLLM's o_proj of this family has no
 pretrain --model.base quantised | model.base = 'quantised': quantised by awq
 pretrain --model.base wide | model.base = 'wide': its tokenizer has ids up to 8 and the embeddings 8 rows
 pretrain --model.base torn | model.base = 'torn': its embeddings have 6 rows and its config.json says 8
@@ -359,7 +365,7 @@ pretrain --model.base mute | model.base = 'mute': no tokenizer in it
 pretrain --model.base cut | model.base = 'cut': model.safetensors cannot be read
 pretrain --model.base lost | model.base = 'lost': model-00002-of-00002.safetensors is missing
 pretrain --model.path nope | model.path = 'nope': no such file or folder
-pretrain --model.path llama | model.path = 'llama': a plain Llama
+pretrain --model.path llama | model.path = 'llama': a plain llama model
 pretrain --data.path ./nowhere.jsonl | data.path = './nowhere.jsonl': no such file or folder
 pretrain --data.path data.csv | data.path = 'data.csv': a file of type '.csv'
 pretrain --data.path empty | data.path = 'empty': no .jsonl, .json, .parquet or .txt file
