@@ -70,8 +70,8 @@ class WithPolicy:
         self.policy_norm = type(self.norm)(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
-        base: Any = super()
-        hidden, residual = base.forward(input_ids, positions, intermediate_tensors, inputs_embeds), None
+        hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
+        residual = None
         # e leaves before the policy layers, because they receive it as the residual that a fused norm overwrites. It
         # goes into part of a wider buffer, since vLLM's compiler removes a clone whose original is not read again.
         width = hidden.shape[-1]
