@@ -58,7 +58,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "reward": {},
     "base": {
         name: f"cola_ray.model.families:{name.upper()}"
-        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3")
     },
 }  # fmt: skip
 """By kind and name: where it is, as ``module:name``."""

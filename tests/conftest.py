@@ -90,6 +90,7 @@ BASES: dict[str, tuple[str, dict]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "bos_token_id": 1}),
     "phi3": (
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}},

@@ -79,7 +79,7 @@ _OTHERS = {
     "updates here know tokens only",
     ("mamba", "jamba", "hybrid", "zamba", "rwkv", "qwen3_next", "qwen3_5", "lfm2"): "layers keep a recurrent state: "
     "packed rows and the engine's states of e presume attention",
-    ("smollm3", "olmo2", "olmo3"): "layers vLLM serves through transformers only, where a policy's layers would have "
+    ("olmo",): "layers vLLM serves through transformers only, where a policy's layers would have "
     "no key/value cache",
 }  # fmt: skip
 """Why others are not in the table, by what their ``model_type`` contains."""
@@ -118,3 +118,5 @@ QWEN3 = BaseFamily("vllm.model_executor.models.qwen3:Qwen3Model", _windows_or_ou
 """Norms of queries and keys, and heads of a size of their own."""
 GEMMA3_TEXT = BaseFamily("vllm.model_executor.models.gemma3:Gemma3Model", _not_causal_or_capped)
 """Gemma 3 without images: windows in some layers, four norms a layer that start at 0, scaled embeddings."""
+SMOLLM3 = BaseFamily("cola_ray.model.vllm_smollm3:SmolLM3Model")
+"""Some layers have no rotary embedding."""

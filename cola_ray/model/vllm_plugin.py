@@ -17,4 +17,5 @@ def register() -> None:
 
     # A string, so that the model's module is imported only when a model is loaded.
     ModelRegistry.register_model("CoLAForCausalLM", "cola_ray.model.vllm_cola:CoLAForCausalLM")
+    ModelRegistry.register_model("SmolLM3ForCausalLM", "cola_ray.model.vllm_smollm3:SmolLM3ForCausalLM")
     MODELS_CONFIG_MAP["CoLAForCausalLM"] = ServedConfig

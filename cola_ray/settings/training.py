@@ -85,8 +85,8 @@ def _above_half(expectile: float) -> float:
 
 class ModelConfig(Branch):
     base: str = ""
-    """Checkpoint that CoLA is attached to, of llama, mistral, qwen2, qwen3 or gemma3_text: directory, hub id or .gguf
-    file. Empty: the preset's own."""
+    """Checkpoint that CoLA is attached to, of llama, mistral, qwen2, qwen3, gemma3_text or smollm3: directory, hub id
+    or .gguf file. Empty: the preset's own."""
     family: str = ""
     """Of a base that is of none of these families, package.module:name or file.py:name, see docs/extending.md. Empty:
     that of its model_type."""

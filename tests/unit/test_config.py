@@ -74,7 +74,7 @@ def config_file(tmp_path, **fields):
 
 def test_base_of_no_family(tmp_path):
     path = config_file(tmp_path, model_type="gpt2")
-    known = "llama, mistral, qwen2, qwen3, gemma3_text, or to what model.family names (docs/extending.md)"
+    known = "llama, mistral, qwen2, qwen3, gemma3_text, smollm3, or to what model.family names (docs/extending.md)"
     assert refusal({"model.base": path}) == f"model.base = {path!r}: a 'gpt2' model; CoLA attaches to {known}"
 
 

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from cola_ray import CoLAConfig, CoLAForCausalLM, registry
 from cola_ray.model import families
+from cola_ray.model.modeling_cola import BY_LAYER
 from cola_ray.settings.presets import preset
 from cola_ray.studies.planned_work import sizes
 
@@ -38,11 +39,13 @@ def test_a_configuration_is_read_as_it_was_written(attached, tmp_path):
     model.config.save_pretrained(tmp_path / "config")
     again = CoLAConfig.from_pretrained(tmp_path / "config")
     for name, value in base.config.to_dict().items():
-        if name not in ("architectures", "model_type", "transformers_version", "_name_or_path", "layer_types"):
+        if name not in ("architectures", "model_type", "transformers_version", "_name_or_path", *BY_LAYER):
             assert getattr(again, name) == value, name
     assert again.base_model_type == base.config.model_type
     if kinds := getattr(base.config, "layer_types", None):
         assert again.layer_types == model.config.layer_types == [*kinds, *["full_attention"] * 2]
+    if rotated := getattr(base.config, "no_rope_layers", None):
+        assert again.no_rope_layers == model.config.no_rope_layers == [*rotated, 1, 1]
 
 
 @pytest.mark.parametrize(("name", "window"), [("llama", False), ("mistral", True), ("qwen3", False), ("gemma3", False)])
@@ -69,7 +72,7 @@ def test_what_lies_outside_the_window_is_not_seen(name, tmp_path):
         ({"model_type": "mixtral"}, "whose layers are mixtures of experts"),
         ({"model_type": "qwen3_moe"}, "whose layers are mixtures of experts"),
         ({"model_type": "qwen2_5_vl"}, "whose prompts hold images"),
-        ({"model_type": "smollm3"}, "whose layers vLLM serves through transformers only"),
+        ({"model_type": "olmo2"}, "whose layers vLLM serves through transformers only"),
         ({"model_type": "falcon_mamba"}, "whose layers keep a recurrent state"),
         ({"model_type": "gpt2"}, "a 'gpt2' model; CoLA attaches to llama, mistral"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "no windows; use a base without"),
