@@ -100,8 +100,9 @@ class CoLAConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        kinds = {name: one for name, one in (self.rope_parameters or {}).items() if isinstance(one, dict)}
-        self.rope_parameters = kinds or self.rope_parameters  # of several kinds of layers: no other entries
+        rope: dict[str, Any] = getattr(self, "rope_parameters", None) or {}
+        if kinds := {name: one for name, one in rope.items() if isinstance(one, dict)}:
+            self.rope_parameters = kinds  # of several kinds of layers: no other entries
         for name, usual in BY_LAYER.items():
             of_base = getattr(self, name, None)
             if of_base and len(of_base) == self.num_hidden_layers:
