@@ -8,7 +8,7 @@ Needs only Python, NumPy and safetensors, so that a command line can be refused 
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -161,10 +161,23 @@ def _tokenizer_width(folder: Path) -> int:
     return max((number for number in ids if isinstance(number, int)), default=-1) + 1
 
 
+def chat_template(folder: Path) -> str:
+    """The chat template of a folder's tokenizer, all of them if it has several; empty where there is none."""
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text("utf-8")
+    said = _json(settings).get("chat_template") if settings.is_file() else ""
+    return said if isinstance(said, str) else json.dumps(said)
+
+
 # --- GGUF ---------------------------------------------------------------------------------------------------------
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+_KINDS = {"gemma3": "gemma3_text"}
+"""``model_type`` of what llama.cpp calls otherwise."""
+_HEADS = {"qwen3": 128, "gemma3": 256}
+"""Sizes of heads that transformers presumes in files of these, whatever their headers say."""
 
 
 def _of_gguf(path: Path) -> Shape:
@@ -174,13 +187,13 @@ def _of_gguf(path: Path) -> Shape:
             magic, version, tensors, pairs = struct.unpack("<4sIQQ", file.read(24))
             if magic != b"GGUF" or version not in (2, 3):
                 raise UnreadableError("not a GGUF file of version 2 or 3; give another file")
-            known = {}
+            known, names = {}, set()
             for _ in range(pairs):
                 name = _text(file)
                 known[name] = _gguf_value(file, _unpack(file, "I"))
             last = 0
             for _ in range(tensors):
-                _text(file)
+                names.add(_text(file))
                 dimensions = _unpack(file, "I")
                 file.seek(8 * dimensions + 4, 1)
                 last = max(last, _unpack(file, "Q"))
@@ -192,13 +205,27 @@ def _of_gguf(path: Path) -> Shape:
         raise UnreadableError(f"{error.strerror}; make it readable") from None
     kind = str(known.get("general.architecture", "unknown"))
     width, heads = known.get(f"{kind}.embedding_length", 0), known.get(f"{kind}.attention.head_count", 0)
+    head = known.get(f"{kind}.attention.key_length") or (width // heads if isinstance(heads, int) and heads else 0)
+    if lost := _lost(kind, head, known, names):
+        raise UnreadableError(f"transformers does not read {lost} from a GGUF file; give its safetensors files")
     return Shape(
-        kind=kind,
-        head=known.get(f"{kind}.attention.key_length") or (width // heads if isinstance(heads, int) and heads else 0),
+        kind=_KINDS.get(kind, kind),
+        head=head,
         positions=known.get(f"{kind}.context_length", 0),
         vocabulary=known.get(f"{kind}.vocab_size") or known.get("tokenizer.ggml.tokens", 0),
-        settings={"model_type": kind},
+        settings={"model_type": _KINDS.get(kind, kind)},
     )
+
+
+def _lost(kind: str, head: int, known: Mapping[str, Any], names: Container[str]) -> str:
+    """What transformers leaves unread, so that another model would be opened, or none; empty: nothing."""
+    if kind == "smollm3":
+        return "a smollm3 model"
+    if known.get(f"{kind}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:
+        return "scaled rotary embeddings"
+    if head != _HEADS.get(kind, head):
+        return f"the size of a {kind} model's heads, {head},"
+    return ""
 
 
 def _gguf_value(file: IO[bytes], kind: int) -> Any:

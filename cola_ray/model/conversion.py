@@ -12,6 +12,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -33,7 +34,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from cola_ray.model import families
+from cola_ray.model import checkpoints, families
 from cola_ray.model.modeling_cola import (
     BY_LAYER,
     RELEASED_ARCHITECTURE,
@@ -139,6 +140,11 @@ def load_base(base_path: str | os.PathLike, dtype: torch.dtype | None = None, fa
     """Load the base at ``base_path`` (directory, hub id or GGUF file); ValueError if CoLA does not attach to it."""
     path = Path(base_path)
     source, options = (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (str(base_path), {})
+    if options:
+        try:
+            checkpoints.shape_of(path)
+        except checkpoints.UnreadableError as error:
+            raise ValueError(f"model.base = {str(base_path)!r}: {error}") from None
     config = AutoConfig.from_pretrained(source, **options)
     fault = families.fault(config.to_dict(), family)
     if fault:
@@ -245,6 +251,8 @@ def _detach(cola: Path, target: Path) -> None:
     raw |= {"model_type": kind, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]}
     raw |= {name: raw[name][:layers] for name in BY_LAYER if raw.get(name)}
     (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    if (cola / "generation_config.json").is_file():  # names end tokens beside config.json's
+        shutil.copy(cola / "generation_config.json", target)
     files: dict[str, str] = {}
     for shard in sorted(cola.glob("*.safetensors")):
         with safe_open(shard, "pt") as tensors:

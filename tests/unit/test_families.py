@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from conftest import BASES, small_base
+from conftest import BASES, small_base, words
 from transformers import AutoConfig
 
 from cola_ray import CoLAConfig, CoLAForCausalLM, registry
 from cola_ray.model import families
+from cola_ray.model.conversion import plain_base, save
 from cola_ray.model.modeling_cola import BY_LAYER
 from cola_ray.settings.presets import preset
 from cola_ray.studies.planned_work import sizes
+from cola_ray.tasks.endings import end_token_ids
 
 SIZES = {"num_actions": 8, "num_idm_layers": 3, "num_policy_layers": 2}
 
@@ -46,6 +48,19 @@ def test_a_configuration_is_read_as_it_was_written(attached, tmp_path):
         assert again.layer_types == model.config.layer_types == [*kinds, *["full_attention"] * 2]
     if rotated := getattr(base.config, "no_rope_layers", None):
         assert again.no_rope_layers == model.config.no_rope_layers == [*rotated, 1, 1]
+
+
+def test_all_end_tokens_of_a_base_end_a_response(attached, tmp_path):
+    base, _ = attached
+    base.generation_config.eos_token_id = [2, 5]  # as Llama 3, Qwen3 and Gemma 3 have them
+    base.save_pretrained(tmp_path / "base")
+    tokenizer = words(additional_special_tokens=["w5", "w6"])
+    model = CoLAForCausalLM.attach(tmp_path / "base", **SIZES)
+    save(model, tokenizer, tmp_path / "cola")
+    plain = plain_base(tmp_path / "cola", tmp_path / "plain")
+    for path in (tmp_path / "base", tmp_path / "cola", plain):
+        assert end_token_ids(tokenizer, path) == (2, 5), path
+    assert model.generation_config.eos_token_id == [2, 5]
 
 
 @pytest.mark.parametrize(("name", "window"), [("llama", False), ("mistral", True), ("qwen3", False), ("gemma3", False)])
