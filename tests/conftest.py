@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import random
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -76,6 +76,9 @@ _LLAMA_3 = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+_PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+_YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 BASES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {"rope_parameters": _LLAMA_3, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"sliding_window": 8}),
@@ -88,6 +91,7 @@ BASES: dict[str, tuple[str, dict]] = {
             "query_pre_attn_scalar": 32,
             "sliding_window": 8,
             "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"sliding_attention": _PLAIN, "full_attention": _LINEAR},
         },
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "bos_token_id": 1}),
@@ -101,13 +105,48 @@ BASES: dict[str, tuple[str, dict]] = {
 
 def small_base(name: str) -> PreTrainedModel:
     """One of :data:`BASES` with random weights, all of them in use: norms, biases and scales too."""
-    kind, settings = BASES[name]
+    return random_base(*BASES[name])
+
+
+def random_base(kind: str, settings: dict) -> PreTrainedModel:
     torch.manual_seed(0)
     model = scramble(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(_SIZES | settings))))
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model.eval()
+
+
+def drawn_shape(kind: str, draw: random.Random, heads: Sequence[int] = (8, 16, 32)) -> dict:
+    """Settings of a small base of a built-in family, for :func:`random_base`: all that its checkpoints differ in.
+
+    Args:
+        heads: sizes of heads to draw from.
+    """
+    layers, head, count = draw.randint(1, 3), draw.choice(heads), draw.choice([2, 4])
+    shape = {
+        "num_hidden_layers": layers, "num_attention_heads": count, "head_dim": head, "hidden_size": head * count,
+        "num_key_value_heads": draw.choice([one for one in (1, 2, 4) if one <= count]),
+        "intermediate_size": draw.choice([48, 96]), "tie_word_embeddings": draw.random() < 0.5,
+        "rms_norm_eps": draw.choice([1e-6, 1e-3]), "rope_parameters": draw.choice([_PLAIN, _LINEAR, _YARN, _LLAMA_3]),
+    }  # fmt: skip
+    if kind not in ("qwen2", "smollm3"):  # of which heads are as wide as the hidden size allows
+        shape["hidden_size"] = draw.choice([32, 64])
+    if kind in ("llama", "gemma3_text", "smollm3"):
+        shape["attention_bias"] = draw.random() < 0.5
+    if kind in ("llama", "smollm3"):
+        shape["mlp_bias"] = draw.random() < 0.5
+    if kind == "mistral":
+        shape["sliding_window"] = draw.choice([None, 4, 9])
+    if kind == "gemma3_text":
+        kinds = draw.choices(["sliding_attention", "full_attention"], k=layers)
+        rope = {"full_attention": shape["rope_parameters"], "sliding_attention": _PLAIN}
+        scale = {"query_pre_attn_scalar": draw.choice([head, 24])}
+        shape |= {"layer_types": kinds, "sliding_window": draw.choice([4, 9]), "rope_parameters": rope} | scale
+    if kind == "smollm3":
+        shape |= {"no_rope_layers": draw.choices([0, 1], k=layers), "bos_token_id": 1}
+        shape |= {"use_sliding_window": draw.random() < 0.5, "sliding_window": draw.choice([4, 9])}
+    return shape
 
 
 def scramble(model: PreTrainedModel) -> PreTrainedModel:

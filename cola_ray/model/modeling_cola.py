@@ -126,14 +126,21 @@ class CoLAConfig(LlamaConfig):
         return of_layers[-1] == "sliding_attention"
 
     @property
-    def per_layer_config(self) -> list[Any]:
+    def per_layer_config(self) -> "_PerLayer":
         """One configuration per layer of a key/value cache: the base's layers, then the policy's."""
-        return [*super().per_layer_config, *[self] * self.num_policy_layers]
+        return _PerLayer([*super().per_layer_config, *[self] * self.num_policy_layers])
 
     @per_layer_config.setter
     def per_layer_config(self, layers: Any) -> None:
         if layers is not None:
             raise ValueError("per_layer_config: all layers of a CoLA model have one shape; leave it out")
+
+
+class _PerLayer(list[Any]):
+    """By number, or by kind of layers, as scaled rotary embeddings ask for it; all layers have one configuration."""
+
+    def __getitem__(self, layer: Any) -> Any:
+        return super().__getitem__(0 if isinstance(layer, str) else layer)
 
 
 BY_LAYER: dict[str, Any] = {"layer_types": "full_attention", "no_rope_layers": 1}

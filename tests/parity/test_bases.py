@@ -9,6 +9,7 @@ Each family has its own engines; starting them is what takes time.
 
 import copy
 import json
+import random
 import re
 import subprocess
 import sys
@@ -18,7 +19,17 @@ import numpy as np
 import pytest
 import torch
 from accelerator import ON_ACCELERATOR
-from conftest import BASES, NUM_ACTIONS, VOCAB_SIZE, assert_near, scramble, small_base, words
+from conftest import (
+    BASES,
+    NUM_ACTIONS,
+    VOCAB_SIZE,
+    assert_near,
+    drawn_shape,
+    random_base,
+    scramble,
+    small_base,
+    words,
+)
 from transformers import AutoModelForCausalLM
 
 from cola_ray import CoLAForCausalLM, registry
@@ -68,6 +79,11 @@ def sizes(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cola(base_dir, sizes):
+    return around(base_dir, sizes)
+
+
+def around(base_dir, sizes):
+    """CoLA around a base, with random weights that are all in use."""
     model = scramble(CoLAForCausalLM.attach(base_dir, **sizes))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.policy.parameters():
@@ -151,6 +167,27 @@ def assert_same(completion, expected):
 
 
 def test_engine_learner_and_generate_agree(engine, cola):
+    assert_all_agree(engine, cola)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("kind", registry.BUILT_IN["base"])
+def test_they_agree_on_drawn_shapes(kind, number, tmp_path):
+    shape = drawn_shape(kind, random.Random(f"{kind} {number}"), heads=(32, 64, 80))
+    random_base(kind, shape).save_pretrained(tmp_path / "base")
+    cola = around(tmp_path / "base", SIZES)
+    cola.save_pretrained(tmp_path / "cola")
+    words().save_pretrained(tmp_path / "cola")
+    engine = LatentEngine(str(tmp_path / "cola"), keep_hidden_states=True, **ENGINE)
+    try:
+        assert_all_agree(engine, cola)
+    finally:
+        engine.close()
+
+
+def assert_all_agree(engine, cola):
+    """Engine, learner and ``generate_latent``, on actions, their log-probabilities and states."""
     asked = requests()
     made = engine.generate(asked)
     learner = LatentPolicy(copy.deepcopy(cola)).eval()
