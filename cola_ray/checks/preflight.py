@@ -19,7 +19,7 @@ from cola_ray.runs import provenance
 from cola_ray.settings.config import Config, is_endpoint, value_at
 from cola_ray.settings.training import OWN_BASE_POSITIONS
 from cola_ray.tasks import inspection, preference
-from cola_ray.tasks.chat import as_prompt
+from cola_ray.tasks.chat import as_prompt, unknown_options
 from cola_ray.tasks.logged import logged
 from cola_ray.tasks.rows import Row, cell, peek
 from cola_ray.tasks.verifiable import Gsm8k, Math500
@@ -164,6 +164,8 @@ def _checkpoints(config: Config, job: str) -> Iterator[str]:
         yield from (f"{named}: {fault}" for fault in _of_shape(config, shape, cola))
         if job:
             yield from (f"{named}: {fault}" for fault in checkpoints.faults(path))
+        if job and path.is_dir() and config.data.chat_options:
+            yield from unknown_options(config.data.chat_options, checkpoints.chat_template(path))
         if not job:
             break
     yield from _q(config, job)

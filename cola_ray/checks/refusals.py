@@ -134,6 +134,15 @@ def _check_stages_before(config: Config) -> list[str]:
     return []
 
 
+def _check_base_alone(config: Config) -> list[str]:
+    """What trains the base by itself leaves nothing that was learned around it."""
+    stages, path = config.pretrain.stages, config.model.path
+    if not path or "base" not in stages:
+        return []
+    return [f"pretrain.stages = {stages}: base trains a base by itself, and model.path = {path!r} has actions around "
+            "it already; leave the stage base out, or give a base by --model.base"]  # fmt: skip
+
+
 def _check_start(config: Config) -> list[str]:
     """What RL pre-trains first is what it needs."""
     stages = config.pretrain.stages
@@ -306,7 +315,7 @@ _RULES: tuple[Rule, ...] = (
 )
 
 _OF_JOB: dict[str, tuple[Rule, ...]] = {
-    "pretrain": (_check_stages_before,),
+    "pretrain": (_check_stages_before, _check_base_alone),
     "reward_model": (_check_reward_model,),
     "train_q": (_check_logged,),
     "rl_math": (_check_problems, _check_start),

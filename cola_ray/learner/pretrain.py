@@ -1,6 +1,6 @@
 """From a base to a model that RL can start on: one Ray Train worker's loop over the stages.
 
-    base        (tiny only) a small Llama is trained on the task's problems
+    base        the base by itself, as a language model: the given one, or a small Llama that the preset tiny makes
     actions     IDM + codebook + world model, base frozen; straight-through Gumbel actions
     policy      behaviour cloning of the IDM's actions
     fta_idm     the base alone, under the IDM's actions; response tokens only
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.learner import supervised
@@ -85,11 +85,11 @@ def _run_stage(
     stages, rank = config.pretrain.stages, torch.distributed.get_rank()
     report.doing(f"{stage}: reading the corpus")
     tokenizer = AutoTokenizer.from_pretrained(source)
-    chat = ChatTokenizer(tokenizer, config.data.date)
+    chat = ChatTokenizer(tokenizer, config.data.date, config.data.chat_options)
     rows = _load_rows(config, stage, task, chat)
     report.doing(f"{stage}: opening the model")
     shape, tensors = conversion.opened(source)
-    model = empty(LlamaForCausalLM if stage == "base" else CoLAForCausalLM, shape, getattr(torch, config.model.dtype))
+    model = empty(_kind(stage), shape, getattr(torch, config.model.dtype))
     trained = tuple(prefix.removeprefix("model.") for prefix in TRAINED[stage])
     fill(model, tensors, on_host=lambda name: config.cluster.offload_frozen and not name.startswith(trained))
     if config.cluster.gradient_checkpointing:
@@ -107,6 +107,11 @@ def _run_stage(
     left = target if ended else Path(config.output_dir) / "model"
     _leave(config, learner, source, left, tokenizer, metrics)
     return ended
+
+
+def _kind(stage: PretrainStage) -> Any:
+    """Class of the model that a stage opens."""
+    return AutoModelForCausalLM if stage == "base" else CoLAForCausalLM
 
 
 class CorpusStage:
@@ -274,8 +279,7 @@ def _leave(
     zero.close()
     if zero.rank == 0:
         staging = staging_for(target)
-        kind = LlamaForCausalLM if stage.name == "base" else CoLAForCausalLM
-        model = kind.from_pretrained(source, dtype=getattr(torch, config.model.dtype))
+        model = _kind(stage.name).from_pretrained(source, dtype=getattr(torch, config.model.dtype))
         model.load_state_dict(model.state_dict() | trained)
         conversion.save(model, tokenizer, staging)
         finish(staging, target, metrics)

@@ -1,6 +1,6 @@
 """What each stage of pre-training minimises, as one module, so that ZeRO-3 sees one forward.
 
-    base        -log P(x_t+1 | x_1..t)                                      a plain Llama
+    base        -log P(x_t+1 | x_1..t)                                      a plain base
     actions     -log P(x_t+1 | e_t, a_t), a_t a straight-through Gumbel sample of the IDM   + entropy_coef sum p log p
     policy      -log pi(a_t | e_1..t), a_t the IDM's greedy action
     fta_idm     -log P(x_t+1 | e_t, a_t), the base alone trains, a_t the IDM's greedy action
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage_imbalance
 from cola_ray.learner.pieces import cross_entropies
@@ -39,9 +39,9 @@ MEASURED_STATES = 32  # states a rank on which all K actions are tried, for the 
 class StageModule(nn.Module):
     """A stage's loss on packed rows, so that ZeRO-3 sees one forward."""
 
-    def __init__(self, model: CoLAForCausalLM | LlamaForCausalLM, stage: PretrainStage, config: Config) -> None:
+    def __init__(self, model: CoLAForCausalLM | PreTrainedModel, stage: PretrainStage, config: Config) -> None:
         super().__init__()
-        self.model: Any = model  # a CoLA model, or a plain Llama in the stage that makes the base
+        self.model: Any = model  # a CoLA model, or a plain base in the stage base
         self.stage, self.settings = stage, config.pretrain
 
     def forward(

@@ -1,4 +1,4 @@
-"""What pre-training starts from: the given base with CoLA attached, or a small Llama made from nothing.
+"""What pre-training starts from: the given base, alone or with CoLA attached, or a small Llama made from nothing.
 
 Attaching and making are deterministic in the seed, so either may be done again.
 """
@@ -21,7 +21,9 @@ from cola_ray.tasks.chat import as_text
 
 
 def start_model(config: Config, task: Prompts | PlayedTask | None, report: Report) -> tuple[Path, bool]:
-    """The directory that the first stage reads: the given base with CoLA attached, or a fresh tiny Llama.
+    """The directory that the first stage reads: the given base, or a fresh tiny Llama.
+
+    CoLA is attached to the base here, unless the first stage trains the base by itself.
 
     Returns whether it was made just now, too. A collective.
     """
@@ -33,8 +35,11 @@ def start_model(config: Config, task: Prompts | PlayedTask | None, report: Repor
             model: Any = CoLAForCausalLM.from_pretrained(config.model.path, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         elif config.model.base:
-            model = attach(config, config.model.base)
-            tokenizer = conversion.load_tokenizer(config.model.base)
+            alone = config.pretrain.stages[0] == "base"
+            dtype, family = getattr(torch, config.model.dtype), config.model.family
+            base = config.model.base
+            model = conversion.load_base(base, dtype, family) if alone else attach(config, base)
+            tokenizer = conversion.load_tokenizer(base)
         else:
             assert task is not None  # train_loop made one, since there is no base
             tokenizer = make_tokenizer(task)

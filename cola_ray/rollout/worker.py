@@ -60,7 +60,7 @@ class EngineWorker:
         rollout = config.rollout
         self.config = config
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.chat = ChatTokenizer(self.tokenizer, config.data.date)
+        self.chat = ChatTokenizer(self.tokenizer, config.data.date, config.data.chat_options)
         self.endings = Endings.of(self.tokenizer, model_path, [*rollout.stop, *stop_strings(config.task)])
         self.latent = config.rl.action_space == "latent"
         beta = config.rl.kl_coef if config.rl.actor_free else 0.0

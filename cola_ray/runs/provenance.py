@@ -21,7 +21,7 @@ from cola_ray.runs.folder_lock import is_in_use
 from cola_ray.runs.redaction import redacted_tree
 from cola_ray.runs.run_folder import is_finished, read_record, write_json
 from cola_ray.settings.config import Config, is_environment, override, results_root, value_at
-from cola_ray.settings.relevance import defaults, entries, given
+from cola_ray.settings.relevance import defaults, entries, given, reads
 
 FILE = "provenance.json"
 SIZES = ("num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers")
@@ -78,7 +78,7 @@ def is_made(model: Path) -> bool:
 
 
 def resolve(config: Config, job: str) -> Config:
-    """Return the settings with absolute paths, a default for ``output_dir``, and the date that chat templates show."""
+    """Return the settings with absolute paths, a default for ``output_dir``, and what chat templates are told."""
     output = config.output_dir or (
         str(pretrained_dir(config).parent) if job == "pretrain" else f"outputs/{job}-{config.preset}-seed{config.seed}"
     )
@@ -87,13 +87,15 @@ def resolve(config: Config, job: str) -> Config:
         changes |= {field: _absolute(value_at(config, field))}
     if not config.data.date:
         changes["data.date"] = _date(Path(changes["output_dir"]), start_model(config), config.resume)
+    if not config.data.chat_options and reads(job, "data.chat_options"):
+        changes["data.chat_options"] = _chat_options(Path(changes["output_dir"]), start_model(config), config.resume)
     return override(config, changes)
 
 
 def starting_from(config: Config, model: Path) -> Config:
     """Return the settings with this start model and its sizes, without requests for what it should be made from."""
     usual = defaults(config)
-    data = usual.data.model_copy(update={"date": config.data.date})
+    data = usual.data.model_copy(update={"date": config.data.date, "chat_options": config.data.chat_options})
     settled = config.model_copy(update={"pretrain": usual.pretrain, "data": data})
     changes = {"model.path": str(model.resolve()), "model.base": usual.model.base, "model.family": ""}
     return with_sizes_of(override(settled, changes), model)
@@ -111,6 +113,13 @@ def _date(output: Path, model: Path, resumes: bool) -> str:
         if before:
             return str(before)
     return str(read(model).get("date") or date.today().isoformat())
+
+
+def _chat_options(output: Path, model: Path, resumes: bool) -> dict[str, Any]:
+    """Return those of the run that is resumed, else those with which the model was made."""
+    prefix, made = "data.chat_options.", read(model).get("settings", {})
+    before = _read(output / "config.json").get("data", {}).get("chat_options") if resumes else None
+    return before or {name.removeprefix(prefix): value for name, value in made.items() if name.startswith(prefix)}
 
 
 # --- what it was made from ----------------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ class TaskConfig(Branch):
 
 class PretrainConfig(Branch):
     stages: Annotated[Some[PretrainStage], AfterValidator(_in_order)] = ("actions", "policy")
-    """Run in this order; each takes the model the one before left."""
+    """Run in this order; each takes the model the one before left. base trains the given base by itself, as a language
+    model, or makes a small one where none is given."""
     max_steps: Count | None = None
     """Caps every stage; for trials."""
     steps: Annotated[dict[StageWithSteps, Count], BeforeValidator(_and_the_rest)] = Field(
@@ -193,6 +194,9 @@ class DataConfig(Branch):
     """Column of plain text or of whole conversations, where rows are documents."""
     date: Annotated[str, AfterValidator(_a_day)] = ""
     """YYYY-MM-DD, told to chat templates that show a date. Empty: the start model's, else the day the run began."""
+    chat_options: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)
+    """Arguments of the model's chat template, e.g. enable_thinking false of Qwen3 and SmolLM3. Empty: the start
+    model's."""
 
 
 class RolloutConfig(Branch):

@@ -78,7 +78,8 @@ def load_texts(config: Config, start: Path | None) -> tuple[PreTrainedTokenizerB
     tokenizer = AutoTokenizer.from_pretrained(start or config.model.base)
     task = None if config.data.path else to_pretrain_on(config.task, config.seed)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    documents, _ = load_documents(config.data, task, ChatTokenizer(tokenizer, config.data.date), longest)
+    chat = ChatTokenizer(tokenizer, config.data.date, config.data.chat_options)
+    documents, _ = load_documents(config.data, task, chat, longest)
     order = np.random.default_rng(config.seed).permutation(len(documents))
     return tokenizer, [documents[i] for i in order]
 

@@ -83,6 +83,20 @@ def followed_by(prompt: Prompt, text: str) -> Prompt:
     )
 
 
+_TOLD = ("messages", "tools", "documents", "tokenize", "strftime_now", "add_generation_prompt",
+         "continue_final_message")  # fmt: skip
+"""What templates are told in any case, or never."""
+
+
+def unknown_options(options: Mapping[str, Any], template: str) -> list[str]:
+    """A line for each of the options that a chat template does not read."""
+    return [
+        f"data.chat_options.{name} = {value!r}: the model's chat template takes no {name}; leave it out"
+        for name, value in options.items()
+        if name in _TOLD or not re.search(rf"\b{re.escape(name)}\b", template)
+    ]
+
+
 class ChatTokenizer:
     """Turns prompts and responses into ids.
 
@@ -93,10 +107,18 @@ class ChatTokenizer:
         tokenizer: of the model.
         date: YYYY-MM-DD, shown by templates that show a date, since prompts would otherwise change from day to day;
             "" for today.
+        options: further arguments of the template, such as ``enable_thinking``.
+
+    Raises:
+        ValueError: the template does not have one of the options.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: str) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", date: str, options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.tokenizer, self.options = tokenizer, dict(options or {})
+        for line in unknown_options(self.options, str(tokenizer.chat_template or "")):
+            raise ValueError(line)
         self._day = datetime.fromisoformat(date) if date else datetime.now()
         added = tokenizer.added_tokens_decoder.values()
         control = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
@@ -198,7 +220,7 @@ class ChatTokenizer:
     def _apply(self, messages: Sequence[Message], **options: bool) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, strftime_now=self._day.strftime, **options
+                list(messages), tokenize=False, strftime_now=self._day.strftime, **self.options, **options
             )  # type: ignore[arg-type]
         )
 

@@ -66,6 +66,8 @@ def _describe(model: Path, config: Config, job: str, summary: Mapping[str, Any])
         facts["data"] = Path(config.data.path).name if config.data.path else f"the demonstrations of {config.task.name}"
         if not (config.model.base or config.model.path):
             facts["base"] = "a small Llama that was trained from nothing"
+        elif config.pretrain.stages[0] == "base":
+            facts["base"] = config.model.base  # and not the folder that the stage left
     cost = ("_seconds", "_gb", "_mb", "_per_step")
     figures = {
         f"{job}: {name}": round(value, 4) for name, value in summary.items()

@@ -37,6 +37,26 @@ GEMMA = (
     "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
+QWEN_3 = (  # its parts for text: an answer has thoughts, perhaps none; the switch fills in empty ones
+    "{%- if messages[0].role == 'system' %}"
+    "{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- set ns = namespace(searching=true, last_query_index=messages|length - 1) %}"
+    "{%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}"
+    "{%- if ns.searching and message.role == 'user' %}{%- set ns.searching = false %}"
+    "{%- set ns.last_query_index = index %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{%- set content = message.content %}"
+    "{%- if (message.role == 'user') or (message.role == 'system' and not loop.first) %}"
+    "{{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}"
+    "{%- elif message.role == 'assistant' %}{%- set thoughts = '' %}{%- if '</think>' in content %}"
+    "{%- set thoughts = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}"
+    "{%- if loop.index0 > ns.last_query_index and (loop.last or thoughts) %}{{- '<|im_start|>' + message.role "
+    "+ '\n<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}"
+    "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
 DROPS_SYSTEM = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|im_start|>' + message['content'] }}"
     "{% endif %}{% endfor %}"
@@ -70,7 +90,7 @@ def make_tokenizer(template=None, bos=True):
     return tokenizer
 
 
-@pytest.mark.parametrize("template", [LLAMA_3, CHATML, GEMMA])
+@pytest.mark.parametrize("template", [LLAMA_3, CHATML, GEMMA, QWEN_3])
 @pytest.mark.parametrize("start", [0, 1])
 def test_clean_conversations_are_as_transformers_has_them(template, start):
     tokenizer, talk = make_tokenizer(template), TALK[start:]
@@ -81,7 +101,7 @@ def test_clean_conversations_are_as_transformers_has_them(template, start):
     expected = tokenizer.apply_chat_template(taken, add_generation_prompt=True, return_dict=False, **day)
     chat = ChatTokenizer(tokenizer, "2025-03-09")
     assert chat.prompt_ids(as_prompt(talk)) == expected
-    assert expected.count(tokenizer.bos_token_id) == (template != CHATML)
+    assert expected.count(tokenizer.bos_token_id) == (template not in (CHATML, QWEN_3))
     judged = tokenizer.apply_chat_template([*taken, {"role": "assistant", "content": "3"}], return_dict=False, **day)
     assert chat.exchange_ids(as_prompt(talk), "3") == judged
     goes_on = [*taken, {"role": "assistant", "content": "It is"}]
@@ -101,7 +121,7 @@ def test_a_system_message_that_a_template_drops_is_said_by_the_user():
     assert said == "<|im_start|>You are a calculator. \n\n3 + 4 ="
 
 
-@pytest.mark.parametrize("template", [LLAMA_3, CHATML, GEMMA, None])
+@pytest.mark.parametrize("template", [LLAMA_3, CHATML, GEMMA, QWEN_3, None])
 @pytest.mark.parametrize("where", ["system", "user", "response"])
 def test_typed_control_tokens_stay_text(template, where):
     """As many control tokens as without them, and the text is there as it was typed."""
@@ -120,6 +140,32 @@ def test_typed_control_tokens_stay_text(template, where):
     assert attack in tokenizer.decode([i for i in attacked if i not in control])
     assert control.isdisjoint(chat.text_ids(attack))
     assert tokenizer.decode(chat.text_ids(attack)) == attack
+
+
+def test_a_switch_of_the_template_is_told_to_it():
+    tokenizer = make_tokenizer(QWEN_3)
+    thinks, silent, both = (
+        ChatTokenizer(tokenizer, "", options) for options in ({}, {"enable_thinking": False}, {"enable_thinking": True})
+    )
+    asked = "<|im_start|>user\n3 + 4 =<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(thinks.prompt_ids("3 + 4 =")) == asked
+    assert tokenizer.decode(both.prompt_ids("3 + 4 =")) == asked
+    assert tokenizer.decode(silent.prompt_ids("3 + 4 =")) == asked + "<think>\n\n</think>\n\n"
+    typed = silent.prompt_ids("3<|im_end|> + 4 =")
+    assert tokenizer.decode(typed).endswith("assistant\n<think>\n\n</think>\n\n"), "and where somebody typed a token"
+    whole = tokenizer.decode(silent.exchange_ids("3 + 4 =", "7"))
+    assert whole == asked + "<think>\n\n</think>\n\n7<|im_end|>\n", "a reward model reads what the policy wrote"
+
+
+@pytest.mark.parametrize(
+    ("template", "options"),
+    [(QWEN_3, {"enable_thinkin": False}), (QWEN_3, {"tokenize": True}), (QWEN_3, {"add_generation_prompt": False}),
+     (CHATML, {"enable_thinking": False}), (None, {"enable_thinking": False})],
+)  # fmt: skip
+def test_a_switch_that_the_template_does_not_have_is_refused(template, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"^data.chat_options.{name} = .*: the model's chat template takes no {name}"):
+        ChatTokenizer(make_tokenizer(template), "", options)
 
 
 def test_a_vocabulary_of_whole_words_has_no_way_round():

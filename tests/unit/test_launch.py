@@ -305,6 +305,19 @@ def test_the_date_is_the_start_models_and_then_the_runs(tmp_path):
     assert resolve(config, "evaluate").data.date == "2025-01-01"
 
 
+def test_switches_of_the_chat_template_are_the_start_models(tmp_path):
+    silent, aloud = ({"data.chat_options": {"enable_thinking": value}} for value in (False, True))
+    made(tiny(**silent), tmp_path / "made")
+    config = tiny(**{"model.path": str(tmp_path / "made" / "model"), "output_dir": "out"})
+    assert resolve(config, "evaluate").data.chat_options == {"enable_thinking": False}
+    assert resolve(config, "capabilities").data.chat_options == {}, "which does not read them"
+    first = launch.begin(override(config, aloud), "rl_math")
+    again = resolve(override(config, {"resume": True}), "rl_math")
+    assert first.config.data.chat_options == again.data.chat_options == {"enable_thinking": True}
+    provenance.write(tmp_path / "made" / "model", first.config, "rl_math", first.start)
+    assert resolve(config, "evaluate").data.chat_options == {"enable_thinking": True}
+
+
 def test_making_the_start_model_asks_for_the_same(tmp_path):
     """What pre-training on the way makes lies where the run looks for it."""
     for changes in ({}, {"task.name": "countdown", "task.thinking": True}, {"rl.lr": 0.1, "pretrain.max_steps": 3},

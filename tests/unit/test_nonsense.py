@@ -329,10 +329,12 @@ pretrain --pretrain.stages base policy | pretrain.stages = ('base', 'policy'): a
 pretrain --pretrain.stages actions actions | pretrain.stages = ('actions', 'actions'): 'actions' twice
 pretrain --pretrain.stages | pretrain.stages = (): too few
 pretrain --pretrain.stages policy | pretrain.stages = ('policy',): policy needs a model that has actions
+pretrain --model.path sized --pretrain.stages base actions | pretrain.stages = ('base', 'actions'): base trains a base
 pretrain --model.base llama --pretrain.stages fta_policy | pretrain.stages = ('fta_policy',): fta_policy needs a model
 pretrain --pretrain.stages actions policy | pretrain.stages = ('actions', 'policy'): there is no base
 rl_math --pretrain.stages actions policy | pretrain.stages = ('actions', 'policy'): there is no base
 pretrain --model.path sized --model.num-actions 8 | model.num_actions = 8: sized has 16; leave it out
+pretrain --model.base llama --data.chat-options.thinks false | data.chat_options.thinks = False: the model's chat
 pretrain --data.path good.jsonl --data.prompt-field answer | data.response_field = 'answer': the column of prompts, too
 pretrain --pretrain.stages acts | pretrain.stages = ('acts',): unknown; did you mean actions?
 pretrain --pretrain.steps.bas 3 | pretrain.steps.bas = 3: no such name; did you mean base?
@@ -624,8 +626,8 @@ def test_every_number_has_a_limit_and_every_setting_a_meaning():
         assert schema["description"], field
         said = json.dumps(schema)
         if '"number"' in said or '"integer"' in said:
-            # As the swept field, the task and vLLM limit them.
-            free = ("sweep.values", "task.options", "rollout.engine_args")
+            # As the swept field, the task, the template and vLLM limit them.
+            free = ("sweep.values", "task.options", "data.chat_options", "rollout.engine_args")
             assert field in free or re.search(r'"(exclusiveM|m)inimum"', said), field
     assert Config().seed == 0
 
