@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NUM_ACTIONS, VOCAB_SIZE, small_llama
+from conftest import NUM_ACTIONS, VOCAB_SIZE, random_base, small_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.learner.corpus import PackedRows, load_documents, pack
-from cola_ray.learner.pretrain import corpus_step
+from cola_ray.learner.pretrain import corpus_step, train_loop
 from cola_ray.learner.stage_module import TRAINED, StageModule, noise_seeds
 from cola_ray.learner.start_model import make_tokenizer
 from cola_ray.settings.config import ConfigError, DataConfig, PretrainConfig, TaskConfig, override
@@ -364,3 +365,40 @@ def test_teacher_forced_accuracy_is_greedy_accuracy(cola):
     mask[:, 4:8] = True
     module = stage_module("policy", cola)
     assert module.correct(ids, torch.ones_like(ids), mask).tolist() == [True, True, True, False, True, True]
+
+
+class Quiet:
+    """A report that nobody reads."""
+
+    def __call__(self, metrics, saved=False):
+        return False
+
+    def doing(self, what):
+        pass
+
+    def say(self, line):
+        raise AssertionError(line)
+
+    fail = say
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral"])
+def test_the_stage_base_trains_a_given_base_by_itself(kind, tokenizer, tmp_path, one_rank):
+    base = random_base(kind, {"vocab_size": 280, "head_dim": 48, "tie_word_embeddings": True})
+    for saved in (base, tokenizer):
+        saved.save_pretrained(tmp_path / "base")
+    config = override(preset("tiny"), {
+        "model.base": str(tmp_path / "base"), "output_dir": str(tmp_path / "run"), "pretrain.max_steps": 1,
+        "pretrain.stages": ("base", "actions"), "pretrain.batch_size": 4, "pretrain.micro_batch_size": 4,
+        "task.num_problems": 60, "pretrain.warmup_steps": 0, "cluster.learner_ranks": 1,
+    })  # fmt: skip
+    train_loop(config, Quiet())
+    stages = tmp_path / "run" / "stages"
+    start, trained = (AutoModelForCausalLM.from_pretrained(stages / name) for name in ("start", "base"))
+    assert type(start) is type(trained) is type(base)
+    made = CoLAForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert made.config.base_model_type == kind
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(start.state_dict()[name], tensor), name
+        assert not torch.equal(trained.state_dict()[name], tensor), f"{name}: all of the base trains"
+        assert torch.equal(made.state_dict()[name], trained.state_dict()[name]), name
