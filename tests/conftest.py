@@ -101,6 +101,20 @@ BASES: dict[str, tuple[str, dict]] = {
     ),
 }
 """Small bases, by what is tested with them: model_type, and settings beside the usual sizes."""
+GIVEN: dict[str, str] = {}
+"""Families that ``--family`` names, by their model_type."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "a family of your own, which parity/test_bases.py then runs with those that are built in"
+    parser.addoption("--family", metavar="MODEL_TYPE=FILE.py:NAME", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if given := config.getoption("--family"):
+        kind, _, path = given.partition("=")
+        BASES.setdefault(kind, (kind, {}))
+        GIVEN[kind] = path
 
 
 def small_base(name: str) -> PreTrainedModel:

@@ -21,6 +21,7 @@ import torch
 from accelerator import ON_ACCELERATOR
 from conftest import (
     BASES,
+    GIVEN,
     NUM_ACTIONS,
     VOCAB_SIZE,
     assert_near,
@@ -71,6 +72,8 @@ def sizes(base, tmp_path_factory):
     kind = base.config.model_type
     if kind in registry.BUILT_IN["base"]:
         return SIZES
+    if kind in GIVEN:
+        return SIZES | {"family": GIVEN[kind]}
     (example,) = re.findall(rf"```python file={kind}.py\n(.*?)```", PAGE.read_text(), re.DOTALL)
     path = tmp_path_factory.mktemp("outside") / f"{kind}.py"
     path.write_text(example)
