@@ -125,6 +125,9 @@ def small_base(name: str) -> PreTrainedModel:
 def random_base(kind: str, settings: dict) -> PreTrainedModel:
     torch.manual_seed(0)
     model = scramble(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(_SIZES | settings))))
+    embeddings = model.get_input_embeddings()
+    if model.config.tie_word_embeddings:  # else the token that was read would always come next
+        embeddings.weight.data *= 0.5 / float(getattr(embeddings, "embed_scale", 1.0))
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)

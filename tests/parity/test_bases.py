@@ -252,7 +252,9 @@ def token_reference(model, request):
 
 def test_tokens_as_actions(token_engine, base):
     asked = requests()[::2]
-    for request, completion in zip(asked, token_engine.generate(asked), strict=True):
+    made = token_engine.generate(asked)
+    assert min(log_prob for completion in made for log_prob in completion.log_probs) < -1, "nothing is drawn"
+    for request, completion in zip(asked, made, strict=True):
         assert_same(completion, token_reference(base, request))
     other = changed(base)
     publish(token_engine, 1, TokenPolicy(other))
@@ -268,7 +270,7 @@ def test_adapters_arrive_merged(token_engine, base, monkeypatch):
     monkeypatch.setattr(token_engine, "adapters", True)
     publish(token_engine, 4, policy)
     expected = token_reference(policy.policy, request)
-    assert abs(expected[2][0] - token_reference(base, request)[2][0]) > 100 * LOG_PROB_TOLERANCE
+    assert expected[0] != token_reference(base, request)[0]
     assert_same(token_engine.generate([request])[0], expected)
     monkeypatch.setattr(token_engine, "adapters", False)
     publish(token_engine, 5, TokenPolicy(base))
@@ -277,12 +279,12 @@ def test_adapters_arrive_merged(token_engine, base, monkeypatch):
 
 def test_a_reward_model_is_made_of_it(base, base_dir):
     config = override(preset("tiny"), {"model.dtype": "float32"})
-    classifier = open_classifier(base_dir, words(), config).eval()
+    classifier = open_classifier(base_dir, words(), config, whole=True).eval()
     ids = ids_of(4, 20)
     rewards = PairedRewards(classifier)(ids, torch.ones_like(ids))
     wanted = classifier.score(base.model(ids).last_hidden_state[:, -1])
     assert_near(rewards.flatten(), wanted[:, 0])
-    assert len({round(float(reward), 4) for reward in rewards.flatten()}) == 4
+    assert len({round(reward, 4) for reward in rewards.flatten().tolist()}) == 4
 
 
 ALONE = """
