@@ -166,11 +166,11 @@ def drawn_shape(kind: str, draw: random.Random, heads: Sequence[int] = (8, 16, 3
     return shape
 
 
-def scramble(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights large enough that actions, tokens and states all differ."""
+def scramble(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> PreTrainedModel:
+    """Weights large enough that actions, tokens and states all differ; those stay whose names begin with ``keep``."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() == 2 and not name.startswith(keep):
             scale = 1.0 if "embed" in name or "codebook" in name else 1.5 * parameter.shape[1] ** -0.5
             parameter.data.normal_(std=scale, generator=generator)
     return model

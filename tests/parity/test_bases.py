@@ -86,8 +86,8 @@ def cola(base_dir, sizes):
 
 
 def around(base_dir, sizes):
-    """CoLA around a base, with random weights that are all in use."""
-    model = scramble(CoLAForCausalLM.attach(base_dir, **sizes))
+    """CoLA around a base, whose weights stay, with random ones that are all in use."""
+    model = scramble(CoLAForCausalLM.attach(base_dir, **sizes), keep=("model.", "lm_head."))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.policy.parameters():
         if parameter.dim() == 1:
@@ -296,22 +296,30 @@ class Refused(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Refused())
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-found = model.generate(torch.tensor([json.loads(sys.argv[2])]), max_new_tokens=8, do_sample=False)
-print(json.dumps(found[0].tolist()))
+for line in sys.stdin:
+    folder, prompt = json.loads(line)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    found = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+    print(json.dumps(found[0].tolist()), flush=True)
 """
 
 
-def test_a_checkpoint_opens_without_the_package(cola, cola_dir, tmp_path):
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A process that cannot import this package."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ALONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+    ) as process:  # fmt: skip
+        yield process
+        process.stdin.close()
+
+
+def test_a_checkpoint_opens_without_the_package(cola, cola_dir, elsewhere):
     prompt = requests()[5].prompt_ids
-    run = subprocess.run(
-        [sys.executable, "-c", ALONE, str(cola_dir), json.dumps(prompt)], capture_output=True, text=True, cwd=tmp_path,
-        check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert (
-        json.loads(run.stdout.splitlines()[-1]) == cola.generate(torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
-    )
+    print(json.dumps([str(cola_dir), prompt]), file=elsewhere.stdin, flush=True)
+    made = json.loads(elsewhere.stdout.readline())
+    assert made == cola.generate(torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
 
 
 def test_vllm_serves_it_by_itself(cola, cola_dir):
