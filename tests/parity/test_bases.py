@@ -206,7 +206,7 @@ def assert_all_agree(engine, cola):
             torch.from_numpy(completion.actions),
         )  # fmt: skip
         np.testing.assert_allclose(completion.log_probs, log_probs.detach(), atol=LOG_PROB_TOLERANCE)
-        np.testing.assert_allclose(completion.hidden_states, states[0, :-1], atol=STATE_TOLERANCE)
+        np.testing.assert_allclose(completion.hidden_states, states[0, :-1], atol=STATE_TOLERANCE, rtol=STATE_TOLERANCE)
 
 
 def changed(model):
