@@ -1,8 +1,10 @@
 """What measurements of benchmarks/gpu.py share: models by size, timing, and figures beside their floor."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,15 @@ SIZES = {
                  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": False,
                  "num_actions": 16, "num_idm_layers": 1, "num_world_model_layers": 1, "num_policy_layers": 1}, 4, 32),
 }  # fmt: skip
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -102,12 +113,8 @@ class Bench:
         from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
 
         torch.manual_seed(0)
-        torch.set_default_dtype(dtype)
-        try:
-            with self.device:
-                return CoLAForCausalLM(CoLAConfig(**(self.size.shape | changes), max_position_embeddings=8192))
-        finally:
-            torch.set_default_dtype(torch.float32)
+        with self.device, default_dtype(dtype):
+            return CoLAForCausalLM(CoLAConfig(**(self.size.shape | changes), max_position_embeddings=8192))
 
     def sizes(self) -> Any:
         """For the plan's formulas."""
@@ -129,14 +136,23 @@ class Bench:
         folder = ROOT / "outputs" / "gpu" / name
         if not (folder / "config.json").is_file():
             if plain:
-                torch.manual_seed(0)
                 known = {key: value for key, value in shape.items() if key not in _ACTIONS}
                 config = LlamaConfig(**known, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None)
-                model: Any = LlamaForCausalLM(config).to(dtype)
+                torch.manual_seed(0)
+                with self.device, default_dtype(dtype):
+                    model: Any = LlamaForCausalLM(config)
             else:
                 model = self.model(dtype, **changes)
             model.save_pretrained(folder)
+            del model
+            self.free()
         return str(folder)
+
+    def free(self) -> None:
+        """Give the device's memory back, which an engine in this process wants for itself."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def tokens(self) -> Tensor:
         shape = (self.size.rows, self.size.tokens)

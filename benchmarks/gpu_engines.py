@@ -22,13 +22,13 @@ def _shape(bench: Bench) -> tuple[int, int, int]:
     return (_SEQUENCES, _PROMPT, _NEW) if bench.name != "toy" else (16, 16, 16)
 
 
-def _engine(bench: Bench, folder: str, dtype: str, keep_hidden_states: bool = False) -> Any:
+def _engine(bench: Bench, folder: str, dtype: str, **args: Any) -> Any:
     from cola_ray.rollout.engine import LatentEngine
 
     sequences, prompt, new = _shape(bench)
     return LatentEngine(
         folder, dtype=dtype, max_model_len=2 * (prompt + new), stop_token_ids=[0], max_num_seqs=sequences,
-        keep_hidden_states=keep_hidden_states,
+        **args,
     )  # fmt: skip
 
 
@@ -50,7 +50,8 @@ def parity(bench: Bench) -> Iterator[Figure]:
 
     few = {"num_hidden_layers": min(4, bench.size.shape["num_hidden_layers"])}
     folder = bench.saved(torch.float32, **few)
-    engine, requests = _engine(bench, folder, "float32", keep_hidden_states=True), _requests(bench)[:16]
+    shared = {"gpu_memory_utilization": 0.4} if bench.device.type == "cuda" else {}  # with PyTorch's model
+    engine, requests = _engine(bench, folder, "float32", keep_hidden_states=True, **shared), _requests(bench)[:16]
     model = CoLAForCausalLM.from_pretrained(folder, dtype=torch.float32).to(bench.device)
     completions = engine.generate(requests)
     yield from _same(bench, "at first", completions, model, requests)
