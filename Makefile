@@ -79,7 +79,7 @@ results: setup  ## update the tables in docs/*.md from docs/results/*.json
 	$(BIN)/python benchmarks/record.py
 
 lock:  ## compile the pinned requirements of both machines
-	$(BIN)/uv pip compile -q --python $(BIN)/python --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra cpu --extra dev pyproject.toml -o requirements/cpu.txt
+	$(BIN)/uv pip compile -q --python $(BIN)/python --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra cpu --extra dev --override requirements/cpu-overrides.txt pyproject.toml -o requirements/cpu.txt
 	env -u UV_TORCH_BACKEND -u UV_FIND_LINKS $(BIN)/uv pip compile -q --python $(BIN)/python --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra gpu --extra dev pyproject.toml -o requirements/gpu.txt
 
 clean:  ## remove the environment; outputs/ stays

@@ -32,12 +32,12 @@ def _engine(bench: Bench, folder: str, dtype: str, **args: Any) -> Any:
     )  # fmt: skip
 
 
-def _requests(bench: Bench, temperature: float = 1.0) -> list[Any]:
+def _requests(bench: Bench, new: int = 0) -> list[Any]:
     from cola_ray.rollout.engine import Request
 
-    sequences, prompt, new = _shape(bench)
+    sequences, prompt, most = _shape(bench)
     ids = np.random.default_rng(0).integers(1, bench.size.shape["vocab_size"], (sequences, prompt))
-    return [Request(row.tolist(), seed, temperature, 0, new) for seed, row in enumerate(ids)]
+    return [Request(row.tolist(), seed, 1.0, 0, new or most) for seed, row in enumerate(ids)]
 
 
 def parity(bench: Bench) -> Iterator[Figure]:
@@ -101,8 +101,9 @@ def decoding(bench: Bench) -> Iterator[Figure]:
     engine, m = _engine(bench, bench.saved(torch.bfloat16), "bfloat16"), bench.sizes()
     _, prompt, new = _shape(bench)
     layers = m.layers + m.policy_layers
-    yield from _speed(bench, lambda: engine.generate(_requests(bench)), engine.reset_prefix_cache, 2 * m.served, layers,
-                      planned_work.generating(m, prompt + new / 2))  # fmt: skip
+    flops = planned_work.generating(m, prompt + new / 2)
+    yield from _speed(bench, lambda count: engine.generate(_requests(bench, count)), engine.reset_prefix_cache,
+                      2 * m.served, layers, flops)  # fmt: skip
     engine.close()
 
 
@@ -121,33 +122,42 @@ def plain(bench: Bench) -> Iterator[Figure]:
         bench.saved(torch.bfloat16, plain=True), skip_tokenizer_init=True, dtype="bfloat16",
         max_model_len=2 * (prompt + new), max_num_seqs=sequences, **(on_cpu if bench.device.type == "cpu" else {}),
     )  # fmt: skip
-    params = vllm.SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
+    greedy: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
     inputs: Any = [{"prompt_token_ids": list(request.prompt_ids)} for request in _requests(bench)]
     m = bench.sizes()
     flops = planned_work.generating(m, prompt + new / 2, tokens_are_actions=True)
-    figures = list(_speed(bench, lambda: llm.generate(inputs, params, use_tqdm=False), llm.reset_prefix_cache,
-                          2 * (m.base + m.head), m.layers, flops))  # fmt: skip
+    figures = list(_speed(
+        bench, lambda count: llm.generate(inputs, vllm.SamplingParams(max_tokens=count, **greedy), use_tqdm=False),
+        llm.reset_prefix_cache, 2 * (m.base + m.head), m.layers, flops,
+    ))  # fmt: skip
     yield from figures
-    latent = bench.known.get("decoding: tokens a second", {})
+    latent = bench.known.get("decoding: tokens a second, prompts included", {})
     if latent.get("card") == bench.card:
         ratio = latent["value"] * planned_work.generating(m, prompt + new / 2) / (figures[0].value * flops)
         yield Figure("FLOP/s of the latent engine / these", ratio, "")
 
 
 def _speed(bench: Bench, generate: Any, reset: Any, weights: float, layers: int, flops: float) -> Iterator[Figure]:
+    """``generate(n)`` makes n tokens of each sequence."""
     sequences, prompt, new = _shape(bench)
-    times = []
-    for _ in range(4):
-        reset()
-        started = time.perf_counter()
-        generate()
-        times.append(time.perf_counter() - started)
-    took, m = statistics.median(times[1:]), bench.sizes()
-    yield Figure("tokens a second", sequences * new / took, "")
+
+    def seconds(count: int) -> float:
+        times = []
+        for _ in range(4):
+            reset()
+            started = time.perf_counter()
+            generate(count)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+
+    prompts, whole, m = seconds(1), seconds(new), bench.sizes()
+    yield Figure("tokens a second, prompts included", sequences * new / whole, "")
+    yield bench.of_flops("prompts", prompts, sequences * prompt * flops)
     # A step reads all weights, and keys and values of all sequences.
     moved = weights + sequences * (prompt + new / 2) * 2 * m.num_bytes * m.keys * layers
-    yield bench.of_bytes("a decoding step, prompts included", took / new, moved)
-    yield bench.of_flops("FLOPs of such a step", took / new, sequences * flops)
+    step = (whole - prompts) / (new - 1)
+    yield bench.of_bytes("a decoding step", step, moved)
+    yield bench.of_flops("FLOPs of such a step", step, sequences * flops)
 
 
 def whole_tiny(bench: Bench) -> Iterator[Figure]:
@@ -181,6 +191,5 @@ def _whole(bench: Bench, preset: str, more: list[str]) -> Iterator[Figure]:
             raise RuntimeError(f"`cola_ray {command[0]}` in {folder} ended with {done.returncode}")
     yield Figure("from nothing to the end", time.perf_counter() - started, "s")
     summary = json.loads((Path(folder) / "summary.json").read_text())
-    for name in ("policy/rollout_mismatch", "time/learn", "time/rollout"):
-        if name in summary:
-            yield Figure(name, float(summary[name]), "")
+    for name in ("rollout_mismatch", "seconds_per_step"):
+        yield Figure(name, float(summary[name]), "")

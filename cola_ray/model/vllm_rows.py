@@ -312,11 +312,14 @@ def processor(use: str) -> str:
     return _PROCESSORS[use][os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"]
 
 
-def choose_model_runner() -> None:
-    """Settle which of vLLM's model runners this process has: what the environment says, else V2 on GPUs and V1 on CPUs.
+def settle_vllm() -> None:
+    """Settle, unless the environment does, which model runner this process has, and that float32 is float32.
 
-    V2's kernels are written in Triton, which has no CPU backend in the pinned versions.
+    V2 on GPUs and V1 on CPUs: V2's kernels are written in Triton, which has no CPU backend in the pinned versions.
+    Triton multiplies float32 matrices in TF32 by default, vLLM's attention in float32 too: on an H100 a completion of
+    128 tokens then is PyTorch's in 3 of 16 cases, and in all 16 without (docs/benchmarks.md).
     """
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if current_platform.is_cuda_alike() else "0")
 
 
@@ -325,7 +328,7 @@ class ServedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        choose_model_runner()
+        settle_vllm()
         if not model_config.logits_processors:  # engines used in training pass their own
             model_config.logits_processors = [processor("served")]
 

@@ -63,6 +63,7 @@ class _InFlight:
     engine_id: str  # vLLM's own id of the request
     slot: int  # of the table that keeps its actions
     versions: list[tuple[int, int]]  # (first output position that it chose, policy version), ascending
+    settled: "Completion | None" = None  # finished but for its states, which this request computes again
 
     @property
     def prompt_length(self) -> int:
@@ -106,6 +107,8 @@ class Engine(abc.ABC):
         num_threads: CPU threads of this process.
         engine_args: further arguments of ``vllm.LLM``.
     """
+
+    keeps_states = False
 
     def __init__(
         self,
@@ -186,6 +189,13 @@ class Engine(abc.ABC):
         """
         if request.stop and self.endings.tokenizer is None:
             raise ValueError(f"stop = {list(request.stop)!r}: the engine has no tokenizer; pass one when creating it")
+        self.num_submitted += 1
+        name = str(self.num_submitted)
+        self._add(name, request)
+        return name
+
+    def _add(self, name: str, request: Request, settled: Completion | None = None) -> None:
+        """Hand a request to vLLM; its completion comes under ``name``."""
         if not self.free_slots:
             heapq.heappush(self.free_slots, self.num_slots)
             self.num_slots += 1
@@ -203,11 +213,9 @@ class Engine(abc.ABC):
                 slot=self.free_slots[0],
             ),
         )  # fmt: skip
-        self.num_submitted += 1
-        name, prompt = str(self.num_submitted), {"prompt_token_ids": list(request.prompt_ids)}
-        engine_id = self.llm.llm_engine.add_request(name, prompt, params)
-        self.in_flight[name] = _InFlight(request, engine_id, heapq.heappop(self.free_slots), [(0, self.version)])
-        return name
+        engine_id = self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)
+        slot = heapq.heappop(self.free_slots)
+        self.in_flight[name] = _InFlight(request, engine_id, slot, [(0, self.version)], settled)
 
     @property
     def num_in_flight(self) -> int:
@@ -219,7 +227,11 @@ class Engine(abc.ABC):
         heapq.heappush(self.free_slots, self.in_flight.pop(name).slot)
 
     def step(self) -> dict[str, Completion]:
-        """Run one forward pass over the running batch; return the completions that finished in it."""
+        """Run one forward pass over the running batch; return the completions that finished in it.
+
+        Under asynchronous scheduling vLLM may preempt a request whose last token is on its way. Its blocks are others'
+        by then; its states are computed again, and the completion comes with a later step.
+        """
         finished = self.llm.llm_engine.step()
         if not finished:
             return {}
@@ -228,10 +240,20 @@ class Engine(abc.ABC):
         kept = self.llm.apply_model(functools.partial(self.read_actions, slots=slots, num_steps=longest))[0]
         for slot in slots:
             heapq.heappush(self.free_slots, slot)
-        return {
-            output.request_id: self._complete(request, output, taken)
-            for request, output, taken in zip(requests, finished, kept, strict=True)
-        }
+        completions = {}
+        for request, output, taken in zip(requests, finished, kept, strict=True):
+            made = self._complete(request, output, taken)
+            if self.keeps_states and made.hidden_states is None:
+                self._compute_states(output.request_id, request, made)
+            else:
+                completions[output.request_id] = made
+        return completions
+
+    def _compute_states(self, name: str, request: _InFlight, made: Completion) -> None:
+        ids = list(request.request.prompt_ids)
+        if request.settled is None:  # else it was one of these, and was preempted as well
+            ids = [*ids, *made.token_ids.tolist()][:-1]
+        self._add(name, Request(ids, seed=0, temperature=0.0, top_k=0, max_new_tokens=1), made)
 
     def _complete(self, request: _InFlight, finished: Any, taken: np.ndarray) -> Completion:
         """``taken`` (steps, 2) is the request's row of the action table."""
@@ -240,6 +262,8 @@ class Engine(abc.ABC):
         actions = taken[: len(token_ids), 0].astype(np.int64)
         log_probs = np.ascontiguousarray(taken[: len(token_ids), 1]).view(np.float32)
         states = self._states(request, len(actions))
+        if request.settled is not None:
+            return dataclasses.replace(request.settled, hidden_states=states)
         starts, versions = zip(*request.versions, strict=True)
         lengths = np.diff([*starts, len(actions)])
         computed_tokens = request.prompt_length + len(actions) - (finished.num_cached_tokens or 0)
@@ -330,9 +354,9 @@ class LatentEngine(Engine):
         prepare_process(engine_args.get("num_threads", 1))
         import cola_ray  # noqa: F401
         from cola_ray.model.vllm_cola import engine_overrides
-        from cola_ray.model.vllm_rows import choose_model_runner, processor
+        from cola_ray.model.vllm_rows import settle_vllm, processor
 
-        choose_model_runner()
+        settle_vllm()
         overrides = engine_overrides(keep_hidden_states, soft_q_beta)
         if keep_hidden_states:
             # Layers with a sliding window would get a block table of their own, and blocks of another size than e's.
@@ -340,6 +364,9 @@ class LatentEngine(Engine):
         self.soft_q_beta = soft_q_beta
         super().__init__(model_path, logits_processors=[processor("tracker")], hf_overrides=overrides, **engine_args)
         self.last_blocks: dict[str, list[int]] = {}
+        self.without_states: dict[str, tuple[str, Completion]] = {}  # request that computes them -> whose, and the rest
+        self.keeps_states = keep_hidden_states
+        self.keeps_states = keep_hidden_states
         if keep_hidden_states:
             self._remember_blocks(self.scheduler.kv_cache_manager)
 
@@ -360,7 +387,7 @@ class LatentEngine(Engine):
 
     def _states(self, request: _InFlight, num_actions: int) -> np.ndarray | None:
         blocks = self.last_blocks.pop(request.engine_id, None)
-        if blocks is None:
+        if not blocks:  # not kept; or freed before, when it was preempted
             return None
         computed = request.prompt_length + num_actions - 1
         states: np.ndarray = self.llm.collective_rpc(read_states, args=(blocks, computed))[0]
@@ -379,9 +406,9 @@ class TokenEngine(Engine):
 
     def __init__(self, model_path: str, *, adapters: bool = False, **engine_args: Any) -> None:
         prepare_process(engine_args.get("num_threads", 1))
-        from cola_ray.model.vllm_rows import choose_model_runner, processor
+        from cola_ray.model.vllm_rows import settle_vllm, processor
 
-        choose_model_runner()
+        settle_vllm()
         super().__init__(model_path, logits_processors=[processor("tokens")], **engine_args)
         self.adapters = adapters
 

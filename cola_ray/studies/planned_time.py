@@ -3,7 +3,7 @@
     FLOPs of planned_work.py / (FLOP/s x MFU)          bytes read per decoding step / (GB/s x share)
     b P of what is sent, over each link that it crosses
 
-Nothing of this was measured here on a GPU; benchmarks/gpu.py does (docs/benchmarks.md). Legend: as in planned_work.py.
+benchmarks/gpu.py measures some of it on one GPU (docs/benchmarks.md). Legend: as in planned_work.py.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What vLLM does to a model on a GPU and not on a CPU, done on a CPU; engines run under it by ``ON_ACCELERATOR``.
+"""What vLLM does to a model on a GPU and not on a CPU, done on a CPU; engines.py has engines run under it.
 
     AcceleratorWorker      profiles before there is a cache, and again with two caches that are not the real one
       AcceleratorRunner    pads each step as for CUDA graphs and poisons the padding; overwrites what a step returned
@@ -31,8 +31,6 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-ON_ACCELERATOR = {"worker_cls": f"{__name__}.AcceleratorWorker"}
-"""Arguments for an engine that runs eagerly under the contract."""
 COMPILED = {
     "enforce_eager": False,
     "compilation_config": {

@@ -9,8 +9,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from accelerator import COMPILED, ON_ACCELERATOR, piecewise
+from accelerator import COMPILED, piecewise
 from conftest import NUM_ACTIONS, VOCAB_SIZE, scramble
+from engines import ON_ACCELERATOR
 from vllm import ir
 from vllm.config import set_current_vllm_config
 from vllm.forward_context import get_forward_context, set_forward_context

@@ -83,6 +83,28 @@ def test_mixed_requests_equal_pytorch(engine, cola):
         np.testing.assert_allclose(completion.hidden_states, cola.encode(ids)[0].detach().numpy(), atol=STATE_TOLERANCE)
 
 
+def test_who_finishes_while_preempted_has_its_states_computed_again(engine, cola, monkeypatch):
+    """Its last token is on its way when its blocks go to others."""
+    again, compute = [], engine._compute_states
+    monkeypatch.setattr(engine, "_compute_states", lambda name, *args: (again.append(name), compute(name, *args)))
+    requests = [Request([20 + i, *range(30, 70)], i, 1.0, 0, 8) for i in range(3)]
+    names = [engine.submit(request) for request in requests]
+    scheduler, finished = engine.scheduler, {}
+    of_vllm = scheduler.requests[engine.in_flight[names[1]].engine_id]
+    while of_vllm.num_output_tokens + of_vllm.num_output_placeholders < 8:
+        finished |= engine.step()
+    scheduler.running.remove(of_vllm)
+    scheduler._preempt_request(of_vllm, 0.0)
+    while engine.num_in_flight:
+        finished |= engine.step()
+    assert again == [names[1]]
+    for name, request in zip(names, requests, strict=True):
+        assert_same(finished[name], reference(cola, request))
+        ids = torch.tensor([[*request.prompt_ids, *finished[name].token_ids.tolist()[:-1]]])
+        np.testing.assert_allclose(finished[name].hidden_states, cola.encode(ids)[0].detach(), atol=STATE_TOLERANCE)
+    assert not engine.last_blocks
+
+
 def test_an_update_knows_where_the_step_under_way_begins(engine, cola):
     check_an_update_amid_requests(engine, cola, with_another_policy(cola), 6)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerator import ON_ACCELERATOR
 from conftest import (
     BASES,
     GIVEN,
@@ -31,6 +30,7 @@ from conftest import (
     small_base,
     words,
 )
+from engines import ON_ACCELERATOR
 from transformers import AutoModelForCausalLM
 
 from cola_ray import CoLAForCausalLM, registry

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from accelerator import ON_ACCELERATOR
 from conftest import VOCAB_SIZE, scramble
+from engines import ON_ACCELERATOR
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.algorithms.etpo import best_log_probs

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import vllm
-from accelerator import ON_ACCELERATOR
 from conftest import NUM_ACTIONS, VOCAB_SIZE
+from engines import ON_ACCELERATOR
 
 from cola_ray.model.vllm_rows import RowTable
 from cola_ray.rollout.engine import LatentEngine, Request, prepare_process

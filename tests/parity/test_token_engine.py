@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from accelerator import ON_ACCELERATOR
 from conftest import VOCAB_SIZE, letters, scramble, small_llama
 from endings import check_what_ends_a_completion
+from engines import ON_ACCELERATOR
 
 from cola_ray.learner.policies import TokenPolicy
 from cola_ray.model.modeling_cola import sample_actions

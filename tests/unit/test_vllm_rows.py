@@ -317,7 +317,7 @@ def test_which_model_runner(monkeypatch):
         if named is not None:
             monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", named)
         monkeypatch.setattr(vllm_rows, "current_platform", types.SimpleNamespace(is_cuda_alike=lambda: on_gpu))  # noqa: B023
-        vllm_rows.choose_model_runner()
+        vllm_rows.settle_vllm()
         assert vllm_rows.os.environ["VLLM_USE_V2_MODEL_RUNNER"] == chosen
         for use in ("tracker", "tokens", "served"):
             path = vllm_rows.processor(use)

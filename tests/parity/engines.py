@@ -1,0 +1,7 @@
+"""Which accelerator the engines of these tests run on."""
+
+import torch
+
+ON_GPU = torch.cuda.is_available()
+ON_ACCELERATOR = {"gpu_memory_utilization": 0.08} if ON_GPU else {"worker_cls": "accelerator.AcceleratorWorker"}
+"""Arguments of an engine: a real one, of which each takes a part, or the emulation in accelerator.py, eagerly."""
