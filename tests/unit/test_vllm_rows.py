@@ -319,6 +319,7 @@ def test_which_model_runner(monkeypatch):
         monkeypatch.setattr(vllm_rows, "current_platform", types.SimpleNamespace(is_cuda_alike=lambda: on_gpu))  # noqa: B023
         vllm_rows.settle_vllm()
         assert vllm_rows.os.environ["VLLM_USE_V2_MODEL_RUNNER"] == chosen
+        assert vllm_rows.os.environ["TRITON_F32_DEFAULT"] == "ieee", "its default for float32 is TF32"
         for use in ("tracker", "tokens", "served"):
             path = vllm_rows.processor(use)
             assert issubclass(resolve_obj_by_qualname(path.replace(":", ".")), base)
