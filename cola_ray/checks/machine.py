@@ -197,6 +197,7 @@ def machine(config: Config, job: str) -> Iterator[str]:
         "cluster.learner_ranks": cluster.learner_ranks,
         "cluster.threads_per_process": cluster.threads_per_process,
         "critic.replicas": config.critic.replicas,
+        "data.processes": config.data.processes,
         "replay.shards": config.replay.shards,
         "rollout.environment_processes": rollout.environment_processes,
         "rollout.num_workers": rollout.num_workers,

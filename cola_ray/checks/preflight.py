@@ -6,6 +6,7 @@
 Files are looked at, not loaded; the hub is asked with a short timeout, and only about what the job will read.
 """
 
+import glob
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from cola_ray.settings.training import OWN_BASE_POSITIONS
 from cola_ray.tasks import inspection, preference
 from cola_ray.tasks.chat import as_prompt, unknown_options
 from cola_ray.tasks.logged import logged
-from cola_ray.tasks.rows import Row, cell, peek
+from cola_ray.tasks.rows import Row, cell, files_of, peek
 from cola_ray.tasks.verifiable import Gsm8k, Math500
 
 _TABLES = (".jsonl", ".json", ".parquet", ".txt")
@@ -51,8 +52,8 @@ def further_faults(config: Config, job: str) -> list[str]:
 def unseen(config: Config) -> list[str]:
     """A line for each path that the system will not even look at: forbidden, or too long."""
     lines = []
-    for field in ("output_dir", "tracking_uri", *provenance.PATHS):
-        value = value_at(config, field)
+    paths = [(field, value_at(config, field)) for field in ("output_dir", "tracking_uri", *provenance.PATHS)]
+    for field, value in [*paths, *_further_paths(config), ("data.cache", config.data.cache)]:
         try:
             Path(value).exists()
         except OSError as error:
@@ -70,14 +71,22 @@ def unseen(config: Config) -> list[str]:
 def looks_local(path: str) -> bool:
     """A hub id is exactly ``name`` or ``org/name`` without a file's ending; all else is meant as a local path."""
     endings = (*_TABLES, ".gguf", ".csv", ".safetensors", ".bin", ".pt", ".zip", ".gz")
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings)
+    written = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings) or glob.has_magic(path)
+    return written or Path(path).exists()
+
+
+def _further_paths(config: Config) -> list[tuple[str, str]]:
+    return [("data.more_paths", path) for path in config.data.more_paths]
 
 
 def _paths(config: Config, job: str) -> Iterator[str]:
     """Existing, readable, a file or a folder as it should be."""
     task = config.task
-    rows = "a file or folder of .jsonl, .json, .parquet or .txt, or a hub id"
-    yield from _path("data.path", config.data.path, rows, _TABLES)
+    rows = "a file, folder or glob of .jsonl, .json, .parquet or .txt, or a hub id"
+    for field, source in [("data.path", config.data.path), *_further_paths(config)]:
+        yield from _path(field, source, rows, _TABLES)
+    if config.data.cache and Path(config.data.cache).is_file():
+        yield f"data.cache = {config.data.cache!r}: a file; give a folder, which may be new"
     if task.name == "data_science":
         yield from _path("task.path", task.path, "a CSV file", (".csv", ".tsv", ".txt"), folder=False)
     elif task.name == "gsm8k":
@@ -115,7 +124,13 @@ def _path(
     if not value or (hub and not looks_local(value)):
         return
     path, named = Path(value), f"{field} = {value!r}"
-    if not path.exists():
+    if endings == _TABLES and not path.exists() and glob.has_magic(value):
+        try:
+            for file in files_of(value)[1]:
+                yield from _path(field, str(file), wanted, endings)
+        except ValueError as error:
+            yield f"{named}: {error}"
+    elif not path.exists():
         near = f"; is {path.expanduser()} meant?" if value.startswith("~") else ""
         yield f"{named}: no such file or folder; give {wanted}{near}"
     elif path.is_dir() and not folder:
@@ -264,8 +279,9 @@ def _asks_task(config: Config, job: str) -> bool:
 def _rows(config: Config, job: str) -> Iterator[str]:
     """The first rows of local files, as the job will read them."""
     task, path = config.task, Path(config.task.path)
-    if _reads_texts(config, job) and _has_rows(config.data.path):
-        yield from peek(config.data.path, "data.path", lambda row: document(row, config.data))
+    for field, source in [("data.path", config.data.path), *_further_paths(config)]:
+        if _reads_texts(config, job) and _has_rows(source) and not config.data.max_broken:
+            yield from peek(source, field, lambda row: document(row, config.data))
     if job == "train_q" and _has_rows(config.data.path):
         yield from peek(config.data.path, "data.path", _logged)
     if not task.path or not _asks_task(config, job):
@@ -285,6 +301,8 @@ def _has_rows(path: str) -> bool:
     source = Path(path)
     if source.is_file():
         return source.suffix in _TABLES and source.stat().st_size > 0 and os.access(source, os.R_OK)
+    if glob.has_magic(path) and not source.exists():
+        return any(Path(file).suffix in _TABLES for file in glob.glob(path, recursive=True))
     return bool(path) and source.is_dir() and any(file.suffix in _TABLES for file in source.iterdir())
 
 
@@ -308,7 +326,8 @@ def _hub(config: Config, job: str) -> list[str]:
     """Ids that the job will fetch, asked for at the same time."""
     task, used = config.task, list[tuple[str, str, hub.Kind]]()
     if _reads_texts(config, job) or job == "train_q":
-        used.append(("data.path", config.data.path, "dataset"))
+        used += [("data.path", config.data.path, "dataset")]
+        used += [(field, source, "dataset") for field, source in _further_paths(config)]
     if _asks_task(config, job) and task.name in ("gsm8k", "math500", "preference"):
         used.append(("task.path", task.path, "dataset"))
     used += [(field, value, "model") for field, value, _ in _in_use(config, job) if field == "model.base"]

@@ -114,11 +114,22 @@ def _check_paths(config: Config) -> list[str]:
     return lines
 
 
-def _check_columns(config: Config) -> list[str]:
-    data = config.data
-    if not data.path or data.prompt_field != data.response_field:
+def _check_sources(config: Config) -> list[str]:
+    data, lines = config.data, list[str]()
+    if not data.path:
         return []
-    return [f"data.response_field = {data.response_field!r}: the column of prompts, too; name another"]
+    if data.prompt_field == data.response_field:
+        lines.append(f"data.response_field = {data.response_field!r}: the column of prompts, too; name another")
+    if data.path in data.more_paths:
+        lines.append(f"data.more_paths = {data.more_paths}: data.path is there already; name each source once")
+    if data.weights and len(data.weights) != len(data.sources):
+        lines.append(f"data.weights = {data.weights}: not one for each source; give {len(data.sources)}, first that "
+                     "of data.path")  # fmt: skip
+    if data.streaming and not any(not preflight.looks_local(source) for source in data.sources):
+        lines.append("data.streaming = True: files are read as they are; leave it out, or name a hub id")
+    if data.max_broken == 1:
+        lines.append("data.max_broken = 1.0: there may be nothing left to learn from; use less")
+    return lines
 
 
 def _check_stages_before(config: Config) -> list[str]:
@@ -309,7 +320,7 @@ _RULES: tuple[Rule, ...] = (
     _check_batches,
     engine_args.faults,
     _check_paths,
-    _check_columns,
+    _check_sources,
     _check_task,
     _check_answers,
 )

@@ -1,14 +1,17 @@
-"""Text for pre-training: loaded through ``datasets``, tokenised once, packed, and dealt out by step and rank.
+"""Documents for pre-training: what a row of ``data.path`` says, a task's demonstrations, and both as token ids.
 
-A packed row holds whole documents side by side; ``position_ids`` restart at each, which is also what keeps their
-attention apart. Which rows a step trains on is a pure function of (seed, step): a resumed run needs no cursor.
+    a row ──document──> text, or prompt and response ──encoded──> ids ──pack──> rows of whole documents side by side
+
+What is read from ``data.path`` to train on goes through shards on disk (``tokenise.py``); a task's demonstrations, and
+the texts of studies, are few and stay in memory.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from cola_ray.learner.packed import PackedRows
+from cola_ray.learner.shards import TEXT
 from cola_ray.settings.config import DataConfig
 from cola_ray.tasks import PlayedTask, Prompts
 from cola_ray.tasks.chat import ChatTokenizer, Prompt, as_prompt
@@ -17,30 +20,6 @@ from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows
 
 Document = tuple[list[int], list[bool]]
 """Token ids, and which of them are the model's own to say: a response, an agent's utterances."""
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """R rows of T tokens.
-
-    ``loss_mask[r, t]`` is true where position t predicts a token worth learning, namely the one at t + 1: never
-    across documents, never in a row's padding, and only response tokens where ``response_only``.
-    """
-
-    input_ids: np.ndarray  # (R, T) int64
-    position_ids: np.ndarray  # (R, T) int64
-    loss_mask: np.ndarray  # (R, T) bool
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def step_indices(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """Rows of a step: each epoch is a permutation of its own; the last short batch runs into the next epoch."""
-        first = step * batch_size
-        epochs = range(first // len(self), (first + batch_size - 1) // len(self) + 1)
-        order = np.concatenate([np.random.default_rng((seed, epoch)).permutation(len(self)) for epoch in epochs])
-        offset = first - epochs.start * len(self)
-        return order[offset : offset + batch_size]
 
 
 def load_documents(
@@ -66,7 +45,7 @@ def load_documents(
     pairs = [one for one in read if isinstance(one, tuple)]
     if pairs:
         return _pair_documents(pairs, chat, max_tokens), True
-    ids = ([*chat.begin, *chat.response_ids(text)] for text in read if isinstance(text, str))
+    ids = (encoded(text, chat)[0] for text in read if isinstance(text, str))
     pieces = [text[i : i + max_tokens] for text in ids for i in range(0, len(text), max_tokens)]
     return [(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1], False
 
@@ -86,6 +65,18 @@ def document(row: Row, data: DataConfig) -> tuple[Prompt, str] | str:
         )
     text = cell(row, data.text_field, as_prompt)
     return text if isinstance(text, str) else (text[:-1], cell(row, data.text_field, lambda _: _response(text[-1:])))
+
+
+def encoded(said: tuple[Prompt, str] | str, chat: ChatTokenizer) -> tuple[list[int], int]:
+    """The ids of what :func:`document` read, and how many are its prompt's; :data:`TEXT` where it has none.
+
+    Raises:
+        ValueError: the chat template refuses the prompt.
+    """
+    if isinstance(said, str):
+        return [*chat.begin, *chat.response_ids(said)], TEXT
+    prompt_ids = chat.prompt_ids(said[0])
+    return [*prompt_ids, *chat.response_ids(said[1])], len(prompt_ids)
 
 
 def _response(value: object) -> str:
@@ -114,19 +105,14 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, response_only:
         else:
             rows.append([(ids, own)])
             open_rows = [*open_rows[-7:], (len(rows) - 1, length - len(ids))]
-    shape = (len(rows), length)
-    input_ids = np.full(shape, pad_id, np.int64)
-    position_ids, loss_mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
+    found = PackedRows.empty(len(rows), length, pad_id)
     for row, packed in enumerate(rows):
         start = 0
         for ids, own in packed:
-            end = start + len(ids)
-            input_ids[row, start:end] = ids
-            position_ids[row, start:end] = np.arange(len(ids))
-            loss_mask[row, start : end - 1] = own[1:] if response_only else True
-            start = end
-        position_ids[row, start:] = np.arange(length - start)
-    return PackedRows(input_ids, position_ids, loss_mask)
+            found.place(row, start, ids, np.array(own[1:], bool) if response_only else True)
+            start += len(ids)
+        found.close(row, start)
+    return found
 
 
 def _demonstrated(task: Prompts | PlayedTask, chat: ChatTokenizer, max_tokens: int) -> list[Document]:
@@ -150,10 +136,9 @@ def _windows(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterat
 
 def _pair_documents(pairs: Iterable[tuple[Prompt, str]], chat: ChatTokenizer, max_tokens: int) -> list[Document]:
     documents = []
-    for prompt, response in pairs:
-        prompt_ids = chat.prompt_ids(prompt)
-        ids = [*prompt_ids, *chat.response_ids(response)]
-        own = [False] * len(prompt_ids) + [True] * (len(ids) - len(prompt_ids))
-        if len(prompt_ids) < max_tokens:
+    for pair in pairs:
+        ids, prompt_tokens = encoded(pair, chat)
+        own = [False] * prompt_tokens + [True] * (len(ids) - prompt_tokens)
+        if prompt_tokens < max_tokens:
             documents.append((ids[:max_tokens], own[:max_tokens]))
     return documents

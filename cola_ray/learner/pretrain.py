@@ -11,25 +11,30 @@ within it at the last checkpoint. What a stage minimises is in ``stage_module.py
 Source: Jia et al. 2025, stages 1 and 2. Legend: B rows, T positions, K actions.
 """
 
+import datetime
 import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.learner import supervised
-from cola_ray.learner.corpus import PackedRows, load_documents, pack
+from cola_ray.learner.corpus import load_documents, pack
 from cola_ray.learner.engine import Report, ZeroEngine, last_checkpoint, placement
+from cola_ray.learner.packed import Bundles, Pool, Rows, ShardedRows
 from cola_ray.learner.published import Published
 from cola_ray.learner.sharding import checkpoint_layers, fill
+from cola_ray.learner.shards import Documents
 from cola_ray.learner.stage_folder import finish, is_done, put, staging_for
 from cola_ray.learner.stage_module import TRAINED, StageModule, mixed, noise_seeds
 from cola_ray.learner.start_model import attached, start_model
+from cola_ray.learner.tokenise import Say, counted_rows, tokenise
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.model.tensors import empty
@@ -86,7 +91,7 @@ def _run_stage(
     report.doing(f"{stage}: reading the corpus")
     tokenizer = AutoTokenizer.from_pretrained(source)
     chat = ChatTokenizer(tokenizer, config.data.date, config.data.chat_options)
-    rows = _load_rows(config, stage, task, chat)
+    rows = _load_rows(config, stage, task, chat, source, report)
     report.doing(f"{stage}: opening the model")
     shape, tensors = conversion.opened(source)
     model = empty(_kind(stage), shape, getattr(torch, config.model.dtype))
@@ -123,7 +128,7 @@ class CorpusStage:
     """
 
     def __init__(
-        self, config: Config, name: PretrainStage, module: StageModule, rows: PackedRows, heldout: Sequence[Heldout]
+        self, config: Config, name: PretrainStage, module: StageModule, rows: Rows, heldout: Sequence[Heldout]
     ) -> None:
         settings = config.pretrain
         self.config, self.name, self.rows = config, name, rows
@@ -139,7 +144,7 @@ class CorpusStage:
     def step(self, number: int, lr: float) -> dict[str, Any]:
         settings, started = self.config.pretrain, time.perf_counter()
         metrics, counts = corpus_step(self.config, self.zero, self.rows, self.name, number, lr)
-        tokens = settings.batch_size * self.rows.input_ids.shape[1]
+        tokens = settings.batch_size * self.rows.width
         metrics[f"{self.name}/tokens_per_second"] = tokens / (time.perf_counter() - started)
         self.used += counts
         if self.name == "actions" and settings.revive_every and (number + 1) % settings.revive_every == 0:
@@ -171,16 +176,21 @@ class CorpusStage:
 
 
 def corpus_step(
-    config: Config, zero: ZeroEngine, rows: PackedRows, stage: PretrainStage, step: int, lr: float
+    config: Config, zero: ZeroEngine, rows: Rows, stage: PretrainStage, step: int, lr: float
 ) -> tuple[dict[str, Any], Tensor]:
     """One optimizer step on ``pretrain.batch_size`` rows; metrics, and how often each action was taken, (K,)."""
     settings = config.pretrain
-    wanted = rows.step_indices(config.seed, step, settings.batch_size)
-    num_tokens = max(int(rows.loss_mask[wanted, :-1].sum()), 1)  # over all ranks: the loss's one denominator
-    batches = []
-    for picked in supervised.micro_batches(wanted[zero.rank :: zero.world_size], config):
-        tensors = [torch.from_numpy(a[picked]) for a in (rows.input_ids, rows.position_ids, rows.loss_mask)]
-        batches.append([tensor.to(zero.device) for tensor in (*tensors, noise_seeds(config.seed, step, picked))])
+    picked = rows.step_indices(config.seed, step, settings.batch_size)[zero.rank :: zero.world_size]
+    mine = rows.read(picked)
+    learned = torch.tensor(int(mine.loss_mask[:, :-1].sum()), device=zero.device)
+    torch.distributed.all_reduce(learned)
+    num_tokens = max(int(learned), 1)  # the loss's one denominator
+    tensors = [torch.from_numpy(a) for a in (mine.input_ids, mine.position_ids, mine.loss_mask)]
+    tensors.append(noise_seeds(config.seed, step, picked))
+    batches = [
+        [tensor[some].to(zero.device) for tensor in tensors]
+        for some in supervised.micro_batches(torch.arange(len(picked)), config)
+    ]
     mean_usage = None
     if stage == "actions" and settings.balance_coef and len(batches) > 1:
         mean_usage = torch.stack([zero.engine.module.usage(*batch) for batch in batches]).sum(0)
@@ -224,17 +234,46 @@ def revive_dead_codes(model: CoLAForCausalLM, counts: Tensor, seed: int) -> int:
 
 
 def _load_rows(
-    config: Config, stage: PretrainStage, task: Prompts | PlayedTask | None, chat: ChatTokenizer
-) -> PackedRows:
+    config: Config, stage: PretrainStage, task: Prompts | PlayedTask | None, chat: ChatTokenizer, tokenizer: Path,
+    report: Report,
+) -> Rows:  # fmt: skip
     settings = config.pretrain
-    documents, are_pairs = load_documents(config.data, task, chat, settings.sequence_length)
-    if stage.startswith("fta") and not are_pairs:
+    length, pad = settings.sequence_length, chat.tokenizer.pad_token_id or chat.end
+    responses = settings.response_only or stage.startswith("fta")
+    if not config.data.path:
+        documents, _ = load_documents(config.data, task, chat, length)
+        return pack(documents, length, pad, responses)
+    bundles, counts = _shared_by_ranks(config, chat, tokenizer, lambda line: report.doing(f"{stage}: {line}"))
+    if stage.startswith("fta") and not all(one.documents.are_pairs for one in bundles):
         raise ValueError(
             f"pretrain.stages: {stage} needs prompt/response pairs; data.path = {config.data.path!r} has text"
         )
-    response_only = are_pairs and (settings.response_only or stage.startswith("fta"))
-    pad = chat.tokenizer.pad_token_id or chat.end
-    return pack(documents, settings.sequence_length, pad, response_only)
+    pools = [Pool(*one) for one in zip(bundles, counts, strict=True)]
+    return ShardedRows(pools, config.data.weights or (1.0,), pad, responses)
+
+
+def _shared_by_ranks(
+    config: Config, chat: ChatTokenizer, tokenizer: Path, say: Say
+) -> tuple[list[Bundles], list[np.ndarray]]:
+    """The corpus of ``data.path`` and its bundles' rows, which the first rank makes on disk; a collective.
+
+    Sources with weights are shuffled by themselves, those without among each other.
+    """
+    data, cache = config.data, Path(config.data.cache or Path(config.output_dir).parent / "corpus")
+    # The first rank may be at it for hours, longer than the others' group would wait.
+    group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    rank, found = torch.distributed.get_rank(), list[Any]([None])
+    if rank == 0:
+        found = [tokenise(data, tokenizer, chat, cache, say)]
+    torch.distributed.broadcast_object_list(found, group=group)
+    pools = [[folder] for folder in found[0]] if data.weights else [found[0]]
+    bundles = [Bundles(Documents(folders), config.seed, config.pretrain.sequence_length) for folders in pools]
+    if rank == 0:
+        found = [[counted_rows(one, folders, cache, data.processes, say)
+                  for one, folders in zip(bundles, pools, strict=True)]]  # fmt: skip
+    torch.distributed.broadcast_object_list(found, group=group)
+    torch.distributed.destroy_process_group(group)
+    return bundles, found[0]
 
 
 def _has_answers(config: Config) -> bool:

@@ -10,6 +10,7 @@ The tiny preset makes its own start model, in a folder whose name says what diff
 one pre-trained model per seed, and a run that requests other settings is refused with what differs.
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -29,9 +30,9 @@ PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base
          "q.path", "harness.include_path", "diversity.encoder")  # fmt: skip
 """Settings that may be paths."""
 _MADE_FROM = ("seed", "model.", "task.", "data.", "pretrain.")
-_NOT_MADE_FROM = ("model.path", "data.date", "task.reward", "task.reward_model", "task.oracle", "task.reward_timeout_s",
-                  "task.max_failed_rewards", "pretrain.save_every", "pretrain.micro_batch_size",
-                  "pretrain.max_steps")  # fmt: skip
+_NOT_MADE_FROM = ("model.path", "data.date", "data.cache", "data.processes", "data.streaming", "task.reward",
+                  "task.reward_model", "task.oracle", "task.reward_timeout_s", "task.max_failed_rewards",
+                  "pretrain.save_every", "pretrain.micro_batch_size", "pretrain.max_steps")  # fmt: skip
 
 
 # --- which model --------------------------------------------------------------------------------------------------
@@ -85,6 +86,9 @@ def resolve(config: Config, job: str) -> Config:
     changes: dict[str, Any] = {"output_dir": str((results_root() / output).resolve())}
     for field in PATHS:
         changes |= {field: _absolute(value_at(config, field))}
+    changes |= {"data.more_paths": tuple(map(_absolute, config.data.more_paths))}
+    if config.data.cache:
+        changes |= {"data.cache": str(Path(config.data.cache).resolve())}
     if not config.data.date:
         changes["data.date"] = _date(Path(changes["output_dir"]), start_model(config), config.resume)
     if not config.data.chat_options and reads(job, "data.chat_options"):
@@ -160,6 +164,7 @@ def made_from(config: Config) -> dict[str, Any]:
     whole = {field: _plain(value) for field, value in settings.items()}
     for field in ("data.path", "task.path", "task.game", "model.base"):
         whole[field] = _absolute(whole[field])
+    whole["data.more_paths"] = list(map(_absolute, whole["data.more_paths"]))
     reads_task = not config.data.path or not (config.model.base or config.model.path)
     return {
         field: value for field, value in redacted_tree(whole).items()
@@ -307,7 +312,7 @@ def _plain(value: Any) -> Any:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
+    return str(Path(path).resolve()) if path and (Path(path).exists() or glob.has_magic(path)) else path
 
 
 def _leaf(field: str) -> str:

@@ -9,6 +9,7 @@ so: a scheduler that restarts a lost job uses the same command as before.
 """
 
 import fnmatch
+import glob
 import json
 import os
 import re
@@ -33,6 +34,7 @@ MAY_CHANGE = (
     "rollout.enforce_eager", "rollout.optimization_level", "rollout.async_scheduling",
     "rollout.environment_processes", "rollout.max_restarts",
     "rl.micro_batch_tokens", "pretrain.micro_batch_size",
+    "data.cache", "data.processes",
     "task.reward_timeout_s", "task.max_failed_rewards",
     "replay.snapshot_every_s", "critic.replicas", "critic.gpu_share",
     "eval.ways", "eval.problems", "eval.ks", "eval.chunk",  # evaluate answers only what it has no prediction for yet
@@ -43,6 +45,7 @@ checkpoint, whose optimizer state is sharded over so many ranks; ``rl.max_steps`
 _INPUTS = ("model.path", "model.base", "data.path", "task.path", "task.game", "task.reward_model", "q.path",
            "critic.encoder")  # fmt: skip
 """Settings that may name local files or folders that a run is made from."""
+_READ_GB = 64  # files of a setting that are larger together are known by their sizes and times
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -194,28 +197,34 @@ def check_inputs(config: Config, start: Path | None) -> None:
         if lines := _changed_inputs(record):
             raise ConfigError("\n".join(lines))
         return
-    places = {field: str(value_at(config, field)) for field in _INPUTS}
-    places = {field: value for field, value in places.items() if value and not is_endpoint(value)}
+    places = {field: [str(value_at(config, field))] for field in _INPUTS}
     if start is not None:
-        places["model.path"] = str(start)
-    inputs = {
-        field: {str(file): _stamp(file) for file in _files(Path(value), field)}
-        for field, value in places.items()
-        if Path(value).exists()
+        places["model.path"] = [str(start)]
+    places["data.more_paths"] = list(config.data.more_paths)
+    files = {
+        field: [file for value in values if value and not is_endpoint(value) for file in _files(value, field)]
+        for field, values in places.items()
     }
+    inputs = {field: _stamps(found) for field, found in files.items() if found}
     write_json(folder / RECORD, record | {"inputs": inputs})
 
 
-def _files(place: Path, field: str) -> list[Path]:
+def _files(value: str, field: str) -> list[Path]:
+    place = Path(value)
     if place.is_file():
         return [place]
+    if not place.exists():
+        return sorted(file for file in map(Path, glob.glob(value, recursive=True)) if file.is_file())
     patterns: Sequence[str] = ("*",) if field.startswith(("data.", "task.path")) else _MODEL_FILES
     return sorted({file for pattern in patterns for file in place.glob(pattern) if file.is_file()})
 
 
-def _stamp(file: Path) -> list[Any]:
-    seen = file.stat()
-    return [seen.st_size, seen.st_mtime_ns, checkpoints.checksum(file)]
+def _stamps(files: Sequence[Path]) -> dict[str, list[Any]]:
+    """Return size, time and checksum of each; without checksums where it would take long to read them all."""
+    seen = {file: file.stat() for file in files}
+    whole = sum(stat.st_size for stat in seen.values()) <= _READ_GB << 30
+    return {str(file): [stat.st_size, stat.st_mtime_ns, checkpoints.checksum(file) if whole else ""]
+            for file, stat in seen.items()}  # fmt: skip
 
 
 def _changed_inputs(record: Mapping[str, Any]) -> list[str]:

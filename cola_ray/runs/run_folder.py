@@ -288,16 +288,17 @@ def _listed(names: Sequence[str]) -> str:
 
 def _input_refusals(config: Config, folder: Path, written: set[str], start: Path | None) -> list[str]:
     """Refuse to overwrite what is read, and to write into what is read."""
-    inputs = {
-        "model.path": config.model.path, "model.base": config.model.base, "data.path": config.data.path,
-        "task.path": config.task.path, "task.game": config.task.game, "q.path": config.q.path,
-        "task.reward_model": "" if is_endpoint(config.task.reward_model) else config.task.reward_model,
-        "critic.encoder": config.critic.encoder, "diversity.encoder": config.diversity.encoder,
-        "harness.include_path": config.harness.include_path,
-    }  # fmt: skip
+    inputs = [
+        ("model.path", config.model.path), ("model.base", config.model.base), ("data.path", config.data.path),
+        ("task.path", config.task.path), ("task.game", config.task.game), ("q.path", config.q.path),
+        ("task.reward_model", "" if is_endpoint(config.task.reward_model) else config.task.reward_model),
+        ("critic.encoder", config.critic.encoder), ("diversity.encoder", config.diversity.encoder),
+        ("harness.include_path", config.harness.include_path),
+        *(("data.more_paths", path) for path in config.data.more_paths),
+    ]  # fmt: skip
     lines = []
     folder = folder.resolve()
-    for field, value in inputs.items():
+    for field, value in inputs:
         place = Path(value).expanduser()
         if not value or not place.exists():
             continue

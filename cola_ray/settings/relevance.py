@@ -28,11 +28,13 @@ _MEMORY = ("cluster.gradient_checkpointing", "cluster.offload_optimizer")
 _SERVED = ("rollout.tensor_parallel_size", "rollout.temperature", "rollout.top_k", "rollout.max_*",
            "rollout.kv_cache_mb", "rollout.engine_args.*", "cluster.rollout_group",
            *(f"rollout.{name}" for name in ON_GPU), "rollout.prefix_caching")  # fmt: skip
-_TEXTS = ("task.*", "data.*")
+_TEXTS = ("task.*", "data.path", "data.*_field", "data.date")
+_CORPUS = ("data.path", "data.more_paths", "data.weights", "data.streaming", "data.max_broken", "data.cache",
+           "data.processes")  # fmt: skip
 _RL = ("model.*", "task.*", "data.*", "pretrain.*", "rollout.*", "rl.*", "cluster.*")
 _RL_JOBS = ("rl_math", "rl_preference", "rl_agent", "sweep")
 _READ: Mapping[str, tuple[str, ...]] = {
-    "pretrain": ("model.*", *_TEXTS, "pretrain.*", "cluster.learner_*", "cluster.max_failures", *_MEMORY,
+    "pretrain": ("model.*", "task.*", "data.*", "pretrain.*", "cluster.learner_*", "cluster.max_failures", *_MEMORY,
                  "cluster.offload_frozen"),
     "reward_model": ("model.path", "model.base", "model.family", "model.dtype", "task.name", "task.path", "data.date",
                      *_TRAINS, *_MEMORY,
@@ -113,12 +115,13 @@ _ONLY: tuple[_Only, ...] = (
           lambda _, job: job not in ("pretrain", "diversity", "atlas"), "RL and evaluate do"),
     _Only(("data.chat_options.*",), lambda c, _: not is_environment(c.task.name) or bool(c.data.path),
           "tasks with questions do, and rows of data.path"),
-    _Only(("data.prompt_field", "data.response_field", "data.text_field"), lambda c, _: bool(c.data.path),
+    _Only(("data.prompt_field", "data.response_field", "data.text_field", "data.more_paths", "data.weights",
+           "data.streaming", "data.max_broken", "data.cache", "data.processes"), lambda c, _: bool(c.data.path),
           "rows of data.path do"),
     _Only(("model.base", "model.family"), lambda c, _: not c.model.path, "a run without model.path does"),
-    _Only(("pretrain.*", "data.path"), lambda c, job: job not in _RL_JOBS or not c.model.path,
+    _Only(("pretrain.*", *_CORPUS), lambda c, job: job not in _RL_JOBS or not c.model.path,
           "pre-training does, and model.path is a model that has had it"),
-    _Only(("pretrain.*", "data.path", *_SIZES), lambda c, job: job not in _RL_JOBS or bool(c.model.path)
+    _Only(("pretrain.*", *_CORPUS, *_SIZES), lambda c, job: job not in _RL_JOBS or bool(c.model.path)
           or not _on_plain_base(c), "pre-training does, and model.base is trained as it is"),
     _Only(_SIZES, lambda c, job: job != "pretrain" or c.pretrain.stages != ("base",),
           "the stages actions and policy do"),

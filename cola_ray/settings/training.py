@@ -14,6 +14,7 @@ from cola_ray.settings.limits import (
     Layers,
     Name,
     NonNegative,
+    Positive,
     PositiveShare,
     Processes,
     Rate,
@@ -22,6 +23,7 @@ from cola_ray.settings.limits import (
     Some,
     Temperature,
     Tokens,
+    Unique,
     Whole,
     nearest,
 )
@@ -185,18 +187,37 @@ class PretrainConfig(Branch):
 
 class DataConfig(Branch):
     path: str = ""
-    """JSON lines, Parquet or text file, folder of them, or a hub id. Empty: the task's own problems."""
+    """JSON lines, Parquet or text file, folder or glob of them, or a hub id. Empty: the task's own problems."""
+    more_paths: Unique[Name] = ()
+    """Further sources beside data.path, each like it."""
+    weights: tuple[Positive, ...] = ()
+    """Shares of rows that data.path and each of data.more_paths have in pre-training, in any unit; a small source is
+    repeated. Empty: all documents as often as they are there, shuffled among each other."""
     prompt_field: Name = "question"
     """Column of the prompt, where rows are prompt/response pairs."""
     response_field: Name = "answer"
     """Column of the response."""
     text_field: Name = "text"
     """Column of plain text or of whole conversations, where rows are documents."""
+    streaming: bool = False
+    """Hub ids are read as they arrive; without it they are fetched first."""
+    max_broken: Share = 0.0
+    """Share of a source's rows that may be broken: they are left out, counted and noted. 0: the first is refused."""
+    cache: str = ""
+    """Folder of tokenised shards, which runs share; on clusters one that all nodes see. Empty: corpus beside the
+    outputs."""
+    processes: Processes = 2
+    """That tokenise, on the node of the first learner rank."""
     date: Annotated[str, AfterValidator(_a_day)] = ""
     """YYYY-MM-DD, told to chat templates that show a date. Empty: the start model's, else the day the run began."""
     chat_options: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)
     """Arguments of the model's chat template, e.g. enable_thinking false of Qwen3 and SmolLM3. Empty: the start
     model's."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Of texts: ``path``, and what comes beside it."""
+        return (self.path, *self.more_paths) if self.path else ()
 
 
 class RolloutConfig(Branch):

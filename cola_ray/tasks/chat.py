@@ -116,7 +116,7 @@ class ChatTokenizer:
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", date: str, options: Mapping[str, Any] | None = None
     ) -> None:
-        self.tokenizer, self.options = tokenizer, dict(options or {})
+        self.tokenizer, self.date, self.options = tokenizer, date, dict(options or {})
         for line in unknown_options(self.options, str(tokenizer.chat_template or "")):
             raise ValueError(line)
         self._day = datetime.fromisoformat(date) if date else datetime.now()

@@ -1,4 +1,4 @@
-"""Rows of data sets (a file, a folder of files of one kind, or a hub id), with errors that name the wrong row and why.
+"""Rows of data sets (a file, a folder or glob of files of one kind, or a hub id), with errors that name the wrong row.
 
     rows = open_rows("DATA", "data.path")                       a ``datasets`` table
     read_rows(rows, "DATA", "data.path", read)                  ``read`` applied to each row
@@ -12,6 +12,7 @@ have text, rounds long integers, and crashes the process on lists that are neste
 """
 
 import codecs
+import glob
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 _PEEKED = 200  # rows
-_WHOLE_MB = 16  # files up to this size are checked entirely; a larger .json list is not parsed for its first rows
+WHOLE_MB = 16  # files up to this size are checked entirely; a larger .json list is not parsed for its first rows
 _READ = TypeVar("_READ")
 Row = Mapping[str, Any]
 
@@ -29,7 +30,7 @@ def open_rows(path: str, field: str, **hub: str) -> Any:
     """Load a ``datasets`` table.
 
     Args:
-        path: a file, a folder, or a hub id.
+        path: a file, a folder, a glob, or a hub id.
         field: the setting that ``path`` comes from, for messages.
         hub: ``name`` and ``split`` of a data set on the hub; by default the split is train.
 
@@ -38,10 +39,10 @@ def open_rows(path: str, field: str, **hub: str) -> Any:
     """
     import datasets
 
-    if not Path(path).exists():
+    if not is_local(path):
         return datasets.load_dataset(path, **{"split": "train", **hub})
     try:
-        kind, files = _files(Path(path))
+        kind, files = files_of(path)
         for _ in _checked_rows(files):  # refuses lines nested so deep that the loader's C code would crash on them
             pass
     except ValueError as error:
@@ -66,7 +67,7 @@ def read_rows(rows: Any, path: str, field: str, read: Callable[[Row], _READ]) ->
     """
     found, wrong = list[_READ](), list[tuple[int, str]]()
     try:
-        own_rows = _rows_as_written(Path(path))
+        own_rows = _rows_as_written(path)
         for index, row in enumerate(rows):
             own = next(own_rows, None)
             written = row if own is None else {name: own[name] for name in row if name in own}
@@ -77,25 +78,25 @@ def read_rows(rows: Any, path: str, field: str, read: Callable[[Row], _READ]) ->
     except _NoRowError as error:
         raise ValueError(f"{field} = {path!r}: {error}") from None
     except UnicodeDecodeError as error:  # Arrow accepts any bytes as text until they are used
-        raise ValueError(f"{field} = {path!r}: {_why(_files(Path(path))[1], error)}") from None
+        raise ValueError(f"{field} = {path!r}: {_why(files_of(path)[1], error)}") from None
     if wrong:
         more = f" ({len(wrong)} of {len(rows)} rows are wrong)" if len(wrong) > 1 else ""
-        raise ValueError(f"{field} = {path!r}: {_found(Path(path), *wrong[0])}{more}")
+        raise ValueError(f"{field} = {path!r}: {_found(path, *wrong[0])}{more}")
     return found
 
 
 def peek(path: str, field: str, read: Callable[[Row], object]) -> list[str]:
     """Return at most one line, on what is wrong in the files' rows. Imports neither datasets nor pandas.
 
-    Checks all rows of the files that fit into :data:`_WHOLE_MB` together, and the first rows of those after them.
+    Checks all rows of the files that fit into :data:`WHOLE_MB` together, and the first rows of those after them.
     """
-    source = Path(path)
+    alone = Path(path).is_file()
     try:
-        for file, number, row in _checked_rows(_files(source)[1]):
+        for file, number, row in _checked_rows(files_of(path)[1]):
             try:
                 read(row)
             except ValueError as error:
-                raise ValueError(_placed(file, number, str(error), named=source.is_dir())) from None
+                raise ValueError(placed(file, number, str(error), named=not alone)) from None
     except ValueError as error:
         return [f"{field} = {path!r}: {error}"]
     except OSError as error:
@@ -107,25 +108,25 @@ class _NoRowError(Exception):
     """A line of a file is not a row; the message names it."""
 
 
-def _rows_as_written(path: Path) -> Iterator[Row]:
+def _rows_as_written(path: str) -> Iterator[Row]:
     """Yield the rows of local files as they are written; nothing if they are too large, or text files."""
-    files = _files(path)[1] if path.exists() else []
-    if sum(file.stat().st_size for file in files) > _WHOLE_MB << 20:
+    files = files_of(path)[1] if is_local(path) else []
+    if sum(file.stat().st_size for file in files) > WHOLE_MB << 20:
         return
     try:
         for file in files:
             if file.suffix != ".txt":
-                yield from _first(file)
+                yield from rows_in(file)
     except ValueError as error:
         raise _NoRowError(str(error)) from None
 
 
 def _checked_rows(files: Sequence[Path]) -> Iterator[tuple[Path, int, Row]]:
     """Yield rows with their file and number; raises ValueError for what is not a row, or if there are none."""
-    left, found = _WHOLE_MB << 20, False
+    left, found = WHOLE_MB << 20, False
     for file in files:
         left -= file.stat().st_size
-        for number, row in enumerate(itertools.islice(_first(file), None if left >= 0 else _PEEKED), 1):
+        for number, row in enumerate(itertools.islice(rows_in(file), None if left >= 0 else _PEEKED), 1):
             found = True
             yield file, number, row
     if not found and left >= 0:
@@ -160,15 +161,23 @@ def shown(value: object) -> str:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def _files(source: Path) -> tuple[str, list[Path]]:
-    """Return the loader and all files of its kind; ValueError if there are none, or several kinds."""
+def is_local(path: str) -> bool:
+    """Whether a source is a file, a folder or a glob here, rather than a hub id."""
+    return Path(path).exists() or glob.has_magic(path)
+
+
+def files_of(path: str) -> tuple[str, list[Path]]:
+    """Return the loader and all files of its kind, sorted; ValueError if there are none, or several kinds."""
+    source = Path(path)
     if source.is_file():
         if source.suffix not in _LOADERS:
             raise ValueError(f"cannot read {source.suffix!r}; use .jsonl, .json, .parquet or .txt")
         return _LOADERS[source.suffix], [source]
-    files = sorted(file for file in source.iterdir() if file.suffix in _LOADERS)
+    found = source.iterdir() if source.is_dir() else map(Path, glob.glob(path, recursive=True))
+    files = sorted(file for file in found if file.suffix in _LOADERS)
     if not files:
-        raise ValueError("no .jsonl, .json, .parquet or .txt file in this folder; put one in it")
+        where = "in this folder; put one in it" if source.is_dir() else "matches; change the pattern"
+        raise ValueError(f"no .jsonl, .json, .parquet or .txt file {where}")
     for file in files:
         if not file.is_file():
             what = "a folder" if file.is_dir() else "a broken link" if file.is_symlink() else "not a regular file"
@@ -180,19 +189,19 @@ def _files(source: Path) -> tuple[str, list[Path]]:
     return kind, [file for file in files if _LOADERS[file.suffix] == kind]
 
 
-def _found(path: Path, index: int, why: str) -> str:
-    """Return where row ``index`` of a table is: in which file of a folder, and in which row."""
-    if not path.is_dir():
-        return _placed(path, index + 1, why, named=False)
-    for file in _files(path)[1]:
+def _found(path: str, index: int, why: str) -> str:
+    """Return where row ``index`` of a table is: in which file of several, and in which row."""
+    if not is_local(path) or Path(path).is_file():
+        return placed(Path(path), index + 1, why, named=False)
+    for file in files_of(path)[1]:
         count = _count(file)
         if index < count:
             break
         index -= count
-    return _placed(file, index + 1, why, named=True)
+    return placed(file, index + 1, why, named=True)
 
 
-def _placed(file: Path, number: int, why: str, named: bool) -> str:
+def placed(file: Path, number: int, why: str, named: bool) -> str:
     """Return e.g. ``train.jsonl, row 3, field answer: null``, with the line's number if it differs from the row's."""
     line = _line_of(file, number) if file.suffix == ".jsonl" else number
     place = f"row {number} (line {line})" if line != number else f"row {number}"
@@ -214,19 +223,19 @@ def _count(file: Path) -> int:
 
         return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
     if file.suffix == ".json":
-        return sum(1 for _ in _first(file))
+        return sum(1 for _ in rows_in(file))
     with file.open("rb") as lines:
         return sum(1 for line in lines if line.strip() or file.suffix == ".txt")
 
 
-def _first(file: Path) -> Iterator[Row]:
+def rows_in(file: Path) -> Iterator[Row]:
     """Yield the rows of a file; the ValueError for what is not a row begins with the file's name."""
     if file.suffix == ".parquet":
         yield from _of_parquet(file)
     elif file.suffix == ".txt":
         yield from ({"text": line} for _, line in _lines(file))
-    elif file.suffix == ".json" and not _is_of_lines(file):
-        if file.stat().st_size > _WHOLE_MB << 20:
+    elif file.suffix == ".json" and not is_of_lines(file):
+        if file.stat().st_size > WHOLE_MB << 20:
             return
         rows = _parsed(file, "", "\n".join(line for _, line in _lines(file, marked=True)))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -265,7 +274,7 @@ def _of_parquet(file: Path) -> Iterable[Row]:
         raise ValueError(f"{file.name}: cannot be read as Parquet ({message}); write it again") from None
 
 
-def _is_of_lines(file: Path) -> bool:
+def is_of_lines(file: Path) -> bool:
     """Whether a .json file holds one object per line rather than one list."""
     with file.open("rb") as opened:
         start = opened.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
@@ -278,31 +287,46 @@ def _lines(file: Path, marked: bool = False) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(lines, 1):
             if number == 1 and marked:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if number == 1 and line.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise ValueError(f"{file.name}, line 1: begins with a byte order mark; save it as UTF-8 without one")
             try:
-                yield number, line.decode().removesuffix("\n").removesuffix("\r")
-            except UnicodeDecodeError as error:
-                byte = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
-                raise ValueError(f"{file.name}, line {number}: not UTF-8 ({byte}); save it as UTF-8") from None
+                yield number, decoded(line, number == 1)
+            except ValueError as error:
+                raise ValueError(f"{file.name}, line {number}: {error}") from None
+
+
+def decoded(line: bytes, is_first: bool) -> str:
+    """Return a line of a file as text, without its end; ValueError if it is not UTF-8, or begins with a mark."""
+    if is_first and line.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("begins with a byte order mark; save it as UTF-8 without one")
+    try:
+        return line.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start + 1} is 0x{line[error.start]:02x}"
+        raise ValueError(f"not UTF-8 ({byte}); save it as UTF-8") from None
 
 
 def _parsed(file: Path, where: str, text: str) -> Any:
     """Parse JSON, and refuse what Arrow would misread or crash on, naming its place."""
+    try:
+        return parsed(text)
+    except ValueError as error:
+        cause = error.__cause__
+        at = where or (f", line {cause.lineno}" if isinstance(cause, json.JSONDecodeError) else "")
+        raise ValueError(f"{file.name}{at}: {error}") from None
+
+
+def parsed(text: str) -> Any:
+    """Parse JSON, and refuse what Arrow would misread or crash on."""
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole, parse_float=_decimal)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
-        at = where or f", line {error.lineno}"
-        raise ValueError(f"{file.name}{at}: not JSON ({error.msg}, column {error.colno}); fix or remove it") from None
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno}); fix or remove it") from error
     except UnicodeEncodeError:
-        raise ValueError(f"{file.name}{where}: half a surrogate pair (\\ud...); write the character itself") from None
+        raise ValueError("half a surrogate pair (\\ud...); write the character itself") from None
     except RecursionError:
-        raise ValueError(f"{file.name}{where}: nested too deep; fields are text, numbers or messages") from None
-    except ValueError as error:
-        raise ValueError(f"{file.name}{where}: {error}") from None
+        raise ValueError("nested too deep; fields are text, numbers or messages") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -333,7 +357,7 @@ def _why(files: list[Path], error: Exception) -> str:
     try:
         for file in files:
             own = set[str]()
-            for number, row in enumerate(_first(file), 1):
+            for number, row in enumerate(rows_in(file), 1):
                 own |= row.keys()
                 for name, value in row.items():
                     here = f"{file.name}, row {number}"
@@ -342,7 +366,7 @@ def _why(files: list[Path], error: Exception) -> str:
                         kinds[name] = (_kind(value), here)
                     elif value is not None and _kind(value) != kind:
                         why = f"field {name}: {_kind(value)}, and {first} has {kind}; keep one kind in a field"
-                        return _placed(file, number, why, named=True)
+                        return placed(file, number, why, named=True)
             names = names or own
             if own and own != names:
                 odd = sorted(own ^ names)[0]

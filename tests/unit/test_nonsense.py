@@ -381,6 +381,20 @@ pretrain --data.path bom.jsonl | data.path = 'bom.jsonl': bom.jsonl, line 1: beg
 pretrain --data.path latin.jsonl | data.path = 'latin.jsonl': latin.jsonl, line 1: not UTF-8
 pretrain --data.path org/corpus | data.path = 'org/corpus': not in the local cache
 pretrain --data.text-field "" | data.text_field = '': empty
+pretrain --data.path "no*.jsonl" | data.path = 'no*.jsonl': no .jsonl, .json, .parquet or .txt file matches
+pretrain --data.path "n*.jsonl" | data.path = 'n*.jsonl': null.jsonl, row 2, field answer: 'None' is neither
+pretrain --data.path good.jsonl --data.more-paths ./none.jsonl | data.more_paths = './none.jsonl': no such file
+pretrain --data.path good.jsonl --data.more-paths pairs.jsonl | data.more_paths = 'pairs.jsonl': row 1: has columns
+pretrain --data.path good.jsonl --data.more-paths good.jsonl | data.more_paths = ('good.jsonl',): data.path is there
+pretrain --data.more-paths good.jsonl | data.more_paths = ('good.jsonl',): has no effect here; rows of data.path do
+pretrain --data.path good.jsonl --data.weights 1 2 | data.weights = (1.0, 2.0): not one for each source; give 1
+pretrain --data.path good.jsonl --data.weights 0 | data.weights = (0,): out of range
+pretrain --data.path good.jsonl --data.streaming | data.streaming = True: files are read as they are
+pretrain --data.path good.jsonl --data.max-broken 1 | data.max_broken = 1.0: there may be nothing left
+pretrain --data.path good.jsonl --data.cache void.jsonl | data.cache = 'void.jsonl': a file; give a folder
+pretrain --data.path good.jsonl --data.processes 4000 | data.processes = 4000: this machine has
+rl_math --model.path cola --data.cache new | data.cache = 'new': has no effect here
+atlas --model.path cola --data.path good.jsonl --data.processes 3 | data.processes = 3: atlas does not read it
 pretrain --data.date yesterday | data.date = 'yesterday': Invalid isoformat string
 pretrain --task.name data_science --task.path good.jsonl | task.path = 'good.jsonl': a file of type '.jsonl'
 train_q --model.path cola | data.path = '': Q learns from logged answers
@@ -509,6 +523,8 @@ rl_preference --task.path pairs.jsonl --task.reward-model http://scores:8000/
 reward_model --task.path pairs.jsonl --model.base llama
 pretrain --preset tiny
 pretrain --model.base llama --data.path good.jsonl --pretrain.max-steps 5
+pretrain --model.base llama --data.path "goo*.jsonl" --data.weights 2 --data.cache new --data.processes 1
+pretrain --model.base llama --data.path null.jsonl --data.max-broken 0.5
 pretrain --model.path cola --pretrain.stages fta_idm fta_policy --data.path good.jsonl
 pretrain --pretrain.steps.base 800 --pretrain.stages base
 evaluate --model.path cola

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.learner.corpus import PackedRows, load_documents, pack
+from cola_ray.learner.corpus import load_documents, pack
+from cola_ray.learner.packed import PackedRows
 from cola_ray.learner.pretrain import corpus_step, train_loop
 from cola_ray.learner.stage_module import TRAINED, StageModule, noise_seeds
 from cola_ray.learner.start_model import make_tokenizer

@@ -1,0 +1,285 @@
+"""Rows of whole documents side by side, from memory or made on the fly from shards.
+
+    PackedRows(...)                          R rows in memory
+    ShardedRows([Pool(documents, ...)], ...) rows of pools of shards, none of which is held
+
+Both say which rows a step trains on (``step_indices``, a pure function of seed and step) and read some of them
+(``read``). Of a pool, documents are shuffled over all of it; a bundle of neighbours in this order is packed on its own:
+
+    documents ──shuffled by seed──> bundles of a few hundred rows ──shuffled by seed and epoch──> rows
+
+How many rows each bundle has is counted once (:func:`count_rows`), which says where a row is without packing those
+before it: best fit, longest first, depends on lengths alone, so that every epoch has the same number.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from cola_ray.learner.shards import TEXT, Documents
+from cola_ray.learner.shuffle import dealt, shuffled
+
+_BUNDLE_ROWS = 512  # about as many in a bundle: what its last rows leave empty is little then
+_PLANS = 4  # packed bundles that are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """R rows of T tokens.
+
+    ``position_ids`` restart at each document, which is also what keeps their attention apart. ``loss_mask[r, t]`` is
+    true where position t predicts a token worth learning, namely the one at t + 1: never across documents, never in a
+    row's padding, and only response tokens where ``response_only``.
+    """
+
+    input_ids: np.ndarray  # (R, T) int64
+    position_ids: np.ndarray  # (R, T) int64
+    loss_mask: np.ndarray  # (R, T) bool
+
+    @classmethod
+    def empty(cls, rows: int, length: int, pad_id: int) -> "PackedRows":
+        """Rows of padding, to be filled by :meth:`place` and :meth:`close`."""
+        shape = (rows, length)
+        return cls(np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool))
+
+    def place(self, row: int, start: int, ids: np.ndarray | Sequence[int], learned: np.ndarray | bool) -> None:
+        """Put a document at ``start`` of a row.
+
+        Args:
+            learned: (len(ids) - 1,), which of the tokens after the first are worth learning, or all of them.
+        """
+        end = start + len(ids)
+        self.input_ids[row, start:end] = ids
+        self.position_ids[row, start:end] = np.arange(len(ids))
+        self.loss_mask[row, start : end - 1] = learned
+
+    def close(self, row: int, end: int) -> None:
+        """Number the padding from ``end`` on, as a document of its own."""
+        self.position_ids[row, end:] = np.arange(self.width - end)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def width(self) -> int:
+        return self.input_ids.shape[1]
+
+    def step_indices(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        """Rows of a step: each epoch is a permutation of its own; the last short batch runs into the next epoch."""
+        first = step * batch_size
+        epochs = range(first // len(self), (first + batch_size - 1) // len(self) + 1)
+        order = np.concatenate([np.random.default_rng((seed, epoch)).permutation(len(self)) for epoch in epochs])
+        offset = first - epochs.start * len(self)
+        return order[offset : offset + batch_size]
+
+    def read(self, indices: np.ndarray) -> "PackedRows":
+        return PackedRows(self.input_ids[indices], self.position_ids[indices], self.loss_mask[indices])
+
+
+class Rows(Protocol):
+    """What pre-training asks of its corpus."""
+
+    @property
+    def width(self) -> int:
+        """T."""
+        ...
+
+    def step_indices(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        """The rows that all ranks together train on in a step, (batch_size,) int64."""
+        ...
+
+    def read(self, indices: np.ndarray) -> PackedRows:
+        """Some of them."""
+        ...
+
+
+# --- packing ------------------------------------------------------------------------------------------------------
+
+
+def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Pack pieces into rows, the longest first, each where it leaves the least space: the pieces of each row."""
+    rows, spaces, free = list[list[int]](), collections.defaultdict[int, list[int]](list), 0
+    for piece in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[piece]
+        fitting = free >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = spaces[space].pop()
+            rows[row].append(piece)
+            if not spaces[space]:
+                free ^= 1 << space
+        else:
+            row, space = len(rows), size
+            rows.append([piece])
+        if space > length:
+            spaces[space - length].append(row)
+            free |= 1 << (space - length)
+    return rows
+
+
+def pieces_of(lengths: np.ndarray, prompts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut documents to rows of ``size``: (N,), (N,) -> the document, start and length of each of P pieces, (P,) int64.
+
+    A text is cut as often as need be; a pair is cut at its end, and left out where its prompt alone fills a row.
+    Pieces of one token say nothing.
+    """
+    counts = np.where(prompts == TEXT, -(-lengths // size), prompts < size)
+    documents = np.repeat(np.arange(len(lengths)), counts)
+    starts = (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
+    pieces = np.minimum(lengths[documents] - starts, size)
+    keep = pieces > 1
+    return documents[keep], starts[keep], pieces[keep]
+
+
+# --- pools --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundles:
+    """Neighbours in the shuffled order of a pool's documents, ``size`` of them each, the last fewer."""
+
+    documents: Documents
+    seed: int
+    length: int  # tokens of a row
+
+    @property
+    def size(self) -> int:
+        mean = max(self.documents.tokens / len(self.documents), 1.0)
+        return 1 << min(max(round(np.log2(_BUNDLE_ROWS * self.length / mean)), 6), 16)
+
+    def __len__(self) -> int:
+        return -(-len(self.documents) // self.size)
+
+    def members(self, bundle: int) -> np.ndarray:
+        """Numbers of its documents."""
+        places = np.arange(bundle * self.size, min((bundle + 1) * self.size, len(self.documents)))
+        return shuffled(places, len(self.documents), self.seed)
+
+
+def count_rows(bundles: Bundles, first: int, end: int) -> list[int]:
+    """Rows of the bundles from ``first`` to ``end``."""
+    counts = []
+    for bundle in range(first, end):
+        lengths, prompts = bundles.documents.lengths(bundles.members(bundle))
+        counts.append(len(best_fit(pieces_of(lengths, prompts, bundles.length)[2].tolist(), bundles.length)))
+    return counts
+
+
+class Pool:
+    """Documents that are shuffled among each other, as an endless sequence of rows, epoch after epoch.
+
+    Args:
+        bundles: of its documents.
+        counts: rows of each bundle, (len(bundles),).
+
+    Raises:
+        ValueError: there is not a single row.
+    """
+
+    def __init__(self, bundles: Bundles, counts: np.ndarray) -> None:
+        self.bundles, self.counts = bundles, counts
+        self.rows = int(counts.sum())  # an epoch
+        if not self.rows:
+            raise ValueError("no document has two tokens, or a prompt that leaves room for a response; raise "
+                             "pretrain.sequence_length")  # fmt: skip
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._plans: collections.OrderedDict[tuple[int, int], _Plan] = collections.OrderedDict()
+
+    def read(self, numbers: np.ndarray, into: PackedRows, at: np.ndarray, response_only: bool) -> None:
+        """Fill rows ``at`` of ``into`` with these rows of the sequence, (N,) each."""
+        epochs, places = numbers // self.rows, numbers % self.rows
+        for epoch in np.unique(epochs):
+            order, ends = self._order(int(epoch))
+            found = np.searchsorted(ends, places, "right")
+            for which in np.unique(found[epochs == epoch]):
+                here = np.flatnonzero((epochs == epoch) & (found == which))
+                bundle = int(order[which])
+                rows = places[here] - (ends[which] - self.counts[bundle])
+                self._plan(int(epoch), bundle).fill(self.bundles.documents, rows, into, at[here], response_only)
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's order of bundles, and the row after each one's last."""
+        if epoch not in self._orders:
+            order = shuffled(np.arange(len(self.counts)), len(self.counts), self.bundles.seed, epoch)
+            self._orders = {epoch: (order, np.cumsum(self.counts[order], dtype=np.int64))}
+        return self._orders[epoch]
+
+    def _plan(self, epoch: int, bundle: int) -> "_Plan":
+        key = (epoch, bundle)
+        if key not in self._plans:
+            if len(self._plans) >= _PLANS:
+                self._plans.popitem(last=False)
+            self._plans[key] = _Plan.of(self.bundles, epoch, bundle)
+        self._plans.move_to_end(key)
+        return self._plans[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A bundle packed for an epoch: of each row, documents, and of each its prompt, and where it is cut."""
+
+    rows: list[list[tuple[int, int, int, int]]]  # (document, prompt, start, length) side by side
+
+    @classmethod
+    def of(cls, bundles: Bundles, epoch: int, bundle: int) -> "_Plan":
+        random = np.random.default_rng((bundles.seed, epoch, bundle))
+        members = random.permutation(bundles.members(bundle))
+        lengths, prompts = bundles.documents.lengths(members)
+        inside, starts, pieces = pieces_of(lengths, prompts, bundles.length)
+        described = list(zip(members[inside].tolist(), prompts[inside].tolist(), starts.tolist(), pieces.tolist(),
+                             strict=True))  # fmt: skip
+        packed = best_fit(pieces.tolist(), bundles.length)
+        return cls([[described[piece] for piece in packed[row]] for row in random.permutation(len(packed))])
+
+    def fill(
+        self, documents: Documents, rows: np.ndarray, into: PackedRows, at: np.ndarray, response_only: bool
+    ) -> None:
+        places = [
+            (row, one) for row, number in zip(at.tolist(), rows.tolist(), strict=True) for one in self.rows[number]
+        ]
+        starts, filled = list[int](), collections.Counter[int]()
+        for row, (_, _, _, length) in places:
+            starts.append(filled[row])
+            filled[row] += length
+        wanted = np.array([document for _, (document, *_) in places], np.int64)
+        for index, ids in documents.read(wanted):
+            row, (_, prompt, cut, length) = places[index]
+            learned: np.ndarray | bool = True
+            if response_only and prompt > 1:
+                learned = np.arange(1, length) >= prompt
+            into.place(row, starts[index], ids[cut : cut + length], learned)
+        for row in at.tolist():
+            into.close(row, filled[row])
+
+
+class ShardedRows:
+    """Rows of several pools of shards, mixed by their shares: :class:`Rows` that are made when they are asked for.
+
+    Args:
+        pools: built for one seed and one length.
+        shares: of all rows, in any unit; of one pool, anything.
+        response_only: learn from response tokens alone, where a document has a prompt.
+    """
+
+    def __init__(self, pools: Sequence[Pool], shares: Sequence[float], pad_id: int, response_only: bool) -> None:
+        self.pools, self.shares, self.pad_id, self.response_only = pools, shares, pad_id, response_only
+
+    @property
+    def width(self) -> int:
+        return self.pools[0].bundles.length
+
+    def step_indices(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        """The next ``batch_size`` of all rows; ``seed`` is that of the pools, in which rows are shuffled."""
+        return step * batch_size + np.arange(batch_size, dtype=np.int64)
+
+    def read(self, indices: np.ndarray) -> PackedRows:
+        rows = PackedRows.empty(len(indices), self.width, self.pad_id)
+        owners, numbers = dealt(indices, self.shares)
+        for owner, pool in enumerate(self.pools):
+            here = np.flatnonzero(owners == owner)
+            if len(here):
+                pool.read(numbers[here], rows, here, self.response_only)
+        return rows
