@@ -43,6 +43,7 @@ from cola_ray.settings.training import PretrainStage
 from cola_ray.tasks import PlayedTask, Prompts, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer
 
+MEASURED_EVERY = 10  # steps of the stage actions between measurements; the base's loss also in the first and the last
 Heldout = tuple[Tensor, Tensor, Tensor]
 """Ids, attention mask and answer mask of held-out problems, (B, T) each."""
 
@@ -197,8 +198,10 @@ def corpus_step(
         torch.distributed.all_reduce(mean_usage)
         mean_usage /= num_tokens
 
+    measured = step in (0, settings.num_steps(stage) - 1) or (step + 1) % MEASURED_EVERY == 0
+
     def loss_of(index: int, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, found = zero.engine(*batch, index == 0 and (step + 1) % 10 == 0, mean_usage)
+        loss, found = zero.engine(*batch, measured, mean_usage, index == 0 and (step + 1) % MEASURED_EVERY == 0)
         return loss, found
 
     sums, grad_norm = supervised.zero_step(zero, batches, loss_of, num_tokens, lr)

@@ -52,15 +52,17 @@ class StageModule(nn.Module):
         noise_seed: Tensor,
         measure: bool,
         mean_usage: Tensor | None = None,
+        reach: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss *sum* over masked-in positions, and sums.
 
         Args:
             input_ids, position_ids, loss_mask: (B, T).
             noise_seed: (B,) int64.
-            measure: whether to try all actions on some states.
+            measure: of the stage actions, whether to compute the bare base's loss, too.
             mean_usage: (K,), the relaxed actions' mean over the step's batch; None where no rank has more than one
                 micro-batch, and all compute theirs at the same time.
+            reach: of the stage actions, whether to try all actions on some states.
         """
         labels = input_ids[:, 1:]
         mask = loss_mask[:, :-1]
@@ -73,7 +75,7 @@ class StageModule(nn.Module):
         with torch.set_grad_enabled(base_trains and torch.is_grad_enabled()):
             e = self.model.encode(input_ids, position_ids=position_ids)
         if self.stage == "actions":
-            return self._actions_loss(e, position_ids, labels, mask, noise_seed, measure, mean_usage)
+            return self._actions_loss(e, position_ids, labels, mask, noise_seed, measure, mean_usage, reach)
         if self.stage == "policy":
             with torch.no_grad():
                 wanted = self.model.inverse_dynamics_actions(e, position_ids=position_ids)
@@ -112,6 +114,7 @@ class StageModule(nn.Module):
         noise_seed: Tensor,
         measure: bool,
         mean_usage: Tensor | None,
+        reach: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``CE(logits_t, x_{t+1}) + entropy_coef * sum p log p`` (paper), plus the optional balance term (ours)."""
         settings = self.settings
@@ -124,8 +127,9 @@ class StageModule(nn.Module):
             loss = loss + settings.balance_coef * usage_imbalance(relaxed, mean)
         sums = {"loss": cross_entropy.detach(), "counts": self._counts(one_hot.argmax(-1))}
         with torch.no_grad():
-            sums["base_loss"] = cross_entropies(self.model.lm_head(states), targets)
             if measure:
+                sums["base_loss"] = cross_entropies(self.model.lm_head(states), targets)
+            if reach:
                 sums |= self._reachable(states[:MEASURED_STATES], targets[:MEASURED_STATES])
         return loss, sums
 

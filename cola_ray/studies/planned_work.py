@@ -304,7 +304,7 @@ def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
 
 
 def pretraining(stage: PretrainStage, m: Sizes, rows: Rows, checkpoints: bool = False) -> Work:
-    """A stage of pre-training; all its tokens are scored.
+    """A stage of pre-training; all its tokens are scored. Not a step that measures the bare base, one in ten.
 
     Args:
         checkpoints: whether layers that train, and the world model's blocks, are computed again.
@@ -322,7 +322,7 @@ def pretraining(stage: PretrainStage, m: Sizes, rows: Rows, checkpoints: bool = 
     again = world * checkpoints
     if stage == "actions":
         return _staged(m, m.idm + m.codebook + m.world_model, 2 * e + idm.kept + code + wide,
-                       max(temporary, idm.temporary - wide), base + logits, idm.forward + world + logits,
+                       max(temporary, idm.temporary - wide), base, idm.forward + world + logits,
                        idm.backward + 2 * world + again + logits)  # fmt: skip
     layer, temporary = kept_of_layer(m, rows.width), temporary + b * m.width * m.vocabulary  # the LM head's gradient
     whole = rows.tokens * (m.layers * (b * m.width if checkpoints else layer) + kept_of_norm(m)) + e + wide

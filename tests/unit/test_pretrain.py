@@ -222,7 +222,7 @@ def test_packed_rows_lose_like_documents_alone(cola, packed):
 def test_actions_loss_by_hand(cola, packed):
     ids, positions, mask, seeds, _ = packed
     module = stage_module("actions", cola, entropy_coef=0.3, balance_coef=0.2, gumbel_tau=1.5)
-    loss, sums = module(*packed)
+    loss, sums = module(*packed, None, True)
     from cola_ray.model.modeling_cola import gumbel_noise
 
     e = cola.encode(ids, position_ids=positions)
@@ -403,3 +403,17 @@ def test_the_stage_base_trains_a_given_base_by_itself(kind, tokenizer, tmp_path,
         assert torch.equal(start.state_dict()[name], tensor), name
         assert not torch.equal(trained.state_dict()[name], tensor), f"{name}: all of the base trains"
         assert torch.equal(made.state_dict()[name], trained.state_dict()[name]), name
+
+
+def test_the_bare_bases_loss_is_computed_where_it_is_measured_alone(cola, packed, monkeypatch):
+    """Its matrix product is as large as the loss's own; what trains comes out the same without it."""
+    asked = []
+    monkeypatch.setattr(cola.lm_head, "forward", lambda states: asked.append(len(states)) or F.linear(
+        states, cola.lm_head.weight))  # fmt: skip
+    module = StageModule(cola, "actions", preset("tiny"))
+    of = {measure: module(*packed[:4], measure) for measure in (False, True)}
+    states = int(packed[2][:, :-1].sum())
+    assert "base_loss" in of[True][1]
+    assert "base_loss" not in of[False][1]
+    assert torch.equal(of[True][0], of[False][0])
+    assert asked == [states, states, states], "the world model's in both, and the base's in one"
