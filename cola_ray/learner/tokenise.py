@@ -188,11 +188,13 @@ def _make_parts(
         rate = tokens / max(time.monotonic() - began, 1e-3)
         say(f"tokenising {parts[0].source}: {ready} of {len(parts)} parts, {tokens:.4g} tokens, {rate:.3g} a second")
 
-    if len(missing) == 1:  # a child would take longer to start
-        index = missing[0]
-        answer = make_shard(parts[index], data, chat, folder / f"{names[index]}.arrow", lambda one: progress({0: one}))
-        done(0, answer)
-        progress({0: answer})
+    if data.processes == 1 or len(missing) == 1:  # a child would take longer to start
+        states: dict[int, dict[str, Any]] = {}
+        for place, index in enumerate(missing):
+            target = folder / f"{names[index]}.arrow"
+            states[place] = make_shard(parts[index], data, chat, target, lambda one: progress({**states, -1: one}))
+            done(place, states[place])
+            progress(states)
     else:
         _ask_all(asked, setup, data.processes, done, progress)
     return [json.loads(summary.read_text()) | {"part": dataclasses.asdict(part)}

@@ -207,7 +207,7 @@ class DataConfig(Branch):
     """Folder of tokenised shards, which runs share; on clusters one that all nodes see. Empty: corpus beside the
     outputs."""
     processes: Processes = 2
-    """That tokenise, on the node of the first learner rank."""
+    """That tokenise, on the node of the first learner rank. 1: this rank itself."""
     date: Annotated[str, AfterValidator(_a_day)] = ""
     """YYYY-MM-DD, told to chat templates that show a date. Empty: the start model's, else the day the run began."""
     chat_options: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)

@@ -344,13 +344,13 @@ def test_a_killed_tokenisation_goes_on_with_the_parts_that_are_missing(tmp_path,
     (tmp_path / "in").mkdir()
     for number in range(12):
         (tmp_path / "in" / f"{number:02d}.txt").write_text("\n".join(lines_of(3000, number)))
-    data = DataConfig(path=str(tmp_path / "in"), processes=1)
+    data = DataConfig(path=str(tmp_path / "in"), processes=2)
     program = (
         "import sys; from pathlib import Path; from transformers import AutoTokenizer;"
         "from cola_ray.learner.tokenise import tokenise; from cola_ray.settings.config import DataConfig;"
         "from cola_ray.tasks.chat import ChatTokenizer; folder, source, cache = map(Path, sys.argv[1:]);"
         "chat = ChatTokenizer(AutoTokenizer.from_pretrained(folder), '2026-01-01');"
-        "tokenise(DataConfig(path=str(source), processes=1), folder, chat, cache, print)"
+        "tokenise(DataConfig(path=str(source), processes=2), folder, chat, cache, print)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, tokenizer[0], data.path, tmp_path / "cache"],
                                env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)  # fmt: skip
@@ -369,3 +369,30 @@ def test_a_killed_tokenisation_goes_on_with_the_parts_that_are_missing(tmp_path,
     wanted = [encoded(text, tokenizer[1]) for number in range(12) for text in lines_of(3000, number)]
     assert contents(folders) == wanted
     assert not list(folders[0].glob(".part-*"))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_stages_read_what_the_first_rank_has_tokenised(tmp_path, tokenizer):
+    """Two sources, of which one is a glob, mixed and among each other; stages that need pairs refuse texts."""
+    from cola_ray.learner.pretrain import _load_rows
+    from cola_ray.settings.config import override
+    from cola_ray.settings.presets import preset
+
+    for name in ("a.txt", "b1.txt", "b2.txt"):
+        (tmp_path / name).write_text("\n".join(lines_of(30, len(name))))
+    given = {"data.path": str(tmp_path / "a.txt"), "data.more_paths": (str(tmp_path / "b*.txt"),),
+             "output_dir": str(tmp_path / "outputs" / "run"), "pretrain.sequence_length": 64,
+             "data.processes": 1}  # fmt: skip
+    config, said = override(preset("tiny"), given), []
+    report = type("Report", (), {"doing": staticmethod(said.append)})
+    together = _load_rows(config, "actions", None, tokenizer[1], tokenizer[0], report)
+    assert [len(pool.bundles.documents) for pool in together.pools] == [90]
+    assert said[-1].startswith("actions: tokenising")
+    apart = override(config, {"data.weights": (1.0, 3.0), "data.cache": str(tmp_path / "outputs" / "corpus")})
+    del said[:]
+    mixed = _load_rows(apart, "policy", None, tokenizer[1], tokenizer[0], report)
+    assert said == [], "nothing is tokenised twice"
+    assert [len(pool.bundles.documents) for pool in mixed.pools] == [30, 60]
+    assert mixed.read(mixed.step_indices(0, 0, 8)).input_ids.shape == (8, 64)
+    with pytest.raises(ValueError, match="fta_idm needs prompt/response pairs"):
+        _load_rows(config, "fta_idm", None, tokenizer[1], tokenizer[0], report)
