@@ -24,6 +24,7 @@ from cola_ray.learner.shuffle import dealt, shuffled
 
 _BUNDLE_ROWS = 512  # about as many in a bundle: what its last rows leave empty is little then
 _PLANS = 4  # packed bundles that are kept
+_LOOKED_UP = 1 << 16  # documents whose lengths are looked up together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +162,13 @@ class Bundles:
 
 def count_rows(bundles: Bundles, first: int, end: int) -> list[int]:
     """Rows of the bundles from ``first`` to ``end``."""
-    counts = []
-    for bundle in range(first, end):
-        lengths, prompts = bundles.documents.lengths(bundles.members(bundle))
-        counts.append(len(best_fit(pieces_of(lengths, prompts, bundles.length)[2].tolist(), bundles.length)))
+    counts, several = list[int](), max(1, _LOOKED_UP // bundles.size)
+    for start in range(first, end, several):
+        members = [bundles.members(bundle) for bundle in range(start, min(start + several, end))]
+        lengths, prompts = bundles.documents.lengths(np.concatenate(members))
+        cuts = np.cumsum([len(one) for one in members])[:-1]
+        for one in zip(np.split(lengths, cuts), np.split(prompts, cuts), strict=True):
+            counts.append(len(best_fit(pieces_of(*one, bundles.length)[2].tolist(), bundles.length)))
     return counts
 
 

@@ -19,6 +19,7 @@ import itertools
 import json
 import mmap
 import os
+import resource
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ import pyarrow.ipc
 
 MANIFEST = "corpus.json"
 TEXT = -1
-_OPEN = 256  # shards mapped at a time, each with a file descriptor
+_OPEN = max(64, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))  # shards mapped, by a descriptor each
 _TOUCHED = 1024  # documents read until the mapped pages, some 64 KB around each, are given back
 _BUFFERED = 1 << 20  # tokens
 
@@ -139,7 +140,8 @@ class Documents:
         self.are_pairs = not any(one["texts"] for _, one in parts)
         self.fingerprints = [manifest["fingerprint"] for manifest in manifests]
         self._open: collections.OrderedDict[int, _Shard] = collections.OrderedDict()
-        self._touched = 0
+        self._read: list[_Shard] = []  # from, since pages were given back
+        self._touched = 0  # documents, since then
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -150,7 +152,7 @@ class Documents:
         for shard, where, inside in self._by_shard(numbers):
             lengths[where] = shard.offsets[inside + 1] - shard.offsets[inside]
             prompts[where] = shard.prompts[inside]
-            self._touch(len(where))
+            self._touch(shard, len(where))
         return lengths, prompts
 
     def read(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -161,7 +163,7 @@ class Documents:
         for shard, where, inside in self._by_shard(numbers):
             for index, document in zip(where.tolist(), inside.tolist(), strict=True):
                 yield index, shard.ids[shard.offsets[document] : shard.offsets[document + 1]]
-                self._touch(1)
+                self._touch(shard, 1)
 
     def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[_Shard, np.ndarray, np.ndarray]]:
         """Each shard that has some of the documents, their places in ``numbers``, and their numbers in the shard."""
@@ -180,12 +182,14 @@ class Documents:
         self._open.move_to_end(index)
         return self._open[index]
 
-    def _touch(self, count: int) -> None:
+    def _touch(self, shard: _Shard, count: int) -> None:
         self._touched += count
+        if not self._read or self._read[-1] is not shard:
+            self._read.append(shard)
         if self._touched >= _TOUCHED:
-            for shard in self._open.values():
-                shard.give_back()
-            self._touched = 0
+            for one in self._read:
+                one.give_back()
+            self._read, self._touched = [], 0
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
