@@ -9,7 +9,7 @@ python benchmarks/corpus.py --folder outputs/corpus --text DATA/gsm8k/train.json
 What is there already is not made again, so that a benchmark that was stopped continues. Rates are tokens per second of
 processor time, over all processes, so that they do not depend on what else the machine does. Memory of a reading rank
 is the peak of its resident memory above what it was before the corpus was opened, pages of mapped files included; of
-tokenisation it is the largest child's, tokenizer and libraries included.
+tokenisation it is the largest process's, tokenizer and libraries included.
 """
 
 import argparse
@@ -90,7 +90,8 @@ def measure_tokenisation(folder: Path, processes: int) -> dict[str, Any]:
     began = _cpu_seconds()
 
     def keep(line: str) -> None:
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
+        whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        peak = max(resource.getrusage(one).ru_maxrss for one in whose) * 1024 / 1e6
         now = {"cpu": state["cpu"] + _cpu_seconds() - began, "peak": max(state["peak"], peak)}
         (folder / STATE).write_text(json.dumps(now))
         print(line, flush=True)
@@ -106,7 +107,7 @@ def measure_tokenisation(folder: Path, processes: int) -> dict[str, Any]:
         "documents": sum(part["documents"] for part in parts),
         "bytes_per_token_on_disk": size / tokens,
         "tokenised_tokens_per_cpu_second": tokens / spent["cpu"],
-        "tokenising_child_peak_mb": spent["peak"],
+        "tokenising_process_peak_mb": spent["peak"],
         "folder": str(made),
     }
 

@@ -118,7 +118,7 @@ def _fingerprint(source: str, data: DataConfig, chat: ChatTokenizer) -> dict[str
     template = str(tokenizer.chat_template or "")
     return {
         "format": FORMAT,
-        "source": _identity(source),
+        "source": _identity(source, data.streaming),
         "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
         "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
         "template": hashlib.sha256(template.encode()).hexdigest(),
@@ -127,7 +127,7 @@ def _fingerprint(source: str, data: DataConfig, chat: ChatTokenizer) -> dict[str
     }
 
 
-def _identity(source: str) -> Any:
+def _identity(source: str, streaming: bool) -> Any:
     """Files by name, size and time; of the hub, the revision that is there or would be fetched."""
     if is_local(source):
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(source)[1]]
@@ -136,8 +136,8 @@ def _identity(source: str) -> Any:
 
     try:
         return [source, HfApi().dataset_info(source).sha]
-    except Exception:  # offline: what has been fetched is all there is
-        return [source, datasets.load_dataset(source, split="train")._fingerprint]
+    except Exception:  # offline: what has been fetched is all there is, and a stream says itself that it has none
+        return [source, "" if streaming else datasets.load_dataset(source, split="train")._fingerprint]
 
 
 def _parts(named: str, source: str, streaming: bool, part_mb: int) -> list[Part]:
@@ -171,7 +171,7 @@ def _make_parts(
     """What the parts have, in order; those that are there already are not made again."""
     names = [f"part-{number:06d}" for number in range(len(parts))]
     summaries = [folder / f"{name}.json" for name in names]
-    missing = [index for index, summary in enumerate(summaries) if not summary.exists()]
+    missing = [index for index, part in enumerate(parts) if not _is_of(summaries[index], part)]
     for staging in folder.glob(".part-*"):  # of processes that were killed: nobody else has the lock
         staging.unlink(missing_ok=True)
     asked = [{"part": dataclasses.asdict(parts[index]), "target": str(folder / f"{names[index]}.arrow")}
@@ -180,7 +180,7 @@ def _make_parts(
     began, kept = time.monotonic(), len(parts) - len(missing)
 
     def done(index: int, answer: dict[str, Any]) -> None:
-        _write_json(summaries[missing[index]], answer)
+        _write_json(summaries[missing[index]], answer | {"part": dataclasses.asdict(parts[missing[index]])})
 
     def progress(states: Mapping[int, dict[str, Any]]) -> None:
         tokens = sum(state["tokens"] for state in states.values())
@@ -197,8 +197,12 @@ def _make_parts(
             progress(states)
     else:
         _ask_all(asked, setup, data.processes, done, progress)
-    return [json.loads(summary.read_text()) | {"part": dataclasses.asdict(part)}
-            for summary, part in zip(summaries, parts, strict=True)]  # fmt: skip
+    return [json.loads(summary.read_text()) for summary in summaries]
+
+
+def _is_of(summary: Path, part: Part) -> bool:
+    """Whether this part is there, and not one that was cut in another way."""
+    return summary.exists() and json.loads(summary.read_text())["part"] == dataclasses.asdict(part)
 
 
 def _check_rows(named: str, source: str, parts: Sequence[Mapping[str, Any]], allowed: float, say: Say) -> None:

@@ -150,7 +150,7 @@ def _of_table(part: Part) -> Iterator[Row]:
         yield from rows_in(Path(part.file))
         return
     rows = open_rows(part.file or part.source, "data.path")
-    yield from (rows[index] for index in range(part.first, part.end))
+    yield from rows.select(range(part.first, part.end))
 
 
 def _stream(source: str) -> Any:

@@ -26,6 +26,7 @@ from cola_ray.learner.shards import TEXT, Documents, ShardWriter
 from cola_ray.learner.shuffle import dealt, shuffled
 from cola_ray.learner.tokenise import counted_rows, tokenise
 from cola_ray.settings.config import DataConfig
+from cola_ray.tasks import parts as parts_module
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.parts import Part, parts_of, read_part
 
@@ -69,6 +70,15 @@ def test_all_orders_of_four_are_equally_likely():
     orders = collections.Counter(tuple(shuffled(np.arange(4), 4, seed).tolist()) for seed in range(4800))
     assert len(orders) == 24
     assert stats.chisquare(list(orders.values())).pvalue > 1e-4
+
+
+def test_orders_stay_what_they_were():
+    """A run that is resumed with another version goes on in the same order."""
+    assert shuffled(np.arange(10), 10, 0).tolist() == [4, 3, 5, 2, 8, 1, 0, 7, 6, 9]
+    assert shuffled(np.array([0, 10**9]), 3 * 10**9, 7, 1).tolist() == [2168489798, 1950856393]
+    owners, numbers = dealt(np.arange(8), [2.0, 1.0, 1.0])
+    assert owners.tolist() == [2, 0, 1, 0, 2, 0, 1, 0]
+    assert numbers.tolist() == [0, 0, 0, 1, 1, 2, 1, 3]
 
 
 def test_epochs_and_seeds_are_shuffled_apart():
@@ -292,6 +302,26 @@ def test_parquet_and_lists_have_parts(tmp_path):
     assert [row for part in parts_of(str(tmp_path / "x.json")) for row in read_part(part)] == rows
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_ids_are_streamed_or_fetched_and_cut_alike(tmp_path, tokenizer, monkeypatch, streaming):
+    """A folder stands for the hub, which ``datasets`` opens in the same way."""
+    rows = [{"text": text} for text in lines_of(20)]
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        some = rows[5 * number : 5 * number + 5]
+        (tmp_path / "in" / f"{number}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    for module in ("tasks.parts", "tasks.rows", "learner.tokenise"):
+        monkeypatch.setattr(f"cola_ray.{module}.is_local", lambda _: False)
+    monkeypatch.setattr(parts_module, "_TABLE_ROWS", 7)
+    source = str(tmp_path / "in")
+    parts = parts_of(source, streaming)
+    assert len(parts) == (4 if streaming else 3)
+    assert [row for part in parts for row in read_part(part)] == rows
+    data = DataConfig(path=source, streaming=streaming, processes=1)
+    found = contents(tokenised(data, tokenizer, tmp_path / "cache")[0])
+    assert found == [encoded(row["text"], tokenizer[1]) for row in rows]
+
+
 def test_shards_have_what_the_file_says(tmp_path, tokenizer):
     """The ids of each row, tokenised here, in the file's order; and a second run has nothing to do."""
     texts = lines_of(300)
@@ -312,6 +342,19 @@ def test_shards_have_what_the_file_says(tmp_path, tokenizer):
     changed = tmp_path / "in" / "0.jsonl"
     changed.write_text(changed.read_text().replace("w3 ", "w4 "))
     assert tokenised(data, tokenizer, tmp_path / "cache")[0] != folders
+
+
+def test_parts_that_were_cut_in_another_way_are_made_again(tmp_path, tokenizer):
+    texts = [" ".join(lines_of(40, seed)) for seed in range(1000)]
+    file = tmp_path / "x.txt"
+    file.write_text("\n".join(texts))
+    assert file.stat().st_size > 2 << 20
+    data, wanted = DataConfig(path=str(file), processes=1), [encoded(text, tokenizer[1]) for text in texts]
+    (folder,), _ = tokenised(data, tokenizer, tmp_path / "cache", part_mb=1)
+    assert len(shards.read_manifest(folder)["parts"]) == 3
+    (folder / shards.MANIFEST).unlink()
+    assert tokenised(data, tokenizer, tmp_path / "cache", part_mb=2)[0] == [folder]
+    assert contents([folder]) == wanted
 
 
 def test_pairs_are_those_of_the_reader_in_memory(tmp_path, tokenizer):
