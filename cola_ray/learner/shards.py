@@ -33,7 +33,7 @@ import pyarrow.ipc
 MANIFEST = "corpus.json"
 TEXT = -1
 _OPEN = max(64, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))  # shards mapped, by a descriptor each
-_TOUCHED = 1024  # documents read until the mapped pages, some 64 KB around each, are given back
+_TOUCHED = 256  # documents read until mapped pages are given back: up to three times 64 KB for each
 _BUFFERED = 1 << 20  # tokens
 
 
@@ -121,7 +121,7 @@ class _Shard:
 class Documents:
     """The documents of one or more folders of shards, numbered from 0 in the order of folders, parts and rows.
 
-    Resident memory does not grow with their number: pages are given back after a thousand documents.
+    Resident memory does not grow with their number: pages are given back after a few hundred documents.
 
     Raises:
         FileNotFoundError: a folder has no manifest.
