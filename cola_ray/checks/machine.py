@@ -1,6 +1,6 @@
-"""What a job needs of this machine: a folder to write, addresses that answer, GPUs, processors and memory.
+"""What a job needs of this machine: folders to write, addresses that answer, GPUs, processors and memory.
 
-output(config, "rl_math")         a line for each fault: ``field = value: why; fix``
+folders(config, "rl_math")        a line for each fault: ``field = value: why; fix``
 addresses(config, "rl_math")
 machine(config, "rl_math")
 silent(config, "rl_math")         services of which nothing answers; this one waits for them
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from cola_ray.runs import provenance
-from cola_ray.settings.config import Config, is_endpoint
+from cola_ray.settings.config import Config, is_endpoint, value_at
 
 TRAINING = ("rl_math", "rl_preference", "rl_agent", "sweep")
 """Jobs that train a policy by RL."""
@@ -28,29 +28,35 @@ STUDIES = ("evaluate", "diversity", "atlas", "capabilities")
 GENERATING = (*TRAINING, "evaluate", "diversity", "atlas")
 """Jobs that have engines."""
 _TIMEOUT_S = 3.0  # that an address is given to answer in
-_FREE_GB = 1.0  # least space that a run's checkpoints and logs are given
+_FREE_GB = 1.0  # least space that checkpoints and logs, and tokenised shards, are given
 _TRIED_BYTES = 1 << 20  # a quota may be used up where the disk is not
 _PATH_MAX = 4096  # bytes that the system takes in a path
-_LONGEST_BELOW = 256  # bytes of what a run adds to its folder's
+_LONGEST_BELOW = 256  # bytes of what a run adds to a folder's
 
 
-def output(config: Config, job: str) -> Iterator[str]:
-    """The output folder can be made and written, which is tried, and has some room."""
-    if "://" in config.output_dir:
-        yield f"output_dir = {config.output_dir!r}: an address; give a folder, on which it may be mounted"
+def folders(config: Config, job: str) -> Iterator[str]:
+    """The folders that the job writes can be made and written, which is tried, and have some room."""
+    yield from _folder("output_dir", config.output_dir, config, job)
+    if config.data.cache:
+        yield from _folder("data.cache", config.data.cache, config, job)
+
+
+def _folder(field: str, given: str, config: Config, job: str) -> Iterator[str]:
+    if "://" in given:
+        yield f"{field} = {given!r}: an address; give a folder, on which it may be mounted"
         return
-    output = Path(provenance.resolve(config, job).output_dir)
-    named = f"output_dir = {str(output)!r}"
-    if config.output_dir.startswith("~"):  # which a shell leaves as it is behind a "=" or in quotes
-        yield f"output_dir = {config.output_dir!r}: ~ is no folder of this name; write the whole path, or $HOME"
+    if given.startswith("~"):  # which a shell leaves as it is behind a "=" or in quotes
+        yield f"{field} = {given!r}: ~ is no folder of this name; write the whole path, or $HOME"
         return
-    there = next(parent for parent in (output, *output.parents) if parent.exists())
+    folder = Path(value_at(provenance.resolve(config, job), field))
+    named = f"{field} = {str(folder)!r}"
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir():
         yield f"{named}: {there} is a file; give a folder"
         return
     try:
-        longest = max(len(os.fsencode(part)) for part in output.parts)
-        if longest > os.pathconf(there, "PC_NAME_MAX") or len(os.fsencode(output)) + _LONGEST_BELOW > _PATH_MAX:
+        longest = max(len(os.fsencode(part)) for part in folder.parts)
+        if longest > os.pathconf(there, "PC_NAME_MAX") or len(os.fsencode(folder)) + _LONGEST_BELOW > _PATH_MAX:
             yield f"{named}: too long a name for this file system; give a shorter one"
             return
         with tempfile.TemporaryFile(dir=there) as file:
@@ -62,7 +68,7 @@ def output(config: Config, job: str) -> Iterator[str]:
         return
     free = shutil.disk_usage(there).free / 2**30
     if free < _FREE_GB:
-        yield f"{named}: {free:.2f} GiB free there, and checkpoints need {_FREE_GB:g} or more; make room"
+        yield f"{named}: {free:.2f} GiB free there, and what is written needs {_FREE_GB:g} or more; make room"
 
 
 _STORES = ("sqlite", "postgresql", "mysql", "mssql")

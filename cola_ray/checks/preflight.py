@@ -34,7 +34,7 @@ def faults(config: Config, job: str) -> list[str]:
     """Everything that can be seen now. Empty ``job``: what the given paths are, whoever reads them."""
     lines = [*_paths(config, job), *_checkpoints(config, job), *_lengths(config, job)]
     if job and job != "plan":
-        lines += [*machine.output(config, job), *machine.addresses(config, job), *machine.machine(config, job)]
+        lines += [*machine.folders(config, job), *machine.addresses(config, job), *machine.machine(config, job)]
         lines += _rows(config, job)
     return lines
 
@@ -85,8 +85,6 @@ def _paths(config: Config, job: str) -> Iterator[str]:
     rows = "a file, folder or glob of .jsonl, .json, .parquet or .txt, or a hub id"
     for field, source in [("data.path", config.data.path), *_further_paths(config)]:
         yield from _path(field, source, rows, _TABLES)
-    if config.data.cache and Path(config.data.cache).is_file():
-        yield f"data.cache = {config.data.cache!r}: a file; give a folder, which may be new"
     if task.name == "data_science":
         yield from _path("task.path", task.path, "a CSV file", (".csv", ".tsv", ".txt"), folder=False)
     elif task.name == "gsm8k":

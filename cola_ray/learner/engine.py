@@ -18,6 +18,7 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from cola_ray.algorithms.gradients import NonFiniteError
+from cola_ray.learner import repartition
 from cola_ray.learner.published import Published
 from cola_ray.learner.sharding import Shards, zero_config
 from cola_ray.runs import checkpoints, resume
@@ -247,12 +248,21 @@ class ZeroEngine:
             (folder / "notes.json").write_text(json.dumps(notes))
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Returns the notes."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)
-        if path is None:
+        """Returns the notes. Any number of ranks may have saved; weights and optimizer are the same bit for bit."""
+        if repartition.saved_ranks(folder / "zero") not in (0, self.world_size):
+            self._load_of_other_ranks(folder / "zero")
+        elif self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)[0] is None:
             raise CheckpointError(f"no DeepSpeed checkpoint in {folder}")
         notes: dict[str, Any] = json.loads((folder / "notes.json").read_text())
         return notes
+
+    def _load_of_other_ranks(self, folder: Path) -> None:
+        """What ``load_checkpoint`` does, which refuses them. Frozen parameters and buffers are not in checkpoints."""
+        groups = [[parameter.ds_numel for parameter in group] for group in self.optimizer.fp16_groups]
+        self.optimizer.checkpoint_event_prologue()
+        state = repartition.state_of_rank(folder, groups, self.rank, self.world_size)
+        self.optimizer.load_state_dict([state] * self.world_size)
+        self.optimizer.checkpoint_event_epilogue()
 
     def close(self) -> None:
         self.engine.destroy()

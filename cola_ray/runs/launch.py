@@ -79,7 +79,7 @@ def begin(config: Config, job: str) -> Launch:
         return Launch(config, job, start, folder)
     checkpoints.remove_unfinished(folder.path)
     found = resume.newest_checkpoint(folder.path)
-    for line in resume.announcement(found, folder.path, is_new):
+    for line in resume.announcement(found, folder.path, is_new, config.cluster.learner_ranks):
         current().say(line)
     return Launch(config, job, start, folder, found.checkpoint is not None)
 

@@ -88,7 +88,7 @@ def resolve(config: Config, job: str) -> Config:
         changes |= {field: _absolute(value_at(config, field))}
     changes |= {"data.more_paths": tuple(map(_absolute, config.data.more_paths))}
     if config.data.cache:
-        changes |= {"data.cache": str(Path(config.data.cache).resolve())}
+        changes |= {"data.cache": str((results_root() / config.data.cache).resolve())}
     if not config.data.date:
         changes["data.date"] = _date(Path(changes["output_dir"]), start_model(config), config.resume)
     if not config.data.chat_options and reads(job, "data.chat_options"):

@@ -40,8 +40,8 @@ MAY_CHANGE = (
     "eval.ways", "eval.problems", "eval.ks", "eval.chunk",  # evaluate answers only what it has no prediction for yet
     "sweep.parallel", "reproduce.*",
 )  # fmt: skip
-"""Settings, by dotted field, that may differ when a run is resumed. ``cluster.learner_ranks`` is checked against the
-checkpoint, whose optimizer state is sharded over so many ranks; ``rl.max_steps`` must not be below the steps made."""
+"""Settings, by dotted field, that may differ when a run is resumed. ``rl.max_steps`` must not be below the steps
+made."""
 _INPUTS = ("model.path", "model.base", "data.path", "task.path", "task.game", "task.reward_model", "q.path",
            "critic.encoder")  # fmt: skip
 """Settings that may name local files or folders that a run is made from."""
@@ -85,14 +85,20 @@ def newest_checkpoint(folder: Path) -> Newest:
 _NEWEST: dict[Path, tuple[Any, Newest]] = {}
 
 
-def announcement(found: Newest, folder: Path, is_new: bool) -> list[str]:
-    """Return what to print about where the run continues from."""
+def announcement(found: Newest, folder: Path, is_new: bool, ranks: int) -> list[str]:
+    """Return what to print about where the run continues from.
+
+    Args:
+        ranks: of the learner, now.
+    """
     if is_new:
         return [f"nothing to resume in {folder}: a new run begins"]
     if found.checkpoint is None:
         return [f"no checkpoint in {folder / checkpoints.FOLDER} yet: the run begins again at step 0"]
     skipped = "".join(f"{why}, so it is skipped; " for why in found.damaged)
-    return [f"{skipped}resuming from the checkpoint of step {found.checkpoint.step}"]
+    saved = found.checkpoint.ranks
+    others = "" if saved == ranks else f", which {saved} learner ranks saved, on {ranks}"
+    return [f"{skipped}resuming from the checkpoint of step {found.checkpoint.step}{others}"]
 
 
 def digest(settings: Mapping[str, Any]) -> str:
@@ -165,10 +171,6 @@ def _checkpoint_refusals(config: Config, job: str, found: Newest) -> list[str]:
         return [f"resume = True: no checkpoint in {folder / checkpoints.FOLDER} is intact ({damage}); restore one from "
                 "a copy, or begin again with --overwrite"]  # fmt: skip
     lines = []
-    ranks = config.cluster.learner_ranks
-    if ranks != checkpoint.ranks:
-        lines.append(f"cluster.learner_ranks = {ranks}: the optimizer state in {checkpoint.folder} is sharded over "
-                     f"{checkpoint.ranks} ranks; use {checkpoint.ranks}")  # fmt: skip
     if job.startswith("rl_") and config.rl.max_steps < checkpoint.step:
         lines.append(f"rl.max_steps = {config.rl.max_steps}: the run has made {checkpoint.step} steps; use at least as "
                      "many")  # fmt: skip

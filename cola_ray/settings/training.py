@@ -189,10 +189,10 @@ class DataConfig(Branch):
     path: str = ""
     """JSON lines, Parquet or text file, folder or glob of them, or a hub id. Empty: the task's own problems."""
     more_paths: Unique[Name] = ()
-    """Further sources beside data.path, each like it."""
+    """Further sources to pre-train on, each given as data.path is."""
     weights: tuple[Positive, ...] = ()
-    """Shares of rows that data.path and each of data.more_paths have in pre-training, in any unit; a small source is
-    repeated. Empty: all documents as often as they are there, shuffled among each other."""
+    """Shares of the rows of each step that come from data.path and from each of data.more_paths, in any unit; small
+    sources are repeated. Empty: all documents of all sources once an epoch, shuffled together."""
     prompt_field: Name = "question"
     """Column of the prompt, where rows are prompt/response pairs."""
     response_field: Name = "answer"
@@ -200,14 +200,14 @@ class DataConfig(Branch):
     text_field: Name = "text"
     """Column of plain text or of whole conversations, where rows are documents."""
     streaming: bool = False
-    """Hub ids are read as they arrive; without it they are fetched first."""
+    """Read data sets of the hub while they arrive; without it they are downloaded first."""
     max_broken: Share = 0.0
-    """Share of a source's rows that may be broken: they are left out, counted and noted. 0: the first is refused."""
+    """Largest share of a source's rows that may be broken: they are skipped, counted and noted. 0: one ends the run."""
     cache: str = ""
-    """Folder of tokenised shards, which runs share; on clusters one that all nodes see. Empty: corpus beside the
-    outputs."""
+    """Folder of tokenised shards, which runs share and all nodes with learner ranks see; relative to what output_dir
+    is. Empty: corpus beside output_dir, such as outputs/corpus."""
     processes: Processes = 2
-    """That tokenise, on the node of the first learner rank. 1: this rank itself."""
+    """Processes that tokenise, on the node of the first learner rank. 1: the rank itself."""
     date: Annotated[str, AfterValidator(_a_day)] = ""
     """YYYY-MM-DD, told to chat templates that show a date. Empty: the start model's, else the day the run began."""
     chat_options: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)

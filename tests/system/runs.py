@@ -103,6 +103,21 @@ class Run:
         return victim
 
 
+def kill(run: Run) -> None:
+    """The whole of it at once, and wait until nothing is left."""
+    doomed = [run.process.pid, *(pid for pid, _, _ in descendants(run.process.pid))]
+    for pid in doomed:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    run.end()
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{pid}/exe") for pid in doomed):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def metrics(output: Path) -> dict[int, dict[str, float]]:
     """By step, those that settings and seed decide: no times, and nothing else of the machine."""
     return {

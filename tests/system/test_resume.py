@@ -1,8 +1,6 @@
 """Runs that are killed and resumed: bit for bit what they would have been, with replay and critic."""
 
-import os
 import pickle
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import Run, descendants, metrics
+from runs import Run, kill, metrics
 
 from cola_ray.runs import checkpoints
 
@@ -46,21 +44,6 @@ def player(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start_of(model, request):
     return lambda job: model if job == "rl_math" else request.getfixturevalue("player")
-
-
-def kill(run):
-    """The whole of it at once, and wait until nothing is left."""
-    doomed = [run.process.pid, *(pid for pid, _, _ in descendants(run.process.pid))]
-    for pid in doomed:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    run.end()
-    deadline = time.monotonic() + 60
-    while any(os.path.exists(f"/proc/{pid}/exe") for pid in doomed):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def assert_same(one, other, where="") -> None:

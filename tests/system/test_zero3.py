@@ -1,4 +1,7 @@
-"""ZeRO-3 on two ranks against one plain PyTorch process: same losses and weights over 20 RL steps, in each space."""
+"""ZeRO-3 on two ranks against one plain PyTorch process: same losses and weights over 20 RL steps, in each space.
+
+Half-way there is a checkpoint, from which the same two ranks go on, and three.
+"""
 
 import copy
 import faulthandler
@@ -14,6 +17,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import NUM_ACTIONS, VOCAB_SIZE
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
@@ -85,22 +89,57 @@ def batches(ranks: int, space: str) -> list[list[Batch]]:
     return steps
 
 
-def zero_rank(rank: int, port: int, space: str, model_dir: str, out: str) -> None:
-    faulthandler.enable()
+def spawned(loop, ranks: int, space: str, model_dir: Path, out: Path):
+    """What the first of so many ranks returned from ``loop(rank, learner, space, out)``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     try:
-        train_and_check(rank, port, space, model_dir, out)
+        mp.spawn(zero_rank, (loop, ranks, port, space, str(model_dir), str(out)), nprocs=ranks)
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        said = [f"{file.name}:\n{file.read_text()}" for file in sorted(out.glob("rank-*.txt"))]
+        pytest.fail("\n".join([str(error), *said]))
+    return torch.load(out / "result.pt")
+
+
+def zero_rank(rank: int, loop, ranks: int, port: int, space: str, model_dir: str, out: str) -> None:
+    faulthandler.enable()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        join_group("gloo")
+        found = loop(rank, RLLearner(settings(space), policy_of(space, model_dir)), space, out)
+        if rank == 0:
+            torch.save(found, f"{out}/result.pt")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     except BaseException:
         # When one rank fails, gloo may abort the other, and torch then reports only that one.
         Path(out, f"rank-{rank}.txt").write_text(traceback.format_exc())
         raise
 
 
-def train_and_check(rank: int, port: int, space: str, model_dir: str, out: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    torch.set_num_threads(1)
-    join_group("gloo")
-    learner = RLLearner(settings(space), policy_of(space, model_dir))
+def state_of(learner: RLLearner) -> dict[str, list[torch.Tensor]]:
+    """Float32 weights and Adam's moments of all that trains, whole; all ranks call."""
+    found = {}
+    for name, one in learner.zero.trained:
+        moments = [safe_get_full_optimizer_state(one, kind) for kind in ("exp_avg", "exp_avg_sq")]
+        found[name] = [tensor.clone() for tensor in (safe_get_full_fp32_param(one), *moments)]
+    return found
+
+
+def go_on(rank: int, learner: RLLearner, space: str, out: str):
+    """From the checkpoint of two ranks: what was loaded, and the weights at the end."""
+    learner.load(last_checkpoint(Path(out)).folder)
+    loaded = state_of(learner)
+    for parts in batches(learner.zero.world_size, space)[10:]:
+        learner.step(parts[rank])
+    policy = {name: tensor.clone() for name, tensor in learner.zero.stream(learner.policy.published())}
+    return {"loaded": loaded, "policy": policy}
+
+
+def train_and_check(rank: int, learner: RLLearner, space: str, out: str):
     published = learner.policy.published()
     assert learner.zero.zero_stage == 3
     for parts in batches(2, space)[:3]:  # a warm-up: what follows must be as if it had not been, see plain()
@@ -113,6 +152,7 @@ def train_and_check(rank: int, port: int, space: str, model_dir: str, out: str) 
         losses.append(metrics["q/error" if space == "actor_free" else "policy/loss"])
         if step == 9:  # half-way
             save_checkpoint(Path(out), learner.version, learner.save, pytest.fail)
+            saved = state_of(learner)
     straight = {name: tensor.clone() for name, tensor in learner.zero.stream(published)}
     checkpoint = last_checkpoint(Path(out))
     assert (checkpoint.step, checkpoint.ranks) == (13, 2)
@@ -138,10 +178,7 @@ def train_and_check(rank: int, port: int, space: str, model_dir: str, out: str) 
         learner.step(poisoned)
     for name, tensor in learner.zero.stream(published):
         assert torch.equal(tensor, resumed[name]), name
-    if rank == 0:
-        torch.save({"losses": losses, "policy": straight, "resumed": resumed}, f"{out}/result.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return {"losses": losses, "policy": straight, "resumed": resumed, "saved": saved}
 
 
 @pytest.fixture(scope="module", params=list(SPACES))
@@ -155,18 +192,16 @@ def model_dir(space, cola_dir, base_dir):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(space, model_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("zero")
-    (out / "config.json").write_text("{}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    try:
-        mp.spawn(zero_rank, (port, space, str(model_dir), str(out)), nprocs=2)
-    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-        said = [f"{file.name}:\n{file.read_text()}" for file in sorted(out.glob("rank-*.txt"))]
-        pytest.fail("\n".join([str(error), *said]))
-    return torch.load(out / "result.pt")
+def out(space, tmp_path_factory):
+    """Of the two ranks."""
+    folder = tmp_path_factory.mktemp("zero")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(space, model_dir, out):
+    return spawned(train_and_check, 2, space, model_dir, out)
 
 
 def plain(space, model_dir):
@@ -230,6 +265,18 @@ def test_two_zero3_ranks_equal_one_plain_process(space, model_dir, two_ranks):
 def test_saved_and_loaded_equals_straight_through_bit_for_bit(two_ranks):
     for name, tensor in two_ranks["policy"].items():
         assert torch.equal(tensor, two_ranks["resumed"][name]), name
+
+
+@pytest.mark.slow
+def test_three_ranks_go_on_from_the_checkpoint_of_two(space, model_dir, two_ranks, out):
+    """With its float32 weights and moments bit for bit; from then on sums are in another order."""
+    three = spawned(go_on, 3, space, model_dir, out)
+    assert three["loaded"].keys() == two_ranks["saved"].keys()
+    for name, tensors in three["loaded"].items():
+        assert all(map(torch.equal, tensors, two_ranks["saved"][name])), name
+    for name, tensor in three["policy"].items():
+        difference = (tensor - two_ranks["policy"][name]).abs().max()
+        assert difference <= WEIGHT_TOLERANCE, f"{name}: {difference}"
 
 
 def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_path):
