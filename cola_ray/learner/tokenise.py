@@ -70,7 +70,8 @@ def tokenise(
         named = f"{'data.path' if source == data.path else 'data.more_paths'} = {source!r}"
         fingerprint = _fingerprint(source, data, chat)
         digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-        folder = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(source).name)[:40]}-{digest}"
+        name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(source).name).strip("-.")
+        folder = cache / f"{name[:40] or 'corpus'}-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder, say):
             if not (folder / MANIFEST).exists():

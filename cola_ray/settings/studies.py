@@ -143,7 +143,7 @@ class ClusterConfig(Branch):
     address: str = ""
     """Ray cluster to attach to. Empty: RAY_ADDRESS or the running job's, else a local one for this run."""
     learner_ranks: Processes = 2
-    """ZeRO-3 ranks."""
+    """ZeRO-3 ranks. A run may be resumed on another number of them."""
     learner_placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     """Of the ranks, in Ray's words: on as few nodes as there are, on one, over many, each on its own."""
     learner_group: str = ""

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from cola_ray.runs import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-STEPS = {"base": 24, "actions": 24, "policy": 8}
+STEPS = {"base": 8, "actions": 12, "policy": 4}
 SETTINGS = ["--pretrain.save-every", "4", "--pretrain.batch-size", "12", "--pretrain.micro-batch-size", "2",
             "--task.num-problems", "300", "--output-dir", "outputs/run", "--data.weights", "1", "3"]  # fmt: skip
 SETTINGS += [word for stage, steps in STEPS.items() for word in (f"--pretrain.steps.{stage}", str(steps))]
-KILLED_AT = STEPS["base"] + 8
+KILLED_AT = STEPS["base"] + 4
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_killed_run_reads_the_same_documents_on_any_number_of_ranks(sources, t
     assert of_two.keys() == of_three.keys()
     losses = [{step: found[f"{stage}/loss"] for step, found in of_run.items() for stage in STEPS
                if f"{stage}/loss" in found and step > reached} for of_run in (of_two, of_three)]  # fmt: skip
-    assert len(losses[0]) >= 4
+    assert len(losses[0]) >= 3
     for step, loss in losses[0].items():
         # Sums are in another order. Other documents in a step of twelve rows would change its loss by percents.
         assert losses[1][step] == pytest.approx(loss, rel=1e-4), step
