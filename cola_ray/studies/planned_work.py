@@ -304,7 +304,9 @@ def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
 
 
 def pretraining(stage: PretrainStage, m: Sizes, rows: Rows, checkpoints: bool = False) -> Work:
-    """A stage of pre-training; all its tokens are scored. Not a step that measures the bare base, one in ten.
+    """A stage of pre-training; all its tokens are scored.
+
+    One step in ten of the stage actions also computes the bare base's logits, which are not counted.
 
     Args:
         checkpoints: whether layers that train, and the world model's blocks, are computed again.
