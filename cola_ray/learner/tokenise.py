@@ -124,6 +124,7 @@ def _fingerprint(source: str, data: DataConfig, chat: ChatTokenizer) -> dict[str
         "special": {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())},
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "date": chat.date if "strftime_now" in template else "",  # others show none
+        "options": chat.options,
         "fields": [data.prompt_field, data.response_field, data.text_field],
     }
 

@@ -95,7 +95,8 @@ def _counted(folders: list[str], seed: int, length: int, first: int, end: int) -
 def _chat(setup: dict[str, Any]) -> ChatTokenizer:
     from transformers import AutoTokenizer
 
-    return ChatTokenizer(AutoTokenizer.from_pretrained(setup["tokenizer"]), setup["date"])
+    tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"])
+    return ChatTokenizer(tokenizer, setup["date"], setup["data"]["chat_options"])
 
 
 def _own_stdout() -> TextIO:

@@ -344,6 +344,27 @@ def test_shards_have_what_the_file_says(tmp_path, tokenizer):
     assert tokenised(data, tokenizer, tmp_path / "cache")[0] != folders
 
 
+def test_what_the_chat_template_is_told_is_told_to_all_processes(tmp_path):
+    """Ids with another switch are another corpus, whoever tokenises."""
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        row = {"question": f"w{number + 3}", "answer": "w9"}
+        (tmp_path / "in" / f"{number}.jsonl").write_text(json.dumps(row))
+    of_model = words()
+    of_model.chat_template = "{% for m in messages %}{{ m.content }} {% if loud %}w50 {% endif %}{% endfor %}"
+    of_model.save_pretrained(tmp_path / "tokenizer")
+    found = {}
+    for loud, processes in itertools.product((True, False), (1, 2)):
+        data = DataConfig(path=str(tmp_path / "in"), processes=processes, chat_options={"loud": loud})
+        chat = ChatTokenizer(of_model, "2026-01-01", data.chat_options)
+        folders, _ = tokenised(data, (tmp_path / "tokenizer", chat), tmp_path / f"cache-{processes}")
+        found[loud, processes] = contents(folders)
+    loud_word = of_model.convert_tokens_to_ids("w50")
+    assert found[True, 1] == found[True, 2] != found[False, 1] == found[False, 2]
+    assert all(loud_word in ids for ids, _ in found[True, 1])
+    assert not any(loud_word in ids for ids, _ in found[False, 1])
+
+
 def test_parts_that_were_cut_in_another_way_are_made_again(tmp_path, tokenizer):
     texts = [" ".join(lines_of(40, seed)) for seed in range(1000)]
     file = tmp_path / "x.txt"
