@@ -52,7 +52,7 @@ def check(config: Config, job: str = "") -> None:
         raise ConfigError("\n".join(nowhere))
     rules = (*_RULES, *_OF_JOB.get(job, ()))
     lines = dict.fromkeys(line for rule in rules for line in rule(config))
-    lines |= dict.fromkeys(preflight.faults(config, job))
+    lines |= dict.fromkeys([*_check_batches(config, job), *preflight.faults(config, job)])
     if job:
         lines |= dict.fromkeys(launch.refusals(config, job))
     lines |= dict.fromkeys([] if lines else preflight.further_faults(config, job))
@@ -89,17 +89,17 @@ def _check_actions(config: Config) -> list[str]:
     ]
 
 
-def _check_batches(config: Config) -> list[str]:
-    ranks = config.cluster.learner_ranks
-    lines = []
-    for field, value in (
-        ("rl.prompts_per_step x rl.group_size", config.rl.prompts_per_step * config.rl.group_size),
-        ("pretrain.batch_size", config.pretrain.batch_size),
+def _check_batches(config: Config, job: str) -> list[str]:
+    ranks, lines = config.cluster.learner_ranks, []
+    for fields, value in (
+        (("rl.prompts_per_step", "rl.group_size"), config.rl.prompts_per_step * config.rl.group_size),
+        (("pretrain.batch_size",), config.pretrain.batch_size),
     ):
-        if value % ranks:
-            lines.append(f"{field} = {value}: does not divide over cluster.learner_ranks = {ranks}; use a multiple")
+        named = " x ".join(fields)
+        if value % ranks and relevance.has_effect(config, job, fields[0]):
+            lines.append(f"{named} = {value}: does not divide over cluster.learner_ranks = {ranks}; use a multiple")
         if value > _MOST_SEQUENCES:
-            lines.append(f"{field} = {value}: sequences of one step; use at most {_MOST_SEQUENCES}")
+            lines.append(f"{named} = {value}: sequences of one step; use at most {_MOST_SEQUENCES}")
     return lines
 
 
@@ -317,7 +317,6 @@ Rule = Callable[[Config], list[str]]
 _RULES: tuple[Rule, ...] = (
     combinations.refused,
     _check_actions,
-    _check_batches,
     engine_args.faults,
     _check_paths,
     _check_sources,

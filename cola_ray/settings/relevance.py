@@ -214,6 +214,11 @@ def unread(config: Config, job: str) -> list[str]:
     return [f"{field} = {value!r}: {why}" for field, value, why in whys if why]
 
 
+def has_effect(config: Config, job: str, field: str) -> bool:
+    """Whether the job, or any where it is empty, reads a dotted field in these settings."""
+    return not job or not _why_unread(config, job, field)
+
+
 def _why_unread(config: Config, job: str, field: str) -> str:
     """Why a setting has no effect in the job, and who does read it; empty where it has one."""
     if field == "preset" or (field == "task.name" and reads(job, field)):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 from cola_ray.runs import event_log
 
 ROOT = Path(__file__).parents[2]
-OF_THE_MACHINE = ("time/", "memory/", "learner/tokens_per_second", "rollout/tokens_per_second")
+OF_THE_MACHINE = re.compile("time/|memory/|.*/tokens_per_second$")
 # A base trained just long enough to be right now and then, so that RL has something to learn from.
 SHORT_PRETRAINING = [
     "--pretrain.steps.base", "120", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40"
@@ -121,7 +122,7 @@ def kill(run: Run) -> None:
 def metrics(output: Path) -> dict[int, dict[str, float]]:
     """By step, those that settings and seed decide: no times, and nothing else of the machine."""
     return {
-        step: {name: value for name, value in of_step.items() if not name.startswith(OF_THE_MACHINE)}
+        step: {name: value for name, value in of_step.items() if not OF_THE_MACHINE.match(name)}
         for step, of_step in event_log.history(event_log.read(output)).items()
     }
 
