@@ -164,7 +164,7 @@ rl_math --rl.max-steps 99999999999 | rl.max_steps = 99999999999: out of range
 rl_math --rl.group-size 1 | rl.group_size = 1: grpo compares
 rl_math --rl.group-size 0 | rl.group_size = 0: out of range
 rl_math --rl.prompts-per-step 3 --rl.group-size 3 | rl.prompts_per_step x rl.group_size = 9: does not divide
-rl_math --rl.prompts-per-step 6 --cluster.learner-ranks 3 | pretrain.batch_size = 64: does not divide over
+rl_math --rl.prompts-per-step 5 --cluster.learner-ranks 5 | pretrain.batch_size = 12: does not divide over
 rl_math --rl.algorithm gpro | rl.algorithm = 'gpro': unknown; did you mean grpo?
 rl_math --rl.algorithm archer | rl.algorithm = 'archer': learns from turns
 rl_math --rl.algorithm etpo --rl.kl-coef 0 | rl.kl_coef = 0.0: etpo divides by it
@@ -534,7 +534,7 @@ pretrain --model.base llama --data.path null.jsonl --data.max-broken 0.5
 pretrain --model.path cola --pretrain.stages fta_idm fta_policy --data.path good.jsonl
 pretrain --pretrain.steps.base 800 --pretrain.stages base
 pretrain --pretrain.batch-size 12 --cluster.learner-ranks 3
-rl_math --model.path cola --rl.prompts-per-step 6 --cluster.learner-ranks 3
+rl_math --model.path cola --rl.prompts-per-step 5 --cluster.learner-ranks 5
 reward_model --task.path pairs.jsonl --model.base llama --pretrain.batch-size 9 --cluster.learner-ranks 3
 evaluate --model.path cola
 evaluate --model.path cola --rl.actor-free --rl.algorithm etpo --rl.kl-coef 0.05
