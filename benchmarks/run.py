@@ -37,7 +37,9 @@ from record import RESULTS, ROOT, record
 from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.experience import Batch, Group, Ticket, Trajectory, collate
+from cola_ray.batch import Batch, Group, apart, as_groups, collate
+from cola_ray.experience import Ticket, Trajectory
+from cola_ray.packing import pack
 from cola_ray.settings.config import Config, override
 from cola_ray.settings.presets import preset
 
@@ -98,7 +100,7 @@ def random_batch(
         )
         for _ in range(count)
     ]  # fmt: skip
-    (batch,) = collate(items, draw.normal(size=count).tolist(), 1, 0, 0, micro_batch_tokens)
+    (batch,) = collate(pack(items), draw.normal(size=count).tolist(), 1, 0, 0, micro_batch_tokens)
     return batch
 
 
@@ -226,7 +228,11 @@ class EchoWorker:
         return version
 
     async def generate_groups(self, tickets: list[Ticket]) -> list[Group]:
-        return [Group(ticket.position, self.trajectories) for ticket in tickets]
+        return as_groups([(ticket.position, self.trajectories, None) for ticket in tickets])
+
+    async def generate_in_parts(self, tickets: list[Ticket]) -> list[Any]:
+        groups, data = apart(await self.generate_groups(tickets))
+        return [groups, *data]
 
 
 def orchestration() -> dict[str, float]:

@@ -55,11 +55,13 @@ async def one_iteration(config, model):
     engine.join_group("gloo")
     learner = rl.RLLearner(config, policies.make_policy(config, model))
     await loop.begin(0, learner.buckets())
-    batch = await loop.next_batch(rank=0, version=0)  # tickets, rollouts, rewards, advantages, collated
-    print(f"produced {len(batch.input_ids)} sequences with {batch.num_actions_global} actions, for example")
-    for row, said in enumerate(batch.action_mask[:3]):
-        text = worker.tokenizer.decode(batch.input_ids[row][batch.attention_mask[row] == 1])
-        print(f"  {text!r}: actions {batch.actions[row][said]}, advantage {batch.advantages[row][said][0]:+.2f}")
+    batch = await loop.next_batch(rank=0, version=0)  # tickets, rollouts, rewards, advantages, dealt out to ranks
+    batch = batch.fetched()
+    print(f"produced {len(batch.sequences)} sequences with {batch.num_actions_global} actions, for example")
+    for row in range(3):
+        prompt, response = batch.sequences.prompts[row], batch.sequences.responses[row]
+        text, actions = worker.tokenizer.decode([*prompt, *response]), batch.sequences.actions[row]
+        print(f"  {text!r}: actions {actions}, advantage {batch.advantages[row]:+.2f}")
     metrics = learner.step(batch)
     print(f"learnt from them: loss {metrics['policy/loss']:+.4f}, gradient norm {metrics['policy/grad_norm']:.4f}")
     await loop.publish(1, learner.buckets(), metrics)

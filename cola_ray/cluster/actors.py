@@ -11,12 +11,14 @@ The only file that says ``ray.remote``. What is asked through it knows nothing o
 interface that its callers take, and maps Ray's errors to theirs.
 """
 
+import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +27,9 @@ import ray
 from ray.util.metrics import Gauge
 
 from cola_ray import registry
+from cola_ray.batch import Batch, Group, Held, together
 from cola_ray.cluster import head, watch
-from cola_ray.experience import Batch
+from cola_ray.experience import Ticket
 from cola_ray.loop.workers import WorkerLostError, WorkerNeverRanError
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
@@ -190,22 +193,38 @@ class RayWorkers:
         return worker
 
     async def call(self, worker: Any, method: str, *args: Any) -> Any:
+        ask = functools.partial(self._groups, worker) if method == "generate_groups" else getattr(worker, method).remote
         try:
-            return await _answer(worker, method, args, "a rollout worker", WorkerLostError)
+            return await _answer(ask, args, "a rollout worker", WorkerLostError)
         except WorkerLostError as lost:
             # A successor may be sent to a lost machine until Ray's health checks have missed it, and falls with it.
             if "The actor never ran" in str(lost.__cause__):
                 raise WorkerNeverRanError(str(lost)) from lost
             raise
 
+    async def _groups(self, worker: Any, tickets: Sequence[Ticket]) -> list[Group]:
+        """Groups whose tokens stay in the store, for the ranks to fetch by reference.
+
+        What an actor returns belongs to whoever asked: it stays in the store of the worker's machine when the worker
+        dies. It is mapped here, too, not read: then there is a copy on this machine, in case the other one dies.
+        """
+        rl = self.args[0].rl
+        states = len(tickets) * rl.group_size if rl.cache_hidden_states else 0
+        groups, *parts = worker.generate_in_parts.options(num_returns=2 + states).remote(tickets)
+        made = await groups
+        values = await asyncio.gather(*parts)
+        return together(made, [Held(*pair) for pair in zip(values, parts, strict=True)])
+
     def kill(self, worker: Any) -> None:
         ray.kill(worker)
 
 
-async def _answer(actor: Any, method: str, args: Sequence[Any], who: str, lost: type[Exception]) -> Any:
-    """What an actor's method returns or raises; ``lost`` where the actor died, RuntimeError where it never ran."""
+async def _answer(ask: Callable[..., Awaitable[Any]], args: Sequence[Any], who: str, lost: type[Exception]) -> Any:
+    """What an actor returns or raises; ``lost`` where it died, or its answer was; RuntimeError where it never ran."""
     try:
-        return await getattr(actor, method).remote(*args)
+        return await ask(*args)
+    except ray.exceptions.ObjectLostError as error:  # with its machine, before it was fetched
+        raise lost(str(error).splitlines()[0]) from error
     except ray.exceptions.RayActorError as error:
         lines = str(error).strip().splitlines()
         if "creation task" in lines[0]:  # another one, or the same started again, would fail in the same way
@@ -226,7 +245,8 @@ class RemoteController:
         ray.get(self.controller.begin.remote(version, [ray.put(bucket) for bucket in buckets], state))
 
     def next_batch(self, rank: int, version: int) -> Batch | None:
-        return ray.get(self.controller.next_batch.remote(rank, version))
+        batch = ray.get(self.controller.next_batch.remote(rank, version))
+        return None if batch is None else batch.fetched(ray.get)
 
     def offer(self, version: int, manifest: Manifest) -> Channel:
         return ray.get(self.controller.offer.remote(version, manifest, *meeting_point()))
@@ -304,7 +324,7 @@ class RemoteReplicas:
         self.actors = actors
 
     async def __call__(self, replica: int, method: str, *args: Any) -> Any:
-        return await _answer(self.actors[replica], method, args, "a critic", ReplicaLostError)
+        return await _answer(getattr(self.actors[replica], method).remote, args, "a critic", ReplicaLostError)
 
 
 def reward_model(config: Config) -> RewardFunction | None:

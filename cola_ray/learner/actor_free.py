@@ -16,7 +16,7 @@ from cola_ray.algorithms import etpo
 from cola_ray.algorithms.advantages import beyond_noise
 from cola_ray.algorithms.heads import polyak_
 from cola_ray.algorithms.policy_loss import entropy, exact_kl
-from cola_ray.experience import Batch
+from cola_ray.batch import Batch
 from cola_ray.learner import sums
 from cola_ray.learner.engine import ZeroEngine
 from cola_ray.learner.micro_batch import Encoded, Frozen, MicroBatch

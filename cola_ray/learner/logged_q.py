@@ -21,7 +21,8 @@ from cola_ray.algorithms.double_q import double_q_values
 from cola_ray.algorithms.etpo import soft_targets
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.algorithms.heads import HeadLearner
-from cola_ray.experience import Trajectory, collate
+from cola_ray.batch import collate
+from cola_ray.experience import Trajectory
 from cola_ray.learner import supervised
 from cola_ray.learner.engine import Report, last_checkpoint
 from cola_ray.learner.micro_batch import Encoded, MicroBatch
@@ -29,6 +30,7 @@ from cola_ray.learner.sharding import fill
 from cola_ray.model.conversion import opened
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
 from cola_ray.model.tensors import empty
+from cola_ray.packing import pack
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import Q_STAGE
 from cola_ray.tasks.logged import LoggedAnswer, logged
@@ -184,7 +186,7 @@ class LoggedQLearner(HeadLearner):
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         rewards = [answer.reward for answer in answers]
         pad = self.model.config.pad_token_id or 0
-        batch = collate(answers, rewards, ranks, pad, 0, self.config.rl.micro_batch_tokens)[rank]
+        batch = collate(pack(answers), rewards, ranks, pad, 0, self.config.rl.micro_batch_tokens)[rank]
         cut = [MicroBatch.cut(batch, *one, self.device) for one in batch.micro_batches]
         with torch.no_grad():
             encoded = [Encoded(one, self.model.encode(one.input_ids, one.attention_mask), one.rewards) for one in cut]

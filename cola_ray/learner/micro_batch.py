@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cola_ray.experience import Batch
+from cola_ray.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,15 @@ class MicroBatch:
         Args:
             score_last: score each row's last position, too, whose value counts where a limit cut the episode.
         """
-
-        def rows(name: str) -> Tensor:  # a copy: arrays from Ray's object store are read-only
-            return torch.tensor(getattr(batch, name)[start:stop, :width], device=device)
-
-        names = ("input_ids", "attention_mask", "actions", "action_mask", "rollout_log_probs", "advantages", "rewards",
-                 "discounts")  # fmt: skip
-        fields = {name: rows(name) for name in names}
-        hidden_states = None if batch.hidden_states is None else rows("hidden_states")
-        if hidden_states is not None and hidden_states.dtype is torch.int16:  # NumPy has no bfloat16
-            hidden_states = hidden_states.view(torch.bfloat16)
+        padded = vars(batch.padded(start, stop, width))
+        fields = {name: torch.from_numpy(rows).to(device) for name, rows in padded.items() if rows is not None}
+        states = fields.get("hidden_states")
+        if states is not None and states.dtype is torch.int16:  # NumPy has no bfloat16
+            fields["hidden_states"] = states.view(torch.bfloat16)
         scored = fields["action_mask"]
         if score_last:
             scored = scored | last_positions(fields["attention_mask"])
-        return cls(**fields, scored_mask=scored, hidden_states=hidden_states)
+        return cls(**fields, scored_mask=scored)
 
     def taken(self, values: Tensor) -> Tensor:
         """Of the actions taken: (N, K) -> (N,)."""

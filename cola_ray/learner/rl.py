@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cola_ray.algorithms.advantages import within_noise
 from cola_ray.algorithms.policy_loss import adapted_kl_coef
-from cola_ray.experience import Batch
+from cola_ray.batch import Batch
 from cola_ray.learner import sums
 from cola_ray.learner.actor_free import ActorFreeUpdate
 from cola_ray.learner.engine import ZeroEngine, placement

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from cola_ray.algorithms.gradients import NonFiniteError
-from cola_ray.experience import Batch
+from cola_ray.batch import Batch
 from cola_ray.learner.engine import last_checkpoint, save_checkpoint
 from cola_ray.learner.policies import export, make_policy
 from cola_ray.learner.rl import RLLearner

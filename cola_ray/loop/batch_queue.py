@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cola_ray.experience import Batch
+from cola_ray.batch import Batch
 from cola_ray.loop.supervisor import Supervisor
 
 _BETWEEN_STEPS = "the learner, which saves or goes on to its next step"

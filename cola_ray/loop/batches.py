@@ -1,6 +1,6 @@
-"""From a step's trajectories to a batch for each learner rank: advantages, replay for some algorithms, collation.
+"""From a step's sequences to a batch for each learner rank: advantages, replay for some algorithms, collation.
 
-outcomes of each prompt ── advantages ──> one a trajectory ──> collate ──> Batch, one a rank
+outcomes of each prompt ── advantages ──> one a sequence ──> collate ──> Batch, one a rank
                                                  │                ^
                                                  └─ actor_free: replay
 """
@@ -13,10 +13,11 @@ import torch
 
 from cola_ray.algorithms.advantages import Outcomes
 from cola_ray.algorithms.latent_actions import usage
-from cola_ray.experience import Batch, Trajectory, Turn, collate
+from cola_ray.batch import Batch, Picked, Tally, collate
 from cola_ray.loop.evaluation import HeldOut
 from cola_ray.loop.replay_client import ReplayClient
 from cola_ray.loop.workers import WorkerGroup
+from cola_ray.packing import Packed, pack
 from cola_ray.replay.transitions import as_completion_rows, as_trajectories
 from cola_ray.settings.config import Config
 
@@ -81,22 +82,28 @@ class BatchMaker:
             "time/rollout": seconds,
         }
 
-    def measured(self, said: Sequence[Trajectory | Turn], rewards: Sequence[float], step: int) -> Metrics:
+    def measured(
+        self, lengths: Sequence[int], actions: Tally, versions: Tally, rewards: Sequence[float], step: int
+    ) -> Metrics:
         """Of what the policy said in a step's rollouts, of which there is one for each reward.
 
         Their mean length also tells how much work a rollout is taken to be from now on.
+
+        Args:
+            lengths: of each thing said, a completion or a turn.
+            actions: all that were taken.
+            versions: of the policies that chose them.
         """
-        lengths = np.array([len(one.token_ids) for one in said])
-        actions = np.concatenate([one.actions for one in said])
-        staleness = step - np.concatenate([one.versions for one in said])
-        counts = torch.from_numpy(np.bincount(actions, minlength=self.config.model.num_actions))
+        staleness = step - versions.values
+        counts = torch.zeros(max(self.config.model.num_actions, int(actions.values[-1]) + 1), dtype=torch.long)
+        counts[torch.from_numpy(actions.values).long()] = torch.from_numpy(actions.counts).long()
         totals = self.workers.totals
-        totals.response_length = 0.9 * totals.response_length + 0.1 * float(lengths.sum() / len(rewards))
+        totals.response_length = 0.9 * totals.response_length + 0.1 * float(np.sum(lengths) / len(rewards))
         return {
             "reward/mean": float(np.mean(rewards)),
             "reward/std": float(np.std(rewards)),
-            "rollout/response_length": float(lengths.mean()),
-            "staleness/mean": float(staleness.mean()),
+            "rollout/response_length": float(np.mean(lengths)),
+            "staleness/mean": float(staleness @ versions.counts / versions.counts.sum()),
             "staleness/max": float(staleness.max()),
             **usage(counts),
         }
@@ -107,24 +114,31 @@ class BatchMaker:
         return [advantages.tolist() for advantages in found]
 
     async def train_on(
-        self, positions: Sequence[int], trajectories: Sequence[Trajectory], advantages: Sequence[float], step: int
+        self,
+        sequences: Packed | Picked,
+        advantages: Sequence[float],
+        positions: Sequence[int],
+        versions: Sequence[int],
+        step: int,
     ) -> tuple[list[Batch], Metrics]:
         """A batch a rank: of these; without an actor, of as many out of replay, where these go first.
 
         Args:
-            positions: of the trajectories' tickets.
+            positions: of the sequences' tickets.
+            versions: of the policies that chose the sequences' first actions.
         """
         if not self.config.rl.actor_free:
-            return self.collate(trajectories, advantages, step), {}
-        await self.replay.store(as_completion_rows(positions, trajectories, np.asarray(advantages)))
-        rows = await self.replay.sample(len(trajectories), step)
+            return self.collate(sequences, advantages, step), {}
+        here = sequences if isinstance(sequences, Packed) else sequences.fetched()
+        await self.replay.store(as_completion_rows(positions, versions, here, np.asarray(advantages)))
+        rows = await self.replay.sample(len(sequences), step)
         age = {"replay/age": float(step - np.mean(rows["version"].to_numpy()))}
-        batches = self.collate(as_trajectories(rows), rows["outcome"].to_pylist(), step)
+        batches = self.collate(pack(as_trajectories(rows)), rows["outcome"].to_pylist(), step)
         return batches, age | await self.replay.size()
 
-    def collate(self, trajectories: Sequence[Trajectory], advantages: Sequence[float], step: int) -> list[Batch]:
+    def collate(self, sequences: Packed | Picked, advantages: Sequence[float], step: int) -> list[Batch]:
         """One batch for each learner rank."""
         return collate(
-            trajectories, advantages, self.config.cluster.learner_ranks, self.workers.facts["pad_token_id"], step,
+            sequences, advantages, self.config.cluster.learner_ranks, self.workers.facts["pad_token_id"], step,
             self.config.rl.micro_batch_tokens,
         )  # fmt: skip

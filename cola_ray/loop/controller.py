@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cola_ray.experience import Batch
+from cola_ray.batch import Batch
 from cola_ray.loop.batch_queue import BatchQueue
 from cola_ray.loop.batches import Source
 from cola_ray.loop.checkpoints import Checkpoints
@@ -88,7 +88,7 @@ class Controller:
         await self.batches.put(step, batches, metrics)
 
     async def next_batch(self, rank: int, version: int) -> Batch | None:
-        """This rank's share of the batch that ``version`` is to train on; None when the run is over."""
+        """This rank's share of the batch that ``version`` is to train on, to be fetched; None when the run is over."""
         batch = await self.batches.get(rank, version)
         if batch is None:
             await self.weights.settled(version)

@@ -28,12 +28,14 @@ import pyarrow as pa
 import torch
 
 from cola_ray.algorithms.advantages import Outcomes, all_alike, centred
-from cola_ray.experience import Batch, Episode, Ticket, Trajectory
+from cola_ray.batch import Batch, Tally
+from cola_ray.experience import Episode, Ticket, Trajectory
 from cola_ray.loop.batches import BatchMaker, Metrics
 from cola_ray.loop.evaluation import HeldOut, returned
 from cola_ray.loop.replay_client import ReplayClient
 from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup
+from cola_ray.packing import pack
 from cola_ray.replay.service import Shards
 from cola_ray.replay.transitions import as_rows, as_trajectories, fresh_rows
 from cola_ray.settings.config import Config
@@ -203,7 +205,8 @@ class Episodes:
                 trajectories += pieces
                 advantages += [advantage] * len(pieces)
                 positions += [episode.position] * len(pieces)
-        return await self.batches.train_on(positions, trajectories, advantages, step)
+        versions = [int(one.versions[0]) for one in trajectories]
+        return await self.batches.train_on(pack(trajectories), advantages, positions, versions, step)
 
     def _batches_that(
         self, trains: bool, trajectories: Sequence[Trajectory], advantages: Sequence[float], step: int
@@ -212,7 +215,7 @@ class Episodes:
         if not trains:
             count = self.config.cluster.learner_ranks
             trajectories, advantages = trajectories[:count], advantages[:count]
-        return [replace(batch, trains=trains) for batch in self.batches.collate(trajectories, advantages, step)]
+        return [replace(batch, trains=trains) for batch in self.batches.collate(pack(trajectories), advantages, step)]
 
     # --- the critic -------------------------------------------------------------------------------------------------
 
@@ -250,7 +253,9 @@ class Episodes:
     def _measure(self, episodes: Sequence[Episode], step: int, seconds: float) -> Metrics:
         turns = [turn for episode in episodes for turn in episode.turns]
         returns = [episode.total_reward for episode in episodes]
-        return self.batches.counted(seconds) | self.batches.measured(turns, returns, step) | {
+        lengths = [len(turn.token_ids) for turn in turns]
+        actions, versions = Tally.of([turn.actions for turn in turns]), Tally.of([turn.versions for turn in turns])
+        return self.batches.counted(seconds) | self.batches.measured(lengths, actions, versions, returns, step) | {
             "agent/episodes": float((step + 1) * self.config.rl.prompts_per_step * self.config.rl.group_size),
             "agent/turns": len(turns) / len(episodes),
             "agent/terminated": float(np.mean([episode.terminated for episode in episodes])),

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from cola_ray.algorithms.advantages import Outcomes, all_alike, overlong_penalty
-from cola_ray.experience import Batch, Group, Ticket, Trajectory
+from cola_ray.batch import Batch, Group, Picked, Sample, Tally
+from cola_ray.experience import Ticket
 from cola_ray.loop.batches import BatchMaker, Metrics
 from cola_ray.loop.evaluation import HeldOut, graded
 from cola_ray.loop.replay_client import ReplayClient
@@ -44,7 +45,7 @@ class Collected:
         return [*self.groups, *self.refills]
 
     @property
-    def asked(self) -> list[Trajectory]:
+    def asked(self) -> list[Sample]:
         """All completions, also those whose reward failed."""
         return [one for group in self.groups_of_all for one in group.asked]
 
@@ -129,7 +130,7 @@ class Problems:
 
     async def to_batches(self, rollouts: Collected, step: int) -> tuple[list[Batch], Metrics]:
         groups = taught = rollouts.groups
-        more = {"rollout/tokens_per_second": sum(len(one.token_ids) for one in rollouts.asked) / rollouts.seconds}
+        more = {"rollout/tokens_per_second": sum(one.length for one in rollouts.asked) / rollouts.seconds}
         if self.config.rl.dynamic_sampling:
             taught = [group for group in rollouts.groups_of_all if self._differs(group)]
             more["rollout/refilled_groups"] = float(len(rollouts.refills))
@@ -139,9 +140,10 @@ class Problems:
             raise RuntimeError("a step has no sample with a reward")
         of_groups = self.batches.advantages([self.outcomes(group) for group in scored])
         batches, replayed = await self.batches.train_on(
-            [group.position for group in scored for _ in group.scored],
-            [trajectory for group in scored for trajectory in group.scored],
+            Picked.of_groups(scored),
             [advantage for of_group in of_groups for advantage in of_group],
+            [group.position for group in scored for _ in group.scored],
+            [sample.version for group in scored for sample in group.scored],
             step,
         )
         return batches, self._measure(groups, step, rollouts.seconds) | more | replayed
@@ -157,7 +159,7 @@ class Problems:
         rewards = torch.tensor([one.reward for one in whole], dtype=torch.float64)
         limit, buffer = self.config.rollout.max_new_tokens, self.config.rl.overlong_buffer
         if buffer and not (self.batches.algorithm.within_prompts and all_alike(rewards)):
-            lengths = [len(one.token_ids) for one in whole]
+            lengths = [one.length for one in whole]
             rewards -= torch.tensor([overlong_penalty(length, limit, buffer) for length in lengths])
         return Outcomes(rewards[: len(group.scored)], float(rewards[-1]) if greedy else float("nan"))
 
@@ -168,22 +170,19 @@ class Problems:
         scored = [group for group in groups if group.scored]
         if not scored:
             return counted
-        trajectories = [trajectory for group in scored for trajectory in group.scored]
-        return counted | self.batches.measured(trajectories, [one.reward for one in trajectories], step) | {
+        samples = [sample for group in scored for sample in group.scored]
+        actions, versions = (Tally.over(getattr(group, name) for group in scored) for name in ("actions", "versions"))
+        lengths, rewards = [one.length for one in samples], [one.reward for one in samples]
+        return counted | self.batches.measured(lengths, actions, versions, rewards, step) | {
             "reward/zero_variance_groups": float(np.mean([not _has_signal(group) for group in scored])),
-            "rollout/distinct": float(np.mean([_distinct(group) for group in scored])),
-            "rollout/truncated": float(np.mean([trajectory.truncated for trajectory in trajectories])),
+            "rollout/distinct": float(np.mean([group.distinct / len(group.scored) for group in scored])),
+            "rollout/truncated": float(np.mean([sample.truncated for sample in samples])),
         }  # fmt: skip
 
 
 def _has_signal(group: Group) -> bool:
     """Whether its rewards differ by more than rounding."""
     return not all_alike(torch.from_numpy(group.rewards))
-
-
-def _distinct(group: Group) -> float:
-    """Different completions of a group over all of them."""
-    return len({one.token_ids.tobytes() for one in group.scored}) / len(group.scored)
 
 
 @functools.lru_cache(maxsize=2)  # a step may reach into the next epoch

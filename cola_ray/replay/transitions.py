@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from cola_ray.experience import Episode, Trajectory, was_said
+from cola_ray.packing import Packed, Ragged, Runs
 from cola_ray.replay.critic import CriticBatch, Inputs
 
 Array = np.ndarray
@@ -73,18 +74,24 @@ def as_rows(episodes: Sequence[Episode], width: int) -> pa.Table:
     return pa.table(arrays, schema=fields)
 
 
-def as_completion_rows(positions: Sequence[int], trajectories: Sequence[Trajectory], outcomes: Array) -> pa.Table:
-    """One row per trajectory, in order; ``outcomes`` (B,) are rewards of trajectories without rewards per action."""
+def as_completion_rows(
+    positions: Sequence[int], versions: Sequence[int], sequences: Packed, outcomes: Array
+) -> pa.Table:
+    """One row per sequence, in order; ``outcomes`` (B,) are rewards of sequences without rewards per action."""
+
+    def rows(column: Ragged | Runs | None) -> list[Array | None]:
+        return [None if column is None else column[row] for row in range(len(sequences))]
+
     ids, per_action = pa.list_(pa.int32()), pa.list_(pa.float32())
     return pa.table({
         "position": pa.array(positions, pa.int64()),
-        "state_ids": pa.array([one.prompt_ids for one in trajectories], ids),
-        "utterance_ids": pa.array([one.token_ids for one in trajectories], ids),
-        "actions": pa.array([one.actions for one in trajectories], ids),
-        "version": pa.array([one.versions[0] for one in trajectories], pa.int32()),
-        "action_mask": pa.array([one.action_mask for one in trajectories], pa.list_(pa.bool_())),
-        "rewards": pa.array([one.rewards for one in trajectories], per_action),
-        "discounts": pa.array([one.discounts for one in trajectories], per_action),
+        "state_ids": pa.array(rows(sequences.prompts), ids),
+        "utterance_ids": pa.array(rows(sequences.responses), ids),
+        "actions": pa.array(rows(sequences.actions), ids),
+        "version": pa.array(versions, pa.int32()),
+        "action_mask": pa.array(rows(sequences.action_mask), pa.list_(pa.bool_())),
+        "rewards": pa.array(rows(sequences.rewards), per_action),
+        "discounts": pa.array(rows(sequences.discounts), per_action),
         "outcome": pa.array(outcomes, pa.float32()),
     })  # fmt: skip
 

@@ -6,7 +6,7 @@
       AgentWorker          play_episodes, speak, evaluate: multi-turn environments (rollout/agent_worker.py)
       ContinuationWorker   continue_prefixes: for studies of diversity (rollout/continuation_worker.py)
 
-    generate_groups(tickets) ─> requests ─> RunningBatch ─> completions ─> texts ─> rewards ─> Groups
+    generate_groups(tickets) ─> requests ─> RunningBatch ─> completions ─> texts ─> rewards ─> Groups of one Share
 
 Calls overlap, since the actor is asyncio.
 """
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from cola_ray.experience import Group, Ticket, Trajectory
+from cola_ray.batch import Group, apart, as_groups
+from cola_ray.experience import Ticket, Trajectory
 from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
@@ -151,7 +152,7 @@ class RolloutWorker(EngineWorker):
         }
 
     async def generate_groups(self, tickets: Sequence[Ticket]) -> list[Group]:
-        """Return a group of ``rl.group_size`` scored completions per ticket, in order.
+        """Return a group of ``rl.group_size`` scored completions per ticket, in order, all of one share.
 
         Draws depend on (run seed, ticket's position, index within the group) alone, so it does not matter which worker
         generates a group, when, or how often.
@@ -170,10 +171,17 @@ class RolloutWorker(EngineWorker):
         rewards = await self._score("train", owners, texts)
         made = [self._trajectory(*one) for one in zip(owners, completions, texts, rewards, strict=True)]
         groups = [made[start : start + per_ticket] for start in range(0, len(made), per_ticket)]
-        return [
-            Group(ticket.position, tuple(group[:size]), *group[size:])
-            for ticket, group in zip(tickets, groups, strict=True)
-        ]
+        return as_groups(
+            [
+                (ticket.position, group[:size], group[size] if self.draws_greedy else None)
+                for ticket, group in zip(tickets, groups, strict=True)
+            ]
+        )
+
+    async def generate_in_parts(self, tickets: Sequence[Ticket]) -> list[Any]:
+        """Return what ``generate_groups`` does: the groups, and then each part of their share's data (``apart``)."""
+        groups, data = apart(await self.generate_groups(tickets))
+        return [groups, *data]
 
     def _request(self, prompt: Sequence[int], seed: int, greedy: bool) -> Request:
         rollout = self.config.rollout

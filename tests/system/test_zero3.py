@@ -22,13 +22,15 @@ from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.algorithms.heads import polyak_
-from cola_ray.experience import Batch, Trajectory, collate
+from cola_ray.batch import Batch, collate
+from cola_ray.experience import Trajectory
 from cola_ray.learner.engine import NonFiniteError, join_group, last_checkpoint, save_checkpoint
 from cola_ray.learner.micro_batch import Advantages, Encoded, Frozen, MicroBatch
 from cola_ray.learner.objective import policy_objective
 from cola_ray.learner.policies import export, forward, make_policy
 from cola_ray.learner.rl import RLLearner
 from cola_ray.learner.soft_q import one_step_targets
+from cola_ray.packing import pack
 from cola_ray.runs.checkpoints import MANIFEST
 from cola_ray.settings.config import Config, override
 from cola_ray.settings.presets import preset
@@ -83,9 +85,8 @@ def batches(ranks: int, space: str) -> list[list[Batch]]:
                     text="",
                 )
             )
-        steps.append(
-            collate(items, draw.normal(size=10).tolist(), ranks, 0, step, micro_batch_tokens=40 if ranks > 1 else 10**6)
-        )
+        budget = 40 if ranks > 1 else 10**6
+        steps.append(collate(pack(items), draw.normal(size=10).tolist(), ranks, 0, step, budget))
     return steps
 
 
@@ -172,8 +173,7 @@ def train_and_check(rank: int, learner: RLLearner, space: str, out: str):
     for name, tensor in learner.zero.stream(published):
         assert torch.equal(tensor, resumed[name]), f"{name} moved in a step that does not train"
     poisoned = batches(2, space)[0][rank]
-    for array in (poisoned.advantages, poisoned.rewards):
-        array[0, :] = np.nan if rank == 1 else 0.0
+    poisoned.advantages[0] = np.nan if rank == 1 else 0.0
     with pytest.raises(NonFiniteError):  # on both ranks, though one alone has seen it
         learner.step(poisoned)
     for name, tensor in learner.zero.stream(published):

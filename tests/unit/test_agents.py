@@ -131,8 +131,8 @@ def test_archer_fills_replay_fits_the_critic_and_weighs_fresh_utterances(tmp_pat
         assert not batch.trains, "while the critic warms up the actor stays"
     for batch in batches[2:]:
         assert batch.trains
-        assert len(batch.input_ids) == 10
-        assert batch.advantages.any()
+        assert batch.num_rows == 10
+        assert batch.padded().advantages.any()
         assert batch.num_actions_global == 20
     assert {draw for worker in pool.workers for draw in worker.spoken} == set(range(STEPS))
     metrics = metrics_of(controller)
@@ -216,7 +216,7 @@ def test_filtered_bc_clones_the_best_episodes_and_nothing_else(tmp_path):
         for row in table.to_pylist()
         if row["total_reward"] >= final_cutoff
     }
-    last = batches[-1]
+    last = batches[-1].padded()
     rows = [tuple(ids[: int(mask.sum())]) for ids, mask in zip(last.input_ids, last.attention_mask, strict=True)]
     assert set(rows) <= best
     assert (last.advantages[last.action_mask] == 1).all()
@@ -225,10 +225,10 @@ def test_filtered_bc_clones_the_best_episodes_and_nothing_else(tmp_path):
 def test_grpo_compares_episodes_of_one_seed(tmp_path):
     _, batches, shard, *_ = run(tmp_path, "grpo", **{"rl.group_size": 3, "rl.prompts_per_step": 2})
     assert shard.size()[0] == 0, "on-policy: nothing is kept"
-    assert [len(batch.input_ids) for batch in batches] == [6] * STEPS
+    assert [batch.num_rows for batch in batches] == [6] * STEPS
     for batch in batches:
         # Summed over a group, an advantage is zero; every action of an episode has the same one.
-        firsts = [row[mask][0] for row, mask in zip(batch.advantages, batch.action_mask, strict=True)]
+        firsts = [row[mask][0] for row, mask in zip(batch.padded().advantages, batch.padded().action_mask, strict=True)]
         assert sum(firsts) == pytest.approx(0, abs=1e-5)
 
 
@@ -252,10 +252,10 @@ def test_where_all_episodes_return_the_same_nothing_is_learnt(tmp_path, monkeypa
     for batch in batches:
         if algorithm == "filtered_bc":
             assert not batch.trains, "none is best"
-            assert len(batch.input_ids) == 1, "measured on as little as can be"
+            assert batch.num_rows == 1, "measured on as little as can be"
         else:
             assert batch.trains
-            assert not batch.advantages.any()
+            assert not batch.padded().advantages.any()
 
 
 @pytest.mark.parametrize("states", ["replayed", "played"])
@@ -264,7 +264,7 @@ def test_a_critic_that_has_seen_no_reward_has_no_advantages(tmp_path, monkeypatc
     controller, batches, _, critic, _ = run(tmp_path, "archer", **{"critic.actor_states": states})
     assert critic.critic.steps == STEPS * 5
     assert batches[-1].trains
-    assert not any(batch.advantages.any() for batch in batches)
+    assert not any(batch.padded().advantages.any() for batch in batches)
     last = metrics_of(controller)[STEPS]
     assert last["critic/foresight"] == last["critic/foresight_correlation"] == 0.0
 
@@ -348,7 +348,8 @@ def test_etpo_without_an_actor_replays_whole_episodes(tmp_path):
     controller, batches, shard, *_ = run(tmp_path, "etpo", **{"rl.actor_free": True, "rl.kl_coef": 0.5})
     assert len(shard.buffer) == EPISODES * STEPS
     for batch in batches:
-        for mask, rewards, discounts in zip(batch.action_mask, batch.rewards, batch.discounts, strict=True):
+        padded = batch.padded()
+        for mask, rewards, discounts in zip(padded.action_mask, padded.rewards, padded.discounts, strict=True):
             said = np.flatnonzero(mask)
             turn_ends, inside = said[1::2], said[::2]  # two actions a turn
             assert set(rewards[inside]) <= {0.0}

@@ -7,7 +7,8 @@ import functools
 import numpy as np
 import pytest
 
-from cola_ray.experience import Group, Trajectory
+from cola_ray.batch import as_groups
+from cola_ray.experience import Trajectory
 from cola_ray.loop.controller import Controller
 from cola_ray.loop.problems import Problems
 from cola_ray.loop.workers import WorkerLostError, WorkerNeverRanError
@@ -74,10 +75,11 @@ class Pool:
             worker.dead = True
             raise WorkerLostError("killed")
         self.served += [(ticket.position, ticket.problem) for ticket in tickets]
-        return [
-            Group(ticket.position, tuple(self.trajectory(worker, version, i) for i in range(GROUP)))
-            for ticket in tickets
-        ]
+        made = [self.completions(worker, version, ticket) for ticket in tickets]
+        return as_groups([(ticket.position, of, None) for ticket, of in zip(tickets, made, strict=True)])
+
+    def completions(self, worker, version, ticket):
+        return [self.trajectory(worker, version, i) for i in range(GROUP)]
 
     def trajectory(self, worker, version, sibling):
         one = np.ones(1, np.int64)
@@ -99,7 +101,7 @@ async def train(controller, first=0, until=STEPS):
     await controller.begin(first, [])
     batches, version = [], first
     while version < until and (batch := await controller.next_batch(0, version)) is not None:
-        batches.append(batch)
+        batches.append(batch.fetched())
         version += 1
         if controller.config.cluster.weight_transport == "nccl":
             await controller.offer(version, (), "host", 1000 + version)
@@ -186,10 +188,11 @@ def test_without_an_actor_batches_come_out_of_replay(tmp_path):
     events = metrics_of(controller)
     assert [event["replay/rows"] for event in events] == [PROMPTS * GROUP * (step + 1) for step in range(STEPS)]
     assert events[0]["replay/age"] == 0 < events[-1]["replay/age"] < STEPS
-    for batch in batches:
+    padded = [batch.padded() for batch in batches]
+    for batch in padded:
         assert batch.action_mask.sum() == PROMPTS * GROUP, "as many completions as a step makes"
         assert set(batch.rewards[batch.action_mask]) <= {0.0, 1.0}, "the outcome is the last action's reward"
-    assert {reward for batch in batches for reward in batch.rewards[batch.action_mask]} == {0.0, 1.0}
+    assert {reward for batch in padded for reward in batch.rewards[batch.action_mask]} == {0.0, 1.0}
 
 
 def equal_rewards(pool, problems):
@@ -199,9 +202,7 @@ def equal_rewards(pool, problems):
     async def generate(worker, tickets):
         groups = await made(worker, tickets)
         return [
-            dataclasses.replace(
-                group, trajectories=tuple(dataclasses.replace(t, reward=1.0) for t in group.trajectories)
-            )
+            dataclasses.replace(group, samples=tuple(dataclasses.replace(one, reward=1.0) for one in group.samples))
             if ticket.problem in wanted
             else group
             for ticket, group in zip(tickets, groups, strict=True)
@@ -213,23 +214,19 @@ def equal_rewards(pool, problems):
 
 def wrong_and_long(pool):
     """All answers wrong, but for problem 0's; every second one three times as long."""
-    made = pool.generate
+    made = pool.completions
 
-    async def generate(worker, tickets):
-        groups = await made(worker, tickets)
+    def completions(worker, version, ticket):
         return [
-            dataclasses.replace(group, trajectories=tuple(
-                dataclasses.replace(
-                    one, reward=one.reward * (ticket.problem == 0),
-                    **{field: getattr(one, field).repeat(1 + 2 * (sibling % 2))
-                       for field in ("token_ids", "actions", "rollout_log_probs", "versions")},
-                )
-                for sibling, one in enumerate(group.trajectories)
-            ))
-            for ticket, group in zip(tickets, groups, strict=True)
+            dataclasses.replace(
+                one, reward=one.reward * (ticket.problem == 0),
+                **{field: getattr(one, field).repeat(1 + 2 * (sibling % 2))
+                   for field in ("token_ids", "actions", "rollout_log_probs", "versions")},
+            )
+            for sibling, one in enumerate(made(worker, version, ticket))
         ]  # fmt: skip
 
-    pool.generate = generate
+    pool.completions = completions
     return pool
 
 
@@ -237,7 +234,7 @@ def wrong_and_long(pool):
 def test_length_alone_teaches_no_prompt(algorithm):
     changes = {"rl.algorithm": algorithm, "rl.overlong_buffer": 4, "rollout.max_new_tokens": 6}
     _, batches = run(wrong_and_long(Pool()), changes)
-    taught = [int(row.any()) for batch in batches for row in batch.advantages]
+    taught = [int(row.any()) for batch in batches for row in batch.padded().advantages]
     assert 0 < sum(taught) <= 3 * GROUP, "problem 0 is served twice or three times in 24 draws of 10"
 
 
@@ -254,9 +251,11 @@ def test_length_costs_where_rewards_differ():
     source = Problems(config(**{"rl.overlong_buffer": 4, "rollout.max_new_tokens": 6}), None, None, None)
     wrong, right = (Pool().trajectory(Worker(), 0, sibling) for sibling in (0, 1))
     right = dataclasses.replace(right, token_ids=np.ones(5, np.int64))
-    outcomes = source.outcomes(Group(0, (wrong, right)))
+    (group,) = as_groups([(0, (wrong, right), None)])
+    outcomes = source.outcomes(group)
     assert outcomes.rewards.tolist() == [0.0, 0.25]
-    alike = source.outcomes(Group(0, (right, dataclasses.replace(right, token_ids=np.ones(1, np.int64)))))
+    (group,) = as_groups([(0, (right, dataclasses.replace(right, token_ids=np.ones(1, np.int64))), None)])
+    alike = source.outcomes(group)
     assert alike.rewards.tolist() == [1.0, 1.0]
 
 
@@ -265,7 +264,7 @@ def test_prompts_without_signal_are_replaced_by_others():
     controller, batches = run(pool, {"rl.dynamic_sampling": True, "rl.refill_rounds": 8})
     positions = [position for position, _ in pool.served]
     assert len(positions) == len(set(positions)), "no draw is made twice"
-    assert [int(batch.action_mask.any(1).sum()) for batch in batches] == [PROMPTS * GROUP] * STEPS
+    assert [int(batch.padded().action_mask.any(1).sum()) for batch in batches] == [PROMPTS * GROUP] * STEPS
     metrics = metrics_of(controller)
     assert sum(one["rollout/refilled_groups"] for one in metrics) == len(positions) - STEPS * PROMPTS > 0
     assert 0 < sum(one["reward/zero_variance_groups"] for one in metrics) < STEPS, "of the first draw alone"
@@ -275,7 +274,7 @@ def test_a_step_whose_prompts_all_lack_signal_still_ends():
     pool = equal_rewards(Pool(), range(10))
     controller, batches = run(pool, {"rl.dynamic_sampling": True, "rl.refill_rounds": 1})
     assert len(batches) == STEPS
-    assert not any(batch.advantages.any() for batch in batches)
+    assert not any(batch.padded().advantages.any() for batch in batches)
     assert {
         event["metrics"]["reward/taught_groups"] for event in controller.supervisor.events if event.get("step")
     } == {0.0}
@@ -382,7 +381,7 @@ def test_failed_rewards_are_left_out_and_counted():
     pool = Pool(reward_failure="returned nan")
     controller, batches = run(pool, {"task.max_failed_rewards": 0.5})
     assert controller.workers.totals.failed_rewards > 0
-    trained = sum(int(batch.action_mask.sum()) for batch in batches)
+    trained = sum(int(batch.padded().action_mask.sum()) for batch in batches)
     assert trained == STEPS * PROMPTS * GROUP - controller.workers.totals.failed_rewards
 
 
@@ -395,7 +394,8 @@ def test_failed_rewards_of_refilled_groups_and_of_baselines_count():
     assert controller.workers.totals.failed_rewards == drawn
     with pytest.raises(RuntimeError, match=r"50% of a step's rewards failed"):
         run(equal_rewards(Pool(reward_failure="nan"), range(10)), changes | {"task.max_failed_rewards": 0.4})
-    assert len(Group(0, (pool.trajectory(Worker(), 0, 1),), pool.trajectory(Worker(), 0, 0)).asked) == 2
+    (group,) = as_groups([(0, (pool.trajectory(Worker(), 0, 1),), pool.trajectory(Worker(), 0, 0))])
+    assert len(group.asked) == 2
 
 
 def test_a_first_draw_without_a_reward_has_no_mean():

@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from cola_ray.experience import collate
+from cola_ray.batch import collate
+from cola_ray.packing import pack
 from cola_ray.rollout.episode import EpisodeSetting, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.tasks.guessing import TwentyQuestions, article
@@ -88,14 +89,15 @@ def test_only_the_policys_own_actions_are_trained_on(setting):
     (trajectory,) = episode.as_trajectories()
     said = sum(len(turn.token_ids) for turn in episode.turns)
     assert trajectory.num_actions == said < len(trajectory.token_ids)
-    (batch,) = collate([trajectory], [0.5], 1, 0, 0, 4096)
-    assert batch.num_actions_global == batch.action_mask.sum() == said
+    (batch,) = collate(pack([trajectory]), [0.5], 1, 0, 0, 4096)
+    padded = batch.padded()
+    assert batch.num_actions_global == padded.action_mask.sum() == said
     for turn in episode.turns:
         start, end = len(turn.state_ids), len(turn.state_ids) + len(turn.token_ids)
-        assert batch.action_mask[0, start - 1 : end - 1].all()
-        assert (batch.actions[0, start - 1 : end - 1] == np.arange(end - start) + 1).all()
-        assert (batch.input_ids[0, start:end] == turn.token_ids).all()
-    assert not batch.actions[~batch.action_mask].any()
+        assert padded.action_mask[0, start - 1 : end - 1].all()
+        assert (padded.actions[0, start - 1 : end - 1] == np.arange(end - start) + 1).all()
+        assert (padded.input_ids[0, start:end] == turn.token_ids).all()
+    assert not padded.actions[~padded.action_mask].any()
 
 
 def test_twenty_questions_truncate_and_the_last_state_is_read(setting):

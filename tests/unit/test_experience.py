@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cola_ray.batch import collate
 from cola_ray.cluster import actors
-from cola_ray.experience import Trajectory, collate
+from cola_ray.experience import Trajectory
+from cola_ray.packing import pack
 from cola_ray.replay.critic_service import CriticService
 from cola_ray.replay.service import Shards
 from cola_ray.settings.config import CriticConfig
@@ -38,12 +40,13 @@ def trajectory(prompt, tokens, actions):
 
 def test_the_docstrings_example():
     (batch,) = collate(
-        [trajectory([10, 11, 12], [13, 14], [5, 6])], [2.0], 1, pad_id=0, policy_version=3, micro_batch_tokens=64
+        pack([trajectory([10, 11, 12], [13, 14], [5, 6])]), [2.0], 1, pad_id=0, policy_version=3, micro_batch_tokens=64
     )
-    assert batch.input_ids.tolist() == [[10, 11, 12, 13, 14]]
-    assert batch.actions.tolist() == [[0, 0, 5, 6, 0]]
-    assert batch.action_mask.tolist() == [[False, False, True, True, False]]
-    assert batch.advantages.tolist() == [[0, 0, 2.0, 2.0, 0]]
+    padded = batch.padded()
+    assert padded.input_ids.tolist() == [[10, 11, 12, 13, 14]]
+    assert padded.actions.tolist() == [[0, 0, 5, 6, 0]]
+    assert padded.action_mask.tolist() == [[False, False, True, True, False]]
+    assert padded.advantages.tolist() == [[0, 0, 2.0, 2.0, 0]]
     assert batch.num_actions_global == 2
     assert batch.policy_version == 3
 
@@ -56,38 +59,42 @@ def test_the_docstrings_example():
 )
 def test_nothing_is_lost_and_ranks_share_evenly(sizes, ranks, budget):
     items = [trajectory(range(p), range(100, 100 + n), range(n)) for p, n in sizes]
-    batches = collate(items, [1.0] * len(items), ranks, pad_id=0, policy_version=0, micro_batch_tokens=budget)
-    assert len({(batch.input_ids.shape, batch.micro_batches) for batch in batches}) == 1, "ZeRO-3 needs equal work"
+    collated = collate(pack(items), [1.0] * len(items), ranks, pad_id=0, policy_version=0, micro_batch_tokens=budget)
+    batches = [batch.padded() for batch in collated]
+    cuts = {(batch.num_rows, batch.micro_batches) for batch in collated}
+    assert len(cuts | {batch.input_ids.shape for batch in batches}) == 2, "ZeRO-3 needs equal work"
     assert sum(int(batch.action_mask.sum()) for batch in batches) == sum(n for _, n in sizes)
-    assert all(batch.num_actions_global == sum(n for _, n in sizes) for batch in batches)
+    assert all(batch.num_actions_global == sum(n for _, n in sizes) for batch in collated)
+    micro_batches = collated[0].micro_batches
     for batch in batches:
         # an action sits one position before the token that it produced
         rows, columns = np.nonzero(batch.action_mask)
         assert np.array_equal(batch.input_ids[rows, columns + 1], 100 + batch.actions[rows, columns])
         # micro-batches hold every row once, whole, within the budget
-        covered = [row for start, stop, _ in batch.micro_batches for row in range(start, stop)]
+        covered = [row for start, stop, _ in micro_batches for row in range(start, stop)]
         assert covered == list(range(len(batch.input_ids)))
-        for start, stop, width in batch.micro_batches:
+        for start, stop, width in micro_batches:
             assert not batch.attention_mask[start:stop, width:].any()
             assert (stop - start) * width <= max(budget, width)
         assert (batch.attention_mask.sum(1) > 0).all(), "a row without tokens would be NaN in attention"
 
 
 def test_sequences_that_do_not_divide_leave_a_row_without_actions():
-    batches = collate([trajectory([1], [2], [3])] * 3, [1.0] * 3, 2, 0, 0, 64)
-    assert [len(batch.input_ids) for batch in batches] == [2, 2]
-    assert [int(batch.action_mask.sum()) for batch in batches] == [2, 1]
+    batches = collate(pack([trajectory([1], [2], [3])] * 3), [1.0] * 3, 2, 0, 0, 64)
+    assert [batch.num_rows for batch in batches] == [2, 2]
+    assert [int(batch.padded().action_mask.sum()) for batch in batches] == [2, 1]
 
 
 def test_a_rank_without_sequences_has_states_of_the_same_kind():
     states = np.ones((2, 4), np.int16)
     one = dataclasses.replace(trajectory([1], [2, 3], [4, 5]), hidden_states=states)
-    full, empty = collate([one], [1.0], 2, 0, 0, 64)
-    assert empty.hidden_states.shape == full.hidden_states.shape == (1, 3, 4)
-    assert empty.hidden_states.dtype == full.hidden_states.dtype == np.int16
-    assert full.hidden_states.sum() == 8
-    assert not empty.hidden_states.any()
-    assert not empty.action_mask.any()
+    full, empty = collate(pack([one]), [1.0], 2, 0, 0, 64)
+    states = [batch.padded().hidden_states for batch in (full, empty)]
+    assert states[0].shape == states[1].shape == (1, 3, 4)
+    assert states[0].dtype == states[1].dtype == np.int16
+    assert states[0].sum() == 8
+    assert not states[1].any()
+    assert not empty.padded().action_mask.any()
     assert (empty.num_actions_global, empty.micro_batches) == (2, full.micro_batches)
     assert (full.num_tokens_global, empty.num_tokens_global, empty.computed_positions) == (3, 3, 3)
 

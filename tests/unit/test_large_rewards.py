@@ -13,9 +13,11 @@ from cola_ray.algorithms.archer import TwinHeads, q_targets, utterance_advantage
 from cola_ray.algorithms.etpo import best_log_probs, soft_targets, soft_values
 from cola_ray.algorithms.policy_loss import clipped_policy_gradient
 from cola_ray.algorithms.ppo import generalised_advantages
-from cola_ray.experience import Episode, Turn, collate
+from cola_ray.batch import collate
+from cola_ray.experience import Episode, Turn
 from cola_ray.learner.micro_batch import Encoded
 from cola_ray.learner.value import ValueLearner
+from cola_ray.packing import pack
 from cola_ray.replay.critic import Critic, CriticBatch
 from cola_ray.rollout.isolation import Reply, as_reward
 from cola_ray.tasks.protocol import LARGEST_REWARD
@@ -79,10 +81,10 @@ def test_returns_of_long_episodes_are_kept(value):
     episode = whole_episode([value] * 40)
     assert episode.total_reward == 40 * value
     (trajectory,) = episode.as_trajectories(gamma=0.99)
-    (batch,) = collate([trajectory], [episode.total_reward], 1, 0, 0, 4096)
-    assert np.isfinite(batch.rewards).all()
-    assert batch.rewards.sum() == pytest.approx(40 * value, rel=40 * EPS)
-    assert np.isfinite(batch.advantages).all()
+    (batch,) = collate(pack([trajectory]), [episode.total_reward], 1, 0, 0, 4096)
+    assert np.isfinite(batch.padded().rewards).all()
+    assert batch.padded().rewards.sum() == pytest.approx(40 * value, rel=40 * EPS)
+    assert np.isfinite(batch.padded().advantages).all()
 
 
 @pytest.mark.parametrize("values", [(MOST,), (-MOST,), (MOST, -MOST), (MOST, 0.0, -1.0)])

@@ -8,10 +8,12 @@ import pytest
 import torch
 from micro_batches import micro_batch
 
-from cola_ray.experience import Trajectory, collate
+from cola_ray.batch import collate
+from cola_ray.experience import Trajectory
 from cola_ray.learner import objective, pieces
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Frozen, MicroBatch, Scored
 from cola_ray.learner.objective import before_updates, policy_objective, score
+from cola_ray.packing import pack
 from cola_ray.settings.config import RLConfig
 
 K, BETA, HEAT = 4, 0.3, 0.75
@@ -173,13 +175,13 @@ def test_a_micro_batch_is_what_was_collated_and_nothing_of_its_neighbours(score_
         return Trajectory(ids[:1].repeat(prompt), ids, ids, -np.ones(length, np.float32), ids, 0.5, False, "",
                           hidden_states=states)  # fmt: skip
 
-    (batch,) = collate([trajectory(2, 5), trajectory(1, 3), trajectory(3, 2)], [1.0, 2.0, 3.0], 1, 7, 0, 8)
+    (batch,) = collate(pack([trajectory(2, 5), trajectory(1, 3), trajectory(3, 2)]), [1.0, 2.0, 3.0], 1, 7, 0, 8)
     cuts = [MicroBatch.cut(batch, *cut, torch.device("cpu"), score_last) for cut in batch.micro_batches]
     assert sum(len(one.input_ids) for one in cuts) == 3
     for one, (start, stop, width) in zip(cuts, batch.micro_batches, strict=True):
         for field in fields(one):
             if field.name not in ("scored_mask", "hidden_states"):
-                wanted = getattr(batch, field.name)[start:stop, :width]
+                wanted = getattr(batch.padded(), field.name)[start:stop, :width]
                 assert torch.equal(getattr(one, field.name), torch.from_numpy(wanted)), field.name
         assert one.hidden_states.dtype is torch.bfloat16, "which NumPy does not have"
         assert (one.scored_mask & ~one.action_mask).sum() == score_last * (stop - start)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from cola_ray.experience import Trajectory, collate
+from cola_ray.batch import collate
+from cola_ray.experience import Trajectory
 from cola_ray.learner.rl import PolicyUpdate
+from cola_ray.packing import pack
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 
@@ -40,7 +42,7 @@ def test_what_is_clipped_and_the_gradient_are_means_over_updates():
     taken = draw.integers(0, K, LENGTH)
     log_probs = logits.log_softmax(-1)[torch.arange(LENGTH), torch.from_numpy(taken)].numpy()
     one = Trajectory(np.array([1, 2]), taken, taken, log_probs, taken * 0, 0.0, False, "")
-    (batch,) = collate([one], [1.0], 1, 0, 0, 64)
+    (batch,) = collate(pack([one]), [1.0], 1, 0, 0, 64)
     config = override(preset("tiny"), {"rl.updates_per_batch": 3, "rl.kl_coef": 0.0})
     sums, norm = PolicyUpdate(config, Engine(logits), None, None).improve(batch, LR, 0.0)
 

@@ -12,9 +12,11 @@ from micro_batches import micro_batch
 
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.algorithms.ppo import generalised_advantages
-from cola_ray.experience import Episode, Turn, collate
+from cola_ray.batch import collate
+from cola_ray.experience import Episode, Turn
 from cola_ray.learner.micro_batch import Encoded
 from cola_ray.learner.value import ValueLearner
+from cola_ray.packing import pack
 
 WIDTH, NUMBERS = 5, st.floats(-3, 3, width=32)
 
@@ -53,16 +55,17 @@ def episode(terminated: bool) -> Episode:
 @pytest.mark.parametrize("terminated", [True, False])
 def test_rewards_and_discounts_stand_at_the_ends_of_turns(terminated):
     (trajectory,) = episode(terminated).as_trajectories(gamma=0.5)
-    (batch,) = collate([trajectory], [0.0], 1, 0, 0, 1000)
+    (batch,) = collate(pack([trajectory]), [0.0], 1, 0, 0, 1000)
+    padded = batch.padded()
     # ids 0 | 0 1 | 9 | 0 1 (| 9): actions at positions 0, 1 and 3, 4.
-    assert batch.action_mask[0].tolist()[:5] == [True, True, False, True, True]
-    assert batch.rewards[0].tolist()[:5] == [0, -1, 0, 0, 2]
-    assert batch.discounts[0][batch.action_mask[0]].tolist() == [1, 0.5, 1, 0 if terminated else 0.5]
-    assert batch.attention_mask.sum() == (6 if terminated else 7), "what is cut off is valued after the last answer"
+    assert padded.action_mask[0].tolist()[:5] == [True, True, False, True, True]
+    assert padded.rewards[0].tolist()[:5] == [0, -1, 0, 0, 2]
+    assert padded.discounts[0][padded.action_mask[0]].tolist() == [1, 0.5, 1, 0 if terminated else 0.5]
+    assert padded.attention_mask.sum() == (6 if terminated else 7), "what is cut off is valued after the last answer"
     # By hand with V = 0 but 4 at the very end, decay 1: the last action gets 2 + 0.5 * 4, the second -1 + 0.5 of that.
     advantages = generalised_advantages(
-        torch.tensor(batch.rewards), torch.tensor(batch.discounts), torch.zeros(batch.rewards.shape),
-        torch.tensor([4.0]), torch.tensor(batch.action_mask), 1.0,
+        torch.tensor(padded.rewards), torch.tensor(padded.discounts), torch.zeros(padded.rewards.shape),
+        torch.tensor([4.0]), torch.tensor(padded.action_mask), 1.0,
     )  # fmt: skip
     last = 2.0 if terminated else 4.0
     assert advantages[0, :5].tolist() == [-1 + last / 2, -1 + last / 2, 0, last, last]

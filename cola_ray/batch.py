@@ -1,0 +1,376 @@
+"""From a worker's share of rollouts to a learner rank's batch; and the one place where positions shift.
+
+    Trajectories ──as_groups──> Groups, small records ──Picked──> those with a reward ──collate──> a Batch a rank
+                        └─────> their Share, Packed ─────────────────────────────────┐                │
+                                in a store                                           └──── fetched: its own rows
+                                                                                                      │ padded
+                                                                                                      v
+                                                                                    rows of one micro-batch, Padded
+
+The loop holds records and references; the tokens go from the store to the ranks. Where the loop makes sequences itself,
+of episodes or out of replay, they are Packed all the way.
+
+Legend: N sequences, P tokens of a prompt, L of a response; B rows of a micro-batch, T its width, H width of the model.
+
+Alignment, by example: prompt tokens p0 p1 p2, response x3 x4. Action a2, chosen at position 2, produced x3; a3
+produced x4. What is packed is what happened, ``responses [x3 x4]``, ``actions [a2 a3]``, log-probabilities of the same
+length. Only :meth:`Batch.padded` places them at positions 2 and 3 of a (B, T) array:
+
+    position        0    1    2    3    4
+    input_ids       p0   p1   p2   x3   x4
+    actions         0    0    a2   a3   0
+    action_mask     -    -    1    1    -        (the last position acts on nothing; padding is on the right)
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from cola_ray.experience import Trajectory
+from cola_ray.packing import Packed, pack, taken_from
+
+Array = np.ndarray
+T = TypeVar("T")
+
+
+# --- references ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held(Generic[T]):
+    """Data of this process; or of a store, which hands it to others by reference, and then only that travels."""
+
+    value: T | None
+    reference: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Held, (self.value if self.reference is None else None, self.reference)
+
+
+Fetch = Callable[[list[Any]], list[Any]]
+"""What references stand for."""
+
+
+def _opened(held: Sequence[Held[Any]], get: Fetch | None) -> list[Any]:
+    """Values; those that only a reference is known of, in one call."""
+    missing = {place: one.reference for place, one in enumerate(held) if one.value is None}
+    found: dict[int, Any] = {}
+    if missing:
+        assert get is not None, "what was sent by reference needs the store that it is in"
+        found = dict(zip(missing, get([*missing.values()]), strict=True))
+    return [found[place] if one.value is None else one.value for place, one in enumerate(held)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker made in one call: the tokens of its groups' completions, one after the other."""
+
+    sequences: Held[Packed]  # without their states
+    states: tuple[Held[Array], ...] | None = None  # of each sequence (P + L - 1, H), where the engine sends them
+    states_like: Array | None = None  # (0, H)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the loop knows of a completion."""
+
+    prompt_length: int
+    length: int  # of the response
+    reward: float
+    truncated: bool  # ended by the token budget, not by a stop token
+    version: int  # the policy version that chose its first action
+    failure: str = ""  # why there is no reward; such a completion is counted and not trained on
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How often each of some values occurs."""
+
+    values: Array  # (V,) int32, sorted
+    counts: Array  # (V,) int64
+
+    @classmethod
+    def of(cls, columns: Sequence[Array]) -> "Tally":
+        values, counts = np.unique(np.concatenate([np.empty(0, np.int64), *columns]), return_counts=True)
+        return cls(values.astype(np.int32), counts)
+
+    @classmethod
+    def over(cls, tallies: Iterable["Tally"]) -> "Tally":
+        """All of them together."""
+        together = [(one.values, one.counts) for one in tallies]
+        values, places = np.unique(np.concatenate([of for of, _ in together]), return_inverse=True)
+        counts = np.zeros(len(values), np.int64)
+        np.add.at(counts, places, np.concatenate([of for _, of in together]))
+        return cls(values, counts)
+
+
+@dataclass(frozen=True)
+class Group:
+    """All completions of one ticket's prompt: records, and where their tokens are."""
+
+    position: int
+    samples: tuple[Sample, ...]
+    greedy: Sample | None  # a baseline that is not trained on, where the algorithm wants one
+    # Of the scored ones:
+    actions: Tally
+    versions: Tally  # of the policies that chose the actions
+    distinct: int  # different responses
+    # The tokens of sample i are the share's sequence first + i; the baseline's are not kept.
+    first: int
+    share: Share
+
+    @property
+    def asked(self) -> tuple[Sample, ...]:
+        """All that were generated and wanted a reward, the baseline too."""
+        return self.samples if self.greedy is None else (*self.samples, self.greedy)
+
+    @property
+    def scored(self) -> tuple[Sample, ...]:
+        """Those with a reward."""
+        return tuple(sample for sample in self.samples if not sample.failure)
+
+    @property
+    def rewards(self) -> Array:
+        """Of the scored ones, float32."""
+        return np.array([sample.reward for sample in self.scored], np.float32)
+
+
+Completed = tuple[int, Sequence[Trajectory], Trajectory | None]
+"""A ticket's position, its completions and the greedy one."""
+
+
+def as_groups(completed: Sequence[Completed]) -> list[Group]:
+    """A group a ticket; all of one share."""
+    everything = [trajectory for _, trajectories, _ in completed for trajectory in trajectories]
+    packed = pack(everything)
+    states = packed.hidden_states
+    share = Share(
+        Held(replace(packed, hidden_states=None, states_like=None)),
+        None if states is None else tuple(Held(of) for of in states),
+        packed.states_like,
+    )
+    groups, first = [], 0
+    for position, trajectories, greedy in completed:
+        scored = [one for one in trajectories if not one.failure]
+        groups.append(
+            Group(
+                position,
+                tuple(_sample(one) for one in trajectories),
+                None if greedy is None else _sample(greedy),
+                Tally.of([one.actions for one in scored]),
+                Tally.of([one.versions for one in scored]),
+                len({one.token_ids.tobytes() for one in scored}),
+                first,
+                share,
+            )
+        )
+        first += len(trajectories)
+    return groups
+
+
+def apart(groups: Sequence[Group]) -> tuple[list[Group], list[Any]]:
+    """A share's groups without its data, and the data: sequences, then the states of each."""
+    share = groups[0].share
+    states = share.states or ()
+    emptied = replace(share, sequences=Held(None), states=None if share.states is None else ())
+    data = [share.sequences.value, *(of.value for of in states)]
+    return [replace(group, share=emptied) for group in groups], data
+
+
+def together(groups: Sequence[Group], data: Sequence[Held[Any]]) -> list[Group]:
+    """The groups that :func:`apart` took the data from."""
+    share = groups[0].share
+    share = replace(share, sequences=data[0], states=None if share.states is None else tuple(data[1:]))
+    return [replace(group, share=share) for group in groups]
+
+
+def _sample(one: Trajectory) -> Sample:
+    return Sample(len(one.prompt_ids), len(one.token_ids), one.reward, one.truncated, int(one.versions[0]), one.failure)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """N sequences out of several shares, by reference; all of each response is the policy's."""
+
+    sources: tuple[Held[Packed], ...]
+    places: Array  # (N, 2) int32, of each sequence its source and its number there
+    num_tokens: Array  # (N,)
+    num_actions: Array  # (N,)
+    states: tuple[Held[Array], ...] | None = None
+    states_like: Array | None = None
+
+    @classmethod
+    def of_groups(cls, groups: Sequence[Group]) -> "Picked":
+        """The scored completions, in order."""
+        shares = {id(group.share): group.share for group in groups}
+        numbers = {share: number for number, share in enumerate(shares)}
+        scored = [
+            (group, group.first + i, sample)
+            for group in groups
+            for i, sample in enumerate(group.samples)
+            if not sample.failure
+        ]
+        like = next((share.states_like for share in shares.values()), None)
+        return cls(
+            tuple(share.sequences for share in shares.values()),
+            np.array([(numbers[id(group.share)], place) for group, place, _ in scored], np.int32).reshape(-1, 2),
+            np.array([sample.prompt_length + sample.length for _, _, sample in scored], np.int64),
+            np.array([sample.length for _, _, sample in scored], np.int64),
+            None if like is None else tuple(_state(group, place) for group, place, _ in scored),
+            like,
+        )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def of(self, rows: Sequence[int]) -> "Picked":
+        """These sequences, in this order; and of the sources those that they are in."""
+        rows = [*rows]
+        used, renamed = np.unique(self.places[rows, 0], return_inverse=True)
+        return Picked(
+            tuple(self.sources[source] for source in used),
+            np.column_stack([renamed, self.places[rows, 1]]).astype(np.int32),
+            self.num_tokens[rows],
+            self.num_actions[rows],
+            None if self.states is None else tuple(self.states[row] for row in rows),
+            self.states_like,
+        )
+
+    def fetched(self, get: Fetch | None = None) -> Packed:
+        """A copy of these sequences.
+
+        Args:
+            get: of a store, for what was sent by reference.
+        """
+        found = _opened([*self.sources, *(self.states or ())], get)
+        sources = found[: len(self.sources)]
+        return taken_from(
+            [(sources[source], row) for source, row in self.places.tolist()],
+            None if self.states is None else tuple(found[len(self.sources) :]),
+            self.states_like,
+        )
+
+
+def _state(group: Group, place: int) -> Held[Array]:
+    assert group.share.states is not None, "an engine sends the states of all completions"
+    return group.share.states[place]
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Rows of a batch, right-padded."""
+
+    input_ids: Array  # (B, T) int64
+    attention_mask: Array  # (B, T) int64
+    actions: Array  # (B, T) int64, 0 where masked
+    action_mask: Array  # (B, T) bool
+    rollout_log_probs: Array  # (B, T) float32, 0 where masked
+    advantages: Array  # (B, T) float32, of the outcome; the same at every action of a sequence
+    rewards: Array  # (B, T) float32, of each action; all of these three are 0 where masked
+    discounts: Array  # (B, T) float32, of the value after each action
+    hidden_states: Array | None  # (B, T, H), where the engine sends them; bfloat16 as int16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One learner rank's share of a step, cut into micro-batches at the same rows on every rank."""
+
+    sequences: Packed | Picked  # longest first; Packed where it is trained on
+    advantages: Array  # (N,) float32, of the outcome
+    num_rows: int  # on every rank; a rank with fewer sequences has rows of one token and no action
+    micro_batches: tuple[tuple[int, int, int], ...]  # (first row, end row, width) of each
+    num_actions_global: int  # over all ranks: what a loss sum is divided by
+    num_tokens_global: int  # over all ranks, prompts and observations included
+    policy_version: int  # the version the learner holds when it trains on this
+    pad_id: int
+    trains: bool = True  # else the learner measures, and the policy stays as it is
+
+    @property
+    def computed_positions(self) -> int:
+        """On each rank, padding included."""
+        return sum((stop - start) * width for start, stop, width in self.micro_batches)
+
+    def fetched(self, get: Fetch | None = None) -> "Batch":
+        """With the sequences themselves, see :meth:`Picked.fetched`."""
+        if isinstance(self.sequences, Packed):
+            return self
+        return replace(self, sequences=self.sequences.fetched(get))
+
+    def padded(self, start: int = 0, stop: int | None = None, width: int | None = None) -> Padded:
+        """Rows ``start`` to ``stop``; by default all, as wide as the widest. They are fetched."""
+        packed = self.sequences
+        assert isinstance(packed, Packed), "fetched() comes first"
+        stop = self.num_rows if stop is None else stop
+        shape = (stop - start, max(of for _, _, of in self.micro_batches) if width is None else width)
+        input_ids = np.full(shape, self.pad_id, np.int64)
+        attention_mask, actions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        attention_mask[max(len(packed) - start, 0) :, 0] = 1  # a row without a sequence: one token, no action
+        action_mask = np.zeros(shape, bool)
+        log_probs, advantages, rewards, discounts = (np.zeros(shape, np.float32) for _ in range(4))
+        like = packed.states_like
+        hidden = None if like is None else np.zeros((*shape, like.shape[-1]), like.dtype)
+        for row in range(start, min(stop, len(packed))):
+            at, prompt, response = row - start, packed.prompts[row], packed.responses[row]
+            first, end = len(prompt), len(prompt) + len(response)
+            input_ids[at, :first], input_ids[at, first:end] = prompt, response
+            attention_mask[at, :end] = 1
+            acting = slice(first - 1, end - 1)  # the shift: an action sits where it was chosen
+            actions[at, acting], log_probs[at, acting] = packed.actions[row], packed.log_probs[row]
+            outcome, columns = (
+                self.advantages[row],
+                (packed.action_mask, packed.advantages, packed.rewards, packed.discounts),
+            )
+            mask, own, gains, factors = (None if column is None else column[row] for column in columns)
+            action_mask[at, acting] = True if mask is None else mask
+            advantages[at, acting] = outcome if own is None else own
+            if gains is None or factors is None:
+                rewards[at, end - 2], discounts[at, first - 1 : end - 2] = outcome, 1.0
+            else:
+                rewards[at, acting], discounts[at, acting] = gains, factors
+            if hidden is not None and packed.hidden_states is not None:
+                hidden[at, : end - 1] = packed.hidden_states[row]
+        return Padded(
+            input_ids, attention_mask, actions, action_mask, log_probs, advantages, rewards, discounts, hidden
+        )
+
+
+def collate(
+    sequences: Packed | Picked,
+    advantages: Sequence[float],
+    num_ranks: int,
+    pad_id: int,
+    policy_version: int,
+    micro_batch_tokens: int,
+) -> list[Batch]:
+    """Sequences and their outcome advantages -> one batch a rank.
+
+    Longest first and dealt out in turn, so that ranks get near-equal work and a micro-batch holds sequences of like
+    length. A micro-batch takes as many rows as ``micro_batch_tokens`` allows at its longest row's width, one at
+    least. ZeRO-3 needs every rank to run the same number of them: all ranks cut at the same rows, and where the
+    sequences do not divide, the last ranks get a row without actions.
+    """
+    lengths = sequences.num_tokens.tolist()
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    widths = [lengths[i] for i in order[::num_ranks]]  # of the longest rank at each row
+    cuts, outcomes = _cut(widths, micro_batch_tokens), np.asarray(advantages, np.float32)
+    num_actions = int(sequences.num_actions.sum())
+    return [
+        Batch(sequences.of(mine), outcomes[mine], len(widths), cuts, num_actions, sum(lengths), policy_version, pad_id)
+        for mine in (order[rank::num_ranks] for rank in range(num_ranks))
+    ]
+
+
+def _cut(widths: Sequence[int], budget: int) -> tuple[tuple[int, int, int], ...]:
+    """Rows of falling width into runs of at most ``budget`` padded tokens."""
+    cuts, start = [], 0
+    while start < len(widths):
+        rows = max(budget // widths[start], 1)
+        stop = min(start + rows, len(widths))
+        cuts.append((start, stop, widths[start]))
+        start = stop
+    return tuple(cuts)
