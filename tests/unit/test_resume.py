@@ -576,8 +576,9 @@ def test_a_run_that_goes_back_makes_the_same_batches(changes, where, tmp_path):
     whole, (parts, controller) = asyncio.run(straight()), asyncio.run(interrupted())
     assert len(whole) == len(parts) == 8
     for step, (one, other) in enumerate(zip(whole, parts, strict=True)):
-        for name, value in vars(one).items():
-            assert np.array_equal(value, getattr(other, name)), (step, name)
+        for name, value in {**vars(one), **vars(one.padded())}.items():
+            if name != "sequences":
+                assert np.array_equal(value, {**vars(other), **vars(other.padded())}[name]), (step, name)
     if where == "in another process":
         told = {event["step"] for event in controller.supervisor.events if "step" in event}
         assert {1, 2, 3, 4} <= told, "a driver that was killed may not have heard of them"
