@@ -45,10 +45,6 @@ class Trajectory:
     discounts: Array | None = None  # what the value after each action is worth: 1 within a turn, 0 at an end
     advantages: Array | None = None  # (L,) float32; None: the outcome's at every action
 
-    @property
-    def num_actions(self) -> int:
-        return len(self.actions) if self.action_mask is None else int(self.action_mask.sum())
-
 
 @dataclass(frozen=True)
 class Turn:
