@@ -13,6 +13,7 @@ from ray.cluster_utils import Cluster
 from runs import descendants
 
 from cola_ray.batch import Picked, apart, as_groups, collate
+from cola_ray.cluster import watch
 from cola_ray.cluster.actors import RayWorkers
 from cola_ray.experience import Ticket, Trajectory
 from cola_ray.loop.workers import WorkerLostError
@@ -40,7 +41,7 @@ def completions(ticket, hidden):
     draw, made = np.random.default_rng(ticket.position), []
     for _ in range(SIZE):
         length = int(draw.integers(LENGTH // 2, LENGTH))
-        states = draw.integers(-9, 9, (length + 2, 16)).astype(np.int16) if hidden else None
+        states = draw.integers(-9, 9, (length + 2, 64)).astype(np.int16) if hidden else None
         made.append(Trajectory(
             draw.integers(0, 9999, 3), draw.integers(0, 9999, length), draw.integers(0, 64, length),
             draw.normal(size=length).astype(np.float32), np.zeros(length, np.int64), 1.0, False, "",
@@ -67,6 +68,7 @@ def nodes(monkeypatch):
     there = cluster.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=100 << 20)
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster, there
+    watch.end()
     ray.shutdown()
     cluster.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
