@@ -22,6 +22,7 @@ length. Only :meth:`Batch.padded` places them at positions 2 and 3 of a (B, T) a
     action_mask     -    -    1    1    -        (the last position acts on nothing; padding is on the right)
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -126,7 +127,7 @@ class Group:
         """All that were generated and wanted a reward, the baseline too."""
         return self.samples if self.greedy is None else (*self.samples, self.greedy)
 
-    @property
+    @functools.cached_property
     def scored(self) -> tuple[Sample, ...]:
         """Those with a reward."""
         return tuple(sample for sample in self.samples if not sample.failure)
@@ -358,9 +359,9 @@ def collate(
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     widths = [lengths[i] for i in order[::num_ranks]]  # of the longest rank at each row
     cuts, outcomes = _cut(widths, micro_batch_tokens), np.asarray(advantages, np.float32)
-    num_actions = int(sequences.num_actions.sum())
+    num_actions, num_tokens = int(sequences.num_actions.sum()), sum(lengths)
     return [
-        Batch(sequences.of(mine), outcomes[mine], len(widths), cuts, num_actions, sum(lengths), policy_version, pad_id)
+        Batch(sequences.of(mine), outcomes[mine], len(widths), cuts, num_actions, num_tokens, policy_version, pad_id)
         for mine in (order[rank::num_ranks] for rank in range(num_ranks))
     ]
 

@@ -18,9 +18,23 @@ class Outcomes:
     greedy: float = float("nan")  # of the greedy one, where the algorithm asks for it
 
 
+def of_each(rows: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """``compute`` of rows (G,), each by itself, in order; those of the same length are given at once, as (P, G)."""
+    places: dict[tuple[int, torch.dtype], list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault((len(row), row.dtype), []).append(place)
+    found: dict[int, Tensor] = {}
+    for of_length in places.values():
+        found.update(zip(of_length, compute(torch.stack([rows[place] for place in of_length])), strict=True))
+    return [found[place] for place in range(len(rows))]
+
+
 def within_each_prompt(prompts: Sequence[Outcomes], compare: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """``compare`` maps rewards (1, G) to advantages; 0 for a completion that has nothing to be compared with."""
-    return [compare(one.rewards[None])[0] if len(one.rewards) > 1 else torch.zeros_like(one.rewards) for one in prompts]
+    """``compare`` maps rewards (P, G) to advantages; 0 for a completion that has nothing to be compared with."""
+    return of_each(
+        [one.rewards for one in prompts],
+        lambda rewards: compare(rewards) if rewards.shape[-1] > 1 else torch.zeros_like(rewards),
+    )
 
 
 NOISE = 1e-5
@@ -48,8 +62,13 @@ def beyond_noise(errors: Tensor, goals: Tensor) -> Tensor:
 
 def all_alike(values: Tensor) -> bool:
     """Whether values differ by noise alone, so that none is better than another."""
+    return bool(alike(values.flatten()))
+
+
+def alike(values: Tensor) -> Tensor:
+    """:func:`all_alike` over the last dimension."""
     wide = values.double()
-    return bool(within_noise(wide.max() - wide.min(), wide.abs().max()))
+    return within_noise(wide.amax(-1) - wide.amin(-1), wide.abs().amax(-1))
 
 
 def over_spread(values: Tensor, spread: Tensor, largest: Tensor) -> Tensor:

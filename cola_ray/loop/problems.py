@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cola_ray.algorithms.advantages import Outcomes, all_alike, overlong_penalty
+from cola_ray.algorithms.advantages import Outcomes, alike, all_alike, of_each, overlong_penalty
 from cola_ray.batch import Batch, Group, Picked, Sample, Tally
 from cola_ray.experience import Ticket
 from cola_ray.loop.batches import BatchMaker, Metrics
@@ -44,7 +44,7 @@ class Collected:
     def groups_of_all(self) -> list[Group]:
         return [*self.groups, *self.refills]
 
-    @property
+    @functools.cached_property
     def asked(self) -> list[Sample]:
         """All completions, also those whose reward failed."""
         return [one for group in self.groups_of_all for one in group.asked]
@@ -173,16 +173,12 @@ class Problems:
         samples = [sample for group in scored for sample in group.scored]
         actions, versions = (Tally.over(getattr(group, name) for group in scored) for name in ("actions", "versions"))
         lengths, rewards = [one.length for one in samples], [one.reward for one in samples]
+        without_signal = of_each([torch.from_numpy(group.rewards) for group in scored], alike)
         return counted | self.batches.measured(lengths, actions, versions, rewards, step) | {
-            "reward/zero_variance_groups": float(np.mean([not _has_signal(group) for group in scored])),
+            "reward/zero_variance_groups": float(torch.stack(without_signal).double().mean()),
             "rollout/distinct": float(np.mean([group.distinct / len(group.scored) for group in scored])),
             "rollout/truncated": float(np.mean([sample.truncated for sample in samples])),
         }  # fmt: skip
-
-
-def _has_signal(group: Group) -> bool:
-    """Whether its rewards differ by more than rounding."""
-    return not all_alike(torch.from_numpy(group.rewards))
 
 
 @functools.lru_cache(maxsize=2)  # a step may reach into the next epoch

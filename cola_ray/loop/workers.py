@@ -8,6 +8,7 @@ ready again <── prepare: current weights <── a new process <── repla
 """
 
 import asyncio
+import heapq
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -138,12 +139,14 @@ class WorkerGroup:
     async def _deal(self, count: int, completions: int) -> list[tuple[Worker, list[int]]]:
         """Each item, by its place, to the ready worker with the fewest outstanding tokens."""
         ready = await self._wait_until_ready()
-        outstanding = {worker.number: worker.outstanding_tokens for worker in ready}
         shares: dict[int, list[int]] = {worker.number: [] for worker in ready}
+        outstanding = [(worker.outstanding_tokens, worker.number) for worker in ready]
+        heapq.heapify(outstanding)
+        tokens = self._expected_tokens(completions)
         for place in range(count):
-            least = min(outstanding, key=lambda number: (outstanding[number], number))
-            shares[least].append(place)
-            outstanding[least] += self._expected_tokens(completions)
+            least, number = outstanding[0]
+            shares[number].append(place)
+            heapq.heapreplace(outstanding, (least + tokens, number))
         return [(worker, shares[worker.number]) for worker in ready if shares[worker.number]]
 
     async def _serve(self, worker: Worker, share: list[Any], completions: int, method: str, *args: Any) -> list[Any]:
@@ -177,7 +180,8 @@ class WorkerGroup:
 
     async def ask_all(self, method: str, *args: Any, without: Sequence[Any] = ()) -> None:
         """Call every ready worker whose actor is not in ``without``. One that is lost on the way is replaced."""
-        asked = [self.ask(worker, method, *args) for worker in self.ready if worker.actor not in without]
+        left_out = {id(actor) for actor in without}
+        asked = [self.ask(worker, method, *args) for worker in self.ready if id(worker.actor) not in left_out]
         for result in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, WorkerLostError):
                 raise result

@@ -123,6 +123,10 @@ def _buffer_too_long(config: Config) -> bool:
     return config.rl.overlong_buffer > config.rollout.max_new_tokens
 
 
+def _answers_too_long(config: Config) -> bool:
+    return not is_environment(config.task.name) and config.hardware.response_tokens > config.rollout.max_new_tokens
+
+
 def _too_few_tokens(config: Config) -> bool:
     return 0 < config.rollout.max_num_batched_tokens < config.rollout.max_num_seqs
 
@@ -240,6 +244,10 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     Combination(
         "rl.refill_rounds", None, _has("rl.dynamic_sampling", False), _UNREAD, "set rl.dynamic_sampling"
+    ),
+    Combination(
+        "hardware.response_tokens", None, _answers_too_long, "more than rollout.max_new_tokens, which no completion is",
+        "use less",
     ),
     Combination("rl.overlong_buffer", None, _agents, "episodes are limited by their turns"),
     Combination(

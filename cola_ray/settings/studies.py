@@ -137,6 +137,9 @@ class HardwareConfig(Branch):
     """GiB of the machine's memory, for runs on CPU. 0: this one's."""
     response_tokens: Whole = 0
     """Mean length of a completion. 0: half of rollout.max_new_tokens."""
+    response_spread: Annotated[NonNegative, Field(le=4)] = 0.7
+    """Standard deviation of the logarithm of a completion's length, of which idle shares come. 0: all are of the mean
+    length; rollout/response_length and rollout/truncated tell of your own runs."""
 
 
 class ClusterConfig(Branch):

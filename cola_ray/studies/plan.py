@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cola_ray.settings.config import Config, ConfigError, override
 from cola_ray.settings.training import PretrainStage
+from cola_ray.studies.planned_idle import idle
 from cola_ray.studies.planned_memory import (
     PROCESS_GIB,
     USABLE,
@@ -187,13 +188,17 @@ def _show_time(console: Console, config: Config, m: Sizes, gpu: Gpu) -> None:
             f"{assumed.pcie_gbs} GB/s to host memory, {assumed.store_gbs} GB/s into the object store, "
             f"{assumed.host_tflops} TFLOP/s of a host's processors"
         )
+    console.print(
+        f"waiting: with rl.max_staleness {config.rl.max_staleness} and rl.update_mode {config.rl.update_mode}, answers "
+        f"of log-normal lengths, hardware.response_spread {config.hardware.response_spread}"
+    )
     console.print("published by others, of their own systems:")
     for name, found in PUBLISHED.items():
         console.print(f"  {name}: {found}")
 
 
 def _times(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed) -> dict[str, str]:
-    step = step_time(config, m, gpu, assumed)
+    step, waiting = step_time(config, m, gpu, assumed), idle(config, m, gpu, assumed)
     total = step.total(config.rl.max_staleness > 0)
     gpus = config.cluster.learner_ranks + _engine_gpus(config)
     stages = {f"pre-training, {stage}: hours of {config.pretrain.num_steps(stage):,} steps":
@@ -207,5 +212,8 @@ def _times(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed) -> dict[str, st
         "learning": f"{step.learn:.1f} s",
         f"weights by {config.cluster.weight_transport}": f"{step.sync:.2f} s",
         "a step": f"{total:.1f} s",
+        "a step that waits for its longest answers": f"{waiting.step:.1f} s",
+        "engines idle in it": f"{waiting.engines:.0%}",
+        "learner idle in it": f"{waiting.learner:.0%}",
         "trained tokens a second and GPU": f"{step.tokens / total / gpus:,.0f}",
     }

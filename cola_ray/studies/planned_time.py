@@ -82,17 +82,18 @@ class Step:
 
 def step_time(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed = EXPECTED) -> Step:
     """Estimate the duration of a step of RL."""
-    rollout = config.rollout
-    answer = config.hardware.response_tokens or rollout.max_new_tokens // 2
-    length = rollout.max_prompt_tokens / 2 + answer
-    generate, per_second, most = _rollout(config, m, gpu, assumed, answer, length)
+    answer = mean_answer(config)
+    engine, length = decoding(config, m, gpu, assumed), config.rollout.max_prompt_tokens / 2 + answer
+    per_token = engine.seconds(engine.most)
+    generate = engine.prefill + engine.sequences / engine.most * answer * per_token  # in as many rounds as that takes
+    per_second = config.rollout.num_workers * engine.most / per_token
     trained = config.rl.prompts_per_step * config.rl.group_size
     learn = _learning(config, m, gpu, assumed, Rows(trained * length, length, trained * answer))
-    sync = _update(config, m, assumed)
+    sync = sum(update(config, m, assumed))
     share = config.critic.gpu_share  # of a GPU, or none of one
     rate = share * gpu.float32 * assumed.mfu if share else assumed.host_tflops
     critic = critic_flops(config, m) / config.critic.replicas / (rate * 1e12)
-    return Step(generate, learn, sync, per_second, most, trained * length, critic)
+    return Step(generate, learn, sync, per_second, engine.most, trained * length, critic)
 
 
 def critic_flops(config: Config, m: Sizes) -> float:
@@ -104,28 +105,52 @@ def critic_flops(config: Config, m: Sizes) -> float:
     return 68.0 * critic_width(config, m) ** 2 * config.critic.batch_size * config.critic.steps
 
 
-def _rollout(
-    config: Config, m: Sizes, gpu: Gpu, assumed: Assumed, answer: float, length: float
-) -> tuple[float, float, float]:
-    """Seconds; tokens a second of all engines; sequences at a time of one."""
+@dataclass(frozen=True)
+class Decoding:
+    """What an engine's decoding steps take. All seconds are an engine's."""
+
+    weights: float  # seconds to read them once
+    cache: float  # to read one sequence's keys and values
+    compute: float  # of one token of one sequence
+    prefill: float  # of the prompts of a step's share
+    sequences: float  # of a step's share
+    most: float  # sequences at a time, of no more than a share
+
+    def seconds(self, sequences: float) -> float:
+        """Of one decoding step: it reads all weights and every sequence's cache, or computes."""
+        return max(self.weights + sequences * self.cache, sequences * self.compute)
+
+
+def decoding(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed = EXPECTED, steps: int = 1) -> Decoding:
+    """How an engine decodes sequences of mean length.
+
+    Args:
+        steps: whose shares an engine may hold at the same time.
+    """
     rl, rollout = config.rl, config.rollout
     # Greedy baselines are generated, too.
-    sequences = rl.prompts_per_step * (rl.group_size + config.algorithm.greedy)
-    tokens_act, width = rl.action_space == "token", rollout.tensor_parallel_size
-    cache = kv_bytes(config, m)
+    share = rl.prompts_per_step * (rl.group_size + config.algorithm.greedy) / rollout.num_workers
+    length = rollout.max_prompt_tokens / 2 + mean_answer(config)
+    width, cache = rollout.tensor_parallel_size, kv_bytes(config, m)
     capacity = engine_memory(config, m, gpu.memory_gb)["keys and values"] * width / cache
-    most = min(sequences / rollout.num_workers, rollout.max_num_seqs, capacity / length)
-    # A decoding step reads all weights and every sequence's cache, or computes.
-    read = (weight_bytes(config, m) + most * length * cache) / (width * gpu.bandwidth_gbs * 1e9 * assumed.decode)
-    of_token = planned_work.generating(m, length, tokens_act) / (width * gpu.tflops * 1e12 * assumed.mfu)
-    seconds = max(read, most * of_token)
-    per_second = rollout.num_workers * most / seconds
-    # A step lasts at least as long as its longest answer.
-    rounds = max(sequences / rollout.num_workers / most, 1.0)
+    read = width * gpu.bandwidth_gbs * 1e9 * assumed.decode
+    of_token = planned_work.generating(m, length, rl.action_space == "token") / (
+        width * gpu.tflops * 1e12 * assumed.mfu
+    )
     # With prefix caching, a group's prompt is computed once.
-    prompts = (rl.prompts_per_step if rollout.prefix_caching else sequences) * rollout.max_prompt_tokens / 2
-    prefill = prompts * of_token / rollout.num_workers
-    return prefill + max(sequences * answer / per_second, rounds * answer * seconds), per_second, most
+    prompts = (
+        rl.prompts_per_step / rollout.num_workers if rollout.prefix_caching else share
+    ) * rollout.max_prompt_tokens
+    return Decoding(
+        weights=weight_bytes(config, m) / read, cache=length * cache / read, compute=of_token,
+        prefill=prompts / 2 * of_token, sequences=share,
+        most=min(steps * share, rollout.max_num_seqs, capacity / length),
+    )  # fmt: skip
+
+
+def mean_answer(config: Config) -> float:
+    """Tokens of a completion."""
+    return float(config.hardware.response_tokens or max(config.rollout.max_new_tokens // 2, 1))
 
 
 def _learning(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed, batch: Rows) -> float:
@@ -154,13 +179,13 @@ def _over_pcie(
     return (frozen + trained) / ranks / (assumed.pcie_gbs * 1e9)
 
 
-def _update(config: Config, m: Sizes, assumed: Assumed) -> float:
-    """Gather what goes out from the ranks, and send it to each engine."""
+def update(config: Config, m: Sizes, assumed: Assumed = EXPECTED) -> tuple[float, float]:
+    """Seconds in which the learner gathers what goes out and hands it over, and in which each engine takes it."""
     sent = m.num_bytes * published(config, m) / 1e9
     into_store, network = sent / assumed.store_gbs, sent / (config.hardware.network_gbs * assumed.network)
     # A broadcast saves reading from the store alone: the buckets are kept for engines that start later.
     by_store = into_store if config.cluster.weight_transport == "object_store" else 0.0
-    return sent / assumed.link_gbs + into_store + network + by_store
+    return sent / assumed.link_gbs + into_store, network + by_store
 
 
 def published(config: Config, m: Sizes) -> float:

@@ -56,6 +56,7 @@ REFUSED = [
     ({"rl.clip_low": 0.1}, "rl.clip_low = 0.1: ratios are to the policy at the start of a batch"),
     ({"rl.clip_high": 0.28}, "rl.clip_high = 0.28: ratios are to the policy at the start of a batch"),
     ({"rl.update_mode": "continue"}, "rl.update_mode = 'continue': nothing is in flight at an update"),
+    ({"hardware.response_tokens": 7}, "hardware.response_tokens = 7: more than rollout.max_new_tokens"),
     ({"rl.algorithm": "ppo", "rl.dynamic_sampling": True}, "rl.dynamic_sampling = True: for grpo and rloo on"),
     (agent("grpo", rl__group_size=4, rl__dynamic_sampling=True), "rl.dynamic_sampling = True: for grpo and rloo on"),
     ({"rl.refill_rounds": 5}, "rl.refill_rounds = 5: nothing reads it; set rl.dynamic_sampling"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_ray.algorithms.advantages import Outcomes, all_alike, centred, over_spread, standardised
+from cola_ray.algorithms.advantages import Outcomes, alike, all_alike, centred, of_each, over_spread, standardised
 from cola_ray.algorithms.archer import Standardised
 from cola_ray.algorithms.gradients import clip_gradients
 from cola_ray.algorithms.rloo import leave_one_out
@@ -45,6 +45,20 @@ def test_what_a_reward_model_rounds_is_no_signal(name, level):
         noise = 1e-6 * max(1.0, abs(level)) * torch.randn(8, generator=draw, dtype=torch.float64)
         for rewards in (level + noise, (level + noise).float()):
             assert not ADVANTAGES[name]([Outcomes(rewards, level)])[0].any()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_prompts_at_once_are_bit_for_bit_those_one_by_one(name, kind):
+    """Of all group sizes, mixed: advantages do not depend on which other prompts a step has."""
+    if name == "reinforce":
+        pytest.skip("its baseline is the batch's")
+    draw, of = torch.Generator().manual_seed(0), ADVANTAGES[name]
+    prompts = [Outcomes(torch.rand(size, generator=draw, dtype=kind), 0.3) for size in [1, *SIZES, 64, 100] * 5]
+    together, apart = of(prompts), [of([one])[0] for one in prompts]
+    assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
+    rewards = [one.rewards for one in prompts] + [torch.full((5,), 0.7), torch.tensor([0.7, 0.7 + 1e-7])]
+    assert [bool(one) for one in of_each(rewards, alike)] == [all_alike(one) for one in rewards]
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])

@@ -443,6 +443,8 @@ reproduce --reproduce.stages archer | reproduce.stages = 'archer': no such stage
 reproduce --reproduce.parallel -1 | reproduce.parallel = -1: out of range
 plan --hardware.gpu b300 | hardware.gpu = 'b300': unknown
 plan --hardware.network-gbs 0 | hardware.network_gbs = 0: out of range
+plan --hardware.response-spread 5 | hardware.response_spread = 5: out of range
+plan --hardware.response-tokens 300 | hardware.response_tokens = 300: more than rollout.max_new_tokens
 """.strip().splitlines()
 
 

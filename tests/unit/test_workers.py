@@ -1,6 +1,7 @@
 """A group of workers without a learner: balance, order, losses, and what nobody waits for in vain."""
 
 import asyncio
+import random
 
 import pytest
 
@@ -60,6 +61,25 @@ def test_work_goes_to_whoever_has_the_least():
         await group.dispatch(range(5), "double", completions=3)
         assert pool.shares == [(0, [1, 3]), (1, [0, 2, 4])]
         assert [worker.outstanding_tokens for worker in group.workers] == [int(3 * length), 0]
+
+    asyncio.run(run())
+
+
+def test_items_are_dealt_as_one_after_the_other_would_be():
+    """To the least loaded of all at each item, the first one of equals; also by 500 workers."""
+
+    async def run():
+        draw = random.Random(0)
+        group = group_of(Pool(), **{"rollout.num_workers": 500})
+        for worker in group.workers:
+            worker.outstanding_tokens = draw.randrange(0, 60, 6)
+        expected, load = {}, {worker.number: worker.outstanding_tokens for worker in group.workers}
+        for item in range(3000):
+            number = min(load, key=lambda number: (load[number], number))
+            expected.setdefault(number, []).append(item)
+            load[number] += 12
+        dealt = await group._deal(3000, completions=2)
+        assert {worker.number: places for worker, places in dealt} == expected
 
     asyncio.run(run())
 
