@@ -156,8 +156,7 @@ def test_costs_of_sizes_are_counted(llama):
     for row in (small, large):
         assert row["loop s"] > 0
         assert row["batches s"] > 0
-        # ids, actions, log-probabilities and versions of a completion, and the ids of its prompt
-        tokens = 1024 * (3 * 8 + 4) + 512 * 8
-        assert row["GB in a step"] * 1e9 == pytest.approx(row["completions a step"] * tokens, rel=0.1)
-        assert row["GB out a step"] > row["GB in a step"]
+        # Of a completion's 1024 tokens nothing passes: records come in, references and what ranks need of them go out.
+        assert 50 < row["GB in a step"] * 1e9 / row["completions a step"] < 500
+        assert 50 < row["GB out a step"] * 1e9 / row["completions a step"] < 500
     assert large["calls a step"] == pytest.approx(2 * small["calls a step"], rel=0.1)
