@@ -147,9 +147,8 @@ def test_archer_fills_replay_fits_the_critic_and_weighs_fresh_utterances(tmp_pat
 
 def test_archer_learns_from_the_turns_just_played(tmp_path):
     _, batches, _, critic, _ = run(tmp_path, "archer", **{"critic.actor_states": "played"})
-    last = batches[-1]
-    assert last.trains
-    turns = 0
+    assert batches[-1].trains
+    last, turns = batches[-1].padded(), 0
     for mask, advantages, discounts in zip(last.action_mask, last.advantages, last.discounts, strict=True):
         acting = np.flatnonzero(mask)
         of_turns = advantages[acting].reshape(-1, 2)  # each utterance has two actions
@@ -183,7 +182,8 @@ def test_what_followed_takes_its_share_of_an_advantage_and_episodes_serve_again(
                 expected = heads.q_values(now, said).min() - v.min()
             drawn = turn.reward + gamma * after - v.mean()
             by_hand.append(float((1 - share) * expected + share * drawn))
-    rows = zip(batches[-1].advantages, batches[-1].action_mask, strict=True)
+    last = batches[-1].padded()
+    rows = zip(last.advantages, last.action_mask, strict=True)
     learnt = np.concatenate([row[mask][::2] for row, mask in rows])  # two actions a turn
     assert sorted(learnt) == pytest.approx(sorted(np.array(by_hand) - np.mean(by_hand)), abs=1e-4)
 
@@ -192,8 +192,8 @@ def test_archer_learns_from_what_its_critic_chose(tmp_path):
     changes = {"critic.actor_states": "played", "critic.chooses": True}
     _, batches, _, _, pool = run(tmp_path, "archer", **changes)
     assert len(pool.judges) == 2 * (STEPS - 1), "both workers, in every iteration but the first"
-    last = batches[-1]
-    assert last.trains
+    assert batches[-1].trains
+    last = batches[-1].padded()
     learnt = np.concatenate([row[mask] for row, mask in zip(last.advantages, last.action_mask, strict=True)])
     assert abs(learnt.mean()) > 0.1 * learnt.std(), "what was chosen may be better than the policy's mean"
 

@@ -123,7 +123,7 @@ def test_a_transcript_that_is_too_long_loses_its_oldest_turns(setting):
     assert [line[:8] for line in lines[1:]] == ["Is it f?"], "as many whole turns as fit, the newest"
     pieces = episode.as_trajectories()
     assert len(pieces) > 1
-    assert sum(piece.num_actions for piece in pieces) == sum(len(turn.token_ids) for turn in episode.turns)
+    assert pack(pieces).num_actions.sum() == sum(len(turn.token_ids) for turn in episode.turns)
 
 
 def test_many_at_once_and_the_failing_ones_fail_alone(setting):
