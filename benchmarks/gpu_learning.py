@@ -273,8 +273,9 @@ def zero(bench: Bench) -> Iterator[Figure]:
     })  # fmt: skip
     learner = RLLearner(config, LatentPolicy(bench.model()))
     shape = bench.size.shape
-    batch = random_batch(width // 8, width - width // 8, 2 * bench.size.rows, shape["vocab_size"], tokens)
-    batch.actions[:] %= shape["num_actions"]
+    batch = random_batch(
+        width // 8, width - width // 8, 2 * bench.size.rows, shape["vocab_size"], tokens, shape["num_actions"]
+    )
     learner.step(batch)
     times = []
     for _ in range(3):

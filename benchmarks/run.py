@@ -90,12 +90,13 @@ def publishing() -> dict[str, float]:
 
 
 def random_batch(
-    prompt: int = 64, response: int = 64, count: int = 16, vocab: int = 31_000, micro_batch_tokens: int = 1 << 30
-) -> Batch:
+    prompt: int = 64, response: int = 64, count: int = 16, vocab: int = 31_000, micro_batch_tokens: int = 1 << 30,
+    num_actions: int = 64,
+) -> Batch:  # fmt: skip
     draw = np.random.default_rng(0)
     items = [
         Trajectory(
-            draw.integers(1, vocab, prompt), draw.integers(1, vocab, response), draw.integers(0, 64, response),
+            draw.integers(1, vocab, prompt), draw.integers(1, vocab, response), draw.integers(0, num_actions, response),
             np.full(response, -4.0, np.float32), np.zeros(response, np.int64), 0.0, False, "",
         )
         for _ in range(count)
