@@ -23,8 +23,8 @@ length. Only :meth:`Batch.padded` places them at positions 2 and 3 of a (B, T) a
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -83,6 +83,7 @@ class Sample:
     truncated: bool  # ended by the token budget, not by a stop token
     version: int  # the policy version that chose its first action
     failure: str = ""  # why there is no reward; such a completion is counted and not trained on
+    parts: Mapping[str, float] = field(default_factory=dict)  # of ``task.reward``, each reward that applies
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,9 @@ def together(groups: Sequence[Group], data: Sequence[Held[Any]]) -> list[Group]:
 
 
 def _sample(one: Trajectory) -> Sample:
-    return Sample(len(one.prompt_ids), len(one.token_ids), one.reward, one.truncated, int(one.versions[0]), one.failure)
+    return Sample(
+        len(one.prompt_ids), len(one.token_ids), one.reward, one.truncated, int(one.versions[0]), one.failure, one.parts
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ Legend: P tokens of a prompt or a state, L tokens and as many actions of what wa
 Ids travel from end to end; text is never tokenised again.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Trajectory:
     rewards: Array | None = None
     discounts: Array | None = None  # what the value after each action is worth: 1 within a turn, 0 at an end
     advantages: Array | None = None  # (L,) float32; None: the outcome's at every action
+    parts: Mapping[str, float] = field(default_factory=dict)  # each reward of ``task.reward``, without its weight
 
 
 @dataclass(frozen=True)

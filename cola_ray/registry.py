@@ -47,6 +47,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "gsm8k": "cola_ray.tasks.verifiable:Gsm8k",
         "math500": "cola_ray.tasks.verifiable:Math500",
         "preference": "cola_ray.tasks.preference:Preference",
+        "dataset": "cola_ray.tasks.dataset:Dataset",
     },
     "environment": {
         "twenty_questions": "cola_ray.tasks.guessing:TwentyQuestions",
@@ -55,7 +56,16 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "jericho": "cola_ray.tasks.adventures:Jericho",
         "data_science": "cola_ray.tasks.data_science:DataScience",
     },
-    "reward": {},
+    "reward": {
+        "verifier": "cola_ray.tasks.rewards:Verifier",
+        "reward_model": "cola_ray.rollout.reward_model:score_with",
+        "exact": "cola_ray.tasks.rewards:exact",
+        "math": "cola_ray.tasks.rewards:math",
+        "format": "cola_ray.tasks.rewards:think_and_answer",
+        "regex": "cola_ray.tasks.rewards:Regex",
+        "length": "cola_ray.tasks.rewards:Length",
+        "code": "cola_ray.tasks.rewards:Code",
+    },
     "base": {
         name: f"cola_ray.model.families:{name.upper()}"
         for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3")
@@ -80,8 +90,9 @@ _CALLS: dict[Kind, _Call] = {
     "advantage": _Call(("prompts",)),
     "loss": _Call(("log_probs", "old_log_probs", "advantages", "mask")),
     "task": _Call(("config", "seed")),
-    "reward": _Call(("problem", "response")),
+    "reward": _Call(("problem", "response"), "docs/data.md"),
 }
+_BATCH_ONLY = ("completions", "completion_ids", "completions_ids")
 _REGISTERED: dict[tuple[Kind, str], Any] = {}
 _MODULE_OF: dict[tuple[Kind, str], str] = {}
 
@@ -163,7 +174,7 @@ def why_not(kind: Kind, name: str) -> str:
     if not callable(found):
         kind_of = type(found).__name__
         return "" if call is None else f"{_last(name)} is {kind_of}, not a function or a class; name one that is called"
-    if call is None or name in BUILT_IN[kind]:
+    if call is None or name in BUILT_IN[kind] or (kind == "reward" and takes_batches(found)):
         return ""
     try:
         inspect.signature(found).bind(*call.arguments)
@@ -173,6 +184,28 @@ def why_not(kind: Kind, name: str) -> str:
     except ValueError:  # no signature to read
         pass
     return ""
+
+
+def takes_batches(reward: Callable[..., Any]) -> bool:
+    """Whether a reward function takes prompts, completions and columns as lists, as TRL's do.
+
+    The names in its signature say so: ``completions``, or none at all but ``**columns``, with or without ``prompts``.
+    All others are called with one problem and one response.
+
+    Example:
+        >>> takes_batches(lambda completions, **columns: [0.0] * len(completions))
+        True
+        >>> takes_batches(lambda problem, response: 0.0)
+        False
+    """
+    try:
+        parameters = inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # no signature to read
+        return False
+    if any(name in parameters for name in _BATCH_ONLY):
+        return True
+    others = [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD]
+    return len(others) < len(parameters) and set(others) <= {"prompts"}
 
 
 def is_path(name: str) -> bool:

@@ -18,14 +18,15 @@ from cola_ray.learner.corpus import document
 from cola_ray.model import checkpoints, families, hub
 from cola_ray.runs import provenance
 from cola_ray.settings.config import Config, is_endpoint, value_at
-from cola_ray.settings.training import OWN_BASE_POSITIONS
-from cola_ray.tasks import inspection, preference
+from cola_ray.settings.training import OWN_BASE_POSITIONS, TaskConfig
+from cola_ray.tasks import dataset, inspection, preference
 from cola_ray.tasks.chat import as_prompt, unknown_options
 from cola_ray.tasks.logged import logged
-from cola_ray.tasks.rows import Row, cell, files_of, peek
+from cola_ray.tasks.rows import ENDINGS, LISTED, Row, cell, files_of, peek
 from cola_ray.tasks.verifiable import Gsm8k, Math500
 
-_TABLES = (".jsonl", ".json", ".parquet", ".txt")
+_TABLES = ENDINGS
+_LOOKED_AT = 1000  # rows
 LOGGED = ("prompt_ids", "token_ids", "actions", "rewards")
 """Columns of the answers that `cola_ray train-q` learns from."""
 
@@ -33,7 +34,9 @@ LOGGED = ("prompt_ids", "token_ids", "actions", "rewards")
 def faults(config: Config, job: str) -> list[str]:
     """Everything that can be seen now. Empty ``job``: what the given paths are, whoever reads them."""
     lines = [*_paths(config, job), *_checkpoints(config, job), *_lengths(config, job)]
-    if job and job != "plan":
+    if job == "data":
+        lines += _rows(config, job)
+    elif job and job != "plan":
         lines += [*machine.folders(config, job), *machine.addresses(config, job), *machine.machine(config, job)]
         lines += _rows(config, job)
     return lines
@@ -82,7 +85,7 @@ def _further_paths(config: Config) -> list[tuple[str, str]]:
 def _paths(config: Config, job: str) -> Iterator[str]:
     """Existing, readable, a file or a folder as it should be."""
     task = config.task
-    rows = "a file, folder or glob of .jsonl, .json, .parquet or .txt, or a hub id"
+    rows = f"a file, folder or glob of {LISTED}, or a hub id"
     for field, source in [("data.path", config.data.path), *_further_paths(config)]:
         yield from _path(field, source, rows, _TABLES)
     if task.name == "data_science":
@@ -271,7 +274,7 @@ def _asks_task(config: Config, job: str) -> bool:
     if job in ("pretrain", "diversity", "atlas"):
         own_tokenizer = job != "pretrain" or config.model.base or config.model.path
         return not (config.data.path and own_tokenizer)
-    return job in (*TRAINING, "evaluate", "reward_model")
+    return job in (*TRAINING, "evaluate", "reward_model", "data")
 
 
 def _rows(config: Config, job: str) -> Iterator[str]:
@@ -290,8 +293,22 @@ def _rows(config: Config, job: str) -> Iterator[str]:
         for file in files:
             if file.is_file() and _has_rows(str(file)):
                 yield from peek(str(file), "task.path", read)
+    if task.name == "dataset" and _has_rows(task.path):
+        found = dataset.faults(task)
+        yield from found
+        if not found and _reads_texts(config, job) and not config.data.path:
+            yield from _without_responses(task)
     if task.name == "preference" and _has_rows(task.path):
         yield from peek(task.path, "task.path", _pair if job == "reward_model" else preference.read)
+
+
+def _without_responses(task: TaskConfig) -> Iterator[str]:
+    if not any(one.response for one in dataset.first_examples(task, _LOOKED_AT)):
+        yield (
+            f"task.path = {task.path!r}: no row has a response, and the first policy is cloned from those; name their "
+            "column with task.columns response NAME, or give texts as --data.path, or the model to start from as "
+            "--model.path"
+        )
 
 
 def _has_rows(path: str) -> bool:
@@ -326,7 +343,7 @@ def _hub(config: Config, job: str) -> list[str]:
     if _reads_texts(config, job) or job == "train_q":
         used += [("data.path", config.data.path, "dataset")]
         used += [(field, source, "dataset") for field, source in _further_paths(config)]
-    if _asks_task(config, job) and task.name in ("gsm8k", "math500", "preference"):
+    if _asks_task(config, job) and task.name in ("gsm8k", "math500", "preference", "dataset"):
         used.append(("task.path", task.path, "dataset"))
     used += [(field, value, "model") for field, value, _ in _in_use(config, job) if field == "model.base"]
     if job in ("rl_math", "rl_preference", "evaluate") and not is_endpoint(task.reward_model):

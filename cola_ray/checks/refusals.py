@@ -10,7 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from cola_ray.settings.config import (
 )
 from cola_ray.settings.presets import trial
 from cola_ray.tasks import inspection
+from cola_ray.tasks.rewarded import REWARD_MODEL, name_of
 
 _MOST_SEQUENCES = 2**20  # a step's, which are held in memory together
 
@@ -64,7 +65,7 @@ def _check_named(config: Config) -> list[str]:
     """What the registry is asked for is there, and is called as it can be; tasks are tried later on."""
     lines = [
         f"{field} = {value!r}: {why}"
-        for field, value in named(config).items()
+        for field, value in named(config)
         if field != "task.name" and (why := registry.why_not(NAMED[field], value))
     ]
     if lines:
@@ -105,6 +106,8 @@ def _check_batches(config: Config, job: str) -> list[str]:
 
 def _check_paths(config: Config) -> list[str]:
     lines = []
+    if config.task.name == "dataset" and not config.task.path:
+        lines.append("task.path = '': dataset needs rows: .jsonl, .parquet or .csv, a folder of them, or a hub id")
     if config.task.name == "preference" and not config.task.path:
         lines.append("task.path = '': preference needs rows with a column prompt: a file, a folder or a hub id")
     if config.task.name == "gsm8k" and not config.task.path:
@@ -175,6 +178,39 @@ def _check_task(config: Config) -> list[str]:
     return [f"task.name = {config.task.name!r}: {why}"] if why else []
 
 
+def _check_rewards(config: Config) -> list[str]:
+    """What ``task.reward`` names goes together."""
+    task, lines = config.task, list[str]()
+    names = list(map(name_of, task.reward))
+    if "verifier" in task.reward and task.name in ("preference", "dataset"):
+        lines.append(f"task.reward = 'verifier': {task.name} has none; leave it out")
+    for path, name in zip(task.reward, names, strict=True):
+        if names.count(name) > 1:
+            lines.append(f"task.reward = {path!r}: several rewards are called {name}, as their metrics are; rename one")
+        elif name in _METRICS:
+            lines.append(f"task.reward = {path!r}: reward/{name} is a metric already; rename the function")
+    if task.reward_weights and len(task.reward_weights) != len(names):
+        lines.append(f"task.reward_weights = {task.reward_weights}: not one for each reward; give {len(names)}")
+    elif task.reward_weights and not any(task.reward_weights):
+        lines.append(f"task.reward_weights = {task.reward_weights}: no reward counts; let one of them be other than 0")
+    if "regex" in names and not task.pattern:
+        lines.append("task.pattern = '': the reward regex searches for it; give a regular expression")
+    if REWARD_MODEL in names and not task.reward_model:
+        lines.append("task.reward_model = '': the reward reward_model asks it; give a classifier or an endpoint")
+    if task.thinking and (len(names) > 1 or _any_takes_batches(task.reward)):
+        lines.append("task.thinking = True: hands the answer alone to one reward (problem, response); leave it out, "
+                     "and add format to task.reward")  # fmt: skip
+    return lines
+
+
+_METRICS = ("mean", "std", "failed", "zero_variance_groups", "taught_groups")
+
+
+def _any_takes_batches(rewards: Iterable[str]) -> bool:
+    own = (one for one in rewards if one not in registry.BUILT_IN["reward"])
+    return any(registry.takes_batches(registry.find("reward", one)) for one in own)
+
+
 def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
     """A line for each dotted field that is not as the setting ``whose`` needs it."""
     given = {field: value_at(config, field) for field in wants}
@@ -213,14 +249,23 @@ def _check_problems(config: Config) -> list[str]:
     task = config.task
     if is_environment(task.name):
         return [f"task.name = {task.name!r}: an environment of many turns; use `cola_ray agent`"]
-    if task.reward and task.reward_model:
-        return [f"task.reward = {task.reward!r}: task.reward_model scores responses, too; leave one of them out"]
+    if task.reward and task.reward_model and REWARD_MODEL not in task.reward:
+        return [f"task.reward = {task.reward!r}: task.reward_model scores responses, too; leave one of them out, or "
+                "add reward_model to task.reward"]  # fmt: skip
+    if task.name == "dataset" and not (task.reward_model or task.reward):
+        return [f"task.reward = (): rows do not say what a response is worth; {_GIVE_REWARD}"]
     if task.name == "preference" and not (task.reward_model or task.reward):
         return ["task.reward_model = '': preference has no verifier; give a model that `cola_ray reward-model` left, "
                 "any sequence classifier, or an http(s) endpoint; or task.reward"]  # fmt: skip
-    if task.name != "preference" and task.reward_model:
-        return [f"task.reward_model = {task.reward_model!r}: {task.name} has a verifier; leave it out"]
+    if task.name not in ("preference", "dataset") and task.reward_model and not task.reward:
+        return [f"task.reward_model = {task.reward_model!r}: {task.name} has a verifier; leave it out, or let "
+                "task.reward be reward_model"]  # fmt: skip
     return []
+
+
+_GIVE_REWARD = (
+    "give exact, math, format, regex, length, code or reward_model, or a function of your own as FILE.py:name"
+)
 
 
 def _check_preferences(config: Config) -> list[str]:
@@ -239,9 +284,20 @@ def _check_agent(config: Config) -> list[str]:
     ]
 
 
+def _check_shown(config: Config) -> list[str]:
+    if not is_environment(config.task.name):
+        return []
+    return [f"task.name = {config.task.name!r}: an environment of many turns has no rows; use a task with answers"]
+
+
 def _check_evaluation(config: Config) -> list[str]:
-    if config.task.name == "preference":
-        return ["task.name = 'preference': has no verifier; use a task that has, or an environment"]
+    if config.task.name == "dataset" and not config.task.reward:
+        return [f"task.reward = (): rows do not say what a response is worth; {_GIVE_REWARD}"]
+    if config.task.name == "preference" and not config.task.reward:
+        return ["task.name = 'preference': has no verifier; give task.reward, or use another task or an environment"]
+    if REWARD_MODEL in config.task.reward:
+        return [f"task.reward = {config.task.reward!r}: in evaluations the reward model chooses among answers, which "
+                "the others score; leave reward_model out of task.reward"]  # fmt: skip
     ks, most = config.eval.ks, config.search.simulations
     usual = relevance.defaults(config).eval.ks
     if "sample" in config.eval.ways and ks != usual and max(ks, default=0) > most:
@@ -320,6 +376,7 @@ _RULES: tuple[Rule, ...] = (
     engine_args.faults,
     _check_paths,
     _check_sources,
+    _check_rewards,
     _check_task,
     _check_answers,
 )
@@ -336,4 +393,5 @@ _OF_JOB: dict[str, tuple[Rule, ...]] = {
     "diversity": (_check_encoder,),
     "capabilities": (_check_harness,),
     "reproduce": (_check_stages,),
+    "data": (_check_shown,),
 }

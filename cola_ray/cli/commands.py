@@ -60,8 +60,9 @@ cola_ray pretrain --preset llama-3.1-8b --data.path org/corpus --pretrain.stages
 cola_ray rl --preset tiny                                 (makes its own base and latent model first)
 cola_ray rl --preset tiny --rl.kl-coef 0.01 --seed 1
 cola_ray rl --preset smollm2-135m --task.name gsm8k --task.path DATA/gsm8k --rl.max-steps 2
+cola_ray rl --task.name dataset --task.path mine.jsonl --task.reward exact
 cola_ray rl --preset tiny --resume                        (continue from the last checkpoint)""",
-        "Algorithms, tasks and rewards of your own: docs/extending.md.",
+        "Your data and rewards: docs/data.md. Algorithms, tasks and environments of your own: docs/extending.md.",
     ),
     "agent": Command(
         "cola_ray.training.rl:run_agent",
@@ -180,6 +181,17 @@ cola_ray reproduce --preset llama-3.1-8b --cluster.address http://HEAD:8265 --re
 cola_ray plan --preset llama-3.1-8b --hardware.gpus 16 --hardware.gpu h100
 cola_ray plan --preset smollm2-135m                       (on CPU: memory alone)""",
         "Formulas are in docs/scaling.md.",
+        computes=False,
+    ),
+    "data": Command(
+        "cola_ray.tasks.summary:show",
+        "what is read from task.path: rows, columns, splits, rewards, and three prompts as the model gets them",
+        "data",
+        """
+cola_ray data --task.name dataset --task.path mine.jsonl --task.reward exact
+cola_ray data --task.name dataset --task.path org/rows --task.columns prompt body solution label
+cola_ray data --preset smollm2-135m --task.name gsm8k --task.path DATA/gsm8k""",
+        "Rewards are tried on the first rows. Layouts that are known by themselves: docs/data.md.",
         computes=False,
     ),
     "status": Command("cola_ray.runs.status:status", "what runs are doing, from the folders that they write"),

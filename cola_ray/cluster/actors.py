@@ -57,7 +57,7 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
         yield
         return
     environment: dict[str, Any] = {"env_vars": _worker_environment(config)}
-    if files := registry.files([*named(config).values(), *map(str, config.sweep.values)]):
+    if files := registry.files([*(name for _, name in named(config)), *map(str, config.sweep.values)]):
         environment["py_modules"] = files  # which Ray does not take empty
     there = address(config)
     current().doing(f"attaching to the Ray cluster at {there}" if there else "starting Ray")

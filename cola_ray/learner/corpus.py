@@ -117,7 +117,11 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, response_only:
 
 def _demonstrated(task: Prompts | PlayedTask, chat: ChatTokenizer, max_tokens: int) -> list[Document]:
     if not isinstance(task, PlayedTask):
-        return _pair_documents(task.demonstrations(), chat, max_tokens)
+        pairs = task.demonstrations()
+        if not pairs:
+            raise ValueError("the task has no responses to learn from; give texts as data.path, or name the column of "
+                             "responses with task.columns")  # fmt: skip
+        return _pair_documents(pairs, chat, max_tokens)
     return [document for dialogue in task.dialogues() for document in _windows(dialogue, chat, max_tokens)]
 
 

@@ -178,7 +178,14 @@ class Problems:
             "reward/zero_variance_groups": float(torch.stack(without_signal).double().mean()),
             "rollout/distinct": float(np.mean([group.distinct / len(group.scored) for group in scored])),
             "rollout/truncated": float(np.mean([sample.truncated for sample in samples])),
-        }  # fmt: skip
+        } | _parts(samples)  # fmt: skip
+
+
+def _parts(samples: Sequence[Sample]) -> Metrics:
+    """The mean of each reward of ``task.reward`` over the completions that it applies to."""
+    names = dict.fromkeys(name for one in samples for name in one.parts)
+    said = {name: [one.parts[name] for one in samples if name in one.parts] for name in names}
+    return {f"reward/{name}": float(np.mean(values)) for name, values in said.items()}
 
 
 @functools.lru_cache(maxsize=2)  # a step may reach into the next epoch

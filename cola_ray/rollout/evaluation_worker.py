@@ -24,8 +24,8 @@ import torch
 from cola_ray.algorithms.double_q import first_decision, square_errors
 from cola_ray.model.modeling_cola import QHead
 from cola_ray.rollout.engine import Completion, Request, as_float
-from cola_ray.rollout.isolation import Reward
 from cola_ray.rollout.reward_model import RewardFunction, score_with
+from cola_ray.rollout.reward_process import Reward
 from cola_ray.rollout.search import BeamSearch, BestOf, End, SearchProblem, SearchResult, TreeSearch
 from cola_ray.rollout.worker import RolloutWorker
 from cola_ray.settings.config import Config, override

@@ -1,7 +1,7 @@
 """User code in a process of its own, every call with a deadline: it may raise, hang, exit or return nonsense.
 
     IsolatedObject.call([(method, *args), ...])  ─>  [Reply, ...]     in order, one for every call
-        RewardProcess.score                          a task's rewards
+        RewardProcess.score                          a task's rewards (reward_process.py)
         EnvironmentProcess.reset / step              many episodes of a multi-turn environment
 
     this process ── [token, method, *args] ──> child: the object; a verifier that executes responses forks for each
@@ -17,7 +17,6 @@ threads only and does not interrupt C code.
 import contextlib
 import functools
 import gc
-import inspect
 import multiprocessing as mp
 import multiprocessing.forkserver
 import os
@@ -32,7 +31,7 @@ from typing import Any
 import psutil
 
 from cola_ray.sandbox.confine import die_with_parent
-from cola_ray.sandbox.execution import SeparateExecutor, call_in_fork
+from cola_ray.sandbox.execution import call_in_fork
 from cola_ray.sandbox.messages import (
     BrokenError,
     Channel,
@@ -44,9 +43,8 @@ from cola_ray.sandbox.messages import (
     is_reply,
     reply_of,
 )
-from cola_ray.tasks import Task, answer_of
 from cola_ray.tasks.environment import Environment
-from cola_ray.tasks.protocol import Split, not_a_reward
+from cola_ray.tasks.protocol import not_a_reward
 
 _GRACE_S = 5.0  # for a child that keeps the deadline itself and must still clean up its forks
 _MAX_FAILURE_LENGTH = 300  # characters
@@ -206,67 +204,6 @@ def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float,
             channel.send([token, {"failure": f"returned too much: {error}"}])
 
 
-# --- rewards --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reward:
-    value: float  # 0 where scoring failed
-    failure: str = ""
-
-
-class RewardProcess(IsolatedObject):
-    """A task's verifier in a process of its own; ``make`` builds the task."""
-
-    def __init__(self, make: Callable[[], Task], timeout_s: float) -> None:
-        super().__init__(functools.partial(_Verifier, make, timeout_s), timeout_s)
-
-    def score(self, items: Sequence[tuple[Split, int, str]]) -> list[Reward]:
-        """Return a reward for each (split, index of the problem, response), in order."""
-        return [as_reward(reply) for reply in self.call([("score", *item) for item in items])]
-
-    def answers(self, responses: Sequence[str]) -> list[str]:
-        """Return the answer that each response commits to; "" where it cannot be read, or not in time."""
-        replies = self.call([("answer_of", response) for response in responses])
-        return [reply.value if _is_text(reply.value) else "" for reply in replies]
-
-
-class _Verifier:
-    """The task, in the child; what it executes runs in forks of a process that was forked before the task was built."""
-
-    def __init__(self, make: Callable[[], Task], seconds: float) -> None:
-        executor = SeparateExecutor(seconds)  # forked from here, before any solution is in memory
-        self.task = make()
-        self.executes_responses = getattr(self.task, "executes_responses", False)
-        tasks: tuple[Any, ...] = (self.task, getattr(self.task, "task", None))
-        owner = next((one for one in tasks if _executes_separately(one)), None)
-        self.keeps_time = self.executes_responses or owner is not None
-        if owner is None:
-            executor.close()
-            return
-        executor.use(owner.execute)
-        owner.execute = executor
-
-    def score(self, split: Split, index: int, response: str) -> Any:
-        reward: Any = self.task.score(split, index, response)
-        return float(reward) if hasattr(reward, "__float__") else reward
-
-    def answer_of(self, response: str) -> str:
-        return answer_of(self.task, response)
-
-
-def _executes_separately(task: object) -> bool:
-    return isinstance(inspect.getattr_static(task, "execute", None), staticmethod)
-
-
-def as_reward(reply: Reply) -> Reward:
-    """Return a call's reply as a reward; a failure unless it is a number within +-``protocol.LARGEST_REWARD``."""
-    if reply.failure:
-        return Reward(0.0, reply.failure)
-    why = not_a_reward(reply.value)
-    return Reward(0.0, f"returned {why}") if why else Reward(float(reply.value))
-
-
 # --- environments ---------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +247,7 @@ def _as_outcome(reply: Reply) -> Reply:
     value = reply.value
     if not (isinstance(value, dict) and value.keys() == {"observation", "reward", "terminated", "truncated", "state"}):
         return Reply(failure="returned something that is not an outcome")
-    if not _is_text(value["observation"]):
+    if not is_text(value["observation"]):
         return Reply(
             failure=f"returned the observation {as_text(repr(value['observation']), 100)}, which is not valid text"
         )
@@ -322,7 +259,7 @@ def _as_outcome(reply: Reply) -> Reply:
     return Reply(Outcome(**value | {"reward": float(value["reward"])}))
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Whether this is text that can be tokenised and stored: a string without lone surrogates."""
     if not isinstance(value, str):
         return False

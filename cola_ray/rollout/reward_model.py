@@ -13,7 +13,8 @@ import tenacity
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cola_ray.rollout.isolation import Reply, Reward, as_reward
+from cola_ray.rollout.isolation import Reply
+from cola_ray.rollout.reward_process import Reward, as_reward
 from cola_ray.runs.redaction import redacted
 from cola_ray.sandbox.messages import as_text
 from cola_ray.tasks.chat import ChatTokenizer, Prompt

@@ -24,14 +24,15 @@ from cola_ray.experience import Ticket, Trajectory
 from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
-from cola_ray.rollout.isolation import Reward, RewardProcess
 from cola_ray.rollout.reward_model import RewardFunction, score_with
+from cola_ray.rollout.reward_process import Reward, RewardProcess, added
 from cola_ray.runs.tracking import peak_memory_gb
 from cola_ray.settings.config import Config
 from cola_ray.tasks import make_task, stop_strings
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.endings import Endings
 from cola_ray.tasks.protocol import Split
+from cola_ray.tasks.rewarded import REWARD_MODEL, weights_of
 from cola_ray.weights import Bucket, Offer
 
 
@@ -121,17 +122,20 @@ class RolloutWorker(EngineWorker):
     """Turns problem indices into scored groups.
 
     Args:
-        reward_model: scores responses in place of the task's verifier.
+        reward_model: scores responses in place of the task's verifier, or as one of the rewards in ``task.reward``.
     """
 
     def __init__(self, config: Config, model_path: str, reward_model: RewardFunction | None = None) -> None:
-        self.reward_model = reward_model
-        if reward_model is None:
+        self.reward_model, self.weights = reward_model, weights_of(config.task)
+        self.task = make_task(config.task, config.seed)
+        own = {name: weight for name, weight in self.weights.items() if name != REWARD_MODEL}
+        if reward_model is None or own:
             make = functools.partial(make_task, config.task, config.seed)
-            self.rewards = RewardProcess(make, config.task.reward_timeout_s)
+            weights = {} if config.task.thinking else own
+            batched = getattr(self.task, "batched", False)
+            self.rewards = RewardProcess(make, config.task.reward_timeout_s, weights, reward_model is not None, batched)
         super().__init__(config, model_path, config.rl.cache_hidden_states)
         self.draws_greedy = config.algorithm.greedy
-        self.task = make_task(config.task, config.seed)
         splits: tuple[Split, ...] = ("train", "heldout")
         self.prompts = {
             split: [self.chat.prompt_ids(problem.question) for problem in self.task.problems(split)] for split in splits
@@ -209,11 +213,17 @@ class RolloutWorker(EngineWorker):
         return Request(prompt, 0, 0.0, 0, limit, actions, self.endings.strings)
 
     async def _score(self, split: Split, indices: Sequence[int], texts: Sequence[str]) -> list[Reward]:
-        if self.reward_model is not None:
-            problems = self.task.problems(split)
-            return await score_with(self.reward_model, [problems[index].question for index in indices], texts)
         items = [(split, index, text) for index, text in zip(indices, texts, strict=True)]
-        return await asyncio.to_thread(self.rewards.score, items)
+        if self.reward_model is None:
+            return await asyncio.to_thread(self.rewards.score, items)
+        problems = self.task.problems(split)
+        asked = score_with(self.reward_model, [problems[index].question for index in indices], texts)
+        if not self.weights:
+            return await asked
+        nothing = [Reward(0.0)] * len(items)
+        own = asyncio.to_thread(self.rewards.score, items) if len(self.weights) > 1 else asyncio.sleep(0, nothing)
+        pairs = zip(*await asyncio.gather(own, asked), strict=True)
+        return [added(*pair, self.weights[REWARD_MODEL], REWARD_MODEL) for pair in pairs]
 
     def _trajectory(self, index: int, completion: Completion, text: str, reward: Reward) -> Trajectory:
         return Trajectory(
@@ -226,5 +236,6 @@ class RolloutWorker(EngineWorker):
             truncated=completion.truncated,
             text=text,
             failure=reward.failure,
+            parts=reward.parts,
             hidden_states=completion.hidden_states,
         )

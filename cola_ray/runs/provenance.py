@@ -31,6 +31,7 @@ PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base
 """Settings that may be paths."""
 _MADE_FROM = ("seed", "model.", "task.", "data.", "pretrain.")
 _NOT_MADE_FROM = ("model.path", "data.date", "data.cache", "data.processes", "data.streaming", "task.reward",
+                  "task.reward_weights", "task.right_from", "task.pattern", "task.length",
                   "task.reward_model", "task.oracle", "task.reward_timeout_s", "task.max_failed_rewards",
                   "pretrain.save_every", "pretrain.micro_batch_size", "pretrain.max_steps")  # fmt: skip
 
@@ -211,7 +212,7 @@ def refusals(config: Config, job: str) -> list[str]:
     lines = []
     for field, value in _requested(config).items():
         option = (
-            field.startswith("task.options.") and "task.name" in made
+            field.startswith(("task.options.", "task.columns.", "task.splits.")) and "task.name" in made
         )  # an option that was not given is not recorded
         dtype = field == "model.dtype" and not makes_start_model(
             config

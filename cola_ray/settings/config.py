@@ -169,9 +169,15 @@ NAMED: dict[str, registry.Kind] = {
 """Settings that the registry looks up, and what they name; ``task.name`` may be an environment as well."""
 
 
-def named(config: Config) -> dict[str, str]:
-    """What the registry is asked for in these settings, by dotted field; fields that are empty are left out."""
-    return {field: value for field in NAMED if (value := value_at(config, field))}
+def named(config: Config) -> list[tuple[str, str]]:
+    """What the registry is asked for in these settings: (dotted field, name), of some fields several."""
+    values = {field: value_at(config, field) for field in NAMED}
+    return [
+        (field, name)
+        for field, value in values.items()
+        for name in ([value] if isinstance(value, str) else value)
+        if name
+    ]
 
 
 def results_root() -> Path:

@@ -17,6 +17,8 @@ from cola_ray.settings.presets import preset
 ON_GPU = ("gpu_memory_utilization", "quantization", "kv_cache_dtype", "enforce_eager", "optimization_level",
           "async_scheduling")  # fmt: skip
 """Settings below rollout that only engines on GPUs have."""
+OF_ROWS = ("dataset", "gsm8k", "math500", "preference")
+"""Tasks that are read from files or the hub, and make no problems."""
 
 _RUN = ("preset", "output_dir", "seed", "resume", "overwrite", "tracking_uri", "tracking_parent", "cluster.address",
         "cluster.use_gpu", "cluster.threads_per_process", "cluster.*_group", "cluster.answer_timeout_s")  # fmt: skip
@@ -56,6 +58,7 @@ _READ: Mapping[str, tuple[str, ...]] = {
               "rollout.max_prompt_tokens", "rollout.max_new_tokens"),
     "capabilities": ("model.path", "model.dtype", "harness.*"),
     "reproduce": ("task.*", "data.*", "rollout.*", "cluster.*", "harness.*", "reproduce.*"),
+    "data": ("model.path", "model.base", "task.*", "data.date", "rollout.max_prompt_tokens"),
     "plan": ("*",),
 }  # fmt: skip
 """By job, beside what every run reads."""
@@ -94,20 +97,27 @@ def _stage(*stages: str) -> Callable[[Config, str], bool]:
 
 _SEARCHES = ("beam", "mcts", "mcts_q")
 _ONLY: tuple[_Only, ...] = (
-    _Only(("task.path",), _named("gsm8k", "math500", "preference", "data_science"),
-          "gsm8k, math500, preference, data_science or a class of your own does"),
+    _Only(("task.path",), _named("dataset", "gsm8k", "math500", "preference", "data_science"),
+          "dataset, gsm8k, math500, preference, data_science or a class of your own does"),
+    _Only(("task.columns.*", "task.splits.*", "task.subset"), _named("dataset"), "dataset does"),
     _Only(("task.game",), _named("jericho"), "jericho does"),
-    _Only(("task.options.*",), lambda c, _: c.task.name not in ("gsm8k", "math500", "preference"),
+    _Only(("task.options.*",), lambda c, _: c.task.name not in OF_ROWS,
           "arithmetic, generators of reasoning-gym and environments do"),
     _Only(("task.thinking",), lambda c, _: c.task.name != "preference" and not is_environment(c.task.name),
           "tasks with a verifier do"),
-    _Only(("task.num_problems",), lambda c, job: c.task.name not in ("gsm8k", "math500", "preference")
+    _Only(("task.num_problems",), lambda c, job: c.task.name not in OF_ROWS
           and (not is_environment(c.task.name) or (job != "evaluate" and (job in ("atlas", "diversity", "reproduce")
                                                                          or _pretrains(c, job)))),
           "procedural generators do, and for agents pre-training does"),
-    _Only(("task.reward_model",), lambda c, job: job in ("evaluate", "plan") or (c.task.name == "preference"
-          and job in ("rl_preference", "rl_math", "sweep")), "rl_preference and evaluate do"),
-    _Only(("task.reward",), lambda c, job: job in ("rl_math", "rl_preference", "sweep", "evaluate", "plan")
+    _Only(("task.reward_model",), lambda c, job: job in ("evaluate", "plan") or (job in ("rl_preference", "rl_math",
+          "sweep") and (c.task.name in ("preference", "dataset")
+          or "reward_model" in c.task.reward)),
+          "preference, dataset and evaluate do, and the reward reward_model"),
+    _Only(("task.reward_weights",), lambda c, _: bool(c.task.reward), "task.reward does"),
+    _Only(("task.pattern",), lambda c, _: "regex" in c.task.reward, "of task.reward, regex does"),
+    _Only(("task.length",), lambda c, _: "length" in c.task.reward, "of task.reward, length does"),
+    _Only(("task.reward", "task.reward_weights", "task.right_from", "task.pattern", "task.length"),
+          lambda c, job: job in ("rl_math", "rl_preference", "sweep", "evaluate", "plan", "data")
           and not is_environment(c.task.name), "RL and evaluate do, of tasks with answers"),
     _Only(("task.oracle",), lambda c, job: job in ("rl_agent", "sweep", "evaluate", "plan"),
           "rl_agent and evaluate do"),

@@ -85,6 +85,14 @@ def _above_half(expectile: float) -> float:
     return expectile
 
 
+def _as_names(value: Any) -> Any:
+    """One name may stand for itself, and none for nothing."""
+    return ((value,) if value else ()) if isinstance(value, str) else value
+
+
+_Worth = Annotated[Finite, Field(ge=-1e6, le=1e6)]
+
+
 class ModelConfig(Branch):
     base: str = ""
     """Checkpoint that CoLA is attached to, of llama, mistral, qwen2, qwen3, gemma3_text or smollm3: directory, hub id
@@ -108,22 +116,45 @@ class ModelConfig(Branch):
 
 class TaskConfig(Branch):
     name: str = "arithmetic"
-    """arithmetic, gsm8k, math500, a reasoning-gym generator, preference, or your own as package.module:Class or
-    file.py:Class. For agents: twenty_questions, guess_city, textworld, jericho, data_science, or your own, a class with
-    reset and step."""
+    """arithmetic, gsm8k, math500, a reasoning-gym generator, preference, dataset (rows of your own), or your own as
+    package.module:Class or file.py:Class. For agents: twenty_questions, guess_city, textworld, jericho, data_science,
+    or your own, a class with reset and step."""
     path: str = ""
-    """gsm8k, math500: a folder with train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and
-    rejected, a .jsonl or .parquet file, a folder of them, or a hub id. data_science: a CSV file whose column to predict
-    the option target names; empty: tables that scikit-learn brings along. Others: leave empty."""
+    """dataset: JSON lines, Parquet or CSV, a folder or glob of them, or a hub id. gsm8k, math500: a folder with
+    train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and rejected, a .jsonl or .parquet
+    file, a folder of them, or a hub id. data_science: a CSV file whose column to predict the option target names;
+    empty: tables that scikit-learn brings along. Others: leave empty."""
+    columns: dict[Literal["prompt", "solution", "response", "system"], Name] = Field(default_factory=dict)
+    """dataset: columns that are not found by themselves, e.g. prompt body solution label; a dot leads into an object:
+    solution reward_model.ground_truth. solution is what rewards compare with, response what a first policy is cloned
+    from."""
+    splits: dict[Literal["train", "heldout"], Name] = Field(default_factory=dict)
+    """dataset: splits of the hub, or beginnings of file names in a folder, e.g. train train_sft heldout test_sft. Where
+    none are given, train, and the first of test, heldout, validation, dev and eval; of one split alone a sixth is held
+    out, by checksum of the prompt."""
+    subset: str = ""
+    """dataset: configuration of a data set on the hub that has several, e.g. main."""
     game: str = ""
     """jericho: the z-machine file to play."""
     reward_model: str = ""
-    """preference: a Hugging Face sequence classifier, directory or hub id, which gets an actor of its own; or an
-    http(s):// endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}. evaluate: leads
-    searches and chooses among answers, while figures are the verifier's."""
-    reward: str = ""
-    """Your own function (problem, response) -> number, package.module:name or file.py:name, in place of the task's
-    verifier, or of preference's reward model. Empty: the task's. Not for agents."""
+    """A Hugging Face sequence classifier, directory or hub id, which gets an actor of its own; or an http(s)://
+    endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}. Scores the responses of
+    preference, and of every task whose task.reward names reward_model. evaluate: leads searches and chooses among
+    answers, while figures are the verifier's."""
+    reward: Annotated[Unique[Name], BeforeValidator(_as_names)] = ()
+    """What responses are worth, one or more: verifier (the task's own), exact, math, format (<think> and <answer>),
+    regex, length, code (the tests of a row), reward_model, or functions of your own, file.py:name or
+    package.module:name, called with (problem, response) or as TRL calls its own, with lists (prompts, completions,
+    **columns). Empty: the task's verifier. Not for agents."""
+    reward_weights: tuple[_Worth, ...] = ()
+    """Of each of task.reward, whose weighted sum is the reward. Empty: 1 each."""
+    right_from: _Worth | None = None
+    """Smallest reward of a right response, for accuracies. None: what the task, or a single reward, says by itself;
+    where neither does, there is no accuracy."""
+    pattern: str = ""
+    """Reward regex: the regular expression that a response is searched for."""
+    length: Count = 1000
+    """Reward length: characters that are worth 1; it falls to 0 at twice as many."""
     oracle: str = ""
     """twenty_questions, guess_city: model that answers, at the OpenAI-compatible endpoint OPENAI_BASE_URL with the key
     OPENAI_API_KEY. Empty: tables, offline."""

@@ -11,7 +11,7 @@ from cola_ray.settings.limits import refusal
 from cola_ray.tasks.environment import Dialogue, Environment
 from cola_ray.tasks.guessing import ChatOracle
 from cola_ray.tasks.protocol import Problem, Prompts, Task, answer_of
-from cola_ray.tasks.rewarded import Rewarded
+from cola_ray.tasks.rewarded import REWARD_MODEL, Rewarded
 from cola_ray.tasks.verifiable import ReasoningGym, Thinking
 
 __all__ = [
@@ -63,8 +63,8 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     under no name is a generator of reasoning-gym. Preference has prompts and no verifier, since others score.
     """
     task = _make_task(config, seed)
-    if config.reward:
-        task = Rewarded(task, registry.find("reward", config.reward))
+    if any(reward != REWARD_MODEL for reward in config.reward):
+        task = Rewarded.of(config, task)
     return Thinking(task) if config.thinking else task
 
 
@@ -95,12 +95,17 @@ def task_class(name: str) -> Callable[..., Any] | None:
 
 
 def least_right_reward(config: TaskConfig) -> float | None:
-    """The reward from which on a response is right; None where the task has rewards and does not say what is right.
+    """The reward from which on a response is right; None where nothing says what is right.
 
-    A class says it in an attribute ``right_from``, see :class:`Task`, and so may a reward function.
+    ``task.right_from`` says it. Without it a class does in an attribute ``right_from``, see :class:`Task`, and a reward
+    function likewise; of several rewards that are summed none does.
     """
-    found = registry.find("reward", config.reward) if config.reward else task_class(config.name) or ReasoningGym
-    return getattr(found, "right_from", None)
+    if config.right_from is not None or len(config.reward) > 1:
+        return config.right_from
+    own = task_class(config.name) or ReasoningGym
+    found = registry.find("reward", config.reward[0]) if config.reward and config.reward != ("verifier",) else own
+    least = getattr(found, "right_from", None)
+    return None if least is None else least * (config.reward_weights or (1.0,))[0]
 
 
 def stop_strings(config: TaskConfig) -> tuple[str, ...]:

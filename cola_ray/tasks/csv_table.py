@@ -1,4 +1,4 @@
-"""CSV files with a header, as columns of text and of numbers; errors name row and field."""
+"""CSV files with a header, as rows of text, or as columns of text and of numbers; errors name row and field."""
 
 import csv
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+_CELL_BYTES = 1 << 24
 _MISSING = {"", "na", "n/a", "#n/a", "nan", "null", "none", "-nan"}
 
 
@@ -53,24 +54,36 @@ def _number(cell: str) -> float | None:
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    header, *cells = lines_of(path)
+    rows = [["" if cell.strip().lower() in _MISSING else cell.strip() for cell in row] for row in cells]
+    if not rows:
+        raise ValueError("no rows below the header; one or more are needed")
+    return header, rows
+
+
+def lines_of(path: Path) -> Iterator[list[str]]:
+    """Yield the header, then the cells of each row, which are as many.
+
+    Raises:
+        ValueError: names the row, counted from 1 without the header, and what is wrong with it.
+    """
+    csv.field_size_limit(_CELL_BYTES)
     with path.open("rb") as file:
         lines = csv.reader(_decoded(file), strict=True)
-        number, rows, header = 0, list[list[str]](), list[str]()
+        number = 0
         try:
             header = [name.strip() for name in next(lines, [])]
             _check_header(header)
+            yield header
             for number, row in enumerate(filter(None, lines), 1):
                 if len(row) != len(header):
                     many = "" if len(header) > 1 else "; columns are separated by commas"
                     raise ValueError(
                         f"row {number}: {len(row)} cells, and the header has {len(header)}{many}; fix or remove it"
                     )
-                rows.append(["" if cell.strip().lower() in _MISSING else cell.strip() for cell in row])
+                yield row
         except csv.Error as error:
             raise ValueError(f"row {number + 1}: not CSV ({error}); fix or remove it") from None
-    if not rows:
-        raise ValueError("no rows below the header; one or more are needed")
-    return header, rows
 
 
 def _check_header(header: Sequence[str]) -> None:

@@ -23,12 +23,17 @@ from cola_ray.sandbox.messages import as_data
 from cola_ray.sandbox.programs import NoSandboxError
 from cola_ray.settings.config import MULTI_TURN, TaskConfig, is_environment
 from cola_ray.settings.limits import nearest
-from cola_ray.tasks import called, make_environment, task_class
+from cola_ray.settings.relevance import OF_ROWS
+from cola_ray.tasks import called, make_environment, make_task, task_class
 from cola_ray.tasks.chat import as_prompt
+from cola_ray.tasks.dataset import as_problems, first_examples
 from cola_ray.tasks.environment import Dialogue
 from cola_ray.tasks.protocol import LARGEST_REWARD, not_a_reward
+from cola_ray.tasks.rewarded import REWARD_MODEL, name_of, trial
+from cola_ray.tasks.rows import is_local
 
 TRIAL_S = 10.0
+_FEW = 64  # problems of a generator, of which both splits have some
 FIXED = (*registry.BUILT_IN["task"], *MULTI_TURN)
 """Tasks that are no generator of reasoning-gym."""
 _ENVIRONMENT = ("reset", "step", "get_state", "set_state", "demonstrations")
@@ -37,7 +42,7 @@ _TASK = ("problems", "demonstrations", "score")
 
 def faults(task: TaskConfig) -> list[str]:
     """At most a few lines, the first cause first; the same task is judged once a process."""
-    return list(_judged(task.model_dump_json()))
+    return [*_judged(task.model_dump_json()), *_unable(task.model_dump_json())]
 
 
 @functools.cache
@@ -47,7 +52,7 @@ def _judged(dumped: str) -> list[str]:
         return list(_of_own(task))
     if is_environment(task.name):
         return _made(task)
-    return list(_of_generator(task)) if task.options and task.name not in ("gsm8k", "math500", "preference") else []
+    return list(_of_generator(task)) if task.options and task.name not in OF_ROWS else []
 
 
 def is_own(name: str) -> bool:
@@ -69,6 +74,26 @@ def unknown(name: str) -> str:
     if callable(found):
         return ""
     return f"{name.rpartition(':')[2]} is {type(found).__name__}, not a class; name a class"
+
+
+# --- rewards ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _unable(dumped: str) -> list[str]:
+    """A line for each reward that scores none of the first problems; nothing where those are not at hand."""
+    task = TaskConfig.model_validate_json(dumped)
+    tried = [reward for reward in task.reward if reward not in ("verifier", REWARD_MODEL)]
+    if not tried or (task.path and not is_local(task.path)) or is_environment(task.name):
+        return []
+    try:
+        plain = task.model_copy(update={"reward": (), "thinking": False, "num_problems": _FEW})
+        of_rows = task.name == "dataset"
+        first = as_problems(first_examples(task, 2)) if of_rows else make_task(plain, 0).problems("train")[:2]
+    except Exception:  # which others report
+        return []
+    whys = {reward: _within(TRIAL_S, functools.partial(trial, task, reward, first)) for reward in tried}
+    return [f"task.reward = {reward!r}: {name_of(reward)} {why}" for reward, why in whys.items() if why]
 
 
 # --- generators of reasoning-gym ----------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ def _of_file(source: str, path: Path, size: int) -> list[Part]:
         ends = [*itertools.accumulate(sizes, initial=0)]
         firsts = [n for n in range(len(sizes)) if n == 0 or ends[n] // size != ends[n - 1] // size]
         return [Part(source, "parquet", str(path), *pair) for pair in itertools.pairwise([*firsts, len(sizes)])]
+    if path.suffix == ".csv":  # a cell may hold line ends
+        return [Part(source, "list", str(path), 0, 1)]
     if path.suffix == ".json" and not is_of_lines(path):
         if path.stat().st_size <= WHOLE_MB << 20:
             return [Part(source, "list", str(path), 0, 1)]

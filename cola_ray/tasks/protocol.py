@@ -1,9 +1,9 @@
 """The protocols of single-turn tasks: prompts of two splits, and problems with a verifier."""
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from cola_ray.tasks.chat import Prompt, as_text
 
@@ -21,11 +21,13 @@ class Problem:
         index: names the problem within its split.
         question: text, or a conversation ``[{"role": "system", "content": ...}, ...]``, whose roles are kept.
         solution: a right response; "" if there is none.
+        columns: of the row that it was read from, for rewards.
     """
 
     index: int
     question: Prompt
     solution: str
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def split_of(question: Prompt) -> Split:

@@ -7,8 +7,8 @@
 ``read`` takes a row and raises ValueError. Errors have the form ``data.path = 'DATA': train.jsonl, row 3, field answer:
 null; text is expected``; rows and lines count from 1.
 
-Files of up to 16 MB are checked line by line first, since Arrow converts a number or an object to text if other rows
-have text, rounds long integers, and crashes the process on lists that are nested too deep.
+Cells of CSV files are text. Files of up to 16 MB are checked line by line first, since Arrow converts a number or an
+object to text if other rows have text, rounds long integers, and crashes the process on lists that are nested too deep.
 """
 
 import codecs
@@ -19,7 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+from cola_ray.tasks import csv_table
+
+_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+ENDINGS = tuple(_LOADERS)
+"""Of files with rows."""
+LISTED = ".jsonl, .json, .parquet, .csv or .txt"
 _PEEKED = 200  # rows
 WHOLE_MB = 16  # files up to this size are checked entirely; a larger .json list is not parsed for its first rows
 _READ = TypeVar("_READ")
@@ -48,7 +53,8 @@ def open_rows(path: str, field: str, **hub: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{field} = {path!r}: {error}") from None
     try:
-        rows = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
+        as_text = _as_text(files[0]) if kind == "csv" else {}
+        rows = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **as_text)
     except Exception as error:  # from any of the libraries that the loader uses
         raise ValueError(f"{field} = {path!r}: {_why(files, error)}") from None
     if not len(rows):
@@ -171,13 +177,13 @@ def files_of(path: str) -> tuple[str, list[Path]]:
     source = Path(path)
     if source.is_file():
         if source.suffix not in _LOADERS:
-            raise ValueError(f"cannot read {source.suffix!r}; use .jsonl, .json, .parquet or .txt")
+            raise ValueError(f"cannot read {source.suffix!r}; use {LISTED}")
         return _LOADERS[source.suffix], [source]
     found = source.iterdir() if source.is_dir() else map(Path, glob.glob(path, recursive=True))
     files = sorted(file for file in found if file.suffix in _LOADERS)
     if not files:
         where = "in this folder; put one in it" if source.is_dir() else "matches; change the pattern"
-        raise ValueError(f"no .jsonl, .json, .parquet or .txt file {where}")
+        raise ValueError(f"no {LISTED} file {where}")
     for file in files:
         if not file.is_file():
             what = "a folder" if file.is_dir() else "a broken link" if file.is_symlink() else "not a regular file"
@@ -222,7 +228,7 @@ def _count(file: Path) -> int:
         import pyarrow.parquet
 
         return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
-    if file.suffix == ".json":
+    if file.suffix in (".json", ".csv"):
         return sum(1 for _ in rows_in(file))
     with file.open("rb") as lines:
         return sum(1 for line in lines if line.strip() or file.suffix == ".txt")
@@ -232,6 +238,8 @@ def rows_in(file: Path) -> Iterator[Row]:
     """Yield the rows of a file; the ValueError for what is not a row begins with the file's name."""
     if file.suffix == ".parquet":
         yield from _of_parquet(file)
+    elif file.suffix == ".csv":
+        yield from _of_csv(file)
     elif file.suffix == ".txt":
         yield from ({"text": line} for _, line in _lines(file))
     elif file.suffix == ".json" and not is_of_lines(file):
@@ -249,6 +257,27 @@ def rows_in(file: Path) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise ValueError(f"{file.name}, line {number}: {shown(row)}; an object with fields is expected")
             yield row
+
+
+def _of_csv(file: Path) -> Iterator[Row]:
+    try:
+        lines = csv_table.lines_of(file)
+        header = next(lines)
+        yield from (dict(zip(header, cells, strict=True)) for cells in lines)
+    except ValueError as error:
+        comma = str(error).startswith(("row ", "line ", "field "))
+        raise ValueError(f"{file.name}{', ' if comma else ': '}{error}") from None
+
+
+def _as_text(file: Path) -> dict[str, Any]:
+    """What the loader of CSV files needs to be told in order to leave cells as they are."""
+    import datasets
+
+    header = next(csv_table.lines_of(file))
+    return {
+        "features": datasets.Features({name: datasets.Value("string") for name in header}),
+        "keep_default_na": False,
+    }
 
 
 def _of_parquet(file: Path) -> Iterable[Row]:

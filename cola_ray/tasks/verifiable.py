@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -177,9 +178,7 @@ class Thinking:
         self.executes_responses = getattr(task, "executes_responses", False)
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        return [
-            Problem(p.index, followed_by(p.question, self.INSTRUCTION), p.solution) for p in self.task.problems(split)
-        ]
+        return [replace(p, question=followed_by(p.question, self.INSTRUCTION)) for p in self.task.problems(split)]
 
     def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
         """Return demonstrations with empty thoughts; a corpus with thoughts is given as ``data.path``."""
@@ -232,8 +231,10 @@ class Gsm8k:
             table = open_rows(source, "task.path", name="main", split=name)
             rows = read_rows(table, source, "task.path", self.read)
             random.Random(seed).shuffle(rows)
-            asked = [(followed_by(question, self.INSTRUCTION), solution) for question, solution, _ in rows]
-            self._splits[split] = [Problem(index, *one) for index, one in enumerate(asked)]
+            self._splits[split] = [
+                Problem(index, followed_by(question, self.INSTRUCTION), solution, {"answer": solution})
+                for index, (question, solution, _) in enumerate(rows)
+            ]
             self._answers[split] = [answer for *_, answer in rows]
 
     @staticmethod
@@ -292,7 +293,8 @@ class Math500:
         rows = read_rows(table, path, "task.path", self.read)
         for index, row in enumerate(np.random.default_rng(seed).permutation(len(rows))):
             question, solution, answer = rows[row]
-            self._splits[split].append(Problem(index, followed_by(question, self.INSTRUCTION), solution))
+            columns = {"solution": solution, "answer": answer}
+            self._splits[split].append(Problem(index, followed_by(question, self.INSTRUCTION), solution, columns))
             self._answers[split].append(answer)
 
     @staticmethod

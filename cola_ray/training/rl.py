@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 import ray.train
+from transformers import AutoTokenizer
 
 from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
@@ -36,7 +37,8 @@ from cola_ray.runs.run_folder import read_record
 from cola_ray.runs.tracking import Tracker
 from cola_ray.settings import relevance
 from cola_ray.settings.config import Config, RunFailedError, is_environment, override
-from cola_ray.tasks import least_right_reward
+from cola_ray.tasks import least_right_reward, summary
+from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.training.ranks import ANSWER_S, enter_rank, fit_ranks
 from cola_ray.training.supervised import pretrain
 from cola_ray.training.tracked_run import OnStep, tracked
@@ -115,6 +117,7 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
         make_start_model(asked)
         resume.check_inputs(config, begun.start)
         model_path = served(config, begun.start)
+        _say_data(config, model_path)
         with tracked(begun, summarise, draw, on_step) as tracker:
             current().doing("starting the controller")
             services: dict[str, Any] = {"shards": actors.replay(config)}
@@ -132,6 +135,15 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
         print_summary(f"RL, {config.preset}: {output}", tracker.summary)
         print_line("\n".join(afterwards(config, job.name, tracker.summary)))
     return tracker.summary
+
+
+def _say_data(config: Config, model_path: str) -> None:
+    """What was read, where a task is made of somebody's rows."""
+    if config.task.path and not is_environment(config.task.name):
+        current().doing("reading the rows")
+        chat = ChatTokenizer(AutoTokenizer.from_pretrained(model_path), config.data.date)
+        for line in summary.lines(config, chat):
+            current().say(line)
 
 
 def afterwards(config: Config, job: str, summary: Mapping[str, Any]) -> list[str]:

@@ -83,7 +83,7 @@ def broken_files(good):
         "a byte order mark": ("a.jsonl", b"\xef\xbb\xbf" + whole, "a.jsonl, line 1: begins with a byte order mark"),
         "gzip under another name": ("a.jsonl", gzip.compress(whole), "a.jsonl, line 1: not UTF-8"),
         "gzip": ("a.jsonl.gz", gzip.compress(whole)[:-6], r"cannot read '.gz'; use .jsonl"),
-        "CSV": ("a.csv", b"x,y\n1,2\n", r"cannot read '.csv'; use .jsonl"),
+        "a spreadsheet": ("a.xls", b"x,y\n1,2\n", r"cannot read '.xls'; use .jsonl"),
         "an empty file": ("a.jsonl", b"", "a.jsonl has no rows; one or more"),
         "empty lines": ("a.jsonl", b"\n \n", "a.jsonl has no rows; one or more"),
         "an empty list": ("a.json", b"[]", "a.json has no rows; one or more"),
@@ -218,8 +218,8 @@ def test_logged_answers_without_rewards_or_actions_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no .jsonl, .json, .parquet or .txt file in this folder; put one in it"),
-        ({"a.csv": b"x"}, "no .jsonl, .json, .parquet or .txt file in this folder"),
+        ({}, "no .jsonl, .json, .parquet, .csv or .txt file in this folder; put one in it"),
+        ({"a.xls": b"x"}, "no .jsonl, .json, .parquet, .csv or .txt file in this folder"),
         ({"a.jsonl": "folder"}, "a.jsonl is a folder; remove it"),
         ({"a.jsonl": "link"}, "a.jsonl is a broken link; remove it"),
         ({"a.jsonl": "good", "b.parquet": parquet({"x": [1]})}, "has files of json and parquet; keep one kind"),

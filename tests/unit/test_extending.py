@@ -50,7 +50,7 @@ def test_every_command_line_of_the_page_passes_the_checks(command, words, outsid
     if "--task.name doubling" in words and ".py" not in words:
         pytest.skip("of a package")
     config = from_command_line(JOBS[command], words.split())
-    assert [value for value in named(config).values() if ".py:" in value]
+    assert [name for _, name in named(config) if ".py:" in name]
     assert inspection.faults(config.task) == [], "which tries a task or an environment of one's own"
 
 
@@ -138,7 +138,7 @@ def test_rays_copy_of_a_file_is_found_by_its_name(outside, tmp_path, monkeypatch
 
 def test_files_are_what_nodes_need_a_copy_of(outside):
     config = override(preset("tiny"), {"rl.advantage": "median.py:median", "task.reward": "close.py:close"})
-    assert registry.files(named(config).values()) == [str(outside / "median.py"), str(outside / "close.py")]
+    assert registry.files(name for _, name in named(config)) == [str(outside / "median.py"), str(outside / "close.py")]
 
 
 def test_entry_points_of_packages(outside, monkeypatch):

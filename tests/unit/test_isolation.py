@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from cola_ray.rollout.isolation import EnvironmentProcess, Reward, RewardProcess
+from cola_ray.rollout.isolation import EnvironmentProcess
+from cola_ray.rollout.reward_process import Reward, RewardProcess
 from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import make_task
 from cola_ray.tasks.guessing import TwentyQuestions

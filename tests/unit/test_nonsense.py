@@ -281,6 +281,15 @@ rl_math --task.reward-timeout-s -3 | task.reward_timeout_s = -3: out of range
 rl_math --task.max-failed-rewards 2 | task.max_failed_rewards = 2: out of range
 rl_math --task.reward-model org/x | task.reward_model = 'org/x': arithmetic has a verifier
 rl_math --task.oracle m | task.oracle = 'm': arithmetic asks nobody
+rl_math --task.reward exat | task.reward = 'exat': unknown reward; did you mean exact?
+rl_math --task.reward exact length --task.reward-weights 1 | task.reward_weights = (1,): not one for each reward; give 2
+rl_math --task.reward exact --task.right-from nan | task.right_from = nan: not finite
+rl_math --task.reward exact --task.length 0 | task.length = 0: out of range; use a whole number of at least 1
+rl_math --task.name dataset --task.path good.jsonl | task.reward = (): rows do not say what a response is worth
+rl_math --task.name dataset --task.path unparsed.jsonl --task.reward exact | task.path = 'unparsed.jsonl': unparsed.jsonl, line 2: not JSON
+rl_math --task.name dataset --task.path good.jsonl --task.columns promt x | task.columns.promt = 'x': no such name
+rl_math --task.columns prompt x | task.columns.prompt = 'x': has no effect here; dataset does
+data --task.name twenty_questions | task.name = 'twenty_questions': an environment of many turns
 rl_math --task.name own:Nothing | task.name = 'own:Nothing': Nothing has no problems and no demonstrations and no score
 rl_math --task.name own:Missing | task.name = 'own:Missing': own has no Missing
 rl_math --task.name own:NUMBER | task.name = 'own:NUMBER': NUMBER is int, not a class
@@ -370,8 +379,8 @@ pretrain --model.base lost | model.base = 'lost': model-00002-of-00002.safetenso
 pretrain --model.path nope | model.path = 'nope': no such file or folder
 pretrain --model.path llama | model.path = 'llama': a plain llama model
 pretrain --data.path ./nowhere.jsonl | data.path = './nowhere.jsonl': no such file or folder
-pretrain --data.path data.csv | data.path = 'data.csv': a file of type '.csv'
-pretrain --data.path empty | data.path = 'empty': no .jsonl, .json, .parquet or .txt file
+pretrain --data.path data.csv | data.path = 'data.csv': row 1: has columns a, b; name the right ones
+pretrain --data.path empty | data.path = 'empty': no .jsonl, .json, .parquet, .csv or .txt file
 pretrain --data.path void.jsonl | data.path = 'void.jsonl': empty
 pretrain --data.path null.jsonl | data.path = 'null.jsonl': row 2, field answer: 'None' is neither
 pretrain --data.path missing.jsonl | data.path = 'missing.jsonl': row 1: has columns question; name the right ones
@@ -382,7 +391,7 @@ pretrain --data.path bom.jsonl | data.path = 'bom.jsonl': bom.jsonl, line 1: beg
 pretrain --data.path latin.jsonl | data.path = 'latin.jsonl': latin.jsonl, line 1: not UTF-8
 pretrain --data.path org/corpus | data.path = 'org/corpus': not in the local cache
 pretrain --data.text-field "" | data.text_field = '': empty
-pretrain --data.path "no*.jsonl" | data.path = 'no*.jsonl': no .jsonl, .json, .parquet or .txt file matches
+pretrain --data.path "no*.jsonl" | data.path = 'no*.jsonl': no .jsonl, .json, .parquet, .csv or .txt file matches
 pretrain --data.path "n*.jsonl" | data.path = 'n*.jsonl': null.jsonl, row 2, field answer: 'None' is neither
 pretrain --data.path good.jsonl --data.more-paths ./none.jsonl | data.more_paths = './none.jsonl': no such file
 pretrain --data.path good.jsonl --data.more-paths pairs.jsonl | data.more_paths = 'pairs.jsonl': row 1: has columns
@@ -521,6 +530,10 @@ rl_math --model.path cola --rl.max-steps 2
 rl_math --task.name countdown --task.thinking --rollout.max-prompt-tokens 160 --rollout.max-new-tokens 24
 rl_math --task.name gsm8k --task.path gsm --rollout.max-new-tokens 100
 rl_math --task.options max_terms 2
+rl_math --task.reward exact length --task.reward-weights 1 0.1 --task.right-from 1 --task.length 8
+rl_math --task.name dataset --task.path good.jsonl --task.reward math
+data --task.name dataset --task.path good.jsonl --task.reward math
+data
 rl_math --task.name own:Good
 rl_math --task.name own:ByOf
 rl_agent

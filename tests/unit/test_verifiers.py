@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cola_ray.rollout.isolation import EnvironmentProcess, Reward, RewardProcess
+from cola_ray.rollout.isolation import EnvironmentProcess
+from cola_ray.rollout.reward_process import Reward, RewardProcess
 from cola_ray.sandbox.execution import NotExecutedError
 from cola_ray.sandbox.messages import BrokenError, Channel, GoneError, LateError, as_data
 from cola_ray.settings.config import TaskConfig
@@ -602,7 +603,7 @@ def test_an_outcome_that_is_none_costs_its_own_episode(games, utterance, failure
 OWNER = """
 import functools, sys, threading, time
 sys.path.insert(0, {folder!r})
-from cola_ray.rollout.isolation import RewardProcess
+from cola_ray.rollout.reward_process import RewardProcess
 from test_verifiers import Executing, Liar
 if __name__ == "__main__":
     processes = [RewardProcess(functools.partial(Executing, 1.0), 60.0), RewardProcess(Liar, 60.0)]
@@ -644,7 +645,8 @@ def test_an_owner_that_is_killed_leaves_nobody(tmp_path):
 
 
 def test_rewards_up_to_the_bound_are_rewards():
-    from cola_ray.rollout.isolation import Reply, as_reward
+    from cola_ray.rollout.isolation import Reply
+    from cola_ray.rollout.reward_process import as_reward
 
     for value in (LARGEST_REWARD, -LARGEST_REWARD, 0, True, -0.0, 5e-324):
         assert as_reward(Reply(value)) == Reward(float(value))

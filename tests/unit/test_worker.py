@@ -9,7 +9,7 @@ import pytest
 
 from cola_ray.checks.engine_args import _OWNED, faults, known
 from cola_ray.rollout.engine import Completion
-from cola_ray.rollout.isolation import Reward
+from cola_ray.rollout.reward_process import Reward
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker, engine_args
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset

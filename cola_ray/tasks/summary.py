@@ -1,0 +1,129 @@
+"""What a task has read, and what the model gets of it: for the screen, before a run and by ``cola_ray data``.
+
+lines(config, chat)     rows, columns, splits, rewards, and three prompts
+show(config)            prints them; nothing is started
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+from cola_ray.model.hub import cached
+from cola_ray.runs import provenance
+from cola_ray.runs.display import print_line
+from cola_ray.settings.config import Config, ConfigError, TaskConfig
+from cola_ray.tasks import least_right_reward, make_task
+from cola_ray.tasks.chat import ChatTokenizer, as_text
+from cola_ray.tasks.dataset import Dataset, Facts
+from cola_ray.tasks.protocol import Problem, Prompts
+from cola_ray.tasks.rewarded import weights_of
+
+_SHOWN = 3  # prompts
+_MEASURED = 1000  # prompts
+_CHARACTERS = 1500  # of each
+
+
+def show(config: Config) -> None:
+    """Print :func:`lines`, with the tokenizer of the start model or, before there is one, of the base.
+
+    Raises:
+        ConfigError: the rows cannot be read.
+    """
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    start = provenance.start_model(config)
+    place = str(start) if (start / "config.json").exists() else config.model.base
+    chat = _chat(place, config.data.date) if place else None
+    try:
+        for line in lines(config, chat):
+            print_line(line)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _chat(place: str, date: str) -> ChatTokenizer | None:
+    from transformers import AutoTokenizer
+
+    if place.endswith(".gguf"):
+        return None
+    return ChatTokenizer(AutoTokenizer.from_pretrained(cached(place, "model") or place), date)
+
+
+def lines(config: Config, chat: ChatTokenizer | None) -> Iterator[str]:
+    """Yield what was read, a line each, and :data:`_SHOWN` prompts as the model gets them.
+
+    Args:
+        chat: of the model; without it prompts are shown as text.
+    """
+    task = make_task(config.task, config.seed)
+    problems, heldout = task.problems("train"), task.problems("heldout")
+    facts = _facts(task)
+    if facts is not None:
+        yield from _of_rows(config.task, facts)
+    how = ", by checksum of the prompt" if facts is not None and "" in facts.sources else ""
+    yield f"splits   {_many(len(problems), 'problem')} to train on, {len(heldout):,} held out{how}"
+    yield f"cloned   {_many(len(task.demonstrations()), 'response')}, where a first policy is made"
+    yield f"reward   {_rewards(config.task)}"
+    if chat is not None:
+        yield from _lengths(config, problems, chat)
+    for number, problem in enumerate(problems[:_SHOWN], 1):
+        yield from _prompt(number, problem, chat)
+
+
+def _facts(task: Prompts) -> Facts | None:
+    inner = task
+    while not isinstance(inner, Dataset) and hasattr(inner, "task"):
+        inner = inner.task
+    return inner.facts if isinstance(inner, Dataset) else None
+
+
+def _of_rows(task: TaskConfig, facts: Facts) -> Iterator[str]:
+    yield f"data     {task.path}: {_many(facts.rows, 'row')} of {', '.join(facts.columns)}"
+    for found, count in facts.found_in.most_common():
+        yield f"read     {found}" + (f", in {_many(count, 'row')}" if len(facts.found_in) > 1 else "")
+    if facts.sources.keys() == {"train", "heldout"}:
+        yield f"files    {facts.sources['train']} to train on, {facts.sources['heldout']} held out"
+    if facts.left_out:
+        yield f"         not read: {', '.join(facts.left_out)}; task.splits names others"
+    if facts.in_both:
+        left_out = "has a prompt that is" if facts.in_both == 1 else "have prompts that are"
+        yield f"         {_many(facts.in_both, 'row')} to train on {left_out} held out, too: left out"
+    if facts.without_solution:
+        yield f"         {_many(facts.without_solution, 'row')} without a solution"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _rewards(task: TaskConfig) -> str:
+    weights = weights_of(task)
+    named = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+    least = least_right_reward(task)
+    right = (
+        "no accuracy, since nothing says what is right (task.right_from)" if least is None else f"right from {least:g}"
+    )
+    return f"{named or task.reward_model or 'the verifier of ' + task.name}; {right}"
+
+
+def _lengths(config: Config, problems: Sequence[Problem], chat: ChatTokenizer) -> Iterator[str]:
+    first, limit = problems[:_MEASURED], config.rollout.max_prompt_tokens
+    lengths = [len(chat.prompt_ids(problem.question)) for problem in first]
+    of = f"the first {_MEASURED:,} prompts" if len(first) < len(problems) else "the prompts"
+    yield f"tokens   {sum(lengths) / max(len(lengths), 1):.0f} on average, {max(lengths, default=0)} at most, of {of}"
+    if long := sum(length > limit for length in lengths):
+        yield f"         {long:,} of these are longer than rollout.max_prompt_tokens = {limit}, and are left out"
+
+
+def _prompt(number: int, problem: Problem, chat: ChatTokenizer | None) -> Iterator[str]:
+    if chat is None:
+        text, size = as_text(problem.question), "as text, since there is no model yet"
+    else:
+        ids = chat.prompt_ids(problem.question)
+        text, size = str(chat.tokenizer.decode(ids)), f"{_many(len(ids), 'token')}, as the model gets it"
+    yield f"prompt {number} ({size})"
+    yield from (f"  | {line}" for line in _cut(text).splitlines())
+    if problem.solution:
+        yield f"  solution: {_cut(' '.join(problem.solution.split()))[:200]}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} ... ({len(text):,} characters)"
