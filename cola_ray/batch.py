@@ -84,6 +84,7 @@ class Sample:
     version: int  # the policy version that chose its first action
     failure: str = ""  # why there is no reward; such a completion is counted and not trained on
     parts: Mapping[str, float] = field(default_factory=dict)  # of ``task.reward``, each reward that applies
+    source: str = ""  # of a task that has several, the problem's
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ def together(groups: Sequence[Group], data: Sequence[Held[Any]]) -> list[Group]:
 
 def _sample(one: Trajectory) -> Sample:
     return Sample(
-        len(one.prompt_ids), len(one.token_ids), one.reward, one.truncated, int(one.versions[0]), one.failure, one.parts
+        len(one.prompt_ids), len(one.token_ids), one.reward, one.truncated, int(one.versions[0]), one.failure, one.parts,
+        one.source,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class Trajectory:
     rewards: Array | None = None
     discounts: Array | None = None  # what the value after each action is worth: 1 within a turn, 0 at an end
     advantages: Array | None = None  # (L,) float32; None: the outcome's at every action
+    source: str = ""  # of its problem, where the task has several
     parts: Mapping[str, float] = field(default_factory=dict)  # each reward of ``task.reward``, without its weight
 
 

@@ -56,7 +56,8 @@ def unseen(config: Config) -> list[str]:
     """A line for each path that the system will not even look at: forbidden, or too long."""
     lines = []
     paths = [(field, value_at(config, field)) for field in ("output_dir", "tracking_uri", *provenance.PATHS)]
-    for field, value in [*paths, *_further_paths(config), ("data.cache", config.data.cache)]:
+    further = [*_further_paths(config), *_further_tasks(config)]
+    for field, value in [*paths, *further, ("data.cache", config.data.cache)]:
         try:
             Path(value).exists()
         except OSError as error:
@@ -82,11 +83,15 @@ def _further_paths(config: Config) -> list[tuple[str, str]]:
     return [("data.more_paths", path) for path in config.data.more_paths]
 
 
+def _further_tasks(config: Config) -> list[tuple[str, str]]:
+    return [("task.more_paths", path) for path in config.task.more_paths]
+
+
 def _paths(config: Config, job: str) -> Iterator[str]:
     """Existing, readable, a file or a folder as it should be."""
     task = config.task
     rows = f"a file, folder or glob of {LISTED}, or a hub id"
-    for field, source in [("data.path", config.data.path), *_further_paths(config)]:
+    for field, source in [("data.path", config.data.path), *_further_paths(config), *_further_tasks(config)]:
         yield from _path(field, source, rows, _TABLES)
     if task.name == "data_science":
         yield from _path("task.path", task.path, "a CSV file", (".csv", ".tsv", ".txt"), folder=False)
@@ -293,7 +298,7 @@ def _rows(config: Config, job: str) -> Iterator[str]:
         for file in files:
             if file.is_file() and _has_rows(str(file)):
                 yield from peek(str(file), "task.path", read)
-    if task.name == "dataset" and _has_rows(task.path):
+    if task.name == "dataset" and any(map(_has_rows, (task.path, *task.more_paths))):
         found = dataset.faults(task)
         yield from found
         if not found and _reads_texts(config, job) and not config.data.path:
@@ -345,6 +350,7 @@ def _hub(config: Config, job: str) -> list[str]:
         used += [(field, source, "dataset") for field, source in _further_paths(config)]
     if _asks_task(config, job) and task.name in ("gsm8k", "math500", "preference", "dataset"):
         used.append(("task.path", task.path, "dataset"))
+        used += [(field, source, "dataset") for field, source in _further_tasks(config)]
     used += [(field, value, "model") for field, value, _ in _in_use(config, job) if field == "model.base"]
     if job in ("rl_math", "rl_preference", "evaluate") and not is_endpoint(task.reward_model):
         used.append(("task.reward_model", task.reward_model, "model"))

@@ -31,6 +31,7 @@ from cola_ray.settings.config import (
 )
 from cola_ray.settings.presets import trial
 from cola_ray.tasks import inspection
+from cola_ray.tasks.dataset import name_of as source_name
 from cola_ray.tasks.rewarded import REWARD_MODEL, name_of
 
 _MOST_SEQUENCES = 2**20  # a step's, which are held in memory together
@@ -176,6 +177,22 @@ def _check_task(config: Config) -> list[str]:
         return [f"task.oracle = {config.task.oracle!r}: set OPENAI_BASE_URL to an OpenAI-compatible endpoint"]
     why = inspection.unknown(config.task.name)
     return [f"task.name = {config.task.name!r}: {why}"] if why else []
+
+
+def _check_mixture(config: Config) -> list[str]:
+    task, lines = config.task, list[str]()
+    paths = (task.path, *task.more_paths)
+    names = list(map(source_name, paths))
+    if task.path in task.more_paths:
+        lines.append(f"task.more_paths = {task.more_paths}: task.path is there already; name each source once")
+    elif task.more_paths and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        lines.append(f"task.more_paths = {task.more_paths}: several are called {twice}, as their metrics are; rename "
+                     "one")  # fmt: skip
+    if task.weights and len(task.weights) != len(paths):
+        lines.append(f"task.weights = {task.weights}: not one for each source; give {len(paths)}, first that of "
+                     "task.path")  # fmt: skip
+    return lines
 
 
 def _check_rewards(config: Config) -> list[str]:
@@ -376,6 +393,7 @@ _RULES: tuple[Rule, ...] = (
     engine_args.faults,
     _check_paths,
     _check_sources,
+    _check_mixture,
     _check_rewards,
     _check_task,
     _check_answers,

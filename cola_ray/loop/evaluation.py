@@ -63,7 +63,16 @@ class HeldOut:
             self.supervisor.say(
                 f"{failed} of {len(rewards)} evaluations failed in their task; none is right, or in a mean"
             )
-        return self.summarise(rewards)
+        return self.summarise(rewards) | self._by_source(rewards)
+
+    def _by_source(self, rewards: Sequence[float]) -> Metrics:
+        """The same of each source of a task that has several, as ``<metric>/<source>``."""
+        sources = self.workers.facts.get("heldout_sources", [])[: len(rewards)]
+        found: Metrics = {}
+        for name in dict.fromkeys(source for source in sources if source):
+            own = [reward for reward, source in zip(rewards, sources, strict=True) if source == name]
+            found |= {f"{metric}/{name}": value for metric, value in self.summarise(own).items()}
+        return found
 
 
 def graded(rewards: Sequence[float], right_from: float | None) -> Metrics:

@@ -178,7 +178,7 @@ class Problems:
             "reward/zero_variance_groups": float(torch.stack(without_signal).double().mean()),
             "rollout/distinct": float(np.mean([group.distinct / len(group.scored) for group in scored])),
             "rollout/truncated": float(np.mean([sample.truncated for sample in samples])),
-        } | _parts(samples)  # fmt: skip
+        } | _parts(samples) | _by_source(samples)  # fmt: skip
 
 
 def _parts(samples: Sequence[Sample]) -> Metrics:
@@ -186,6 +186,16 @@ def _parts(samples: Sequence[Sample]) -> Metrics:
     names = dict.fromkeys(name for one in samples for name in one.parts)
     said = {name: [one.parts[name] for one in samples if name in one.parts] for name in names}
     return {f"reward/{name}": float(np.mean(values)) for name, values in said.items()}
+
+
+def _by_source(samples: Sequence[Sample]) -> Metrics:
+    """The mean reward of each source of a task that has several, and its share of the completions."""
+    found: Metrics = {}
+    for name in dict.fromkeys(one.source for one in samples if one.source):
+        rewards = [one.reward for one in samples if one.source == name]
+        found |= {f"reward/mean/{name}": float(np.mean(rewards)),
+                  f"rollout/share/{name}": len(rewards) / len(samples)}  # fmt: skip
+    return found
 
 
 @functools.lru_cache(maxsize=2)  # a step may reach into the next epoch

@@ -98,7 +98,7 @@ class RewardProcess(IsolatedObject):
                 return Reward(0.0, f"{name} returned {why}")
         reward = 0.0 if self.beside and set(values.values()) == {None} else total(values, self.weights)
         if reward is None:
-            return Reward(0.0, f"{' and '.join(values)} returned None")
+            return Reward(0.0, f"no reward applies: {' and '.join(values)} returned None")
         parts = {name: float(value) for name, value in values.items() if value is not None}
         return dataclasses.replace(as_reward(Reply(reward)), parts=parts)
 

@@ -31,7 +31,7 @@ from cola_ray.settings.config import Config
 from cola_ray.tasks import make_task, stop_strings
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.endings import Endings
-from cola_ray.tasks.protocol import Split
+from cola_ray.tasks.protocol import Split, further
 from cola_ray.tasks.rewarded import REWARD_MODEL, weights_of
 from cola_ray.weights import Bucket, Offer
 
@@ -153,7 +153,14 @@ class RolloutWorker(EngineWorker):
             "num_too_long": len(self.prompts["train"]) - len(self.fitting["train"]),
             "num_heldout": len(self.fitting["heldout"]),
             "num_heldout_too_long": len(self.prompts["heldout"]) - len(self.fitting["heldout"]),
+            **self._sources(),
         }
+
+    def _sources(self) -> dict[str, list[str]]:
+        """Where the task has several: that of each held-out problem whose prompt fits."""
+        problems = self.task.problems("heldout")
+        found = [further(problems[index])[1] for index in self.fitting["heldout"]]
+        return {"heldout_sources": found} if any(found) else {}
 
     async def generate_groups(self, tickets: Sequence[Ticket]) -> list[Group]:
         """Return a group of ``rl.group_size`` scored completions per ticket, in order, all of one share.
@@ -236,6 +243,7 @@ class RolloutWorker(EngineWorker):
             truncated=completion.truncated,
             text=text,
             failure=reward.failure,
+            source=further(self.task.problems("train")[index])[1],
             parts=reward.parts,
             hidden_states=completion.hidden_states,
         )

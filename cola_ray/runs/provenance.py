@@ -29,6 +29,8 @@ SIZES = ("num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_
 PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base", "model.path", "critic.encoder",
          "q.path", "harness.include_path", "diversity.encoder")  # fmt: skip
 """Settings that may be paths."""
+MORE_PATHS = ("data.more_paths", "task.more_paths")
+"""Settings that may be several."""
 _MADE_FROM = ("seed", "model.", "task.", "data.", "pretrain.")
 _NOT_MADE_FROM = ("model.path", "data.date", "data.cache", "data.processes", "data.streaming", "task.reward",
                   "task.reward_weights", "task.right_from", "task.pattern", "task.length",
@@ -87,7 +89,8 @@ def resolve(config: Config, job: str) -> Config:
     changes: dict[str, Any] = {"output_dir": str((results_root() / output).resolve())}
     for field in PATHS:
         changes |= {field: _absolute(value_at(config, field))}
-    changes |= {"data.more_paths": tuple(map(_absolute, config.data.more_paths))}
+    for field in MORE_PATHS:
+        changes |= {field: tuple(map(_absolute, value_at(config, field)))}
     if config.data.cache:
         changes |= {"data.cache": str((results_root() / config.data.cache).resolve())}
     if not config.data.date:
@@ -165,7 +168,8 @@ def made_from(config: Config) -> dict[str, Any]:
     whole = {field: _plain(value) for field, value in settings.items()}
     for field in ("data.path", "task.path", "task.game", "model.base"):
         whole[field] = _absolute(whole[field])
-    whole["data.more_paths"] = list(map(_absolute, whole["data.more_paths"]))
+    for field in MORE_PATHS:
+        whole[field] = list(map(_absolute, whole[field]))
     reads_task = not config.data.path or not (config.model.base or config.model.path)
     return {
         field: value for field, value in redacted_tree(whole).items()

@@ -19,6 +19,7 @@ from typing import Any
 
 from cola_ray.runs import checkpoints
 from cola_ray.runs.checkpoints import Newest
+from cola_ray.runs.provenance import MORE_PATHS
 from cola_ray.runs.redaction import HIDDEN, redacted, redacted_tree
 from cola_ray.runs.run_folder import RECORD, WRITES, read_record, write_json
 from cola_ray.settings import relevance
@@ -202,7 +203,7 @@ def check_inputs(config: Config, start: Path | None) -> None:
     places = {field: [str(value_at(config, field))] for field in _INPUTS}
     if start is not None:
         places["model.path"] = [str(start)]
-    places["data.more_paths"] = list(config.data.more_paths)
+    places |= {field: list(value_at(config, field)) for field in MORE_PATHS}
     files = {
         field: [file for value in values if value and not is_endpoint(value) for file in _files(value, field)]
         for field, values in places.items()
@@ -217,7 +218,7 @@ def _files(value: str, field: str) -> list[Path]:
         return [place]
     if not place.exists():
         return sorted(file for file in map(Path, glob.glob(value, recursive=True)) if file.is_file())
-    patterns: Sequence[str] = ("*",) if field.startswith(("data.", "task.path")) else _MODEL_FILES
+    patterns: Sequence[str] = ("*",) if field.startswith(("data.", "task.path", "task.more_paths")) else _MODEL_FILES
     return sorted({file for pattern in patterns for file in place.glob(pattern) if file.is_file()})
 
 

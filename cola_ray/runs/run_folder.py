@@ -295,6 +295,7 @@ def _input_refusals(config: Config, folder: Path, written: set[str], start: Path
         ("critic.encoder", config.critic.encoder), ("diversity.encoder", config.diversity.encoder),
         ("harness.include_path", config.harness.include_path),
         *(("data.more_paths", path) for path in config.data.more_paths),
+        *(("task.more_paths", path) for path in config.task.more_paths),
     ]  # fmt: skip
     lines = []
     folder = folder.resolve()

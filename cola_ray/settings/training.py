@@ -124,6 +124,11 @@ class TaskConfig(Branch):
     train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and rejected, a .jsonl or .parquet
     file, a folder of them, or a hub id. data_science: a CSV file whose column to predict the option target names;
     empty: tables that scikit-learn brings along. Others: leave empty."""
+    more_paths: Unique[Name] = ()
+    """dataset: further sources beside task.path, each like it; metrics are told apart by their names."""
+    weights: tuple[Positive, ...] = ()
+    """dataset: shares of prompts that task.path and each of task.more_paths have in training, in any unit; a small
+    source is repeated. Empty: every prompt as often as it is there."""
     columns: dict[Literal["prompt", "solution", "response", "system"], Name] = Field(default_factory=dict)
     """dataset: columns that are not found by themselves, e.g. prompt body solution label; a dot leads into an object:
     solution reward_model.ground_truth. solution is what rewards compare with, response what a first policy is cloned

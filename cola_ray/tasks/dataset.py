@@ -1,6 +1,7 @@
 """Rows of one's own as a task: ``--task.name dataset --task.path FILE``, a folder, a glob or a hub id.
 
-    task.path ─> files or tables of each split ─> rows ── layouts.py ──> Examples ─> problems and demonstrations
+    task.path and task.more_paths ─> files or tables of each split ─> rows ── layouts.py ──> Examples
+                                                                       task.weights ──> problems and demonstrations
 
 Splits are those that the source names: of a folder, files whose names begin with train, and with test, validation or
 the like; of the hub, splits. ``task.splits`` names others. Where there is one split only, a sixth of the prompts is
@@ -12,7 +13,6 @@ import glob
 import itertools
 import random
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,20 +31,22 @@ _BOTH: tuple[Split, Split] = ("train", "heldout")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What was read, for people."""
+class Source:
+    """What was read from one path."""
 
-    sources: Mapping[str, str]  # by split, or by "" if one source is cut
+    path: str
+    name: str  # in metrics
+    files: Mapping[str, str]  # by split, or by "" if one source is cut
     left_out: Sequence[str]  # splits that are there and not read
-    rows: int
-    in_both: int  # training rows whose prompt is held out
-    without_solution: int
-    found_in: Counter[str]  # "prompt from question, solution from answer", and how many rows
-    columns: Sequence[str]
+    examples: Mapping[Split, list[Example]]
+
+    @property
+    def all_examples(self) -> list[Example]:
+        return [one for some in self.examples.values() for one in some]
 
 
 class Dataset:
-    """Prompts of a data set; ``task.reward`` says what responses are worth.
+    """Prompts of one data set or several; ``task.reward`` says what responses are worth.
 
     Args:
         path: a file, a folder, a glob or a hub id.
@@ -52,6 +54,9 @@ class Dataset:
         columns: see :mod:`~cola_ray.tasks.layouts`.
         splits: names of the splits train and heldout, where they are others than :data:`TRAIN` and :data:`HELD_OUT`.
         subset: of a data set on the hub.
+        more_paths: further sources, each like ``path``.
+        weights: shares of prompts that each source has in training; a small one is repeated. Without them every prompt
+            comes as often as it is there.
 
     Raises:
         ValueError: a row cannot be read; the message names file, row and field.
@@ -59,7 +64,8 @@ class Dataset:
 
     @classmethod
     def of(cls, config: TaskConfig, seed: int) -> "Dataset":
-        return cls(config.path, seed, config.columns, config.splits, config.subset)
+        settings = (config.columns, config.splits, config.subset, config.more_paths, config.weights)
+        return cls(config.path, seed, *settings)
 
     def __init__(
         self,
@@ -68,40 +74,74 @@ class Dataset:
         columns: Mapping[Any, str] | None = None,
         splits: Mapping[Any, str] | None = None,
         subset: str = "",
+        more_paths: Sequence[str] = (),
+        weights: Sequence[float] = (),
     ) -> None:
-        named = splits or {}
-        if is_local(path):
-            sources, left_out = sources_of(path, named)
-            tables = {split: (open_rows(source, "task.path"), source) for split, source in sources.items()}
-        else:
-            sources, left_out, tables = _of_hub(path, named, subset)
-        examples = {
-            split: read_rows(table, source, "task.path", lambda row: read(row, columns or {}))
-            for split, (table, source) in tables.items()
-        }
-        self._splits = _cut(examples)
-        whole = [one for some in self._splits.values() for one in some]
-        asked = {as_text(one.prompt) for one in self._splits["heldout"]}
-        train = [one for one in self._splits["train"] if as_text(one.prompt) not in asked]
-        in_both = len(self._splits["train"]) - len(train)
-        self._splits["train"] = train
-        for some in self._splits.values():
-            random.Random(seed).shuffle(some)
-        self.facts = Facts(
-            sources, left_out, len(whole), in_both, sum(not one.solution for one in whole),
-            Counter(_found(one) for one in whole), list(dict.fromkeys(name for one in whole for name in one.row)),
-        )  # fmt: skip
-        self._problems = {split: as_problems(self._splits[split]) for split in _BOTH}
+        self.sources = [_opened(one, columns or {}, splits or {}, subset) for one in (path, *more_paths)]
+        asked = {as_text(one.prompt) for source in self.sources for one in source.examples["heldout"]}
+        several = len(self.sources) > 1
+        self._problems: dict[Split, list[Problem]] = {}
+        self._train: list[Example] = []
+        for split in _BOTH:
+            counted = [source.examples[split] for source in self.sources]
+            if split == "train":
+                counted = [[one for one in some if as_text(one.prompt) not in asked] for some in counted]
+                self.in_both = sum(len(source.examples[split]) for source in self.sources) - sum(map(len, counted))
+                self._train = [one for some in counted for one in some]
+                counted = _weighed(counted, weights)
+            named = [(one, source.name) for source, some in zip(self.sources, counted, strict=True) for one in some]
+            random.Random(seed).shuffle(named)
+            self._problems[split] = [_problem(i, one, name if several else "") for i, (one, name) in enumerate(named)]
 
     def problems(self, split: Split) -> Sequence[Problem]:
         return self._problems[split]
 
     def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
-        return [(one.prompt, one.response) for one in self._splits["train"] if one.response]
+        return [(one.prompt, one.response) for one in self._train if one.response]
 
 
-def _found(one: Example) -> str:
-    return ", ".join(f"{what} from {name}" for what, name in one.found_in.items())
+def _problem(index: int, one: Example, source: str) -> Problem:
+    return Problem(index, one.prompt, one.solution, one.row, source)
+
+
+def _weighed(sources: Sequence[list[Example]], weights: Sequence[float]) -> list[list[Example]]:
+    """Repeat rows so that sources have these shares, and each row comes once at least.
+
+    Example: 2 and 3 rows with weights 1 and 3: rows of the second are taken twice, 6 of them beside 2.
+    """
+    filled = [(len(some), weight) for some, weight in zip(sources, weights, strict=False) if some]
+    unit = max((count / weight for count, weight in filled), default=0.0)
+    if not unit:
+        return list(sources)
+    return [
+        [some[i % len(some)] for i in range(round(unit * weight))] if some else []
+        for some, weight in zip(sources, weights, strict=True)
+    ]
+
+
+def _opened(path: str, columns: Mapping[Any, str], splits: Mapping[Any, str], subset: str) -> Source:
+    if is_local(path):
+        files, left_out = sources_of(path, splits)
+        tables = {split: (open_rows(source, "task.path"), source) for split, source in files.items()}
+    else:
+        files, left_out, tables = _of_hub(path, splits, subset)
+    examples = {
+        split: read_rows(table, source, "task.path", lambda row: read(row, columns))
+        for split, (table, source) in tables.items()
+    }
+    return Source(path, name_of(path), files, left_out, _cut(examples))
+
+
+def name_of(path: str) -> str:
+    """Return what a source is called in metrics.
+
+    Example:
+        >>> name_of("data/hard sums.jsonl"), name_of("openai/gsm8k")
+        ('hard_sums', 'gsm8k')
+    """
+    name = Path(path).name
+    ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
+    return re.sub(r"\W+", "_", name.removesuffix(ending)).strip("_") or "rows"
 
 
 def _cut(examples: Mapping[str, list[Example]]) -> dict[Split, list[Example]]:
@@ -143,8 +183,9 @@ def _glob(folder: Path, names: Sequence[str]) -> str:
     """One file, or a pattern for several of one split."""
     if len(names) == 1:
         return str(folder / names[0])
-    stem = re.split(r"[-_.]\d|\.", names[0])[0]
-    return str(Path(glob.escape(str(folder))) / f"{glob.escape(stem)}[-_.]*")
+    stem = glob.escape(re.split(r"[-_.]\d|\.", names[0])[0])
+    numbered = all(re.match(r"[-_.]\d", name[len(stem) :]) for name in names)
+    return str(Path(glob.escape(str(folder))) / (f"{stem}[-_.][0-9]*" if numbered else f"{stem}.*"))
 
 
 def _chosen(names: Sequence[str], splits: Mapping[Any, str], whose: str) -> tuple[str, str]:
@@ -157,25 +198,31 @@ def _chosen(names: Sequence[str], splits: Mapping[Any, str], whose: str) -> tupl
 
 
 def faults(config: TaskConfig) -> list[str]:
-    """Return a line for what is wrong with local files, read as the task will read them; [] for hub ids."""
-    try:
-        sources, _ = sources_of(config.path, config.splits)
-    except ValueError as error:
-        return [str(error)]
-    return [
-        line for source in sources.values() for line in peek(source, "task.path", lambda row: read(row, config.columns))
-    ]
+    """Return a line for what is wrong with local files, read as the task will read them; nothing is said of hub ids."""
+    lines = list[str]()
+    for path in filter(is_local, (config.path, *config.more_paths)):
+        field = "task.path" if path == config.path else "task.more_paths"
+        try:
+            files, _ = sources_of(path, config.splits)
+        except ValueError as error:
+            return [*lines, str(error)]
+        for source in files.values():
+            lines += peek(source, field, lambda row: read(row, config.columns))
+    return lines
 
 
 def first_examples(config: TaskConfig, count: int) -> list[Example]:
-    """Return the first rows of local files to train on, without reading the rest."""
-    sources, _ = sources_of(config.path, config.splits)
-    rows: Iterator[Any] = (row for file in files_of(next(iter(sources.values())))[1] for row in rows_in(file))
-    return [read(row, config.columns) for row in itertools.islice(rows, count)]
+    """Return the first rows to train on of each local source, without reading the rest."""
+    found = list[Example]()
+    for path in filter(is_local, (config.path, *config.more_paths)):
+        sources, _ = sources_of(path, config.splits)
+        rows: Iterator[Any] = (row for file in files_of(next(iter(sources.values())))[1] for row in rows_in(file))
+        found += [read(row, config.columns) for row in itertools.islice(rows, count)]
+    return found
 
 
 def as_problems(examples: Sequence[Example]) -> list[Problem]:
-    return [Problem(index, one.prompt, one.solution, one.row) for index, one in enumerate(examples)]
+    return [_problem(index, one, "") for index, one in enumerate(examples)]
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------

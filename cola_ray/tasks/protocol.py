@@ -22,12 +22,19 @@ class Problem:
         question: text, or a conversation ``[{"role": "system", "content": ...}, ...]``, whose roles are kept.
         solution: a right response; "" if there is none.
         columns: of the row that it was read from, for rewards.
+        source: where a task has several, the name of the problem's, by which metrics are told apart.
     """
 
     index: int
     question: Prompt
     solution: str
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    source: str = ""
+
+
+def further(problem: Problem) -> tuple[Mapping[str, Any], str]:
+    """Return columns and source of a problem, also of a class of somebody's own that has neither."""
+    return getattr(problem, "columns", {}), getattr(problem, "source", "")
 
 
 def split_of(question: Prompt) -> Split:

@@ -17,7 +17,7 @@ from typing import Any
 from cola_ray import registry
 from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks.chat import Message, Prompt
-from cola_ray.tasks.protocol import LARGEST_REWARD, Problem, Prompts, Split, answer_of, not_a_reward
+from cola_ray.tasks.protocol import LARGEST_REWARD, Problem, Prompts, Split, answer_of, further, not_a_reward
 
 REWARD_MODEL = "reward_model"
 """The reward that no function gives, but the model or endpoint at ``task.reward_model``."""
@@ -27,6 +27,12 @@ _NOT_GIVEN = {
     "completion_ids": "rewards get texts, not tokens",
     "completions_ids": "rewards get texts, not tokens",
     "trainer_state": "rewards do not depend on the step",
+}
+
+_NEEDS = {
+    "exact": "they have no solution; name its column with task.columns solution NAME",
+    "math": "they have no solution; name its column with task.columns solution NAME",
+    "code": "they have no column tests, of Python that follows the response's",
 }
 
 
@@ -136,9 +142,10 @@ def arguments(
         ValueError: it names something that is not there.
     """
     pairs = [_exchange(problem.question, response) for problem, response in zip(problems, responses, strict=True)]
-    columns = list(dict.fromkeys(name for problem in problems for name in problem.columns))
+    rows = [further(problem)[0] for problem in problems]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     given: dict[str, list[Any]] = {"solution": [problem.solution for problem in problems]}
-    given |= {name: [problem.columns.get(name) for problem in problems] for name in columns if name != "prompt"}
+    given |= {name: [row.get(name) for row in rows] for name in columns if name != "prompt"}
     given |= {"prompts": [prompt for prompt, _ in pairs], "completions": [completion for _, completion in pairs]}
     parameters = inspect.signature(reward).parameters.values()
     named = [one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
@@ -199,9 +206,9 @@ def trial(config: TaskConfig, path: str, problems: Sequence[Problem]) -> str:
             what = f"{len(values)} rewards" if isinstance(values, list) else f"{values!r:.60}"
             return f"returned {what} for {len(items)} completions; a list of one number for each is wanted"
         wrong = [why for value in values if value is not None and (why := not_a_reward(value))]
-        none_is_right = len(wrong) == len(values)
-        limit = f"not a number of at most {LARGEST_REWARD:g} either way"
-        return f"returned {wrong[0]:.90}, {limit}" if none_is_right else ""
+        if len(wrong) == len(values):
+            return f"returned {wrong[0]:.90}, not a number of at most {LARGEST_REWARD:g} either way"
+        return f"applies to none of the first rows: {_NEEDS[name]}" if set(values) == {None} and name in _NEEDS else ""
     # One that fails costs its own sample, in a run too.
     return why if all(_said(tried, name, [item])[1] for item in items) else ""
 

@@ -22,7 +22,7 @@ from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks.expressions import final_expression, same_expression
 from cola_ray.tasks.final_answer import final_number, last_box
 from cola_ray.tasks.numerals import number_in
-from cola_ray.tasks.protocol import Problem, Task
+from cola_ray.tasks.protocol import Problem, Task, further
 from cola_ray.tasks.rewarded import Item, OfItems
 
 
@@ -47,24 +47,27 @@ class Verifier(OfItems):
         return [self.task.score(*item) for item in items]
 
 
-def _right_from_1(reward: Callable[[Problem, str], float]) -> Any:
+def _right_from_1(reward: Callable[[Problem, str], float | None]) -> Any:
     reward.right_from = 1.0  # type: ignore[attr-defined]
     return reward
 
 
 @_right_from_1
-def exact(problem: Problem, response: str) -> float:
-    """Compare texts, any space counting as one."""
-    return float(" ".join(response.split()) == " ".join(_solution(problem).split()))
+def exact(problem: Problem, response: str) -> float | None:
+    """Compare texts, any space counting as one; None if the row has no solution."""
+    solution = problem.solution.split()
+    return float(response.split() == solution) if solution else None
 
 
 @_right_from_1
-def math(problem: Problem, response: str) -> float:
-    r"""Compare what both commit to, numbers exactly and expressions by math-verify.
+def math(problem: Problem, response: str) -> float | None:
+    r"""Compare what both commit to, numbers exactly and expressions by math-verify; None if the row has no solution.
 
     A solution is a result by itself ("72", "\\frac{1}{2}"), or a text with one after #### or in \boxed{}.
     """
-    solution = _solution(problem)
+    solution = problem.solution
+    if not solution.strip():
+        return None
     gold = last_box(solution) or solution
     number = final_number(solution) if "####" in solution else number_in(gold, latex=True, bare=True)
     if number is not None:
@@ -123,7 +126,7 @@ class Length:
 
 
 class Code:
-    """Whether the Python in a response passes the tests of its row, in the sandbox.
+    """Whether the Python in a response passes the tests of its row, in the sandbox; None if the row has no tests.
 
     The program is the response's last block of code, or all of it where it has none; the column ``tests``, text or a
     list of texts, is executed after it, as ``assert add(1, 2) == 3``. It passes if it gets to its end without an error.
@@ -143,11 +146,11 @@ class Code:
     def of(cls, config: TaskConfig, task: Task) -> "Code":
         return cls(config.reward_timeout_s / 2)  # what never ends is wrong, and not a failure of the reward
 
-    def __call__(self, problem: Problem, response: str) -> float:
-        tests = problem.columns.get("tests")
-        whole = "\n".join(map(str, tests)) if isinstance(tests, list | tuple) else tests
-        if not isinstance(whole, str) or not whole.strip():
-            raise ValueError("the row has no tests; code needs a column tests of Python that follows the response's")
+    def __call__(self, problem: Problem, response: str) -> float | None:
+        tests = further(problem)[0].get("tests") or ""
+        whole = "\n".join(map(str, tests)) if isinstance(tests, list | tuple) else str(tests)
+        if not whole.strip():
+            return None
         blocks = _BLOCK.findall(response)
         token = secrets.token_hex(16)  # an exit before the tests is no success
         source = f"{blocks[-1] if blocks else response}\n\n{whole}\n\nprint({token!r})\n"
@@ -156,9 +159,3 @@ class Code:
 
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
-
-
-def _solution(problem: Problem) -> str:
-    if not problem.solution.strip():
-        raise ValueError("the row has no solution; name its column with task.columns solution NAME")
-    return problem.solution

@@ -4,7 +4,9 @@ lines(config, chat)     rows, columns, splits, rewards, and three prompts
 show(config)            prints them; nothing is started
 """
 
+import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from cola_ray.model.hub import cached
@@ -13,7 +15,7 @@ from cola_ray.runs.display import print_line
 from cola_ray.settings.config import Config, ConfigError, TaskConfig
 from cola_ray.tasks import least_right_reward, make_task
 from cola_ray.tasks.chat import ChatTokenizer, as_text
-from cola_ray.tasks.dataset import Dataset, Facts
+from cola_ray.tasks.dataset import Dataset
 from cola_ray.tasks.protocol import Problem, Prompts
 from cola_ray.tasks.rewarded import weights_of
 
@@ -55,10 +57,10 @@ def lines(config: Config, chat: ChatTokenizer | None) -> Iterator[str]:
     """
     task = make_task(config.task, config.seed)
     problems, heldout = task.problems("train"), task.problems("heldout")
-    facts = _facts(task)
-    if facts is not None:
-        yield from _of_rows(config.task, facts)
-    how = ", by checksum of the prompt" if facts is not None and "" in facts.sources else ""
+    data = _data(task)
+    if data is not None:
+        yield from _of_rows(config.task, data)
+    how = ", by checksum of the prompt" if data is not None and all("" in one.files for one in data.sources) else ""
     yield f"splits   {_many(len(problems), 'problem')} to train on, {len(heldout):,} held out{how}"
     yield f"cloned   {_many(len(task.demonstrations()), 'response')}, where a first policy is made"
     yield f"reward   {_rewards(config.task)}"
@@ -68,26 +70,31 @@ def lines(config: Config, chat: ChatTokenizer | None) -> Iterator[str]:
         yield from _prompt(number, problem, chat)
 
 
-def _facts(task: Prompts) -> Facts | None:
+def _data(task: Prompts) -> Dataset | None:
     inner = task
     while not isinstance(inner, Dataset) and hasattr(inner, "task"):
         inner = inner.task
-    return inner.facts if isinstance(inner, Dataset) else None
+    return inner if isinstance(inner, Dataset) else None
 
 
-def _of_rows(task: TaskConfig, facts: Facts) -> Iterator[str]:
-    yield f"data     {task.path}: {_many(facts.rows, 'row')} of {', '.join(facts.columns)}"
-    for found, count in facts.found_in.most_common():
-        yield f"read     {found}" + (f", in {_many(count, 'row')}" if len(facts.found_in) > 1 else "")
-    if facts.sources.keys() == {"train", "heldout"}:
-        yield f"files    {facts.sources['train']} to train on, {facts.sources['heldout']} held out"
-    if facts.left_out:
-        yield f"         not read: {', '.join(facts.left_out)}; task.splits names others"
-    if facts.in_both:
-        left_out = "has a prompt that is" if facts.in_both == 1 else "have prompts that are"
-        yield f"         {_many(facts.in_both, 'row')} to train on {left_out} held out, too: left out"
-    if facts.without_solution:
-        yield f"         {_many(facts.without_solution, 'row')} without a solution"
+def _of_rows(task: TaskConfig, data: Dataset) -> Iterator[str]:
+    for source, weight in itertools.zip_longest(data.sources, task.weights):
+        examples = source.all_examples
+        columns = dict.fromkeys(name for one in examples for name in one.row)
+        share = f", {weight / sum(task.weights):.0%} of the prompts" if weight else ""
+        yield f"data     {source.path}: {_many(len(examples), 'row')} of {', '.join(columns)}{share}"
+        layouts = Counter(", ".join(f"{what} from {name}" for what, name in one.found_in.items()) for one in examples)
+        for layout, count in layouts.most_common():
+            yield f"read     {layout}" + (f", in {_many(count, 'row')}" if len(layouts) > 1 else "")
+        if source.files.keys() == {"train", "heldout"}:
+            yield f"files    {source.files['train']} to train on, {source.files['heldout']} held out"
+        if source.left_out:
+            yield f"         not read: {', '.join(source.left_out)}; task.splits names others"
+        if unsolved := sum(not one.solution for one in examples):
+            yield f"         {_many(unsolved, 'row')} without a solution"
+    if data.in_both:
+        left_out = "has a prompt that is" if data.in_both == 1 else "have prompts that are"
+        yield f"         {_many(data.in_both, 'row')} to train on {left_out} held out, too: left out"
 
 
 def _many(count: int, noun: str) -> str:

@@ -4,7 +4,6 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from cola_ray.tasks.expressions import canonical, final_expression, same_express
 from cola_ray.tasks.final_answer import final_number
 from cola_ray.tasks.formulas import read_instead_of_executing
 from cola_ray.tasks.numerals import number_in
-from cola_ray.tasks.protocol import Problem, Split, Task, answer_of, split_of
+from cola_ray.tasks.protocol import Problem, Split, Task, answer_of, further, split_of
 from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows, shown
 
 
@@ -178,7 +177,10 @@ class Thinking:
         self.executes_responses = getattr(task, "executes_responses", False)
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        return [replace(p, question=followed_by(p.question, self.INSTRUCTION)) for p in self.task.problems(split)]
+        return [
+            Problem(p.index, followed_by(p.question, self.INSTRUCTION), p.solution, *further(p))
+            for p in self.task.problems(split)
+        ]
 
     def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
         """Return demonstrations with empty thoughts; a corpus with thoughts is given as ``data.path``."""

@@ -1,10 +1,13 @@
 """Data of one's own: the commands of docs/data.md, layouts against TRL's and verl's documents, splits, and mistakes."""
 
+import asyncio
+import functools
 import json
 import re
 import shlex
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +20,7 @@ from cola_ray import registry
 from cola_ray.checks.refusals import check
 from cola_ray.cli.arguments import from_command_line
 from cola_ray.learner.corpus import load_documents
+from cola_ray.loop.evaluation import HeldOut, graded
 from cola_ray.settings.config import Config, ConfigError, DataConfig, TaskConfig, override
 from cola_ray.settings.presets import preset
 from cola_ray.tasks import inspection, make_task, summary
@@ -227,7 +231,8 @@ def test_one_file_is_cut_by_the_prompts_checksum(tmp_path):
     [
         (("train.jsonl", "test.jsonl"), {}, "train.jsonl", "test.jsonl", []),
         (("train.jsonl", "validation.jsonl", "test.jsonl"), {}, "train.jsonl", "test.jsonl", ["validation"]),
-        (("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "val.jsonl"), {}, "train[-_.]*", "val.jsonl", []),
+        (("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "val.jsonl"), {}, "train[-_.][0-9]*", "val.jsonl",
+         []),
         (("train.jsonl", "hard.jsonl"), {"heldout": "hard"}, "train.jsonl", "hard.jsonl", []),
         (("train_sft.jsonl", "test_sft.jsonl"), {"train": "train_sft", "heldout": "test_sft"}, "train_sft.jsonl",
          "test_sft.jsonl", []),
@@ -261,7 +266,7 @@ def test_prompts_that_are_in_both_splits_are_held_out(tmp_path):
     write(tmp_path, "test.jsonl", *asked("2"))
     task = Dataset(str(tmp_path), 0)
     assert {one.question for one in task.problems("train")} == {"1", "3"}
-    assert task.facts.in_both == 1
+    assert task.in_both == 1
 
 
 def test_csv_cells_are_text_as_they_are_written(tmp_path):
@@ -319,17 +324,69 @@ def test_splits_of_the_hub(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", hub)
     task = Dataset("org/rows", 0)
     assert [one.question for one in task.problems("heldout")] == ["3"]
-    assert task.facts.left_out == ["validation"]
+    assert task.sources[0].left_out == ["validation"]
     other = Dataset("org/rows", 0, splits={"heldout": "validation"}, subset="main")
     assert [one.question for one in other.problems("heldout")] == ["4"]
     assert hub.asked == [("org/rows", None), ("org/rows", "main")]
     monkeypatch.setattr("datasets.load_dataset", Hub(train=asked(*map(str, range(40)))))
     cut = Dataset("org/rows", 0)
-    assert cut.facts.sources == {"": "train"}
+    assert cut.sources[0].files == {"": "train"}
     assert 0 < len(cut.problems("heldout")) < 20
     monkeypatch.setattr("datasets.load_dataset", Hub(train=asked("1"), configs=("main",)))
     with pytest.raises(ValueError, match=r"task.path = 'org/rows': Config name is missing.*name one with task.subset"):
         Dataset("org/rows", 0)
+
+
+# --- several sources --------------------------------------------------------------------------------------------------
+
+
+def test_sources_have_the_shares_that_weights_give_them(tmp_path):
+    write(tmp_path, "few.jsonl", *asked(*(f"few {i}" for i in range(12))))
+    write(tmp_path, "many.jsonl", *asked(*(f"many {i}" for i in range(60))))
+    paths = [str(tmp_path / name) for name in ("few.jsonl", "many.jsonl")]
+    plain = Dataset(paths[0], 0, more_paths=paths[1:])
+    few = {one.question for one in plain.problems("train") if one.source == "few"}
+    many = {one.question for one in plain.problems("train") if one.source == "many"}
+    assert len(plain.problems("train")) == len(few) + len(many)
+    assert {one.source for one in plain.problems("heldout")} <= {"few", "many"}
+    weighed = Dataset(paths[0], 0, more_paths=paths[1:], weights=(1.0, 1.0)).problems("train")
+    counts = Counter(one.question for one in weighed)
+    assert {*counts} == few | many, "each comes once at least"
+    assert sum(counts[one] for one in few) == sum(counts[one] for one in many) == len(many)
+    assert {counts[one] for one in many} == {1}
+    assert max(counts[one] for one in few) - min(counts[one] for one in few) <= 1
+    assert [one.index for one in weighed] == list(range(len(weighed)))
+    assert len(Dataset(paths[0], 0, more_paths=paths[1:], weights=(1.0, 1.0)).demonstrations()) == len(few) + len(many)
+    assert {one.source for one in Dataset(paths[0], 0).problems("train")} == {""}, "of one source nothing is told apart"
+
+
+def test_held_out_prompts_of_one_source_are_trained_on_by_none(tmp_path):
+    write(tmp_path, "a/train.jsonl", *asked("1", "2"))
+    write(tmp_path, "a/test.jsonl", *asked("3"))
+    write(tmp_path, "b/train.jsonl", *asked("3", "4"))
+    write(tmp_path, "b/test.jsonl", *asked("5"))
+    task = Dataset(str(tmp_path / "a"), 0, more_paths=[str(tmp_path / "b")])
+    assert sorted((one.question, one.source) for one in task.problems("train")) == [("1", "a"), ("2", "a"), ("4", "b")]
+    assert sorted((one.question, one.source) for one in task.problems("heldout")) == [("3", "a"), ("5", "b")]
+
+
+def test_held_out_results_are_told_apart_by_source():
+    facts = {"num_heldout": 3, "heldout_sources": ["a", "b", "a"]}
+
+    async def dispatch(indices, *_):
+        return [[1.0, 0.0, 0.0][index] for index in indices]
+
+    workers = types.SimpleNamespace(facts=facts, dispatch=dispatch)
+
+    async def nothing():
+        return ()
+
+    held_out = HeldOut(Config().rl, workers, None, functools.partial(graded, right_from=1.0), nothing)
+    found = asyncio.run(held_out.evaluate(bare_base=False))
+    assert found == {
+        "reward": pytest.approx(1 / 3), "accuracy": pytest.approx(1 / 3), "reward/a": 0.5, "accuracy/a": 0.5,
+        "reward/b": 0.0, "accuracy/b": 0.0,
+    }  # fmt: skip
 
 
 # --- the summary ------------------------------------------------------------------------------------------------------
@@ -380,12 +437,33 @@ def test_the_summary_says_where_nothing_is_right(tmp_path):
     ("changes", "job", "line"),
     [
         ({"task.path": ""}, "rl_math", "task.path = '': dataset needs rows: .jsonl, .parquet or .csv"),
-        ({}, "rl_math", "task.reward = (): rows do not say what a response is worth; give exact, math"),
-        ({}, "evaluate", "task.reward = (): rows do not say what a response is worth"),
+        ({}, "rl_math", r"task.reward = \(\): rows do not say what a response is worth; give exact, math"),
+        ({}, "evaluate", r"task.reward = \(\): rows do not say what a response is worth"),
         ({"task.reward": "verifier"}, "rl_math", "task.reward = 'verifier': dataset has none; leave it out"),
         ({"task.reward": "exact", "task.columns": {"prompt": "q"}}, "rl_math", "row 1, field q: missing; the row has"),
         ({"task.reward": "exact", "task.columns": {"promt": "q"}}, "rl_math", "did you mean prompt?"),
         ({"task.reward": "exact", "task.splits": {"train": "a"}}, "rl_math", "task.splits = {'train': 'a'}: .* folder"),
+        ({"task.reward": "exact", "task.more_paths": ("rows.jsonl",)}, "rl_math", "task.path is there already; name"),
+        (
+            {"task.reward": "exact", "task.more_paths": ("b/rows.jsonl",)},
+            "rl_math",
+            "several are called rows, as their",
+        ),
+        (
+            {"task.reward": "exact", "task.more_paths": ("no.jsonl",)},
+            "rl_math",
+            "task.more_paths = 'no.jsonl': no such",
+        ),
+        (
+            {"task.reward": "exact", "task.more_paths": ("bad.jsonl",)},
+            "rl_math",
+            "task.more_paths = 'bad.jsonl': row 1",
+        ),
+        (
+            {"task.reward": "exact", "task.weights": (1.0, 2.0)},
+            "rl_math",
+            r"task.weights = \(1.0, 2.0\): not one for each",
+        ),
         ({"task.reward": "exact", "task.num_problems": 3}, "rl_math", "task.num_problems = 3: has no effect here"),
         ({"task.reward": "exact", "task.path": "no.jsonl"}, "rl_math", "task.path = 'no.jsonl': no such file"),
         ({"task.reward": "exact", "task.path": "rows.xlsx"}, "rl_math", "a file of type '.xlsx'; give a file, folder"),
@@ -394,6 +472,8 @@ def test_the_summary_says_where_nothing_is_right(tmp_path):
 def test_mistakes_are_one_line_before_a_run(changes, job, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "rows.jsonl", *asked("1", "2"))
+    write(tmp_path, "b/rows.jsonl", *asked("3"))
+    write(tmp_path, "bad.jsonl", {"text": "a"})
     (tmp_path / "rows.xlsx").write_text("x")
     lines = refused({"task.path": "rows.jsonl", **changes}, job)
     assert any(re.search(line, one) for one in lines), lines
@@ -410,6 +490,7 @@ def test_a_policy_cannot_be_cloned_from_prompts_alone(tmp_path, monkeypatch):
 
 
 def test_columns_and_splits_are_of_data_sets_alone():
-    for field, value in (("task.columns", {"prompt": "a"}), ("task.splits", {"train": "a"}), ("task.subset", "a")):
+    for field, value in (("task.columns", {"prompt": "a"}), ("task.splits", {"train": "a"}), ("task.subset", "a"),
+                         ("task.more_paths", ("a",))):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"{field}.* = .*: has no effect here; dataset does"):
             check(override(preset("tiny"), {field: value}), "rl_math")

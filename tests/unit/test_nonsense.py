@@ -286,7 +286,7 @@ rl_math --task.reward exact length --task.reward-weights 1 | task.reward_weights
 rl_math --task.reward exact --task.right-from nan | task.right_from = nan: not finite
 rl_math --task.reward exact --task.length 0 | task.length = 0: out of range; use a whole number of at least 1
 rl_math --task.name dataset --task.path good.jsonl | task.reward = (): rows do not say what a response is worth
-rl_math --task.name dataset --task.path unparsed.jsonl --task.reward exact | task.path = 'unparsed.jsonl': unparsed.jsonl, line 2: not JSON
+rl_math --task.name dataset --task.path unparsed.jsonl --task.reward exact | task.path = 'unparsed.jsonl': .*line 2: not
 rl_math --task.name dataset --task.path good.jsonl --task.columns promt x | task.columns.promt = 'x': no such name
 rl_math --task.columns prompt x | task.columns.prompt = 'x': has no effect here; dataset does
 data --task.name twenty_questions | task.name = 'twenty_questions': an environment of many turns
