@@ -58,7 +58,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     },
     "reward": {
         "verifier": "cola_ray.tasks.rewards:Verifier",
-        "reward_model": "cola_ray.rollout.reward_model:score_with",
+        "reward_model": "cola_ray.tasks.rewards:ByModel",
         "exact": "cola_ray.tasks.rewards:exact",
         "math": "cola_ray.tasks.rewards:math",
         "format": "cola_ray.tasks.rewards:think_and_answer",

@@ -57,7 +57,7 @@ def run(command: str, config: Any) -> Any:
         config: e.g. a preset with changes; the preset of "agent" is ``preset(name, agents=True)``.
 
     Returns:
-        the summary that the run wrote to ``output_dir/summary.json``; None for "plan".
+        the summary that the run wrote to ``output_dir/summary.json``; None for "plan" and "data".
 
     Raises:
         ConfigError: the settings are refused, a line for each reason; nothing has been started.

@@ -76,7 +76,9 @@ class Rewarded:
         return self.task.demonstrations()
 
     def answer_of(self, response: str) -> str:
-        return answer_of(self.task, response)
+        """Return the answer as the first reward reads it that says so by an ``answer_of``, else as the task does."""
+        reading = next((one.answer_of for one in self.rewards.values() if hasattr(one, "answer_of")), None)
+        return answer_of(self.task, response) if reading is None else str(reading(response))
 
     def score(self, split: Split, index: int, response: str) -> float:
         """Return the weighted sum; raises ValueError where no reward applies."""

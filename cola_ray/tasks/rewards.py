@@ -1,14 +1,15 @@
 r"""Rewards by name, for ``task.reward``.
 
-    verifier   what the task says by itself
-    exact      1 if response and solution are the same text, but for space
-    math       1 if the response commits to the solution's number or expression
-    format     1 for <think>thoughts</think><answer>answer</answer>
-    regex      1 if ``task.pattern`` is found in the response
-    length     1 up to ``task.length`` characters, falling to 0 at twice as many
-    code       1 if the response's Python passes the row's ``tests``, in the sandbox
+    verifier      what the task says by itself
+    exact         1 if response and solution are the same text, but for space
+    math          1 if the response commits to the solution's number or expression
+    format        1 for <think>thoughts</think><answer>answer</answer>
+    regex         1 if ``task.pattern`` is found in the response
+    length        1 up to ``task.length`` characters, falling to 0 at twice as many
+    code          1 if the response's Python passes the row's ``tests``, in the sandbox
+    reward_model  the score of the classifier or endpoint at ``task.reward_model``
 
-The solution is the column that tasks/dataset.py finds, or the task's own. Where an attribute ``right_from`` is given,
+The solution is the column that tasks/layouts.py finds, or the task's own. Where an attribute ``right_from`` is given,
 rewards from there on are right, and evaluations have an accuracy.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from cola_ray.sandbox.programs import Limits, Sandbox
 from cola_ray.settings.config import TaskConfig
-from cola_ray.tasks.expressions import final_expression, same_expression
+from cola_ray.tasks.expressions import canonical, final_expression, same_expression
 from cola_ray.tasks.final_answer import final_number, last_box
 from cola_ray.tasks.numerals import number_in
 from cola_ray.tasks.protocol import Problem, Task, further
@@ -47,19 +48,34 @@ class Verifier(OfItems):
         return [self.task.score(*item) for item in items]
 
 
-def _right_from_1(reward: Callable[[Problem, str], float | None]) -> Any:
-    reward.right_from = 1.0  # type: ignore[attr-defined]
-    return reward
+def _reads(answer_of: Callable[[str], str]) -> Callable[[Callable[[Problem, str], float | None]], Any]:
+    """Rewards of 1 are right, and this is the answer of a response, by which majorities vote."""
+
+    def put(reward: Any) -> Any:
+        reward.right_from, reward.answer_of = 1.0, answer_of
+        return reward
+
+    return put
 
 
-@_right_from_1
+def _stated(response: str) -> str:
+    number = final_number(response)
+    found = final_expression(response) if number is None else None
+    return str(number) if number is not None else "" if found is None else canonical(found)
+
+
+class ByModel:
+    """The score of ``task.reward_model``, for which workers ask its actor or endpoint (rollout/worker.py)."""
+
+
+@_reads(lambda response: " ".join(response.split()))
 def exact(problem: Problem, response: str) -> float | None:
     """Compare texts, any space counting as one; None if the row has no solution."""
     solution = problem.solution.split()
     return float(response.split() == solution) if solution else None
 
 
-@_right_from_1
+@_reads(_stated)
 def math(problem: Problem, response: str) -> float | None:
     r"""Compare what both commit to, numbers exactly and expressions by math-verify; None if the row has no solution.
 

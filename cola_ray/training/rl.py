@@ -138,9 +138,9 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
 
 
 def _say_data(config: Config, model_path: str) -> None:
-    """What was read, where a task is made of somebody's rows."""
-    if config.task.path and not is_environment(config.task.name):
-        current().doing("reading the rows")
+    """What was read and what it is worth, where a task is made of somebody's rows, or has rewards of their own."""
+    if (config.task.path or config.task.reward) and not is_environment(config.task.name):
+        current().doing("reading the task")
         chat = ChatTokenizer(AutoTokenizer.from_pretrained(model_path), config.data.date)
         for line in summary.lines(config, chat):
             current().say(line)

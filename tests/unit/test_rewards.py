@@ -238,6 +238,17 @@ def test_math_compares_what_both_commit_to(solution, response, worth):
     assert rewards.math(Problem(0, "q", solution), response) == worth
 
 
+def test_majorities_vote_by_what_a_reward_reads():
+    said = ["so 48 + 24 = 72", "#### 72.0", r"\boxed{x^2 + 2x + 1}", r"\boxed{(x + 1)^2}", "no idea"]
+    task = Rewarded(Rows(), {"length": rewards.Length(9), "math": rewards.math})
+    found = list(map(task.answer_of, said))
+    assert found[:2] == ["72", "72"]
+    assert found[2] == found[3] != ""
+    assert found[4] == ""
+    assert Rewarded(Rows(), {"exact": rewards.exact}).answer_of(" a\n b ") == "a b"
+    assert Rewarded(Rows(), {"length": rewards.Length(9)}).answer_of(" a  b ") == "a  b", "the task's own"
+
+
 def test_exact_and_format_and_regex_and_length():
     assert [rewards.exact(ROWS[2], said) for said in ("Hello", " Hello\n", "hello")] == [1.0, 1.0, 0.0]
     assert rewards.exact(ROWS[1], "x") is rewards.math(ROWS[1], "4") is None, "there is no solution"
