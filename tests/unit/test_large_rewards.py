@@ -19,7 +19,8 @@ from cola_ray.learner.micro_batch import Encoded
 from cola_ray.learner.value import ValueLearner
 from cola_ray.packing import pack
 from cola_ray.replay.critic import Critic, CriticBatch
-from cola_ray.rollout.isolation import Reply, as_reward
+from cola_ray.rollout.isolation import Reply
+from cola_ray.rollout.reward_process import as_reward
 from cola_ray.tasks.protocol import LARGEST_REWARD
 
 MOST = LARGEST_REWARD
