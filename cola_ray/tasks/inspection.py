@@ -13,7 +13,7 @@ import inspect
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from cola_ray.tasks import called, make_environment, make_task, task_class
 from cola_ray.tasks.chat import as_prompt
 from cola_ray.tasks.dataset import as_problems, first_examples
 from cola_ray.tasks.environment import Dialogue
-from cola_ray.tasks.protocol import LARGEST_REWARD, not_a_reward
+from cola_ray.tasks.protocol import LARGEST_REWARD, Problem, not_a_reward
 from cola_ray.tasks.rewarded import REWARD_MODEL, name_of, trial
 from cola_ray.tasks.rows import is_local
 
@@ -86,14 +86,25 @@ def _unable(dumped: str) -> list[str]:
     tried = [reward for reward in task.reward if reward not in ("verifier", REWARD_MODEL)]
     if not tried or (task.path and not is_local(task.path)) or is_environment(task.name):
         return []
-    try:
-        plain = task.model_copy(update={"reward": (), "thinking": False, "num_problems": _FEW})
-        of_rows = task.name == "dataset"
-        first = as_problems(first_examples(task, 2)) if of_rows else make_task(plain, 0).problems("train")[:2]
-    except Exception:  # which others report
-        return []
-    whys = {reward: _within(TRIAL_S, functools.partial(trial, task, reward, first)) for reward in tried}
+    whys = {reward: _within(TRIAL_S, functools.partial(_why_not, task, reward)) for reward in tried}
     return [f"task.reward = {reward!r}: {name_of(reward)} {why}" for reward, why in whys.items() if why]
+
+
+def _why_not(task: TaskConfig, reward: str) -> str:
+    try:
+        first = _first_problems(task.model_dump_json())
+    except Exception:  # which others report
+        return ""
+    return trial(task, reward, first)
+
+
+@functools.cache
+def _first_problems(dumped: str) -> Sequence[Problem]:
+    task = TaskConfig.model_validate_json(dumped)
+    if task.name == "dataset":
+        return as_problems(first_examples(task, 2))
+    plain = task.model_copy(update={"reward": (), "thinking": False, "num_problems": _FEW})
+    return make_task(plain, 0).problems("train")[:2]
 
 
 # --- generators of reasoning-gym ----------------------------------------------------------------------------------
