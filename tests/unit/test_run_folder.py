@@ -235,6 +235,15 @@ def test_inputs_lie_apart_from_outputs(field, tmp_path):
     assert refusals(beside, "rl_math") == []
 
 
+@pytest.mark.parametrize("field", ["data.more_paths", "task.more_paths"])
+def test_further_sources_lie_apart_from_outputs(field, tmp_path):
+    write(tmp_path, "data/rows.jsonl")
+    above = settings(tmp_path / "data" / "out", **{field: (str(tmp_path / "data"),)})
+    (line,) = refusals(above, "rl_math")
+    assert line.startswith(f"{field} = ")
+    assert "would write into it" in line
+
+
 def test_a_model_is_not_removed_by_what_reads_it(ours):
     """As `atlas --model.path demo/model --output-dir demo` once did."""
     before = fingerprint(ours)
