@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-_CELL_BYTES = 1 << 24
 _MISSING = {"", "na", "n/a", "#n/a", "nan", "null", "none", "-nan"}
 
 
@@ -61,13 +60,13 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def lines_of(path: Path) -> Iterator[list[str]]:
-    """Yield the header, then the cells of each row, which are as many.
+def lines_of(path: Path, cell_bytes: int = 1 << 17) -> Iterator[list[str]]:
+    """Yield the header, then the cells of each row, which are as many, each of at most ``cell_bytes``.
 
     Raises:
         ValueError: names the row, counted from 1 without the header, and what is wrong with it.
     """
-    csv.field_size_limit(_CELL_BYTES)
+    csv.field_size_limit(cell_bytes)
     with path.open("rb") as file:
         lines = csv.reader(_decoded(file), strict=True)
         number = 0

@@ -78,6 +78,9 @@ def _asked(row: Row, found: dict[str, str]) -> tuple[Prompt, str]:
         found["prompt"] = "prompt" if row.get("prompt") is not None else "chosen and rejected"
         return pair.prompt, pair.chosen
     name = found.get("prompt") or _first(row, PROMPTS)
+    empty = next((one for one in PROMPTS if one in row), None) if name is None else None
+    if empty is not None:
+        raise ValueError(f"field {empty}: null; text or chat messages are expected")
     if name is None:
         raise ValueError(f"no prompt: the row has {', '.join(row) or 'nothing'}; name its column with task.columns "
                          "prompt NAME")  # fmt: skip

@@ -261,7 +261,7 @@ def rows_in(file: Path) -> Iterator[Row]:
 
 def _of_csv(file: Path) -> Iterator[Row]:
     try:
-        lines = csv_table.lines_of(file)
+        lines = csv_table.lines_of(file, WHOLE_MB << 20)
         header = next(lines)
         yield from (dict(zip(header, cells, strict=True)) for cells in lines)
     except ValueError as error:

@@ -178,6 +178,7 @@ def test_a_layout_is_known(name, kind, tmp_path):
     ("row", "columns", "line"),
     [
         ({"a": 1}, {}, "no prompt: the row has a; name its column with task.columns prompt NAME"),
+        ({"question": None, "answer": "b"}, {}, "field question: null; text or chat messages are expected"),
         ({"prompt": ""}, {}, "field prompt: '' asks nothing"),
         ({"question": "a", "answer": True}, {}, "field answer: true; text is expected"),
         ({"messages": [BLUE]}, {}, "field messages: there is no message before the assistant's"),
@@ -270,15 +271,16 @@ def test_prompts_that_are_in_both_splits_are_held_out(tmp_path):
 
 
 def test_csv_cells_are_text_as_they_are_written(tmp_path):
-    text = 'question,answer\n"a, with\na line",007\nb,NA\n" c ",1.0\n'
+    long = "x" * 200_000
+    text = f'question,answer\n"a, with\na line",007\nb,NA\n" c ",1.0\nd,{long}\n'
     (tmp_path / "rows.csv").write_text(text)
     task = Dataset(str(tmp_path / "rows.csv"), 0)
     rows = {one.question: one.solution for split in ("train", "heldout") for one in task.problems(split)}
-    assert rows == {"a, with\na line": "007", "b": "NA", " c ": "1.0"}
+    assert rows == {"a, with\na line": "007", "b": "NA", " c ": "1.0", "d": long}
     (part,) = parts_of(str(tmp_path / "rows.csv"))
-    assert [row["answer"] for row in read_part(part)] == ["007", "NA", "1.0"], "for pre-training, too"
+    assert [row["answer"] for row in read_part(part)] == ["007", "NA", "1.0", long], "for pre-training, too"
     data = DataConfig(path=str(tmp_path / "rows.csv"))
-    assert len(load_documents(data, None, ChatTokenizer(tokenizer(), ""), 64)[0]) == 3
+    assert len(load_documents(data, None, ChatTokenizer(tokenizer(), ""), 64)[0]) == 4
 
 
 @pytest.mark.parametrize(
