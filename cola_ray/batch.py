@@ -123,6 +123,7 @@ class Group:
     # The tokens of sample i are the share's sequence first + i; the baseline's are not kept.
     first: int
     share: Share
+    read: tuple[Trajectory, ...] = ()  # all completions, of a group that is kept to be read
 
     @property
     def asked(self) -> tuple[Sample, ...]:

@@ -2,6 +2,7 @@
 
     Ticket ─> Trajectory ───────────┐
     Ticket ─> Turn ─> Episode ──────┴─> pack ─> collate ─> Batch, one a learner rank
+    held-out problem ─> Answer
 
 Legend: P tokens of a prompt or a state, L tokens and as many actions of what was said.
 
@@ -46,6 +47,14 @@ class Trajectory:
     advantages: Array | None = None  # (L,) float32; None: the outcome's at every action
     source: str = ""  # of its problem, where the task has several
     parts: Mapping[str, float] = field(default_factory=dict)  # each reward of ``task.reward``, without its weight
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one held-out problem or environment seed."""
+
+    reward: float  # not finite where scoring or the environment failed
+    sequences: tuple[Trajectory, ...] = ()  # what was said, where it is kept to be read
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ class Episode:
         start = len(first.state_ids)
         return Trajectory(
             first.state_ids, ids[start:], actions[start:], log_probs[start:], versions[start:], self.total_reward,
-            not self.terminated, self.text, action_mask=mask[start:], rewards=rewards[start:],
+            not self.terminated, self.text, self.failure, action_mask=mask[start:], rewards=rewards[start:],
             discounts=discounts[start:],
         )  # fmt: skip
 

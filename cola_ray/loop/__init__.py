@@ -5,6 +5,7 @@ workers.py       who does the work: dispatch, balance, replacement of the lost
 problems.py      a step of problems with one answer each: tickets, groups, refills
 episodes.py      a step of multi-turn episodes: replay and critic beside them
 batches.py       advantages and collation, for both; evaluation.py: held-out rewards; replay_client.py: rows
+samples.py       which completions are kept to be read
 batch_queue.py   where the learner finds its step, and when training ends
 checkpoints.py   what a run goes back to
 supervisor.py    failures, stalls, and what the driver reads

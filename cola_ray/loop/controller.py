@@ -67,6 +67,7 @@ class Controller:
             self.supervisor.say(f"the learner was started again and goes on from version {version}")
         self.supervisor.doing("the first rollouts")
         await self.supervisor.cancel(self.producer)
+        self.supervisor.goes_on_from(version)
         await self.weights.stop()
         self.batches.start(version)
         await self.checkpoints.restore(state)

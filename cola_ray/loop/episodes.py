@@ -33,6 +33,7 @@ from cola_ray.experience import Episode, Ticket, Trajectory
 from cola_ray.loop.batches import BatchMaker, Metrics
 from cola_ray.loop.evaluation import HeldOut, returned
 from cola_ray.loop.replay_client import ReplayClient
+from cola_ray.loop.samples import Samples
 from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup
 from cola_ray.packing import pack
@@ -92,7 +93,8 @@ class Episodes:
         self.config, self.workers, self.supervisor = config, workers, supervisor
         self.replay = ReplayClient(shards, supervisor)
         self.batches = BatchMaker(config, workers, self.replay)
-        self.held_out = HeldOut(config.rl, workers, supervisor, returned, self._players_critic)
+        self.samples = Samples(config, supervisor)
+        self.held_out = HeldOut(config.rl, workers, supervisor, returned, self._players_critic, self.samples)
         self.critic = critic
         self.critic_fitted, self.critic_restarts = False, 0.0
         # What archer's actor learns from where that was played: episodes and their rows, by iteration.
@@ -168,9 +170,12 @@ class Episodes:
         metrics |= {"time/fresh": spoken - started, "time/critic": time.perf_counter() - spoken}
         if self.config.critic.actor_states == "played":
             self.recent.append((episodes, played))
-            trajectories = await self._weigh_what_was_played(metrics)
+            weighed = await self._weigh_what_was_played(metrics)
+            self.samples.of_episodes(step, episodes, weighed[-len(episodes) :])
+            trajectories = [one for of_episode in weighed for one in of_episode]
             advantages = np.zeros(len(trajectories))  # each sequence brings its turns' own
         else:
+            self.samples.of_episodes(step, episodes)
             advantages = _centred(await self.critic.advantages(fresh), metrics)
         trains = self.config.rl.algorithm != "chai" and step >= self.config.critic.warmup_iterations
         batches = self._batches_that(trains, trajectories, advantages.tolist(), step)
@@ -183,6 +188,7 @@ class Episodes:
 
         While all of them returned the same, none is best, and the policy stays.
         """
+        self.samples.of_episodes(step, episodes)
         count, share = self.config.critic.fresh_states, self.config.replay.kept_share
         rows, cutoff = await self.replay.sample_best(count, share, step)
         trajectories = as_trajectories(rows)
@@ -198,13 +204,15 @@ class Episodes:
         played = list(groups.values())
         returns = [[episode.total_reward for episode in group] for group in played]
         outcomes = [Outcomes(torch.tensor(of_group, dtype=torch.float64)) for of_group in returns]
+        ordered = [episode for group in played for episode in group]
+        weights = [advantage for of_group in self.batches.advantages(outcomes) for advantage in of_group]
+        sequences = [episode.as_trajectories(self.config.critic.gamma) for episode in ordered]
+        self.samples.of_episodes(step, ordered, sequences, weights if self.batches.compare else ())
         trajectories, advantages, positions = list[Trajectory](), list[float](), list[int]()
-        for group, relative in zip(played, self.batches.advantages(outcomes), strict=True):
-            for episode, advantage in zip(group, relative, strict=True):
-                pieces = episode.as_trajectories(self.config.critic.gamma)
-                trajectories += pieces
-                advantages += [advantage] * len(pieces)
-                positions += [episode.position] * len(pieces)
+        for episode, pieces, advantage in zip(ordered, sequences, weights, strict=True):
+            trajectories += pieces
+            advantages += [advantage] * len(pieces)
+            positions += [episode.position] * len(pieces)
         versions = [int(one.versions[0]) for one in trajectories]
         return await self.batches.train_on(pack(trajectories), advantages, positions, versions, step)
 
@@ -236,8 +244,8 @@ class Episodes:
         self.critic_fitted, self.critic_restarts = True, metrics["critic/restarts"]
         return metrics
 
-    async def _weigh_what_was_played(self, metrics: Metrics) -> list[Trajectory]:
-        """Sequences of the recent episodes, each turn with its own advantage."""
+    async def _weigh_what_was_played(self, metrics: Metrics) -> list[list[Trajectory]]:
+        """Sequences of each of the recent episodes, each turn with its own advantage."""
         episodes = [episode for some, _ in self.recent for episode in some]
         rows = pa.concat_tables(rows for _, rows in self.recent)
         expected, drawn = await self.critic.advantages_and_td_errors(rows)
@@ -248,7 +256,7 @@ class Episodes:
             advantages = centred
         ends = np.cumsum([len(episode.turns) for episode in episodes])[:-1]
         of_episodes = zip(episodes, np.split(advantages, ends), strict=True)
-        return [one for episode, own in of_episodes for one in episode.as_trajectories(advantages=own.tolist())]
+        return [episode.as_trajectories(advantages=own.tolist()) for episode, own in of_episodes]
 
     def _measure(self, episodes: Sequence[Episode], step: int, seconds: float) -> Metrics:
         turns = [turn for episode in episodes for turn in episode.turns]

@@ -1,6 +1,6 @@
 """Held-out evaluation within a run: before training, and every ``rl.eval_every`` versions.
 
-held-out problems, or environment seeds ── workers.evaluate: greedy ──> rewards ── graded or returned ──> metrics
+held-out problems, or environment seeds ── workers.evaluate: greedy ──> answers ── graded or returned ──> metrics
 """
 
 import math
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cola_ray.loop.samples import Samples
 from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup
 from cola_ray.settings.training import RLConfig
@@ -25,6 +26,7 @@ class HeldOut:
     Args:
         summarise: :func:`graded` or :func:`returned`.
         arguments: what the workers' ``evaluate`` is given beside the problems and whether it is the bare base.
+        samples: are told what was answered.
     """
 
     def __init__(
@@ -34,16 +36,17 @@ class HeldOut:
         supervisor: Supervisor,
         summarise: Summary,
         arguments: Callable[[], Awaitable[tuple[Any, ...]]],
+        samples: Samples,
     ) -> None:
         self.rl, self.workers, self.supervisor = rl, workers, supervisor
-        self.summarise, self.arguments = summarise, arguments
+        self.summarise, self.arguments, self.samples = summarise, arguments, samples
 
     async def before_training(self) -> None:
         """The bare base and the policy that the run starts from, reported as step 0."""
         self.supervisor.doing("evaluating the bare base")
-        base = await self.evaluate(bare_base=True)
+        base = await self.evaluate(0, bare_base=True)
         self.supervisor.doing("evaluating the start policy")
-        start = await self.evaluate(bare_base=False)
+        start = await self.evaluate(0, bare_base=False)
         self.supervisor.step(0, {f"eval/base_{name}": value for name, value in base.items()} | _named(start))
 
     async def when_due(self, version: int) -> Metrics:
@@ -51,13 +54,15 @@ class HeldOut:
         if not (version == self.rl.max_steps or (self.rl.eval_every and version % self.rl.eval_every == 0)):
             return {}
         started = time.perf_counter()
-        found = _named(await self.evaluate(bare_base=False))
+        found = _named(await self.evaluate(version, bare_base=False))
         return found | {"time/eval": time.perf_counter() - started}
 
-    async def evaluate(self, bare_base: bool) -> Metrics:
+    async def evaluate(self, version: int, bare_base: bool) -> Metrics:
         """Greedy answers to the first ``rl.eval_problems``; those that failed are counted and said."""
         indices = range(min(self.rl.eval_problems, self.workers.facts["num_heldout"]))
-        rewards = await self.workers.dispatch(indices, "evaluate", bare_base, *await self.arguments())
+        answers = await self.workers.dispatch(indices, "evaluate", bare_base, *await self.arguments())
+        self.samples.of_evaluation(version, answers, bare_base)
+        rewards = [answer.reward for answer in answers]
         failed = sum(not math.isfinite(reward) for reward in rewards)
         if failed:
             self.supervisor.say(

@@ -22,6 +22,7 @@ from cola_ray.experience import Ticket
 from cola_ray.loop.batches import BatchMaker, Metrics
 from cola_ray.loop.evaluation import HeldOut, graded
 from cola_ray.loop.replay_client import ReplayClient
+from cola_ray.loop.samples import Samples
 from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup
 from cola_ray.replay.service import Shards
@@ -63,7 +64,8 @@ class Problems:
         self.replay = ReplayClient(shards, supervisor)
         self.batches = BatchMaker(config, workers, self.replay)
         summarise = functools.partial(graded, right_from=least_right_reward(config.task))
-        self.held_out = HeldOut(config.rl, workers, supervisor, summarise, self._no_arguments)
+        self.samples = Samples(config, supervisor)
+        self.held_out = HeldOut(config.rl, workers, supervisor, summarise, self._no_arguments, self.samples)
 
     async def _no_arguments(self) -> tuple[Any, ...]:
         return ()
@@ -139,6 +141,8 @@ class Problems:
         if not scored:
             raise RuntimeError("a step has no sample with a reward")
         of_groups = self.batches.advantages([self.outcomes(group) for group in scored])
+        known = zip(scored, of_groups, strict=True) if self.batches.compare else ()
+        self.samples.of_groups(step, groups, {group.position: advantages for group, advantages in known})
         batches, replayed = await self.batches.train_on(
             Picked.of_groups(scored),
             [advantage for of_group in of_groups for advantage in of_group],

@@ -3,16 +3,17 @@
 spawn(work) ────────> a task; an exception in it becomes the run's failure ──┐
 waiting_for(what) ──> pending ──> too long? a failure that names it ─────────┤
 until(condition) ───> waits for a change, and raises when the run fails <────┘
-say, doing, step ───> events ──> drain() ──> the driver's screen and tracker
+say, doing, step, samples ──> events ──> drain() ──> the driver's screen and tracker
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from cola_ray.runs import explanations
+from cola_ray.runs.samples import Sample
 
 T = TypeVar("T")
 
@@ -158,10 +159,20 @@ class Supervisor:
         """What takes a while now."""
         self.events.append({"doing": what})
 
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Completions of one step and kind, to be kept."""
+        if samples:
+            self.events.append({"samples": samples})
+
+    def goes_on_from(self, version: int) -> None:
+        """What was told of later versions is made again, or never."""
+        self.events.append({"goes on from": version})
+
     def drain(self) -> tuple[list[dict[str, Any]], str | None]:
         """Events since the last call, and the failure, if any.
 
-        ``{"step": version, "metrics": {...}}``, ``{"say": line}`` or ``{"doing": what takes a while now}``.
+        ``{"step": version, "metrics": {...}}``, ``{"say": line}``, ``{"doing": what takes a while now}``,
+        ``{"samples": [...]}`` or ``{"goes on from": version}``.
         """
         events, self.events = self.events, []
         return events, self.failure

@@ -9,6 +9,7 @@ speak(states)          ─> one fresh utterance per state, with the base's featu
 import asyncio
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from cola_ray.algorithms.archer import TwinHeads
-from cola_ray.experience import Episode, Ticket, Trajectory, was_said
+from cola_ray.experience import Answer, Episode, Ticket, Trajectory, was_said
 from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.rollout.batching import Rounds
 from cola_ray.rollout.engine import Completion, Request, as_float
@@ -108,17 +109,18 @@ class AgentWorker(EngineWorker):
 
         return await asyncio.gather(*(in_rounds(*numbered) for numbered in enumerate(items)))
 
-    async def evaluate(self, indices: Sequence[int], bare_base: bool, critic: Weights | None = None) -> list[float]:
-        """Return returns of episodes on environment seeds that training never uses; -inf where an episode failed.
+    async def evaluate(self, indices: Sequence[int], bare_base: bool, critic: Weights | None = None) -> list[Answer]:
+        """Play episodes on environment seeds that training never uses; rewards are returns, -inf where one failed.
 
         The policy samples, as it does in training: a greedy player that learns nothing new from an observation repeats
         its question forever. The bare base can only be greedy.
         """
         heads, way = self._heads(critic), "base" if bare_base else "sample"
 
-        async def one(place: int, submit: Submit) -> float:
+        async def one(place: int, submit: Submit) -> Answer:
             episode = await play(place, place, self.setting, self._generate(way, place, submit, heads))
-            return float("-inf") if episode.failure else episode.total_reward
+            kept = episode.as_trajectories() if place - HELD_OUT < self.config.samples.prompts else ()
+            return Answer(-math.inf if episode.failure else episode.total_reward, tuple(kept))
 
         return await self._concurrently(one, [HELD_OUT + index for index in indices])
 

@@ -15,12 +15,13 @@ import asyncio
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cola_ray.batch import Group, apart, as_groups
-from cola_ray.experience import Ticket, Trajectory
+from cola_ray.experience import Answer, Ticket, Trajectory
 from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
@@ -180,14 +181,23 @@ class RolloutWorker(EngineWorker):
         owners = [index for index in indices for _ in range(per_ticket)]
         texts = [self.endings.text(completion.token_ids) for completion in completions]
         rewards = await self._score("train", owners, texts)
-        made = [self._trajectory(*one) for one in zip(owners, completions, texts, rewards, strict=True)]
+        made = [self._trajectory("train", *one) for one in zip(owners, completions, texts, rewards, strict=True)]
         groups = [made[start : start + per_ticket] for start in range(0, len(made), per_ticket)]
-        return as_groups(
-            [
-                (ticket.position, group[:size], group[size] if self.draws_greedy else None)
-                for ticket, group in zip(tickets, groups, strict=True)
-            ]
-        )
+        completed = [
+            (ticket.position, group[:size], group[size] if self.draws_greedy else None)
+            for ticket, group in zip(tickets, groups, strict=True)
+        ]
+        return [
+            self._with_texts(group, made) for group, (_, made, _) in zip(as_groups(completed), completed, strict=True)
+        ]
+
+    def _with_texts(self, group: Group, made: Sequence[Trajectory]) -> Group:
+        """Completions of a step's first groups go along as they are, where the step is kept to be read."""
+        step, number = divmod(group.position, self.config.rl.prompts_per_step)
+        kept = self.config.samples
+        if number >= kept.prompts or not kept.due(step + 1, self.config.rl.max_steps):
+            return group
+        return replace(group, read=tuple(replace(one, hidden_states=None) for one in made))
 
     async def generate_in_parts(self, tickets: Sequence[Ticket]) -> list[Any]:
         """Return what ``generate_groups`` does: the groups, and then each part of their share's data (``apart``)."""
@@ -199,8 +209,8 @@ class RolloutWorker(EngineWorker):
         temperature, top_k = (0.0, 0) if greedy else (rollout.temperature, rollout.top_k)
         return Request(prompt, seed, temperature, top_k, rollout.max_new_tokens, stop=self.endings.strings)
 
-    async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[float]:
-        """Return greedy rewards on held-out problems, of the policy or the bare base; NaN where scoring failed.
+    async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[Answer]:
+        """Answer held-out problems greedily, by the policy or the bare base; rewards are NaN where scoring failed.
 
         Args:
             indices: into the held-out problems whose prompts fit into ``rollout.max_prompt_tokens``.
@@ -211,7 +221,18 @@ class RolloutWorker(EngineWorker):
         completions = await self.batch.complete(requests)
         texts = [self.endings.text(completion.token_ids) for completion in completions]
         scored = await self._score("heldout", problems, texts)
-        return [math.nan if reward.failure else reward.value for reward in scored]
+        kept = self.config.samples.prompts
+        return [
+            Answer(
+                math.nan if reward.failure else reward.value,
+                (self._trajectory("heldout", problem, replace(completion, hidden_states=None), text, reward),)
+                if index < kept
+                else (),
+            )
+            for index, problem, completion, text, reward in zip(
+                indices, problems, completions, texts, scored, strict=True
+            )
+        ]
 
     def _greedy_request(self, prompt: Sequence[int], bare_base: bool = False) -> Request:
         limit = self.config.rollout.max_new_tokens
@@ -232,9 +253,9 @@ class RolloutWorker(EngineWorker):
         pairs = zip(*await asyncio.gather(own, asked), strict=True)
         return [added(*pair, self.weights[REWARD_MODEL], REWARD_MODEL) for pair in pairs]
 
-    def _trajectory(self, index: int, completion: Completion, text: str, reward: Reward) -> Trajectory:
+    def _trajectory(self, split: Split, index: int, completion: Completion, text: str, reward: Reward) -> Trajectory:
         return Trajectory(
-            prompt_ids=np.asarray(self.prompts["train"][index], np.int64),
+            prompt_ids=np.asarray(self.prompts[split][index], np.int64),
             token_ids=completion.token_ids,
             actions=completion.actions,
             rollout_log_probs=completion.log_probs,

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cola_ray.runs.redaction import redacted
@@ -114,6 +114,12 @@ class Display:
             self.console.print(f"{minutes}:{seconds:02d}  {redacted(line)}", markup=False)
             self.last_line = self.clock()
 
+    def show(self, make: Callable[[], RenderableType]) -> None:
+        """Print what ``make`` gives in a terminal, where somebody looks; a plain log goes without."""
+        with self.lock:
+            if self.live is not None:
+                self.console.print(make(), soft_wrap=False)
+
     def beat(self) -> None:
         """Repeat the current phase if nothing was printed for :data:`QUIET_S` seconds."""
         with self.lock:
@@ -160,6 +166,11 @@ def wide_console(log_width: int) -> Console:
 def print_line(line: str) -> None:
     """Print a line without wrapping or cutting it."""
     _Console(highlight=False, soft_wrap=True).print(redacted(line), markup=False)
+
+
+def plain(text: str) -> str:
+    """One line without control characters, so that a text of anybody's cannot speak to the terminal."""
+    return "".join(letter if letter.isprintable() else "⏎" if letter == "\n" else " " for letter in text)
 
 
 def _duration(seconds: float) -> str:

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 import filelock
 
-from cola_ray.runs import event_log, explanations, folder_lock, run_folder
+from cola_ray.runs import event_log, explanations, folder_lock, run_folder, samples
 from cola_ray.runs.display import current
 from cola_ray.runs.redaction import HIDDEN, redacted, redacted_tree
 from cola_ray.runs.run_folder import write_json
@@ -129,6 +129,9 @@ class Mirror:
                 if (self.folder / name).exists():
                     self.client.log_artifact(run_id, str(self.folder / name))
                     self.progress = time.monotonic()
+            for file in samples.files(self.folder):
+                self.client.log_artifact(run_id, str(file), samples.NAME)
+                self.progress = time.monotonic()
             self.client.set_terminated(run_id, status=self.state)
             self._note(sent, state=self.state)
 

@@ -39,7 +39,7 @@ MAY_CHANGE = (
     "task.reward_timeout_s", "task.max_failed_rewards",
     "replay.snapshot_every_s", "critic.replicas", "critic.gpu_share",
     "eval.ways", "eval.problems", "eval.ks", "eval.chunk",  # evaluate answers only what it has no prediction for yet
-    "sweep.parallel", "reproduce.*",
+    "sweep.parallel", "reproduce.*", "samples.*",
 )  # fmt: skip
 """Settings, by dotted field, that may differ when a run is resumed. ``rl.max_steps`` must not be below the steps
 made."""

@@ -30,6 +30,7 @@ from cola_ray.settings.studies import (
     HarnessConfig,
     LoggedQConfig,
     ReproduceConfig,
+    SamplesConfig,
     SearchConfig,
     SweepConfig,
 )
@@ -106,6 +107,8 @@ class Config(Branch):
     """The engines that answer."""
     rl: RLConfig = RLConfig()
     """How the policy learns."""
+    samples: SamplesConfig = SamplesConfig()
+    """What is kept to be read: prompts, completions, rewards, actions."""
     replay: ReplayConfig = ReplayConfig()
     """Agents: the turns that are kept to learn from."""
     critic: CriticConfig = CriticConfig()

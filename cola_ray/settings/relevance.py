@@ -33,7 +33,8 @@ _SERVED = ("rollout.tensor_parallel_size", "rollout.temperature", "rollout.top_k
 _TEXTS = ("task.*", "data.path", "data.*_field", "data.date")
 _CORPUS = ("data.path", "data.more_paths", "data.weights", "data.streaming", "data.max_broken", "data.cache",
            "data.processes")  # fmt: skip
-_RL = ("model.*", "task.*", "data.*", "pretrain.*", "rollout.*", "rl.*", "cluster.*")
+_RL = ("model.*", "task.*", "data.*", "pretrain.*", "rollout.*", "rl.*", "samples.*",
+       "cluster.*")  # fmt: skip
 _RL_JOBS = ("rl_math", "rl_preference", "rl_agent", "sweep")
 _READ: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("model.*", "task.*", "data.*", "pretrain.*", "cluster.learner_*", "cluster.max_failures", *_MEMORY,
@@ -167,6 +168,7 @@ _ONLY: tuple[_Only, ...] = (
         "candidates", "chooses", "priority_beta", "actor_states", "reuse", "td_share", "token_baseline", "expectile")),
           lambda c, job: job == "plan" or (_trains_agent(c, job) and c.algorithm.critic),
           "archer and chai do, of agents"),
+    _Only(("samples.every", "samples.max_mb"), lambda c, _: c.samples.prompts > 0, "samples.prompts above 0 does"),
     _Only(("replay.*",), lambda c, job: job == "plan" or c.replays, f"{', '.join(OF_TURNS)} and rl.actor_free do"),
     _Only(("replay.kept_share",), lambda c, job: job == "plan" or c.rl.algorithm == "filtered_bc", "filtered_bc does"),
     _Only(("search.simulations",), lambda c, _: bool({"sample", *_SEARCHES} & {*c.eval.ways}),

@@ -1,4 +1,4 @@
-"""Branches of the settings for what is measured, for plans, and for where processes are placed."""
+"""Branches of the settings for what is measured and kept to look at, for plans, and for where processes are placed."""
 
 from typing import Annotated, Literal
 
@@ -21,6 +21,21 @@ from cola_ray.settings.limits import (
     Unique,
     Whole,
 )
+
+
+class SamplesConfig(Branch):
+    every: Whole = 10
+    """Steps between those whose completions are kept in output_dir/samples, beside the first and the last step.
+    Evaluations' always are. 0: those alone."""
+    prompts: Whole = 8
+    """Prompts kept of a step, with all of their completions, and of an evaluation; agents: environment seeds with all
+    of their episodes. As many as rl.prompts_per_step keeps everything. 0: nothing is kept."""
+    max_mb: Count = 256
+    """Most that they take on disk. Beyond it steps between others are removed, so that the rest spans the run."""
+
+    def due(self, version: int, last: int) -> bool:
+        """Whether completions of the step that makes ``version``, of ``last``, are kept."""
+        return bool(self.prompts and self.every) and (version in (1, last) or version % self.every == 0)
 
 
 class SearchConfig(Branch):

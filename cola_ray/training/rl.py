@@ -26,7 +26,7 @@ from cola_ray.loop.batches import Source
 from cola_ray.loop.controller import Controller
 from cola_ray.loop.episodes import Episodes
 from cola_ray.loop.problems import Problems
-from cola_ray.model.conversion import plain_base
+from cola_ray.model.conversion import load_tokenizer, plain_base
 from cola_ray.rollout.agent_worker import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.runs import launch, provenance, resume
@@ -34,6 +34,7 @@ from cola_ray.runs.display import current, print_line, shown
 from cola_ray.runs.failure import explained_failures
 from cola_ray.runs.figures import plot, print_summary
 from cola_ray.runs.run_folder import read_record
+from cola_ray.runs.samples import SampleFolder
 from cola_ray.runs.tracking import Tracker
 from cola_ray.settings import relevance
 from cola_ray.settings.config import Config, RunFailedError, is_environment, override
@@ -189,6 +190,8 @@ def _train(
     talk = _Talk(controller, config.cluster.stall_timeout_s, config.cluster.answer_timeout_s)
     begun = controller.start.remote(resumed)
     display, export = current(), actors.exporter(config)
+    open_tokenizer = functools.partial(load_tokenizer, model_path)
+    samples = SampleFolder(Path(config.output_dir), config.samples.max_mb, open_tokenizer)
     evaluated = f"eval/{measured(config)}"
     names = {"reward/mean": "reward", "policy/kl": "kl", "policy/entropy": "entropy", evaluated: measured(config)}
 
@@ -204,6 +207,12 @@ def _train(
                 continue
             if "doing" in event:
                 display.doing(event["doing"])
+                continue
+            if "goes on from" in event:
+                samples.forget_after(event["goes on from"])
+                continue
+            if "samples" in event:
+                samples.keep(event["samples"])
                 continue
             step, metrics = event["step"], event["metrics"]
             tracker.log(step, metrics)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
+from cola_ray.runs import samples
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -50,6 +51,11 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(finished, model, tmp_pat
     for key in ("policy/entropy", "policy/kl", "reward/mean", "rollout/response_length"):
         assert resumed.series(key) == finished.series(key), key
     assert resumed.series("eval/accuracy")[0] == before[0], "one history, one run"
+    kept = [{file.name: samples.read(file) for file in samples.files(r.output)} for r in (resumed, finished)]
+    assert [*kept[0]] == ["00000000-base.parquet", "00000000-eval.parquet", "00000001-train.parquet",
+                          "00000005-eval.parquet", "00000005-train.parquet"]  # fmt: skip
+    assert kept[0] == kept[1], "no sample is lost, and none is there twice"
+    assert all("".join(row["tokens"]).startswith(row["completion"]) for rows in kept[0].values() for row in rows)
     one, other = (load_file(r.output / "model" / "model.safetensors") for r in (resumed, finished))
     for name, tensor in one.items():
         assert tensor.equal(other[name]), name

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cola_ray.experience import Episode, Trajectory, Turn
+from cola_ray.experience import Answer, Episode, Trajectory, Turn
 from cola_ray.loop.controller import Controller
 from cola_ray.loop.episodes import Episodes
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
@@ -74,7 +74,7 @@ class Pool:
         if method == "speak":
             return worker.speak(*args)
         if method == "evaluate":
-            return [float(-index) for index in args[0]]
+            return [Answer(float(-index)) for index in args[0]]
         return {"num_train": 1000, "num_heldout": 1000, "pad_token_id": 0, "feature_width": WIDTH}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cola_ray.batch import as_groups
-from cola_ray.experience import Trajectory
+from cola_ray.experience import Answer, Trajectory
 from cola_ray.loop.controller import Controller
 from cola_ray.loop.problems import Problems
 from cola_ray.loop.workers import WorkerLostError, WorkerNeverRanError
@@ -61,7 +61,7 @@ class Pool:
             worker.version = offer.version
             return worker.version
         facts = {"num_train": 10, "num_heldout": 3, "pad_token_id": 0, "num_too_long": 0}
-        return facts if method == "facts" else [1.0] * len(args[0])
+        return facts if method == "facts" else [Answer(1.0)] * len(args[0])
 
     async def generate(self, worker, tickets):
         version = worker.version
@@ -76,7 +76,8 @@ class Pool:
             raise WorkerLostError("killed")
         self.served += [(ticket.position, ticket.problem) for ticket in tickets]
         made = [self.completions(worker, version, ticket) for ticket in tickets]
-        return as_groups([(ticket.position, of, None) for ticket, of in zip(tickets, made, strict=True)])
+        groups = as_groups([(ticket.position, of, None) for ticket, of in zip(tickets, made, strict=True)])
+        return [dataclasses.replace(group, read=tuple(of)) for group, of in zip(groups, made, strict=True)]
 
     def completions(self, worker, version, ticket):
         return [self.trajectory(worker, version, i) for i in range(GROUP)]
@@ -423,7 +424,7 @@ def evaluations(rewards, task="arithmetic", num_heldout=3):
     class Evaluated(Pool):
         async def call(self, worker, method, *args):
             if method == "evaluate":
-                return [rewards[index] for index in args[0]]
+                return [Answer(rewards[index]) for index in args[0]]
             found = await super().call(worker, method, *args)
             return found | {"num_heldout": num_heldout} if method == "facts" else found
 

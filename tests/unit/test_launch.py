@@ -63,6 +63,8 @@ def elsewhere(tmp_path, monkeypatch):
         ("reproduce", {"rl.lr": 0.1}, "rl.lr = 0.1: reproduce does not read it"),
         ("capabilities", {"task.name": "countdown"}, "task.name = 'countdown': capabilities does not read it; "),
         ("capabilities", {"task.thinking": True}, "task.thinking = True: capabilities does not read it"),
+        ("evaluate", {"samples.every": 3}, "samples.every = 3: evaluate does not read it; rl_math, rl_preference and"),
+        ("rl_math", {"samples.prompts": 0, "samples.every": 3}, "samples.every = 3: has no effect here; samples."),
         ("rl_agent", {"task.name": "guess_city", "task.thinking": True}, "task.thinking = True: has no effect here; "),
         ("rl_agent", {"task.name": "guess_city", "rl.algorithm": "ppo", "critic.steps": 3}, "critic.steps = 3: has no"),
     ],

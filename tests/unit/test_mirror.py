@@ -85,6 +85,8 @@ def test_a_run_spends_less_than_five_seconds_on_a_server_that_does_not_exist():
 
 def test_everything_arrives(folder, monkeypatch, capsys):
     patient(monkeypatch)
+    (folder / "samples").mkdir()
+    (folder / "samples" / "00000001-train.parquet").write_bytes(b"rows")
     tracker = track(folder, range(5))
     assert metrics(folder) == [("reward/mean", step, step / 4) for step in range(5)]
     assert ("seed", "3") in rows(folder, "select key, value from params")
@@ -92,6 +94,7 @@ def test_everything_arrives(folder, monkeypatch, capsys):
     assert (run_id, name, state) == (tracker.mlflow_run_id, "run", "FINISHED")
     ((artifacts,),) = rows(folder, "select artifact_uri from runs")
     assert (Path(artifacts.removeprefix("file://")) / "log.jsonl").exists()
+    assert (Path(artifacts.removeprefix("file://")) / "samples" / "00000001-train.parquet").read_bytes() == b"rows"
     assert "misses" not in capsys.readouterr().out
 
 

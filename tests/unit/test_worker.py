@@ -57,13 +57,18 @@ def test_held_out_prompts_that_are_too_long_are_left_out_and_counted(worker):
     assert 0 < len(fitting) < len(heldout)
     assert facts["num_heldout"] == len(fitting)
     assert facts["num_heldout_too_long"] == len(heldout) - len(fitting)
-    rewards = asyncio.run(worker.evaluate(range(len(fitting)), bare_base=False))
+    answers = asyncio.run(worker.evaluate(range(len(fitting)), bare_base=False))
+    rewards = [answer.reward for answer in answers]
     asked = ["".join(map(chr, request.prompt_ids)) for request in worker.batch.asked]
     assert asked == fitting, "whole, and in order"
     places = [heldout.index(question) for question in fitting]
     assert {place % 2 for place in places} == {0, 1}
     expected = [math.nan if place % 2 else place for place in places]
     np.testing.assert_array_equal(rewards, expected)
+    kept = worker.config.samples.prompts
+    assert 0 < kept < len(fitting)
+    assert [one.text for answer in answers for one in answer.sequences] == fitting[:kept], "the rest stays where it is"
+    assert [bool(one.failure) for answer in answers for one in answer.sequences] == [n % 2 == 1 for n in places[:kept]]
 
 
 def test_settings_reach_the_engine():
