@@ -161,7 +161,7 @@ def afterwards(config: Config, job: str, summary: Mapping[str, Any]) -> list[str
         lines.append(f"{measure} on {asked}: {before:.3g} before RL, {after:.3g} after, {gained}")
     command = f"--preset {config.preset} --task.name {config.task.name} --model.path {model}"
     command += f" --task.path {config.task.path}" if config.task.path else ""
-    lines += [f"the model: {model}", "next, for example:"]
+    lines += [f"the model: {model}", "next, for example:", f"  cola_ray view {model.parent}"]
     if config.task.name != "preference":
         space = " --rl.action-space token" if config.rl.action_space == "token" else ""
         lines.append(f"  cola_ray evaluate {command}{space}")

@@ -186,6 +186,7 @@ def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(cola_dir, t
         "accuracy on 512 held-out problems: 0.35 before RL, 0.85 after, +50 points",
         "the model: outputs/demo/model",
         "next, for example:",
+        "  cola_ray view outputs/demo",
         "  cola_ray evaluate --preset tiny --task.name arithmetic --model.path outputs/demo/model",
         "  cola_ray atlas --preset tiny --task.name arithmetic --model.path outputs/demo/model",
     ]

@@ -1,0 +1,255 @@
+"use strict";
+// Texts reach the page as text alone: nothing here makes markup of a string.
+(function () {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const PAGE = 20; // prompts at once
+  const MAIN = ["reward/mean", "eval/accuracy", "eval/return", "eval/reward", "policy/kl", "policy/entropy",
+    "rollout/response_length", "time/step"];
+  const KINDS = { train: "training", eval: "evaluations", base: "the bare base" };
+  // Control characters, and those that reverse or hide what stands beside them, by their numbers.
+  const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]/g;
+
+  function visible(text) {
+    return text.replace(UNSEEN, (one) => "\\u" + one.charCodeAt(0).toString(16).padStart(4, "0"));
+  }
+
+  function make(tag, attributes, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.append(...children);
+    return element;
+  }
+
+  function draw(tag, attributes, ...children) {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.append(...children);
+    return element;
+  }
+
+  function number(value, digits = 3) {
+    return value === null ? "none" : String(Number(value.toPrecision(digits)));
+  }
+
+  function byId(id) {
+    return document.getElementById(id);
+  }
+
+  // --- the run and its curves
+
+  for (const [name, value] of Object.entries(data.run)) {
+    byId("run").append(make("div", {}, make("dt", {}, name), make("dd", {}, visible(String(value)))));
+  }
+
+  function curve(name, steps, values) {
+    const points = steps.map((step, i) => [step, values[i]]).filter(([, value]) => value !== null);
+    const [low, high] = [Math.min(...points.map(([, y]) => y)), Math.max(...points.map(([, y]) => y))];
+    const [first, last] = [points[0][0], points[points.length - 1][0]];
+    const x = (step) => 4 + (292 * (step - first)) / (last - first || 1);
+    const y = (value) => 92 - (high > low ? (84 * (value - low)) / (high - low) : 42);
+    const at = ([step, value]) => x(step).toFixed(1) + " " + y(value).toFixed(1);
+    const line = draw("path", { d: "M" + points.map(at).join("L") });
+    const dots = points.length > 80 ? [] : points.map(([step, value]) =>
+      draw("circle", { cx: x(step).toFixed(1), cy: y(value).toFixed(1), r: 2.2 },
+        draw("title", {}, "step " + step + ": " + number(value, 5))));
+    const label = (left, top, text, anchor) =>
+      draw("text", { x: left, y: top, "text-anchor": anchor }, text);
+    const told = name + ", from " + number(points[0][1]) + " to " + number(points[points.length - 1][1]);
+    return make("figure", { class: "curve" },
+      make("figcaption", {}, make("span", {}, visible(name)), make("span", {}, number(points[points.length - 1][1]))),
+      draw("svg", { viewBox: "0 0 300 112", role: "img", "aria-label": visible(told) },
+        draw("line", { x1: 4, x2: 296, y1: 96, y2: 96 }), line, ...dots,
+        label(4, 108, "step " + first, "start"), label(296, 108, String(last), "end"),
+        label(296, 10, number(high), "end"), label(296, 90, high > low ? number(low) : "", "end")));
+  }
+
+  const names = Object.keys(data.curves).filter((name) => data.curves[name][1].some((value) => value !== null));
+  const rest = names.filter((name) => !MAIN.includes(name)).sort();
+  byId("curves").append(...MAIN.filter((name) => names.includes(name)).map((name) => curve(name, ...data.curves[name])));
+  if (!names.length) byId("curves").append(make("p", {}, "nothing is logged yet"));
+  const [summary, hidden] = byId("more-curves").children;
+  summary.append(rest.length + " more");
+  byId("more-curves").hidden = !rest.length;
+  byId("more-curves").addEventListener("toggle", () => {
+    if (!hidden.children.length) hidden.append(...rest.map((name) => curve(name, ...data.curves[name])));
+  });
+
+  // --- one sample
+
+  function textOf(classes, text) {
+    return make("div", { class: "said " + classes, dir: "auto" }, visible(text));
+  }
+
+  function own(sample, place) {
+    return sample.actions !== null && (sample.by_policy === null || sample.by_policy[place]);
+  }
+
+  function advantageAt(sample, place) {
+    return Array.isArray(sample.advantages) ? sample.advantages[place] : sample.advantages;
+  }
+
+  function probability(sample, place) {
+    return sample.log_probs[place] === null ? 0 : Math.exp(sample.log_probs[place]);
+  }
+
+  function choice(sample, place) {
+    const parts = ["token " + visible(JSON.stringify(sample.tokens[place]))];
+    if (data.space === "latent") parts.push("action " + sample.actions[place]);
+    parts.push("probability " + number(probability(sample, place)), "policy of version " + sample.versions[place]);
+    const advantage = advantageAt(sample, place);
+    if (advantage !== null) parts.push("advantage " + number(advantage));
+    const shown = make("div", { class: "choice" }, parts.join(", "));
+    if (sample.others && sample.others[place]) shown.append(others(sample.others[place], sample.actions[place]));
+    return shown;
+  }
+
+  function others(tokens, taken) {
+    const actions = new Map();
+    tokens.forEach((token, action) => actions.set(token, [...(actions.get(token) || []), action]));
+    const rows = [...actions].sort((a, b) => b[1].length - a[1].length).map(([token, some]) =>
+      make("tr", some.includes(taken) ? { class: "taken" } : {},
+        make("td", {}, make("span", { class: "said", dir: "auto" }, visible(JSON.stringify(data.vocabulary[token])))),
+        make("td", {}, (some.length > 1 ? "actions " : "action ") + some.join(" "))));
+    const count = actions.size === 1 ? "one token" : actions.size + " different tokens";
+    return make("div", {}, make("div", {}, "under all actions " + count + ":"), make("table", {}, make("tbody", {}, ...rows)));
+  }
+
+  function strip(sample) {
+    const line = make("div", { class: "tokens" });
+    const below = make("div", {});
+    let pressed = null;
+    sample.tokens.forEach((token, place) => {
+      const text = visible(token).replace(/\n/g, "⏎\n");
+      if (!own(sample, place)) {
+        if (token) line.append(make("span", { class: "given", dir: "auto" }, text));
+        return;
+      }
+      const p = probability(sample, place);
+      const button = make("button", { type: "button", class: "token", "aria-pressed": "false",
+        title: (data.space === "latent" ? "action " + sample.actions[place] + ", " : "") + "probability " + number(p) },
+      text || "·");
+      button.style.setProperty("--doubted", (1 - p).toFixed(3));
+      button.addEventListener("click", () => {
+        if (pressed) pressed.setAttribute("aria-pressed", "false");
+        pressed = pressed === button ? null : button;
+        below.replaceChildren(...(pressed ? [choice(sample, place)] : []));
+        if (pressed) pressed.setAttribute("aria-pressed", "true");
+      });
+      line.append(button);
+    });
+    return [line, below];
+  }
+
+  function card(sample, prompt) {
+    const figures = make("div", { class: "figures" }, make("span", {}, "reward " + number(sample.reward)));
+    const advantage = Array.isArray(sample.advantages) ? null : sample.advantages;
+    if (advantage !== null) {
+      const sign = advantage > 0 ? "up" : advantage < 0 ? "down" : "soft";
+      figures.append(make("span", { class: sign }, "advantage " + number(advantage)));
+    }
+    const said = sample.tokens.filter((_, place) => own(sample, place)).length || sample.tokens.length;
+    figures.append(make("span", { class: "soft" }, said + " tokens" + (sample.truncated ? ", cut off" : "")));
+    if (sample.actions !== null && data.space === "latent") {
+      const some = sample.actions.filter((_, place) => own(sample, place));
+      figures.append(make("span", { class: "soft" }, "actions " + some.slice(0, 8).join(" ") + (some.length > 8 ? " …" : "")));
+    }
+    const whole = make("article", { class: "sample" }, figures);
+    if (sample.prompt !== prompt) whole.append(textOf("prompt", data.prompts[sample.prompt])); // a later part of an episode
+    whole.append(textOf("", sample.completion));
+    if (sample.failure) whole.append(make("div", { class: "failure" }, "no reward: " + visible(sample.failure)));
+    if (sample.actions !== null) {
+      const details = make("details", {}, make("summary", {}, "token by token"));
+      details.addEventListener("toggle", () => {
+        if (details.children.length === 1) details.append(...strip(sample));
+      });
+      whole.append(details);
+    }
+    return whole;
+  }
+
+  // --- groups side by side
+
+  function group(step, samples) {
+    if (!samples) return make("div", { class: "group absent" }, step + ": nothing here that passes the filters");
+    const [first] = samples;
+    const rewards = samples.map((sample) => sample.reward).filter((reward) => reward !== null);
+    const mean = rewards.length ? ", mean reward " + number(rewards.reduce((a, b) => a + b, 0) / rewards.length) : "";
+    const title = (first.kind === "train" ? "step " : "version ") + step + ", prompt " + first.group + mean;
+    const chips = make("ul", { class: "rewards", "aria-label": "rewards" },
+      ...samples.map((sample) => make("li", {}, number(sample.reward))));
+    return make("section", { class: "group" }, make("h3", {}, title), textOf("prompt", data.prompts[first.prompt]),
+      ...(samples.length > 1 ? [chips] : []), ...samples.map((sample) => card(sample, first.prompt)));
+  }
+
+  function passing(step) {
+    const [low, high] = [byId("low").value, byId("high").value];
+    const text = byId("text").value.toLowerCase();
+    const groups = new Map();
+    for (const sample of data.samples) {
+      if (sample.kind !== byId("kind").value || String(sample.step) !== step) continue;
+      if (low !== "" && !(sample.reward !== null && sample.reward >= Number(low))) continue;
+      if (high !== "" && !(sample.reward !== null && sample.reward <= Number(high))) continue;
+      if (text && !(data.prompts[sample.prompt] + "\n" + sample.completion).toLowerCase().includes(text)) continue;
+      groups.set(sample.group, [...(groups.get(sample.group) || []), sample]);
+    }
+    return groups;
+  }
+
+  function pairs(left, right) {
+    // Evaluations ask the same problems every time; a step's prompts are its own.
+    if (byId("kind").value !== "train") {
+      const all = [...new Set([...left.keys(), ...right.keys()])].sort((a, b) => a - b);
+      return all.map((key) => [left.get(key), right.get(key)]);
+    }
+    const [ones, others] = [[...left.values()], [...right.values()]];
+    return Array.from({ length: Math.max(ones.length, others.length) }, (_, i) => [ones[i], others[i]]);
+  }
+
+  let shown = PAGE;
+
+  function render() {
+    const [a, b] = [byId("left").value, byId("right").value];
+    const two = b !== "" && b !== a;
+    const [left, right] = [passing(a), two ? passing(b) : new Map()];
+    const all = pairs(left, right);
+    const count = [...left.values(), ...right.values()].reduce((sum, some) => sum + some.length, 0);
+    const prompts = byId("kind").value === "train" ? left.size + right.size : all.length;
+    byId("count").textContent = data.samples.length ? count + " completions pass, of " + prompts + " prompts" : "";
+    byId("groups").replaceChildren(...all.slice(0, shown).map(([one, other]) =>
+      make("div", { class: two ? "pair two" : "pair" }, group(a, one), ...(two ? [group(b, other)] : []))));
+    byId("more").hidden = all.length <= shown;
+  }
+
+  function choose(id, options, value) {
+    byId(id).replaceChildren(...options.map(([key, text]) => make("option", { value: key }, text)));
+    byId(id).value = value;
+  }
+
+  function stepsOf(kind) {
+    return [...new Set(data.samples.filter((sample) => sample.kind === kind).map((sample) => String(sample.step)))];
+  }
+
+  function chooseSteps() {
+    const steps = stepsOf(byId("kind").value);
+    const options = steps.map((step) => [step, step]);
+    choose("left", options, steps[0] || "");
+    choose("right", [["", "none"], ...options], steps.length > 1 ? steps[steps.length - 1] : "");
+  }
+
+  byId("kept").textContent = data.kept;
+  byId("filters").hidden = !data.samples.length;
+  const kinds = Object.keys(KINDS).filter((kind) => stepsOf(kind).length);
+  choose("kind", kinds.map((kind) => [kind, KINDS[kind]]), kinds[0] || "");
+  chooseSteps();
+  render();
+  byId("filters").addEventListener("submit", (event) => event.preventDefault());
+  byId("filters").addEventListener("input", (event) => {
+    if (event.target === byId("kind")) chooseSteps();
+    shown = PAGE;
+    render();
+  });
+  byId("more").addEventListener("click", () => {
+    shown += PAGE;
+    render();
+  });
+})();
