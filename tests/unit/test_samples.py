@@ -107,7 +107,7 @@ def test_advantages_that_only_the_learner_knows_are_left_open():
 @pytest.mark.parametrize(
     ("algorithm", "changes", "known"),
     [
-        ("archer", {"critic.actor_states": "played", "critic.reuse": 2}, True),
+        ("archer", {"critic.actor_states": "played", "critic.reuse": 2, "critic.warmup_iterations": 0}, True),
         ("archer", {}, False),
         ("filtered_bc", {}, False),
         ("ppo", {}, False),
