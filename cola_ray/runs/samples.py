@@ -209,8 +209,12 @@ def token_texts(tokenizer: Any, prompt_ids: np.ndarray, token_ids: np.ndarray) -
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(prompt_ids[-_BEFORE:].tolist(), skip_special_tokens=False)
-    backend = tokenizer.backend_tokenizer
-    return [_valid(stream.step(backend, token) or "") for token in token_ids.tolist()]
+    backend, ids = tokenizer.backend_tokenizer, token_ids.tolist()
+    texts = [_valid(stream.step(backend, token) or "") for token in ids]
+    complete = max((place + 1 for place, text in enumerate(texts) if text), default=0)
+    if complete < len(texts):  # the completion was cut off within a character
+        texts[-1] = _valid(tokenizer.decode(ids[complete:], skip_special_tokens=False))
+    return texts
 
 
 def _valid(text: str) -> str:

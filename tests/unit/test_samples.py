@@ -176,6 +176,7 @@ def test_a_character_of_several_tokens_is_with_the_last_of_them():
     assert len(ids) == 8
     texts = samples.token_texts(tokenizer, np.array([], np.int64), ids)
     assert texts == ["", "é", " ", "", "", "", "🙂", "!"]
+    assert samples.token_texts(tokenizer, ids, ids[:5]) == ["", "é", " ", "", "\ufffd"], "cut off within a character"
     assert samples.token_texts(tokenizer, ids, ids[:0]) == []
 
 
