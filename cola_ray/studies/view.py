@@ -178,9 +178,11 @@ def add_other_tokens(data: dict[str, Any], model_path: str) -> None:
     if data["space"] != "latent":
         raise _RefusedError("--model: the run's actions are its tokens; leave --model out")
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from cola_ray.model.conversion import load, load_tokenizer
 
+    disable_progress_bar()
     try:
         model, tokenizer = load(model_path), load_tokenizer(model_path)
     except (OSError, ValueError) as error:
