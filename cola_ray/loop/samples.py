@@ -90,7 +90,7 @@ def _sample(step: int, kind: Kind, group: int, sibling: int, made: Trajectory, a
     return Sample(
         step, kind, group, sibling, made.prompt_ids, made.token_ids, made.text if made.action_mask is None else "",
         None if made.failure else float(made.reward), made.failure, made.truncated, made.action_mask, made.actions,
-        made.rollout_log_probs, made.versions, weights,
+        made.rollout_log_probs, made.versions, weights, made.parts,
     )  # fmt: skip
 
 

@@ -264,7 +264,7 @@ class RolloutWorker(EngineWorker):
             truncated=completion.truncated,
             text=text,
             failure=reward.failure,
-            source=further(self.task.problems("train")[index])[1],
+            source=further(self.task.problems(split)[index])[1],
             parts=reward.parts,
             hidden_states=completion.hidden_states,
         )

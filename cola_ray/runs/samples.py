@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,19 +55,21 @@ class Sample:
     log_probs: np.ndarray | None  # (L,), of the actions under the distribution that they were drawn from
     versions: np.ndarray  # (L,), of the policy that chose each action
     advantages: np.ndarray | None  # (L,); None where the learner alone knows them, or nothing is learnt
+    parts: Mapping[str, float] = field(default_factory=dict)  # each reward of ``task.reward``, without its weight
 
 
 def _schema() -> "pa.Schema":
     import pyarrow as pa
 
     whole, real = pa.list_(pa.int32()), pa.list_(pa.float32())
+    named = pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
     return pa.schema(
         [
             ("step", pa.int64()), ("kind", pa.string()), ("group", pa.int64()), ("sibling", pa.int32()),
             ("prompt", pa.string()), ("completion", pa.string()), ("reward", pa.float64()), ("failure", pa.string()),
             ("truncated", pa.bool_()), ("prompt_ids", whole), ("token_ids", whole), ("tokens", pa.list_(pa.string())),
             ("by_policy", pa.list_(pa.bool_())), ("actions", whole), ("log_probs", real), ("versions", whole),
-            ("advantages", real),
+            ("advantages", real), ("parts", named),
         ]
     )  # fmt: skip
 
@@ -195,7 +197,7 @@ def row_of(sample: Sample, tokenizer: Any) -> dict[str, Any]:
         "step": sample.step, "kind": sample.kind, "group": sample.group, "sibling": sample.sibling,
         "prompt": _valid(prompt), "completion": _valid(sample.completion or "".join(tokens)), "reward": sample.reward,
         "failure": _valid(redacted(sample.failure)) if sample.failure else "", "truncated": bool(sample.truncated),
-        "tokens": tokens,
+        "tokens": tokens, "parts": [{"name": name, "value": value} for name, value in sample.parts.items()],
     } | {
         name: None if (array := getattr(sample, name)) is None else array.tolist()
         for name in ("prompt_ids", "token_ids", "by_policy", "actions", "log_probs", "versions", "advantages")

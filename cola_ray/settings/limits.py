@@ -11,7 +11,16 @@ import difflib
 from collections.abc import Hashable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 
 
 class Branch(BaseModel):
@@ -32,6 +41,10 @@ def _different(items: tuple[_ITEM, ...]) -> tuple[_ITEM, ...]:
     return items
 
 
+def _as_names(value: Any) -> Any:
+    return ((value,) if value else ()) if isinstance(value, str) else value
+
+
 Count = Annotated[int, Field(strict=True, ge=1, le=MOST)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=MOST)]
 Seed = Whole
@@ -48,6 +61,8 @@ Rate = Annotated[Finite, Field(gt=0, le=1)]
 Temperature = Annotated[Finite, Field(ge=0.01, le=100)]
 """vLLM's least; far beyond it logits that are divided by it overflow."""
 Share = Annotated[Finite, Field(ge=0, le=1)]
+Worth = Annotated[Finite, Field(ge=-1e6, le=1e6)]
+"""A reward, or a weight of one."""
 PositiveShare = Annotated[Finite, Field(gt=0, le=1)]
 Decay = Annotated[Finite, Field(ge=0, lt=1)]
 """Of a running mean: 1 would never forget."""
@@ -56,6 +71,8 @@ Seconds = Annotated[Finite, Field(gt=0, le=1e8)]
 
 Name = Annotated[str, Field(min_length=1)]
 Unique = Annotated[tuple[_ITEM, ...], AfterValidator(_different)]
+Names = Annotated[Unique[Name], BeforeValidator(_as_names)]
+"""One may stand for itself, and "" for none."""
 Some = Annotated[tuple[_ITEM, ...], Field(min_length=1), AfterValidator(_different)]
 
 

@@ -33,8 +33,7 @@ _SERVED = ("rollout.tensor_parallel_size", "rollout.temperature", "rollout.top_k
 _TEXTS = ("task.*", "data.path", "data.*_field", "data.date")
 _CORPUS = ("data.path", "data.more_paths", "data.weights", "data.streaming", "data.max_broken", "data.cache",
            "data.processes")  # fmt: skip
-_RL = ("model.*", "task.*", "data.*", "pretrain.*", "rollout.*", "rl.*", "samples.*",
-       "cluster.*")  # fmt: skip
+_RL = ("model.*", "task.*", "data.*", "pretrain.*", "rollout.*", "rl.*", "samples.*", "cluster.*")
 _RL_JOBS = ("rl_math", "rl_preference", "rl_agent", "sweep")
 _READ: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("model.*", "task.*", "data.*", "pretrain.*", "cluster.learner_*", "cluster.max_failures", *_MEMORY,
@@ -59,7 +58,8 @@ _READ: Mapping[str, tuple[str, ...]] = {
               "rollout.max_prompt_tokens", "rollout.max_new_tokens"),
     "capabilities": ("model.path", "model.dtype", "harness.*"),
     "reproduce": ("task.*", "data.*", "rollout.*", "cluster.*", "harness.*", "reproduce.*"),
-    "data": ("model.path", "model.base", "task.*", "data.date", "rollout.max_prompt_tokens"),
+    "data": ("model.path", "model.base", "model.family", "task.*", "data.date", "data.chat_options.*",
+             "rollout.max_prompt_tokens"),
     "plan": ("*",),
 }  # fmt: skip
 """By job, beside what every run reads."""

@@ -13,6 +13,7 @@ from cola_ray.settings.limits import (
     Finite,
     Layers,
     Name,
+    Names,
     NonNegative,
     Positive,
     PositiveShare,
@@ -25,6 +26,7 @@ from cola_ray.settings.limits import (
     Tokens,
     Unique,
     Whole,
+    Worth,
     nearest,
 )
 
@@ -85,14 +87,6 @@ def _above_half(expectile: float) -> float:
     return expectile
 
 
-def _as_names(value: Any) -> Any:
-    """One name may stand for itself, and none for nothing."""
-    return ((value,) if value else ()) if isinstance(value, str) else value
-
-
-_Worth = Annotated[Finite, Field(ge=-1e6, le=1e6)]
-
-
 class ModelConfig(Branch):
     base: str = ""
     """Checkpoint that CoLA is attached to, of llama, mistral, qwen2, qwen3, gemma3_text or smollm3: directory, hub id
@@ -146,14 +140,14 @@ class TaskConfig(Branch):
     endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}. Scores the responses of
     preference, and of every task whose task.reward names reward_model. evaluate: leads searches and chooses among
     answers, while figures are the verifier's."""
-    reward: Annotated[Unique[Name], BeforeValidator(_as_names)] = ()
+    reward: Names = ()
     """What responses are worth, one or more: verifier (the task's own), exact, math, format (<think> and <answer>),
     regex, length, code (the tests of a row), reward_model, or functions of your own, file.py:name or
     package.module:name, called with (problem, response) or as TRL calls its own, with lists (prompts, completions,
     **columns). Empty: the task's verifier. Not for agents."""
-    reward_weights: tuple[_Worth, ...] = ()
+    reward_weights: tuple[Worth, ...] = ()
     """Of each of task.reward, whose weighted sum is the reward. Empty: 1 each."""
-    right_from: _Worth | None = None
+    right_from: Worth | None = None
     """Smallest reward of a right response, for accuracies. None: what the task, or a single reward, says by itself;
     where neither does, there is no accuracy."""
     pattern: str = ""

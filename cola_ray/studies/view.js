@@ -142,6 +142,7 @@
 
   function card(sample, prompt) {
     const figures = make("div", { class: "figures" }, make("span", {}, "reward " + number(sample.reward)));
+    for (const one of sample.parts) figures.append(make("span", { class: "soft" }, visible(one.name) + " " + number(one.value)));
     const advantage = Array.isArray(sample.advantages) ? null : sample.advantages;
     if (advantage !== null) {
       const sign = advantage > 0 ? "up" : advantage < 0 ? "down" : "soft";

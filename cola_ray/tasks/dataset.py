@@ -159,6 +159,8 @@ def _cut(examples: Mapping[str, list[Example]]) -> dict[Split, list[Example]]:
 def sources_of(path: str, splits: Mapping[Any, str]) -> tuple[dict[str, str], list[str]]:
     """Return the source of each split, a file or a glob, or one for "" that is to be cut; and names of other splits.
 
+    Of a folder with none of the usual names, all files are read.
+
     Raises:
         ValueError: ``task.path = ...``, or ``task.splits = ...``: there is nothing of a split that is named.
     """
@@ -167,25 +169,34 @@ def sources_of(path: str, splits: Mapping[Any, str]) -> tuple[dict[str, str], li
         if splits:
             raise ValueError(f"task.splits = {dict(splits)}: {path} is no folder with a file for each; leave it out")
         return {"": path}, []
-    files = sorted(file.name for file in folder.iterdir() if file.is_file() and file.suffix in ENDINGS)
-    stems = list(dict.fromkeys(re.split(r"[-_.]\d|\.", name)[0] for name in files))
+    there = sorted(file.name for file in folder.iterdir() if file.is_file() and file.suffix in ENDINGS)
+    files = [name for name in there if not name.endswith(".txt")] or there  # a README beside tables is not data
+    stems = list(dict.fromkeys(map(_stem, files)))
     train, heldout = _chosen(stems, splits, f"{path} has files of")
-    if not (train and heldout):
+    if not (train or heldout):
         return {"": path}, []
-    return (
-        {split: _glob(folder, [name for name in files if re.split(r"[-_.]\d|\.", name)[0] == stem])
-         for split, stem in (("train", train), ("heldout", heldout))},
-        [stem for stem in stems if stem not in (train, heldout)],
-    )  # fmt: skip
+    named = {"train": train, "heldout": heldout} if train and heldout else {"": train or heldout}
+    found = {split: _glob(folder, [name for name in files if _stem(name) == stem]) for split, stem in named.items()}
+    return found, [stem for stem in stems if stem not in named.values()]
+
+
+def _stem(name: str) -> str:
+    """Return a file's name without its ending, and without a number before that."""
+    return re.split(r"[-_.]\d|\.", name)[0]
 
 
 def _glob(folder: Path, names: Sequence[str]) -> str:
     """One file, or a pattern for several of one split."""
     if len(names) == 1:
         return str(folder / names[0])
-    stem = glob.escape(re.split(r"[-_.]\d|\.", names[0])[0])
-    numbered = all(re.match(r"[-_.]\d", name[len(stem) :]) for name in names)
-    return str(Path(glob.escape(str(folder))) / (f"{stem}[-_.][0-9]*" if numbered else f"{stem}.*"))
+    stem = _stem(names[0])
+    numbered = [name for name in names if re.match(r"[-_.]\d", name[len(stem) :])]
+    if 0 < len(numbered) < len(names):
+        other = next(name for name in names if name not in numbered)
+        raise ValueError(f"task.path = {str(folder)!r}: has {other} and {numbered[0]}; number all files of {stem}, or "
+                         "none")  # fmt: skip
+    ending = "[-_.][0-9]*" if numbered else ".*"
+    return str(Path(glob.escape(str(folder))) / f"{glob.escape(stem)}{ending}")
 
 
 def _chosen(names: Sequence[str], splits: Mapping[Any, str], whose: str) -> tuple[str, str]:
@@ -194,6 +205,9 @@ def _chosen(names: Sequence[str], splits: Mapping[Any, str], whose: str) -> tupl
         if name not in names:
             raise ValueError(f"task.splits = {dict(splits)}: no {name}; {whose} {', '.join(names)}")
     train = splits.get("train") or next((name for name in TRAIN if name in names), "")
+    if "heldout" in splits and not train:
+        raise ValueError(f"task.splits = {dict(splits)}: nothing to train on; {whose} {', '.join(names)}: name train, "
+                         "too")  # fmt: skip
     return train, splits.get("heldout") or next((name for name in HELD_OUT if name in names and name != train), "")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from cola_ray.model.hub import cached
 from cola_ray.runs import provenance
 from cola_ray.runs.display import print_line
-from cola_ray.settings.config import Config, ConfigError, TaskConfig
+from cola_ray.settings.config import Config, ConfigError, DataConfig, TaskConfig
 from cola_ray.tasks import least_right_reward, make_task
 from cola_ray.tasks.chat import ChatTokenizer, as_text
 from cola_ray.tasks.dataset import Dataset
@@ -33,7 +33,7 @@ def show(config: Config) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     start = provenance.start_model(config)
     place = str(start) if (start / "config.json").exists() else config.model.base
-    chat = _chat(place, config.data.date) if place else None
+    chat = _chat(place, provenance.resolve(config, "data").data) if place else None
     try:
         for line in lines(config, chat):
             print_line(line)
@@ -41,12 +41,13 @@ def show(config: Config) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _chat(place: str, date: str) -> ChatTokenizer | None:
+def _chat(place: str, told: DataConfig) -> ChatTokenizer | None:
     from transformers import AutoTokenizer
 
     if place.endswith(".gguf"):
         return None
-    return ChatTokenizer(AutoTokenizer.from_pretrained(cached(place, "model") or place), date)
+    tokenizer = AutoTokenizer.from_pretrained(cached(place, "model") or place)
+    return ChatTokenizer(tokenizer, told.date, told.chat_options)
 
 
 def lines(config: Config, chat: ChatTokenizer | None) -> Iterator[str]:

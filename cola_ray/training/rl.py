@@ -142,7 +142,8 @@ def _say_data(config: Config, model_path: str) -> None:
     """What was read and what it is worth, where a task is made of somebody's rows, or has rewards of their own."""
     if (config.task.path or config.task.reward) and not is_environment(config.task.name):
         current().doing("reading the task")
-        chat = ChatTokenizer(AutoTokenizer.from_pretrained(model_path), config.data.date)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        chat = ChatTokenizer(tokenizer, config.data.date, config.data.chat_options)
         for line in summary.lines(config, chat):
             current().say(line)
 

@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from cola_ray import registry
 from cola_ray.checks.refusals import check
 from cola_ray.cli.arguments import from_command_line
+from cola_ray.experience import Answer
 from cola_ray.learner.corpus import load_documents
 from cola_ray.loop.evaluation import HeldOut, graded
+from cola_ray.settings import relevance
 from cola_ray.settings.config import Config, ConfigError, DataConfig, TaskConfig, override
 from cola_ray.settings.presets import preset
 from cola_ray.tasks import inspection, make_task, summary
@@ -256,10 +258,33 @@ def test_files_of_one_split_are_cut_and_a_split_that_is_not_there_is_named(tmp_p
     write(tmp_path, "a.jsonl", *asked("1", "2"))
     write(tmp_path, "b.jsonl", *asked("3"))
     assert sources_of(str(tmp_path), {}) == ({"": str(tmp_path)}, [])
+    assert sources_of(str(tmp_path), {"train": "b"}) == ({"": str(tmp_path / "b.jsonl")}, ["a"]), "b alone, cut"
+    with pytest.raises(
+        ValueError, match=r"task.splits = {'heldout': 'b'}: nothing to train on; .* of a, b: name train"
+    ):
+        sources_of(str(tmp_path), {"heldout": "b"})
     with pytest.raises(ValueError, match=r"task.splits = {'heldout': 'test'}: no test; .* has files of a, b"):
         sources_of(str(tmp_path), {"heldout": "test"})
     with pytest.raises(ValueError, match=r"task.splits = {'heldout': 'test'}: .*a.jsonl is no folder"):
         sources_of(str(tmp_path / "a.jsonl"), {"heldout": "test"})
+
+
+def test_what_is_not_of_the_one_split_that_has_a_usual_name_is_not_trained_on(tmp_path):
+    write(tmp_path, "train.jsonl", *asked("1", "2", "3"))
+    write(tmp_path, "hard.jsonl", *asked("4"))
+    (tmp_path / "README.txt").write_text("not data")
+    assert sources_of(str(tmp_path), {}) == ({"": str(tmp_path / "train.jsonl")}, ["hard"])
+    task = Dataset(str(tmp_path), 0)
+    assert {one.question for split in ("train", "heldout") for one in task.problems(split)} == {"1", "2", "3"}
+
+
+def test_files_of_a_split_with_and_without_a_number_are_refused_and_none_is_dropped(tmp_path):
+    for number, name in enumerate(("train.jsonl", "train-1.jsonl", "test.jsonl")):
+        write(tmp_path, name, *asked(f"{number}"))
+    (line,) = faults(TaskConfig(name="dataset", path=str(tmp_path)))
+    assert line.startswith(
+        f"task.path = {str(tmp_path)!r}: has train.jsonl and train-1.jsonl; number all files of train"
+    )
 
 
 def test_prompts_that_are_in_both_splits_are_held_out(tmp_path):
@@ -376,15 +401,16 @@ def test_held_out_results_are_told_apart_by_source():
     facts = {"num_heldout": 3, "heldout_sources": ["a", "b", "a"]}
 
     async def dispatch(indices, *_):
-        return [[1.0, 0.0, 0.0][index] for index in indices]
+        return [Answer([1.0, 0.0, 0.0][index]) for index in indices]
 
     workers = types.SimpleNamespace(facts=facts, dispatch=dispatch)
 
     async def nothing():
         return ()
 
-    held_out = HeldOut(Config().rl, workers, None, functools.partial(graded, right_from=1.0), nothing)
-    found = asyncio.run(held_out.evaluate(bare_base=False))
+    samples = types.SimpleNamespace(of_evaluation=lambda *_: None)
+    held_out = HeldOut(Config().rl, workers, None, functools.partial(graded, right_from=1.0), nothing, samples)
+    found = asyncio.run(held_out.evaluate(0, bare_base=False))
     assert found == {
         "reward": pytest.approx(1 / 3), "accuracy": pytest.approx(1 / 3), "reward/a": 0.5, "accuracy/a": 0.5,
         "reward/b": 0.0, "accuracy/b": 0.0,
@@ -410,6 +436,24 @@ def test_the_summary_has_what_was_read_and_prompts_as_the_model_gets_them(tmp_pa
     assert "reward   exact + 0.5 length; right from 1" in shown
     assert re.search(r"^tokens   \d+ on average, \d+ at most, of the prompts$", text, re.MULTILINE)
     assert len(re.findall(r"^prompt \d \(\d+ tokens?, as the model gets it\)$", text, re.MULTILINE)) == 3
+
+
+def test_prompts_are_shown_as_the_start_models_template_is_told_to_write_them(tmp_path, monkeypatch):
+    model, told = tmp_path / "model", []
+    made = tokenizer()
+    made.chat_template = "{{ loud }}{% for one in messages %}{{ one.content }}{% endfor %}"
+    made.save_pretrained(model)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    known = {"date": "2024-02-29", "settings": {"data.chat_options.loud": True}}
+    (model / "provenance.json").write_text(json.dumps(known))
+    monkeypatch.setattr(summary, "lines", lambda config, chat: told.append((chat.date, chat.options)) or [])
+    changes = {"task.name": "dataset", "task.path": "a.jsonl", "task.reward": "exact", "model.path": str(model)}
+    config = override(preset("tiny", task="dataset"), changes)
+    other = override(config, {"data.chat_options": {"loud": False}, "data.date": "2025-01-01"})
+    assert not relevance.unread(other, "data")
+    summary.show(config)
+    summary.show(other)
+    assert told == [("2024-02-29", {"loud": True}), ("2025-01-01", {"loud": False})]
 
 
 def test_the_summary_counts_prompts_that_are_too_long(tmp_path):

@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_says_from_where():
 def test_what_is_read_is_what_was_told(folder, tmp_path):
     mixed = np.array([True, False, True])
     given = [
-        sample(2, sibling=0, truncated=True),
+        sample(2, sibling=0, truncated=True, parts={"exact": 1.0, "length": 0.5}),
         sample(2, sibling=1, reward=None, failure="raised\n\x1b[31m at http://ann:pw@h/", advantages=None),
         sample(2, sibling=2, by_policy=mixed, actions=None, log_probs=None, completion="what was scored"),
     ]
@@ -162,6 +162,8 @@ def test_what_is_read_is_what_was_told(folder, tmp_path):
     assert "".join(rows[0]["tokens"]).split() == rows[0]["completion"].split() == ["w3", "w4", "w5"]
     assert rows[1]["failure"] == "raised\n\x1b[31m at http://***@h/", "without secrets"
     assert rows[2]["completion"] == "what was scored"
+    exact, length = {"name": "exact", "value": 1.0}, {"name": "length", "value": 0.5}
+    assert [row["parts"] for row in rows] == [[exact, length], [], []]
 
 
 def test_a_character_of_several_tokens_is_with_the_last_of_them():

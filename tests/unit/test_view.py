@@ -31,7 +31,9 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u20
 class Hostile(Talking):
     def trajectory(self, worker, version, sibling):
         made = super().trajectory(worker, version, sibling)
-        return dataclasses.replace(made, prompt_ids=np.array([7, 8]), text=f"{HOSTILE} {sibling}")
+        return dataclasses.replace(
+            made, prompt_ids=np.array([7, 8]), text=f"{HOSTILE} {sibling}", parts={"exact": 0.25}
+        )
 
 
 @pytest.fixture
@@ -104,7 +106,8 @@ def test_the_page_has_what_the_run_recorded(folder, capsys):
     assert len(data["samples"]) == len(rows)
     for one, row in zip(data["samples"], rows, strict=True):
         assert data["prompts"][one["prompt"]] == row["prompt"] == "w7 w8"
-        same = ("step", "kind", "group", "sibling", "completion", "reward", "failure", "truncated", "tokens", "actions")
+        same = ("step", "kind", "group", "sibling", "completion", "reward", "failure", "truncated", "tokens", "actions",
+                "parts")  # fmt: skip
         assert {name: one[name] for name in same} == {name: row[name] for name in same}
         if row["log_probs"] is not None:
             assert one["log_probs"] == pytest.approx(row["log_probs"], rel=1e-5)
@@ -221,6 +224,7 @@ def test_the_script_shows_filters_and_opens_tokens(folder):
     assert "step 1, prompt 0, mean reward 0.5" in first["groups"][0]
     assert "reward 1" in first["groups"][0]
     assert "reward 0" in first["groups"][0]
+    assert "exact 0.25" in first["groups"][0]
     assert (len(alone["groups"]), alone["count"]) == (4, "8 completions pass, of 4 prompts")
     assert (len(low["groups"]), low["count"]) == (4, "4 completions pass, of 4 prompts")
     assert not any("reward 0" in text for text in low["groups"])

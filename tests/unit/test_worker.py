@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from cola_ray.checks.engine_args import _OWNED, faults, known
+from cola_ray.experience import Ticket
 from cola_ray.rollout.engine import Completion
 from cola_ray.rollout.reward_process import Reward
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker, engine_args
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
+from cola_ray.tasks.protocol import Problem
 
 LIMIT = 9  # characters of a prompt: sums of two numbers fit, of three not
 
@@ -69,6 +71,20 @@ def test_held_out_prompts_that_are_too_long_are_left_out_and_counted(worker):
     assert 0 < kept < len(fitting)
     assert [one.text for answer in answers for one in answer.sequences] == fitting[:kept], "the rest stays where it is"
     assert [bool(one.failure) for answer in answers for one in answer.sequences] == [n % 2 == 1 for n in places[:kept]]
+
+
+def test_answers_that_are_kept_have_the_source_of_their_own_problem(worker):
+    problems = {
+        "train": [Problem(0, "1", "", source="a")],
+        "heldout": [Problem(i, "2", "", source="b") for i in (0, 1)],
+    }
+    worker.task = types.SimpleNamespace(problems=problems.get)
+    worker.prompts = {split: [[ord(one.question)] for one in some] for split, some in problems.items()}
+    worker.fitting = {split: [*range(len(some))] for split, some in problems.items()}
+    answers = asyncio.run(worker.evaluate(range(2), bare_base=False))
+    assert [one.source for answer in answers for one in answer.sequences] == ["b", "b"]
+    groups = asyncio.run(worker.generate_groups([Ticket(0, 0)]))
+    assert {one.source for group in groups for one in group.trajectories} == {"a"}
 
 
 def test_settings_reach_the_engine():
