@@ -288,11 +288,13 @@ def _entry_points(kind: Kind) -> dict[str, Any]:
 
 
 def _unknown(kind: Kind, name: str) -> str:
+    if name.endswith(".py"):
+        return f"a file; name what in it is meant, as {name}:NAME"
     near = difflib.get_close_matches(name, names(kind), 1)
     if near:
         return f"unknown {kind}; did you mean {near[0]}?"
     known = ", ".join(names(kind))
-    own = f"your own as package.module:name or file.py:name, see {_Call(()).page}"
+    own = f"your own as package.module:name or file.py:name, see {_CALLS.get(kind, _Call(())).page}"
     return f"unknown {kind}; use one of {known}, or {own}" if known else f"unknown {kind}; use {own}"
 
 

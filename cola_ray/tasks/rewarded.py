@@ -211,8 +211,12 @@ def trial(config: TaskConfig, path: str, problems: Sequence[Problem]) -> str:
         if len(wrong) == len(values):
             return f"returned {wrong[0]:.90}, not a number of at most {LARGEST_REWARD:g} either way"
         return f"applies to none of the first rows: {_NEEDS[name]}" if set(values) == {None} and name in _NEEDS else ""
-    # One that fails costs its own sample, in a run too.
-    return why if all(_said(tried, name, [item])[1] for item in items) else ""
+    if not all(_said(tried, name, [item])[1] for item in items):  # one that fails costs its own sample, in a run too
+        return ""
+    if why.startswith("raised ") and registry.takes_batches(tried.rewards[name]):
+        alike = "texts here, as prompts are" if isinstance(problems[0].question, str) else "lists of one message here"
+        return f"{why}; completions are {alike}"
+    return why
 
 
 def _said(tried: Rewarded, name: str, items: Sequence[Item]) -> tuple[Any, str]:

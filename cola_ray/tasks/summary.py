@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from cola_ray.model.hub import cached
 from cola_ray.runs import provenance
-from cola_ray.runs.display import print_line
+from cola_ray.runs.display import plain, print_line
 from cola_ray.settings.config import Config, ConfigError, DataConfig, TaskConfig
 from cola_ray.tasks import least_right_reward, make_task
 from cola_ray.tasks.chat import ChatTokenizer, as_text
@@ -51,11 +51,15 @@ def _chat(place: str, told: DataConfig) -> ChatTokenizer | None:
 
 
 def lines(config: Config, chat: ChatTokenizer | None) -> Iterator[str]:
-    """Yield what was read, a line each, and :data:`_SHOWN` prompts as the model gets them.
+    """Yield what was read, a line each, and :data:`_SHOWN` prompts as the model gets them; no control characters.
 
     Args:
         chat: of the model; without it prompts are shown as text.
     """
+    yield from map(plain, _lines(config, chat))
+
+
+def _lines(config: Config, chat: ChatTokenizer | None) -> Iterator[str]:
     task = make_task(config.task, config.seed)
     problems, heldout = task.problems("train"), task.problems("heldout")
     data = _data(task)
@@ -64,7 +68,7 @@ def lines(config: Config, chat: ChatTokenizer | None) -> Iterator[str]:
     how = ", by checksum of the prompt" if data is not None and all("" in one.files for one in data.sources) else ""
     yield f"splits   {_many(len(problems), 'problem')} to train on, {len(heldout):,} held out{how}"
     yield f"cloned   {_many(len(task.demonstrations()), 'response')}, where a first policy is made"
-    yield f"reward   {_rewards(config.task)}"
+    yield f"reward   {_rewards(config.task, task)}"
     if chat is not None:
         yield from _lengths(config, problems, chat)
     for number, problem in enumerate(problems[:_SHOWN], 1):
@@ -102,9 +106,11 @@ def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _rewards(task: TaskConfig) -> str:
+def _rewards(task: TaskConfig, made: Prompts) -> str:
     weights = weights_of(task)
     named = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+    if not (named or task.reward_model or hasattr(made, "score")):
+        return "none yet: task.reward says what a response is worth, and RL needs it"
     least = least_right_reward(task)
     right = (
         "no accuracy, since nothing says what is right (task.right_from)" if least is None else f"right from {least:g}"

@@ -467,8 +467,19 @@ def test_the_summary_counts_prompts_that_are_too_long(tmp_path):
     assert line == f"         {train:,} of these are longer than rollout.max_prompt_tokens = 1, and are left out"
 
 
+def test_no_control_character_of_a_row_reaches_the_terminal(tmp_path):
+    hostile = "\x1b]0;owned\x07sum\x1b[31m\u202eevil\x9b2J"
+    write(tmp_path, "a.jsonl", {"question": hostile, "answer": hostile, hostile: 1})
+    text = "\n".join(summary.lines(Config(task=TaskConfig(name="dataset", path=str(tmp_path / "a.jsonl"))), None))
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert "[31m evil 2J" in text
+
+
 def test_the_summary_says_where_nothing_is_right(tmp_path):
     write(tmp_path, "a.jsonl", {"prompt": "x" * 5000})
+    without = list(summary.lines(Config(task=TaskConfig(name="dataset", path=str(tmp_path))), None))
+    assert "reward   none yet: task.reward says what a response is worth, and RL needs it" in without
+    assert "reward   the verifier of arithmetic; right from 1" in summary.lines(Config(), None)
     task = TaskConfig(name="dataset", path=str(tmp_path), reward=("length",))
     text = "\n".join(summary.lines(Config(task=task), None))
     assert "length; no accuracy, since nothing says what is right (task.right_from)" in text

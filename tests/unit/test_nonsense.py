@@ -282,6 +282,7 @@ rl_math --task.max-failed-rewards 2 | task.max_failed_rewards = 2: out of range
 rl_math --task.reward-model org/x | task.reward_model = 'org/x': arithmetic has a verifier
 rl_math --task.oracle m | task.oracle = 'm': arithmetic asks nobody
 rl_math --task.reward exat | task.reward = 'exat': unknown reward; did you mean exact?
+rl_math --task.reward own.py | task.reward = 'own.py': a file; name what in it is meant, as own.py:NAME
 rl_math --task.reward exact length --task.reward-weights 1 | task.reward_weights = (1.0,): not one for each reward; give
 rl_math --task.reward exact --task.right-from nan | task.right_from = nan: not finite
 rl_math --task.reward exact --task.length 0 | task.length = 0: out of range; use a whole number of at least 1
