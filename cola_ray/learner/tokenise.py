@@ -75,8 +75,11 @@ def tokenise(
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder, say):
             if not (folder / MANIFEST).exists():
-                parts = _parts(named, source, data.streaming, part_mb)
-                made = _make_parts(parts, data, tokenizer, chat, folder, say)
+                try:
+                    parts = parts_of(source, data.streaming, part_mb)
+                    made = _make_parts(parts, data, tokenizer, chat, folder, say)
+                except ValueError as error:
+                    raise ValueError(f"{named}: {error}") from None
                 _write_json(folder / MANIFEST, {"source": source, "fingerprint": digest, "of": fingerprint,
                                                 "parts": made})  # fmt: skip
         _check_rows(named, source, json.loads((folder / MANIFEST).read_text())["parts"], data.max_broken, say)
@@ -140,13 +143,6 @@ def _identity(source: str, streaming: bool) -> Any:
         return [source, HfApi().dataset_info(source).sha]
     except Exception:  # offline: what has been fetched is all there is, and a stream says itself that it has none
         return [source, "" if streaming else datasets.load_dataset(source, split="train")._fingerprint]
-
-
-def _parts(named: str, source: str, streaming: bool, part_mb: int) -> list[Part]:
-    try:
-        return parts_of(source, streaming, part_mb)
-    except ValueError as error:
-        raise ValueError(f"{named}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -60,8 +60,11 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def lines_of(path: Path, cell_bytes: int = 1 << 17) -> Iterator[list[str]]:
-    """Yield the header, then the cells of each row, which are as many, each of at most ``cell_bytes``.
+def lines_of(path: Path, cell_bytes: int = 1 << 17, checked: bool = True) -> Iterator[list[str]]:
+    """Yield the header, then the cells of each row, each of at most ``cell_bytes``.
+
+    Args:
+        checked: refuse rows that have not as many cells as the header.
 
     Raises:
         ValueError: names the row, counted from 1 without the header, and what is wrong with it.
@@ -75,14 +78,17 @@ def lines_of(path: Path, cell_bytes: int = 1 << 17) -> Iterator[list[str]]:
             _check_header(header)
             yield header
             for number, row in enumerate(filter(None, lines), 1):
-                if len(row) != len(header):
-                    many = "" if len(header) > 1 else "; columns are separated by commas"
-                    raise ValueError(
-                        f"row {number}: {len(row)} cells, and the header has {len(header)}{many}; fix or remove it"
-                    )
+                if checked and len(row) != len(header):
+                    raise ValueError(f"row {number}: {unequal(header, row)}")
                 yield row
         except csv.Error as error:
             raise ValueError(f"row {number + 1}: not CSV ({error}); fix or remove it") from None
+
+
+def unequal(header: Sequence[str], row: Sequence[str]) -> str:
+    """Return what is wrong with a row that has not as many cells as the header."""
+    many = "" if len(header) > 1 else "; columns are separated by commas"
+    return f"{len(row)} cells, and the header has {len(header)}{many}; fix or remove it"
 
 
 def _check_header(header: Sequence[str]) -> None:

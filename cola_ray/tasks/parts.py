@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from cola_ray.tasks import csv_table
 from cola_ray.tasks.rows import (
     WHOLE_MB,
     Row,
@@ -37,7 +38,7 @@ class Part:
     """Bytes, row groups or rows from ``first`` to ``end`` of one file; of a stream, file ``first`` of ``end``."""
 
     source: str  # as the setting names it
-    kind: Literal["jsonl", "text", "list", "parquet", "table", "stream"]
+    kind: Literal["jsonl", "text", "csv", "list", "parquet", "table", "stream"]
     file: str  # empty: of the hub
     first: int
     end: int
@@ -77,7 +78,7 @@ def _of_file(source: str, path: Path, size: int) -> list[Part]:
         firsts = [n for n in range(len(sizes)) if n == 0 or ends[n] // size != ends[n - 1] // size]
         return [Part(source, "parquet", str(path), *pair) for pair in itertools.pairwise([*firsts, len(sizes)])]
     if path.suffix == ".csv":  # a cell may hold line ends
-        return [Part(source, "list", str(path), 0, 1)]
+        return [Part(source, "csv", str(path), 0, 1)]
     if path.suffix == ".json" and not is_of_lines(path):
         if path.stat().st_size <= WHOLE_MB << 20:
             return [Part(source, "list", str(path), 0, 1)]
@@ -97,6 +98,8 @@ def read_part(part: Part, fields: Collection[str] = ()) -> Iterator[Row | ValueE
     """
     if part.kind in ("jsonl", "text"):
         return _of_lines(part)
+    if part.kind == "csv":
+        return _of_csv(part)
     return _of_parquet(part, fields) if part.kind == "parquet" else _of_table(part)
 
 
@@ -122,6 +125,18 @@ def _object(text: str) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"{shown(row)}; an object with fields is expected")
     return row
+
+
+def _of_csv(part: Part) -> Iterator[Row | ValueError]:
+    file = Path(part.file)
+    try:
+        lines = csv_table.lines_of(file, WHOLE_MB << 20, checked=False)
+        header = next(lines)
+        for cells in lines:
+            whole = len(cells) == len(header)
+            yield dict(zip(header, cells, strict=True)) if whole else ValueError(csv_table.unequal(header, cells))
+    except ValueError as error:  # what follows cannot be told apart
+        raise ValueError(f"{file.name}: {error}") from None
 
 
 def _of_parquet(part: Part, fields: Collection[str]) -> Iterator[Row | ValueError]:

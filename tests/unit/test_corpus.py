@@ -403,6 +403,21 @@ def test_broken_rows_are_named_counted_and_left_out_where_they_may_be(tmp_path, 
         tokenised(DataConfig(path=str(file), max_broken=0.1), tokenizer, tmp_path / "cache")
 
 
+def test_broken_rows_of_a_csv_file_are_left_out_and_the_rest_is_read(tmp_path, tokenizer):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,by\n" + "\n".join(f"{text},me" for text in lines_of(4)) + "\nalone\nlast,me\n")
+    with pytest.raises(
+        ValueError, match=r"data.path = .*rows.csv': row 5: 1 cells, and the header has 2; fix or remove"
+    ):
+        tokenised(DataConfig(path=str(file)), tokenizer, tmp_path / "cache")
+    folders, said = tokenised(DataConfig(path=str(file), max_broken=0.2), tokenizer, tmp_path / "cache")
+    assert any("1 of 6 rows are broken and left out, the first: row 5: 1 cells" in line for line in said)
+    assert len(contents(folders)) == 5
+    file.write_text('text\n"open\n')
+    with pytest.raises(ValueError, match=r"^data.path = .*: rows.csv: row 1: not CSV"):
+        tokenised(DataConfig(path=str(file), max_broken=0.5), tokenizer, tmp_path / "cache")
+
+
 def test_a_killed_tokenisation_goes_on_with_the_parts_that_are_missing(tmp_path, tokenizer):
     """SIGKILL to the process that tokenises; its children end, too, and nothing is left of the part they were at."""
     (tmp_path / "in").mkdir()
