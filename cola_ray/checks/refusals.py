@@ -199,7 +199,7 @@ def _check_rewards(config: Config) -> list[str]:
     """What ``task.reward`` names goes together."""
     task, lines = config.task, list[str]()
     names = list(map(name_of, task.reward))
-    if "verifier" in task.reward and task.name in ("preference", "dataset"):
+    if "verifier" in task.reward and task.name in relevance.UNSCORED:
         lines.append(f"task.reward = 'verifier': {task.name} has none; leave it out")
     for path, name in zip(task.reward, names, strict=True):
         if names.count(name) > 1:
@@ -274,7 +274,7 @@ def _check_problems(config: Config) -> list[str]:
     if task.name == "preference" and not (task.reward_model or task.reward):
         return ["task.reward_model = '': preference has no verifier; give a model that `cola_ray reward-model` left, "
                 "any sequence classifier, or an http(s) endpoint; or task.reward"]  # fmt: skip
-    if task.name not in ("preference", "dataset") and task.reward_model and not task.reward:
+    if task.name not in relevance.UNSCORED and task.reward_model and not task.reward:
         return [f"task.reward_model = {task.reward_model!r}: {task.name} has a verifier; leave it out, or let "
                 "task.reward be reward_model"]  # fmt: skip
     return []
@@ -374,6 +374,8 @@ def _check_stages(config: Config) -> list[str]:
     except ConfigError as error:
         return str(error).splitlines()
     lacking = _lacking("lm_eval", "reproduce.stages", "capabilities") if "capabilities" in jobs else []
+    if config.task.name in relevance.UNSCORED:
+        lacking.append(f"task.name = {config.task.name!r}: has no verifier, which stages ask; use a task that has one")
     if redacted(config.tracking_uri) != config.tracking_uri:
         lacking.append(
             f"tracking_uri = {redacted(config.tracking_uri)!r}: its secret would stand in the command lines of stages; "

@@ -113,16 +113,17 @@ def machines(config: Config, job: str) -> list[str]:
     changes.pop("cluster.address", None)  # Ray tells a job of its cluster
     if config.tracking_uri:
         changes["tracking_uri"] = config.tracking_uri
-    return _words({name: value for name, value in changes.items() if relevance.reads(job, name)})
+    return as_words({name: value for name, value in changes.items() if relevance.reads(job, name)})
 
 
 def _said(config: Config, branch: str, without: Sequence[str] = ()) -> list[str]:
     """What was said of a branch of settings, as one types it."""
     given = {name: value for name, value in relevance.given(config).items() if name.startswith(f"{branch}.")}
-    return _words({name: value for name, value in given.items() if name.partition(".")[2] not in without})
+    return as_words({name: value for name, value in given.items() if name.partition(".")[2] not in without})
 
 
-def _words(changes: Mapping[str, Any]) -> list[str]:
+def as_words(changes: Mapping[str, Any]) -> list[str]:
+    """Settings by dotted field, as one types them."""
     words: list[str] = []
     for name, value in changes.items():
         flag = f"--{name.replace('_', '-')}"

@@ -19,6 +19,8 @@ ON_GPU = ("gpu_memory_utilization", "quantization", "kv_cache_dtype", "enforce_e
 """Settings below rollout that only engines on GPUs have."""
 OF_ROWS = ("dataset", "gsm8k", "math500", "preference")
 """Tasks that are read from files or the hub, and make no problems."""
+UNSCORED = ("preference", "dataset")
+"""Tasks without a verifier: ``task.reward`` or ``task.reward_model`` says what a response is worth."""
 
 _RUN = ("preset", "output_dir", "seed", "resume", "overwrite", "tracking_uri", "tracking_parent", "cluster.address",
         "cluster.use_gpu", "cluster.threads_per_process", "cluster.*_group", "cluster.answer_timeout_s")  # fmt: skip
@@ -112,7 +114,7 @@ _ONLY: tuple[_Only, ...] = (
                                                                          or _pretrains(c, job)))),
           "procedural generators do, and for agents pre-training does"),
     _Only(("task.reward_model",), lambda c, job: job in ("evaluate", "plan") or (job in ("rl_preference", "rl_math",
-          "sweep") and (c.task.name in ("preference", "dataset")
+          "sweep") and (c.task.name in UNSCORED
           or "reward_model" in c.task.reward)),
           "preference, dataset and evaluate do, and the reward reward_model"),
     _Only(("task.reward_weights",), lambda c, _: bool(c.task.reward), "task.reward does"),

@@ -10,6 +10,7 @@ summary, the plot and the model's card.
 
 import contextlib
 import functools
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ from cola_ray.runs.samples import SampleFolder
 from cola_ray.runs.tracking import Tracker
 from cola_ray.settings import relevance
 from cola_ray.settings.config import Config, RunFailedError, is_environment, override
+from cola_ray.settings.matrix import as_words
 from cola_ray.tasks import least_right_reward, summary
 from cola_ray.tasks.chat import ChatTokenizer
+from cola_ray.tasks.rewarded import REWARD_MODEL
 from cola_ray.training.ranks import ANSWER_S, enter_rank, fit_ranks
 from cola_ray.training.supervised import pretrain
 from cola_ray.training.tracked_run import OnStep, tracked
@@ -160,15 +163,21 @@ def afterwards(config: Config, job: str, summary: Mapping[str, Any]) -> list[str
         gained = f"{100 * (after - before):+.0f} points" if measure == "accuracy" else f"{after - before:+.3g}"
         asked = f"{summary['eval_problems']} held-out {'episodes' if job == 'rl_agent' else 'problems'}"
         lines.append(f"{measure} on {asked}: {before:.3g} before RL, {after:.3g} after, {gained}")
-    command = f"--preset {config.preset} --task.name {config.task.name} --model.path {model}"
-    command += f" --task.path {config.task.path}" if config.task.path else ""
-    lines += [f"the model: {model}", "next, for example:", f"  cola_ray view {model.parent}"]
-    if config.task.name != "preference":
-        space = " --rl.action-space token" if config.rl.action_space == "token" else ""
-        lines.append(f"  cola_ray evaluate {command}{space}")
+    command = ["--preset", config.preset, "--task.name", config.task.name, "--model.path", str(model)]
+    lines += [f"the model: {model}", "next, for example:", f"  cola_ray view {shlex.quote(str(model.parent))}"]
+    if (config.task.reward or config.task.name not in relevance.UNSCORED) and REWARD_MODEL not in config.task.reward:
+        space = ["--rl.action-space", "token"] if config.rl.action_space == "token" else []
+        lines.append(f"  cola_ray evaluate {shlex.join([*command, *_of_task(config, 'evaluate'), *space])}")
     if config.rl.action_space == "latent":
-        lines.append(f"  cola_ray atlas {command}")
+        lines.append(f"  cola_ray atlas {shlex.join([*command, *_of_task(config, 'atlas')])}")
     return lines
+
+
+def _of_task(config: Config, job: str) -> list[str]:
+    """The task's settings that were given, as far as another job reads them, as words of its command."""
+    given = {field: value for field, value in relevance.given(config).items() if field.startswith("task.")}
+    return as_words({field: value for field, value in given.items()
+                     if field != "task.name" and relevance.has_effect(config, job, field)})  # fmt: skip
 
 
 def served(config: Config, start: Path | None) -> str:

@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from cola_ray.cli.arguments import from_command_line
 from cola_ray.cli.commands import COMMANDS
 from cola_ray.runs import display as module
 from cola_ray.runs.display import QUIET_S, Display, current, shown, wide_console
-from cola_ray.settings.config import override
+from cola_ray.settings.config import override, value_at
 from cola_ray.settings.presets import expectation, preset
 
 
@@ -199,6 +200,17 @@ def test_a_run_ends_with_what_it_gained_where_it_is_and_what_is_next(cola_dir, t
         from_command_line(COMMANDS[command].job, args)
     tokens = afterwards(override(config, {"rl.action_space": "token"}), "rl_math", summary)
     assert tokens[-1].endswith("--rl.action-space token")
+    Path("my rows.jsonl").write_text('{"q": "a", "answer": "b"}\n')
+    mine = {"task.name": "dataset", "task.path": "my rows.jsonl", "task.columns": {"prompt": "q"},
+            "task.reward": ("exact", "length"), "task.reward_weights": (1.0, 0.1), "task.right_from": 1.0}  # fmt: skip
+    rows = override(override(preset("tiny", task="dataset"), {"output_dir": config.output_dir}), mine)
+    for line in afterwards(rows, "rl_math", summary)[-2:]:
+        _, command, *args = shlex.split(line)
+        read = from_command_line(COMMANDS[command].job, args)
+        for field in mine if command == "evaluate" else ("task.path", "task.columns"):
+            assert value_at(read, field) == mine[field]
+    scored = override(rows, {"task.reward": ("exact", "reward_model"), "task.reward_model": "http://x/"})
+    assert not any("evaluate" in line for line in afterwards(scored, "rl_math", summary)), "which would refuse it"
 
 
 def test_tables_go_to_streams_that_are_no_files(monkeypatch):

@@ -451,6 +451,7 @@ sweep --sweep.parallel -1 | sweep.parallel = -1: out of range
 sweep --sweep.asha --rl.max-steps 4 | sweep.grace_steps = 10: no run would be stopped early
 reproduce --reproduce.stages archer | reproduce.stages = 'archer': no such stage; did you mean agent_archer?
 reproduce --reproduce.parallel -1 | reproduce.parallel = -1: out of range
+reproduce --task.name dataset --task.path good.jsonl | task.name = 'dataset': has no verifier, which stages ask
 plan --hardware.gpu b300 | hardware.gpu = 'b300': unknown
 plan --hardware.network-gbs 0 | hardware.network_gbs = 0: out of range
 plan --hardware.response-spread 5 | hardware.response_spread = 5: out of range
