@@ -192,8 +192,8 @@ def together(groups: Sequence[Group], data: Sequence[Held[Any]]) -> list[Group]:
 
 def _sample(one: Trajectory) -> Sample:
     return Sample(
-        len(one.prompt_ids), len(one.token_ids), one.reward, one.truncated, int(one.versions[0]), one.failure, one.parts,
-        one.source,
+        len(one.prompt_ids), len(one.token_ids), one.reward, one.truncated, int(one.versions[0]), one.failure,
+        one.parts, one.source,
     )  # fmt: skip
 
 
