@@ -423,7 +423,7 @@ def outside(tmp_path, monkeypatch):
         ({"reward": ("column",)}, "column wants level, which there is not: the rows have no columns, and solution"),
         ({"reward": ("late",)}, "late wants trainer_state, which there is not: rewards do not depend"),
         ({"reward": ("broken",)}, "broken raised KeyError: 'difficulty' (my_own_rewards.py:12)"),
-        ({"reward": ("chats",)}, "(my_own_rewards.py:33); completions are texts here, as prompts are"),
+        ({"reward": ("chats",)}, "; completions are texts here, as prompts are"),
         ({"reward": ("words",)}, "words returned 'good', not a number"),
         ({"reward": ("mean",)}, "reward/mean is a metric already; rename the function"),
         ({"reward": ("one",)}, "one is called with (problem, response), and too many positional"),
