@@ -84,7 +84,19 @@ def test_answers_that_are_kept_have_the_source_of_their_own_problem(worker):
     answers = asyncio.run(worker.evaluate(range(2), bare_base=False))
     assert [one.source for answer in answers for one in answer.sequences] == ["b", "b"]
     groups = asyncio.run(worker.generate_groups([Ticket(0, 0)]))
-    assert {one.source for group in groups for one in group.trajectories} == {"a"}
+    assert {one.source for group in groups for one in group.samples} == {"a"}
+    assert [[one.source for one in group.read] for group in groups] == [["a"] * len(groups[0].samples)]
+
+
+def test_texts_of_a_kept_steps_first_groups_go_along(worker):
+    """Of the rest the loop gets records alone."""
+    worker.config = override(worker.config, {"samples.every": 3, "samples.prompts": 2, "rl.prompts_per_step": 4})
+    first = worker.fitting["train"][0]
+    assert worker.task.problems("train")[first].question == "".join(map(chr, worker.prompts["train"][first]))
+    positions = [0, 1, 2, 4, 8, 9, 11, 12]  # of the steps that make versions 1, 1, 1, 2, 3, 3, 3, 4
+    groups = asyncio.run(worker.generate_groups([Ticket(position, 0) for position in positions]))
+    assert [group.position for group in groups if group.read] == [0, 1, 8, 9]
+    assert all(len(group.read) == len(group.samples) for group in groups if group.read)
 
 
 def test_settings_reach_the_engine():
