@@ -28,7 +28,7 @@ STUDIES = ("evaluate", "diversity", "atlas", "capabilities")
 GENERATING = (*TRAINING, "evaluate", "diversity", "atlas")
 """Jobs that have engines."""
 _TIMEOUT_S = 3.0  # that an address is given to answer in
-_FREE_GB = 1.0  # least space that checkpoints and logs, and tokenised shards, are given
+_FREE_GB = 1.0  # least space that checkpoints and logs, and tokenised shards and states, are given
 _TRIED_BYTES = 1 << 20  # a quota may be used up where the disk is not
 _PATH_MAX = 4096  # bytes that the system takes in a path
 _LONGEST_BELOW = 256  # bytes of what a run adds to a folder's
@@ -37,8 +37,9 @@ _LONGEST_BELOW = 256  # bytes of what a run adds to a folder's
 def folders(config: Config, job: str) -> Iterator[str]:
     """The folders that the job writes can be made and written, which is tried, and have some room."""
     yield from _folder("output_dir", config.output_dir, config, job)
-    if config.data.cache:
-        yield from _folder("data.cache", config.data.cache, config, job)
+    for field in provenance.CACHES:
+        if value_at(config, field):
+            yield from _folder(field, value_at(config, field), config, job)
 
 
 def _folder(field: str, given: str, config: Config, job: str) -> Iterator[str]:

@@ -55,9 +55,9 @@ def further_faults(config: Config, job: str) -> list[str]:
 def unseen(config: Config) -> list[str]:
     """A line for each path that the system will not even look at: forbidden, or too long."""
     lines = []
-    paths = [(field, value_at(config, field)) for field in ("output_dir", "tracking_uri", *provenance.PATHS)]
-    further = [*_further_paths(config), *_further_tasks(config)]
-    for field, value in [*paths, *further, ("data.cache", config.data.cache)]:
+    named = ("output_dir", "tracking_uri", *provenance.PATHS, *provenance.CACHES)
+    paths = [(field, value_at(config, field)) for field in named]
+    for field, value in [*paths, *_further_paths(config), *_further_tasks(config)]:
         try:
             Path(value).exists()
         except OSError as error:

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_local_grad
+from deepspeed.utils import safe_get_local_grad, set_z3_leaf_module
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.learner import repartition
@@ -123,6 +124,7 @@ class ZeroEngine:
         module: whole and identical on all ranks, then it is divided in place; or divided already (``sharding.py``).
         trained: name prefixes of the parameters that train, e.g. ``("cola.policy.",)``.
         lr: peak; ``step(lr)`` may override it, so that a schedule is a pure function of the step.
+        fused: Adam in one pass over its numbers, rounded a little differently; it is always so in host memory.
         offload_optimizer: float32 weights, gradients and moments stay in host memory, where Adam steps.
         offload_frozen: shares of what does not train stay in host memory.
     """
@@ -137,6 +139,7 @@ class ZeroEngine:
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
         bfloat16: bool = False,
+        fused: bool = False,
         offload_optimizer: bool = False,
         offload_frozen: bool = False,
     ) -> None:
@@ -153,8 +156,9 @@ class ZeroEngine:
                     shards.take(parameter, on_host=not parameter.requires_grad)
         optimizer = torch.optim.AdamW(
             [p for _, p in self.trained], lr=lr, betas=betas, weight_decay=weight_decay,
-            fused=True if offload_optimizer else None,  # one pass over host memory
+            fused=True if fused or offload_optimizer else None,
         )  # fmt: skip
+        _gather_whole(module)
         dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=module,
@@ -266,6 +270,18 @@ class ZeroEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def _gather_whole(module: nn.Module) -> None:
+    """Let DeepSpeed gather each frozen decoder layer at once, which keeps it out of the dozen modules inside.
+
+    At every one of them it would run four hooks, for a small base about as long as the arithmetic of a short row.
+    Layers that train are left alone: they may be computed again in the backward pass, where DeepSpeed frees each module
+    by itself.
+    """
+    for layer in module.modules():
+        if isinstance(layer, LlamaDecoderLayer) and not any(one.requires_grad for one in layer.parameters()):
+            set_z3_leaf_module(layer, True)
 
 
 def _buckets(wanted: Iterable[Published], limit: int) -> Iterator[list[Published]]:

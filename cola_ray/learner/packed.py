@@ -14,8 +14,9 @@ before it: best fit, longest first, depends on lengths alone, so that every epoc
 
 import collections
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +26,16 @@ from cola_ray.learner.shuffle import dealt, shuffled
 _BUNDLE_ROWS = 512  # about as many in a bundle: what its last rows leave empty is little then
 _PLANS = 4  # packed bundles that are kept
 _LOOKED_UP = 1 << 16  # documents whose lengths are looked up together
+
+
+class Piece(NamedTuple):
+    """Tokens of a row that stand beside each other in the corpus, too."""
+
+    row: int  # among those asked for
+    start: int
+    length: int
+    pool: int
+    address: int  # of the first, counting all tokens of the pool in the order of documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +90,20 @@ class PackedRows:
     def read(self, indices: np.ndarray) -> "PackedRows":
         return PackedRows(self.input_ids[indices], self.position_ids[indices], self.loss_mask[indices])
 
+    def pieces(self, indices: np.ndarray) -> list[Piece]:
+        return [Piece(row, 0, self.width, 0, int(index) * self.width) for row, index in enumerate(indices)]
+
+    @property
+    def fingerprints(self) -> list[str]:
+        digest = hashlib.sha256()
+        for array in (self.input_ids, self.position_ids):
+            digest.update(np.ascontiguousarray(array).data)
+        return [digest.hexdigest()]
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.size
+
 
 class Rows(Protocol):
     """What pre-training asks of its corpus."""
@@ -94,6 +119,20 @@ class Rows(Protocol):
 
     def read(self, indices: np.ndarray) -> PackedRows:
         """Some of them."""
+        ...
+
+    def pieces(self, indices: np.ndarray) -> list[Piece]:
+        """Where in the corpus their tokens stand; what padding there is may be left out."""
+        ...
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of each pool: which tokens have which addresses."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Of all pools."""
         ...
 
 
@@ -194,6 +233,21 @@ class Pool:
 
     def read(self, numbers: np.ndarray, into: PackedRows, at: np.ndarray, response_only: bool) -> None:
         """Fill rows ``at`` of ``into`` with these rows of the sequence, (N,) each."""
+        for plan, rows, here in self._planned(numbers):
+            plan.fill(self.bundles.documents, rows, into, at[here], response_only)
+
+    def pieces(self, numbers: np.ndarray, at: np.ndarray, pool: int) -> list[Piece]:
+        """Of these rows of the sequence, which are ``at`` among those asked for."""
+        found = list[Piece]()
+        for plan, rows, here in self._planned(numbers):
+            places = plan.placed(rows, at[here])
+            documents = self.bundles.documents.addresses(np.array([one.document for one in places], np.int64))
+            found += [Piece(one.row, one.start, one.length, pool, int(first) + one.cut)
+                      for one, first in zip(places, documents, strict=True)]  # fmt: skip
+        return found
+
+    def _planned(self, numbers: np.ndarray) -> "Iterator[tuple[_Plan, np.ndarray, np.ndarray]]":
+        """The bundles that have these rows of the sequence: each plan, its rows, and their places in ``numbers``."""
         epochs, places = numbers // self.rows, numbers % self.rows
         for epoch in np.unique(epochs):
             order, ends = self._order(int(epoch))
@@ -202,7 +256,7 @@ class Pool:
                 here = np.flatnonzero((epochs == epoch) & (found == which))
                 bundle = int(order[which])
                 rows = places[here] - (ends[which] - self.counts[bundle])
-                self._plan(int(epoch), bundle).fill(self.bundles.documents, rows, into, at[here], response_only)
+                yield self._plan(int(epoch), bundle), rows, here
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's order of bundles, and the row after each one's last."""
@@ -238,25 +292,38 @@ class _Plan:
         packed = best_fit(pieces.tolist(), bundles.length)
         return cls([[described[piece] for piece in packed[row]] for row in random.permutation(len(packed))])
 
+    def placed(self, rows: np.ndarray, at: np.ndarray) -> "list[_Place]":
+        """The pieces of these rows, (N,), which are ``at`` among those that are filled."""
+        found = list["_Place"]()
+        for row, number in zip(at.tolist(), rows.tolist(), strict=True):
+            start = 0
+            for document, prompt, cut, length in self.rows[number]:
+                found.append(_Place(row, start, document, prompt, cut, length))
+                start += length
+        return found
+
     def fill(
         self, documents: Documents, rows: np.ndarray, into: PackedRows, at: np.ndarray, response_only: bool
     ) -> None:
-        places = [
-            (row, one) for row, number in zip(at.tolist(), rows.tolist(), strict=True) for one in self.rows[number]
-        ]
-        starts, filled = list[int](), collections.Counter[int]()
-        for row, (_, _, _, length) in places:
-            starts.append(filled[row])
-            filled[row] += length
-        wanted = np.array([document for _, (document, *_) in places], np.int64)
-        for index, ids in documents.read(wanted):
-            row, (_, prompt, cut, length) = places[index]
+        places = self.placed(rows, at)
+        ends = {one.row: one.start + one.length for one in places}
+        for index, ids in documents.read(np.array([one.document for one in places], np.int64)):
+            one = places[index]
             learned: np.ndarray | bool = True
-            if response_only and prompt > 1:
-                learned = np.arange(1, length) >= prompt
-            into.place(row, starts[index], ids[cut : cut + length], learned)
+            if response_only and one.prompt > 1:
+                learned = np.arange(1, one.length) >= one.prompt
+            into.place(one.row, one.start, ids[one.cut : one.cut + one.length], learned)
         for row in at.tolist():
-            into.close(row, filled[row])
+            into.close(row, ends.get(row, 0))
+
+
+class _Place(NamedTuple):
+    row: int
+    start: int
+    document: int
+    prompt: int
+    cut: int
+    length: int
 
 
 class ShardedRows:
@@ -287,3 +354,20 @@ class ShardedRows:
             if len(here):
                 pool.read(numbers[here], rows, here, self.response_only)
         return rows
+
+    def pieces(self, indices: np.ndarray) -> list[Piece]:
+        owners, numbers = dealt(indices, self.shares)
+        found = list[Piece]()
+        for owner, pool in enumerate(self.pools):
+            here = np.flatnonzero(owners == owner)
+            if len(here):
+                found += pool.pieces(numbers[here], here, owner)
+        return found
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return ["-".join(pool.bundles.documents.fingerprints) for pool in self.pools]
+
+    @property
+    def tokens(self) -> int:
+        return sum(pool.bundles.documents.tokens for pool in self.pools)

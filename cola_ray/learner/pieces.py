@@ -1,13 +1,18 @@
 """Rows that are as wide as a vocabulary, a piece at a time.
 
 In float32, 16 384 rows of 128 256 tokens take 8.4 GB, and a loss makes several such tensors. What a row comes to is one
-number or a few, so the rows are reduced piece by piece, and a piece is computed once more for its gradient.
+number or a few, so the rows are reduced piece by piece.
+
+    reduced(function, wide, ...)    any function of rows that are there; a piece is computed once more for its gradient
+    HeadLoss(weight)                a cross-entropy of rows that are made for it alone; its gradient is made with it
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 AT_ONCE = 1 << 25
@@ -32,12 +37,59 @@ def reduced(function: Callable[..., tuple[Tensor, ...]], wide: Tensor, *columns:
     return tuple(torch.cat(column) for column in zip(*made, strict=True))
 
 
-def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of ``-log softmax(logits)[target]`` in float32: (N, V), (N,) -> scalar."""
-    if logits.numel() <= AT_ONCE:
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+class HeadLoss(nn.Module):
+    """``sum -log softmax(W s)[x]`` over rows, whose logits are never there whole: a head of a language model as a loss.
 
-    def of_rows(some: Tensor, of: Tensor) -> tuple[Tensor, ...]:
-        return (torch.nn.functional.cross_entropy(some.float(), of, reduction="none"),)
+    A piece's gradient follows from its logits at once, so that it is taken in the forward pass and nothing is computed
+    again; what stays until the backward pass is as large as the states and, where the head trains, as the head, whose
+    gradient adds up in float32.
+    (The scheme of Liger Kernel, and of ``torch.nn.functional.linear_cross_entropy``, whose operations neither a meter
+    of memory nor a counter of FLOPs can see.)
 
-    return reduced(of_rows, logits, targets)[0].sum()
+    Args:
+        weight: (V, H), the head's own parameter, which may be the embeddings' as well. As a module that has it, this is
+            what ZeRO-3 gathers it for.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, states: Tensor, targets: Tensor) -> Tensor:
+        """(N, H), (N,) int64 -> scalar, in float32 or wider."""
+        learns = torch.is_grad_enabled()
+        sum_of: Tensor = _HeadLoss.apply(states, self.weight, targets, learns)
+        return sum_of
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> Tensor:
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        to_states, to_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
+        of_states = torch.empty_like(states) if to_states else None
+        of_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if to_weight else None
+        total, size = states.new_zeros((), dtype=exact), max(1, AT_ONCE // len(weight))
+        for start in range(0, len(states), size):
+            some, of = states[start : start + size], targets[start : start + size, None]
+            rows = nn.functional.linear(some, weight).to(exact).log_softmax(-1)
+            total -= rows.gather(-1, of).sum()
+            if of_states is None and of_weight is None:
+                continue
+            rows = rows.exp_().scatter_add_(-1, of, rows.new_full((), -1.0).expand(of.shape)).to(weight.dtype)
+            if of_states is not None:
+                torch.mm(rows, weight, out=of_states[start : start + size])
+            if of_weight is not None and exact is weight.dtype:
+                torch.addmm(of_weight, rows.t(), some, out=of_weight)
+            elif of_weight is not None:
+                of_weight += rows.t() @ some
+            del rows  # or it would be there beside the next piece's
+        ctx.gradients = of_states, None if of_weight is None else of_weight.to(weight.dtype)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_states, of_weight = (None if one is None else one.mul_(gradient) for one in ctx.gradients)
+        del ctx.gradients  # scaled in place: a second time would be wrong, and has nothing to scale
+        return of_states, of_weight, None, None

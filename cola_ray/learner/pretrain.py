@@ -34,6 +34,7 @@ from cola_ray.learner.shards import Documents
 from cola_ray.learner.stage_folder import finish, is_done, put, staging_for
 from cola_ray.learner.stage_module import TRAINED, StageModule, mixed, noise_seeds
 from cola_ray.learner.start_model import attached, start_model
+from cola_ray.learner.states import NOTHING_KEPT, KeptStates, kept_states
 from cola_ray.learner.tokenise import Say, counted_rows, tokenise
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
@@ -104,7 +105,9 @@ def _run_stage(
     heldout: list[Heldout] = []
     if task is not None and not isinstance(task, PlayedTask) and _has_answers(config):
         heldout = list(_heldout_batches(task, chat, rank, torch.distributed.get_world_size()))
-    learner = CorpusStage(config, stage, module, rows, heldout)
+    if config.pretrain.states != "off":
+        report.doing(f"{stage}: looking for written states")
+    learner = CorpusStage(config, stage, module, rows, heldout, kept_states(config, stage, source, rows))
     first = learner.load(checkpoint) if checkpoint else 0
     before = sum(config.pretrain.num_steps(one) for one in stages[: stages.index(stage)])
     report.doing(f"{stage}: the first step")
@@ -126,25 +129,27 @@ class CorpusStage:
     Args:
         module: taken over.
         heldout: this rank's share of problems whose greedy answers are compared with the right ones.
+        kept: of frozen modules, what is written and read instead of being computed.
     """
 
     def __init__(
-        self, config: Config, name: PretrainStage, module: StageModule, rows: Rows, heldout: Sequence[Heldout]
-    ) -> None:
+        self, config: Config, name: PretrainStage, module: StageModule, rows: Rows, heldout: Sequence[Heldout],
+        kept: KeptStates = NOTHING_KEPT,
+    ) -> None:  # fmt: skip
         settings = config.pretrain
-        self.config, self.name, self.rows = config, name, rows
+        self.config, self.name, self.rows, self.kept = config, name, rows, kept
         self.heldout = heldout if name in ("base", "policy") else ()
         self.measure_every = 100
         self.peak_lr = settings.base_lr if name == "base" or name.startswith("fta") else settings.lr
         self.zero = ZeroEngine(
-            module, TRAINED[name], lr=self.peak_lr, betas=settings.adam_betas, weight_decay=0.01,
+            module, TRAINED[name], lr=self.peak_lr, betas=settings.adam_betas, weight_decay=0.01, fused=True,
             **placement(config),
         )  # fmt: skip
         self.used = torch.zeros(config.model.num_actions)  # how often each code was, since codes were last revived
 
     def step(self, number: int, lr: float) -> dict[str, Any]:
         settings, started = self.config.pretrain, time.perf_counter()
-        metrics, counts = corpus_step(self.config, self.zero, self.rows, self.name, number, lr)
+        metrics, counts = corpus_step(self.config, self.zero, self.rows, self.name, number, lr, self.kept)
         tokens = settings.batch_size * self.rows.width
         metrics[f"{self.name}/tokens_per_second"] = tokens / (time.perf_counter() - started)
         self.used += counts
@@ -177,8 +182,9 @@ class CorpusStage:
 
 
 def corpus_step(
-    config: Config, zero: ZeroEngine, rows: Rows, stage: PretrainStage, step: int, lr: float
-) -> tuple[dict[str, Any], Tensor]:
+    config: Config, zero: ZeroEngine, rows: Rows, stage: PretrainStage, step: int, lr: float,
+    kept: KeptStates = NOTHING_KEPT,
+) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
     """One optimizer step on ``pretrain.batch_size`` rows; metrics, and how often each action was taken, (K,)."""
     settings = config.pretrain
     picked = rows.step_indices(config.seed, step, settings.batch_size)[zero.rank :: zero.world_size]
@@ -188,20 +194,24 @@ def corpus_step(
     num_tokens = max(int(learned), 1)  # the loss's one denominator
     tensors = [torch.from_numpy(a) for a in (mine.input_ids, mine.position_ids, mine.loss_mask)]
     tensors.append(noise_seeds(config.seed, step, picked))
-    batches = [
-        [tensor[some].to(zero.device) for tensor in tensors]
-        for some in supervised.micro_batches(torch.arange(len(picked)), config)
-    ]
+    cuts = supervised.micro_batches(torch.arange(len(picked)), config)
+    batches = [[tensor[some].to(zero.device) for tensor in tensors] for some in cuts]
+
+    def known(index: int) -> tuple[Tensor | None, Tensor | None]:
+        return kept.of(picked[cuts[index].numpy()], zero.device, zero.engine.module, *batches[index][:2])
+
     mean_usage = None
     if stage == "actions" and settings.balance_coef and len(batches) > 1:
-        mean_usage = torch.stack([zero.engine.module.usage(*batch) for batch in batches]).sum(0)
+        of_each = [zero.engine.module.usage(*batch, known(index)[0]) for index, batch in enumerate(batches)]
+        mean_usage = torch.stack(of_each).sum(0)
         torch.distributed.all_reduce(mean_usage)
         mean_usage /= num_tokens
 
     measured = step in (0, settings.num_steps(stage) - 1) or (step + 1) % MEASURED_EVERY == 0
 
     def loss_of(index: int, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, found = zero.engine(*batch, measured, mean_usage, index == 0 and (step + 1) % MEASURED_EVERY == 0)
+        reach = index == 0 and (step + 1) % MEASURED_EVERY == 0
+        loss, found = zero.engine(*batch, measured, mean_usage, reach, *known(index))
         return loss, found
 
     sums, grad_norm = supervised.zero_step(zero, batches, loss_of, num_tokens, lr)

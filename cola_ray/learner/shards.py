@@ -136,7 +136,8 @@ class Documents:
             raise ValueError(f"no documents in {', '.join(map(str, folders))}")
         self.paths = [path for path, _ in parts]
         self.starts = np.array([0, *itertools.accumulate(one["documents"] for _, one in parts)], np.int64)
-        self.tokens = sum(one["tokens"] for _, one in parts)
+        self.first_tokens = np.cumsum([0, *(one["tokens"] for _, one in parts)])
+        self.tokens = int(self.first_tokens[-1])
         self.are_pairs = not any(one["texts"] for _, one in parts)
         self.fingerprints = [manifest["fingerprint"] for manifest in manifests]
         self._open: collections.OrderedDict[int, _Shard] = collections.OrderedDict()
@@ -154,6 +155,14 @@ class Documents:
             prompts[where] = shard.prompts[inside]
             self._touch(shard, len(where))
         return lengths, prompts
+
+    def addresses(self, numbers: np.ndarray) -> np.ndarray:
+        """How many tokens stand before each of these documents: (N,) -> (N,) int64."""
+        found = self.first_tokens[np.searchsorted(self.starts, numbers, "right") - 1]
+        for shard, where, inside in self._by_shard(numbers):
+            found[where] += shard.offsets[inside]
+            self._touch(shard, len(where))
+        return found
 
     def read(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the index in ``numbers`` and the ids of each document, shard by shard.

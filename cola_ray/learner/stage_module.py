@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage_imbalance
-from cola_ray.learner.pieces import cross_entropies
+from cola_ray.learner.pieces import HeadLoss
 from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, sample_actions
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import PretrainStage
@@ -43,6 +43,8 @@ class StageModule(nn.Module):
         super().__init__()
         self.model: Any = model  # a CoLA model, or a plain base in the stage base
         self.stage, self.settings = stage, config.pretrain
+        weight: Any = model.lm_head.weight
+        self.head_loss = HeadLoss(weight)
 
     def forward(
         self,
@@ -53,6 +55,8 @@ class StageModule(nn.Module):
         measure: bool,
         mean_usage: Tensor | None = None,
         reach: bool = False,
+        e: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss *sum* over masked-in positions, and sums.
 
@@ -63,53 +67,68 @@ class StageModule(nn.Module):
             mean_usage: (K,), the relaxed actions' mean over the step's batch; None where no rank has more than one
                 micro-batch, and all compute theirs at the same time.
             reach: of the stage actions, whether to try all actions on some states.
+            e: of the stages actions and policy, what :meth:`states` gives, where it is known.
+            labels: of the stage policy, what :meth:`labels` gives, where it is known.
         """
-        labels = input_ids[:, 1:]
+        tokens = input_ids[:, 1:]
         mask = loss_mask[:, :-1]
         if self.stage == "base":
             # Without use_cache=False transformers would not see that rows are packed and attend across documents.
-            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
-            loss = cross_entropies(logits[mask], labels[mask])
+            states = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
+            loss = self.head_loss(states[:, :-1][mask], tokens[mask])
             return loss, {"loss": loss.detach()}
-        base_trains = self.stage.startswith("fta")
-        with torch.set_grad_enabled(base_trains and torch.is_grad_enabled()):
-            e = self.model.encode(input_ids, position_ids=position_ids)
+        if e is None:
+            with torch.set_grad_enabled(self.stage.startswith("fta") and torch.is_grad_enabled()):
+                e = self.model.encode(input_ids, position_ids=position_ids)
         if self.stage == "actions":
-            return self._actions_loss(e, position_ids, labels, mask, noise_seed, measure, mean_usage, reach)
+            return self._actions_loss(e, position_ids, tokens, mask, noise_seed, measure, mean_usage, reach)
         if self.stage == "policy":
-            with torch.no_grad():
-                wanted = self.model.inverse_dynamics_actions(e, position_ids=position_ids)
+            wanted = (self.labels(e, position_ids) if labels is None else labels)[:, 1:][mask]
             logits = self.model.policy_logits(e, position_ids=position_ids)[:, :-1]
-            loss = F.cross_entropy(logits[mask], wanted[mask], reduction="sum")
-            return loss, {"loss": loss.detach(), "counts": self._counts(wanted[mask])}
+            loss = F.cross_entropy(logits[mask], wanted, reduction="sum")
+            return loss, {"loss": loss.detach(), "counts": self._counts(wanted)}
         with torch.no_grad():
             if self.stage == "fta_idm":
                 actions = self.model.inverse_dynamics_actions(e, position_ids=position_ids)
             else:
                 actions = self._sampled_actions(e, position_ids, noise_seed)
-        logits = self.model.world_model_logits(e[:, :-1], actions)
-        loss = cross_entropies(logits[mask], labels[mask])
+        loss = self.head_loss(self.model.world_model_states(e[:, :-1][mask], actions[mask]), tokens[mask])
         return loss, {"loss": loss.detach(), "counts": self._counts(actions[mask])}
 
     @torch.no_grad()
-    def usage(self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, noise_seed: Tensor) -> Tensor:
+    def states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """e of the frozen base, (B, T, H)."""
+        e: Tensor = self.model.encode(input_ids, position_ids=position_ids)
+        return e
+
+    @torch.no_grad()
+    def labels(self, e: Tensor, position_ids: Tensor) -> Tensor:
+        """At each token the IDM's greedy action that led to it, (B, T) int64; the first has none that counts."""
+        labels: Tensor = self.model.inverse_dynamics_logits(e, position_ids=position_ids).argmax(-1)
+        return labels
+
+    @torch.no_grad()
+    def usage(
+        self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, noise_seed: Tensor, e: Tensor | None = None
+    ) -> Tensor:
         """Of the stage actions: the relaxed actions' sum over masked-in positions, (K,)."""
-        e = self.model.encode(input_ids, position_ids=position_ids)
+        if e is None:
+            e = self.states(input_ids, position_ids)
         return self._drawn(e, position_ids, loss_mask[:, :-1], noise_seed)[1].sum(0)
 
     def _drawn(self, e: Tensor, position_ids: Tensor, mask: Tensor, noise_seed: Tensor) -> tuple[Tensor, Tensor]:
         """Actions at the N masked-in positions, one-hot and relaxed, (N, K) each."""
-        logits = self.model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:]
-        batch, steps, num_actions = logits.shape
-        index = torch.arange(steps, device=e.device)
-        noise = gumbel_noise(noise_seed.repeat_interleave(steps), index.repeat(batch), num_actions)
-        return straight_through_gumbel(logits[mask], noise.view_as(logits)[mask].float(), self.settings.gumbel_tau)
+        logits = self.model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:][mask]
+        seeds = noise_seed[:, None].expand(mask.shape)[mask]
+        index = torch.arange(mask.shape[1], device=e.device).expand(mask.shape)[mask]
+        noise = gumbel_noise(seeds, index, logits.shape[-1])
+        return straight_through_gumbel(logits, noise.float(), self.settings.gumbel_tau)
 
     def _actions_loss(
         self,
         e: Tensor,
         position_ids: Tensor,
-        labels: Tensor,
+        tokens: Tensor,
         mask: Tensor,
         noise_seed: Tensor,
         measure: bool,
@@ -119,8 +138,8 @@ class StageModule(nn.Module):
         """``CE(logits_t, x_{t+1}) + entropy_coef * sum p log p`` (paper), plus the optional balance term (ours)."""
         settings = self.settings
         one_hot, relaxed = self._drawn(e, position_ids, mask, noise_seed)
-        states, targets = e[:, :-1][mask], labels[mask]
-        cross_entropy = cross_entropies(self.model.world_model_logits(states, one_hot), targets)
+        states, targets = e[:, :-1][mask], tokens[mask]
+        cross_entropy = self.head_loss(self.model.world_model_states(states, one_hot), targets)
         loss = cross_entropy + settings.entropy_coef * negative_entropy(relaxed).sum()
         if settings.balance_coef:
             mean = mean_over_ranks(relaxed) if mean_usage is None else mean_usage
@@ -128,7 +147,7 @@ class StageModule(nn.Module):
         sums = {"loss": cross_entropy.detach(), "counts": self._counts(one_hot.argmax(-1))}
         with torch.no_grad():
             if measure:
-                sums["base_loss"] = cross_entropies(self.model.lm_head(states), targets)
+                sums["base_loss"] = self.head_loss(states, targets)
             if reach:
                 sums |= self._reachable(states[:MEASURED_STATES], targets[:MEASURED_STATES])
         return loss, sums

@@ -636,15 +636,19 @@ class LatentActionMixin:
         """Unnormalised ``pi(a | x_1..t)``, (B, T, K) float32."""
         return self.policy(e, attention_mask, position_ids, past_key_values)
 
-    def world_model_logits(self, e: Tensor, actions: Tensor) -> Tensor:
-        """Next-token logits (..., V) from states e (..., H) and actions (...) int64 or one-hot vectors (..., K)."""
+    def world_model_states(self, e: Tensor, actions: Tensor) -> Tensor:
+        """d (..., H), which the LM head reads, from states e (..., H) and actions (...) int64 or one-hot (..., K)."""
         # .to(e.device): a device map may place blocks on other devices
         state, code = e, self.codebook(actions).to(e.device)
         for block in self.world_model:
             state = state + block(state, code).to(e.device)
         if self.config.world_model_form == "released":
             state = self.model.norm(state).to(e.device) - e
-        return self.lm_head(state)
+        return state
+
+    def world_model_logits(self, e: Tensor, actions: Tensor) -> Tensor:
+        """Next-token logits (..., V), of the same arguments."""
+        return self.lm_head(self.world_model_states(e, actions))
 
     def token_log_probs(self, e: Tensor, policy_logits: Tensor, likelihood: Likelihood) -> Tensor:
         """Log-probabilities of the next token: states (N, H) and ``policy_logits`` (N, K) -> (N, V) float32.

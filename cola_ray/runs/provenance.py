@@ -31,11 +31,14 @@ PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base
 """Settings that may be paths."""
 MORE_PATHS = ("data.more_paths", "task.more_paths")
 """Settings that may be several."""
+CACHES = ("data.cache", "pretrain.states_cache")
+"""Settings that name a folder which runs make and share, relative to what ``output_dir`` is."""
 _MADE_FROM = ("seed", "model.", "task.", "data.", "pretrain.")
 _NOT_MADE_FROM = ("model.path", "data.date", "data.cache", "data.processes", "data.streaming", "task.reward",
                   "task.reward_weights", "task.right_from", "task.pattern", "task.length",
                   "task.reward_model", "task.oracle", "task.reward_timeout_s", "task.max_failed_rewards",
-                  "pretrain.save_every", "pretrain.micro_batch_size", "pretrain.max_steps")  # fmt: skip
+                  "pretrain.save_every", "pretrain.micro_batch_size", "pretrain.max_steps",
+                  "pretrain.states_cache", "pretrain.states_gb")  # fmt: skip
 
 
 # --- which model --------------------------------------------------------------------------------------------------
@@ -91,8 +94,9 @@ def resolve(config: Config, job: str) -> Config:
         changes |= {field: _absolute(value_at(config, field))}
     for field in MORE_PATHS:
         changes |= {field: tuple(map(_absolute, value_at(config, field)))}
-    if config.data.cache:
-        changes |= {"data.cache": str((results_root() / config.data.cache).resolve())}
+    for field in CACHES:
+        if value_at(config, field):
+            changes |= {field: str((results_root() / value_at(config, field)).resolve())}
     if not config.data.date:
         changes["data.date"] = _date(Path(changes["output_dir"]), start_model(config), config.resume)
     if not config.data.chat_options and reads(job, "data.chat_options"):

@@ -35,7 +35,7 @@ MAY_CHANGE = (
     "rollout.enforce_eager", "rollout.optimization_level", "rollout.async_scheduling",
     "rollout.environment_processes", "rollout.max_restarts",
     "rl.micro_batch_tokens", "pretrain.micro_batch_size",
-    "data.cache", "data.processes",
+    "data.cache", "data.processes", "pretrain.states_cache", "pretrain.states_gb",
     "task.reward_timeout_s", "task.max_failed_rewards",
     "replay.snapshot_every_s", "critic.replicas", "critic.gpu_share",
     "eval.ways", "eval.problems", "eval.ks", "eval.chunk",  # evaluate answers only what it has no prediction for yet

@@ -145,6 +145,10 @@ def _nothing_frozen(config: Config) -> bool:
     return rl.action_space == "token" and not rl.lora_rank and not refers
 
 
+def _base_trains(config: Config) -> bool:
+    return any(stage.startswith("fta") for stage in config.pretrain.stages)
+
+
 _actor_free = _has("rl.actor_free", True)
 
 
@@ -308,6 +312,15 @@ COMBINATIONS: tuple[Combination, ...] = (
             ("rl.algorithm", "etpo"), ("rl.action_space", "latent"), ("rl.cache_hidden_states", False),
             ("rl.kl_target", 0.0), ("rollout.temperature", 1.0), ("rollout.top_k", 0),
         )
+    ),
+    # States of the base on disk.
+    Combination(
+        "pretrain.states", ("model", "bfloat16"), _base_trains, "the stages fta_* train the base, whose states change",
+        "pre-train pretrain.stages actions,policy with it, and run the others by themselves from model.path",
+    ),
+    *(
+        Combination(field, None, _has("pretrain.states", "off"), "nothing is written", "set pretrain.states")
+        for field in ("pretrain.states_cache", "pretrain.states_gb")
     ),
     # Where the learner keeps what.
     Combination("cluster.gradient_checkpointing", (True,), _any(_of("chai"), _actor_free), "no layer trains"),

@@ -206,6 +206,15 @@ class PretrainConfig(Branch):
     """Every so many steps, codes unused since the last time take over the most used code's row. 0: never."""
     response_only: bool = False
     """Prompt/response pairs: learn from response tokens only. The stages fta_* always do."""
+    states: Literal["off", "model", "bfloat16"] = "off"
+    """What the frozen base says of a token is written when the stages actions and policy first need it, and read from
+    disk afterwards. model: in model.dtype. bfloat16: in half of float32's bytes, and rounded so in training. off: it is
+    computed in every step."""
+    states_cache: str = ""
+    """Folder of what is written, which runs share and all nodes with learner ranks see; relative to what output_dir is.
+    Empty: states beside output_dir, such as outputs/states."""
+    states_gb: Positive = 100.0
+    """The most that states may take there; a stage that could need more is refused."""
     save_every: Count = 100
     """Steps between checkpoints inside a stage."""
 

@@ -212,6 +212,16 @@ def _pieces(m: Sizes, rows: Rows) -> float:
     return m.num_bytes * numbers + (20.0 * AT_ONCE if numbers > AT_ONCE else 11.0 * numbers)
 
 
+def _head(m: Sizes, rows: Rows, trains: bool) -> float:
+    """``8 min(N V, 2^25)``: logits of a piece and their softmax in float32; of a head that trains ``4 H V`` instead of
+    the b that stay, and another b for a piece's part where b is not 4.
+    """  # fmt: skip
+    numbers, head, b = min(rows.scored * m.vocabulary, AT_ONCE), float(m.width * m.vocabulary), m.num_bytes
+    if not trains or b == 4:
+        return 8.0 * numbers
+    return (4 - b) * head + max(8.0 * numbers, b * (numbers + head))
+
+
 def _again(m: Sizes, rows: Rows, layers: int) -> float:
     """FLOPs of layers that are computed again, to the last product, for DeepSpeed's linear function saves its input."""
     return rows.tokens * layers * forward_of_layer(m, rows.width)
@@ -318,23 +328,25 @@ def pretraining(stage: PretrainStage, m: Sizes, rows: Rows, checkpoints: bool = 
         return _staged(m, m.policy, e + policy.kept, policy.temporary, base + idm.forward, policy.forward,
                        policy.backward)  # fmt: skip
     logits, world = 2.0 * m.width * numbers, rows.scored * 2 * m.blocks * m.block
-    wide = b * numbers + (4.0 * numbers if numbers <= AT_ONCE else 0.0)
-    temporary, pairs = max(_temporary(m, rows), _pieces(m, rows)), 2.0 * b * m.width  # state and code of a block
-    code = rows.scored * (pairs + (0.0 if checkpoints else 4.0 * b * m.mlp)) * m.blocks
+    temporary, pairs = _temporary(m, rows), 2.0 * b * m.width  # state and code of a block
+    blocks = 0 if stage == "base" else m.blocks
+    code = rows.scored * (pairs + (0.0 if checkpoints else 4.0 * b * m.mlp)) * blocks
+    loss = b * m.width * rows.scored  # the head's gradient to its input, made in the forward pass
     again = world * checkpoints
     if stage == "actions":
-        return _staged(m, m.idm + m.codebook + m.world_model, 2 * e + idm.kept + code + wide,
-                       max(temporary, idm.temporary - wide), base, idm.forward + world + logits,
-                       idm.backward + 2 * world + again + logits)  # fmt: skip
-    layer, temporary = kept_of_layer(m, rows.width), temporary + b * m.width * m.vocabulary  # the LM head's gradient
-    whole = rows.tokens * (m.layers * (b * m.width if checkpoints else layer) + kept_of_norm(m)) + e + wide
+        temporary = max(temporary, _head(m, rows, trains=False), idm.temporary - code - loss)
+        return _staged(m, m.idm + m.codebook + m.world_model, 2 * e + idm.kept + code + loss, temporary, base,
+                       idm.forward + world + logits, idm.backward + 2 * world + again + logits)  # fmt: skip
+    layer, temporary = kept_of_layer(m, rows.width), max(temporary, _head(m, rows, trains=True))
+    loss += b * m.width * m.vocabulary  # the LM head's own gradient
+    whole = rows.tokens * (m.layers * (b * m.width if checkpoints else layer) + kept_of_norm(m)) + e + loss
     backward = rows.tokens * m.layers * backward_of_layer(m, rows.width) + 2 * logits
     if checkpoints:
         backward += _again(m, rows, m.layers)
-        temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp) - wide)
+        temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp - kept_of_norm(m)) - code - loss)
     if stage == "base":
         return Work(
-            frozen=0.0, trained=m.base + m.head, kept=whole + b * numbers, temporary=temporary, known=0.0,
+            frozen=0.0, trained=m.base + m.head, kept=whole, temporary=temporary, known=0.0,
             look=0.0, forward=base + logits, backward=backward,
         )  # fmt: skip
     look = (idm if stage == "fta_idm" else policy).forward

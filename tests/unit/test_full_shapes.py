@@ -20,7 +20,7 @@ SMALL = {
 @pytest.mark.parametrize(
     ("mode", "dtype"),
     [*((mode, "bfloat16") for mode in full_shapes.MODES), ("latent", "float32"), ("token", "float32"),
-     ("actions", "float32")],
+     ("actions", "float32"), ("fta_idm", "float32")],
 )  # fmt: skip
 def test_memory_and_flops_are_those_of_the_modules(monkeypatch, mode, dtype):
     for module in (pieces, planned_work):  # 64 rows of the vocabulary in a piece

@@ -240,3 +240,19 @@ def test_offloaded_weights_and_optimizers_step_alike(kind, cola_dir, base_dir, o
         zero.close()
     for name, plain in found[0].items():
         torch.testing.assert_close(found[1][name], plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_layers_are_gathered_whole(kind, cola_dir, base_dir, one_rank):
+    """DeepSpeed has its hooks at each of them, and inside at none; where something trains, at every module."""
+    config = settings_of(kind)
+    module, trained, loss = trained_by(kind, config, path_of(kind, cola_dir, base_dir))
+    zero = ZeroEngine(module, trained, lr=1e-3, betas=(0.9, 0.95))
+    for layer in (layer for layer in module.modules() if isinstance(layer, LlamaDecoderLayer)):
+        trains = any(parameter.requires_grad for parameter in layer.parameters())
+        assert layer._forward_pre_hooks
+        assert all(bool(inside._forward_pre_hooks) == trains for inside in layer.modules() if inside is not layer)
+    for _ in range(3):
+        zero.backward(loss(zero.engine), last=True)
+        zero.step()
+    zero.close()
