@@ -242,7 +242,7 @@ def test_offloaded_weights_and_optimizers_step_alike(kind, cola_dir, base_dir, o
         torch.testing.assert_close(found[1][name], plain, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "without base"])
 def test_frozen_layers_are_gathered_whole(kind, cola_dir, base_dir, one_rank):
     """DeepSpeed has its hooks at each of them, and inside at none; where something trains, at every module."""
     config = settings_of(kind)
