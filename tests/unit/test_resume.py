@@ -239,7 +239,7 @@ ALLOWED = {
     "rl.max_steps": 500, "rl.save_every": 3, "rl.eval_every": 7, "rollout.num_workers": 2, "cluster.max_failures": 9,
     "cluster.threads_per_process": 2, "cluster.weight_transport": "nccl", "tracking_uri": "http://mlflow:5000",
     "rollout.max_num_seqs": 8, "rl.micro_batch_tokens": 64, "task.reward_timeout_s": 3.0,
-    "cluster.stall_timeout_s": 99.0, "samples.every": 3, "samples.prompts": 0, "pretrain.states_gb": 7.0,
+    "cluster.stall_timeout_s": 99.0, "samples.every": 3, "samples.prompts": 0,
 }  # fmt: skip
 
 
