@@ -149,7 +149,7 @@ def _peak(bench: Bench, work: Any, micro_batch: Callable[[], object]) -> Iterato
 
 
 def vocabulary(bench: Bench) -> Iterator[Figure]:
-    """Losses over a vocabulary, piece by piece: RL's over tokens, and pre-training's."""
+    """A loss over a vocabulary of logits that are there, piece by piece."""
     from cola_ray.learner.pieces import AT_ONCE, cross_entropies
 
     rows, columns = bench.size.rows * bench.size.tokens, bench.size.shape["vocab_size"]

@@ -16,12 +16,13 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_local_grad, set_z3_leaf_module
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.learner import repartition
 from cola_ray.learner.published import Published
 from cola_ray.learner.sharding import Shards, zero_config
+from cola_ray.model.modeling_cola import WorldModelBlock
 from cola_ray.runs import checkpoints, resume
 from cola_ray.runs.checkpoints import Checkpoint, CheckpointError, Checksums
 from cola_ray.settings.config import Config
@@ -277,10 +278,11 @@ def _gather_whole(module: nn.Module) -> None:
 
     At every one of them it would run four hooks, for a small base about as long as the arithmetic of a short row.
     Layers that train are left alone: they may be computed again in the backward pass, where DeepSpeed frees each module
-    by itself.
+    by itself. So are the world model's blocks, through which gradients pass where they are frozen.
     """
     for layer in module.modules():
-        if isinstance(layer, LlamaDecoderLayer) and not any(one.requires_grad for one in layer.parameters()):
+        of_a_decoder = isinstance(layer, GradientCheckpointingLayer) and not isinstance(layer, WorldModelBlock)
+        if of_a_decoder and not any(one.requires_grad for one in layer.parameters()):
             set_z3_leaf_module(layer, True)
 
 

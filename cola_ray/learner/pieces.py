@@ -4,6 +4,7 @@ In float32, 16 384 rows of 128 256 tokens take 8.4 GB, and a loss makes several 
 number or a few, so the rows are reduced piece by piece.
 
     reduced(function, wide, ...)    any function of rows that are there; a piece is computed once more for its gradient
+    cross_entropies(logits, ...)    the same for a loss of logits that are there
     HeadLoss(weight)                a cross-entropy of rows that are made for it alone; its gradient is made with it
 """
 
@@ -35,6 +36,17 @@ def reduced(function: Callable[..., tuple[Tensor, ...]], wide: Tensor, *columns:
     made = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False)
             for piece in zip(*cut, strict=True)]  # fmt: skip
     return tuple(torch.cat(column) for column in zip(*made, strict=True))
+
+
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of ``-log softmax(logits)[target]`` in float32: (N, V), (N,) -> scalar."""
+    if logits.numel() <= AT_ONCE:
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def of_rows(some: Tensor, of: Tensor) -> tuple[Tensor, ...]:
+        return (nn.functional.cross_entropy(some.float(), of, reduction="none"),)
+
+    return reduced(of_rows, logits, targets)[0].sum()
 
 
 class HeadLoss(nn.Module):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage_imbalance
-from cola_ray.learner.pieces import HeadLoss
+from cola_ray.learner.pieces import HeadLoss, cross_entropies
+from cola_ray.model import families
 from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, sample_actions
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import PretrainStage
@@ -45,6 +46,7 @@ class StageModule(nn.Module):
         self.stage, self.settings = stage, config.pretrain
         weight: Any = model.lm_head.weight
         self.head_loss = HeadLoss(weight)
+        self.own_logits = stage == "base" and not families.has_plain_head(model.config.to_dict())
 
     def forward(
         self,
@@ -73,9 +75,7 @@ class StageModule(nn.Module):
         tokens = input_ids[:, 1:]
         mask = loss_mask[:, :-1]
         if self.stage == "base":
-            # Without use_cache=False transformers would not see that rows are packed and attend across documents.
-            states = self.model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
-            loss = self.head_loss(states[:, :-1][mask], tokens[mask])
+            loss = self._base_loss(input_ids, position_ids, tokens, mask)
             return loss, {"loss": loss.detach()}
         if e is None:
             with torch.set_grad_enabled(self.stage.startswith("fta") and torch.is_grad_enabled()):
@@ -94,6 +94,16 @@ class StageModule(nn.Module):
                 actions = self._sampled_actions(e, position_ids, noise_seed)
         loss = self.head_loss(self.model.world_model_states(e[:, :-1][mask], actions[mask]), tokens[mask])
         return loss, {"loss": loss.detach(), "counts": self._counts(actions[mask])}
+
+    def _base_loss(self, input_ids: Tensor, position_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        # Without use_cache=False transformers would not see that rows are packed and attend across documents.
+        given = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if self.own_logits:
+            logits = self.model(**given).logits[:, :-1]
+            return cross_entropies(logits[mask], tokens[mask])
+        states = self.model.model(**given).last_hidden_state[:, :-1]
+        loss: Tensor = self.head_loss(states[mask], tokens[mask])
+        return loss
 
     @torch.no_grad()
     def states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,7 @@ from cola_ray.settings.config import Config
 FORMAT = 1
 TOKENS_A_FILE = 1 << 20
 _OPEN = 64  # files of a store, by two descriptors each
-_OF_BASE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "rope_theta",
-            "rope_scaling", "attention_bias", "mlp_bias")  # fmt: skip
-_OF_IDM = ("num_actions", "num_idm_layers")
+_NOTES = ("_name_or_path", "transformers_version", "dtype")  # of a config.json, which change no state
 
 
 class TokenStore:
@@ -185,8 +182,7 @@ def kept_states(config: Config, stage: str, source: Path, rows: Rows) -> KeptSta
     folder = states_folder(config)
     digests: list[str] = ["", ""]
     if torch.distributed.get_rank() == 0:
-        digests = [digest_of_weights(source, config.model.dtype, *part)
-                   for part in (("model.", _OF_BASE), ("idm.", _OF_IDM))]  # fmt: skip
+        digests = [digest_of_weights(source, config.model.dtype, part) for part in ("model.", "idm.")]
     torch.distributed.broadcast_object_list(digests)
     width = int(conversion.opened(source)[0].hidden_size)
     dtype = getattr(torch, config.model.dtype if config.pretrain.states == "model" else config.pretrain.states)
@@ -201,11 +197,15 @@ def states_folder(config: Config) -> Path:
     return Path(config.pretrain.states_cache or Path(config.output_dir).parent / "states")
 
 
-def digest_of_weights(source: Path, dtype: str, prefix: str, fields: Sequence[str]) -> str:
-    """Of a part of a model: the tensors whose names begin so, the sizes that shape it, and the type it computes in."""
+def digest_of_weights(source: Path, dtype: str, prefix: str) -> str:
+    """Of a part of a CoLA model: the tensors whose names begin so, its base's settings, and the type it computes in.
+
+    Settings of other parts are left out, so that stages which add or change those find what others have written.
+    """
     shape, tensors = conversion.opened(source)
+    settings = {name: value for name, value in conversion.base_settings(shape.to_dict()).items() if name not in _NOTES}
     digest = hashlib.sha256(dtype.encode())
-    digest.update(json.dumps([getattr(shape, name, None) for name in fields], default=str).encode())
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name in sorted(name for name in tensors if name.startswith(prefix)):
         tensor = tensors.read(name).contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -239,17 +239,21 @@ _OURS = ("world_model_form", "v", "soft_q_beta", "card", "auto_map", "base_model
 """Settings of CoLA that no base has, beside its sizes."""
 
 
+def base_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of its base in that of a CoLA model."""
+    kind, layers = settings.get("base_model_type", "llama"), settings["num_hidden_layers"]
+    added = {*CoLAConfig.attribute_map, *CoLAConfig.attribute_map.values(), *_OURS}
+    of_llama, of_base = ({field.name for field in fields(one)} for one in (LlamaConfig, CONFIG_MAPPING[kind]))
+    raw = {name: value for name, value in settings.items()
+           if name not in added and (name in of_base or name not in of_llama)}  # fmt: skip
+    raw |= {"model_type": kind, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]}
+    return raw | {name: raw[name][:layers] for name in BY_LAYER if raw.get(name)}
+
+
 def _detach(cola: Path, target: Path) -> None:
     """Write the base of a CoLA checkpoint, one file at a time to save memory."""
     target.mkdir(parents=True, exist_ok=True)
-    raw = json.loads((cola / "config.json").read_text())
-    kind, layers = raw.get("base_model_type", "llama"), raw["num_hidden_layers"]
-    added = {*CoLAConfig.attribute_map, *CoLAConfig.attribute_map.values(), *_OURS}
-    raw = {name: value for name, value in raw.items() if name not in added}
-    of_llama, of_base = ({field.name for field in fields(one)} for one in (LlamaConfig, CONFIG_MAPPING[kind]))
-    raw = {name: value for name, value in raw.items() if name in of_base or name not in of_llama}
-    raw |= {"model_type": kind, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]}
-    raw |= {name: raw[name][:layers] for name in BY_LAYER if raw.get(name)}
+    raw = base_settings(json.loads((cola / "config.json").read_text()))
     (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     if (cola / "generation_config.json").is_file():  # names end tokens beside config.json's
         shutil.copy(cola / "generation_config.json", target)

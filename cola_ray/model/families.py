@@ -72,6 +72,18 @@ def family(model_type: str, given: str = "") -> BaseFamily:
     return found
 
 
+def has_plain_head(settings: Settings) -> bool:
+    """Whether a base's token logits are ``lm_head`` of its last states, without bias, scale or cap.
+
+    Known of the built-in families alone; of another, its own class in transformers has to make them.
+
+    Example:
+        >>> has_plain_head({"model_type": "qwen3"}), has_plain_head({"model_type": "granite", "logits_scaling": 8.0})
+        (True, False)
+    """
+    return settings.get("model_type") in registry.BUILT_IN["base"] and not fault(settings)
+
+
 _OTHERS = {
     ("moe", "mixtral", "gpt_oss", "deepseek"): "layers are mixtures of experts: transformers stacks their weights, "
     "vLLM splits them, and no weight update here names either",

@@ -8,7 +8,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_ACTIONS, VOCAB_SIZE, words
+from conftest import NUM_ACTIONS, VOCAB_SIZE, small_base, words
 
 from cola_ray.learner import states
 from cola_ray.learner.corpus import pack
@@ -204,15 +204,44 @@ def test_other_weights_other_corpora_and_types_have_states_of_their_own(cola_dir
 
 
 def test_what_trains_beside_the_base_does_not_change_its_digest(cola_dir, tmp_path):
-    base, idm = (("model.", states._OF_BASE), ("idm.", states._OF_IDM))
     model = CoLAForCausalLM.from_pretrained(cola_dir)
     model.idm.head.weight.data += 1
     model.policy.head.weight.data += 1
     model.save_pretrained(tmp_path / "later")
-    same = [digest_of_weights(where, "float32", *base) for where in (cola_dir, tmp_path / "later")]
-    assert same[0] == same[1]
-    assert digest_of_weights(cola_dir, "float32", *idm) != digest_of_weights(tmp_path / "later", "float32", *idm)
-    assert same[0] != digest_of_weights(cola_dir, "bfloat16", *base)
+    of_base, of_idm = ([digest_of_weights(where, "float32", part) for where in (cola_dir, tmp_path / "later")]
+                       for part in ("model.", "idm."))  # fmt: skip
+    assert of_base[0] == of_base[1]
+    assert of_idm[0] != of_idm[1]
+    assert of_base[0] != digest_of_weights(cola_dir, "bfloat16", "model.")
+
+
+def attached(name, folder, **sizes):
+    """A CoLA model in ``folder``, and the digest of its base."""
+    small_base(name).save_pretrained(folder / "base")
+    sizes = {"num_actions": NUM_ACTIONS, "num_idm_layers": 1, "num_policy_layers": 1} | sizes
+    CoLAForCausalLM.attach(folder / "base", **sizes).save_pretrained(folder)
+    return digest_of_weights(folder, "float32", "model.")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"rms_norm_eps": 1e-3}),
+        ("mistral", {"sliding_window": 4}),
+        ("gemma3", {"query_pre_attn_scalar": 24}),
+        ("gemma3", {"layer_types": ["full_attention"] * 3}),
+        ("smollm3", {"no_rope_layers": [1, 1, 1]}),
+    ],
+)
+def test_the_same_weights_in_layers_that_compute_something_else_have_other_states(name, changes, tmp_path):
+    """Whatever the family's settings are; what CoLA adds to its lists by layer is none of the base's."""
+    digest = attached(name, tmp_path / "one")
+    assert attached(name, tmp_path / "more", num_policy_layers=3, num_world_model_layers=1) == digest
+    file = tmp_path / "one" / "config.json"
+    before = json.loads(file.read_text())
+    assert all(before[field] != value for field, value in changes.items())
+    file.write_text(json.dumps(before | changes))
+    assert digest_of_weights(tmp_path / "one", "float32", "model.") != digest
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(cola_dir, tmp_path, one_rank, monkeypatch):
