@@ -131,7 +131,8 @@ def test_every_mode_is_planned_and_shown(paper, sizes, capsys):
     plan.show(override(paper, {"hardware.gpus": 8}))
     shown = " ".join(capsys.readouterr().out.split())
     for wanted in ("in pre-training, actions", "in pre-training, policy", "expected", "pessimistic", "MFU 0.15",
-                   "NeMo RL 0.4", "it fits"):  # fmt: skip
+                   "waits for its longest answers", "engines idle", "learner idle", "NeMo RL 0.4",
+                   "it fits"):  # fmt: skip
         assert wanted in shown, wanted
     seconds = {}
     for name, changes in {"latent": {}, "token": TOKENS | {"cluster.gradient_checkpointing": True},
