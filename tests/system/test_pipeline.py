@@ -72,6 +72,7 @@ def test_again_without_consent_is_refused_in_one_line(finished):
     assert {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_stopped_run_leaves_model_summary_and_plot(finished):
     """Ctrl-C: all that a run leaves, of where it is."""
     start = ["--model.path", str(finished.start)]
@@ -116,6 +117,7 @@ def test_a_plain_log_tells_every_phase(finished):
         assert re.search(rf"^\d+:\d\d  {re.escape(first)}: [\d.]+ (s|min)", finished.log, re.MULTILINE), first
 
 
+@pytest.mark.slow
 def test_a_sweep_in_short(model, tmp_path):
     sweep = ["--sweep.values", "0.0", "0.1", "--sweep.seeds", "0"]
     run = Run("sweep_kl", tmp_path, "--model.path", model, *SHORT_RL, *sweep, "--rl.max-steps", "2")
