@@ -119,6 +119,7 @@ def zero_rank(rank: int, loop, ranks: int, port: int, space: str, model_dir: str
         # When one rank fails, gloo may abort the other, and torch then reports only that one.
         Path(out, f"rank-{rank}.txt").write_text(traceback.format_exc())
         raise
+    os._exit(0)  # all is written; at its shutdown the interpreter may be aborted by threads that gloo had
 
 
 def state_of(learner: RLLearner) -> dict[str, list[torch.Tensor]]:
