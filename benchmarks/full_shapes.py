@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import local_torch_dtype
 
 from cola_ray.learner.micro_batch import Advantages, Frozen, MicroBatch
 from cola_ray.learner.objective import policy_objective
@@ -189,12 +190,8 @@ def _micro_batch(rows: int, width: int) -> MicroBatch:
 def _without_weights(config: Config, shape: dict[str, Any], plain: bool) -> Any:
     sizes = config.model.model_dump(include={"num_actions", "num_idm_layers", "num_world_model_layers",
                                              "num_policy_layers"})  # fmt: skip
-    torch.set_default_dtype(getattr(torch, config.model.dtype))
-    try:
-        with torch.device("meta"):
-            return LlamaForCausalLM(LlamaConfig(**shape)) if plain else CoLAForCausalLM(CoLAConfig(**shape, **sizes))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"), local_torch_dtype(getattr(torch, config.model.dtype)):
+        return LlamaForCausalLM(LlamaConfig(**shape)) if plain else CoLAForCausalLM(CoLAConfig(**shape, **sizes))
 
 
 def _stage(mode: str) -> PretrainStage | None:

@@ -4,7 +4,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from unittest import mock
 import torch
 from record import ROOT
 from torch import Tensor
+from transformers.modeling_utils import local_torch_dtype
 
 from cola_ray.studies.planned_time import Gpu
 
@@ -39,15 +39,6 @@ SIZES = {
                  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": False,
                  "num_actions": 16, "num_idm_layers": 1, "num_world_model_layers": 1, "num_policy_layers": 1}, 4, 32),
 }  # fmt: skip
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ class Bench:
         from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
 
         torch.manual_seed(0)
-        with self.device, default_dtype(dtype):
+        with self.device, local_torch_dtype(dtype):
             return CoLAForCausalLM(CoLAConfig(**(self.size.shape | changes), max_position_embeddings=8192))
 
     def sizes(self) -> Any:
@@ -139,7 +130,7 @@ class Bench:
                 known = {key: value for key, value in shape.items() if key not in _ACTIONS}
                 config = LlamaConfig(**known, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None)
                 torch.manual_seed(0)
-                with self.device, default_dtype(dtype):
+                with self.device, local_torch_dtype(dtype):
                     model: Any = LlamaForCausalLM(config)
             else:
                 model = self.model(dtype, **changes)

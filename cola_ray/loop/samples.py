@@ -1,7 +1,8 @@
 """Which of a run's completions are kept to be read, and what is told of them.
 
-    a step's groups or episodes ──> due? the first samples.prompts of them ──┐
-    held-out answers ──> those of the first samples.prompts ─────────────────┴──> Samples ──> the driver, which writes
+    a step's groups, as far as workers sent texts along ────────────────────┐
+    a step's episodes ──> due? those of the first samples.prompts seeds ────┤
+    held-out answers ──> those of the first samples.prompts ────────────────┴──> Samples ──> the driver, which writes
 
 What is told here was made anyway: no completion is generated for it, and nothing that is learnt from depends on it.
 """
@@ -25,21 +26,15 @@ class Samples:
     def __init__(self, config: Config, supervisor: Supervisor) -> None:
         self.config, self.settings, self.supervisor = config, config.samples, supervisor
 
-    def due(self, version: int) -> bool:
-        """Whether completions of the step that makes ``version`` are kept."""
-        return self.settings.due(version, self.config.rl.max_steps)
-
     def of_groups(self, step: int, groups: Sequence[Group], advantages: dict[int, list[float]]) -> None:
-        """A step's completions.
+        """A step's completions, those that came with their texts.
 
         Args:
             advantages: of the scored completions of those groups that are learnt from, by position; empty where the
                 learner makes them.
         """
-        if not self.due(step + 1):
-            return
         made = []
-        for group in groups[: self.settings.prompts]:
+        for group in groups:
             of_group = iter(advantages.get(group.position, ()))
             for sibling, one in enumerate(group.read):
                 weight = None if one.failure else next(of_group, None)
@@ -59,7 +54,7 @@ class Samples:
             sequences: of the episodes, where they are learnt from; by default as they were played.
             advantages: of the episodes; empty where each sequence has its own, or nothing is known of any.
         """
-        if not self.due(step + 1):
+        if not self.settings.due(step + 1, self.config.rl.max_steps):
             return
         size, made = self.config.rl.group_size, list[Sample]()
         weights = itertools.chain(advantages, itertools.repeat(None))

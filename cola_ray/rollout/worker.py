@@ -193,9 +193,8 @@ class RolloutWorker(EngineWorker):
 
     def _with_texts(self, group: Group, made: Sequence[Trajectory]) -> Group:
         """Completions of a step's first groups go along as they are, where the step is kept to be read."""
-        step, number = divmod(group.position, self.config.rl.prompts_per_step)
-        kept = self.config.samples
-        if number >= kept.prompts or not kept.due(step + 1, self.config.rl.max_steps):
+        rl = self.config.rl
+        if not self.config.samples.has(group.position, rl.prompts_per_step, rl.max_steps):
             return group
         return replace(group, read=tuple(replace(one, hidden_states=None) for one in made))
 

@@ -37,6 +37,11 @@ class SamplesConfig(Branch):
         """Whether completions of the step that makes ``version``, of ``last``, are kept."""
         return bool(self.prompts and self.every) and (version in (1, last) or version % self.every == 0)
 
+    def has(self, position: int, prompts_per_step: int, last: int) -> bool:
+        """Whether completions of the prompt at this position of a run are kept; those of refills lie beyond its end."""
+        step, number = divmod(position, prompts_per_step)
+        return number < self.prompts and step < last and self.due(step + 1, last)
+
 
 class SearchConfig(Branch):
     simulations: Count = 32

@@ -9,6 +9,7 @@
 Functions of either form may be ``async``; those of a batch then wait at the same time.
 """
 
+import abc
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -114,11 +115,12 @@ class Rewarded:
         return self._runner.run(_gathered(awaitables))
 
 
-class OfItems:
+class OfItems(abc.ABC):
     """A reward that is asked by split and index, such as a task's verifier."""
 
+    @abc.abstractmethod
     def score_items(self, items: Sequence[Item]) -> list[float]:
-        raise NotImplementedError
+        """A number for each."""
 
 
 async def _gathered(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:

@@ -36,6 +36,7 @@ class Pool:
     def __init__(self, **first):
         self.workers, self.first, self.served = [], first, []
         self.offers, self.lost_at = [], set()
+        self.settings = config()
 
     def spawn(self):
         self.workers.append(Worker(**self.first) if not self.workers else Worker())
@@ -77,7 +78,9 @@ class Pool:
         self.served += [(ticket.position, ticket.problem) for ticket in tickets]
         made = [self.completions(worker, version, ticket) for ticket in tickets]
         groups = as_groups([(ticket.position, of, None) for ticket, of in zip(tickets, made, strict=True)])
-        return [dataclasses.replace(group, read=tuple(of)) for group, of in zip(groups, made, strict=True)]
+        kept = [self.settings.samples.has(group.position, PROMPTS, STEPS) for group in groups]
+        read = [tuple(of) if has else () for of, has in zip(made, kept, strict=True)]
+        return [dataclasses.replace(group, read=of) for group, of in zip(groups, read, strict=True)]
 
     def completions(self, worker, version, ticket):
         return [self.trajectory(worker, version, i) for i in range(GROUP)]
@@ -121,8 +124,9 @@ def run(pool, changes=None, act=train, folder=""):
         async def ask(_, method, *args):
             return getattr(shard, method)(*args)
 
+        pool.settings = config(**(changes or {}))
         controller = Controller(
-            config(**(changes or {})), pool, functools.partial(Problems, shards=Shards(int(bool(folder)), ask, seed=0))
+            pool.settings, pool, functools.partial(Problems, shards=Shards(int(bool(folder)), ask, seed=0))
         )
         await controller.start(resumed=False)
         return controller, await asyncio.wait_for(act(controller), 20)

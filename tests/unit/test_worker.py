@@ -93,7 +93,8 @@ def test_texts_of_a_kept_steps_first_groups_go_along(worker):
     worker.config = override(worker.config, {"samples.every": 3, "samples.prompts": 2, "rl.prompts_per_step": 4})
     first = worker.fitting["train"][0]
     assert worker.task.problems("train")[first].question == "".join(map(chr, worker.prompts["train"][first]))
-    positions = [0, 1, 2, 4, 8, 9, 11, 12]  # of the steps that make versions 1, 1, 1, 2, 3, 3, 3, 4
+    beyond = 4 * (3 * worker.config.rl.max_steps - 1)  # a refill
+    positions = [0, 1, 2, 4, 8, 9, 11, 12, beyond]  # of the steps that make versions 1, 1, 1, 2, 3, 3, 3, 4
     groups = asyncio.run(worker.generate_groups([Ticket(position, 0) for position in positions]))
     assert [group.position for group in groups if group.read] == [0, 1, 8, 9]
     assert all(len(group.read) == len(group.samples) for group in groups if group.read)
