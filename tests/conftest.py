@@ -10,7 +10,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import random
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -27,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cola_ray import CoLAForCausalLM
+from cola_ray import CoLAForCausalLM, registry
 
 # Emulations of a GPU on a CPU, in modules of vLLM that cannot be imported beside those for GPUs.
 _EMULATIONS = ("accelerator", "async_engine", "tensor_parallel")
@@ -57,6 +58,22 @@ def pytest_fixture_setup() -> None:
 def pytest_runtest_call() -> None:
     """Nor does what a test draws: alone, in any order, the numbers are the same."""
     _seed()
+
+
+def folder_of_ones_own(files: Mapping[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with these files, from which a job starts; what is imported from it is forgotten afterwards."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "_MODULE_OF", {})
+    before = {*sys.modules}
+    yield folder
+    for name in {*sys.modules} - before:
+        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
 def small_llama(tied: bool = True) -> LlamaForCausalLM:

@@ -5,7 +5,6 @@ import functools
 import json
 import re
 import shlex
-import sys
 import types
 from collections import Counter
 from pathlib import Path
@@ -13,10 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import folder_of_ones_own
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from cola_ray import registry
 from cola_ray.checks.refusals import check
 from cola_ray.cli.arguments import from_command_line
 from cola_ray.experience import Answer
@@ -47,18 +46,8 @@ def said(role, content):
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """A folder with the page's files; what is imported from it is forgotten afterwards."""
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(registry, "_REGISTERED", {})
-    before = {*sys.modules}
-    yield tmp_path
-    for name in {*sys.modules} - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    """A folder with the page's files."""
+    yield from folder_of_ones_own(FILES, tmp_path, monkeypatch)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

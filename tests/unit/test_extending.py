@@ -2,11 +2,11 @@
 
 import importlib.metadata
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import folder_of_ones_own
 
 from cola_ray import registry
 from cola_ray.algorithms.advantages import Outcomes
@@ -25,18 +25,8 @@ JOBS = {"rl": "rl_math", "agent": "rl_agent"}
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """A folder with the page's files, from which a job starts; what is imported from it is forgotten afterwards."""
-    for name, text in EXAMPLES.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(registry, "_REGISTERED", {})
-    monkeypatch.setattr(registry, "_MODULE_OF", {})
-    before = {*sys.modules}
-    yield tmp_path
-    for name in {*sys.modules} - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    """A folder with the page's files, from which a job starts."""
+    yield from folder_of_ones_own(EXAMPLES, tmp_path, monkeypatch)
 
 
 def refusal(changes):
