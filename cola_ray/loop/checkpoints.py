@@ -1,7 +1,7 @@
-"""What a checkpoint of the run holds beside the learner's weights: replay, critic, totals, metrics.
+"""What a checkpoint of the run holds beside the learner's weights: replay, critic, totals, unread metrics and samples.
 
     step v begins ──> before_step(v): the state, taken once ──┐
-    learner saves version v ──> of_version(v) ────────────────┴──> {"version", "totals", "shards", "metrics", ...}
+    learner saves version v ──> of_version(v) ────────────────┴──> {"version", "totals", "shards", "unread", ...}
     a learner that comes back ──> restore(state) ──> replay, critic and totals are what they were
 
 With ``max_staleness`` 0 the state is that in which the step from its version began, although that step may have been
@@ -32,16 +32,11 @@ class Checkpoints:
         self.replay = source.replay
         self.taken: dict[int, asyncio.Task[State]] = {}  # version -> what its step begins with
         self.saved: dict[int, State] = {}  # those of them that the last checkpoints are made of
-        self.metrics: dict[int, Mapping[str, float]] = {}  # of steps since the checkpoint before the last
 
     async def before_step(self, version: int) -> None:
         """Take the state that the step from ``version`` begins with; the step must change nothing before."""
         if not self.config.rl.max_staleness:
             await self._at(version)
-
-    def record(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Of the step that made ``version``; a driver that is killed may not have read them."""
-        self.metrics[version] = metrics
 
     async def of_version(self, version: int) -> State:
         """What to save with the learner's ``version``."""
@@ -50,9 +45,7 @@ class Checkpoints:
         state = await self._at(version)
         self.saved = dict(sorted({**self.saved, version: state}.items())[-_KEPT:])
         await self.replay.keep([one["shards"] for one in self.saved.values()])
-        metrics = {step: of_step for step, of_step in self.metrics.items() if step <= version}
-        self.metrics = {step: of_step for step, of_step in self.metrics.items() if step > min(self.saved)}
-        return state | {"metrics": metrics}
+        return state | {"unread": self.supervisor.unread(version)}
 
     async def _at(self, version: int) -> State:
         """The state at ``version``, taken by whoever asks first."""
@@ -68,13 +61,12 @@ class Checkpoints:
 
     async def restore(self, state: Mapping[str, Any] | None) -> None:
         """Be what :meth:`of_version` returned, or what there is before the first step."""
-        self.taken, self.saved, self.metrics = {}, {}, {}
+        self.taken, self.saved = {}, {}
         if state is None:
             self.workers.totals = Totals(response_length=self.config.rollout.max_new_tokens)
             await self.replay.restore(None)
         else:
             self.workers.totals, self.saved = replace(state["totals"]), {state["version"]: dict(state)}
             await self.replay.restore(state["shards"])
-            for step, metrics in state["metrics"].items():
-                self.supervisor.step(step, metrics)
+            self.supervisor.tell_again(state["unread"])
         await self.source.restore(state)

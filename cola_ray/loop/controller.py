@@ -15,7 +15,7 @@ from cola_ray.batch import Batch
 from cola_ray.loop.batch_queue import BatchQueue
 from cola_ray.loop.batches import Source
 from cola_ray.loop.checkpoints import Checkpoints
-from cola_ray.loop.supervisor import Supervisor
+from cola_ray.loop.supervisor import Event, Supervisor
 from cola_ray.loop.weight_sync import WeightSync
 from cola_ray.loop.workers import WorkerGroup, WorkerPool
 from cola_ray.settings.config import Config
@@ -48,8 +48,8 @@ class Controller:
             self.supervisor.doing("starting the learner's ranks")
         return self.workers.facts
 
-    async def drain(self) -> tuple[list[dict[str, Any]], str | None]:
-        return self.supervisor.drain()
+    async def drain(self, read: int) -> tuple[list[Event], str | None]:
+        return self.supervisor.drain(read)
 
     async def fail(self, reason: str) -> None:
         await self.supervisor.fail(reason)
@@ -110,7 +110,6 @@ class Controller:
         """All workers hold ``version``; the slot of the step that made it is freed after this."""
         metrics = {**self.batches.remove(version - 1), **metrics, **seconds}
         metrics |= await self.source.held_out.when_due(version)
-        self.checkpoints.record(version, metrics)
         self.supervisor.step(version, metrics)
 
     async def checkpoint(self, rank: int, version: int) -> dict[str, Any] | None:

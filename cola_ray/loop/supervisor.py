@@ -3,7 +3,8 @@
 spawn(work) ────────> a task; an exception in it becomes the run's failure ──┐
 waiting_for(what) ──> pending ──> too long? a failure that names it ─────────┤
 until(condition) ───> waits for a change, and raises when the run fails <────┘
-say, doing, step, samples ──> events ──> drain() ──> the driver's screen and tracker
+say, doing, step, samples ──> events ──> drain() ──> the driver's screen, tracker and files
+                                             └── unread(version): what a killed driver may have missed ──> checkpoint
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from cola_ray.runs import explanations
 from cola_ray.runs.samples import Sample
 
 T = TypeVar("T")
+Event = dict[str, Any]
 
 
 class Supervisor:
@@ -28,7 +30,9 @@ class Supervisor:
     def __init__(self, stall_timeout_s: float) -> None:
         self.stall_timeout_s = stall_timeout_s
         self.failure: str | None = None
-        self.events: list[dict[str, Any]] = []  # for the driver, in order
+        self.events: list[Event] = []  # for the driver, in order
+        self.told: list[Event] = []  # handed to it, and not known to be read
+        self.num_read = 0  # that it has read
         self.tasks: set[asyncio.Task] = set()
         self.pending: dict[str, float] = {}  # what is being waited for, since when
         self.is_open = False
@@ -166,13 +170,42 @@ class Supervisor:
 
     def goes_on_from(self, version: int) -> None:
         """What was told of later versions is made again, or never."""
+        self.events = [event for event in self.events if _version(event) <= version]
         self.events.append({"goes on from": version})
 
-    def drain(self) -> tuple[list[dict[str, Any]], str | None]:
+    def drain(self, read: int = 0) -> tuple[list[Event], str | None]:
         """Events since the last call, and the failure, if any.
 
         ``{"step": version, "metrics": {...}}``, ``{"say": line}``, ``{"doing": what takes a while now}``,
         ``{"samples": [...]}`` or ``{"goes on from": version}``.
+
+        Args:
+            read: how many events the driver has read since the run began: they are in its files.
         """
+        del self.told[: read - self.num_read]
+        self.num_read = max(self.num_read, read)
         events, self.events = self.events, []
+        self.told += events
         return events, self.failure
+
+    def unread(self, version: int) -> list[Event]:
+        """Steps to ``version`` and their samples, as far as they are not known to be in the driver's files."""
+        return [event for event in [*self._valid(), *self.events] if 0 <= _version(event) <= version]
+
+    def tell_again(self, events: Sequence[Event]) -> None:
+        """What :meth:`unread` returned to a checkpoint."""
+        self.events += events
+
+    def _valid(self) -> list[Event]:
+        """What was told, less steps that are made again."""
+        valid = list[Event]()
+        for event in self.told:
+            if "goes on from" in event:
+                valid = [one for one in valid if _version(one) <= event["goes on from"]]
+            valid.append(event)
+        return valid
+
+
+def _version(event: Event) -> int:
+    """The version that a step or samples belong to; -1 of other events."""
+    return event["samples"][0].step if "samples" in event else event.get("step", -1)

@@ -260,10 +260,12 @@ class _Talk:
 
     def __init__(self, controller: Any, start_s: float, patience_s: float) -> None:
         self.controller, self.limit_s, self.patience_s = controller, start_s, patience_s
+        self.num_returned = 0  # events; whoever asks for more has read these
         self._ask()
 
     def _ask(self) -> None:
-        self.asked, self.looked, self.waited_s = self.controller.drain.remote(), time.monotonic(), 0.0
+        asked = self.controller.drain.remote(self.num_returned)
+        self.asked, self.looked, self.waited_s = asked, time.monotonic(), 0.0
 
     def drained(self, last: bool) -> tuple[list[dict[str, Any]], str | None]:
         """Events since the last answer, and any failure.
@@ -290,6 +292,7 @@ class _Talk:
             more, failure = ray.get(self.asked)
             events += more
             self._ask()
+        self.num_returned += len(events)
         return events, failure
 
 

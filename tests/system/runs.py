@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ SHORT_PRETRAINING = [
     "--pretrain.steps.base", "120", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40"
 ]  # fmt: skip
 SHORT_RL = ["--rl.max-steps", "5", "--rl.prompts-per-step", "8", "--rl.group-size", "8", "--rl.eval-problems", "64",
-            "--rl.eval-every", "0", "--rl.save-every", "2"]  # fmt: skip
+            "--rl.eval-every", "0", "--rl.save-every", "2", "--samples.every", "2"]  # fmt: skip
 
 
 class Run:
@@ -73,10 +73,14 @@ class Run:
 
     def wait_for_step(self, key: str, step: int, timeout: float = 600) -> None:
         """Until the metric ``key`` has reached ``step``."""
+        self.wait_for(lambda: max(self.series(key), default=-1) >= step, timeout)
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 600) -> None:
+        """Until it holds, while the job runs."""
         deadline = time.monotonic() + timeout
-        while max(self.series(key), default=-1) < step:
+        while not condition():
             assert self.process.poll() is None, self.log[-4000:]
-            assert time.monotonic() < deadline, f"{key} did not reach step {step}"
+            assert time.monotonic() < deadline, self.log[-4000:]
             time.sleep(0.2)
 
     def series(self, key: str) -> dict[int, float]:

@@ -43,6 +43,8 @@ def test_rl_changed_the_policy_and_nothing_else(finished):
 def test_killed_and_resumed_equals_straight_bit_for_bit(finished, model, tmp_path):
     run = Run("rl_math", tmp_path, "--model.path", model, *SHORT_RL)
     run.wait_for_step("reward/mean", 2)
+    run.process.send_signal(signal.SIGSTOP)  # the others go on, and nobody reads what they tell
+    run.wait_for((run.output / "checkpoints" / "step-00000004").exists)
     run.process.kill()
     run.process.wait()
     before = run.series("eval/accuracy")
@@ -52,8 +54,9 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(finished, model, tmp_pat
         assert resumed.series(key) == finished.series(key), key
     assert resumed.series("eval/accuracy")[0] == before[0], "one history, one run"
     kept = [{file.name: samples.read(file) for file in samples.files(r.output)} for r in (resumed, finished)]
-    assert [*kept[0]] == ["00000000-base.parquet", "00000000-eval.parquet", "00000001-train.parquet",
-                          "00000005-eval.parquet", "00000005-train.parquet"]  # fmt: skip
+    assert [*kept[0]] == [
+        f"0000000{name}.parquet" for name in ("0-base", "0-eval", "1-train", "2-train", "4-train", "5-eval", "5-train")
+    ]
     assert kept[0] == kept[1], "no sample is lost, and none is there twice"
     assert all(len(row["tokens"]) == len(row["actions"] or row["tokens"]) for rows in kept[0].values() for row in rows)
     one, other = (load_file(r.output / "model" / "model.safetensors") for r in (resumed, finished))

@@ -10,7 +10,7 @@ from conftest import words
 from rich.console import Console
 from test_agents import EPISODES
 from test_agents import run as run_agents
-from test_controller import GROUP, PROMPTS, STEPS, Pool, run
+from test_controller import GROUP, PROMPTS, STEPS, Pool, run, train
 
 from cola_ray.experience import Answer
 from cola_ray.runs import display, samples
@@ -136,6 +136,58 @@ def test_a_run_that_goes_on_says_from_where():
         return [event for event in controller.supervisor.events if "goes on from" in event]
 
     assert run(Pool(), act=act)[1] == [{"goes on from": 4}]
+
+
+EVERY = {"samples.every": 1, "samples.prompts": 2, "rl.eval_every": 3}
+
+
+def keys(events):
+    """Of samples and metrics, (step, kind)."""
+    kinds = [(event["samples"][0].step, event["samples"][0].kind) for event in events if "samples" in event]
+    return {*kinds, *((event["step"], "metrics") for event in events if "step" in event)}
+
+
+def test_a_checkpoint_has_what_a_killed_driver_has_not_read():
+    """Whoever goes on from it is told of the steps to it that no driver has read, and of no later one."""
+    saved, read = {}, set()
+
+    async def act(controller):
+        await controller.begin(0, [])
+        for version in range(STEPS):
+            await controller.next_batch(0, version)
+            await controller.publish(version + 1, [], {"time/learn": 0.0})
+            saved[version + 1] = await controller.checkpoint(0, version + 1)
+            if version == 2:  # the driver reads what there is, and no more after it
+                events, _ = await controller.drain(0)
+                read.update(keys(events))
+                await controller.drain(len(events))
+        return read | keys([*controller.supervisor.told, *controller.supervisor.events])
+
+    whole = run(Talking(), EVERY, act)[1]
+    made = {(step, kind) for step in range(1, STEPS + 1) for kind in ("train", "metrics")}
+    assert whole >= made | {(0, "base"), (0, "eval"), (0, "metrics"), (3, "eval")}
+    for version in (2, 3, 4, 6):
+
+        async def go_on(controller, version=version):
+            await controller.drain(0)
+            await controller.begin(version, [], saved[version])
+            return keys(controller.supervisor.events)
+
+        known = read if version > 3 else set()  # the driver had read nothing when versions 2 and 3 were saved
+        assert run(Talking(), EVERY, go_on)[1] == {one for one in whole - known if one[0] <= version}
+
+
+@pytest.mark.parametrize("drained", [False, True])
+def test_steps_that_are_made_again_are_in_a_checkpoint_once(drained):
+    async def act(controller):
+        for first, until in ((0, 4), (1, 2)):
+            await train(controller, first, until)
+            if drained:
+                await controller.drain(0)
+        state = await controller.checkpoint(0, 2)
+        return [event["samples"][0].step for event in state["unread"] if "samples" in event]
+
+    assert run(Pool(), EVERY, act)[1] == [1, 2]
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------

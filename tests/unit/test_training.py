@@ -17,11 +17,11 @@ class Clocked:
     """Ray and a clock: a question is answered once ``answers``, and each look takes ``look_s``."""
 
     def __init__(self, monkeypatch):
-        self.now, self.answers, self.look_s = 0.0, False, 0.5
+        self.now, self.answers, self.look_s, self.asked_after = 0.0, False, 0.5, list[int]()
         ray = types.SimpleNamespace(wait=self.wait, get=lambda _: ([{"say": "hello"}], None))
         monkeypatch.setattr(rl, "ray", ray)
         monkeypatch.setattr(rl, "time", types.SimpleNamespace(monotonic=lambda: self.now))
-        asked = types.SimpleNamespace(remote=lambda: "question")
+        asked = types.SimpleNamespace(remote=self.asked_after.append)
         self.talk = rl._Talk(types.SimpleNamespace(drain=asked), start_s=100.0, patience_s=10.0)
 
     def wait(self, questions, timeout):
@@ -54,6 +54,14 @@ def test_time_in_which_the_driver_itself_was_stopped_does_not_count(clocked):
     clocked.looks(4)
     with pytest.raises(RunFailedError, match="has not answered"):
         clocked.looks(1)
+
+
+def test_whoever_asks_for_more_has_read_what_was_returned_before(clocked):
+    """And not yet what this answer brought: it is handled once ``drained`` has returned."""
+    clocked.answers = True
+    clocked.looks(3)
+    clocked.talk.drained(last=True)
+    assert clocked.asked_after == [0, 0, 1, 2, 3, 3]
 
 
 def test_a_rank_takes_the_gpu_that_ray_gave_it(monkeypatch):
