@@ -1,0 +1,121 @@
+"""Latent pre-training of SmolLM2-135M by tokens seen: loss, tokens in reach of the actions, diversity of what they say.
+
+    python benchmarks/pretraining_curve.py --folder outputs/curve --gsm8k DATA/gsm8k --minutes 180 [--threads 2]
+
+    run, stopped at 2^k x 64 steps ──> FOLDER/points/STEP (a model) ──> diversity ──> FOLDER/points/STEP.json
+     ^           │
+     └─ resumed ─┘       until the minutes are over; called again with the same folder it goes on from there
+
+One run of the stage ``actions`` with a constant learning rate, so that it has no end that a point would depend on, over
+the base's states as they are written once. A step is 4 rows of 256 tokens. Losses and reach are means over the steps
+since the point before; the base's loss is that of the same rows. Needs the packages of `make evals`.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cached_run import run_once
+from record import ROOT, record
+
+from cola_ray.runs import event_log
+
+FIRST = 64  # steps of the first point; each next one has twice as many
+TOKENS = 4 * 256  # of a step
+NAMES = {"actions/loss": "loss", "actions/base_loss": "base's loss", "actions/reachable_tokens": "tokens in reach",
+         "actions/covered": "covered", "actions/alive": "alive actions"}  # fmt: skip
+WAYS = {"random_actions": "random actions", "base": "base", "random_tokens": "random tokens"}
+ENDS = {"": "", "_low": ", low", "_high": ", high"}
+SAMPLE = ["--diversity.prefixes", "24", "--diversity.continuations", "6", "--rollout.max-new-tokens", "32"]
+
+
+def train_until(step: int, run: Path, gsm8k: Path, deadline: float) -> bool:
+    """Let the run come to ``step`` and stop it there; whether it did before the deadline."""
+    settings = ["--preset", "smollm2-135m", "--data.path", str(gsm8k / "train.jsonl"), "--pretrain.stages", "actions",
+                "--pretrain.steps.actions", "1000000", "--pretrain.min-lr-ratio", "1", "--pretrain.states", "bfloat16",
+                "--pretrain.save-every", "64", "--cluster.learner-ranks", "1", "--output-dir", str(run)]  # fmt: skip
+    if run.exists():
+        settings.append("--resume")
+    with (run.parent / "log.txt").open("a") as log:
+        job = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "pretrain.py"), *settings], stdout=log, stderr=log)
+    while job.poll() is None and reached(run) < step and time.monotonic() < deadline:
+        time.sleep(2)
+    job.send_signal(signal.SIGINT)
+    if job.wait() not in (0, 130):
+        raise SystemExit(f"the run failed; see {run.parent / 'log.txt'}")
+    return reached(run) >= step
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    """Of the run's steps so far."""
+    return event_log.history(event_log.read(run))
+
+
+def reached(run: Path) -> int:
+    return max(metrics(run), default=0)
+
+
+def keep(run: Path, points: Path) -> None:
+    """The stopped run's model, by the step at which it stopped."""
+    target = points / f"{reached(run):07d}"
+    shutil.copytree(run / "model", target.with_suffix(".tmp"), dirs_exist_ok=True)
+    target.with_suffix(".tmp").rename(target)
+
+
+def measure(point: Path, run: Path, since: int, gsm8k: Path) -> dict[str, float]:
+    """A point's row of the table; made once."""
+    file, step = point.with_suffix(".json"), int(point.name)
+    if not file.exists():
+        some = [one for number, one in metrics(run).items() if since < number <= step]
+        row = {"tokens": float(step * TOKENS)} | {
+            name: statistics.fmean(one[metric] for one in some if metric in one) for metric, name in NAMES.items()
+        }
+        found = run_once(point.parent / f"{point.name}-diversity", "diversity", "--preset", "smollm2-135m",
+                         "--model.path", str(point), "--data.path", str(gsm8k / "test.jsonl"), *SAMPLE)  # fmt: skip
+        for way, name in WAYS.items():
+            row |= {f"diversity of {name}{end}": found[way]["diversity" + of] for of, end in ENDS.items()}
+        file.write_text(json.dumps(row))
+    return dict(json.loads(file.read_text()))
+
+
+def rows(folder: Path, gsm8k: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    points = sorted(path for path in (folder / "points").glob("[0-9]*") if path.is_dir() and path.name.isdigit())
+    for before, point in itertools.pairwise([Path("0"), *points]):
+        yield f"step {int(point.name)}", measure(point, folder / "run", int(before.name), gsm8k)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--gsm8k", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=180.0, help="of training in this call")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    folder, gsm8k = args.folder.absolute(), args.gsm8k.absolute()
+    (folder / "points").mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * args.minutes
+    for step in (FIRST << doubling for doubling in itertools.count()):
+        if reached(folder / "run") >= step:
+            continue
+        came = train_until(step, folder / "run", gsm8k, deadline)
+        keep(folder / "run", folder / "points")
+        for name, row in rows(folder, gsm8k):
+            print(name, row, flush=True)
+        if not came:
+            break
+    record("pretraining_curve", dict(rows(folder, gsm8k)), [0], "SmolLM2-135M with 64 actions, by tokens of GSM8K")
+
+
+if __name__ == "__main__":
+    main()
