@@ -17,7 +17,7 @@ from cola_ray.cli.commands import COMMANDS, OF_JOB, Command
 from cola_ray.runs.redaction import redacted
 from cola_ray.settings.config import Config, ConfigError, is_environment, override, schemas, try_override
 from cola_ray.settings.limits import literal, wanted
-from cola_ray.settings.presets import preset
+from cola_ray.settings.presets import corpus, preset
 
 
 def from_command_line(job: str, argv: Sequence[str] | None = None) -> Config:
@@ -64,7 +64,8 @@ def _defaults(command: Command, given: Mapping[str, Any], lines: dict[str, str])
     """The preset that is asked for, as the job and the task want it; adds a line where there is no such preset."""
     name, task = given.get("preset", "tiny"), str(given.get("task.name", command.task))
     with contextlib.suppress(ConfigError):
-        return _of_preset(name, command, task)
+        usual = _of_preset(name, command, task)
+        return override(usual, corpus(name, given)) if command.job == "pretrain" else usual
     _, wrong = try_override(preset("tiny"), {"preset": name})
     lines |= wrong
     return _of_preset("tiny", command, task)

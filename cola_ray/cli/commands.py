@@ -49,6 +49,7 @@ COMMANDS: dict[str, Command] = {
         """
 cola_ray pretrain --preset tiny
 cola_ray pretrain --preset smollm2-135m --data.path DATA/train.jsonl --pretrain.max-steps 5
+cola_ray pretrain --preset llama-3.1-8b --cluster.learner-ranks 8        (on the preset's corpus, from the hub)
 cola_ray pretrain --preset llama-3.1-8b --data.path org/corpus --pretrain.stages actions policy""",
         "The stage actions trains inverse dynamics model, codebook and world model together.",
     ),

@@ -8,7 +8,7 @@ A preset's agents and some environments need a few settings otherwise; the comma
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def _smollm2_135m() -> Config:
             dtype="float32",
         ),
         task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
-        pretrain=PretrainConfig(batch_size=4, micro_batch_size=1, sequence_length=256),
+        pretrain=PretrainConfig(batch_size=4, micro_batch_size=4, sequence_length=256),
         rollout=RolloutConfig(max_prompt_tokens=256, max_new_tokens=128, max_num_seqs=16, kv_cache_mb=512),
         rl=RLConfig(prompts_per_step=2, group_size=4, lr=1e-5, micro_batch_tokens=512, eval_problems=8, eval_every=0),
     )
@@ -222,6 +222,29 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     if (task or changes.get("task.name", usual.task.name)) != usual.task.name:
         changes = {"task.path": ""} | changes
     return override(usual, changes | _ENVIRONMENTS.get((name, task or changes.get("task.name", "")), {}))
+
+
+# What latent pre-training reads where nothing else is named: web pages that teach and web pages with mathematics, both
+# under ODC-By 1.0, with a column ``text``.
+_CORPUS: dict[str, Any] = {
+    "data.path": "HuggingFaceFW/fineweb-edu",
+    "data.more_paths": ("open-web-math/open-web-math",),
+    "data.weights": (19.0, 1.0),  # in 10^12 tokens the smaller one comes four times
+    "data.streaming": True,
+}
+
+
+def corpus(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The corpus of a preset's pre-training, as changes to it; none for tiny and smollm2-135m, which learn from a task.
+
+    Args:
+        given: settings by dotted field. Whoever names data or a task wants those, and stages ``fta_*`` need pairs of
+            prompt and response.
+    """
+    stages = given.get("pretrain.stages", ())
+    named = any(field.startswith(("data.path", "data.more_paths", "task.")) for field in given)
+    small = name not in _PRESETS or name in ("tiny", "smollm2-135m")
+    return {} if small or named or any(str(stage).startswith("fta") for stage in stages) else dict(_CORPUS)
 
 
 # --- how long it takes --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from cola_ray.checks.refusals import check
+from cola_ray.cli import arguments
 from cola_ray.cli.arguments import from_command_line
 from cola_ray.runs.provenance import resolve, start_model
 from cola_ray.settings.config import Config, ConfigError, override
@@ -156,6 +157,26 @@ def test_an_environment_brings_defaults_that_others_do_not_inherit():
     assert options("--task.name", "guess_city") == {}
     assert options("--task.options", "skill", "0.5") == {"skill": 0.5}
     assert refusal({"task.name": "guess_city", "rl.cache_hidden_states": True}).startswith("rl.cache_hidden_states")
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "named"),
+    [
+        ("pretrain", [], True),
+        ("pretrain", ["--pretrain.stages", "policy", "--pretrain.lr", "1e-5"], True),
+        ("pretrain", ["--data.path", "org/texts"], False),
+        ("pretrain", ["--task.name", "dataset", "--task.path", "org/rows"], False),
+        ("pretrain", ["--pretrain.stages", "actions", "fta_idm"], False),
+        ("plan", [], False),
+    ],
+)
+def test_large_presets_name_the_corpus_of_pre_training_where_nobody_names_another(job, words, named, monkeypatch):
+    monkeypatch.setattr(arguments, "check", lambda *_: None)  # which would ask the hub for it
+    for name in ("qwen2.5-0.5b", "llama-3.1-8b"):
+        data = from_command_line(job, ["--preset", name, *words]).data
+        assert (data.streaming, bool(data.more_paths), bool(data.weights)) == (named,) * 3
+        assert ("fineweb-edu" in data.path) == named
+    assert not from_command_line(job, ["--preset", "tiny"]).data.path
 
 
 def test_gsm8k_needs_its_path():
