@@ -1,7 +1,7 @@
-"""Policy-gradient losses over actions. Tensors and numbers in, sums out.
+"""Policy-gradient losses over actions. Tensors and numbers in, a loss of each action out.
 
-Every loss is a *sum* over masked-in actions; the caller divides by the number of actions in the global
-batch, which travels with it. So the gradient does not depend on micro-batches, padding or rank count.
+The caller sums them, weighed as ``rl.loss_agg_mode`` says (aggregation.py), and divides by the number of actions in the
+global batch, which travels with it. So the gradient does not depend on micro-batches, padding or rank count.
 Legend: B sequences, T positions, K actions.
 """
 
@@ -25,14 +25,14 @@ def clipped_policy_gradient(
         mask: (B, T) bool, true where an action was taken by the policy.
 
     Returns:
-        loss sum (scalar) and the number of actions where the clipped branch is the active one.
+        the loss of each action, and where the clipped branch is the active one (bool); (B, T), 0 where masked.
     """
     # Without an advantage nothing is weighed: a ratio that overflows would make 0 * inf of it.
     ratio = (log_probs - old_log_probs).masked_fill(~mask | (advantages == 0), 0.0).exp()
     plain = ratio * advantages
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     loss = -torch.minimum(plain, clipped).masked_fill(~mask, 0.0)
-    return loss.sum(), ((clipped < plain) & mask).sum()
+    return loss, (clipped < plain) & mask
 
 
 def kl_penalties(

@@ -6,8 +6,8 @@
                                                         └─> - entropy                        rl.entropy_coef
 
 Each loss is a function in ``algorithms/``; here they are chosen, weighed and measured. All are sums over actions, which
-the learner divides by the number of actions in the global batch. Legend: B sequences, T positions, N of them scored, K
-actions.
+``rl.loss_agg_mode`` weighs and the learner divides by the number of actions in the global batch. Legend: B sequences, T
+positions, N of them scored, K actions.
 """
 
 from collections.abc import Callable
@@ -138,6 +138,7 @@ def policy_objective(
     temperature: float,
     top_k: int,
     policy_loss: PolicyLoss | None = None,
+    loss_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, a sum over the actions taken, and sums of metrics over them.
 
@@ -151,8 +152,13 @@ def policy_objective(
         kl_coef: in force; it may be adapted from step to step. ETPO's beta.
         temperature, top_k: of the rollouts.
         policy_loss: replaces the clipped surrogate; the advantages it gets bear the importance weights.
+        loss_weights: (B, 1), of each sequence's actions in the loss, see algorithms/aggregation.py; None: 1.
     """
     mask = batch.action_mask
+
+    def weighed(of_each: Tensor) -> Tensor:
+        return of_each if loss_weights is None else loss_weights.to(of_each.dtype) * of_each
+
     scores = score(
         logits, frozen.reference_logits, batch, temperature, top_k, entropy_trains=bool(rl.entropy_coef),
         every=isinstance(follows, ActionValues) or follows.control is not None or frozen.aliases is not None,
@@ -160,12 +166,14 @@ def policy_objective(
     taken = _taken(scores, old, batch, frozen.aliases)
     if isinstance(follows, ActionValues):
         actor = etpo.actor_loss(scores.every.policy, scores.every.reference, follows.q, kl_coef)
-        losses, weights = [batch.place(actor)[mask].sum()], taken.possible.to(taken.log_probs.dtype)
+        losses, weights = [weighed(batch.place(actor))[mask].sum()], taken.possible.to(taken.log_probs.dtype)
         clipped = torch.zeros((), device=logits.device)
     else:
-        losses, weights, clipped = _policy_gradient(follows, scores, taken, old, batch, rl, kl_coef, policy_loss)
+        losses, weights, clipped = _policy_gradient(
+            follows, scores, taken, old, batch, rl, kl_coef, policy_loss, weighed
+        )
     if rl.entropy_coef:
-        losses.append(-rl.entropy_coef * scores.entropies[mask].sum())
+        losses.append(-rl.entropy_coef * weighed(scores.entropies)[mask].sum())
     loss = sum(losses[1:], losses[0])
     measured = {
         "policy/loss": loss.detach(),
@@ -186,6 +194,7 @@ def _policy_gradient(
     rl: RLConfig,
     kl_coef: float,
     own: PolicyLoss | None,
+    weighed: Callable[[Tensor], Tensor],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The clipped surrogate of advantages, a control variate's mean and the KL that is differentiated.
 
@@ -213,17 +222,18 @@ def _policy_gradient(
         )
     else:
         surrogate, clipped = _own_loss(own, taken, advantages), torch.zeros((), device=advantages.device)
-    losses = [surrogate]
+    losses = [weighed(surrogate).sum()]
     if follows.control is not None:
-        losses.append(-batch.place(mean_under(scores.every.policy, follows.control))[batch.action_mask].sum())
+        mean = batch.place(mean_under(scores.every.policy, follows.control))
+        losses.append(-weighed(mean)[batch.action_mask].sum())
     if rl.kl_estimator == "exact":
         # In the reward, the other half is in advantages: what divides them divides this.
         whole = kl_coef if follows.deviation is None or rl.kl_in == "loss" else kl_coef / follows.deviation
-        losses.append((whole * scores.kl[batch.action_mask]).sum())
+        losses.append((whole * weighed(scores.kl)[batch.action_mask]).sum())
     elif rl.kl_in == "loss":
         estimates = kl_estimate(taken.log_probs, taken.ref_log_probs, rl.kl_estimator)
-        losses.append(kl_coef * estimates[taken.possible].sum())
-    return losses, weights, clipped
+        losses.append(kl_coef * weighed(estimates)[taken.possible].sum())
+    return losses, weights, clipped.sum()
 
 
 def _own_loss(own: PolicyLoss, taken: Taken, advantages: Tensor) -> Tensor:
@@ -231,7 +241,7 @@ def _own_loss(own: PolicyLoss, taken: Taken, advantages: Tensor) -> Tensor:
     if of_each.shape != advantages.shape:
         shapes = f"{tuple(of_each.shape)}, and a loss for each action has {tuple(advantages.shape)}"
         raise ValueError(f"rl.loss returned a tensor of shape {shapes}")
-    return of_each.masked_fill(~taken.possible, 0.0).sum()
+    return of_each.masked_fill(~taken.possible, 0.0)
 
 
 def _taken(scores: Scores, old: Scored | None, batch: MicroBatch, aliases: Tensor | None) -> Taken:

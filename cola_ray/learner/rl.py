@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cola_ray.algorithms.advantages import within_noise
+from cola_ray.algorithms.aggregation import loss_weights
 from cola_ray.algorithms.policy_loss import adapted_kl_coef
 from cola_ray.batch import Batch
 from cola_ray.learner import sums
@@ -142,6 +143,7 @@ class _Ready:
     batch: MicroBatch
     frozen: Frozen
     follows: Advantages
+    loss_weights: Tensor | None  # (B, 1), of each sequence's actions in the loss; None: 1
     old: Scored | None = None  # None: the policy before the batch is the current one
 
 
@@ -210,7 +212,12 @@ class PolicyUpdate:
     def _cut(self, batch: Batch) -> list[_Ready]:
         score_last = self.soft_q is not None  # which wants the value after a cut, too
         made = (MicroBatch.cut(batch, *cut, self.zero.device, score_last) for cut in batch.micro_batches)
-        return [_Ready(one, Frozen(one.hidden_states), Advantages(one.advantages)) for one in made]
+        return [_Ready(one, Frozen(one.hidden_states), Advantages(one.advantages), self._weights(one, batch))
+                for one in made]  # fmt: skip
+
+    def _weights(self, one: MicroBatch, batch: Batch) -> Tensor | None:
+        mode, longest = self.config.rl.loss_agg_mode, self.config.rollout.max_new_tokens
+        return loss_weights(one.action_mask, mode, batch.num_actions_global, batch.num_sequences_global, longest)
 
     def _prepare(self, ready: list[_Ready], num_actions: int, kl_coef: float) -> tuple[list[_Ready], dict[str, Tensor]]:
         """Look at the batch with the policy as it is, and let the heads learn from it; metric sums of theirs."""
@@ -265,7 +272,7 @@ class PolicyUpdate:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))
         return policy_objective(
             logits, one.batch, frozen, follows, one.old, rl=rl, kl_coef=kl_coef, temperature=rollout.temperature,
-            top_k=rollout.top_k, policy_loss=self.policy_loss,
+            top_k=rollout.top_k, policy_loss=self.policy_loss, loss_weights=one.loss_weights,
         )  # fmt: skip
 
 

@@ -219,6 +219,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         "rl.kl_coef is multiplied from step to step, and from 0 it never moves", "set rl.kl_coef to a number above 0",
     ),
     Combination("rl.entropy_coef", None, _any(_of("chai"), _actor_free), "no policy trains"),
+    # How losses are added up.
+    Combination("rl.loss_agg_mode", None, _any(_of("chai"), _actor_free), "no policy trains"),
+    Combination(
+        "rl.loss_agg_mode", ("seq-mean-token-mean",), _has("rl.control_variate", True),
+        "what an action weighs depends on how its completion goes on, and rl.control_variate would add a bias",
+        "use another, or leave rl.control_variate out",
+    ),
     # Several updates on a batch.
     Combination("rl.updates_per_batch", None, _any(_of("chai"), _actor_free), "no policy trains"),
     *(

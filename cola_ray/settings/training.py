@@ -322,6 +322,12 @@ class RLConfig(Branch):
     loss: str = ""
     """In place of PPO's clipped surrogate: your own function of log-probabilities and advantages, as
     package.module:name or file.py:name. Empty: the algorithm's."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """How the losses of actions become one number. token-mean: every action of the batch weighs the same, as in DAPO.
+    seq-mean-token-mean: every sequence does, as in GRPO's paper. seq-mean-token-sum: sums over sequences, whose mean is
+    taken. seq-mean-token-sum-norm: these over rollout.max_new_tokens, as in Dr. GRPO."""
     action_space: Literal["latent", "token"] = "latent"
     """latent: actions of the learned codebook; the policy over them trains. token: the plain base chooses tokens and
     itself trains, through the same workers, tasks and algorithms: what latent actions are compared with."""

@@ -42,6 +42,11 @@ REFUSED = [
     ({"rl.kl_target": 0.1, "rl.kl_coef": 0.0}, "rl.kl_target = 0.1: rl.kl_coef is multiplied from step to step"),
     (agent("chai", rl__entropy_coef=0.1), "rl.entropy_coef = 0.1: no policy trains"),
     (SOFT | {"rl.entropy_coef": 0.1}, "rl.entropy_coef = 0.1: no policy trains"),
+    (SOFT | {"rl.loss_agg_mode": "seq-mean-token-sum"}, "rl.loss_agg_mode = 'seq-mean-token-sum': no policy trains"),
+    (
+        {"rl.loss_agg_mode": "seq-mean-token-mean", "rl.control_variate": True},
+        "rl.loss_agg_mode = 'seq-mean-token-mean': what an action weighs depends on how its completion goes on",
+    ),
     (SOFT | {"rl.updates_per_batch": 3}, "rl.updates_per_batch = 3: no policy trains"),
     (ETPO | {"rl.loss": "mine.py:mine"}, "rl.loss = 'mine.py:mine': etpo has a loss of its own, or none"),
     *(

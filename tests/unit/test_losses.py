@@ -1,0 +1,132 @@
+"""The choices of a GRPO-like loss against the formulas of their papers and of TRL, in float64.
+
+TRL's formulas are those of ``trl/trainer/grpo_trainer.py`` at f2cd577 (Apache-2.0), written down by hand.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from cola_ray.algorithms.aggregation import loss_weights
+from cola_ray.batch import collate
+from cola_ray.experience import Trajectory
+from cola_ray.learner.rl import PolicyUpdate
+from cola_ray.packing import pack
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
+
+K, VOCABULARY, LONGEST = 5, 11, 9
+LENGTHS = (3, 9, 1, 4, 6, 2, 7)
+AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+class Table:
+    """Logits by the token in front, in the place of a policy; adds up the shares of a loss that it is given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, logits, reference):
+        self.engine, self.logits, self.reference, self.loss = self, logits, reference, 0.0
+
+    def __call__(self, input_ids, attention_mask, scored_mask, *_):
+        return self.logits[input_ids[scored_mask]], None, self.reference[input_ids[scored_mask]], None
+
+    def backward(self, loss, last):
+        self.loss = self.loss + loss
+
+    def step(self, lr):
+        return 0.0
+
+
+class Run:
+    """Completions of LENGTHS actions of a policy, and what is needed to work the loss by hand; (B, T) float64."""
+
+    def __init__(self, seed=0):
+        draw = np.random.default_rng(seed)
+        self.logits = torch.from_numpy(draw.normal(size=(VOCABULARY, K))).requires_grad_()
+        self.reference = torch.from_numpy(draw.normal(size=(VOCABULARY, K)))
+        self.advantages = torch.from_numpy(draw.normal(size=len(LENGTHS)).astype(np.float32)).double()
+        self.ids = [draw.integers(0, VOCABULARY, 2 + length) for length in LENGTHS]
+        self.actions = [draw.integers(0, K, length) for length in LENGTHS]
+        self.rollout = [
+            self.of(self.logits, row).detach().numpy() + 0.4 * draw.normal(size=length)
+            for row, length in enumerate(LENGTHS)
+        ]
+        self.mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+
+    def of(self, logits, row):
+        """Log-probabilities of a row's actions, (L,)."""
+        states = torch.from_numpy(self.ids[row][1:-1])
+        return logits[states].log_softmax(-1)[torch.arange(len(states)), torch.from_numpy(self.actions[row])]
+
+    def whole(self, of_row):
+        """(B, T) of what is known of each row; 0 elsewhere."""
+        return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(of_row(row)) for row in range(len(LENGTHS))], True)
+
+    def batches(self, ranks, micro_batch_tokens):
+        made = [
+            Trajectory(ids[:2], ids[2:], actions, rollout.astype(np.float32), actions * 0, 0.0, False, "")
+            for ids, actions, rollout in zip(self.ids, self.actions, self.rollout, strict=True)
+        ]
+        return collate(pack(made), self.advantages.tolist(), ranks, 0, 0, micro_batch_tokens)
+
+    def loss(self, changes, ranks=1, micro_batch_tokens=1000, kl_coef=0.0):
+        """What all ranks' learners go downhill on, and the sums of their metrics."""
+        config = override(preset("tiny"), {"rollout.max_new_tokens": LONGEST, "rl.importance_cap": 0.0} | changes)
+        loss, sums = 0.0, {}
+        for batch in self.batches(ranks, micro_batch_tokens):
+            table = Table(self.logits, self.reference)
+            found, _ = PolicyUpdate(config, table, None, None).improve(batch, 0.0, kl_coef)
+            loss += table.loss
+            sums = {name: value + sums.get(name, 0.0) for name, value in found.items()}
+        return loss, sums
+
+    def gradient(self, loss):
+        return torch.autograd.grad(loss, self.logits, retain_graph=True)[0]
+
+
+def trl_aggregated(per_token_loss, mask, mode):
+    """``_compute_loss`` of TRL, its last part: loss_type dapo, grpo and dr_grpo; and verl's seq-mean-token-sum."""
+    if mode == "token-mean":
+        return (per_token_loss * mask).sum() / mask.sum().clamp(min=1.0)
+    if mode == "seq-mean-token-mean":
+        return ((per_token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    if mode == "seq-mean-token-sum":
+        return (per_token_loss * mask).sum(-1).mean()
+    return (per_token_loss * mask).sum() / (per_token_loss.size(0) * LONGEST)
+
+
+@pytest.mark.parametrize("mode", AGG_MODES)
+@pytest.mark.parametrize(("ranks", "micro_batch_tokens"), [(1, 1000), (1, 12), (2, 20), (3, 12), (9, 1)])
+def test_losses_are_added_up_as_in_trl_however_the_batch_is_cut(mode, ranks, micro_batch_tokens):
+    run = Run()
+    found, sums = run.loss(
+        {"rl.loss_agg_mode": mode, "rl.kl_in": "loss", "rl.kl_estimator": "k3", "rl.entropy_coef": 0.1},
+        ranks, micro_batch_tokens, kl_coef=0.3,
+    )  # fmt: skip
+    log_probs, reference = (run.whole(lambda row, of=of: run.of(of, row)) for of in (run.logits, run.reference))
+    states = run.logits.log_softmax(-1)
+    entropies = run.whole(lambda row: -(states.exp() * states).sum(-1)[torch.from_numpy(run.ids[row][1:-1])])
+    d = reference - log_probs
+    per_token = -(log_probs - log_probs.detach()).exp() * run.advantages[:, None] + 0.3 * (d.exp() - d - 1)
+    wanted = trl_aggregated(per_token - 0.1 * entropies, run.mask, mode)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    torch.testing.assert_close(run.gradient(found), run.gradient(wanted), rtol=1e-6, atol=1e-9)
+    assert float(sums["policy/loss"]) / sum(LENGTHS) == pytest.approx(wanted.item(), rel=1e-6), "as it is shown"
+
+
+def test_weights_by_hand():
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0]]).bool()
+    assert loss_weights(mask, "token-mean", 4, 2, 8) is None
+    assert loss_weights(mask, "seq-mean-token-mean", 4, 2, 8)[:2, 0].tolist() == [2.0, 2 / 3]
+    assert loss_weights(mask, "seq-mean-token-sum", 4, 2, 8)[:2, 0].tolist() == [2.0, 2.0]
+    assert loss_weights(mask, "seq-mean-token-sum-norm", 4, 2, 8)[:2, 0].tolist() == [0.25, 0.25]
+    for mode in AGG_MODES[1:]:
+        assert loss_weights(mask, mode, 4, 2, 8).isfinite().all(), "of a row that pads a rank, too"
+
+
+def test_sequences_with_actions_are_counted_over_all_ranks():
+    for batch, ranks in itertools.product(range(4), (1, 2, 9)):
+        assert Run().batches(ranks, 20)[min(batch, ranks - 1)].num_sequences_global == len(LENGTHS)
