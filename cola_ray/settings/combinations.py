@@ -87,6 +87,10 @@ def _learns_otherwise(config: Config) -> bool:
     return not of(config.rl.algorithm).advantage
 
 
+def _without_grpo(config: Config) -> bool:
+    return config.algorithm.advantage != "grpo"
+
+
 def _agents(config: Config) -> bool:
     return is_environment(config.task.name)
 
@@ -249,6 +253,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         "set rl.max_staleness to 1 or more",
     ),
     # What shapes and selects outcomes.
+    Combination("rl.scale_rewards", None, _without_grpo, "only grpo's advantages are divided by a spread"),
     Combination(
         "rl.dynamic_sampling", (True,), _any(_lacks("groups"), _agents),
         f"for {' and '.join(COMPARING)} on problems with answers",

@@ -319,6 +319,9 @@ class RLConfig(Branch):
     advantage: str = ""
     """In place of the algorithm's own, for grpo, rloo, remax, reinforce and yours: one of these names, or your own
     function of a step's outcomes as package.module:name or file.py:name. Empty: the algorithm's."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """grpo's advantages, rewards less their prompt's mean, are divided by the standard deviation of the prompt's rewards
+    (group) or of all in the batch (batch), or by nothing, as in Dr. GRPO (none)."""
     loss: str = ""
     """In place of PPO's clipped surrogate: your own function of log-probabilities and advantages, as
     package.module:name or file.py:name. Empty: the algorithm's."""

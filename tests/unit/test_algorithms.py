@@ -92,7 +92,7 @@ def test_without_an_advantage_an_overflowing_ratio_is_no_nan():
     old, advantages = torch.tensor([[-100.0, -1.0]]), torch.tensor([[0.0, 1.0]])
     loss, clipped = clipped_policy_gradient(log_probs, old, advantages, torch.ones(1, 2, dtype=torch.bool), 0.2, 0.2)
     loss.sum().backward()
-    assert (float(loss.sum()), int(clipped.sum())) == (-1.0, 0)
+    assert (loss.sum().item(), int(clipped.sum())) == (-1.0, 0)
     assert log_probs.grad.tolist() == [[0.0, -1.0]]
 
 

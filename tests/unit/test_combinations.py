@@ -65,6 +65,8 @@ REFUSED = [
     ({"rl.algorithm": "ppo", "rl.dynamic_sampling": True}, "rl.dynamic_sampling = True: for grpo and rloo on"),
     (agent("grpo", rl__group_size=4, rl__dynamic_sampling=True), "rl.dynamic_sampling = True: for grpo and rloo on"),
     ({"rl.refill_rounds": 5}, "rl.refill_rounds = 5: nothing reads it; set rl.dynamic_sampling"),
+    ({"rl.algorithm": "rloo", "rl.scale_rewards": "none"}, "rl.scale_rewards = 'none': only grpo's advantages are"),
+    ({"rl.advantage": "rloo", "rl.scale_rewards": "batch"}, "rl.scale_rewards = 'batch': only grpo's advantages are"),
     (agent("ppo", rl__overlong_buffer=4), "rl.overlong_buffer = 4: episodes are limited by their turns"),
     ({"rl.overlong_buffer": 7, "rollout.max_new_tokens": 6}, "rl.overlong_buffer = 7: more than"),
     ({"rollout.top_k": 1}, "rollout.top_k = 1: all completions of a prompt would be the same"),
@@ -169,6 +171,8 @@ def test_every_row_is_tried():
         {"rl.kl_coef": 0.0, "rl.kl_estimator": "k3", "rl.kl_in": "loss"},  # as in a sweep over the coefficient
         {"rl.algorithm": "ppo", "rl.gae_lambda": 1.0, "rl.clip_high": 0.28, "rl.updates_per_batch": 2},
         {"rl.algorithm": "remax", "rl.group_size": 1},
+        {"rl.algorithm": "rloo", "rl.advantage": "grpo", "rl.scale_rewards": "batch"},
+        agent("grpo", rl__group_size=8, rl__scale_rewards="none", rl__loss_agg_mode="seq-mean-token-sum-norm"),
         {"rl.algorithm": "reinforce", "rl.group_size": 1},
         {"rl.dynamic_sampling": True, "rl.refill_rounds": 4, "rl.overlong_buffer": 2},
         {"rl.max_staleness": 1, "rl.update_mode": "continue", "rollout.top_k": 4},

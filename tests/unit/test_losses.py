@@ -3,16 +3,17 @@
 TRL's formulas are those of ``trl/trainer/grpo_trainer.py`` at f2cd577 (Apache-2.0), written down by hand.
 """
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 
+from cola_ray.algorithms import grpo
+from cola_ray.algorithms.advantages import Outcomes
 from cola_ray.algorithms.aggregation import loss_weights
 from cola_ray.batch import collate
 from cola_ray.experience import Trajectory
 from cola_ray.learner.rl import PolicyUpdate
+from cola_ray.loop.batches import BatchMaker
 from cola_ray.packing import pack
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
@@ -127,6 +128,46 @@ def test_weights_by_hand():
         assert loss_weights(mask, mode, 4, 2, 8).isfinite().all(), "of a row that pads a rank, too"
 
 
-def test_sequences_with_actions_are_counted_over_all_ranks():
-    for batch, ranks in itertools.product(range(4), (1, 2, 9)):
-        assert Run().batches(ranks, 20)[min(batch, ranks - 1)].num_sequences_global == len(LENGTHS)
+@pytest.mark.parametrize("ranks", [1, 2, 9])
+def test_sequences_with_actions_are_counted_over_all_ranks(ranks):
+    assert {batch.num_sequences_global for batch in Run().batches(ranks, 20)} == {len(LENGTHS)}
+
+
+def trl_advantages(rewards, scale_rewards):
+    """Of rewards (P, G): ``_generate_and_score_completions`` of TRL, where every completion has a reward."""
+    flat, num_generations = rewards.flatten(), rewards.shape[1]
+    advantages = flat - rewards.mean(1).repeat_interleave(num_generations)
+    if scale_rewards == "none":
+        return advantages
+    std = rewards.std(1).repeat_interleave(num_generations) if scale_rewards == "group" else flat.std().expand_as(flat)
+    return advantages / (std + 1e-4)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_advantages_are_divided_as_in_trl(scale_rewards):
+    """But for the 1e-4 that TRL adds to the spread; here what is rounding alone is 0 instead."""
+    rewards = torch.from_numpy(np.random.default_rng(0).normal(2.0, 30.0, (6, 4)))
+    found = torch.cat(grpo.advantages([Outcomes(row) for row in rewards], scale_rewards))
+    torch.testing.assert_close(found, trl_advantages(rewards, scale_rewards), rtol=1e-4, atol=0)
+
+
+def test_prompts_of_any_size_are_divided_by_the_spread_of_all():
+    groups = ([1.0, 0.0], [3.0], [2.0, 2.0, 2.0], [5.0, -1.0, 2.0])
+    spread = np.std(np.concatenate(groups), ddof=1)
+    found = grpo.advantages([Outcomes(torch.tensor(one, dtype=torch.float64)) for one in groups], "batch")
+    wanted = [[0.5 / spread, -0.5 / spread], [0.0], [0.0] * 3, [3 / spread, -3 / spread, 0.0]]
+    assert [one.tolist() for one in found] == [pytest.approx(one) for one in wanted]
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_what_is_rounding_alone_is_no_advantage(scale_rewards):
+    noise = [0.3 + 1e-7 * torch.arange(4.0), torch.full((3,), 0.3), torch.tensor([0.3])]
+    for one in grpo.advantages([Outcomes(rewards) for rewards in noise], scale_rewards):
+        assert not one.any()
+
+
+@pytest.mark.parametrize(("changes", "spread"), [({}, 0.5**0.5), ({"rl.scale_rewards": "none"}, 1.0)])
+def test_the_loop_divides_as_the_setting_says(changes, spread):
+    maker = BatchMaker(override(preset("tiny"), changes), None, None)
+    found = maker.advantages([Outcomes(torch.tensor([1.0, 0.0], dtype=torch.float64))])
+    assert found == [pytest.approx([0.5 / spread, -0.5 / spread])]
