@@ -7,7 +7,7 @@ divides, by TRL's names:
 
     group    the spread within the prompt: each prompt teaches as much as any other
     batch    that of all rewards of the batch: prompts keep their proportions     Liu et al. 2025, arXiv 2508.08221
-    none     1: no prompt counts more for being nearly solved or nearly hopeless  Liu et al. 2025, "Dr. GRPO", eq. 2
+    none     1: no prompt counts more for being nearly solved or nearly hopeless  Liu et al. 2025, "Dr. GRPO", section 3
 """
 
 from collections.abc import Sequence

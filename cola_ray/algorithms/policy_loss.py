@@ -5,6 +5,7 @@ global batch, which travels with it. So the gradient does not depend on micro-ba
 Legend: B sequences, T positions, K actions.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,12 +14,19 @@ from torch import Tensor
 Estimator = Literal["exact", "k1", "k2", "k3"]
 
 
-def clipped_policy_gradient(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated.
+@dataclass(frozen=True)
+class Clip:
+    """How far ratios may be from 1."""
 
-    ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with ``r = exp(log_probs - old_log_probs)``.
+    low: float
+    high: float
+    c: float = 0.0  # the most a ratio counts where the advantage is negative; 0: no bound
+
+
+def clipped_policy_gradient(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: Clip
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated, of ``exp(log_probs - old_log_probs)``.
 
     Args:
         log_probs, old_log_probs, advantages: (B, T).
@@ -29,10 +37,24 @@ def clipped_policy_gradient(
     """
     # Without an advantage nothing is weighed: a ratio that overflows would make 0 * inf of it.
     ratio = (log_probs - old_log_probs).masked_fill(~mask | (advantages == 0), 0.0).exp()
+    return clipped(ratio, advantages, mask, clip)
+
+
+def clipped(ratio: Tensor, advantages: Tensor, mask: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """``-min(r A, clip(r, 1 - low, 1 + high) A)``, results as of :func:`clipped_policy_gradient`.
+
+    With c, the objective is no less than ``c A`` where A is negative: dual clip (Ye et al. 2019, "Mastering Complex
+    Control in MOBA Games with Deep Reinforcement Learning", arXiv 1912.09729). Without it, the loss of an action that
+    was bad and has become probable has no bound.
+    """
     plain = ratio * advantages
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    loss = -torch.minimum(plain, clipped).masked_fill(~mask, 0.0)
-    return loss, (clipped < plain) & mask
+    limited = ratio.clamp(1.0 - clip.low, 1.0 + clip.high) * advantages
+    gained, active = torch.minimum(plain, limited), limited < plain
+    if clip.c:
+        bound = clip.c * advantages
+        beyond = (advantages < 0) & (bound > gained)
+        gained, active = torch.where(beyond, bound, gained), active | beyond
+    return -gained.masked_fill(~mask, 0.0), active & mask
 
 
 def kl_penalties(

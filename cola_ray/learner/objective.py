@@ -1,6 +1,6 @@
 """What the policy minimises on a micro-batch: the losses that the settings ask for, added up.
 
-    logits ─> log-probs of all actions, of those taken ─┬─> clipped surrogate of the advantages, or ETPO's actor loss
+    logits ─> log-probs of all actions, of those taken ─┬─> surrogate of the advantages, or ETPO's actor loss   rl.loss
                                                         ├─> - mean of the control variate    rl.control_variate
                                                         ├─> + KL to the reference            rl.kl_in, rl.kl_estimator
                                                         └─> - entropy                        rl.entropy_coef
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cola_ray.algorithms import etpo
 from cola_ray.algorithms.policy_loss import (
-    clipped_policy_gradient,
     discounted_sum_to_go,
     entropy,
     exact_kl,
@@ -30,11 +29,9 @@ from cola_ray.algorithms.policy_loss import (
 )
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Frozen, MicroBatch, Scored
 from cola_ray.learner.pieces import reduced
+from cola_ray.learner.surrogate import Surrogate, of_ppo
 from cola_ray.model.modeling_cola import action_log_probs
 from cola_ray.settings.config import RLConfig
-
-PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``(log_probs, old_log_probs, advantages, mask) -> loss of each action``, all (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def policy_objective(
     kl_coef: float,
     temperature: float,
     top_k: int,
-    policy_loss: PolicyLoss | None = None,
+    surrogate: Surrogate | None = None,
     loss_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, a sum over the actions taken, and sums of metrics over them.
@@ -151,7 +148,7 @@ def policy_objective(
         old: None on the first update, where the policy before the batch is the current one.
         kl_coef: in force; it may be adapted from step to step. ETPO's beta.
         temperature, top_k: of the rollouts.
-        policy_loss: replaces the clipped surrogate; the advantages it gets bear the importance weights.
+        surrogate: of the advantages, which importance weights have scaled already; None: PPO's.
         loss_weights: (B, 1), of each sequence's actions in the loss, see algorithms/aggregation.py; None: 1.
     """
     mask = batch.action_mask
@@ -170,7 +167,7 @@ def policy_objective(
         clipped = torch.zeros((), device=logits.device)
     else:
         losses, weights, clipped = _policy_gradient(
-            follows, scores, taken, old, batch, rl, kl_coef, policy_loss, weighed
+            follows, scores, taken, old, batch, rl, kl_coef, surrogate or of_ppo(rl), weighed
         )
     if rl.entropy_coef:
         losses.append(-rl.entropy_coef * weighed(scores.entropies)[mask].sum())
@@ -193,10 +190,10 @@ def _policy_gradient(
     batch: MicroBatch,
     rl: RLConfig,
     kl_coef: float,
-    own: PolicyLoss | None,
+    surrogate: Surrogate,
     weighed: Callable[[Tensor], Tensor],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The clipped surrogate of advantages, a control variate's mean and the KL that is differentiated.
+    """The surrogate of advantages, a control variate's mean and the KL that is differentiated.
 
     Returns:
         loss sums; importance weights (B, T), for rollouts of an older version or of another engine's arithmetic; and
@@ -216,13 +213,8 @@ def _policy_gradient(
     if follows.control is not None:
         advantages = advantages - batch.place(batch.taken(follows.control))
     advantages = weights * advantages
-    if own is None:
-        surrogate, clipped = clipped_policy_gradient(
-            taken.said, taken.old_said, advantages, taken.possible, rl.clip_low, rl.clip_high
-        )
-    else:
-        surrogate, clipped = _own_loss(own, taken, advantages), torch.zeros((), device=advantages.device)
-    losses = [weighed(surrogate).sum()]
+    of_each, clipped = surrogate(taken.said, taken.old_said, advantages, taken.possible)
+    losses = [weighed(of_each).sum()]
     if follows.control is not None:
         mean = batch.place(mean_under(scores.every.policy, follows.control))
         losses.append(-weighed(mean)[batch.action_mask].sum())
@@ -234,14 +226,6 @@ def _policy_gradient(
         estimates = kl_estimate(taken.log_probs, taken.ref_log_probs, rl.kl_estimator)
         losses.append(kl_coef * weighed(estimates)[taken.possible].sum())
     return losses, weights, clipped.sum()
-
-
-def _own_loss(own: PolicyLoss, taken: Taken, advantages: Tensor) -> Tensor:
-    of_each = own(taken.said, taken.old_said, advantages, taken.possible)
-    if of_each.shape != advantages.shape:
-        shapes = f"{tuple(of_each.shape)}, and a loss for each action has {tuple(advantages.shape)}"
-        raise ValueError(f"rl.loss returned a tensor of shape {shapes}")
-    return of_each.masked_fill(~taken.possible, 0.0)
 
 
 def _taken(scores: Scores, old: Scored | None, batch: MicroBatch, aliases: Tensor | None) -> Taken:

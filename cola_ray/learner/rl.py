@@ -34,6 +34,7 @@ from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions
 from cola_ray.learner.objective import before_updates, policy_objective, score
 from cola_ray.learner.policies import Policy, SoftQPolicy, forward
 from cola_ray.learner.soft_q import SoftQLearner
+from cola_ray.learner.surrogate import surrogate
 from cola_ray.learner.value import ValueLearner
 from cola_ray.settings.config import Config
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
@@ -160,7 +161,7 @@ class PolicyUpdate:
     ) -> None:
         self.config, self.zero, self.value, self.soft_q = config, zero, value, soft_q
         self.lr, algorithm = config.rl.lr, config.algorithm
-        self.policy_loss, self.follows_q = algorithm.policy_loss(), algorithm.soft_q
+        self.surrogate, self.follows_q = surrogate(algorithm, config.rl), algorithm.soft_q
 
     @property
     def heads(self) -> dict[str, ValueLearner | SoftQLearner]:
@@ -271,8 +272,8 @@ class PolicyUpdate:
         if self.soft_q is not None and self.follows_q:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))
         return policy_objective(
-            logits, one.batch, frozen, follows, one.old, rl=rl, kl_coef=kl_coef, temperature=rollout.temperature,
-            top_k=rollout.top_k, policy_loss=self.policy_loss, loss_weights=one.loss_weights,
+            logits, one.batch, frozen, follows, one.old, surrogate=self.surrogate, rl=rl, kl_coef=kl_coef,
+            temperature=rollout.temperature, top_k=rollout.top_k, loss_weights=one.loss_weights,
         )  # fmt: skip
 
 

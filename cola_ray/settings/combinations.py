@@ -16,6 +16,7 @@ from cola_ray.settings.relevance import defaults
 
 Condition = Callable[[Config], bool]
 _UNREAD = "nothing reads it"
+_CLIPS = ("rl.clip_low", "rl.clip_high", "rl.clip_c")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ def _learns_otherwise(config: Config) -> bool:
 
 def _without_grpo(config: Config) -> bool:
     return config.algorithm.advantage != "grpo"
+
+
+def _own_loss(config: Config) -> bool:
+    return config.algorithm.has_own_loss
+
+
+def _loss_is(*names: str) -> Condition:
+    return lambda config: config.algorithm.loss in names
 
 
 def _agents(config: Config) -> bool:
@@ -234,19 +243,25 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination("rl.updates_per_batch", None, _any(_of("chai"), _actor_free), "no policy trains"),
     *(
         Combination(field, None, _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}")
-        for field in ("rl.clip_low", "rl.clip_high")
+        for field in _CLIPS
     ),
     *(
-        Combination(field, None, _needs("loss"), "rl.loss replaces the clipped surrogate")
-        for field in ("rl.clip_low", "rl.clip_high")
+        Combination(field, None, _own_loss, "rl.loss replaces the clipped surrogate")
+        for field in _CLIPS
     ),
+    Combination("rl.clip_c", None, _loss_is("cispo"), "cispo clips a weight, on both sides of 1 for every advantage"),
     *(
         Combination(
             field, None, _has("rl.updates_per_batch", 1),
             "ratios are to the policy at the start of a batch, and are all 1 in its first update",
             "set rl.updates_per_batch to 2 or more",
         )
-        for field in ("rl.clip_low", "rl.clip_high")
+        for field in _CLIPS
+    ),
+    Combination(
+        "rl.loss", ("gspo", "cispo"), _has("rl.updates_per_batch", 1),
+        "ratios are to the policy at the start of a batch, and in its first update the gradient is ppo's",
+        "set rl.updates_per_batch to 2 or more",
     ),
     Combination(
         "rl.update_mode", ("continue",), _has("rl.max_staleness", 0), "nothing is in flight at an update",
@@ -264,6 +279,10 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         "hardware.response_tokens", None, _answers_too_long, "more than rollout.max_new_tokens, which no completion is",
         "use less",
+    ),
+    Combination("rl.mask_truncated_completions", (True,), _agents, "episodes are limited by their turns"),
+    Combination(
+        "rl.mask_truncated_completions", (True,), _actor_free, "Q learns from every step that there is an answer to",
     ),
     Combination("rl.overlong_buffer", None, _agents, "episodes are limited by their turns"),
     Combination(

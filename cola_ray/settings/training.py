@@ -87,6 +87,12 @@ def _above_half(expectile: float) -> float:
     return expectile
 
 
+def _above_one(bound: float) -> float:
+    if 0 < bound <= 1:
+        raise ValueError("a ratio of 1 is no change; use 0 (none) or a number above 1, e.g. 3")
+    return bound
+
+
 class ModelConfig(Branch):
     base: str = ""
     """Checkpoint that CoLA is attached to, of llama, mistral, qwen2, qwen3, gemma3_text or smollm3: directory, hub id
@@ -320,11 +326,13 @@ class RLConfig(Branch):
     """In place of the algorithm's own, for grpo, rloo, remax, reinforce and yours: one of these names, or your own
     function of a step's outcomes as package.module:name or file.py:name. Empty: the algorithm's."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """grpo's advantages, rewards less their prompt's mean, are divided by the standard deviation of the prompt's rewards
-    (group) or of all in the batch (batch), or by nothing, as in Dr. GRPO (none)."""
+    """What grpo's advantages, rewards less their prompt's mean, are divided by. group: the standard deviation of the
+    prompt's rewards. batch: of all rewards in the batch. none: nothing, as in Dr. GRPO."""
     loss: str = ""
-    """In place of PPO's clipped surrogate: your own function of log-probabilities and advantages, as
-    package.module:name or file.py:name. Empty: the algorithm's."""
+    """ppo: the clipped surrogate, of each action's ratio. gspo: of a sequence's ratio, with clips of some 3e-4 and
+    rl.loss_agg_mode seq-mean-token-mean. cispo: the ratio is a weight, clipped, and no action loses its gradient. Or
+    your own function of log-probabilities and advantages, as package.module:name or file.py:name. Empty: the
+    algorithm's, which is ppo where it has none."""
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
@@ -378,10 +386,15 @@ class RLConfig(Branch):
     overlong_buffer: Whole = 0
     """Above 0: within so many tokens of rollout.max_new_tokens, a completion's reward falls, by 1 at the limit. With
     grpo, rloo and remax only among completions of a prompt whose rewards differ: length alone is no signal."""
+    mask_truncated_completions: bool = False
+    """Completions that rollout.max_new_tokens cut off are left out of the loss: what they would have become is unknown.
+    Their rewards still count where others are compared with them."""
     clip_low: Share = 0.2
     """Ratio's lower clip, 1 - clip_low."""
     clip_high: NonNegative = 0.2
     """Ratio's upper clip, 1 + clip_high."""
+    clip_c: Annotated[NonNegative, AfterValidator(_above_one)] = 0.0
+    """Dual clip: the most that a ratio counts where the advantage is negative, e.g. 3. 0: no bound."""
     updates_per_batch: Count = 1
     """Optimizer steps on one batch of rollouts."""
     gae_lambda: Share = 0.95

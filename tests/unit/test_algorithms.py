@@ -16,6 +16,7 @@ from micro_batches import micro_batch
 from cola_ray.algorithms import remax
 from cola_ray.algorithms.advantages import Outcomes, centred, overlong_penalty, standardised
 from cola_ray.algorithms.policy_loss import (
+    Clip,
     adapted_kl_coef,
     clipped_policy_gradient,
     discounted_sum_to_go,
@@ -79,10 +80,10 @@ def test_clipped_loss_by_hand():
     # NeMo-RL, test_loss_functions.py: ratios .5, 1, 1.5 with advantages 1, -1, 2 have mean loss -.6333
     ratio, advantages = torch.tensor([[0.5, 1.0, 1.5]]), torch.tensor([[1.0, -1.0, 2.0]])
     mask = torch.ones(1, 3, dtype=torch.bool)
-    loss, clipped = clipped_policy_gradient(ratio.log(), torch.zeros(1, 3), advantages, mask, 0.2, 0.2)
+    loss, clipped = clipped_policy_gradient(ratio.log(), torch.zeros(1, 3), advantages, mask, Clip(0.2, 0.2))
     assert float(loss.mean()) == pytest.approx(-0.6333, abs=1e-4)
     assert int(clipped.sum()) == 1
-    wider, _ = clipped_policy_gradient(ratio.log(), torch.zeros(1, 3), advantages, mask, 0.2, 0.4)
+    wider, _ = clipped_policy_gradient(ratio.log(), torch.zeros(1, 3), advantages, mask, Clip(0.2, 0.4))
     assert float(wider.sum()) == pytest.approx(-(0.5 - 1.0 + 2.8))
 
 
@@ -90,7 +91,9 @@ def test_without_an_advantage_an_overflowing_ratio_is_no_nan():
     """exp(100) is infinite in float32."""
     log_probs = torch.tensor([[0.0, -1.0]], requires_grad=True)
     old, advantages = torch.tensor([[-100.0, -1.0]]), torch.tensor([[0.0, 1.0]])
-    loss, clipped = clipped_policy_gradient(log_probs, old, advantages, torch.ones(1, 2, dtype=torch.bool), 0.2, 0.2)
+    loss, clipped = clipped_policy_gradient(
+        log_probs, old, advantages, torch.ones(1, 2, dtype=torch.bool), Clip(0.2, 0.2)
+    )
     loss.sum().backward()
     assert (loss.sum().item(), int(clipped.sum())) == (-1.0, 0)
     assert log_probs.grad.tolist() == [[0.0, -1.0]]
@@ -106,7 +109,7 @@ def test_clipped_loss_gradient_and_mask():
     mask = torch.rand(3, 5, generator=generator) > 0.3
 
     def loss(x):
-        return clipped_policy_gradient(x, old, advantages, mask, 0.2, 0.2)[0].sum()
+        return clipped_policy_gradient(x, old, advantages, mask, Clip(0.2, 0.2))[0].sum()
 
     assert torch.autograd.gradcheck(loss, (log_probs,))
     (gradient,) = torch.autograd.grad(loss(log_probs), log_probs)

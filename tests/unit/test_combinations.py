@@ -56,6 +56,15 @@ REFUSED = [
         )
         for field in ("rl.clip_low", "rl.clip_high")
     ),
+    (
+        {"rl.loss": "mine.py:mine", "rl.clip_c": 3.0, "rl.updates_per_batch": 2},
+        "rl.clip_c = 3.0: rl.loss replaces the clipped",
+    ),
+    ({"rl.loss": "cispo", "rl.clip_c": 3.0, "rl.updates_per_batch": 2}, "rl.clip_c = 3.0: cispo clips a weight"),
+    ({"rl.clip_c": 3.0}, "rl.clip_c = 3.0: ratios are to the policy at the start of a batch"),
+    (ETPO | {"rl.clip_c": 3.0, "rl.updates_per_batch": 2}, "rl.clip_c = 3.0: with rl.algorithm etpo nothing reads it"),
+    ({"rl.loss": "gspo"}, "rl.loss = 'gspo': ratios are to the policy at the start of a batch, and in its first"),
+    ({"rl.loss": "cispo"}, "rl.loss = 'cispo': ratios are to the policy at the start of a batch, and in its first"),
     (ETPO | {"rl.clip_low": 0.1, "rl.updates_per_batch": 2}, "rl.clip_low = 0.1: with rl.algorithm etpo nothing"),
     (ETPO | {"rl.clip_high": 0.1, "rl.updates_per_batch": 2}, "rl.clip_high = 0.1: with rl.algorithm etpo nothing"),
     ({"rl.clip_low": 0.1}, "rl.clip_low = 0.1: ratios are to the policy at the start of a batch"),
@@ -67,6 +76,14 @@ REFUSED = [
     ({"rl.refill_rounds": 5}, "rl.refill_rounds = 5: nothing reads it; set rl.dynamic_sampling"),
     ({"rl.algorithm": "rloo", "rl.scale_rewards": "none"}, "rl.scale_rewards = 'none': only grpo's advantages are"),
     ({"rl.advantage": "rloo", "rl.scale_rewards": "batch"}, "rl.scale_rewards = 'batch': only grpo's advantages are"),
+    (
+        agent("ppo", rl__mask_truncated_completions=True),
+        "rl.mask_truncated_completions = True: episodes are limited by their turns",
+    ),
+    (
+        SOFT | {"rl.mask_truncated_completions": True},
+        "rl.mask_truncated_completions = True: Q learns from every step",
+    ),
     (agent("ppo", rl__overlong_buffer=4), "rl.overlong_buffer = 4: episodes are limited by their turns"),
     ({"rl.overlong_buffer": 7, "rollout.max_new_tokens": 6}, "rl.overlong_buffer = 7: more than"),
     ({"rollout.top_k": 1}, "rollout.top_k = 1: all completions of a prompt would be the same"),
@@ -170,6 +187,9 @@ def test_every_row_is_tried():
         SOFT,
         {"rl.kl_coef": 0.0, "rl.kl_estimator": "k3", "rl.kl_in": "loss"},  # as in a sweep over the coefficient
         {"rl.algorithm": "ppo", "rl.gae_lambda": 1.0, "rl.clip_high": 0.28, "rl.updates_per_batch": 2},
+        {"rl.loss": "gspo", "rl.clip_low": 3e-4, "rl.clip_high": 4e-4, "rl.updates_per_batch": 4, "rl.clip_c": 3.0},
+        {"rl.loss": "cispo", "rl.clip_low": 1.0, "rl.clip_high": 4.0, "rl.updates_per_batch": 4},
+        {"rl.algorithm": "ppo", "rl.mask_truncated_completions": True},
         {"rl.algorithm": "remax", "rl.group_size": 1},
         {"rl.algorithm": "rloo", "rl.advantage": "grpo", "rl.scale_rewards": "batch"},
         agent("grpo", rl__group_size=8, rl__scale_rewards="none", rl__loss_agg_mode="seq-mean-token-sum-norm"),

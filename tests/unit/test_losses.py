@@ -10,11 +10,13 @@ import torch
 from cola_ray.algorithms import grpo
 from cola_ray.algorithms.advantages import Outcomes
 from cola_ray.algorithms.aggregation import loss_weights
+from cola_ray.algorithms.policy_loss import Clip
 from cola_ray.batch import collate
 from cola_ray.experience import Trajectory
 from cola_ray.learner.rl import PolicyUpdate
 from cola_ray.loop.batches import BatchMaker
 from cola_ray.packing import pack
+from cola_ray.registry import BUILT_IN, find
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 
@@ -131,6 +133,186 @@ def test_weights_by_hand():
 @pytest.mark.parametrize("ranks", [1, 2, 9])
 def test_sequences_with_actions_are_counted_over_all_ranks(ranks):
     assert {batch.num_sequences_global for batch in Run().batches(ranks, 20)} == {len(LENGTHS)}
+
+
+# --- surrogates -------------------------------------------------------------------------------------------------------
+
+
+def trl_per_token_loss(log_probs, old, advantages, mask, *, level="token", loss_type="grpo", low, high, delta=None):
+    """``_compute_loss`` of TRL, its middle part. Args: advantages: (B,)."""
+    advantages = advantages.unsqueeze(1)
+    log_ratio = log_probs - old
+    if level == "sequence":
+        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
+    coef_1 = torch.exp(log_ratio)
+    if loss_type == "cispo":
+        return -torch.clamp(coef_1, max=high).detach() * advantages * log_probs
+    coef_2 = torch.clamp(coef_1, 1 - low, 1 + high)
+    if delta is not None:
+        coef_1 = torch.clamp(coef_1, max=delta)
+    return (-torch.min(coef_1 * advantages, coef_2 * advantages)).expand_as(mask)
+
+
+def verl_dual_clip(log_probs, old, advantages, clip):
+    """``compute_policy_loss_vanilla`` of verl, b178a3c (Apache-2.0)."""
+    ratio, advantages = torch.exp(log_probs - old), advantages.unsqueeze(1)
+    losses = torch.maximum(-advantages * ratio, -advantages * torch.clamp(ratio, 1 - clip.low, 1 + clip.high))
+    return torch.where(advantages < 0, torch.min(-advantages * clip.c, losses), losses)
+
+
+class Pair:
+    """A policy and the one before, (B, T) of rows of unlike lengths, with an advantage a row."""
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.mask = torch.arange(6) < torch.tensor([6, 2, 5, 1, 3, 4])[:, None]
+        self.log_probs, self.old = (
+            (-torch.rand(6, 6, generator=generator, dtype=torch.float64) * 1.6).requires_grad_() for _ in range(2)
+        )
+        self.old = self.old.detach()
+        self.advantages = torch.randn(6, generator=generator, dtype=torch.float64)
+
+    def given(self, advantages=None):
+        wide = self.advantages[:, None].expand(6, 6) if advantages is None else advantages
+        return self.log_probs, self.old, wide.masked_fill(~self.mask, 0.0), self.mask
+
+    def gradient(self, loss):
+        return torch.autograd.grad(loss, self.log_probs, retain_graph=True)[0]
+
+
+SURROGATES = {name: find("loss", name) for name in BUILT_IN["loss"]}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("name", "clip", "trl"),
+    [
+        ("ppo", Clip(0.2, 0.28), {"low": 0.2, "high": 0.28}),
+        ("ppo", Clip(0.2, 0.28, 1.4), {"low": 0.2, "high": 0.28, "delta": 1.4}),
+        ("gspo", Clip(0.1, 0.15), {"low": 0.1, "high": 0.15, "level": "sequence"}),
+        ("gspo", Clip(0.1, 0.15, 1.2), {"low": 0.1, "high": 0.15, "level": "sequence", "delta": 1.2}),
+        ("cispo", Clip(1.0, 0.3), {"low": 0.0, "high": 1.3, "loss_type": "cispo"}),
+    ],
+)
+@pytest.mark.parametrize("mode", AGG_MODES)
+def test_surrogates_have_trls_loss_and_gradient(name, clip, trl, mode, seed):
+    pair = Pair(seed)
+    of_each, active = SURROGATES[name](*pair.given(), clip)
+    assert not of_each[~pair.mask].any()
+    assert active.any(), "else nothing would be seen of the clip"
+    assert not active[~pair.mask].any()
+    wanted = trl_per_token_loss(pair.log_probs, pair.old, pair.advantages, pair.mask, **trl)
+    found, wanted = (trl_aggregated(one, pair.mask, mode) for one in (of_each, wanted))
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+    torch.testing.assert_close(pair.gradient(found), pair.gradient(wanted), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_dual_clip_has_verls_loss_and_gradient(seed):
+    pair, clip = Pair(seed), Clip(0.2, 0.2, 1.5)
+    of_each, active = SURROGATES["ppo"](*pair.given(), clip)
+    wanted = verl_dual_clip(pair.log_probs, pair.old, pair.advantages, clip)
+    torch.testing.assert_close(of_each, wanted * pair.mask)
+    torch.testing.assert_close(pair.gradient(of_each.sum()), pair.gradient((wanted * pair.mask).sum()))
+    beyond = ((pair.log_probs - pair.old).exp() > 1.5) & (pair.advantages < 0)[:, None] & pair.mask
+    assert active[beyond].all()
+    assert not pair.gradient(of_each.sum())[beyond].any()
+
+
+def test_gspo_is_the_papers_sum_over_sequences():
+    """Eq. 5 with eq. 7, a loop over sequences; its gradient by automatic differentiation of the ratio itself."""
+    pair, low, high = Pair(5), 0.1, 0.15
+    found = trl_aggregated(SURROGATES["gspo"](*pair.given(), Clip(low, high))[0], pair.mask, "seq-mean-token-mean")
+    gained = 0.0
+    for row, length in enumerate(pair.mask.sum(1).tolist()):
+        own, before = (one[row, :length].sum() for one in (pair.log_probs, pair.old))
+        ratio, advantage = (own.exp() / before.exp()) ** (1 / length), pair.advantages[row]
+        gained += torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    assert found.item() == pytest.approx(-gained.item() / 6, rel=1e-12)
+    torch.testing.assert_close(pair.gradient(found), pair.gradient(-gained / 6))
+
+
+def test_with_advantages_of_actions_gspo_charges_each_with_its_own():
+    """GSPO-token, eq. 13 and 14: ``min(s_it A_it, clip(s_it) A_it)``, ``s_it = sg(s_i) pi_it / sg(pi_it)``."""
+    pair, clip = Pair(6), Clip(0.1, 0.15)
+    advantages = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, active = SURROGATES["gspo"](*pair.given(advantages), clip)
+    for row, length in enumerate(pair.mask.sum(1).tolist()):
+        ratio = (pair.log_probs - pair.old)[row, :length].mean().exp().item()
+        for t in range(length):
+            advantage = advantages[row, t].item()
+            outside = (ratio > 1.15 and advantage > 0) or (ratio < 0.9 and advantage < 0)
+            limited = np.clip(ratio, 0.9, 1.15)
+            assert found[row, t].item() == pytest.approx(-(limited if outside else ratio) * advantage)
+            assert bool(active[row, t]) == outside
+            gradient = pair.gradient(found.sum())[row, t].item()
+            assert gradient == pytest.approx(0.0 if outside else -ratio * advantage)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.28), (1.0, 4.0)])
+def test_cispo_keeps_every_actions_gradient_with_a_clipped_weight(low, high):
+    pair = Pair(7)
+    found, active = SURROGATES["cispo"](*pair.given(), Clip(low, high))
+    ratio = (pair.log_probs - pair.old).exp().detach()
+    weight = ratio.clamp(1 - low, 1 + high)
+    torch.testing.assert_close(pair.gradient(found.sum()), -weight * pair.advantages[:, None] * pair.mask)
+    assert torch.equal(active, ((ratio < 1 - low) | (ratio > 1 + high)) & pair.mask)
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_where_the_policy_is_the_one_before_all_surrogates_have_one_gradient(name):
+    pair = Pair(8)
+    pair.old = pair.log_probs.detach()
+    found, active = SURROGATES[name](*pair.given(), Clip(3e-4, 4e-4))
+    assert not active.any()
+    torch.testing.assert_close(pair.gradient(found.sum()), -pair.advantages[:, None] * pair.mask)
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_what_is_masked_or_has_no_advantage_makes_no_nan(name):
+    """exp(900) is infinite in float64, too; where nothing acted there may stand anything."""
+    log_probs = torch.tensor([[0.0, -1.0, torch.inf], [-1.0, -1.0, -torch.inf]], dtype=torch.float64).requires_grad_()
+    old = torch.tensor([[-900.0, -1.0, 0.0], [-1.0, -1.0, 0.0]], dtype=torch.float64)
+    advantages = torch.tensor([[0.0, 0.0, 5.0], [1.0, -1.0, 5.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False]] * 2)
+    loss, _ = SURROGATES[name](log_probs, old, advantages, mask, Clip(0.2, 0.2, 3.0))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert log_probs.grad.tolist() == [[0.0, 0.0, 0.0], [-1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(("name", "ratios"), [("ppo", "token"), ("gspo", "sequence"), ("cispo", "token")])
+def test_the_learner_takes_the_surrogate_of_the_setting(name, ratios):
+    """Two updates on a batch: the second from a policy that has moved."""
+    run = Run(1)
+    changes = {"rl.loss": name, "rl.loss_agg_mode": "seq-mean-token-mean", "rl.updates_per_batch": 2,
+               "rl.clip_low": 0.05, "rl.clip_high": 0.07}  # fmt: skip
+    before = run.logits.detach()
+    after = before + 0.3 * torch.from_numpy(np.random.default_rng(2).normal(size=before.shape))
+
+    class Moves(Table):
+        def step(self, lr):
+            if self.logits is not run.logits:
+                self.logits, self.loss = run.logits, 0.0
+            return 0.0
+
+    run.logits = after.requires_grad_()
+    config = override(preset("tiny"), changes | {"rl.importance_cap": 0.0})
+    table = Moves(before.clone().requires_grad_(), run.reference)
+    (batch,) = run.batches(1, 1000)
+    _, _ = PolicyUpdate(config, table, None, None).improve(batch, 0.0, 0.0)
+    log_probs, old = (run.whole(lambda row, of=of: run.of(of, row)) for of in (after, before))
+    if name == "cispo":
+        weight = (log_probs - old).exp().detach().clamp(0.95, 1.07)
+        wanted = -weight * run.advantages[:, None] * log_probs
+    else:
+        wanted = trl_per_token_loss(log_probs, old, run.advantages, run.mask, level=ratios, low=0.05, high=0.07)
+    wanted = trl_aggregated(wanted, run.mask, "seq-mean-token-mean")
+    assert table.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    torch.testing.assert_close(run.gradient(table.loss), run.gradient(wanted), rtol=1e-6, atol=1e-9)
+
+
+# --- advantages -------------------------------------------------------------------------------------------------------
 
 
 def trl_advantages(rewards, scale_rewards):
