@@ -26,6 +26,7 @@ from torch import Tensor
 from cola_ray.algorithms.advantages import within_noise
 from cola_ray.algorithms.aggregation import loss_weights
 from cola_ray.algorithms.policy_loss import adapted_kl_coef
+from cola_ray.algorithms.schedules import lr_factor
 from cola_ray.batch import Batch
 from cola_ray.learner import sums
 from cola_ray.learner.actor_free import ActorFreeUpdate
@@ -82,7 +83,7 @@ class RLLearner:
         lr, grad_norm, kl_coef = 0.0, 0.0, self.kl_coef
         if batch.trains:
             self.trained_steps += 1
-            lr = self.update.lr * min(1.0, self.trained_steps / max(rl.warmup_steps, 1))
+            lr = learning_rate(self.config, self.update.lr, self.trained_steps - 1)
             found, grad_norm = self.update.improve(batch, lr, kl_coef)
         else:
             found = self.update.measure(batch, kl_coef)
@@ -135,6 +136,13 @@ class RLLearner:
             head.load_state_dict(torch.load(folder / f"{name}.pt", map_location=self.zero.device, weights_only=True))
         for name in _PLACE:
             setattr(self, name, notes[name])
+
+
+def learning_rate(config: Config, peak: float, step: int) -> float:
+    """Of the step that is the ``step``-th, from 0, to train; while an utterance critic warms up, none does."""
+    rl = config.rl
+    total = rl.max_steps - (config.critic.warmup_iterations if config.algorithm.critic else 0)
+    return peak * lr_factor(rl.lr_scheduler_type, step, total, rl.warmup_steps, rl.min_lr_ratio)
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,11 @@ def _never_trains(config: Config) -> bool:
     return config.critic.warmup_iterations >= config.rl.max_steps
 
 
+def _warms_up_all_along(config: Config) -> bool:
+    critic_alone = config.critic.warmup_iterations if config.algorithm.critic else 0
+    return config.rl.warmup_steps >= config.rl.max_steps - critic_alone
+
+
 def _without_values(config: Config) -> bool:
     return not config.learns_values
 
@@ -221,8 +226,16 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     *(
         Combination(field, None, _of("chai"), "no policy trains")
-        for field in ("rl.lr", "rl.warmup_steps", "rl.adam_betas", "rl.grad_clip", "rl.kl_coef",
-                      "critic.warmup_iterations")
+        for field in ("rl.lr", "rl.warmup_steps", "rl.lr_scheduler_type", "rl.min_lr_ratio", "rl.adam_betas",
+                      "rl.grad_clip", "rl.kl_coef", "critic.warmup_iterations")
+    ),
+    Combination(
+        "rl.min_lr_ratio", None, _has("rl.lr_scheduler_type", "constant"), "a constant rate has no end",
+        "set rl.lr_scheduler_type to linear or cosine",
+    ),
+    Combination(
+        "rl.lr_scheduler_type", ("linear", "cosine"), _warms_up_all_along,
+        "rl.warmup_steps takes all steps that train, and the rate would never fall", "use fewer, or more rl.max_steps",
     ),
     Combination("rl.lr", None, _actor_free, "no policy trains, and Q's is rl.value_lr", "use rl.value_lr"),
     Combination("rl.kl_coef", None, _of("filtered_bc"), "the best episodes are cloned without a reference"),

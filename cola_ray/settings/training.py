@@ -354,9 +354,13 @@ class RLConfig(Branch):
     group_size: Count = 4
     """Completions of one prompt."""
     lr: Rate = 5e-7
-    """Adam's, constant after warm-up."""
+    """Adam's, at its peak."""
     warmup_steps: Whole = 0
     """Linear warm-up."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: lr as it is, or a fall to lr times min_lr_ratio at rl.max_steps."""
+    min_lr_ratio: Share = 0.0
+    """linear and cosine end at lr times this."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's."""
     grad_clip: NonNegative = 1.0

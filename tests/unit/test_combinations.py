@@ -99,15 +99,22 @@ REFUSED = [
     ),
     ({"rl.gae_lambda": 0.9}, "rl.gae_lambda = 0.9: only ppo reads it"),
     *(
-        (agent("chai", **{field.replace(".", "__"): value}), f"{field} = {value}: no policy trains")
+        (agent("chai", **{field.replace(".", "__"): value}), f"{field} = {value!r}: no policy trains")
         for field, value in (
             ("rl.lr", 0.1),
             ("rl.warmup_steps", 3),
+            ("rl.lr_scheduler_type", "cosine"),
+            ("rl.min_lr_ratio", 0.5),
             ("rl.adam_betas", (0.8, 0.9)),
             ("rl.grad_clip", 3.0),
             ("rl.kl_coef", 0.5),
             ("critic.warmup_iterations", 3),
         )
+    ),
+    ({"rl.min_lr_ratio": 0.1}, "rl.min_lr_ratio = 0.1: a constant rate has no end; set rl.lr_scheduler_type"),
+    (
+        {"rl.lr_scheduler_type": "cosine", "rl.warmup_steps": 9, "rl.max_steps": 9},
+        "rl.lr_scheduler_type = 'cosine': rl.warmup_steps takes all steps",
     ),
     (SOFT | {"rl.lr": 0.1}, "rl.lr = 0.1: no policy trains, and Q's is rl.value_lr; use rl.value_lr"),
     (agent("filtered_bc", rl__kl_coef=0.5), "rl.kl_coef = 0.5: the best episodes are cloned without a reference"),
@@ -190,6 +197,7 @@ def test_every_row_is_tried():
         {"rl.loss": "gspo", "rl.clip_low": 3e-4, "rl.clip_high": 4e-4, "rl.updates_per_batch": 4, "rl.clip_c": 3.0},
         {"rl.loss": "cispo", "rl.clip_low": 1.0, "rl.clip_high": 4.0, "rl.updates_per_batch": 4},
         {"rl.algorithm": "ppo", "rl.mask_truncated_completions": True},
+        {"rl.lr_scheduler_type": "cosine", "rl.min_lr_ratio": 0.1, "rl.warmup_steps": 3, "rl.max_steps": 4},
         {"rl.algorithm": "remax", "rl.group_size": 1},
         {"rl.algorithm": "rloo", "rl.advantage": "grpo", "rl.scale_rewards": "batch"},
         agent("grpo", rl__group_size=8, rl__scale_rewards="none", rl__loss_agg_mode="seq-mean-token-sum-norm"),
