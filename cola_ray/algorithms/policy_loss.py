@@ -162,11 +162,6 @@ def entropy(log_probs: Tensor) -> Tensor:
     return -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
 
 
-def truncated_importance_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
-    """``min(exp(old - rollout), cap)``: corrects for rollouts drawn by another engine or version, (B, T)."""
-    return (old_log_probs - rollout_log_probs).exp().clamp(max=cap)
-
-
 def marginal_log_probs(log_probs: Tensor, aliases: Tensor, actions: Tensor, possible: Tensor) -> Tensor:
     """Log-probabilities of the tokens said, summed over all actions that say them: ``log sum_z pi(z)``, (N,).
 

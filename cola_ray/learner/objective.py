@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cola_ray.algorithms import etpo
+from cola_ray.algorithms.importance import importance_weights
 from cola_ray.algorithms.policy_loss import (
     discounted_sum_to_go,
     entropy,
@@ -25,7 +26,6 @@ from cola_ray.algorithms.policy_loss import (
     kl_penalties,
     marginal_log_probs,
     mean_under,
-    truncated_importance_weights,
 )
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Frozen, MicroBatch, Scored
 from cola_ray.learner.pieces import reduced
@@ -61,6 +61,18 @@ class Taken:
     old_log_probs: Tensor
     said: Tensor  # of the tokens said, where aliases are summed over; else as ``log_probs``
     old_said: Tensor
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Importance weights, for rollouts of an older version or of another engine's arithmetic; (B, T)."""
+
+    values: Tensor  # 0 where an action is not possible
+    capped: Tensor  # bool
+
+    @classmethod
+    def of_one(cls, taken: Taken) -> "_Weights":
+        return cls(taken.possible.to(taken.log_probs.dtype), torch.zeros_like(taken.possible))
 
 
 def score(
@@ -163,7 +175,7 @@ def policy_objective(
     taken = _taken(scores, old, batch, frozen.aliases)
     if isinstance(follows, ActionValues):
         actor = etpo.actor_loss(scores.every.policy, scores.every.reference, follows.q, kl_coef)
-        losses, weights = [weighed(batch.place(actor))[mask].sum()], taken.possible.to(taken.log_probs.dtype)
+        losses, weights = [weighed(batch.place(actor))[mask].sum()], _Weights.of_one(taken)
         clipped = torch.zeros((), device=logits.device)
     else:
         losses, weights, clipped = _policy_gradient(
@@ -179,7 +191,7 @@ def policy_objective(
     }
     if frozen.reference_logits is not None:
         measured["policy/kl"] = scores.kl.detach()[mask].sum()
-    return loss, measured | _rollout_metrics(taken, weights, batch, rl)
+    return loss, measured | _rollout_metrics(taken, weights, batch)
 
 
 def _policy_gradient(
@@ -192,17 +204,17 @@ def _policy_gradient(
     kl_coef: float,
     surrogate: Surrogate,
     weighed: Callable[[Tensor], Tensor],
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> tuple[list[Tensor], _Weights, Tensor]:
     """The surrogate of advantages, a control variate's mean and the KL that is differentiated.
 
     Returns:
-        loss sums; importance weights (B, T), for rollouts of an older version or of another engine's arithmetic; and
-        the number of actions that are clipped.
+        loss sums; importance weights; and the number of actions that are clipped.
     """
-    weights = taken.possible.to(taken.log_probs.dtype)
+    weights = _Weights.of_one(taken)
     if rl.importance_cap:
-        weights = truncated_importance_weights(taken.old_log_probs, batch.rollout_log_probs, rl.importance_cap)
-        weights = weights.masked_fill(~taken.possible, 0.0)
+        weights = _Weights(*importance_weights(
+            taken.old_log_probs, batch.rollout_log_probs, taken.possible, rl.importance_cap, rl.importance_mode
+        ))  # fmt: skip
     advantages = follows.values
     if rl.kl_in == "reward" and not follows.hold_kl:  # each action answers for the penalties from it on
         penalties = old.kl_penalties if old is not None else kl_penalties(
@@ -212,7 +224,7 @@ def _policy_gradient(
         advantages = advantages - kl_coef * discounted_sum_to_go(penalties, batch.action_mask, batch.discounts)
     if follows.control is not None:
         advantages = advantages - batch.place(batch.taken(follows.control))
-    advantages = weights * advantages
+    advantages = weights.values * advantages
     of_each, clipped = surrogate(taken.said, taken.old_said, advantages, taken.possible)
     losses = [weighed(of_each).sum()]
     if follows.control is not None:
@@ -249,14 +261,15 @@ def _marginals(scores: Scores, batch: MicroBatch, aliases: Tensor, possible: Ten
 
 
 @torch.no_grad()
-def _rollout_metrics(taken: Taken, weights: Tensor, batch: MicroBatch, rl: RLConfig) -> dict[str, Tensor]:
+def _rollout_metrics(taken: Taken, weights: _Weights, batch: MicroBatch) -> dict[str, Tensor]:
     """How far the rollouts' policy is from the learner's: sums over actions, and a maximum."""
     mask = batch.action_mask
     mismatch = (taken.old_log_probs - batch.rollout_log_probs).abs().masked_fill(~taken.possible, 0.0)
     return {
         "policy/left_out": (mask & ~taken.possible).float().sum(),
-        "policy/importance_weight": weights[mask].sum(),
-        "policy/importance_capped": ((weights >= rl.importance_cap) & mask).float().sum() * bool(rl.importance_cap),
+        "policy/importance_weight": weights.values[mask].sum(),
+        "policy/importance_weight_squared": weights.values[mask].square().sum(),
+        "policy/importance_capped": weights.capped.float().sum(),
         "policy/rollout_mismatch": mismatch.sum(),
         "policy/rollout_mismatch_max": mismatch.max(),
     }

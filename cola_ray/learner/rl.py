@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cola_ray.algorithms.advantages import within_noise
 from cola_ray.algorithms.aggregation import loss_weights
+from cola_ray.algorithms.importance import effective_sample_size
 from cola_ray.algorithms.policy_loss import adapted_kl_coef
 from cola_ray.algorithms.schedules import lr_factor
 from cola_ray.batch import Batch
@@ -88,7 +89,7 @@ class RLLearner:
         else:
             found = self.update.measure(batch, kl_coef)
         self.version += 1
-        metrics = _explained(sums.means(found, batch.num_actions_global))
+        metrics = _with_sample_size(_explained(sums.means(found, batch.num_actions_global)))
         if rl.kl_target and batch.trains:
             self.kl_coef = adapted_kl_coef(kl_coef, metrics["policy/kl"], rl.kl_target)
         seconds = time.perf_counter() - started
@@ -303,12 +304,21 @@ def _heads(
                                  "seed": config.seed}  # fmt: skip
     value = soft_q = None
     if config.algorithm.value_head:
-        value = ValueLearner(width, device, decay=rl.gae_lambda, whiten=True, **shared)
+        value = ValueLearner(width, device, decay=rl.gae_lambda, whiten=True, cliprange=rl.cliprange_value, **shared)
     elif rl.algorithm == "archer" and config.critic.token_baseline:
-        value = ValueLearner(width, device, decay=1.0, whiten=False, **shared)
+        value = ValueLearner(width, device, decay=1.0, whiten=False, cliprange=rl.cliprange_value, **shared)
     if config.algorithm.soft_q or rl.control_variate:
         soft_q = SoftQLearner(width, num_actions, device, tau=rl.target_tau, **shared)
     return value, soft_q
+
+
+def _with_sample_size(metrics: dict[str, float]) -> dict[str, float]:
+    """With the effective sample size in the place of the weights' mean square; no weights where no policy trains."""
+    if "policy/importance_weight_squared" not in metrics:
+        return metrics
+    mean_square = metrics.pop("policy/importance_weight_squared")
+    size = effective_sample_size(metrics["policy/importance_weight"], mean_square)
+    return metrics | {"policy/effective_sample_size": size}
 
 
 def _explained(metrics: dict[str, float]) -> dict[str, float]:

@@ -148,6 +148,10 @@ def _never_trains(config: Config) -> bool:
     return config.critic.warmup_iterations >= config.rl.max_steps
 
 
+def _no_room_for_weights(config: Config) -> bool:
+    return 0 < config.rl.importance_cap <= 1
+
+
 def _warms_up_all_along(config: Config) -> bool:
     critic_alone = config.critic.warmup_iterations if config.algorithm.critic else 0
     return config.rl.warmup_steps >= config.rl.max_steps - critic_alone
@@ -155,6 +159,10 @@ def _warms_up_all_along(config: Config) -> bool:
 
 def _without_values(config: Config) -> bool:
     return not config.learns_values
+
+
+def _without_value_head(config: Config) -> bool:
+    return not (config.algorithm.value_head or (config.rl.algorithm == "archer" and config.critic.token_baseline))
 
 
 def _nothing_frozen(config: Config) -> bool:
@@ -222,7 +230,14 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     *(
         Combination(field, None, _of("etpo", "chai", "filtered_bc"), f"with rl.algorithm {{}} {_UNREAD}")
-        for field in ("rl.kl_in", "rl.kl_estimator", "rl.importance_cap")
+        for field in ("rl.kl_in", "rl.kl_estimator", "rl.importance_cap", "rl.importance_mode")
+    ),
+    Combination(
+        "rl.importance_mode", None, _has("rl.importance_cap", 0.0), "there is no weight", "set rl.importance_cap"
+    ),
+    Combination(
+        "rl.importance_mode", ("geometric_mask",), _no_room_for_weights,
+        "with rl.importance_cap up to 1 no weight is between 1 / rl.importance_cap and that", "use a cap above 1",
     ),
     *(
         Combination(field, None, _of("chai"), "no policy trains")
@@ -327,6 +342,11 @@ COMBINATIONS: tuple[Combination, ...] = (
     *(
         Combination(field, None, _without_values, "no value head and no Q trains")
         for field in ("rl.value_lr", "rl.value_steps")
+    ),
+    Combination("rl.cliprange_value", None, _without_value_head, "no value head trains"),
+    Combination(
+        "rl.cliprange_value", None, _has("rl.value_steps", 1),
+        "values are as they were before the batch in its first gradient step", "set rl.value_steps to 2 or more",
     ),
     Combination(
         "rl.target_tau", None, _all(_not_of("etpo"), _has("rl.control_variate", False)),

@@ -407,6 +407,9 @@ class RLConfig(Branch):
     """Learning rate of the Adam of the value head, ppo's and archer's with critic.token_baseline, and of etpo's Q."""
     value_steps: Count = 4
     """Gradient steps of value head or Q on one batch."""
+    cliprange_value: NonNegative = 0.0
+    """ppo, and archer with critic.token_baseline: how far a value may move on one batch, in units of the reward. 0: as
+    far as it will."""
     target_tau: PositiveShare = 0.005
     """etpo: share of Q that its target takes over after each of its steps."""
     micro_batch_tokens: Count = 16_384
@@ -416,7 +419,13 @@ class RLConfig(Branch):
     update_mode: Literal["drain", "continue"] = "drain"
     """At new weights, requests in flight end on the old version first, or continue on the new one."""
     importance_cap: NonNegative = 2.0
-    """Truncation of pi_learner / pi_rollout, the weight that corrects staleness and engine mismatch. 0: no weight."""
+    """Cap of pi_learner / pi_rollout, the weight that corrects staleness and engine mismatch. 0: no weight."""
+    importance_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
+    ] = "token_truncate"
+    """token: each action has its own weight. sequence: the product over its sequence's actions. geometric: their
+    geometric mean, with caps of some 1.01. truncate: a weight is importance_cap at most. mask: what weighs more is left
+    out, with geometric_mask also what weighs less than 1 / importance_cap."""
     cache_hidden_states: bool = False
     """The engine hands the base's states out with the tokens, and the learner holds no base at all."""
     eval_every: Whole = 10

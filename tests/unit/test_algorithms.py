@@ -25,7 +25,6 @@ from cola_ray.algorithms.policy_loss import (
     following,
     kl_estimate,
     kl_penalties,
-    truncated_importance_weights,
 )
 from cola_ray.algorithms.rloo import leave_one_out
 from cola_ray.checks.refusals import check
@@ -138,12 +137,6 @@ def test_exact_kl_and_entropy_agree_with_float64_sums_and_with_estimators():
     truncated = torch.where(torch.arange(64) < 3, p, torch.tensor(-torch.inf, dtype=torch.float64)).log_softmax(0)
     assert torch.isfinite(exact_kl(truncated, q))
     assert float(entropy(truncated)) < np.log(3)
-
-
-def test_truncated_importance_weights():
-    # SkyRL, test_off_policy_correction.py
-    weights = truncated_importance_weights(torch.tensor([0.5, -0.5, 3.0]), torch.zeros(3), cap=2.0)
-    torch.testing.assert_close(weights, torch.tensor([1.6487, 0.6065, 2.0]), atol=1e-4, rtol=0)
 
 
 # --- outcomes ---------------------------------------------------------------------------------------------------------

@@ -3,17 +3,20 @@
 TRL's formulas are those of ``trl/trainer/grpo_trainer.py`` at f2cd577 (Apache-2.0), written down by hand.
 """
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from cola_ray.algorithms import grpo
 from cola_ray.algorithms.advantages import Outcomes
-from cola_ray.algorithms.aggregation import loss_weights
+from cola_ray.algorithms.aggregation import LossAggMode, loss_weights
+from cola_ray.algorithms.importance import ImportanceMode, effective_sample_size, importance_weights
 from cola_ray.algorithms.policy_loss import Clip
 from cola_ray.batch import collate
 from cola_ray.experience import Trajectory
-from cola_ray.learner.rl import PolicyUpdate
+from cola_ray.learner.rl import PolicyUpdate, _with_sample_size
 from cola_ray.loop.batches import BatchMaker
 from cola_ray.packing import pack
 from cola_ray.registry import BUILT_IN, find
@@ -21,8 +24,9 @@ from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 
 K, VOCABULARY, LONGEST = 5, 11, 9
+IMPORTANCE_MODES = get_args(ImportanceMode)
 LENGTHS = (3, 9, 1, 4, 6, 2, 7)
-AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+AGG_MODES = get_args(LossAggMode)
 
 
 class Table:
@@ -120,7 +124,7 @@ def test_losses_are_added_up_as_in_trl_however_the_batch_is_cut(mode, ranks, mic
     assert float(sums["policy/loss"]) / sum(LENGTHS) == pytest.approx(wanted.item(), rel=1e-6), "as it is shown"
 
 
-def test_weights_by_hand():
+def test_loss_weights_by_hand():
     mask = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0]]).bool()
     assert loss_weights(mask, "token-mean", 4, 2, 8) is None
     assert loss_weights(mask, "seq-mean-token-mean", 4, 2, 8)[:2, 0].tolist() == [2.0, 2 / 3]
@@ -310,6 +314,99 @@ def test_the_learner_takes_the_surrogate_of_the_setting(name, ratios):
     wanted = trl_aggregated(wanted, run.mask, "seq-mean-token-mean")
     assert table.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     torch.testing.assert_close(run.gradient(table.loss), run.gradient(wanted), rtol=1e-6, atol=1e-9)
+
+
+# --- rollout correction -----------------------------------------------------------------------------------------------
+
+
+def trl_importance_ratio(old, sampling, mask, mode, clip_max):
+    """``_generate_and_score_completions`` of TRL, with ``vllm_importance_sampling_clip_min`` None."""
+    per_token_logps_diff = (old - sampling) * mask
+    if mode in ("sequence_mask", "sequence_truncate"):
+        per_token_logps_diff = per_token_logps_diff.sum(dim=-1, keepdim=True)
+    ratio = torch.exp(per_token_logps_diff)
+    if mode in ("sequence_truncate", "token_truncate"):
+        return torch.clamp(ratio, max=clip_max)
+    return ratio.masked_fill(ratio > clip_max, value=0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_importance_weights_are_trls(mode, seed):
+    pair = Pair(seed)
+    weights, beyond = importance_weights(pair.log_probs, pair.old, pair.mask, 1.3, mode)
+    wanted = trl_importance_ratio(pair.log_probs, pair.old, pair.mask, mode, 1.3) * pair.mask
+    torch.testing.assert_close(weights, wanted)
+    untouched = trl_importance_ratio(pair.log_probs, pair.old, pair.mask, mode, np.inf) * pair.mask
+    assert torch.equal(beyond, (untouched > 1.3) & pair.mask)
+    assert beyond.any(), "else nothing would be seen of the cap"
+    assert not beyond[pair.mask].all()
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+def test_geometric_weights_by_brute_force(kind):
+    """verl's ``seq_mean_k1``: a sequence is kept where the mean of its log-ratios is between -log cap and log cap."""
+    pair, cap = Pair(3), 1.15
+    weights, beyond = importance_weights(pair.log_probs, pair.old, pair.mask, cap, f"geometric_{kind}")
+    kept = 0
+    for row, length in enumerate(pair.mask.sum(1).tolist()):
+        ratio = np.prod((pair.log_probs - pair.old)[row, :length].exp().tolist()) ** (1 / length)
+        wanted = min(ratio, cap) if kind == "truncate" else ratio * (1 / cap <= ratio <= cap)
+        assert weights[row, :length].tolist() == pytest.approx([wanted] * length)
+        assert not weights[row, length:].any()
+        outside = ratio > cap or (kind == "mask" and ratio < 1 / cap)
+        assert beyond[row, :length].tolist() == [outside] * length
+        kept += not outside
+    assert 0 < kept < 6
+
+
+def test_weights_by_hand():
+    """A long sequence whose product overflows float32 is truncated, or left out."""
+    d = torch.tensor([[1.0, -0.5, 9.0]])
+    mask, zero = torch.tensor([[True, True, False]]), torch.zeros(1, 3)
+    found = {mode: importance_weights(d, zero, mask, 2.0, mode)[0][0].tolist() for mode in IMPORTANCE_MODES}
+    assert found["token_truncate"] == pytest.approx([2.0, np.exp(-0.5), 0.0])
+    assert found["token_mask"] == pytest.approx([0.0, np.exp(-0.5), 0.0])
+    assert found["sequence_truncate"] == found["sequence_mask"] == pytest.approx([np.exp(0.5)] * 2 + [0.0])
+    assert found["geometric_truncate"] == found["geometric_mask"] == pytest.approx([np.exp(0.25)] * 2 + [0.0])
+    # SkyRL, test_off_policy_correction.py
+    d, three = torch.tensor([[0.5, -0.5, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
+    truncated = importance_weights(d, zero, three, 2.0, "token_truncate")[0]
+    torch.testing.assert_close(truncated, torch.tensor([[1.6487, 0.6065, 2.0]]), atol=1e-4, rtol=0)
+    far, all_ = torch.full((1, 300), 1.0), torch.ones(1, 300, dtype=torch.bool)
+    assert importance_weights(far, 0 * far, all_, 2.0, "sequence_truncate")[0].unique().tolist() == [2.0]
+    assert importance_weights(far, 0 * far, all_, 2.0, "sequence_mask")[0].unique().tolist() == [0.0]
+
+
+@pytest.mark.parametrize("mode", IMPORTANCE_MODES)
+def test_the_weighted_objective_is_trls_and_its_sample_size_verls(mode):
+    """``per_token_loss * importance_sampling_ratio``; the size as verl's ``rollout_is_eff_sample_size``, of actions."""
+    run = Run(3)
+    cap = 1.05 if mode.startswith("geometric") else 1.4
+    found, sums = run.loss({"rl.importance_cap": cap, "rl.importance_mode": mode}, ranks=2, micro_batch_tokens=12)
+    log_probs, rollout = run.whole(lambda row: run.of(run.logits, row)), run.whole(lambda row: run.rollout[row])
+    if mode.startswith("geometric"):
+        ratio, _ = importance_weights(log_probs.detach(), rollout, run.mask, cap, mode)  # which a test above works
+    else:
+        ratio = trl_importance_ratio(log_probs.detach(), rollout, run.mask, mode, cap)
+    ratio = ratio.expand_as(run.mask)
+    per_token = trl_per_token_loss(log_probs, log_probs.detach(), run.advantages, run.mask, low=0.2, high=0.2) * ratio
+    wanted = trl_aggregated(per_token, run.mask, "token-mean")
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(run.gradient(found), run.gradient(wanted), rtol=1e-5, atol=1e-7)
+    weights, count = ratio[run.mask], sum(LENGTHS)
+    metrics = _with_sample_size({name: float(value) / count for name, value in sums.items()})
+    normalised = weights / weights.mean()
+    assert metrics["policy/effective_sample_size"] == pytest.approx(1 / normalised.square().mean().item(), rel=1e-5)
+    assert metrics["policy/importance_weight"] == pytest.approx(weights.mean().item(), rel=1e-5)
+    assert "policy/importance_weight_squared" not in metrics
+    assert 0 < metrics["policy/importance_capped"] < 1
+
+
+def test_effective_sample_sizes_by_hand():
+    assert effective_sample_size(1.0, 1.0) == 1.0
+    assert effective_sample_size(0.25, 0.25) == 0.25, "one of four has all the weight: w = 0, 0, 0, 1"
+    assert effective_sample_size(0.0, 0.0) == 0.0
 
 
 # --- advantages -------------------------------------------------------------------------------------------------------
