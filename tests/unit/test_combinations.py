@@ -1,9 +1,11 @@
 """The table of options that do not go together: every row refuses what it is for, and nothing that is in use."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from cola_ray.cli import arguments
 from cola_ray.settings.combinations import COMBINATIONS, refused
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
@@ -199,6 +201,16 @@ def test_every_row_is_tried():
         config = settings(changes)
         seen -= {(row.field, row.why) for row in COMBINATIONS if row.line(config)}
     assert not seen
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text().replace("\\\n", " ")
+RECIPES = re.findall(r"^cola_ray rl (.*?)\s*(?:#.*)?$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", RECIPES)
+def test_no_part_of_a_documented_recipe_is_refused(words, monkeypatch):
+    monkeypatch.setattr(arguments, "check", lambda *_: None)  # of the machine, too
+    assert not refused(arguments.from_command_line("rl_math", words.split()))
 
 
 @pytest.mark.parametrize(
