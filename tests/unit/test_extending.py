@@ -69,6 +69,16 @@ def test_an_advantage_and_an_algorithm(outside):
     )
 
 
+def test_a_loss(outside):
+    """Where nothing has moved, SAPO's gradient is PPO's; far away it is 0, whatever the advantage."""
+    loss = override(preset("tiny"), {"rl.loss": "sapo.py:sapo"}).algorithm.policy_loss()
+    advantages, mask = torch.tensor([[2.0, -3.0]]), torch.ones(1, 2, dtype=torch.bool)
+    for moved, wanted in ((0.0, [-2.0, 3.0]), (4.0, [0.0, 0.0])):
+        log_probs = torch.full((1, 2), -5.0 + moved, requires_grad=True)
+        loss(log_probs, torch.full((1, 2), -5.0), advantages, mask).sum().backward()
+        assert log_probs.grad[0].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
 def test_a_task_with_a_reward(outside):
     config = TaskConfig(name="doubling.py:Doubling", reward="close.py:close")
     task = make_task(config, 0)
