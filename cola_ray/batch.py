@@ -292,6 +292,7 @@ class Batch:
     num_rows: int  # on every rank; a rank with fewer sequences has rows of one token and no action
     micro_batches: tuple[tuple[int, int, int], ...]  # (first row, end row, width) of each
     num_actions_global: int  # over all ranks: what a loss sum is divided by
+    num_sequences_global: int  # over all ranks: those with an action
     num_tokens_global: int  # over all ranks, prompts and observations included
     policy_version: int  # the version the learner holds when it trains on this
     pad_id: int
@@ -365,9 +366,10 @@ def collate(
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     widths = [lengths[i] for i in order[::num_ranks]]  # of the longest rank at each row
     cuts, outcomes = _cut(widths, micro_batch_tokens), np.asarray(advantages, np.float32)
-    num_actions, num_tokens = int(sequences.num_actions.sum()), sum(lengths)
+    num_actions = sequences.num_actions
+    totals = int(num_actions.sum()), int((num_actions > 0).sum()), sum(lengths)
     return [
-        Batch(sequences.of(mine), outcomes[mine], len(widths), cuts, num_actions, num_tokens, policy_version, pad_id)
+        Batch(sequences.of(mine), outcomes[mine], len(widths), cuts, *totals, policy_version, pad_id)
         for mine in (order[rank::num_ranks] for rank in range(num_ranks))
     ]
 

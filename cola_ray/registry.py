@@ -41,7 +41,11 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "advantage": {
         name: f"cola_ray.algorithms.{name}:advantages" for name in ("grpo", "rloo", "remax", "reinforce")
     },
-    "loss": {},
+    "loss": {
+        "ppo": "cola_ray.algorithms.policy_loss:clipped_policy_gradient",
+        "gspo": "cola_ray.algorithms.gspo:sequence_policy_gradient",
+        "cispo": "cola_ray.algorithms.cispo:clipped_weight_policy_gradient",
+    },
     "task": {
         "arithmetic": "cola_ray.tasks.verifiable:Arithmetic",
         "gsm8k": "cola_ray.tasks.verifiable:Gsm8k",

@@ -2,8 +2,10 @@
 
     grpo  rloo  remax  reinforce    outcomes of a step's prompts ─> one advantage a completion
     ppo                             rewards, discounts and values of actions ─> one advantage an action
+    gspo  cispo                     advantages and probabilities ─> a loss an action, in the place of PPO's
     archer                          features of states and utterances ─> one advantage an utterance
 
 What they have in common: sums over actions (advantages.py), distributions over actions (latent_actions.py), the losses
-that an advantage enters, with its penalties (policy_loss.py), and small networks with their optimizers (heads.py).
+that an advantage enters, with its penalties (policy_loss.py), how they add up (aggregation.py), what another policy's
+rollouts weigh (importance.py), learning rates (schedules.py), and small networks with their optimizers (heads.py).
 """

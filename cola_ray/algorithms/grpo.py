@@ -2,19 +2,37 @@
 
     A_i = (r_i - mean_j r_j) / std_j r_j        Shao et al. 2024, "DeepSeekMath", section 4.1.2
 
-The same number at every action of a completion; the loss is PPO's clipped surrogate.
+The same number at every action of a completion; the loss is PPO's clipped surrogate. ``rl.scale_rewards`` says what
+divides, by TRL's names:
+
+    group    the spread within the prompt: each prompt teaches as much as any other
+    batch    that of all rewards of the batch: prompts keep their proportions     Liu et al. 2025, arXiv 2508.08221
+    none     1: no prompt counts more for being nearly solved or nearly hopeless  Liu et al. 2025, "Dr. GRPO", section 3
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from cola_ray.algorithms.advantages import Outcomes, standardised, within_each_prompt
+from cola_ray.algorithms.advantages import Outcomes, centred, over_spread, standardised, within_each_prompt
+
+Scale = Literal["group", "batch", "none"]
 
 
-def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
+def advantages(prompts: Sequence[Outcomes], scale_rewards: Scale = "group") -> list[Tensor]:
     """Of each prompt's completions, (G,); exactly 0 where their rewards are equal, or differ by rounding alone.
 
-    Example: rewards [1, 0] -> [0.7071, -0.7071].
+    Example: rewards [1, 0] -> [0.7071, -0.7071]; none: [0.5, -0.5].
     """
-    return within_each_prompt(prompts, standardised)
+    if scale_rewards == "group":
+        return within_each_prompt(prompts, standardised)
+    differences = within_each_prompt(prompts, centred)
+    if scale_rewards == "none":
+        return differences
+    everything = torch.cat([one.rewards for one in prompts]).double()
+    if len(everything) == 1:
+        return differences
+    spread, largest = everything.std(), everything.abs().max()
+    return [over_spread(one.double(), spread, largest).to(one.dtype) for one in differences]

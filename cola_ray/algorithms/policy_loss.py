@@ -1,10 +1,11 @@
-"""Policy-gradient losses over actions. Tensors and numbers in, sums out.
+"""Policy-gradient losses over actions. Tensors and numbers in, a loss of each action out.
 
-Every loss is a *sum* over masked-in actions; the caller divides by the number of actions in the global
-batch, which travels with it. So the gradient does not depend on micro-batches, padding or rank count.
+The caller sums them, weighed as ``rl.loss_agg_mode`` says (aggregation.py), and divides by the number of actions in the
+global batch, which travels with it. So the gradient does not depend on micro-batches, padding or rank count.
 Legend: B sequences, T positions, K actions.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,26 +14,47 @@ from torch import Tensor
 Estimator = Literal["exact", "k1", "k2", "k3"]
 
 
-def clipped_policy_gradient(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated.
+@dataclass(frozen=True)
+class Clip:
+    """How far ratios may be from 1."""
 
-    ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` with ``r = exp(log_probs - old_log_probs)``.
+    low: float
+    high: float
+    c: float = 0.0  # the most a ratio counts where the advantage is negative; 0: no bound
+
+
+def clipped_policy_gradient(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: Clip
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated, of ``exp(log_probs - old_log_probs)``.
 
     Args:
         log_probs, old_log_probs, advantages: (B, T).
         mask: (B, T) bool, true where an action was taken by the policy.
 
     Returns:
-        loss sum (scalar) and the number of actions where the clipped branch is the active one.
+        the loss of each action, and where the clipped branch is the active one (bool); (B, T), 0 where masked.
     """
     # Without an advantage nothing is weighed: a ratio that overflows would make 0 * inf of it.
     ratio = (log_probs - old_log_probs).masked_fill(~mask | (advantages == 0), 0.0).exp()
+    return clipped(ratio, advantages, mask, clip)
+
+
+def clipped(ratio: Tensor, advantages: Tensor, mask: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """``-min(r A, clip(r, 1 - low, 1 + high) A)``, results as of :func:`clipped_policy_gradient`.
+
+    With c, the objective is no less than ``c A`` where A is negative: dual clip (Ye et al. 2019, "Mastering Complex
+    Control in MOBA Games with Deep Reinforcement Learning", arXiv 1912.09729). Without it, the loss of an action that
+    was bad and has become probable has no bound.
+    """
     plain = ratio * advantages
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    loss = -torch.minimum(plain, clipped).masked_fill(~mask, 0.0)
-    return loss.sum(), ((clipped < plain) & mask).sum()
+    limited = ratio.clamp(1.0 - clip.low, 1.0 + clip.high) * advantages
+    gained, active = torch.minimum(plain, limited), limited < plain
+    if clip.c:
+        bound = clip.c * advantages
+        beyond = (advantages < 0) & (bound > gained)
+        gained, active = torch.where(beyond, bound, gained), active | beyond
+    return -gained.masked_fill(~mask, 0.0), active & mask
 
 
 def kl_penalties(
@@ -138,11 +160,6 @@ def entropy(log_probs: Tensor) -> Tensor:
     """``-sum_k pi_k log pi_k``: (..., K) -> (...)."""
     probs = log_probs.exp()
     return -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
-
-
-def truncated_importance_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
-    """``min(exp(old - rollout), cap)``: corrects for rollouts drawn by another engine or version, (B, T)."""
-    return (old_log_probs - rollout_log_probs).exp().clamp(max=cap)
 
 
 def marginal_log_probs(log_probs: Tensor, aliases: Tensor, actions: Tensor, possible: Tensor) -> Tensor:

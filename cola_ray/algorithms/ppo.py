@@ -3,6 +3,8 @@
     delta_t = r_t + g_t V_{t+1} - V_t,  A_t = delta_t + g_t lambda A_{t+1}      GAE (Schulman et al. 2016, eq. 16)
     loss    = -min(ratio A, clip(ratio, 1 - low, 1 + high) A)                   eq. 7, in policy_loss.py
 
+    value   = max((V - R)^2, (clip(V, V_old - range, V_old + range) - R)^2)     as in OpenAI's baselines and TRL
+
 The value function is a head on the frozen base's e (learner/value.py).
 """
 
@@ -37,3 +39,15 @@ def generalised_advantages(
         next_values = torch.where(here, values[:, t], next_values)
         out[:, t] = torch.where(here, running, torch.zeros_like(running))
     return out
+
+
+def clipped_values(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:
+    """Values no further than ``cliprange`` from what they were before the batch, where that makes the error larger.
+
+    Their squared error is PPO's value loss: a step past the range brings nothing more, and its gradient is 0. (OpenAI's
+    baselines, ppo2; TRL's and verl's ``cliprange_value``.) All arguments have one shape.
+
+    Example: value 3, before 1, return 5, range 0.5 -> 1.5; return 1 -> 3.
+    """
+    near = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    return torch.where((near - returns).square() > (values - returns).square(), near, values)

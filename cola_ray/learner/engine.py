@@ -5,7 +5,6 @@ optimizer exists, and the optimizer is built over the trained parameters alone.
 """
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -297,11 +296,3 @@ def _buckets(wanted: Iterable[Published], limit: int) -> Iterator[list[Published
         size += one.nbytes
     if bucket:
         yield bucket
-
-
-def warmup_cosine(step: int, total: int, warmup: int, final_ratio: float) -> float:
-    """Learning-rate factor: linear to 1 over ``warmup`` steps, then cosine to ``final_ratio`` at ``total``."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

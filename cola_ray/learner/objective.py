@@ -1,13 +1,13 @@
 """What the policy minimises on a micro-batch: the losses that the settings ask for, added up.
 
-    logits ─> log-probs of all actions, of those taken ─┬─> clipped surrogate of the advantages, or ETPO's actor loss
+    logits ─> log-probs of all actions, of those taken ─┬─> surrogate of the advantages, or ETPO's actor loss   rl.loss
                                                         ├─> - mean of the control variate    rl.control_variate
                                                         ├─> + KL to the reference            rl.kl_in, rl.kl_estimator
                                                         └─> - entropy                        rl.entropy_coef
 
 Each loss is a function in ``algorithms/``; here they are chosen, weighed and measured. All are sums over actions, which
-the learner divides by the number of actions in the global batch. Legend: B sequences, T positions, N of them scored, K
-actions.
+``rl.loss_agg_mode`` weighs and the learner divides by the number of actions in the global batch. Legend: B sequences, T
+positions, N of them scored, K actions.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cola_ray.algorithms import etpo
+from cola_ray.algorithms.importance import importance_weights
 from cola_ray.algorithms.policy_loss import (
-    clipped_policy_gradient,
     discounted_sum_to_go,
     entropy,
     exact_kl,
@@ -26,15 +26,12 @@ from cola_ray.algorithms.policy_loss import (
     kl_penalties,
     marginal_log_probs,
     mean_under,
-    truncated_importance_weights,
 )
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Frozen, MicroBatch, Scored
 from cola_ray.learner.pieces import reduced
+from cola_ray.learner.surrogate import Surrogate, of_ppo
 from cola_ray.model.modeling_cola import action_log_probs
 from cola_ray.settings.config import RLConfig
-
-PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``(log_probs, old_log_probs, advantages, mask) -> loss of each action``, all (B, T)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,18 @@ class Taken:
     old_log_probs: Tensor
     said: Tensor  # of the tokens said, where aliases are summed over; else as ``log_probs``
     old_said: Tensor
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Importance weights, for rollouts of an older version or of another engine's arithmetic; (B, T)."""
+
+    values: Tensor  # 0 where an action is not possible
+    capped: Tensor  # bool
+
+    @classmethod
+    def of_one(cls, taken: Taken) -> "_Weights":
+        return cls(taken.possible.to(taken.log_probs.dtype), torch.zeros_like(taken.possible))
 
 
 def score(
@@ -137,7 +146,8 @@ def policy_objective(
     kl_coef: float,
     temperature: float,
     top_k: int,
-    policy_loss: PolicyLoss | None = None,
+    surrogate: Surrogate | None = None,
+    loss_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, a sum over the actions taken, and sums of metrics over them.
 
@@ -150,9 +160,14 @@ def policy_objective(
         old: None on the first update, where the policy before the batch is the current one.
         kl_coef: in force; it may be adapted from step to step. ETPO's beta.
         temperature, top_k: of the rollouts.
-        policy_loss: replaces the clipped surrogate; the advantages it gets bear the importance weights.
+        surrogate: of the advantages, which importance weights have scaled already; None: PPO's.
+        loss_weights: (B, 1), of each sequence's actions in the loss, see algorithms/aggregation.py; None: 1.
     """
     mask = batch.action_mask
+
+    def weighed(of_each: Tensor) -> Tensor:
+        return of_each if loss_weights is None else loss_weights.to(of_each.dtype) * of_each
+
     scores = score(
         logits, frozen.reference_logits, batch, temperature, top_k, entropy_trains=bool(rl.entropy_coef),
         every=isinstance(follows, ActionValues) or follows.control is not None or frozen.aliases is not None,
@@ -160,12 +175,14 @@ def policy_objective(
     taken = _taken(scores, old, batch, frozen.aliases)
     if isinstance(follows, ActionValues):
         actor = etpo.actor_loss(scores.every.policy, scores.every.reference, follows.q, kl_coef)
-        losses, weights = [batch.place(actor)[mask].sum()], taken.possible.to(taken.log_probs.dtype)
+        losses, weights = [weighed(batch.place(actor))[mask].sum()], _Weights.of_one(taken)
         clipped = torch.zeros((), device=logits.device)
     else:
-        losses, weights, clipped = _policy_gradient(follows, scores, taken, old, batch, rl, kl_coef, policy_loss)
+        losses, weights, clipped = _policy_gradient(
+            follows, scores, taken, old, batch, rl, kl_coef, surrogate or of_ppo(rl), weighed
+        )
     if rl.entropy_coef:
-        losses.append(-rl.entropy_coef * scores.entropies[mask].sum())
+        losses.append(-rl.entropy_coef * weighed(scores.entropies)[mask].sum())
     loss = sum(losses[1:], losses[0])
     measured = {
         "policy/loss": loss.detach(),
@@ -174,7 +191,7 @@ def policy_objective(
     }
     if frozen.reference_logits is not None:
         measured["policy/kl"] = scores.kl.detach()[mask].sum()
-    return loss, measured | _rollout_metrics(taken, weights, batch, rl)
+    return loss, measured | _rollout_metrics(taken, weights, batch)
 
 
 def _policy_gradient(
@@ -185,18 +202,19 @@ def _policy_gradient(
     batch: MicroBatch,
     rl: RLConfig,
     kl_coef: float,
-    own: PolicyLoss | None,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The clipped surrogate of advantages, a control variate's mean and the KL that is differentiated.
+    surrogate: Surrogate,
+    weighed: Callable[[Tensor], Tensor],
+) -> tuple[list[Tensor], _Weights, Tensor]:
+    """The surrogate of advantages, a control variate's mean and the KL that is differentiated.
 
     Returns:
-        loss sums; importance weights (B, T), for rollouts of an older version or of another engine's arithmetic; and
-        the number of actions that are clipped.
+        loss sums; importance weights; and the number of actions that are clipped.
     """
-    weights = taken.possible.to(taken.log_probs.dtype)
+    weights = _Weights.of_one(taken)
     if rl.importance_cap:
-        weights = truncated_importance_weights(taken.old_log_probs, batch.rollout_log_probs, rl.importance_cap)
-        weights = weights.masked_fill(~taken.possible, 0.0)
+        weights = _Weights(*importance_weights(
+            taken.old_log_probs, batch.rollout_log_probs, taken.possible, rl.importance_cap, rl.importance_mode
+        ))  # fmt: skip
     advantages = follows.values
     if rl.kl_in == "reward" and not follows.hold_kl:  # each action answers for the penalties from it on
         penalties = old.kl_penalties if old is not None else kl_penalties(
@@ -206,32 +224,20 @@ def _policy_gradient(
         advantages = advantages - kl_coef * discounted_sum_to_go(penalties, batch.action_mask, batch.discounts)
     if follows.control is not None:
         advantages = advantages - batch.place(batch.taken(follows.control))
-    advantages = weights * advantages
-    if own is None:
-        surrogate, clipped = clipped_policy_gradient(
-            taken.said, taken.old_said, advantages, taken.possible, rl.clip_low, rl.clip_high
-        )
-    else:
-        surrogate, clipped = _own_loss(own, taken, advantages), torch.zeros((), device=advantages.device)
-    losses = [surrogate]
+    advantages = weights.values * advantages
+    of_each, clipped = surrogate(taken.said, taken.old_said, advantages, taken.possible)
+    losses = [weighed(of_each).sum()]
     if follows.control is not None:
-        losses.append(-batch.place(mean_under(scores.every.policy, follows.control))[batch.action_mask].sum())
+        mean = batch.place(mean_under(scores.every.policy, follows.control))
+        losses.append(-weighed(mean)[batch.action_mask].sum())
     if rl.kl_estimator == "exact":
         # In the reward, the other half is in advantages: what divides them divides this.
         whole = kl_coef if follows.deviation is None or rl.kl_in == "loss" else kl_coef / follows.deviation
-        losses.append((whole * scores.kl[batch.action_mask]).sum())
+        losses.append((whole * weighed(scores.kl)[batch.action_mask]).sum())
     elif rl.kl_in == "loss":
         estimates = kl_estimate(taken.log_probs, taken.ref_log_probs, rl.kl_estimator)
-        losses.append(kl_coef * estimates[taken.possible].sum())
-    return losses, weights, clipped
-
-
-def _own_loss(own: PolicyLoss, taken: Taken, advantages: Tensor) -> Tensor:
-    of_each = own(taken.said, taken.old_said, advantages, taken.possible)
-    if of_each.shape != advantages.shape:
-        shapes = f"{tuple(of_each.shape)}, and a loss for each action has {tuple(advantages.shape)}"
-        raise ValueError(f"rl.loss returned a tensor of shape {shapes}")
-    return of_each.masked_fill(~taken.possible, 0.0).sum()
+        losses.append(kl_coef * weighed(estimates)[taken.possible].sum())
+    return losses, weights, clipped.sum()
 
 
 def _taken(scores: Scores, old: Scored | None, batch: MicroBatch, aliases: Tensor | None) -> Taken:
@@ -255,14 +261,15 @@ def _marginals(scores: Scores, batch: MicroBatch, aliases: Tensor, possible: Ten
 
 
 @torch.no_grad()
-def _rollout_metrics(taken: Taken, weights: Tensor, batch: MicroBatch, rl: RLConfig) -> dict[str, Tensor]:
+def _rollout_metrics(taken: Taken, weights: _Weights, batch: MicroBatch) -> dict[str, Tensor]:
     """How far the rollouts' policy is from the learner's: sums over actions, and a maximum."""
     mask = batch.action_mask
     mismatch = (taken.old_log_probs - batch.rollout_log_probs).abs().masked_fill(~taken.possible, 0.0)
     return {
         "policy/left_out": (mask & ~taken.possible).float().sum(),
-        "policy/importance_weight": weights[mask].sum(),
-        "policy/importance_capped": ((weights >= rl.importance_cap) & mask).float().sum() * bool(rl.importance_cap),
+        "policy/importance_weight": weights.values[mask].sum(),
+        "policy/importance_weight_squared": weights.values[mask].square().sum(),
+        "policy/importance_capped": weights.capped.float().sum(),
         "policy/rollout_mismatch": mismatch.sum(),
         "policy/rollout_mismatch_max": mismatch.max(),
     }

@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 
 from cola_ray.algorithms.advantages import within_noise
+from cola_ray.algorithms.aggregation import loss_weights
+from cola_ray.algorithms.importance import effective_sample_size
 from cola_ray.algorithms.policy_loss import adapted_kl_coef
+from cola_ray.algorithms.schedules import lr_factor
 from cola_ray.batch import Batch
 from cola_ray.learner import sums
 from cola_ray.learner.actor_free import ActorFreeUpdate
@@ -33,6 +36,7 @@ from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions
 from cola_ray.learner.objective import before_updates, policy_objective, score
 from cola_ray.learner.policies import Policy, SoftQPolicy, forward
 from cola_ray.learner.soft_q import SoftQLearner
+from cola_ray.learner.surrogate import surrogate
 from cola_ray.learner.value import ValueLearner
 from cola_ray.settings.config import Config
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
@@ -80,12 +84,12 @@ class RLLearner:
         lr, grad_norm, kl_coef = 0.0, 0.0, self.kl_coef
         if batch.trains:
             self.trained_steps += 1
-            lr = self.update.lr * min(1.0, self.trained_steps / max(rl.warmup_steps, 1))
+            lr = learning_rate(self.config, self.update.lr, self.trained_steps - 1)
             found, grad_norm = self.update.improve(batch, lr, kl_coef)
         else:
             found = self.update.measure(batch, kl_coef)
         self.version += 1
-        metrics = _explained(sums.means(found, batch.num_actions_global))
+        metrics = _with_sample_size(_explained(sums.means(found, batch.num_actions_global)))
         if rl.kl_target and batch.trains:
             self.kl_coef = adapted_kl_coef(kl_coef, metrics["policy/kl"], rl.kl_target)
         seconds = time.perf_counter() - started
@@ -135,6 +139,13 @@ class RLLearner:
             setattr(self, name, notes[name])
 
 
+def learning_rate(config: Config, peak: float, step: int) -> float:
+    """Of the step that is the ``step``-th, from 0, to train; while an utterance critic warms up, none does."""
+    rl = config.rl
+    total = rl.max_steps - (config.critic.warmup_iterations if config.algorithm.critic else 0)
+    return peak * lr_factor(rl.lr_scheduler_type, step, total, rl.warmup_steps, rl.min_lr_ratio)
+
+
 @dataclass(frozen=True)
 class _Ready:
     """A micro-batch with all that is known of it before an update."""
@@ -142,6 +153,7 @@ class _Ready:
     batch: MicroBatch
     frozen: Frozen
     follows: Advantages
+    loss_weights: Tensor | None  # (B, 1), of each sequence's actions in the loss; None: 1
     old: Scored | None = None  # None: the policy before the batch is the current one
 
 
@@ -158,7 +170,7 @@ class PolicyUpdate:
     ) -> None:
         self.config, self.zero, self.value, self.soft_q = config, zero, value, soft_q
         self.lr, algorithm = config.rl.lr, config.algorithm
-        self.policy_loss, self.follows_q = algorithm.policy_loss(), algorithm.soft_q
+        self.surrogate, self.follows_q = surrogate(algorithm, config.rl), algorithm.soft_q
 
     @property
     def heads(self) -> dict[str, ValueLearner | SoftQLearner]:
@@ -210,7 +222,12 @@ class PolicyUpdate:
     def _cut(self, batch: Batch) -> list[_Ready]:
         score_last = self.soft_q is not None  # which wants the value after a cut, too
         made = (MicroBatch.cut(batch, *cut, self.zero.device, score_last) for cut in batch.micro_batches)
-        return [_Ready(one, Frozen(one.hidden_states), Advantages(one.advantages)) for one in made]
+        return [_Ready(one, Frozen(one.hidden_states), Advantages(one.advantages), self._weights(one, batch))
+                for one in made]  # fmt: skip
+
+    def _weights(self, one: MicroBatch, batch: Batch) -> Tensor | None:
+        mode, longest = self.config.rl.loss_agg_mode, self.config.rollout.max_new_tokens
+        return loss_weights(one.action_mask, mode, batch.num_actions_global, batch.num_sequences_global, longest)
 
     def _prepare(self, ready: list[_Ready], num_actions: int, kl_coef: float) -> tuple[list[_Ready], dict[str, Tensor]]:
         """Look at the batch with the policy as it is, and let the heads learn from it; metric sums of theirs."""
@@ -264,8 +281,8 @@ class PolicyUpdate:
         if self.soft_q is not None and self.follows_q:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))
         return policy_objective(
-            logits, one.batch, frozen, follows, one.old, rl=rl, kl_coef=kl_coef, temperature=rollout.temperature,
-            top_k=rollout.top_k, policy_loss=self.policy_loss,
+            logits, one.batch, frozen, follows, one.old, surrogate=self.surrogate, rl=rl, kl_coef=kl_coef,
+            temperature=rollout.temperature, top_k=rollout.top_k, loss_weights=one.loss_weights,
         )  # fmt: skip
 
 
@@ -287,12 +304,21 @@ def _heads(
                                  "seed": config.seed}  # fmt: skip
     value = soft_q = None
     if config.algorithm.value_head:
-        value = ValueLearner(width, device, decay=rl.gae_lambda, whiten=True, **shared)
+        value = ValueLearner(width, device, decay=rl.gae_lambda, whiten=True, cliprange=rl.cliprange_value, **shared)
     elif rl.algorithm == "archer" and config.critic.token_baseline:
-        value = ValueLearner(width, device, decay=1.0, whiten=False, **shared)
+        value = ValueLearner(width, device, decay=1.0, whiten=False, cliprange=rl.cliprange_value, **shared)
     if config.algorithm.soft_q or rl.control_variate:
         soft_q = SoftQLearner(width, num_actions, device, tau=rl.target_tau, **shared)
     return value, soft_q
+
+
+def _with_sample_size(metrics: dict[str, float]) -> dict[str, float]:
+    """With the effective sample size in the place of the weights' mean square; no weights where no policy trains."""
+    if "policy/importance_weight_squared" not in metrics:
+        return metrics
+    mean_square = metrics.pop("policy/importance_weight_squared")
+    size = effective_sample_size(metrics["policy/importance_weight"], mean_square)
+    return metrics | {"policy/effective_sample_size": size}
 
 
 def _explained(metrics: dict[str, float]) -> dict[str, float]:

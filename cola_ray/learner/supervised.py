@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cola_ray.algorithms.schedules import lr_factor
 from cola_ray.learner import sums
-from cola_ray.learner.engine import Report, ZeroEngine, save_checkpoint, warmup_cosine
+from cola_ray.learner.engine import Report, ZeroEngine, save_checkpoint
 from cola_ray.settings.config import Config
 
 
@@ -64,7 +65,8 @@ def train(
     metrics: dict[str, Any] = {}
     for step in range(first_step, total):
         started, last = time.perf_counter(), step + 1 == total
-        lr = stage.peak_lr * warmup_cosine(step, total, min(settings.warmup_steps, total), settings.min_lr_ratio)
+        warmup = min(settings.warmup_steps, total)
+        lr = stage.peak_lr * lr_factor("cosine", step, total, warmup, settings.min_lr_ratio)
         metrics = stage.step(step, lr) | {"stage": stage.name, "step": step + 1, "steps": total}
         metrics |= {f"{stage.name}/lr": lr, "time/step": time.perf_counter() - started}
         if (step + 1) % stage.measure_every == 0 or last:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cola_ray.algorithms.advantages import beyond_noise, over_spread, typical_value, within_noise
 from cola_ray.algorithms.heads import HeadLearner
-from cola_ray.algorithms.ppo import generalised_advantages
+from cola_ray.algorithms.ppo import clipped_values, generalised_advantages
 from cola_ray.learner.micro_batch import Advantages, Encoded
 
 
@@ -50,15 +50,16 @@ class ValueLearner(HeadLearner):
         whiten: advantages to mean 0 and variance 1 over the actions of the global batch.
         steps: gradient steps a batch.
         seed: of the head's first weights.
+        cliprange: how far values may move on one batch; 0: as far as they will.
     """
 
     def __init__(
         self, width: int, device: torch.device, *, lr: float, grad_clip: float, decay: float, whiten: bool, steps: int,
-        seed: int,
+        seed: int, cliprange: float = 0.0,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         super().__init__(ValueHead(width).to(device), lr=lr, grad_clip=grad_clip)
-        self.decay, self.whiten, self.steps = decay, whiten, steps
+        self.decay, self.whiten, self.steps, self.cliprange = decay, whiten, steps, cliprange
 
     @torch.no_grad()
     def start(self, batches: Sequence[Encoded], num_actions: int) -> None:
@@ -123,7 +124,7 @@ class ValueLearner(HeadLearner):
         return _Estimates(masked, advantages, advantages + masked, gains)
 
     def fit(self, batches: Sequence[Encoded], returns: Sequence[Tensor], num_actions: int) -> None:
-        """``steps`` gradient steps on ``mean (V - returns)^2``; all ranks call.
+        """``steps`` gradient steps on ``mean (V - returns)^2``, or PPO's clipped error; all ranks call.
 
         Args:
             returns: (B, T) of each micro-batch.
@@ -132,13 +133,21 @@ class ValueLearner(HeadLearner):
             NonFiniteError: on every rank; the head is as before the step.
         """
 
-        def loss(encoded: Encoded, goals: Tensor) -> Tensor:
-            error = beyond_noise(self.online(encoded.hidden_states)[encoded.batch.action_mask] - goals, goals)
-            return error.square().sum() / num_actions
+        def values(encoded: Encoded) -> Tensor:
+            found: Tensor = self.online(encoded.hidden_states)[encoded.batch.action_mask]
+            return found
 
+        def loss(encoded: Encoded, goals: Tensor, before: Tensor | None) -> Tensor:
+            found = values(encoded)
+            if before is not None:
+                found = clipped_values(found, before, goals, self.cliprange)
+            return beyond_noise(found - goals, goals).square().sum() / num_actions
+
+        with torch.no_grad():
+            known = [values(one) if self.cliprange else None for one in batches]
         for _ in range(self.steps):
-            pairs = zip(batches, returns, strict=True)
-            self.accumulate(loss(one, goals[one.batch.action_mask]) for one, goals in pairs)
+            given = zip(batches, returns, known, strict=True)
+            self.accumulate(loss(one, goals[one.batch.action_mask], before) for one, goals, before in given)
             self.descend()
 
 

@@ -5,6 +5,7 @@ outcomes of each prompt ── advantages ──> one a sequence ──> collate
                                                  └─ actor_free: replay
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -57,6 +58,8 @@ class BatchMaker:
     def __init__(self, config: Config, workers: WorkerGroup, replay: ReplayClient) -> None:
         self.config, self.workers, self.replay = config, workers, replay
         self.algorithm, self.compare = config.algorithm, config.algorithm.advantages()
+        if self.algorithm.advantage == "grpo" and self.compare is not None:
+            self.compare = functools.partial(self.compare, scale_rewards=config.rl.scale_rewards)
 
     def check_failures(self, failures: Sequence[str], count: int, what: str) -> None:
         """Count what user code failed at.

@@ -4,13 +4,13 @@ position of the run ──> ticket (a new permutation every epoch) ──> worke
                              ^                                                                   │ rewards differ?
                              └──── dynamic sampling: other prompts for those without signal <────┤
                                                                                                  v
-                                    batches <── collate <── advantages <── outcomes, less what is overlong
+         batches <── collate <── completions that ended <── advantages <── outcomes, less what is overlong
 """
 
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -142,15 +142,31 @@ class Problems:
             raise RuntimeError("a step has no sample with a reward")
         of_groups = self.batches.advantages([self.outcomes(group) for group in scored])
         known = zip(scored, of_groups, strict=True) if self.batches.compare else ()
-        self.samples.of_groups(step, groups, {group.position: advantages for group, advantages in known})
-        batches, replayed = await self.batches.train_on(
-            Picked.of_groups(scored),
-            [advantage for of_group in of_groups for advantage in of_group],
-            [group.position for group in scored for _ in group.scored],
-            [sample.version for group in scored for sample in group.scored],
-            step,
+        self.samples.of_groups(
+            step, groups, {group.position: self._of_kept(group, advantages) for group, advantages in known}
         )
+        rows = [
+            (sample, advantage, group.position)
+            for group, advantages in zip(scored, of_groups, strict=True)
+            for sample, advantage in zip(group.scored, advantages, strict=True)
+        ]
+        kept = [row for row, (sample, *_) in enumerate(rows) if self._keeps(sample)]
+        sequences = Picked.of_groups(scored)
+        if 0 < len(kept) < len(rows):
+            sequences, rows = sequences.of(kept), [rows[row] for row in kept]
+        samples, of_samples, positions = zip(*rows, strict=True)
+        versions = [sample.version for sample in samples]
+        batches, replayed = await self.batches.train_on(sequences, of_samples, positions, versions, step)
+        if not kept:  # the policy stays as it is
+            batches = [replace(batch, trains=False) for batch in batches]
         return batches, self._measure(groups, step, rollouts.seconds) | more | replayed
+
+    def _keeps(self, sample: Sample) -> bool:
+        """Whether a completion is in the loss. Of one that a limit cut off, the reward alone counts, for the others."""
+        return not (self.config.rl.mask_truncated_completions and sample.truncated)
+
+    def _of_kept(self, group: Group, advantages: Sequence[float]) -> list[float | None]:
+        return [one if self._keeps(sample) else None for sample, one in zip(group.scored, advantages, strict=True)]
 
     def outcomes(self, group: Group) -> Outcomes:
         """Rewards as the algorithm sees them: less for what is overlong.

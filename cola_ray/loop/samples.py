@@ -26,12 +26,12 @@ class Samples:
     def __init__(self, config: Config, supervisor: Supervisor) -> None:
         self.config, self.settings, self.supervisor = config, config.samples, supervisor
 
-    def of_groups(self, step: int, groups: Sequence[Group], advantages: dict[int, list[float]]) -> None:
+    def of_groups(self, step: int, groups: Sequence[Group], advantages: dict[int, list[float | None]]) -> None:
         """A step's completions, those that came with their texts.
 
         Args:
             advantages: of the scored completions of those groups that are learnt from, by position; empty where the
-                learner makes them.
+                learner makes them, None of one that is not in the loss.
         """
         made = []
         for group in groups:

@@ -31,7 +31,7 @@ class Algorithm:
     tensors``, or a name as in ``rl.advantage``."""
     loss: str | Callable[..., Any] = ""
     """Of the policy: a function ``(log_probs, old_log_probs, advantages, mask) -> loss of each action``, all (B, T), or
-    a name as in ``rl.loss``; empty: PPO's clipped surrogate."""
+    a name as in ``rl.loss``; empty: ppo, the clipped surrogate."""
     groups: bool = False
     """Compares completions of one prompt with each other: ``rl.group_size`` is 2 or more."""
     greedy: bool = False
@@ -54,9 +54,16 @@ class Algorithm:
         """The function, imported where it is a name; None where rewards go to the learner as they are."""
         return _function("advantage", self.advantage)
 
-    def policy_loss(self) -> Callable[..., Any] | None:
-        """The function of one's own; None for the clipped surrogate."""
-        return _function("loss", self.loss)
+    def policy_loss(self) -> Callable[..., Any]:
+        """The function; one that is built in takes clips besides."""
+        found = _function("loss", self.loss or "ppo")
+        assert found is not None
+        return found
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the loss is none of the project's."""
+        return bool(self.loss) and self.loss not in registry.BUILT_IN["loss"]
 
 
 def _function(kind: registry.Kind, given: str | Callable[..., Any]) -> Callable[..., Any] | None:

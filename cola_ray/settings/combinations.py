@@ -16,6 +16,7 @@ from cola_ray.settings.relevance import defaults
 
 Condition = Callable[[Config], bool]
 _UNREAD = "nothing reads it"
+_CLIPS = ("rl.clip_low", "rl.clip_high", "rl.clip_c")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,18 @@ def _learns_otherwise(config: Config) -> bool:
     return not of(config.rl.algorithm).advantage
 
 
+def _without_grpo(config: Config) -> bool:
+    return config.algorithm.advantage != "grpo"
+
+
+def _own_loss(config: Config) -> bool:
+    return config.algorithm.has_own_loss
+
+
+def _loss_is(*names: str) -> Condition:
+    return lambda config: config.algorithm.loss in names
+
+
 def _agents(config: Config) -> bool:
     return is_environment(config.task.name)
 
@@ -135,8 +148,21 @@ def _never_trains(config: Config) -> bool:
     return config.critic.warmup_iterations >= config.rl.max_steps
 
 
+def _no_room_for_weights(config: Config) -> bool:
+    return 0 < config.rl.importance_cap <= 1
+
+
+def _warms_up_all_along(config: Config) -> bool:
+    critic_alone = config.critic.warmup_iterations if config.algorithm.critic else 0
+    return config.rl.warmup_steps >= config.rl.max_steps - critic_alone
+
+
 def _without_values(config: Config) -> bool:
     return not config.learns_values
+
+
+def _without_value_head(config: Config) -> bool:
+    return not (config.algorithm.value_head or (config.rl.algorithm == "archer" and config.critic.token_baseline))
 
 
 def _nothing_frozen(config: Config) -> bool:
@@ -204,12 +230,27 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     *(
         Combination(field, None, _of("etpo", "chai", "filtered_bc"), f"with rl.algorithm {{}} {_UNREAD}")
-        for field in ("rl.kl_in", "rl.kl_estimator", "rl.importance_cap")
+        for field in ("rl.kl_in", "rl.kl_estimator", "rl.importance_cap", "rl.importance_mode")
+    ),
+    Combination(
+        "rl.importance_mode", None, _has("rl.importance_cap", 0.0), "there is no weight", "set rl.importance_cap"
+    ),
+    Combination(
+        "rl.importance_mode", ("geometric_mask",), _no_room_for_weights,
+        "with rl.importance_cap up to 1 no weight is between 1 / rl.importance_cap and that", "use a cap above 1",
     ),
     *(
         Combination(field, None, _of("chai"), "no policy trains")
-        for field in ("rl.lr", "rl.warmup_steps", "rl.adam_betas", "rl.grad_clip", "rl.kl_coef",
-                      "critic.warmup_iterations")
+        for field in ("rl.lr", "rl.warmup_steps", "rl.lr_scheduler_type", "rl.min_lr_ratio", "rl.adam_betas",
+                      "rl.grad_clip", "rl.kl_coef", "critic.warmup_iterations")
+    ),
+    Combination(
+        "rl.min_lr_ratio", None, _has("rl.lr_scheduler_type", "constant"), "a constant rate has no end",
+        "set rl.lr_scheduler_type to linear or cosine",
+    ),
+    Combination(
+        "rl.lr_scheduler_type", ("linear", "cosine"), _warms_up_all_along,
+        "rl.warmup_steps takes all steps that train, and the rate would never fall", "use fewer, or more rl.max_steps",
     ),
     Combination("rl.lr", None, _actor_free, "no policy trains, and Q's is rl.value_lr", "use rl.value_lr"),
     Combination("rl.kl_coef", None, _of("filtered_bc"), "the best episodes are cloned without a reference"),
@@ -219,29 +260,43 @@ COMBINATIONS: tuple[Combination, ...] = (
         "rl.kl_coef is multiplied from step to step, and from 0 it never moves", "set rl.kl_coef to a number above 0",
     ),
     Combination("rl.entropy_coef", None, _any(_of("chai"), _actor_free), "no policy trains"),
+    # How losses are added up.
+    Combination("rl.loss_agg_mode", None, _any(_of("chai"), _actor_free), "no policy trains"),
+    Combination(
+        "rl.loss_agg_mode", ("seq-mean-token-mean",), _has("rl.control_variate", True),
+        "what an action weighs depends on how its completion goes on, and rl.control_variate would add a bias",
+        "use another, or leave rl.control_variate out",
+    ),
     # Several updates on a batch.
     Combination("rl.updates_per_batch", None, _any(_of("chai"), _actor_free), "no policy trains"),
     *(
         Combination(field, None, _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}")
-        for field in ("rl.clip_low", "rl.clip_high")
+        for field in _CLIPS
     ),
     *(
-        Combination(field, None, _needs("loss"), "rl.loss replaces the clipped surrogate")
-        for field in ("rl.clip_low", "rl.clip_high")
+        Combination(field, None, _own_loss, "rl.loss replaces the clipped surrogate")
+        for field in _CLIPS
     ),
+    Combination("rl.clip_c", None, _loss_is("cispo"), "cispo clips a weight, on both sides of 1 for every advantage"),
     *(
         Combination(
             field, None, _has("rl.updates_per_batch", 1),
             "ratios are to the policy at the start of a batch, and are all 1 in its first update",
             "set rl.updates_per_batch to 2 or more",
         )
-        for field in ("rl.clip_low", "rl.clip_high")
+        for field in _CLIPS
+    ),
+    Combination(
+        "rl.loss", ("gspo", "cispo"), _has("rl.updates_per_batch", 1),
+        "ratios are to the policy at the start of a batch, and in its first update the gradient is ppo's",
+        "set rl.updates_per_batch to 2 or more",
     ),
     Combination(
         "rl.update_mode", ("continue",), _has("rl.max_staleness", 0), "nothing is in flight at an update",
         "set rl.max_staleness to 1 or more",
     ),
     # What shapes and selects outcomes.
+    Combination("rl.scale_rewards", None, _without_grpo, "only grpo's advantages are divided by a spread"),
     Combination(
         "rl.dynamic_sampling", (True,), _any(_lacks("groups"), _agents),
         f"for {' and '.join(COMPARING)} on problems with answers",
@@ -252,6 +307,10 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         "hardware.response_tokens", None, _answers_too_long, "more than rollout.max_new_tokens, which no completion is",
         "use less",
+    ),
+    Combination("rl.mask_truncated_completions", (True,), _agents, "episodes are limited by their turns"),
+    Combination(
+        "rl.mask_truncated_completions", (True,), _actor_free, "Q learns from every step that there is an answer to",
     ),
     Combination("rl.overlong_buffer", None, _agents, "episodes are limited by their turns"),
     Combination(
@@ -283,6 +342,11 @@ COMBINATIONS: tuple[Combination, ...] = (
     *(
         Combination(field, None, _without_values, "no value head and no Q trains")
         for field in ("rl.value_lr", "rl.value_steps")
+    ),
+    Combination("rl.cliprange_value", None, _without_value_head, "no value head trains"),
+    Combination(
+        "rl.cliprange_value", None, _has("rl.value_steps", 1),
+        "values are as they were before the batch in its first gradient step", "set rl.value_steps to 2 or more",
     ),
     Combination(
         "rl.target_tau", None, _all(_not_of("etpo"), _has("rl.control_variate", False)),

@@ -87,6 +87,12 @@ def _above_half(expectile: float) -> float:
     return expectile
 
 
+def _above_one(bound: float) -> float:
+    if 0 < bound <= 1:
+        raise ValueError("a ratio of 1 is no change; use 0 (none) or a number above 1, e.g. 3")
+    return bound
+
+
 class ModelConfig(Branch):
     base: str = ""
     """Checkpoint that CoLA is attached to, of llama, mistral, qwen2, qwen3, gemma3_text or smollm3: directory, hub id
@@ -319,9 +325,20 @@ class RLConfig(Branch):
     advantage: str = ""
     """In place of the algorithm's own, for grpo, rloo, remax, reinforce and yours: one of these names, or your own
     function of a step's outcomes as package.module:name or file.py:name. Empty: the algorithm's."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What grpo's advantages, rewards less their prompt's mean, are divided by. group: the standard deviation of the
+    prompt's rewards. batch: of all rewards in the batch. none: nothing, as in Dr. GRPO."""
     loss: str = ""
-    """In place of PPO's clipped surrogate: your own function of log-probabilities and advantages, as
-    package.module:name or file.py:name. Empty: the algorithm's."""
+    """ppo: the clipped surrogate, of each action's ratio. gspo: of a sequence's ratio, with clips of some 3e-4 and
+    rl.loss_agg_mode seq-mean-token-mean. cispo: the ratio is a weight, clipped, and no action loses its gradient. Or
+    your own function of log-probabilities and advantages, as package.module:name or file.py:name. Empty: the
+    algorithm's, which is ppo where it has none."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """How the losses of actions become one number. token-mean: every action of the batch weighs the same, as in DAPO.
+    seq-mean-token-mean: every sequence does, as in GRPO's paper. seq-mean-token-sum: sums over sequences, whose mean is
+    taken. seq-mean-token-sum-norm: these over rollout.max_new_tokens, as in Dr. GRPO."""
     action_space: Literal["latent", "token"] = "latent"
     """latent: actions of the learned codebook; the policy over them trains. token: the plain base chooses tokens and
     itself trains, through the same workers, tasks and algorithms: what latent actions are compared with."""
@@ -337,9 +354,13 @@ class RLConfig(Branch):
     group_size: Count = 4
     """Completions of one prompt."""
     lr: Rate = 5e-7
-    """Adam's, constant after warm-up."""
+    """Adam's, at its peak."""
     warmup_steps: Whole = 0
     """Linear warm-up."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: lr as it is, or a fall to lr times min_lr_ratio at rl.max_steps."""
+    min_lr_ratio: Share = 0.0
+    """linear and cosine end at lr times this."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's."""
     grad_clip: NonNegative = 1.0
@@ -369,10 +390,15 @@ class RLConfig(Branch):
     overlong_buffer: Whole = 0
     """Above 0: within so many tokens of rollout.max_new_tokens, a completion's reward falls, by 1 at the limit. With
     grpo, rloo and remax only among completions of a prompt whose rewards differ: length alone is no signal."""
+    mask_truncated_completions: bool = False
+    """Completions that rollout.max_new_tokens cut off are left out of the loss: what they would have become is unknown.
+    Their rewards still count where others are compared with them."""
     clip_low: Share = 0.2
     """Ratio's lower clip, 1 - clip_low."""
     clip_high: NonNegative = 0.2
     """Ratio's upper clip, 1 + clip_high."""
+    clip_c: Annotated[NonNegative, AfterValidator(_above_one)] = 0.0
+    """Dual clip: the most that a ratio counts where the advantage is negative, e.g. 3. 0: no bound."""
     updates_per_batch: Count = 1
     """Optimizer steps on one batch of rollouts."""
     gae_lambda: Share = 0.95
@@ -381,6 +407,9 @@ class RLConfig(Branch):
     """Learning rate of the Adam of the value head, ppo's and archer's with critic.token_baseline, and of etpo's Q."""
     value_steps: Count = 4
     """Gradient steps of value head or Q on one batch."""
+    cliprange_value: NonNegative = 0.0
+    """ppo, and archer with critic.token_baseline: how far a value may move on one batch, in units of the reward. 0: as
+    far as it will."""
     target_tau: PositiveShare = 0.005
     """etpo: share of Q that its target takes over after each of its steps."""
     micro_batch_tokens: Count = 16_384
@@ -390,7 +419,13 @@ class RLConfig(Branch):
     update_mode: Literal["drain", "continue"] = "drain"
     """At new weights, requests in flight end on the old version first, or continue on the new one."""
     importance_cap: NonNegative = 2.0
-    """Truncation of pi_learner / pi_rollout, the weight that corrects staleness and engine mismatch. 0: no weight."""
+    """Cap of pi_learner / pi_rollout, the weight that corrects staleness and engine mismatch. 0: no weight."""
+    importance_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask"
+    ] = "token_truncate"
+    """token: each action has its own weight. sequence: the product over its sequence's actions. geometric: their
+    geometric mean, with caps of some 1.01. truncate: a weight is importance_cap at most. mask: what weighs more is left
+    out, with geometric_mask also what weighs less than 1 / importance_cap."""
     cache_hidden_states: bool = False
     """The engine hands the base's states out with the tokens, and the learner holds no base at all."""
     eval_every: Whole = 10

@@ -7,8 +7,8 @@ import pytest
 from runs import ROOT, SHORT_PRETRAINING, SHORT_RL, Run
 
 EXAMPLES = dict(re.findall(r"```python file=(\w+\.py)\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL))
-RL = ["--task.name", "doubling.py:Doubling", "--task.reward", "close.py:close", "--rl.algorithm", "dr_grpo.py:DR_GRPO",
-      "--rl.loss", "cispo.py:cispo", "--rl.updates-per-batch", "2", *SHORT_PRETRAINING, *SHORT_RL,
+RL = ["--task.name", "doubling.py:Doubling", "--task.reward", "close.py:close", "--rl.algorithm", "max_rl.py:MAX_RL",
+      "--rl.loss", "sapo.py:sapo", "--rl.updates-per-batch", "2", *SHORT_PRETRAINING, *SHORT_RL,
       "--rl.eval-problems", "2", "--rl.max-steps", "2"]  # fmt: skip
 AGENT = ["--task.name", "countdown_game.py:Countdown", "--rl.algorithm", "grpo", "--rl.advantage", "median.py:median",
          *SHORT_PRETRAINING, *SHORT_RL, "--rl.eval-problems", "8", "--rl.max-steps", "2"]  # fmt: skip

@@ -16,6 +16,7 @@ from micro_batches import micro_batch
 from cola_ray.algorithms import remax
 from cola_ray.algorithms.advantages import Outcomes, centred, overlong_penalty, standardised
 from cola_ray.algorithms.policy_loss import (
+    Clip,
     adapted_kl_coef,
     clipped_policy_gradient,
     discounted_sum_to_go,
@@ -24,7 +25,6 @@ from cola_ray.algorithms.policy_loss import (
     following,
     kl_estimate,
     kl_penalties,
-    truncated_importance_weights,
 )
 from cola_ray.algorithms.rloo import leave_one_out
 from cola_ray.checks.refusals import check
@@ -79,20 +79,22 @@ def test_clipped_loss_by_hand():
     # NeMo-RL, test_loss_functions.py: ratios .5, 1, 1.5 with advantages 1, -1, 2 have mean loss -.6333
     ratio, advantages = torch.tensor([[0.5, 1.0, 1.5]]), torch.tensor([[1.0, -1.0, 2.0]])
     mask = torch.ones(1, 3, dtype=torch.bool)
-    loss, clipped = clipped_policy_gradient(ratio.log(), torch.zeros(1, 3), advantages, mask, 0.2, 0.2)
-    assert float(loss) / 3 == pytest.approx(-0.6333, abs=1e-4)
-    assert int(clipped) == 1
-    wider, _ = clipped_policy_gradient(ratio.log(), torch.zeros(1, 3), advantages, mask, 0.2, 0.4)
-    assert float(wider) == pytest.approx(-(0.5 - 1.0 + 2.8))
+    loss, clipped = clipped_policy_gradient(ratio.log(), torch.zeros(1, 3), advantages, mask, Clip(0.2, 0.2))
+    assert float(loss.mean()) == pytest.approx(-0.6333, abs=1e-4)
+    assert int(clipped.sum()) == 1
+    wider, _ = clipped_policy_gradient(ratio.log(), torch.zeros(1, 3), advantages, mask, Clip(0.2, 0.4))
+    assert float(wider.sum()) == pytest.approx(-(0.5 - 1.0 + 2.8))
 
 
 def test_without_an_advantage_an_overflowing_ratio_is_no_nan():
     """exp(100) is infinite in float32."""
     log_probs = torch.tensor([[0.0, -1.0]], requires_grad=True)
     old, advantages = torch.tensor([[-100.0, -1.0]]), torch.tensor([[0.0, 1.0]])
-    loss, clipped = clipped_policy_gradient(log_probs, old, advantages, torch.ones(1, 2, dtype=torch.bool), 0.2, 0.2)
-    loss.backward()
-    assert (loss.item(), int(clipped)) == (-1.0, 0)
+    loss, clipped = clipped_policy_gradient(
+        log_probs, old, advantages, torch.ones(1, 2, dtype=torch.bool), Clip(0.2, 0.2)
+    )
+    loss.sum().backward()
+    assert (loss.sum().item(), int(clipped.sum())) == (-1.0, 0)
     assert log_probs.grad.tolist() == [[0.0, -1.0]]
 
 
@@ -106,7 +108,7 @@ def test_clipped_loss_gradient_and_mask():
     mask = torch.rand(3, 5, generator=generator) > 0.3
 
     def loss(x):
-        return clipped_policy_gradient(x, old, advantages, mask, 0.2, 0.2)[0]
+        return clipped_policy_gradient(x, old, advantages, mask, Clip(0.2, 0.2))[0].sum()
 
     assert torch.autograd.gradcheck(loss, (log_probs,))
     (gradient,) = torch.autograd.grad(loss(log_probs), log_probs)
@@ -135,12 +137,6 @@ def test_exact_kl_and_entropy_agree_with_float64_sums_and_with_estimators():
     truncated = torch.where(torch.arange(64) < 3, p, torch.tensor(-torch.inf, dtype=torch.float64)).log_softmax(0)
     assert torch.isfinite(exact_kl(truncated, q))
     assert float(entropy(truncated)) < np.log(3)
-
-
-def test_truncated_importance_weights():
-    # SkyRL, test_off_policy_correction.py
-    weights = truncated_importance_weights(torch.tensor([0.5, -0.5, 3.0]), torch.zeros(3), cap=2.0)
-    torch.testing.assert_close(weights, torch.tensor([1.6487, 0.6065, 2.0]), atol=1e-4, rtol=0)
 
 
 # --- outcomes ---------------------------------------------------------------------------------------------------------

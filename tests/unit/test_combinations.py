@@ -1,9 +1,11 @@
 """The table of options that do not go together: every row refuses what it is for, and nothing that is in use."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from cola_ray.cli import arguments
 from cola_ray.settings.combinations import COMBINATIONS, refused
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
@@ -37,11 +39,25 @@ REFUSED = [
     (ETPO | {"rl.kl_estimator": "k1"}, "rl.kl_estimator = 'k1': with rl.algorithm etpo nothing reads it"),
     (ETPO | {"rl.kl_in": "loss"}, "rl.kl_in = 'loss': with rl.algorithm etpo nothing reads it"),
     (agent("filtered_bc", rl__importance_cap=5.0), "rl.importance_cap = 5.0: with rl.algorithm filtered_bc nothing"),
+    (agent("filtered_bc", rl__importance_mode="token_mask"), "rl.importance_mode = 'token_mask': with rl.algorithm"),
+    (
+        {"rl.importance_mode": "sequence_mask", "rl.importance_cap": 0.0},
+        "rl.importance_mode = 'sequence_mask': there is no weight; set rl.importance_cap",
+    ),
+    (
+        {"rl.importance_mode": "geometric_mask", "rl.importance_cap": 0.9},
+        "rl.importance_mode = 'geometric_mask': with rl.importance_cap up to 1 no weight",
+    ),
     (agent("chai", rl__kl_target=0.1), "rl.kl_target = 0.1: with rl.algorithm chai nothing reads it"),
     (agent("filtered_bc", rl__kl_target=0.1), "rl.kl_target = 0.1: with rl.algorithm filtered_bc nothing reads it"),
     ({"rl.kl_target": 0.1, "rl.kl_coef": 0.0}, "rl.kl_target = 0.1: rl.kl_coef is multiplied from step to step"),
     (agent("chai", rl__entropy_coef=0.1), "rl.entropy_coef = 0.1: no policy trains"),
     (SOFT | {"rl.entropy_coef": 0.1}, "rl.entropy_coef = 0.1: no policy trains"),
+    (SOFT | {"rl.loss_agg_mode": "seq-mean-token-sum"}, "rl.loss_agg_mode = 'seq-mean-token-sum': no policy trains"),
+    (
+        {"rl.loss_agg_mode": "seq-mean-token-mean", "rl.control_variate": True},
+        "rl.loss_agg_mode = 'seq-mean-token-mean': what an action weighs depends on how its completion goes on",
+    ),
     (SOFT | {"rl.updates_per_batch": 3}, "rl.updates_per_batch = 3: no policy trains"),
     (ETPO | {"rl.loss": "mine.py:mine"}, "rl.loss = 'mine.py:mine': etpo has a loss of its own, or none"),
     *(
@@ -51,6 +67,15 @@ REFUSED = [
         )
         for field in ("rl.clip_low", "rl.clip_high")
     ),
+    (
+        {"rl.loss": "mine.py:mine", "rl.clip_c": 3.0, "rl.updates_per_batch": 2},
+        "rl.clip_c = 3.0: rl.loss replaces the clipped",
+    ),
+    ({"rl.loss": "cispo", "rl.clip_c": 3.0, "rl.updates_per_batch": 2}, "rl.clip_c = 3.0: cispo clips a weight"),
+    ({"rl.clip_c": 3.0}, "rl.clip_c = 3.0: ratios are to the policy at the start of a batch"),
+    (ETPO | {"rl.clip_c": 3.0, "rl.updates_per_batch": 2}, "rl.clip_c = 3.0: with rl.algorithm etpo nothing reads it"),
+    ({"rl.loss": "gspo"}, "rl.loss = 'gspo': ratios are to the policy at the start of a batch, and in its first"),
+    ({"rl.loss": "cispo"}, "rl.loss = 'cispo': ratios are to the policy at the start of a batch, and in its first"),
     (ETPO | {"rl.clip_low": 0.1, "rl.updates_per_batch": 2}, "rl.clip_low = 0.1: with rl.algorithm etpo nothing"),
     (ETPO | {"rl.clip_high": 0.1, "rl.updates_per_batch": 2}, "rl.clip_high = 0.1: with rl.algorithm etpo nothing"),
     ({"rl.clip_low": 0.1}, "rl.clip_low = 0.1: ratios are to the policy at the start of a batch"),
@@ -60,6 +85,16 @@ REFUSED = [
     ({"rl.algorithm": "ppo", "rl.dynamic_sampling": True}, "rl.dynamic_sampling = True: for grpo and rloo on"),
     (agent("grpo", rl__group_size=4, rl__dynamic_sampling=True), "rl.dynamic_sampling = True: for grpo and rloo on"),
     ({"rl.refill_rounds": 5}, "rl.refill_rounds = 5: nothing reads it; set rl.dynamic_sampling"),
+    ({"rl.algorithm": "rloo", "rl.scale_rewards": "none"}, "rl.scale_rewards = 'none': only grpo's advantages are"),
+    ({"rl.advantage": "rloo", "rl.scale_rewards": "batch"}, "rl.scale_rewards = 'batch': only grpo's advantages are"),
+    (
+        agent("ppo", rl__mask_truncated_completions=True),
+        "rl.mask_truncated_completions = True: episodes are limited by their turns",
+    ),
+    (
+        SOFT | {"rl.mask_truncated_completions": True},
+        "rl.mask_truncated_completions = True: Q learns from every step",
+    ),
     (agent("ppo", rl__overlong_buffer=4), "rl.overlong_buffer = 4: episodes are limited by their turns"),
     ({"rl.overlong_buffer": 7, "rollout.max_new_tokens": 6}, "rl.overlong_buffer = 7: more than"),
     ({"rollout.top_k": 1}, "rollout.top_k = 1: all completions of a prompt would be the same"),
@@ -75,15 +110,22 @@ REFUSED = [
     ),
     ({"rl.gae_lambda": 0.9}, "rl.gae_lambda = 0.9: only ppo reads it"),
     *(
-        (agent("chai", **{field.replace(".", "__"): value}), f"{field} = {value}: no policy trains")
+        (agent("chai", **{field.replace(".", "__"): value}), f"{field} = {value!r}: no policy trains")
         for field, value in (
             ("rl.lr", 0.1),
             ("rl.warmup_steps", 3),
+            ("rl.lr_scheduler_type", "cosine"),
+            ("rl.min_lr_ratio", 0.5),
             ("rl.adam_betas", (0.8, 0.9)),
             ("rl.grad_clip", 3.0),
             ("rl.kl_coef", 0.5),
             ("critic.warmup_iterations", 3),
         )
+    ),
+    ({"rl.min_lr_ratio": 0.1}, "rl.min_lr_ratio = 0.1: a constant rate has no end; set rl.lr_scheduler_type"),
+    (
+        {"rl.lr_scheduler_type": "cosine", "rl.warmup_steps": 9, "rl.max_steps": 9},
+        "rl.lr_scheduler_type = 'cosine': rl.warmup_steps takes all steps",
     ),
     (SOFT | {"rl.lr": 0.1}, "rl.lr = 0.1: no policy trains, and Q's is rl.value_lr; use rl.value_lr"),
     (agent("filtered_bc", rl__kl_coef=0.5), "rl.kl_coef = 0.5: the best episodes are cloned without a reference"),
@@ -97,6 +139,12 @@ REFUSED = [
     ({"rl.value_steps": 9}, "rl.value_steps = 9: no value head and no Q trains"),
     ({"rl.value_lr": 1e-2}, "rl.value_lr = 0.01: no value head and no Q trains"),
     ({"rl.algorithm": "ppo", "rl.target_tau": 0.1}, "rl.target_tau = 0.1: only etpo's"),
+    ({"rl.cliprange_value": 0.2}, "rl.cliprange_value = 0.2: no value head trains"),
+    (ETPO | {"rl.cliprange_value": 0.2}, "rl.cliprange_value = 0.2: no value head trains"),
+    (
+        {"rl.algorithm": "ppo", "rl.cliprange_value": 0.2, "rl.value_steps": 1},
+        "rl.cliprange_value = 0.2: values are as they were",
+    ),
     ({"rl.lora_rank": 4}, "rl.lora_rank = 4: for rl.action_space token; leave it out"),
     (SOFT | {"cluster.gradient_checkpointing": True}, "cluster.gradient_checkpointing = True: no layer trains"),
     ({"cluster.offload_optimizer": True}, "cluster.offload_optimizer = True: without cluster.use_gpu all is in host"),
@@ -155,6 +203,16 @@ def test_every_row_is_tried():
     assert not seen
 
 
+PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text().replace("\\\n", " ")
+RECIPES = re.findall(r"^cola_ray rl (.*?)\s*(?:#.*)?$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", RECIPES)
+def test_no_part_of_a_documented_recipe_is_refused(words, monkeypatch):
+    monkeypatch.setattr(arguments, "check", lambda *_: None)  # of the machine, too
+    assert not refused(arguments.from_command_line("rl_math", words.split()))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -163,7 +221,16 @@ def test_every_row_is_tried():
         SOFT,
         {"rl.kl_coef": 0.0, "rl.kl_estimator": "k3", "rl.kl_in": "loss"},  # as in a sweep over the coefficient
         {"rl.algorithm": "ppo", "rl.gae_lambda": 1.0, "rl.clip_high": 0.28, "rl.updates_per_batch": 2},
+        {"rl.loss": "gspo", "rl.clip_low": 3e-4, "rl.clip_high": 4e-4, "rl.updates_per_batch": 4, "rl.clip_c": 3.0},
+        {"rl.loss": "cispo", "rl.clip_low": 1.0, "rl.clip_high": 4.0, "rl.updates_per_batch": 4},
+        {"rl.algorithm": "ppo", "rl.mask_truncated_completions": True},
+        {"rl.lr_scheduler_type": "cosine", "rl.min_lr_ratio": 0.1, "rl.warmup_steps": 3, "rl.max_steps": 4},
+        {"rl.algorithm": "ppo", "rl.cliprange_value": 0.2},
+        agent("archer", critic__token_baseline=True, rl__cliprange_value=0.2),
+        {"rl.importance_mode": "geometric_mask", "rl.importance_cap": 1.01},
         {"rl.algorithm": "remax", "rl.group_size": 1},
+        {"rl.algorithm": "rloo", "rl.advantage": "grpo", "rl.scale_rewards": "batch"},
+        agent("grpo", rl__group_size=8, rl__scale_rewards="none", rl__loss_agg_mode="seq-mean-token-sum-norm"),
         {"rl.algorithm": "reinforce", "rl.group_size": 1},
         {"rl.dynamic_sampling": True, "rl.refill_rounds": 4, "rl.overlong_buffer": 2},
         {"rl.max_staleness": 1, "rl.update_mode": "continue", "rollout.top_k": 4},

@@ -251,6 +251,48 @@ def test_groups_of_wrong_answers_are_refilled_whatever_their_lengths():
     assert all(one["reward/zero_variance_groups"] >= 0.75 for one in metrics)
 
 
+def truncated(pool, siblings):
+    """Four completions a prompt, of 1 to 4 tokens and rewards 0 to 3, of which these are cut off."""
+    made = pool.trajectory
+
+    def trajectory(worker, version, sibling):
+        one, length = made(worker, version, sibling), sibling + 1
+        fields = ("token_ids", "actions", "rollout_log_probs", "versions")
+        longer = {field: getattr(one, field).repeat(length) for field in fields}
+        return dataclasses.replace(one, truncated=sibling in siblings, **longer)
+
+    pool.completions = lambda worker, version, ticket: [trajectory(worker, version, i) for i in range(4)]
+    return pool
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_what_was_cut_off_is_compared_with_and_not_in_the_loss(algorithm):
+    """As in TRL: rewards 0 to 3 make the advantages, and the two in the middle are masked."""
+    changes = {"rl.algorithm": algorithm, "rl.mask_truncated_completions": True, "rl.group_size": 4}
+    controller, batches = run(truncated(Pool(), {1, 2}), changes)
+    rewards = np.arange(4.0)
+    every = (rewards - rewards.mean()) / rewards.std(ddof=1) if algorithm == "grpo" else rewards
+    for batch in batches:
+        padded = batch.padded()
+        assert padded.action_mask.sum(1).tolist() == [4] * PROMPTS + [1] * PROMPTS
+        found = padded.advantages[:, 0]  # prompts have one token
+        np.testing.assert_allclose(found, [every[3]] * PROMPTS + [every[0]] * PROMPTS, rtol=1e-6)
+        assert (batch.num_actions_global, batch.num_sequences_global) == (5 * PROMPTS, 2 * PROMPTS)
+        assert batch.trains
+    assert all(one["rollout/truncated"] == 0.5 for one in metrics_of(controller))
+    shown = [sample for event in controller.supervisor.events for sample in event.get("samples", ())]
+    known = {sample.sibling: sample.advantages for sample in shown}
+    if algorithm == "grpo":
+        assert [sibling for sibling, weights in known.items() if weights is None] == [1, 2]
+
+
+def test_a_step_that_was_cut_off_whole_leaves_the_policy_as_it_is():
+    _, batches = run(truncated(Pool(), range(4)), {"rl.mask_truncated_completions": True})
+    assert [batch.trains for batch in batches] == [False] * STEPS
+    _, batches = run(truncated(Pool(), range(4)))
+    assert [batch.trains for batch in batches] == [True] * STEPS
+
+
 def test_length_costs_where_rewards_differ():
     """Rewards 0 and 1, the right answer three tokens into a buffer of four: 1/4 is left, so 1 - 3/4 against 0."""
     source = Problems(config(**{"rl.overlong_buffer": 4, "rollout.max_new_tokens": 6}), None, None, None)

@@ -47,8 +47,8 @@ def test_every_command_line_of_the_page_passes_the_checks(command, words, outsid
 def test_every_kind_has_an_example():
     assert {*EXAMPLES} == {
         "median.py",
-        "dr_grpo.py",
-        "cispo.py",
+        "max_rl.py",
+        "sapo.py",
         "doubling.py",
         "countdown_game.py",
         "close.py",
@@ -61,12 +61,22 @@ def test_an_advantage_and_an_algorithm(outside):
     config = override(preset("tiny"), {"rl.advantage": "median.py:median"})
     assert [one.tolist() for one in config.algorithm.advantages()(prompts)] == [[1, 0, 0], [0, 2]]
     assert registry.find("advantage", "median") is registry.find("advantage", "median.py:over_the_median")
-    config = override(preset("tiny"), {"rl.algorithm": "dr_grpo.py:DR_GRPO"})
+    config = override(preset("tiny"), {"rl.algorithm": "max_rl.py:MAX_RL"})
     assert config.algorithm.groups
-    assert config.algorithm.advantages()(prompts)[1].tolist() == [-1, 1]
-    assert refusal({"rl.algorithm": "dr_grpo.py:DR_GRPO", "rl.group_size": 1}).startswith(
-        "rl.group_size = 1: dr_grpo.py:DR_GRPO compares completions of one prompt"
+    assert config.algorithm.advantages()(prompts)[1].tolist() == pytest.approx([-1 / 3, 1 / 3])
+    assert refusal({"rl.algorithm": "max_rl.py:MAX_RL", "rl.group_size": 1}).startswith(
+        "rl.group_size = 1: max_rl.py:MAX_RL compares completions of one prompt"
     )
+
+
+def test_a_loss(outside):
+    """Where nothing has moved, SAPO's gradient is PPO's; far away it is 0, whatever the advantage."""
+    loss = override(preset("tiny"), {"rl.loss": "sapo.py:sapo"}).algorithm.policy_loss()
+    advantages, mask = torch.tensor([[2.0, -3.0]]), torch.ones(1, 2, dtype=torch.bool)
+    for moved, wanted in ((0.0, [-2.0, 3.0]), (4.0, [0.0, 0.0])):
+        log_probs = torch.full((1, 2), -5.0 + moved, requires_grad=True)
+        loss(log_probs, torch.full((1, 2), -5.0), advantages, mask).sum().backward()
+        assert log_probs.grad[0].tolist() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_a_task_with_a_reward(outside):

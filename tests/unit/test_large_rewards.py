@@ -11,7 +11,7 @@ from cola_ray.algorithms import grpo, reinforce, remax, rloo
 from cola_ray.algorithms.advantages import Outcomes, typical_value
 from cola_ray.algorithms.archer import TwinHeads, q_targets, utterance_advantages
 from cola_ray.algorithms.etpo import best_log_probs, soft_targets, soft_values
-from cola_ray.algorithms.policy_loss import clipped_policy_gradient
+from cola_ray.algorithms.policy_loss import Clip, clipped_policy_gradient
 from cola_ray.algorithms.ppo import generalised_advantages
 from cola_ray.batch import collate
 from cola_ray.experience import Episode, Turn
@@ -129,7 +129,7 @@ def test_value_heads_learn_from_extremes(monkeypatch, rewards, whiten):
             assert float(advantages.double().mean()) == pytest.approx(0.0, abs=1e-3)
             assert float(advantages.double().std(unbiased=False)) == pytest.approx(1.0, abs=1e-3)
         log_probs = torch.zeros(4, 200, requires_grad=True)
-        clipped_policy_gradient(log_probs, torch.zeros(4, 200), advantages, mask, 0.2, 0.2)[0].sum().backward()
+        clipped_policy_gradient(log_probs, torch.zeros(4, 200), advantages, mask, Clip(0.2, 0.2))[0].sum().backward()
         assert torch.isfinite(log_probs.grad).all()
         assert torch.isfinite(log_probs.grad.square().sum()), "as a gradient's norm has it"
         learner.fit([encoded], returns, 800)

@@ -13,6 +13,7 @@ from cola_ray.experience import Trajectory
 from cola_ray.learner import objective, pieces
 from cola_ray.learner.micro_batch import ActionValues, Advantages, Frozen, MicroBatch, Scored
 from cola_ray.learner.objective import before_updates, policy_objective, score
+from cola_ray.learner.surrogate import of_ones_own
 from cola_ray.packing import pack
 from cola_ray.settings.config import RLConfig
 
@@ -91,7 +92,8 @@ def by_hand(of, rl, *, later, hold_kl, whitened):
                 if rl.importance_cap:
                     advantage *= min(np.exp(before[row, t, a] - of.rollout[row, t]), rl.importance_cap)
                 ratio = np.exp(said(pi, row, t) - said(before, row, t))
-                total -= min(ratio * advantage, np.clip(ratio, 1 - rl.clip_low, 1 + rl.clip_high) * advantage)
+                gained = min(ratio * advantage, np.clip(ratio, 1 - rl.clip_low, 1 + rl.clip_high) * advantage)
+                total -= max(gained, rl.clip_c * advantage) if rl.clip_c and advantage < 0 else gained
                 d = pi[row, t, a] - ref[row, t, a]
                 if rl.kl_estimator == "exact":
                     divided = of.deviation if whitened and rl.kl_in == "reward" else 1.0
@@ -118,7 +120,7 @@ def found(of, rl, *, later, hold_kl, whitened, policy_loss=None):
     frozen = Frozen(None, reference, aliases)
     return policy_objective(
         logits, batch, frozen, follows, old, rl=rl, kl_coef=BETA, temperature=HEAT, top_k=0,
-        policy_loss=policy_loss,
+        surrogate=None if policy_loss is None else of_ones_own(policy_loss),
     )  # fmt: skip
 
 
@@ -127,6 +129,7 @@ KINDS = {
        for estimator, where in itertools.product(("exact", "k1", "k2", "k3"), ("reward", "loss"))},
     "no importance weight": {"importance_cap": 0.0, "entropy_coef": 0.2},
     "clips apart": {"clip_low": 0.05, "clip_high": 0.5},
+    "dual clip": {"clip_c": 1.1},
     "control variate": {"control_variate": True, "entropy_coef": 0.1},
     "aliases": {"marginal_aliases": True},
     "etpo": {"algorithm": "etpo", "entropy_coef": 0.1},

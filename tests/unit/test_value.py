@@ -1,5 +1,6 @@
 """PPO's value side: GAE against a brute force over lists, and two ranks against one."""
 
+import copy
 import socket
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from micro_batches import micro_batch
 
 from cola_ray.algorithms.gradients import NonFiniteError
-from cola_ray.algorithms.ppo import generalised_advantages
+from cola_ray.algorithms.ppo import clipped_values, generalised_advantages
 from cola_ray.batch import collate
 from cola_ray.experience import Episode, Turn
 from cola_ray.learner.micro_batch import Encoded
@@ -168,6 +169,49 @@ def test_a_limit_of_zero_clips_nothing_and_a_nan_is_not_stepped_on(alone):
     with pytest.raises(NonFiniteError):
         learner.fit(given, returns, count)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in learner.online.state_dict().items())
+
+
+def trl_value_loss(vpred, values, returns, cliprange_value):
+    """Of each action: ``trl/trainer/ppo_trainer.py`` (Apache-2.0), without its factor of 1/2."""
+    clipped = torch.clamp(vpred, values - cliprange_value, values + cliprange_value)
+    return torch.max(torch.square(vpred - returns), torch.square(clipped - returns))
+
+
+def test_a_clipped_values_error_is_trls():
+    generator = torch.Generator().manual_seed(0)
+    values, before, returns = torch.randn(3, 400, generator=generator, dtype=torch.float64)
+    values.requires_grad_()
+    found = (clipped_values(values, before, returns, 0.3) - returns).square()
+    wanted = trl_value_loss(values, before, returns, 0.3)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(one.sum(), values)[0] for one in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+    assert 40 < (gradients[0] == 0).sum() < 360, "clipped and not"
+    assert clipped_values(*torch.tensor([[3.0, 3.0], [1.0, 1.0], [5.0, 1.0]]), 0.5).tolist() == [1.5, 3.0]
+
+
+@pytest.mark.parametrize("cliprange", [0.05, 0.1, 1e6])
+def test_a_head_with_a_clip_learns_as_if_its_loss_were_trls(alone, cliprange):
+    """Against Adam on TRL's loss, over micro-batches of two; without a limit that binds, as without any."""
+    given = outcomes(0.0, 3.0, 5.0, -2.0)
+    count, learner = actions_of(given), learner_of(cliprange=cliprange, grad_clip=0.0, steps=6)
+    other, free = copy.deepcopy(learner.online), learner_of(grad_clip=0.0, steps=6)
+    free.online.load_state_dict(other.state_dict())
+    _, returns, _ = learner.advantages(given, count)
+    learner.fit(given, returns, count)
+    free.fit(given, returns, count)
+    adam, before, goals = torch.optim.Adam(other.parameters(), lr=1e-2), None, acted(given, returns)
+    for _ in range(6):
+        values = acted(given, [other(one.hidden_states) for one in given])
+        before = values.detach() if before is None else before
+        adam.zero_grad()
+        (trl_value_loss(values, before, goals, cliprange).sum() / count).backward()
+        adam.step()
+    for name, tensor in learner.online.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], atol=1e-5, rtol=1e-5)
+    without = free.online.state_dict()
+    same = [torch.equal(tensor, without[name]) for name, tensor in learner.online.state_dict().items()]
+    assert all(same) == (cliprange == 1e6)
 
 
 def rank(number: int, size: int, port: int, out: str) -> None:

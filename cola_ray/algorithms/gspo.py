@@ -1,0 +1,28 @@
+"""GSPO: PPO's clip on the ratio of whole sequences (Zheng et al. 2025, arXiv 2507.18071).
+
+    s_i  = exp(1/L_i sum_t (log pi_it - log old_it))                    eq. 7
+    loss = -min(s_i A_it, clip(s_i, 1 - low, 1 + high) A_it)            eq. 5, with the gradient of eq. 13 and 14
+
+A sequence is kept or clipped as one. Its ratio is a geometric mean, so clips are far narrower than PPO's, 3e-4 and 4e-4
+in the paper. The paper's objective is the mean over sequences, ``rl.loss_agg_mode`` seq-mean-token-mean.
+"""
+
+from torch import Tensor
+
+from cola_ray.algorithms.policy_loss import Clip, clipped
+
+
+def sequence_policy_gradient(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: Clip
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as of :func:`~cola_ray.algorithms.policy_loss.clipped_policy_gradient`.
+
+    A row is a sequence. Each action has the value of its sequence's ratio and the gradient of its own probability:
+    where a sequence has one advantage, that adds up to the gradient of ``s_i``; where actions have their own, each is
+    charged with its own.
+    """
+    log_ratio = (log_probs - old_log_probs).detach().masked_fill(~mask, 0.0)
+    of_sequence = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+    own = log_probs - log_probs.detach()  # 0, with a gradient
+    ratio = (of_sequence + own).masked_fill(~mask | (advantages == 0), 0.0).exp()
+    return clipped(ratio, advantages, mask, clip)
