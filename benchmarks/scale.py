@@ -2,6 +2,7 @@
 
 python benchmarks/scale.py --record                 all sizes; max_staleness 0, 1, 2, 4 in both update modes
 python benchmarks/scale.py --gpus 8 64 --steps 6    what a developer of the loop wants to know, in a minute
+python benchmarks/scale.py --window --record        only rl.window, groups that are trained on as they finish
 python benchmarks/scale.py --profile 512            where the controller's time goes, function by function
 
 Real is cola_ray/loop, from tickets to batches, in one process as in a run. Simulated are engines and ranks: they take
@@ -63,12 +64,12 @@ BOUNDS = {"step": 0.05, "engines": 0.1, "learner": 0.04}
 """What the plan may be off: of a step's seconds a share, of idle shares their difference."""
 
 
-def settings(gpus: int, steps: int, max_staleness: int, update_mode: str) -> Config:
+def settings(gpus: int, steps: int, max_staleness: int, update_mode: str, window: int = 0) -> Config:
     """llama-3.1-8b on that many H100, a quarter of which learn."""
     ranks = gpus // 4
     changes = {"cluster.learner_ranks": ranks, "rollout.num_workers": gpus - ranks, "rl.max_steps": steps,
                "rl.prompts_per_step": PROMPTS_PER_GPU * gpus, "rl.group_size": GROUP, "rl.eval_every": 0,
-               "rl.max_staleness": max_staleness, "rl.update_mode": update_mode}  # fmt: skip
+               "rl.max_staleness": max_staleness, "rl.update_mode": update_mode, "rl.window": window}  # fmt: skip
     return override(preset("llama-3.1-8b"), changes)
 
 
@@ -264,6 +265,21 @@ def of_staleness(m: Sizes, args: argparse.Namespace) -> dict[str, dict[str, Any]
     return rows
 
 
+def of_window(m: Sizes, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What groups that are trained on as they finish save, for each bound on staleness."""
+    rows: dict[str, dict[str, Any]] = {}
+    for gpus in args.idle_gpus:
+        for late in (one for one in args.max_staleness if one > 1):
+            for window in sorted({0, 1, late - 1}):
+                config = settings(gpus, max(args.steps, 4 * late + 8), late, "continue", window)
+                run = simulate(config, cluster_of(config, m, args))
+                name = f"{gpus} GPUs, max_staleness {late}, window {window}"
+                rows[name] = {"step s": run.step, "engines idle": run.engines_idle, "learner idle": run.learner_idle,
+                              "calls a step": round(run.calls)}  # fmt: skip
+                _say(f"{name}: {_shown(rows[name])}")
+    return rows
+
+
 def _shown(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in row.items())
 
@@ -296,6 +312,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--restart-seconds", type=float, default=120.0, help="until a lost engine is there again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", type=int, metavar="GPUS", help="only profile a run of that size")
+    parser.add_argument("--window", action="store_true", help="only how a step's seconds depend on rl.window")
     parser.add_argument("--record", action="store_true", help="write docs/results and the tables in docs/scaling.md")
     return parser.parse_args(argv)
 
@@ -306,6 +323,14 @@ def main() -> None:
     m = sizes(settings(8, 4, 1, "drain"))
     if args.profile:
         profile(m, args.profile, args)
+        return
+    if args.window:
+        rows = of_window(m, args)
+        print(json.dumps(rows, indent=2))
+        if args.record:
+            record(
+                "window", rows, [args.seed], "A step around simulated engines, with groups trained on as they finish"
+            )
         return
     costs, waits = of_sizes(m, args), of_staleness(m, args)
     print(json.dumps({"scale": costs, "idle": waits}, indent=2))

@@ -184,7 +184,9 @@ class RayWorkers:
     """The controller's :class:`~cola_ray.loop.workers.WorkerPool`: actors, owned by the controller's process."""
 
     def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker, *more: Any) -> None:
-        self.actor = ray.remote(worker).options(**_placed(config, "rollout"), max_concurrency=256)
+        # Above all calls that are in flight at once, so that an update never waits behind them.
+        most = 256 + (config.rl.max_staleness + 1) * config.rl.prompts_per_step if config.rl.window else 256
+        self.actor = ray.remote(worker).options(**_placed(config, "rollout"), max_concurrency=most)
         self.args = (config, model_path, *more)
 
     def spawn(self) -> Any:

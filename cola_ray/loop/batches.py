@@ -43,8 +43,8 @@ class Source(Protocol):
         """Their advantages, collated: a batch a rank; and what the step is measured by."""
         ...
 
-    async def state(self) -> dict[str, Any]:
-        """What a checkpoint needs of this source beside replay, by names of its own."""
+    async def state(self, version: int) -> dict[str, Any]:
+        """What a checkpoint of ``version`` needs of this source beside replay, by names of its own."""
         ...
 
     async def restore(self, state: Mapping[str, Any] | None) -> None:

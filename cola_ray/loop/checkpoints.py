@@ -57,7 +57,7 @@ class Checkpoints:
 
     async def _take(self, version: int) -> State:
         state = {"version": version, "totals": replace(self.workers.totals), "shards": await self.replay.state()}
-        return state | await self.source.state()
+        return state | await self.source.state(version)
 
     async def restore(self, state: Mapping[str, Any] | None) -> None:
         """Be what :meth:`of_version` returned, or what there is before the first step."""

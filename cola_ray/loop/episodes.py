@@ -103,7 +103,7 @@ class Episodes:
     def check(self) -> None:
         """An environment makes an episode of any seed."""
 
-    async def state(self) -> dict[str, Any]:
+    async def state(self, version: int) -> dict[str, Any]:
         return {"critic": await self.critic.checkpoint(), "fitted": self.critic_fitted, "recent": list(self.recent)}
 
     async def restore(self, state: Mapping[str, Any] | None) -> None:

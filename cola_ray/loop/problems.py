@@ -24,6 +24,7 @@ from cola_ray.loop.evaluation import HeldOut, graded
 from cola_ray.loop.replay_client import ReplayClient
 from cola_ray.loop.samples import Samples
 from cola_ray.loop.supervisor import Supervisor
+from cola_ray.loop.window import Window
 from cola_ray.loop.workers import WorkerGroup
 from cola_ray.replay.service import Shards
 from cola_ray.settings.config import Config
@@ -66,6 +67,7 @@ class Problems:
         summarise = functools.partial(graded, right_from=least_right_reward(config.task))
         self.samples = Samples(config, supervisor)
         self.held_out = HeldOut(config.rl, workers, supervisor, summarise, self._no_arguments, self.samples)
+        self.window = Window(config.rl, workers, supervisor, self._ticket) if config.rl.window else None
 
     async def _no_arguments(self) -> tuple[Any, ...]:
         return ()
@@ -79,17 +81,20 @@ class Problems:
         if not self.workers.facts["num_heldout"]:
             self.supervisor.say("no problem is held out, or none fits rollout.max_prompt_tokens: nothing is evaluated")
 
-    async def state(self) -> dict[str, Any]:
-        return {}
+    async def state(self, version: int) -> dict[str, Any]:
+        """A ticket is all that a draw depends on: without a window there is nothing to go back to."""
+        return {} if self.window is None else {"window": self.window.state(version)}
 
     async def restore(self, state: Mapping[str, Any] | None) -> None:
-        """A ticket is all that a draw depends on: there is nothing to go back to."""
+        if self.window is not None:
+            await self.window.stop()
+            self.window.restore(state)
 
     # --- rollouts ---------------------------------------------------------------------------------------------------
 
     async def collect(self, step: int) -> Collected:
         started = time.perf_counter()
-        groups = await self._generate(self.tickets(step))
+        groups = await (self.window.collect(step) if self.window else self._generate(self.tickets(step)))
         refills = await self._refill(groups, step) if self.config.rl.dynamic_sampling else []
         seconds = time.perf_counter() - started
         made = Collected(groups, refills, seconds)
@@ -133,6 +138,8 @@ class Problems:
     async def to_batches(self, rollouts: Collected, step: int) -> tuple[list[Batch], Metrics]:
         groups = taught = rollouts.groups
         more = {"rollout/tokens_per_second": sum(one.length for one in rollouts.asked) / rollouts.seconds}
+        if self.window:
+            more["rollout/window_left"] = float(self.window.num_left(step))
         if self.config.rl.dynamic_sampling:
             taught = [group for group in rollouts.groups_of_all if self._differs(group)]
             more["rollout/refilled_groups"] = float(len(rollouts.refills))

@@ -1,12 +1,13 @@
 """Versions of the weights: who holds which, and how many steps may be generated ahead because of it.
 
 Step v is what version v trains on, which makes version v + 1. A step needs a slot to be generated, and there are
-``max_staleness + 1``. The invariant:
+``max_staleness + 1``, less ``window``, since groups may be trained on so many steps later. The invariant:
 
     A slot is freed when *every* worker holds the weights that its step made, never earlier.
 
-Hence step v is begun when all workers hold ``v - max_staleness`` or later, and no token that version v trains on was
-chosen by an older one. Freed at training already, the next step would begin under weights one version older than that.
+Hence, without a window, step v is begun when all workers hold ``v - max_staleness`` or later, and no token that version
+v trains on was chosen by an older one. Freed at training already, the next step would begin under weights one version
+older than that.
 
 Example, max_staleness = 1, two slots:
 
@@ -57,7 +58,7 @@ class WeightSync:
         workers.prepare = self._catch_up
 
     def _all_slots(self) -> asyncio.BoundedSemaphore:
-        return asyncio.BoundedSemaphore(self.config.rl.max_staleness + 1)
+        return asyncio.BoundedSemaphore(self.config.rl.max_staleness - self.config.rl.window + 1)
 
     async def stop(self) -> None:
         """Forget what is under way; the learner's first rank may be another process now."""

@@ -119,22 +119,52 @@ class WorkerGroup:
         """
 
         async def of_share(worker: Worker, places: list[int]) -> None:
-            share = [items[place] for place in places]
-            while True:
-                try:
-                    made = await self._serve(worker, share, completions, method, *args)
-                    break
-                except WorkerLostError:
-                    on_loss(len(share))
-                    worker = min(await self._wait_until_ready(), key=lambda other: other.outstanding_tokens)
-            if len(made) != len(share):
-                raise RuntimeError(f"worker {worker.number}: {method} gave {len(made)} results for {len(share)} items")
+            made = await self._insist(worker, [items[place] for place in places], completions, on_loss, method, *args)
             results.update(zip(places, made, strict=True))
 
         results: dict[int, Any] = {}
         shares = await self._deal(len(items), completions)
         await asyncio.gather(*(of_share(worker, places) for worker, places in shares))
         return [results[place] for place in range(len(items))]
+
+    async def generate_each(
+        self, tickets: Sequence[Ticket], use: Callable[[Any], Awaitable[None]], method: str, completions: int
+    ) -> dict[int, asyncio.Task]:
+        """One rollout per ticket, each handed to ``use`` as soon as it is there; its task, by the ticket's position."""
+
+        async def of_ticket(worker: Worker, ticket: Ticket) -> None:
+            (made,) = await self._insist(worker, [ticket], completions, self._count_regenerated, method)
+            if made.position != ticket.position:
+                raise RuntimeError("a group came back that was not handed out")
+            await use(made)
+
+        shares = await self._deal(len(tickets), completions)
+        return {
+            tickets[place].position: self.supervisor.spawn(of_ticket(worker, tickets[place]))
+            for worker, places in shares
+            for place in places
+        }
+
+    async def _insist(
+        self,
+        worker: Worker,
+        share: list[Any],
+        completions: int,
+        on_loss: Callable[[int], None],
+        method: str,
+        *args: Any,
+    ) -> list[Any]:
+        """A share's results, of this worker or, when it is lost, of another."""
+        while True:
+            try:
+                made = await self._serve(worker, share, completions, method, *args)
+                break
+            except WorkerLostError:
+                on_loss(len(share))
+                worker = min(await self._wait_until_ready(), key=lambda other: other.outstanding_tokens)
+        if len(made) != len(share):
+            raise RuntimeError(f"worker {worker.number}: {method} gave {len(made)} results for {len(share)} items")
+        return made
 
     async def _deal(self, count: int, completions: int) -> list[tuple[Worker, list[int]]]:
         """Each item, by its place, to the ready worker with the fewest outstanding tokens."""

@@ -165,6 +165,10 @@ def _without_value_head(config: Config) -> bool:
     return not (config.algorithm.value_head or (config.rl.algorithm == "archer" and config.critic.token_baseline))
 
 
+def _nothing_ahead(config: Config) -> bool:
+    return config.rl.window >= config.rl.max_staleness
+
+
 def _nothing_frozen(config: Config) -> bool:
     rl = config.rl
     refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
@@ -294,6 +298,21 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         "rl.update_mode", ("continue",), _has("rl.max_staleness", 0), "nothing is in flight at an update",
         "set rl.max_staleness to 1 or more",
+    ),
+    Combination(
+        "rl.window", _AllBut(0), _agents, "episodes are trained on in whole steps",
+    ),
+    Combination(
+        "rl.window", _AllBut(0), _nothing_ahead, "no step would be generated ahead, whose groups could come first",
+        "set rl.max_staleness to more than it",
+    ),
+    Combination(
+        "rl.window", _AllBut(0), _has("rl.update_mode", "drain"), "an update waits for all that is in flight",
+        "set rl.update_mode continue",
+    ),
+    Combination(
+        "rl.window", _AllBut(0), _any(_has("rl.dynamic_sampling", True), _actor_free),
+        "rl.dynamic_sampling and rl.actor_free take whole steps", "leave one of them out",
     ),
     # What shapes and selects outcomes.
     Combination("rl.scale_rewards", None, _without_grpo, "only grpo's advantages are divided by a spread"),

@@ -416,6 +416,10 @@ class RLConfig(Branch):
     """Padded tokens a forward pass, on one rank; at least one sequence."""
     max_staleness: Whole = 0
     """Versions a rollout may lag behind the learner. 0 is strictly on-policy; 1 overlaps rollouts with learning."""
+    window: Whole = 0
+    """Steps that a prompt's group may be trained on later than its own: a step takes the first rl.prompts_per_step
+    groups that finish, and does not wait for the longest. Part of rl.max_staleness, whose rest, 1 or more, is the steps
+    that are generated ahead. 0: every step waits for its own groups."""
     update_mode: Literal["drain", "continue"] = "drain"
     """At new weights, requests in flight end on the old version first, or continue on the new one."""
     importance_cap: NonNegative = 2.0

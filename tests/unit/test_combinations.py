@@ -14,6 +14,7 @@ GAME = {"task.name": "twenty_questions"}
 ETPO = {"rl.algorithm": "etpo", "rl.kl_coef": 0.05}
 SOFT = ETPO | {"rl.actor_free": True}
 TOKENS = {"rl.action_space": "token"}
+WINDOW = {"rl.window": 1, "rl.max_staleness": 2, "rl.update_mode": "continue"}
 ALIASES = {"rl.marginal_aliases": True}
 
 
@@ -81,6 +82,10 @@ REFUSED = [
     ({"rl.clip_low": 0.1}, "rl.clip_low = 0.1: ratios are to the policy at the start of a batch"),
     ({"rl.clip_high": 0.28}, "rl.clip_high = 0.28: ratios are to the policy at the start of a batch"),
     ({"rl.update_mode": "continue"}, "rl.update_mode = 'continue': nothing is in flight at an update"),
+    ({"rl.window": 1, "rl.max_staleness": 1}, "rl.window = 1: no step would be generated ahead"),
+    ({"rl.window": 1, "rl.max_staleness": 2}, "rl.window = 1: an update waits for all that is in flight; set rl.upd"),
+    ({**WINDOW, "rl.dynamic_sampling": True}, "rl.window = 1: rl.dynamic_sampling and rl.actor_free take whole steps"),
+    ({**WINDOW, "task.name": "guess_city"}, "rl.window = 1: episodes are trained on in whole steps"),
     ({"hardware.response_tokens": 7}, "hardware.response_tokens = 7: more than rollout.max_new_tokens"),
     ({"rl.algorithm": "ppo", "rl.dynamic_sampling": True}, "rl.dynamic_sampling = True: for grpo and rloo on"),
     (agent("grpo", rl__group_size=4, rl__dynamic_sampling=True), "rl.dynamic_sampling = True: for grpo and rloo on"),
@@ -234,6 +239,7 @@ def test_no_part_of_a_documented_recipe_is_refused(words, monkeypatch):
         {"rl.algorithm": "reinforce", "rl.group_size": 1},
         {"rl.dynamic_sampling": True, "rl.refill_rounds": 4, "rl.overlong_buffer": 2},
         {"rl.max_staleness": 1, "rl.update_mode": "continue", "rollout.top_k": 4},
+        WINDOW,
         {"model.dtype": "bfloat16", "rollout.quantization": "fp8", "rollout.max_num_batched_tokens": 512},
         ALIASES,
         {"rl.control_variate": True, "rl.value_lr": 1e-2},
