@@ -306,7 +306,7 @@ rl_math --task.name own:Number | task.name = 'own:Number': Number has a first pr
 rl_math --task.name own:Score | task.name = 'own:Score': Score gives the score None to its own solution
 rl_agent --task.name own:Plays | task.name = 'own:Plays': Plays gives 'hello' from reset
 rl_agent --task.name own:Turns | task.name = 'own:Turns': Turns has max_turns = 0
-rl_agent --task.name own:HalfPlays | task.name = 'own:HalfPlays': HalfPlays has no reset and no get_state
+rl_agent --task.name own:HalfPlays | task.name = 'own:HalfPlays': HalfPlays has no reset; cola_ray/tasks/environment.py
 rl_agent --task.name arithmetic | task.name = 'arithmetic': not an environment
 rl_agent --task.options skil 3 | task.options.skil = 3: twenty_questions takes objects, skill
 rl_agent --task.options objects 0 | task.options.objects = 0: out of range; use a whole number from 2 to 157
