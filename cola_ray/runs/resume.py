@@ -212,6 +212,23 @@ def check_inputs(config: Config, start: Path | None) -> None:
     write_json(folder / RECORD, record | {"inputs": inputs})
 
 
+def start_of(record: Mapping[str, Any]) -> Path | None:
+    """The folder of the model that a run began with; None where it began with a plain base, or is not known.
+
+    Args:
+        record: of the run.
+    """
+    files = record.get("inputs", {}).get("model.path", {})
+    return Path(next(iter(files))).parent if files else None
+
+
+def changed_start(record: Mapping[str, Any]) -> list[str]:
+    """Return a line where the model or base that a run began with is no longer what it was."""
+    inputs = record.get("inputs", {})
+    field = "model.path" if "model.path" in inputs else "model.base"
+    return _changed_inputs({"inputs": {field: inputs.get(field, {})}})
+
+
 def _files(value: str, field: str) -> list[Path]:
     place = Path(value)
     if place.is_file():

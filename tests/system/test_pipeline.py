@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.runs import samples
+from cola_ray.training.export import main
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -62,6 +63,22 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(finished, model, tmp_pat
     one, other = (load_file(r.output / "model" / "model.safetensors") for r in (resumed, finished))
     for name, tensor in one.items():
         assert tensor.equal(other[name]), name
+
+
+def test_an_exported_checkpoint_is_what_the_run_left(finished, tmp_path):
+    """Of two ranks, whose slices are put together without a process group."""
+    assert main([str(finished.output), "--step", "5", "--to", str(tmp_path / "last")]) == 0
+    assert main([str(finished.output), "--step", "4", "--to", str(tmp_path / "before")]) == 0
+    left, last, before = (
+        load_file(folder / "model.safetensors")
+        for folder in (finished.output / "model", tmp_path / "last", tmp_path / "before")
+    )
+    assert left.keys() == last.keys()
+    assert all(last[name].equal(tensor) for name, tensor in left.items())
+    assert {name for name, tensor in left.items() if not before[name].equal(tensor)} <= {
+        name for name in left if name.startswith("policy.")
+    }
+    assert not all(before[name].equal(tensor) for name, tensor in left.items())
 
 
 def test_again_without_consent_is_refused_in_one_line(finished):
