@@ -107,7 +107,7 @@ def _translate(body: dict[str, Any], asked: dict[str, Any], slots: Sequence[int]
     extra: dict[str, Any] = {}
     actions = asked.get("actions", [])
     if actions != []:
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        limit: Any = body.get("max_completion_tokens") or body.get("max_tokens")
         steps = min(limit, longest) if _is_whole(limit) else longest
         extra["actions"] = actions if isinstance(actions, list) else [actions] * max(steps, 0)
     if slots:

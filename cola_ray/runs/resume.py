@@ -28,7 +28,7 @@ from cola_ray.settings.config import Config, ConfigError, flat, is_endpoint, val
 MAY_CHANGE = (
     "resume", "overwrite", "output_dir",  # the folder may have moved
     "rl.max_steps", "rl.save_every", "rl.eval_every", "pretrain.save_every",
-    "tracking_uri", "tracking_parent",
+    "report_to", "tracking_uri", "tracking_parent",
     "cluster.*", "hardware.*",
     "rollout.num_workers", "rollout.tensor_parallel_size", "rollout.max_num_seqs", "rollout.kv_cache_mb",
     "rollout.gpu_memory_utilization", "rollout.max_num_batched_tokens", "rollout.prefix_caching",

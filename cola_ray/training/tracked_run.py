@@ -39,8 +39,10 @@ def tracked(
     """
     config, folder = begun.config, begun.folder
     output, params = folder.path, flat(config.model_dump())
-    current().doing("opening MLflow")
-    tracker = Tracker(config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step)
+    current().doing("opening trackers")
+    tracker = Tracker(
+        config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step, config.report_to
+    )  # fmt: skip
     error: BaseException | None = None
     try:
         with explained_failures(output), head.blamed():
