@@ -10,7 +10,8 @@
 
 A name is looked up in this order: what was registered in this process; what the project brings along (``BUILT_IN``, in
 the same notation, imported when it is asked for); entry points of installed packages, in the group ``cola_ray.tasks``,
-``cola_ray.advantages`` and so on; and ``package.module:name`` or ``file.py:name``.
+``cola_ray.advantages`` and so on; and ``package.module:name`` or ``file.py:name``. ``gymnasium:ID`` is an environment
+that is registered with gymnasium.
 
 A file is imported as the module of its own name, with its folder on ``sys.path``. On a cluster Ray copies the file to
 every node (:func:`files`), where it is found under the same module name; what it imports must be installed there, so a
@@ -76,6 +77,9 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     },
 }  # fmt: skip
 """By kind and name: where it is, as ``module:name``."""
+
+
+GYMNASIUM = "gymnasium:"
 
 
 class NotFoundError(LookupError):
@@ -148,6 +152,8 @@ def find(kind: Kind, name: str) -> Any:
     if name in BUILT_IN[kind]:
         module, _, attribute = BUILT_IN[kind][name].partition(":")
         return getattr(importlib.import_module(module), attribute)
+    if kind in ("task", "environment") and name.startswith(GYMNASIUM):
+        return importlib.import_module("cola_ray.tasks.gymnasium_ids").registered(name.removeprefix(GYMNASIUM))
     if ":" in name:
         return _imported(kind, name)
     entry = _entry_points(kind).get(name)

@@ -5,7 +5,7 @@ command does not find.
 
 Then any client of OpenAI's completions and chat completions. ``temperature`` (0 is greedy), ``top_k`` and ``seed`` are
 those of latent actions; what has no meaning for them is refused with status 400. See
-:class:`cola_ray.model.vllm_rows.RequestSampler`.
+:class:`cola_ray.model.vllm_rows.RequestSampler`. Actions are returned and steered by ``extra_body``: serve_actions.py.
 """
 
 import json
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cola_ray.model.action_requests import TAKES_ACTIONS
 
 if TYPE_CHECKING:
     from fastapi import Request, Response
@@ -53,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check(args.model)
     if args.chat_template is None:
         args.chat_template = chat_template(args.tokenizer or args.model)
-    args.middleware = [*args.middleware, f"{__name__}.refuse_beams"]
+    args.middleware = [*args.middleware, f"{__name__}.refuse_beams", "cola_ray.serve_actions.ActionMiddleware"]
+    args.worker_extension_cls = args.worker_extension_cls or "cola_ray.model.vllm_rows.ServedActions"
+    os.environ[TAKES_ACTIONS] = "1"
     validate_parsed_serve_args(args)
     uvloop.run(run_server(args))
 

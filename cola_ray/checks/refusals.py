@@ -17,6 +17,7 @@ from typing import Any
 from cola_ray import registry
 from cola_ray.checks import engine_args, preflight
 from cola_ray.runs import launch
+from cola_ray.runs.followers import TRACKERS
 from cola_ray.runs.redaction import redacted
 from cola_ray.settings import combinations, matrix, relevance
 from cola_ray.settings.config import (
@@ -177,6 +178,18 @@ def _check_task(config: Config) -> list[str]:
         return [f"task.oracle = {config.task.oracle!r}: set OPENAI_BASE_URL to an OpenAI-compatible endpoint"]
     why = inspection.unknown(config.task.name)
     return [f"task.name = {config.task.name!r}: {why}"] if why else []
+
+
+def _check_trackers(config: Config) -> list[str]:
+    lines = []
+    for name in TRACKERS:
+        found = importlib.util.find_spec(name)
+        absent = found is None or found.origin is None  # a folder of this name, such as a run's wandb/, is no package
+        if name in config.report_to and absent:
+            lines.append(f"report_to = {config.report_to}: needs the package {name}; `pip install {name}` installs it")
+    if config.tracking_uri and "mlflow" not in config.report_to:
+        lines.append(f"tracking_uri = {config.tracking_uri!r}: has no effect here; with mlflow in report_to it has")
+    return lines
 
 
 def _check_mixture(config: Config) -> list[str]:
@@ -385,7 +398,7 @@ def _check_stages(config: Config) -> list[str]:
 
 
 _ONE_OF_A_SWEEP = ("cluster.address", "output_dir", "overwrite", "preset", "resume", "seed", "sweep", "tracking_parent",
-                   "tracking_uri")  # fmt: skip
+                   "report_to", "tracking_uri")  # fmt: skip
 
 Rule = Callable[[Config], list[str]]
 
@@ -396,6 +409,7 @@ _RULES: tuple[Rule, ...] = (
     _check_paths,
     _check_sources,
     _check_mixture,
+    _check_trackers,
     _check_rewards,
     _check_task,
     _check_answers,

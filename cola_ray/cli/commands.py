@@ -197,6 +197,7 @@ cola_ray data --preset smollm2-135m --task.name gsm8k --task.path DATA/gsm8k""",
     ),
     "status": Command("cola_ray.runs.status:status", "what runs are doing, from the folders that they write"),
     "view": Command("cola_ray.studies.view:view", "a run as a page: its curves, and what it said, token by token"),
+    "export": Command("cola_ray.training.export:main", "a run's model, or that of a checkpoint, as a folder"),
     "send": Command("cola_ray.runs.status:send", "send MLflow what it lacks of runs that ended while it was away"),
     "serve": Command("cola_ray.serve:main", "`vllm serve` for a CoLA model, with OpenAI's endpoints"),
 }

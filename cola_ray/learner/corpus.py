@@ -122,7 +122,10 @@ def _demonstrated(task: Prompts | PlayedTask, chat: ChatTokenizer, max_tokens: i
             raise ValueError("the task has no responses to learn from; give texts as data.path, or name the column of "
                              "responses with task.columns")  # fmt: skip
         return _pair_documents(pairs, chat, max_tokens)
-    return [document for dialogue in task.dialogues() for document in _windows(dialogue, chat, max_tokens)]
+    dialogues = task.dialogues()
+    if not dialogues:
+        raise ValueError("the environment has no demonstrations to learn from; give texts as data.path")
+    return [document for dialogue in dialogues for document in _windows(dialogue, chat, max_tokens)]
 
 
 def _windows(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterator[Document]:

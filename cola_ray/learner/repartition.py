@@ -2,6 +2,7 @@
 
     FOLDER/*zero_pp_rank_<q>_mp_rank_00_optim_states.pt     of each of Q ranks: a parameter's q-th slice of Q
     state_of_rank(FOLDER, groups, r, R)                     what DeepSpeed loads on rank r: its r-th slice of R
+    weights(FOLDER)                                         whole weights, without a process group
 
 DeepSpeed pads each parameter to a multiple of the ranks, cuts it into equal slices, and a rank lays its slices end to
 end in one flat tensor for each sub-group of parameters. Float32 weights and Adam's moments lie alike. Here slices are
@@ -29,6 +30,24 @@ def saved_ranks(folder: Path) -> int:
     return len(list(folder.glob(_OF_RANKS.format("*"))))
 
 
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Whole float32 weights of what trained, by the parameters' names, on the CPU.
+
+    Args:
+        folder: a DeepSpeed checkpoint.
+    """
+    saved, shapes = _saved(folder)
+    whole = [[shape.numel() for shape in group.values()] for group in shapes]
+    flats = _cut([one[FP32_FLAT_GROUPS] for one in saved], whole, whole, 0, 1)
+    return {
+        name: piece.view(shape)
+        for group, flat in zip(shapes, flats, strict=True)
+        for (name, shape), piece in zip(
+            group.items(), flat.split([shape.numel() for shape in group.values()]), strict=True
+        )
+    }
+
+
 def state_of_rank(folder: Path, groups: Sequence[Sequence[int]], rank: int, ranks: int) -> dict[str, Any]:
     """The state that DeepSpeed's stage-3 optimizer loads on one of ``ranks``, on the CPU.
 
@@ -41,10 +60,7 @@ def state_of_rank(folder: Path, groups: Sequence[Sequence[int]], rank: int, rank
     Raises:
         CheckpointError: the checkpoint has other parameters.
     """
-    count = saved_ranks(folder)
-    files = [next(folder.glob(_OF_RANKS.format(one))) for one in range(count)]
-    saved = [_opened(file)[OPTIMIZER_STATE_DICT] for file in files]
-    shapes = _opened(next(folder.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt")))[PARAM_SHAPES]
+    saved, shapes = _saved(folder)
     before = [[shape.numel() for shape in group.values()] for group in shapes]
     if [*itertools.chain(*before)] != [*itertools.chain(*groups)]:
         raise CheckpointError(f"{folder} has other parameters than the model")
@@ -64,6 +80,13 @@ def state_of_rank(folder: Path, groups: Sequence[Sequence[int]], rank: int, rank
         OPTIMIZER_STATE_DICT: {"state": state, "param_groups": [options | {"params": list(range(len(groups)))}]},
         FP32_FLAT_GROUPS: cut([one[FP32_FLAT_GROUPS] for one in saved]),
     }
+
+
+def _saved(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, torch.Size]]]:
+    """The optimizer's state of each rank, and the shapes of each sub-group's parameters by their names."""
+    files = [next(folder.glob(_OF_RANKS.format(one))) for one in range(saved_ranks(folder))]
+    shapes = _opened(next(folder.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt")))[PARAM_SHAPES]
+    return [_opened(file)[OPTIMIZER_STATE_DICT] for file in files], shapes
 
 
 def _cut(

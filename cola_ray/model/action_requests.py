@@ -18,6 +18,13 @@ from typing import Any
 LOWEST_LOG_PROB = -80.0
 """The lowest log-probability that is kept; only forced actions have lower ones."""
 
+SERVED_SLOTS = 1024
+"""Slots of a server, for choices under way whose actions are returned."""
+SERVED_ARGS = ("actions", "action_slots", "action_first_seed")
+"""What `cola_ray serve` puts into ``extra_args`` (cola_ray/serve_actions.py)."""
+TAKES_ACTIONS = "COLA_RAY_SERVES_ACTIONS"
+"""Set in the environment of a server that checks what its clients want of actions."""
+
 BASE_TOKENS = -2
 """As a forced action: take the greedy token of the bare base, bypassing policy and world model."""
 

@@ -12,6 +12,7 @@ import copy
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from yaml import YAMLError
 
 from cola_ray.model import checkpoints, families
 from cola_ray.model.modeling_cola import (
@@ -92,7 +95,7 @@ def attach(
     whose = {"base_model_type": base.config.model_type, "base_family": family}
     config = CoLAConfig(**{**known, **whose, **sizes, "model_type": "cola", "architectures": ["CoLAForCausalLM"]})
     config.tie_word_embeddings = base.config.tie_word_embeddings
-    config.card = {"base": str(base_path)}
+    config.card = {"base": str(base_path)} | ({"licence": licence} if (licence := licence_of(base_path)) else {})
     model = empty(CoLAForCausalLM, config, next(base.parameters()).dtype)
     for name, parameter in base.named_parameters():  # which become the new model's
         place(model, name, parameter.data)
@@ -193,11 +196,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: str
 def describe(folder: str | os.PathLike, facts: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
     """Add facts ("base", "data", "task", ...) and results to the card of a saved model.
 
-    They are kept in config.json, so they stay with the model when it is saved or pushed again. Cards that a user has
-    edited and directories of plain bases are not changed.
+    They are kept in config.json, so they stay with the model when it is saved or pushed again; of a plain model, whose
+    config.json is not ours to change, in README.md alone. Cards that a user has edited are not changed.
     """
     config, readme = AutoConfig.from_pretrained(folder), Path(folder) / "README.md"
     if not isinstance(config, CoLAConfig):
+        if not readme.exists() or _PLAIN_MARK in readme.read_text():
+            readme.write_text(_plain_card(config.model_type, {**facts, **figures}))
         return
     ours = not readme.exists() or readme.read_text() == model_card(config)
     known = dict(config.card or {})
@@ -205,6 +210,49 @@ def describe(folder: str | os.PathLike, facts: Mapping[str, Any], figures: Mappi
     config.save_pretrained(folder)
     if ours:
         readme.write_text(model_card(config))
+
+
+def licence_of(base: str | os.PathLike) -> str:
+    """The licence that the base's own card names, in its folder or in the hub's cache; "" where nothing says it."""
+    file = Path(base) / "README.md"
+    if not file.exists():
+        cached = try_to_load_from_cache(str(base), "README.md") if str(base).count("/") == 1 else None
+        if not isinstance(cached, str):
+            return ""
+        file = Path(cached)
+    try:
+        found = ModelCard.load(file, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError, YAMLError):
+        return ""
+    return found if isinstance(found, str) and re.fullmatch(r"[\w.+-]+", found) else ""
+
+
+def _plain_card(kind: str, facts: Mapping[str, Any]) -> str:
+    """A README.md for a model without latent actions: of RL over tokens, or a reward model."""
+    table = "\n".join(f"| {name} | {value} |" for name, value in {"architecture": kind, **facts}.items())
+    return _PLAIN_CARD.format(table=table, mark=_PLAIN_MARK)
+
+
+_PLAIN_MARK = "<!-- written by cola_ray; without this line the card is yours, and stays as it is -->"
+_PLAIN_CARD = """---
+library_name: transformers
+tags:
+- reinforcement-learning
+- cola_ray
+---
+
+# A model trained with cola_ray
+
+| | |
+| --- | --- |
+{table}
+
+## Licence
+
+The weights contain those of the base model: its licence applies to them, and so does that of the data.
+
+{mark}
+"""
 
 
 def valid_generation_config(settings: GenerationConfig) -> GenerationConfig:

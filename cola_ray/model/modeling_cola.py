@@ -971,6 +971,7 @@ def model_card(config: CoLAConfig) -> str:
         str(known.pop("base", None) or f"a {config.base_model_type} model"),
         dict(sorted((known.pop("figures", None) or {}).items())),
     )
+    licence = str(known.get("licence") or "")
     on_hub = base.count("/") == 1 and not Path(base).exists()
     base = base if on_hub else Path(base).name
     layers = (config.num_hidden_layers, config.num_policy_layers, config.num_idm_layers, config.num_world_model_layers)
@@ -979,9 +980,13 @@ def model_card(config: CoLAConfig) -> str:
         "layers of base, policy, inverse dynamics, world model": ", ".join(map(str, layers)),
     }  # fmt: skip
     table = "\n".join(f"| {name} | {value} |" for name, value in (facts | figures).items())
+    known_to_hub = f"base_model: {base}\n" if on_hub else ""
+    if licence:
+        known_to_hub += f"license: {licence}\n"
     return _CARD.format(
-        base=base, base_model=f"base_model: {base}\n" if on_hub else "", table=table, num_actions=config.num_actions
-    )
+        base=base, base_model=known_to_hub, table=table, num_actions=config.num_actions,
+        licence=licence or "not known here, so look it up",
+    )  # fmt: skip
 
 
 _CARD = """---
@@ -1016,6 +1021,6 @@ apply to the distribution over actions. If the package `cola_ray` is installed, 
 
 ## Licence
 
-The weights contain those of the base model: its licence applies to them, and so does that of the data.
+The weights contain those of the base model: its licence ({licence}) applies to them, and so does that of the data.
 `modeling_cola.py` is Apache-2.0.
 """

@@ -25,7 +25,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from cola_ray.model.action_requests import LOWEST_LOG_PROB, ActionRequest
+from cola_ray.model.action_requests import LOWEST_LOG_PROB, SERVED_ARGS, TAKES_ACTIONS, ActionRequest
 from cola_ray.model.modeling_cola import sample_actions
 
 
@@ -183,6 +183,17 @@ def read_actions(model: Any, instance_id: str, slots: Sequence[int], num_steps: 
     return RowTable._by_engine[instance_id].kept.read(slots, num_steps)
 
 
+class ServedActions:
+    """Mixed into a server's workers by vLLM (``worker_extension_cls``)."""
+
+    vllm_config: VllmConfig
+
+    def served_actions(self, slots: Sequence[int], num_steps: int) -> list[tuple[list[int], list[float]]]:
+        """Actions and log-probabilities of the first steps of some slots."""
+        found = RowTable.of(self.vllm_config).kept.read(slots, num_steps)
+        return [(one[:, 0].tolist(), one[:, 1].copy().view(np.float32).tolist()) for one in found]
+
+
 def check_action_request(params: SamplingParams) -> None:
     """Refuse a request to an engine that is used in training, of either model runner."""
     args = params.extra_args or {}
@@ -201,12 +212,17 @@ def check_served_request(params: SamplingParams) -> None:
         "frequency_penalty": (0.0, "a token follows from its latent action"),
         "repetition_penalty": (1.0, "a token follows from its latent action"),
         "prompt_logprobs": (None, "a prompt's positions have no actions to score"),
-        "extra_args": (None, "a server takes no actions from its clients"),
     }
     for name, (value, why) in neutral.items():
         found = getattr(params, name)
         if found and found != value:
             raise VLLMValidationError(f"{name} = {found}: {why}; leave it out", parameter=name, value=found)
+    if set(params.extra_args or ()) - set(SERVED_ARGS if TAKES_ACTIONS in os.environ else ()):
+        raise VLLMValidationError(
+            f"extra_args = {params.extra_args}: a server takes no actions from its clients this way; leave it out",
+            parameter="extra_args",
+            value=params.extra_args,
+        )
     if params.prompt_logprobs is not None:
         raise VLLMValidationError(f"prompt_logprobs: {neutral['prompt_logprobs'][1]}; leave out echo with logprobs")
 
@@ -214,7 +230,11 @@ def check_served_request(params: SamplingParams) -> None:
 def served_request(params: SamplingParams, seeds: random.Random) -> ActionRequest:
     """How a request through OpenAI's API draws: without a seed by one of ``seeds``; vLLM gives each of n its own."""
     seed = seeds.getrandbits(63) if params.seed is None else params.seed
-    args = {"action_temperature": params.temperature, "action_top_k": max(params.top_k, 0)}
+    args: dict[str, Any] = {"action_temperature": params.temperature, "action_top_k": max(params.top_k, 0)}
+    asked = params.extra_args or {}
+    args["actions"] = asked.get("actions")
+    if "action_slots" in asked:
+        args["action_slot"] = asked["action_slots"][seed - asked["action_first_seed"]]
     return ActionRequest.from_params(args, seed)
 
 

@@ -296,7 +296,10 @@ class _Episodes:
         return self._outcome(environment, observation, float(reward), bool(terminated), bool(truncated))
 
     def forget(self, episode: int) -> None:
-        self.environments.pop(episode, None)
+        environment = self.environments.pop(episode, None)
+        if callable(close := getattr(environment, "close", None)):
+            with contextlib.suppress(Exception):  # the episode is over
+                close()
 
     def _outcome(
         self, environment: Environment, observation: str, reward: float, terminated: bool, truncated: bool

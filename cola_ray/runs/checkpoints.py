@@ -149,6 +149,11 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, content["step"], content["ranks"], content["settings"], content["outside"])
 
 
+def steps_of(run: Path) -> list[int]:
+    """Steps of the checkpoints that are kept, in order; nothing is verified."""
+    return sorted(_steps(run / FOLDER))
+
+
 def remove_unfinished(run: Path) -> None:
     """Remove checkpoints that were never sealed, and Ray Train's records. Nobody else may be using the folder."""
     for folder in (run / FOLDER).glob("*"):

@@ -28,7 +28,7 @@ from cola_ray.settings.config import Config, ConfigError, flat, is_endpoint, val
 MAY_CHANGE = (
     "resume", "overwrite", "output_dir",  # the folder may have moved
     "rl.max_steps", "rl.save_every", "rl.eval_every", "pretrain.save_every",
-    "tracking_uri", "tracking_parent",
+    "report_to", "tracking_uri", "tracking_parent",
     "cluster.*", "hardware.*",
     "rollout.num_workers", "rollout.tensor_parallel_size", "rollout.max_num_seqs", "rollout.kv_cache_mb",
     "rollout.gpu_memory_utilization", "rollout.max_num_batched_tokens", "rollout.prefix_caching",
@@ -210,6 +210,23 @@ def check_inputs(config: Config, start: Path | None) -> None:
     }
     inputs = {field: _stamps(found) for field, found in files.items() if found}
     write_json(folder / RECORD, record | {"inputs": inputs})
+
+
+def start_of(record: Mapping[str, Any]) -> Path | None:
+    """The folder of the model that a run began with; None where it began with a plain base, or is not known.
+
+    Args:
+        record: of the run.
+    """
+    files = record.get("inputs", {}).get("model.path", {})
+    return Path(next(iter(files))).parent if files else None
+
+
+def changed_start(record: Mapping[str, Any]) -> list[str]:
+    """Return a line where the model or base that a run began with is no longer what it was."""
+    inputs = record.get("inputs", {})
+    field = "model.path" if "model.path" in inputs else "model.base"
+    return _changed_inputs({"inputs": {field: inputs.get(field, {})}})
 
 
 def _files(value: str, field: str) -> list[Path]:

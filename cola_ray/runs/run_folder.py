@@ -34,7 +34,7 @@ State = Literal["running", "finished", "stopped", "failed"]
 RECORD = "run.json"
 _TOOL = "cola_ray"
 _LATE = ("mlflow_run_id", "mlflow_sent.json")  # also written after a run's end, when MLflow is sent what it missed
-_EVERY_RUN = (RECORD, LOCK, "config.json", "summary.json", "log.jsonl", "error.txt", *_LATE)
+_EVERY_RUN = (RECORD, LOCK, "config.json", "summary.json", "log.jsonl", "error.txt", "tensorboard", "wandb", *_LATE)
 _RL = ("checkpoints", "base", "model", "replay", "critic", "samples", "reward.png")
 WRITES: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("checkpoints", "stages", "model", "model.tmp", "losses.png"),

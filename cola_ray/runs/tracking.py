@@ -1,19 +1,20 @@
-"""A run's metrics: in memory, in its log, and in MLflow."""
+"""A run's metrics: in memory, in its log, and in the trackers that copy it."""
 
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from cola_ray.runs import event_log
 from cola_ray.runs.display import current
+from cola_ray.runs.followers import Follower
 from cola_ray.runs.mirror import STATES, Mirror, MlflowRun
 from cola_ray.runs.run_folder import State
 
 
 class Tracker:
-    """The metrics of one run: in memory, in ``log.jsonl``, and in MLflow as long as that answers.
+    """The metrics of one run: in memory, in ``log.jsonl``, and in trackers as long as those answer.
 
     A resumed run reads its history from ``log.jsonl`` and continues the same MLflow run.
 
@@ -24,6 +25,7 @@ class Tracker:
         params: settings, by dotted field.
         parent: the MLflow run that this one is shown below, in its experiment.
         on_step: called with (step, metrics) after each log.
+        report_to: the trackers, of mlflow, tensorboard and wandb.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Tracker:
         params: Mapping[str, Any],
         parent: str = "",
         on_step: Callable[[int, Mapping[str, Any]], None] | None = None,
+        report_to: Sequence[str] = ("mlflow",),
     ) -> None:
         self.on_step = on_step
         events = event_log.read(output_dir)
@@ -41,14 +44,18 @@ class Tracker:
         self.summary: dict[str, Any] = {}
         """The content of summary.json, once the run has ended."""
         self.events = event_log.EventLog(output_dir)
-        self.mirror = Mirror(uri, output_dir, MlflowRun(f"cola_ray/{job}", params, parent))
+        self.mirror = None
+        if "mlflow" in report_to:
+            self.mirror = Mirror(uri, output_dir, MlflowRun(f"cola_ray/{job}", params, parent))
+        self.followers = [Follower(name, output_dir, job, params) for name in report_to if name != "mlflow"]
         self.note("resume" if events else "start", job=job)
-        self.mirror.open()
+        if self.mirror is not None:
+            self.mirror.open()
 
     @property
     def mlflow_run_id(self) -> str | None:
         """The run's id in MLflow; None as long as MLflow has not answered."""
-        return self.mirror.run_id or None
+        return (self.mirror.run_id or None) if self.mirror is not None else None
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log the metrics that are numbers; a second call for a step adds to the first."""
@@ -59,9 +66,11 @@ class Tracker:
             self.on_step(step, metrics)
 
     def note(self, event: str, **facts: Any) -> None:
-        """Append an event to ``log.jsonl`` and wake the MLflow mirror."""
+        """Append an event to ``log.jsonl`` and wake those that copy it."""
         self.events.append(event, **facts)
-        self.mirror.wake()
+        for copy in (self.mirror, *self.followers):
+            if copy is not None:
+                copy.wake()
 
     @property
     def step(self) -> int:
@@ -80,12 +89,15 @@ class Tracker:
         return steps, [self.history[step][name] for step in steps]
 
     def finish(self, state: State) -> None:
-        """Log the last event, except that of a failure, which failure.py has logged; say what MLflow misses."""
+        """Log the last event, except that of a failure, which failure.py has logged; say what trackers lack."""
         if state != "failed":
             self.note("stop" if state == "stopped" else "end")
-        missing = self.mirror.finish(STATES[state])
-        if missing:
-            current().say(missing)
+        for follower in self.followers:  # which then end beside MLflow's copy
+            follower.end(state)
+        lines = [] if self.mirror is None else [self.mirror.finish(STATES[state])]
+        for line in [*lines, *(follower.finish(state) for follower in self.followers)]:
+            if line:
+                current().say(line)
 
 
 def peak_memory_gb() -> float:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from cola_ray import registry
 from cola_ray.settings import algorithms
 from cola_ray.settings.algorithms import Algorithm
-from cola_ray.settings.limits import Branch, Seed, refusals
+from cola_ray.settings.limits import Branch, Seed, Trackers, refusals
 from cola_ray.settings.studies import (
     ClusterConfig,
     DiversityConfig,
@@ -91,6 +91,9 @@ class Config(Branch):
     """Continue the run in output_dir from its last checkpoint."""
     overwrite: bool = False
     """Remove what an earlier run wrote in output_dir, by its own record, and begin anew."""
+    report_to: Trackers = ("mlflow",)
+    """Trackers that copy the run's log: mlflow, tensorboard (RUN/tensorboard), wandb (RUN/wandb, offline unless
+    WANDB_MODE says otherwise). Empty: none; log.jsonl has all of it."""
     tracking_uri: str = ""
     """MLflow server or database. Empty: sqlite file beside the outputs."""
     tracking_parent: str = ""

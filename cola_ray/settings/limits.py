@@ -9,7 +9,7 @@ Numbers are strict: neither text nor True is one.
 import contextlib
 import difflib
 from collections.abc import Hashable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -73,6 +73,7 @@ Name = Annotated[str, Field(min_length=1)]
 Unique = Annotated[tuple[_ITEM, ...], AfterValidator(_different)]
 Names = Annotated[Unique[Name], BeforeValidator(_as_names)]
 """One may stand for itself, and "" for none."""
+Trackers = Annotated[Unique[Literal["mlflow", "tensorboard", "wandb"]], BeforeValidator(_as_names)]
 Some = Annotated[tuple[_ITEM, ...], Field(min_length=1), AfterValidator(_different)]
 
 

@@ -111,8 +111,9 @@ def machines(config: Config, job: str) -> list[str]:
         now, before = getattr(config, branch).model_dump(), getattr(usual, branch).model_dump()
         changes |= {f"{branch}.{name}": value for name, value in now.items() if value != before[name]}
     changes.pop("cluster.address", None)  # Ray tells a job of its cluster
-    if config.tracking_uri:
-        changes["tracking_uri"] = config.tracking_uri
+    for name in ("report_to", "tracking_uri"):
+        if getattr(config, name) != getattr(usual, name):
+            changes[name] = getattr(config, name)
     return as_words({name: value for name, value in changes.items() if relevance.reads(job, name)})
 
 

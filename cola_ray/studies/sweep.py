@@ -68,8 +68,10 @@ def sweep(config: Config) -> dict[str, Any]:
         make_start_model(config)
         with tracked(begun, summarise, draw) as tracker:
             config = begun.config if begun.start is None else provenance.starting_from(begun.config, begun.start)
-            uri = config.tracking_uri or f"sqlite:///{output.parent / 'mlflow.db'}"
-            parent = {"tracking_uri": uri, "tracking_parent": tracker.events.run, "overwrite": False}
+            parent: dict[str, Any] = {"overwrite": False}
+            if "mlflow" in config.report_to:
+                uri = config.tracking_uri or f"sqlite:///{output.parent / 'mlflow.db'}"
+                parent |= {"tracking_uri": uri, "tracking_parent": tracker.events.run}
             finished, failures, unfinished = _run_trials(override(config, parent))
             rows += finished
             results |= {"values": by_value(rows), "runs": rows, "failed": failures}

@@ -7,8 +7,8 @@ from typing import Any, get_type_hints
 
 from cola_ray import registry
 from cola_ray.settings.config import TaskConfig, is_environment
-from cola_ray.settings.limits import refusal
-from cola_ray.tasks.environment import Dialogue, Environment
+from cola_ray.settings.limits import Count, refusal
+from cola_ray.tasks.environment import Dialogue, Environment, completed, demonstrated, keeps_state
 from cola_ray.tasks.guessing import ChatOracle
 from cola_ray.tasks.protocol import Problem, Prompts, Task, answer_of
 from cola_ray.tasks.rewarded import REWARD_MODEL, Rewarded
@@ -44,7 +44,7 @@ class PlayedTask:
         self.environment, self.count, self.seed = make_environment(config), config.num_problems, seed
 
     def dialogues(self) -> Sequence[Dialogue]:
-        return self.environment.demonstrations(self.count, self.seed)
+        return demonstrated(self.environment, self.count, self.seed)
 
     def texts(self) -> list[str]:
         pieces = ((dialogue.opening, *itertools.chain(*dialogue.turns)) for dialogue in self.dialogues())
@@ -116,10 +116,11 @@ def stop_strings(config: TaskConfig) -> tuple[str, ...]:
 def make_environment(config: TaskConfig) -> Environment:
     """One environment of the multi-turn task named in the settings; ``task.options`` are its arguments.
 
-    A class of one's own is called with the options. Raises ValueError for an option that the
-    environment does not take, and whatever the environment itself makes of their values.
+    A class of one's own is called with the options; one without a state is completed, and ``max_turns`` limits its
+    episodes unless it takes that itself. Raises ValueError for an option that the environment does not take, and
+    whatever the environment itself makes of their values.
     """
-    make: Callable[..., Environment] = registry.find("environment", config.name)
+    make: Callable[..., Any] = registry.find("environment", config.name)
     setting = _SETTINGS.get(config.name)
     named: dict[str, object] = {setting: getattr(config, setting)} if setting else {}
     if config.oracle:
@@ -127,15 +128,21 @@ def make_environment(config: TaskConfig) -> Environment:
     parameters = inspect.signature(make).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     taken = [name for name in parameters if name not in ("game", "path", "oracle")]
-    for name, value in config.options.items():
+    options = dict(config.options)
+    limit: Any = 0
+    if "max_turns" in options and "max_turns" not in taken and not keeps_state(make):
+        limit = options.pop("max_turns")
+        if wrong := refusal("task.options.max_turns", limit, Count):
+            raise ValueError(wrong)
+    for name, value in options.items():
         if name not in taken and not takes_any:
-            raise ValueError(f"task.options.{name} = {value!r}: {config.name} takes {', '.join(taken)}")
+            raise ValueError(f"task.options.{name} = {value!r}: {config.name} takes {', '.join(taken) or 'none'}")
         if name in taken and (wrong := refusal(f"task.options.{name}", value, _annotation(make, name))):
             raise ValueError(wrong)
-    return make(**named, **config.options)
+    return completed(make(**named, **options), limit)
 
 
-def _annotation(make: Callable[..., Environment], name: str) -> Any:
+def _annotation(make: Callable[..., Any], name: str) -> Any:
     """Of a parameter, with its limits; anything goes where none is given, or it cannot be read."""
     try:
         return get_type_hints(getattr(make, "__init__", make), include_extras=True).get(name, Any)

@@ -27,7 +27,7 @@ from cola_ray.settings.relevance import OF_ROWS
 from cola_ray.tasks import called, make_environment, make_task, task_class
 from cola_ray.tasks.chat import as_prompt
 from cola_ray.tasks.dataset import as_problems, first_examples
-from cola_ray.tasks.environment import Dialogue
+from cola_ray.tasks.environment import STATE, Dialogue, demonstrated
 from cola_ray.tasks.protocol import LARGEST_REWARD, Problem, not_a_reward
 from cola_ray.tasks.rewarded import REWARD_MODEL, name_of, trial
 from cola_ray.tasks.rows import is_local
@@ -36,7 +36,7 @@ TRIAL_S = 10.0
 _FEW = 64  # problems of a generator, of which both splits have some
 FIXED = (*registry.BUILT_IN["task"], *MULTI_TURN)
 """Tasks that are no generator of reasoning-gym."""
-_ENVIRONMENT = ("reset", "step", "get_state", "set_state", "demonstrations")
+_ENVIRONMENT = ("reset", "step")
 _TASK = ("problems", "demonstrations", "score")
 
 
@@ -185,6 +185,18 @@ def _made(task: TaskConfig) -> list[str]:
     return []
 
 
+def undemonstrated(task: TaskConfig) -> str:
+    """Why no first policy can be cloned from an environment of one's own; empty where it can, or is not known."""
+    made = None if unknown(task.name) or not is_own(task.name) else task_class(task.name)
+    plays = isinstance(made, type) and all(callable(getattr(made, name, None)) for name in _ENVIRONMENT)
+    if not plays or hasattr(made, "demonstrations"):
+        return ""
+    return (
+        f"task.name = {task.name!r}: has no demonstrations to clone a first policy from; give texts as --data.path, "
+        "or the model to start from as --model.path"
+    )
+
+
 # --- classes of one's own -----------------------------------------------------------------------------------------
 
 
@@ -196,7 +208,9 @@ def _of_own(task: TaskConfig) -> Iterator[str]:
     assert made is not None
     plays = hasattr(made, "step") or hasattr(made, "reset")
     protocol = f"cola_ray/tasks/{'environment' if plays else 'protocol'}.py"
-    missing = [name for name in (_ENVIRONMENT if plays else _TASK) if not callable(getattr(made, name, None))]
+    stated = STATE if plays and any(hasattr(made, name) for name in STATE) else ()
+    wanted = (*_ENVIRONMENT, *stated) if plays else _TASK
+    missing = [name for name in wanted if not callable(getattr(made, name, None))]
     if isinstance(made, type) and missing:
         yield f"{named}: {attribute} has no {' and no '.join(missing)}; {protocol} says what each is"
         return
@@ -212,7 +226,7 @@ def _of_own(task: TaskConfig) -> Iterator[str]:
     trial = _play if plays else _ask
     why = _within(TRIAL_S, lambda: trial(task, made))
     if why:
-        yield f"{named}: {attribute} {why}; {protocol} says what is wanted"
+        yield why if why.startswith("task.") else f"{named}: {attribute} {why}; {protocol} says what is wanted"
 
 
 def _within(seconds: float, trial: Callable[[], str]) -> str:
@@ -276,12 +290,19 @@ def _number(value: Any) -> Any:
 
 def _play(task: TaskConfig, _: Callable[..., Any]) -> str:
     """A turn of an episode, and its state."""
-    played = make_environment(task)
+    try:
+        played = make_environment(task)
+    except ValueError as error:
+        if str(error).startswith("task."):  # of an option
+            return str(error)
+        raise
     turns = getattr(played, "max_turns", None)
     if not isinstance(turns, int) or turns < 1:
         return f"has max_turns = {turns!r}, not a whole number of at least 1"
     begun = played.reset(seed=0)
-    if not isinstance(begun, tuple) or len(begun) != 2 or not isinstance(begun[0], str):
+    if isinstance(begun, tuple) and len(begun) == 2 and not isinstance(begun[0], str):
+        return f"gives {type(begun[0]).__name__} as an observation, not text; wrap it, so that it says what it shows"
+    if not isinstance(begun, tuple) or len(begun) != 2:
         return f"gives {begun!r:.60} from reset, not (observation, info)"
     turn: Any = played.step("yes")
     if not isinstance(turn, tuple) or len(turn) != 5 or not isinstance(turn[0], str):
@@ -293,7 +314,7 @@ def _play(task: TaskConfig, _: Callable[..., Any]) -> str:
     except TypeError as error:
         return f"cannot go on in another process: {error}"
     played.set_state(json.loads(json.dumps(state)))
-    shown = played.demonstrations(1, 0)
+    shown = demonstrated(played, 1, 0)
     if not hasattr(shown, "__len__") or (len(shown) and not isinstance(shown[0], Dialogue)):
         return f"gives {shown!r:.60} as demonstrations, not a sequence of Dialogue"
     return ""

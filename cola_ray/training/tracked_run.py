@@ -14,7 +14,12 @@ from cola_ray.runs.launch import Launch
 from cola_ray.runs.run_folder import State, write_json
 from cola_ray.runs.tracking import Tracker
 from cola_ray.settings.config import Config, flat
+from cola_ray.settings.relevance import given
 
+_ON_CARDS = ("rl.lr", "rl.kl_coef", "rl.algorithm", "rl.group_size", "rl.prompts_per_step", "rl.max_steps",
+             "rl.action_space", "rl.lora_rank", "pretrain.stages", "pretrain.lr", "pretrain.batch_size",
+             "pretrain.steps", "rollout.temperature", "rollout.max_new_tokens")  # fmt: skip
+"""Settings that a model's card names where they are not the preset's; none of them may be a path or a secret."""
 OnStep = Callable[[int, Mapping[str, Any]], None]
 """Called after every learner step with its number and metrics."""
 
@@ -34,8 +39,10 @@ def tracked(
     """
     config, folder = begun.config, begun.folder
     output, params = folder.path, flat(config.model_dump())
-    current().doing("opening MLflow")
-    tracker = Tracker(config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step)
+    current().doing("opening trackers")
+    tracker = Tracker(
+        config.tracking_uri, begun.job, output, params, config.tracking_parent, on_step, config.report_to
+    )  # fmt: skip
     error: BaseException | None = None
     try:
         with explained_failures(output), head.blamed():
@@ -58,22 +65,30 @@ def tracked(
 
 
 def _describe(model: Path, config: Config, job: str, summary: Mapping[str, Any]) -> None:
-    """The run's part of its model's card. Of paths the last name alone: a card is for other machines."""
+    """The run's part of its model's card."""
     if not (model / "config.json").exists():
         return
+    cost = ("_seconds", "_gb", "_mb", "_per_step")
+    figures = {
+        f"{job}: {name}": round(value, 4) for name, value in summary.items()
+        if isinstance(value, float) and not name.endswith(cost)
+    }  # fmt: skip
+    describe(model, card_facts(config, job), figures)
+
+
+def card_facts(config: Config, job: str) -> dict[str, Any]:
+    """What a model's card says of the run that made it. Of paths the last name alone: a card is for other machines."""
     facts = {job: f"preset {config.preset}, seed {config.seed}, task {config.task.name}"}
+    own = {field: value for field, value in given(config).items() if field.startswith(_ON_CARDS)}
+    if own:
+        facts[f"{job}: settings"] = ", ".join(f"{field} {value}" for field, value in own.items())
     if job == "pretrain":
         facts["data"] = Path(config.data.path).name if config.data.path else f"the demonstrations of {config.task.name}"
         if not (config.model.base or config.model.path):
             facts["base"] = "a small Llama that was trained from nothing"
         elif config.pretrain.stages[0] == "base":
             facts["base"] = config.model.base  # and not the folder that the stage left
-    cost = ("_seconds", "_gb", "_mb", "_per_step")
-    figures = {
-        f"{job}: {name}": round(value, 4) for name, value in summary.items()
-        if isinstance(value, float) and not name.endswith(cost)
-    }  # fmt: skip
-    describe(model, facts, figures)
+    return facts
 
 
 def _state(error: BaseException | None) -> State:

@@ -149,6 +149,107 @@ def test_chat_reads_conversations_as_training_does(client, cola, tokenizer):
     assert said.split() == text(tokenizer, made)
 
 
+def generated(cola, row, seed, actions=None, **options):
+    """Tokens, actions and log-probabilities, as lists."""
+    forced = None if actions is None else torch.tensor([actions])
+    found = cola.generate_latent(
+        torch.tensor([row]), max_new_tokens=NEW, seed=ActionRequest.from_params({}, seed).seed, eos_token_id=2,
+        actions=forced, **options,
+    )  # fmt: skip
+    tokens, taken, log_probs = (one[0].tolist() for one in found)
+    count = tokens.index(2) + 1 if 2 in tokens else len(tokens)
+    return tokens[:count], taken[:count], log_probs[:count]
+
+
+def assert_told(told, expected):
+    _, actions, log_probs = expected
+    assert told["actions"] == actions
+    assert told["log_probs"] == pytest.approx(log_probs, abs=TOLERANCE)
+
+
+WANTED = {"cola": {"return_actions": True}}
+
+
+def test_actions_come_back_where_they_are_asked_for(client, cola, tokenizer):
+    for seed, row in enumerate(prompts()[:6]):
+        ask = {"model": "cola", "prompt": row, "max_tokens": NEW, "temperature": 0.7, "seed": seed}
+        (choice,) = client.completions.create(**ask, extra_body=WANTED).choices
+        assert_told(choice.cola, expected := generated(cola, row, seed, temperature=0.7))
+        assert choice.text.split() == text(tokenizer, expected[0])
+        assert getattr(choice, "token_ids", None) is None, "which nobody asked for"
+        (plain,) = client.completions.create(**ask).choices
+        assert plain.text == choice.text
+        assert not hasattr(plain, "cola")
+    row, many = prompts()[0], {"model": "cola", "prompt": prompts()[0], "max_tokens": NEW, "n": 5, "extra_body": WANTED}
+    said = client.completions.create(**many, seed=40, logprobs=1).choices
+    for i, choice in enumerate(said):  # vLLM gives choice i the seed 40 + i
+        assert_told(choice.cola, generated(cola, row, 40 + i))
+        assert len(choice.logprobs.tokens) == len(choice.cola["actions"])
+    free = client.completions.create(**many).choices
+    assert len({tuple(choice.cola["actions"]) for choice in free}) > 1
+    kept = client.completions.create(**many | {"extra_body": WANTED | {"return_token_ids": True}}, seed=40).choices
+    assert [choice.token_ids for choice in kept] == [generated(cola, row, 40 + i)[0] for i in range(5)]
+
+
+def test_actions_of_streams_come_at_their_end(client, cola, tokenizer):
+    row = prompts()[1]
+    ask = {"model": "cola", "max_tokens": NEW, "seed": 3, "n": 2, "stream": True, "extra_body": WANTED}
+    *parts, last = client.completions.create(**ask, prompt=row)
+    for i in range(2):
+        tokens, *_ = expected = generated(cola, row, 3 + i)
+        said = "".join(part.choices[0].text for part in parts if part.choices and part.choices[0].index == i)
+        assert said.split() == text(tokenizer, tokens)
+        assert_told(last.cola[i], expected)
+    assert last.choices == []
+    messages = [{"role": "user", "content": "w5 w6 w7"}]
+    ids = ChatTokenizer(tokenizer, "").prompt_ids(messages)
+    *_, last = client.chat.completions.create(**ask, messages=messages)
+    for i in range(2):
+        assert_told(last.cola[i], generated(cola, ids, 3 + i))
+    (answer,) = client.chat.completions.create(**ask | {"stream": False, "n": 1}, messages=messages).choices
+    assert_told(answer.cola, generated(cola, ids, 3))
+
+
+def test_forced_actions_are_those_that_were_taken(client, cola, tokenizer):
+    for row in prompts()[:3]:
+        for given, forced in ((7, [7] * NEW), ([3, 5], [3, 5]), ([-1, 9, -1, 2], [-1, 9, -1, 2])):
+            asked = {"cola": {"actions": given, "return_actions": True}}
+            ask = {"model": "cola", "prompt": row, "max_tokens": NEW, "seed": 8}
+            (choice,) = client.completions.create(**ask, extra_body=asked).choices
+            padded = forced + [-1] * (NEW - len(forced))
+            assert_told(choice.cola, expected := generated(cola, row, 8, padded))
+            assert choice.text.split() == text(tokenizer, expected[0])
+            taken = choice.cola["actions"]
+            assert all(want in (-1, was) for want, was in zip(forced, taken, strict=False))
+            (silent,) = client.completions.create(**ask, extra_body={"cola": {"actions": given}}).choices
+            assert silent.text == choice.text
+            assert not hasattr(silent, "cola")
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ({"cola": 3}, "cola = 3: give an object, with return_actions or actions"),
+        ({"cola": {"action": 3}}, "cola.action: unknown; use return_actions or actions"),
+        ({"cola": {"return_actions": 1}}, "cola.return_actions = 1: give true or false"),
+        ({"cola": {"actions": 16}}, "cola.actions = 16: give an action from 0 to 15, or a list of them"),
+        ({"cola": {"actions": True}}, "cola.actions = True: give an action from 0 to 15, or a list of them"),
+        ({"cola": {"actions": [3, -2]}}, "cola.actions: -2 is none; give actions from 0 to 15, or -1"),
+        ({"cola": {"actions": [3, "x"]}}, "cola.actions: 'x' is none; give actions from 0 to 15, or -1"),
+        ({"cola": {"actions": [0] * 129}}, "cola.actions: 129 of them, and the model has 128 positions; give fewer"),
+        ({"cola": {"return_actions": True}, "n": 2000}, "n = 2000: give a number from 1 to 1024"),
+        ({"cola": {"return_actions": True}, "prompt": ["w5", "w6"]}, "prompt: a list of 2, and actions are returned"),
+        ({"cola": {}, "vllm_xargs": {"action_slots": [0]}}, "vllm_xargs: a server takes no actions from its clients"),
+    ],
+    ids=lambda given: str(given)[:30],
+)
+def test_malformed_steering_is_refused_in_a_line(client, asked, line):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**{"model": "cola", "prompt": [5, 6], "max_tokens": 2, "extra_body": asked})
+    assert refused.value.body["message"].startswith(line)
+    assert "\n" not in refused.value.body["message"]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.runs import samples
+from cola_ray.training.export import main
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -64,6 +65,22 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(finished, model, tmp_pat
         assert tensor.equal(other[name]), name
 
 
+def test_an_exported_checkpoint_is_what_the_run_left(finished, tmp_path):
+    """Of two ranks, whose slices are put together without a process group."""
+    assert main([str(finished.output), "--step", "5", "--to", str(tmp_path / "last")]) == 0
+    assert main([str(finished.output), "--step", "4", "--to", str(tmp_path / "before")]) == 0
+    left, last, before = (
+        load_file(folder / "model.safetensors")
+        for folder in (finished.output / "model", tmp_path / "last", tmp_path / "before")
+    )
+    assert left.keys() == last.keys()
+    assert all(last[name].equal(tensor) for name, tensor in left.items())
+    assert {name for name, tensor in left.items() if not before[name].equal(tensor)} <= {
+        name for name in left if name.startswith("policy.")
+    }
+    assert not all(before[name].equal(tensor) for name, tensor in left.items())
+
+
 def test_again_without_consent_is_refused_in_one_line(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")}
     again = Run("rl_math", finished.where, *SHORT_PRETRAINING, *SHORT_RL)
@@ -112,7 +129,7 @@ def test_a_plain_log_tells_every_phase(finished):
     begun = [
         line.split(maxsplit=1)[1].removesuffix(" ...") for line in finished.log.splitlines() if line[-4:] == " ..."
     ]
-    for phase in ("importing", "starting Ray", "opening MLflow", "pretrain: starting 2 learner ranks",
+    for phase in ("importing", "starting Ray", "opening trackers", "pretrain: starting 2 learner ranks",
                   "pretrain: base: reading the corpus", "pretrain: actions: opening the model",
                   "pretrain: policy: saving the model", "starting 1 engine", "evaluating the bare base",
                   "saving checkpoint and model", "stopping Ray"):  # fmt: skip

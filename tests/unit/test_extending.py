@@ -1,7 +1,10 @@
 """The examples of docs/extending.md, each in a file outside the project, through the registry and the checks."""
 
+import functools
 import importlib.metadata
+import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from cola_ray import registry
 from cola_ray.algorithms.advantages import Outcomes
 from cola_ray.checks.refusals import check
 from cola_ray.cli.arguments import from_command_line
+from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.settings.config import ConfigError, is_environment, named, override
 from cola_ray.settings.presets import preset
 from cola_ray.settings.training import TaskConfig
@@ -26,7 +30,8 @@ JOBS = {"rl": "rl_math", "agent": "rl_agent"}
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
     """A folder with the page's files, from which a job starts."""
-    yield from folder_of_ones_own(EXAMPLES, tmp_path, monkeypatch)
+    texts = {"games.jsonl": '{"text": "A number from 1 to 9? 5"}\n' * 4}
+    yield from folder_of_ones_own(EXAMPLES | texts, tmp_path, monkeypatch)
 
 
 def refusal(changes):
@@ -51,6 +56,7 @@ def test_every_kind_has_an_example():
         "sapo.py",
         "doubling.py",
         "countdown_game.py",
+        "guess_number.py",
         "close.py",
         "phi3.py",
     }
@@ -98,6 +104,117 @@ def test_an_environment(outside):
     assert game.step("0")[1:4] == (1.0, True, False)
     with pytest.raises(ValueError, match=r"task.options.begin = 2: countdown_game.py:Countdown takes start"):
         make_environment(TaskConfig(name=name, options={"begin": 2}))
+
+
+GUESS = "guess_number.py:GuessNumber"
+
+
+def shown(reply):
+    """What a process says of a turn."""
+    assert not reply.failure
+    return reply.value.observation, reply.value.reward, reply.value.terminated, reply.value.truncated
+
+
+def test_gymnasiums_methods_are_enough_for_an_environment(outside):
+    """The page's copy-paste example, whole episodes of it in processes: a killed one goes on in the next."""
+    assert len(EXAMPLES["guess_number.py"].splitlines()) <= 20
+    hidden = random.Random(3).randint(1, 9)
+    wrong = [str(guess) for guess in range(1, 10) if guess != hidden]
+    make = functools.partial(make_environment, TaskConfig(name=GUESS, options={"max_turns": 3}))
+    process = EnvironmentProcess(make, timeout_s=30.0)
+    try:
+        begun = process.reset(0, 3)
+        assert shown(begun) == ("A number from 1 to 9?", 0.0, False, False)
+        first = process.step(0, begun.value.state, wrong[0])
+        says = {guess: "Higher." if int(guess) < hidden else "Lower." for guess in wrong}
+        assert shown(first) == (says[wrong[0]], 0.0, False, False)
+        process._restart()
+        second = process.step(0, first.value.state, wrong[1])
+        assert shown(second) == (says[wrong[1]], 0.0, False, False)
+        assert shown(process.step(0, second.value.state, wrong[2])) == (says[wrong[2]], 0.0, False, True)
+        again = process.reset(1, 3)
+        assert shown(process.step(1, again.value.state, str(hidden))) == ("Right.", 1.0, True, False)
+    finally:
+        process.close()
+
+
+def test_an_episode_that_cannot_be_played_again_fails_by_itself(outside):
+    text = EXAMPLES["guess_number.py"].replace("random.Random(seed).randint(1, self.largest)", "next(DRAWS)")
+    (outside / "unseeded.py").write_text(
+        text.replace("import random\n", "import itertools\nDRAWS = itertools.count(1)\n")
+    )
+    make = functools.partial(make_environment, TaskConfig(name="unseeded.py:GuessNumber"))
+    first, other = make(), make()
+    first.reset(seed=0)
+    first.step("1")
+    with pytest.raises(
+        ValueError, match=r"played again from seed 0 it shows 'Higher.' and not 'Right.'; draw from the"
+    ):
+        other.set_state(first.get_state())
+
+
+def test_an_environment_without_demonstrations_needs_texts_or_a_model(outside):
+    def refused(job, **changes):
+        try:
+            check(override(preset("tiny", True, GUESS), {"task.name": GUESS, **changes}), job)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    for job in ("rl_agent", "pretrain"):
+        assert refused(job) == (
+            f"task.name = {GUESS!r}: has no demonstrations to clone a first policy from; give texts as --data.path, or "
+            "the model to start from as --model.path"
+        )
+        assert not refused(job, **{"data.path": "games.jsonl"})
+    assert refused("rl_agent", **{"task.options": {"max_turns": 0}, "data.path": "games.jsonl"}).startswith(
+        "task.options.max_turns = 0: out of range"
+    )
+    assert refused("rl_agent", **{"task.options": {"smallest": 2}, "data.path": "games.jsonl"}) == (
+        f"task.options.smallest = 2: {GUESS} takes largest"
+    )
+
+
+def test_an_environment_that_shows_no_text_is_refused_in_a_line(outside):
+    (outside / "grid.py").write_text(
+        "class Grid:\n    def reset(self, *, seed=None, options=None):\n        return 0, {}\n"
+        "    def step(self, action):\n        return 1, 0.0, True, False, {}\n"
+    )
+    (line,) = inspection.faults(TaskConfig(name="grid.py:Grid"))
+    assert line.startswith("task.name = 'grid.py:Grid': Grid gives int as an observation, not text; wrap it")
+
+
+def test_environments_that_gymnasium_knows_by_an_id(outside, monkeypatch):
+    gymnasium = pytest.importorskip("gymnasium", reason="the extra gymnasium installs it")
+    (outside / "my_games.py").write_text(
+        "import gymnasium\nfrom guess_number import GuessNumber\n"
+        "class Guess(GuessNumber, gymnasium.Env):\n"
+        "    observation_space = action_space = gymnasium.spaces.Text(99)\n"
+        "gymnasium.register('Guess-v0', Guess, max_episode_steps=2)\n"
+    )
+    monkeypatch.syspath_prepend(str(outside))
+    config = TaskConfig(name="gymnasium:my_games:Guess-v0", options={"largest": 1})
+    try:
+        assert is_environment(config.name)
+        assert inspection.faults(config) == []
+        game = make_environment(config)
+        assert game.reset(seed=0)[0] == "A number from 1 to 1?"
+        assert [game.step("2")[:4] for _ in range(2)] == [("Lower.", 0.0, False, False), ("Lower.", 0.0, False, True)]
+        assert make_environment(config.model_copy(update={"options": {"max_episode_steps": 7}})).max_turns == 7
+        assert "has no demonstrations" in inspection.undemonstrated(config)
+        assert inspection.unknown("gymnasium:my_games:Gess-v0").startswith("NameNotFound: Environment `Gess` doesn't")
+    finally:
+        gymnasium.registry.pop("Guess-v0", None)
+
+
+def test_an_id_without_gymnasium_is_refused_in_a_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    config = override(preset("tiny", agents=True), {"task.name": "gymnasium:Guess-v0"})
+    with pytest.raises(ConfigError) as refused:
+        check(config, "rl_agent")
+    assert "task.name = 'gymnasium:Guess-v0': needs the package gymnasium; `pip install gymnasium` installs it" in str(
+        refused.value
+    )
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,8 @@ rl_math --cluster.address ray://127.0.0.1:1 | cluster.address = 'ray://127.0.0.1
 rl_math --tracking-uri /proc/runs | tracking_uri = '/proc/runs': no folder can be made there
 rl_math --tracking-uri file:///proc/runs | tracking_uri = 'file:///proc/runs': no folder can be made there
 rl_math --tracking-uri good.jsonl/runs | tracking_uri = 'good.jsonl/runs': no folder can be made there
+rl_math --report-to mlflow tensorboards | report_to = ['mlflow', 'tensorboards']: unknown
+rl_math --report-to tensorboard --tracking-uri http://h | tracking_uri = 'http://h': has no effect here; with mlflow
 rl_math --tracking-uri None | tracking_uri = None: of the wrong kind
 rl_math --output-dir None | output_dir = None: of the wrong kind
 rl_math --output-dir "~/run" | output_dir = '~/run': ~ is no folder of this name
@@ -316,7 +318,7 @@ rl_math --task.name own:Number | task.name = 'own:Number': Number has a first pr
 rl_math --task.name own:Score | task.name = 'own:Score': Score gives the score None to its own solution
 rl_agent --task.name own:Plays | task.name = 'own:Plays': Plays gives 'hello' from reset
 rl_agent --task.name own:Turns | task.name = 'own:Turns': Turns has max_turns = 0
-rl_agent --task.name own:HalfPlays | task.name = 'own:HalfPlays': HalfPlays has no reset and no get_state
+rl_agent --task.name own:HalfPlays | task.name = 'own:HalfPlays': HalfPlays has no reset; cola_ray/tasks/environment.py
 rl_agent --task.name arithmetic | task.name = 'arithmetic': not an environment
 rl_agent --task.options skil 3 | task.options.skil = 3: twenty_questions takes objects, skill
 rl_agent --task.options objects 0 | task.options.objects = 0: out of range; use a whole number from 2 to 157
