@@ -143,6 +143,16 @@ rl_math --rl.lr | rl.lr = '': 0 values given
 rl_math --rl.lr 1 2 | rl.lr = 1 2: 2 values given
 rl_math --rl.clip-low 2 | rl.clip_low = 2: out of range
 rl_math --rl.clip-high -0.1 | rl.clip_high = -0.1: out of range
+rl_math --rl.clip-c 0.9 | rl.clip_c = 0.9: a ratio of 1 is no change; use 0 (none) or a number above 1
+rl_math --rl.loss gpso | rl.loss = 'gpso': unknown loss; did you mean gspo?
+rl_math --rl.loss cispo | rl.loss = 'cispo': ratios are to the policy at the start of a batch
+rl_math --rl.loss-agg-mode seq-mean | rl.loss_agg_mode = 'seq-mean': unknown; did you mean
+rl_math --rl.scale-rewards std | rl.scale_rewards = 'std': unknown; use one of group, batch, none
+rl_math --rl.importance-mode sequence | rl.importance_mode = 'sequence': unknown; did you mean sequence_
+rl_math --rl.lr-scheduler-type cosin | rl.lr_scheduler_type = 'cosin': unknown; did you mean cosine?
+rl_math --rl.min-lr-ratio 1.5 | rl.min_lr_ratio = 1.5: out of range
+rl_math --rl.cliprange-value -1 | rl.cliprange_value = -1: out of range
+rl_math --rl.mask-truncated-completions 3 | rl.mask_truncated_completions = 3: of the wrong kind
 rl_math --rl.gae-lambda 3 | rl.gae_lambda = 3: out of range
 rl_math --rl.updates-per-batch 0 | rl.updates_per_batch = 0: out of range
 rl_math --rl.adam-betas 0.9 | rl.adam_betas = (0.9,): too few
@@ -228,7 +238,7 @@ rl_math --cluster.address ray://127.0.0.1:1 | cluster.address = 'ray://127.0.0.1
 rl_math --tracking-uri /proc/runs | tracking_uri = '/proc/runs': no folder can be made there
 rl_math --tracking-uri file:///proc/runs | tracking_uri = 'file:///proc/runs': no folder can be made there
 rl_math --tracking-uri good.jsonl/runs | tracking_uri = 'good.jsonl/runs': no folder can be made there
-rl_math --report-to mlflow tensorboards | report_to = ('mlflow', 'tensorboards'): unknown; did you mean tensorboard
+rl_math --report-to mlflow tensorboards | report_to = ('mlflow', 'tensorboards'): unknown
 rl_math --report-to tensorboard --tracking-uri http://h | tracking_uri = 'http://h': has no effect here; with mlflow
 rl_math --tracking-uri None | tracking_uri = None: of the wrong kind
 rl_math --output-dir None | output_dir = None: of the wrong kind
@@ -530,6 +540,8 @@ rl_math --preset tiny --rl.kl-coef 0.01 --seed 1
 rl_math --preset tiny --rl.kl_coef=0.01 --no-resume --rl.no-actor-free
 rl_math --rl.algorithm etpo --rl.kl-coef 0.05 --rl.actor-free
 rl_math --rl.action-space token --rl.lr 1e-4 --rl.lora-rank 16
+rl_math --rl.loss gspo --rl.loss-agg-mode seq-mean-token-mean --rl.clip-low 3e-4 --rl.updates-per-batch 4
+rl_math --rl.loss ppo --rl.clip-c 3 --rl.updates-per-batch 2 --rl.scale-rewards none
 rl_math --rl.max-staleness 1 --tracking-uri http://mlflow:5000
 rl_math --tracking-uri sqlite:///runs.db --cluster.address 10.0.0.7:6379
 rl_math --cluster.address ray://head:10001 --cluster.use-gpu
