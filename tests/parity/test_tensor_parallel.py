@@ -17,7 +17,7 @@ from cola_ray.rollout.engine import LatentEngine, Request, prepare_process
 from cola_ray.weights import Broadcast, Channel, Offer, WeightSender, WeightTransferError
 
 STOP = 7
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5  # two halves are added up in another order; how far off that is depends on the processor
 REQUESTS = [
     Request(
         np.random.default_rng(i).integers(8, VOCAB_SIZE, 3 + 9 * i).tolist(), 1000 + i, [1.0, 0.7][i % 2], 0, 16,
