@@ -10,7 +10,7 @@ Ids travel from end to end; text is never tokenised again.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -97,6 +97,11 @@ class Episode:
         """The undiscounted return."""
         return sum(turn.reward for turn in self.turns)
 
+    @property
+    def observations(self) -> list[Array]:
+        """Ids of what each turn answers: the opening, with what the transcript begins with, then observations."""
+        return [self.turns[0].state_ids, *(turn.observation_ids for turn in self.turns[:-1])] if self.turns else []
+
     def as_trajectories(self, gamma: float = 1.0, advantages: Sequence[float] | None = None) -> list[Trajectory]:
         """Sequences to train on, their masked-in actions the policy's.
 
@@ -105,8 +110,8 @@ class Episode:
         observation: the value there stands for what follows.
 
         Args:
-            gamma: discount of a turn.
-            advantages: of each turn, in place of its reward; each turn is then by itself.
+            gamma: discount of a turn; 0 where each turn is by itself.
+            advantages: of each turn, for all of its actions, and in place of its reward.
         """
         runs: list[list[tuple[Turn, float]]] = []
         gains = [turn.reward for turn in self.turns] if advantages is None else advantages
@@ -115,40 +120,28 @@ class Episode:
                 runs[-1].append((turn, gain))
             else:
                 runs.append([(turn, gain)])
-        if advantages is not None:
-            gamma = 0.0
-        made = [self._as_trajectory(run, self.terminated and run is runs[-1], gamma) for run in runs]
-        return made if advantages is None else [_turn_by_turn(one) for one in made]
+        weighed = advantages is not None
+        return [self._as_trajectory(run, self.terminated and run is runs[-1], gamma, weighed) for run in runs]
 
-    def _as_trajectory(self, turns: list[tuple[Turn, float]], ends: bool, gamma: float) -> Trajectory:
+    def _as_trajectory(self, turns: list[tuple[Turn, float]], ends: bool, gamma: float, weighed: bool) -> Trajectory:
         first, last = turns[0][0], turns[-1][0]
         ids = np.concatenate([last.state_ids, last.token_ids, *(() if ends else (last.observation_ids,))])
         actions, versions = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
         log_probs, rewards = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32)
         mask, discounts = np.zeros(len(ids), bool), np.ones(len(ids), np.float32)
+        advantages = np.zeros(len(ids), np.float32)
         for turn, gain in turns:
             end = len(turn.state_ids) + len(turn.token_ids)
             said = slice(len(turn.state_ids), end)
             actions[said], log_probs[said], versions[said] = turn.actions, turn.rollout_log_probs, turn.versions
-            mask[said] = True
+            mask[said], advantages[said] = True, gain
             rewards[end - 1], discounts[end - 1] = gain, 0.0 if ends and turn is last else gamma
         start = len(first.state_ids)
         return Trajectory(
             first.state_ids, ids[start:], actions[start:], log_probs[start:], versions[start:], self.total_reward,
             not self.terminated, self.text, self.failure, action_mask=mask[start:], rewards=rewards[start:],
-            discounts=discounts[start:],
+            discounts=discounts[start:], advantages=advantages[start:] if weighed else None,
         )  # fmt: skip
-
-
-def _turn_by_turn(trajectory: Trajectory) -> Trajectory:
-    """What comes at a turn's end, where its discount is 0, as the advantage of all its actions."""
-    mask, rewards, discounts = trajectory.action_mask, trajectory.rewards, trajectory.discounts
-    assert mask is not None
-    assert rewards is not None
-    assert discounts is not None
-    ends = discounts == 0.0
-    turn_of = np.cumsum(ends) - ends  # number of the turn that a place is in or before
-    return replace(trajectory, advantages=np.append(rewards[ends], np.float32(0.0))[turn_of] * mask)
 
 
 def _continues(before: Turn, after: Turn) -> bool:

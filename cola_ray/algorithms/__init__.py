@@ -1,6 +1,7 @@
 """Pure functions on tensors: no Ray, no vLLM, no input or output. An algorithm is a file, named as in the settings.
 
     grpo  rloo  remax  reinforce    outcomes of a step's prompts ─> one advantage a completion
+    gigpo                           rewards and states of turns ─> one advantage a turn
     ppo                             rewards, discounts and values of actions ─> one advantage an action
     gspo  cispo                     advantages and probabilities ─> a loss an action, in the place of PPO's
     archer                          features of states and utterances ─> one advantage an utterance

@@ -93,7 +93,8 @@ def kl_penalties(
 def discounted_sum_to_go(values: Tensor, mask: Tensor, discounts: Tensor) -> Tensor:
     """``y_t = values_t + discounts_t y_next`` over masked-in positions only, (B, T); "next" is the next one in the row.
 
-    Positions outside the mask (observations, padding) are skipped. Used to spread per-step KL penalties backwards.
+    Positions outside the mask (observations, padding) are skipped. Used to spread per-step KL penalties backwards, and
+    for returns-to-go of turns.
 
     Example: values [1, 2, 3], mask [1, 0, 1], discounts 0.5 -> [2.5, 0, 3].
     """

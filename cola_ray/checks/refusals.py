@@ -77,9 +77,9 @@ def _check_named(config: Config) -> list[str]:
     except registry.NotFoundError as error:  # something is there, and it is no algorithm
         return [f"rl.algorithm = {config.rl.algorithm!r}: {error}"]
     own = config.rl.algorithm not in registry.BUILT_IN["algorithm"]
-    if own and (algorithm.soft_q or algorithm.replays or algorithm.critic):
-        return [f"rl.algorithm = {config.rl.algorithm!r}: soft_q, replays and critic are needs of the project's own "
-                "algorithms; let yours have an advantage, a loss or a value head"]  # fmt: skip
+    if own and (algorithm.soft_q or algorithm.replays or algorithm.critic or algorithm.turns):
+        return [f"rl.algorithm = {config.rl.algorithm!r}: soft_q, replays, critic and turns are needs of the project's "
+                "own algorithms; let yours have an advantage, a loss or a value head"]  # fmt: skip
     return []
 
 

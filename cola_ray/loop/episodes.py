@@ -13,8 +13,9 @@ an iteration, so one fresh utterance for each sampled state serves both V's targ
 warms up, the learner's step has rate 0.
 
 ``chai`` leaves the policy as it is: the critic chooses among several of its utterances (Verma et al. 2022).
-``filtered_bc`` clones the best episodes of all that were played; ``grpo`` and ``rloo`` compare episodes of one
-environment seed, ``ppo`` has its own value head in the learner, and none of the three needs replay or critic.
+``filtered_bc`` clones the best episodes of all that were played; ``grpo``, ``rloo`` and ``gigpo`` compare episodes of
+one environment seed, the last also their turns, ``ppo`` has its own value head in the learner, and none of the four
+needs replay or critic.
 """
 
 import time
@@ -27,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cola_ray.algorithms import gigpo
 from cola_ray.algorithms.advantages import Outcomes, all_alike, centred
 from cola_ray.batch import Batch, Tally
 from cola_ray.experience import Episode, Ticket, Trajectory
@@ -202,11 +204,15 @@ class Episodes:
         for episode in episodes:
             groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
         played = list(groups.values())
-        returns = [[episode.total_reward for episode in group] for group in played]
-        outcomes = [Outcomes(torch.tensor(of_group, dtype=torch.float64)) for of_group in returns]
-        ordered = [episode for group in played for episode in group]
-        weights = [advantage for of_group in self.batches.advantages(outcomes) for advantage in of_group]
-        sequences = [episode.as_trajectories(self.config.critic.gamma) for episode in ordered]
+        ordered, metrics = [episode for group in played for episode in group], Metrics()
+        if self.batches.algorithm.turns:
+            sequences, metrics = self._compare_turns(played)
+            weights = [0.0] * len(ordered)  # each sequence brings its turns' own
+        else:
+            returns = [[episode.total_reward for episode in group] for group in played]
+            outcomes = [Outcomes(torch.tensor(of_group, dtype=torch.float64)) for of_group in returns]
+            weights = [advantage for of_group in self.batches.advantages(outcomes) for advantage in of_group]
+            sequences = [episode.as_trajectories(self.config.critic.gamma) for episode in ordered]
         self.samples.of_episodes(step, ordered, sequences, weights if self.batches.compare else ())
         trajectories, advantages, positions = list[Trajectory](), list[float](), list[int]()
         for episode, pieces, advantage in zip(ordered, sequences, weights, strict=True):
@@ -214,7 +220,21 @@ class Episodes:
             advantages += [advantage] * len(pieces)
             positions += [episode.position] * len(pieces)
         versions = [int(one.versions[0]) for one in trajectories]
-        return await self.batches.train_on(pack(trajectories), advantages, positions, versions, step)
+        batches, more = await self.batches.train_on(pack(trajectories), advantages, positions, versions, step)
+        return batches, metrics | more
+
+    def _compare_turns(self, groups: Sequence[Sequence[Episode]]) -> tuple[list[list[Trajectory]], Metrics]:
+        """Sequences of each episode, each turn with its advantage over others of its seed and of its state."""
+        rl, gamma = self.config.rl, self.config.critic.gamma
+        turns = [[_turn_rewards(episode, rl.anchor_state == "transcript") for episode in group] for group in groups]
+        found = gigpo.advantages(turns, gamma, rl.step_advantage_w, rl.scale_rewards)
+        sizes = np.array([len(numbers) for numbers in gigpo.same_state(turns)])
+        episodes = (episode for group in groups for episode in group)
+        weighed = zip(episodes, found, strict=True)
+        return [episode.as_trajectories(gamma, own.tolist()) for episode, own in weighed], {
+            "agent/anchor_turns": float(sizes.mean()),
+            "agent/compared": float(sizes[sizes > 1].sum() / sizes.sum()),
+        }
 
     def _batches_that(
         self, trains: bool, trajectories: Sequence[Trajectory], advantages: Sequence[float], step: int
@@ -256,7 +276,7 @@ class Episodes:
             advantages = centred
         ends = np.cumsum([len(episode.turns) for episode in episodes])[:-1]
         of_episodes = zip(episodes, np.split(advantages, ends), strict=True)
-        return [episode.as_trajectories(advantages=own.tolist()) for episode, own in of_episodes]
+        return [episode.as_trajectories(0.0, own.tolist()) for episode, own in of_episodes]
 
     def _measure(self, episodes: Sequence[Episode], step: int, seconds: float) -> Metrics:
         turns = [turn for episode in episodes for turn in episode.turns]
@@ -268,6 +288,11 @@ class Episodes:
             "agent/turns": len(turns) / len(episodes),
             "agent/terminated": float(np.mean([episode.terminated for episode in episodes])),
         }  # fmt: skip
+
+
+def _turn_rewards(episode: Episode, whole_state: bool) -> gigpo.TurnRewards:
+    states = [turn.state_ids for turn in episode.turns] if whole_state else episode.observations
+    return gigpo.TurnRewards([turn.reward for turn in episode.turns], [ids.tobytes() for ids in states])
 
 
 def _centred(advantages: Array, metrics: Metrics) -> Array:

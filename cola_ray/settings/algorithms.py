@@ -44,6 +44,8 @@ class Algorithm:
     """Learns from turns out of replay, as ArCHer, CHAI and filtered cloning do."""
     critic: bool = False
     """Asks an utterance critic."""
+    turns: bool = False
+    """Compares turns of a group's episodes beside the episodes, as GiGPO does."""
 
     @property
     def within_prompts(self) -> bool:
@@ -75,6 +77,7 @@ GRPO = Algorithm(advantage="grpo", groups=True)
 RLOO = Algorithm(advantage="rloo", groups=True)
 REMAX = Algorithm(advantage="remax", greedy=True)
 REINFORCE = Algorithm(advantage="reinforce")
+GIGPO = Algorithm(groups=True, turns=True)
 PPO = Algorithm(value_head=True)
 ETPO = Algorithm(soft_q=True)
 ARCHER = Algorithm(replays=True, critic=True)
@@ -96,9 +99,9 @@ def _with(need: str) -> tuple[str, ...]:
     return tuple(name for name in registry.BUILT_IN["algorithm"] if getattr(of(name), need))
 
 
-COMPARING = _with("groups")
-"""Algorithms of ours that compare completions or episodes of one group."""
 OF_OUTCOMES = _with("advantage")
 """Algorithms of ours whose advantages come from the outcomes of whole completions."""
+COMPARING = tuple(name for name in _with("groups") if name in OF_OUTCOMES)
+"""Those of them that compare completions or episodes of one group."""
 OF_TURNS = _with("replays")
 """Algorithms of ours that learn from an agent's turns in replay."""

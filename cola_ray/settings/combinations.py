@@ -205,6 +205,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         "use rl.action_space latent",
     ),
     Combination(
+        "rl.algorithm", _AllBut(""), _all(_needs("turns"), _answers), "an answer has one turn, and grpo is the same",
+        f"use grpo, or one of {', '.join(MULTI_TURN)} with `cola_ray agent`",
+    ),
+    Combination(
+        "rl.advantage", _AllBut(""), _needs("turns"), "{} compares episodes and turns alike, by rl.scale_rewards",
+    ),
+    Combination(
         "rl.advantage", _AllBut(""), _learns_otherwise, "{} makes its advantages in the learner",
         f"leave it out, or use {', '.join(OF_OUTCOMES)} or an algorithm of your own",
     ),
@@ -315,7 +322,16 @@ COMBINATIONS: tuple[Combination, ...] = (
         "rl.dynamic_sampling and rl.actor_free take whole steps", "leave one of them out",
     ),
     # What shapes and selects outcomes.
-    Combination("rl.scale_rewards", None, _without_grpo, "only grpo's advantages are divided by a spread"),
+    Combination(
+        "rl.scale_rewards", None, _all(_without_grpo, _lacks("turns")),
+        "only advantages of grpo and gigpo are divided by a spread",
+    ),
+    *(
+        Combination(field, None, _lacks("turns"), "only gigpo compares turns")
+        for field in ("rl.step_advantage_w", "rl.anchor_state")
+    ),
+    Combination("rl.anchor_state", None, _has("rl.step_advantage_w", 0.0), "no turns are compared",
+                "let rl.step_advantage_w be above 0"),
     Combination(
         "rl.dynamic_sampling", (True,), _any(_lacks("groups"), _agents),
         f"for {' and '.join(COMPARING)} on problems with answers",

@@ -321,13 +321,20 @@ class RLConfig(Branch):
     reinforce: the batch's mean as baseline. ppo: a value head on the base's states, and GAE. etpo: soft Q-learning over
     actions, with kl_coef as beta. For agents also: archer: advantages of whole utterances by an off-policy critic.
     chai: the policy stays, and the critic chooses among its utterances. filtered_bc: clone the best of all episodes.
+    gigpo: episodes against others of their seed, and turns against others from the same state.
     Or your own, package.module:name or file.py:name."""
     advantage: str = ""
     """In place of the algorithm's own, for grpo, rloo, remax, reinforce and yours: one of these names, or your own
     function of a step's outcomes as package.module:name or file.py:name. Empty: the algorithm's."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What grpo's advantages, rewards less their prompt's mean, are divided by. group: the standard deviation of the
-    prompt's rewards. batch: of all rewards in the batch. none: nothing, as in Dr. GRPO."""
+    prompt's rewards. batch: of all rewards in the batch. none: nothing, as in Dr. GRPO. gigpo: the same, of returns of
+    a seed's episodes, and of what followed turns from one state."""
+    step_advantage_w: NonNegative = 1.0
+    """gigpo: weight of a turn's comparison with others from its state, beside that of the episodes."""
+    anchor_state: Literal["observation", "transcript"] = "observation"
+    """gigpo: what makes the states of two turns the same. observation: what the environment said last, at the first
+    turn its opening; for environments that describe where one is. transcript: all that the policy reads."""
     loss: str = ""
     """ppo: the clipped surrogate, of each action's ratio. gspo: of a sequence's ratio, with clips of some 3e-4 and
     rl.loss_agg_mode seq-mean-token-mean. cispo: the ratio is a weight, clipped, and no action loses its gradient. Or
@@ -462,7 +469,7 @@ class CriticConfig(Branch):
     replicas: Processes = 1
     """Actors that share each of the critic's batches."""
     gamma: Share = 0.95
-    """Discount of a turn; ppo's too."""
+    """Discount of a turn; that of ppo and gigpo, too."""
     tau: PositiveShare = 0.1
     """Share of the critic that its target takes over after each step."""
     lr: Rate = 3e-4
