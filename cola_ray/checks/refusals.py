@@ -182,13 +182,10 @@ def _check_task(config: Config) -> list[str]:
 
 def _check_trackers(config: Config) -> list[str]:
     lines = []
-    for name in TRACKERS:
+    for name in (one for one in TRACKERS if one in config.report_to):
         found = importlib.util.find_spec(name)
-        absent = found is None or found.origin is None  # a folder of this name, such as a run's wandb/, is no package
-        if name in config.report_to and absent:
+        if found is None or found.origin is None:  # a folder of this name, such as a run's wandb/, is no package
             lines.append(f"report_to = {config.report_to}: needs the package {name}; `pip install {name}` installs it")
-    if config.tracking_uri and "mlflow" not in config.report_to:
-        lines.append(f"tracking_uri = {config.tracking_uri!r}: has no effect here; with mlflow in report_to it has")
     return lines
 
 

@@ -140,10 +140,9 @@ class RLLearner:
 
 
 def learning_rate(config: Config, peak: float, step: int) -> float:
-    """Of the step that is the ``step``-th, from 0, to train; while an utterance critic warms up, none does."""
+    """Of the step that is the ``step``-th, from 0, to train."""
     rl = config.rl
-    total = rl.max_steps - (config.critic.warmup_iterations if config.algorithm.critic else 0)
-    return peak * lr_factor(rl.lr_scheduler_type, step, total, rl.warmup_steps, rl.min_lr_ratio)
+    return peak * lr_factor(rl.lr_scheduler_type, step, config.num_trained_steps, rl.warmup_steps, rl.min_lr_ratio)
 
 
 @dataclass(frozen=True)

@@ -143,11 +143,10 @@ class Supervisor:
         while True:
             await asyncio.sleep(min(limit / 4, 5.0))
             now = time.monotonic()
-            stuck = [f"{what} ({now - since:.0f} s)" for what, since in self.pending.items() if now - since > limit]
-            if stuck:
-                raise RuntimeError(
-                    f"no progress for cluster.stall_timeout_s = {limit:g} s; waiting for: {', '.join(stuck)}"
-                )
+            if any(now - since > limit for since in self.pending.values()):
+                # All of it: what waits longest is often waiting for what began a moment later.
+                pending = ", ".join(f"{what} ({now - since:.0f} s)" for what, since in self.pending.items())
+                raise RuntimeError(f"no progress for cluster.stall_timeout_s = {limit:g} s; waiting for: {pending}")
 
     # --- what the driver reads --------------------------------------------------------------------------------------
 
@@ -170,6 +169,7 @@ class Supervisor:
 
     def goes_on_from(self, version: int) -> None:
         """What was told of later versions is made again, or never."""
+        self.told = [event if _version(event) <= version else {} for event in self.told]  # which are counted
         self.events = [event for event in self.events if _version(event) <= version]
         self.events.append({"goes on from": version})
 
@@ -182,28 +182,20 @@ class Supervisor:
         Args:
             read: how many events the driver has read since the run began: they are in its files.
         """
+        read = max(read, self.num_read)
         del self.told[: read - self.num_read]
-        self.num_read = max(self.num_read, read)
+        self.num_read = read
         events, self.events = self.events, []
         self.told += events
         return events, self.failure
 
     def unread(self, version: int) -> list[Event]:
         """Steps to ``version`` and their samples, as far as they are not known to be in the driver's files."""
-        return [event for event in [*self._valid(), *self.events] if 0 <= _version(event) <= version]
+        return [event for event in [*self.told, *self.events] if 0 <= _version(event) <= version]
 
     def tell_again(self, events: Sequence[Event]) -> None:
         """What :meth:`unread` returned to a checkpoint."""
         self.events += events
-
-    def _valid(self) -> list[Event]:
-        """What was told, less steps that are made again."""
-        valid = list[Event]()
-        for event in self.told:
-            if "goes on from" in event:
-                valid = [one for one in valid if _version(one) <= event["goes on from"]]
-            valid.append(event)
-        return valid
 
 
 def _version(event: Event) -> int:

@@ -14,19 +14,15 @@ that the log has twice, because a resumed run made it again, is written once.
 
 import json
 import os
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from cola_ray.runs import event_log, explanations
-from cola_ray.runs.display import current
-from cola_ray.runs.redaction import redacted, redacted_tree
+from cola_ray.runs import event_log
+from cola_ray.runs.log_copy import LogCopy
+from cola_ray.runs.redaction import redacted_tree
 from cola_ray.runs.run_folder import State, write_json
 
-TRACKERS = ("tensorboard", "wandb")
-"""Each is also the name of the package that it needs."""
 _CLOSING_S = 10.0  # how long a run's end waits
 _PAUSE_S = 10.0  # after a failure
 
@@ -38,7 +34,7 @@ class _Sink(Protocol):
 
     def flush(self) -> None: ...
 
-    def close(self, state: State) -> None: ...
+    def close(self, state: str) -> None: ...
 
 
 class TensorBoard:
@@ -59,7 +55,7 @@ class TensorBoard:
     def flush(self) -> None:
         self.writer.flush()
 
-    def close(self, state: State) -> None:
+    def close(self, state: str) -> None:
         self.writer.close()
 
 
@@ -83,7 +79,7 @@ class WeightsAndBiases:
     def flush(self) -> None:
         """Its own process writes what it is told."""
 
-    def close(self, state: State) -> None:
+    def close(self, state: str) -> None:
         self.run.finish(exit_code=int(state == "failed"))
         for path in self.folder.rglob("*"):  # to logs of W&B's own process, which change after the run
             if path.is_symlink():
@@ -91,9 +87,11 @@ class WeightsAndBiases:
 
 
 _SINKS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+TRACKERS = tuple(_SINKS)
+"""Each is also the name of the package that it needs."""
 
 
-class Follower:
+class Follower(LogCopy):
     """Writes the log of one run to one tracker.
 
     Args:
@@ -104,20 +102,13 @@ class Follower:
     """
 
     def __init__(self, name: str, folder: Path, job: str, params: Mapping[str, Any]) -> None:
+        super().__init__(name)
         self.name, self.folder, self.job, self.params = name, folder, job, redacted_tree(params)
         self.sent_file = folder / name / "sent.json"
         self.sink: _Sink | None = None
         self.seen: set[tuple[int, str]] = set()  # what the tracker has: step and metric
         self.upto = 0  # bytes of the log
-        self.state: State | None = None
-        self.fault, self.said = "", False
-        self.woken, self.done = threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self._work, name=name, daemon=True)
         self.thread.start()
-
-    def wake(self) -> None:
-        """Tell the thread that there is more to write."""
-        self.woken.set()
 
     def end(self, state: State) -> None:
         """Tell the thread that there will be no more."""
@@ -132,31 +123,19 @@ class Follower:
         why = self.fault or "no answer in time"
         return f"{self.name} lacks the end of this run ({why}); log.jsonl has all of it"
 
-    def _work(self) -> None:
-        while not self.done.is_set():
-            self.woken.wait()
-            self.woken.clear()
-            ending = self.state
-            try:
-                self._write()
-                if ending and self.sink is not None:
-                    self.sink.close(ending)
-                self.fault = ""
-            except Exception as error:  # of somebody else's package, disk or network
-                self.sink, self.fault = None, redacted(explanations.explain(error)[0])
-                if not self.said and not ending:
-                    self.said = True
-                    current().say(f"{self.name}: {self.fault}; the run goes on without it")
-            if ending:
-                self.done.set()
-            elif self.fault:
-                self._pause()
+    def _copy(self, last: bool) -> None:
+        self._write()
+        if last and self.sink is not None:
+            self.sink.close(self.state)
 
-    def _pause(self) -> None:
-        until = time.monotonic() + _PAUSE_S
-        while time.monotonic() < until and not self.state:
-            time.sleep(0.05)
-        self.woken.set()
+    def _drop(self) -> None:
+        self.sink = None
+
+    def _pause_s(self) -> float:
+        return _PAUSE_S
+
+    def _complaint(self) -> str:
+        return f"{self.name}: {self.fault}; the run goes on without it"
 
     def _write(self) -> None:
         if self.sink is None:

@@ -16,7 +16,6 @@ and noting, still counts as one.
 import contextlib
 import json
 import os
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from urllib.parse import urlsplit
 import filelock
 
 from cola_ray.runs import event_log, explanations, folder_lock, run_folder, samples
-from cola_ray.runs.display import current
+from cola_ray.runs.log_copy import LogCopy
 from cola_ray.runs.redaction import HIDDEN, redacted, redacted_tree
 from cola_ray.runs.run_folder import write_json
 from cola_ray.settings.config import Config, ConfigError, RunFailedError, flat
@@ -57,8 +56,8 @@ class MlflowRun:
     """The run that this one is shown below, by the id in its log or by MLflow's."""
 
 
-class Mirror:
-    """Sends the log of one run.
+class Mirror(LogCopy):
+    """Sends the log of one run. ``state`` is MLflow's name for how it ended.
 
     Args:
         uri: tracking server or database; if empty, a sqlite file beside the folder.
@@ -67,17 +66,12 @@ class Mirror:
     """
 
     def __init__(self, uri: str, folder: Path, run: MlflowRun) -> None:
+        super().__init__("mlflow")
         self.uses_default_uri, self.uri = not uri, uri or f"sqlite:///{folder.parent / 'mlflow.db'}"
         self.folder, self.run = folder, run
         self.id_file, self.sent_file = folder / "mlflow_run_id", folder / "mlflow_sent.json"
         self.client: Any = None
-        self.fault = ""  # of the last attempt
-        self.fault_shown = False  # printed once for a fault that goes on
-        self.state = ""  # MLflow's name for how the run ended
         self.progress = time.monotonic()
-        self.pause = _PAUSE_S[0]
-        self.woken, self.tried, self.done = threading.Event(), threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def open(self) -> None:
         """Start the thread and wait a moment for a first answer, so that a fault is reported early."""
@@ -85,10 +79,6 @@ class Mirror:
         self.wake()
         self.thread.start()
         self.tried.wait(_OPENING_S)
-
-    def wake(self) -> None:
-        """Tell the thread that there is more to send."""
-        self.woken.set()
 
     @property
     def run_id(self) -> str:
@@ -102,7 +92,6 @@ class Mirror:
             state: FINISHED, FAILED or KILLED.
         """
         self.state, self.progress = state, time.monotonic()
-        self.pause = _PAUSE_S[0]
         self.wake()
         last = time.monotonic() + _MAX_CLOSING_S
         while not self.done.wait(0.05):
@@ -135,36 +124,19 @@ class Mirror:
             self.client.set_terminated(run_id, status=self.state)
             self._note(sent, state=self.state)
 
-    def _work(self) -> None:
-        while not self.done.is_set():
-            self.woken.wait()
-            self.woken.clear()
-            ending_now = bool(self.state)
-            try:
-                self.send()
-                self.fault, self.fault_shown, self.pause = "", False, _PAUSE_S[0]
-            except Exception as error:
-                self.client = None
-                self.fault = redacted(explanations.explain(error)[0])
-                self._show_fault_once()
-            self.tried.set()
-            if ending_now:
-                self.done.set()
-            elif self.fault:
-                self.woken.clear()
-                self._wait()
-                self.woken.set()
+    def _copy(self, last: bool) -> None:
+        self.send()
+        self.fault_shown = False  # a fault that comes back is told again
 
-    def _wait(self) -> None:
-        """Pause between attempts; cut short when the run ends."""
-        until, self.pause = time.monotonic() + self.pause, min(2 * self.pause, _PAUSE_S[1])
-        while time.monotonic() < until and not self.state:
-            time.sleep(0.05)
+    def _drop(self) -> None:
+        self.client = None
 
-    def _show_fault_once(self) -> None:
-        if not self.fault_shown and not self.state:
-            self.fault_shown = True
-            current().say(f"MLflow at {redacted(self.uri)}: {self.fault}; the run goes on, and its log is sent later")
+    def _pause_s(self) -> float:
+        first, longest = _PAUSE_S
+        return min(first * 2 ** min(self.failures - 1, 10), longest)
+
+    def _complaint(self) -> str:
+        return f"MLflow at {redacted(self.uri)}: {self.fault}; the run goes on, and its log is sent later"
 
     def _missing(self) -> str:
         try:

@@ -153,8 +153,7 @@ def _no_room_for_weights(config: Config) -> bool:
 
 
 def _warms_up_all_along(config: Config) -> bool:
-    critic_alone = config.critic.warmup_iterations if config.algorithm.critic else 0
-    return config.rl.warmup_steps >= config.rl.max_steps - critic_alone
+    return config.rl.warmup_steps >= config.num_trained_steps
 
 
 def _without_values(config: Config) -> bool:

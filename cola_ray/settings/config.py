@@ -149,6 +149,11 @@ class Config(Branch):
         return algorithm.value_head or algorithm.soft_q or self.rl.control_variate or within_turns
 
     @property
+    def num_trained_steps(self) -> int:
+        """Of ``rl.max_steps``, those that train the policy: while an utterance critic warms up, none does."""
+        return self.rl.max_steps - (self.critic.warmup_iterations if self.algorithm.critic else 0)
+
+    @property
     def replays(self) -> bool:
         """Whether what the learner trains on comes out of replay."""
         return self.algorithm.replays or self.rl.actor_free

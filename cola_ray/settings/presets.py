@@ -241,10 +241,9 @@ def corpus(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         given: settings by dotted field. Whoever names data or a task wants those, and stages ``fta_*`` need pairs of
             prompt and response.
     """
-    stages = given.get("pretrain.stages", ())
     named = any(field.startswith(("data.path", "data.more_paths", "task.")) for field in given)
-    small = name not in _PRESETS or name in ("tiny", "smollm2-135m")
-    return {} if small or named or any(str(stage).startswith("fta") for stage in stages) else dict(_CORPUS)
+    pairs = any(str(stage).startswith("fta") for stage in given.get("pretrain.stages", ()))
+    return {} if name in ("tiny", "smollm2-135m") or named or pairs else dict(_CORPUS)
 
 
 # --- how long it takes --------------------------------------------------------------------------------------------

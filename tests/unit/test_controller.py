@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from cola_ray.batch import as_groups
 from cola_ray.experience import Answer, Trajectory
 from cola_ray.loop.controller import Controller
 from cola_ray.loop.problems import Problems
+from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerLostError, WorkerNeverRanError
 from cola_ray.replay.service import ReplayShard, Shards
 from cola_ray.settings.config import override
@@ -406,8 +408,21 @@ def test_a_workers_error_is_told_in_its_own_words():
 
 
 def test_what_hangs_is_named():
-    with pytest.raises(RuntimeError, match=r"waiting for: .*worker 0: generate_groups"):
-        run(Pool(hangs=True), {"cluster.stall_timeout_s": 0.4})
+    with pytest.raises(RuntimeError, match=r"waiting for: groups of step 0 .*worker 0: generate_groups"):
+        run(Pool(hangs=True), {"cluster.stall_timeout_s": 2.0})
+
+
+def test_what_began_after_the_rest_is_named_as_well():
+    """What waits longest is over the limit; what it waits for may not be yet."""
+
+    async def nested():
+        supervisor, now = Supervisor(4.0), time.monotonic()
+        supervisor.pending = {"groups of step 0": now - 61.0, "worker 0: generate_groups": now - 3.0}
+        async with supervisor.opening("the run"):
+            await supervisor.until(lambda: False)
+
+    with pytest.raises(RuntimeError, match=r"groups of step 0 \(6[12] s\), worker 0: generate_groups \([34] s\)"):
+        asyncio.run(nested())
 
 
 def test_a_learner_that_hangs_between_two_steps_is_named():
