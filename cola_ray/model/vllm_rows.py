@@ -11,7 +11,7 @@ Nothing here waits for the device: what steps decide on is known to the host.
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -186,11 +186,12 @@ def read_actions(model: Any, instance_id: str, slots: Sequence[int], num_steps: 
 class ServedActions:
     """Mixed into a server's workers by vLLM (``worker_extension_cls``)."""
 
-    vllm_config: VllmConfig
+    get_model: Callable[[], Any]
 
     def served_actions(self, slots: Sequence[int], num_steps: int) -> list[tuple[list[int], list[float]]]:
         """Actions and log-probabilities of the first steps of some slots."""
-        found = RowTable.of(self.vllm_config).kept.read(slots, num_steps)
+        # The model's own table: vLLM renews a configuration's instance id where the worker is in the engine's process.
+        found = self.get_model().rows.kept.read(slots, num_steps)
         return [(one[:, 0].tolist(), one[:, 1].copy().view(np.float32).tolist()) for one in found]
 
 

@@ -258,6 +258,24 @@ def test_v2_served_requests_draw_by_their_own_settings(table, state):
     assert torch.equal(left.isfinite().nonzero()[:, 1], best)
 
 
+def test_a_server_reads_the_actions_that_its_model_kept(table):
+    """Though vLLM has renewed the instance id of the worker's configuration since the model was made."""
+    from types import SimpleNamespace
+
+    from cola_ray.model.vllm_rows import ServedActions
+
+    class Worker(ServedActions):
+        vllm_config = config("renewed")
+
+        def get_model(self):
+            return SimpleNamespace(rows=table)
+
+    table.kept.reserve(1, CPU)
+    written = torch.tensor([5]), torch.tensor([-0.5])
+    table.kept.write(torch.tensor([1]), torch.tensor([0]), *written)
+    assert Worker().served_actions([1], 1) == [([5], [-0.5])]
+
+
 def test_ranks_of_a_server_draw_alike_and_replicas_do_not():
     """Each rank has a table of its own in a process of its own; a request without a seed must draw the same in all."""
     from vllm.sampling_params import SamplingParams
