@@ -55,6 +55,7 @@ class Request:
     actions: Sequence[int] = ()  # forced at the first steps, in place of sampled ones
     stop: Sequence[str] = ()  # strings that end the completion, in addition to the engine's end tokens
     response_prefix: int = 0  # how many of the prompt's last tokens already belong to the response
+    top_p: float = 1.0
 
 
 @dataclass
@@ -209,8 +210,8 @@ class Engine(abc.ABC):
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # the object is ours alone; a deep copy would take a fifth of a short rollout's time
             **sampling_args(
-                temperature=request.temperature, top_k=request.top_k, seed=request.seed, actions=request.actions,
-                slot=self.free_slots[0],
+                temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, seed=request.seed,
+                actions=request.actions, slot=self.free_slots[0],
             ),
         )  # fmt: skip
         engine_id = self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)

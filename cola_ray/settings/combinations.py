@@ -408,7 +408,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         )
         for field, wanted in (
             ("rl.algorithm", "etpo"), ("rl.action_space", "latent"), ("rl.cache_hidden_states", False),
-            ("rl.kl_target", 0.0), ("rollout.temperature", 1.0), ("rollout.top_k", 0),
+            ("rl.kl_target", 0.0), ("rollout.temperature", 1.0), ("rollout.top_k", 0), ("rollout.top_p", 1.0),
         )
     ),
     # States of the base on disk.

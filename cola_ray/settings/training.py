@@ -274,6 +274,9 @@ class RolloutConfig(Branch):
     """Of the action distribution; log-probabilities include it."""
     top_k: Whole = 0
     """Actions kept when sampling, 0 all; log-probabilities include the truncation."""
+    top_p: PositiveShare = 1.0
+    """The fewest most probable actions that have this probability together are kept when sampling, among those of
+    top_k; 1 all. Log-probabilities include the truncation."""
     max_prompt_tokens: Tokens = 256
     """Longer prompts are left out and counted."""
     max_new_tokens: Tokens = 256

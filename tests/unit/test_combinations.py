@@ -181,6 +181,7 @@ REFUSED = [
     (SOFT | {"rl.kl_target": 0.1}, "rl.kl_target = 0.1: rl.actor_free needs 0.0"),
     (SOFT | {"rollout.temperature": 0.5}, "rollout.temperature = 0.5: rl.actor_free needs 1.0"),
     (SOFT | {"rollout.top_k": 4}, "rollout.top_k = 4: rl.actor_free needs 0"),
+    (SOFT | {"rollout.top_p": 0.9}, "rollout.top_p = 0.9: rl.actor_free needs 1.0"),
     (
         {"pretrain.states": "model", "pretrain.stages": ("actions", "policy", "fta_idm")},
         "pretrain.states = 'model': the stages fta_* train the base",
