@@ -37,6 +37,7 @@ from cola_ray.rollout.weight_loading import (
     load_policy,
     load_projections,
     load_soft_q,
+    load_vectors,
     receive_broadcast,
 )
 from cola_ray.tasks.endings import Endings
@@ -403,17 +404,20 @@ class TokenEngine(Engine):
 
     Args:
         adapters: updates bring only the linear layers, with LoRA adapters merged into them.
+        steering: "all" or "last": updates bring only the biases to which steering vectors are added.
     """
 
-    def __init__(self, model_path: str, *, adapters: bool = False, **engine_args: Any) -> None:
+    def __init__(self, model_path: str, *, adapters: bool = False, steering: str = "off", **engine_args: Any) -> None:
         prepare_process(engine_args.get("num_threads", 1))
         from cola_ray.model.vllm_rows import processor, settle_vllm
 
         settle_vllm()
         super().__init__(model_path, logits_processors=[processor("tokens")], **engine_args)
-        self.adapters = adapters
+        self.adapters, self.steering = adapters, steering
 
     def _loader(self) -> Loader:
+        if self.steering != "off":
+            return functools.partial(load_vectors, last=self.steering == "last")
         return load_projections if self.adapters else load_base
 
 

@@ -70,7 +70,7 @@ class EngineWorker:
         make: Callable[..., Engine] = (
             functools.partial(LatentEngine, keep_hidden_states=keep_hidden_states, soft_q_beta=beta)
             if self.latent
-            else functools.partial(TokenEngine, adapters=config.rl.lora_rank > 0)
+            else functools.partial(TokenEngine, adapters=config.rl.lora_rank > 0, steering=config.rl.steering)
         )
         self.engine = make(
             model_path,

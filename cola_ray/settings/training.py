@@ -357,6 +357,9 @@ class RLConfig(Branch):
     actions, and Q learns from as many completions of any age, out of replay, as a step generates."""
     lora_rank: Whole = 0
     """token: above 0, low-rank adapters of this rank train in the base's place."""
+    steering: Literal["off", "all", "last"] = "off"
+    """token: steering vectors train in the base's place, of its width, which are added to what decoder layers give.
+    all: one for each layer. last: one, for the last layer. The model that a run leaves has them as biases."""
     max_steps: Count = 100
     """Learner steps."""
     prompts_per_step: Count = 64
