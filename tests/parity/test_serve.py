@@ -255,7 +255,7 @@ def test_malformed_steering_is_refused_in_a_line(client, asked, line):
 @pytest.mark.parametrize(
     "options",
     [
-        {"top_p": 0.9}, {"min_p": 0.1}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5},
+        {"min_p": 0.1}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5},
         {"repetition_penalty": 1.2}, {"use_beam_search": True}, {"prompt_logprobs": 1}, {"echo": True, "logprobs": 1},
         {"vllm_xargs": {"actions": "3"}},
     ],

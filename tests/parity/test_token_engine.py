@@ -8,10 +8,8 @@ import torch
 from conftest import VOCAB_SIZE, letters, scramble, small_llama
 from endings import check_what_ends_a_completion
 from engines import ON_ACCELERATOR
-from transformers import LlamaForCausalLM
 
 from cola_ray.learner.policies import TokenPolicy
-from cola_ray.model.conversion import with_mlp_biases
 from cola_ray.model.modeling_cola import sample_actions
 from cola_ray.rollout.engine import Request, TokenEngine
 from cola_ray.weights import WeightSender, WeightTransferError
@@ -95,34 +93,6 @@ def test_64_mixed_requests_equal_each_alone_and_pytorch(engine, llama, requests)
         assert_same(completion, reference(llama, request))
     for request, completion in list(zip(requests, together, strict=True))[::4]:
         assert engine.generate([request])[0].token_ids.tolist() == completion.token_ids.tolist()
-
-
-@pytest.mark.parametrize("steering", ["all", "last"])
-def test_vectors_arrive_as_biases(llama, steering, tmp_path):
-    llama.save_pretrained(tmp_path / "llama")
-    letters().save_pretrained(tmp_path / "llama")
-    path = with_mlp_biases(tmp_path / "llama", tmp_path / "biased")
-    biased, request = LlamaForCausalLM.from_pretrained(path).eval(), Request(list(range(20, 60)), 5, 1.0, 0, 12)
-    policy = TokenPolicy(copy.deepcopy(biased), steering=steering)
-    for number, (_, parameter) in enumerate((n, p) for n, p in policy.named_parameters() if n.endswith(".vector")):
-        parameter.data.normal_(generator=torch.Generator().manual_seed(number))
-    engine = TokenEngine(
-        str(path), steering=steering, dtype="float32", max_model_len=160, stop_token_ids=[STOP], max_num_seqs=8,
-        block_size=32, num_gpu_blocks_override=32, tokenizer=letters(), **ON_ACCELERATOR,
-    )  # fmt: skip
-    try:
-        assert_same(engine.generate([request])[0], reference(llama, request))
-        named = tensors(policy)
-        assert sum(tensor.numel() for _, tensor in named) <= 64 * llama.config.num_hidden_layers, "vectors alone"
-        publish(engine, 1, named)
-        expected = reference(policy.policy, request)
-        assert expected[0] != reference(llama, request)[0]
-        assert_same(engine.generate([request])[0], expected)
-        with pytest.raises(WeightTransferError):
-            publish(engine, 2, tensors(TokenPolicy(copy.deepcopy(llama))))
-        assert_same(engine.generate([request])[0], expected)
-    finally:
-        engine.close()
 
 
 def changed(model):
