@@ -81,6 +81,7 @@ def score(
     batch: MicroBatch,
     temperature: float,
     top_k: int,
+    top_p: float = 1.0,
     *,
     every: bool = False,
     entropy_trains: bool = False,
@@ -89,20 +90,21 @@ def score(
 
     Args:
         reference_logits: (N, K); None lets the policy stand for the reference, at no distance.
-        temperature, top_k: of the rollouts.
+        temperature, top_k, top_p: of the rollouts.
         every: log-probabilities of all actions are wanted, too; else a vocabulary's are not all held at a time.
         entropy_trains: the entropies get a gradient.
     """
 
-    def scored(of: Tensor, limit: int) -> Tensor:
+    def scored(of: Tensor, limit: int, share: float) -> Tensor:
+        of = of.to(torch.promote_types(of.dtype, torch.float32))
         heat = torch.full(of.shape[:-1], temperature, device=of.device)
         kept = torch.full(of.shape[:-1], limit, device=of.device) if limit else None
-        return action_log_probs(of.to(torch.promote_types(of.dtype, torch.float32)), heat, kept)
+        return action_log_probs(of, heat, kept, of.new_full(of.shape[:-1], share) if share < 1 else None)
 
     def of_all(logits: Tensor, reference_logits: Tensor | None) -> Distributions:
-        policy = scored(logits, top_k)
+        policy = scored(logits, top_k, top_p)
         # Not truncated: the reference's support must cover the policy's.
-        return Distributions(policy, policy.detach() if reference_logits is None else scored(reference_logits, 0))
+        return Distributions(policy, policy.detach() if reference_logits is None else scored(reference_logits, 0, 1.0))
 
     def of_rows(logits: Tensor, reference_logits: Tensor | None, actions: Tensor) -> tuple[Tensor, ...]:
         return _of_rows(of_all(logits, reference_logits), actions, entropy_trains)
@@ -146,20 +148,21 @@ def policy_objective(
     kl_coef: float,
     temperature: float,
     top_k: int,
+    top_p: float = 1.0,
     surrogate: Surrogate | None = None,
     loss_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, a sum over the actions taken, and sums of metrics over them.
 
-    An action that ``top_k`` leaves out now, or left out before the batch's first update, has no probability to
-    compare: it weighs 0 and is counted.
+    An action that ``top_k`` or ``top_p`` leaves out now, or left out before the batch's first update, has no
+    probability to compare: it weighs 0 and is counted.
 
     Args:
         logits: (N, K), at ``batch.scored_mask``.
         follows: what the policy is drawn to.
         old: None on the first update, where the policy before the batch is the current one.
         kl_coef: in force; it may be adapted from step to step. ETPO's beta.
-        temperature, top_k: of the rollouts.
+        temperature, top_k, top_p: of the rollouts.
         surrogate: of the advantages, which importance weights have scaled already; None: PPO's.
         loss_weights: (B, 1), of each sequence's actions in the loss, see algorithms/aggregation.py; None: 1.
     """
@@ -169,7 +172,7 @@ def policy_objective(
         return of_each if loss_weights is None else loss_weights.to(of_each.dtype) * of_each
 
     scores = score(
-        logits, frozen.reference_logits, batch, temperature, top_k, entropy_trains=bool(rl.entropy_coef),
+        logits, frozen.reference_logits, batch, temperature, top_k, top_p, entropy_trains=bool(rl.entropy_coef),
         every=isinstance(follows, ActionValues) or follows.control is not None or frozen.aliases is not None,
     )  # fmt: skip
     taken = _taken(scores, old, batch, frozen.aliases)

@@ -9,8 +9,9 @@ Logits are computed at N of the B x T positions: where an action was taken, not 
 Legend: B sequences, T positions, K actions to choose from, latent ones or tokens.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cola_ray.learner.micro_batch import Frozen, MicroBatch
 from cola_ray.learner.published import Published
 from cola_ray.learner.sharding import checkpoint_layers, fill
-from cola_ray.model.conversion import is_released, opened, save
+from cola_ray.model.conversion import is_released, opened, plain_base, save, with_mlp_biases
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead, positions
 from cola_ray.model.tensors import empty
 from cola_ray.settings.config import Config
@@ -146,29 +147,53 @@ class SoftQPolicy(nn.Module):
         return self.q(hidden_states[scored_mask]), hidden_states, reference_logits, None
 
 
+class Steered(nn.Module):
+    """A decoder layer's last projection and a vector added to what it gives, and so to what the layer gives.
+
+    Turner et al. 2023 (2308.10248); trained by RL in Sinii et al. 2025 (2505.18706).
+    """
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.off = base_layer, False
+        self.vector = nn.Parameter(base_layer.weight.new_zeros(base_layer.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)
+        return out if self.off else out + self.vector
+
+
 class TokenPolicy(nn.Module):
-    """A plain base that trains, whole or by low-rank adapters, and the frozen one that it was at the start of RL.
+    """A plain base that trains, whole, by adapters or by steering vectors, and the frozen one that it was at the start.
 
     Args:
         base: taken over.
-        lora_rank: of adapters in all linear layers; 0 trains all weights.
-        with_reference: whether anybody asks for the reference and its states. With adapters it costs no memory: it is
-            the base without them.
+        lora_rank: of adapters in all linear layers; 0 makes none.
+        steering: "all" or "last" decoder layers get a vector; their MLPs need biases, in which it goes out.
+        with_reference: whether anybody asks for the reference and its states. With adapters or vectors it costs no
+            memory: it is the base without them.
     """
 
-    def __init__(self, base: Any, *, lora_rank: int = 0, with_reference: bool = True) -> None:
+    def __init__(self, base: Any, *, lora_rank: int = 0, steering: str = "off", with_reference: bool = True) -> None:
         super().__init__()
         self.width, self.num_actions = base.config.hidden_size, base.config.vocab_size
-        self.with_reference = with_reference
-        self.reference = copy.deepcopy(base) if with_reference and not lora_rank else None
+        self.with_reference, self.lora_rank = with_reference, lora_rank
+        for layer in {"off": [], "all": base.model.layers, "last": base.model.layers[-1:]}[steering]:
+            layer.mlp.down_proj = Steered(layer.mlp.down_proj)
+        self.whole = not lora_rank and steering == "off"
+        self.reference = copy.deepcopy(base) if with_reference and self.whole else None
         self.policy: Any = _adapted(base, lora_rank) if lora_rank else base
-        self.lora_rank = lora_rank
+
+    @property
+    def base(self) -> Any:
+        """The policy without the wrapper that makes its adapters."""
+        return self.policy.get_base_model() if self.lora_rank else self.policy
 
     @property
     def trained(self) -> tuple[str, ...]:
-        if not self.lora_rank:
+        if self.whole:
             return ("policy.",)
-        return tuple(name for name, _ in self.named_parameters() if ".lora_" in name)
+        return tuple(name for name, _ in self.named_parameters() if ".lora_" in name or name.endswith(".vector"))
 
     @staticmethod
     def stored(name: str) -> str:
@@ -176,11 +201,13 @@ class TokenPolicy(nn.Module):
         return name.partition(".")[2]
 
     def published(self) -> list[Published]:
-        """Merged, where adapters train: engines and users of the result need to know nothing of them."""
-        if not self.lora_rank:
+        """Merged, where adapters or vectors train: engines and users of the result need to know nothing of them."""
+        if self.whole:
             return [Published(name, (parameter,)) for name, parameter in self.policy.named_parameters()]
         found = []
-        for name, module in self.policy.get_base_model().named_modules():
+        for name, module in self.base.named_modules():
+            if isinstance(module, Steered):
+                found.append(Published(f"{name}.bias", (module.base_layer.bias, module.vector), _sum))
             if hasattr(module, "lora_A"):
                 found.append(Published(f"{name}.weight", _parts(module), _merged(module.scaling["default"])))
                 if module.base_layer.bias is not None:  # unchanged; engines reload whole modules
@@ -206,14 +233,25 @@ class TokenPolicy(nn.Module):
         if self.with_reference and reference_logits is None:
             with torch.no_grad():
                 hidden_states, reference_logits = self._refer(inputs, scored_mask)
-        base = self.policy.get_base_model() if self.lora_rank else self.policy
-        return _states_and_logits(base, inputs, scored_mask)[1], hidden_states, reference_logits, aliases
+        return _states_and_logits(self.base, inputs, scored_mask)[1], hidden_states, reference_logits, aliases
 
     def _refer(self, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
-        if self.reference is None:
-            with self.policy.disable_adapter():
-                return _states_and_logits(self.policy.get_base_model(), inputs, scored_mask)
-        return _states_and_logits(self.reference, inputs, scored_mask)
+        if self.reference is not None:
+            return _states_and_logits(self.reference, inputs, scored_mask)
+        with self.policy.disable_adapter() if self.lora_rank else _unsteered(self.base):
+            return _states_and_logits(self.base, inputs, scored_mask)
+
+
+@contextlib.contextmanager
+def _unsteered(base: nn.Module) -> Iterator[None]:
+    steered = [module for module in base.modules() if isinstance(module, Steered)]
+    for module in steered:
+        module.off = True
+    try:
+        yield
+    finally:
+        for module in steered:
+            module.off = False
 
 
 def _states_and_logits(base: Any, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,6 +273,10 @@ def _parts(module: Any) -> tuple[nn.Parameter, ...]:
 def _merged(scaling: float) -> Callable[..., Tensor]:
     """``W + scaling B A`` (Hu et al. 2021, section 4.1), in float32."""
     return lambda weight, a, b: (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+
+
+def _sum(bias: Tensor, vector: Tensor) -> Tensor:
+    return (bias.float() + vector.float()).to(bias.dtype)
 
 
 Policy = LatentPolicy | SoftQPolicy | TokenPolicy
@@ -260,7 +302,8 @@ def make_policy(config: Config, model_path: str) -> Policy:
     shape, tensors = opened(model_path)
     latent = rl.action_space == "latent"
     model = empty(CoLAForCausalLM if latent else AutoModelForCausalLM, shape, dtype)
-    if rl.lora_rank:  # adapters are made for weights that are there
+    whole = not rl.lora_rank and rl.steering == "off"
+    if not whole:  # what trains is made for weights that are there
         fill(model, tensors, on_host=lambda _: config.cluster.offload_frozen)
     policy: Policy
     if latent and rl.actor_free:
@@ -270,14 +313,28 @@ def make_policy(config: Config, model_path: str) -> Policy:
         policy = LatentPolicy(model, rl.cache_hidden_states, rl.marginal_aliases)
     else:
         refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
-        policy = TokenPolicy(model, lora_rank=rl.lora_rank, with_reference=refers)
-    if not rl.lora_rank:
+        policy = TokenPolicy(model, lora_rank=rl.lora_rank, steering=rl.steering, with_reference=refers)
+    if whole:
         frozen = config.cluster.offload_frozen
         fill(policy, tensors, stored=policy.stored, whole=("q.",),
              on_host=lambda name: frozen and not name.startswith(policy.trained))  # fmt: skip
     if config.cluster.gradient_checkpointing:
         checkpoint_layers(model)
     return policy
+
+
+def served(config: Config, start: Path | None, folder: Path) -> str:
+    """What engines and learner open: the CoLA model that a run starts from, or over tokens a plain base.
+
+    Args:
+        folder: where a base is written to that has to be made.
+    """
+    if config.rl.action_space == "latent":
+        return str(start)
+    base = plain_base(start or config.model.base, folder / "base", config.model.family)
+    if config.rl.steering != "off":
+        base = with_mlp_biases(base, folder / "steered", config.model.family)
+    return str(base)
 
 
 def export(start_model: str, trained: dict[str, Tensor], target: Path, soft_q_beta: float = 0.0) -> None:

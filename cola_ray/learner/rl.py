@@ -254,7 +254,7 @@ class PolicyUpdate:
         rollout, q_learns = self.config.rollout, self.soft_q is not None
         logits, frozen = forward(self.zero.engine, one.batch, one.frozen)
         scores = score(
-            logits, frozen.reference_logits, one.batch, rollout.temperature, rollout.top_k,
+            logits, frozen.reference_logits, one.batch, rollout.temperature, rollout.top_k, rollout.top_p,
             every=q_learns or frozen.aliases is not None,
         )  # fmt: skip
         old = before_updates(scores, one.batch, frozen.aliases, self.config.rl)
@@ -281,7 +281,7 @@ class PolicyUpdate:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))
         return policy_objective(
             logits, one.batch, frozen, follows, one.old, surrogate=self.surrogate, rl=rl, kl_coef=kl_coef,
-            temperature=rollout.temperature, top_k=rollout.top_k, loss_weights=one.loss_weights,
+            temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, loss_weights=one.loss_weights,
         )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class ActionRequest:
     Args:
         temperature: of the distribution over actions; 0 is greedy.
         top_k: number of most probable actions to keep; 0 keeps all.
+        top_p: probability that the kept ones of these have together; 1 keeps all.
         seed: of all draws of the request.
         forced: actions of the first steps: action ids, -1 to draw, ``BASE_TOKENS``, or ranks (``RANKED - i``).
         slot: row of the engine's table that keeps the actions; -1 keeps none.
@@ -43,6 +44,7 @@ class ActionRequest:
 
     temperature: float
     top_k: int
+    top_p: float
     seed: int
     forced: tuple[int, ...]
     slot: int = -1
@@ -57,6 +59,7 @@ class ActionRequest:
         return cls(
             temperature=float(args.get("action_temperature", 1.0)),
             top_k=int(args.get("action_top_k", 0)),
+            top_p=float(args.get("action_top_p", 1.0)),
             seed=action_seed & 0x7FFFFFFFFFFFFFFF,
             forced=tuple(args.get("actions") or ()),
             slot=int(args.get("action_slot", -1)),
@@ -64,11 +67,18 @@ class ActionRequest:
 
 
 def sampling_args(
-    *, temperature: float = 1.0, top_k: int = 0, seed: int = 0, actions: Sequence[int] = (), slot: int = -1
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    actions: Sequence[int] = (),
+    slot: int = -1,
 ) -> dict[str, Any]:
     """Keyword arguments of ``vllm.SamplingParams``, for latent actions and for tokens as actions."""
     extra: dict[str, Any] = {
-        "action_temperature": temperature, "action_top_k": top_k, "action_seed": seed, "action_slot": slot
+        "action_temperature": temperature, "action_top_k": top_k, "action_top_p": top_p, "action_seed": seed,
+        "action_slot": slot,
     }  # fmt: skip
     if actions:
         extra["actions"] = list(actions)

@@ -186,6 +186,26 @@ def plain_base(path: str | os.PathLike, target: str | os.PathLike, family: str =
     return Path(path)
 
 
+def with_mlp_biases(path: str | os.PathLike, target: str | os.PathLike, family: str = "") -> Path:
+    """A plain base whose MLPs have biases, all 0 where it had none, so that steering vectors can be added to them.
+
+    Args:
+        path, family: as for :func:`plain_base`.
+        target: the directory to write to; one that is there is taken as it is.
+    """
+    target = Path(target)
+    if not target.exists():
+        base, staging = load_base(path, family=family), target.with_name(f"{target.name}.tmp")
+        for layer in base.model.layers:
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                if linear.bias is None:
+                    linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+        base.config.mlp_bias = True
+        save(base, load_tokenizer(path), staging)
+        staging.rename(target)
+    return target
+
+
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: str | os.PathLike) -> None:
     """Save a model with its tokenizer; a generation config that transformers refuses to write is repaired first."""
     model.generation_config = valid_generation_config(model.generation_config)

@@ -33,10 +33,12 @@ class BaseFamily:
         served_by: vLLM's model without a head, ``module:Class``. Its ``layers`` take ``(positions, hidden, residual)``
             and give ``(hidden, residual)``; its ``norm`` takes both.
         refused: why a checkpoint with this config.json is refused, as ``why; fix``; empty where it is not.
+        mlp_bias: whether ``mlp_bias`` in config.json gives its MLPs biases, here as in vLLM; steering vectors are such.
     """
 
     served_by: str
     refused: Callable[[Settings], str] = _nothing
+    mlp_bias: bool = False
 
 
 def fault(settings: Settings, given: str = "") -> str:
@@ -120,7 +122,7 @@ def _not_causal_or_capped(settings: Settings) -> str:
     return ""
 
 
-LLAMA = BaseFamily("vllm.model_executor.models.llama:LlamaModel")
+LLAMA = BaseFamily("vllm.model_executor.models.llama:LlamaModel", mlp_bias=True)
 """Llama 2 and 3.x with scaled rotary embeddings, SmolLM2, and whatever else has this form; biases where it has them."""
 MISTRAL = BaseFamily("vllm.model_executor.models.mistral:MistralModel")
 """All layers see a sliding window, or none does."""
@@ -130,5 +132,5 @@ QWEN3 = BaseFamily("vllm.model_executor.models.qwen3:Qwen3Model", _windows_or_ou
 """Norms of queries and keys, and heads of a size of their own."""
 GEMMA3_TEXT = BaseFamily("vllm.model_executor.models.gemma3:Gemma3Model", _not_causal_or_capped)
 """Gemma 3 without images: windows in some layers, four norms a layer that start at 0, scaled embeddings."""
-SMOLLM3 = BaseFamily("cola_ray.model.vllm_smollm3:SmolLM3Model")
+SMOLLM3 = BaseFamily("cola_ray.model.vllm_smollm3:SmolLM3Model", mlp_bias=True)
 """Some layers have no rotary embedding."""

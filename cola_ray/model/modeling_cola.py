@@ -206,13 +206,17 @@ def gumbel_noise(seed: Tensor, position: Tensor, num_actions: int, dtype: torch.
     return -torch.log(-torch.log1p(-rest.clamp_max(1 - 2.0**-24)))
 
 
-def action_log_probs(logits: Tensor, temperature: Tensor | None, top_k: Tensor | None) -> Tensor:
-    """Log-probabilities (..., K) of the distribution that is sampled, i.e. after temperature and top-k truncation.
+def action_log_probs(
+    logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities (..., K) of the distribution that is sampled: after temperature, top-k and then top-p.
 
     Args:
         logits: (..., K); the result has the same dtype.
         temperature: (...,); 0 means greedy, which is scored as temperature 1. None: 1 everywhere.
         top_k: (...,) int64; 0 keeps all K actions. All actions tied at the k-th value are kept. None: 0 everywhere.
+        top_p: (...,) in (0, 1]; keeps the fewest most probable actions that have this probability together, and those
+            tied with the last of them. 1 keeps all. None: 1 everywhere.
     """
     num_actions = logits.shape[-1]
     if temperature is not None:
@@ -222,6 +226,13 @@ def action_log_probs(logits: Tensor, temperature: Tensor | None, top_k: Tensor |
         keep = torch.where(top_k > 0, top_k.clamp(max=num_actions), torch.full_like(top_k, num_actions))
         kth = logits.sort(dim=-1, descending=True).values.gather(-1, (keep - 1)[..., None])
         logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p is not None:
+        ranked = logits.sort(dim=-1, descending=True).values
+        probs = ranked.softmax(-1)
+        before = probs.cumsum(-1) - probs  # of what is more probable
+        last = (before < top_p[..., None]).sum(-1, keepdim=True) - 1
+        lowest = ranked.gather(-1, last.clamp_min(0)).masked_fill(top_p[..., None] >= 1, float("-inf"))
+        logits = logits.masked_fill(logits < lowest, float("-inf"))
     return logits.log_softmax(-1)
 
 
@@ -242,6 +253,7 @@ def sample_actions(
     seed: Tensor,
     position: Tensor,
     forced: Tensor | None,
+    top_p: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one action per row, and score it under the distribution it was drawn from.
 
@@ -259,6 +271,7 @@ def sample_actions(
         position: (N,) int64, index within its sequence of the token at which the action is taken.
         forced: (N,) int64; an action to take instead of drawing one, or -1 to draw, or ``RANKED - i`` for the i-th most
             probable one. None: all rows draw.
+        top_p: (N,) float in (0, 1]; 1 keeps all actions. None: all rows keep all.
 
     Returns:
         actions (N,) int64 and their log-probabilities (N,) float32. A forced action outside the
@@ -266,7 +279,7 @@ def sample_actions(
     """
     num_actions = logits.shape[-1]
     dtype = torch.float64 if num_actions <= FEW_ACTIONS else torch.float32
-    log_probs = action_log_probs(logits.to(dtype), temperature, top_k)
+    log_probs = action_log_probs(logits.to(dtype), temperature, top_k, top_p)
     actions = log_probs.argmax(-1)
     if temperature is not None:
         parts = (one.split(max(1, NOISE_AT_ONCE // num_actions)) for one in (seed, position, log_probs))
@@ -770,6 +783,7 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
         max_new_tokens: int = 32,
         temperature: float | Tensor = 1.0,
         top_k: int | Tensor = 0,
+        top_p: float | Tensor = 1.0,
         seed: int | Tensor = 0,
         actions: Tensor | None = None,
         eos_token_id: int | Sequence[int] | None = None,
@@ -779,7 +793,7 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
 
         Args:
             input_ids: (B, P) prompts, left-padded where ``attention_mask`` (B, P) is 0.
-            temperature, top_k, seed: numbers, or (B,) tensors, as in :func:`sample_actions`.
+            temperature, top_k, top_p, seed: numbers, or (B,) tensors, as in :func:`sample_actions`.
             actions: (B, F) int64 actions to force in the first F steps, or ranks, as ``forced`` there; -1 draws.
             eos_token_id: ends a row; its later tokens are the first such id (or 0), its actions -1, its log-probs 0.
             stopping_criteria: applied after each token, e.g. ``StopStringCriteria(tokenizer, ["\\n"])``.
@@ -799,6 +813,7 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
             None if _is_zero(top_k) else _per_row(top_k, input_ids),
             _per_row(seed, input_ids),
         )
+        share = None if isinstance(top_p, float) and top_p == 1.0 else _per_row(top_p, input_ids, torch.float32)
         cache = DynamicCache(config=self.config)
         position_ids = positions(mask, input_ids.shape, device)
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -807,7 +822,7 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
             e = self.encode(step_ids, mask, position_ids, cache)
             logits = self.policy_logits(e, mask, position_ids, cache)[:, -1]
             forced = actions[:, step] if actions is not None and step < actions.shape[1] else None
-            action, log_prob = sample_actions(logits, *rows, position_ids[:, -1], forced)
+            action, log_prob = sample_actions(logits, *rows, position_ids[:, -1], forced, share)
             token = self.world_model_logits(e[:, -1], action).argmax(-1)
             token = token.masked_fill(finished, stops[0] if stops else 0)
             out.append((token, action.masked_fill(finished, -1), log_prob.masked_fill(finished, 0.0)))

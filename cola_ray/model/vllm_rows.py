@@ -37,6 +37,7 @@ class Rows(NamedTuple):
     seed: Tensor
     position: Tensor
     forced: Tensor | None
+    top_p: Tensor | None
     slot: Tensor | None  # int64, of the ActionTable, where -1 is a row that nobody reads; None: no row keeps its action
     step: Tensor  # int64, index of the action within its completion
 
@@ -78,18 +79,19 @@ class Settings:
     """Settings of requests by index, on the host and, until a request arrives or moves, on the device."""
 
     def __init__(self, size: int) -> None:
-        self.temperature = np.zeros(size, np.float32)
+        self.shares = np.zeros((2, size), np.float32)  # temperature, top_p
+        self.shares[1] = 1.0
         self.integers = np.zeros((4, size), np.int64)  # top_k, seed, prompt length, slot
         self.integers[3] = -1
         self.forced: list[tuple[int, ...]] = [()] * size
 
     def put(self, index: int, request: ActionRequest, prompt_length: int) -> None:
-        self.temperature[index] = request.temperature
+        self.shares[:, index] = request.temperature, request.top_p
         self.integers[:, index] = request.top_k, request.seed, prompt_length, request.slot
         self.forced[index] = request.forced
 
     def move(self, source: int, target: int, swap: bool) -> None:
-        for columns in (self.temperature[None], self.integers):
+        for columns in (self.shares, self.integers):
             replaced = columns[:, target].copy()
             columns[:, target] = columns[:, source]
             if swap:
@@ -97,10 +99,10 @@ class Settings:
         self.forced[source], self.forced[target] = self.forced[target] if swap else (), self.forced[source]
 
     def to(self, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
-        """Of the first ``count``: temperatures (count,) and integers (4, count)."""
+        """Of the first ``count``: shares (2, count) and integers (4, count)."""
         # Copies, because on CPU the device's tensors would be these arrays.
         whole = async_tensor_h2d(self.integers[:, :count].copy(), device=device)
-        return async_tensor_h2d(self.temperature[:count].copy(), device=device), whole
+        return async_tensor_h2d(self.shares[:, :count].copy(), device=device), whole
 
 
 class RowTable:
@@ -133,7 +135,7 @@ class RowTable:
     def draw(self, logits: Tensor) -> tuple[Tensor, Rows]:
         """Draw an action for each row of logits (N, K), keep it, and return actions (N,) and what they came from."""
         rows = self.rows(len(logits), logits.device)
-        actions, log_probs = sample_actions(logits, *rows[:5])
+        actions, log_probs = sample_actions(logits, *rows[:6])
         if rows.slot is not None:
             self.kept.write(rows.slot, rows.step, actions, log_probs)
         return actions, rows
@@ -144,18 +146,19 @@ class RowTable:
             return self.prepared
         if not num_rows or len(self.outputs) != num_rows:
             zero = torch.zeros(num_rows, dtype=torch.int64, device=device)
-            return Rows(None, None, zero, zero, None, None, zero)
+            return Rows(None, None, zero, zero, None, None, None, zero)
         if self.fixed is None:
             self.fixed = self.settings.to(device, num_rows)
         steps = np.fromiter(map(len, self.outputs), np.int64, num_rows)
-        temperature, (top_k, seed, prompt_length, slot) = self.fixed
+        (temperature, top_p), (top_k, seed, prompt_length, slot) = self.fixed
         step, forced = async_tensor_h2d(steps, device=device), self._forced(steps)
         return Rows(
-            temperature if self.settings.temperature[:num_rows].any() else None,
+            temperature if self.settings.shares[0, :num_rows].any() else None,
             top_k if self.settings.integers[0, :num_rows].any() else None,
             seed,
             prompt_length + (step - 1),
             None if forced is None else async_tensor_h2d(forced, device=device),
+            top_p if (self.settings.shares[1, :num_rows] < 1).any() else None,
             slot if (self.settings.integers[3, :num_rows] >= 0).any() else None,
             step,
         )
@@ -200,6 +203,8 @@ def check_action_request(params: SamplingParams) -> None:
     args = params.extra_args or {}
     if args.get("action_temperature", 1.0) < 0:
         raise ValueError("action_temperature: must be >= 0 (0 is greedy)")
+    if not 0 < args.get("action_top_p", 1.0) <= 1:
+        raise ValueError("action_top_p: must be above 0 and at most 1 (all actions)")
     if params.prompt_logprobs is not None:
         raise ValueError("prompt_logprobs: a prompt's positions have no actions to score; leave it unset")
 
@@ -207,8 +212,7 @@ def check_action_request(params: SamplingParams) -> None:
 def check_served_request(params: SamplingParams) -> None:
     """Refuse what has no meaning in a request through OpenAI's API, of either model runner."""
     neutral = {
-        "top_p": (1.0, "CoLA draws latent actions by temperature and top_k"),
-        "min_p": (0.0, "CoLA draws latent actions by temperature and top_k"),
+        "min_p": (0.0, "CoLA draws latent actions by temperature, top_k and top_p"),
         "presence_penalty": (0.0, "a token follows from its latent action"),
         "frequency_penalty": (0.0, "a token follows from its latent action"),
         "repetition_penalty": (1.0, "a token follows from its latent action"),
@@ -231,7 +235,9 @@ def check_served_request(params: SamplingParams) -> None:
 def served_request(params: SamplingParams, seeds: random.Random) -> ActionRequest:
     """How a request through OpenAI's API draws: without a seed by one of ``seeds``; vLLM gives each of n its own."""
     seed = seeds.getrandbits(63) if params.seed is None else params.seed
-    args: dict[str, Any] = {"action_temperature": params.temperature, "action_top_k": max(params.top_k, 0)}
+    args: dict[str, Any] = {
+        "action_temperature": params.temperature, "action_top_k": max(params.top_k, 0), "action_top_p": params.top_p
+    }  # fmt: skip
     asked = params.extra_args or {}
     args["actions"] = asked.get("actions")
     if "action_slots" in asked:
@@ -298,7 +304,7 @@ class TokenSampler(RowTracker):
 class RequestSampler(RowTracker):
     """For requests through OpenAI's API and ``vllm serve``, by the rule of ``CoLAForCausalLM.generate``.
 
-    ``temperature``, ``top_k`` and ``seed`` apply to the latent action, whose most probable token is taken.
+    ``temperature``, ``top_k``, ``top_p`` and ``seed`` apply to the latent action, whose most probable token is taken.
     ``logit_bias``, ``bad_words``, ``min_tokens`` and structured outputs change the token logits given the action.
     Returned log-probabilities are those of the token given the action, before these changes. :class:`ServedConfig`
     names this processor for every CoLA model, so plain ``vllm serve`` follows the rule, too.

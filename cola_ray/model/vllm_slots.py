@@ -55,17 +55,19 @@ class SlotSettings:
     def rows(self, index: Tensor, index_on_host: np.ndarray, position: Tensor) -> Rows:
         """Settings of the rows whose requests have these slots (N,), at these positions (N,)."""
         if self.on_device is None:
-            self.on_device = self.settings.to(self.device, len(self.settings.temperature))
+            self.on_device = self.settings.to(self.device, len(self.settings.forced))
         index, position = index.long(), position.long()
-        temperature, (top_k, seed, prompt_length, slot) = self.on_device[0][index], self.on_device[1][:, index]
+        temperature, top_p = self.on_device[0][:, index]
+        top_k, seed, prompt_length, slot = self.on_device[1][:, index]
         step = position - (prompt_length - 1)
         inside, settings = step >= 0, self.settings  # within a prompt, a row's draw is not used
         return Rows(
-            temperature if settings.temperature[index_on_host].any() else None,
+            temperature if settings.shares[0, index_on_host].any() else None,
             top_k if settings.integers[0, index_on_host].any() else None,
             seed,
             position,
             self._forced(index, step) if any(settings.forced[one] for one in index_on_host.tolist()) else None,
+            top_p if (settings.shares[1, index_on_host] < 1).any() else None,
             torch.where(inside, slot, -1) if (settings.integers[3, index_on_host] >= 0).any() else None,
             step.clamp_min(0),
         )

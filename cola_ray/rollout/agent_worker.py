@@ -225,9 +225,9 @@ class AgentWorker(EngineWorker):
         actions: Sequence[int] = (),
     ) -> Request:
         rollout = self.config.rollout
-        top_k = rollout.top_k if temperature else 0
+        top_k, top_p = (rollout.top_k, rollout.top_p) if temperature else (0, 1.0)
         limit = max_new_tokens or rollout.max_new_tokens
-        return Request(list(ids), seed, temperature, top_k, limit, actions, self.endings.strings)
+        return Request(list(ids), seed, temperature, top_k, limit, actions, self.endings.strings, top_p=top_p)
 
 
 def _utterance(c: Completion) -> Utterance:

@@ -38,8 +38,9 @@ class ContinuationWorker(EngineWorker):
                 forced = np.random.default_rng(seed).integers(self.choices, size=limit).tolist()
                 uniform = sampling.startswith("random")
                 requests.append(
-                    Request(prefix, seed, rollout.temperature, rollout.top_k, limit, forced if uniform else ())
-                )
+                    Request(prefix, seed, rollout.temperature, rollout.top_k, limit, forced if uniform else (),
+                            top_p=rollout.top_p)
+                )  # fmt: skip
         made = await self.batch.complete(requests)
         texts = [self.tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in made]
         return [texts[start : start + count] for start in range(0, len(texts), count)]

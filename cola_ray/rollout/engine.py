@@ -37,6 +37,7 @@ from cola_ray.rollout.weight_loading import (
     load_policy,
     load_projections,
     load_soft_q,
+    load_vectors,
     receive_broadcast,
 )
 from cola_ray.tasks.endings import Endings
@@ -55,6 +56,7 @@ class Request:
     actions: Sequence[int] = ()  # forced at the first steps, in place of sampled ones
     stop: Sequence[str] = ()  # strings that end the completion, in addition to the engine's end tokens
     response_prefix: int = 0  # how many of the prompt's last tokens already belong to the response
+    top_p: float = 1.0
 
 
 @dataclass
@@ -209,8 +211,8 @@ class Engine(abc.ABC):
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
             skip_clone=True,  # the object is ours alone; a deep copy would take a fifth of a short rollout's time
             **sampling_args(
-                temperature=request.temperature, top_k=request.top_k, seed=request.seed, actions=request.actions,
-                slot=self.free_slots[0],
+                temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, seed=request.seed,
+                actions=request.actions, slot=self.free_slots[0],
             ),
         )  # fmt: skip
         engine_id = self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)
@@ -402,17 +404,20 @@ class TokenEngine(Engine):
 
     Args:
         adapters: updates bring only the linear layers, with LoRA adapters merged into them.
+        steering: "all" or "last": updates bring only the biases to which steering vectors are added.
     """
 
-    def __init__(self, model_path: str, *, adapters: bool = False, **engine_args: Any) -> None:
+    def __init__(self, model_path: str, *, adapters: bool = False, steering: str = "off", **engine_args: Any) -> None:
         prepare_process(engine_args.get("num_threads", 1))
         from cola_ray.model.vllm_rows import processor, settle_vllm
 
         settle_vllm()
         super().__init__(model_path, logits_processors=[processor("tokens")], **engine_args)
-        self.adapters = adapters
+        self.adapters, self.steering = adapters, steering
 
     def _loader(self) -> Loader:
+        if self.steering != "off":
+            return functools.partial(load_vectors, last=self.steering == "last")
         return load_projections if self.adapters else load_base
 
 

@@ -6,6 +6,7 @@
                 load_soft_q        the Q head alone (actor-free RL)
                 load_base          all weights of a plain base
                 load_projections   a plain base's linear layers alone, which is what merged LoRA adapters change
+                load_vectors       biases of a plain base's last projections, to which steering vectors are added
 
 What an update must name is read off transformers' modules, made without memory from the served model's configuration:
 biases, norms of queries and keys, and whatever else the base's family has. Each function takes its tensors from a
@@ -93,6 +94,19 @@ def load_projections(model: Any, receiver: Receiver, model_config: Any) -> None:
     ]
     modules = [module for module in model.model.layers.modules() if isinstance(module, LinearBase)]
     _reload(model, receiver, expected, modules, model_config)
+
+
+def load_vectors(model: Any, receiver: Receiver, model_config: Any, last: bool = False) -> None:
+    """Load steering vectors, of all decoder layers or of the last one, as biases.
+
+    In place: unlike weights, biases are held as they are and passed with every call. A process of several holds each
+    of these whole.
+    """
+    layers = model.model.layers
+    chosen = range(len(layers) - 1 if last else 0, len(layers))
+    biases = {f"model.layers.{index}.mlp.down_proj.bias": layers[index].mlp.down_proj.bias for index in chosen}
+    for name, tensor in receiver.finish(list(biases)):
+        biases[name].data.copy_(tensor)
 
 
 def _policy_tensors(config: Any) -> list[str]:

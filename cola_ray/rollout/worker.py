@@ -70,7 +70,7 @@ class EngineWorker:
         make: Callable[..., Engine] = (
             functools.partial(LatentEngine, keep_hidden_states=keep_hidden_states, soft_q_beta=beta)
             if self.latent
-            else functools.partial(TokenEngine, adapters=config.rl.lora_rank > 0)
+            else functools.partial(TokenEngine, adapters=config.rl.lora_rank > 0, steering=config.rl.steering)
         )
         self.engine = make(
             model_path,
@@ -205,8 +205,10 @@ class RolloutWorker(EngineWorker):
 
     def _request(self, prompt: Sequence[int], seed: int, greedy: bool) -> Request:
         rollout = self.config.rollout
-        temperature, top_k = (0.0, 0) if greedy else (rollout.temperature, rollout.top_k)
-        return Request(prompt, seed, temperature, top_k, rollout.max_new_tokens, stop=self.endings.strings)
+        limit, stop = rollout.max_new_tokens, self.endings.strings
+        if greedy:
+            return Request(prompt, seed, 0.0, 0, limit, stop=stop)
+        return Request(prompt, seed, rollout.temperature, rollout.top_k, limit, stop=stop, top_p=rollout.top_p)
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[Answer]:
         """Answer held-out problems greedily, by the policy or the bare base; rewards are NaN where scoring failed.

@@ -171,7 +171,7 @@ def _nothing_ahead(config: Config) -> bool:
 def _nothing_frozen(config: Config) -> bool:
     rl = config.rl
     refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
-    return rl.action_space == "token" and not rl.lora_rank and not refers
+    return rl.action_space == "token" and not rl.lora_rank and rl.steering == "off" and not refers
 
 
 def _base_trains(config: Config) -> bool:
@@ -388,6 +388,11 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     # What an action is.
     Combination("rl.lora_rank", None, _latent, "for rl.action_space token"),
+    Combination("rl.steering", ("all", "last"), _latent, "for rl.action_space token"),
+    Combination(
+        "rl.steering", ("all", "last"), lambda config: config.rl.lora_rank > 0,
+        "rl.lora_rank trains adapters in the base's place", "use one of them",
+    ),
     Combination("rl.cache_hidden_states", (True,), _agents, "turns do not bring their states to the learner"),
     Combination("rl.cache_hidden_states", (True,), _tokens, "with rl.action_space token the states change"),
     Combination("rl.marginal_aliases", (True,), _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}"),
@@ -408,7 +413,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         )
         for field, wanted in (
             ("rl.algorithm", "etpo"), ("rl.action_space", "latent"), ("rl.cache_hidden_states", False),
-            ("rl.kl_target", 0.0), ("rollout.temperature", 1.0), ("rollout.top_k", 0),
+            ("rl.kl_target", 0.0), ("rollout.temperature", 1.0), ("rollout.top_k", 0), ("rollout.top_p", 1.0),
         )
     ),
     # States of the base on disk.

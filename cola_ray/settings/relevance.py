@@ -30,8 +30,8 @@ _TRAINS = ("cluster.learner_*", "cluster.max_failures", "pretrain.max_steps", "p
            "pretrain.micro_batch_size", "pretrain.warmup_steps", "pretrain.min_lr_ratio",
            "pretrain.save_every")  # fmt: skip
 _MEMORY = ("cluster.gradient_checkpointing", "cluster.offload_optimizer")
-_SERVED = ("rollout.tensor_parallel_size", "rollout.temperature", "rollout.top_k", "rollout.max_*",
-           "rollout.kv_cache_mb", "rollout.engine_args.*", "cluster.rollout_group",
+_SERVED = ("rollout.tensor_parallel_size", "rollout.temperature", "rollout.top_k", "rollout.top_p",
+           "rollout.max_*", "rollout.kv_cache_mb", "rollout.engine_args.*", "cluster.rollout_group",
            *(f"rollout.{name}" for name in ON_GPU), "rollout.prefix_caching")  # fmt: skip
 _TEXTS = ("task.*", "data.path", "data.*_field", "data.date")
 _CORPUS = ("data.path", "data.more_paths", "data.weights", "data.streaming", "data.max_broken", "data.cache",
@@ -140,8 +140,9 @@ _ONLY: tuple[_Only, ...] = (
           or not _on_plain_base(c), "pre-training does, and model.base is trained as it is"),
     _Only(_SIZES, lambda c, job: job != "pretrain" or c.pretrain.stages != ("base",),
           "the stages actions and policy do"),
-    _Only(("rollout.temperature", "rollout.top_k"), lambda c, job: job != "evaluate" or not {*c.eval.ways}
-          <= {"base", "greedy"}, "of eval.ways, sample, beam, mcts and mcts_q do"),
+    _Only(("rollout.temperature", "rollout.top_k", "rollout.top_p"),
+          lambda c, job: job != "evaluate" or not {*c.eval.ways} <= {"base", "greedy"},
+          "of eval.ways, sample, beam, mcts and mcts_q do"),
     _Only(("pretrain.gumbel_tau", "pretrain.entropy_coef", "pretrain.balance_coef", "pretrain.revive_every"),
           _stage("actions"), "the stage actions does"),
     _Only(("pretrain.steps.base",), _stage("base"), "the stage base does"),

@@ -274,6 +274,9 @@ class RolloutConfig(Branch):
     """Of the action distribution; log-probabilities include it."""
     top_k: Whole = 0
     """Actions kept when sampling, 0 all; log-probabilities include the truncation."""
+    top_p: PositiveShare = 1.0
+    """The fewest most probable actions that have this probability together are kept when sampling, among those of
+    top_k; 1 all. Log-probabilities include the truncation."""
     max_prompt_tokens: Tokens = 256
     """Longer prompts are left out and counted."""
     max_new_tokens: Tokens = 256
@@ -354,6 +357,9 @@ class RLConfig(Branch):
     actions, and Q learns from as many completions of any age, out of replay, as a step generates."""
     lora_rank: Whole = 0
     """token: above 0, low-rank adapters of this rank train in the base's place."""
+    steering: Literal["off", "all", "last"] = "off"
+    """token: steering vectors train in the base's place, of its width, which are added to what decoder layers give.
+    all: one for each layer. last: one, for the last layer. The model that a run leaves has them as biases."""
     max_steps: Count = 100
     """Learner steps."""
     prompts_per_step: Count = 64

@@ -21,13 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 from cola_ray.algorithms.intervals import with_intervals
 from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
+from cola_ray.learner.policies import served
 from cola_ray.rollout.continuation_worker import SAMPLINGS, ContinuationWorker, Sampling
 from cola_ray.runs.display import current, shown
 from cola_ray.runs.failure import explained_failures
 from cola_ray.runs.figures import print_comparison
 from cola_ray.settings.config import Config, RunFailedError, override
 from cola_ray.studies.study import load_texts, open_study, text_prefixes
-from cola_ray.training.rl import served
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Maps N texts to unit vectors (N, D)."""
@@ -58,7 +58,9 @@ def diversity(config: Config) -> dict[str, Any]:
             raise RunFailedError("no text to begin with", "give texts of two tokens or more as data.path")
         for space, chances in itertools.groupby(SAMPLINGS, key=_action_space):
             of_space = override(config, {"rl.action_space": space})
-            pool = actors.RayWorkers(of_space, served(of_space, study.start), ContinuationWorker)
+            pool = actors.RayWorkers(
+                of_space, served(of_space, study.start, Path(of_space.output_dir)), ContinuationWorker
+            )
             worker = pool.spawn()
             for chance in chances:
                 current().update(f"diversity: {chance}", len(figures), len(SAMPLINGS))

@@ -22,6 +22,7 @@ from cola_ray.algorithms.intervals import with_intervals
 from cola_ray.algorithms.search import majority, pass_at_k, vote_weights
 from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
+from cola_ray.learner.policies import served
 from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup, WorkerPool
 from cola_ray.rollout.agent_worker import AgentWorker
@@ -33,7 +34,6 @@ from cola_ray.runs.figures import plot_against_tokens, print_comparison
 from cola_ray.settings.config import Config, EvalConfig, is_environment
 from cola_ray.studies.study import Study, open_study
 from cola_ray.tasks import least_right_reward
-from cola_ray.training.rl import served
 
 Row = dict[str, Any]
 
@@ -77,7 +77,7 @@ def _predict(study: Study, folder: Path) -> None:
     reward_model = actors.reward_model(config)
     worker = AgentWorker if is_environment(config.task.name) else EvaluationWorker
     arguments = [reward_model] if reward_model else []
-    pool = actors.RayWorkers(config, served(config, study.start), worker, *arguments)
+    pool = actors.RayWorkers(config, served(config, study.start, Path(config.output_dir)), worker, *arguments)
     evaluator = actors.controller(Evaluator, config, pool)
     try:
         current().doing(f"starting {config.rollout.num_workers} engine(s)")

@@ -192,6 +192,8 @@ def published(config: Config, m: Sizes) -> float:
     """P of what goes to the engines after every step."""
     rl = config.rl
     if rl.action_space == "token":
+        if rl.steering != "off":
+            return planned_work.vectors(m, rl.steering)
         return m.layers * m.linear if rl.lora_rank else m.base + m.head
     return planned_work.learning(config, m, Rows(1, 1, 1)).trained
 

@@ -279,32 +279,36 @@ def adapters(m: Sizes, rank: int) -> float:
     return rank * m.layers * (2.0 * (m.width + m.queries) + 2.0 * (m.width + m.keys) + 3.0 * (m.width + m.mlp))
 
 
+def vectors(m: Sizes, steering: str) -> float:
+    """P of steering vectors."""
+    return m.width * {"off": 0.0, "all": float(m.layers), "last": 1.0}[steering]
+
+
 def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
-    """The base itself, or adapters in it."""
+    """The base itself, adapters in it, or steering vectors, whose gradient passes the layers above the lowest one."""
     rl, b, rank = config.rl, m.num_bytes, config.rl.lora_rank
+    whole, passed = not rank and rl.steering == "off", 0 if rl.steering == "last" else m.layers
     refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
     logits, numbers = rows.scored * 2.0 * m.width * m.vocabulary, rows.scored * m.vocabulary
-    own = adapters(m, rank)
+    own = adapters(m, rank) + vectors(m, rl.steering)
     plain = rows.tokens * m.layers * forward_of_layer(m, rows.width) + logits
     forward = plain + rows.tokens * 2 * own
-    backward = rows.tokens * (m.layers * backward_of_layer(m, rows.width, not rank) + 4 * own) + logits * (
-        1 if rank else 2
-    )  # fmt: skip
-    layer = kept_of_layer(m, rows.width, not rank) + 7.0 * b * rank
+    backward = rows.tokens * (passed * backward_of_layer(m, rows.width, whole) + 4 * own) + logits * (1 + whole)
+    layer = kept_of_layer(m, rows.width, whole) + 7.0 * b * rank
     # Logits, the reference's too; where a Q learns of all tokens, their log-probabilities are held at a time.
     every = config.algorithm.soft_q or rl.control_variate
     held = 12.0 if every else 8.0 if numbers <= AT_ONCE else 0.0
     wide = numbers * (b * (1 + refers) + held)
-    last = rows.tokens * (4.0 * m.width if rank else kept_of_norm(m)) + (0 if rank else rows.scored * b * m.width)
+    last = rows.tokens * (kept_of_norm(m) if whole else 4.0 * m.width) + whole * rows.scored * b * m.width
     temporary = max(_temporary(m, rows), b * numbers + 20.0 * numbers if every else _pieces(m, rows))
-    kept = rows.tokens * m.layers * layer + last + wide
+    kept = rows.tokens * passed * layer + last + wide
     if config.cluster.gradient_checkpointing:
-        kept = rows.tokens * m.layers * b * m.width + last + wide
+        kept = rows.tokens * passed * b * m.width + last + wide
         # One layer at a time is computed again, when the logits are gone.
         temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp) - wide)
-        backward += _again(m, rows, m.layers)
+        backward += _again(m, rows, passed)
     return Work(
-        frozen=(m.base + m.head) if refers or rank else 0.0, trained=own if rank else m.base + m.head,
+        frozen=(m.base + m.head) if refers or not whole else 0.0, trained=m.base + m.head if whole else own,
         kept=kept, temporary=temporary, known=refers * b * (numbers + rows.tokens * m.width), look=refers * plain,
         forward=forward, backward=backward,
     )  # fmt: skip

@@ -129,11 +129,10 @@ def _rebuilt(run: Path, record: dict[str, Any], checkpoint: checkpoints.Checkpoi
 
 def _served(config: Config, run: Path, start: Path | None, folder: Path) -> str:
     """What engines and learner of the run opened; a plain base that the run no longer has is written to ``folder``."""
-    if config.rl.action_space == "latent":
-        return str(start)
-    if (run / "base" / "config.json").exists():
-        return str(run / "base")
-    return str(conversion.plain_base(start or config.model.base, folder, config.model.family))
+    made = run / ("base" if config.rl.steering == "off" else "steered")
+    if config.rl.action_space == "token" and (made / "config.json").exists():
+        return str(made)
+    return policies.served(config, start, folder)
 
 
 def _published(config: Config, model: str, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -142,12 +141,12 @@ def _published(config: Config, model: str, weights: dict[str, Tensor]) -> Iterat
     kind: Any = policies.TokenPolicy
     if rl.action_space == "latent":
         kind = policies.SoftQPolicy if rl.actor_free else policies.LatentPolicy
-    if not rl.lora_rank:
+    if not rl.lora_rank and rl.steering == "off":
         for name, tensor in weights.items():
             yield kind.stored(name), tensor.to(dtype)
         return
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)  # into whose weights adapters are merged
-    policy = policies.TokenPolicy(base, lora_rank=rl.lora_rank, with_reference=False)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)  # into whose weights the rest is merged
+    policy = policies.TokenPolicy(base, lora_rank=rl.lora_rank, steering=rl.steering, with_reference=False)
     parameters = dict(policy.named_parameters())
     for name, tensor in weights.items():
         parameters[name].data.copy_(tensor)

@@ -23,11 +23,12 @@ from transformers import AutoTokenizer
 
 from cola_ray.checks.refusals import check
 from cola_ray.cluster import actors
+from cola_ray.learner.policies import served
 from cola_ray.loop.batches import Source
 from cola_ray.loop.controller import Controller
 from cola_ray.loop.episodes import Episodes
 from cola_ray.loop.problems import Problems
-from cola_ray.model.conversion import load_tokenizer, plain_base
+from cola_ray.model.conversion import load_tokenizer
 from cola_ray.rollout.agent_worker import AgentWorker
 from cola_ray.rollout.worker import EngineWorker, RolloutWorker
 from cola_ray.runs import launch, provenance, resume
@@ -120,7 +121,7 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
     with begun.folder.failing(), actors.cluster(config):
         make_start_model(asked)
         resume.check_inputs(config, begun.start)
-        model_path = served(config, begun.start)
+        model_path = served(config, begun.start, output)
         _say_data(config, model_path)
         with tracked(begun, summarise, draw, on_step) as tracker:
             current().doing("starting the controller")
@@ -180,16 +181,10 @@ def _of_task(config: Config, job: str) -> list[str]:
                      if field != "task.name" and relevance.has_effect(config, job, field)})  # fmt: skip
 
 
-def served(config: Config, start: Path | None) -> str:
-    """What engines and learner open: the CoLA model that a run starts from, or over tokens a plain Llama."""
-    if config.rl.action_space == "latent":
-        return str(start)
-    return str(plain_base(start or config.model.base, Path(config.output_dir) / "base", config.model.family))
-
-
 def _actions(config: Config) -> str:
     if config.rl.action_space == "token":
-        return f"tokens, adapters of rank {config.rl.lora_rank}" if config.rl.lora_rank else "tokens"
+        steered = {"off": "tokens", "all": "tokens, steering vectors", "last": "tokens, one steering vector"}
+        return f"tokens, adapters of rank {config.rl.lora_rank}" if config.rl.lora_rank else steered[config.rl.steering]
     return f"{config.model.num_actions} latent actions"
 
 

@@ -17,7 +17,7 @@ from cola_ray.settings.config import Config, flat
 from cola_ray.settings.relevance import given
 
 _ON_CARDS = ("rl.lr", "rl.kl_coef", "rl.algorithm", "rl.group_size", "rl.prompts_per_step", "rl.max_steps",
-             "rl.action_space", "rl.lora_rank", "pretrain.stages", "pretrain.lr", "pretrain.batch_size",
+             "rl.action_space", "rl.lora_rank", "rl.steering", "pretrain.stages", "pretrain.lr", "pretrain.batch_size",
              "pretrain.steps", "rollout.temperature", "rollout.max_new_tokens")  # fmt: skip
 """Settings that a model's card names where they are not the preset's; none of them may be a path or a secret."""
 OnStep = Callable[[int, Mapping[str, Any]], None]

@@ -127,6 +127,7 @@ def requests():
             seed=1000 + i,
             temperature=[1.0, 0.0, 0.7, 1.3][i % 4],
             top_k=[0, 0, 3, 9][(i // 4) % 4],
+            top_p=[1.0, 0.8, 1.0][i % 3],
             max_new_tokens=6 + (i * 37) % 14,
         )
         for i in range(16)
@@ -157,7 +158,7 @@ def test_the_base_comes_out_of_a_checkpoint_as_it_went_in(base, cola_dir, tmp_pa
 def reference(model, request):
     columns = model.generate_latent(
         torch.tensor([request.prompt_ids]), max_new_tokens=request.max_new_tokens, temperature=request.temperature,
-        top_k=request.top_k, seed=request.seed, eos_token_id=STOP,
+        top_k=request.top_k, top_p=request.top_p, seed=request.seed, eos_token_id=STOP,
     )  # fmt: skip
     return [column[0].numpy() for column in columns]
 
@@ -203,7 +204,7 @@ def assert_all_agree(engine, cola):
         _, log_probs = sample_actions(
             logits, *(torch.full((len(logits),), one) for one in (request.temperature, request.top_k)),
             torch.zeros(len(logits), dtype=torch.int64), torch.arange(len(logits)),
-            torch.from_numpy(completion.actions),
+            torch.from_numpy(completion.actions), torch.full((len(logits),), request.top_p),
         )  # fmt: skip
         np.testing.assert_allclose(completion.log_probs, log_probs.detach(), atol=LOG_PROB_TOLERANCE)
         np.testing.assert_allclose(completion.hidden_states, states[0, :-1], atol=STATE_TOLERANCE, rtol=STATE_TOLERANCE)
@@ -241,7 +242,8 @@ def token_reference(model, request):
     for _ in range(request.max_new_tokens):
         whole = [torch.tensor([value]) for value in (request.top_k, request.seed, len(ids) - 1)]
         logits = model(torch.tensor([ids])).logits[:, -1]
-        token, log_prob = sample_actions(logits, torch.tensor([request.temperature]), *whole, None)
+        heat, share = torch.tensor([request.temperature]), torch.tensor([request.top_p])
+        token, log_prob = sample_actions(logits, heat, *whole, None, share)
         ids.append(int(token))
         log_probs.append(float(log_prob))
         if ids[-1] == STOP:

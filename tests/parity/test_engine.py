@@ -53,6 +53,7 @@ def mixed_requests():
             seed=1000 + i,
             temperature=[1.0, 0.0, 0.7, 1.3][i % 4],
             top_k=[0, 0, 3, 9][(i // 4) % 4],
+            top_p=[1.0, 0.8, 1.0][i % 3],
             max_new_tokens=10 + (i * 37) % 40,
             actions=[(i + t) % NUM_ACTIONS for t in range(i % 12)] if i % 5 == 0 else [RANKED - i % 4] * (i % 3),
         )
@@ -64,7 +65,7 @@ def reference(model, request):
     forced = torch.tensor([list(request.actions)]) if request.actions else None
     columns = model.generate_latent(
         torch.tensor([request.prompt_ids]), max_new_tokens=request.max_new_tokens, temperature=request.temperature,
-        top_k=request.top_k, seed=request.seed, actions=forced, eos_token_id=STOP,
+        top_k=request.top_k, top_p=request.top_p, seed=request.seed, actions=forced, eos_token_id=STOP,
     )  # fmt: skip
     return [column[0].numpy() for column in columns]
 

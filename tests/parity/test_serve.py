@@ -78,18 +78,20 @@ def test_greedy_answers_are_those_of_generate(client, cola, tokenizer):
     assert "".join(part.choices[0].text for part in streamed).split() == said[0].text.split()
 
 
-def test_seeds_temperature_and_top_k_are_those_of_actions(client, cola, tokenizer):
+def test_seeds_temperature_top_k_and_top_p_are_those_of_actions(client, cola, tokenizer):
     for i, row in enumerate(prompts()[:8]):
-        seed, temperature, top_k = 100 + i, [1.0, 0.7][i % 2], [0, 4][i // 2 % 2]
+        seed, temperature, top_k, top_p = 100 + i, [1.0, 0.7][i % 2], [0, 4][i // 2 % 2], [1.0, 0.5][i // 4 % 2]
         said = client.completions.create(
-            model="cola", prompt=row, max_tokens=NEW, temperature=temperature, seed=seed, extra_body={"top_k": top_k}
-        )
+            model="cola", prompt=row, max_tokens=NEW, temperature=temperature, seed=seed, top_p=top_p,
+            extra_body={"top_k": top_k},
+        )  # fmt: skip
         drawn = ActionRequest.from_params({}, seed).seed
         tokens, _, _ = cola.generate_latent(
             torch.tensor([row]),
             max_new_tokens=NEW,
             temperature=temperature,
             top_k=top_k,
+            top_p=top_p,
             seed=drawn,
             eos_token_id=2,
         )
@@ -254,7 +256,7 @@ def test_malformed_steering_is_refused_in_a_line(client, asked, line):
 @pytest.mark.parametrize(
     "options",
     [
-        {"top_p": 0.9}, {"min_p": 0.1}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5},
+        {"min_p": 0.1}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5},
         {"repetition_penalty": 1.2}, {"use_beam_search": True}, {"prompt_logprobs": 1}, {"echo": True, "logprobs": 1},
         {"vllm_xargs": {"actions": "3"}},
     ],

@@ -47,6 +47,7 @@ def requests():
             seed=1000 + i,
             temperature=[1.0, 0.0, 0.7, 1.3][i % 4],
             top_k=[0, 0, 3, 9][(i // 4) % 4],
+            top_p=[1.0, 0.8, 1.0][i % 3],
             max_new_tokens=10 + (i * 37) % 40,
             actions=[20 + i % 8] * (i % 3),
         )
@@ -62,8 +63,9 @@ def reference(model, request):
         forced = request.actions[step] if step < len(request.actions) else -1
         whole = [torch.tensor([value]) for value in (request.top_k, request.seed, len(ids) - 1, forced)]
         token, log_prob = sample_actions(
-            model(torch.tensor([ids])).logits[:, -1], torch.tensor([request.temperature]), *whole
-        )
+            model(torch.tensor([ids])).logits[:, -1], torch.tensor([request.temperature]), *whole,
+            torch.tensor([request.top_p]),
+        )  # fmt: skip
         ids.append(int(token))
         log_probs.append(float(log_prob))
         if ids[-1] == STOP:

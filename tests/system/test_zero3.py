@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import NUM_ACTIONS, VOCAB_SIZE
+from conftest import NUM_ACTIONS, VOCAB_SIZE, words
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from transformers import LlamaForCausalLM
 
@@ -30,6 +30,7 @@ from cola_ray.learner.objective import policy_objective
 from cola_ray.learner.policies import export, forward, make_policy
 from cola_ray.learner.rl import RLLearner
 from cola_ray.learner.soft_q import one_step_targets
+from cola_ray.model.conversion import with_mlp_biases
 from cola_ray.packing import pack
 from cola_ray.runs.checkpoints import MANIFEST
 from cola_ray.settings.config import Config, override
@@ -48,6 +49,7 @@ SPACES = {
     ),
     "token": ({"rl.action_space": "token"}, VOCAB_SIZE),
     "adapters": ({"rl.action_space": "token", "rl.lora_rank": 4}, VOCAB_SIZE),
+    "steering": ({"rl.action_space": "token", "rl.steering": "all"}, VOCAB_SIZE),
 }
 
 
@@ -188,7 +190,10 @@ def space(request):
 
 
 @pytest.fixture(scope="module")
-def model_dir(space, cola_dir, base_dir):
+def model_dir(space, cola_dir, base_dir, tmp_path_factory):
+    if space == "steering":
+        words().save_pretrained(base_dir)
+        return with_mlp_biases(base_dir, tmp_path_factory.mktemp("steered") / "llama")
     return cola_dir if space in ("latent", "actor_free") else base_dir
 
 

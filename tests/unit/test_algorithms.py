@@ -423,9 +423,10 @@ TRUNCATED = {
 
 
 @pytest.mark.parametrize("name", TRUNCATED)
+@pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.8}])
 @pytest.mark.parametrize("left_out", ["now", "then", "both", "from the start"])
-def test_an_action_outside_the_top_k_weighs_nothing_and_is_counted(name, left_out):
-    """top_k 2 of 5, and an action that was within it when it was drawn: by an older version, or another arithmetic."""
+def test_an_action_outside_the_truncation_weighs_nothing_and_is_counted(name, left_out, truncation):
+    """Two of 5 are kept, and an action that was among them when it was drawn: by an older version, or otherwise."""
     rl, mask = RLConfig(**TRUNCATED[name]), torch.tensor([[True, True, True]])
     values = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0]] * 3, dtype=torch.float64)
     draw = torch.Generator().manual_seed(0)
@@ -448,7 +449,9 @@ def test_an_action_outside_the_top_k_weighs_nothing_and_is_counted(name, left_ou
         if rl.algorithm == "etpo":
             follows = ActionValues(other)
         given = None if left_out == "from the start" else Scored(old, penalties, marginals)
-        loss, metrics = loss_of(logits, batch, follows, reference, given, rl=rl, kl_coef=0.1, top_k=2, aliases=aliases)
+        loss, metrics = loss_of(
+            logits, batch, follows, reference, given, rl=rl, kl_coef=0.1, aliases=aliases, **truncation
+        )
         (gradient,) = torch.autograd.grad(loss, logits)
         return loss, gradient, metrics
 
@@ -584,8 +587,8 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("top_k", [0, 3])
-def test_the_objectives_gradient_is_that_of_its_values(name, top_k):
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_the_objectives_gradient_is_that_of_its_values(name, truncation):
     """Against finite differences, on the second update of a batch: what the first one found is given."""
     draw = torch.Generator().manual_seed(3)
     rl = RLConfig(**OBJECTIVES[name])
@@ -610,7 +613,7 @@ def test_the_objectives_gradient_is_that_of_its_values(name, top_k):
     old = Scored((random(*shape) - 1.5) * mask, random(*shape) * mask, marginals)  # ratios on both sides of the clips
 
     def loss(x):
-        given = {"rl": rl, "kl_coef": 0.3, "temperature": 0.7, "top_k": top_k, "aliases": aliases}
+        given = {"rl": rl, "kl_coef": 0.3, "temperature": 0.7, "aliases": aliases} | truncation
         return loss_of(x, batch, follows, reference, old, **given)[0]
 
     assert torch.autograd.gradcheck(loss, (logits,))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from cola_ray import CoLAForCausalLM
 from cola_ray.learner import repartition
 from cola_ray.learner.policies import export as export_policy
-from cola_ray.learner.policies import make_policy
+from cola_ray.learner.policies import make_policy, served
 from cola_ray.learner.rl import RLLearner
 from cola_ray.model import conversion
 from cola_ray.runs import checkpoints, event_log, resume, run_folder
@@ -28,6 +28,7 @@ SPACES = {
     "actor_free": {"rl.algorithm": "etpo", "rl.kl_coef": 0.05, "rl.actor_free": True},
     "token": {"rl.action_space": "token"},
     "lora": {"rl.action_space": "token", "rl.lora_rank": 2},
+    "steering": {"rl.action_space": "token", "rl.steering": "all"},
 }
 
 
@@ -40,7 +41,7 @@ def started(space, cola_dir, base_dir, run, tmp_path):
     config = override(preset("tiny"), changes)
     run_folder.claim(config, "rl_math", start)
     resume.check_inputs(config, start)
-    return config, str(start)
+    return config, served(config, start, run)
 
 
 def trained(learner):
@@ -94,7 +95,7 @@ def test_a_checkpoints_model_is_what_the_run_would_have_left(space, cola_dir, ba
     assert any(name not in begun or not torch.equal(begun[name], tensor) for name, tensor in made.items())
     kind = AutoModelForCausalLM if config.rl.action_space == "token" else CoLAForCausalLM
     assert kind.from_pretrained(tmp_path / "to" / "two").dtype == torch.float32, "as the start model"
-    assert json.loads((tmp_path / "to" / "two" / "provenance.json").read_text())["start_path"] == start
+    assert json.loads((tmp_path / "to" / "two" / "provenance.json").read_text())["start_path"] == config.model.path
     card = huggingface_hub.ModelCard.load(tmp_path / "to" / "two" / "README.md")
     assert card.data.library_name == "transformers"
     assert "| rl_math, step 2: eval/accuracy | 0.5 |" in card.text

@@ -12,7 +12,7 @@ from cola_ray.model import modeling_cola
 from cola_ray.model.modeling_cola import FEW_ACTIONS, RANKED, action_log_probs, gumbel_noise, sample_actions
 
 
-def draw(logits, temperature=1.0, top_k=0, seeds=None, positions=None, forced=None):
+def draw(logits, temperature=1.0, top_k=0, seeds=None, positions=None, forced=None, top_p=1.0):
     n = len(logits)
     whole = lambda value: torch.full((n,), value, dtype=torch.int64)  # noqa: E731
     return sample_actions(
@@ -22,6 +22,7 @@ def draw(logits, temperature=1.0, top_k=0, seeds=None, positions=None, forced=No
         whole(0) if seeds is None else seeds,
         whole(0) if positions is None else positions,
         whole(-1) if forced is None else forced,
+        torch.full((n,), top_p),
     )
 
 
@@ -111,8 +112,8 @@ def test_settings_that_no_row_has_need_not_be_asked_of_the_device():
     seeds, zero = torch.arange(6), torch.zeros(6, dtype=torch.int64)
     neutral = torch.zeros(6), zero, seeds, zero, zero - 1
     for absent, neutral_ones in (
-        ((None, None, seeds, zero, None), neutral),
-        ((torch.ones(6), None, seeds, zero, None), (torch.ones(6), *neutral[1:])),
+        ((None, None, seeds, zero, None, None), (*neutral, torch.ones(6))),
+        ((torch.ones(6), None, seeds, zero, None, None), (torch.ones(6), *neutral[1:], torch.ones(6))),
     ):
         for one, other in zip(sample_actions(logits, *absent), sample_actions(logits, *neutral_ones), strict=True):
             assert torch.equal(one, other)
@@ -149,6 +150,57 @@ def test_top_k_per_row():
     scored = action_log_probs(logits, torch.ones(3), torch.tensor([0, 1, 3]))
     assert torch.isfinite(scored).sum(-1).tolist() == [8, 1, 3]
     torch.testing.assert_close(scored.exp().sum(-1), torch.ones(3))
+
+
+def kept_by_hand(logits, top_k, top_p):
+    """One row: the most probable actions one after the other, of the first ``top_k``, until they have ``top_p``."""
+    ranked = sorted(range(len(logits)), key=lambda action: -logits[action])[: top_k or None]
+    weights = {action: math.exp(logits[action]) for action in ranked}
+    kept, mass = [], 0.0
+    for action in ranked:
+        if mass >= top_p * sum(weights.values()):
+            break
+        kept.append(action)
+        mass += weights[action]
+    return set(kept), {action: math.log(weights[action] / mass) for action in kept}
+
+
+def test_top_p_keeps_the_fewest_that_have_the_probability():
+    draws = np.random.default_rng(0)
+    for _ in range(300):
+        logits = torch.from_numpy(draws.normal(0, draws.uniform(0.1, 4), 9))
+        top_k, top_p = int(draws.integers(0, 9)), float(draws.uniform(0.02, 1))
+        scored = action_log_probs(logits[None], None, torch.tensor([top_k]), torch.tensor([top_p]).double())[0]
+        kept, log_probs = kept_by_hand(logits.tolist(), top_k, top_p)
+        assert set(scored.isfinite().nonzero()[:, 0].tolist()) == kept
+        for action, log_prob in log_probs.items():
+            assert abs(float(scored[action]) - log_prob) < 1e-9
+
+
+def test_top_p_is_that_of_transformers():
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 3 * torch.randn(200, 16, generator=torch.Generator().manual_seed(5))
+    for temperature, top_k, top_p in ((0.7, 0, 0.9), (1.3, 5, 0.5), (1.0, 0, 0.05), (0.5, 12, 0.999), (1.0, 0, 1.0)):
+        shapes = [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k or 16), TopPLogitsWarper(top_p)]
+        theirs = LogitsProcessorList(shapes)(None, logits.double()).log_softmax(-1)
+        row = torch.ones(200, dtype=torch.float64)
+        ours = action_log_probs(logits.double(), row * temperature, torch.full((200,), top_k), row * top_p)
+        torch.testing.assert_close(ours, theirs)
+        actions, log_probs = draw(logits, temperature, top_k, torch.arange(200), top_p=top_p)
+        assert log_probs.isfinite().all(), "drawn from what is kept"
+        torch.testing.assert_close(log_probs.double(), ours.gather(1, actions[:, None])[:, 0], atol=2e-6, rtol=0)
+
+
+def test_top_p_keeps_ties_and_at_least_one_action():
+    even = torch.zeros(1, 8)
+    assert action_log_probs(even, None, None, torch.tensor([0.3])).isfinite().all(), "no order is in them"
+    sure = torch.tensor([[50.0, 0.0, 1.0]])
+    assert action_log_probs(sure, None, None, torch.tensor([1e-9])).isfinite().tolist() == [[True, False, False]]
+    rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    scored = action_log_probs(rows, None, None, torch.tensor([1.0, 1e-6, 1.0]))
+    assert torch.equal(scored[[0, 2]], rows.log_softmax(-1)[[0, 2]]), "1 is all, to the last bit"
+    assert scored[1].isfinite().sum() == 1
 
 
 def test_straight_through_has_the_relaxed_gradient():

@@ -137,6 +137,8 @@ def test_every_mode_is_planned_and_shown(paper, sizes, capsys):
     seconds = {}
     for name, changes in {"latent": {}, "token": TOKENS | {"cluster.gradient_checkpointing": True},
                           "lora": TOKENS | {"rl.lora_rank": 8, "cluster.gradient_checkpointing": True},
+                          "vectors": TOKENS | {"rl.steering": "all", "cluster.gradient_checkpointing": True},
+                          "vector": TOKENS | {"rl.steering": "last"},
                           "cached": {"rl.cache_hidden_states": True}}.items():  # fmt: skip
         config = override(paper, changes)
         plan.refuse(config, sizes)
@@ -145,6 +147,8 @@ def test_every_mode_is_planned_and_shown(paper, sizes, capsys):
         assert pessimistic.total(False) > 1.5 * expected.total(False)
         seconds[name] = expected.learn
     assert seconds["cached"] < seconds["latent"] < seconds["lora"] < seconds["token"]
+    assert seconds["vector"] < seconds["vectors"] < seconds["lora"]
+    assert planned_work.vectors(sizes, "all") == 32 * 4096
 
 
 def test_the_largest_part_that_does_not_fit_is_named(paper, sizes):

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.learner import policies
-from cola_ray.learner.policies import LatentPolicy, TokenPolicy, export
-from cola_ray.model.conversion import plain_base
+from cola_ray.learner.policies import LatentPolicy, Steered, TokenPolicy, export
+from cola_ray.model.conversion import plain_base, with_mlp_biases
 
 
 @pytest.fixture
@@ -56,11 +56,20 @@ def test_aliases_are_the_actions_that_say_the_next_token(cola, inputs, monkeypat
         assert found[row + place]
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_token_logits_and_a_reference_that_stays(llama, inputs, rank):
+TRAINED = {
+    "all weights": {},
+    "adapters": {"lora_rank": 4},
+    "a vector a layer": {"steering": "all"},
+    "one vector": {"steering": "last"},
+}
+trained_part = pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
+
+
+@trained_part
+def test_token_logits_and_a_reference_that_stays(llama, inputs, trained):
     ids, mask, scored = inputs
     wanted = llama(ids, attention_mask=mask).logits[scored].detach()
-    policy = TokenPolicy(copy.deepcopy(llama), lora_rank=rank)
+    policy = TokenPolicy(copy.deepcopy(llama), **trained)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name.startswith(policy.trained))
     logits, e, reference, _ = policy(*inputs)
@@ -79,22 +88,63 @@ def test_token_logits_and_a_reference_that_stays(llama, inputs, rank):
     assert_near(reference, wanted)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_what_goes_out_is_the_policy_as_a_plain_llama(llama, inputs, rank, tmp_path):
-    policy = TokenPolicy(copy.deepcopy(llama), lora_rank=rank)
+@trained_part
+def test_what_goes_out_is_the_policy_as_a_plain_llama(llama, inputs, trained, tmp_path):
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    for one in (llama, words):
+        one.save_pretrained(tmp_path / "start")
+    start = tmp_path / "start"
+    if "steering" in trained:
+        start = with_mlp_biases(start, tmp_path / "biased")
+        llama = LlamaForCausalLM.from_pretrained(start)
+    policy = TokenPolicy(copy.deepcopy(llama), **trained)
     for number, (name, parameter) in enumerate(policy.named_parameters()):
         if name.startswith(policy.trained):
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-    llama.save_pretrained(tmp_path / "start")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path / "start")
     tensors = {one.name: one.merged(*(p.detach() for p in one.parameters)) for one in policy.published()}
-    export(str(tmp_path / "start"), tensors, tmp_path / "end")
+    export(str(start), tensors, tmp_path / "end")
     ids, mask, scored = inputs
     found = LlamaForCausalLM.from_pretrained(tmp_path / "end")(ids, attention_mask=mask).logits[scored]
     assert_near(found, policy(*inputs)[0])
-    if rank:
-        trained = sum(p.numel() for name, p in policy.named_parameters() if name.startswith(policy.trained))
-        assert trained < 0.2 * sum(p.numel() for p in llama.parameters())
+    count = sum(p.numel() for name, p in policy.named_parameters() if name.startswith(policy.trained))
+    whole, layers = sum(p.numel() for p in llama.parameters()), llama.config.num_hidden_layers
+    match trained:
+        case {"lora_rank": _}:
+            assert count < 0.2 * whole
+        case {"steering": which}:
+            assert count == llama.config.hidden_size * (layers if which == "all" else 1)
+        case _:
+            assert count == whole
+
+
+def test_a_vector_is_added_to_what_its_layer_gives(llama, inputs):
+    """Against transformers' hidden states: the stream behind each layer is shifted, and later layers read that."""
+    ids, mask, _ = inputs
+    policy = TokenPolicy(copy.deepcopy(llama), steering="all")
+    vectors = [module.vector for module in policy.modules() if isinstance(module, Steered)]
+    assert len(vectors) == llama.config.num_hidden_layers
+    for number, vector in enumerate(vectors):
+        vector.data.normal_(generator=torch.Generator().manual_seed(number))
+    stream = llama.model.embed_tokens(ids)
+    places = mask.cumsum(1) - 1
+    rotary, causal = llama.model.rotary_emb(stream, places), torch.full((7, 7), -torch.inf).triu(1)
+    for layer, vector in zip(llama.model.layers, vectors, strict=True):
+        stream = layer(stream, attention_mask=causal[None, None], position_embeddings=rotary) + vector
+    wanted = llama.lm_head(llama.model.norm(stream))
+    found = policy(ids, mask, mask.bool())[0]
+    assert_near(found, wanted[mask.bool()])
+
+
+def test_a_base_with_biases_for_vectors_is_the_base(llama, inputs, tmp_path):
+    llama.save_pretrained(tmp_path / "base")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path / "base")
+    made = with_mlp_biases(tmp_path / "base", tmp_path / "biased")
+    again = LlamaForCausalLM.from_pretrained(made)
+    assert again.config.mlp_bias
+    assert torch.equal(again(inputs[0]).logits, llama(inputs[0]).logits)
+    before = {file.name: file.stat().st_mtime_ns for file in made.iterdir()}
+    with_mlp_biases(tmp_path / "base", tmp_path / "biased")
+    assert {file.name: file.stat().st_mtime_ns for file in made.iterdir()} == before, "made once"
 
 
 def test_nobody_pays_for_a_reference_that_nobody_asks_for(llama, inputs):

@@ -29,6 +29,7 @@ MODES = {
     "actor_free": {"rl.algorithm": "etpo", "rl.actor_free": True},
     "token": {"rl.action_space": "token"},
     "adapters": {"rl.action_space": "token", "rl.lora_rank": 4},
+    "steering": {"rl.action_space": "token", "rl.steering": "all"},
 }
 
 
@@ -40,7 +41,8 @@ def opened_whole(mode, path, dtype):
     """The same policies from transformers' own loader."""
     config, kind = settings(mode), getattr(torch, dtype)
     if config.rl.action_space == "token":
-        return TokenPolicy(LlamaForCausalLM.from_pretrained(path, dtype=kind), lora_rank=config.rl.lora_rank)
+        llama = LlamaForCausalLM.from_pretrained(path, dtype=kind)
+        return TokenPolicy(llama, lora_rank=config.rl.lora_rank, steering=config.rl.steering)
     cola = CoLAForCausalLM.from_pretrained(path, dtype=kind)
     if config.rl.actor_free:
         torch.manual_seed(config.seed)
@@ -87,7 +89,8 @@ def test_a_divided_policy_is_the_whole_one(mode, cola_dir, base_dir, one_rank):
     torch.manual_seed(3)
     found = make_policy(settings(mode), path)
     divided = {name for name, parameter in found.named_parameters() if hasattr(parameter, "ds_id")}
-    small = {name for name, _ in found.named_parameters() if name.startswith("q.") or ".lora_" in name}
+    marks = ("q.", ".lora_", ".vector")
+    small = {name for name, _ in found.named_parameters() if any(mark in name for mark in marks)}
     assert divided == {name for name, _ in found.named_parameters()} - small
     assert_same(values(found), dict(wanted.named_parameters()))
 

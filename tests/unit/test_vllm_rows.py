@@ -39,7 +39,8 @@ def requests(count):
     return [
         SamplingParams(
             **sampling_args(
-                temperature=[1.0, 0.0, 0.7][i % 3], top_k=[0, 3][i % 2], seed=100 + i,
+                temperature=[1.0, 0.0, 0.7][i % 3], top_k=[0, 3][i % 2],
+                top_p=[1.0, 1.0, 0.6, 0.9, 1.0][i % 5], seed=100 + i,
                 actions=[4, -1, RANKED - 1][: i % 4], slot=(i * 5) % 121,
             )
         )
@@ -52,7 +53,8 @@ def expected(params, prompt_length, step, logits):
     one = ActionRequest.from_params(params.extra_args, params.seed)
     forced = one.forced[step] if step < len(one.forced) else -1
     whole = [torch.tensor([value]) for value in (one.top_k, one.seed, prompt_length - 1 + step, forced)]
-    return [column[0] for column in sample_actions(logits[None], torch.tensor([one.temperature]), *whole)]
+    shares = torch.tensor([one.temperature]), torch.tensor([one.top_p])
+    return [column[0] for column in sample_actions(logits[None], shares[0], *whole, shares[1])]
 
 
 def check_draws(table, owners, logits):
@@ -241,15 +243,16 @@ def test_v2_served_requests_draw_by_their_own_settings(table, state):
     from cola_ray.model.vllm_slots import SlotRequestSampler
 
     made = state("cola_ray.model.vllm_slots:SlotRequestSampler")
-    params = SamplingParams(temperature=0.8, top_k=3, seed=5)
+    params = SamplingParams(temperature=0.8, top_k=3, top_p=0.5, seed=5)
     made.add_request(0, new_request(params, [1, 2, 3]))
     made.prepare_inputs(v2_batch([0], [2]), None)
     logits = torch.randn(1, ACTIONS, generator=torch.Generator().manual_seed(0))
     actions, rows = table.draw(logits)
     seed = ActionRequest.from_params({}, 5).seed
     action, _ = sample_actions(
-        logits, torch.tensor([0.8]), torch.tensor([3]), torch.tensor([seed]), torch.tensor([2]), None
-    )
+        logits, torch.tensor([0.8]), torch.tensor([3]), torch.tensor([seed]), torch.tensor([2]), None,
+        torch.tensor([0.5]),
+    )  # fmt: skip
     assert actions.tolist() == action.tolist()
     assert rows.slot is None, "a server hands out no actions"
     tokens = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
