@@ -1,9 +1,10 @@
 """What the site needs beyond the documents as they stand in the repository, where GitHub shows them too.
 
-README.md at the root             ─> the page readme.md
-links to sources, ../cola_ray/x.py ─> pages sources/cola_ray/x.py.md, which show the file
-```python file=x.py                ─> a block with that title
-roles in docstrings, :class:`~a.B`  ─> `B`, and their tables as they are typed
+README.md at the root                the page readme.md
+links to sources, ../cola_ray/x.py   pages sources/cola_ray/x.py.md, which show the file
+```python file=x.py                  a block with that title
+
+Docstrings are made Markdown by docstrings.py beside it.
 """
 
 import re
@@ -34,11 +35,6 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         return markdown
     markdown = OUTSIDE.sub(_to_a_page, markdown)
     return re.sub(r"^```(\w+) file=(\S+)$", _titled, markdown, flags=re.MULTILINE)
-
-
-def on_page_content(html: str, **_: object) -> str:
-    html = re.sub(r":\w+:<code>~?(?:[\w.]*\.)?(\w+)</code>", r"<code>\1</code>", html)
-    return re.sub(r"<p>(={9,}.*?={9,})</p>", r"<pre>\1</pre>", html, flags=re.DOTALL)
 
 
 def _from_the_root(link: re.Match[str]) -> str:
