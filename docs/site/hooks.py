@@ -55,4 +55,5 @@ def _titled(fence: re.Match[str]) -> str:
 def _shown(path: str) -> str:
     file = ROOT / path
     fence, language = "`" * 6, LANGUAGES.get(file.suffix, "text")
-    return f"# {path}\n\n{fence}{language}\n{file.read_text().rstrip()}\n{fence}\n"
+    unsearched = "---\nsearch:\n  exclude: true\n---\n\n"  # which would hide the documents behind the sources
+    return f"{unsearched}# {path}\n\n{fence}{language}\n{file.read_text().rstrip()}\n{fence}\n"
