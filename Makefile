@@ -19,7 +19,7 @@ next_time = @echo "\`. $(BIN)/activate\` puts the command cola_ray on the path o
 HAS_RUN = has a run already: RESUME=1 goes on with it, OVERWRITE=1 removes it and begins anew
 kept = $(if $(AGAIN),,$(if $(wildcard outputs/$(1)/run.json),@echo "outputs/$(1) $(HAS_RUN)"; exit 2))
 
-.PHONY: setup games evals demo demo-agent reproduce test test-slow lint bench gpu chaos results lock clean help
+.PHONY: setup games evals docs demo demo-agent reproduce test test-slow lint bench gpu chaos results lock clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,11 @@ games: setup  ## add TextWorld and Jericho (GPL-2.0), for the text adventures
 
 evals: setup  ## add sentence encoders, self-BLEU and the evaluation harness
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements/evals.txt -c requirements/$(EXTRA).txt
+
+docs: setup  ## build docs/ as a site, to outputs/site/index.html
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements/docs.txt -c requirements/$(EXTRA).txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/site/mkdocs.yml
+	@echo "outputs/site/index.html; to search in it, $(PYTHON) -m http.server --directory outputs/site"
 
 demo: setup  ## train the tiny preset from nothing: base, latent actions, policy, RL; about five minutes on 2 cores
 	$(call kept,demo)
