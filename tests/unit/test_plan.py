@@ -86,6 +86,8 @@ def test_what_is_held_of_a_batch_between_passes(paper, sizes):
     assert twice["states of the batch"] == 11 * 16384 * (2 * 4096 + 4 * 64)
     tokens = planned_memory.learner_memory(override(paper, TOKENS | {"rl.updates_per_batch": 2}), sizes)
     assert tokens["states of the batch"] == 11 * 16384 * 2 * (4096 + 128256)
+    parts = planned_memory.learner_memory(override(paper, {"rl.num_minibatches": 2}), sizes)
+    assert parts["states of the batch"] == 12 * 16384 * (2 * 4096 + 4 * 64), "rows move to other micro-batches"
 
 
 def test_a_critics_flops_are_those_of_its_step(paper, sizes):
