@@ -72,7 +72,10 @@ REFUSED = [
     *(
         (settings | {"rl.num_minibatches": 2}, f"rl.num_minibatches = 2: {name} learns from replay, and a step's")
         for name, settings in (
-            ("etpo", SOFT), ("archer", agent("archer")), ("chai", agent("chai")), ("filtered_bc", agent("filtered_bc")),
+            ("etpo", SOFT),
+            ("archer", agent("archer")),
+            ("chai", agent("chai")),
+            ("filtered_bc", agent("filtered_bc")),
         )
     ),
     (

@@ -22,7 +22,7 @@ from cola_ray.packing import pack
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 
-K, VOCABULARY, STEP, SEED, LR = 5, 11, 7, 3, 0.05
+K, VOCABULARY, STEP, SEED, LR = 5, 11, 7, 3, 0.1
 LENGTHS = (3, 9, 1, 4, 6, 2, 7, 5, 5, 8, 2, 4)
 CLIP, CAP, KL = 0.2, 1.5, 0.3
 
@@ -127,7 +127,9 @@ def config(ranks=1, **changes):
 
 
 def batches(rollouts, config):
-    return BatchMaker(config, SimpleNamespace(facts={"pad_token_id": 0}), None).collate(pack(rollouts.made), rollouts.advantages.tolist(), STEP)
+    return BatchMaker(config, SimpleNamespace(facts={"pad_token_id": 0}), None).collate(
+        pack(rollouts.made), rollouts.advantages.tolist(), STEP
+    )
 
 
 def learnt(rollouts, config):
@@ -176,7 +178,7 @@ def by_hand(rollouts, rl):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append((float(loss), sum(LENGTHS[place] for place in part)))
+            losses.append((loss.item(), sum(LENGTHS[place] for place in part)))
             norms.append(float(logits.grad.norm()))
     return logits, losses, clipped, norms
 
