@@ -10,13 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import NUM_ACTIONS, VOCAB_SIZE
 
+from cola_ray import CoLAForCausalLM
 from cola_ray.algorithms.minibatches import deal, permuted
 from cola_ray.batch import collate
 from cola_ray.experience import Trajectory
 from cola_ray.learner.micro_batch import Advantages, Frozen, MicroBatch, Ready, Scored
 from cola_ray.learner.mini_batches import Rows
-from cola_ray.learner.rl import PolicyUpdate
+from cola_ray.learner.policies import make_policy
+from cola_ray.learner.rl import PolicyUpdate, _heads
 from cola_ray.loop.batches import BatchMaker
 from cola_ray.packing import pack
 from cola_ray.settings.config import override
@@ -313,3 +316,70 @@ def test_what_was_found_of_a_row_goes_along_with_it(ranks, score_last):
                             assert torch.equal(getattr(getattr(moved, name), field), value), (name, field)
                 seen += len(mini_batch.rows[start:stop])
     assert seen == 2 * len(LENGTHS)
+
+
+class Still:
+    """A policy that is never stepped, so that the order of mini-batches cannot matter."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, policy):
+        self.engine, self.steps, self.passed = policy, 0, 0
+        policy.register_forward_pre_hook(self.forwards)
+
+    def forwards(self, module, given):
+        self.passed += len(given) > 3 and given[3] is not None  # with e, which is known by then
+
+    def backward(self, loss, last):
+        loss.backward()
+
+    def step(self, lr):
+        self.steps += 1
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rl__kl_coef": KL, "rl__entropy_coef": 0.1},
+        {"rl__algorithm": "ppo", "rl__kl_coef": KL, "rl__cliprange_value": 0.2},
+        {"rl__algorithm": "etpo", "rl__kl_coef": 0.05},
+        {"rl__control_variate": True, "rl__kl_coef": KL},
+        {"rl__marginal_aliases": True, "rl__kl_coef": KL},
+        {"rl__cache_hidden_states": True},
+        {"rl__action_space": "token", "rl__kl_coef": KL},
+        {"rl__action_space": "token", "rl__kl_coef": 0.0},
+    ],
+    ids=lambda changes: "-".join(name[4:] for name in changes),
+)
+def test_a_policy_that_stays_is_measured_alike_in_any_number_of_parts(changes, cola_dir, base_dir, one_rank):
+    """Losses and metrics are means over actions: of parts they are those of the whole, whatever an algorithm keeps."""
+    tokens, draw = changes.get("rl__action_space") == "token", np.random.default_rng(5)
+    made, encoder = [], CoLAForCausalLM.from_pretrained(cola_dir)
+    for length in LENGTHS:
+        ids = draw.integers(3, VOCAB_SIZE, 2 + length)
+        chosen = ids[2:] if tokens else draw.integers(0, NUM_ACTIONS, length)
+        states = None
+        if "rl__cache_hidden_states" in changes:
+            with torch.no_grad():
+                states = encoder.encode(torch.from_numpy(ids[None, :-1]), torch.ones(1, length + 1).long())[0].numpy()
+        log_probs = -draw.random(length).astype(np.float32) - 2
+        made.append(Trajectory(ids[:2], ids[2:], chosen, log_probs, chosen * 0, 0.0, False, "", hidden_states=states))
+    found = []
+    for parts in (1, 3):
+        usual = {"rl__updates_per_batch": 2, "rl__kl_in": "reward", "rl__micro_batch_tokens": 30}
+        of_run = config(rl__num_minibatches=parts, model__num_actions=NUM_ACTIONS, model__dtype="float32",
+                        **(usual | changes))  # fmt: skip
+        policy = make_policy(of_run, str(base_dir if tokens else cola_dir))
+        zero = Still(policy)
+        update = PolicyUpdate(of_run, zero, *_heads(of_run, policy.width, policy.num_actions, zero.device))
+        maker = BatchMaker(of_run, SimpleNamespace(facts={"pad_token_id": 0}), None)
+        (batch,) = maker.collate(pack(made), Rollouts().advantages.tolist(), STEP)
+        sums, _ = update.improve(batch, 0.0, of_run.rl.kl_coef)
+        found.append({name: float(value) for name, value in sums.items()})
+        assert zero.steps == 2 * parts
+        if not tokens:
+            passes = batch.mini_batches or ((batch,), (batch,))
+            assert zero.passed >= sum(len(one.micro_batches) for parts in passes for one in parts), "e is known by then"
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
+    assert abs(found[0]["policy/loss"]) > 0.1
