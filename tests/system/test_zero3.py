@@ -47,11 +47,14 @@ SPACES = {
         {"model.num_actions": NUM_ACTIONS, "rl.algorithm": "etpo", "rl.actor_free": True, "rl.value_steps": 2},
         NUM_ACTIONS,
     ),
-    "mini_batches": ({"model.num_actions": NUM_ACTIONS, "rl.num_minibatches": 3, "rl.updates_per_batch": 2},
-                     NUM_ACTIONS),
+    "mini_batches": (
+        {"model.num_actions": NUM_ACTIONS, "rl.num_minibatches": 3, "rl.updates_per_batch": 2},
+        NUM_ACTIONS,
+    ),
     "token": ({"rl.action_space": "token"}, VOCAB_SIZE),
     "adapters": ({"rl.action_space": "token", "rl.lora_rank": 4}, VOCAB_SIZE),
-}  # fmt: skip
+}
+LATENT = ("latent", "mini_batches", "actor_free")
 
 
 def settings(space: str) -> Config:
@@ -194,7 +197,7 @@ def space(request):
 
 @pytest.fixture(scope="module")
 def model_dir(space, cola_dir, base_dir):
-    return cola_dir if space in ("latent", "mini_batches", "actor_free") else base_dir
+    return cola_dir if space in LATENT else base_dir
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +302,7 @@ def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_p
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    latent = space in ("latent", "actor_free")
+    latent = space in LATENT
     kind = CoLAForCausalLM if latent else LlamaForCausalLM
     before, start = kind.from_pretrained(model_dir), tmp_path / "start"
     before.save_pretrained(start)
@@ -309,5 +312,6 @@ def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_p
     for name, tensor in two_ranks["policy"].items():
         assert torch.equal(after[name], tensor), name
     for name, tensor in before.state_dict().items():
-        trains = {"latent": name.startswith("policy."), "token": True, "adapters": "_proj" in name}
+        of_policy = name.startswith("policy.")
+        trains = {"latent": of_policy, "mini_batches": of_policy, "token": True, "adapters": "_proj" in name}
         assert torch.equal(after[name], tensor) != trains.get(space, False), name
