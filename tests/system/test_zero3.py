@@ -182,7 +182,8 @@ def train_and_check(rank: int, learner: RLLearner, space: str, out: str):
     for name, tensor in learner.zero.stream(published):
         assert torch.equal(tensor, resumed[name]), f"{name} moved in a step that does not train"
     poisoned = batches(2, space)[0][rank]
-    poisoned.advantages[0] = np.nan if rank == 1 else 0.0
+    if rank == 1:
+        poisoned.advantages[:] = np.nan  # so that of several mini-batches the first has one
     with pytest.raises(NonFiniteError):  # on both ranks, though one alone has seen it
         learner.step(poisoned)
     for name, tensor in learner.zero.stream(published):
