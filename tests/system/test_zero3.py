@@ -48,7 +48,8 @@ SPACES = {
         NUM_ACTIONS,
     ),
     "mini_batches": (
-        {"model.num_actions": NUM_ACTIONS, "rl.num_minibatches": 3, "rl.updates_per_batch": 2},
+        # six optimizer steps a step, which travel as far as one of the others
+        {"model.num_actions": NUM_ACTIONS, "rl.num_minibatches": 3, "rl.updates_per_batch": 2, "rl.lr": 5e-5},
         NUM_ACTIONS,
     ),
     "token": ({"rl.action_space": "token"}, VOCAB_SIZE),
