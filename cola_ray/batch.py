@@ -23,12 +23,14 @@ length. Only :meth:`Batch.padded` places them at positions 2 and 3 of a (B, T) a
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from cola_ray.algorithms.minibatches import Passes, deal
 from cola_ray.experience import Trajectory
 from cola_ray.packing import Packed, pack, taken_from
 
@@ -284,6 +286,18 @@ class Padded:
 
 
 @dataclass(frozen=True)
+class MiniBatch:
+    """A rank's rows of one mini-batch, and what a batch of them alone would be; see the same fields of Batch."""
+
+    rows: tuple[int, ...]
+    num_rows: int
+    micro_batches: tuple[tuple[int, int, int], ...]
+    num_actions_global: int
+    num_sequences_global: int
+    num_tokens_global: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """One learner rank's share of a step, cut into micro-batches at the same rows on every rank."""
 
@@ -297,6 +311,7 @@ class Batch:
     policy_version: int  # the version the learner holds when it trains on this
     pad_id: int
     trains: bool = True  # else the learner measures, and the policy stays as it is
+    mini_batches: tuple[tuple[MiniBatch, ...], ...] = ()  # of each pass; empty: the batch is its only one
 
     @property
     def computed_positions(self) -> int:
@@ -308,6 +323,14 @@ class Batch:
         if isinstance(self.sequences, Packed):
             return self
         return replace(self, sequences=self.sequences.fetched(get))
+
+    def part(self, mini_batch: MiniBatch) -> "Batch":
+        """One of the mini-batches by itself. They are fetched."""
+        assert isinstance(self.sequences, Packed), "fetched() comes first"
+        rows, fields = [*mini_batch.rows], dict(vars(mini_batch))
+        del fields["rows"]
+        sequences, advantages = self.sequences.of(rows), self.advantages[rows]
+        return replace(self, sequences=sequences, advantages=advantages, mini_batches=(), **fields)
 
     def padded(self, start: int = 0, stop: int | None = None, width: int | None = None) -> Padded:
         """Rows ``start`` to ``stop``; by default all, as wide as the widest. They are fetched."""
@@ -354,6 +377,7 @@ def collate(
     pad_id: int,
     policy_version: int,
     micro_batch_tokens: int,
+    passes: Passes = (),
 ) -> list[Batch]:
     """Sequences and their outcome advantages -> one batch a rank.
 
@@ -361,17 +385,39 @@ def collate(
     length. A micro-batch takes as many rows as ``micro_batch_tokens`` allows at its longest row's width, one at
     least. ZeRO-3 needs every rank to run the same number of them: all ranks cut at the same rows, and where the
     sequences do not divide, the last ranks get a row without actions.
+
+    Args:
+        passes: the sequences of each mini-batch. They are cut in the same way, and those without any action left out.
     """
-    lengths = sequences.num_tokens.tolist()
+    lengths, num_actions = sequences.num_tokens, sequences.num_actions
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    widths = [lengths[i] for i in order[::num_ranks]]  # of the longest rank at each row
-    cuts, outcomes = _cut(widths, micro_batch_tokens), np.asarray(advantages, np.float32)
-    num_actions = sequences.num_actions
-    totals = int(num_actions.sum()), int((num_actions > 0).sum()), sum(lengths)
+    owned, outcomes = deal(order, passes, num_ranks), np.asarray(advantages, np.float32)
+    rows = np.zeros((len(lengths), 2), np.int64)  # of each sequence: its rank, and its row there
+    for rank, mine in enumerate(owned):
+        rows[mine, 0], rows[mine, 1] = rank, np.arange(len(mine))
+
+    def shape(owned: Sequence[Sequence[int]]) -> tuple[int, tuple[tuple[int, int, int], ...], int, int, int]:
+        """Of these sequences of each rank: number of rows, micro-batches, totals."""
+        longest = itertools.zip_longest(*(lengths[[*mine]].tolist() for mine in owned), fillvalue=0)
+        widths, together = [max(row) for row in longest], [place for mine in owned for place in mine]
+        acting, cuts = num_actions[together], _cut(widths, micro_batch_tokens)
+        return len(widths), cuts, int(acting.sum()), int((acting > 0).sum()), int(lengths[together].sum())
+
+    def mini_batch(places: Array) -> list[MiniBatch]:
+        """One a rank."""
+        chosen = [np.sort(rows[places][rows[places, 0] == rank, 1]).tolist() for rank in range(num_ranks)]
+        whole = shape([[mine[row] for row in own] for mine, own in zip(owned, chosen, strict=True)])
+        return [MiniBatch(tuple(own), *whole) for own in chosen]
+
+    whole = shape(owned)
+    made = [[mini_batch(places) for places in parts if num_actions[places].any()] for parts in passes]
     return [
-        Batch(sequences.of(mine), outcomes[mine], len(widths), cuts, *totals, policy_version, pad_id)
-        for mine in (order[rank::num_ranks] for rank in range(num_ranks))
-    ]
+        Batch(
+            sequences.of(mine), outcomes[mine], *whole, policy_version, pad_id,
+            mini_batches=tuple(tuple(part[rank] for part in parts) for parts in made),
+        )
+        for rank, mine in enumerate(owned)
+    ]  # fmt: skip
 
 
 def _cut(widths: Sequence[int], budget: int) -> tuple[tuple[int, int, int], ...]:

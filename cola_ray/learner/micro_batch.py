@@ -10,6 +10,9 @@
                        │
                        v
                    Advantages or ActionValues              what the policy follows
+                       │
+                       v
+                   Ready                                   all of it, for an update
 
 Legend: B sequences, T positions, N of them scored, H hidden size, K actions. (B, T) tensors are 0 where no action was
 taken, but for ``input_ids`` and ``attention_mask``.
@@ -117,6 +120,17 @@ class ActionValues:
     """What ETPO's policy follows."""
 
     q: Tensor  # (N, K)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A micro-batch with all that is known of it before an update."""
+
+    batch: MicroBatch
+    frozen: Frozen
+    follows: Advantages
+    loss_weights: Tensor | None  # (B, 1), of each sequence's actions in the loss; None: 1
+    old: Scored | None = None  # None: the policy before the batch is the current one
 
 
 def last_positions(attention_mask: Tensor) -> Tensor:

@@ -4,8 +4,8 @@
                                      │
               value head (ppo, archer's token baseline), soft Q (etpo, control variates): learn, give advantages
                                      v
-                     policy(e), reference(e) ─> objective ─> backward    } rl.updates_per_batch times
-                                     ZeRO-3 step <── all micro-batches   }
+                     policy(e), reference(e) ─> objective ─> backward    } for each of rl.num_minibatches,
+                                     ZeRO-3 step <── its micro-batches   } rl.updates_per_batch times
                                      │
               metrics over all ranks, version + 1, buckets of the policy's weights
 
@@ -15,8 +15,8 @@ The loop around the step is in ``train_loop.py``. Legend: B sequences, T positio
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from cola_ray.batch import Batch
 from cola_ray.learner import sums
 from cola_ray.learner.actor_free import ActorFreeUpdate
 from cola_ray.learner.engine import ZeroEngine, placement
-from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Encoded, Frozen, MicroBatch, Scored
+from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Encoded, Frozen, MicroBatch, Ready
+from cola_ray.learner.mini_batches import Rows
 from cola_ray.learner.objective import before_updates, policy_objective, score
 from cola_ray.learner.policies import Policy, SoftQPolicy, forward
 from cola_ray.learner.soft_q import SoftQLearner
@@ -145,17 +146,6 @@ def learning_rate(config: Config, peak: float, step: int) -> float:
     return peak * lr_factor(rl.lr_scheduler_type, step, config.num_trained_steps, rl.warmup_steps, rl.min_lr_ratio)
 
 
-@dataclass(frozen=True)
-class _Ready:
-    """A micro-batch with all that is known of it before an update."""
-
-    batch: MicroBatch
-    frozen: Frozen
-    follows: Advantages
-    loss_weights: Tensor | None  # (B, 1), of each sequence's actions in the loss; None: 1
-    old: Scored | None = None  # None: the policy before the batch is the current one
-
-
 class PolicyUpdate:
     """The optimizer steps of a policy on one batch.
 
@@ -181,7 +171,7 @@ class PolicyUpdate:
     def measure(self, batch: Batch, kl_coef: float) -> dict[str, Tensor]:
         """Metric sums alone: no gradient, so that the optimizer's moments stay what the steps that train made them."""
         found: dict[str, Tensor] = {}
-        ready = self._cut(batch)
+        ready = [*self._cut(batch)]
         if self.value is not None:
             looked = [self._look(one)[0] for one in ready]
             advantages, _, found = self.value.advantages(self._charged(looked, kl_coef), batch.num_actions_global)
@@ -191,44 +181,57 @@ class PolicyUpdate:
         return found
 
     def improve(self, batch: Batch, lr: float, kl_coef: float) -> tuple[dict[str, Tensor], float]:
-        """``rl.updates_per_batch`` optimizer steps, value head or Q first; all ranks call.
+        """``rl.updates_per_batch`` passes, an optimizer step a mini-batch; value head or Q first. All ranks call.
 
         Returns:
-            metric sums of the first step, whose policy made the batch, or the next to it; but of all steps what is
-            clipped, since nothing is in the first. And the mean norm of the gradients.
+            metric sums of the first pass, whose policy made the batch, or the next to it; but of all passes what is
+            clipped, since nothing is in the first step. And the mean norm of the gradients.
 
         Raises:
             NonFiniteError: loss or gradient is not finite; the weights are those before the optimizer step.
         """
         updates = self.config.rl.updates_per_batch
-        ready, found = self._cut(batch), dict[str, Tensor]()
-        if updates > 1 or self.heads:
+        ready, found = [*self._cut(batch)], dict[str, Tensor]()
+        if updates > 1 or batch.mini_batches or self.heads:
             ready, found = self._prepare(ready, batch.num_actions_global, kl_coef)
         grad_norms = list[float]()
         for update in range(updates):
-            for index in range(len(batch.micro_batches)):
-                # At the last update its states are not needed again.
-                one = ready.pop(0) if update == updates - 1 else ready[index]
-                loss, metrics = self._objective(one, kl_coef)
-                metrics["policy/clip_fraction"] = metrics["policy/clip_fraction"] / updates
-                last = index == len(batch.micro_batches) - 1
-                self.zero.backward(loss / batch.num_actions_global, last=last)
-                clipped = {"policy/clip_fraction": metrics["policy/clip_fraction"]}
-                sums.add(found, metrics if update == 0 else clipped)
-            grad_norms.append(self.zero.step(lr))
+            for part, micro_batches in self._parts(batch, ready, update):
+                for index, one in enumerate(micro_batches):
+                    loss, metrics = self._objective(one, kl_coef)
+                    metrics["policy/clip_fraction"] = metrics["policy/clip_fraction"] / updates
+                    last = index == len(part.micro_batches) - 1
+                    self.zero.backward(loss / part.num_actions_global, last=last)
+                    clipped = {"policy/clip_fraction": metrics["policy/clip_fraction"]}
+                    sums.add(found, metrics if update == 0 else clipped)
+                grad_norms.append(self.zero.step(lr))
         return found, sum(grad_norms) / len(grad_norms)
 
-    def _cut(self, batch: Batch) -> list[_Ready]:
+    def _parts(self, batch: Batch, ready: list[Ready], update: int) -> Iterator[tuple[Batch, Iterator[Ready]]]:
+        """Of a pass each mini-batch, with its micro-batches."""
+        if not batch.mini_batches:
+            is_last = update == self.config.rl.updates_per_batch - 1
+            # In the last pass the states of a micro-batch are not needed again.
+            yield batch, (ready.pop(0) if is_last else ready[index] for index in range(len(batch.micro_batches)))
+            return
+        rows = Rows(ready)
+        for mini_batch in batch.mini_batches[update]:
+            part = batch.part(mini_batch)
+            made = zip(part.micro_batches, self._cut(part), strict=True)
+            yield part, (rows.known(mini_batch.rows[start:stop], one) for (start, stop, _), one in made)
+
+    def _cut(self, batch: Batch) -> Iterator[Ready]:
+        """Its micro-batches, as they were collated."""
         score_last = self.soft_q is not None  # which wants the value after a cut, too
-        made = (MicroBatch.cut(batch, *cut, self.zero.device, score_last) for cut in batch.micro_batches)
-        return [_Ready(one, Frozen(one.hidden_states), Advantages(one.advantages), self._weights(one, batch))
-                for one in made]  # fmt: skip
+        for cut in batch.micro_batches:
+            one = MicroBatch.cut(batch, *cut, self.zero.device, score_last)
+            yield Ready(one, Frozen(one.hidden_states), Advantages(one.advantages), self._weights(one, batch))
 
     def _weights(self, one: MicroBatch, batch: Batch) -> Tensor | None:
         mode, longest = self.config.rl.loss_agg_mode, self.config.rollout.max_new_tokens
         return loss_weights(one.action_mask, mode, batch.num_actions_global, batch.num_sequences_global, longest)
 
-    def _prepare(self, ready: list[_Ready], num_actions: int, kl_coef: float) -> tuple[list[_Ready], dict[str, Tensor]]:
+    def _prepare(self, ready: list[Ready], num_actions: int, kl_coef: float) -> tuple[list[Ready], dict[str, Tensor]]:
         """Look at the batch with the policy as it is, and let the heads learn from it; metric sums of theirs."""
         looked = [self._look(one) for one in ready]
         ready, distributions = [one for one, _ in looked], [of for _, of in looked if of is not None]
@@ -249,7 +252,7 @@ class PolicyUpdate:
         return ready, {}
 
     @torch.no_grad()
-    def _look(self, one: _Ready) -> tuple[_Ready, Distributions | None]:
+    def _look(self, one: Ready) -> tuple[Ready, Distributions | None]:
         """The policy before the batch's first update; its distributions where a Q learns from them."""
         rollout, q_learns = self.config.rollout, self.soft_q is not None
         logits, frozen = forward(self.zero.engine, one.batch, one.frozen)
@@ -260,19 +263,19 @@ class PolicyUpdate:
         old = before_updates(scores, one.batch, frozen.aliases, self.config.rl)
         return replace(one, frozen=frozen, old=old), scores.every if q_learns else None
 
-    def _charged(self, ready: Sequence[_Ready], kl_coef: float) -> list[Encoded]:
+    def _charged(self, ready: Sequence[Ready], kl_coef: float) -> list[Encoded]:
         """For a value head, which learns to expect the KL penalties where they are part of the reward."""
         if self.config.rl.kl_in == "loss":
             return [_encoded(one) for one in ready]
         penalties = (one.old.kl_penalties for one in ready if one.old is not None)
         return [_encoded(one, one.batch.rewards - kl_coef * of) for one, of in zip(ready, penalties, strict=True)]
 
-    def _following(self, ready: Sequence[_Ready], advantages: Sequence[Advantages]) -> list[_Ready]:
+    def _following(self, ready: Sequence[Ready], advantages: Sequence[Advantages]) -> list[Ready]:
         """With a value head's advantages, which hold what its rewards were charged."""
         charged = self.config.rl.kl_in == "reward"
         return [replace(one, follows=replace(of, hold_kl=charged)) for one, of in zip(ready, advantages, strict=True)]
 
-    def _objective(self, one: _Ready, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _objective(self, one: Ready, kl_coef: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss sum and metric sums."""
         rl, rollout = self.config.rl, self.config.rollout
         logits, frozen = forward(self.zero.engine, one.batch, one.frozen)
@@ -285,7 +288,7 @@ class PolicyUpdate:
         )  # fmt: skip
 
 
-def _encoded(one: _Ready, rewards: Tensor | None = None) -> Encoded:
+def _encoded(one: Ready, rewards: Tensor | None = None) -> Encoded:
     assert one.frozen.hidden_states is not None, "heads read e; make_policy keeps the reference where one learns"
     return Encoded(one.batch, one.frozen.hidden_states, one.batch.rewards if rewards is None else rewards)
 

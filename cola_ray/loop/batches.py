@@ -14,6 +14,7 @@ import torch
 
 from cola_ray.algorithms.advantages import Outcomes
 from cola_ray.algorithms.latent_actions import usage
+from cola_ray.algorithms.minibatches import permuted
 from cola_ray.batch import Batch, Picked, Tally, collate
 from cola_ray.loop.evaluation import HeldOut
 from cola_ray.loop.replay_client import ReplayClient
@@ -141,7 +142,9 @@ class BatchMaker:
 
     def collate(self, sequences: Packed | Picked, advantages: Sequence[float], step: int) -> list[Batch]:
         """One batch for each learner rank."""
+        rl = self.config.rl
         return collate(
             sequences, advantages, self.config.cluster.learner_ranks, self.workers.facts["pad_token_id"], step,
-            self.config.rl.micro_batch_tokens,
+            rl.micro_batch_tokens,
+            permuted(len(sequences), rl.num_minibatches, rl.updates_per_batch, self.config.seed, step),
         )  # fmt: skip

@@ -132,6 +132,14 @@ def _alone(config: Config) -> bool:
     return config.rl.prompts_per_step * config.rl.group_size == 1
 
 
+def _one_update(config: Config) -> bool:
+    return config.rl.updates_per_batch == 1 and config.rl.num_minibatches == 1
+
+
+def _more_parts_than_sequences(config: Config) -> bool:
+    return config.rl.num_minibatches > config.rl.prompts_per_step * config.rl.group_size
+
+
 def _buffer_too_long(config: Config) -> bool:
     return config.rl.overlong_buffer > config.rollout.max_new_tokens
 
@@ -279,6 +287,14 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     # Several updates on a batch.
     Combination("rl.updates_per_batch", None, _any(_of("chai"), _actor_free), "no policy trains"),
+    Combination(
+        "rl.num_minibatches", None, _any(_needs("replays"), _actor_free),
+        "{} learns from replay, and a step's rollouts are not its batch",
+    ),
+    Combination(
+        "rl.num_minibatches", None, _more_parts_than_sequences,
+        "more than the sequences of a step, rl.prompts_per_step x rl.group_size", "use at most as many",
+    ),
     *(
         Combination(field, None, _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}")
         for field in _CLIPS
@@ -290,16 +306,16 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination("rl.clip_c", None, _loss_is("cispo"), "cispo clips a weight, on both sides of 1 for every advantage"),
     *(
         Combination(
-            field, None, _has("rl.updates_per_batch", 1),
+            field, None, _one_update,
             "ratios are to the policy at the start of a batch, and are all 1 in its first update",
-            "set rl.updates_per_batch to 2 or more",
+            "set rl.updates_per_batch or rl.num_minibatches to 2 or more",
         )
         for field in _CLIPS
     ),
     Combination(
-        "rl.loss", ("gspo", "cispo"), _has("rl.updates_per_batch", 1),
+        "rl.loss", ("gspo", "cispo"), _one_update,
         "ratios are to the policy at the start of a batch, and in its first update the gradient is ppo's",
-        "set rl.updates_per_batch to 2 or more",
+        "set rl.updates_per_batch or rl.num_minibatches to 2 or more",
     ),
     Combination(
         "rl.update_mode", ("continue",), _has("rl.max_staleness", 0), "nothing is in flight at an update",

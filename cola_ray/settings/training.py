@@ -413,7 +413,10 @@ class RLConfig(Branch):
     clip_c: Annotated[NonNegative, AfterValidator(_above_one)] = 0.0
     """Dual clip: the most that a ratio counts where the advantage is negative, e.g. 3. 0: no bound."""
     updates_per_batch: Count = 1
-    """Optimizer steps on one batch of rollouts."""
+    """Passes over one batch of rollouts, with an optimizer step for each of their mini-batches."""
+    num_minibatches: Count = 1
+    """Parts that a step's sequences are cut into, in every pass anew, with an optimizer step each. Ratios are to the
+    policy before the first, and advantages are those of the whole batch."""
     gae_lambda: Share = 0.95
     """ppo: decay of temporal-difference errors over actions."""
     value_lr: Rate = 1e-3

@@ -42,7 +42,7 @@ def stage_rows(config: Config) -> Rows:
 
 def looks_first(config: Config) -> bool:
     """Whether a batch is looked at before its first update, so that what frozen parts say of it is held."""
-    return config.rl.updates_per_batch > 1 or config.learns_values
+    return config.rl.updates_per_batch * config.rl.num_minibatches > 1 or config.learns_values
 
 
 def learner_memory(config: Config, m: Sizes) -> Bytes:
@@ -50,8 +50,10 @@ def learner_memory(config: Config, m: Sizes) -> Bytes:
     work = learning(config, m, rl_rows(config))
     parts = _of_rank(config, m, work)
     if looks_first(config):
-        # b H, and 4 K or b V, for each token of all the rank's micro-batches
-        parts["states of the batch"] = work.known * max(_micro_batches(config) - 1, 0)
+        # b H, and 4 K or b V, for each token of all the rank's micro-batches but the one that is computed, which with
+        # mini-batches is another one
+        others = _micro_batches(config) - (config.rl.num_minibatches == 1)
+        parts["states of the batch"] = work.known * others
     heads = _heads(config, m)
     if heads:
         # float32 weights, gradients and moments, whole on every rank; a target, and what a head keeps of e

@@ -161,21 +161,21 @@ def _learning(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed, batch: Rows)
     updates = rl.value_steps if rl.actor_free else rl.updates_per_batch
     flops = work.look + updates * (work.forward + work.backward)
     flops += work.forward * (looks_first(config) and not rl.actor_free)
-    # Every micro-batch gathers all that it passes, and what trains twice more.
+    # Every micro-batch gathers all that it passes, and what trains twice more; a mini-batch has one at least.
     micro_batches = max(share.tokens / rl.micro_batch_tokens, 1.0)
+    of_a_pass = max(micro_batches, float(rl.num_minibatches))
     link = assumed.link_gbs if ranks <= hardware.gpus_per_node else hardware.network_gbs * assumed.network
-    moved = micro_batches * m.num_bytes * (work.frozen + work.trained + 2 * updates * work.trained)
+    moved = m.num_bytes * (micro_batches * (work.frozen + work.trained) + of_a_pass * 2 * updates * work.trained)
     computed = max(flops / (gpu.tflops * 1e12 * assumed.mfu), moved / (link * 1e9) if ranks > 1 else 0.0)
-    return computed + _over_pcie(config, m, work, micro_batches, updates, assumed)
+    frozen = micro_batches * m.num_bytes * work.frozen
+    trained = updates * (of_a_pass * 4 + rl.num_minibatches * m.num_bytes) * work.trained
+    return computed + _over_pcie(config, frozen, trained, assumed)
 
 
-def _over_pcie(
-    config: Config, m: Sizes, work: planned_work.Work, micro_batches: float, updates: int, assumed: Assumed
-) -> float:
+def _over_pcie(config: Config, frozen: float, trained: float, assumed: Assumed) -> float:
     """Of what waits in host memory, frozen shares come in every micro-batch, gradients go and weights return."""
     cluster, ranks = config.cluster, config.cluster.learner_ranks
-    frozen = micro_batches * m.num_bytes * work.frozen * cluster.offload_frozen
-    trained = updates * (micro_batches * 4 + m.num_bytes) * work.trained * cluster.offload_optimizer
+    frozen, trained = frozen * cluster.offload_frozen, trained * cluster.offload_optimizer
     return (frozen + trained) / ranks / (assumed.pcie_gbs * 1e9)
 
 

@@ -340,10 +340,10 @@ def _rl_summary(config: Config, tracker: Tracker, found: Mapping[str, Any]) -> d
 def _say_arithmetic(config: Config, facts: dict[str, Any]) -> None:
     """The derived numbers that people otherwise guess."""
     rl, ranks = config.rl, config.cluster.learner_ranks
-    sequences = rl.prompts_per_step * rl.group_size
+    sequences, updates = rl.prompts_per_step * rl.group_size, rl.updates_per_batch * rl.num_minibatches
     current().say(
         f"a step: {rl.prompts_per_step} prompts x {rl.group_size} completions = {sequences} sequences; {ranks} ranks x "
-        f"micro-batches of up to {rl.micro_batch_tokens} tokens; {rl.updates_per_batch} update(s); "
+        f"micro-batches of up to {rl.micro_batch_tokens} tokens; {updates} update(s); "
         f"rollouts up to {rl.max_staleness} version(s) behind"
     )
     if "num_too_long" not in facts:

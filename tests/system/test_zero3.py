@@ -22,11 +22,12 @@ from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.algorithms.heads import polyak_
+from cola_ray.algorithms.minibatches import permuted
 from cola_ray.batch import Batch, collate
 from cola_ray.experience import Trajectory
 from cola_ray.learner.engine import NonFiniteError, join_group, last_checkpoint, save_checkpoint
 from cola_ray.learner.micro_batch import Advantages, Encoded, Frozen, MicroBatch
-from cola_ray.learner.objective import policy_objective
+from cola_ray.learner.objective import before_updates, policy_objective, score
 from cola_ray.learner.policies import export, forward, make_policy
 from cola_ray.learner.rl import RLLearner
 from cola_ray.learner.soft_q import one_step_targets
@@ -47,10 +48,16 @@ SPACES = {
         {"model.num_actions": NUM_ACTIONS, "rl.algorithm": "etpo", "rl.actor_free": True, "rl.value_steps": 2},
         NUM_ACTIONS,
     ),
+    "mini_batches": (
+        # six optimizer steps a step, which travel as far as one of the others
+        {"model.num_actions": NUM_ACTIONS, "rl.num_minibatches": 3, "rl.updates_per_batch": 2, "rl.lr": 5e-5},
+        NUM_ACTIONS,
+    ),
     "token": ({"rl.action_space": "token"}, VOCAB_SIZE),
     "adapters": ({"rl.action_space": "token", "rl.lora_rank": 4}, VOCAB_SIZE),
     "steering": ({"rl.action_space": "token", "rl.steering": "all"}, VOCAB_SIZE),
 }
+LATENT = ("latent", "mini_batches", "actor_free")
 
 
 def settings(space: str) -> Config:
@@ -88,7 +95,9 @@ def batches(ranks: int, space: str) -> list[list[Batch]]:
                 )
             )
         budget = 40 if ranks > 1 else 10**6
-        steps.append(collate(pack(items), draw.normal(size=10).tolist(), ranks, 0, step, budget))
+        rl = settings(space).rl
+        passes = permuted(10, rl.num_minibatches, rl.updates_per_batch, 0, step)
+        steps.append(collate(pack(items), draw.normal(size=10).tolist(), ranks, 0, step, budget, passes))
     return steps
 
 
@@ -176,7 +185,8 @@ def train_and_check(rank: int, learner: RLLearner, space: str, out: str):
     for name, tensor in learner.zero.stream(published):
         assert torch.equal(tensor, resumed[name]), f"{name} moved in a step that does not train"
     poisoned = batches(2, space)[0][rank]
-    poisoned.advantages[0] = np.nan if rank == 1 else 0.0
+    if rank == 1:
+        poisoned.advantages[:] = np.nan  # so that of several mini-batches the first has one
     with pytest.raises(NonFiniteError):  # on both ranks, though one alone has seen it
         learner.step(poisoned)
     for name, tensor in learner.zero.stream(published):
@@ -194,7 +204,7 @@ def model_dir(space, cola_dir, base_dir, tmp_path_factory):
     if space == "steering":
         words().save_pretrained(base_dir)
         return with_mlp_biases(base_dir, tmp_path_factory.mktemp("steered") / "llama")
-    return cola_dir if space in ("latent", "actor_free") else base_dir
+    return cola_dir if space in LATENT else base_dir
 
 
 @pytest.fixture(scope="module")
@@ -218,17 +228,27 @@ def plain(space, model_dir):
     optimizer = torch.optim.AdamW(parameters, lr=config.rl.lr, betas=config.rl.adam_betas, weight_decay=0.0)
     losses = []
     for (batch,) in batches(1, space):
-        whole = MicroBatch.cut(batch, *batch.micro_batches[0], torch.device("cpu"))
-        logits, frozen = forward(module, whole, Frozen())
-        loss, _ = policy_objective(
-            logits, whole, frozen, Advantages(whole.advantages), None, rl=config.rl, kl_coef=config.rl.kl_coef,
-            temperature=0.8, top_k=0,
-        )  # fmt: skip
-        optimizer.zero_grad()
-        (loss / batch.num_actions_global).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.rl.grad_clip)
-        optimizer.step()
-        losses.append(float(loss) / batch.num_actions_global)
+        before, first = copy.deepcopy(module), []
+        for number, parts in enumerate(batch.mini_batches or ((None,),)):
+            for part in (batch if one is None else batch.part(one) for one in parts):
+                whole = MicroBatch.cut(part, *part.micro_batches[0], torch.device("cpu"))
+                old = None
+                if batch.mini_batches:  # ratios are to the policy before the first of them
+                    with torch.no_grad():
+                        logits, frozen = forward(before, whole, Frozen())
+                        scores = score(logits, frozen.reference_logits, whole, 0.8, 0)
+                        old = before_updates(scores, whole, None, config.rl)
+                logits, frozen = forward(module, whole, Frozen())
+                loss, _ = policy_objective(
+                    logits, whole, frozen, Advantages(whole.advantages), old, rl=config.rl, kl_coef=config.rl.kl_coef,
+                    temperature=0.8, top_k=0,
+                )  # fmt: skip
+                optimizer.zero_grad()
+                (loss / part.num_actions_global).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, config.rl.grad_clip)
+                optimizer.step()
+                first.append(float(loss) if number == 0 else 0.0)
+        losses.append(sum(first) / batch.num_actions_global)
     return losses, {one.name: one.merged(*(p.detach() for p in one.parameters)) for one in module.published()}
 
 
@@ -289,7 +309,7 @@ def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_p
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    latent = space in ("latent", "actor_free")
+    latent = space in LATENT
     kind = CoLAForCausalLM if latent else LlamaForCausalLM
     before, start = kind.from_pretrained(model_dir), tmp_path / "start"
     before.save_pretrained(start)
@@ -299,5 +319,6 @@ def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_p
     for name, tensor in two_ranks["policy"].items():
         assert torch.equal(after[name], tensor), name
     for name, tensor in before.state_dict().items():
-        trains = {"latent": name.startswith("policy."), "token": True, "adapters": "_proj" in name}
+        of_policy = name.startswith("policy.")
+        trains = {"latent": of_policy, "mini_batches": of_policy, "token": True, "adapters": "_proj" in name}
         assert torch.equal(after[name], tensor) != trains.get(space, False), name

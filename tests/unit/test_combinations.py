@@ -69,6 +69,19 @@ REFUSED = [
         "rl.loss_agg_mode = 'seq-mean-token-mean': what an action weighs depends on how its completion goes on",
     ),
     (SOFT | {"rl.updates_per_batch": 3}, "rl.updates_per_batch = 3: no policy trains"),
+    *(
+        (settings | {"rl.num_minibatches": 2}, f"rl.num_minibatches = 2: {name} learns from replay, and a step's")
+        for name, settings in (
+            ("etpo", SOFT),
+            ("archer", agent("archer")),
+            ("chai", agent("chai")),
+            ("filtered_bc", agent("filtered_bc")),
+        )
+    ),
+    (
+        {"rl.prompts_per_step": 3, "rl.group_size": 2, "rl.num_minibatches": 7},
+        "rl.num_minibatches = 7: more than the sequences of a step, rl.prompts_per_step x rl.group_size; use at most",
+    ),
     (ETPO | {"rl.loss": "mine.py:mine"}, "rl.loss = 'mine.py:mine': etpo has a loss of its own, or none"),
     *(
         (
@@ -240,6 +253,11 @@ def test_no_part_of_a_documented_recipe_is_refused(words, monkeypatch):
         {"rl.algorithm": "ppo", "rl.gae_lambda": 1.0, "rl.clip_high": 0.28, "rl.updates_per_batch": 2},
         {"rl.loss": "gspo", "rl.clip_low": 3e-4, "rl.clip_high": 4e-4, "rl.updates_per_batch": 4, "rl.clip_c": 3.0},
         {"rl.loss": "cispo", "rl.clip_low": 1.0, "rl.clip_high": 4.0, "rl.updates_per_batch": 4},
+        {"rl.prompts_per_step": 3, "rl.group_size": 2, "rl.num_minibatches": 6, "rl.clip_high": 0.28},
+        {"rl.loss": "cispo", "rl.clip_low": 1.0, "rl.clip_high": 4.0, "rl.num_minibatches": 4},
+        {"rl.algorithm": "ppo", "rl.num_minibatches": 4, "rl.updates_per_batch": 4},
+        {"rl.algorithm": "etpo", "rl.kl_coef": 0.05, "rl.num_minibatches": 2},
+        agent("ppo", rl__num_minibatches=2),
         {"rl.algorithm": "ppo", "rl.mask_truncated_completions": True},
         {"rl.lr_scheduler_type": "cosine", "rl.min_lr_ratio": 0.1, "rl.warmup_steps": 3, "rl.max_steps": 4},
         {"rl.algorithm": "ppo", "rl.cliprange_value": 0.2},

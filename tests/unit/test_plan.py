@@ -86,6 +86,19 @@ def test_what_is_held_of_a_batch_between_passes(paper, sizes):
     assert twice["states of the batch"] == 11 * 16384 * (2 * 4096 + 4 * 64)
     tokens = planned_memory.learner_memory(override(paper, TOKENS | {"rl.updates_per_batch": 2}), sizes)
     assert tokens["states of the batch"] == 11 * 16384 * 2 * (4096 + 128256)
+    parts = planned_memory.learner_memory(override(paper, {"rl.num_minibatches": 2}), sizes)
+    assert parts["states of the batch"] == 12 * 16384 * (2 * 4096 + 4 * 64), "rows move to other micro-batches"
+
+
+def test_weights_come_back_from_the_host_after_every_optimizer_step(paper, sizes):
+    """bf16 weights of the policy, a fourth on each rank, over 25 GB/s; all else is as it is with two mini-batches."""
+    offloads = override(paper, {"cluster.offload_optimizer": True})
+    two, four = (planned_time.step_time(override(offloads, {"rl.num_minibatches": parts}), sizes, H100).learn
+                 for parts in (2, 4))  # fmt: skip
+    assert four - two == pytest.approx(2 * 2 * sizes.policy / 4 / 25e9, rel=1e-6)
+    (one, again) = (planned_time.step_time(override(paper, {"rl.updates_per_batch": 1, "rl.num_minibatches": parts}),
+                                           sizes, H100).learn for parts in (1, 2))  # fmt: skip
+    assert again > one, "a batch is looked at first"
 
 
 def test_a_critics_flops_are_those_of_its_step(paper, sizes):
