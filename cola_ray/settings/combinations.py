@@ -372,7 +372,14 @@ COMBINATIONS: tuple[Combination, ...] = (
         "rl.control_variate", (True,), _any(_lacks("advantage"), _agents),
         f"for {', '.join(OF_OUTCOMES)} on problems with answers",
     ),
-    Combination("rl.gae_lambda", None, _lacks("value_head"), "only ppo reads it"),
+    *(
+        Combination(field, None, _lacks("value_head"), "only ppo reads it")
+        for field in ("rl.gae_lambda", "rl.gae_level")
+    ),
+    Combination(
+        "rl.gae_level", ("turn",), _answers, "an answer has one turn, and there would be nothing for GAE to run over",
+        f"leave it out, or use one of {', '.join(MULTI_TURN)} with `cola_ray agent`",
+    ),
     *(
         Combination(field, None, _without_values, "no value head and no Q trains")
         for field in ("rl.value_lr", "rl.value_steps")

@@ -409,7 +409,10 @@ class RLConfig(Branch):
     updates_per_batch: Count = 1
     """Optimizer steps on one batch of rollouts."""
     gae_lambda: Share = 0.95
-    """ppo: decay of temporal-difference errors over actions."""
+    """ppo: decay of temporal-difference errors over actions, or over turns with gae_level turn."""
+    gae_level: Literal["token", "turn"] = "token"
+    """ppo, of agents: what advantages are of. token: each action has its own value and advantage. turn: an utterance
+    is one step, with a value at its first action and one advantage for all of its actions."""
     value_lr: Rate = 1e-3
     """Learning rate of the Adam of the value head, ppo's and archer's with critic.token_baseline, and of etpo's Q."""
     value_steps: Count = 4

@@ -124,6 +124,15 @@ REFUSED = [
     ),
     ({"rl.gae_lambda": 0.9}, "rl.gae_lambda = 0.9: only ppo reads it"),
     *(
+        (agent(algorithm, rl__gae_level="turn"), "rl.gae_level = 'turn': only ppo reads it; leave it out")
+        for algorithm in ("archer", "chai", "filtered_bc", "etpo")
+    ),
+    (agent("gigpo", rl__group_size=4, rl__gae_level="turn"), "rl.gae_level = 'turn': only ppo reads it; leave it out"),
+    (
+        {"rl.algorithm": "ppo", "rl.gae_level": "turn"},
+        "rl.gae_level = 'turn': an answer has one turn, and there would be nothing for GAE to run over; leave it out",
+    ),
+    *(
         (agent("chai", **{field.replace(".", "__"): value}), f"{field} = {value!r}: no policy trains")
         for field, value in (
             ("rl.lr", 0.1),
@@ -241,6 +250,7 @@ def test_no_part_of_a_documented_recipe_is_refused(words, monkeypatch):
         {"rl.lr_scheduler_type": "cosine", "rl.min_lr_ratio": 0.1, "rl.warmup_steps": 3, "rl.max_steps": 4},
         {"rl.algorithm": "ppo", "rl.cliprange_value": 0.2},
         agent("archer", critic__token_baseline=True, rl__cliprange_value=0.2),
+        agent("ppo", rl__gae_level="turn", rl__gae_lambda=0.9, critic__gamma=0.9, rl__cliprange_value=0.2),
         {"rl.importance_mode": "geometric_mask", "rl.importance_cap": 1.01},
         {"rl.algorithm": "remax", "rl.group_size": 1},
         {"rl.algorithm": "rloo", "rl.advantage": "grpo", "rl.scale_rewards": "batch"},
