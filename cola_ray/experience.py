@@ -9,8 +9,8 @@ Legend: P tokens of a prompt or a state, L tokens and as many actions of what wa
 Ids travel from end to end; text is never tokenised again.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -97,6 +97,10 @@ class Episode:
     def total_reward(self) -> float:
         """The undiscounted return."""
         return sum(turn.reward for turn in self.turns)
+
+    def with_rewards(self, of_each: Callable[[float], float]) -> "Episode":
+        """With another reward for each turn, made of its own."""
+        return replace(self, turns=tuple(replace(turn, reward=of_each(turn.reward)) for turn in self.turns))
 
     @property
     def observations(self) -> list[Array]:

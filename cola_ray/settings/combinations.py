@@ -16,6 +16,8 @@ from cola_ray.settings.relevance import defaults
 
 Condition = Callable[[Config], bool]
 _UNREAD = "nothing reads it"
+_UP_TO_ONE = ("arithmetic", "gsm8k", "math500", "twenty_questions", "guess_city")
+"""Tasks whose own rewards are all from -1 to 1."""
 _CLIPS = ("rl.clip_low", "rl.clip_high", "rl.clip_c")
 
 
@@ -172,6 +174,11 @@ def _nothing_frozen(config: Config) -> bool:
     rl = config.rl
     refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
     return rl.action_space == "token" and not rl.lora_rank and not refers
+
+
+def _never_clipped(config: Config) -> bool:
+    limit, task = config.rl.reward_clip_range, config.task
+    return limit is not None and limit >= 1 and task.name in _UP_TO_ONE and not task.reward
 
 
 def _base_trains(config: Config) -> bool:
@@ -345,6 +352,10 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination("rl.mask_truncated_completions", (True,), _agents, "episodes are limited by their turns"),
     Combination(
         "rl.mask_truncated_completions", (True,), _actor_free, "Q learns from every step that there is an answer to",
+    ),
+    Combination(
+        "rl.reward_clip_range", None, _never_clipped, "no reward of the task is further from 0 than 1",
+        "use less than 1, or leave it out",
     ),
     Combination("rl.overlong_buffer", None, _agents, "episodes are limited by their turns"),
     Combination(

@@ -394,6 +394,9 @@ class RLConfig(Branch):
     """grpo, rloo: groups whose rewards are all equal have no signal; other prompts take their place."""
     refill_rounds: Whole = 2
     """dynamic_sampling: how often a step asks other prompts for what is missing; after that its batch is smaller."""
+    reward_clip_range: Positive | None = None
+    """Rewards of completions, and of an agent's turns, are clipped to no more than this from 0 before anything is
+    learnt from them. Metrics, samples and evaluations have them as they were. None: no clip."""
     overlong_buffer: Whole = 0
     """Above 0: within so many tokens of rollout.max_new_tokens, a completion's reward falls, by 1 at the limit. With
     grpo, rloo and remax only among completions of a prompt whose rewards differ: length alone is no signal."""
