@@ -184,7 +184,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _micro_batch(rows: int, width: int) -> MicroBatch:
     ids = [_meta(rows, width, dtype=torch.int64) for _ in range(3)]
     masks = [_meta(rows, width, dtype=torch.bool) for _ in range(2)]
-    return MicroBatch(*ids, *masks, *(_meta(rows, width) for _ in range(4)))
+    return MicroBatch(*ids, *masks, *(_meta(rows, width) for _ in range(4)), masks[0])
 
 
 def _without_weights(config: Config, shape: dict[str, Any], plain: bool) -> Any:

@@ -105,7 +105,8 @@ def update(bench: Bench) -> Iterator[Figure]:
     mask[:, -1] = False
     padded = torch.ones_like(ids)
     padded[0, -1] = 0  # so that attention has a mask, as with answers of different lengths
-    batch = MicroBatch(ids, padded, ids % bench.size.shape["num_actions"], mask, mask, zero - 4, zero + 1, zero, zero)
+    actions = ids % bench.size.shape["num_actions"]
+    batch = MicroBatch(ids, padded, actions, mask, mask, zero - 4, zero + 1, zero, zero, mask)
 
     def micro_batch() -> None:
         logits, frozen = forward(policy, batch, Frozen())

@@ -282,6 +282,7 @@ class Padded:
     advantages: Array  # (B, T) float32, of the outcome; the same at every action of a sequence
     rewards: Array  # (B, T) float32, of each action; all of these three are 0 where masked
     discounts: Array  # (B, T) float32, of the value after each action
+    turn_starts: Array  # (B, T) bool, the first action of each turn
     hidden_states: Array | None  # (B, T, H), where the engine sends them; bfloat16 as int16
 
 
@@ -341,7 +342,7 @@ class Batch:
         input_ids = np.full(shape, self.pad_id, np.int64)
         attention_mask, actions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         attention_mask[max(len(packed) - start, 0) :, 0] = 1  # a row without a sequence: one token, no action
-        action_mask = np.zeros(shape, bool)
+        action_mask, turn_starts = np.zeros(shape, bool), np.zeros(shape, bool)
         log_probs, advantages, rewards, discounts = (np.zeros(shape, np.float32) for _ in range(4))
         like = packed.states_like
         hidden = None if like is None else np.zeros((*shape, like.shape[-1]), like.dtype)
@@ -354,10 +355,11 @@ class Batch:
             actions[at, acting], log_probs[at, acting] = packed.actions[row], packed.log_probs[row]
             outcome, columns = (
                 self.advantages[row],
-                (packed.action_mask, packed.advantages, packed.rewards, packed.discounts),
+                (packed.action_mask, packed.advantages, packed.rewards, packed.discounts, packed.turn_starts),
             )
-            mask, own, gains, factors = (None if column is None else column[row] for column in columns)
-            action_mask[at, acting] = True if mask is None else mask
+            mask, own, gains, factors, starts = (None if column is None else column[row] for column in columns)
+            action_mask[at, acting] = taken = np.ones(end - first, bool) if mask is None else mask
+            turn_starts[at, acting] = taken & (taken.cumsum() == 1) if starts is None else starts
             advantages[at, acting] = outcome if own is None else own
             if gains is None or factors is None:
                 rewards[at, end - 2], discounts[at, first - 1 : end - 2] = outcome, 1.0
@@ -366,8 +368,9 @@ class Batch:
             if hidden is not None and packed.hidden_states is not None:
                 hidden[at, : end - 1] = packed.hidden_states[row]
         return Padded(
-            input_ids, attention_mask, actions, action_mask, log_probs, advantages, rewards, discounts, hidden
-        )
+            input_ids, attention_mask, actions, action_mask, log_probs, advantages, rewards, discounts, turn_starts,
+            hidden,
+        )  # fmt: skip
 
 
 def collate(

@@ -9,8 +9,8 @@ Legend: P tokens of a prompt or a state, L tokens and as many actions of what wa
 Ids travel from end to end; text is never tokenised again.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Trajectory:
     rewards: Array | None = None
     discounts: Array | None = None  # what the value after each action is worth: 1 within a turn, 0 at an end
     advantages: Array | None = None  # (L,) float32; None: the outcome's at every action
+    turn_starts: Array | None = None  # (L,) bool, true at the first action of each turn; None: all of it is one turn
     source: str = ""  # of its problem, where the task has several
     parts: Mapping[str, float] = field(default_factory=dict)  # each reward of ``task.reward``, without its weight
 
@@ -97,6 +98,10 @@ class Episode:
         """The undiscounted return."""
         return sum(turn.reward for turn in self.turns)
 
+    def with_rewards(self, of_each: Callable[[float], float]) -> "Episode":
+        """With another reward for each turn, made of its own."""
+        return replace(self, turns=tuple(replace(turn, reward=of_each(turn.reward)) for turn in self.turns))
+
     @property
     def observations(self) -> list[Array]:
         """Ids of what each turn answers: the opening, with what the transcript begins with, then observations."""
@@ -129,18 +134,19 @@ class Episode:
         actions, versions = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
         log_probs, rewards = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32)
         mask, discounts = np.zeros(len(ids), bool), np.ones(len(ids), np.float32)
-        advantages = np.zeros(len(ids), np.float32)
+        advantages, turn_starts = np.zeros(len(ids), np.float32), np.zeros(len(ids), bool)
         for turn, gain in turns:
             end = len(turn.state_ids) + len(turn.token_ids)
             said = slice(len(turn.state_ids), end)
             actions[said], log_probs[said], versions[said] = turn.actions, turn.rollout_log_probs, turn.versions
-            mask[said], advantages[said] = True, gain
+            mask[said], advantages[said], turn_starts[said.start] = True, gain, True
             rewards[end - 1], discounts[end - 1] = gain, 0.0 if ends and turn is last else gamma
         start = len(first.state_ids)
         return Trajectory(
             first.state_ids, ids[start:], actions[start:], log_probs[start:], versions[start:], self.total_reward,
             not self.terminated, self.text, self.failure, action_mask=mask[start:], rewards=rewards[start:],
             discounts=discounts[start:], advantages=advantages[start:] if weighed else None,
+            turn_starts=turn_starts[start:],
         )  # fmt: skip
 
 

@@ -5,7 +5,8 @@
 Legend: N sequences, P tokens of a prompt, L of a response, S tokens of all, H width of the model.
 
 A token of a response takes 9 to 12 bytes, one of a prompt 4: ids and log-probabilities have 32 bits, actions 8 to 32.
-Masks, rewards, discounts and advantages change only between turns, and are kept as their runs of equal values.
+Masks, rewards, discounts and advantages change only where turns begin or end, and are kept as their runs of equal
+values.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from cola_ray.experience import Trajectory
 
 Array = np.ndarray
 _ACTION_TYPES = (np.uint8, np.uint16, np.int32)
-_SELDOM = ("action_mask", "rewards", "discounts", "advantages")
+_SELDOM = ("action_mask", "rewards", "discounts", "advantages", "turn_starts")
 """What few values of a sequence differ in."""
 
 
@@ -98,6 +99,7 @@ class Packed:
     rewards: Runs | None = None  # float32
     discounts: Runs | None = None  # float32
     advantages: Runs | None = None  # float32
+    turn_starts: Runs | None = None  # bool
     hidden_states: tuple[Array, ...] | None = None  # of each sequence (P + L - 1, H), where the engine sends them
     states_like: Array | None = None  # (0, H), of their type
 

@@ -104,6 +104,17 @@ def standardised(values: Tensor) -> Tensor:
     return (wide / spread.masked_fill(spread == 0, 1.0)).to(values.dtype)
 
 
+def clipped_reward(reward: float, limit: float | None) -> float:
+    """``reward`` in [-limit, limit]; None: as it is.
+
+    Clipped rewards keep single outliers from deciding a batch (Mnih et al. 2015, "Human-level control through deep
+    reinforcement learning", clip at 1).
+
+    Example: limit 1: -3 -> -1, 0.5 -> 0.5.
+    """
+    return reward if limit is None else min(max(reward, -limit), limit)
+
+
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
     """What a completion's reward loses for its length: 0 up to ``limit - buffer``, then linear to 1 at ``limit``.
 

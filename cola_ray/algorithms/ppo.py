@@ -1,15 +1,23 @@
-"""PPO: advantages of single actions from a value function, in trust regions (Schulman et al. 2017).
+"""PPO: advantages of single actions, or of turns, from a value function, in trust regions (Schulman et al. 2017).
 
     delta_t = r_t + g_t V_{t+1} - V_t,  A_t = delta_t + g_t lambda A_{t+1}      GAE (Schulman et al. 2016, eq. 16)
     loss    = -min(ratio A, clip(ratio, 1 - low, 1 + high) A)                   eq. 7, in policy_loss.py
 
     value   = max((V - R)^2, (clip(V, V_old - range, V_old + range) - R)^2)     as in OpenAI's baselines and TRL
 
-The value function is a head on the frozen base's e (learner/value.py).
+With ``rl.gae_level turn`` the steps t are an agent's turns k, as in ArCHer's upper level (Zhou et al. 2024, arXiv
+2402.19446) and in Turn-PPO (Li et al. 2025, arXiv 2512.17008):
+
+    r_k = sum of the rewards of turn k's actions,  V_k before its first action,  A_t = A_k for every action t of turn k
+
+so that V is asked, and fitted to A_k + V_k, at the first action of each turn alone. The value function is a head on the
+frozen base's e (learner/value.py).
 """
 
 import torch
 from torch import Tensor
+
+from cola_ray.algorithms.policy_loss import discounted_sum_to_go, following
 
 
 def generalised_advantages(
@@ -39,6 +47,34 @@ def generalised_advantages(
         next_values = torch.where(here, values[:, t], next_values)
         out[:, t] = torch.where(here, running, torch.zeros_like(running))
     return out
+
+
+def as_turns(rewards: Tensor, discounts: Tensor, mask: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards and discounts of turns, each at its turn's first action and 0 elsewhere, (B, T) both.
+
+    With ``starts`` as their mask, :func:`generalised_advantages` runs over turns. A turn's discount, of the value
+    before the next turn, is the product of those of its actions: 1 within the turn, times that of its last action.
+
+    Args:
+        rewards, discounts, mask: (B, T), of actions, as there.
+        starts: (B, T) bool, true at the first action of each turn, and so at the first one of each row.
+
+    Example: rewards [1, 2, 0, 4], discounts [1, 0.5, 1, 0], turns of two actions -> [3, 0, 4, 0], [0.5, 0, 0, 0].
+    """
+    last = mask & following(starts, mask, torch.ones_like(starts[:, 0]))
+    within = discounts.masked_fill(last, 0.0)
+    gains = discounted_sum_to_go(rewards, mask, within)
+    passed = discounted_sum_to_go(discounts.masked_fill(~last, 0.0), mask, within)
+    return gains.masked_fill(~starts, 0.0), passed.masked_fill(~starts, 0.0)
+
+
+def of_turns(values: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
+    """At each action the value at the first action of its turn, (B, T); 0 where masked.
+
+    Example: values [5, 6, 7, 8], mask [1, 1, 0, 1], starts [1, 0, 0, 1] -> [5, 5, 0, 8].
+    """
+    places = torch.arange(values.shape[1], device=values.device).where(starts, 0)
+    return values.gather(1, places.cummax(1).values).masked_fill(~mask, 0.0)
 
 
 def clipped_values(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:

@@ -230,7 +230,7 @@ def _check_rewards(config: Config) -> list[str]:
     return lines
 
 
-_METRICS = ("mean", "std", "failed", "zero_variance_groups", "taught_groups")
+_METRICS = ("mean", "std", "failed", "clipped", "zero_variance_groups", "taught_groups")
 
 
 def _any_takes_batches(rewards: Iterable[str]) -> bool:

@@ -39,6 +39,7 @@ class MicroBatch:
     advantages: Tensor  # (B, T) float32, of the outcome
     rewards: Tensor  # (B, T) float32
     discounts: Tensor  # (B, T) float32, of the value after each action
+    turn_starts: Tensor  # (B, T) bool, the first action of each turn
     hidden_states: Tensor | None = None  # (B, T, H), e, where the engine sends it
 
     @classmethod

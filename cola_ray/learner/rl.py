@@ -306,7 +306,10 @@ def _heads(
                                  "seed": config.seed}  # fmt: skip
     value = soft_q = None
     if config.algorithm.value_head:
-        value = ValueLearner(width, device, decay=rl.gae_lambda, whiten=True, cliprange=rl.cliprange_value, **shared)
+        value = ValueLearner(
+            width, device, decay=rl.gae_lambda, whiten=True, cliprange=rl.cliprange_value, gae_level=rl.gae_level,
+            **shared,
+        )  # fmt: skip
     elif rl.algorithm == "archer" and config.critic.token_baseline:
         value = ValueLearner(width, device, decay=1.0, whiten=False, cliprange=rl.cliprange_value, **shared)
     if config.algorithm.soft_q or rl.control_variate:

@@ -4,20 +4,22 @@
                           ^                                 │
                           └── squared error to A + V <──────┘    own Adam, own clip
 
+The decisions that have a value are actions; or turns, each at its first action (``rl.gae_level``, algorithms/ppo.py).
 The head reads e, which nothing here trains, so its gradients never meet the policy's: it has an optimizer of its own,
 and a large value error cannot use up the policy's gradient norm. Legend: B sequences, T positions, H hidden size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cola_ray.algorithms.advantages import beyond_noise, over_spread, typical_value, within_noise
 from cola_ray.algorithms.heads import HeadLearner
-from cola_ray.algorithms.ppo import clipped_values, generalised_advantages
-from cola_ray.learner.micro_batch import Advantages, Encoded
+from cola_ray.algorithms.ppo import as_turns, clipped_values, generalised_advantages, of_turns
+from cola_ray.learner.micro_batch import Advantages, Encoded, MicroBatch
 
 
 class ValueHead(nn.Module):
@@ -34,12 +36,12 @@ class ValueHead(nn.Module):
 
 @dataclass(frozen=True)
 class _Estimates:
-    """What the head says of a micro-batch's actions, (B, T) each, 0 where masked."""
+    """What the head says of a micro-batch's decisions, (B, T) each, 0 elsewhere."""
 
     values: Tensor
     advantages: Tensor  # GAE's
     returns: Tensor  # advantages + values, what the head is fitted to
-    gains: Tensor  # what follows each action, undecayed, whatever the values are
+    gains: Tensor  # what follows each decision, undecayed, whatever the values are
 
 
 class ValueLearner(HeadLearner):
@@ -51,25 +53,28 @@ class ValueLearner(HeadLearner):
         steps: gradient steps a batch.
         seed: of the head's first weights.
         cliprange: how far values may move on one batch; 0: as far as they will.
+        gae_level: what a decision is. token: an action. turn: all actions of a turn.
     """
 
     def __init__(
         self, width: int, device: torch.device, *, lr: float, grad_clip: float, decay: float, whiten: bool, steps: int,
-        seed: int, cliprange: float = 0.0,
+        seed: int, cliprange: float = 0.0, gae_level: Literal["token", "turn"] = "token",
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         super().__init__(ValueHead(width).to(device), lr=lr, grad_clip=grad_clip)
         self.decay, self.whiten, self.steps, self.cliprange = decay, whiten, steps, cliprange
+        self.gae_level = gae_level
 
     @torch.no_grad()
     def start(self, batches: Sequence[Encoded], num_actions: int) -> None:
-        """Before the first step: every value as if all actions were like the average one of the global batch.
+        """Before the first step: every value as if all decisions were like the average one of the global batch.
 
         All ranks call; once there has been a step it changes nothing.
         """
         if self.is_new:
+            level = level_of([self._decisions(one) for one in batches], self._num_decisions(batches, num_actions))
             nn.init.zeros_(self.online.layers[-1].get_parameter("weight"))
-            nn.init.constant_(self.online.layers[-1].get_parameter("bias"), level_of(batches, num_actions))
+            nn.init.constant_(self.online.layers[-1].get_parameter("bias"), level)
 
     @torch.no_grad()
     def advantages(
@@ -77,41 +82,68 @@ class ValueLearner(HeadLearner):
     ) -> tuple[list[Advantages], list[Tensor], dict[str, Tensor]]:
         """GAE's advantages of this rank's micro-batches, whitened where wanted; all ranks call.
 
-        Where all that comes after one action is worth the same as after any other, the head's errors are no advantage:
-        all are exactly 0. Whitened ones come with the deviation that they were divided by, 1 where they were not, for
-        whatever else belongs to the same objective.
+        Where all that comes after one decision is worth the same as after any other, the head's errors are no
+        advantage: all are exactly 0. Whitened ones come with the deviation that they were divided by, 1 where they
+        were not, for whatever else belongs to the same objective.
 
         Args:
             num_actions: over all ranks.
 
         Returns:
-            advantages; returns (B, T) to fit the head to; metric sums over actions: values, returns, their squared
-            deviations, squared errors of values.
+            advantages; returns (B, T) to fit the head to; values, returns, their squared deviations and squared errors
+            of values as metric sums, which over ``num_actions`` are means over decisions.
         """
-        found = [self._estimate(one) for one in batches]
-        largest, highest, lowest = _extremes(batches, found)
+        decisions, num_decisions = [self._decisions(one) for one in batches], self._num_decisions(batches, num_actions)
+        found = [self._estimate(one) for one in decisions]
+        largest, highest, lowest = _extremes(decisions, found)
         if bool(within_noise(highest - lowest, largest)):
             found = [replace(one, advantages=torch.zeros_like(one.gains), returns=one.gains) for one in found]
-        values, returns, advantages = (
-            _acted(batches, [getattr(one, name) for one in found]) for name in ("values", "returns", "advantages")
+        values, returns, errors = (
+            _acted(decisions, [getattr(one, name) for one in found]) for name in ("values", "returns", "advantages")
         )
+        of_actions = [
+            of_turns(of.advantages, one.batch.action_mask, self._decided(one.batch))
+            for one, of in zip(batches, found, strict=True)
+        ]
+        advantages = _acted(batches, of_actions)
         sums = _summed(values.sum(), returns.sum(), advantages.sum(), advantages.square().sum())
-        mean_return, mean = sums[1] / num_actions, sums[2] / num_actions
-        made = [Advantages(one.advantages) for one in found]
+        mean_return, mean = sums[1] / num_decisions, sums[2] / num_actions
+        made = [Advantages(one) for one in of_actions]
         if self.whiten:
             deviation = (_summed((advantages - mean).square().sum())[0] / num_actions).sqrt()
             divisor = torch.ones_like(deviation) if bool(within_noise(deviation, largest)) else deviation
-            whitened = (over_spread(one.advantages.double() - mean, deviation, largest) for one in found)
+            whitened = (over_spread(one.double() - mean, deviation, largest) for one in of_actions)
             made = [
                 Advantages(one.masked_fill(~encoded.batch.action_mask, 0.0).float(), deviation=divisor)
                 for one, encoded in zip(whitened, batches, strict=True)
             ]
+        each = num_actions / num_decisions
         return made, [one.returns for one in found], {
-            "value/mean": values.sum(),
-            "value/returns": returns.sum(),
-            "value/returns_deviation": (returns - mean_return).square().sum(),
-            "value/error": advantages.square().sum(),
+            "value/mean": each * values.sum(),
+            "value/returns": each * returns.sum(),
+            "value/returns_deviation": each * (returns - mean_return).square().sum(),
+            "value/error": each * errors.square().sum(),
         }  # fmt: skip
+
+    def _decided(self, batch: MicroBatch) -> Tensor:
+        """Where the head's values count, (B, T) bool."""
+        return batch.turn_starts if self.gae_level == "turn" else batch.action_mask
+
+    def _decisions(self, encoded: Encoded) -> Encoded:
+        """With decisions in the place of actions: their mask, rewards and discounts."""
+        if self.gae_level == "token":
+            return encoded
+        batch = encoded.batch
+        rewards, discounts = as_turns(encoded.rewards, batch.discounts, batch.action_mask, batch.turn_starts)
+        return replace(
+            encoded, batch=replace(batch, action_mask=batch.turn_starts, discounts=discounts), rewards=rewards
+        )
+
+    def _num_decisions(self, batches: Sequence[Encoded], num_actions: int) -> int:
+        """Over all ranks, which all call."""
+        if self.gae_level == "token":
+            return num_actions
+        return int(_summed(torch.stack([one.batch.turn_starts.sum() for one in batches]).sum())[0])
 
     def _estimate(self, encoded: Encoded) -> _Estimates:
         values, batch = self.online(encoded.hidden_states), encoded.batch
@@ -127,27 +159,29 @@ class ValueLearner(HeadLearner):
         """``steps`` gradient steps on ``mean (V - returns)^2``, or PPO's clipped error; all ranks call.
 
         Args:
-            returns: (B, T) of each micro-batch.
+            returns: (B, T) of each micro-batch, read where there are decisions.
 
         Raises:
             NonFiniteError: on every rank; the head is as before the step.
         """
 
+        num_decisions = self._num_decisions(batches, num_actions)
+
         def values(encoded: Encoded) -> Tensor:
-            found: Tensor = self.online(encoded.hidden_states)[encoded.batch.action_mask]
+            found: Tensor = self.online(encoded.hidden_states)[self._decided(encoded.batch)]
             return found
 
         def loss(encoded: Encoded, goals: Tensor, before: Tensor | None) -> Tensor:
             found = values(encoded)
             if before is not None:
                 found = clipped_values(found, before, goals, self.cliprange)
-            return beyond_noise(found - goals, goals).square().sum() / num_actions
+            return beyond_noise(found - goals, goals).square().sum() / num_decisions
 
         with torch.no_grad():
             known = [values(one) if self.cliprange else None for one in batches]
         for _ in range(self.steps):
             given = zip(batches, returns, known, strict=True)
-            self.accumulate(loss(one, goals[one.batch.action_mask], before) for one, goals, before in given)
+            self.accumulate(loss(one, goals[self._decided(one.batch)], before) for one, goals, before in given)
             self.descend()
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cola_ray.algorithms.advantages import Outcomes
+from cola_ray.algorithms.advantages import Outcomes, clipped_reward
 from cola_ray.algorithms.latent_actions import usage
 from cola_ray.algorithms.minibatches import permuted
 from cola_ray.batch import Batch, Picked, Tally, collate
@@ -75,6 +75,16 @@ class BatchMaker:
                 f"{share:.0%} of a step's {what} failed, more than task.max_failed_rewards = "
                 f"{self.config.task.max_failed_rewards:.0%}; the first one {failures[0]}"
             )
+
+    def clipped(self, reward: float) -> float:
+        """What the task gave, as it is learnt from."""
+        return clipped_reward(reward, self.config.rl.reward_clip_range)
+
+    def clipped_share(self, rewards: Sequence[float]) -> Metrics:
+        """How many of the rewards are clipped, where any may be."""
+        if self.config.rl.reward_clip_range is None:
+            return {}
+        return {"reward/clipped": float(np.mean([self.clipped(reward) != reward for reward in rewards]))}
 
     def counted(self, seconds: float) -> Metrics:
         """What became of prompts and workers so far; and the seconds that a step's rollouts took."""

@@ -151,7 +151,7 @@ class Episodes:
         if not self.batches.algorithm.replays:
             batches, more = await self._whole_episodes(episodes, step)
             return batches, metrics | more
-        rows = as_rows(episodes, self.workers.facts["feature_width"])
+        rows = as_rows(self._clipped(episodes), self.workers.facts["feature_width"])
         if self.critic_fitted:
             metrics |= await self.critic.assess(rows)
         await self.replay.store(rows)
@@ -203,16 +203,16 @@ class Episodes:
         groups: dict[int, list[Episode]] = {}
         for episode in episodes:
             groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
-        played = list(groups.values())
-        ordered, metrics = [episode for group in played for episode in group], Metrics()
+        ordered, metrics = [episode for group in groups.values() for episode in group], Metrics()
+        taught = [self._clipped(group) for group in groups.values()]
         if self.batches.algorithm.turns:
-            sequences, metrics = self._compare_turns(played)
+            sequences, metrics = self._compare_turns(taught)
             weights = [0.0] * len(ordered)  # each sequence brings its turns' own
         else:
-            returns = [[episode.total_reward for episode in group] for group in played]
+            returns = [[episode.total_reward for episode in group] for group in taught]
             outcomes = [Outcomes(torch.tensor(of_group, dtype=torch.float64)) for of_group in returns]
             weights = [advantage for of_group in self.batches.advantages(outcomes) for advantage in of_group]
-            sequences = [episode.as_trajectories(self.config.critic.gamma) for episode in ordered]
+            sequences = [one.as_trajectories(self.config.critic.gamma) for group in taught for one in group]
         self.samples.of_episodes(step, ordered, sequences, weights if self.batches.compare else ())
         trajectories, advantages, positions = list[Trajectory](), list[float](), list[int]()
         for episode, pieces, advantage in zip(ordered, sequences, weights, strict=True):
@@ -222,6 +222,10 @@ class Episodes:
         versions = [int(one.versions[0]) for one in trajectories]
         batches, more = await self.batches.train_on(pack(trajectories), advantages, positions, versions, step)
         return batches, metrics | more
+
+    def _clipped(self, episodes: Sequence[Episode]) -> list[Episode]:
+        """As they are learnt from."""
+        return [episode.with_rewards(self.batches.clipped) for episode in episodes]
 
     def _compare_turns(self, groups: Sequence[Sequence[Episode]]) -> tuple[list[list[Trajectory]], Metrics]:
         """Sequences of each episode, each turn with its advantage over others of its seed and of its state."""
@@ -283,7 +287,9 @@ class Episodes:
         returns = [episode.total_reward for episode in episodes]
         lengths = [len(turn.token_ids) for turn in turns]
         actions, versions = Tally.of([turn.actions for turn in turns]), Tally.of([turn.versions for turn in turns])
-        return self.batches.counted(seconds) | self.batches.measured(lengths, actions, versions, returns, step) | {
+        measured = self.batches.measured(lengths, actions, versions, returns, step)
+        clipped = self.batches.clipped_share([turn.reward for turn in turns])
+        return self.batches.counted(seconds) | measured | clipped | {
             "agent/episodes": float((step + 1) * self.config.rl.prompts_per_step * self.config.rl.group_size),
             "agent/turns": len(turns) / len(episodes),
             "agent/terminated": float(np.mean([episode.terminated for episode in episodes])),

@@ -4,7 +4,7 @@ position of the run ──> ticket (a new permutation every epoch) ──> worke
                              ^                                                                   │ rewards differ?
                              └──── dynamic sampling: other prompts for those without signal <────┤
                                                                                                  v
-         batches <── collate <── completions that ended <── advantages <── outcomes, less what is overlong
+         batches <── collate <── completions that ended <── advantages <── outcomes, clipped, less what is overlong
 """
 
 import functools
@@ -176,14 +176,14 @@ class Problems:
         return [one if self._keeps(sample) else None for sample, one in zip(group.scored, advantages, strict=True)]
 
     def outcomes(self, group: Group) -> Outcomes:
-        """Rewards as the algorithm sees them: less for what is overlong.
+        """Rewards as the algorithm sees them: clipped, and less for what is overlong.
 
         Where completions are compared with each other, or with the greedy one, and all have the same reward, length
         alone teaches nothing: DAPO drops such groups by their accuracy, before the penalty (Yu et al. 2025, eq. 11).
         """
         greedy = None if group.greedy is None or group.greedy.failure else group.greedy
         whole = [*group.scored, *([greedy] if greedy else [])]
-        rewards = torch.tensor([one.reward for one in whole], dtype=torch.float64)
+        rewards = torch.tensor([self.batches.clipped(one.reward) for one in whole], dtype=torch.float64)
         limit, buffer = self.config.rollout.max_new_tokens, self.config.rl.overlong_buffer
         if buffer and not (self.batches.algorithm.within_prompts and all_alike(rewards)):
             lengths = [one.length for one in whole]
@@ -200,12 +200,13 @@ class Problems:
         samples = [sample for group in scored for sample in group.scored]
         actions, versions = (Tally.over(getattr(group, name) for group in scored) for name in ("actions", "versions"))
         lengths, rewards = [one.length for one in samples], [one.reward for one in samples]
-        without_signal = of_each([torch.from_numpy(group.rewards) for group in scored], alike)
+        learnt = [[self.batches.clipped(reward) for reward in group.rewards.tolist()] for group in scored]
+        without_signal = of_each([torch.tensor(of_group) for of_group in learnt], alike)
         return counted | self.batches.measured(lengths, actions, versions, rewards, step) | {
             "reward/zero_variance_groups": float(torch.stack(without_signal).double().mean()),
             "rollout/distinct": float(np.mean([group.distinct / len(group.scored) for group in scored])),
             "rollout/truncated": float(np.mean([sample.truncated for sample in samples])),
-        } | _parts(samples) | _by_source(samples)  # fmt: skip
+        } | self.batches.clipped_share(rewards) | _parts(samples) | _by_source(samples)  # fmt: skip
 
 
 def _parts(samples: Sequence[Sample]) -> Metrics:

@@ -63,7 +63,8 @@ class Samples:
             zip(episodes, of_each, weights, strict=False), self.settings.prompts * size
         ):
             group, sibling = divmod(episode.position, size)
-            made += [_sample(step + 1, "train", group, sibling, piece, weight) for piece in pieces]
+            whole = (replace(piece, reward=episode.total_reward) for piece in pieces)  # not as it is learnt from
+            made += [_sample(step + 1, "train", group, sibling, piece, weight) for piece in whole]
         self.supervisor.samples(made)
 
     def of_evaluation(self, version: int, answers: Sequence[Answer], bare_base: bool) -> None:

@@ -16,6 +16,8 @@ from cola_ray.settings.relevance import defaults
 
 Condition = Callable[[Config], bool]
 _UNREAD = "nothing reads it"
+_UP_TO_ONE = ("arithmetic", "gsm8k", "math500", "twenty_questions", "guess_city")
+"""Tasks whose own rewards are all from -1 to 1."""
 _CLIPS = ("rl.clip_low", "rl.clip_high", "rl.clip_c")
 
 
@@ -180,6 +182,11 @@ def _nothing_frozen(config: Config) -> bool:
     rl = config.rl
     refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
     return rl.action_space == "token" and not rl.lora_rank and rl.steering == "off" and not refers
+
+
+def _never_clipped(config: Config) -> bool:
+    limit, task = config.rl.reward_clip_range, config.task
+    return limit is not None and limit >= 1 and task.name in _UP_TO_ONE and not task.reward
 
 
 def _base_trains(config: Config) -> bool:
@@ -362,6 +369,10 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         "rl.mask_truncated_completions", (True,), _actor_free, "Q learns from every step that there is an answer to",
     ),
+    Combination(
+        "rl.reward_clip_range", None, _never_clipped, "no reward of the task is further from 0 than 1",
+        "use less than 1, or leave it out",
+    ),
     Combination("rl.overlong_buffer", None, _agents, "episodes are limited by their turns"),
     Combination(
         "rl.overlong_buffer", None, _buffer_too_long, "more than rollout.max_new_tokens: nothing would be short enough",
@@ -388,7 +399,14 @@ COMBINATIONS: tuple[Combination, ...] = (
         "rl.control_variate", (True,), _any(_lacks("advantage"), _agents),
         f"for {', '.join(OF_OUTCOMES)} on problems with answers",
     ),
-    Combination("rl.gae_lambda", None, _lacks("value_head"), "only ppo reads it"),
+    *(
+        Combination(field, None, _lacks("value_head"), "only ppo reads it")
+        for field in ("rl.gae_lambda", "rl.gae_level")
+    ),
+    Combination(
+        "rl.gae_level", ("turn",), _answers, "an answer has one turn, and there would be nothing for GAE to run over",
+        f"leave it out, or use one of {', '.join(MULTI_TURN)} with `cola_ray agent`",
+    ),
     *(
         Combination(field, None, _without_values, "no value head and no Q trains")
         for field in ("rl.value_lr", "rl.value_steps")

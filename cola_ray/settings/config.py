@@ -226,7 +226,7 @@ def try_override(config: Config, changes: Mapping[str, Any]) -> tuple[Config, di
         elif dotted in _NOT_OFFERED:
             wrong[dotted] = f"{dotted} = {value!r}: {_NOT_OFFERED[dotted]}"
         else:
-            near = difflib.get_close_matches(dotted, schemas(), n=1)
+            near = difflib.get_close_matches(dotted, schemas(), n=1, cutoff=0.7)  # a slip, not another word
             wrong[dotted] = f"{dotted} = {value!r}: no such field; did you mean {near[0] if near else '--help'}?"
     try:
         return Config.model_validate(tree), wrong

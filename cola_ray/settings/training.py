@@ -400,6 +400,9 @@ class RLConfig(Branch):
     """grpo, rloo: groups whose rewards are all equal have no signal; other prompts take their place."""
     refill_rounds: Whole = 2
     """dynamic_sampling: how often a step asks other prompts for what is missing; after that its batch is smaller."""
+    reward_clip_range: Positive | None = None
+    """Rewards of completions, and of an agent's turns, are clipped to no more than this from 0 before anything is
+    learnt from them. Metrics, samples and evaluations have them as they were. None: no clip."""
     overlong_buffer: Whole = 0
     """Above 0: within so many tokens of rollout.max_new_tokens, a completion's reward falls, by 1 at the limit. With
     grpo, rloo and remax only among completions of a prompt whose rewards differ: length alone is no signal."""
@@ -418,7 +421,10 @@ class RLConfig(Branch):
     """Parts that a step's sequences are cut into, in every pass anew, with an optimizer step each. Ratios are to the
     policy before the first, and advantages are those of the whole batch."""
     gae_lambda: Share = 0.95
-    """ppo: decay of temporal-difference errors over actions."""
+    """ppo: decay of temporal-difference errors over actions, or over turns with gae_level turn."""
+    gae_level: Literal["token", "turn"] = "token"
+    """ppo, of agents: what advantages are of. token: each action has its own value and advantage. turn: an utterance
+    is one step, with a value at its first action and one advantage for all of its actions."""
     value_lr: Rate = 1e-3
     """Learning rate of the Adam of the value head, ppo's and archer's with critic.token_baseline, and of etpo's Q."""
     value_steps: Count = 4

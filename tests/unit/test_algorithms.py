@@ -258,7 +258,7 @@ def test_kl_in_the_loss_has_each_states_own_gradient(estimator):
 # --- the exact objective of a small decision process -----------------------------------------------------------------
 
 
-DEPTH, CHOICES, DISCOUNTS = 3, 3, (1.0, 0.5, 0.0)
+DEPTH, CHOICES, DISCOUNTS, TURN_STARTS = 3, 3, (1.0, 0.5, 0.0), (True, False, True)
 
 
 class Process:
@@ -304,6 +304,7 @@ class Process:
             rewards=self.rewards[self.rows[rows], self.actions[rows]],
             discounts=torch.tensor(DISCOUNTS, dtype=torch.float64).expand(shape),
             rollout_log_probs=torch.zeros(shape, dtype=torch.float64),
+            turn_starts=torch.tensor(TURN_STARTS).expand(shape),
         )  # fmt: skip
 
     def advantages(self):
@@ -343,11 +344,13 @@ def test_discounted_kl_in_the_reward_has_the_exact_objectives_gradient(estimator
         torch.testing.assert_close(found, process.wanted(beta), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("gae_level", ["token", "turn"])
 @pytest.mark.parametrize("estimator", ["exact", "k1"])
-def test_whitened_advantages_scale_the_whole_gradient(estimator, monkeypatch):
+def test_whitened_advantages_scale_the_whole_gradient(estimator, gae_level, monkeypatch):
     """PPO at rewards x 0.1 and beta 0.1, where the divergence is as much as rewards: no direction changes.
 
-    All sequences appear in proportion to the policy, so that the batch is the expectation.
+    With a lambda of 1, also where an action's advantage is that of its turn: what came before it in the turn does not
+    depend on it. All sequences appear in proportion to the policy, so that the batch is the expectation.
     """
     process = Process(seed=0, reward_scale=0.1)
     quarters = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
@@ -362,7 +365,7 @@ def test_whitened_advantages_scale_the_whole_gradient(estimator, monkeypatch):
     e = torch.randn(len(process.states), 4, generator=torch.Generator().manual_seed(1))[process.rows]
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
     learner = ValueLearner(
-        4, torch.device("cpu"), lr=1e-3, grad_clip=1.0, decay=1.0, whiten=True, steps=1, seed=0
+        4, torch.device("cpu"), lr=1e-3, grad_clip=1.0, decay=1.0, whiten=True, steps=1, seed=0, gae_level=gae_level
     )  # fmt: skip
     encoded = Encoded(batch, e, batch.rewards - beta * charges)
     (advantages,), _, _ = learner.advantages([encoded], batch.action_mask.numel())

@@ -122,6 +122,14 @@ REFUSED = [
         SOFT | {"rl.mask_truncated_completions": True},
         "rl.mask_truncated_completions = True: Q learns from every step",
     ),
+    (
+        {"rl.reward_clip_range": 1.0},
+        "rl.reward_clip_range = 1.0: no reward of the task is further from 0 than 1; use less",
+    ),
+    (
+        agent("ppo", rl__reward_clip_range=5),
+        "rl.reward_clip_range = 5.0: no reward of the task is further from 0 than 1",
+    ),
     (agent("ppo", rl__overlong_buffer=4), "rl.overlong_buffer = 4: episodes are limited by their turns"),
     ({"rl.overlong_buffer": 7, "rollout.max_new_tokens": 6}, "rl.overlong_buffer = 7: more than"),
     ({"rollout.top_k": 1}, "rollout.top_k = 1: all completions of a prompt would be the same"),
@@ -136,6 +144,15 @@ REFUSED = [
         "rl.control_variate = True: for grpo, rloo, remax, reinforce",
     ),
     ({"rl.gae_lambda": 0.9}, "rl.gae_lambda = 0.9: only ppo reads it"),
+    *(
+        (agent(algorithm, rl__gae_level="turn"), "rl.gae_level = 'turn': only ppo reads it; leave it out")
+        for algorithm in ("archer", "chai", "filtered_bc", "etpo")
+    ),
+    (agent("gigpo", rl__group_size=4, rl__gae_level="turn"), "rl.gae_level = 'turn': only ppo reads it; leave it out"),
+    (
+        {"rl.algorithm": "ppo", "rl.gae_level": "turn"},
+        "rl.gae_level = 'turn': an answer has one turn, and there would be nothing for GAE to run over; leave it out",
+    ),
     *(
         (agent("chai", **{field.replace(".", "__"): value}), f"{field} = {value!r}: no policy trains")
         for field, value in (
@@ -262,12 +279,17 @@ def test_no_part_of_a_documented_recipe_is_refused(words, monkeypatch):
         {"rl.lr_scheduler_type": "cosine", "rl.min_lr_ratio": 0.1, "rl.warmup_steps": 3, "rl.max_steps": 4},
         {"rl.algorithm": "ppo", "rl.cliprange_value": 0.2},
         agent("archer", critic__token_baseline=True, rl__cliprange_value=0.2),
+        agent("ppo", rl__gae_level="turn", rl__gae_lambda=0.9, critic__gamma=0.9, rl__cliprange_value=0.2),
         {"rl.importance_mode": "geometric_mask", "rl.importance_cap": 1.01},
         {"rl.algorithm": "remax", "rl.group_size": 1},
         {"rl.algorithm": "rloo", "rl.advantage": "grpo", "rl.scale_rewards": "batch"},
         agent("grpo", rl__group_size=8, rl__scale_rewards="none", rl__loss_agg_mode="seq-mean-token-sum-norm"),
         {"rl.algorithm": "reinforce", "rl.group_size": 1},
         {"rl.dynamic_sampling": True, "rl.refill_rounds": 4, "rl.overlong_buffer": 2},
+        {"rl.reward_clip_range": 0.5, "rl.overlong_buffer": 2},
+        {"rl.reward_clip_range": 5.0, "task.reward": ("length",), "task.reward_weights": (9.0,)},
+        agent("archer", rl__reward_clip_range=0.5),
+        {"task.name": "textworld", "rl.algorithm": "ppo", "rl.reward_clip_range": 1.0},
         {"rl.max_staleness": 1, "rl.update_mode": "continue", "rollout.top_k": 4},
         WINDOW,
         {"model.dtype": "bfloat16", "rollout.quantization": "fp8", "rollout.max_num_batched_tokens": 512},

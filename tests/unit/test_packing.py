@@ -55,7 +55,8 @@ def by_hand(rows, micro_batches, num_rows):
     """
     shape = num_rows, max(width for _, _, width in micro_batches)
     made = {"input_ids": np.full(shape, PAD, np.int64), "attention_mask": np.zeros(shape, np.int64),
-            "actions": np.zeros(shape, np.int64), "action_mask": np.zeros(shape, bool)}  # fmt: skip
+            "actions": np.zeros(shape, np.int64), "action_mask": np.zeros(shape, bool),
+            "turn_starts": np.zeros(shape, bool)}  # fmt: skip
     made |= {name: np.zeros(shape, np.float32) for name in ("rollout_log_probs", "advantages", "rewards", "discounts")}
     for row in range(num_rows):
         if row >= len(rows):
@@ -75,6 +76,8 @@ def by_hand(rows, micro_batches, num_rows):
             whole = one.rewards is None
             made["rewards"][at, place] = (advantage if last else 0.0) if whole else one.rewards[i]
             made["discounts"][at, place] = (0.0 if last else 1.0) if whole else one.discounts[i]
+            first = made["action_mask"][at, place] and not made["action_mask"][at, :place].any()
+            made["turn_starts"][at, place] = first if one.turn_starts is None else one.turn_starts[i]
     return made
 
 

@@ -84,6 +84,8 @@ def drawn(rows: slice) -> list[Encoded]:
     mask = torch.rand(6, 8) < 0.7
     e, rewards = torch.randn(6, 8, WIDTH), torch.randn(6, 8) * mask
     fields = {"rewards": rewards, "action_mask": mask, "discounts": torch.rand(6, 8) * mask}
+    first = mask & (mask.cumsum(1) == 1)
+    fields["turn_starts"] = first | (mask & (torch.rand(6, 8) < 0.4))
     return in_twos(e[rows], {name: tensor[rows] for name, tensor in fields.items()})
 
 
@@ -214,15 +216,17 @@ def test_a_head_with_a_clip_learns_as_if_its_loss_were_trls(alone, cliprange):
     assert all(same) == (cliprange == 1e6)
 
 
-def rank(number: int, size: int, port: int, out: str) -> None:
+def rank(number: int, size: int, port: int, out: str, gae_level: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=size)
     learner = ValueLearner(
-        WIDTH, torch.device("cpu"), lr=1e-2, grad_clip=1.0, decay=0.9, whiten=True, steps=3, seed=0
+        WIDTH, torch.device("cpu"), lr=1e-2, grad_clip=1.0, decay=0.9, whiten=True, steps=3, seed=0,
+        gae_level=gae_level,
     )  # fmt: skip
     count = actions_of(drawn(slice(0, 6)))
     mine = drawn(slice(0, 6) if size == 1 else slice(4 * number, 4 + 2 * number))
     for _ in range(4):
+        learner.start(mine, count)
         advantages, returns, _ = learner.advantages(mine, count)
         learner.fit(mine, returns, count)
     found = torch.cat([one.values for one in advantages])
@@ -230,12 +234,13 @@ def rank(number: int, size: int, port: int, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_fit_the_same_head_as_one(tmp_path):
+@pytest.mark.parametrize("gae_level", ["token", "turn"])
+def test_two_ranks_fit_the_same_head_as_one(tmp_path, gae_level):
     for size in (1, 2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        mp.spawn(rank, (size, port, str(tmp_path)), nprocs=size)
+        mp.spawn(rank, (size, port, str(tmp_path), gae_level), nprocs=size)
     alone, *both = [torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1")]
     for name, tensor in alone[0].items():
         torch.testing.assert_close(both[0][0][name], tensor, atol=1e-5, rtol=1e-5)
