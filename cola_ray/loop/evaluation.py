@@ -13,7 +13,7 @@ import numpy as np
 from cola_ray.loop.samples import Samples
 from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup
-from cola_ray.settings.training import RLConfig
+from cola_ray.settings.rl import RLConfig
 
 Metrics = dict[str, float]
 Summary = Callable[[Sequence[float]], Metrics]

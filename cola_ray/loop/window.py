@@ -19,7 +19,7 @@ from cola_ray.batch import Group
 from cola_ray.experience import Ticket
 from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup
-from cola_ray.settings.training import RLConfig
+from cola_ray.settings.rl import RLConfig
 
 Left = Mapping[str, Sequence[int]]
 """``owed``, positions that steps have left for later ones; ``early``, later ones that they have trained on."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from cola_ray.experience import Ticket
 from cola_ray.loop.supervisor import Supervisor
-from cola_ray.settings.training import RolloutConfig
+from cola_ray.settings.rl import RolloutConfig
 
 
 class WorkerLostError(RuntimeError):

@@ -2,7 +2,7 @@
 
     config = override(config, {"rl.kl_coef": 0.01})            # a new tree; Ray Tune uses this
 
-Its branches stand in training.py and studies.py, complete trees in presets.py. What one field may be stands in its type
+Its branches stand in training.py, rl.py and studies.py, complete trees in presets.py. What one field may be stands in its type
 (limits.py); what several may be together, and what a run needs of its machine, in refusals.py.
 
 Sizes are counted in tokens, problems or sequences; times end in ``_s``.
@@ -22,6 +22,7 @@ from cola_ray import registry
 from cola_ray.settings import algorithms
 from cola_ray.settings.algorithms import Algorithm
 from cola_ray.settings.limits import Branch, Seed, Trackers, refusals
+from cola_ray.settings.rl import CriticConfig, ReplayConfig, RLConfig, RolloutConfig
 from cola_ray.settings.studies import (
     ClusterConfig,
     DiversityConfig,
@@ -34,16 +35,7 @@ from cola_ray.settings.studies import (
     SearchConfig,
     SweepConfig,
 )
-from cola_ray.settings.training import (
-    CriticConfig,
-    DataConfig,
-    ModelConfig,
-    PretrainConfig,
-    ReplayConfig,
-    RLConfig,
-    RolloutConfig,
-    TaskConfig,
-)
+from cola_ray.settings.training import DataConfig, ModelConfig, PretrainConfig, TaskConfig
 
 MULTI_TURN = tuple(registry.BUILT_IN["environment"])
 """Tasks that are environments; `cola_ray agent` plays them."""
