@@ -2,8 +2,8 @@
 
     config = override(config, {"rl.kl_coef": 0.01})            # a new tree; Ray Tune uses this
 
-Its branches stand in training.py, rl.py and studies.py, complete trees in presets.py. What one field may be stands in its type
-(limits.py); what several may be together, and what a run needs of its machine, in refusals.py.
+Its branches stand in training.py, rl.py and studies.py, complete trees in presets.py. What one field may be stands in
+its type (limits.py); what several may be together, and what a run needs of its machine, in refusals.py.
 
 Sizes are counted in tokens, problems or sequences; times end in ``_s``.
 """
