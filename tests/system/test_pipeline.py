@@ -149,19 +149,23 @@ def test_a_sweep_in_short(model, tmp_path):
     assert (folder / "frontier.png").stat().st_size > 5000
 
 
-def test_the_same_run_over_tokens(finished, model):
-    """The plain base of the same model, in vLLM's own Llama; all of it trains."""
-    run = Run("rl_math", finished.where / "tokens", *SHORT_RL, "--rl.max-steps", "2", "--rl.action-space", "token",
-              "--model.path", model)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("steering", ["off", "all"])
+def test_the_same_run_over_tokens(finished, model, steering):
+    """The plain base of the same model, in vLLM's own Llama; all of it trains, or a vector for each layer."""
+    run = Run("rl_math", finished.where / f"tokens-{steering}", *SHORT_RL, "--rl.max-steps", "2",
+              "--rl.action-space", "token", "--rl.steering", steering, "--model.path", model)  # fmt: skip
     run.finish()
     summary = run.summary
     assert summary["base_accuracy"] == summary["bc_accuracy"] == finished.summary["base_accuracy"]
     assert max(run.series("policy/rollout_mismatch_max").values()) < 1e-4
-    start = LlamaForCausalLM.from_pretrained(run.output / "base").state_dict()
+    begun = run.output / ("base" if steering == "off" else "steered")
+    start = LlamaForCausalLM.from_pretrained(begun).state_dict()
     end = LlamaForCausalLM.from_pretrained(run.output / "model").state_dict()
     assert start.keys() == end.keys()
     for name, tensor in start.items():
-        assert not torch.equal(end[name], tensor), name
+        trains = steering == "off" or name.endswith("down_proj.bias")
+        assert torch.equal(end[name], tensor) != trains, name
 
 
 @pytest.mark.slow

@@ -85,6 +85,7 @@ def rank_of(rank, port, cola_dir, base_dir):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_each_of_four_ranks_loads_a_quarter(cola_dir, base_dir):
     with socket.socket() as probe:

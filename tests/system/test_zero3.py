@@ -194,7 +194,10 @@ def train_and_check(rank: int, learner: RLLearner, space: str, out: str):
     return {"losses": losses, "policy": straight, "resumed": resumed, "saved": saved}
 
 
-@pytest.fixture(scope="module", params=list(SPACES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(one, marks=[pytest.mark.slow] * (one in ("adapters", "actor_free"))) for one in SPACES],
+)
 def space(request):
     return request.param
 
