@@ -30,7 +30,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from cola_ray.algorithms.minibatches import Passes, deal
+from cola_ray.algorithms.mini_batches import Passes, deal
 from cola_ray.experience import Trajectory
 from cola_ray.packing import Packed, pack, taken_from
 

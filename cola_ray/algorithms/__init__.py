@@ -8,6 +8,6 @@
 
 What they have in common: sums over actions (advantages.py), distributions over actions (latent_actions.py), the losses
 that an advantage enters, with its penalties (policy_loss.py), how they add up (aggregation.py), what another policy's
-rollouts weigh (importance.py), how a batch is cut into optimizer steps (minibatches.py), learning rates (schedules.py),
-and small networks with their optimizers (heads.py).
+rollouts weigh (importance.py), how a batch is cut into optimizer steps (mini_batches.py), learning rates
+(schedules.py), and small networks with their optimizers (heads.py).
 """

@@ -228,7 +228,7 @@ def _of_shape(config: Config, shape: checkpoints.Shape, cola: bool) -> Iterator[
     if cola and shape.kind != "cola":
         yield f"a plain {shape.kind} model; make a CoLA model of it with `cola_ray pretrain --model.base`"
         return
-    kind = shape.settings.get("base_model_type", "") if shape.kind == "cola" else shape.kind
+    kind = str(shape.settings["model_type"])  # the base's
     if config.rl.steering != "off" and not families.family(kind, whose).mlp_bias:
         yield f"a {kind} model, whose MLPs have no biases, as rl.steering needs; use a llama, or rl.lora_rank instead"
     if 0 < shape.head < 32 and not config.cluster.use_gpu:

@@ -26,6 +26,7 @@ from cola_ray.model.conversion import is_released, opened, plain_base, save, wit
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead, positions
 from cola_ray.model.tensors import empty
 from cola_ray.settings.config import Config
+from cola_ray.settings.rl import steered_layers
 
 States = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """Logits (N, K); e (B, T, H), the reference's logits (N, K), aliases (N, K): each None where nobody asks for it."""
@@ -178,8 +179,9 @@ class TokenPolicy(nn.Module):
         super().__init__()
         self.width, self.num_actions = base.config.hidden_size, base.config.vocab_size
         self.with_reference, self.lora_rank = with_reference, lora_rank
-        for layer in {"off": [], "all": base.model.layers, "last": base.model.layers[-1:]}[steering]:
-            layer.mlp.down_proj = Steered(layer.mlp.down_proj)
+        layers = base.model.layers
+        for index in steered_layers(steering, len(layers)):
+            layers[index].mlp.down_proj = Steered(layers[index].mlp.down_proj)
         self.whole = not lora_rank and steering == "off"
         self.reference = copy.deepcopy(base) if with_reference and self.whole else None
         self.policy: Any = _adapted(base, lora_rank) if lora_rank else base
@@ -302,8 +304,7 @@ def make_policy(config: Config, model_path: str) -> Policy:
     shape, tensors = opened(model_path)
     latent = rl.action_space == "latent"
     model = empty(CoLAForCausalLM if latent else AutoModelForCausalLM, shape, dtype)
-    whole = not rl.lora_rank and rl.steering == "off"
-    if not whole:  # what trains is made for weights that are there
+    if not rl.trains_all_weights:  # what trains is made for weights that are there
         fill(model, tensors, on_host=lambda _: config.cluster.offload_frozen)
     policy: Policy
     if latent and rl.actor_free:
@@ -314,7 +315,7 @@ def make_policy(config: Config, model_path: str) -> Policy:
     else:
         refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
         policy = TokenPolicy(model, lora_rank=rl.lora_rank, steering=rl.steering, with_reference=refers)
-    if whole:
+    if rl.trains_all_weights:
         frozen = config.cluster.offload_frozen
         fill(policy, tensors, stored=policy.stored, whole=("q.",),
              on_host=lambda name: frozen and not name.startswith(policy.trained))  # fmt: skip

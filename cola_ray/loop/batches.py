@@ -14,7 +14,7 @@ import torch
 
 from cola_ray.algorithms.advantages import Outcomes, clipped_reward
 from cola_ray.algorithms.latent_actions import usage
-from cola_ray.algorithms.minibatches import permuted
+from cola_ray.algorithms.mini_batches import permuted
 from cola_ray.batch import Batch, Picked, Tally, collate
 from cola_ray.loop.evaluation import HeldOut
 from cola_ray.loop.replay_client import ReplayClient

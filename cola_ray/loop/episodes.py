@@ -225,6 +225,8 @@ class Episodes:
 
     def _clipped(self, episodes: Sequence[Episode]) -> list[Episode]:
         """As they are learnt from."""
+        if self.config.rl.reward_clip_range is None:
+            return [*episodes]
         return [episode.with_rewards(self.batches.clipped) for episode in episodes]
 
     def _compare_turns(self, groups: Sequence[Sequence[Episode]]) -> tuple[list[list[Trajectory]], Metrics]:

@@ -222,12 +222,14 @@ def action_log_probs(
     if temperature is not None:
         temperature = torch.where(temperature > 0, temperature, torch.ones_like(temperature))
         logits = logits / temperature[..., None].to(logits.dtype)
+    if top_k is None and top_p is None:
+        return logits.log_softmax(-1)
+    ranked = logits.sort(dim=-1, descending=True).values
     if top_k is not None:
         keep = torch.where(top_k > 0, top_k.clamp(max=num_actions), torch.full_like(top_k, num_actions))
-        kth = logits.sort(dim=-1, descending=True).values.gather(-1, (keep - 1)[..., None])
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        kth = ranked.gather(-1, (keep - 1)[..., None])
+        logits, ranked = (one.masked_fill(one < kth, float("-inf")) for one in (logits, ranked))
     if top_p is not None:
-        ranked = logits.sort(dim=-1, descending=True).values
         probs = ranked.softmax(-1)
         before = probs.cumsum(-1) - probs  # of what is more probable
         last = (before < top_p[..., None]).sum(-1, keepdim=True) - 1
@@ -809,11 +811,11 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
         rows = (
-            None if _is_zero(temperature) else _per_row(temperature, input_ids, torch.float32),
-            None if _is_zero(top_k) else _per_row(top_k, input_ids),
+            None if _is(temperature, 0) else _per_row(temperature, input_ids, torch.float32),
+            None if _is(top_k, 0) else _per_row(top_k, input_ids),
             _per_row(seed, input_ids),
         )
-        share = None if isinstance(top_p, float) and top_p == 1.0 else _per_row(top_p, input_ids, torch.float32)
+        share = None if _is(top_p, 1) else _per_row(top_p, input_ids, torch.float32)
         cache = DynamicCache(config=self.config)
         position_ids = positions(mask, input_ids.shape, device)
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -838,8 +840,8 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
         return tokens, taken, log_probs
 
 
-def _is_zero(value: float | Tensor) -> bool:
-    return not isinstance(value, Tensor) and value == 0
+def _is(value: float | Tensor, number: int) -> bool:
+    return not isinstance(value, Tensor) and value == number
 
 
 def _per_row(value: float | Tensor, input_ids: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -79,19 +79,19 @@ class Settings:
     """Settings of requests by index, on the host and, until a request arrives or moves, on the device."""
 
     def __init__(self, size: int) -> None:
-        self.shares = np.zeros((2, size), np.float32)  # temperature, top_p
-        self.shares[1] = 1.0
+        self.floats = np.zeros((2, size), np.float32)  # temperature, top_p
+        self.floats[1] = 1.0
         self.integers = np.zeros((4, size), np.int64)  # top_k, seed, prompt length, slot
         self.integers[3] = -1
         self.forced: list[tuple[int, ...]] = [()] * size
 
     def put(self, index: int, request: ActionRequest, prompt_length: int) -> None:
-        self.shares[:, index] = request.temperature, request.top_p
+        self.floats[:, index] = request.temperature, request.top_p
         self.integers[:, index] = request.top_k, request.seed, prompt_length, request.slot
         self.forced[index] = request.forced
 
     def move(self, source: int, target: int, swap: bool) -> None:
-        for columns in (self.shares, self.integers):
+        for columns in (self.floats, self.integers):
             replaced = columns[:, target].copy()
             columns[:, target] = columns[:, source]
             if swap:
@@ -99,10 +99,10 @@ class Settings:
         self.forced[source], self.forced[target] = self.forced[target] if swap else (), self.forced[source]
 
     def to(self, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
-        """Of the first ``count``: shares (2, count) and integers (4, count)."""
+        """Of the first ``count``: floats (2, count) and integers (4, count)."""
         # Copies, because on CPU the device's tensors would be these arrays.
         whole = async_tensor_h2d(self.integers[:, :count].copy(), device=device)
-        return async_tensor_h2d(self.shares[:, :count].copy(), device=device), whole
+        return async_tensor_h2d(self.floats[:, :count].copy(), device=device), whole
 
 
 class RowTable:
@@ -153,12 +153,12 @@ class RowTable:
         (temperature, top_p), (top_k, seed, prompt_length, slot) = self.fixed
         step, forced = async_tensor_h2d(steps, device=device), self._forced(steps)
         return Rows(
-            temperature if self.settings.shares[0, :num_rows].any() else None,
+            temperature if self.settings.floats[0, :num_rows].any() else None,
             top_k if self.settings.integers[0, :num_rows].any() else None,
             seed,
             prompt_length + (step - 1),
             None if forced is None else async_tensor_h2d(forced, device=device),
-            top_p if (self.settings.shares[1, :num_rows] < 1).any() else None,
+            top_p if (self.settings.floats[1, :num_rows] < 1).any() else None,
             slot if (self.settings.integers[3, :num_rows] >= 0).any() else None,
             step,
         )

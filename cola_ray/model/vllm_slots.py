@@ -62,12 +62,12 @@ class SlotSettings:
         step = position - (prompt_length - 1)
         inside, settings = step >= 0, self.settings  # within a prompt, a row's draw is not used
         return Rows(
-            temperature if settings.shares[0, index_on_host].any() else None,
+            temperature if settings.floats[0, index_on_host].any() else None,
             top_k if settings.integers[0, index_on_host].any() else None,
             seed,
             position,
             self._forced(index, step) if any(settings.forced[one] for one in index_on_host.tolist()) else None,
-            top_p if (settings.shares[1, index_on_host] < 1).any() else None,
+            top_p if (settings.floats[1, index_on_host] < 1).any() else None,
             torch.where(inside, slot, -1) if (settings.integers[3, index_on_host] >= 0).any() else None,
             step.clamp_min(0),
         )

@@ -224,10 +224,8 @@ class AgentWorker(EngineWorker):
         max_new_tokens: int = 0,
         actions: Sequence[int] = (),
     ) -> Request:
-        rollout = self.config.rollout
-        top_k, top_p = (rollout.top_k, rollout.top_p) if temperature else (0, 1.0)
-        limit = max_new_tokens or rollout.max_new_tokens
-        return Request(list(ids), seed, temperature, top_k, limit, actions, self.endings.strings, top_p=top_p)
+        limit = max_new_tokens or self.config.rollout.max_new_tokens
+        return self._sampled(list(ids), seed, limit, temperature, actions=actions, stop=self.endings.strings)
 
 
 def _utterance(c: Completion) -> Utterance:

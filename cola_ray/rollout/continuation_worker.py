@@ -11,7 +11,6 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cola_ray.rollout.engine import Request
 from cola_ray.rollout.worker import EngineWorker
 from cola_ray.settings.config import Config
 
@@ -30,17 +29,14 @@ class ContinuationWorker(EngineWorker):
         self, prefixes: Sequence[Sequence[int]], count: int, sampling: Sampling
     ) -> list[list[str]]:
         """Return ``count`` continuations of each prefix, without it, of at most ``rollout.max_new_tokens`` tokens."""
-        limit, rollout = self.config.rollout.max_new_tokens, self.config.rollout
+        limit = self.config.rollout.max_new_tokens
         requests = []
         for place, prefix in enumerate(prefixes):
             for number in range(count):
                 seed = self._seed(SAMPLINGS.index(sampling), place, number)
                 forced = np.random.default_rng(seed).integers(self.choices, size=limit).tolist()
                 uniform = sampling.startswith("random")
-                requests.append(
-                    Request(prefix, seed, rollout.temperature, rollout.top_k, limit, forced if uniform else (),
-                            top_p=rollout.top_p)
-                )  # fmt: skip
+                requests.append(self._sampled(prefix, seed, limit, actions=forced if uniform else ()))
         made = await self.batch.complete(requests)
         texts = [self.tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in made]
         return [texts[start : start + count] for start in range(0, len(texts), count)]

@@ -417,7 +417,7 @@ class TokenEngine(Engine):
 
     def _loader(self) -> Loader:
         if self.steering != "off":
-            return functools.partial(load_vectors, last=self.steering == "last")
+            return functools.partial(load_vectors, steering=self.steering)
         return load_projections if self.adapters else load_base
 
 

@@ -134,8 +134,9 @@ class EvaluationWorker(RolloutWorker):
         def request(ids: Sequence[int], number: int, actions: Sequence[int], new_tokens: int) -> Request:
             seed = self._seed(_EVALUATION, index, number)
             prefix = len(ids) - len(prompt)
-            return Request(ids, seed, rollout.temperature, rollout.top_k, new_tokens, actions, self.endings.strings,
-                           prefix, rollout.top_p)  # fmt: skip
+            return self._sampled(
+                ids, seed, new_tokens, actions=actions, stop=self.endings.strings, response_prefix=prefix
+            )
 
         score = functools.partial(self._values, index)
         kept = min(rollout.top_k or self.num_actions, self.num_actions)

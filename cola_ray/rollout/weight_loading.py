@@ -19,6 +19,7 @@ arguments plain.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cola_ray.settings.rl import steered_layers
 from cola_ray.weights import Broadcast, BroadcastReceiver, Bucket, Offer, WeightReceiver, WeightTransferError
 
 if TYPE_CHECKING:
@@ -96,14 +97,14 @@ def load_projections(model: Any, receiver: Receiver, model_config: Any) -> None:
     _reload(model, receiver, expected, modules, model_config)
 
 
-def load_vectors(model: Any, receiver: Receiver, model_config: Any, last: bool = False) -> None:
-    """Load steering vectors, of all decoder layers or of the last one, as biases.
+def load_vectors(model: Any, receiver: Receiver, model_config: Any, steering: str) -> None:
+    """Load the steering vectors of ``rl.steering`` as biases.
 
     In place: unlike weights, biases are held as they are and passed with every call. A process of several holds each
     of these whole.
     """
     layers = model.model.layers
-    chosen = range(len(layers) - 1 if last else 0, len(layers))
+    chosen = steered_layers(steering, len(layers))
     biases = {f"model.layers.{index}.mlp.down_proj.bias": layers[index].mlp.down_proj.bias for index in chosen}
     for name, tensor in receiver.finish(list(biases)):
         biases[name].data.copy_(tensor)

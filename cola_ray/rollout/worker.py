@@ -114,6 +114,16 @@ class EngineWorker:
     async def peak_memory_gb(self) -> float:
         return peak_memory_gb()
 
+    def _sampled(
+        self, prompt: Sequence[int], seed: int, limit: int, temperature: float | None = None, **more: Any
+    ) -> Request:
+        """A request that is sampled as the settings say, at their temperature unless told otherwise; 0 is greedy, and
+        scored without truncation."""
+        rollout = self.config.rollout
+        heat = rollout.temperature if temperature is None else temperature
+        top_k, top_p = (rollout.top_k, rollout.top_p) if heat else (0, 1.0)
+        return Request(prompt, seed, heat, top_k, limit, top_p=top_p, **more)
+
     def _seed(self, *place: int) -> int:
         """Return the seed of a request's draws, which depends on the run's seed and ``place`` alone."""
         return int(np.random.SeedSequence((self.config.seed, *place)).generate_state(1, np.uint64)[0] >> 2)
@@ -204,11 +214,8 @@ class RolloutWorker(EngineWorker):
         return [groups, *data]
 
     def _request(self, prompt: Sequence[int], seed: int, greedy: bool) -> Request:
-        rollout = self.config.rollout
-        limit, stop = rollout.max_new_tokens, self.endings.strings
-        if greedy:
-            return Request(prompt, seed, 0.0, 0, limit, stop=stop)
-        return Request(prompt, seed, rollout.temperature, rollout.top_k, limit, stop=stop, top_p=rollout.top_p)
+        limit = self.config.rollout.max_new_tokens
+        return self._sampled(prompt, seed, limit, 0.0 if greedy else None, stop=self.endings.strings)
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[Answer]:
         """Answer held-out problems greedily, by the policy or the bare base; rewards are NaN where scoring failed.

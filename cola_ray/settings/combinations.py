@@ -181,7 +181,7 @@ def _nothing_ahead(config: Config) -> bool:
 def _nothing_frozen(config: Config) -> bool:
     rl = config.rl
     refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
-    return rl.action_space == "token" and not rl.lora_rank and rl.steering == "off" and not refers
+    return rl.action_space == "token" and rl.trains_all_weights and not refers
 
 
 def _never_clipped(config: Config) -> bool:

@@ -95,6 +95,11 @@ class RolloutConfig(Branch):
     """Times in a row a worker may die without completing a share before the run fails."""
 
 
+def steered_layers(steering: str, num_layers: int) -> range:
+    """Which of a base's decoder layers get a steering vector."""
+    return range({"off": num_layers, "last": num_layers - 1, "all": 0}[steering], num_layers)
+
+
 class RLConfig(Branch):
     algorithm: Annotated[
         str, AfterValidator(_known_algorithm), Field(json_schema_extra={"enum": list(registry.BUILT_IN["algorithm"])})
@@ -239,6 +244,11 @@ class RLConfig(Branch):
     """Held-out problems an evaluation asks."""
     save_every: Count = 20
     """Steps between checkpoints."""
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether neither adapters nor steering vectors train in the place of what the action space names."""
+        return not self.lora_rank and self.steering == "off"
 
 
 class ReplayConfig(Branch):

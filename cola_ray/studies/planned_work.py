@@ -22,6 +22,7 @@ from typing import Any
 
 from cola_ray.learner.pieces import AT_ONCE
 from cola_ray.settings.config import Config, ConfigError
+from cola_ray.settings.rl import steered_layers
 from cola_ray.settings.training import PretrainStage
 
 
@@ -281,13 +282,13 @@ def adapters(m: Sizes, rank: int) -> float:
 
 def vectors(m: Sizes, steering: str) -> float:
     """P of steering vectors."""
-    return m.width * {"off": 0.0, "all": float(m.layers), "last": 1.0}[steering]
+    return m.width * len(steered_layers(steering, int(m.layers)))
 
 
 def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
     """The base itself, adapters in it, or steering vectors, whose gradient passes the layers above the lowest one."""
     rl, b, rank = config.rl, m.num_bytes, config.rl.lora_rank
-    whole, passed = not rank and rl.steering == "off", 0 if rl.steering == "last" else m.layers
+    whole, passed = rl.trains_all_weights, 0 if rl.steering == "last" else m.layers
     refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
     logits, numbers = rows.scored * 2.0 * m.width * m.vocabulary, rows.scored * m.vocabulary
     own = adapters(m, rank) + vectors(m, rl.steering)

@@ -141,7 +141,7 @@ def _published(config: Config, model: str, weights: dict[str, Tensor]) -> Iterat
     kind: Any = policies.TokenPolicy
     if rl.action_space == "latent":
         kind = policies.SoftQPolicy if rl.actor_free else policies.LatentPolicy
-    if not rl.lora_rank and rl.steering == "off":
+    if rl.trains_all_weights:
         for name, tensor in weights.items():
             yield kind.stored(name), tensor.to(dtype)
         return

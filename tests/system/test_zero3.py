@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.algorithms.heads import polyak_
-from cola_ray.algorithms.minibatches import permuted
+from cola_ray.algorithms.mini_batches import permuted
 from cola_ray.batch import Batch, collate
 from cola_ray.experience import Trajectory
 from cola_ray.learner.engine import NonFiniteError, join_group, last_checkpoint, save_checkpoint

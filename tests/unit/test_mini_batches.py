@@ -13,7 +13,7 @@ import torch
 from conftest import NUM_ACTIONS, VOCAB_SIZE, small_llama
 
 from cola_ray import CoLAForCausalLM
-from cola_ray.algorithms.minibatches import deal, permuted
+from cola_ray.algorithms.mini_batches import deal, permuted
 from cola_ray.batch import collate
 from cola_ray.experience import Trajectory
 from cola_ray.learner.micro_batch import Advantages, Frozen, MicroBatch, Ready, Scored
