@@ -9,6 +9,7 @@ import pytest
 from cola_ray.checks.refusals import check
 from cola_ray.cli import arguments
 from cola_ray.cli.arguments import from_command_line
+from cola_ray.model.checkpoints import RELEASED
 from cola_ray.runs.provenance import resolve, start_model
 from cola_ray.settings.config import Config, ConfigError, override
 from cola_ray.settings.presets import preset
@@ -88,6 +89,28 @@ def test_heads_too_small_for_cpu(tmp_path):
 def test_checkpoint_with_fewer_actions(tmp_path):
     path = config_file(tmp_path, model_type="cola", hidden_size=64, num_attention_heads=2, num_actions=8)
     assert "codebook has 8 actions" in refusal({"model.path": path, "rollout.top_k": 9})
+
+
+@pytest.mark.parametrize(
+    ("whose", "has_biases"),
+    [
+        ({"model_type": "llama"}, True),
+        ({"model_type": "mistral"}, False),
+        ({"model_type": "cola", "base_model_type": "mistral"}, False),
+        ({"model_type": "cola", "base_model_type": "smollm3"}, True),
+        ({"model_type": "llama", "architectures": [RELEASED]}, True),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_steering_vectors_need_a_base_with_biases(tmp_path, whose, has_biases):
+    path = config_file(tmp_path, hidden_size=64, num_attention_heads=2, num_key_value_heads=2, **whose)
+    field = "model.path" if len(whose) > 1 else "model.base"
+    asked = override(preset("tiny"), TOKENS | {field: path, "rl.steering": "all"})
+    if has_biases:
+        check(asked)
+    else:
+        with pytest.raises(ConfigError, match=r"a mistral model, whose MLPs have no biases, as rl.steering needs"):
+            check(asked)
 
 
 def test_texts_longer_than_the_checkpoints_context(tmp_path):
