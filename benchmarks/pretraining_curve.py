@@ -14,7 +14,6 @@ since the point before; the base's loss is that of the same rows. Needs the pack
 import argparse
 import itertools
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -39,18 +38,19 @@ ENDS = {"": "", "_low": ", low", "_high": ", high"}
 SAMPLE = ["--diversity.prefixes", "24", "--diversity.continuations", "6", "--rollout.max-new-tokens", "32"]
 
 
-def train_until(step: int, run: Path, gsm8k: Path, deadline: float) -> bool:
+def train_until(step: int, run: Path, gsm8k: Path, threads: int, deadline: float) -> bool:
     """Let the run come to ``step`` and stop it there; whether it did before the deadline."""
     settings = ["--preset", "smollm2-135m", "--data.path", str(gsm8k / "train.jsonl"), "--pretrain.stages", "actions",
                 "--pretrain.steps.actions", "1000000", "--pretrain.min-lr-ratio", "1", "--pretrain.states", "bfloat16",
-                "--pretrain.save-every", "64", "--cluster.learner-ranks", "1", "--output-dir", str(run)]  # fmt: skip
+                "--pretrain.save-every", "64", "--cluster.learner-ranks", "1",
+                "--cluster.threads-per-process", str(threads), "--output-dir", str(run)]  # fmt: skip
     if run.exists():
         settings.append("--resume")
     with (run.parent / "log.txt").open("a") as log:
         job = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "pretrain.py"), *settings], stdout=log, stderr=log)
     while job.poll() is None and reached(run) < step and time.monotonic() < deadline:
         time.sleep(2)
-    job.send_signal(signal.SIGINT)
+    job.send_signal(signal.SIGTERM)  # which a shell's background jobs do not ignore, as they do SIGINT
     if job.wait() not in (0, 130):
         raise SystemExit(f"the run failed; see {run.parent / 'log.txt'}")
     return reached(run) >= step
@@ -101,14 +101,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=180.0, help="of training in this call")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     folder, gsm8k = args.folder.absolute(), args.gsm8k.absolute()
     (folder / "points").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
     for step in (FIRST << doubling for doubling in itertools.count()):
         if reached(folder / "run") >= step:
             continue
-        came = train_until(step, folder / "run", gsm8k, deadline)
+        came = train_until(step, folder / "run", gsm8k, args.threads, deadline)
         keep(folder / "run", folder / "points")
         for name, row in rows(folder, gsm8k):
             print(name, row, flush=True)
