@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from cola_ray.settings.config import TaskConfig
 from cola_ray.tasks import make_task
+from cola_ray.tasks.chat import ChatTokenizer
 
 
 class Clock(TrainerCallback):
@@ -28,19 +29,31 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
+class TimedTrainer(trl.GRPOTrainer):
+    """Knows how long each batch of completions took, with their rewards; the rest of a step is the update."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        begun = time.perf_counter()
+        outputs = super()._generate_and_score_completions(inputs)
+        self.rollout_seconds = [*getattr(self, "rollout_seconds", []), time.perf_counter() - begun]
+        return outputs
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    task = make_task(TaskConfig(num_problems=settings["num_problems"]), settings["seed"])
+    task = make_task(TaskConfig(**settings["task"]), settings["seed"])
     tokenizer = AutoTokenizer.from_pretrained(settings["base"])
-    rows = [{"prompt": problem.question, "index": problem.index} for problem in task.problems("train")]
+    problems = task.problems("train")
+    rows = [{"prompt": prompt(tokenizer, p.question), "index": p.index} for p in problems]
+    check_prompt(tokenizer, problems[0].question)
 
-    def reward(completions: list[str], index: list[int], **_: Any) -> list[float]:
-        return [task.score("train", i, text) for i, text in zip(index, completions, strict=True)]
+    def reward(completions: list[Any], index: list[int], **_: Any) -> list[float]:
+        texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+        return [task.score("train", i, text) for i, text in zip(index, texts, strict=True)]
 
-    size = settings["prompts"] * settings["group"]
     clock = Clock()
-    trainer = trl.GRPOTrainer(
-        model=LlamaForCausalLM.from_pretrained(settings["base"]),
+    trainer = TimedTrainer(
+        model=AutoModelForCausalLM.from_pretrained(settings["base"], dtype=torch.float32),
         processing_class=tokenizer,
         reward_funcs=reward,
         train_dataset=Dataset.from_list(rows),
@@ -49,27 +62,49 @@ def main() -> None:
             output_dir="trl-output", use_cpu=True, seed=settings["seed"], max_steps=settings["steps"],
             learning_rate=settings["lr"], lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
             adam_beta1=settings["betas"][0], adam_beta2=settings["betas"][1], max_grad_norm=settings["max_grad_norm"],
-            per_device_train_batch_size=size, num_generations=settings["group"],
-            max_completion_length=settings["new_tokens"], temperature=1.0, beta=0.0,
+            per_device_train_batch_size=settings["micro_batch"],
+            gradient_accumulation_steps=settings["prompts"] * settings["group"] // settings["micro_batch"],
+            num_generations=settings["group"], max_completion_length=settings["new_tokens"], temperature=1.0, beta=0.0,
             gradient_checkpointing=False, bf16=False, save_strategy="no", report_to=[], logging_steps=1,
         ),
     )  # fmt: skip
     started = time.perf_counter()
     trainer.train()
-    ends = [started, *clock.ends]
+    steps = [after - before for before, after in itertools.pairwise([started, *clock.ends])]
+    logged = [entry for entry in trainer.state.log_history if "reward" in entry]
     result = {
-        "accuracy": heldout_accuracy(trainer.model, tokenizer, task, settings),
-        "rewards": [entry["reward"] for entry in trainer.state.log_history if "reward" in entry],
-        "step_seconds": [after - before for before, after in itertools.pairwise(ends)],
+        "rewards": [entry["reward"] for entry in logged],
+        "response_length": [entry["completions/mean_length"] for entry in logged],
+        "step_seconds": steps,
+        "learn_seconds": [step - rollout for step, rollout in zip(steps, trainer.rollout_seconds, strict=True)],
         "version": trl.__version__,
     }
+    if settings["eval_problems"]:
+        result["accuracy"] = heldout_accuracy(trainer.model, tokenizer, task, settings)
     with open(sys.argv[2], "w") as file:
         json.dump(result, file)
 
 
+def prompt(tokenizer: Any, question: str) -> Any:
+    """As TRL takes it: a conversation where the model has a chat template, or else text."""
+    return [{"role": "user", "content": question}] if tokenizer.chat_template else question
+
+
+def check_prompt(tokenizer: Any, question: str) -> None:
+    """Both trainers must read the same ids."""
+    if tokenizer.chat_template:
+        theirs = tokenizer.apply_chat_template(
+            prompt(tokenizer, question), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    else:
+        theirs = tokenizer(question)
+    if theirs["input_ids"] != ChatTokenizer(tokenizer, "").prompt_ids(question):
+        raise SystemExit("the two trainers would read different prompts")
+
+
 @torch.no_grad()
 def heldout_accuracy(model: Any, tokenizer: Any, task: Any, settings: dict[str, Any]) -> float:
-    """Accuracy of greedy answers to the held-out problems that our runs are evaluated on."""
+    """Accuracy of greedy answers to the held-out problems that our runs are evaluated on; without a chat template."""
     model.eval()
     problems = task.problems("heldout")[: settings["eval_problems"]]
     tokenizer.padding_side = "left"

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Token-level GRPO against TRL's GRPOTrainer: same base, prompts, reward, group size, number of steps and machine.
+# GRPO against TRL's GRPOTrainer: same base, prompts, reward, group size, number of steps and machine.
 #
 #   benchmarks/vs_trl.sh FOLDER MODEL [--seeds 0 1 2] [--steps 80]
+#   benchmarks/vs_trl.sh FOLDER MODEL --setting smollm2 [--path GSM8K] [--seeds 0 1 2 3 4] [--steps 4]
 #
 # FOLDER: for TRL's environment and all runs; runs that are already there are not repeated. MODEL: a CoLA model of the
-# tiny preset, e.g. outputs/pretrain-tiny-seed0/model; both trainers start from its base.
+# preset tiny, e.g. outputs/pretrain-tiny-seed0/model, or of smollm2-135m; both trainers start from its base.
 set -euo pipefail
 if [ $# -lt 2 ]; then
-    echo "usage: $0 FOLDER MODEL [--seeds 0 1 2] [--steps 80]; the top of this file explains them" >&2
+    echo "usage: $0 FOLDER MODEL [--setting tiny|smollm2] [--seeds 0 1 2] [--steps 80]; the top of this file explains them" >&2
     exit 2
 fi
 root=$(cd "$(dirname "$0")/.." && pwd)
