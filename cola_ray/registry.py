@@ -60,6 +60,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "textworld": "cola_ray.tasks.adventures:TextWorld",
         "jericho": "cola_ray.tasks.adventures:Jericho",
         "data_science": "cola_ray.tasks.data_science:DataScience",
+        "program": "cola_ray.tasks.program:Program",
     },
     "reward": {
         "verifier": "cola_ray.tasks.rewards:Verifier",

@@ -295,7 +295,12 @@ class Episodes:
             "agent/episodes": float((step + 1) * self.config.rl.prompts_per_step * self.config.rl.group_size),
             "agent/turns": len(turns) / len(episodes),
             "agent/terminated": float(np.mean([episode.terminated for episode in episodes])),
-        }  # fmt: skip
+        } | self._of_programs(episodes)  # fmt: skip
+
+    def _of_programs(self, episodes: Sequence[Episode]) -> Metrics:
+        if self.config.task.name != "program":
+            return {}
+        return {"agent/retokenised": float(np.mean([episode.retokenised for episode in episodes]))}
 
 
 def _turn_rewards(episode: Episode, whole_state: bool) -> gigpo.TurnRewards:

@@ -1,6 +1,7 @@
 """The rollout actor of multi-turn tasks: an engine, environment processes, and the episodes between them.
 
-play_episodes(tickets) ─> Episodes, sampled         hundreds at once: each turn joins the engine's running batch
+play_episodes(tickets) ─> Episodes, sampled         hundreds at once: each turn joins the engine's running batch;
+                                                    or programs of somebody's own play them (programs.py)
 evaluate(seeds)        ─> returns on held-out environment seeds
 answer(seeds, way)     ─> everything that happened on those seeds, for `cola_ray evaluate`
 speak(states)          ─> one fresh utterance per state, with the base's features, for the critic
@@ -22,9 +23,11 @@ from cola_ray.algorithms.archer import TwinHeads
 from cola_ray.experience import Answer, Episode, Ticket, Trajectory, was_said
 from cola_ray.model.action_requests import BASE_TOKENS
 from cola_ray.rollout.batching import Rounds
+from cola_ray.rollout.conversation import Conversation
 from cola_ray.rollout.engine import Completion, Request, as_float
 from cola_ray.rollout.episode import EpisodeSetting, Generate, Submit, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
+from cola_ray.rollout.programs import Limits, Programs
 from cola_ray.rollout.worker import EngineWorker
 from cola_ray.settings.config import Config
 from cola_ray.tasks import make_environment
@@ -65,15 +68,17 @@ class AgentWorker(EngineWorker):
     """
 
     def __init__(self, config: Config, model_path: str) -> None:
-        make = functools.partial(make_environment, config.task)
-        seconds = config.task.reward_timeout_s
-        processes = [EnvironmentProcess(make, seconds) for _ in range(config.rollout.environment_processes)]
+        make, seconds = functools.partial(make_environment, config.task), config.task.reward_timeout_s
+        of_program = config.task.name == "program"
+        count = 0 if of_program else config.rollout.environment_processes
+        processes = [EnvironmentProcess(make, seconds) for _ in range(count)]
         super().__init__(config, model_path, keep_hidden_states=True)
         width = self.engine.llm.llm_engine.model_config.get_hidden_size()
         self.feature_width = width if self.latent else 1
         self.setting = EpisodeSetting(
             processes, self.chat.text_ids, self.endings.text, config.rollout.max_prompt_tokens, tuple(self.chat.begin)
         )
+        self.programs = self._programs(make().max_turns) if of_program else None
 
     async def facts(self) -> dict[str, object]:
         facts = {"num_train": HELD_OUT, "num_heldout": HELD_OUT, "feature_width": self.feature_width}
@@ -89,9 +94,21 @@ class AgentWorker(EngineWorker):
 
         def one(ticket: Ticket, submit: Submit) -> Coroutine[Any, Any, Episode]:
             generate, read = self._generate("sample", ticket.position, submit, heads), self._read_state(submit)
-            return play(ticket.position, ticket.problem, self.setting, generate, read)
+            return self._play(ticket.position, ticket.problem, generate, read)
 
         return await self._concurrently(one, tickets)
+
+    def _programs(self, max_turns: int) -> Programs:
+        task, rollout = self.config.task, self.config.rollout
+        converse = functools.partial(Conversation, self.chat, self.endings, task.tool_parser)
+        limits = Limits(rollout.environment_processes, task.reward_timeout_s, max_turns, rollout.max_prompt_tokens)
+        return Programs(task.command, converse, limits)
+
+    async def _play(self, place: int, seed: int, generate: Generate, read_state: Generate | None = None) -> Episode:
+        """An episode of the environment, or one that a program plays."""
+        if self.programs is not None:
+            return await self.programs.play(place, seed, generate)
+        return await play(place, seed, self.setting, generate, read_state)
 
     async def _concurrently(
         self, one: Callable[[T, Submit], Coroutine[Any, Any, Made]], items: Sequence[T]
@@ -118,7 +135,7 @@ class AgentWorker(EngineWorker):
         heads, way = self._heads(critic), "base" if bare_base else "sample"
 
         async def one(place: int, submit: Submit) -> Answer:
-            episode = await play(place, place, self.setting, self._generate(way, place, submit, heads))
+            episode = await self._play(place, place, self._generate(way, place, submit, heads))
             kept = episode.as_trajectories() if place - HELD_OUT < self.config.samples.prompts else ()
             return Answer(-math.inf if episode.failure else episode.total_reward, tuple(kept))
 
@@ -134,7 +151,7 @@ class AgentWorker(EngineWorker):
         repeats = self.config.search.simulations if way == "sample" else 1
         places = [seed + repeat * _REPEAT for repeat in range(repeats)]
         players = [(place, self._generate(way, place, self._submit)) for place in places]
-        episodes = await asyncio.gather(*(play(place, seed, self.setting, player) for place, player in players))
+        episodes = await asyncio.gather(*(self._play(place, seed, player) for place, player in players))
         said = [[turn.token_ids.tolist() for turn in episode.turns] for episode in episodes]
         acted = [[turn.actions.tolist() for turn in episode.turns] for episode in episodes]
         return PlayedSeed(
@@ -148,11 +165,11 @@ class AgentWorker(EngineWorker):
     def _generate(self, way: str, place: int, submit: Submit, critic: TwinHeads | None = None) -> Generate:
         """Return what generates the turns of the episode at ``place``: by way sample, greedy or base (greedy, too)."""
 
-        async def generate(ids: Sequence[int], turn: int) -> Utterance:
+        async def generate(ids: Sequence[int], turn: int, longest: int = 0) -> Utterance:
             if way == "sample":
-                return await self._sample(ids, (place, turn), submit, critic)
+                return await self._sample(ids, (place, turn), submit, critic, longest)
             forced = [BASE_TOKENS] * self.config.rollout.max_new_tokens if way == "base" and self.latent else []
-            return (await submit([self._request(ids, 0, 0.0, actions=forced)]))[0]
+            return (await submit([self._request(ids, 0, 0.0, max_new_tokens=longest, actions=forced)]))[0]
 
         return generate
 
@@ -177,16 +194,18 @@ class AgentWorker(EngineWorker):
         ]
 
     async def _sample(
-        self, ids: Sequence[int], place: tuple[int, int], submit: Submit, critic: TwinHeads | None
+        self, ids: Sequence[int], place: tuple[int, int], submit: Submit, critic: TwinHeads | None, longest: int
     ) -> Utterance:
         """Sample an utterance; with a critic, the one of ``critic.candidates`` whose smaller Q of the twins is largest.
 
         Args:
             place: (of the episode, number of the turn).
+            longest: most tokens of it; 0: the run's limit.
         """
         count = 1 if critic is None else self.config.critic.candidates
         seeds = [self._seed(*place, *((candidate,) if candidate else ())) for candidate in range(count)]
-        spoken = await submit([self._request(ids, seed, self.config.rollout.temperature) for seed in seeds])
+        temperature = self.config.rollout.temperature
+        spoken = await submit([self._request(ids, seed, temperature, max_new_tokens=longest) for seed in seeds])
         if critic is None:
             return spoken[0]
         with torch.no_grad():
@@ -200,8 +219,8 @@ class AgentWorker(EngineWorker):
     def _read_state(self, submit: Submit) -> Generate:
         """Return what reads a state's features: they come with a completion of one token, which is not used."""
 
-        async def read(ids: Sequence[int], _: int) -> Utterance:
-            return (await submit([self._request(ids, 0, 0.0, max_new_tokens=1)]))[0]
+        async def read(ids: Sequence[int], _: int, longest: int = 1) -> Utterance:
+            return (await submit([self._request(ids, 0, 0.0, max_new_tokens=longest)]))[0]
 
         return read
 
@@ -224,7 +243,8 @@ class AgentWorker(EngineWorker):
         max_new_tokens: int = 0,
         actions: Sequence[int] = (),
     ) -> Request:
-        limit = max_new_tokens or self.config.rollout.max_new_tokens
+        most = self.config.rollout.max_new_tokens
+        limit = min(max_new_tokens or most, most)
         return self._sampled(list(ids), seed, limit, temperature, actions=actions, stop=self.endings.strings)
 
 

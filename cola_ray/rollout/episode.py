@@ -15,6 +15,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -47,8 +48,18 @@ class Utterance:
         return state, said.mean(0) if len(said) else state
 
 
-Generate = Callable[[Sequence[int], int], Awaitable[Utterance]]
-"""(ids of the state, number of the turn) -> the utterance."""
+class Generate(Protocol):
+    def __call__(self, ids: Sequence[int], turn: int, longest: int = 0, /) -> Awaitable[Utterance]:
+        """The utterance of a turn.
+
+        Args:
+            ids: of the state that it is said in.
+            turn: its number in the episode.
+            longest: most tokens that it may have; 0: the run's limit.
+        """
+        ...
+
+
 Submit = Callable[[Sequence[Request]], Awaitable[list[Utterance]]]
 """Requests of one episode -> an utterance for each."""
 

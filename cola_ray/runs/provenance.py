@@ -14,6 +14,7 @@ import glob
 import hashlib
 import json
 import re
+import shlex
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ CACHES = ("data.cache", "pretrain.states_cache")
 _MADE_FROM = ("seed", "model.", "task.", "data.", "pretrain.")
 _NOT_MADE_FROM = ("model.path", "data.date", "data.cache", "data.processes", "data.streaming", "task.reward",
                   "task.reward_weights", "task.right_from", "task.pattern", "task.length",
-                  "task.reward_model", "task.oracle", "task.reward_timeout_s", "task.max_failed_rewards",
+                  "task.reward_model", "task.oracle", "task.command", "task.tool_parser",
+                  "task.reward_timeout_s", "task.max_failed_rewards",
                   "pretrain.save_every", "pretrain.micro_batch_size", "pretrain.max_steps",
                   "pretrain.states_cache", "pretrain.states_gb")  # fmt: skip
 
@@ -97,6 +99,8 @@ def resolve(config: Config, job: str) -> Config:
     for field in CACHES:
         if value_at(config, field):
             changes |= {field: str((results_root() / value_at(config, field)).resolve())}
+    if config.task.command:
+        changes["task.command"] = _with_absolute_paths(config.task.command)
     if not config.data.date:
         changes["data.date"] = _date(Path(changes["output_dir"]), start_model(config), config.resume)
     if not config.data.chat_options and reads(job, "data.chat_options"):
@@ -299,7 +303,7 @@ def _task(config: Config) -> str:
     options = ", ".join(f"{name} {value}" for name, value in redacted_tree(task.options).items())
     parts = [
         task.name,
-        *(part for part in (task.path, task.game, options, "thinking" if task.thinking else "") if part),
+        *(part for part in (task.path, task.game, task.command, options, "thinking" if task.thinking else "") if part),
     ]
     return ", ".join(parts)
 
@@ -322,6 +326,15 @@ def _plain(value: Any) -> Any:
 
 def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if path and (Path(path).exists() or glob.has_magic(path)) else path
+
+
+def _with_absolute_paths(command: str) -> str:
+    """A command for processes that start elsewhere; as it is where a shell could not read it."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return command
+    return shlex.join(str(Path(word).resolve()) if "/" in word or Path(word).is_file() else word for word in words)
 
 
 def _leaf(field: str) -> str:

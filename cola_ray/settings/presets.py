@@ -192,6 +192,8 @@ _ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
     # Long episodes: a few hundred demonstrations are as many tokens.
     ("tiny", "textworld"): {"task.num_problems": 400},
     ("tiny", "jericho"): {"task.num_problems": 400},
+    # Programs take their turns when they please.
+    ("tiny", "program"): {"rollout.in_rounds": False},
     ("tiny", "data_science"): {
         "task.num_problems": 1500,
         "task.options": {"rows": 200},

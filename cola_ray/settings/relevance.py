@@ -106,6 +106,7 @@ _ONLY: tuple[_Only, ...] = (
     _Only(("task.columns.*", "task.splits.*", "task.subset", "task.more_paths", "task.weights"), _named("dataset"),
           "dataset does"),
     _Only(("task.game",), _named("jericho"), "jericho does"),
+    _Only(("task.command", "task.tool_parser"), lambda c, _: c.task.name == "program", "program does"),
     _Only(("task.options.*",), lambda c, _: c.task.name not in OF_ROWS,
           "arithmetic, generators of reasoning-gym and environments do"),
     _Only(("task.thinking",), lambda c, _: c.task.name != "preference" and not is_environment(c.task.name),
@@ -164,7 +165,9 @@ _ONLY: tuple[_Only, ...] = (
     _Only(("cluster.offload_frozen",), lambda c, job: job != "pretrain" or c.pretrain.stages != ("base",),
           "stages after base do"),
     _Only(("rollout.environment_processes",), lambda c, _: is_environment(c.task.name), "agents do"),
-    _Only(("rollout.in_rounds",), lambda c, job: job == "plan" or _trains_agent(c, job), "rl_agent does"),
+    _Only(("rollout.in_rounds",),
+          lambda c, job: job == "plan" or (_trains_agent(c, job) and c.task.name != "program"),
+          "rl_agent does, of environments"),
     _Only(("critic.gamma",), lambda c, job: job == "plan" or _trains_agent(c, job), "agents do"),
     _Only(("critic.fresh_states",), lambda c, job: job == "plan" or (_trains_agent(c, job)
           and c.algorithm.replays), f"{', '.join(OF_TURNS)} do"),

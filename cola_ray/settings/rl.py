@@ -87,7 +87,7 @@ class RolloutConfig(Branch):
     engine_args: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)
     """Further arguments of vllm.LLM by name, e.g. block_size 64; those that a setting has are refused."""
     environment_processes: Processes = 2
-    """Processes that a worker's multi-turn environments share."""
+    """Processes that a worker's multi-turn environments share; of program, those of task.command at a time."""
     in_rounds: bool = False
     """Agents: a worker's episodes take their turns together, so that a run comes out the same bit for bit however fast
     environments answer, where the engine's arithmetic allows. Each round waits for the slowest."""

@@ -118,6 +118,11 @@ class TaskConfig(Branch):
     """dataset: configuration of a data set on the hub that has several, e.g. main."""
     game: str = ""
     """jericho: the z-machine file to play."""
+    command: str = ""
+    """program: how an agent program of your own is started, e.g. "python agent.py"; see docs/agents.md."""
+    tool_parser: str = ""
+    """program: how the model writes tool calls, by the name of one of vLLM's parsers, e.g. hermes, llama3_json or
+    qwen3_xml. Empty: calls stay in the text."""
     reward_model: str = ""
     """A Hugging Face sequence classifier, directory or hub id, which gets an actor of its own; or an http(s)://
     endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}. Scores the responses of

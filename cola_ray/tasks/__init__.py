@@ -20,7 +20,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Settings that an environment takes beside its options.
-_SETTINGS = {"jericho": "game", "data_science": "path"}
+_SETTINGS = {"jericho": ("game",), "data_science": ("path",), "program": ("command", "tool_parser")}
 
 # What an endpoint is told that answers in place of the tables, and the only answers there may be.
 ORACLES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -121,13 +121,12 @@ def make_environment(config: TaskConfig) -> Environment:
     whatever the environment itself makes of their values.
     """
     make: Callable[..., Any] = registry.find("environment", config.name)
-    setting = _SETTINGS.get(config.name)
-    named: dict[str, object] = {setting: getattr(config, setting)} if setting else {}
+    named: dict[str, object] = {setting: getattr(config, setting) for setting in _SETTINGS.get(config.name, ())}
     if config.oracle:
         named["oracle"] = ChatOracle(config.oracle, *ORACLES[config.name])
     parameters = inspect.signature(make).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    taken = [name for name in parameters if name not in ("game", "path", "oracle")]
+    taken = [name for name in parameters if name not in {*named, "oracle"}]
     options = dict(config.options)
     limit: Any = 0
     if "max_turns" in options and "max_turns" not in taken and not keeps_state(make):

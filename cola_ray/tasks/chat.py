@@ -4,6 +4,7 @@
     chat.prompt_ids("3 + 4 =")               # a question, or a conversation with its roles
     chat.text_ids("some text")               # the text alone
     chat.exchange_ids(prompt, response)      # a prompt with its complete response
+    chat.conversation_ids(messages, {1: ids})  # what was sampled as the message at place 1 stays as it is
 
 Control tokens come from the chat template and the tokenizer alone. One that a user typed, such as ``<|im_end|>`` in a
 question, is tokenised as ordinary characters.
@@ -174,16 +175,40 @@ class ChatTokenizer:
             return self._conversation_ids([*messages, {"role": "assistant", "content": response}])
         return [*self.prompt_ids(prompt), *self.response_ids(response)]
 
+    def conversation_ids(
+        self, messages: Sequence[Message], said: Mapping[int, Sequence[int]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Return the ids up to where the next message begins, in a conversation with a model that is being trained.
+
+        Without a template it is the contents alone, one after the other, as an environment's transcript is.
+
+        Args:
+            said: ids of messages that the model has sampled, by place, less an end token that the template writes. They
+                are not tokenised again, since text does not always come back as the same ids.
+            tools: functions that the model may call, in the form of OpenAI's API.
+
+        Raises:
+            ValueError: the template refuses this conversation; or there are tools, and no template to tell of them.
+        """
+        if self.tokenizer.chat_template:
+            return self._filled_ids(messages, said, tools=list(tools) or None, add_generation_prompt=True)
+        if tools:
+            raise ValueError("the model has no chat template, which would tell it of tools; leave them out")
+        return [*self.begin, *self._filled_ids(messages, said)]
+
     # --- the template ---------------------------------------------------------------------------------------------
 
     def _conversation_ids(self, messages: Sequence[Message], **options: bool) -> list[int]:
         """Tokenise as ``apply_chat_template`` does, except that control tokens within contents become characters."""
+        if self._control.search("".join(message["content"] for message in messages)):
+            return self._filled_ids(messages, {}, **options)
+        ids: list[int] = self.tokenizer(self._render(messages, **options), add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _filled_ids(self, messages: Sequence[Message], said: Mapping[int, Sequence[int]], **options: Any) -> list[int]:
+        """Tokenise piece by piece, between the template's control tokens and what has ids already."""
         whole = "".join(message["content"] for message in messages)
-        if not self._control.search(whole):
-            text = self._render(messages, **options)
-            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return ids
-        # Placeholders hide what was typed while the template's own control tokens are found.
+        # Placeholders hide what was typed, and hold places for ids, while the template's control tokens are found.
         mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in whole)
         typed: list[str] = []
 
@@ -191,18 +216,23 @@ class ChatTokenizer:
             typed.append(match.group())
             return f"{mark}{len(typed) - 1}{mark}"
 
-        hidden = [{**message, "content": self._control.sub(hide, message["content"])} for message in messages]
+        hidden = [
+            {**message, "content": f"{mark}ids{place}{mark}" if place in said else
+             self._control.sub(hide, message["content"])} for place, message in enumerate(messages)
+        ]  # fmt: skip
         text, found, start = self._render(hidden, **options), list[int](), 0
-        for token in [*self._control.finditer(text), None]:
+        for token in [*re.finditer(f"{self._control.pattern}|{mark}ids(\\d+){mark}", text), None]:
             piece = text[start : token.start() if token else len(text)]
             found += self.text_ids(re.sub(f"{mark}(\\d+){mark}", lambda m: typed[int(m[1])], piece)) if piece else []
             if token:
-                found.append(self.tokenizer.convert_tokens_to_ids(token.group()))
+                found += said[int(token[1])] if token[1] else [self.tokenizer.convert_tokens_to_ids(token.group())]
                 start = token.end()
         return found
 
-    def _render(self, messages: Sequence[Message], **options: bool) -> str:
+    def _render(self, messages: Sequence[Message], **options: Any) -> str:
         """Render the template; a system message that it refuses or drops is put before the first user message."""
+        if not self.tokenizer.chat_template:
+            return "".join(message["content"] for message in messages)
         try:
             text = self._apply(messages, **options)
             if messages[0]["role"] != "system" or messages[0]["content"].strip() in text:

@@ -1,0 +1,189 @@
+"""What an agent program asks of the model, and what it is answered: OpenAI's JSON on one side, ids on the other.
+
+    body {"messages": [...], "tools": [...]} ── state() ──> ids: what was sampled before stands as it was sampled
+    ids of the utterance                     ── answer() ─> {"choices": [{"message": {content, tool_calls}, ...}]}
+
+A conversation is one episode's. An assistant's message that comes back as it was answered is known again, and keeps its
+ids; one that the program has changed is tokenised like any text, and counted.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cola_ray.tasks.chat import ROLES, ChatTokenizer
+from cola_ray.tasks.endings import Endings
+
+Array = np.ndarray
+Body = Mapping[str, Any]
+
+
+class RefusedError(ValueError):
+    """A request that cannot be served; the message says why, in OpenAI's words where there are any.
+
+    Args:
+        code: as OpenAI's API names it, for programs that act on it.
+    """
+
+    def __init__(self, why: str, code: str = "invalid_request_error") -> None:
+        super().__init__(why)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class State:
+    """Where an utterance is asked for."""
+
+    ids: list[int]
+    place: int  # of the message to come
+    retokenised: int  # messages of the model's before it that have come back otherwise than they were answered
+
+
+class Conversation:
+    """One episode's messages, by the ids that they were sampled as.
+
+    Args:
+        parser: name of the tool parser, one of vLLM's; "" leaves tool calls in the text.
+    """
+
+    def __init__(self, chat: ChatTokenizer, endings: Endings, parser: str = "") -> None:
+        self.chat, self.endings, self.parser = chat, endings, parser
+        self.said: dict[str, dict[int, list[int]]] = {}  # by what was answered: by place, its ids
+        self.num_answers = itertools.count()
+
+    def state(self, body: Body) -> State:
+        """Read a request's messages.
+
+        Raises:
+            RefusedError: they are not in the form of OpenAI's API, or the model's chat template refuses them.
+        """
+        messages = [_message(one) for one in _listed(body, "messages")]
+        if not messages:
+            raise RefusedError("messages: empty; give at least one")
+        said, retokenised = dict[int, list[int]](), 0
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            known = self.said.get(_key(message), {})
+            if known:
+                said[place] = known.get(place) or [*known.values()][-1]
+                message.pop("tool_calls", None)  # they are part of what was sampled
+            else:
+                retokenised += 1
+        tools = _listed(body, "tools") if body.get("tool_choice") != "none" else []
+        try:
+            return State(self.chat.conversation_ids(messages, said, tools), len(messages), retokenised)
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
+
+    def answer(self, body: Body, state: State, utterances: Sequence[Any]) -> dict[str, Any]:
+        """The JSON for utterances in this state, one a choice; what is answered is known from here on.
+
+        Log-probabilities are those of the latent actions that said the tokens, or of tokens where those are actions.
+        """
+        choices = [self._choice(body, state, index, one) for index, one in enumerate(utterances)]
+        length = sum(len(one.token_ids) for one in utterances)
+        return {
+            "id": f"chatcmpl-{next(self.num_answers)}", "object": "chat.completion", "created": int(time.time()),
+            "model": str(body.get("model", "")), "choices": choices,
+            "usage": {"prompt_tokens": len(state.ids), "completion_tokens": length,
+                      "total_tokens": len(state.ids) + length},
+        }  # fmt: skip
+
+    def _choice(self, body: Body, state: State, index: int, said: Any) -> dict[str, Any]:
+        ids = [int(token) for token in said.token_ids]
+        ended = bool(ids) and ids[-1] in self.endings.token_ids
+        text = self.endings.text(ids)
+        message = {"role": "assistant", "content": text, **self._calls(body, text)}
+        closed_by_template = ids[:-1] if ended and self.chat.tokenizer.chat_template else ids
+        self.said.setdefault(_key(message), {})[state.place] = closed_by_template
+        stopped = self.endings.length(ids) is not None
+        choice: dict[str, Any] = {
+            "index": index, "message": message, "logprobs": None,
+            "finish_reason": "tool_calls" if message.get("tool_calls") else "stop" if stopped else "length",
+        }  # fmt: skip
+        if body.get("logprobs"):
+            choice["logprobs"] = {"content": self._log_probs(ids, said.log_probs), "refusal": None}
+        asked = body.get("cola")
+        if isinstance(asked, Mapping) and asked.get("return_actions"):
+            choice["cola"] = {"actions": said.actions.tolist(), "log_probs": said.log_probs.tolist()}
+        return choice
+
+    def _log_probs(self, ids: Sequence[int], log_probs: Array) -> list[dict[str, Any]]:
+        tokens = [str(self.chat.tokenizer.decode([token])) for token in ids]
+        return [
+            {"token": token, "logprob": float(value), "bytes": [*token.encode()], "top_logprobs": []}
+            for token, value in zip(tokens, log_probs, strict=True)
+        ]
+
+    def _calls(self, body: Body, text: str) -> dict[str, Any]:
+        """The calls in a text, and what of it is not one; {} where there are none, or nobody asked for tools."""
+        tools = body.get("tools")
+        if not (self.parser and tools) or body.get("tool_choice") == "none":
+            return {}
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.tool_parsers import ToolParserManager
+
+        asked = ChatCompletionRequest.model_validate({"messages": body["messages"], "model": "", "tools": tools})
+        found = ToolParserManager.get_tool_parser(self.parser)(self.chat.tokenizer, asked.tools).extract_tool_calls(
+            text, asked
+        )
+        if not found.tools_called:
+            return {}
+        return {"content": found.content or None, "tool_calls": [call.model_dump() for call in found.tool_calls]}
+
+
+def _listed(body: Body, name: str) -> list[Any]:
+    value = body.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        raise RefusedError(f"{name} = {value!r:.60}: give a list of objects")
+    return value
+
+
+def _message(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates read it: its content as text, arguments of calls as objects."""
+    role, content, calls = value.get("role"), value.get("content"), value.get("tool_calls")
+    if role not in ROLES:
+        raise RefusedError(f"messages: role = {role!r:.60}; use one of {', '.join(ROLES)}")
+    if isinstance(content, list):  # parts
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        content = None if None in parts else "".join(map(str, parts))
+        if content is None:
+            raise RefusedError("messages: a content has parts that are not text; the model reads text only")
+    if content is not None and not isinstance(content, str):
+        raise RefusedError(f"messages: content = {content!r:.60}; give text")
+    further = {name: value[name] for name in ("name", "tool_call_id") if isinstance(value.get(name), str)}
+    return {"role": role, "content": content or "", **further, **({"tool_calls": _as_read(calls)} if calls else {})}
+
+
+def _as_read(calls: Any) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise RefusedError(f"messages: tool_calls = {calls!r:.60}; give a list")
+    try:
+        return [
+            {"id": str(call.get("id", "")), "type": "function",
+             "function": {"name": call["function"]["name"], "arguments": _arguments(call["function"]["arguments"])}}
+            for call in calls
+        ]  # fmt: skip
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RefusedError(f"messages: a tool call has no {error}; give function.name and function.arguments") from None
+
+
+def _arguments(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _key(message: Mapping[str, Any]) -> str:
+    """The same for a message as it was answered and as it comes back."""
+    calls = _as_read(message.get("tool_calls") or [])
+    return json.dumps([message.get("content") or "", [call["function"] for call in calls]], sort_keys=True)
