@@ -1,7 +1,6 @@
 """Agent programs that talk to the policy as to OpenAI's API: episodes, ids from end to end, what may go wrong."""
 
 import asyncio
-import functools
 import json
 import sys
 import textwrap
@@ -263,7 +262,7 @@ def test_a_program_that_plays_an_environment_gives_its_episode(tmp_path):
         import os
         from openai import OpenAI
         from cola_ray.tasks.guessing import TwentyQuestions
-        client, game = OpenAI(), TwentyQuestions(max_turns=3)
+        client, game = OpenAI(), TwentyQuestions()
         said, done = [{"role": "user", "content": game.reset(seed=int(os.environ["COLA_RAY_SEED"]))[0]}], False
         while not done:
             said.append(client.chat.completions.create(model="", messages=said).choices[0].message)
@@ -277,12 +276,12 @@ def test_a_program_that_plays_an_environment_gives_its_episode(tmp_path):
     async def speak(ids, turn, longest=0):
         return utterance(ids, [*chat.text_ids(f"Is it a number {turn}?"), end])
 
-    (of_program,) = played(tmp_path, source, generate=speak, converse=lambda: Conversation(chat, endings))
-    process = EnvironmentProcess(functools.partial(TwentyQuestions, max_turns=3), timeout_s=20.0)
+    (of_program,) = played(tmp_path, source, generate=speak, max_turns=30, converse=lambda: Conversation(chat, endings))
+    process = EnvironmentProcess(TwentyQuestions, timeout_s=20.0)
     setting = EpisodeSetting([process], chat.text_ids, endings.text, 2000, tuple(chat.begin))
     of_environment = asyncio.run(play(0, 7, setting, speak))
     process.close()
-    assert len(of_environment.turns) == 3
+    assert len(of_environment.turns) == len(of_program.turns) > 3
     for ours, theirs in zip(of_program.turns[:-1], of_environment.turns[:-1], strict=True):
         for name, value in vars(theirs).items():
             np.testing.assert_array_equal(getattr(ours, name), value)
