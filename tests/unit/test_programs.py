@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import random
+import re
 import sys
 import textwrap
 import urllib.error
@@ -9,6 +11,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+from runs import ROOT
 from test_chat import CHATML, make_tokenizer
 
 from cola_ray.rollout.conversation import Conversation, RefusedError
@@ -101,6 +104,28 @@ def test_a_conversation_is_one_sequence_of_the_ids_that_were_sampled(tmp_path):
     assert episode.text == text
     assert sequence.action_mask.sum() == sum(len(turn.token_ids) for turn in episode.turns)
     assert episode.retokenised == 0
+
+
+EXAMPLES = dict(re.findall(r"```python file=(\w+\.py)\n(.*?)```", (ROOT / "docs/agents.md").read_text(), re.DOTALL))
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "returns"),
+    [
+        ("shopper.py", "milk", [1.0, 1.0, 0.0]),
+        ("shopper.py", "none", [0.0] * 3),
+        ("shoppers.py", "yes", [1.0, 0.0, 1.0]),
+    ],
+)
+def test_examples_of_the_documents_play(tmp_path, name, says, returns):
+    seeds = [seed for seed in range(100) if random.Random(seed).choice(["tea", "milk", "bread"]) == "milk"][:2]
+    third = next(seed for seed in range(100) if random.Random(seed).choice(["tea", "milk", "bread"]) == "tea")
+    given = [*seeds, third] if name == "shopper.py" else [4, 7, 12]
+    episodes = played(
+        tmp_path, EXAMPLES[name], seeds=given, generate=speaker(says), processes=1 + (name == "shopper.py")
+    )
+    assert [episode.total_reward for episode in episodes] == returns
+    assert {episode.failure for episode in episodes} == {""}
 
 
 def test_a_program_that_asks_for_episodes_plays_many_at_once(tmp_path):
