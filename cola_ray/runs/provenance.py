@@ -13,6 +13,7 @@ one pre-trained model per seed, and a run that requests other settings is refuse
 import glob
 import hashlib
 import json
+import os
 import re
 import shlex
 from datetime import date
@@ -334,7 +335,8 @@ def _with_absolute_paths(command: str) -> str:
         words = shlex.split(command)
     except ValueError:
         return command
-    return shlex.join(str(Path(word).resolve()) if "/" in word or Path(word).is_file() else word for word in words)
+    # Links stay: the Python of a virtual environment is one.
+    return shlex.join(os.path.abspath(word) if Path(word).is_file() else word for word in words)
 
 
 def _leaf(field: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import datasets
@@ -95,3 +96,47 @@ def test_ppo_learns_a_value_and_resumes(played, tmp_path):
     assert all(abs(guessed[step] - returned[step]) < abs(returned[step]) / 2 for step in guessed), "questions cost"
     assert max(run.series("policy/grad_norm").values()) > 0
     assert max(run.series("policy/rollout_mismatch_max").values()) < 1e-4
+
+
+PLAYER = """
+import asyncio
+from openai import AsyncOpenAI
+from cola_ray.tasks import make_environment
+from cola_ray.settings.config import TaskConfig
+
+async def play(client):
+    while True:
+        episode = await client.post("/episodes", body={}, cast_to=object)
+        game, policy = make_environment(TASK), AsyncOpenAI(base_url=episode["base_url"])
+        observation, done, messages = game.reset(seed=episode["seed"])[0], False, []
+        while not done:
+            messages.append({"role": "user", "content": observation})
+            answer = await policy.chat.completions.create(model="policy", messages=messages)
+            messages.append(answer.choices[0].message)
+            observation, reward, terminated, truncated, _ = game.step(messages[-1].content)
+            done = terminated or truncated
+            await policy.post("/reward", body={"reward": reward, "done": done}, cast_to=object)
+
+async def main():
+    client = AsyncOpenAI(timeout=None)
+    await asyncio.gather(*(play(client) for _ in range(8)))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_program_trains_the_policy_that_it_talks_to(played, tmp_path):
+    """It plays the very environment of the run beside it, with the same draws, so its first step is the same."""
+    task = json.loads((played.output / "config.json").read_text())["task"]
+    (tmp_path / "player.py").write_text(PLAYER.replace("TASK)", f"TaskConfig(**{task!r}))"))
+    run = Run("rl_agent", tmp_path, "--model.path", str(played.start), *RL, "--task.name", "program",
+              "--task.command", f"{sys.executable} player.py", "--rollout.stop", "?",
+              "--rollout.environment-processes", "1")  # fmt: skip
+    run.finish()
+    assert list(run.series("reward/mean")) == [1, 2, 3, 4]
+    for metric in ("reward/mean", "agent/turns", "rollout/response_length"):
+        assert run.series(metric)[1] == pytest.approx(played.series(metric)[1]), metric
+    assert max(run.series("policy/rollout_mismatch_max").values()) < 1e-4
+    assert set(run.series("agent/retokenised").values()) == {0.0}
+    assert run.series("policy/grad_norm")[4] > 0

@@ -18,6 +18,9 @@ from cola_ray.rollout.conversation import Conversation, RefusedError
 from cola_ray.rollout.episode import EpisodeSetting, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.rollout.programs import Limits, Programs
+from cola_ray.runs.provenance import resolve
+from cola_ray.settings.config import override
+from cola_ray.settings.presets import preset
 from cola_ray.tasks.chat import ChatTokenizer
 from cola_ray.tasks.endings import Endings
 from cola_ray.tasks.guessing import TwentyQuestions
@@ -335,6 +338,17 @@ def test_calls_of_tools_are_parsed_and_come_back_as_they_were_sampled():
     body = {"messages": [*body["messages"], message, result], "tools": [tool]}
     elsewhere = Conversation(chat, endings, "hermes").state(body).ids
     assert '<tool_call>{"name": "add"' in chat.tokenizer.decode(elsewhere), "the template's own form of it"
+
+
+def test_a_command_starts_elsewhere_as_it_does_here(tmp_path, monkeypatch):
+    """A virtual environment's Python is a link, and only by its name the one of that environment."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "agent.py").write_text("")
+    (tmp_path / "python").symlink_to(sys.executable)
+    config = override(
+        preset("tiny", agents=True), {"task.name": "program", "task.command": "./python agent.py --go 'a b'"}
+    )
+    assert resolve(config, "rl_agent").task.command == f"{tmp_path}/python {tmp_path}/agent.py --go 'a b'"
 
 
 def test_a_command_is_judged_before_the_run(tmp_path, monkeypatch):
