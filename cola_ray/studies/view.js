@@ -72,7 +72,8 @@
       make("figcaption", {}, make("span", {}, visible(name)), make("span", {}, number(points[points.length - 1][1]))),
       draw("svg", { viewBox: "0 0 300 112", role: "img", "aria-label": visible(told) },
         draw("line", { x1: 50, x2: 296, y1: 96, y2: 96 }), line, ...dots,
-        label(50, 108, "step " + first, "start"), label(296, 108, last > first ? String(last) : "", "end"),
+        ...(last > first ? [label(50, 108, "step " + first, "start"), label(296, 108, String(last), "end")]
+          : [label(173, 108, "step " + first, "middle")]),
         label(44, high > low ? 12 : 54, number(high), "end"), label(44, 95, high > low ? number(low) : "", "end")));
   }
 
