@@ -259,6 +259,7 @@ def test_longer_answers_and_smaller_nodes_take_longer(paper, sizes):
 
 def test_a_reader_that_goes_away_ends_no_plan(monkeypatch):
     """As with ``cola_ray plan | head -1``; rich would exit the process."""
+    planned_work.sizes(preset("tiny"))  # imports what logs to the stream that it finds
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", buffering=1) as nobody:
