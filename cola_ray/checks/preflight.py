@@ -309,16 +309,28 @@ def _rows(config: Config, job: str) -> Iterator[str]:
         if not found and _reads_texts(config, job) and not config.data.path:
             yield from _without_responses(task)
     if task.name == "preference" and _has_rows(task.path):
-        yield from peek(task.path, "task.path", _pair if job == "reward_model" else preference.read)
+        yield from _preferences(config, job)
 
 
 def _without_responses(task: TaskConfig) -> Iterator[str]:
     if not any(one.response for one in dataset.first_examples(task, _LOOKED_AT)):
-        yield (
-            f"task.path = {task.path!r}: no row has a response, and the first policy is cloned from those; name their "
-            "column with task.columns response NAME, or give texts as --data.path, or the model to start from as "
-            "--model.path"
-        )
+        yield _nothing_to_clone(task, "response", "name their column with task.columns response NAME, or give")
+
+
+def _preferences(config: Config, job: str) -> Iterator[str]:
+    has_pair = set[bool]()
+    read = _pair if job == "reward_model" else preference.read
+    found = peek(config.task.path, "task.path", lambda row: has_pair.add(isinstance(read(row), preference.Pair)))
+    yield from found
+    if has_pair == {False} and not found and _reads_texts(config, job) and not config.data.path:
+        yield _nothing_to_clone(config.task, "column chosen", "give")
+
+
+def _nothing_to_clone(task: TaskConfig, what: str, instead: str) -> str:
+    return (
+        f"task.path = {task.path!r}: no row has a {what}, and the first policy is cloned from those; {instead} texts "
+        "as --data.path, or the model to start from as --model.path"
+    )
 
 
 def _has_rows(path: str) -> bool:

@@ -84,7 +84,8 @@ cola_ray agent --task.name guess_city --resume""",
 cola_ray preference --task.path pairs.jsonl --task.reward-model outputs/reward_model-tiny-seed0/model
 cola_ray preference --task.path org/prompts --task.reward-model http://scores:8000/ --rl.kl-coef 0.01
 cola_ray preference --task.path pairs.jsonl --task.reward-model org/model --rl.action-space token""",
-        "pairs.jsonl has a column prompt; chosen, where it is there, is what the first policy is cloned from.",
+        "pairs.jsonl has the columns prompt and chosen, which the first policy is cloned from; with --model.path, "
+        "prompt alone is enough.",
         task="preference",
     ),
     "evaluate": Command(

@@ -219,7 +219,8 @@ def try_override(config: Config, changes: Mapping[str, Any]) -> tuple[Config, di
             wrong[dotted] = f"{dotted} = {value!r}: {_NOT_OFFERED[dotted]}"
         else:
             near = difflib.get_close_matches(dotted, schemas(), n=1, cutoff=0.7)  # a slip, not another word
-            wrong[dotted] = f"{dotted} = {value!r}: no such field; did you mean {near[0] if near else '--help'}?"
+            hint = f"did you mean {near[0]}?" if near else "see --help, and docs/names.md for TRL's and verl's names"
+            wrong[dotted] = f"{dotted} = {value!r}: no such field; {hint}"
     try:
         return Config.model_validate(tree), wrong
     except ValidationError as error:

@@ -102,7 +102,7 @@ def _stage(*stages: str) -> Callable[[Config, str], bool]:
 _SEARCHES = ("beam", "mcts", "mcts_q")
 _ONLY: tuple[_Only, ...] = (
     _Only(("task.path",), _named("dataset", "gsm8k", "math500", "preference", "data_science"),
-          "dataset, gsm8k, math500, preference, data_science or a class of your own does"),
+          "of task.name, dataset, gsm8k, math500, preference, data_science or a class of your own does"),
     _Only(("task.columns.*", "task.splits.*", "task.subset", "task.more_paths", "task.weights"), _named("dataset"),
           "dataset does"),
     _Only(("task.game",), _named("jericho"), "jericho does"),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from cola_ray.runs.display import wide_console
 from cola_ray.settings.config import Config, ConfigError, override
 from cola_ray.settings.training import PretrainStage
 from cola_ray.studies.planned_idle import idle
@@ -124,7 +125,7 @@ def _this_machines_gib() -> float:
 
 def show(config: Config) -> None:
     """Print the plan; ConfigError if it does not fit."""
-    m, console = sizes(config), Console(highlight=False)
+    m, console = sizes(config), wide_console(100)
     console.print(f"{config.preset}: {m.whole / 1e6:,.1f} M parameters, {m.num_bytes} bytes each")
     if config.cluster.use_gpu:
         _show_memory_of_gpus(console, config, m)

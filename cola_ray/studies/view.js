@@ -28,7 +28,20 @@
   }
 
   function number(value, digits = 3) {
-    return value === null ? "none" : String(Number(value.toPrecision(digits)));
+    if (value === null) return "none";
+    const whole = Math.abs(value) >= 10 ** digits && Math.abs(value) < 1e9;
+    return String(whole ? Math.round(value) : Number(value.toPrecision(digits)));
+  }
+
+  // A text as nodes. An escape is an element of its own, which text from right to left cannot take apart.
+  function nodes(text) {
+    const found = [];
+    let from = 0;
+    for (const match of text.matchAll(UNSEEN)) {
+      found.push(text.slice(from, match.index), make("span", { class: "unseen", dir: "ltr" }, visible(match[0])));
+      from = match.index + match[0].length;
+    }
+    return [...found, text.slice(from)].filter((node) => node !== "");
   }
 
   function byId(id) {
@@ -45,7 +58,7 @@
     const points = steps.map((step, i) => [step, values[i]]).filter(([, value]) => value !== null);
     const [low, high] = [Math.min(...points.map(([, y]) => y)), Math.max(...points.map(([, y]) => y))];
     const [first, last] = [points[0][0], points[points.length - 1][0]];
-    const x = (step) => 4 + (292 * (step - first)) / (last - first || 1);
+    const x = (step) => 50 + (last > first ? (246 * (step - first)) / (last - first) : 123);
     const y = (value) => 92 - (high > low ? (84 * (value - low)) / (high - low) : 42);
     const at = ([step, value]) => x(step).toFixed(1) + " " + y(value).toFixed(1);
     const line = draw("path", { d: "M" + points.map(at).join("L") });
@@ -58,9 +71,10 @@
     return make("figure", { class: "curve" },
       make("figcaption", {}, make("span", {}, visible(name)), make("span", {}, number(points[points.length - 1][1]))),
       draw("svg", { viewBox: "0 0 300 112", role: "img", "aria-label": visible(told) },
-        draw("line", { x1: 4, x2: 296, y1: 96, y2: 96 }), line, ...dots,
-        label(4, 108, "step " + first, "start"), label(296, 108, String(last), "end"),
-        label(296, 10, number(high), "end"), label(296, 90, high > low ? number(low) : "", "end")));
+        draw("line", { x1: 50, x2: 296, y1: 96, y2: 96 }), line, ...dots,
+        ...(last > first ? [label(50, 108, "step " + first, "start"), label(296, 108, String(last), "end")]
+          : [label(173, 108, "step " + first, "middle")]),
+        label(44, high > low ? 12 : 54, number(high), "end"), label(44, 95, high > low ? number(low) : "", "end")));
   }
 
   const names = Object.keys(data.curves).filter((name) => data.curves[name][1].some((value) => value !== null));
@@ -77,7 +91,21 @@
   // --- one sample
 
   function textOf(classes, text) {
-    return make("div", { class: "said " + classes, dir: "auto" }, visible(text));
+    const shown = text === "" ? [make("span", { class: "soft" }, "empty")] : nodes(text);
+    return make("div", { class: "said " + classes, dir: "auto" }, ...shown);
+  }
+
+  // Of an episode, what the environment said is set off from the policy's words.
+  function completionOf(sample) {
+    if (sample.by_policy === null || sample.tokens.join("") !== sample.completion) return textOf("", sample.completion);
+    const whole = make("div", { class: "said", dir: "auto" });
+    for (let from = 0, to; from < sample.tokens.length; from = to) {
+      const mine = sample.by_policy[from];
+      for (to = from + 1; to < sample.tokens.length && sample.by_policy[to] === mine;) to += 1;
+      const part = nodes(sample.tokens.slice(from, to).join(""));
+      whole.append(...(mine ? part : [make("span", { class: "given" }, ...part)]));
+    }
+    return whole;
   }
 
   function own(sample, place) {
@@ -108,33 +136,51 @@
     tokens.forEach((token, action) => actions.set(token, [...(actions.get(token) || []), action]));
     const rows = [...actions].sort((a, b) => b[1].length - a[1].length).map(([token, some]) =>
       make("tr", some.includes(taken) ? { class: "taken" } : {},
-        make("td", {}, make("span", { class: "said", dir: "auto" }, visible(JSON.stringify(data.vocabulary[token])))),
+        make("td", {}, make("span", { class: "said", dir: "auto" }, ...nodes(JSON.stringify(data.vocabulary[token])))),
         make("td", {}, (some.length > 1 ? "actions " : "action ") + some.join(" "))));
     const count = actions.size === 1 ? "one token" : actions.size + " different tokens";
     return make("div", {}, make("div", {}, "under all actions " + count + ":"), make("table", {}, make("tbody", {}, ...rows)));
   }
 
+  // One stop of the tabulator; arrow keys go on from token to token, and what is shown goes with them.
   function strip(sample) {
-    const line = make("div", { class: "tokens" });
-    const below = make("div", {});
+    const line = make("div", { class: "tokens", role: "group", "aria-label": "tokens", dir: "auto" });
+    const below = make("div", { "aria-live": "polite" });
+    const buttons = [];
     let pressed = null;
+
+    function press(button, place) {
+      if (pressed) pressed.setAttribute("aria-pressed", "false");
+      pressed = pressed === button ? null : button;
+      below.replaceChildren(...(pressed ? [choice(sample, place)] : []));
+      if (pressed) pressed.setAttribute("aria-pressed", "true");
+      for (const [one] of buttons) one.setAttribute("tabindex", one === button ? "0" : "-1");
+    }
+
+    function key(event, at) {
+      const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: buttons.length - 1, Enter: at, " ": at }[event.key];
+      if (to === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      if (!buttons[to]) return;
+      if (to === at && event.key.length > 1 && event.key !== "Enter") return; // Home and End where one is
+      press(...buttons[to]);
+      buttons[to][0].focus();
+    }
+
     sample.tokens.forEach((token, place) => {
-      const text = visible(token).replace(/\n/g, "⏎\n");
+      const text = nodes(token.replace(/\n/g, "⏎\n"));
       if (!own(sample, place)) {
-        if (token) line.append(make("span", { class: "given", dir: "auto" }, text));
+        if (token) line.append(make("span", { class: "given" }, ...text));
         return;
       }
-      const p = probability(sample, place);
-      const button = make("button", { type: "button", class: "token", "aria-pressed": "false",
+      const [p, at] = [probability(sample, place), buttons.length];
+      const button = make("span", { role: "button", tabindex: at ? "-1" : "0", class: "token", "aria-pressed": "false",
         title: (data.space === "latent" ? "action " + sample.actions[place] + ", " : "") + "probability " + number(p) },
-      text || "·");
+      ...(text.length ? text : ["·"]));
       button.style.setProperty("--doubted", (1 - p).toFixed(3));
-      button.addEventListener("click", () => {
-        if (pressed) pressed.setAttribute("aria-pressed", "false");
-        pressed = pressed === button ? null : button;
-        below.replaceChildren(...(pressed ? [choice(sample, place)] : []));
-        if (pressed) pressed.setAttribute("aria-pressed", "true");
-      });
+      button.addEventListener("click", () => press(button, place));
+      button.addEventListener("keydown", (event) => key(event, at));
+      buttons.push([button, place]);
       line.append(button);
     });
     return [line, below];
@@ -149,14 +195,14 @@
       figures.append(make("span", { class: sign }, "advantage " + number(advantage)));
     }
     const said = sample.tokens.filter((_, place) => own(sample, place)).length || sample.tokens.length;
-    figures.append(make("span", { class: "soft" }, said + " tokens" + (sample.truncated ? ", cut off" : "")));
+    figures.append(make("span", { class: "soft" }, said + (said === 1 ? " token" : " tokens") + (sample.truncated ? ", cut off" : "")));
     if (sample.actions !== null && data.space === "latent") {
       const some = sample.actions.filter((_, place) => own(sample, place));
       figures.append(make("span", { class: "soft" }, "actions " + some.slice(0, 8).join(" ") + (some.length > 8 ? " …" : "")));
     }
     const whole = make("article", { class: "sample" }, figures);
     if (sample.prompt !== prompt) whole.append(textOf("prompt", data.prompts[sample.prompt])); // a later part of an episode
-    whole.append(textOf("", sample.completion));
+    whole.append(completionOf(sample));
     if (sample.failure) whole.append(make("div", { class: "failure" }, "no reward: " + visible(sample.failure)));
     if (sample.actions !== null) {
       const details = make("details", {}, make("summary", {}, "token by token"));
@@ -206,9 +252,10 @@
     return Array.from({ length: Math.max(ones.length, others.length) }, (_, i) => [ones[i], others[i]]);
   }
 
-  let shown = PAGE;
+  let shown = 0; // groups, or pairs of them
 
-  function render() {
+  // From the first prompt on; or, with more, what follows those that are shown.
+  function render(more) {
     const [a, b] = [byId("left").value, byId("right").value];
     const two = b !== "" && b !== a;
     const [left, right] = [passing(a), two ? passing(b) : new Map()];
@@ -216,8 +263,13 @@
     const count = [...left.values(), ...right.values()].reduce((sum, some) => sum + some.length, 0);
     const prompts = byId("kind").value === "train" ? left.size + right.size : all.length;
     byId("count").textContent = data.samples.length ? count + " completions pass, of " + prompts + " prompts" : "";
-    byId("groups").replaceChildren(...all.slice(0, shown).map(([one, other]) =>
+    if (!more) {
+      shown = 0;
+      byId("groups").replaceChildren();
+    }
+    byId("groups").append(...all.slice(shown, shown + PAGE).map(([one, other]) =>
       make("div", { class: two ? "pair two" : "pair" }, group(a, one), ...(two ? [group(b, other)] : []))));
+    shown += PAGE;
     byId("more").hidden = all.length <= shown;
   }
 
@@ -239,18 +291,15 @@
 
   byId("kept").textContent = data.kept;
   byId("filters").hidden = !data.samples.length;
+  byId("shading").hidden = data.samples.every((sample) => sample.actions === null);
   const kinds = Object.keys(KINDS).filter((kind) => stepsOf(kind).length);
   choose("kind", kinds.map((kind) => [kind, KINDS[kind]]), kinds[0] || "");
   chooseSteps();
-  render();
+  render(false);
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
   byId("filters").addEventListener("input", (event) => {
     if (event.target === byId("kind")) chooseSteps();
-    shown = PAGE;
-    render();
+    render(false);
   });
-  byId("more").addEventListener("click", () => {
-    shown += PAGE;
-    render();
-  });
+  byId("more").addEventListener("click", () => render(true));
 })();

@@ -265,7 +265,9 @@ def as_json(value: Any) -> str:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return float(f"{value:.6g}") if abs(value) < 1e6 else float(f"{value:.0f}")
     if isinstance(value, Mapping):
         return {name: _finite(one) for name, one in value.items()}
     return [_finite(one) for one in value] if isinstance(value, list | tuple) else value

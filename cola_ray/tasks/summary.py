@@ -20,6 +20,7 @@ from cola_ray.tasks.protocol import Problem, Prompts
 from cola_ray.tasks.rewarded import weights_of
 
 _SHOWN = 3  # prompts
+_UNCLONED = "cloned   no response: RL needs a model to start from (--model.path), or texts (--data.path)"
 _MEASURED = 1000  # prompts
 _CHARACTERS = 1500  # of each
 
@@ -67,7 +68,8 @@ def _lines(config: Config, chat: ChatTokenizer | None) -> Iterator[str]:
         yield from _of_rows(config.task, data)
     how = ", by checksum of the prompt" if data is not None and all("" in one.files for one in data.sources) else ""
     yield f"splits   {_many(len(problems), 'problem')} to train on, {len(heldout):,} held out{how}"
-    yield f"cloned   {_many(len(task.demonstrations()), 'response')}, where a first policy is made"
+    count = len(task.demonstrations())
+    yield f"cloned   {_many(count, 'response')}, where a first policy is made" if count else _UNCLONED
     yield f"reward   {_rewards(config.task, task)}"
     if chat is not None:
         yield from _lengths(config, problems, chat)

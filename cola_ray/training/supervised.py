@@ -107,7 +107,8 @@ def _supervised(config: Config, job: str, stages: Sequence[str], module: str, ab
             stops.put(True)
             display.say("stopping after this step; once more to stop at once")
 
-        display.doing(f"{job}: starting {config.cluster.learner_ranks} learner ranks")
+        ranks = config.cluster.learner_ranks
+        display.doing(f"{job}: starting {ranks} learner rank{'s' if ranks > 1 else ''}")
         loop = {"config": config.model_dump(), "mailbox": mailbox, "stops": stops,
                 "module": f"cola_ray.learner.{module}"}  # fmt: skip
         try:

@@ -4,11 +4,13 @@ Example:                  ─> Examples:, which the reference shows as a session
 :class:`~a.B`             ─> `B`
 <job>                     ─> &lt;job>, which is no tag
 a table between ===       ─> a block as it is typed
+
+Properties of a ``...Config`` are left out: they follow from settings, and nobody can set them.
 """
 
 import re
 
-from griffe import Extension, Object
+from griffe import Class, Extension, Object
 
 
 class Docstrings(Extension):
@@ -17,6 +19,11 @@ class Docstrings(Extension):
     def on_object(self, *, obj: Object, **_: object) -> None:
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
+
+    def on_class_members(self, *, cls: Class, **_: object) -> None:
+        if cls.name.endswith("Config"):
+            for name in [name for name, member in cls.members.items() if "property" in member.labels]:
+                cls.del_member(name)
 
 
 def as_markdown(text: str) -> str:

@@ -1,8 +1,10 @@
 "use strict";
 // As much of a document as cola_ray's page asks for: its script runs, is clicked and filtered, without a browser.
-//   node page_dom.js PAGE '["click .token", "input #text=7", ...]'   prints the text of the page after each act, as JSON
+//   node page_dom.js PAGE '["click .token", "key .token=End", "input #text=7", ...]'   prints the text of the page after each act, as JSON
 const fs = require("fs");
 const vm = require("vm");
+
+let focused = null;
 
 class Element {
   constructor(tag) {
@@ -16,9 +18,10 @@ class Element {
   append(...nodes) { this.nodes.push(...nodes.map((node) => (node instanceof Element ? node : String(node)))); }
   replaceChildren(...nodes) { this.nodes = []; this.append(...nodes); }
   addEventListener(name, listener) { (this.listeners[name] = this.listeners[name] || []).push(listener); }
-  dispatch(name, target) {
-    for (const listener of this.listeners[name] || []) listener({ target: target || this, preventDefault() {} });
+  dispatch(name, target, key) {
+    for (const listener of this.listeners[name] || []) listener({ target: target || this, key, preventDefault() {} });
   }
+  focus() { focused = this; }
   all() { return [this, ...this.children.flatMap((child) => child.all())]; }
   is(selector) {
     if (selector[0] === "#") return this.attributes.id === selector.slice(1);
@@ -54,6 +57,9 @@ const shown = () => ({
   pressed: body.all().filter((element) => element.attributes["aria-pressed"] === "true").length,
   choices: body.all().filter((element) => element.is(".choice")).map((element) => element.textContent),
   curves: body.all().filter((element) => element.is("figcaption")).map((element) => element.children[0].textContent),
+  unseen: body.all().filter((element) => element.is(".unseen") && element.attributes.dir === "ltr").map((element) => element.textContent),
+  stops: body.all().filter((element) => element.attributes.tabindex === "0").length,
+  focused: focused && focused.textContent,
   given: body.all().filter((element) => element.is(".given")).map((element) => element.textContent),
   more: !document.getElementById("more").hidden,
   steps: ["left", "right"].map((id) => document.getElementById(id).value),
@@ -66,6 +72,7 @@ for (const act of JSON.parse(process.argv[3] || "[]")) {
     element.value = value;
     document.getElementById("filters").dispatch("input", element);
   } else if (kind === "toggle") body.all().filter((one) => one.is(selector)).forEach((one) => one.dispatch("toggle"));
+  else if (kind === "key") (focused || element).dispatch("keydown", null, value);
   else element.dispatch(kind);
   found.push(shown());
 }

@@ -535,6 +535,37 @@ def test_a_policy_cannot_be_cloned_from_prompts_alone(tmp_path, monkeypatch):
         load_documents(DataConfig(), make_task(config.task, 0), ChatTokenizer(tokenizer(), ""), 64)
 
 
+def test_nor_can_it_from_prompts_of_a_preference_run(tmp_path, monkeypatch):
+    """With a pair among the rows, or texts, there is nothing to refuse; nor for ``cola_ray plan``."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "prompts.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    write(tmp_path, "pairs.jsonl", {"prompt": "a"}, {"prompt": "b", "chosen": "c", "rejected": "d"})
+    write(tmp_path, "texts.jsonl", {"text": "a"})
+
+    def lines(path, job="rl_preference", **changes):
+        given = {"task.name": "preference", "task.path": path, "task.reward": "length", **changes}
+        try:
+            check(override(preset("tiny", task="preference"), given), job)
+        except ConfigError as error:
+            return str(error).splitlines()
+        return []
+
+    assert lines("prompts.jsonl") == [
+        "task.path = 'prompts.jsonl': no row has a column chosen, and the first policy is cloned from those; give "
+        "texts as --data.path, or the model to start from as --model.path"
+    ]
+    assert lines("pairs.jsonl") == []
+    assert lines("prompts.jsonl", **{"data.path": "texts.jsonl"}) == []
+    assert lines("prompts.jsonl", "plan") == []
+
+
+def test_what_would_be_read_says_where_nothing_can_be_cloned(tmp_path):
+    write(tmp_path, "rows.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    task = {"task.name": "dataset", "task.path": str(tmp_path / "rows.jsonl"), "task.reward": "length"}
+    shown = list(summary.lines(override(preset("tiny", task="dataset"), task), None))
+    assert "cloned   no response: RL needs a model to start from (--model.path), or texts (--data.path)" in shown
+
+
 def test_columns_and_splits_are_of_data_sets_alone():
     for field, value in (("task.columns", {"prompt": "a"}), ("task.splits", {"train": "a"}), ("task.subset", "a"),
                          ("task.more_paths", ("a",))):  # fmt: skip

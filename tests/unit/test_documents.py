@@ -1,6 +1,7 @@
 """Documents: links lead somewhere, tables are those of recorded results, each result has one place; and the site."""
 
 import ast
+import html
 import json
 import os
 import re
@@ -120,6 +121,11 @@ def test_every_branch_of_the_settings_is_in_the_reference():
     assert sorted(named) == sorted(branches)
 
 
+def text_in(page):
+    """What a page says, without its markup."""
+    return html.unescape(re.sub(r"<[^>]+>", "", page.read_text()))
+
+
 @pytest.mark.timeout(600)
 def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
     pytest.importorskip("mkdocstrings", reason="make docs installs it")
@@ -136,6 +142,10 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
     for page in pages:
         assert not loads.search(page.read_text()), page.name
     api = (tmp_path / "site" / "api.html").read_text()
+    settings = (tmp_path / "site" / "settings.html").read_text()
+    assert 'id="cola_ray.Config.seed"' in settings
+    assert 'id="cola_ray.Config.learns_values"' not in settings, "what nobody can set"
+    assert "# go on after a stop\ncola_ray rl --preset tiny --resume\n" in text_in(tmp_path / "site" / "recipes.html")
     for shown in ('id="cola_ray.run"', 'id="cola_ray.CoLAForCausalLM.forward"', "the word behind", "beam"):
         assert shown in api
 

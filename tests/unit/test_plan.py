@@ -1,6 +1,7 @@
 """The plan's arithmetic, by hand."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -254,3 +255,14 @@ def test_longer_answers_and_smaller_nodes_take_longer(paper, sizes):
     assert step(response_tokens=2048).rollout > usual.rollout
     assert step(gpus_per_node=4, network_gbs=1.0).learn == usual.learn, "four ranks are still on one node"
     assert step(gpus_per_node=2, network_gbs=1.0).learn > usual.learn
+
+
+def test_a_reader_that_goes_away_ends_no_plan(monkeypatch):
+    """As with ``cola_ray plan | head -1``; rich would exit the process."""
+    planned_work.sizes(preset("tiny"))  # imports what logs to the stream that it finds
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as nobody:
+        monkeypatch.setattr("sys.stdout", nobody)
+        plan.show(preset("tiny"))
+        assert os.path.samestat(os.fstat(writer), os.stat(os.devnull)), "rich noticed, and what follows goes nowhere"

@@ -240,6 +240,60 @@ def test_the_script_shows_filters_and_opens_tokens(folder):
     assert len(base["groups"]) == 3
 
 
+def spoken_in(count, tokens, **columns):
+    """A page's data: of each of ``count`` prompts one completion in training."""
+    one = {
+        "step": 1, "kind": "train", "sibling": 0, "completion": "".join(tokens), "reward": 1.0, "failure": "",
+        "truncated": False, "tokens": tokens, "by_policy": None, "actions": list(range(len(tokens))), "parts": [],
+        "log_probs": [-1.0] * len(tokens), "versions": [0] * len(tokens), "advantages": None,
+    }  # fmt: skip
+    rows = [{**one, "group": group, "prompt": group} | columns for group in range(count)]
+    prompts = [f"prompt {group}" for group in range(count)]
+    return {"run": {}, "space": "latent", "curves": {}, "kept": "", "prompts": prompts, "samples": rows}
+
+
+def test_keys_go_from_token_to_token_and_pass_a_strip_in_one_stop(tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(page("demo", spoken_in(1, ["one", " two", " three"])))
+    acts = ["toggle details", *(f"key .token={key}" for key in ("Enter", "ArrowRight", "End", "End", "ArrowRight"))]
+    _, opened, *pressed, released = shown(file, *acts, "key .token=Home", "key .token= ")
+    assert (opened["stops"], opened["pressed"]) == (1, 0)
+    assert [state["focused"] for state in pressed] == ["one", " two", " three", " three", " three", "one"]
+    assert all((state["stops"], state["pressed"]) == (1, 1) for state in pressed)
+    assert [int(re.search(r"action (\d)", state["choices"][0])[1]) for state in pressed] == [0, 1, 2, 2, 2, 0]
+    assert (released["pressed"], released["choices"]) == (0, [])
+
+
+def test_more_prompts_leave_what_is_opened(tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(page("demo", spoken_in(45, ["one"])))
+    _, _, pressed, more, all_of_them = shown(file, "toggle details", "click .token", "click #more", "click #more")
+    assert [len(state["groups"]) for state in (pressed, more, all_of_them)] == [20, 40, 45]
+    assert [len(state["choices"]) for state in (pressed, more, all_of_them)] == [1, 1, 1]
+    assert [state["more"] for state in (pressed, more, all_of_them)] == [True, True, False]
+
+
+def test_escapes_are_elements_that_no_direction_reorders(tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(page("demo", spoken_in(1, ["\u05e9\u202e", "abc\u2066", ""])))
+    closed, opened = shown(file, "toggle details")
+    assert closed["unseen"] == ["\\u202e", "\\u2066"]
+    assert opened["unseen"] == closed["unseen"] * 2
+
+
+@pytest.mark.parametrize(
+    ("reward", "text"), [(-1234567.0, "-1234567"), (1000.4, "1000"), (0.123456, "0.123"), (1e12, "1000000000000")]
+)
+def test_large_numbers_keep_their_digits(tmp_path, reward, text):
+    file = tmp_path / "page.html"
+    data = spoken_in(1, ["one"], reward=reward)
+    file.write_text(page("demo", data))
+    (only,) = shown(file)
+    assert f"mean reward {text}prompt" in only["groups"][0]
+    assert "1 token," not in only["groups"][0]
+    assert "1 tokens" not in only["groups"][0]
+
+
 def test_the_script_has_nothing_to_say_of_an_empty_run(folder):
     shutil.rmtree(folder / "samples")
     (folder / "log.jsonl").unlink()
@@ -284,8 +338,9 @@ def test_other_actions_give_what_the_model_says_under_them(cola, folder, spoken)
         assert forced[int(actions[0, place]), 0] == tokens[0, place], "the taken action gives what was said"
     assert len(data["vocabulary"]) > 2
     assert [one is None for one in mixed["others"]] == [False, False, True, False, False, False]
-    (_, opened, clicked) = shown(folder.parent / "demo.html", "toggle details", "click .token")
-    assert len(opened["given"]) == 1, "the environment's word is no action"
+    (closed, opened, clicked) = shown(folder.parent / "demo.html", "toggle details", "click .token")
+    assert len(closed["given"]) == 1, "the environment's word is set off in the completion"
+    assert opened["given"] == closed["given"] * 2, "and it is no action"
     assert "under all actions" in clicked["choices"][0]
 
 
