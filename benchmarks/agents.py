@@ -8,8 +8,8 @@ Methods are the algorithms of the registry that agents can use, your own among t
     ppo_turn        PPO over turns (rl.gae_level turn); "ppo" has values and advantages of tokens
 
 Each plays 32 episodes an iteration; those that compare episodes of a group play 8 of each of 4 seeds of the game.
-Follows figure 3 of Zhou et al. 2024: how many episodes a method needs until the mean return passes a threshold, starting
-from about -11, and where it ends. The curve of a method is the mean return of its last 256 training episodes; intervals
+Follows figure 3 of Zhou et al. 2024: how many episodes a method needs until the mean return passes a threshold, from
+about -11 on, and where it ends. The curve of a method is the mean return of its last 256 training episodes; intervals
 are over seeds, Student's. Before the first run the script says how long all take. Runs that are already in the folder
 are not repeated, so a stopped benchmark continues; the table has the methods that were asked for.
 """
