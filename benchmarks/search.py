@@ -167,7 +167,8 @@ def plot(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[Budget], pa
         for name in METHODS:
             rows = [figures[f"{name}, {budget}"] for budget in amounts]
             right, low, high = (np.array([row[of] for row in rows]) for of in ("right", "low", "high"))
-            axes.errorbar([budget.amount for budget in amounts], right, (right - low, high - right), marker="o",
+            beside = np.maximum(0, (right - low, high - right))  # where all are right, rounding may put a bound beside
+            axes.errorbar([budget.amount for budget in amounts], right, beside, marker="o",
                           markersize=4, capsize=2, linestyle="--" if "oracle" in name else "-", label=name)  # fmt: skip
         axes.axhline(figures["greedy"]["right"], color="grey", linestyle=":", label="greedy")
         axes.set(xlabel=f"{unit} a problem", xscale="log", title=f"equal {unit}")

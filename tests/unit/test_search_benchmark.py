@@ -156,7 +156,7 @@ def test_rows_take_each_figure_from_its_own_run(tmp_path):
     summaries = {
         (guide, budget): {
             way: {"responses": 3.5, "generated_tokens": 9.0}
-            | {f"{name}{end}": float(next(numbers)) for name in names for end in ("", "_low", "_high")}
+            | {f"{name}{end}": float(next(numbers)) for name in names for end in ("_low", "", "_high")}
             for way in ("sample", "beam", "mcts", "mcts_q")
         }
         for guide in search.GUIDES
