@@ -74,7 +74,7 @@ def row_of(runs: list[KeptRun], rate: float) -> dict[str, Any]:
     more = {
         "kl": float(np.mean([one["kl_last"] for one in found])),
         "trained_bytes": bytes_of(trained, runs[0].config.model.dtype),
-        "optimizer_bytes": round(found[0]["optimizer_mb"] * 2**20),
+        "optimizer_bytes": round(series(runs[0].where, "memory/optimizer_mb")[-1] * 2**20),  # summaries round it
         "step_seconds": float(np.median([later_half(series(run.where, "time/step")) for run in runs])),
         "learn_seconds": float(np.median([later_half(series(run.where, "time/learn")) for run in runs])),
         "lr": rate,

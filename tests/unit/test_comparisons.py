@@ -181,3 +181,17 @@ def test_results_come_in_order(parallel):
     jobs = [lambda number=number: number for number in range(7)]
     assert cached_run.run_all(jobs, parallel) == [*range(7)]
     assert list(itertools.accumulate(cached_run.run_all(jobs, parallel)))[-1] == 21
+
+
+def test_the_row_of_a_part(tmp_path, monkeypatch):
+    """Bytes of the optimizer come from the metric: a summary rounds to 0 what steering vectors need."""
+    summary = {"bc_accuracy": 0.4, "rl_accuracy": 0.5, "kl_last": 0.02, "trained_parameters": 128, "optimizer_mb": 0.0}
+    metrics = {"memory/optimizer_mb": [0.0, 1536 / 2**20], "time/step": [9.0, 1.0, 2.0], "time/learn": [5.0, 0.5, 0.7]}
+    monkeypatch.setattr(KeptRun, "summary", lambda run: summary)
+    monkeypatch.setattr(trained_parts, "series", lambda where, metric: metrics[metric])
+    (start,) = trained_parts.starts_of(tmp_path, "tiny", [0], {})
+    run = trained_parts.run_of(tmp_path, "steering_last", 1e-2, start, {}, 3, 16)
+    row = trained_parts.row_of([run], 1e-2)
+    assert (row["start"], row["end"], row["gain_points"]) == (0.4, 0.5, pytest.approx(10))
+    assert (row["trained_bytes"], row["optimizer_bytes"]) == (128 * 4, 128 * 4 * 3), "float32: a weight, two moments"
+    assert (row["step_seconds"], row["learn_seconds"]) == (1.5, 0.6), "of the later half"
