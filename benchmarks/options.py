@@ -6,7 +6,7 @@ python benchmarks/options.py --folder outputs/options [--model MODEL] [--rounds 
     a process with it ─────────────┴─> a ratio a round ─> its median, and the interval of the median
 
 Both run at the same time and compute in turns, so what else the machine does falls on both alike; who goes first
-changes from round to round. An option that needs another is compared with that other alone, the column "against". Its
+changes from round to round. An option that needs another is compared with that other alone, the column "against". The
 learning rate is next to 0, so that the policy, and with it the length and the reward of answers, stays as it was.
 
 "default, again", twice more, is the default against itself, always measured and first: two processes that do the same

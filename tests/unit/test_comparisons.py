@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import agents
 import algorithms
 import cached_run
+import options
+import search
 import trained_parts
 from cached_run import KeptRun
 from uncertainty import over_seeds
@@ -90,6 +92,18 @@ def test_rates_of_parts():
     with pytest.raises(SystemExit, match="'fast' is no number"):
         trained_parts.rates("tiny", ["lora=fast"])
     assert trained_parts.bytes_of(1000, "bfloat16") == 2000
+
+
+@pytest.mark.parametrize("script", [agents, algorithms, options, search, trained_parts], ids=lambda one: one.__name__)
+def test_help_teaches(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"python benchmarks/{script.__name__}.py --folder" in said, "how to call it"
+    assert "continues" in said, "that it may be stopped"
+    assert f"benchmarks/{script.__name__}.py" in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
