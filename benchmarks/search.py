@@ -207,8 +207,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; the same one continues")
     parser.add_argument("--model", type=Path, required=True, help="model/ of a run of `cola_ray rl --preset tiny`")
     parser.add_argument("--task", default="arithmetic")
-    parser.add_argument("--responses", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="budgets of a problem")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="budgets of a problem")
+    parser.add_argument("--responses", type=int, nargs="*", default=[2, 4, 8, 16, 32],
+                        help="budgets of a problem; none leaves this comparison out")  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="*", default=[8, 16, 32, 64, 128],
+                        help="the same in tokens")  # fmt: skip
     parser.add_argument("--problems", type=int, default=512, help="held-out problems")
     parser.add_argument("--logged", type=int, default=4096, help="training problems whose samples are learnt from")
     args = parser.parse_args()
