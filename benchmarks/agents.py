@@ -1,57 +1,97 @@
-"""Sample efficiency on Twenty Questions: ArCHer, CHAI, filtered cloning and PPO from the same cloned start, by seed.
+"""Sample efficiency on Twenty Questions: every algorithm for agents at equal episodes, from one cloned start, by seed.
 
-"archer" is the preset, where the critic chooses among utterances; "archer_alone" is ArCHer as in the paper.
+python benchmarks/agents.py --folder outputs/agents [--model MODEL] [--seeds 0 1 2] [--iterations 60] [--parallel 2]
 
-python benchmarks/agents.py --folder outputs/agents --model MODEL [--seeds 0 1 2] [--iterations 60] [--parallel 2]
+Methods are the algorithms of the registry that agents can use, your own among them where a package registers them, and
 
-Follows figure 3 of Zhou et al. 2024: how many episodes each method needs until the mean return passes -9 and -8,
-starting from about -11, and where it ends. The curve of a method is the mean return of its last 256 training episodes.
-Runs that are already in the folder are not repeated, so a stopped benchmark continues.
+    archer_alone    ArCHer as in the paper; "archer" is the preset, where the critic chooses among utterances
+    ppo_turn        PPO over turns (rl.gae_level turn); "ppo" has values and advantages of tokens
+
+Each plays 32 episodes an iteration; those that compare episodes of a group play 8 of each of 4 seeds of the game.
+Follows figure 3 of Zhou et al. 2024: how many episodes a method needs until the mean return passes a threshold, from
+about -11 on, and where it ends. The curve of a method is the mean return of its last 256 training episodes; intervals
+are over seeds, Student's. Before the first run the script says how long all take. Runs that are already in the folder
+are not repeated, so a stopped benchmark continues; the table has the methods that were asked for.
 """
 
 import argparse
-import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from cached_run import run_all, run_once, series
+from algorithms import why_not
+from cached_run import KeptRun, run_kept, series
 from record import RESULTS, record
+from uncertainty import over_seeds
 
-THRESHOLDS = (-9.0, -8.0)
-PER_STEP, WINDOW = 32, 256
-COMMON = ["--preset", "tiny", "--task.name", "twenty_questions", "--cluster.learner-ranks", "1", "--rl.eval-every", "0",
-          "--rl.eval-problems", "8", "--rl.prompts-per-step", str(PER_STEP), "--rl.save-every", "1000"]  # fmt: skip
-METHODS: dict[str, list[str]] = {
-    "archer": ["--rl.algorithm", "archer"],
-    "archer_alone": ["--rl.algorithm", "archer", "--critic.no-chooses"],
-    "chai": ["--rl.algorithm", "chai"],
-    "filtered_bc": ["--rl.algorithm", "filtered_bc", "--rl.lr", "3e-4"],
-    "ppo": ["--rl.algorithm", "ppo", "--rl.updates-per-batch", "2", "--rl.lr", "1e-3", "--rl.kl-coef", "0.01"],
+from cola_ray import registry
+from cola_ray.settings.algorithms import of
+
+Settings = dict[str, Any]
+THRESHOLDS = (-9, -8, -7, -6)
+EPISODES, WINDOW = 32, 256
+GROUP = 8
+"""Episodes of one seed of the game, for who compares them."""
+COMMON: Settings = {
+    "preset": "tiny", "task.name": "twenty_questions", "cluster.learner_ranks": 1, "rl.eval_every": 0,
+    "rl.eval_problems": 8, "rl.save_every": 1000,
+}  # fmt: skip
+SUITED: dict[str, Settings] = {
+    "filtered_bc": {"rl.lr": 3e-4},
+    "etpo": {"rl.kl_coef": 0.05},
+    "gigpo": {"rl.anchor_state": "transcript"},  # a bare answer does not say where one is
+}
+"""By algorithm, what is not as in the preset; nothing for those that are not named."""
+VARIANTS: dict[str, Settings] = {
+    "archer_alone": {"rl.algorithm": "archer", "critic.chooses": False},
+    "ppo_turn": {"rl.algorithm": "ppo", "rl.gae_level": "turn"},
 }
 
 
-def returns_of(where: Path, method: str, seed: int, iterations: int, model: str) -> np.ndarray:
-    """(iterations,) mean returns of the episodes of each iteration."""
-    run_once(
-        where, "rl_agent", *COMMON, *METHODS[method], "--seed", str(seed), "--rl.max-steps", str(iterations),
-        "--model.path", model,
-    )  # fmt: skip
-    return np.array(series(where, "reward/mean"))
+def methods() -> dict[str, Settings]:
+    """Settings by method."""
+    names = [name for name in registry.names("algorithm") if not why_not(name, "rl_agent", {**COMMON, **sizes(name)})]
+    found = {name: {"rl.algorithm": name, **sizes(name), **SUITED.get(name, {})} for name in names}
+    return found | {name: {**sizes(settings["rl.algorithm"]), **settings} for name, settings in VARIANTS.items()}
+
+
+def sizes(algorithm: str) -> Settings:
+    """Seeds of the game in an iteration, and episodes of each: the same number of episodes for all."""
+    size = GROUP if of(algorithm).groups else 1
+    return {"rl.prompts_per_step": EPISODES // size, "rl.group_size": size}
 
 
 def smoothed(returns: np.ndarray) -> np.ndarray:
     """Moving average over the last ``WINDOW`` episodes, or over all of them at the start."""
-    width = WINDOW // PER_STEP
+    width = WINDOW // EPISODES
     return np.array([returns[max(0, i + 1 - width) : i + 1].mean() for i in range(len(returns))])
 
 
-def episodes_to(curve: np.ndarray, threshold: float) -> float:
-    """Episodes until the curve reaches a threshold, at least ``WINDOW``; infinite if it never does."""
-    reached = np.flatnonzero(curve[WINDOW // PER_STEP - 1 :] >= threshold)
-    return float((reached[0] + WINDOW // PER_STEP) * PER_STEP) if len(reached) else float("inf")
+def episodes_to(curve: np.ndarray, threshold: float) -> int | None:
+    """Episodes until the curve reaches a threshold, at least ``WINDOW``; None if it never does."""
+    reached = np.flatnonzero(curve[WINDOW // EPISODES - 1 :] >= threshold)
+    return int((reached[0] + WINDOW // EPISODES) * EPISODES) if len(reached) else None
 
 
-def plot(curves: dict[str, np.ndarray], path: Path) -> None:
+def figures_of(returns: np.ndarray) -> dict[str, Any]:
+    """A method's row of the table.
+
+    Args:
+        returns: (seeds, iterations), the mean of an iteration's episodes.
+    """
+    curves = np.array([smoothed(one) for one in returns])
+    last = curves[:, -1].tolist()
+    return {
+        "episodes": returns.shape[1] * EPISODES,
+        "first": returns[:, 0].tolist(),
+        **{f"to {threshold}": [episodes_to(curve, threshold) for curve in curves] for threshold in THRESHOLDS},
+        "each_last": last,
+        **over_seeds("last", last),
+    }
+
+
+def plot(curves: Mapping[str, np.ndarray], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -59,48 +99,53 @@ def plot(curves: dict[str, np.ndarray], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for method, runs in curves.items():
-        episodes = PER_STEP * (1 + np.arange(runs.shape[1]))
+        episodes = EPISODES * (1 + np.arange(runs.shape[1]))
         (line,) = axes.plot(episodes, runs.mean(0), label=method)
         axes.fill_between(episodes, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.15)
     for threshold in THRESHOLDS:
         axes.axhline(threshold, color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="episodes", ylabel=f"mean return of the last {WINDOW}", title="Twenty Questions, tiny preset")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
+    known = methods()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", required=True)
-    parser.add_argument(
-        "--model", required=True, help="the cloned start: a CoLA model that rl_agent.py has pre-trained"
-    )
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; the same one continues")
+    parser.add_argument("--model", type=Path, help="the cloned start; without it, the script pre-trains the preset's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=60, help=f"of {EPISODES} episodes each")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each uses about one core")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(known), choices=list(known), metavar="METHOD",
+                        help=f"of the table: {', '.join(known)}")  # fmt: skip
     args = parser.parse_args()
-    folder, model = Path(args.folder).resolve(), str(Path(args.model).resolve())
+    folder = args.folder.resolve()
+    model = args.model
+    if model is None:
+        start = KeptRun(folder / "start", "pretrain", {"preset": "tiny", "task.name": COMMON["task.name"]})
+        run_kept([start], parallel=1)
+        model = start.output / "model"
     pairs = [(method, seed) for seed in args.seeds for method in args.methods]
-    runs = run_all(
-        [
-            functools.partial(returns_of, folder / f"{method}-{seed}", method, seed, args.iterations, model)
-            for method, seed in pairs
-        ],
-        args.parallel,
+    runs = [
+        KeptRun(folder / f"{method}-{seed}", "rl_agent",
+                {**COMMON, **known[method], "rl.max_steps": args.iterations, "seed": seed,
+                 "model.path": str(model.resolve())})
+        for method, seed in pairs
+    ]  # fmt: skip
+    run_kept(runs, args.parallel)
+    returns = {
+        method: np.array([series(run.where, "reward/mean") for run, (name, _) in zip(runs, pairs, strict=True)
+                          if name == method])
+        for method in args.methods
+    }  # fmt: skip
+    plot(
+        {method: np.array([smoothed(one) for one in seeds]) for method, seeds in returns.items()},
+        RESULTS / "agents.png",
     )
-    found = dict(zip(pairs, runs, strict=True))
-    raw = {method: np.array([found[method, seed] for seed in args.seeds]) for method in args.methods}
-    curves = {method: np.array([smoothed(returns) for returns in runs]) for method, runs in raw.items()}
-    figures: dict[str, object] = {"episodes": args.iterations * PER_STEP}
-    for method, runs in curves.items():
-        for threshold in THRESHOLDS:
-            figures[f"{method}_episodes_to_{threshold:g}"] = [episodes_to(curve, threshold) for curve in runs]
-        figures[f"{method}_first"] = [float(returns[0]) for returns in raw[method]]
-        figures[f"{method}_last"] = [float(curve[-1]) for curve in runs]
-    plot(curves, RESULTS / "agents.png")
-    record("agents", figures, args.seeds, "Twenty Questions from one cloned start; curves in docs/results/agents.png.")
+    about = f"Twenty Questions from one cloned start, {EPISODES} episodes an iteration; curves in agents.png."
+    record("agents", {method: figures_of(seeds) for method, seeds in returns.items()}, args.seeds, about)
 
 
 if __name__ == "__main__":

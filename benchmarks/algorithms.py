@@ -1,69 +1,123 @@
-"""Every algorithm on the tiny preset's arithmetic, from one cloned start per seed: how much does each improve on it?
+"""Every algorithm and loss on the tiny preset's arithmetic, from one cloned start a seed: how much does each gain?
 
-python benchmarks/algorithms.py --folder outputs/algorithms [--seeds 0 1 2] [--parallel 2]
+python benchmarks/algorithms.py --folder outputs/algorithms [--seeds 0 1 2] [--steps 40] [--parallel 2]
 
-Accuracy is measured by greedy answers to held-out problems. Runs that are already in the folder are not repeated.
+    pretrain, a start a seed ─> rl with each row's settings ─> accuracy before and after, KL, seconds a step
+
+Rows are all algorithms and losses of the registry, your own among them where a package registers them, and the recipes
+of docs/algorithms.md that are neither. What only agents can use is left out (benchmarks/agents.py has it). A loss is
+trained with several passes over a batch, without which it is no other than ppo; "loss ppo" is grpo with as many.
+
+Accuracy is that of greedy answers to held-out problems. Intervals are over seeds, Student's, and a gain's is that of
+differences within a seed. Before the first run the script says how long all take. Runs that are already in the folder
+are not repeated, so a benchmark that was stopped continues; the table has the rows that were asked for.
 """
 
 import argparse
-import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from cached_run import run_all, run_once
+from cached_run import KeptRun, preset_of, run_kept, series
 from record import record
+from uncertainty import over_seeds
 
-ALGORITHMS: dict[str, list[str]] = {
-    "grpo": [],
-    "rloo": [],
-    "remax": ["--rl.group-size", "4", "--rl.prompts-per-step", "128"],  # plus a greedy completion per prompt
-    "reinforce": [],
-    "ppo": ["--rl.updates-per-batch", "2", "--rl.value-steps", "8"],
-    "etpo": ["--rl.kl-coef", "0.05", "--rl.value-steps", "20", "--rl.target-tau", "0.05"],
+from cola_ray import registry
+from cola_ray.settings.combinations import refused
+from cola_ray.settings.config import override
+
+Settings = dict[str, Any]
+SUITED: dict[str, Settings] = {
+    "remax": {"rl.group_size": 4, "rl.prompts_per_step": 128},  # plus a greedy completion a prompt
+    "ppo": {"rl.updates_per_batch": 2, "rl.value_steps": 8},
+    "etpo": {"rl.kl_coef": 0.05, "rl.value_steps": 20, "rl.target_tau": 0.05},
 }
-TINY = ["--preset", "tiny", "--cluster.learner-ranks", "1", "--rl.eval-every", "0"]
+"""By algorithm, what it does not share with the others; nothing for those that are not named."""
+PASSES = {"rl.updates_per_batch": 4}
+LOSSES: dict[str, Settings] = {
+    "gspo": {"rl.loss_agg_mode": "seq-mean-token-mean", "rl.clip_low": 3e-4, "rl.clip_high": 4e-4},
+    "cispo": {"rl.clip_low": 1.0, "rl.clip_high": 4.0},
+}
+"""By loss, the clips that its paper gives it."""
+RECIPES: dict[str, Settings] = {
+    "dr_grpo": {"rl.loss_agg_mode": "seq-mean-token-sum-norm", "rl.scale_rewards": "none"},
+    "dapo": {"rl.num_minibatches": 16, "rl.clip_high": 0.28, "rl.dynamic_sampling": True,
+             "rl.mask_truncated_completions": True},
+    "actor_free": {"rl.algorithm": "etpo", **SUITED["etpo"], "rl.actor_free": True},
+}  # fmt: skip
+"""What is neither an algorithm nor a loss by itself."""
+COMMON: Settings = {"preset": "tiny", "cluster.learner_ranks": 1, "rl.eval_every": 0}
+
+
+def candidates() -> dict[str, Settings]:
+    """Settings by row: all that the registry and the recipes have, whatever they are for."""
+    found = {name: {"rl.algorithm": name, **SUITED.get(name, {})} for name in registry.names("algorithm")}
+    found |= {f"loss {name}": {"rl.loss": name, **PASSES, **LOSSES.get(name, {})} for name in registry.names("loss")}
+    return found | RECIPES
+
+
+def rows(job: str = "rl_math", common: Mapping[str, Any] = COMMON) -> dict[str, Settings]:
+    """The candidates that the job's task can use."""
+    return {name: settings for name, settings in candidates().items() if not why_not(name, job, common)}
+
+
+def why_not(name: str, job: str = "rl_math", common: Mapping[str, Any] = COMMON) -> list[str]:
+    """Why the settings refuse a candidate; empty where they do not."""
+    changes = {**common, **candidates()[name]}
+    return refused(override(preset_of(job, changes), changes))
+
+
+def figures_of(starts: Sequence[float], ends: Sequence[float], more: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table: accuracies of the seeds, before and after, as means with intervals."""
+    gains = [100 * (end - start) for start, end in zip(starts, ends, strict=True)]
+    return {
+        **over_seeds("start", starts),
+        **over_seeds("end", ends),
+        **over_seeds("gain_points", gains),
+        "ends": list(ends),
+        **more,
+    }
+
+
+def later_half(values: Sequence[float]) -> float:
+    """The median of the later half, without what starting costs."""
+    return float(np.median(values[len(values) // 2 :]))
 
 
 def main() -> None:
+    known = rows()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; the same one continues")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rows", nargs="+", default=list(known), choices=list(known), metavar="ROW",
+                        help=f"of the table: {', '.join(known)}")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=40, help="learner steps of a run")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each uses about one core")
     args = parser.parse_args()
     folder = args.folder.resolve()
-
-    def start(seed: int) -> Path:
-        return folder / f"start-{seed}" / "outputs" / "run" / "model"
-
-    run_all(
-        [
-            functools.partial(run_once, folder / f"start-{seed}", "pretrain", "--preset", "tiny", "--seed", str(seed))
-            for seed in args.seeds
-        ],
-        parallel=1,  # each has two learner ranks
-    )
-    pairs = [(seed, algorithm) for seed in args.seeds for algorithm in args.algorithms]
-    summaries = run_all(
-        [
-            functools.partial(
-                run_once, folder / f"{algorithm}-{seed}", "rl_math", *TINY, "--rl.algorithm", algorithm,
-                *ALGORITHMS[algorithm], "--rl.max-steps", str(args.steps), "--seed", str(seed),
-                "--model.path", str(start(seed)),
-            )
-            for seed, algorithm in pairs
-        ],
-        args.parallel,
-    )  # fmt: skip
-    found = dict(zip(pairs, summaries, strict=True))
-    figures: dict[str, object] = {"start": [found[seed, args.algorithms[0]]["bc_accuracy"] for seed in args.seeds]}
-    for algorithm in args.algorithms:
-        ends = [found[seed, algorithm]["rl_accuracy"] for seed in args.seeds]
-        starts = [found[seed, algorithm]["bc_accuracy"] for seed in args.seeds]
-        figures[algorithm] = ends
-        figures[f"{algorithm}_least_gain_points"] = 100 * float(np.min(np.subtract(ends, starts)))
-    record("algorithms", figures, args.seeds, "Greedy held-out accuracy on arithmetic after RL, one value a seed.")
+    starts = [KeptRun(folder / f"start-{seed}", "pretrain", {"preset": "tiny", "seed": seed}) for seed in args.seeds]
+    pairs = [(name, start) for start in starts for name in args.rows]
+    runs = [
+        KeptRun(folder / f"{name.replace(' ', '-')}-{start.settings['seed']}", "rl_math",
+                {**COMMON, **known[name], "rl.max_steps": args.steps, "seed": start.settings["seed"],
+                 "model.path": str(start.output / "model")})
+        for name, start in pairs
+    ]  # fmt: skip
+    run_kept(starts, parallel=1)  # each has two learner ranks
+    run_kept(runs, args.parallel)
+    figures: dict[str, Any] = {}
+    for name in args.rows:
+        own = [run for run, (row, _) in zip(runs, pairs, strict=True) if row == name]
+        found = [run.summary() for run in own]
+        figures[name] = figures_of(
+            [one["bc_accuracy"] for one in found],
+            [one["rl_accuracy"] for one in found],
+            {"kl": float(np.mean([one["kl_last"] for one in found])),
+             "step_seconds": float(np.median([later_half(series(run.where, "time/step")) for run in own]))},
+        )  # fmt: skip
+    about = f"Greedy held-out accuracy on arithmetic before and after {args.steps} steps; intervals are over seeds."
+    record("algorithms", figures, args.seeds, about)
 
 
 if __name__ == "__main__":

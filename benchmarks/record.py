@@ -90,6 +90,8 @@ def _table(result: Mapping[str, Any]) -> list[str]:
 def _formatted(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_formatted(item) for item in value)
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -1,19 +1,37 @@
-"""Search over latent actions: right answers against generated tokens, and the tokens that the prefix cache saves.
+"""Ways of answering at equal responses and at equal tokens: samples, self-consistency, beams and searches.
 
-python benchmarks/search.py --folder outputs/search --model MODEL [--budgets 2 4 8 16 32] [--problems 512]
+python benchmarks/search.py --folder outputs/search --model MODEL [--responses 2 4 8 16 32] [--tokens 8 16 32 64 128]
 
-MODEL was trained by RL. The Q of MCTS-Q is learnt from the model's samples on training problems. All ways of answering
-use the same verifier to choose among the same number of responses. Saved tokens are counted in the engine: tokens that
-a search computed, against computing the whole text again in every simulation.
+    samples of training problems ─┬─> Q of MCTS-Q
+                                  └─> pairs, a right and a wrong answer ─> a reward model
+    held-out problems ─> each way, guided by the verifier or by that reward model ─> right answers, responses, tokens
+
+What an answer is chosen by decides what a figure says:
+
+    self-consistency    the answer that most samples give, of equals the first (Wang et al. 2023); nothing scores them
+    best-of-n           the sample that the reward model likes best; weighted self-consistency: votes weighed by it
+    beam, mcts, mcts_q  guided by the reward model, which also chooses among what was found
+    ... (oracle)        the verifier guides and chooses. It knows what is right, so this is a bound, and no way to
+                        answer; of samples it is pass@n
+
+MODEL was trained by RL. At equal responses a way makes n responses, whatever their tokens; at equal tokens it may
+generate so many, whatever the responses. A beam's width is what these tokens suffice for. Saved tokens are counted in
+the engine: what a search computed, against computing the whole text again in every simulation. Runs that are already in
+the folder are not repeated, so a benchmark that was stopped continues.
 """
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-from cached_run import run_once
+import pyarrow.parquet as pq
+from cached_run import KeptRun, run_kept
 from record import RESULTS, record
 
 from cola_ray.rollout.batching import RunningBatch
@@ -21,28 +39,143 @@ from cola_ray.rollout.engine import LatentEngine, Request
 from cola_ray.rollout.search import SearchProblem, TreeSearch
 from cola_ray.settings.config import SearchConfig
 
-WAYS = ("sample", "beam", "mcts", "mcts_q")
+Settings = dict[str, Any]
+Guide = Literal["verifier", "reward_model"]
+GUIDES: tuple[Guide, ...] = ("verifier", "reward_model")
+BREADTH = 16
+"""Actions that are tried in a state."""
 
 
-def plot(
-    curves: dict[str, list[tuple[float, float, float, float]]], points: dict[str, tuple[float, float]], path: Path
-) -> None:
+@dataclass(frozen=True)
+class Method:
+    """Which figure of an evaluation is meant: of a way of answering, under a guide."""
+
+    way: str
+    guide: Guide
+    figure: str
+
+
+METHODS = {
+    "self-consistency": Method("sample", "verifier", "majority"),
+    "best-of-n": Method("sample", "reward_model", "best"),
+    "weighted self-consistency": Method("sample", "reward_model", "weighted_majority"),
+    "beam": Method("beam", "reward_model", "best"),
+    "mcts": Method("mcts", "reward_model", "best"),
+    "mcts_q": Method("mcts_q", "reward_model", "best"),
+    "pass@n (oracle)": Method("sample", "verifier", "best"),
+    "beam (oracle)": Method("beam", "verifier", "best"),
+    "mcts (oracle)": Method("mcts", "verifier", "best"),
+    "mcts_q (oracle)": Method("mcts_q", "verifier", "best"),
+}
+"""By what the tables call them."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a way may use for one problem."""
+
+    amount: int
+    unit: Literal["responses", "tokens"]
+
+    def __str__(self) -> str:
+        return f"{self.amount} {self.unit}"
+
+    def settings(self, longest: int) -> dict[str, Settings]:
+        """By group of ways that share a run, the settings that keep them within it.
+
+        Args:
+            longest: tokens that a response may have.
+        """
+        if self.unit == "responses":
+            return {"all": {"eval.ways": ("sample", "beam", "mcts", "mcts_q"), "search.simulations": self.amount}}
+        limit = {"search.max_tokens": self.amount}
+        return {
+            "drawn": {"eval.ways": ("sample", "mcts", "mcts_q"), "search.simulations": self.amount, **limit},
+            "beam": {"eval.ways": ("beam",), "search.simulations": beam_width(self.amount, longest), **limit},
+        }
+
+
+def beam_width(tokens: int, longest: int) -> int:
+    """The widest beam that can go on to the longest responses with these tokens; 1 where none can.
+
+    The first step tries ``BREADTH`` actions, and each further one as many after every prefix.
+    """
+    return max(1, (tokens - BREADTH) // (BREADTH * max(longest - 1, 1)))
+
+
+# --- what is learnt from samples --------------------------------------------------------------------------------------
+
+
+def pairs_of(rows: Sequence[Mapping[str, Any]], most: int = 4) -> Iterator[dict[str, str]]:
+    """Preference pairs of one problem each: a right response and a wrong one, distinct texts, so many at most."""
+    for row in rows:
+        scored = list(zip(row["texts"], row["rewards"], strict=True))
+        right = dict.fromkeys(text for text, reward in scored if reward >= 1)
+        wrong = dict.fromkeys(text for text, reward in scored if reward < 1)
+        for chosen, rejected in itertools.islice(itertools.product(right, wrong), most):
+            yield {"prompt": row["question"], "chosen": chosen, "rejected": rejected}
+
+
+def write_pairs(logged: Path, file: Path) -> int:
+    """Returns how many there are."""
+    rows = [row for part in sorted(logged.glob("*.parquet")) for row in pq.read_table(part).to_pylist()]
+    lines = [json.dumps(pair) for pair in pairs_of(rows)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
+    return len(lines)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def figures_of(summaries: Mapping[tuple[Guide, Budget], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows of the table, by method and budget.
+
+    Args:
+        summaries: by guide and budget, the figures of each way.
+    """
+    found = {}
+    for (name, method), budget in itertools.product(METHODS.items(), dict.fromkeys(of for _, of in summaries)):
+        of_way = summaries[method.guide, budget][method.way]
+        # Where nobody has two responses there is nothing to choose from.
+        found[f"{name}, {budget}"] = row_of(of_way, method.figure if method.figure in of_way else "accuracy")
+    return found
+
+
+def row_of(of_way: Mapping[str, Any], figure: str) -> dict[str, Any]:
+    return {
+        "right": of_way[figure],
+        "low": of_way[f"{figure}_low"],
+        "high": of_way[f"{figure}_high"],
+        "responses": of_way["responses"],
+        "tokens": of_way["generated_tokens"],
+    }
+
+
+def plot(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[Budget], path: Path) -> None:
+    """Right answers over responses, and over tokens; bounds are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for way, curve in curves.items():
-        tokens, right, low, high = map(np.array, zip(*curve, strict=True))
-        axes.errorbar(tokens, right, (right - low, high - right), marker="o", markersize=4, capsize=2, label=way)
-    for way, (tokens, right) in points.items():
-        axes.plot(tokens, right, "k*" if way == "greedy" else "kx", label=way)
-    axes.set(xscale="log", xlabel="tokens generated a problem", ylabel="problems with a right answer found")
-    axes.set_title("search after RL, tiny preset")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    units = list(dict.fromkeys(budget.unit for budget in budgets))
+    picture, panels = plt.subplots(1, len(units), figsize=(6 * len(units), 5), sharey=True, layout="constrained",
+                                   squeeze=False)  # fmt: skip
+    for axes, unit in zip(panels[0], units, strict=True):
+        amounts = [budget for budget in budgets if budget.unit == unit]
+        for name in METHODS:
+            rows = [figures[f"{name}, {budget}"] for budget in amounts]
+            right, low, high = (np.array([row[of] for row in rows]) for of in ("right", "low", "high"))
+            beside = np.maximum(0, (right - low, high - right))  # where all are right, rounding may put a bound beside
+            axes.errorbar([budget.amount for budget in amounts], right, beside, marker="o",
+                          markersize=4, capsize=2, linestyle="--" if "oracle" in name else "-", label=name)  # fmt: skip
+        axes.axhline(figures["greedy"]["right"], color="grey", linestyle=":", label="greedy")
+        axes.set(xlabel=f"{unit} a problem", xscale="log", title=f"equal {unit}")
+        axes.grid(alpha=0.3)
+    panels[0][0].set(ylabel="problems with a right answer")
+    panels[0][-1].legend(fontsize="small")
+    picture.savefig(path, dpi=120)
 
 
 def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> dict[str, float]:
@@ -71,41 +204,68 @@ def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; the same one continues")
+    parser.add_argument("--model", type=Path, required=True, help="model/ of a run of `cola_ray rl --preset tiny`")
     parser.add_argument("--task", default="arithmetic")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--problems", type=int, default=512)
+    parser.add_argument("--responses", type=int, nargs="*", default=[2, 4, 8, 16, 32],
+                        help="budgets of a problem; none leaves this comparison out")  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="*", default=[8, 16, 32, 64, 128],
+                        help="the same in tokens")  # fmt: skip
+    parser.add_argument("--problems", type=int, default=512, help="held-out problems")
+    parser.add_argument("--logged", type=int, default=4096, help="training problems whose samples are learnt from")
     args = parser.parse_args()
-    folder = args.folder.resolve()
-    common = ["--preset", "tiny", "--task.name", args.task, "--model.path", str(args.model.resolve())]
-    asked = [*common, "--eval.problems", str(args.problems), "--eval.chunk", "128"]
-    wide = ["--search.root-breadth", "16", "--search.breadth", "16"]
-    run_once(folder / "log", "evaluate", *common, "--eval.split", "train", "--eval.ways", "sample", "--eval.problems",
-          "4096", "--eval.chunk", "512", "--search.simulations", "16")  # fmt: skip
-    logged = folder / "log" / "outputs" / "run" / "predictions" / "sample"
-    learnt = run_once(folder / "q", "train_q", *common, "--data.path", str(logged), "--pretrain.steps.q", "1500",
-                   "--pretrain.batch-size", "256", "--cluster.learner-ranks", "1")  # fmt: skip
-    with_q = ["--q.path", str(folder / "q" / "outputs" / "run" / "model")]
-    single = run_once(folder / "greedy", "evaluate", *asked, "--eval.ways", "base", "greedy")
-    curves: dict[str, list[tuple[float, float, float, float]]] = {way: [] for way in WAYS}
-    figures: dict[str, object] = {f"{way}_right": single[way]["accuracy"] for way in ("base", "greedy")}
-    figures |= {"q_heldout_loss": learnt["q_heldout_loss"], "q_heldout_correlation": learnt["q_heldout_correlation"]}
-    for budget in args.budgets:
-        where = folder / f"budget-{budget}"
-        found = run_once(where, "evaluate", *asked, *wide, *with_q, "--eval.ways", *WAYS, "--search.simulations",
-                      str(budget))  # fmt: skip
-        for way in WAYS:
-            of_way = found[way]
-            best = [of_way[name] for name in ("best", "best_low", "best_high")]
-            curves[way].append((of_way["generated_tokens"], *best))
-            figures |= dict(zip((f"{way}_{budget}_{name}" for name in ("right", "low", "high")), best, strict=True))
-            figures[f"{way}_{budget}_tokens"] = of_way["generated_tokens"]
-    figures |= saved_tokens(args.model.resolve())
-    points = {way: (single[way]["generated_tokens"], single[way]["accuracy"]) for way in ("base", "greedy")}
-    plot(curves, points, RESULTS / "search.png")
-    about = f"Right answers found on {args.problems} held-out problems of {args.task}, by budget of responses"
-    record("search", figures, [0], f"{about}; curves over tokens in docs/results/search.png.")
+    folder, model = args.folder.resolve(), args.model.resolve()
+    common = {"preset": "tiny", "task.name": args.task, "model.path": str(model)}
+    log = KeptRun(folder / "log", "evaluate", {
+        **common, "eval.split": "train", "eval.ways": ("sample",), "eval.problems": args.logged, "eval.chunk": 512,
+        "search.simulations": 16,
+    })  # fmt: skip
+    run_kept([log], parallel=1)
+    logged, pairs = log.output / "predictions" / "sample", folder / "pairs.jsonl"
+    num_pairs = write_pairs(logged, pairs)
+    one_rank = {"cluster.learner_ranks": 1}
+    q = KeptRun(folder / "q", "train_q", {
+        **common, **one_rank, "data.path": str(logged), "pretrain.steps.q": 1500, "pretrain.batch_size": 256,
+    })  # fmt: skip
+    scorer = KeptRun(folder / "reward_model", "reward_model", {
+        **common, **one_rank, "task.name": "preference", "task.path": str(pairs), "pretrain.steps.reward": 600,
+        "pretrain.batch_size": 24,
+    })  # fmt: skip
+    learnt, scores = run_kept([q, scorer], parallel=1)
+    asked = {**common, "eval.problems": args.problems, "eval.chunk": 128}
+    guides: dict[Guide, Settings] = {
+        "verifier": {},
+        "reward_model": {"task.reward_model": str(scorer.output / "model")},
+    }
+    single = KeptRun(folder / "greedy", "evaluate", {**asked, "eval.ways": ("base", "greedy")})
+    longest = single.config.rollout.max_new_tokens
+    budgets = [*(Budget(one, "responses") for one in args.responses), *(Budget(one, "tokens") for one in args.tokens)]
+    runs = {
+        (guide, budget, group): KeptRun(
+            folder / f"{guide}-{budget.amount}-{budget.unit}-{group}", "evaluate",
+            {**asked, **settings, **guides[guide], "search.root_breadth": BREADTH, "search.breadth": BREADTH,
+             **({"q.path": str(q.output / "model")} if "mcts_q" in settings["eval.ways"] else {})},
+        )
+        for guide, budget in itertools.product(GUIDES, budgets)
+        for group, settings in budget.settings(longest).items()
+    }  # fmt: skip
+    of_single, *found = run_kept([single, *runs.values()], parallel=1)
+    summaries: dict[tuple[Guide, Budget], dict[str, Any]] = {}
+    for (guide, budget, _), summary in zip(runs, found, strict=True):
+        summaries.setdefault((guide, budget), {}).update(summary)
+    figures = {way: row_of(of_single[way], "accuracy") for way in ("base", "greedy")} | figures_of(summaries)
+    plot(figures, budgets, RESULTS / "search.png")
+    about = f"Right answers on {args.problems} held-out problems of {args.task}"
+    record("search", figures, [0], f"{about}; both comparisons in docs/results/search.png.")
+    of_parts = {
+        "q_heldout_loss": learnt["q_heldout_loss"],
+        "q_heldout_correlation": learnt["q_heldout_correlation"],
+        "pairs": num_pairs,
+        "reward_model_loss": scores["reward_loss"],
+    }
+    record(
+        "search_parts", of_parts | saved_tokens(model), [0], "What searches are guided by, and tokens that they save."
+    )
 
 
 if __name__ == "__main__":

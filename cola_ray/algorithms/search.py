@@ -77,6 +77,8 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 def majority(answers: Sequence[Value | None], weights: Sequence[float] | None = None) -> Value | None:
     """The answer with the most votes, or the greatest weight; of equals, the one that came first.
 
+    Self-consistency (Wang et al. 2023, section 2), where the answers are those of sampled responses.
+
     Args:
         answers: equal where they have the same value; None where no answer could be read, which never wins.
 

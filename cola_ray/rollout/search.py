@@ -1,4 +1,4 @@
-"""Search over latent actions: PUCT, MCTS-Q; as controls, beam search and best-of-n with the same verifier and budget.
+"""Search over latent actions: PUCT, MCTS-Q; as controls, beam search and samples with the same scores and budget.
 
     root = prompt
       │ descend by PUCT to a node with an untried action (virtual loss: concurrent searchers avoid each other's paths)
@@ -14,6 +14,9 @@ engine at the same time. The result so far is complete at any moment, so a budge
 
 MCTS-Q (the search that CoLA's authors released): where Q's temporal-difference error along a rollout is small, nothing
 is decided, and the child is placed at the next state where it is not.
+
+What scores decides what the best of the responses is: a reward model's choice (best-of-n), or, where the verifier
+scores, an oracle's (pass@n). The answer that most responses give needs no scores (self-consistency).
 
 Every search keeps its :class:`Budget` exactly: as many simulations as asked for, and never a token more than allowed;
 rollouts under way when the time is up are dropped.
@@ -77,7 +80,7 @@ class SearchResult:
         return int(np.argmax(self.rewards))
 
     def majority_answer(self, answer_of: Callable[[Array], Value | None]) -> Value | None:
-        """Return the answer that most responses give; None if no answer can be read."""
+        """Return the answer that most responses give, self-consistency's; None if no answer can be read."""
         return majority([answer_of(response) for response in self.responses])
 
 
@@ -310,7 +313,10 @@ class TreeSearch(_Search):
 
 
 class BestOf(_Search):
-    """Best-of-n: ``simulations`` sampled responses, scored when all have ended, in the order of their seeds."""
+    """``simulations`` sampled responses, scored when all have ended, in the order of their seeds.
+
+    What best-of-n, pass@n and self-consistency choose from.
+    """
 
     def __init__(self, config: SearchConfig, problem: SearchProblem) -> None:
         super().__init__(config, problem)

@@ -258,27 +258,41 @@ _STEP = {"base": 0.17, "actions": 0.17, "policy": 0.18, "rl_math": 1.4, "rl_agen
 
 def expectation(config: Config, job: str, makes_start_model: bool) -> str:
     """How long a job will take, and what says so: one line."""
-    if config.preset != "tiny" or job not in ("pretrain", "rl_math", "rl_agent"):
+    seconds = expected_seconds(config, job, makes_start_model)
+    if seconds is None:
         return "time: seen after the first steps" + (
             f"; `cola_ray plan --preset {config.preset}` says what to expect" if job.startswith("rl_") else ""
         )
-    seconds, parts = 0.0, []
-    usual = preset("tiny", agents=job == "rl_agent")
+    parts = []
     if job == "pretrain" or makes_start_model:
-        size = config.pretrain.batch_size * config.pretrain.sequence_length / (12 * 128)
-        steps = {stage: config.pretrain.num_steps(stage) for stage in config.pretrain.stages}
-        seconds += _STARTING["pretrain"] + size * sum(_STEP.get(s, 0.2) * count for s, count in steps.items())
-        parts.append(" + ".join(map(str, steps.values())) + " steps of pre-training")
+        parts.append(" + ".join(map(str, _pretraining_steps(config).values())) + " steps of pre-training")
     if job != "pretrain":
-        rl = config.rl
-        size = rl.prompts_per_step * rl.group_size / (usual.rl.prompts_per_step * usual.rl.group_size)
-        seconds += _STARTING["rl"] + rl.max_steps * _STEP[job] * size
-        parts.append(f"{rl.max_steps} of RL")
+        parts.append(f"{config.rl.max_steps} of RL")
     minutes = max(round(seconds / 60), 1)
     return (
         f"time: about {minutes} minute{'s' * (minutes > 1)} for {' and '.join(parts)}, by what the tiny preset's steps "
         "take on two idle cores"
     )
+
+
+def expected_seconds(config: Config, job: str, makes_start_model: bool = False) -> float | None:
+    """How long a job of the tiny preset will take on two idle cores; None for other presets and jobs."""
+    if config.preset != "tiny" or job not in ("pretrain", "rl_math", "rl_agent"):
+        return None
+    seconds, usual = 0.0, preset("tiny", agents=job == "rl_agent")
+    if job == "pretrain" or makes_start_model:
+        size = config.pretrain.batch_size * config.pretrain.sequence_length / (12 * 128)
+        steps = _pretraining_steps(config)
+        seconds += _STARTING["pretrain"] + size * sum(_STEP.get(s, 0.2) * count for s, count in steps.items())
+    if job != "pretrain":
+        rl = config.rl
+        size = rl.prompts_per_step * rl.group_size / (usual.rl.prompts_per_step * usual.rl.group_size)
+        seconds += _STARTING["rl"] + rl.max_steps * _STEP[job] * size
+    return seconds
+
+
+def _pretraining_steps(config: Config) -> dict[str, int]:
+    return {stage: config.pretrain.num_steps(stage) for stage in config.pretrain.stages}
 
 
 def _smollm2_weights() -> str:

@@ -45,7 +45,7 @@ class SamplesConfig(Branch):
 
 class SearchConfig(Branch):
     simulations: Count = 32
-    """Completions that a search, or best-of-n, may make of one problem."""
+    """Completions that a search, or sampling, may make of one problem."""
     max_tokens: Whole = 0
     """Tokens that it may generate for one problem; 0 is no limit."""
     max_seconds: NonNegative = 0.0

@@ -139,11 +139,15 @@ def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | Non
     """By way: shares and means over problems, with 95 % intervals as ``<name>_low`` and ``<name>_high``.
 
     - ``accuracy`` and ``reward``: of the first response.
-    - ``majority``: of the answer that most responses give; answers are compared by value.
-    - ``best`` and ``best_reward``: of the response with the highest value.
+    - ``majority``: self-consistency (Wang et al. 2023), the answer that most responses give, of equals the one that
+      came first; answers are compared by value.
+    - ``best`` and ``best_reward``: of the response with the highest value. With a reward model this is best-of-n.
+      Without one the verifier chooses, an oracle: ``best`` is then pass@n of all n responses, which nobody can reach
+      who does not know what is right.
     - ``pass_at_<k>``: the unbiased estimate.
     - ``weighted_majority`` and ``any_right``, if a reward model gives the values: votes weighted by value, and the
       share of problems with any right response.
+    - ``responses``, ``generated_tokens`` and other costs: means over problems.
     - ``unanswered``: problems without a response in time; they are wrong and have reward 0.
     - ``failed``: responses that the verifier or the reward model could not score. Those that the verifier could not
       score are not right, and are left out of mean rewards.
@@ -168,6 +172,7 @@ def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | Non
             **with_intervals(means, seed),
             "failed": float(sum(_failed(row) for row in rows)),
             "unanswered": float(sum(not row["rewards"] for row in rows)),
+            "responses": float(np.mean([len(row["rewards"]) for row in rows])),
             **{name: float(np.mean([row[name] for row in rows])) for name in _COSTS},
         }
     return found
@@ -197,7 +202,7 @@ def _shares(config: EvalConfig, rows: Sequence[Row], way: str, right_from: float
 
 
 def remarks(config: EvalConfig, found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Remarks on the figures, one line each: missing pass@k, unanswered and failed problems."""
+    """Remarks on the figures, one line each: missing pass@k, who chose, unanswered and failed problems."""
     lines = []
     sample = found.get("sample", {})
     too_few = [str(k) for k in config.ks if "accuracy" in sample and f"pass_at_{k}" not in sample]
@@ -205,6 +210,12 @@ def remarks(config: EvalConfig, found: Mapping[str, Mapping[str, float]]) -> lis
         lines.append(
             f"pass@k of k = {', '.join(too_few)} is left out: some problem has fewer samples; give more "
             "--search.simulations, or smaller --eval.ks"
+        )
+    oracle = [way for way, figures in found.items() if "best" in figures and "any_right" not in figures]
+    if oracle:
+        lines.append(
+            f"best of {', '.join(oracle)}: chosen by the verifier, which knows what is right (pass@n); what a user "
+            "gets is majority, or best with --task.reward-model"
         )
     for way, figures in found.items():
         if figures.get("unanswered"):

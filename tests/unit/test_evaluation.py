@@ -65,8 +65,9 @@ def test_figures_by_hand(tmp_path):
     assert found["best_low"] == pytest.approx(0.2077, abs=1e-4), "Wilson's of 2 of 3"
     assert found["best_high"] == pytest.approx(0.9385, abs=1e-4)
     assert (found["reward"], found["best_reward"]) == (0.0, pytest.approx((1 + 1 + 0.5) / 3))
-    (said,) = remarks(config, {"sample": found})
+    said, chosen = remarks(config, {"sample": found})
     assert said.startswith("pass@k of k = 8 is left out")
+    assert chosen.startswith("best of sample: chosen by the verifier, which knows what is right (pass@n)")
     assert (found["generated_tokens"], found["computed_tokens"]) == (3, 4)
 
 
@@ -136,7 +137,8 @@ def test_failed_scores_are_counted_and_problems_without_an_answer_are_wrong(tmp_
     write(tmp_path, "mcts", 0, rewards, [["1", "2"], [], ["3"]], values, [["took too long", ""], [], [""]])
     found = figures(EvalConfig(ways=("mcts",)), tmp_path, seed=0)["mcts"]
     assert (found["problems"], found["failed"], found["unanswered"]) == (3, 1, 1)
-    assert [line[:15] for line in remarks(EvalConfig(), {"mcts": found})] == ["mcts: 1 of 3 pr", "mcts: 1 respons"]
+    said = [line[:15] for line in remarks(EvalConfig(), {"mcts": found})]
+    assert said == ["best of mcts: c", "mcts: 1 of 3 pr", "mcts: 1 respons"]
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert found["best"] == pytest.approx(2 / 3)
     assert "any_right" not in found, "a failure of the verifier is no reward model"

@@ -1,0 +1,138 @@
+"""What trains: the policy over latent actions, all weights over tokens, LoRA, or steering vectors; one base, one task.
+
+python benchmarks/trained_parts.py --folder outputs/trained-parts [--seeds 0 1 2] [--parallel 2]
+python benchmarks/trained_parts.py --folder outputs/parts-135m --preset smollm2-135m --gsm8k DATA/gsm8k --steps 20
+
+    pretrain, a start a seed ─> rl with each part ─> accuracy before and after, bytes, seconds a step, KL
+
+    latent           the policy over latent actions
+    token            all weights of the base inside that model, with tokens as actions
+    lora             adapters in it
+    steering_all     a vector for each of its layers; steering_last: one, for the last layer
+
+All have the same prompts, rewards, algorithm and number of steps. They need different learning rates: those of RATES,
+which no search has found, so an end says what a part reaches with its rate; --lr lora=3e-4 tries another. Trained bytes
+are the weights that gradients go to, optimizer bytes Adam's moments and the float32 weights that it steps. KL is per
+action, and an action is a latent one or a token. All rows start from what pre-training leaves; over tokens that is the
+base, whose accuracy is another than that of the cloned policy.
+
+Intervals are over seeds, Student's. Seconds are medians of the later half of a run's steps, so run nothing else beside,
+and --parallel 1, where they matter. Runs that are in the folder are not repeated: a stopped benchmark continues.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from algorithms import figures_of, later_half
+from cached_run import KeptRun, run_kept, series
+from record import record
+
+Settings = dict[str, Any]
+PARTS: dict[str, Settings] = {
+    "latent": {},
+    "token": {"rl.action_space": "token"},
+    "lora": {"rl.action_space": "token", "rl.lora_rank": 16},
+    "steering_all": {"rl.action_space": "token", "rl.steering": "all"},
+    "steering_last": {"rl.action_space": "token", "rl.steering": "last"},
+}
+RATES = {
+    "tiny": {"latent": 5e-4, "token": 1e-4, "lora": 1e-3, "steering_all": 1e-2, "steering_last": 1e-2},
+    "smollm2-135m": {"latent": 1e-5, "token": 1e-6, "lora": 2e-5, "steering_all": 1e-3, "steering_last": 1e-3},
+}
+"""Learning rates by preset and part."""
+PRETRAINING: dict[str, Settings] = {
+    "tiny": {},
+    "smollm2-135m": {"cluster.learner_ranks": 1, "pretrain.steps.actions": 80, "pretrain.steps.policy": 80},
+}
+"""Of the start, what is not as in the preset: with smollm2-135m, half an hour instead of days."""
+NAMES = {"tiny": "trained_parts", "smollm2-135m": "trained_parts_135m"}
+
+
+def starts_of(folder: Path, preset: str, seeds: list[int], task: Settings) -> list[KeptRun]:
+    return [
+        KeptRun(folder / f"start-{seed}", "pretrain", {"preset": preset, **task, **PRETRAINING[preset], "seed": seed})
+        for seed in seeds
+    ]
+
+
+def run_of(folder: Path, part: str, rate: float, start: KeptRun, task: Settings, steps: int, problems: int) -> KeptRun:
+    seed, preset = start.settings["seed"], start.settings["preset"]
+    return KeptRun(folder / f"{part}-{rate:g}-{seed}", "rl_math", {
+        "preset": preset, **task, **PARTS[part], "rl.lr": rate, "rl.max_steps": steps, "rl.eval_every": 0,
+        "rl.eval_problems": problems, "cluster.learner_ranks": 1, "seed": seed,
+        "model.path": str(start.output / "model"),
+    })  # fmt: skip
+
+
+def row_of(runs: list[KeptRun], rate: float) -> dict[str, Any]:
+    """Of a part's runs, one a seed."""
+    found = [run.summary() for run in runs]
+    trained = found[0]["trained_parameters"]
+    more = {
+        "kl": float(np.mean([one["kl_last"] for one in found])),
+        "trained_bytes": bytes_of(trained, runs[0].config.model.dtype),
+        "optimizer_bytes": round(series(runs[0].where, "memory/optimizer_mb")[-1] * 2**20),  # summaries round it
+        "step_seconds": float(np.median([later_half(series(run.where, "time/step")) for run in runs])),
+        "learn_seconds": float(np.median([later_half(series(run.where, "time/learn")) for run in runs])),
+        "lr": rate,
+    }
+    return figures_of([one["bc_accuracy"] for one in found], [one["rl_accuracy"] for one in found], more)
+
+
+def bytes_of(parameters: int, dtype: str) -> int:
+    """Example: 1000 parameters in bfloat16 -> 2000."""
+    return parameters * getattr(torch, dtype).itemsize
+
+
+def rates(preset: str, given: list[str]) -> dict[str, float]:
+    """Learning rates of a preset's parts, with those given as PART=RATE in their place.
+
+    Raises:
+        SystemExit: there is no such part, or the rate is no number.
+    """
+    found = dict(RATES[preset])
+    for one in given:
+        part, _, rate = one.partition("=")
+        if part not in found:
+            raise SystemExit(f"--lr {one}: no such part; PART=RATE, with one of {', '.join(found)}")
+        try:
+            found[part] = float(rate)
+        except ValueError:
+            raise SystemExit(f"--lr {one}: {rate!r} is no number; PART=RATE, e.g. lora=3e-4") from None
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; the same one continues")
+    parser.add_argument("--preset", choices=list(RATES), default="tiny")
+    parser.add_argument("--gsm8k", type=Path, help="smollm2-135m: a folder with train.jsonl and test.jsonl")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=40, help="learner steps of a run")
+    parser.add_argument("--problems", type=int, default=512, help="held-out problems that are asked before and after")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
+                        help=f"rows of the table: {', '.join(PARTS)}")  # fmt: skip
+    parser.add_argument("--lr", nargs="+", default=[], metavar="PART=RATE", help="in the place of those of RATES")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each uses about one core")
+    args = parser.parse_args()
+    if (args.preset == "tiny") == bool(args.gsm8k):
+        parser.error("--gsm8k goes with --preset smollm2-135m, which needs it")
+    folder, rate_of = args.folder.resolve(), rates(args.preset, args.lr)
+    task: Settings = {"task.path": str(args.gsm8k.resolve())} if args.gsm8k else {}
+    starts = starts_of(folder, args.preset, args.seeds, task)
+    run_kept(starts, parallel=1)
+    runs = {
+        part: [run_of(folder, part, rate_of[part], start, task, args.steps, args.problems) for start in starts]
+        for part in args.parts
+    }
+    run_kept([run for seed in zip(*runs.values(), strict=True) for run in seed], args.parallel)
+    figures = {part: row_of(of_part, rate_of[part]) for part, of_part in runs.items()}
+    about = f"{args.preset}: greedy held-out accuracy before and after {args.steps} steps of GRPO, by what trains."
+    record(NAMES[args.preset], figures, args.seeds, about)
+
+
+if __name__ == "__main__":
+    main()
