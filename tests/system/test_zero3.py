@@ -338,6 +338,6 @@ def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_p
         assert torch.equal(after[name], tensor), name
     for name, tensor in before.state_dict().items():
         of_policy = name.startswith("policy.")
-        trains = {"latent": of_policy, "mini_batches": of_policy, "tbrm": of_policy, "token": True, "adapters": "_proj" in name,
-                  "steering": name.endswith("down_proj.bias")}  # fmt: skip
+        trains = {"latent": of_policy, "mini_batches": of_policy, "tbrm": of_policy, "token": True,
+                  "adapters": "_proj" in name, "steering": name.endswith("down_proj.bias")}  # fmt: skip
         assert torch.equal(after[name], tensor) != trains.get(space, False), name
