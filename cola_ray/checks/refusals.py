@@ -80,8 +80,9 @@ def _check_named(config: Config) -> list[str]:
         return [f"rl.algorithm = {config.rl.algorithm!r}: {error}"]
     own = config.rl.algorithm not in registry.BUILT_IN["algorithm"]
     if own and any(getattr(algorithm, need) for need in _OF_OURS):
-        return [f"rl.algorithm = {config.rl.algorithm!r}: {', '.join(_OF_OURS)} are needs of the project's own "
-                "algorithms; let yours have an advantage, a loss or a value head"]  # fmt: skip
+        needs = f"{', '.join(_OF_OURS[:-1])} and {_OF_OURS[-1]}"
+        return [f"rl.algorithm = {config.rl.algorithm!r}: {needs} are needs of the project's own algorithms; let yours "
+                "have an advantage, a loss or a value head"]  # fmt: skip
     return []
 
 

@@ -9,8 +9,9 @@ import torch
 from conftest import NUM_ACTIONS, VOCAB_SIZE, small_llama
 from micro_batches import micro_batch
 
-from cola_ray import CoLAForCausalLM
+from cola_ray import CoLAForCausalLM, registry
 from cola_ray.algorithms import tbrm
+from cola_ray.checks.refusals import check
 from cola_ray.experience import Trajectory
 from cola_ray.learner.micro_batch import Frozen, Rewards
 from cola_ray.learner.objective import policy_objective
@@ -18,7 +19,8 @@ from cola_ray.learner.policies import LatentPolicy, TokenPolicy
 from cola_ray.learner.rl import PolicyUpdate
 from cola_ray.loop.batches import BatchMaker
 from cola_ray.packing import pack
-from cola_ray.settings.config import RLConfig, override
+from cola_ray.settings.algorithms import Algorithm
+from cola_ray.settings.config import ConfigError, RLConfig, override
 from cola_ray.settings.presets import preset
 
 K, BETA, HEAT = 4, 0.3, 0.75
@@ -338,3 +340,10 @@ def test_a_residual_is_a_sequences_however_the_batch_is_cut_and_padded(cola_dir)
             alone.append(float(update.measure(single, 0.2)["policy/loss"]) / single.num_actions_global)
         assert losses[-1] == pytest.approx(np.mean(alone), rel=1e-5)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_algorithm_of_ones_own_cannot_ask_for_it(monkeypatch):
+    """Since what goes with it is known by the algorithm's name."""
+    monkeypatch.setitem(registry._REGISTERED, ("algorithm", "mine"), Algorithm(bellman_residual=True))
+    with pytest.raises(ConfigError, match="'mine': soft_q, bellman_residual, replays, critic and turns are needs of"):
+        check(override(preset("tiny"), {"rl.algorithm": "mine"}))
