@@ -20,7 +20,7 @@ _UP_TO_ONE = ("arithmetic", "gsm8k", "math500", "twenty_questions", "guess_city"
 """Tasks whose own rewards are all from -1 to 1."""
 _CLIPS = ("rl.clip_low", "rl.clip_high", "rl.clip_c")
 _NO_PENALTY = ("etpo", "tbrm", "chai", "filtered_bc")
-"""Algorithms whose losses have neither a penalty for divergence nor importance weights."""
+"""Algorithms that read no setting of importance weights, nor of how the divergence is charged."""
 
 
 @dataclass(frozen=True)
