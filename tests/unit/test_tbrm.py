@@ -312,6 +312,49 @@ def test_repeated_updates_make_the_policy_account_for_anyones_trajectories(space
     assert after["policy/loss"] < 0.1 * before["policy/loss"]
 
 
+def test_it_learns_from_its_own_rollouts_what_is_rewarded(cola_dir):
+    """Two actions a completion, of 16, and a reward for two equal ones: from about 1 in 10 to nearly all.
+
+    The policy reads actions as tokens. Rollouts are of the step before, as with ``rl.max_staleness`` 1.
+    """
+    config = override(preset("tiny"), {
+        "rl.algorithm": "tbrm", "rl.kl_coef": 0.1, "rl.updates_per_batch": 4, "cluster.learner_ranks": 1,
+        "model.num_actions": NUM_ACTIONS, "model.dtype": "float32", "rl.micro_batch_tokens": 10_000,
+    })  # fmt: skip
+    torch.manual_seed(0)
+    policy = LatentPolicy(CoLAForCausalLM.from_pretrained(cola_dir))
+    update = PolicyUpdate(config, Stepped(policy), None, None)
+    maker, prompt = BatchMaker(config, SimpleNamespace(facts={"pad_token_id": 0}), None), [5, 7, 9]
+
+    def says(rows):
+        """Distributions after each row of tokens."""
+        ids = torch.tensor(rows)
+        last = torch.zeros_like(ids, dtype=torch.bool)
+        last[:, -1] = True
+        with torch.no_grad():
+            return policy(ids, torch.ones_like(ids), last)[0].softmax(-1)
+
+    def chance():
+        """Of two equal actions, exact."""
+        first = says([prompt])[0]
+        return float((first * says([[*prompt, 20 + a] for a in range(NUM_ACTIONS)]).diagonal()).sum())
+
+    def rollouts():
+        first = says([prompt])[0].multinomial(128, replacement=True)
+        second = says([[*prompt, 20 + a] for a in first.tolist()]).multinomial(1)[:, 0]
+        return torch.stack([first, second], 1).numpy()
+
+    start, behind = chance(), rollouts()
+    for _ in range(5):
+        drawn, behind = behind, rollouts()
+        made = [Trajectory(np.array(prompt), 20 + pair, pair, np.zeros(2, np.float32), pair * 0, 0.0, False, "")
+                for pair in drawn]  # fmt: skip
+        (batch,) = maker.collate(pack(made), (drawn[:, 0] == drawn[:, 1]).astype(float).tolist(), 0)
+        update.improve(batch, 0.0, config.rl.kl_coef)
+    assert start < 0.15
+    assert chance() > 0.8
+
+
 def test_a_residual_is_a_sequences_however_the_batch_is_cut_and_padded(cola_dir):
     """The loss of long and short sequences is their mean, by micro-batches of any size and with empty rows."""
     losses = []
