@@ -4,6 +4,8 @@
     gigpo                           rewards and states of turns ─> one advantage a turn
     ppo                             rewards, discounts and values of actions ─> one advantage an action
     gspo  cispo                     advantages and probabilities ─> a loss an action, in the place of PPO's
+    etpo                            Q, policy and reference over all actions ─> the policy's loss at an action
+    tbrm                            logits, rewards and discounts ─> one residual a sequence
     archer                          features of states and utterances ─> one advantage an utterance
 
 What they have in common: sums over actions (advantages.py), distributions over actions (latent_actions.py), the losses

@@ -36,6 +36,8 @@ from cola_ray.tasks.dataset import name_of as source_name
 from cola_ray.tasks.rewarded import REWARD_MODEL, name_of
 
 _MOST_SEQUENCES = 2**20  # a step's, which are held in memory together
+_OF_OURS = ("soft_q", "bellman_residual", "replays", "critic", "turns")
+"""What an algorithm of one's own cannot need."""
 
 
 def check(config: Config, job: str = "") -> None:
@@ -77,9 +79,10 @@ def _check_named(config: Config) -> list[str]:
     except registry.NotFoundError as error:  # something is there, and it is no algorithm
         return [f"rl.algorithm = {config.rl.algorithm!r}: {error}"]
     own = config.rl.algorithm not in registry.BUILT_IN["algorithm"]
-    if own and (algorithm.soft_q or algorithm.replays or algorithm.critic or algorithm.turns):
-        return [f"rl.algorithm = {config.rl.algorithm!r}: soft_q, replays, critic and turns are needs of the project's "
-                "own algorithms; let yours have an advantage, a loss or a value head"]  # fmt: skip
+    if own and any(getattr(algorithm, need) for need in _OF_OURS):
+        needs = f"{', '.join(_OF_OURS[:-1])} and {_OF_OURS[-1]}"
+        return [f"rl.algorithm = {config.rl.algorithm!r}: {needs} are needs of the project's own algorithms; let yours "
+                "have an advantage, a loss or a value head"]  # fmt: skip
     return []
 
 

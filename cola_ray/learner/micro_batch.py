@@ -9,7 +9,7 @@
                    Scored, Distributions                   the policy as it is before the batch's first update
                        │
                        v
-                   Advantages or ActionValues              what the policy follows
+                   Advantages, ActionValues or Rewards     what the policy follows
                        │
                        v
                    Ready                                   all of it, for an update
@@ -121,6 +121,14 @@ class ActionValues:
     """What ETPO's policy follows."""
 
     q: Tensor  # (N, K)
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What TBRM's policy accounts for with its own logits; (B, T), of each action."""
+
+    values: Tensor
+    discounts: Tensor
 
 
 @dataclass(frozen=True)

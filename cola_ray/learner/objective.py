@@ -1,13 +1,14 @@
 """What the policy minimises on a micro-batch: the losses that the settings ask for, added up.
 
-    logits ─> log-probs of all actions, of those taken ─┬─> surrogate of the advantages, or ETPO's actor loss   rl.loss
+    logits ─> log-probs of all actions, of those taken ─┬─> surrogate of the advantages                rl.loss
+                                                        │   or ETPO's actor loss, or TBRM's squared residuals
                                                         ├─> - mean of the control variate    rl.control_variate
                                                         ├─> + KL to the reference            rl.kl_in, rl.kl_estimator
                                                         └─> - entropy                        rl.entropy_coef
 
 Each loss is a function in ``algorithms/``; here they are chosen, weighed and measured. All are sums over actions, which
-``rl.loss_agg_mode`` weighs and the learner divides by the number of actions in the global batch. Legend: B sequences, T
-positions, N of them scored, K actions.
+``rl.loss_agg_mode`` weighs and the learner divides by the number of actions in the global batch; TBRM's is over
+sequences. Legend: B sequences, T positions, N of them scored, K actions.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,17 @@ from cola_ray.algorithms.policy_loss import (
     marginal_log_probs,
     mean_under,
 )
-from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Frozen, MicroBatch, Scored
+from cola_ray.learner.micro_batch import (
+    ActionValues,
+    Advantages,
+    Distributions,
+    Frozen,
+    MicroBatch,
+    Rewards,
+    Scored,
+)
 from cola_ray.learner.pieces import reduced
+from cola_ray.learner.residual import trajectory_residuals
 from cola_ray.learner.surrogate import Surrogate, of_ppo
 from cola_ray.model.modeling_cola import action_log_probs
 from cola_ray.settings.config import RLConfig
@@ -141,7 +151,7 @@ def policy_objective(
     logits: Tensor,
     batch: MicroBatch,
     frozen: Frozen,
-    follows: Advantages | ActionValues,
+    follows: Advantages | ActionValues | Rewards,
     old: Scored | None,
     *,
     rl: RLConfig,
@@ -161,7 +171,7 @@ def policy_objective(
         logits: (N, K), at ``batch.scored_mask``.
         follows: what the policy is drawn to.
         old: None on the first update, where the policy before the batch is the current one.
-        kl_coef: in force; it may be adapted from step to step. ETPO's beta.
+        kl_coef: in force; it may be adapted from step to step. ETPO's and TBRM's beta.
         temperature, top_k, top_p: of the rollouts.
         surrogate: of the advantages, which importance weights have scaled already; None: PPO's.
         loss_weights: (B, 1), of each sequence's actions in the loss, see algorithms/aggregation.py; None: 1.
@@ -173,10 +183,19 @@ def policy_objective(
 
     scores = score(
         logits, frozen.reference_logits, batch, temperature, top_k, top_p, entropy_trains=bool(rl.entropy_coef),
-        every=isinstance(follows, ActionValues) or follows.control is not None or frozen.aliases is not None,
+        every=isinstance(follows, ActionValues) or frozen.aliases is not None
+        or (isinstance(follows, Advantages) and follows.control is not None),
     )  # fmt: skip
-    taken = _taken(scores, old, batch, frozen.aliases)
-    if isinstance(follows, ActionValues):
+    taken, more = _taken(scores, old, batch, frozen.aliases), dict[str, Tensor]()
+    if isinstance(follows, Rewards):
+        assert frozen.reference_logits is not None, "rl.kl_coef is above 0"
+        residuals, values = trajectory_residuals(
+            logits, frozen.reference_logits, batch, follows, taken.log_probs - taken.ref_log_probs, kl_coef, temperature
+        )
+        losses, weights = [weighed(residuals.square()).sum()], _Weights.of_one(taken)
+        clipped = torch.zeros((), device=logits.device)
+        more = {"tbrm/value": weighed(values.detach()).sum(), "tbrm/residual": weighed(residuals.detach()).sum()}
+    elif isinstance(follows, ActionValues):
         actor = etpo.actor_loss(scores.every.policy, scores.every.reference, follows.q, kl_coef)
         losses, weights = [weighed(batch.place(actor))[mask].sum()], _Weights.of_one(taken)
         clipped = torch.zeros((), device=logits.device)
@@ -194,7 +213,7 @@ def policy_objective(
     }
     if frozen.reference_logits is not None:
         measured["policy/kl"] = scores.kl.detach()[mask].sum()
-    return loss, measured | _rollout_metrics(taken, weights, batch)
+    return loss, measured | more | _rollout_metrics(taken, weights, batch)
 
 
 def _policy_gradient(

@@ -32,7 +32,16 @@ from cola_ray.batch import Batch
 from cola_ray.learner import sums
 from cola_ray.learner.actor_free import ActorFreeUpdate
 from cola_ray.learner.engine import ZeroEngine, placement
-from cola_ray.learner.micro_batch import ActionValues, Advantages, Distributions, Encoded, Frozen, MicroBatch, Ready
+from cola_ray.learner.micro_batch import (
+    ActionValues,
+    Advantages,
+    Distributions,
+    Encoded,
+    Frozen,
+    MicroBatch,
+    Ready,
+    Rewards,
+)
 from cola_ray.learner.mini_batches import Rows
 from cola_ray.learner.objective import before_updates, policy_objective, score
 from cola_ray.learner.policies import Policy, SoftQPolicy, forward
@@ -160,6 +169,7 @@ class PolicyUpdate:
         self.config, self.zero, self.value, self.soft_q = config, zero, value, soft_q
         self.lr, algorithm = config.rl.lr, config.algorithm
         self.surrogate, self.follows_q = surrogate(algorithm, config.rl), algorithm.soft_q
+        self.follows_rewards = algorithm.bellman_residual
 
     @property
     def heads(self) -> dict[str, ValueLearner | SoftQLearner]:
@@ -222,13 +232,14 @@ class PolicyUpdate:
 
     def _cut(self, batch: Batch) -> Iterator[Ready]:
         """Its micro-batches, as they were collated."""
-        score_last = self.soft_q is not None  # which wants the value after a cut, too
+        score_last = self.soft_q is not None or self.follows_rewards  # which want the value after a cut, too
         for cut in batch.micro_batches:
             one = MicroBatch.cut(batch, *cut, self.zero.device, score_last)
             yield Ready(one, Frozen(one.hidden_states), Advantages(one.advantages), self._weights(one, batch))
 
     def _weights(self, one: MicroBatch, batch: Batch) -> Tensor | None:
-        mode, longest = self.config.rl.loss_agg_mode, self.config.rollout.max_new_tokens
+        rl, longest = self.config.rl, self.config.rollout.max_new_tokens
+        mode = "seq-mean-token-sum" if self.follows_rewards else rl.loss_agg_mode  # a residual is a sequence's
         return loss_weights(one.action_mask, mode, batch.num_actions_global, batch.num_sequences_global, longest)
 
     def _prepare(self, ready: list[Ready], num_actions: int, kl_coef: float) -> tuple[list[Ready], dict[str, Tensor]]:
@@ -279,7 +290,9 @@ class PolicyUpdate:
         """Loss sum and metric sums."""
         rl, rollout = self.config.rl, self.config.rollout
         logits, frozen = forward(self.zero.engine, one.batch, one.frozen)
-        follows: Advantages | ActionValues = one.follows
+        follows: Advantages | ActionValues | Rewards = one.follows
+        if self.follows_rewards:
+            follows = Rewards(one.batch.rewards, one.batch.discounts)
         if self.soft_q is not None and self.follows_q:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))
         return policy_objective(

@@ -40,6 +40,8 @@ class Algorithm:
     """A head on the base's states learns what an action is worth, and advantages are PPO's."""
     soft_q: bool = False
     """Learns a Q over all actions, with ``rl.kl_coef`` as temperature; ETPO."""
+    bellman_residual: bool = False
+    """The policy's logits are its values, fitted to the rewards of whole trajectories; TBRM."""
     replays: bool = False
     """Learns from turns out of replay, as ArCHer, CHAI and filtered cloning do."""
     critic: bool = False
@@ -80,6 +82,7 @@ REINFORCE = Algorithm(advantage="reinforce")
 GIGPO = Algorithm(groups=True, turns=True)
 PPO = Algorithm(value_head=True)
 ETPO = Algorithm(soft_q=True)
+TBRM = Algorithm(bellman_residual=True)
 ARCHER = Algorithm(replays=True, critic=True)
 CHAI = Algorithm(replays=True, critic=True)
 FILTERED_BC = Algorithm(replays=True)

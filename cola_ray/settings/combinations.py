@@ -19,6 +19,8 @@ _UNREAD = "nothing reads it"
 _UP_TO_ONE = ("arithmetic", "gsm8k", "math500", "twenty_questions", "guess_city")
 """Tasks whose own rewards are all from -1 to 1."""
 _CLIPS = ("rl.clip_low", "rl.clip_high", "rl.clip_c")
+_NO_PENALTY = ("etpo", "tbrm", "chai", "filtered_bc")
+"""Algorithms that read no setting of importance weights, nor of how the divergence is charged."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,8 @@ COMBINATIONS: tuple[Combination, ...] = (
         f"leave it out, or use {', '.join(OF_OUTCOMES)} or an algorithm of your own",
     ),
     Combination(
-        "rl.loss", _AllBut(""), _any(_of("etpo", "chai"), _actor_free), "{} has a loss of its own, or none",
+        "rl.loss", _AllBut(""), _any(_of("etpo", "tbrm", "chai"), _actor_free),
+        "{} has a loss of its own, or none",
     ),
     Combination(
         "critic.encoder", ("",), _all(_tokens, _of("archer")), "with rl.action_space token the base's states change",
@@ -245,16 +248,20 @@ COMBINATIONS: tuple[Combination, ...] = (
         "rl.kl_coef", (0.0,), _of("etpo"), "etpo divides by it", "use a number above 0, e.g. 0.05"
     ),
     Combination(
-        "rl.kl_estimator", ("k2", "k3"), _all(_has("rl.kl_in", "reward"), _not_of("etpo", "chai", "filtered_bc")),
+        "rl.kl_coef", (0.0,), _of("tbrm"), "tbrm's values are the logits times it, and nothing would be learnt",
+        "use a number above 0, e.g. 0.05",
+    ),
+    Combination(
+        "rl.kl_estimator", ("k2", "k3"), _all(_has("rl.kl_in", "reward"), _not_of(*_NO_PENALTY)),
         "as a reward its gradient leads away from the reference", "use exact or k1, or set rl.kl_in to loss",
     ),
     Combination(
-        "rl.kl_estimator", ("k1",), _all(_has("rl.kl_in", "loss"), _not_of("etpo", "chai", "filtered_bc")),
+        "rl.kl_estimator", ("k1",), _all(_has("rl.kl_in", "loss"), _not_of(*_NO_PENALTY)),
         "in the loss its expected gradient is 0 wherever the policy is",
         "use exact, k2 or k3, or set rl.kl_in to reward",
     ),
     *(
-        Combination(field, None, _of("etpo", "chai", "filtered_bc"), f"with rl.algorithm {{}} {_UNREAD}")
+        Combination(field, None, _of(*_NO_PENALTY), f"with rl.algorithm {{}} {_UNREAD}")
         for field in ("rl.kl_in", "rl.kl_estimator", "rl.importance_cap", "rl.importance_mode")
     ),
     Combination(
@@ -285,8 +292,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         "rl.kl_coef is multiplied from step to step, and from 0 it never moves", "set rl.kl_coef to a number above 0",
     ),
     Combination("rl.entropy_coef", None, _any(_of("chai"), _actor_free), "no policy trains"),
+    Combination(
+        "rl.entropy_coef", None, _of("tbrm"), "a bonus would lead away from where the residuals are 0",
+        "use more rl.kl_coef",
+    ),
     # How losses are added up.
     Combination("rl.loss_agg_mode", None, _any(_of("chai"), _actor_free), "no policy trains"),
+    Combination("rl.loss_agg_mode", None, _of("tbrm"), "a trajectory has one residual, and the loss is a mean of them"),
     Combination(
         "rl.loss_agg_mode", ("seq-mean-token-mean",), _has("rl.control_variate", True),
         "what an action weighs depends on how its completion goes on, and rl.control_variate would add a bias",
@@ -303,7 +315,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         "more than the sequences of a step, rl.prompts_per_step x rl.group_size", "use at most as many",
     ),
     *(
-        Combination(field, None, _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}")
+        Combination(field, None, _of("etpo", "tbrm", "chai"), f"with rl.algorithm {{}} {_UNREAD}")
         for field in _CLIPS
     ),
     *(
@@ -382,6 +394,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         "rollout.top_k", (1,), lambda _: True, "all completions of a prompt would be the same",
         "use 0 (all) or 2 or more",
     ),
+    *(
+        Combination(
+            field, _AllBut(wanted), _of("tbrm"), "the logits of all actions are values, and none may be left out",
+            f"use {wanted!r}",
+        )
+        for field, wanted in (("rollout.top_k", 0), ("rollout.top_p", 1.0))
+    ),
     # Engines.
     Combination(
         "rollout.max_num_batched_tokens", None, _too_few_tokens,
@@ -429,7 +448,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     Combination("rl.cache_hidden_states", (True,), _agents, "turns do not bring their states to the learner"),
     Combination("rl.cache_hidden_states", (True,), _tokens, "with rl.action_space token the states change"),
-    Combination("rl.marginal_aliases", (True,), _of("etpo", "chai"), f"with rl.algorithm {{}} {_UNREAD}"),
+    Combination("rl.marginal_aliases", (True,), _of("etpo", "tbrm", "chai"), f"with rl.algorithm {{}} {_UNREAD}"),
     *(
         Combination(
             field, _AllBut(wanted), _has("rl.marginal_aliases", True), f"rl.marginal_aliases needs {wanted!r}",

@@ -106,7 +106,8 @@ class RLConfig(Branch):
     ] = "grpo"
     """grpo: group-normalised advantages. rloo: leave-one-out baseline. remax: the greedy completion as baseline.
     reinforce: the batch's mean as baseline. ppo: a value head on the base's states, and GAE. etpo: soft Q-learning over
-    actions, with kl_coef as beta. For agents also: archer: advantages of whole utterances by an off-policy critic.
+    actions, with kl_coef as beta. tbrm: the policy's own logits are values, with kl_coef as beta, and account for the
+    reward of each whole trajectory. For agents also: archer: advantages of whole utterances by an off-policy critic.
     chai: the policy stays, and the critic chooses among its utterances. filtered_bc: clone the best of all episodes.
     gigpo: episodes against others of their seed, and turns against others from the same state.
     Or your own, package.module:name or file.py:name."""
@@ -163,8 +164,8 @@ class RLConfig(Branch):
     grad_clip: NonNegative = 1.0
     """Norm over all policy gradients."""
     kl_coef: NonNegative = 0.001
-    """Weight of KL(policy || reference) over actions. etpo: a choice is decided at a difference in value of about four
-    times this; 0.05 suits rewards of 0 and 1."""
+    """Weight of KL(policy || reference) over actions. etpo and tbrm: a choice is decided at a difference in value of
+    about four times this; 0.05 suits rewards of 0 and 1."""
     kl_in: Literal["reward", "loss"] = "reward"
     """reward: an action also answers for the divergence of the states that it leads to. loss: for its own state's."""
     kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact"

@@ -182,6 +182,25 @@ def test_etpo_without_an_actor_leaves_a_model_with_a_q(finished, model):
     assert end.policy.soft_q.layers[-1].weight.abs().max() > 0
 
 
+@pytest.mark.slow
+def test_tbrm_starts_from_the_rewards_and_moves_the_policy_alone(finished, model):
+    """With rollouts of an older version and repeated updates, which it takes as they are."""
+    run = Run("rl_math", finished.where / "tbrm", *SHORT_RL, "--rl.max-steps", "3", "--rl.algorithm", "tbrm",
+              "--rl.kl-coef", "0.05", "--rl.updates-per-batch", "2", "--rl.max-staleness", "1",
+              "--model.path", model)  # fmt: skip
+    run.finish()
+    mean, deviation = (run.series(f"reward/{name}")[1] for name in ("mean", "std"))
+    assert mean > 0
+    assert run.series("tbrm/value")[1] == pytest.approx(0, abs=1e-5), "the policy is the reference"
+    assert run.series("tbrm/residual")[1] == pytest.approx(-mean, abs=1e-4)
+    assert run.series("policy/loss")[1] == pytest.approx(mean**2 + deviation**2, abs=1e-4)
+    assert abs(run.series("tbrm/value")[3]) > 1e-5
+    assert max(run.series("staleness/max").values()) == 1
+    start, end = (CoLAForCausalLM.from_pretrained(path).state_dict() for path in (model, run.output / "model"))
+    for name, tensor in start.items():
+        assert torch.equal(end[name], tensor) != name.startswith("policy."), name
+
+
 def test_an_evaluation_and_its_refusal_to_mix(finished):
     args = ["--model.path", str(finished.output / "model"), "--eval.problems", "16", "--eval.chunk", "8",
             "--eval.ks", "1", "4"]  # fmt: skip

@@ -26,7 +26,7 @@ from cola_ray.algorithms.mini_batches import permuted
 from cola_ray.batch import Batch, collate
 from cola_ray.experience import Trajectory
 from cola_ray.learner.engine import NonFiniteError, join_group, last_checkpoint, save_checkpoint
-from cola_ray.learner.micro_batch import Advantages, Encoded, Frozen, MicroBatch
+from cola_ray.learner.micro_batch import Advantages, Encoded, Frozen, MicroBatch, Rewards
 from cola_ray.learner.objective import before_updates, policy_objective, score
 from cola_ray.learner.policies import export, forward, make_policy
 from cola_ray.learner.rl import RLLearner
@@ -53,11 +53,21 @@ SPACES = {
         {"model.num_actions": NUM_ACTIONS, "rl.num_minibatches": 3, "rl.updates_per_batch": 2, "rl.lr": 5e-5},
         NUM_ACTIONS,
     ),
+    "tbrm": (
+        {
+            "model.num_actions": NUM_ACTIONS,
+            "rl.algorithm": "tbrm",
+            "rl.num_minibatches": 3,
+            "rl.updates_per_batch": 2,
+            "rl.lr": 5e-5,
+        },
+        NUM_ACTIONS,
+    ),
     "token": ({"rl.action_space": "token"}, VOCAB_SIZE),
     "adapters": ({"rl.action_space": "token", "rl.lora_rank": 4}, VOCAB_SIZE),
     "steering": ({"rl.action_space": "token", "rl.steering": "all"}, VOCAB_SIZE),
 }
-LATENT = ("latent", "mini_batches", "actor_free")
+LATENT = ("latent", "mini_batches", "tbrm", "actor_free")
 
 
 def settings(space: str) -> Config:
@@ -196,7 +206,9 @@ def train_and_check(rank: int, learner: RLLearner, space: str, out: str):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(one, marks=[pytest.mark.slow] * (one in ("adapters", "actor_free"))) for one in SPACES],
+    params=[
+        pytest.param(one, marks=[pytest.mark.slow] * (one in ("adapters", "tbrm", "actor_free"))) for one in SPACES
+    ],
 )
 def space(request):
     return request.param
@@ -234,8 +246,11 @@ def plain(space, model_dir):
         before, first = copy.deepcopy(module), []
         for number, parts in enumerate(batch.mini_batches or ((None,),)):
             for part in (batch if one is None else batch.part(one) for one in parts):
-                whole = MicroBatch.cut(part, *part.micro_batches[0], torch.device("cpu"))
-                old = None
+                whole = MicroBatch.cut(part, *part.micro_batches[0], torch.device("cpu"), score_last=space == "tbrm")
+                follows, weights, old = Advantages(whole.advantages), None, None
+                if space == "tbrm":  # the mean over sequences, which is divided by the number of actions below
+                    follows = Rewards(whole.rewards, whole.discounts)
+                    weights = torch.full((1, 1), part.num_actions_global / len(whole.input_ids))
                 if batch.mini_batches:  # ratios are to the policy before the first of them
                     with torch.no_grad():
                         logits, frozen = forward(before, whole, Frozen())
@@ -243,8 +258,8 @@ def plain(space, model_dir):
                         old = before_updates(scores, whole, None, config.rl)
                 logits, frozen = forward(module, whole, Frozen())
                 loss, _ = policy_objective(
-                    logits, whole, frozen, Advantages(whole.advantages), old, rl=config.rl, kl_coef=config.rl.kl_coef,
-                    temperature=0.8, top_k=0,
+                    logits, whole, frozen, follows, old, rl=config.rl, kl_coef=config.rl.kl_coef, temperature=0.8,
+                    top_k=0, loss_weights=weights,
                 )  # fmt: skip
                 optimizer.zero_grad()
                 (loss / part.num_actions_global).backward()
@@ -323,6 +338,6 @@ def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_p
         assert torch.equal(after[name], tensor), name
     for name, tensor in before.state_dict().items():
         of_policy = name.startswith("policy.")
-        trains = {"latent": of_policy, "mini_batches": of_policy, "token": True, "adapters": "_proj" in name,
-                  "steering": name.endswith("down_proj.bias")}  # fmt: skip
+        trains = {"latent": of_policy, "mini_batches": of_policy, "tbrm": of_policy, "token": True,
+                  "adapters": "_proj" in name, "steering": name.endswith("down_proj.bias")}  # fmt: skip
         assert torch.equal(after[name], tensor) != trains.get(space, False), name

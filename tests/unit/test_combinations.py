@@ -12,6 +12,7 @@ from cola_ray.settings.presets import preset
 
 GAME = {"task.name": "twenty_questions"}
 ETPO = {"rl.algorithm": "etpo", "rl.kl_coef": 0.05}
+TBRM = {"rl.algorithm": "tbrm", "rl.kl_coef": 0.05}
 SOFT = ETPO | {"rl.actor_free": True}
 TOKENS = {"rl.action_space": "token"}
 WINDOW = {"rl.window": 1, "rl.max_staleness": 2, "rl.update_mode": "continue"}
@@ -43,6 +44,37 @@ REFUSED = [
     (agent("chai", critic__encoder="a/b", critic__chooses=False), "critic.encoder = 'a/b': players choose"),
     (agent("archer", critic__encoder="a/b", critic__chooses=True), "critic.encoder = 'a/b': players choose"),
     (ETPO | {"rl.kl_coef": 0.0}, "rl.kl_coef = 0.0: etpo divides by it"),
+    (
+        TBRM | {"rl.kl_coef": 0.0},
+        "rl.kl_coef = 0.0: tbrm's values are the logits times it, and nothing would be learnt",
+    ),
+    (TBRM | {"rl.loss": "gspo"}, "rl.loss = 'gspo': tbrm has a loss of its own, or none"),
+    (TBRM | {"rl.advantage": "rloo"}, "rl.advantage = 'rloo': tbrm makes its advantages in the learner"),
+    *(
+        (TBRM | {field: value}, f"{field} = {value!r}: with rl.algorithm tbrm nothing reads it; leave it out")
+        for field, value in (
+            ("rl.kl_in", "loss"),
+            ("rl.kl_estimator", "k2"),
+            ("rl.importance_cap", 5.0),
+            ("rl.importance_mode", "token_mask"),
+            ("rl.clip_low", 0.1),
+            ("rl.clip_high", 0.1),
+            ("rl.clip_c", 3.0),
+            ("rl.marginal_aliases", True),
+        )
+    ),
+    (TBRM | {"rl.entropy_coef": 0.1}, "rl.entropy_coef = 0.1: a bonus would lead away from where the residuals are 0"),
+    (
+        TBRM | {"rl.loss_agg_mode": "seq-mean-token-sum"},
+        "rl.loss_agg_mode = 'seq-mean-token-sum': a trajectory has one",
+    ),
+    (TBRM | {"rollout.top_k": 4}, "rollout.top_k = 4: the logits of all actions are values, and none may be left out"),
+    (TBRM | {"rollout.top_p": 0.9}, "rollout.top_p = 0.9: the logits of all actions are values, and none may be left"),
+    (TBRM | {"rl.control_variate": True}, "rl.control_variate = True: for grpo, rloo, remax, reinforce"),
+    (TBRM | {"rl.actor_free": True}, "rl.algorithm = 'tbrm': rl.actor_free needs 'etpo'"),
+    (TBRM | {"rl.scale_rewards": "none"}, "rl.scale_rewards = 'none': only advantages of grpo and gigpo are divided"),
+    (TBRM | {"rl.value_lr": 1e-2}, "rl.value_lr = 0.01: no value head and no Q trains"),
+    (TBRM | {"rl.dynamic_sampling": True}, "rl.dynamic_sampling = True: for grpo and rloo"),
     ({"rl.kl_estimator": "k2"}, "rl.kl_estimator = 'k2': as a reward its gradient leads away"),
     (agent("ppo", rl__kl_estimator="k3"), "rl.kl_estimator = 'k3': as a reward its gradient leads away"),
     ({"rl.kl_estimator": "k1", "rl.kl_in": "loss"}, "rl.kl_estimator = 'k1': in the loss its expected gradient is 0"),
@@ -274,6 +306,10 @@ def test_no_part_of_a_documented_recipe_is_refused(words, monkeypatch):
         {"rl.loss": "cispo", "rl.clip_low": 1.0, "rl.clip_high": 4.0, "rl.num_minibatches": 4},
         {"rl.algorithm": "ppo", "rl.num_minibatches": 4, "rl.updates_per_batch": 4},
         {"rl.algorithm": "etpo", "rl.kl_coef": 0.05, "rl.num_minibatches": 2},
+        TBRM | {"rl.updates_per_batch": 4, "rl.num_minibatches": 2, "rl.max_staleness": 1, "rl.group_size": 1},
+        TBRM | TOKENS | {"rl.lora_rank": 4, "rollout.temperature": 0.8, "rl.kl_target": 0.1},
+        TBRM | {"rl.cache_hidden_states": True, "rl.overlong_buffer": 2, "rl.mask_truncated_completions": True},
+        agent("tbrm", rl__kl_coef=0.05, critic__gamma=0.9),
         agent("ppo", rl__num_minibatches=2),
         {"rl.algorithm": "ppo", "rl.mask_truncated_completions": True},
         {"rl.lr_scheduler_type": "cosine", "rl.min_lr_ratio": 0.1, "rl.warmup_steps": 3, "rl.max_steps": 4},
