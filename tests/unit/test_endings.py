@@ -113,6 +113,8 @@ class Lines:
 
 
 class FakeEngine:
+    action_every = 1
+
     def __init__(self, model_path, **settings):
         self.settings = settings
 
