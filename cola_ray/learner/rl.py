@@ -228,7 +228,8 @@ class PolicyUpdate:
             yield Ready(one, Frozen(one.hidden_states), Advantages(one.advantages), self._weights(one, batch))
 
     def _weights(self, one: MicroBatch, batch: Batch) -> Tensor | None:
-        mode, longest = self.config.rl.loss_agg_mode, self.config.rollout.max_new_tokens
+        mode, every = self.config.rl.loss_agg_mode, self.config.model.action_every
+        longest = -(-self.config.rollout.max_new_tokens // every)  # the most actions of a completion
         return loss_weights(one.action_mask, mode, batch.num_actions_global, batch.num_sequences_global, longest)
 
     def _prepare(self, ready: list[Ready], num_actions: int, kl_coef: float) -> tuple[list[Ready], dict[str, Tensor]]:
