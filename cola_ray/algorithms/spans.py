@@ -50,6 +50,9 @@ class Spans:
     def of(cls, mask: Tensor, position_ids: Tensor, steps: Tensor, every: int) -> "Spans":
         """Args: as for :func:`starts_of`."""
         starts = starts_of(mask, position_ids, steps, every)
+        if every == 1:
+            owner = torch.arange(int(mask.sum()), device=mask.device)
+            return cls(starts, owner, torch.zeros_like(owner), every)
         begins = starts[mask]
         numbers = torch.arange(len(begins), device=mask.device)
         owner = begins.long().cumsum(0) - 1

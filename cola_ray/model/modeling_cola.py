@@ -912,8 +912,9 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
     ``-log sum_a pi(a | e) p(x | e, a)`` over labelled tokens: the likelihood of a proper distribution over texts, from
     which the policy, the world model and the base all receive gradients.
 
-    ``generate`` first takes an action, and then the most probable token given the action, as in RL and in vLLM. Base
-    and policy layers share one key/value cache.
+    ``generate`` first takes an action, and then the most probable token given the action, as in RL and in vLLM; where
+    ``config.action_every`` is n, it takes one at the new tokens 0, n, 2n, ..., and holds it. Base and policy layers
+    share one key/value cache.
 
     ==========================================================  =======================================================
     do_sample=False                                             the policy's most probable action
@@ -1035,6 +1036,8 @@ def model_card(config: CoLAConfig) -> str:
         "latent actions": config.num_actions,
         "layers of base, policy, inverse dynamics, world model": ", ".join(map(str, layers)),
     }  # fmt: skip
+    if config.action_every > 1:
+        facts["tokens that an action lasts"] = config.action_every
     table = "\n".join(f"| {name} | {value} |" for name, value in (facts | figures).items())
     known_to_hub = f"base_model: {base}\n" if on_hub else ""
     if licence:

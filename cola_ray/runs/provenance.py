@@ -288,7 +288,8 @@ def first_lines(config: Config, job: str, start: Path | None = None) -> str:
     elif job in ("pretrain", "atlas", "diversity") or settings:
         rows["data"] = f"demonstrations of {settings.get('task.name', config.task.name)}"
     token = config.rl.action_space == "token" and job not in ("pretrain", "train_q")
-    rows["actions"] = "tokens of the vocabulary" if token else f"{config.model.num_actions} latent actions"
+    lasting = f", each of {every} tokens" if (every := config.model.action_every) > 1 else ""
+    rows["actions"] = "tokens of the vocabulary" if token else f"{config.model.num_actions} latent actions{lasting}"
     if job == "reward_model":
         rows.pop("actions")
     rows["writes to"] = config.output_dir
