@@ -37,8 +37,8 @@ class _Naming:
 
     wanted: str
 
-    def __contains__(self, value: tuple[str, ...]) -> bool:
-        return self.wanted in value
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, tuple) and self.wanted in value
 
 
 @dataclass(frozen=True)
