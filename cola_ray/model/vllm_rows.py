@@ -191,17 +191,18 @@ class RowTable:
             self.held.write(own, column, actions, log_probs)
         return actions, rows
 
-    def served(self, key: Hashable, params: SamplingParams, settings: Settings) -> ActionRequest:
+    def served(self, key: Hashable, holder: Any, params: SamplingParams, settings: Settings) -> ActionRequest:
         """How a request through OpenAI's API draws.
 
         Args:
             key: of the request, the same each time that it comes into the batch.
-            settings: of those that are in it.
+            holder: what keeps the key from becoming another's.
+            settings: of those that are in the batch.
         """
         request = served_request(params, self.seeds)
         if self.every == 1 or request.slot >= 0:
             return request
-        slot = self.span_slots.take(key, params, settings.integers[3])
+        slot = self.span_slots.take(key, holder, settings.integers[3])
         return dataclasses.replace(request, slot=-2 - slot)
 
     def reserve(self, slots: np.ndarray, device: torch.device) -> None:
@@ -336,7 +337,7 @@ class RowTracker(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         return logits
 
-    def action_request(self, params: SamplingParams) -> ActionRequest:
+    def action_request(self, params: SamplingParams, output: list[int]) -> ActionRequest:
         return ActionRequest.from_params(params.extra_args, params.seed)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -345,7 +346,7 @@ class RowTracker(LogitsProcessor):
         for index in batch_update.removed:
             self.outputs.pop(index, None)
         for index, params, prompt, output in batch_update.added:
-            self.table.settings.put(index, self.action_request(params), len(prompt or ()))
+            self.table.settings.put(index, self.action_request(params, output), len(prompt or ()))
             self.outputs[index] = output
         for source, target, way in batch_update.moved:
             swap = way is MoveDirectionality.SWAP and target in self.outputs
@@ -385,9 +386,15 @@ class RequestSampler(RowTracker):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         check_served_request(sampling_params)
 
-    def action_request(self, params: SamplingParams) -> ActionRequest:
-        # The worker keeps a request's parameters until it has ended, also while it is preempted.
-        return self.table.served(id(params), params, self.table.settings)
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        super().__init__(vllm_config, device, is_pin_memory)
+        self.is_async = bool(vllm_config.scheduler_config.async_scheduling)
+
+    def action_request(self, params: SamplingParams, output: list[int]) -> ActionRequest:
+        # The worker keeps both until a request has ended, also while it is preempted; but that asynchronous scheduling
+        # resumes it with another list, and completions of one request in this process may share their parameters.
+        own = params if self.is_async else output
+        return self.table.served(id(own), own, params, self.table.settings)
 
     def is_argmax_invariant(self) -> bool:
         return False

@@ -89,7 +89,7 @@ class CoLAModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
         if self.served:
-            request = self.table.served(new_req_data.req_id, params, self.slots.settings)
+            request = self.table.served(new_req_data.req_id, None, params, self.slots.settings)
         else:
             request = ActionRequest.from_params(params.extra_args, params.seed)
         self.slots.add_request(req_index, request, new_req_data.prompt_len)

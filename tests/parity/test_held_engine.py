@@ -26,7 +26,6 @@ from cola_ray.experience import Trajectory
 from cola_ray.learner.micro_batch import Frozen, MicroBatch
 from cola_ray.learner.objective import score
 from cola_ray.learner.policies import LatentPolicy, forward
-from cola_ray.model.action_requests import ActionRequest
 from cola_ray.rollout.engine import LatentEngine, Request
 from cola_ray.rollout.worker import RolloutWorker
 
@@ -167,34 +166,3 @@ def test_a_learner_scores_what_the_engine_chose(held, made):
     assert not scores.log_probs[~one.action_mask].any()
     assert not one.rewards[~one.action_mask].any()
     torch.testing.assert_close(one.rewards.sum(1), torch.from_numpy(batch.advantages))
-
-
-@pytest.mark.slow
-def test_a_served_model_holds_what_pytorch_holds(held_dir):
-    """Requests through vLLM's own interface, as a server's are, with preemptions."""
-    import vllm
-
-    from cola_ray.model.vllm_rows import settle_vllm
-    from cola_ray.rollout.engine import prepare_process
-
-    path, model = held_dir
-    prepare_process(1)
-    settle_vllm()
-    llm = vllm.LLM(
-        str(path), skip_tokenizer_init=True, dtype="float32", max_model_len=160, max_num_seqs=16, enforce_eager=True,
-        kv_cache_memory_bytes=256 << 20, **SMALL | {"num_gpu_blocks_override": 16},
-    )  # fmt: skip
-    prompts = [list(range(10 + i, 12 + 4 * i)) for i in range(24)]
-    params = [
-        vllm.SamplingParams(temperature=[0.9, 0.0][i % 2], seed=i, max_tokens=20 + i, ignore_eos=True, detokenize=False)
-        for i in range(24)
-    ]
-    found = llm.generate([{"prompt_token_ids": one} for one in prompts], params, use_tqdm=False)
-    assert sum(one.value for one in llm.get_metrics() if one.name == "vllm:num_preemptions") > 0
-    for prompt, one, answer in zip(prompts, params, found, strict=True):
-        tokens, _, _ = model.generate_latent(
-            torch.tensor([prompt]), max_new_tokens=one.max_tokens, temperature=one.temperature,
-            seed=ActionRequest.from_params({}, one.seed).seed,
-        )  # fmt: skip
-        assert list(answer.outputs[0].token_ids) == tokens[0].tolist()
-    llm.llm_engine.engine_core.shutdown()

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 SLOTS, STEPS, ACTIONS = 8, 40, 12
 
 
-def config(name, processors=(), rank=0, every=1):
+def config(name, processors=(), rank=0, every=1, is_async=False):
     """What the tables read of vLLM's configuration."""
     parts = types.SimpleNamespace
     return parts(
@@ -24,7 +24,7 @@ def config(name, processors=(), rank=0, every=1):
             enable_prompt_embeds=False,
             hf_config=parts(action_every=every),
         ),
-        scheduler_config=parts(max_num_seqs=SLOTS, max_num_batched_tokens=64),
+        scheduler_config=parts(max_num_seqs=SLOTS, max_num_batched_tokens=64, async_scheduling=is_async),
         parallel_config=parts(data_parallel_rank=rank),
     )
 
@@ -459,7 +459,7 @@ def test_v2_holds_actions_through_preemptions_and_chunks(every, state):
             one[2] = min(one[2] + 1, STEPS - 8)
 
 
-@pytest.mark.parametrize("runner", ["V1", "V2"])
+@pytest.mark.parametrize("runner", ["V1", "V1, asynchronous", "V2"])
 def test_a_servers_requests_hold_actions_without_slots_of_their_own(runner, state):
     """With preemptions amid an action, and more requests than slots, so that those of ended ones are used again."""
     from vllm.sampling_params import SamplingParams
@@ -468,7 +468,8 @@ def test_a_servers_requests_hold_actions_without_slots_of_their_own(runner, stat
     from cola_ray.model.vllm_rows import RequestSampler
 
     table, draw = lasting(3), np.random.default_rng(2)
-    tracker = RequestSampler(config("a test", every=3), CPU, False)
+    is_async = runner == "V1, asynchronous"
+    tracker = RequestSampler(config("a test", every=3, is_async=is_async), CPU, False)
     made = state("cola_ray.model.vllm_slots:SlotRequestSampler")
     waiting = [[SamplingParams(temperature=0.8, top_p=0.9, seed=i), [], f"r{i}"] for i in range(120)]
     waiting[5][0].extra_args = {"action_slots": [17], "action_first_seed": 5}  # one that returns its actions
@@ -484,12 +485,13 @@ def test_a_servers_requests_hold_actions_without_slots_of_their_own(runner, stat
                 batch[gone] = last
                 moved.append((len(batch), gone, MoveDirectionality.UNIDIRECTIONAL))
             if not ended:
-                waiting.insert(0, [left[0], [*left[1]], left[2]])  # vLLM takes no new one before it
+                # vLLM takes no new one before it; asynchronous scheduling gives it a list of its own
+                waiting.insert(0, [left[0], [*left[1]] if is_async else left[1], left[2]])
                 preempted += len(left[1]) % 3 != 0
         elif waiting and len(batch) < SLOTS:
             batch.append(waiting.pop(0))
             added.append((len(batch) - 1, batch[-1][0], [1, 2], batch[-1][1]))
-        if runner == "V1":
+        if runner != "V2":
             tracker.update_state(BatchUpdate(len(batch), removed, added, moved))
         else:
             for row in [*(one[0] for one in added), *(one[1] for one in moved)]:
