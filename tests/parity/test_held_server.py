@@ -23,8 +23,8 @@ def test_a_served_model_holds_what_pytorch_holds(every, cola, tmp_path):
     settle_vllm()
     llm = vllm.LLM(
         str(tmp_path), skip_tokenizer_init=True, dtype="float32", max_model_len=160, max_num_seqs=16,
-        enforce_eager=True, kv_cache_memory_bytes=256 << 20, block_size=32, num_gpu_blocks_override=16, max_num_batched_tokens=160,
-        disable_log_stats=False,
+        enforce_eager=True, kv_cache_memory_bytes=256 << 20, block_size=32, num_gpu_blocks_override=16,
+        max_num_batched_tokens=160, disable_log_stats=False,
     )  # fmt: skip
     prompts = [[8 + (7 * i + place) % 80 for place in range(2 + 3 * i)] for i in range(24)]
     params = [
