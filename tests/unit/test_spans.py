@@ -205,7 +205,7 @@ def test_a_stage_and_its_gradient_by_hand(stage, every, cola, rows):
         for one, other in zip(found, torch.autograd.grad(wanted, trained), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()) + 1e-7)
         if stage == "policy":
-            assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+            assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert torch.equal(sums["counts"], torch.bincount(torch.tensor(taken), minlength=NUM_ACTIONS).float())
 
 
