@@ -129,7 +129,7 @@ def test_a_worker_serves_a_model_whose_actions_last_as_its_settings_say(tmp_path
     monkeypatch.setattr(worker, "LatentEngine", FakeEngine)
     made = worker.EngineWorker(preset("tiny"), str(tmp_path), keep_hidden_states=False)
     assert made.engine.action_every == 1
-    with pytest.raises(ValueError, match="model.action_every = 2: actions of the served model last 1 tokens"):
+    with pytest.raises(ValueError, match=r"model\.action_every = 2: actions of the served model last 1 tokens"):
         worker.EngineWorker(
             override(preset("tiny"), {"model.action_every": 2}), str(tmp_path), keep_hidden_states=False
         )
