@@ -87,6 +87,7 @@ class Sample:
     failure: str = ""  # why there is no reward; such a completion is counted and not trained on
     parts: Mapping[str, float] = field(default_factory=dict)  # of ``task.reward``, each reward that applies
     source: str = ""  # of a task that has several, the problem's
+    num_chosen: int | None = None  # actions that the policy chose; None: one for each token
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ def as_groups(completed: Sequence[Completed]) -> list[Group]:
                 position,
                 tuple(_sample(one) for one in trajectories),
                 None if greedy is None else _sample(greedy),
-                Tally.of([one.actions for one in scored]),
-                Tally.of([one.versions for one in scored]),
+                Tally.of([_chosen(one, one.actions) for one in scored]),
+                Tally.of([_chosen(one, one.versions) for one in scored]),
                 len({one.token_ids.tobytes() for one in scored}),
                 first,
                 share,
@@ -192,16 +193,21 @@ def together(groups: Sequence[Group], data: Sequence[Held[Any]]) -> list[Group]:
     return [replace(group, share=share) for group in groups]
 
 
+def _chosen(one: Trajectory, values: Array) -> Array:
+    """Of its actions those that the policy chose."""
+    return values if one.action_mask is None else values[one.action_mask]
+
+
 def _sample(one: Trajectory) -> Sample:
     return Sample(
         len(one.prompt_ids), len(one.token_ids), one.reward, one.truncated, int(one.versions[0]), one.failure,
-        one.parts, one.source,
+        one.parts, one.source, None if one.action_mask is None else int(one.action_mask.sum()),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Picked:
-    """N sequences out of several shares, by reference; all of each response is the policy's."""
+    """N sequences out of several shares, by reference; each response is the policy's from its first token on."""
 
     sources: tuple[Held[Packed], ...]
     places: Array  # (N, 2) int32, of each sequence its source and its number there
@@ -226,7 +232,9 @@ class Picked:
             tuple(share.sequences for share in shares.values()),
             np.array([(numbers[id(group.share)], place) for group, place, _ in scored], np.int32).reshape(-1, 2),
             np.array([sample.prompt_length + sample.length for _, _, sample in scored], np.int64),
-            np.array([sample.length for _, _, sample in scored], np.int64),
+            np.array(
+                [sample.length if sample.num_chosen is None else sample.num_chosen for _, _, sample in scored], np.int64
+            ),
             None if like is None else tuple(_state(group, place) for group, place, _ in scored),
             like,
         )
@@ -362,7 +370,9 @@ class Batch:
             turn_starts[at, acting] = taken & (taken.cumsum() == 1) if starts is None else starts
             advantages[at, acting] = outcome if own is None else own
             if gains is None or factors is None:
-                rewards[at, end - 2], discounts[at, first - 1 : end - 2] = outcome, 1.0
+                # At the last action, which at a held one's tokens is earlier than the last token.
+                last = first - 1 + int(np.flatnonzero(taken)[-1]) if taken.any() else end - 2
+                rewards[at, last], discounts[at, first - 1 : last] = outcome, 1.0
             else:
                 rewards[at, acting], discounts[at, acting] = gains, factors
             if hidden is not None and packed.hidden_states is not None:

@@ -40,7 +40,8 @@ class Trajectory:
     failure: str = ""  # why there is no reward; such a trajectory is counted and not trained on
     # (P + L - 1, H), e at all but the last token, if the engine sends it; bf16 as int16
     hidden_states: Array | None = None
-    action_mask: Array | None = None  # (L,) bool, false at an environment's tokens; None: the policy said all of it
+    # (L,) bool, false at an environment's tokens, and where an action is held; None: the policy chose at each token
+    action_mask: Array | None = None
     # (L,) float32 both; None: all of the reward at the last action, which nothing follows
     rewards: Array | None = None
     discounts: Array | None = None  # what the value after each action is worth: 1 within a turn, 0 at an end

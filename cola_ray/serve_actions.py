@@ -9,6 +9,7 @@
 
 A streamed answer ends with a chunk without choices, whose ``cola`` has a list for each of them, before ``[DONE]``.
 Log-probabilities are those of the actions under the policy at the request's temperature, in the order of the tokens.
+Of a model whose actions last, a held action's is 0, and what a client asks for amid one is not read.
 """
 
 import json

@@ -109,7 +109,8 @@ def pack(documents: Sequence[Document], length: int, pad_id: int, response_only:
     for row, packed in enumerate(rows):
         start = 0
         for ids, own in packed:
-            found.place(row, start, ids, np.array(own[1:], bool) if response_only else True)
+            begins = np.flatnonzero(np.diff(np.array(own, np.int8), prepend=0) == 1).tolist()
+            found.place(row, start, ids, np.array(own[1:], bool) if response_only else True, begins)
             start += len(ids)
         found.close(row, start)
     return found

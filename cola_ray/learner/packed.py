@@ -50,23 +50,30 @@ class PackedRows:
     input_ids: np.ndarray  # (R, T) int64
     position_ids: np.ndarray  # (R, T) int64
     loss_mask: np.ndarray  # (R, T) bool
+    steps: np.ndarray | None = None  # (R, T) int64, see steps_of; None: every document is a text
 
     @classmethod
     def empty(cls, rows: int, length: int, pad_id: int) -> "PackedRows":
         """Rows of padding, to be filled by :meth:`place` and :meth:`close`."""
         shape = (rows, length)
-        return cls(np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool))
+        return cls(np.full(shape, pad_id, np.int64), *(np.zeros(shape, kind) for kind in (np.int64, bool, np.int64)))
 
-    def place(self, row: int, start: int, ids: np.ndarray | Sequence[int], learned: np.ndarray | bool) -> None:
+    def place(
+        self, row: int, start: int, ids: np.ndarray | Sequence[int], learned: np.ndarray | bool,
+        responses: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         """Put a document at ``start`` of a row.
 
         Args:
             learned: (len(ids) - 1,), which of the tokens after the first are worth learning, or all of them.
+            responses: where the document's responses begin; empty: it is a text.
         """
         end = start + len(ids)
         self.input_ids[row, start:end] = ids
         self.position_ids[row, start:end] = np.arange(len(ids))
         self.loss_mask[row, start : end - 1] = learned
+        if self.steps is not None:
+            self.steps[row, start:end] = steps_of(len(ids), responses)
 
     def close(self, row: int, end: int) -> None:
         """Number the padding from ``end`` on, as a document of its own."""
@@ -88,7 +95,8 @@ class PackedRows:
         return order[offset : offset + batch_size]
 
     def read(self, indices: np.ndarray) -> "PackedRows":
-        return PackedRows(self.input_ids[indices], self.position_ids[indices], self.loss_mask[indices])
+        steps = None if self.steps is None else self.steps[indices]
+        return PackedRows(self.input_ids[indices], self.position_ids[indices], self.loss_mask[indices], steps)
 
     def pieces(self, indices: np.ndarray) -> list[Piece]:
         return [Piece(row, 0, self.width, 0, int(index) * self.width) for row, index in enumerate(indices)]
@@ -103,6 +111,19 @@ class PackedRows:
     @property
     def tokens(self) -> int:
         return self.input_ids.size
+
+
+def steps_of(length: int, responses: Sequence[int]) -> np.ndarray:
+    """Of each position of a document, which step of its response is taken there, (length,) int64.
+
+    The step that gives a response's first token is 0; before it, in the prompt, they are negative. A text is counted
+    from its first token, where the first step is taken.
+
+    Example: 5 tokens, a response from the third on -> -1, 0, 1, 2, 3.
+    """
+    first = np.maximum(np.asarray(responses or (1,), np.int64), 1)
+    given = np.arange(1, length + 1)  # the token that each position gives
+    return given - first[np.maximum(np.searchsorted(first, given, "right") - 1, 0)]
 
 
 class Rows(Protocol):
@@ -312,7 +333,8 @@ class _Plan:
             learned: np.ndarray | bool = True
             if response_only and one.prompt > 1:
                 learned = np.arange(1, one.length) >= one.prompt
-            into.place(one.row, one.start, ids[one.cut : one.cut + one.length], learned)
+            responses = () if one.prompt == TEXT else (one.prompt,)
+            into.place(one.row, one.start, ids[one.cut : one.cut + one.length], learned, responses)
         for row in at.tolist():
             into.close(row, ends.get(row, 0))
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cola_ray.algorithms.latent_actions import usage
+from cola_ray.algorithms.spans import starts_of
 from cola_ray.learner import supervised
 from cola_ray.learner.corpus import load_documents, pack
 from cola_ray.learner.engine import Report, ZeroEngine, last_checkpoint, placement
@@ -189,11 +190,14 @@ def corpus_step(
     settings = config.pretrain
     picked = rows.step_indices(config.seed, step, settings.batch_size)[zero.rank :: zero.world_size]
     mine = rows.read(picked)
-    learned = torch.tensor(int(mine.loss_mask[:, :-1].sum()), device=zero.device)
-    torch.distributed.all_reduce(learned)
-    num_tokens = max(int(learned), 1)  # the loss's one denominator
     tensors = [torch.from_numpy(a) for a in (mine.input_ids, mine.position_ids, mine.loss_mask)]
     tensors.append(noise_seeds(config.seed, step, picked))
+    tensors.append(tensors[1] if mine.steps is None else torch.from_numpy(mine.steps))
+    # The policy learns what it decides, all else each token.
+    mask, every = tensors[2][:, :-1], zero.engine.module.every if stage == "policy" else 1
+    learned = starts_of(mask, tensors[1][:, :-1], tensors[4][:, :-1], every).sum().to(zero.device)
+    torch.distributed.all_reduce(learned)
+    num_tokens = max(int(learned), 1)  # the loss's one denominator
     cuts = supervised.micro_batches(torch.arange(len(picked)), config)
     batches = [[tensor[some].to(zero.device) for tensor in tensors] for some in cuts]
 
@@ -202,7 +206,8 @@ def corpus_step(
 
     mean_usage = None
     if stage == "actions" and settings.balance_coef and len(batches) > 1:
-        of_each = [zero.engine.module.usage(*batch, known(index)[0]) for index, batch in enumerate(batches)]
+        of_each = [zero.engine.module.usage(*batch[:4], known(index)[0], batch[4])
+                   for index, batch in enumerate(batches)]  # fmt: skip
         mean_usage = torch.stack(of_each).sum(0)
         torch.distributed.all_reduce(mean_usage)
         mean_usage /= num_tokens
@@ -211,7 +216,7 @@ def corpus_step(
 
     def loss_of(index: int, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         reach = index == 0 and (step + 1) % MEASURED_EVERY == 0
-        loss, found = zero.engine(*batch, measured, mean_usage, reach, *known(index))
+        loss, found = zero.engine(*batch[:4], measured, mean_usage, reach, *known(index), batch[4])
         return loss, found
 
     sums, grad_norm = supervised.zero_step(zero, batches, loss_of, num_tokens, lr)
@@ -220,7 +225,7 @@ def corpus_step(
         metrics["actions/base_loss"] = float(sums["base_loss"]) / num_tokens
     if "states" in sums:
         metrics["actions/reachable_tokens"] = float(sums["reachable"] / sums["states"])
-        metrics["actions/covered"] = float(sums["covered"] / sums["states"])
+        metrics["actions/covered"] = float(sums["covered"] / sums["spans"])
     counts = sums.get("counts", torch.zeros(config.model.num_actions)).cpu()
     return metrics | (usage(counts) if "counts" in sums else {}), counts
 

@@ -238,8 +238,9 @@ class PolicyUpdate:
             yield Ready(one, Frozen(one.hidden_states), Advantages(one.advantages), self._weights(one, batch))
 
     def _weights(self, one: MicroBatch, batch: Batch) -> Tensor | None:
-        rl, longest = self.config.rl, self.config.rollout.max_new_tokens
+        rl, every = self.config.rl, self.config.model.action_every
         mode = "seq-mean-token-sum" if self.follows_rewards else rl.loss_agg_mode  # a residual is a sequence's
+        longest = -(-self.config.rollout.max_new_tokens // every)  # the most actions of a completion
         return loss_weights(one.action_mask, mode, batch.num_actions_global, batch.num_sequences_global, longest)
 
     def _prepare(self, ready: list[Ready], num_actions: int, kl_coef: float) -> tuple[list[Ready], dict[str, Tensor]]:

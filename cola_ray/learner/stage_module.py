@@ -6,6 +6,11 @@
     fta_idm     -log P(x_t+1 | e_t, a_t), the base alone trains, a_t the IDM's greedy action
     fta_policy  the same, a_t sampled from the policy
 
+Where an action lasts n tokens (``model.action_every``), the IDM's logits of a span are pooled, ``u_s = mean of u_{t+1}
+over the span's t``, and what is drawn or taken of u_s is the action at each of its positions (algorithms/spans.py). The
+policy learns at the spans' first positions, where it will be asked. Terms of the relaxed actions count a span once for
+each of its tokens, as the cross-entropy does; counts of actions count decisions.
+
 Source: Jia et al. 2025, stages 1 and 2; departures are named where they are made.
 Legend: B rows, T positions, N of them masked in, K actions.
 """
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage_imbalance
+from cola_ray.algorithms.spans import Spans
 from cola_ray.learner.pieces import HeadLoss, cross_entropies
 from cola_ray.model import families
 from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, sample_actions
@@ -44,6 +50,7 @@ class StageModule(nn.Module):
         super().__init__()
         self.model: Any = model  # a CoLA model, or a plain base in the stage base
         self.stage, self.settings = stage, config.pretrain
+        self.every = int(getattr(model.config, "action_every", 1))
         weight: Any = model.lm_head.weight
         self.head_loss = HeadLoss(weight)
         self.own_logits = stage == "base" and not families.has_plain_head(model.config.to_dict())
@@ -59,8 +66,9 @@ class StageModule(nn.Module):
         reach: bool = False,
         e: Tensor | None = None,
         labels: Tensor | None = None,
+        steps: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss *sum* over masked-in positions, and sums.
+        """The loss *sum* over masked-in positions, of the stage policy over spans; and sums.
 
         Args:
             input_ids, position_ids, loss_mask: (B, T).
@@ -71,6 +79,7 @@ class StageModule(nn.Module):
             reach: of the stage actions, whether to try all actions on some states.
             e: of the stages actions and policy, what :meth:`states` gives, where it is known.
             labels: of the stage policy, what :meth:`labels` gives, where it is known.
+            steps: (B, T), of responses, which spans are counted by; None: those of texts, ``position_ids``.
         """
         tokens = input_ids[:, 1:]
         mask = loss_mask[:, :-1]
@@ -80,20 +89,22 @@ class StageModule(nn.Module):
         if e is None:
             with torch.set_grad_enabled(self.stage.startswith("fta") and torch.is_grad_enabled()):
                 e = self.model.encode(input_ids, position_ids=position_ids)
+        spans = self._spans(mask, position_ids, steps)
         if self.stage == "actions":
-            return self._actions_loss(e, position_ids, tokens, mask, noise_seed, measure, mean_usage, reach)
+            return self._actions_loss(e, position_ids, tokens, mask, spans, noise_seed, measure, mean_usage, reach)
         if self.stage == "policy":
-            wanted = (self.labels(e, position_ids) if labels is None else labels)[:, 1:][mask]
+            wanted = self._taken(e, position_ids, mask, spans) if labels is None else labels[:, 1:][mask]
             logits = self.model.policy_logits(e, position_ids=position_ids)[:, :-1]
-            loss = F.cross_entropy(logits[mask], wanted, reduction="sum")
+            loss = F.cross_entropy(logits[spans.starts], wanted, reduction="sum")
             return loss, {"loss": loss.detach(), "counts": self._counts(wanted)}
         with torch.no_grad():
             if self.stage == "fta_idm":
-                actions = self.model.inverse_dynamics_actions(e, position_ids=position_ids)
+                actions = self._taken(e, position_ids, mask, spans)
             else:
-                actions = self._sampled_actions(e, position_ids, noise_seed)
-        loss = self.head_loss(self.model.world_model_states(e[:, :-1][mask], actions[mask]), tokens[mask])
-        return loss, {"loss": loss.detach(), "counts": self._counts(actions[mask])}
+                actions = self._sampled_actions(e, position_ids, noise_seed)[spans.starts]
+        held = spans.spread(actions)
+        loss = self.head_loss(self.model.world_model_states(e[:, :-1][mask], held), tokens[mask])
+        return loss, {"loss": loss.detach(), "counts": self._counts(actions)}
 
     def _base_loss(self, input_ids: Tensor, position_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         # Without use_cache=False transformers would not see that rows are packed and attend across documents.
@@ -117,20 +128,37 @@ class StageModule(nn.Module):
         labels: Tensor = self.model.inverse_dynamics_logits(e, position_ids=position_ids).argmax(-1)
         return labels
 
+    def _spans(self, mask: Tensor, position_ids: Tensor, steps: Tensor | None) -> Spans:
+        """Of the N masked-in positions (B, T - 1)."""
+        steps = position_ids if steps is None else steps
+        return Spans.of(mask, position_ids[:, :-1], steps[:, :-1], self.every)
+
+    @torch.no_grad()
+    def _taken(self, e: Tensor, position_ids: Tensor, mask: Tensor, spans: Spans) -> Tensor:
+        """The IDM's greedy action of each span, (S,) int64."""
+        logits = self.model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:][mask]
+        taken: Tensor = spans.pooled(logits).argmax(-1)
+        return taken
+
     @torch.no_grad()
     def usage(
-        self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, noise_seed: Tensor, e: Tensor | None = None
-    ) -> Tensor:
+        self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, noise_seed: Tensor, e: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Of the stage actions: the relaxed actions' sum over masked-in positions, (K,)."""
         if e is None:
             e = self.states(input_ids, position_ids)
-        return self._drawn(e, position_ids, loss_mask[:, :-1], noise_seed)[1].sum(0)
+        mask = loss_mask[:, :-1]
+        spans = self._spans(mask, position_ids, steps)
+        return spans.spread(self._drawn(e, position_ids, mask, spans, noise_seed)[1]).sum(0)
 
-    def _drawn(self, e: Tensor, position_ids: Tensor, mask: Tensor, noise_seed: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions at the N masked-in positions, one-hot and relaxed, (N, K) each."""
-        logits = self.model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:][mask]
-        seeds = noise_seed[:, None].expand(mask.shape)[mask]
-        index = torch.arange(mask.shape[1], device=e.device).expand(mask.shape)[mask]
+    def _drawn(
+        self, e: Tensor, position_ids: Tensor, mask: Tensor, spans: Spans, noise_seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Actions of the spans of the N masked-in positions, one-hot and relaxed, (S, K) each."""
+        logits = spans.pooled(self.model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:][mask])
+        seeds = noise_seed[:, None].expand(mask.shape)[spans.starts]
+        index = torch.arange(mask.shape[1], device=e.device).expand(mask.shape)[spans.starts]
         noise = gumbel_noise(seeds, index, logits.shape[-1])
         return straight_through_gumbel(logits, noise.float(), self.settings.gumbel_tau)
 
@@ -140,6 +168,7 @@ class StageModule(nn.Module):
         position_ids: Tensor,
         tokens: Tensor,
         mask: Tensor,
+        spans: Spans,
         noise_seed: Tensor,
         measure: bool,
         mean_usage: Tensor | None,
@@ -147,33 +176,39 @@ class StageModule(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``CE(logits_t, x_{t+1}) + entropy_coef * sum p log p`` (paper), plus the optional balance term (ours)."""
         settings = self.settings
-        one_hot, relaxed = self._drawn(e, position_ids, mask, noise_seed)
+        drawn, of_spans = self._drawn(e, position_ids, mask, spans, noise_seed)
+        one_hot, relaxed = spans.spread(drawn), spans.spread(of_spans)
         states, targets = e[:, :-1][mask], tokens[mask]
         cross_entropy = self.head_loss(self.model.world_model_states(states, one_hot), targets)
         loss = cross_entropy + settings.entropy_coef * negative_entropy(relaxed).sum()
         if settings.balance_coef:
             mean = mean_over_ranks(relaxed) if mean_usage is None else mean_usage
             loss = loss + settings.balance_coef * usage_imbalance(relaxed, mean)
-        sums = {"loss": cross_entropy.detach(), "counts": self._counts(one_hot.argmax(-1))}
+        sums = {"loss": cross_entropy.detach(), "counts": self._counts(drawn.argmax(-1))}
         with torch.no_grad():
             if measure:
                 sums["base_loss"] = self.head_loss(states, targets)
             if reach:
-                sums |= self._reachable(states[:MEASURED_STATES], targets[:MEASURED_STATES])
+                some = slice(MEASURED_STATES)
+                sums |= self._reachable(states[some], targets[some], spans.owner[some])
         return loss, sums
 
-    def _reachable(self, states: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Over all K actions in each state: how many distinct next tokens, and is the right one among them?"""
+    def _reachable(self, states: Tensor, targets: Tensor, owner: Tensor) -> dict[str, Tensor]:
+        """Over all K actions in each state: how many distinct next tokens? Does one action give all of a span's?"""
         num_actions = self.model.config.num_actions
         tried = states[:, None].expand(-1, num_actions, -1)
         actions = torch.arange(num_actions, device=states.device).expand(len(states), -1)
         tokens = self.model.world_model_logits(tried, actions).argmax(-1)  # (S, K)
         ordered = tokens.sort(-1).values
         distinct = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(-1)
+        num_spans = int(owner[-1]) + 1 if len(owner) else 0
+        wrong = torch.zeros(num_spans, num_actions, device=states.device)
+        wrong.index_add_(0, owner, (tokens != targets[:, None]).float())
         return {
             "reachable": distinct.float().sum(),
-            "covered": (tokens == targets[:, None]).any(-1).float().sum(),
+            "covered": (wrong == 0).any(-1).float().sum(),
             "states": torch.tensor(float(len(states)), device=states.device),
+            "spans": torch.tensor(float(num_spans), device=states.device),
         }
 
     def _sampled_actions(self, e: Tensor, position_ids: Tensor, noise_seed: Tensor) -> Tensor:
@@ -200,7 +235,12 @@ class StageModule(nn.Module):
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         else:
             e = self.model.encode(input_ids, attention_mask)
-            logits = self.model.world_model_logits(e, self.model.policy_logits(e, attention_mask).argmax(-1))
+            actions = self.model.policy_logits(e, attention_mask).argmax(-1)
+            if self.every > 1:  # held from the answer's first token on
+                places = torch.arange(actions.shape[1], device=actions.device).expand(actions.shape)
+                steps = places - answer_mask.int().argmax(1, keepdim=True)
+                actions = actions.gather(1, (places - steps.remainder(self.every)).clamp_min(0))
+            logits = self.model.world_model_logits(e, actions)
         right = logits[:, :-1].argmax(-1) == input_ids[:, 1:]
         return (right | ~answer_mask[:, :-1]).all(-1)
 

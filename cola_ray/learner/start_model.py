@@ -52,7 +52,7 @@ def start_model(config: Config, task: Prompts | PlayedTask | None, report: Repor
 
 def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
     sizes = config.model.model_dump(
-        include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers"}
+        include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers", "action_every"}
     )
     dtype, family = getattr(torch, config.model.dtype), config.model.family
     return conversion.attach(base_path, seed=config.seed, dtype=dtype, family=family, **sizes)

@@ -189,7 +189,9 @@ def kept_states(config: Config, stage: str, source: Path, rows: Rows) -> KeptSta
     states = Kept(rows, folder, digests[0], width, dtype)
     _check_room(config, stage, states, folder)
     # Labels of 16 bits: num_actions is at most 65 536.
-    labels = Kept(rows, folder, "".join((*digests, str(dtype))), 1, torch.int16) if stage == "policy" else None
+    # Those of spans depend on where responses begin, and are computed.
+    of_tokens = stage == "policy" and getattr(conversion.opened(source)[0], "action_every", 1) == 1
+    labels = Kept(rows, folder, "".join((*digests, str(dtype))), 1, torch.int16) if of_tokens else None
     return KeptStates(states, labels)
 
 

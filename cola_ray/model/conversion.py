@@ -75,7 +75,7 @@ def attach(
             where it would be if the base had been drawn first.
         dtype: of all weights; by default that of the checkpoint.
         family: of a base that the package does not know, ``package.module:name`` or ``file.py:name``.
-        sizes: ``num_actions``, ``num_idm_layers``, ``num_world_model_layers``, ``num_policy_layers``.
+        sizes: ``num_actions``, ``num_idm_layers``, ``num_world_model_layers``, ``num_policy_layers``, ``action_every``.
 
     Raises:
         ValueError: the checkpoint is of no family that CoLA attaches to, or refused by its family.
@@ -303,7 +303,8 @@ def _special_tokens(settings: GenerationConfig) -> dict[str, int | list[int]]:
     return {name: value for name in names if (value := getattr(settings, name)) not in (None, -1)}
 
 
-_OURS = ("world_model_form", "v", "soft_q_beta", "card", "auto_map", "base_model_type", "base_family")
+_OURS = ("world_model_form", "v", "soft_q_beta", "action_every", "card", "auto_map", "base_model_type",
+         "base_family")  # fmt: skip
 """Settings of CoLA that no base has, beside its sizes."""
 
 
@@ -415,8 +416,8 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
     """Write ``model`` in the authors' format; tensors loaded from a released checkpoint are written byte-identical.
 
     Raises:
-        ValueError: the world model is in the identity form, the policy has a Q, or the base is no Llama; the released
-            code supports none of these.
+        ValueError: the world model is in the identity form, the policy has a Q, actions last, or the base is no Llama;
+            the released code supports none of these.
     """
     if model.config.base_model_type != "llama":
         raise ValueError(
@@ -424,6 +425,10 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
         )
     if model.config.soft_q_beta:
         raise ValueError("soft_q_beta: a policy with a Q cannot be exported; the released format has no place for it")
+    if model.config.action_every > 1:
+        raise ValueError(
+            f"action_every = {model.config.action_every}: cannot be exported; the released code asks at every token"
+        )
     if model.config.world_model_form != "released":
         raise ValueError("world_model_form: 'identity' cannot be exported; the released format implies 'released'")
     Path(path).mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,8 @@ class CoLAConfig(LlamaConfig):
             initialisation; "released" computes ``d = norm(s) - e`` as in the authors' checkpoints.
         soft_q_beta: if above 0, the policy is ``rho exp(Q / beta) / Z``, where rho is the output of its layers and Q
             an additional head.
+        action_every: n, how many tokens of a response an action lasts: one is chosen at its tokens 0, n, 2n, ... and
+            held, and the policy is not asked in between.
         card: facts for the model card, such as "base", "data", "task" and "figures".
     """
 
@@ -96,10 +98,13 @@ class CoLAConfig(LlamaConfig):
     num_policy_layers: int = 8
     world_model_form: str = "identity"
     soft_q_beta: float = 0.0
+    action_every: int = 1
     card: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.action_every < 1:
+            raise ValueError(f"action_every = {self.action_every}: an action lasts a token at least; use 1 or more")
         rope: dict[str, Any] = getattr(self, "rope_parameters", None) or {}
         if kinds := {name: one for name, one in rope.items() if isinstance(one, dict)}:
             self.rope_parameters = kinds  # of several kinds of layers: no other entries
@@ -452,7 +457,8 @@ class CoLAGenerateOutput(GenerateDecoderOnlyOutput):
 
     Args:
         actions: (B, N) int64, one for each of the N new tokens; -1 after the end of a sequence.
-        action_log_probs: (B, N) float32, under the distribution they were drawn from; 0 after the end of a sequence.
+        action_log_probs: (B, N) float32, under the distribution they were drawn from; 0 where an action is held, and
+            after the end of a sequence.
     """
 
     actions: Tensor | None = None
@@ -460,14 +466,23 @@ class CoLAGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class _ActionChooser:
-    """Chooses the actions of each step of ``generate``; keeps those of the last step with their log-probabilities."""
+    """Chooses the actions of each step of ``generate``; keeps those of the last step with their log-probabilities.
 
-    def __init__(self, sampled: bool, processors: LogitsProcessorList) -> None:
-        self.sampled, self.processors = sampled, processors
+    Args:
+        every: for how many tokens an action is held.
+    """
+
+    def __init__(self, sampled: bool, processors: LogitsProcessorList, every: int = 1) -> None:
+        self.sampled, self.processors, self.every = sampled, processors, every
+        self.step = 0  # tokens that were generated before
         self.latest: tuple[Tensor, Tensor]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(B, 1, K) -> (B, 1)."""
+        if self.step % self.every:
+            held, log_probs = self.latest
+            self.latest = held, torch.zeros_like(log_probs)
+            return held[:, None]
         ids = torch.empty(
             len(logits), 0, dtype=torch.int64, device=logits.device
         )  # processors of token histories do not apply to actions
@@ -489,6 +504,7 @@ class _ActionRecorder(StoppingCriteriaList):
         actions, log_probs = self.chooser.latest
         ended = self.ended.to(actions.device)
         self.steps.append((actions.masked_fill(ended, -1), log_probs.masked_fill(ended, 0.0)))
+        self.chooser.step += 1
         done = super().__call__(input_ids, scores, **kwargs)
         self.ended = done | ended.to(done.device)
         return done
@@ -638,7 +654,12 @@ class LatentActionMixin:
     def inverse_dynamics_actions(
         self, e: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """``a_t = argmax u_{t+1}``, (B, T-1) int64, shifted: entry t is the action that led from token t to t+1."""
+        """``a_t = argmax u_{t+1}``, (B, T-1) int64, shifted: entry t is the action that led from token t to t+1.
+
+        Raises:
+            ValueError: actions last; their labels are of spans, see ``cola_ray.algorithms.spans``.
+        """
+        self._refuse_held("inverse_dynamics_actions", "an action has one label for all of its tokens")
         return self.inverse_dynamics_logits(e, attention_mask, position_ids)[:, 1:].argmax(-1)
 
     def policy_logits(
@@ -674,12 +695,18 @@ class LatentActionMixin:
         """
         if likelihood == "base":
             return self.lm_head(e).float().log_softmax(-1)
+        self._refuse_held(f"likelihood = {likelihood!r}", "a token's probability depends on where its action began")
         if likelihood == "greedy":
             return self.world_model_logits(e, policy_logits.argmax(-1)).float().log_softmax(-1)
         num_actions = policy_logits.shape[-1]
         every = torch.arange(num_actions, device=e.device).expand(len(e), -1)
         tokens = self.world_model_logits(e[:, None].expand(-1, num_actions, -1), every).float().log_softmax(-1)
         return torch.logsumexp(policy_logits.log_softmax(-1)[..., None] + tokens, 1)
+
+    def _refuse_held(self, what: str, why: str) -> None:
+        """Raise ValueError where actions last, for what is defined token by token."""
+        if self.config.action_every > 1:
+            raise ValueError(f"{what}: with action_every = {self.config.action_every} {why}")
 
     def _loss(
         self,
@@ -764,7 +791,7 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
                 do_sample=True, **{name: getattr(generation_config, name) for name in _ACTION_SETTINGS}
             )
             action_processors = super()._get_logits_processor(shape, device=input_ids.device)
-        chooser = _ActionChooser(generation_config.do_sample, action_processors)
+        chooser = _ActionChooser(generation_config.do_sample, action_processors, self.config.action_every)
         for_tokens = copy.copy(generation_config)
         for_tokens.do_sample = False
         recorder = _ActionRecorder(kwargs.pop("stopping_criteria"), chooser)
@@ -796,12 +823,14 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
         Args:
             input_ids: (B, P) prompts, left-padded where ``attention_mask`` (B, P) is 0.
             temperature, top_k, top_p, seed: numbers, or (B,) tensors, as in :func:`sample_actions`.
-            actions: (B, F) int64 actions to force in the first F steps, or ranks, as ``forced`` there; -1 draws.
+            actions: (B, F) int64 actions to force in the first F steps, or ranks, as ``forced`` there; -1 draws. Not
+                read at steps that hold an action.
             eos_token_id: ends a row; its later tokens are the first such id (or 0), its actions -1, its log-probs 0.
             stopping_criteria: applied after each token, e.g. ``StopStringCriteria(tokenizer, ["\\n"])``.
 
         Returns:
-            tokens (B, N), actions (B, N), log-probabilities of the actions (B, N) float32; N <= max_new_tokens.
+            tokens (B, N), actions (B, N), log-probabilities of the actions (B, N) float32, 0 where an action is held;
+            N <= max_new_tokens.
 
         Raises:
             ValueError: fewer than one new token, padding on the right, a negative temperature, or an unknown action.
@@ -822,9 +851,12 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
         step_ids, out = input_ids, []
         for step in range(max_new_tokens):
             e = self.encode(step_ids, mask, position_ids, cache)
-            logits = self.policy_logits(e, mask, position_ids, cache)[:, -1]
-            forced = actions[:, step] if actions is not None and step < actions.shape[1] else None
-            action, log_prob = sample_actions(logits, *rows, position_ids[:, -1], forced, share)
+            logits = self.policy_logits(e, mask, position_ids, cache)[:, -1]  # its layers cache what is held, too
+            if step % self.config.action_every == 0:
+                forced = actions[:, step] if actions is not None and step < actions.shape[1] else None
+                action, log_prob = sample_actions(logits, *rows, position_ids[:, -1], forced, share)
+            else:
+                log_prob = torch.zeros_like(log_prob)
             token = self.world_model_logits(e[:, -1], action).argmax(-1)
             token = token.masked_fill(finished, stops[0] if stops else 0)
             out.append((token, action.masked_fill(finished, -1), log_prob.masked_fill(finished, 0.0)))
@@ -880,8 +912,9 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
     ``-log sum_a pi(a | e) p(x | e, a)`` over labelled tokens: the likelihood of a proper distribution over texts, from
     which the policy, the world model and the base all receive gradients.
 
-    ``generate`` first takes an action, and then the most probable token given the action, as in RL and in vLLM. Base
-    and policy layers share one key/value cache.
+    ``generate`` first takes an action, and then the most probable token given the action, as in RL and in vLLM; where
+    ``config.action_every`` is n, it takes one at the new tokens 0, n, 2n, ..., and holds it. Base and policy layers
+    share one key/value cache.
 
     ==========================================================  =======================================================
     do_sample=False                                             the policy's most probable action
@@ -933,6 +966,9 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
     ) -> CoLACausalLMOutput:
         """Token logits given actions, at all positions or at the last ``logits_to_keep``.
 
+        Where actions last (``config.action_every``), whoever calls holds them: each position needs its action, and
+        there is no loss.
+
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in :meth:`encode`.
             past_key_values: a cache of the base's and then the policy's layers: ``DynamicCache(config=model.config)``.
@@ -942,8 +978,12 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
             kwargs: ``output_hidden_states`` and ``output_attentions`` return those of the base.
 
         Raises:
-            ValueError: ``actions`` has another shape.
+            ValueError: ``actions`` has another shape; or actions last, and some are not given.
         """
+        if choose_actions is None and (actions is None or (self.config.action_every > 1 and bool((actions < 0).any()))):
+            self._refuse_held("actions", "forward does not know where a response begins; give one for each position")
+        if labels is not None:
+            self._refuse_held("labels", "the likelihood is one of spans, which is not computed here; leave them out")
         if use_cache is None:
             use_cache = self.config.use_cache
         if use_cache and past_key_values is None:
@@ -996,6 +1036,8 @@ def model_card(config: CoLAConfig) -> str:
         "latent actions": config.num_actions,
         "layers of base, policy, inverse dynamics, world model": ", ".join(map(str, layers)),
     }  # fmt: skip
+    if config.action_every > 1:
+        facts["tokens that an action lasts"] = config.action_every
     table = "\n".join(f"| {name} | {value} |" for name, value in (facts | figures).items())
     known_to_hub = f"base_model: {base}\n" if on_hub else ""
     if licence:

@@ -78,7 +78,8 @@ class Completion:
 
     token_ids: np.ndarray  # (L,) int64; includes the end token, or the tokens of the stop string
     actions: np.ndarray  # (L,) int64
-    log_probs: np.ndarray  # (L,) float32, of the actions under the distribution that they were sampled from
+    # (L,) float32, of the actions under the distribution that they were sampled from; 0 where an action is held
+    log_probs: np.ndarray
     versions: np.ndarray  # (L,) int64, the policy version that chose each action
     truncated: bool  # cut by the token limit rather than stopped
     hidden_states: np.ndarray | None  # (P + L - 1, H), e, if the engine keeps it; bfloat16 is stored as int16
@@ -159,6 +160,7 @@ class Engine(abc.ABC):
             **engine_args,
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self.action_every = int(getattr(self.llm.llm_engine.model_config.hf_config, "action_every", 1))
         self.read_actions = functools.partial(read_actions, instance_id=self.llm.llm_engine.vllm_config.instance_id)
         self.llm.llm_engine.output_processor.tokenizer = tokenizer  # finds stop strings
 
@@ -187,10 +189,15 @@ class Engine(abc.ABC):
 
         Raises:
             ValueError: vLLM refuses the request, e.g. because the prompt exceeds the model's context; or the request
-                has stop strings and the engine has no tokenizer.
+                has stop strings and the engine has no tokenizer; or it goes on amid an action that lasts.
         """
         if request.stop and self.endings.tokenizer is None:
             raise ValueError(f"stop = {list(request.stop)!r}: the engine has no tokenizer; pass one when creating it")
+        if request.response_prefix % self.action_every:
+            raise ValueError(
+                f"response_prefix = {request.response_prefix}: an action lasts {self.action_every} tokens, and the "
+                "prompt ends amid one; continue a multiple of that"
+            )
         self.num_submitted += 1
         name = str(self.num_submitted)
         self._add(name, request)
@@ -268,9 +275,11 @@ class Engine(abc.ABC):
             return dataclasses.replace(request.settled, hidden_states=states)
         starts, versions = zip(*request.versions, strict=True)
         lengths = np.diff([*starts, len(actions)])
+        places = np.arange(len(actions))
+        chosen_at = places - places % self.action_every
         computed_tokens = request.prompt_length + len(actions) - (finished.num_cached_tokens or 0)
         made = Completion(
-            token_ids, actions, log_probs, np.repeat(np.array(versions, np.int64), lengths),
+            token_ids, actions, log_probs, np.repeat(np.array(versions, np.int64), lengths)[chosen_at],
             truncated=output.finish_reason == "length", hidden_states=states, computed_tokens=computed_tokens,
         )  # fmt: skip
         if not request.request.stop or not request.request.response_prefix:

@@ -140,7 +140,8 @@ class EvaluationWorker(RolloutWorker):
 
         score = functools.partial(self._values, index)
         kept = min(rollout.top_k or self.num_actions, self.num_actions)
-        return SearchProblem(prompt, rollout.max_new_tokens, self.batch.complete, score, request, kept)
+        every = self.config.model.action_every
+        return SearchProblem(prompt, rollout.max_new_tokens, self.batch.complete, score, request, kept, every)
 
     async def _values(self, index: int, responses: Sequence[Array]) -> list[float]:
         """Return what searches maximise: the chooser's scores or the verifier's rewards; -inf where those failed."""

@@ -9,8 +9,10 @@
     child = the token that the action gave;  value = reward of the whole response;  back up along the path
 
 A node is a sequence of tokens: given its actions they are certain, and states depend on tokens alone. Two actions that
-give the same token are one child, which then has two rollouts. All problems, with several searchers each, share the
-engine at the same time. The result so far is complete at any moment, so a budget may end a search anywhere.
+give the same token are one child, which then has two rollouts. Where actions last n tokens, a child is what its action
+says, n tokens or fewer at an end, so that each node stands where an action is chosen. All problems, with several
+searchers each, share the engine at the same time. The result so far is complete at any moment, so a budget may end a
+search anywhere.
 
 MCTS-Q (the search that CoLA's authors released): where Q's temporal-difference error along a rollout is small, nothing
 is decided, and the child is placed at the next state where it is not.
@@ -95,6 +97,7 @@ class SearchProblem:
         score: gives the rewards of responses.
         request: (prompt ids, seed, forced actions, new tokens) -> a request with the run's sampling settings.
         num_actions: how many actions a state has; 0 if that is more than any breadth.
+        action_every: tokens that an action lasts.
     """
 
     prompt: Sequence[int]
@@ -103,6 +106,7 @@ class SearchProblem:
     score: Score
     request: Callable[[Sequence[int], int, Sequence[int], int], Request]
     num_actions: int = 0
+    action_every: int = 1
 
     def breadth(self, config: SearchConfig, at_root: bool) -> int:
         """Return the number of actions to try in a state."""
@@ -298,12 +302,13 @@ class TreeSearch(_Search):
         """Return the child that a rollout began with; if its first token already has a child, add the prior to that."""
         length = len(made.token_ids)
         prompt_length = len(self.problem.prompt) + len(node.tokens)
+        every = self.problem.action_every
         skipped = 1 if self.first_decision is None else self.first_decision(made, prompt_length)
-        skipped = min(max(skipped, 1), length)
+        skipped = min(max(skipped, every), length)
         prior = float(np.exp(made.log_probs[0]))
-        first = int(made.token_ids[0])
+        first = tuple(made.token_ids[:every].tolist())
         for child in node.children:
-            if child.tokens[len(node.tokens)] == first:
+            if child.tokens[len(node.tokens) :][:every] == first:
                 child.prior += prior
                 return child
         tokens = (*node.tokens, *(int(token) for token in made.token_ids[:skipped]))
@@ -367,7 +372,8 @@ class BeamSearch(_Search):
         while self.open:
             ranks = range(self.problem.breadth(self.config, at_root))
             tries = [(prefix, rank) for prefix in self.open for rank in ranks]
-            left = int(min(len(tries), self.budget.tokens))
+            # Prefixes that are open have one length: each step adds as many tokens to all.
+            left = int(min(len(tries), self.budget.tokens / self._longest(tries[0][0])))
             if left < len(tries):
                 self.out_of_tokens = True
                 if not at_root or not left:
@@ -375,19 +381,24 @@ class BeamSearch(_Search):
             await self._step(tries[:left])
             at_root = False
 
+    def _longest(self, prefix: tuple[int, ...]) -> int:
+        """Tokens that the next action may say."""
+        return min(self.problem.action_every, self.problem.max_new_tokens - len(prefix))
+
     async def _step(self, tries: Sequence[tuple[tuple[int, ...], int]]) -> None:
         problem = self.problem
-        made = await problem.complete(
-            [problem.request([*problem.prompt, *prefix], 0, [RANKED - rank], 1) for prefix, rank in tries]
-        )
+        made = await problem.complete([
+            problem.request([*problem.prompt, *prefix], 0, [RANKED - rank], self._longest(prefix))
+            for prefix, rank in tries
+        ])  # fmt: skip
         grown: dict[tuple[int, ...], float] = {}
         stopped: dict[tuple[int, ...], float] = dict(self.ended)
         for (prefix, _), one in zip(tries, made, strict=True):
-            longer = (*prefix, int(one.token_ids[0]))
+            longer = (*prefix, *one.token_ids.tolist())
             score = self.open[prefix] + float(one.log_probs[0])
             target = stopped if not one.truncated or len(longer) == problem.max_new_tokens else grown
             target[longer] = float(np.logaddexp(target.get(longer, -np.inf), score))
-            self.budget.tokens -= 1
+            self.budget.tokens -= len(one.token_ids)
             self._count(one)
         kept = sorted({**grown, **stopped}.items(), key=lambda item: -item[1])[: self.config.simulations]
         self.ended = {prefix: score for prefix, score in kept if prefix in stopped}

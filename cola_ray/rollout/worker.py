@@ -84,6 +84,9 @@ class EngineWorker:
             num_threads=config.cluster.threads_per_process,
             **engine_args(config),
         )
+        if self.latent and self.engine.action_every != config.model.action_every:
+            raise ValueError(f"model.action_every = {config.model.action_every}: actions of the served model last "
+                             f"{self.engine.action_every} tokens; use that")  # fmt: skip
         self.batch = RunningBatch(self.engine, drain=config.rl.update_mode == "drain")
 
     @property
@@ -197,9 +200,13 @@ class RolloutWorker(EngineWorker):
             (ticket.position, group[:size], group[size] if self.draws_greedy else None)
             for ticket, group in zip(tickets, groups, strict=True)
         ]
-        return [
-            self._with_texts(group, made) for group, (_, made, _) in zip(as_groups(completed), completed, strict=True)
-        ]
+        shared = [(position, [*map(self._with_decisions, group)], greedy) for position, group, greedy in completed]
+        return [self._with_texts(group, made) for group, (_, made, _) in zip(as_groups(shared), completed, strict=True)]
+
+    def _with_decisions(self, made: Trajectory) -> Trajectory:
+        """As it is learnt from: where an action is held, nothing was decided."""
+        every = self.config.model.action_every
+        return made if every == 1 else replace(made, action_mask=np.arange(len(made.actions)) % every == 0)
 
     def _with_texts(self, group: Group, made: Sequence[Trajectory]) -> Group:
         """Completions of a step's first groups go along as they are, where the step is kept to be read."""

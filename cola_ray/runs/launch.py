@@ -12,7 +12,7 @@ from pathlib import Path
 from cola_ray.runs import checkpoints, provenance, resume, run_folder
 from cola_ray.runs.display import current
 from cola_ray.runs.run_folder import RunFolder
-from cola_ray.settings import relevance
+from cola_ray.settings import combinations, relevance
 from cola_ray.settings.config import Config, ConfigError, override
 
 _FROM_A_MODEL = ("rl_math", "rl_preference", "rl_agent", "sweep", "evaluate", "diversity", "atlas", "capabilities",
@@ -43,6 +43,8 @@ def refusals(config: Config, job: str) -> list[str]:
     if job in _FROM_A_MODEL or config.model.path:
         lines += provenance.refusals(config, job)
     start = _start(config, job)
+    known = combinations.refused(config)
+    lines += [line for line in combinations.refused(_sized(config, start)) if line not in known]
     resolved = provenance.resolve(config, job)
     found = run_folder.refusals(resolved, job, start)
     return lines + (found or resume.refusals(_sized(resolved, start), job))

@@ -27,7 +27,7 @@ from cola_ray.settings.config import Config, is_environment, override, results_r
 from cola_ray.settings.relevance import defaults, entries, given, reads
 
 FILE = "provenance.json"
-SIZES = ("num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers")
+SIZES = ("num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers", "action_every")
 PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base", "model.path", "critic.encoder",
          "q.path", "harness.include_path", "diversity.encoder")  # fmt: skip
 """Settings that may be paths."""
@@ -222,6 +222,7 @@ def refusals(config: Config, job: str) -> list[str]:
     if not isinstance(made, dict):
         return [f"model.path = {str(model)!r}: has no {FILE}, so its settings are unknown; give it as --model.path "
                 "to use it anyway"]  # fmt: skip
+    made = {"model.action_every": 1} | made  # as in _sizes
     lines = []
     for field, value in _requested(config).items():
         option = (
@@ -260,7 +261,8 @@ def _sizes(model: Path) -> dict[str, int]:
     """Read the sizes of a CoLA checkpoint, under this package's names; {} for another model."""
     raw = _read(model / "config.json")
     found = {name: raw.get(name, raw.get(_RELEASED.get(name, name))) for name in SIZES}
-    return {name: size for name, size in found.items() if isinstance(size, int)}
+    sizes = {name: size for name, size in found.items() if isinstance(size, int)}
+    return {"action_every": 1} | sizes if sizes else {}  # what is older says nothing of it
 
 
 # --- the first lines ----------------------------------------------------------------------------------------------
@@ -291,7 +293,8 @@ def first_lines(config: Config, job: str, start: Path | None = None) -> str:
     elif job in ("pretrain", "atlas", "diversity") or settings:
         rows["data"] = f"demonstrations of {settings.get('task.name', config.task.name)}"
     token = config.rl.action_space == "token" and job not in ("pretrain", "train_q")
-    rows["actions"] = "tokens of the vocabulary" if token else f"{config.model.num_actions} latent actions"
+    lasting = f", each of {every} tokens" if (every := config.model.action_every) > 1 else ""
+    rows["actions"] = "tokens of the vocabulary" if token else f"{config.model.num_actions} latent actions{lasting}"
     if job == "reward_model":
         rows.pop("actions")
     rows["writes to"] = config.output_dir

@@ -34,6 +34,16 @@ class _AllBut:
 
 
 @dataclass(frozen=True)
+class _Naming:
+    """Lists that name this."""
+
+    wanted: str
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, tuple) and self.wanted in value
+
+
+@dataclass(frozen=True)
 class Combination:
     """What a field may not be, when, why, and what to use. In words, ``{}`` stands for the run's algorithm."""
 
@@ -193,6 +203,10 @@ def _never_clipped(config: Config) -> bool:
 
 def _base_trains(config: Config) -> bool:
     return any(stage.startswith("fta") for stage in config.pretrain.stages)
+
+
+def _lasts(config: Config) -> bool:
+    return config.model.action_every > 1
 
 
 _actor_free = _has("rl.actor_free", True)
@@ -440,6 +454,26 @@ COMBINATIONS: tuple[Combination, ...] = (
         "only etpo's and rl.control_variate's Q have a target",
     ),
     # What an action is.
+    Combination(
+        "model.action_every", _AllBut(1), _tokens, "a token is said once, and no action of rl.action_space token lasts",
+        "leave it out, or use rl.action_space latent",
+    ),
+    Combination(
+        "model.action_every", _AllBut(1), _agents, "turns of agents are learnt from token by token",
+        "use 1, or a task with answers",
+    ),
+    Combination(
+        "rl.actor_free", (True,), _lasts, "Q learns from replay token by token, and the model's actions last",
+        "leave it out, or use a model with model.action_every 1",
+    ),
+    Combination(
+        "rl.marginal_aliases", (True,), _lasts, "another action that says this token may say another next",
+        "leave it out, or use a model with model.action_every 1",
+    ),
+    Combination(
+        "eval.ways", _Naming("mcts_q"), _lasts, "mcts_q's Q is of single tokens, and the model's actions last",
+        "use mcts, or a model with model.action_every 1",
+    ),
     Combination("rl.lora_rank", None, _latent, "for rl.action_space token"),
     Combination("rl.steering", ("all", "last"), _latent, "for rl.action_space token"),
     Combination(

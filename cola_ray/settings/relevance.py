@@ -25,7 +25,8 @@ UNSCORED = ("preference", "dataset")
 _RUN = ("preset", "output_dir", "seed", "resume", "overwrite", "report_to", "tracking_uri", "tracking_parent",
         "cluster.address", "cluster.use_gpu",
         "cluster.threads_per_process", "cluster.*_group", "cluster.answer_timeout_s")  # fmt: skip
-_SIZES = ("model.num_actions", "model.num_idm_layers", "model.num_world_model_layers", "model.num_policy_layers")
+_SIZES = ("model.num_actions", "model.num_idm_layers", "model.num_world_model_layers", "model.num_policy_layers",
+          "model.action_every")  # fmt: skip
 _TRAINS = ("cluster.learner_*", "cluster.max_failures", "pretrain.max_steps", "pretrain.batch_size",
            "pretrain.micro_batch_size", "pretrain.warmup_steps", "pretrain.min_lr_ratio",
            "pretrain.save_every")  # fmt: skip

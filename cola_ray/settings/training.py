@@ -87,6 +87,9 @@ class ModelConfig(Branch):
     """SwiGLU blocks of the world model."""
     num_policy_layers: Layers = 8
     """Decoder layers of the policy."""
+    action_every: Count = 1
+    """n, tokens of a response that a latent action lasts: one is chosen at its tokens 0, n, 2n, ..., and held. Learnt
+    in pre-training, and the same in RL and in whatever serves the model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, in learner and engine."""
 

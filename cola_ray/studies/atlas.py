@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from cola_ray.algorithms.spans import Spans
 from cola_ray.checks.refusals import check
 from cola_ray.learner.corpus import pack
 from cola_ray.model.modeling_cola import CoLAForCausalLM
@@ -93,15 +94,20 @@ class Atlas:
         self.tokens = [Counter() for _ in range(self.num_actions)]
 
     @torch.no_grad()
-    def add(self, model: CoLAForCausalLM, input_ids: Tensor, position_ids: Tensor, mask: Tensor) -> None:
+    def add(
+        self, model: CoLAForCausalLM, input_ids: Tensor, position_ids: Tensor, mask: Tensor, steps: Tensor | None = None
+    ) -> None:
         """Add packed rows, (B, T) each; ``mask`` is true where the next token belongs to the same text."""
         e = model.encode(input_ids, position_ids=position_ids)
         mask = mask[:, :-1]
         if not mask.any():
             return
-        taken = model.inverse_dynamics_actions(e, position_ids=position_ids)[mask]
+        counted = position_ids if steps is None else steps
+        spans = Spans.of(mask, position_ids[:, :-1], counted[:, :-1], model.config.action_every)
+        labels = spans.pooled(model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:][mask]).argmax(-1)
+        taken = spans.spread(labels)
         states, tokens = e[:, :-1][mask], input_ids[:, 1:][mask]
-        probs = model.policy_logits(e, position_ids=position_ids)[:, :-1][mask].softmax(-1)
+        probs = model.policy_logits(e, position_ids=position_ids)[:, :-1][spans.starts].softmax(-1)
         self.labelled += np.bincount(taken.cpu().numpy(), minlength=self.num_actions)
         self.expected += probs.sum(0).double().cpu().numpy()
         right = model.world_model_logits(states, taken).argmax(-1) == tokens

@@ -51,6 +51,11 @@ class HarnessModel(TemplateLM):
         self.endings = Endings.of(self.tokenizer, pretrained)
         self.on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = CoLAForCausalLM.from_pretrained(pretrained, dtype=getattr(torch, dtype))
+        if likelihood != "base" and model.config.action_every > 1:
+            raise ValueError(
+                f"harness.likelihoods = {likelihood!r}: the model's actions last {model.config.action_every} tokens, "
+                "and a token's probability depends on where its action began; use base"
+            )
         self.model = model.eval().to(self.on)
         self.max_length = int(model.config.max_position_embeddings)
         self.engine: LatentEngine | None = None

@@ -17,6 +17,7 @@ SOFT = ETPO | {"rl.actor_free": True}
 TOKENS = {"rl.action_space": "token"}
 WINDOW = {"rl.window": 1, "rl.max_staleness": 2, "rl.update_mode": "continue"}
 ALIASES = {"rl.marginal_aliases": True}
+LASTING = {"model.action_every": 2}
 
 
 def agent(algorithm, **changes):
@@ -236,6 +237,11 @@ REFUSED = [
     (TOKENS | {"rl.cache_hidden_states": True}, "rl.cache_hidden_states = True: with rl.action_space token"),
     (ALIASES | ETPO, "rl.marginal_aliases = True: with rl.algorithm etpo nothing reads it"),
     (ALIASES | TOKENS, "rl.action_space = 'token': rl.marginal_aliases needs 'latent'"),
+    (LASTING | TOKENS, "model.action_every = 2: a token is said once"),
+    (LASTING | {"task.name": "guess_city"}, "model.action_every = 2: turns of agents are learnt from token by token"),
+    (LASTING | ETPO | {"rl.actor_free": True}, "rl.actor_free = True: Q learns from replay token by token"),
+    (LASTING | ALIASES, "rl.marginal_aliases = True: another action that says this token"),
+    (LASTING | {"eval.ways": ("mcts_q",)}, "eval.ways = ('mcts_q',): mcts_q's Q is of single tokens"),
     (ALIASES | {"rl.kl_estimator": "k1"}, "rl.kl_estimator = 'k1': rl.marginal_aliases needs 'exact'"),
     (ALIASES | {"rl.cache_hidden_states": True}, "rl.cache_hidden_states = True: rl.marginal_aliases needs False"),
     (ALIASES | {"rl.control_variate": True}, "rl.control_variate = True: rl.marginal_aliases needs False"),

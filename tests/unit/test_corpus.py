@@ -230,6 +230,22 @@ def test_responses_alone_are_learned(tmp_path):
         assert learned == ids[max(prompts[ids[0]], 1) :]
 
 
+@pytest.mark.parametrize("pairs", [True, False])
+def test_steps_of_responses_are_counted_from_their_first_token(tmp_path, pairs):
+    written = some_documents(90, pairs=pairs)
+    rows = ShardedRows([pool_of(write_shards(tmp_path / "a", written, [90], small=False))], [1.0], 9, False)
+    prompts = {ids[0]: prompt if pairs else 1 for ids, prompt in written}
+    read, seen = rows.read(np.arange(rows.pools[0].rows)), 0
+    for ids, positions, steps in zip(read.input_ids, read.position_ids, read.steps, strict=True):
+        for start in np.flatnonzero(positions == 0):
+            if ids[start] != 9:
+                length = next((n for n in range(1, len(ids) - start) if positions[start + n] == 0), len(ids) - start)
+                first = max(prompts[ids[start]], 1)  # the token that step 0 gives
+                assert steps[start : start + length].tolist() == [place + 1 - first for place in range(length)]
+                seen += 1
+    assert seen == len(written)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_order_is_the_same_on_any_number_of_ranks_and_after_a_stop(tmp_path, ranks):
     """And where pools are mixed: one source has 50 documents and a quarter of the rows."""
@@ -247,7 +263,7 @@ def test_the_order_is_the_same_on_any_number_of_ranks_and_after_a_stop(tmp_path,
         parts = [opened() for _ in range(ranks)]
         found = [rows.read(rows.step_indices(4, step, 12)[rank::ranks]) for rank, rows in enumerate(parts)]
         for rank, part in enumerate(found):
-            for name in ("input_ids", "position_ids", "loss_mask"):
+            for name in ("input_ids", "position_ids", "loss_mask", "steps"):
                 assert np.array_equal(getattr(part, name), getattr(whole[step], name)[rank::ranks])
     of_b = sum(int((rows.input_ids[:, 0] >= 10**6).sum()) for rows in whole)
     assert of_b == 20 * 12 // 4

@@ -113,8 +113,26 @@ class Lines:
 
 
 class FakeEngine:
+    action_every = 1
+
     def __init__(self, model_path, **settings):
         self.settings = settings
+
+
+def test_a_worker_serves_a_model_whose_actions_last_as_its_settings_say(tmp_path, monkeypatch):
+    from cola_ray.rollout import worker
+    from cola_ray.settings.config import override
+    from cola_ray.settings.presets import preset
+
+    make().save_pretrained(tmp_path)
+    write(tmp_path, config={"model_type": "llama"})
+    monkeypatch.setattr(worker, "LatentEngine", FakeEngine)
+    made = worker.EngineWorker(preset("tiny"), str(tmp_path), keep_hidden_states=False)
+    assert made.engine.action_every == 1
+    with pytest.raises(ValueError, match=r"model\.action_every = 2: actions of the served model last 1 tokens"):
+        worker.EngineWorker(
+            override(preset("tiny"), {"model.action_every": 2}), str(tmp_path), keep_hidden_states=False
+        )
 
 
 @pytest.mark.parametrize("space", ["latent", "token"])

@@ -277,6 +277,31 @@ def test_sizes_beside_a_model_that_has_others(tmp_path):
     assert begun.config.model.num_actions == 32, "the preset's 16 are not asked for"
 
 
+def test_how_long_actions_last_is_the_models_own(tmp_path):
+    """Also of a model that is older than the setting; and what does not go with it is refused for the model's sake."""
+    for name, every in (("held", 2), ("old", None)):
+        made(tiny(**({"model.action_every": 2} if every else {})), tmp_path / name)
+    sizes = json.loads((tmp_path / "old" / "model" / "config.json").read_text())
+    sizes.pop("action_every", None)
+    (tmp_path / "old" / "model" / "config.json").write_text(json.dumps(sizes))
+    held, old = ({"model.path": str(tmp_path / name / "model")} for name in ("held", "old"))
+    (line,) = launch.refusals(tiny(**held, **{"model.action_every": 3}), "rl_math")
+    assert line == f"model.action_every = 3: {held['model.path']} has 2; leave it out"
+    (line,) = launch.refusals(tiny(**old, **{"model.action_every": 2}), "rl_math")
+    assert line == f"model.action_every = 2: {old['model.path']} has 1; leave it out"
+    (line,) = launch.refusals(tiny(**held, **{"rl.action_space": "token"}), "rl_math")
+    assert line.startswith("model.action_every = 2: a token is said once")
+    (line,) = launch.refusals(tiny(**held, **{"eval.ways": ("greedy", "mcts_q"), "q.path": "q"}), "evaluate")
+    assert line.startswith("eval.ways = ('greedy', 'mcts_q'): mcts_q's Q is of single tokens")
+    assert launch.begin(tiny(**old, output_dir="first"), "rl_math").config.model.action_every == 1
+    assert launch.begin(tiny(**held, output_dir="second"), "rl_math").config.model.action_every == 2
+    usual = preset("smollm2-135m")
+    made(usual, pretrained_dir(usual).parent)
+    (line,) = launch.refusals(override(usual, {"model.action_every": 2}), "rl_math")
+    assert line.startswith("model.action_every = 2: ")
+    assert "was made with 1; pre-train with --model.action-every" in line
+
+
 def test_the_first_lines(tmp_path):
     assert launch.first_lines(tiny(), "rl_math").splitlines() == [
         f"starts from  {tmp_path}/outputs/pretrain-tiny-seed0/model (made first)",

@@ -362,3 +362,74 @@ def test_votes_by_values_have_no_unit(values, scale, shift):
     assert weights == vote_weights([scale * value + shift for value in values])
     assert all(0 <= weight <= 1 for weight in weights)
     assert vote_weights([-math.inf, 1.0, 3.0]) == [0.0, 0.0, 1.0]
+
+
+class Lasting(Game):
+    """Each action lasts ``every`` tokens: action a gives a, a + 10, a + 20, ...; the last may be cut by the length."""
+
+    def __init__(self, priors, depth, value, every):
+        super().__init__(priors, depth, value)
+        self.every = every
+
+    def follow(self, request):
+        prefix = list(request.prompt_ids)[len(PROMPT) :]
+        assert len(prefix) % self.every == 0, "a rollout begins where an action is chosen"
+        left = min(self.depth - len(prefix), request.max_new_tokens)
+        chosen = [*(RANKED - action for action in request.actions), *[0] * self.depth]
+        actions = np.array([chosen[place // self.every] for place in range(left)])
+        places = np.arange(left) % self.every
+        log_probs = np.where(places == 0, np.log([self.priors[a] for a in actions]), 0.0)
+        cut = left < self.depth - len(prefix)
+        return Completion(actions + 10 * places, actions, log_probs, actions * 0, cut, None, computed_tokens=left)
+
+    def problem(self, budget=0):
+        given = PROMPT, budget or self.depth, self.complete, self.score, _request, len(self.priors)
+        return SearchProblem(*given, self.every)
+
+
+def decided(response, every):
+    return tuple(int(token) for token in response[::every])
+
+
+@pytest.mark.parametrize(("every", "depth"), [(1, 3), (2, 6), (2, 5), (3, 7)])
+@pytest.mark.parametrize("searchers", [1, 4])
+def test_a_tree_branches_where_actions_begin(every, depth, searchers):
+    """It is the tree of decisions: visits, values and priors are those of a game whose actions last a token."""
+    values = dict(zip(itertools.product(range(3), repeat=3), np.random.default_rng(0).random(27), strict=True))
+    lasting = Lasting([0.5, 0.3, 0.2], depth, lambda response: values[decided(response, every)], every)
+    plain = Game([0.5, 0.3, 0.2], 3, values.__getitem__)
+    settings = {"simulations": 20, "searchers": searchers, "depth": 12}
+    (tree, found), (other, wanted) = lasting.search(**settings), plain.search(**settings)
+    assert found.rewards == wanted.rewards
+    assert [decided(one, every) for one in found.responses] == [decided(one, 1) for one in wanted.responses]
+
+    def shape(node, n):
+        below = [shape(child, n) for child in node.children]
+        return decided(node.tokens, n), node.visits, round(node.prior, 9), round(node.total_value, 9), node.ended, below
+
+    assert shape(tree.root, every) == shape(other.root, 1)
+    for request in lasting.asked:
+        assert (len(request.prompt_ids) - len(PROMPT)) % every == 0
+
+
+@pytest.mark.parametrize(("every", "depth"), [(1, 3), (2, 6), (2, 5), (3, 8)])
+def test_a_beam_grows_by_actions(every, depth):
+    priors, settings = [0.5, 0.3, 0.2], SearchConfig(root_breadth=3, breadth=2, simulations=4)
+    lasting = Lasting(priors, depth, lambda response: response[0], every)
+    beam, plain = BeamSearch(settings, lasting.problem()), BeamSearch(settings, Game(priors, 3, sum).problem())
+    found, wanted = asyncio.run(beam.run()), asyncio.run(plain.run())
+    assert [decided(one, every) for one in found.responses] == [decided(one, 1) for one in wanted.responses]
+    assert {len(one) for one in found.responses} == {depth}
+    assert {decided(one, every): score for one, score in beam.ended.items()} == pytest.approx(plain.ended)
+
+
+@settings(max_examples=100, deadline=None)
+@given(tokens=st.integers(1, 60), way=st.sampled_from(["tree", "beam"]), every=st.integers(2, 3),
+       simulations=st.integers(1, 40), searchers=st.integers(1, 8))  # fmt: skip
+def test_actions_that_last_keep_to_a_budget_of_tokens(tokens, way, every, simulations, searchers):
+    game = Lasting([0.4, 0.3, 0.2, 0.1], 7, sum, every)
+    settings = SearchConfig(root_breadth=4, breadth=3, searchers=searchers, simulations=simulations, max_tokens=tokens)
+    search = {"tree": TreeSearch, "beam": BeamSearch}[way](settings, game.problem())
+    found = asyncio.run(search.run())
+    assert found.generated_tokens <= tokens
+    assert len(found.responses) == found.simulations <= simulations

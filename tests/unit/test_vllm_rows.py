@@ -13,13 +13,18 @@ CPU = torch.device("cpu")
 SLOTS, STEPS, ACTIONS = 8, 40, 12
 
 
-def config(name, processors=(), rank=0):
+def config(name, processors=(), rank=0, every=1, is_async=False):
     """What the tables read of vLLM's configuration."""
     parts = types.SimpleNamespace
     return parts(
         instance_id=name,
-        model_config=parts(max_model_len=STEPS, logits_processors=list(processors), enable_prompt_embeds=False),
-        scheduler_config=parts(max_num_seqs=SLOTS, max_num_batched_tokens=64),
+        model_config=parts(
+            max_model_len=STEPS,
+            logits_processors=list(processors),
+            enable_prompt_embeds=False,
+            hf_config=parts(action_every=every),
+        ),
+        scheduler_config=parts(max_num_seqs=SLOTS, max_num_batched_tokens=64, async_scheduling=is_async),
         parallel_config=parts(data_parallel_rank=rank),
     )
 
@@ -344,3 +349,174 @@ def test_which_model_runner(monkeypatch):
         for use in ("tracker", "tokens", "served"):
             path = vllm_rows.processor(use)
             assert issubclass(resolve_obj_by_qualname(path.replace(":", ".")), base)
+
+
+# --- actions that last ------------------------------------------------------------------------------------------------
+
+
+def lasting(every, name="a test"):
+    from cola_ray.model.vllm_rows import RowTable
+
+    RowTable.forget("a test")
+    return RowTable.of(config(name, every=every))
+
+
+class Held:
+    """What each request has chosen, by step: rows amid an action must take it, whatever their logits say."""
+
+    def __init__(self, table, every):
+        self.table, self.every, self.chosen = table, every, {}
+
+    def check(self, owners, logits):
+        """``owners``: (params, prompt length, step) of each row. Their draws, also of steps computed anew."""
+        actions, _ = self.table.draw(logits)
+        for row, (params, prompt_length, step) in enumerate(owners):
+            if step % self.every == 0:
+                action, log_prob = expected(params, prompt_length, step, logits[row])
+                self.chosen[id(params), step] = action
+            else:
+                action, log_prob = self.chosen[id(params), step - step % self.every], 0.0
+            assert actions[row] == action
+            kept = self.table.kept.read([params.extra_args["action_slot"]], STEPS)[0, step]
+            assert kept[0] == action
+            assert kept[1:].view(np.float32)[0] == max(float(log_prob), LOWEST_LOG_PROB)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_v1_holds_actions_through_preemptions_chunks_and_moves(every):
+    """Requests leave the batch amid an action and come back in another row, with a chunk's draw before the real one."""
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+    from cola_ray.model.vllm_rows import RowTracker
+
+    table, draw = lasting(every), np.random.default_rng(0)
+    tracker, held = RowTracker(config("a test", every=every), CPU, False), Held(table, every)
+    waiting, batch = [(params, 2 + i % 5, []) for i, params in enumerate(requests(14))], []
+    preempted = 0
+
+    def logits():
+        return torch.from_numpy(draw.normal(size=(len(batch), ACTIONS)).astype(np.float32))
+
+    for turn in range(90):
+        removed, added, moved = [], [], []
+        if len(batch) > 1 and turn % 3 == 2:  # one is preempted, or has come to its end
+            gone = int(draw.integers(len(batch)))
+            removed.append(gone)
+            left, last = batch[gone], batch.pop()
+            if gone < len(batch):
+                batch[gone] = last
+                moved.append((len(batch), gone, MoveDirectionality.UNIDIRECTIONAL))
+            if len(left[2]) < STEPS - 8:
+                waiting.insert(int(draw.integers(3)), (left[0], left[1], [*left[2]]))  # with a list of its own
+                preempted += len(left[2]) % every != 0
+        elif waiting and len(batch) < 5:
+            params, length, output = waiting.pop(0)
+            added.append((len(batch), params, list(range(length)), output))
+            batch.append((params, length, output))
+        elif len(batch) > 1:
+            first, second = sorted(draw.choice(len(batch), 2, replace=False).tolist())
+            batch[first], batch[second] = batch[second], batch[first]
+            moved.append((first, second, MoveDirectionality.SWAP))
+        tracker.update_state(BatchUpdate(len(batch), removed, added, moved) if removed or added or moved else None)
+        if not batch:
+            continue
+        owners = [(params, length, len(output)) for params, length, output in batch]
+        if turn % 4 == 0:
+            table.draw(logits())  # a chunk that has not come to the last token: what is drawn is thrown away
+        held.check(owners, logits())
+        for _, _, output in batch:
+            if len(output) < STEPS - 8:
+                output.append(-1)
+    assert preempted > 5, "requests were meant to be preempted amid an action"
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_v2_holds_actions_through_preemptions_and_chunks(every, state):
+    table, draw = lasting(every), np.random.default_rng(1)
+    made, held = state(), Held(table, every)
+    params, running = requests(20), {}  # slot of V2 -> [params, prompt length, steps taken]
+    waiting = [[one, 2 + i % 5, 0] for i, one in enumerate(params)]
+    for turn in range(80):
+        if running and turn % 3 == 2:
+            slot = sorted(running)[int(draw.integers(len(running)))]
+            left = running.pop(slot)
+            if left[2] < STEPS - 8:
+                waiting.insert(int(draw.integers(3)), left)
+        elif waiting and len(running) < SLOTS - 2:
+            slot = [one for one in range(SLOTS) if one not in running][int(draw.integers(2))]
+            running[slot] = one = waiting.pop(0)
+            made.add_request(slot, new_request(one[0], list(range(one[1])), range(one[2])))
+            if one[1] + one[2] > 3:  # its tokens are computed in two chunks; the first one's row is nobody's
+                made.prepare_inputs(v2_batch([slot], [1]), None)
+                table.draw(torch.randn(1, ACTIONS))
+        slots = draw.permutation(sorted(running)).tolist()
+        if not slots:
+            continue
+        owners = [tuple(running[one]) for one in slots]
+        made.prepare_inputs(v2_batch(slots, [length - 1 + step for _, length, step in owners]), None)
+        held.check(owners, torch.from_numpy(draw.normal(size=(len(slots), ACTIONS)).astype(np.float32)))
+        for one in running.values():
+            one[2] = min(one[2] + 1, STEPS - 8)
+
+
+@pytest.mark.parametrize("runner", ["V1", "V1, asynchronous", "V2"])
+def test_a_servers_requests_hold_actions_without_slots_of_their_own(runner, state):
+    """With preemptions amid an action, and more requests than slots, so that those of ended ones are used again."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+    from cola_ray.model.vllm_rows import RequestSampler
+
+    table, draw = lasting(3), np.random.default_rng(2)
+    is_async = runner == "V1, asynchronous"
+    tracker = RequestSampler(config("a test", every=3, is_async=is_async), CPU, False)
+    made = state("cola_ray.model.vllm_slots:SlotRequestSampler")
+    waiting = [[SamplingParams(temperature=0.8, top_p=0.9, seed=i), [], f"r{i}"] for i in range(120)]
+    waiting[5][0].extra_args = {"action_slots": [17], "action_first_seed": 5}  # one that returns its actions
+    batch, chosen, preempted, returned = [], {}, 0, []
+    for _ in range(900):
+        removed, added, moved = [], [], []
+        ended = [row for row, one in enumerate(batch) if len(one[1]) > 9]
+        if batch and (ended or draw.random() < 0.3):
+            gone = ended[0] if ended else int(draw.integers(len(batch)))
+            removed.append(gone)
+            left, last = batch[gone], batch.pop()
+            if gone < len(batch):
+                batch[gone] = last
+                moved.append((len(batch), gone, MoveDirectionality.UNIDIRECTIONAL))
+            if not ended:
+                # vLLM takes no new one before it; asynchronous scheduling gives it a list of its own
+                waiting.insert(0, [left[0], [*left[1]] if is_async else left[1], left[2]])
+                preempted += len(left[1]) % 3 != 0
+        elif waiting and len(batch) < SLOTS:
+            batch.append(waiting.pop(0))
+            added.append((len(batch) - 1, batch[-1][0], [1, 2], batch[-1][1]))
+        if runner != "V2":
+            tracker.update_state(BatchUpdate(len(batch), removed, added, moved))
+        else:
+            for row in [*(one[0] for one in added), *(one[1] for one in moved)]:
+                new = new_request(batch[row][0], [1, 2], batch[row][1])
+                new.req_id = batch[row][2]
+                made.add_request(row, new)
+            if batch:
+                made.prepare_inputs(v2_batch([*range(len(batch))], [1 + len(one[1]) for one in batch]), None)
+        if not batch:
+            continue
+        logits = torch.from_numpy(draw.normal(size=(len(batch), ACTIONS)).astype(np.float32))
+        actions, rows = table.draw(logits)
+        fresh, _ = sample_actions(logits, *rows[:6])
+        for row, (_, output, name) in enumerate(batch):
+            step = len(output)
+            if step % 3 == 0:
+                chosen[name] = fresh[row]
+            assert actions[row] == chosen[name]
+            if name == "r5":
+                returned.append((step, int(actions[row])))
+            output.append(-1)
+    assert not waiting, "all were meant to be served"
+    assert preempted > 20
+    kept = table.kept.read([17], STEPS)[0, :, 0]
+    assert returned
+    assert all(kept[step] == action for step, action in returned)
+    assert len(table.held.table) <= 4 * SLOTS + 65
+    table.forget("a test")

@@ -1,0 +1,72 @@
+"""Actions that last: which tokens of packed documents share one, and the one that a span of them is labelled with.
+
+    position t of a document     0   1   2   3   4   5   6         the action at t gives token t + 1
+    its token                    p   p   p   x   x   x   x
+    step of the response        -2  -1   0   1   2   3   4         n = 2
+    begins a span                *       *       *       *         as does a document, or a run of learnt tokens
+
+    u_{t+1} (N, K) ──mean over a span──> pooled (S, K) ──argmax, or straight-through Gumbel──> one action for its tokens
+
+A span holds at most n tokens, fewer at the end of a response. In generation actions are chosen at the same steps, 0, n,
+2n, ..., so that the world model is trained on what it will be asked. The idea of latent actions that last is that of
+arXiv 2512.20605, where a learnt switch ends them; here n is fixed.
+
+Legend: B rows, T positions, N of them masked in, S spans, K actions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def starts_of(mask: Tensor, position_ids: Tensor, steps: Tensor, every: int) -> Tensor:
+    """Where an action is chosen, (B, T) bool; with ``every`` 1 the mask itself.
+
+    Args:
+        mask: (B, T) bool, positions that are learnt from.
+        position_ids: (B, T), 0 where a document begins.
+        steps: (B, T), which step of its response is taken there, from 0; negative in a prompt before it.
+        every: n.
+
+    Example: mask all true, position_ids and steps 0 1 2 3 4, n = 2 -> 1 0 1 0 1.
+    """
+    if every == 1:
+        return mask
+    goes_on = torch.nn.functional.pad(mask[:, :-1], (1, 0)) & (position_ids != 0)
+    return mask & (~goes_on | (steps.remainder(every) == 0))
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The spans of N masked-in positions, in the order of rows."""
+
+    starts: Tensor  # (B, T) bool
+    owner: Tensor  # (N,) int64, of each masked-in position its span
+    place: Tensor  # (N,) int64, which of its span's positions it is
+    every: int
+
+    @classmethod
+    def of(cls, mask: Tensor, position_ids: Tensor, steps: Tensor, every: int) -> "Spans":
+        """Args: as for :func:`starts_of`."""
+        starts = starts_of(mask, position_ids, steps, every)
+        if every == 1:
+            owner = torch.arange(int(mask.sum()), device=mask.device)
+            return cls(starts, owner, torch.zeros_like(owner), every)
+        begins = starts[mask]
+        numbers = torch.arange(len(begins), device=mask.device)
+        owner = begins.long().cumsum(0) - 1
+        return cls(starts, owner, numbers - numbers[begins][owner], every)
+
+    def pooled(self, rows: Tensor) -> Tensor:
+        """``1 / |s| sum of a span's rows``: (N, K) -> (S, K). No sum depends on the order in which a device adds."""
+        if self.every == 1:
+            return rows
+        apart = rows.new_zeros(int(self.starts.sum()), self.every, rows.shape[-1])
+        apart = apart.index_put((self.owner, self.place), rows)
+        lengths = torch.bincount(self.owner, minlength=len(apart))
+        return apart.sum(1) / lengths[:, None].to(rows.dtype)
+
+    def spread(self, of_spans: Tensor) -> Tensor:
+        """To each position its span's: (S, ...) -> (N, ...)."""
+        return of_spans if self.every == 1 else of_spans[self.owner]
