@@ -5,6 +5,7 @@
     ppo                             rewards, discounts and values of actions ─> one advantage an action
     gspo  cispo                     advantages and probabilities ─> a loss an action, in the place of PPO's
     archer                          features of states and utterances ─> one advantage an utterance
+    etpo  archer_soft               Q of all actions ─> soft values, and what a policy and Q itself follow
 
 What they have in common: sums over actions (advantages.py), distributions over actions (latent_actions.py), the losses
 that an advantage enters, with its penalties (policy_loss.py), how they add up (aggregation.py), what another policy's

@@ -39,7 +39,7 @@ class Algorithm:
     value_head: bool = False
     """A head on the base's states learns what an action is worth, and advantages are PPO's."""
     soft_q: bool = False
-    """Learns a Q over all actions, with ``rl.kl_coef`` as temperature; ETPO."""
+    """Learns a Q over all actions, with ``rl.kl_coef`` as temperature; ETPO. With a critic: of its advantages."""
     replays: bool = False
     """Learns from turns out of replay, as ArCHer, CHAI and filtered cloning do."""
     critic: bool = False
@@ -81,6 +81,7 @@ GIGPO = Algorithm(groups=True, turns=True)
 PPO = Algorithm(value_head=True)
 ETPO = Algorithm(soft_q=True)
 ARCHER = Algorithm(replays=True, critic=True)
+ARCHER_SOFT = Algorithm(replays=True, critic=True, soft_q=True)
 CHAI = Algorithm(replays=True, critic=True)
 FILTERED_BC = Algorithm(replays=True)
 
