@@ -24,10 +24,11 @@ Array = np.ndarray
 
 
 class DuelingHead(nn.Module):
-    """``Q(e, a) = V(e) + D(e, a) - mean_b D(e, b)`` (Wang et al. 2016, eq. 9): (..., H) -> (..., K), float32.
+    """``Q(e, a) = V(e) + D(e, a)`` (Wang et al. 2016, eq. 7): (..., H) -> (..., K), float32.
 
     What is learnt of a state by the actions that were taken there is learnt of the others, too. Otherwise those that
-    nobody took keep what they began with, and in a state that turns out to be bad they look best.
+    nobody took keep what they began with, and in a state that turns out to be bad they look best. The mean of D is not
+    subtracted, as in eq. 9: its gradient moves the others the opposite way, which Adam makes as long a way.
     """
 
     def __init__(self, width: int, num_actions: int) -> None:
@@ -41,8 +42,8 @@ class DuelingHead(nn.Module):
         nn.init.constant_(self.value.layers[-1].get_parameter("bias"), level)
 
     def forward(self, e: Tensor) -> Tensor:
-        differences: Tensor = self.differences(e)
-        return self.value(e)[..., None] + differences - differences.mean(-1, keepdim=True)
+        found: Tensor = self.value(e)[..., None] + self.differences(e)
+        return found
 
 
 class PathQLearner(SoftQLearner):

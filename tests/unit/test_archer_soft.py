@@ -265,7 +265,7 @@ def test_what_a_state_is_worth_is_learnt_of_actions_that_nobody_took(kind, share
         learner.fit([encoded], [of], 3, 0.1)
     q = learner.q(encoded)[0]
     torch.testing.assert_close(q[:3], torch.full((3,), -1.0), atol=0.02, rtol=0)
-    assert (float(q[3]) < -0.4) == shared
+    assert (float(q[3]) < -0.3) == shared
 
 
 def test_a_learner_goes_on_from_its_state(alone):
@@ -283,9 +283,8 @@ def test_the_dueling_heads_start_says_the_same_of_all_actions():
     torch.manual_seed(0)
     head = DuelingHead(6, 5)
     assert head(torch.randn(3, 6)).abs().max() == 0
-    torch.nn.init.normal_(head.differences.layers[-1].weight)
     head.start_at(-2.0)
-    torch.testing.assert_close(head(torch.randn(3, 6)).mean(-1), torch.full((3,), -2.0))
+    assert torch.equal(head(torch.randn(3, 6)), torch.full((3, 5), -2.0))
 
 
 # --- over ranks -------------------------------------------------------------------------------------------------------
