@@ -76,16 +76,17 @@ def swept(game, beta, sweeps=500):
     for _ in range(sweeps):
         after = v.flip(0)[:, None].expand_as(rewards)
         q = archer.q_targets(rewards, terminated, after, GAMMA)
-        taken = game.paths(archer_soft.soft_advantages(q_in, game.ref, beta))
-        goals = archer_soft.path_targets(
-            ((q - v[:, None])[..., None] * last).view(flat), (mask & ~last).double().view(flat), taken.view(flat),
-            mask.reshape(flat),
-        ).view_as(taken)  # fmt: skip
-        for place, prefix in enumerate(game.prefixes):
-            for action in range(K):
-                through = [n for n, u in enumerate(game.utterances) if u[: len(prefix) + 1] == (*prefix, action)]
-                of_each = weights[:, through] * goals[:, through, len(prefix)]
-                q_in[:, place, action] = of_each.sum(1) / weights[:, through].sum(1)
+        for _ in range(LONGEST):  # from the last action back to the first
+            taken = game.paths(archer_soft.soft_advantages(q_in, game.ref, beta))
+            goals = archer_soft.path_targets(
+                ((q - v[:, None])[..., None] * last).view(flat), (mask & ~last).double().view(flat), taken.view(flat),
+                mask.reshape(flat),
+            ).view_as(taken)  # fmt: skip
+            for place, prefix in enumerate(game.prefixes):
+                for action in range(K):
+                    through = [n for n, u in enumerate(game.utterances) if u[: len(prefix) + 1] == (*prefix, action)]
+                    of_each = weights[:, through] * goals[:, through, len(prefix)]
+                    q_in[:, place, action] = of_each.sum(1) / weights[:, through].sum(1)
         one = [draw.choice(len(game.utterances), p=game.said[s]) for s in range(STATES)]
         along = game.paths(archer_soft.soft_advantages(q_in, game.ref, beta)).sum(-1)
         v = archer_soft.soft_value_targets(q[None], along)[0][range(STATES), one]
