@@ -1,5 +1,6 @@
 """Soft values of utterances against enumeration: every utterance of a small decision process, in float64."""
 
+import copy
 import itertools
 import math
 import socket
@@ -273,7 +274,7 @@ def test_a_learner_goes_on_from_its_state(alone):
     encoded, of = of_one_state([0, 1, 2], [0.5, -0.5, 1.0])
     learner, again = learner_of(5, 4), learner_of(5, 4, seed=1)
     learner.fit([encoded], [of], 3, 0.1)
-    again.load_state_dict(learner.state_dict())
+    again.load_state_dict(copy.deepcopy(learner.state_dict()))  # Adam keeps the tensors that it is given
     for one in (learner, again):
         one.fit([encoded], [of], 3, 0.1)
     assert torch.equal(learner.of_utterances, again.of_utterances)
