@@ -319,6 +319,7 @@ class Batch:
     num_tokens_global: int  # over all ranks, prompts and observations included
     policy_version: int  # the version the learner holds when it trains on this
     pad_id: int
+    places: Array  # (N,) int64, of its sequences among those of all ranks, as they were given
     trains: bool = True  # else the learner measures, and the policy stays as it is
     mini_batches: tuple[tuple[MiniBatch, ...], ...] = ()  # of each pass; empty: the batch is its only one
 
@@ -339,7 +340,9 @@ class Batch:
         rows, fields = [*mini_batch.rows], dict(vars(mini_batch))
         del fields["rows"]
         sequences, advantages = self.sequences.of(rows), self.advantages[rows]
-        return replace(self, sequences=sequences, advantages=advantages, mini_batches=(), **fields)
+        return replace(
+            self, sequences=sequences, advantages=advantages, places=self.places[rows], mini_batches=(), **fields
+        )
 
     def padded(self, start: int = 0, stop: int | None = None, width: int | None = None) -> Padded:
         """Rows ``start`` to ``stop``; by default all, as wide as the widest. They are fetched."""
@@ -426,7 +429,7 @@ def collate(
     made = [[mini_batch(places) for places in parts if num_actions[places].any()] for parts in passes]
     return [
         Batch(
-            sequences.of(mine), outcomes[mine], *whole, policy_version, pad_id,
+            sequences.of(mine), outcomes[mine], *whole, policy_version, pad_id, np.asarray(mine, np.int64),
             mini_batches=tuple(tuple(part[rank] for part in parts) for parts in made),
         )
         for rank, mine in enumerate(owned)

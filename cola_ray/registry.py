@@ -37,8 +37,8 @@ Found = TypeVar("Found")
 BUILT_IN: dict[Kind, dict[str, str]] = {
     "algorithm": {
         name: f"cola_ray.settings.algorithms:{name.upper()}"
-        for name in ("grpo", "rloo", "remax", "reinforce", "gigpo", "ppo", "etpo", "tbrm", "archer", "chai",
-                     "filtered_bc")
+        for name in ("grpo", "rloo", "remax", "reinforce", "gigpo", "ppo", "etpo", "tbrm", "archer", "archer_soft",
+                     "chai", "filtered_bc")
     },
     "advantage": {
         name: f"cola_ray.algorithms.{name}:advantages" for name in ("grpo", "rloo", "remax", "reinforce")

@@ -7,6 +7,7 @@
     etpo                            Q, policy and reference over all actions ─> the policy's loss at an action
     tbrm                            logits, rewards and discounts ─> one residual a sequence
     archer                          features of states and utterances ─> one advantage an utterance
+    etpo  archer_soft               Q of all actions ─> soft values, and what a policy and Q itself follow
 
 What they have in common: sums over actions (advantages.py), distributions over actions (latent_actions.py), the losses
 that an advantage enters, with its penalties (policy_loss.py), how they add up (aggregation.py), what another policy's

@@ -124,12 +124,3 @@ def expectile_loss(v: Tensor, q: Tensor, expectile: float, weights: Tensor | Non
 def utterance_advantages(q: Tensor, v: Tensor) -> Tensor:
     """``min_i Q_i(s, u) - min_i V_i(s)``: (2, B), (2, B) -> (B,). Example: Q [3, 2], V [1, 2] -> 1."""
     return q.min(0).values - v.min(0).values
-
-
-def soft_value(q: Tensor, prior_log_probs: Tensor, beta: float) -> Tensor:
-    """``beta log sum_z rho(z) exp(q(z) / beta)`` over the last dimension: exact over 64 latent actions.
-
-    At the first position of an utterance this is the inner root value, which takes the place of ``Qbar(s, u~)`` as the
-    target of V: no utterance need be generated. It lies between the mean of q under rho and its maximum.
-    """
-    return beta * torch.logsumexp(prior_log_probs + q / beta, -1)

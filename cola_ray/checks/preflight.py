@@ -104,7 +104,7 @@ def _paths(config: Config, job: str) -> Iterator[str]:
     yield from _path("model.base", config.model.base, "a base's folder, a .gguf file or a hub id", (".gguf",))
     yield from _path("model.path", config.model.path, "a CoLA model's folder", (), hub=False)
     yield from _path("q.path", config.q.path, "the folder model/ that `cola_ray train-q` left", (), hub=not job)
-    if config.rl.algorithm == "archer":
+    if config.rl.algorithm in ("archer", "archer_soft"):
         yield from _path("critic.encoder", config.critic.encoder, "an encoder's folder or a hub id", ())
     if job == "diversity":
         yield from _path("diversity.encoder", config.diversity.encoder, "an encoder's folder or a hub id", ())
@@ -371,7 +371,7 @@ def _hub(config: Config, job: str) -> list[str]:
     used += [(field, value, "model") for field, value, _ in _in_use(config, job) if field == "model.base"]
     if job in ("rl_math", "rl_preference", "evaluate") and not is_endpoint(task.reward_model):
         used.append(("task.reward_model", task.reward_model, "model"))
-    if job in TRAINING and config.rl.algorithm == "archer":
+    if job in TRAINING and config.rl.algorithm in ("archer", "archer_soft"):
         used.append(("critic.encoder", config.critic.encoder, "model"))
     if job == "diversity":
         used.append(("diversity.encoder", config.diversity.encoder, "model"))

@@ -23,6 +23,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import ray
 from ray.util.metrics import Gauge
 
@@ -252,6 +253,9 @@ class RemoteController:
 
     def offer(self, version: int, manifest: Manifest) -> Channel:
         return ray.get(self.controller.offer.remote(version, manifest, *meeting_point()))
+
+    def learnt(self, version: int, of_sequences: np.ndarray) -> None:
+        ray.get(self.controller.learnt.remote(version, of_sequences))
 
     def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
         metrics["memory/learner_gb"] = peak_memory_gb()

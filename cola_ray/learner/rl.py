@@ -2,7 +2,7 @@
 
     Batch ─cut─> MicroBatches ─> base(x) = e, once, no gradient
                                      │
-              value head (ppo, archer's token baseline), soft Q (etpo, control variates): learn, give advantages
+      value head (ppo, archer's token baseline), soft Q (etpo, archer_soft, control variates): learn, give advantages
                                      v
                      policy(e), reference(e) ─> objective ─> backward    } for each of rl.num_minibatches,
                                      ZeRO-3 step <── its micro-batches   } rl.updates_per_batch times
@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,7 @@ from cola_ray.learner.micro_batch import (
 )
 from cola_ray.learner.mini_batches import Rows
 from cola_ray.learner.objective import before_updates, policy_objective, score
+from cola_ray.learner.path_q import PathQLearner, in_order
 from cola_ray.learner.policies import Policy, SoftQPolicy, forward
 from cola_ray.learner.soft_q import SoftQLearner
 from cola_ray.learner.surrogate import surrogate
@@ -83,6 +85,7 @@ class RLLearner:
         self.sender = WeightSender()
         self.broadcast = Broadcast()
         self.version, self.trained_steps, self.kl_coef = 0, 0, rl.kl_coef
+        self.of_sequences: np.ndarray | None = None  # what the last step tells the critic of its sequences, if anything
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Train on this rank's share of a batch; returns metrics reduced over ranks.
@@ -99,6 +102,9 @@ class RLLearner:
         else:
             found = self.update.measure(batch, kl_coef)
         self.version += 1
+        soft_q = self.update.heads.get("soft_q")
+        if isinstance(soft_q, PathQLearner) and soft_q.of_utterances is not None:
+            self.of_sequences = in_order(batch, soft_q.of_utterances)
         metrics = _with_sample_size(_explained(sums.means(found, batch.num_actions_global)))
         if rl.kl_target and batch.trains:
             self.kl_coef = adapted_kl_coef(kl_coef, metrics["policy/kl"], rl.kl_target)
@@ -160,7 +166,7 @@ class PolicyUpdate:
 
     Args:
         value: whose advantages replace the outcome's.
-        soft_q: ETPO's, which the policy follows; or a control variate.
+        soft_q: ETPO's or archer_soft's, which the policy follows; or a control variate.
     """
 
     def __init__(
@@ -179,9 +185,15 @@ class PolicyUpdate:
 
     @torch.no_grad()
     def measure(self, batch: Batch, kl_coef: float) -> dict[str, Tensor]:
-        """Metric sums alone: no gradient, so that the optimizer's moments stay what the steps that train made them."""
+        """Metric sums alone: no gradient, so that the optimizer's moments stay what the steps that train made them.
+
+        But a Q that a critic learns from learns while that warms up.
+        """
         found: dict[str, Tensor] = {}
         ready = [*self._cut(batch)]
+        if isinstance(self.soft_q, PathQLearner):
+            with torch.enable_grad():
+                ready, found = self._prepare(ready, batch.num_actions_global, kl_coef)
         if self.value is not None:
             looked = [self._look(one)[0] for one in ready]
             advantages, _, found = self.value.advantages(self._charged(looked, kl_coef), batch.num_actions_global)
@@ -296,10 +308,13 @@ class PolicyUpdate:
             follows = Rewards(one.batch.rewards, one.batch.discounts)
         if self.soft_q is not None and self.follows_q:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))
-        return policy_objective(
+        loss, metrics = policy_objective(
             logits, one.batch, frozen, follows, one.old, surrogate=self.surrogate, rl=rl, kl_coef=kl_coef,
             temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, loss_weights=one.loss_weights,
         )  # fmt: skip
+        if isinstance(self.soft_q, PathQLearner):  # replay does not hold what engines drew by
+            metrics = {name: of_all for name, of_all in metrics.items() if "rollout_mismatch" not in name}
+        return loss, metrics
 
 
 def _encoded(one: Ready, rewards: Tensor | None = None) -> Encoded:
@@ -313,7 +328,7 @@ def _heads(
     """What learns beside the policy.
 
     A value head: PPO's, over the whole episode; or ArCHer's baseline within an utterance, whose advantage is all its
-    reward. A soft Q: ETPO's, or the control variate of an algorithm whose rewards are its advantages.
+    reward. A soft Q: ETPO's, archer_soft's, or the control variate of an algorithm whose rewards are its advantages.
     """
     rl = config.rl
     shared: Mapping[str, Any] = {"lr": rl.value_lr, "grad_clip": rl.grad_clip, "steps": rl.value_steps,
@@ -327,7 +342,8 @@ def _heads(
     elif rl.algorithm == "archer" and config.critic.token_baseline:
         value = ValueLearner(width, device, decay=1.0, whiten=False, cliprange=rl.cliprange_value, **shared)
     if config.algorithm.soft_q or rl.control_variate:
-        soft_q = SoftQLearner(width, num_actions, device, tau=rl.target_tau, **shared)
+        learner = PathQLearner if config.algorithm.critic else SoftQLearner
+        soft_q = learner(width, num_actions, device, tau=rl.target_tau, **shared)
     return value, soft_q
 
 

@@ -11,6 +11,7 @@ was taken, and the last one of a sequence. Without an actor: ``actor_free.py``.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,18 @@ class SoftQLearner(HeadLearner):
         steps: int, seed: int,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
-        super().__init__(QHead(width, num_actions).to(device), lr=lr, grad_clip=grad_clip, with_target=True)
+        super().__init__(self._head(width, num_actions).to(device), lr=lr, grad_clip=grad_clip, with_target=True)
         self.tau, self.steps = tau, steps
+
+    def _head(self, width: int, num_actions: int) -> nn.Module:
+        return QHead(width, num_actions)
+
+    def _start_at(self, head: Any, level: float) -> None:
+        nn.init.constant_(head.layers[-1].get_parameter("bias"), level)
+
+    def _goals(self, encoded: Encoded, of: Distributions, beta: float) -> Tensor:
+        """What Q of the actions taken is fitted to, (B, T)."""
+        return one_step_targets(self.target, encoded, of.reference, beta, of.policy)
 
     @torch.no_grad()
     def start(self, batches: Sequence[Encoded], num_actions: int) -> None:
@@ -50,7 +61,7 @@ class SoftQLearner(HeadLearner):
         if self.is_new:
             level = level_of(batches, num_actions)
             for head in (self.online, self.target):
-                nn.init.constant_(head.layers[-1].get_parameter("bias"), level)
+                self._start_at(head, level)
 
     def fit(
         self, batches: Sequence[Encoded], distributions: Sequence[Distributions], num_actions: int, beta: float
@@ -69,7 +80,7 @@ class SoftQLearner(HeadLearner):
         def losses(step: int) -> Iterator[Tensor]:
             for encoded, of in zip(batches, distributions, strict=True):
                 batch, mask = encoded.batch, encoded.batch.action_mask
-                goals = one_step_targets(self.target, encoded, of.reference, beta, of.policy)[mask]
+                goals = self._goals(encoded, of, beta)[mask]
                 q = self.online(encoded.hidden_states[mask])
                 taken = q.gather(-1, batch.actions[mask][:, None])[:, 0]
                 error = beyond_noise(taken - goals, goals).square().sum()

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from cola_ray.algorithms.gradients import NonFiniteError
@@ -42,6 +43,13 @@ class BatchSource(Protocol):
 
     def offer(self, version: int, manifest: Manifest) -> Channel:
         """Announce a broadcast; the caller sends over the channel that is returned, then publishes."""
+        ...
+
+    def learnt(self, version: int, of_sequences: np.ndarray) -> None:
+        """A number for each sequence of the step that made ``version``, in the order that they were collated in.
+
+        For an algorithm whose critic learns from them; comes before :meth:`publish`.
+        """
         ...
 
     def publish(self, version: int, buckets: list[Bucket], metrics: dict[str, float]) -> None:
@@ -94,6 +102,8 @@ def train_loop(
             buckets = learner.buckets(channel)
             metrics["time/gather"] = time.perf_counter() - started
             metrics["learner/zero_stage"] = float(learner.zero.zero_stage)
+            if is_first and learner.of_sequences is not None:
+                source.learnt(learner.version, learner.of_sequences)
             if is_first:
                 source.publish(learner.version, buckets, metrics)
         if learner.version > saved and (batch is None or learner.version % config.rl.save_every == 0):

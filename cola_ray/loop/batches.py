@@ -44,6 +44,10 @@ class Source(Protocol):
         """Their advantages, collated: a batch a rank; and what the step is measured by."""
         ...
 
+    def learnt(self, step: int, of_sequences: np.ndarray) -> None:
+        """What the learner found of the step's sequences, a number each in their order, where it is asked to."""
+        ...
+
     async def state(self, version: int) -> dict[str, Any]:
         """What a checkpoint of ``version`` needs of this source beside replay, by names of its own."""
         ...

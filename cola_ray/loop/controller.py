@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from cola_ray.batch import Batch
 from cola_ray.loop.batch_queue import BatchQueue
 from cola_ray.loop.batches import Source
@@ -99,6 +101,10 @@ class Controller:
     async def offer(self, version: int, manifest: Manifest, host: str, port: int) -> Channel:
         self.batches.trained(version - 1)
         return await self.weights.offer(version, manifest, host, port)
+
+    async def learnt(self, version: int, of_sequences: np.ndarray) -> None:
+        """What the step that made ``version`` found of its sequences; comes before its weights."""
+        self.source.learnt(version - 1, of_sequences)
 
     async def publish(self, version: int, buckets: Sequence[Bucket], metrics: dict[str, float]) -> None:
         """Take over new weights and the metrics of the step that made them; returns before workers hold them."""

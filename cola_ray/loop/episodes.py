@@ -12,6 +12,12 @@ One iteration makes one step of the learner (ArCHer, Zhou et al. 2024, algorithm
 an iteration, so one fresh utterance for each sampled state serves both V's targets and the actor. While the critic
 warms up, the learner's step has rate 0.
 
+``archer_soft`` generates nothing for either. The learner gets replayed utterances with their advantages, and tells
+their soft ones, which V's targets of the next iteration are made of:
+
+    replay ── sample ──> (s, u) ── critic.advantages ──> next_batch: soft Q, then the policy
+                          └─────> critic.fit <── learnt: soft advantages of u ──┘
+
 ``chai`` leaves the policy as it is: the critic chooses among several of its utterances (Verma et al. 2022).
 ``filtered_bc`` clones the best episodes of all that were played; ``grpo``, ``rloo`` and ``gigpo`` compare episodes of
 one environment seed, the last also their turns, ``ppo`` has its own value head in the learner, and none of the four
@@ -40,7 +46,7 @@ from cola_ray.loop.supervisor import Supervisor
 from cola_ray.loop.workers import WorkerGroup
 from cola_ray.packing import pack
 from cola_ray.replay.service import Shards
-from cola_ray.replay.transitions import as_rows, as_trajectories, fresh_rows
+from cola_ray.replay.transitions import SOFT, as_rows, as_trajectories, fresh_rows, with_soft_advantages
 from cola_ray.settings.config import Config
 
 Array = np.ndarray
@@ -86,7 +92,7 @@ class Episodes:
 
     Args:
         workers: that have ``play_episodes``, ``speak`` and ``evaluate``, see rollout/agent_worker.py.
-        critic: of utterances; asked by ``archer`` and ``chai`` alone.
+        critic: of utterances; asked by ``archer``, ``archer_soft`` and ``chai`` alone.
     """
 
     def __init__(
@@ -101,18 +107,23 @@ class Episodes:
         self.critic_fitted, self.critic_restarts = False, 0.0
         # What archer's actor learns from where that was played: episodes and their rows, by iteration.
         self.recent = deque[tuple[Sequence[Episode], pa.Table]](maxlen=config.critic.reuse)
+        # archer_soft's rows that the learner has, by step; and those that it has told of last, with soft advantages.
+        self.asked, self.told = dict[int, pa.Table](), list[pa.Table]()
 
     def check(self) -> None:
         """An environment makes an episode of any seed."""
 
     async def state(self, version: int) -> dict[str, Any]:
-        return {"critic": await self.critic.checkpoint(), "fitted": self.critic_fitted, "recent": list(self.recent)}
+        told = self.told  # now: the critic takes a while to answer
+        state = {"critic": await self.critic.checkpoint(), "fitted": self.critic_fitted, "recent": list(self.recent)}
+        return state | ({"told": told} if told else {})
 
     async def restore(self, state: Mapping[str, Any] | None) -> None:
         await self.critic.restore(state["critic"] if state else "")
         self.critic_fitted = bool(state and state["fitted"])
         self.recent.clear()
         self.recent.extend(state["recent"] if state else ())
+        self.asked, self.told = {}, state.get("told", []) if state else []
 
     # --- rollouts ---------------------------------------------------------------------------------------------------
 
@@ -155,9 +166,15 @@ class Episodes:
         if self.critic_fitted:
             metrics |= await self.critic.assess(rows)
         await self.replay.store(rows)
-        of_turns = self._archer if self.batches.algorithm.critic else self._filtered_bc
-        batches, more = await of_turns(episodes, rows, step)
+        batches, more = await self._of_turns(episodes, rows, step)
         return batches, metrics | more
+
+    async def _of_turns(self, episodes: Sequence[Episode], played: pa.Table, step: int) -> tuple[list[Batch], Metrics]:
+        algorithm = self.batches.algorithm
+        if algorithm.critic and not algorithm.soft_q:
+            return await self._archer(episodes, played, step)
+        self.samples.of_episodes(step, episodes)
+        return await (self._archer_soft(step) if algorithm.critic else self._filtered_bc(step))
 
     async def _archer(self, episodes: Sequence[Episode], played: pa.Table, step: int) -> tuple[list[Batch], Metrics]:
         """REINFORCE on fresh utterances in replayed states, weighed by the critic's advantage (section 3.3).
@@ -183,14 +200,32 @@ class Episodes:
         batches = self._batches_that(trains, trajectories, advantages.tolist(), step)
         return batches, metrics | await self.replay.size()
 
-    async def _filtered_bc(
-        self, episodes: Sequence[Episode], played: pa.Table, step: int
-    ) -> tuple[list[Batch], Metrics]:
+    async def _archer_soft(self, step: int) -> tuple[list[Batch], Metrics]:
+        """Replayed utterances, whoever said them, with their advantages (algorithms/archer_soft.py).
+
+        While the critic warms up, the learner's Q learns alone. Until it has told of any, V follows Q of what was said.
+        """
+        rows = await self.replay.sample(self.config.critic.fresh_states, step)
+        (soft,) = self.told or [with_soft_advantages(rows, np.zeros(len(rows)))]
+        started = time.perf_counter()
+        metrics = await self._fit_critic(soft)
+        metrics["time/critic"] = time.perf_counter() - started
+        advantages = await self.critic.advantages(rows)
+        metrics |= _moments("critic/advantage", advantages) | _moments("critic/soft_advantage", soft[SOFT].to_numpy())
+        metrics["replay/age"] = float(step - np.mean(rows["version"].to_numpy()))
+        self.asked[step] = rows
+        batches = self.batches.collate(pack(as_trajectories(rows)), advantages.tolist(), step)
+        trains = step >= self.config.critic.warmup_iterations
+        return [replace(batch, trains=trains) for batch in batches], metrics | await self.replay.size()
+
+    def learnt(self, step: int, of_sequences: Array) -> None:
+        self.told = [with_soft_advantages(self.asked.pop(step), of_sequences)]
+
+    async def _filtered_bc(self, step: int) -> tuple[list[Batch], Metrics]:
         """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay.
 
         While all of them returned the same, none is best, and the policy stays.
         """
-        self.samples.of_episodes(step, episodes)
         count, share = self.config.critic.fresh_states, self.config.replay.kept_share
         rows, cutoff = await self.replay.sample_best(count, share, step)
         trajectories = as_trajectories(rows)
@@ -308,7 +343,11 @@ def _turn_rewards(episode: Episode, whole_state: bool) -> gigpo.TurnRewards:
     return gigpo.TurnRewards([turn.reward for turn in episode.turns], [ids.tobytes() for ids in states])
 
 
+def _moments(name: str, of_each: Array) -> Metrics:
+    return {f"{name}_mean": float(of_each.mean()), f"{name}_std": float(of_each.std())}
+
+
 def _centred(advantages: Array, metrics: Metrics) -> Array:
     """Less their mean, which is 0 in truth: what the critics leave of it is their error. Both go into ``metrics``."""
-    metrics |= {"critic/advantage_mean": float(advantages.mean()), "critic/advantage_std": float(advantages.std())}
+    metrics |= _moments("critic/advantage", advantages)
     return centred(torch.from_numpy(advantages)).numpy()

@@ -81,6 +81,9 @@ class Problems:
         if not self.workers.facts["num_heldout"]:
             self.supervisor.say("no problem is held out, or none fits rollout.max_prompt_tokens: nothing is evaluated")
 
+    def learnt(self, step: int, of_sequences: np.ndarray) -> None:
+        """Nothing is asked."""
+
     async def state(self, version: int) -> dict[str, Any]:
         """A ticket is all that a draw depends on: without a window there is nothing to go back to."""
         return {} if self.window is None else {"window": self.window.state(version)}

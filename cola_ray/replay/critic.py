@@ -24,6 +24,7 @@ from cola_ray.algorithms.archer import (
     twin_squared_error,
     utterance_advantages,
 )
+from cola_ray.algorithms.archer_soft import soft_value_targets
 from cola_ray.algorithms.gradients import NonFiniteError
 from cola_ray.algorithms.heads import HeadLearner
 
@@ -61,7 +62,10 @@ class TextTwinHeads(nn.Module):
 
 @dataclass(frozen=True)
 class CriticBatch:
-    """B replayed transitions, and B' states, each with an utterance freshly drawn from the policy."""
+    """B replayed transitions, and B' states, each with the utterance whose Q V is fitted to.
+
+    It was freshly drawn from the policy; or replayed with its soft advantage, which Q then exceeds V by.
+    """
 
     states: Inputs
     utterances: Inputs
@@ -71,6 +75,7 @@ class CriticBatch:
     fresh_states: Inputs
     fresh_utterances: Inputs
     weights: Tensor | None = None  # (B,) importance weights of prioritised replay
+    soft_advantages: Tensor | None = None  # (B',) of replayed utterances in the place of fresh ones
 
     def to(self, device: torch.device) -> "CriticBatch":
         return CriticBatch(**{name: moved(value, device) for name, value in vars(self).items()})
@@ -189,8 +194,13 @@ class Critic(HeadLearner):
             v = self.online.values(batch.states)
             q = self.target.q_values(batch.states, batch.utterances)
             return v, expectile_loss(v, q, self.expectile, batch.weights)
-        v = self.online.values(batch.fresh_states)
-        return v, twin_squared_error(v, self.target.q_values(batch.fresh_states, batch.fresh_utterances))
+        v, goals = self.online.values(batch.fresh_states), self._value_goals(batch)
+        return v, twin_squared_error(v, goals)
+
+    @torch.no_grad()
+    def _value_goals(self, batch: CriticBatch) -> Tensor:
+        q: Tensor = self.target.q_values(batch.fresh_states, batch.fresh_utterances)
+        return q if batch.soft_advantages is None else soft_value_targets(q, batch.soft_advantages)
 
     @torch.no_grad()
     def advantages(self, states: Inputs, utterances: Inputs) -> Array:

@@ -120,7 +120,7 @@ class CriticService:
         Draws depend only on the run's seed, the replica's rank and the number of the step.
 
         Args:
-            fresh: rows of :func:`fresh_rows`, from which each step samples.
+            fresh: rows of :func:`fresh_rows` or :func:`with_soft_advantages`, from which each step samples.
         """
         async with self.busy:
             return await self._fit(fresh)

@@ -21,6 +21,8 @@ from cola_ray.packing import Packed, Ragged, Runs
 from cola_ray.replay.critic import CriticBatch, Inputs
 
 Array = np.ndarray
+SOFT = "soft_advantage"
+"""Column of :func:`with_soft_advantages`."""
 
 
 def schema(width: int) -> pa.Schema:
@@ -134,6 +136,12 @@ def fresh_rows(rows: pa.Table, trajectories: Sequence[Trajectory], utterances: S
     })  # fmt: skip
 
 
+def with_soft_advantages(rows: pa.Table, soft_advantages: Array) -> pa.Table:
+    """Replayed rows, their own utterances in the place of fresh ones, with what Q exceeds V by (archer_soft)."""
+    said = rows.select(["state_ids", "utterance_ids", "turn", "said_before", "state", "utterance"])
+    return said.append_column(SOFT, pa.array(soft_advantages, pa.float32()))
+
+
 def _as_lists(features: Array) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(features.astype(np.float32).ravel()), features.shape[-1])
 
@@ -189,7 +197,8 @@ class TextReader:
 
 
 def critic_batch(read: Reader, rows: pa.Table, fresh: pa.Table, weights: Array | None = None) -> CriticBatch:
-    """A batch of replayed rows and of ``fresh``, rows made by :func:`fresh_rows`."""
+    """A batch of replayed rows and of ``fresh``, made by :func:`fresh_rows` or :func:`with_soft_advantages`."""
+    soft = torch.tensor(fresh[SOFT].to_numpy()) if SOFT in fresh.column_names else None
     return CriticBatch(
         states=read(rows, "state"),
         utterances=read(rows, "utterance"),
@@ -199,4 +208,5 @@ def critic_batch(read: Reader, rows: pa.Table, fresh: pa.Table, weights: Array |
         fresh_states=read(fresh, "state"),
         fresh_utterances=read(fresh, "utterance"),
         weights=None if weights is None else torch.tensor(weights, dtype=torch.float32),
+        soft_advantages=soft,
     )

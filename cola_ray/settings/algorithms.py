@@ -39,7 +39,7 @@ class Algorithm:
     value_head: bool = False
     """A head on the base's states learns what an action is worth, and advantages are PPO's."""
     soft_q: bool = False
-    """Learns a Q over all actions, with ``rl.kl_coef`` as temperature; ETPO."""
+    """Learns a Q over all actions, with ``rl.kl_coef`` as temperature; ETPO. With a critic: of its advantages."""
     bellman_residual: bool = False
     """The policy's logits are its values, fitted to the rewards of whole trajectories; TBRM."""
     replays: bool = False
@@ -84,6 +84,7 @@ PPO = Algorithm(value_head=True)
 ETPO = Algorithm(soft_q=True)
 TBRM = Algorithm(bellman_residual=True)
 ARCHER = Algorithm(replays=True, critic=True)
+ARCHER_SOFT = Algorithm(replays=True, critic=True, soft_q=True)
 CHAI = Algorithm(replays=True, critic=True)
 FILTERED_BC = Algorithm(replays=True)
 

@@ -19,8 +19,11 @@ _UNREAD = "nothing reads it"
 _UP_TO_ONE = ("arithmetic", "gsm8k", "math500", "twenty_questions", "guess_city")
 """Tasks whose own rewards are all from -1 to 1."""
 _CLIPS = ("rl.clip_low", "rl.clip_high", "rl.clip_c")
-_NO_PENALTY = ("etpo", "tbrm", "chai", "filtered_bc")
-"""Algorithms that read no setting of importance weights, nor of how the divergence is charged."""
+_FOLLOWS_Q = ("etpo", "archer_soft")
+_HAS_NO_SURROGATE = (*_FOLLOWS_Q, "tbrm", "chai")
+"""Whose policy has a loss of its own, or none."""
+_WITHOUT_ADVANTAGES = (*_HAS_NO_SURROGATE, "filtered_bc")
+"""Whose policy no penalty or weight of an advantage reaches."""
 
 
 @dataclass(frozen=True)
@@ -246,12 +249,12 @@ COMBINATIONS: tuple[Combination, ...] = (
         f"leave it out, or use {', '.join(OF_OUTCOMES)} or an algorithm of your own",
     ),
     Combination(
-        "rl.loss", _AllBut(""), _any(_of("etpo", "tbrm", "chai"), _actor_free),
+        "rl.loss", _AllBut(""), _any(_of(*_HAS_NO_SURROGATE), _actor_free),
         "{} has a loss of its own, or none",
     ),
     Combination(
-        "critic.encoder", ("",), _all(_tokens, _of("archer")), "with rl.action_space token the base's states change",
-        "give an encoder",
+        "critic.encoder", ("",), _all(_tokens, _of("archer", "archer_soft")),
+        "with rl.action_space token the base's states change", "give an encoder",
     ),
     Combination(
         "critic.encoder", None, _any(_of("chai"), _has("critic.chooses", True)),
@@ -259,23 +262,23 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     # Divergence from the reference.
     Combination(
-        "rl.kl_coef", (0.0,), _of("etpo"), "etpo divides by it", "use a number above 0, e.g. 0.05"
+        "rl.kl_coef", (0.0,), _of(*_FOLLOWS_Q), "{} divides by it", "use a number above 0, e.g. 0.05"
     ),
     Combination(
         "rl.kl_coef", (0.0,), _of("tbrm"), "tbrm's values are the logits times it, and nothing would be learnt",
         "use a number above 0, e.g. 0.05",
     ),
     Combination(
-        "rl.kl_estimator", ("k2", "k3"), _all(_has("rl.kl_in", "reward"), _not_of(*_NO_PENALTY)),
+        "rl.kl_estimator", ("k2", "k3"), _all(_has("rl.kl_in", "reward"), _not_of(*_WITHOUT_ADVANTAGES)),
         "as a reward its gradient leads away from the reference", "use exact or k1, or set rl.kl_in to loss",
     ),
     Combination(
-        "rl.kl_estimator", ("k1",), _all(_has("rl.kl_in", "loss"), _not_of(*_NO_PENALTY)),
+        "rl.kl_estimator", ("k1",), _all(_has("rl.kl_in", "loss"), _not_of(*_WITHOUT_ADVANTAGES)),
         "in the loss its expected gradient is 0 wherever the policy is",
         "use exact, k2 or k3, or set rl.kl_in to reward",
     ),
     *(
-        Combination(field, None, _of(*_NO_PENALTY), f"with rl.algorithm {{}} {_UNREAD}")
+        Combination(field, None, _of(*_WITHOUT_ADVANTAGES), f"with rl.algorithm {{}} {_UNREAD}")
         for field in ("rl.kl_in", "rl.kl_estimator", "rl.importance_cap", "rl.importance_mode")
     ),
     Combination(
@@ -329,7 +332,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         "more than the sequences of a step, rl.prompts_per_step x rl.group_size", "use at most as many",
     ),
     *(
-        Combination(field, None, _of("etpo", "tbrm", "chai"), f"with rl.algorithm {{}} {_UNREAD}")
+        Combination(field, None, _of(*_HAS_NO_SURROGATE), f"with rl.algorithm {{}} {_UNREAD}")
         for field in _CLIPS
     ),
     *(
@@ -450,8 +453,8 @@ COMBINATIONS: tuple[Combination, ...] = (
         "values are as they were before the batch in its first gradient step", "set rl.value_steps to 2 or more",
     ),
     Combination(
-        "rl.target_tau", None, _all(_not_of("etpo"), _has("rl.control_variate", False)),
-        "only etpo's and rl.control_variate's Q have a target",
+        "rl.target_tau", None, _all(_not_of(*_FOLLOWS_Q), _has("rl.control_variate", False)),
+        "only etpo's, archer_soft's and rl.control_variate's Q have a target",
     ),
     # What an action is.
     Combination(
@@ -482,7 +485,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     Combination("rl.cache_hidden_states", (True,), _agents, "turns do not bring their states to the learner"),
     Combination("rl.cache_hidden_states", (True,), _tokens, "with rl.action_space token the states change"),
-    Combination("rl.marginal_aliases", (True,), _of("etpo", "tbrm", "chai"), f"with rl.algorithm {{}} {_UNREAD}"),
+    Combination("rl.marginal_aliases", (True,), _of(*_HAS_NO_SURROGATE), f"with rl.algorithm {{}} {_UNREAD}"),
     *(
         Combination(
             field, _AllBut(wanted), _has("rl.marginal_aliases", True), f"rl.marginal_aliases needs {wanted!r}",
@@ -530,6 +533,14 @@ COMBINATIONS: tuple[Combination, ...] = (
         Combination(field, None, _of("chai"), "no policy trains")
         for field in ("critic.reuse", "critic.td_share", "critic.token_baseline", "critic.actor_states")
     ),
+    *(
+        Combination(field, None, _of("archer_soft"), "{} learns from replayed utterances, whoever said them")
+        for field in ("critic.reuse", "critic.td_share", "critic.token_baseline", "critic.actor_states")
+    ),
+    Combination(
+        "critic.expectile", None, _of("archer_soft"), "V follows soft values of utterances",
+        "leave it out, or use archer",
+    ),
     Combination("critic.chooses", None, _of("chai"), "its players choose always"),
     *(
         Combination(
@@ -547,11 +558,11 @@ COMBINATIONS: tuple[Combination, ...] = (
         "use 2 or more",
     ),
     Combination(
-        "critic.candidates", None, _all(_of("archer"), _has("critic.chooses", False)), "nobody chooses",
+        "critic.candidates", None, _all(_of("archer", "archer_soft"), _has("critic.chooses", False)), "nobody chooses",
         "set critic.chooses",
     ),
     Combination(
-        "critic.warmup_iterations", None, _all(_of("archer"), _never_trains),
+        "critic.warmup_iterations", None, _all(_of("archer", "archer_soft"), _never_trains),
         "as many as rl.max_steps or more: no policy would train", "use fewer, or more rl.max_steps",
     ),
 )  # fmt: skip

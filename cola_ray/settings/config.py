@@ -107,7 +107,7 @@ class Config(Branch):
     replay: ReplayConfig = ReplayConfig()
     """Agents: the turns that are kept to learn from."""
     critic: CriticConfig = CriticConfig()
-    """Agents: the utterance critic of archer and chai."""
+    """Agents: the utterance critic of archer, archer_soft and chai."""
     search: SearchConfig = SearchConfig()
     """Tree search, and how much of it."""
     q: LoggedQConfig = LoggedQConfig()

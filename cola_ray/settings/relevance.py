@@ -176,7 +176,7 @@ _ONLY: tuple[_Only, ...] = (
         "gpu_share", "encoder", "replicas", "tau", "lr", "grad_clip", "steps", "batch_size", "warmup_iterations",
         "candidates", "chooses", "priority_beta", "actor_states", "reuse", "td_share", "token_baseline", "expectile")),
           lambda c, job: job == "plan" or (_trains_agent(c, job) and c.algorithm.critic),
-          "archer and chai do, of agents"),
+          "archer, archer_soft and chai do, of agents"),
     _Only(("tracking_uri",), lambda c, _: "mlflow" in c.report_to, "with mlflow in report_to it has"),
     _Only(("samples.every", "samples.max_mb"), lambda c, _: c.samples.prompts > 0, "samples.prompts above 0 does"),
     _Only(("replay.*",), lambda c, job: job == "plan" or c.replays, f"{', '.join(OF_TURNS)} and rl.actor_free do"),

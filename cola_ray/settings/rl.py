@@ -108,6 +108,7 @@ class RLConfig(Branch):
     reinforce: the batch's mean as baseline. ppo: a value head on the base's states, and GAE. etpo: soft Q-learning over
     actions, with kl_coef as beta. tbrm: the policy's own logits are values, with kl_coef as beta, and account for the
     reward of each whole trajectory. For agents also: archer: advantages of whole utterances by an off-policy critic.
+    archer_soft: the same critic over replayed utterances, and a soft Q over actions inside them, as etpo's.
     chai: the policy stays, and the critic chooses among its utterances. filtered_bc: clone the best of all episodes.
     gigpo: episodes against others of their seed, and turns against others from the same state.
     Or your own, package.module:name or file.py:name."""
@@ -164,8 +165,8 @@ class RLConfig(Branch):
     grad_clip: NonNegative = 1.0
     """Norm over all policy gradients."""
     kl_coef: NonNegative = 0.001
-    """Weight of KL(policy || reference) over actions. etpo and tbrm: a choice is decided at a difference in value of
-    about four times this; 0.05 suits rewards of 0 and 1."""
+    """Weight of KL(policy || reference) over actions. etpo, tbrm, archer_soft: a choice is decided at a difference in
+    value of about four times this; 0.05 suits rewards of 0 and 1."""
     kl_in: Literal["reward", "loss"] = "reward"
     """reward: an action also answers for the divergence of the states that it leads to. loss: for its own state's."""
     kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
@@ -211,14 +212,15 @@ class RLConfig(Branch):
     """ppo, of agents: what advantages are of. token: each action has its own value and advantage. turn: an utterance
     is one step, with a value at its first action and one advantage for all of its actions."""
     value_lr: Rate = 1e-3
-    """Learning rate of the Adam of the value head, ppo's and archer's with critic.token_baseline, and of etpo's Q."""
+    """Learning rate of the Adam of the value head, ppo's and archer's with critic.token_baseline, and of the Q of etpo
+    and archer_soft."""
     value_steps: Count = 4
     """Gradient steps of value head or Q on one batch."""
     cliprange_value: NonNegative = 0.0
     """ppo, and archer with critic.token_baseline: how far a value may move on one batch, in units of the reward. 0: as
     far as it will."""
     target_tau: PositiveShare = 0.005
-    """etpo: share of Q that its target takes over after each of its steps."""
+    """etpo, archer_soft: share of Q that its target takes over after each of its steps."""
     micro_batch_tokens: Count = 16_384
     """Padded tokens a forward pass, on one rank; at least one sequence."""
     max_staleness: Whole = 0
@@ -286,14 +288,15 @@ class CriticConfig(Branch):
     batch_size: Count = 256
     """Turns a critic step."""
     fresh_states: Count = 512
-    """Replayed states that the policy speaks in anew, an iteration: targets of V and the actor's batch."""
+    """Replayed states that the policy speaks in anew, an iteration: targets of V and the actor's batch. archer_soft:
+    with the utterances that were said there, and nothing is generated."""
     warmup_iterations: Whole = 10
     """Iterations that train the critic alone."""
     candidates: Count = 5
-    """chai, or archer with chooses: utterances to choose from, a turn."""
+    """chai, or archer and archer_soft with chooses: utterances to choose from, a turn."""
     chooses: bool = False
-    """archer: players say what the critic likes best of several utterances, as chai's do, and the policy learns from
-    that: what the critic is told, and the states do not show, counts at once. Not with critic.encoder."""
+    """archer, archer_soft: players say what the critic likes best of several utterances, as chai's do, and the policy
+    learns from that: what the critic is told, and the states do not show, counts at once. Not with critic.encoder."""
     priority_beta: Share = 0.0
     """Above 0, e.g. 0.4: turns with a large error are replayed more often, and weighed down with this exponent."""
     actor_states: Literal["replayed", "played"] = "replayed"

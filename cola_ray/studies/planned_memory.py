@@ -113,10 +113,11 @@ def _heads(config: Config, m: Sizes) -> float:
         return 0.0
     q_learns = config.algorithm.soft_q or config.rl.control_variate
     outputs = float(m.actions if config.rl.action_space == "latent" else m.vocabulary) if q_learns else 1.0
-    parameters = m.width * (m.width + 4.0) + outputs * (m.width + 1)
+    values = float(config.algorithm.soft_q and config.algorithm.critic)  # archer_soft's Q has a value head beside it
+    parameters = (1 + values) * m.width * (m.width + 4.0) + (outputs + values) * (m.width + 1)
     rows = rl_rows(config)
     # 16 P, and 4 P of a target; 4 (4 H + 3 outputs) of each token
-    return (20.0 if q_learns else 16.0) * parameters + 4.0 * rows.scored * (4 * m.width + 3 * outputs)
+    return (20.0 if q_learns else 16.0) * parameters + 4.0 * rows.scored * (4 * (1 + values) * m.width + 3 * outputs)
 
 
 def critic_width(config: Config, m: Sizes) -> int:

@@ -140,3 +140,24 @@ def test_a_program_trains_the_policy_that_it_talks_to(played, tmp_path):
     assert max(run.series("policy/rollout_mismatch_max").values()) < 1e-4
     assert set(run.series("agent/retokenised").values()) == {0.0}
     assert run.series("policy/grad_norm")[4] > 0
+
+
+@pytest.mark.slow
+def test_archer_soft_learns_from_replay_and_resumes(played, tmp_path):
+    """Nothing is generated for the critic, and what the learner told it last is in the checkpoint."""
+    settings = [*RL, "--rl.algorithm", "archer_soft", "--rl.kl-coef", "0.1", "--critic.no-chooses",
+                "--rl.save-every", "2", "--critic.warmup-iterations", "1"]  # fmt: skip
+    run = Run("rl_agent", tmp_path, "--model.path", str(played.start), *settings, "--rl.max-steps", "2")
+    run.finish()
+    run = Run("rl_agent", tmp_path, "--model.path", str(played.start), *settings, "--rl.max-steps", "4", "--resume")
+    run.finish()
+    told, errors = run.series("critic/soft_advantage_std"), run.series("q/error")
+    assert told[1] == 0.0, "before the first step there is nothing to tell"
+    assert all(told[step] > 0 for step in (2, 3, 4)), "the third step is the first one of the resumed run"
+    assert sorted(errors) == [1, 2, 3, 4], "Q learns while the critic warms up, too"
+    norms, rates = run.series("policy/grad_norm"), run.series("policy/lr")
+    assert norms[1] == rates[1] == 0.0
+    assert all(norms[step] > 0 and rates[step] > 0 for step in (2, 3, 4))
+    assert run.series("critic/steps")[4] == 4 * 10
+    assert not run.series("time/fresh")
+    assert not run.series("policy/rollout_mismatch")

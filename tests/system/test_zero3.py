@@ -68,11 +68,17 @@ SPACES = {
     "steering": ({"rl.action_space": "token", "rl.steering": "all"}, VOCAB_SIZE),
 }
 LATENT = ("latent", "mini_batches", "tbrm", "actor_free")
+# Not against a plain process: of its Q, which every rank holds whole, tests/unit/test_archer_soft.py has the equations.
+ALONE = {
+    "archer_soft": (
+        {"model.num_actions": NUM_ACTIONS, "rl.algorithm": "archer_soft", "rl.value_steps": 2}, NUM_ACTIONS
+    )
+}  # fmt: skip
 
 
 def settings(space: str) -> Config:
     changes = {"rl.lr": 3e-4, "rl.kl_coef": 0.05, "rl.micro_batch_tokens": 40, "rollout.temperature": 0.8}
-    return override(preset("tiny"), changes | SPACES[space][0])
+    return override(preset("tiny"), changes | (SPACES | ALONE)[space][0])
 
 
 def policy_of(space: str, model_dir: str):
@@ -96,7 +102,7 @@ def batches(ranks: int, space: str) -> list[list[Batch]]:
                 Trajectory(
                     prompt_ids=draw.integers(3, VOCAB_SIZE, int(draw.integers(2, 12))),
                     token_ids=draw.integers(3, VOCAB_SIZE, length),
-                    actions=draw.integers(0, SPACES[space][1], length),
+                    actions=draw.integers(0, (SPACES | ALONE)[space][1], length),
                     rollout_log_probs=-draw.random(length).astype(np.float32),
                     versions=np.full(length, step),
                     reward=0.0,
@@ -341,3 +347,36 @@ def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_p
         trains = {"latent": of_policy, "mini_batches": of_policy, "tbrm": of_policy, "token": True,
                   "adapters": "_proj" in name, "steering": name.endswith("down_proj.bias")}  # fmt: skip
         assert torch.equal(after[name], tensor) != trains.get(space, False), name
+
+
+def tell(rank: int, learner: RLLearner, space: str, out: str):
+    """What archer_soft's learner tells of the sequences of six steps, the first two of which train Q alone."""
+    steps, found, world = batches(learner.zero.world_size, space)[:6], [], learner.zero.world_size
+    for step, parts in enumerate(steps):
+        metrics = learner.step(replace(parts[rank], trains=step >= 2))
+        assert (metrics["policy/grad_norm"] > 0) == (step >= 2)
+        found.append(torch.from_numpy(learner.of_sequences))
+        if step == 3:
+            save_checkpoint(Path(out), learner.version, learner.save, pytest.fail)
+    policy = {name: tensor.clone() for name, tensor in learner.zero.stream(learner.policy.published())}
+    learner.load(last_checkpoint(Path(out)).folder)
+    for step, parts in enumerate(steps[4:], 4):
+        learner.step(parts[rank])
+        assert np.array_equal(learner.of_sequences, found[step].numpy()), "as if it had not been interrupted"
+    for name, tensor in learner.zero.stream(learner.policy.published()):
+        assert torch.equal(tensor, policy[name]), name
+    return {"told": torch.stack(found), "policy": policy, "world": world}
+
+
+def test_two_ranks_tell_archer_softs_critic_what_one_does(cola_dir, tmp_path):
+    one, two = (tmp_path / str(ranks) for ranks in (1, 2))
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    alone, both = spawned(tell, 1, "archer_soft", cola_dir, one), spawned(tell, 2, "archer_soft", cola_dir, two)
+    assert (alone["world"], both["world"]) == (1, 2)
+    assert alone["told"].shape == (6, 10)
+    assert alone["told"].std(1).min() > 0
+    torch.testing.assert_close(both["told"], alone["told"], atol=1e-3, rtol=0)
+    for name, tensor in alone["policy"].items():
+        torch.testing.assert_close(both["policy"][name], tensor, atol=WEIGHT_TOLERANCE, rtol=0)

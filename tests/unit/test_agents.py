@@ -1,6 +1,7 @@
 """The loop over plain Python agents, with the real replay shards and the real critic."""
 
 import asyncio
+import copy
 import functools
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from cola_ray.loop.controller import Controller
 from cola_ray.loop.episodes import Episodes
 from cola_ray.replay.critic_service import CriticReplicas, CriticService, ReplicaLostError
 from cola_ray.replay.service import ReplayShard, Shards
+from cola_ray.replay.transitions import read_features
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 
@@ -103,11 +105,18 @@ def run(tmp_path, algorithm, **changes):
         while (batch := await controller.next_batch(0, version)) is not None:
             batches.append(batch)
             version += 1
+            if algorithm == "archer_soft":
+                await controller.learnt(version, soft_advantages(batch))
             await controller.publish(version, [], {"time/learn": 0.0})
         return controller, batches
 
     controller, batches = asyncio.run(asyncio.wait_for(whole(), 60))
     return controller, batches, shard, service, pool
+
+
+def soft_advantages(batch):
+    """As a learner of one rank tells them: here a half of each advantage, in the order that the loop gave."""
+    return 0.5 * batch.advantages[np.argsort(batch.places)]
 
 
 def replicas_over(*services):
@@ -159,6 +168,45 @@ def test_archer_learns_from_the_turns_just_played(tmp_path):
     total = np.concatenate([row[mask] for row, mask in zip(last.advantages, last.action_mask, strict=True)])
     assert total.sum() == pytest.approx(0, abs=1e-4), "centred over turns"
     assert critic.critic.steps == STEPS * 5
+
+
+def test_archer_soft_learns_from_replay_alone_and_tells_the_critic(tmp_path, monkeypatch):
+    fitted, real = [], CriticService.fit
+
+    async def fit(self, fresh):
+        fitted.append((fresh, copy.deepcopy(self.critic.online) if hasattr(self, "critic") else None))
+        return await real(self, fresh)
+
+    monkeypatch.setattr(CriticService, "fit", fit)
+    controller, batches, _, critic, pool = run(tmp_path, "archer_soft", **{"rl.kl_coef": 0.1})
+    assert not [draw for worker in pool.workers for draw in worker.spoken], "nothing is generated for the critic"
+    assert [batch.trains for batch in batches] == [False, False, True, True]
+    assert len(fitted) == STEPS
+    assert not fitted[0][0]["soft_advantage"].to_numpy().any(), "nothing is told before the first step"
+    for step, batch in enumerate(batches):
+        assert batch.num_rows == 10, "Q learns while the critic warms up"
+        padded, order = batch.padded(), np.argsort(batch.places)
+        ends = [np.flatnonzero(mask)[-1] for mask in padded.action_mask]
+        assert padded.rewards.sum(1) == pytest.approx(padded.rewards[range(10), ends]), "all of it at the last action"
+        assert (padded.discounts.sum(1) == padded.action_mask.sum(1) - 1).all(), "utterances by themselves"
+        if step + 1 < STEPS:
+            rows, heads = fitted[step + 1]  # which the step was made with, and what the critic was then
+            assert rows["soft_advantage"].to_numpy() == pytest.approx(0.5 * batch.advantages[order])
+            states = rows["state_ids"].to_pylist()
+            assert [batch.sequences.prompts[i].tolist() for i in order] == states
+            with torch.no_grad():
+                states, said = read_features(rows, "state"), read_features(rows, "utterance")
+                expected = heads.q_values(states, said).min(0).values - heads.values(states).min(0).values
+            assert batch.advantages[order] == pytest.approx(expected.numpy(), abs=1e-5)
+    metrics = metrics_of(controller)
+    assert metrics[1]["critic/soft_advantage_std"] == 0
+    for step in range(1, STEPS):
+        mean, std = (metrics[step][f"critic/advantage_{of}"] for of in ("mean", "std"))
+        told = [metrics[step + 1][f"critic/soft_advantage_{of}"] for of in ("mean", "std")]
+        assert told == pytest.approx([0.5 * mean, 0.5 * std], abs=1e-6)
+    assert 0 <= metrics[STEPS]["replay/age"] <= STEPS - 1
+    assert critic.critic.steps == STEPS * 5
+    assert not controller.source.asked, "all that was asked has been answered"
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])

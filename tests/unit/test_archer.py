@@ -9,7 +9,6 @@ from cola_ray.algorithms.archer import (
     TwinHeads,
     expectile_loss,
     q_targets,
-    soft_value,
     twin_squared_error,
     utterance_advantages,
 )
@@ -78,15 +77,6 @@ def test_expectiles():
     v, q = torch.zeros(2, 2), torch.tensor([[1.0, -2.0]] * 2)
     assert expectile_loss(v, q, 0.9) == pytest.approx(1.3)
     assert expectile_loss(v, q, 0.5) == pytest.approx(twin_squared_error(v, q).item() / 2)
-
-
-@pytest.mark.parametrize(("beta", "expected"), [(1e-3, 3.0), (1e6, 1.75)])
-def test_a_soft_value_lies_between_mean_and_maximum(beta, expected):
-    prior = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
-    q = torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)
-    assert soft_value(q, prior.log(), beta).item() == pytest.approx(expected, abs=1e-2)
-    by_hand = 0.7 * np.log((prior * (q / 0.7).exp()).sum().item())
-    assert soft_value(q, prior.log(), 0.7).item() == pytest.approx(by_hand)
 
 
 def test_polyak_moves_by_its_share():

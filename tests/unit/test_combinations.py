@@ -261,6 +261,35 @@ REFUSED = [
     (agent("chai", critic__reuse=2), "critic.reuse = 2: no policy trains"),
     (agent("chai", critic__td_share=0.2), "critic.td_share = 0.2: no policy trains"),
     (agent("chai", critic__token_baseline=True), "critic.token_baseline = True: no policy trains"),
+    *(
+        (
+            {"preset": "smollm2-135m", "critic.chooses": False} | agent("archer_soft") | {field: value},
+            f"{field} = {value!r}: {why}",
+        )
+        for field, value, why in (
+            ("critic.reuse", 2, "archer_soft learns from replayed utterances, whoever said them; leave it out"),
+            ("critic.td_share", 0.2, "archer_soft learns from replayed utterances"),
+            ("critic.token_baseline", True, "archer_soft learns from replayed utterances"),
+            ("critic.actor_states", "played", "archer_soft learns from replayed utterances"),
+            ("critic.expectile", 0.7, "V follows soft values of utterances; leave it out, or use archer"),
+            ("critic.candidates", 3, "nobody chooses"),
+            ("critic.warmup_iterations", 100, "as many as rl.max_steps or more"),
+            ("rl.kl_coef", 0.0, "archer_soft divides by it; use a number above 0"),
+            ("rl.loss", "mine.py:mine", "archer_soft has a loss of its own, or none"),
+            ("rl.kl_in", "loss", "with rl.algorithm archer_soft nothing reads it"),
+            ("rl.kl_estimator", "k1", "with rl.algorithm archer_soft nothing reads it"),
+            ("rl.importance_cap", 5.0, "with rl.algorithm archer_soft nothing reads it"),
+            ("rl.clip_high", 0.5, "with rl.algorithm archer_soft nothing reads it"),
+            ("rl.marginal_aliases", True, "with rl.algorithm archer_soft nothing reads it"),
+            ("rl.num_minibatches", 2, "archer_soft learns from replay, and a step's rollouts are not its batch"),
+            ("rl.advantage", "grpo", "archer_soft makes its advantages in the learner"),
+            ("rl.cliprange_value", 0.2, "no value head trains"),
+            ("rl.gae_level", "turn", "only ppo reads it"),
+        )
+    ),
+    ({"rl.algorithm": "archer_soft", "rl.kl_coef": 0.1}, "rl.algorithm = 'archer_soft': learns from turns"),
+    (TOKENS | agent("archer_soft", critic__chooses=False), "critic.encoder = '': with rl.action_space token"),
+    (agent("archer_soft", rl__actor_free=True), "rl.algorithm = 'archer_soft': rl.actor_free needs 'etpo'"),
     (agent("archer", critic__actor_states="replayed", critic__td_share=0.2), "critic.td_share = 0.2: of what was"),
     (agent("archer", critic__actor_states="replayed", critic__reuse=2, critic__td_share=0.0), "critic.reuse = 2: of"),
 ]
@@ -349,6 +378,8 @@ def test_no_part_of_a_documented_recipe_is_refused(words, monkeypatch):
         agent("gigpo", rl__group_size=4, rl__step_advantage_w=0.0),
         agent("archer", critic__expectile=0.7, critic__priority_beta=0.4),
         agent("archer", critic__token_baseline=True, rl__value_lr=1e-2),
+        agent("archer_soft", rl__kl_coef=0.1, rl__target_tau=0.1, rl__value_lr=1e-2, critic__chooses=False),
+        agent("archer_soft", rl__kl_target=0.1, rl__updates_per_batch=3, critic__candidates=3),
         agent("filtered_bc", replay__kept_share=0.5, rl__entropy_coef=0.01),
     ],
 )

@@ -111,6 +111,15 @@ def test_no_policy_is_worth_more_than_the_best(seed, beta):
     torch.testing.assert_close(attained, best, atol=1e-8, rtol=1e-8)
 
 
+@pytest.mark.parametrize(("beta", "expected"), [(1e-3, 3.0), (1e6, 1.75)])
+def test_a_soft_value_lies_between_mean_and_maximum(beta, expected):
+    prior = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
+    q = torch.tensor([2.0, 1.0, 3.0], dtype=torch.float64)
+    assert etpo.best_soft_values(q, prior.log(), beta).item() == pytest.approx(expected, abs=1e-2)
+    by_hand = 0.7 * np.log((prior * (q / 0.7).exp()).sum().item())
+    assert etpo.best_soft_values(q, prior.log(), 0.7).item() == pytest.approx(by_hand)
+
+
 def test_where_q_is_zero_the_policy_is_the_reference():
     head = QHead(4, 6)
     e, ref = torch.randn(2, 3, 4), torch.randn(2, 3, 6).log_softmax(-1)

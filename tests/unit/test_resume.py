@@ -20,7 +20,7 @@ import pytest
 from conftest import letters, small_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_agents import WIDTH, Pool, replicas_over
+from test_agents import WIDTH, Pool, replicas_over, soft_advantages
 from test_run_folder import settings as tiny
 from test_run_folder import write
 
@@ -535,6 +535,8 @@ class Client:
         while version < until:
             batches.append(await self.controller.next_batch(0, version))
             version += 1
+            if self.config.rl.algorithm == "archer_soft":
+                await self.controller.learnt(version, soft_advantages(batches[-1]))
             await self.controller.publish(version, [], {"time/learn": 0.0})
             if version == save_at:
                 state = await self.controller.checkpoint(0, version)
@@ -550,6 +552,7 @@ ARCHER = {"rl.algorithm": "archer", "critic.chooses": False}
     ARCHER | {"critic.actor_states": "played", "critic.reuse": 2, "critic.td_share": 0.5},
     ARCHER | {"critic.actor_states": "replayed", "critic.priority_beta": 0.4, "replay.shards": 2,
               "critic.td_share": 0.0},
+    {"rl.algorithm": "archer_soft", "rl.kl_coef": 0.5, "critic.chooses": False},
     {"rl.algorithm": "filtered_bc"}, {"rl.algorithm": "etpo", "rl.actor_free": True, "rl.kl_coef": 0.5},
     {"rl.algorithm": "ppo"},
 ])  # fmt: skip

@@ -109,6 +109,7 @@ def test_advantages_that_only_the_learner_knows_are_left_open():
     [
         ("archer", {"critic.actor_states": "played", "critic.reuse": 2, "critic.warmup_iterations": 0}, True),
         ("archer", {}, False),
+        ("archer_soft", {"rl.kl_coef": 0.1}, False),
         ("gigpo", {"rl.group_size": 2}, True),
         ("filtered_bc", {}, False),
         ("ppo", {}, False),
