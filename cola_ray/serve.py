@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cola_ray.model.action_requests import TAKES_ACTIONS
+from cola_ray.model.action_requests import TAKES_ACTIONS, UNSERVED
 
 if TYPE_CHECKING:
     from fastapi import Request, Response
@@ -71,11 +71,13 @@ def _check(model: str) -> None:
     if not Path(model).exists() and Path(model).is_absolute():
         sys.exit(f"model = {model}: no such folder; give a model's folder or hub id")
     try:
-        kind = AutoConfig.from_pretrained(model).model_type
+        config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         sys.exit(f"model = {model}: {str(error).splitlines()[0]}; give the folder of a CoLA model or its hub id")
-    if kind != "cola":
-        sys.exit(f"model = {model}: is a {kind} model; cola_ray serves CoLA models, vLLM itself serves others")
+    if config.model_type != "cola":
+        sys.exit(f"model = {model}: is a {config.model_type} model; cola_ray serves CoLA models, vLLM itself others")
+    if config.action_every > 1:
+        sys.exit(f"model = {model}: {UNSERVED}; use a model with model.action_every 1")
 
 
 def chat_template(tokenizer_path: str) -> str | None:

@@ -24,6 +24,7 @@ SERVED_ARGS = ("actions", "action_slots", "action_first_seed")
 """What `cola_ray serve` puts into ``extra_args`` (cola_ray/serve_actions.py)."""
 TAKES_ACTIONS = "COLA_RAY_SERVES_ACTIONS"
 """Set in the environment of a server that checks what its clients want of actions."""
+UNSERVED = "actions that last are held for requests of training, search and evaluation, and a server cannot hold them"
 
 BASE_TOKENS = -2
 """As a forced action: take the greedy token of the bare base, bypassing policy and world model."""

@@ -8,16 +8,14 @@ request ─> RowTracker mirrors the batch (V1) ─┐
 
 Where actions last n tokens (``action_every`` of the model), a row at a step between n s and n (s + 1) takes the action
 that stands at the first of them, by the request's slot: whatever was preempted, cut into chunks or moved to another row
-reads there what it chose. Requests of a server that have no slot for their actions get one of :class:`SpanSlots`.
+reads there what it chose.
 
 Nothing here waits for the device: what steps decide on is known to the host.
 """
 
-import dataclasses
 import os
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -31,7 +29,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from cola_ray.model.action_requests import LOWEST_LOG_PROB, SERVED_ARGS, TAKES_ACTIONS, ActionRequest
+from cola_ray.model.action_requests import LOWEST_LOG_PROB, SERVED_ARGS, TAKES_ACTIONS, UNSERVED, ActionRequest
 from cola_ray.model.modeling_cola import sample_actions
 
 
@@ -44,9 +42,7 @@ class Rows(NamedTuple):
     position: Tensor
     forced: Tensor | None
     top_p: Tensor | None
-    # int64, of the ActionTable, where -1 is a row that nobody reads, and what is below it is SpanSlots'; None: no row
-    # keeps its action
-    slot: Tensor | None
+    slot: Tensor | None  # int64, of the ActionTable, where -1 is a row that nobody reads; None: no row keeps its action
     step: Tensor  # int64, index of the action within its completion
 
 
@@ -81,32 +77,6 @@ class ActionTable:
         assert self.table is not None
         chosen = async_tensor_h2d(list(slots), device=self.table.device, dtype=torch.int64)
         return self.table[chosen, :num_steps].cpu().numpy()
-
-
-class SpanSlots:
-    """Slots of a server's requests that bring none, where actions last: number i is ``-2 - i`` in ``Rows.slot``.
-
-    A worker is not told whether a request that leaves the batch has ended or was preempted. So slots go on to others in
-    the order in which their requests left, and there are more than can have been preempted: vLLM takes no new request
-    while one waits to be resumed.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        # By request, least recently seen in the batch first; with what keeps its key from becoming another's.
-        self.taken: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
-
-    def take(self, key: Hashable, holder: Any, in_batch: np.ndarray) -> int:
-        """A request's own slot, the same each time. ``in_batch``: values of ``Rows.slot`` that are in use."""
-        present = {*in_batch.tolist()}
-        for one in [one for one, (slot, _) in self.taken.items() if -2 - slot in present]:
-            self.taken.move_to_end(one)
-        if key not in self.taken:
-            full = len(self.taken) == self.count
-            slot = self.taken.popitem(last=False)[1][0] if full else len(self.taken)
-            self.taken[key] = slot, holder
-        self.taken.move_to_end(key)
-        return self.taken[key][0]
 
 
 class Settings:
@@ -146,9 +116,7 @@ class RowTable:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.kept = ActionTable(vllm_config.model_config.max_model_len)
-        self.every = int(getattr(vllm_config.model_config.hf_config, "action_every", 1))
-        self.held = ActionTable(2)  # of SpanSlots: the action of this span, and of the one before it
-        self.span_slots = SpanSlots(4 * vllm_config.scheduler_config.max_num_seqs)
+        self.every = _action_every(vllm_config.model_config)
         self.settings = Settings(vllm_config.scheduler_config.max_num_seqs)  # V1: by row
         self.outputs: list[list[int]] = []  # V1: of each row, the tokens so far
         self.fixed: tuple[Tensor, Tensor] | None = None  # V1: settings on the device
@@ -175,43 +143,13 @@ class RowTable:
         actions, log_probs = sample_actions(logits, *rows[:6])
         if rows.slot is None:
             return actions, rows
-        if self.every == 1:
-            self.kept.write(rows.slot, rows.step, actions, log_probs)
-            return actions, rows
-        slot, own = rows.slot.clamp_min(-1), (-2 - rows.slot).clamp_min(-1)
-        first, column = rows.step - rows.step % self.every, rows.step // self.every % 2
-        assert self.kept.table is not None
-        held = self.kept.table[slot, first, 0]
-        if self.held.table is not None:
-            held = torch.where(own >= 0, self.held.table[own, column, 0], held)
-        between = rows.step != first
-        actions, log_probs = torch.where(between, held.long(), actions), log_probs.masked_fill(between, 0.0)
-        self.kept.write(slot, rows.step, actions, log_probs)
-        if self.held.table is not None:
-            self.held.write(own, column, actions, log_probs)
+        if self.every > 1:
+            assert self.kept.table is not None
+            between = rows.step % self.every != 0
+            held = self.kept.table[rows.slot, rows.step - rows.step % self.every, 0]
+            actions, log_probs = torch.where(between, held.long(), actions), log_probs.masked_fill(between, 0.0)
+        self.kept.write(rows.slot, rows.step, actions, log_probs)
         return actions, rows
-
-    def served(self, key: Hashable, holder: Any, params: SamplingParams, settings: Settings) -> ActionRequest:
-        """How a request through OpenAI's API draws.
-
-        Args:
-            key: of the request, the same each time that it comes into the batch.
-            holder: what keeps the key from becoming another's.
-            settings: of those that are in the batch.
-        """
-        request = served_request(params, self.seeds)
-        if self.every == 1 or request.slot >= 0:
-            return request
-        slot = self.span_slots.take(key, holder, settings.integers[3])
-        return dataclasses.replace(request, slot=-2 - slot)
-
-    def reserve(self, slots: np.ndarray, device: torch.device) -> None:
-        """Have rows for these values of ``Rows.slot``."""
-        highest, lowest = int(slots.max(initial=-1)), int(slots.min(initial=-1))
-        if highest >= 0 or lowest < -1:
-            self.kept.reserve(max(highest, 0), device)
-        if lowest < -1:
-            self.held.reserve(-2 - lowest, device)
 
     def rows(self, num_rows: int, device: torch.device) -> Rows:
         """Settings of all rows; greedy and kept nowhere if rows are unknown, as in profiling runs."""
@@ -232,7 +170,7 @@ class RowTable:
             prompt_length + (step - 1),
             None if forced is None else async_tensor_h2d(forced, device=device),
             top_p if (self.settings.floats[1, :num_rows] < 1).any() else None,
-            slot if (self.settings.integers[3, :num_rows] != -1).any() else None,
+            slot if (self.settings.integers[3, :num_rows] >= 0).any() else None,
             step,
         )
 
@@ -250,7 +188,8 @@ class RowTable:
         """V1: take over the rows of a batch that has changed; :attr:`settings` has their settings already."""
         self.outputs, self.fixed = outputs, None
         self.forcing = [row for row, actions in enumerate(self.settings.forced[: len(outputs)]) if actions]
-        self.reserve(self.settings.integers[3, : len(outputs)], device)
+        if (highest := self.settings.integers[3, : len(outputs)].max(initial=-1)) >= 0:
+            self.kept.reserve(int(highest), device)
 
 
 def read_actions(model: Any, instance_id: str, slots: Sequence[int], num_steps: int) -> np.ndarray:
@@ -337,7 +276,7 @@ class RowTracker(LogitsProcessor):
     def apply(self, logits: Tensor) -> Tensor:
         return logits
 
-    def action_request(self, params: SamplingParams, output: list[int]) -> ActionRequest:
+    def action_request(self, params: SamplingParams) -> ActionRequest:
         return ActionRequest.from_params(params.extra_args, params.seed)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
@@ -346,7 +285,7 @@ class RowTracker(LogitsProcessor):
         for index in batch_update.removed:
             self.outputs.pop(index, None)
         for index, params, prompt, output in batch_update.added:
-            self.table.settings.put(index, self.action_request(params, output), len(prompt or ()))
+            self.table.settings.put(index, self.action_request(params), len(prompt or ()))
             self.outputs[index] = output
         for source, target, way in batch_update.moved:
             swap = way is MoveDirectionality.SWAP and target in self.outputs
@@ -386,15 +325,8 @@ class RequestSampler(RowTracker):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         check_served_request(sampling_params)
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        super().__init__(vllm_config, device, is_pin_memory)
-        self.is_async = bool(vllm_config.scheduler_config.async_scheduling)
-
-    def action_request(self, params: SamplingParams, output: list[int]) -> ActionRequest:
-        # The worker keeps both until a request has ended, also while it is preempted; but that asynchronous scheduling
-        # resumes it with another list, and completions of one request in this process may share their parameters.
-        own = params if self.is_async else output
-        return self.table.served(id(own), own, params, self.table.settings)
+    def action_request(self, params: SamplingParams) -> ActionRequest:
+        return served_request(params, self.table.seeds)
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -429,6 +361,11 @@ def settle_vllm() -> None:
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if current_platform.is_cuda_alike() else "0")
 
 
+def _action_every(model_config: ModelConfig) -> int:
+    """Tokens that an action of the model lasts; 1 for a plain base."""
+    return int(getattr(model_config.hf_config, "action_every", 1))
+
+
 class ServedConfig(VerifyAndUpdateConfig):
     """Settings that vLLM applies to every CoLA model that it serves."""
 
@@ -436,6 +373,8 @@ class ServedConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         settle_vllm()
         if not model_config.logits_processors:  # engines used in training pass their own
+            if _action_every(model_config) > 1:
+                raise ValueError(f"action_every: {UNSERVED}")
             model_config.logits_processors = [processor("served")]
 
     @staticmethod

@@ -24,6 +24,7 @@ from cola_ray.model.vllm_rows import (
     Settings,
     check_action_request,
     check_served_request,
+    served_request,
 )
 
 
@@ -40,7 +41,8 @@ class SlotSettings:
         """Take over a slot; whatever it held is replaced."""
         self.settings.put(index, request, prompt_length)
         self.on_device = None
-        self.table.reserve(np.array([request.slot]), self.device)
+        if request.slot >= 0:
+            self.table.kept.reserve(request.slot, self.device)
         length, held = len(request.forced), self.forced.shape[1]
         if length > held:
             more = max(length, 2 * held) - held
@@ -66,7 +68,7 @@ class SlotSettings:
             position,
             self._forced(index, step) if any(settings.forced[one] for one in index_on_host.tolist()) else None,
             top_p if (settings.floats[1, index_on_host] < 1).any() else None,
-            torch.where(inside, slot, -1) if (settings.integers[3, index_on_host] != -1).any() else None,
+            torch.where(inside, slot, -1) if (settings.integers[3, index_on_host] >= 0).any() else None,
             step.clamp_min(0),
         )
 
@@ -89,7 +91,7 @@ class CoLAModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
         if self.served:
-            request = self.table.served(new_req_data.req_id, None, params, self.slots.settings)
+            request = served_request(params, self.table.seeds)
         else:
             request = ActionRequest.from_params(params.extra_args, params.seed)
         self.slots.add_request(req_index, request, new_req_data.prompt_len)

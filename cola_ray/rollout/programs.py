@@ -369,7 +369,9 @@ def _over() -> RefusedError:
 
 
 @web.middleware
-async def _in_openais_words(request: web.Request, handler: Callable[..., Awaitable[web.Response]]) -> web.Response:
+async def _in_openais_words(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     try:
         return await handler(request)
     except RefusedError as error:

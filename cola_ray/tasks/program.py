@@ -61,4 +61,4 @@ def tool_parsers() -> list[str]:
     file = Path(str(package.origin)).parent / "tool_parsers" / "__init__.py" if package else None
     tree = ast.parse(file.read_text() if file and file.is_file() else "")
     tables = (node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict))
-    return sorted(key.value for table in tables for key in table.keys if isinstance(key, ast.Constant))
+    return sorted(str(key.value) for table in tables for key in table.keys if isinstance(key, ast.Constant))

@@ -459,64 +459,10 @@ def test_v2_holds_actions_through_preemptions_and_chunks(every, state):
             one[2] = min(one[2] + 1, STEPS - 8)
 
 
-@pytest.mark.parametrize("runner", ["V1", "V1, asynchronous", "V2"])
-def test_a_servers_requests_hold_actions_without_slots_of_their_own(runner, state):
-    """With preemptions amid an action, and more requests than slots, so that those of ended ones are used again."""
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+def test_a_server_refuses_actions_that_last():
+    from cola_ray.model.vllm_rows import ServedConfig
 
-    from cola_ray.model.vllm_rows import RequestSampler
-
-    table, draw = lasting(3), np.random.default_rng(2)
-    is_async = runner == "V1, asynchronous"
-    tracker = RequestSampler(config("a test", every=3, is_async=is_async), CPU, False)
-    made = state("cola_ray.model.vllm_slots:SlotRequestSampler")
-    waiting = [[SamplingParams(temperature=0.8, top_p=0.9, seed=i), [], f"r{i}"] for i in range(120)]
-    waiting[5][0].extra_args = {"action_slots": [17], "action_first_seed": 5}  # one that returns its actions
-    batch, chosen, preempted, returned = [], {}, 0, []
-    for _ in range(900):
-        removed, added, moved = [], [], []
-        ended = [row for row, one in enumerate(batch) if len(one[1]) > 9]
-        if batch and (ended or draw.random() < 0.3):
-            gone = ended[0] if ended else int(draw.integers(len(batch)))
-            removed.append(gone)
-            left, last = batch[gone], batch.pop()
-            if gone < len(batch):
-                batch[gone] = last
-                moved.append((len(batch), gone, MoveDirectionality.UNIDIRECTIONAL))
-            if not ended:
-                # vLLM takes no new one before it; asynchronous scheduling gives it a list of its own
-                waiting.insert(0, [left[0], [*left[1]] if is_async else left[1], left[2]])
-                preempted += len(left[1]) % 3 != 0
-        elif waiting and len(batch) < SLOTS:
-            batch.append(waiting.pop(0))
-            added.append((len(batch) - 1, batch[-1][0], [1, 2], batch[-1][1]))
-        if runner != "V2":
-            tracker.update_state(BatchUpdate(len(batch), removed, added, moved))
-        else:
-            for row in [*(one[0] for one in added), *(one[1] for one in moved)]:
-                new = new_request(batch[row][0], [1, 2], batch[row][1])
-                new.req_id = batch[row][2]
-                made.add_request(row, new)
-            if batch:
-                made.prepare_inputs(v2_batch([*range(len(batch))], [1 + len(one[1]) for one in batch]), None)
-        if not batch:
-            continue
-        logits = torch.from_numpy(draw.normal(size=(len(batch), ACTIONS)).astype(np.float32))
-        actions, rows = table.draw(logits)
-        fresh, _ = sample_actions(logits, *rows[:6])
-        for row, (_, output, name) in enumerate(batch):
-            step = len(output)
-            if step % 3 == 0:
-                chosen[name] = fresh[row]
-            assert actions[row] == chosen[name]
-            if name == "r5":
-                returned.append((step, int(actions[row])))
-            output.append(-1)
-    assert not waiting, "all were meant to be served"
-    assert preempted > 20
-    kept = table.kept.read([17], STEPS)[0, :, 0]
-    assert returned
-    assert all(kept[step] == action for step, action in returned)
-    assert len(table.held.table) <= 4 * SLOTS + 65
-    table.forget("a test")
+    served = config("a test", every=2).model_config
+    with pytest.raises(ValueError, match="a server cannot hold them"):
+        ServedConfig.verify_and_update_model_config(served)
+    ServedConfig.verify_and_update_model_config(config("a test").model_config)
