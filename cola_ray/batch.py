@@ -319,9 +319,10 @@ class Batch:
     num_tokens_global: int  # over all ranks, prompts and observations included
     policy_version: int  # the version the learner holds when it trains on this
     pad_id: int
-    places: Array  # (N,) int64, of its sequences among those of all ranks, as they were given
     trains: bool = True  # else the learner measures, and the policy stays as it is
     mini_batches: tuple[tuple[MiniBatch, ...], ...] = ()  # of each pass; empty: the batch is its only one
+    # (N,) int64, of its sequences among those of all ranks, as they were given, where the loop is told of each
+    places: Array | None = None
 
     @property
     def computed_positions(self) -> int:
@@ -340,9 +341,7 @@ class Batch:
         rows, fields = [*mini_batch.rows], dict(vars(mini_batch))
         del fields["rows"]
         sequences, advantages = self.sequences.of(rows), self.advantages[rows]
-        return replace(
-            self, sequences=sequences, advantages=advantages, places=self.places[rows], mini_batches=(), **fields
-        )
+        return replace(self, sequences=sequences, advantages=advantages, mini_batches=(), places=None, **fields)
 
     def padded(self, start: int = 0, stop: int | None = None, width: int | None = None) -> Padded:
         """Rows ``start`` to ``stop``; by default all, as wide as the widest. They are fetched."""
@@ -394,6 +393,7 @@ def collate(
     policy_version: int,
     micro_batch_tokens: int,
     passes: Passes = (),
+    keep_places: bool = False,
 ) -> list[Batch]:
     """Sequences and their outcome advantages -> one batch a rank.
 
@@ -404,6 +404,7 @@ def collate(
 
     Args:
         passes: the sequences of each mini-batch. They are cut in the same way, and those without any action left out.
+        keep_places: batches know which of the sequences they have.
     """
     lengths, num_actions = sequences.num_tokens, sequences.num_actions
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -429,8 +430,9 @@ def collate(
     made = [[mini_batch(places) for places in parts if num_actions[places].any()] for parts in passes]
     return [
         Batch(
-            sequences.of(mine), outcomes[mine], *whole, policy_version, pad_id, np.asarray(mine, np.int64),
+            sequences.of(mine), outcomes[mine], *whole, policy_version, pad_id,
             mini_batches=tuple(tuple(part[rank] for part in parts) for parts in made),
+            places=np.asarray(mine, np.int64) if keep_places else None,
         )
         for rank, mine in enumerate(owned)
     ]  # fmt: skip

@@ -88,6 +88,7 @@ def in_order(batch: Batch, of_rows: Tensor) -> Array:
         batch: this rank's.
         of_rows: (rows,), those without a sequence among them.
     """
+    assert batch.places is not None, "whoever tells of sequences has their places kept"
     mine = torch.full((2, batch.num_rows), -1.0, dtype=torch.float64, device=of_rows.device)
     mine[0, : len(batch.places)] = torch.from_numpy(batch.places).to(mine)
     mine[1] = of_rows

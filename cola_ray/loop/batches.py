@@ -161,4 +161,5 @@ class BatchMaker:
             sequences, advantages, self.config.cluster.learner_ranks, self.workers.facts["pad_token_id"], step,
             rl.micro_batch_tokens,
             permuted(len(sequences), rl.num_minibatches, rl.updates_per_batch, self.config.seed, step),
+            keep_places=self.algorithm.critic and self.algorithm.soft_q,
         )  # fmt: skip

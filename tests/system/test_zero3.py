@@ -113,7 +113,9 @@ def batches(ranks: int, space: str) -> list[list[Batch]]:
         budget = 40 if ranks > 1 else 10**6
         rl = settings(space).rl
         passes = permuted(10, rl.num_minibatches, rl.updates_per_batch, 0, step)
-        steps.append(collate(pack(items), draw.normal(size=10).tolist(), ranks, 0, step, budget, passes))
+        steps.append(
+            collate(pack(items), draw.normal(size=10).tolist(), ranks, 0, step, budget, passes, space in ALONE)
+        )
     return steps
 
 

@@ -306,7 +306,7 @@ def sequences():
 def rank(number, size, port, out):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=size)
-    batch = collate(pack(sequences()), [float(i) for i in range(7)], size, 0, 0, 10**6)[number]
+    batch = collate(pack(sequences()), [float(i) for i in range(7)], size, 0, 0, 10**6, keep_places=True)[number]
     of_rows = torch.zeros(batch.num_rows)
     of_rows[: len(batch.advantages)] = torch.from_numpy(batch.advantages) + 0.5
     torch.save(torch.from_numpy(in_order(batch, of_rows)), f"{out}/{number}")

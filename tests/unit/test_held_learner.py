@@ -97,7 +97,7 @@ def test_the_gradient_is_that_of_sums_over_decisions(every, changes, mode):
     shape = (*one.actions.shape, K)
     logits, earlier, reference = (torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(3))
     logits.requires_grad_()
-    at, update = one.scored_mask, SimpleNamespace(config=config)
+    at, update = one.scored_mask, SimpleNamespace(config=config, follows_rewards=False)
     old = before_updates(score(earlier[at], reference[at], one, 1.0, 0), one, None, rl)
     loss, _ = policy_objective(
         logits[at], one, Frozen(None, reference[at]), Advantages(one.advantages), old, rl=rl, kl_coef=beta,
