@@ -131,7 +131,7 @@ def test_a_program_trains_the_policy_that_it_talks_to(played, tmp_path):
     task = json.loads((played.output / "config.json").read_text())["task"]
     (tmp_path / "player.py").write_text(PLAYER.replace("TASK)", f"TaskConfig(**{task!r}))"))
     run = Run("rl_agent", tmp_path, "--model.path", str(played.start), *RL, "--task.name", "program",
-              "--task.command", f"{sys.executable} player.py", "--rollout.stop", "?",
+              "--task.command", f"{sys.executable} player.py",
               "--rollout.environment-processes", "1")  # fmt: skip
     run.finish()
     assert list(run.series("reward/mean")) == [1, 2, 3, 4]
