@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,8 +80,32 @@ class _Process:
     def is_idle(self) -> bool:
         return not self.playing and not self.asking
 
+    async def start(self, command: Sequence[str], told: Mapping[str, str]) -> "asyncio.Task[None]":
+        """Start it; returns who keeps the end of what it prints.
+
+        Its output is a pipe of ours: asyncio's would have its ``wait`` wait for all that hold the other end, too.
+        """
+        reading, writing = os.pipe()
+        stream = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reading, "rb")
+        )
+        try:
+            self.running = await asyncio.create_subprocess_exec(
+                *command, env={**os.environ, **told}, start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
+                stdout=writing, stderr=writing,
+            )  # fmt: skip
+        finally:
+            os.close(writing)
+        return asyncio.create_task(self._listen(stream))
+
+    async def _listen(self, stream: asyncio.StreamReader) -> None:
+        while said := await stream.read(4096):
+            self.last_words = (self.last_words + said.decode(errors="replace"))[-_TAIL:]
+
     def kill(self) -> None:
-        if self.running is not None and self.running.returncode is None:
+        """With whatever it has started."""
+        if self.running is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.running.pid, signal.SIGKILL)
 
@@ -217,14 +241,12 @@ class Programs:
         """Start a program and see it to its end."""
         told = {"OPENAI_BASE_URL": self._url(episode), "OPENAI_API_KEY": "none", "COLA_RAY_SEED": str(episode.seed)}
         try:
-            process.running = await asyncio.create_subprocess_exec(
-                sys.executable, "-SEc", _TIED, *self.command, env={**os.environ, **told}, start_new_session=True,
-                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            )  # fmt: skip
-            assert process.running.stdout is not None
-            while said := await process.running.stdout.read(4096):
-                process.last_words = (process.last_words + said.decode(errors="replace"))[-_TAIL:]
+            listening = await process.start([sys.executable, "-SEc", _TIED, *self.command], told)
+            assert process.running is not None
             code = await process.running.wait()
+            process.kill()  # what it has started may go on, and hold its output open
+            await asyncio.wait([listening], timeout=1.0)
+            listening.cancel()
             words = process.last_words.strip().splitlines()
             why = f"its program ended with exit code {code} and no reward" + (f": {words[-1]}" if words else "")
         except OSError as error:

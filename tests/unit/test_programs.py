@@ -169,6 +169,10 @@ PLAYS = """
         ("import sys; print('no money'); sys.exit(3)", "its program ended with exit code 3 and no reward: no money"),
         (f"{PLAYS}\n    time.sleep(60)", "its program took longer than 1 s"),
         (f"{PLAYS}\n    sys.exit(0)", "its program ended with exit code 0 and no reward"),
+        (
+            "import subprocess, sys; subprocess.Popen(['sleep', '60']); sys.exit(4)",
+            "its program ended with exit code 4 and no reward",
+        ),
     ],
 )
 def test_what_goes_wrong_costs_its_own_episode(tmp_path, does, failure):
