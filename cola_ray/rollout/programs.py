@@ -237,6 +237,13 @@ class Programs:
         episode.quiet_since = time.monotonic()
         self._spawn(self._watch(episode, process))
 
+    def _take_back(self, episode: _Playing, process: _Process) -> None:
+        """An episode that its program has not heard of goes to the next one."""
+        process.playing.discard(episode)
+        del self.homes[episode.key]
+        self.waiting.appendleft(episode)
+        self._hand_out()
+
     async def _run(self, process: _Process, episode: _Playing) -> None:
         """Start a program and see it to its end."""
         told = {"OPENAI_BASE_URL": self._url(episode), "OPENAI_API_KEY": "none", "COLA_RAY_SEED": str(episode.seed)}
@@ -368,6 +375,10 @@ class Programs:
             try:
                 self._hand_out()
                 episode = await asked
+            except asyncio.CancelledError:  # whoever asked is gone
+                if asked.done() and not asked.cancelled():
+                    self._take_back(asked.result(), process)
+                raise
             finally:
                 process.asking -= 1
         return web.json_response({"base_url": self._url(episode), "seed": episode.seed})

@@ -155,6 +155,33 @@ def test_a_program_that_asks_for_episodes_plays_many_at_once(tmp_path):
     assert {episode.failure for episode in episodes} == {""}
 
 
+def test_who_asks_and_goes_away_gets_no_episode():
+    async def asked():
+        programs = Programs("sleep 60", lambda: Conversation(CHAT, ENDINGS), Limits(1, 20.0, 5, 1000))
+        first = asyncio.create_task(programs.play(0, 0, speaker()))
+        while not programs.processes:
+            await asyncio.sleep(0.01)
+        (key,) = programs.processes
+        url = f"{programs.address}/{key}/v1/episodes"
+        await asyncio.to_thread(post, url, {})
+        _, gone = await asyncio.open_connection(*programs.runner.addresses[0])
+        gone.write(f"POST /{key}/v1/episodes HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+        while not programs.askers:
+            await asyncio.sleep(0.01)
+        gone.close()
+        while not programs.askers[0][1].done():
+            await asyncio.sleep(0.01)
+        second = asyncio.create_task(programs.play(1, 1, speaker()))
+        status, given = await asyncio.to_thread(post, url, {})
+        for one in programs.playing.values():
+            one.end()
+        await asyncio.gather(first, second)
+        await programs.close()
+        return status, given["seed"]
+
+    assert asyncio.run(asyncio.wait_for(asked(), 30.0)) == (200, 1)
+
+
 PLAYS = """
     import os, sys, time
     from openai import OpenAI
