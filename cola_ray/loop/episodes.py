@@ -339,7 +339,9 @@ class Episodes:
 
 
 def _turn_rewards(episode: Episode, whole_state: bool) -> gigpo.TurnRewards:
-    states = [turn.state_ids for turn in episode.turns] if whole_state else episode.observations
+    states = [turn.state_ids for turn in episode.turns]
+    if not whole_state:  # where an agent program has begun a conversation anew, all of it is what is seen
+        states = [seen if len(seen) else state for seen, state in zip(episode.observations, states, strict=True)]
     return gigpo.TurnRewards([turn.reward for turn in episode.turns], [ids.tobytes() for ids in states])
 
 

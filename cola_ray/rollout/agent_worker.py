@@ -114,7 +114,7 @@ class AgentWorker(EngineWorker):
         self, one: Callable[[T, Submit], Coroutine[Any, Any, Made]], items: Sequence[T]
     ) -> list[Made]:
         """Run ``one(item, submit)`` for all items at once; results in order. ``submit`` goes to the engine."""
-        if not self.config.rollout.in_rounds:
+        if self.programs is not None or not self.config.rollout.in_rounds:
             return await asyncio.gather(*(one(item, self._submit) for item in items))
         rounds = Rounds(len(items), self._submit)
 

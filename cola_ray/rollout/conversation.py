@@ -75,11 +75,14 @@ class Conversation:
                 message.pop("tool_calls", None)  # they are part of what was sampled
             else:
                 retokenised += 1
-        tools = _listed(body, "tools") if body.get("tool_choice") != "none" else []
+        tools = [_tool(one) for one in _listed(body, "tools")] if body.get("tool_choice") != "none" else []
         try:
-            return State(self.chat.conversation_ids(messages, said, tools), len(messages), retokenised)
-        except ValueError as error:
-            raise RefusedError(str(error)) from None
+            ids = self.chat.conversation_ids(messages, said, tools)
+        except Exception as error:  # a template may raise anything about what it is given
+            raise RefusedError(f"messages: {str(error) or type(error).__name__}") from None
+        if not ids:
+            raise RefusedError("messages: there is nothing in them")
+        return State(ids, len(messages), retokenised)
 
     def answer(self, body: Body, state: State, utterances: Sequence[Any]) -> dict[str, Any]:
         """The JSON for utterances in this state, one a choice; what is answered is known from here on.
@@ -145,6 +148,13 @@ def _listed(body: Body, name: str) -> list[Any]:
     return value
 
 
+def _tool(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = value.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RefusedError(f"tools: {dict(value)!r:.60}; give functions, each with a name")
+    return value
+
+
 def _message(value: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates read it: its content as text, arguments of calls as objects."""
     role, content, calls = value.get("role"), value.get("content"), value.get("tool_calls")
@@ -158,6 +168,7 @@ def _message(value: Mapping[str, Any]) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         raise RefusedError(f"messages: content = {content!r:.60}; give text")
     further = {name: value[name] for name in ("name", "tool_call_id") if isinstance(value.get(name), str)}
+    role = "system" if role == "developer" else role  # OpenAI's newer name of it, which templates do not know
     return {"role": role, "content": content or "", **further, **({"tool_calls": _as_read(calls)} if calls else {})}
 
 

@@ -74,6 +74,7 @@ class _Process:
     running: asyncio.subprocess.Process | None = None
     playing: "set[_Playing]" = field(default_factory=set)
     asking: int = 0  # requests for an episode that wait
+    idle_since: float = 0.0  # when it last had an episode
     last_words: str = ""
 
     @property
@@ -213,7 +214,8 @@ class Programs:
         process = self.homes.pop(episode.key, None)
         if process is not None:
             process.playing.discard(episode)
-            self._spawn(self._send_home(process))
+            if process.is_idle:
+                self._spawn(self._send_home(process))
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
@@ -240,13 +242,15 @@ class Programs:
     def _take_back(self, episode: _Playing, process: _Process) -> None:
         """An episode that its program has not heard of goes to the next one."""
         process.playing.discard(episode)
-        del self.homes[episode.key]
-        self.waiting.appendleft(episode)
-        self._hand_out()
+        self.homes.pop(episode.key, None)
+        if not episode.ended.done():
+            self.waiting.appendleft(episode)
+            self._hand_out()
 
     async def _run(self, process: _Process, episode: _Playing) -> None:
         """Start a program and see it to its end."""
-        told = {"OPENAI_BASE_URL": self._url(episode), "OPENAI_API_KEY": "none", "COLA_RAY_SEED": str(episode.seed)}
+        told = {"OPENAI_BASE_URL": self._url(episode), "OPENAI_API_KEY": "none", "COLA_RAY_SEED": str(episode.seed),
+                "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))}  # fmt: skip
         try:
             listening = await process.start([sys.executable, "-SEc", _TIED, *self.command], told)
             assert process.running is not None
@@ -265,7 +269,7 @@ class Programs:
 
     async def _watch(self, episode: _Playing, process: _Process) -> None:
         """End an episode whose program is quiet for too long."""
-        while not episode.ended.done():
+        while not episode.ended.done() and self.homes.get(episode.key) is process:
             limit = self.limits.quiet_s if episode.heard else START_S
             left = limit if episode.busy else episode.quiet_since + limit - time.monotonic()
             if left > 0:
@@ -277,9 +281,10 @@ class Programs:
             episode.end(f"its program took longer than {limit:g} s")
 
     async def _send_home(self, process: _Process) -> None:
-        """End a program that neither plays nor asks, and does not end by itself."""
+        """End a program that neither plays nor asks for long, and does not end by itself."""
+        idle_since = process.idle_since = time.monotonic()
         await asyncio.sleep(self.limits.quiet_s)
-        if process.is_idle:
+        if process.is_idle and process.idle_since == idle_since:
             process.kill()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -319,12 +324,14 @@ class Programs:
         return f"{self.address}/{episode.key}/v1"
 
     async def _complete(self, request: web.Request) -> web.Response:
-        episode = self._episode(request)
+        episode, body, limits = self._episode(request), await _body(request), self.limits
         with episode.working():
-            body, limits = await _body(request), self.limits
             if body.get("stream"):
                 raise RefusedError("stream: answers come whole while a model is trained; leave it out")
-            count, most = _whole(body, "n", 1, _MAX_CHOICES), body.get("max_completion_tokens", body.get("max_tokens"))
+            count, most = (
+                _whole(body, "n", 1, _MAX_CHOICES),
+                body.get("max_completion_tokens") or body.get("max_tokens"),
+            )
             longest = 0 if most is None else _whole({"max_tokens": most}, "max_tokens", 1, 1 << 30)
             state = episode.conversation.state(body)
             if len(state.ids) > limits.max_state_tokens:
@@ -339,18 +346,25 @@ class Programs:
                     "reward", "max_turns",
                 )  # fmt: skip
             episode.num_asked = turns.stop
-            said = await asyncio.gather(*(episode.generate(state.ids, turn, longest) for turn in turns))
+            try:
+                said = await asyncio.gather(*(episode.generate(state.ids, turn, longest) for turn in turns))
+            except Exception as error:  # the engine's, and no fault of the program
+                if not episode.ended.done():
+                    episode.ended.set_exception(error)
+                raise _over() from None
             if episode.ended.done():
                 raise _over()
+            answer = episode.conversation.answer(body, state, said)
             episode.turns += [(state.ids, one) for one in said]
             episode.rewards += [0.0] * count
             episode.num_retokenised += state.retokenised
-            return web.json_response(episode.conversation.answer(body, state, said))
+            return web.json_response(answer)
 
     async def _reward(self, request: web.Request) -> web.Response:
-        episode = self._episode(request)
+        episode, body = self._episode(request), await _body(request)
         with episode.working():
-            body = await _body(request)
+            if episode.ended.done():
+                raise _over()
             done = body.get("done", True)
             if not isinstance(done, bool):
                 raise RefusedError(f"done = {done!r:.60}: give true or false")
@@ -368,7 +382,7 @@ class Programs:
         if process is None:
             raise RefusedError("episodes: ask at the address that the program was started with")
         episode, process.own = process.own, None
-        if episode is None:
+        if episode is None or episode.ended.done():
             asked: asyncio.Future[_Playing] = asyncio.get_running_loop().create_future()
             self.askers.append((process, asked))
             process.asking += 1
@@ -418,7 +432,7 @@ async def _in_openais_words(
 async def _body(request: web.Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.read())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RefusedError(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise RefusedError("the body is not a JSON object")

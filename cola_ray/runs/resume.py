@@ -132,7 +132,7 @@ def _changed_settings(config: Config, job: str) -> list[str]:
 
 def _has_free_fields(branch: str) -> bool:
     """Whether the user chooses the names of the fields of this branch, as in ``task.options``."""
-    return branch in ("task.options", "task.columns", "task.splits", "pretrain.steps")
+    return branch in ("task.options", "task.columns", "task.splits", "pretrain.steps", "data.chat_options")
 
 
 def _same(now: Any, recorded: Any) -> bool:

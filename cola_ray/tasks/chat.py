@@ -12,7 +12,7 @@ question, is tokenised as ordinary characters.
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -207,7 +207,7 @@ class ChatTokenizer:
 
     def _filled_ids(self, messages: Sequence[Message], said: Mapping[int, Sequence[int]], **options: Any) -> list[int]:
         """Tokenise piece by piece, between the template's control tokens and what has ids already."""
-        whole = "".join(message["content"] for message in messages)
+        whole = "".join(_strings([messages, options]))
         # Placeholders hide what was typed, and hold places for ids, while the template's control tokens are found.
         mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in whole)
         typed: list[str] = []
@@ -216,10 +216,10 @@ class ChatTokenizer:
             typed.append(match.group())
             return f"{mark}{len(typed) - 1}{mark}"
 
-        hidden = [
-            {**message, "content": f"{mark}ids{place}{mark}" if place in said else
-             self._control.sub(hide, message["content"])} for place, message in enumerate(messages)
-        ]  # fmt: skip
+        hidden = [_with_strings(message, lambda text: self._control.sub(hide, text)) for message in messages]
+        for place in said:
+            hidden[place]["content"] = f"{mark}ids{place}{mark}"
+        options = _with_strings(options, lambda text: self._control.sub(hide, text))
         text, found, start = self._render(hidden, **options), list[int](), 0
         for token in [*re.finditer(f"{self._control.pattern}|{mark}ids(\\d+){mark}", text), None]:
             piece = text[start : token.start() if token else len(text)]
@@ -253,6 +253,28 @@ class ChatTokenizer:
                 list(messages), tokenize=False, strftime_now=self._day.strftime, **self.options, **options
             )  # type: ignore[arg-type]
         )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in lists and objects, names of fields among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _strings(name)
+            yield from _strings(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """The same with each text changed, but for names of fields."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _with_strings(inner, change) for name, inner in value.items()}
+    return [_with_strings(inner, change) for inner in value] if isinstance(value, Sequence) else value
 
 
 def _messages(prompt: Prompt) -> Sequence[Message]:
