@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cola_ray.tasks.chat import ROLES, ChatTokenizer
+from cola_ray.tasks.chat import ROLES, ChatTokenizer, as_content
 from cola_ray.tasks.endings import Endings
 
 Array = np.ndarray
@@ -160,16 +160,13 @@ def _message(value: Mapping[str, Any]) -> dict[str, Any]:
     role, content, calls = value.get("role"), value.get("content"), value.get("tool_calls")
     if role not in ROLES:
         raise RefusedError(f"messages: role = {role!r:.60}; use one of {', '.join(ROLES)}")
-    if isinstance(content, list):  # parts
-        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        content = None if None in parts else "".join(map(str, parts))
-        if content is None:
-            raise RefusedError("messages: a content has parts that are not text; the model reads text only")
-    if content is not None and not isinstance(content, str):
-        raise RefusedError(f"messages: content = {content!r:.60}; give text")
+    try:
+        text = "" if content is None else as_content(content)
+    except ValueError as error:
+        raise RefusedError(f"messages: {error}") from None
     further = {name: value[name] for name in ("name", "tool_call_id") if isinstance(value.get(name), str)}
     role = "system" if role == "developer" else role  # OpenAI's newer name of it, which templates do not know
-    return {"role": role, "content": content or "", **further, **({"tool_calls": _as_read(calls)} if calls else {})}
+    return {"role": role, "content": text, **further, **({"tool_calls": _as_read(calls)} if calls else {})}
 
 
 def _as_read(calls: Any) -> list[dict[str, Any]]:

@@ -47,6 +47,13 @@ class Utterance:
         said = self.hidden_states[start + 1 :]
         return state, said.mean(0) if len(said) else state
 
+    def as_turn(self, state: Sequence[int], reward: float, observation: Sequence[int]) -> Turn:
+        """With the ids that it was said in, what it brought, and the ids of what it was answered."""
+        return Turn(
+            np.asarray(state, np.int64), self.token_ids, self.actions, self.log_probs, self.versions, reward,
+            np.asarray(observation, np.int64), *self.features(),
+        )  # fmt: skip
+
 
 class Generate(Protocol):
     def __call__(self, ids: Sequence[int], turn: int, longest: int = 0, /) -> Awaitable[Utterance]:
@@ -140,11 +147,6 @@ class _Record:
         # Where the environment failed at the last utterance, that has neither a reward nor an observation after it.
         observations = [*self.segments[2::2], []]
         for (state, said), reward, observation in zip(self.said, [*self.rewards, 0.0], observations, strict=False):
-            turns.append(
-                Turn(
-                    np.asarray(state, np.int64), said.token_ids, said.actions, said.log_probs, said.versions, reward,
-                    np.asarray(observation, np.int64), *said.features(),
-                )
-            )  # fmt: skip
+            turns.append(said.as_turn(state, reward, observation))
         last = None if final is None else final.features()[0]
         return Episode(self.position, tuple(turns), terminated, "".join(self.texts), last, failure)

@@ -30,7 +30,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from aiohttp import web
 
 from cola_ray.experience import Episode, Turn
@@ -38,7 +37,6 @@ from cola_ray.rollout.conversation import Conversation, RefusedError
 from cola_ray.rollout.episode import Generate, Utterance
 from cola_ray.tasks.protocol import not_a_reward
 
-Array = np.ndarray
 START_S = 300.0
 """Seconds that a program may take to its first request: it may have much to import."""
 _MAX_BODY = 4 << 20  # bytes of a request
@@ -151,12 +149,7 @@ class _Playing:
             news = state[len(before) :] if state[: len(before)] == before else state
             text += decode(news) + decode(said.token_ids.tolist())
             answered = after[len(whole) :] if after[: len(whole)] == whole else []
-            turns.append(
-                Turn(
-                    np.asarray(state, np.int64), said.token_ids, said.actions, said.log_probs, said.versions, reward,
-                    np.asarray(answered, np.int64), *said.features(),
-                )
-            )  # fmt: skip
+            turns.append(said.as_turn(state, reward, answered))
             before = whole
         return Episode(
             self.position, tuple(turns), not failure, text, failure=failure, retokenised=self.num_retokenised

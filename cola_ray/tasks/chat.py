@@ -55,14 +55,23 @@ def _as_message(value: object) -> dict[str, str]:
         raise ValueError(f"{str(value)[:80]!r} is no chat message; one has a role ({', '.join(ROLES)}) and a content")
     if value.get("tool_calls"):
         raise ValueError("a chat message has tool_calls, which are not supported; leave such rows out")
-    content = value.get("content")
-    if isinstance(content, Sequence) and not isinstance(content, str):  # parts, as in OpenAI's API
+    return {"role": value["role"], "content": as_content(value.get("content"))}
+
+
+def as_content(value: object) -> str:
+    """Read a chat message's content: text, or parts of text as in OpenAI's API.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    content = value
+    if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else None
     if not isinstance(content, str):
-        raise ValueError(f"the content of a chat message is {str(value.get('content'))[:80]!r}, not text")
-    return {"role": value["role"], "content": content}
+        raise ValueError(f"the content of a chat message is {str(value)[:80]!r}, not text")
+    return content
 
 
 def as_text(prompt: Prompt) -> str:
