@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near
+from test_pretrain import PlainEngine
 
 from cola_ray.algorithms.spans import Spans, starts_of
 from cola_ray.learner.corpus import pack
@@ -233,22 +234,6 @@ def test_reachable_tokens_and_covered_spans(every, cola, rows):
     assert (float(sums["reachable"]), float(sums["states"])) == (reachable, 32)
 
 
-class PlainEngine:
-    device, rank, world_size = torch.device("cpu"), 0, 1
-
-    def __init__(self, module):
-        self.engine, self.module = self, module
-
-    def __call__(self, *args):
-        return self.module(*args)
-
-    def backward(self, loss, last):
-        loss.backward()
-
-    def step(self, lr):
-        return 0.0
-
-
 @pytest.mark.parametrize("stage", ["actions", "policy"])
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_a_step_divides_by_what_was_decided_or_said(stage, micro_batch_size, cola, rows, monkeypatch):
@@ -259,7 +244,7 @@ def test_a_step_divides_by_what_was_decided_or_said(stage, micro_batch_size, col
         "model.num_actions": NUM_ACTIONS, "model.action_every": 2,
     })  # fmt: skip
     module = stage_module(stage, lasting(cola, 2), balance_coef=0.0)
-    metrics, counts = corpus_step(changed, PlainEngine(module), rows, stage, 0, 0.1)
+    metrics, counts = corpus_step(changed, PlainEngine(module, rank=0, world_size=1), rows, stage, 0, 0.1)
     ids, places, mask, steps = tensors(rows)
     spans = whole_spans(rows, 2)
     assert float(counts.sum()) == len(spans)
