@@ -97,7 +97,7 @@ def measure_tokenisation(folder: Path, processes: int) -> dict[str, Any]:
         print(line, flush=True)
 
     chat = ChatTokenizer(AutoTokenizer.from_pretrained(where), "2026-01-01")
-    (made,) = tokenise(data, where, chat, folder / "cache", keep, part_mb=FILE_MB)
+    (made,) = tokenise(data, chat, folder / "cache", keep, part_mb=FILE_MB)
     spent = json.loads((folder / STATE).read_text())
     parts = read_manifest(made)["parts"]
     tokens, size = sum(part["tokens"] for part in parts), sum(file.stat().st_size for file in made.glob("*.arrow"))

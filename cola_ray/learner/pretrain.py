@@ -94,7 +94,7 @@ def _run_stage(
     report.doing(f"{stage}: reading the corpus")
     tokenizer = AutoTokenizer.from_pretrained(source)
     chat = ChatTokenizer(tokenizer, config.data.date, config.data.chat_options)
-    rows = _load_rows(config, stage, task, chat, source, report)
+    rows = _load_rows(config, stage, task, chat, report)
     report.doing(f"{stage}: opening the model")
     shape, tensors = conversion.opened(source)
     model = empty(_kind(stage), shape, getattr(torch, config.model.dtype))
@@ -252,7 +252,7 @@ def revive_dead_codes(model: CoLAForCausalLM, counts: Tensor, seed: int) -> int:
 
 
 def _load_rows(
-    config: Config, stage: PretrainStage, task: Prompts | PlayedTask | None, chat: ChatTokenizer, tokenizer: Path,
+    config: Config, stage: PretrainStage, task: Prompts | PlayedTask | None, chat: ChatTokenizer,
     report: Report,
 ) -> Rows:  # fmt: skip
     settings = config.pretrain
@@ -261,7 +261,7 @@ def _load_rows(
     if not config.data.path:
         documents, _ = load_documents(config.data, task, chat, length)
         return pack(documents, length, pad, responses)
-    bundles, counts = _shared_by_ranks(config, chat, tokenizer, lambda line: report.doing(f"{stage}: {line}"))
+    bundles, counts = _shared_by_ranks(config, chat, lambda line: report.doing(f"{stage}: {line}"))
     if stage.startswith("fta") and not all(one.documents.are_pairs for one in bundles):
         raise ValueError(
             f"pretrain.stages: {stage} needs prompt/response pairs; data.path = {config.data.path!r} has text"
@@ -270,9 +270,7 @@ def _load_rows(
     return ShardedRows(pools, config.data.weights or (1.0,), pad, responses)
 
 
-def _shared_by_ranks(
-    config: Config, chat: ChatTokenizer, tokenizer: Path, say: Say
-) -> tuple[list[Bundles], list[np.ndarray]]:
+def _shared_by_ranks(config: Config, chat: ChatTokenizer, say: Say) -> tuple[list[Bundles], list[np.ndarray]]:
     """The corpus of ``data.path`` and its bundles' rows, which the first rank makes on disk; a collective.
 
     Sources with weights are shuffled by themselves, those without among each other.
@@ -282,7 +280,7 @@ def _shared_by_ranks(
     group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     rank, found = torch.distributed.get_rank(), list[Any]([None])
     if rank == 0:
-        found = [tokenise(data, tokenizer, chat, cache, say)]
+        found = [tokenise(data, chat, cache, say)]
     torch.distributed.broadcast_object_list(found, group=group)
     pools = [[folder] for folder in found[0]] if data.weights else [found[0]]
     bundles = [Bundles(Documents(folders), config.seed, config.pretrain.sequence_length) for folders in pools]

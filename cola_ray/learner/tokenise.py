@@ -3,7 +3,7 @@
     sources ──parts_of──> parts ──child processes: read, tokenise, write──> FOLDER/part-*.arrow ──> FOLDER/corpus.json
     shards  ──members of each bundle, packed──> rows-*.npy, how many rows each bundle has
 
-    folders = tokenise(data, "TOKENIZER", chat, cache, say)       one folder for each source
+    folders = tokenise(data, chat, cache, say)                    one folder for each source
     bundles = ...; counts = counted_rows(bundles, cache, processes, say)
 
 A folder's name ends with a digest of the source's files, the tokenizer and the settings that ids depend on, so that
@@ -11,12 +11,14 @@ what has changed is tokenised anew, beside the old. A part is there or it is not
 the parts that are missing. Children (:mod:`cola_ray.learner.tokenise_part`) end with the process that started them.
 """
 
+import base64
 import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import re
 import secrets
 import subprocess
@@ -47,14 +49,10 @@ _AT_ONCE = 64  # bundles that a child counts in one request
 Say = Callable[[str], None]
 
 
-def tokenise(
-    data: DataConfig, tokenizer: Path, chat: ChatTokenizer, cache: Path, say: Say, part_mb: int = PART_MB
-) -> list[Path]:
+def tokenise(data: DataConfig, chat: ChatTokenizer, cache: Path, say: Say, part_mb: int = PART_MB) -> list[Path]:
     """Make the shards of every source, or find them made. One process calls.
 
     Args:
-        tokenizer: its folder, for the children.
-        chat: the same tokenizer.
         cache: where folders of shards are; several runs may share it.
         say: is told what is going on, about once a second.
 
@@ -77,7 +75,7 @@ def tokenise(
             if not (folder / MANIFEST).exists():
                 try:
                     parts = parts_of(source, data.streaming, part_mb)
-                    made = _make_parts(parts, data, tokenizer, chat, folder, say)
+                    made = _make_parts(parts, data, chat, folder, say)
                 except ValueError as error:
                     raise ValueError(f"{named}: {error}") from None
                 _write_json(folder / MANIFEST, {"source": source, "fingerprint": digest, "of": fingerprint,
@@ -164,7 +162,7 @@ def _alone(folder: Path, say: Say) -> Iterator[None]:
 
 
 def _make_parts(
-    parts: Sequence[Part], data: DataConfig, tokenizer: Path, chat: ChatTokenizer, folder: Path, say: Say
+    parts: Sequence[Part], data: DataConfig, chat: ChatTokenizer, folder: Path, say: Say
 ) -> list[dict[str, Any]]:
     """What the parts have, in order; those that are there already are not made again."""
     names = [f"part-{number:06d}" for number in range(len(parts))]
@@ -174,7 +172,8 @@ def _make_parts(
         staging.unlink(missing_ok=True)
     asked = [{"part": dataclasses.asdict(parts[index]), "target": str(folder / f"{names[index]}.arrow")}
              for index in missing]  # fmt: skip
-    setup = {"tokenizer": str(tokenizer), "date": chat.date, "data": data.model_dump(mode="json")}
+    # As it is here: to find out again what class it has, transformers' AutoTokenizer would import torch.
+    setup = {"chat": base64.b64encode(pickle.dumps(chat)).decode(), "data": data.model_dump(mode="json")}
     began, kept = time.monotonic(), len(parts) - len(missing)
 
     def done(index: int, answer: dict[str, Any]) -> None:

@@ -1,13 +1,15 @@
 """A child process that makes shards of parts of a corpus, and counts the rows of bundles. ``tokenise.py`` starts it.
 
-stdin   {"tokenizer", "date", "data"}    once; then requests:
+stdin   {"chat", "data"}                 once, with the tokenizer as a pickle; then requests:
         {"part", "target"}               ──> {"tokens", "rows", "done": false} ... {"file", "documents", ..., "done"}
         {"count"}                        ──> {"rows": [...], "done"}
 stdout  an answer a line; {"error"} ends it. It ends with its stdin, or with the process that started it.
 """
 
+import base64
 import json
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -45,7 +47,7 @@ def main() -> None:
             if "count" in request:
                 say({"rows": _counted(**request["count"])}, done=True)
                 continue
-            chat = chat or _chat(setup)
+            chat = chat or pickle.loads(base64.b64decode(setup["chat"]))
             data = DataConfig.model_validate(setup["data"])
             say(make_shard(Part(**request["part"]), data, chat, Path(request["target"]), say), done=True)
         except (ValueError, OSError) as error:
@@ -90,13 +92,6 @@ def _whole(row: Row | ValueError) -> Row:
 
 def _counted(folders: list[str], seed: int, length: int, first: int, end: int) -> list[int]:
     return count_rows(Bundles(Documents([Path(folder) for folder in folders]), seed, length), first, end)
-
-
-def _chat(setup: dict[str, Any]) -> ChatTokenizer:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"])
-    return ChatTokenizer(tokenizer, setup["date"], setup["data"]["chat_options"])
 
 
 def _own_stdout() -> TextIO:

@@ -93,7 +93,7 @@ def on_disk(folder):
         file = folder / f"{name}.jsonl"
         file.write_text("\n".join(map(json.dumps, rows)))
         data = preset("tiny").data.model_copy(update={"path": str(file), "processes": 1})
-        made = tokenise(data, folder, chat, folder / "cache", lambda _: None)
+        made = tokenise(data, chat, folder / "cache", lambda _: None)
         bundles = Bundles(Documents(made), 0, LENGTH)
         pools.append(Pool(bundles, counted_rows(bundles, made, folder / "cache", 1, lambda _: None)))
     return ShardedRows(pools, (3.0, 1.0), 0, response_only=True)
