@@ -377,7 +377,6 @@ class LatentEngine(Engine):
         self.last_blocks: dict[str, list[int]] = {}
         self.without_states: dict[str, tuple[str, Completion]] = {}  # request that computes them -> whose, and the rest
         self.keeps_states = keep_hidden_states
-        self.keeps_states = keep_hidden_states
         if keep_hidden_states:
             self._remember_blocks(self.scheduler.kv_cache_manager)
 
