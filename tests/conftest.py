@@ -11,7 +11,7 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -251,6 +251,33 @@ def cola_dir(cola: CoLAForCausalLM, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
+def on_ranks(function: Callable[..., None], size: int, *args: object) -> None:
+    """Call ``function(rank, *args)`` in each of ``size`` processes that are one group, forked from this one."""
+    together = (size, free_port(), function, args)
+    torch.multiprocessing.start_processes(_as_rank, together, nprocs=size, start_method="fork")
+
+
+def _as_rank(rank: int, size: int, port: int, function: Callable[..., None], args: Sequence[object]) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    function(rank, *args)
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """torch's process group with nobody else in it."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     """A learner's process group with nobody else in it."""
@@ -258,10 +285,8 @@ def one_rank() -> Iterator[None]:
 
     from cola_ray.learner.engine import join_group
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(free_port())
     join_group("gloo")
     yield
     torch.distributed.destroy_process_group()

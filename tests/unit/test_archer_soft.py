@@ -3,11 +3,11 @@
 import copy
 import itertools
 import math
-import socket
 
 import numpy as np
 import pytest
 import torch
+from conftest import on_ranks
 from micro_batches import micro_batch
 
 from cola_ray.algorithms import archer, archer_soft, etpo
@@ -185,19 +185,6 @@ def test_a_critic_that_is_told_soft_advantages_has_soft_values():
 # --- the learner's Q --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def alone():
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def learner_of(width, num_actions, **changes):
     fixed = {"lr": 1e-2, "tau": 0.05, "grad_clip": 10.0, "steps": 1, "seed": 0}
     return PathQLearner(width, num_actions, torch.device("cpu"), **fixed | changes)
@@ -303,17 +290,14 @@ def sequences():
     return made
 
 
-def rank(number, size, port, out):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=size)
-    batch = collate(pack(sequences()), [float(i) for i in range(7)], size, 0, 0, 10**6, keep_places=True)[number]
+def rank(number, out):
+    batch = collate(pack(sequences()), [float(i) for i in range(7)], 2, 0, 0, 10**6, keep_places=True)[number]
     of_rows = torch.zeros(batch.num_rows)
     of_rows[: len(batch.advantages)] = torch.from_numpy(batch.advantages) + 0.5
     torch.save(torch.from_numpy(in_order(batch, of_rows)), f"{out}/{number}")
-    torch.distributed.destroy_process_group()
 
 
 def test_what_ranks_found_comes_back_in_order(tmp_path):
-    torch.multiprocessing.spawn(rank, (2, free_port(), str(tmp_path)), nprocs=2)
+    on_ranks(rank, 2, tmp_path)
     for number in range(2):
         assert torch.load(tmp_path / str(number)).tolist() == [i + 0.5 for i in range(7)]

@@ -17,20 +17,10 @@ from cola_ray.model.modeling_cola import QHead
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 
+pytestmark = pytest.mark.usefixtures("alone")
 K, LENGTH, GAMMA = 2, 3, 0.9
 PREFIXES = [prefix for n in range(LENGTH + 1) for prefix in itertools.product(range(K), repeat=n)]
 SEQUENCES = [prefix for prefix in PREFIXES if len(prefix) == LENGTH]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    if not torch.distributed.is_initialized():
-        store = tmp_path_factory.mktemp("group") / "store"
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        yield
-        torch.distributed.destroy_process_group()
-    else:
-        yield
 
 
 class Table(torch.nn.Module):

@@ -1,11 +1,11 @@
 """ETPO's theory, solved exactly: fixed point, consistency of action-wise and utterance-wise backups, gradients."""
 
 import itertools
-import socket
 
 import numpy as np
 import pytest
 import torch
+from conftest import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro_batches import micro_batch
@@ -138,16 +138,6 @@ def test_targets_by_hand_skip_observations_and_end_where_the_episode_does():
     assert float(ended[0, -1]) == 2.0
 
 
-@pytest.fixture(scope="module")
-def alone():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_equal_outcomes_move_no_action(alone):
     """Q of actions that were taken and of those that were not stays the same, exactly: there is nothing to prefer."""
     draw = torch.Generator().manual_seed(0)
@@ -234,24 +224,18 @@ def draws(rows):
     return Encoded(batch, e[rows], batch.rewards), Distributions(policy[scored], reference[scored])
 
 
-def rank(number, size, port, out):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=size)
+def rank(number, size, out):
     learner = SoftQLearner(4, 3, torch.device("cpu"), lr=1e-2, tau=0.1, grad_clip=1.0, steps=3, seed=0)
     count = int(draws(slice(0, 6))[0].batch.action_mask.sum())
     encoded, distributions = draws(slice(0, 6) if size == 1 else slice(3 * number, 3 * number + 3))
     for _ in range(5):
         learner.fit([encoded], [distributions], count, 0.3)
     torch.save(learner.state_dict()["target"], f"{out}/{size}-{number}")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_fit_the_same_q_as_one(tmp_path):
     for size in (1, 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        torch.multiprocessing.spawn(rank, (size, port, str(tmp_path)), nprocs=size)
+        on_ranks(rank, size, size, tmp_path)
     alone, *both = [torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1")]
     for name, tensor in alone.items():
         torch.testing.assert_close(both[0][name], tensor, atol=1e-5, rtol=1e-5)

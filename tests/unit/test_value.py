@@ -1,12 +1,11 @@
 """PPO's value side: GAE against a brute force over lists, and two ranks against one."""
 
 import copy
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from conftest import on_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from micro_batches import micro_batch
@@ -216,9 +215,7 @@ def test_a_head_with_a_clip_learns_as_if_its_loss_were_trls(alone, cliprange):
     assert all(same) == (cliprange == 1e6)
 
 
-def rank(number: int, size: int, port: int, out: str, gae_level: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=size)
+def rank(number, size, out, gae_level):
     learner = ValueLearner(
         WIDTH, torch.device("cpu"), lr=1e-2, grad_clip=1.0, decay=0.9, whiten=True, steps=3, seed=0,
         gae_level=gae_level,
@@ -231,16 +228,12 @@ def rank(number: int, size: int, port: int, out: str, gae_level: str) -> None:
         learner.fit(mine, returns, count)
     found = torch.cat([one.values for one in advantages])
     torch.save([learner.state_dict()["online"], found], f"{out}/{size}-{number}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("gae_level", ["token", "turn"])
 def test_two_ranks_fit_the_same_head_as_one(tmp_path, gae_level):
     for size in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(rank, (size, port, str(tmp_path), gae_level), nprocs=size)
+        on_ranks(rank, size, size, tmp_path, gae_level)
     alone, *both = [torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1")]
     for name, tensor in alone[0].items():
         torch.testing.assert_close(both[0][0][name], tensor, atol=1e-5, rtol=1e-5)
