@@ -105,6 +105,6 @@ def test_stages_on_two_ranks_train_as_a_plain_process(cola_dir, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(rank_of, (port, str(cola_dir), str(tmp_path)), nprocs=2)
+    mp.start_processes(rank_of, (port, str(cola_dir), str(tmp_path)), nprocs=2, start_method="fork")
     for stage, losses in torch.load(tmp_path / "losses.pt").items():
         assert losses == pytest.approx(plain(stage, cola_dir), rel=1e-5), stage

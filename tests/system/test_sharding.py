@@ -91,4 +91,4 @@ def test_each_of_four_ranks_loads_a_quarter(cola_dir, base_dir):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(rank_of, (port, cola_dir, base_dir), nprocs=RANKS)
+    mp.start_processes(rank_of, (port, cola_dir, base_dir), nprocs=RANKS, start_method="fork")

@@ -125,7 +125,9 @@ def spawned(loop, ranks: int, space: str, model_dir: Path, out: Path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        mp.spawn(zero_rank, (loop, ranks, port, space, str(model_dir), str(out)), nprocs=ranks)
+        mp.start_processes(
+            zero_rank, (loop, ranks, port, space, str(model_dir), str(out)), nprocs=ranks, start_method="fork"
+        )
     except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
         said = [f"{file.name}:\n{file.read_text()}" for file in sorted(out.glob("rank-*.txt"))]
         pytest.fail("\n".join([str(error), *said]))
