@@ -63,7 +63,6 @@ class Conversation:
             known = self.said.get(key, {}) if message["role"] == "assistant" else {}
             if known:
                 said[place] = known.get(before) or [*known.values()][-1]
-                message.pop("tool_calls", None)  # they are part of what was sampled
             elif message["role"] == "assistant" and before in self.asked:
                 retokenised += 1
             before = hashlib.sha256(before + f"{message['role']}{key}".encode()).digest()
