@@ -134,6 +134,21 @@ class Playing:
             state, said = turn.state_ids.tolist(), turn.token_ids.tolist()
             text += decode(state[len(before) :] if state[: len(before)] == before else state) + decode(said)
             before = [*state, *said]
-            answered = after[len(before) :] if after[: len(before)] == before else []
-            turns.append(replace(turn, observation_ids=np.asarray(answered, np.int64)))
+            answered = _answer(before, said, after)
+            left = answered is None and turn is not made[-1]
+            turns.append(replace(turn, observation_ids=np.asarray(answered or [], np.int64), left=left))
         return tuple(turns), text
+
+
+def _answer(before: list[int], said: list[int], after: list[int]) -> list[int] | None:
+    """What comes after something that was said, in the next state; None if it is not there.
+
+    Args:
+        before: the state that it was said in, with it.
+        after: the next state, which may have left older messages out.
+    """
+    if after[: len(before)] == before:
+        return after[len(before) :]
+    state, words = ("".join(map(chr, ids)) for ids in (after, said))
+    place = state.rfind(words)
+    return after[place + len(words) :] if place >= 0 else None

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_programs import CHAT, END, ENDINGS, post, speaker, utterance
 
+from cola_ray.algorithms.ppo import generalised_advantages
 from cola_ray.replay.transitions import as_rows
 from cola_ray.rollout.conversation import Conversation
 from cola_ray.rollout.programs import Limits, Programs
@@ -172,6 +174,48 @@ def test_only_what_the_model_was_asked_for_counts_as_changed():
     assert conversation.state({"messages": later}).retokenised == 1, "the one, each time"
     others = exchange("of another kind", "an example", "go", "and one", "go")
     assert conversation.state(others).retokenised == 0
+
+
+def test_what_follows_a_break_counts_as_it_came():
+    """Conversations that take turns: nothing of the next one can be read at the end of the one before."""
+    rewards, gamma = [1.0, -2.0, 4.0, 8.0], 0.9
+
+    async def talk(send, url):
+        for number, reward in enumerate(rewards):
+            assert (await send(ASK, exchange(f"conversation {number % 3}")))[0] == 200
+            assert (await send(REWARD, {"reward": reward, "done": number + 1 == len(rewards)}))[0] == 200
+
+    episode, _ = said(talk)
+    pieces = episode.as_trajectories(gamma)
+    assert len(pieces) == len(rewards)
+    for number, piece in enumerate(pieces):
+        row = [torch.tensor(part)[None] for part in (piece.rewards, piece.discounts, piece.action_mask)]
+        unfitted = torch.full(row[0].shape, 0.0), torch.full((1,), 1e9)
+        gains = generalised_advantages(row[0], row[1], *unfitted, row[2], 1.0)[0]
+        later = sum(gamma**n * reward for n, reward in enumerate(rewards[number:]))
+        np.testing.assert_allclose(gains[row[2][0]], later, rtol=1e-6)
+    summed = sum(piece.rewards.sum() for piece in episode.as_trajectories(0.0))
+    assert summed == sum(rewards), "where each turn is by itself, each has its own"
+
+
+def test_where_older_messages_are_left_out_the_value_is_read_at_what_came_last():
+    async def talk(send, url):
+        messages = exchange("go")["messages"]
+        for place in range(3):
+            _, answer = await send(ASK, {"messages": messages[-3:]})
+            messages += [answer["choices"][0]["message"], {"role": "user", "content": f"news {place}"}]
+        await send(REWARD, {"reward": 1})
+
+    episode, _ = said(talk)
+    first, second, _ = episode.turns
+    for turn, news in ((first, 0), (second, 1)):
+        text = CHAT.tokenizer.decode(turn.observation_ids)
+        assert text == f"\n<|im_start|>user\nnews {news}<|im_end|>\n<|im_start|>assistant\n"
+    early, late = episode.as_trajectories(0.5)
+    assert early.discounts[early.action_mask][-1] == 0.5
+    assert early.rewards.sum() == 0
+    assert CHAT.tokenizer.decode(early.token_ids).endswith("news 1<|im_end|>\n<|im_start|>assistant\n")
+    assert late.discounts[late.action_mask][-1] == 0
 
 
 def test_requests_that_come_to_nothing_are_no_turns():
