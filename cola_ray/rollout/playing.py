@@ -19,6 +19,7 @@ from cola_ray.experience import Episode, Turn
 from cola_ray.rollout.conversation import Conversation, State
 from cola_ray.rollout.episode import Generate, Utterance
 from cola_ray.rollout.program_requests import RefusedError, Reward
+from cola_ray.tasks.protocol import not_a_reward
 
 Array = np.ndarray
 
@@ -62,6 +63,7 @@ class Playing:
         free = (number for number in itertools.count() if number not in self.taken)
         numbers = [*itertools.islice(free, count)]
         self.taken.update(numbers)
+        self.left_in = None
         try:
             yield numbers
         except BaseException:
@@ -70,7 +72,6 @@ class Playing:
             for number in numbers:
                 self.made.pop(number, None)
             raise
-        self.left_in = None
 
     def said(self, state: State, numbers: list[int], utterances: Sequence[Utterance], answer: str) -> None:
         """Turns that were made: of their hidden states only what a critic reads is kept."""
@@ -97,7 +98,10 @@ class Playing:
         return turns[given.choice]
 
     def reward(self, number: int, value: float) -> None:
-        self.made[number] = replace(self.made[number], reward=self.made[number].reward + value)
+        together = self.made[number].reward + value
+        if why := not_a_reward(together):
+            raise RefusedError(f"reward: with those before it, {why}")
+        self.made[number] = replace(self.made[number], reward=together)
 
     @property
     def total_reward(self) -> float:

@@ -76,8 +76,8 @@ def _end_children(program: int) -> int:
 def _children() -> list[int]:
     found, here = list[int](), os.getpid()
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
-            if int(file.read().rpartition(")")[2].split()[1]) == here:
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            if int(file.read().rpartition(b")")[2].split()[1]) == here:  # a name may be any bytes
                 found.append(int(name))
     return found
 

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from cola_ray.experience import Episode
-from cola_ray.rollout import program_requests as requests
+from cola_ray.rollout import program_requests
 from cola_ray.rollout.conversation import Conversation, State
 from cola_ray.rollout.episode import Generate
 from cola_ray.rollout.playing import Playing
@@ -219,9 +219,9 @@ class Programs:
         return f"{self.address}/{episode.key}/v1"
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        episode, body = self._episode(request), requests.as_body(await request.read())
+        episode, body = self._episode(request), program_requests.as_body(await request.read())
         with episode.working():
-            count, longest = requests.choices(body)
+            count, longest = program_requests.choices(body)
             state = self._state(episode, body)
             if len(episode.taken) + count > self.limits.max_turns:
                 episode.left_in = state.ids
@@ -237,24 +237,25 @@ class Programs:
                 return await _sent(web.json_response(answer), request)
 
     async def _reward(self, request: web.Request) -> web.Response:
-        episode, body = self._episode(request), requests.as_body(await request.read())
+        episode, body = self._episode(request), program_requests.as_body(await request.read())
         with episode.working():
             if episode.ended.done():
                 raise _over()
-            given = requests.reward(body)
+            given = program_requests.reward(body)
             episode.rewarded(given)  # before anything is asked of the engine
             cut_in, final = None, None
             if given.done and (episode.left_in is not None if given.truncated is None else given.truncated):
                 cut_in = self._state(episode, body).ids if "messages" in body else episode.last_state()
                 if episode.read_state is not None:
-                    read = await _engines(episode, episode.read_state(cut_in, len(episode.taken)))
+                    seen = cut_in[-self.limits.max_state_tokens :]
+                    read = await _engines(episode, episode.read_state(seen, len(episode.taken)))
                     final = read.features()[0]
             episode.reward(episode.rewarded(given), given.value)
             if given.done:
                 episode.end(cut_in=cut_in, final=final)
             return web.json_response({"return": episode.total_reward})
 
-    def _state(self, episode: Playing, body: requests.Body) -> State:
+    def _state(self, episode: Playing, body: program_requests.Body) -> State:
         state, most = episode.conversation.state(body), self.limits.max_state_tokens
         if len(state.ids) > most:
             raise RefusedError(

@@ -245,9 +245,10 @@ class ChatTokenizer:
         """Render with placeholders for what was sampled; returns the text, and a pattern of these with all around them
         that the template did not write when the model was asked.
         """
-        shown, holders = list(messages), {place: f"{mark}ids{place}{mark}" for place in places}
+        shown, holders = [dict(one) for one in messages], {place: f"{mark}ids{place}{mark}" for place in places}
         for place, holder in holders.items():
-            shown[place] = {"role": "assistant", "content": holder}
+            shown[place] = {**messages[place], "content": holder}
+            shown[place].pop("tool_calls", None)
         of_text, of_calls = self._added if holders else (("", ""), None)
         before, after = map(re.escape, of_text)
         held = f"(?:{before})?{mark}ids(?P<text>\\d+){mark}(?:{after})?"

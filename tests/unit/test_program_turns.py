@@ -21,16 +21,19 @@ from cola_ray.algorithms.ppo import generalised_advantages
 from cola_ray.replay.transitions import as_rows
 from cola_ray.rollout.conversation import Conversation
 from cola_ray.rollout.programs import Limits, Programs
+from cola_ray.tasks.protocol import LARGEST_REWARD
 
 GO = {"messages": [{"role": "user", "content": "go"}]}
 ASK, REWARD = "chat/completions", "reward"
 
 
-def said(talk, *, generate=None, read_state=None, max_turns=10):
+def said(talk, *, generate=None, read_state=None, max_turns=10, max_state_tokens=2000):
     """The episode of a program that sends what ``talk(send, url)`` does, and what that returns."""
 
     async def all_of_it():
-        programs = Programs("sleep 60", lambda: Conversation(CHAT, ENDINGS), Limits(1, 20.0, max_turns, 2000))
+        programs = Programs(
+            "sleep 60", lambda: Conversation(CHAT, ENDINGS), Limits(1, 20.0, max_turns, max_state_tokens)
+        )
         episode = asyncio.create_task(programs.play(0, 7, generate or speaker(), read_state))
         while not programs.processes:
             await asyncio.sleep(0.01)
@@ -144,6 +147,34 @@ def test_a_program_that_would_have_gone_on_was_cut(tells, terminated):
     assert episode.terminated is terminated
     assert len(read) == (not terminated)
     assert CHAT.tokenizer.decode(episode.turns[0].observation_ids).count("on<|im_end|>") == (not terminated)
+
+
+def test_a_state_that_is_too_long_to_be_read_is_read_at_its_end():
+    async def talk(send, url):
+        _, answer = await send(ASK, GO)
+        most = answer["usage"]["prompt_tokens"]
+        limits.append(most)
+        assert (await send(REWARD, {"reward": 1, "truncated": True, **exchange("go", "and", "on")}))[0] == 400
+        assert (await send(REWARD, {"reward": 1, "truncated": True}))[0] == 200
+
+    limits, read = [], []
+    most = len(Conversation(CHAT, ENDINGS).state(GO).ids)
+    episode, _ = said(talk, read_state=reader(read), max_state_tokens=most)
+    (turn,) = episode.turns
+    assert limits == [most]
+    assert read == [[*turn.state_ids, *turn.token_ids][-most:]]
+
+
+def test_rewards_of_a_turn_stay_within_what_a_reward_may_be():
+    async def talk(send, url):
+        await send(ASK, GO)
+        found = [await send(REWARD, {"reward": LARGEST_REWARD, "done": False}) for _ in range(2)]
+        await send(REWARD, {"reward": 0})
+        return found
+
+    episode, (first, second) = said(talk)
+    assert (first[0], second[0], episode.total_reward) == (200, 400, LARGEST_REWARD)
+    assert "with those before it" in second[1]
 
 
 def test_the_last_turn_that_there_may_be_is_an_end_like_any_other():
