@@ -209,7 +209,7 @@ def test_what_goes_wrong_costs_its_own_episode(tmp_path, does, failure):
     good = textwrap.dedent(PLAYS + '    client.post("/reward", body={"reward": 1}, cast_to=object)\n')
     good = good.replace("\n", "\n" + 4 * " ")
     whole = f"import os\nif os.environ['COLA_RAY_SEED'] == '0':\n    {source}\nelse:\n    {good}\n"
-    bad, other = played(tmp_path, whole, seeds=(0, 1), quiet_s=1.0)
+    bad, other = played(tmp_path, whole, seeds=(0, 1), quiet_s=1.0 if "longer" in failure else 20.0)
     assert bad.failure == failure
     assert not bad.terminated
     assert (other.failure, other.total_reward) == ("", 1.0)
