@@ -72,6 +72,7 @@ class Turn:
     observation_ids: Array  # (O,) int64, what the environment answered
     state_features: Array | None = None  # (H,), e at the state's last token, if the engine sends it
     utterance_features: Array | None = None  # (H,), mean of e over the utterance
+    left: bool = False  # an agent program went on from something else, in which nothing of this is
 
 
 def was_said(state_ids: Sequence[int] | Array, token_ids: Sequence[int] | Array) -> bool:
@@ -114,7 +115,8 @@ class Episode:
 
         Turns whose states continue one another are one sequence; where the oldest turns were dropped from a state
         that had grown too long, a new one begins. One that something follows, unseen in it, ends with the last
-        observation: the value there stands for what follows.
+        observation: the value there stands for what follows. If an agent program went on from something else, there
+        is no such state, and what followed stands for itself: its discounted rewards count as the last action's.
 
         Args:
             gamma: discount of a turn; 0 where each turn is by itself.
@@ -127,10 +129,19 @@ class Episode:
                 runs[-1].append((turn, gain))
             else:
                 runs.append([(turn, gain)])
-        weighed = advantages is not None
-        return [self._as_trajectory(run, self.terminated and run is runs[-1], gamma, weighed) for run in runs]
+        weighed, made, later = advantages is not None, list[Trajectory](), 0.0
+        for run in reversed(runs):
+            is_last = run is runs[-1]
+            unseen = run[-1][0].left
+            ends = unseen or (is_last and self.terminated)
+            made.append(self._as_trajectory(run, ends, gamma * later if unseen else 0.0, gamma, weighed))
+            for _, gain in reversed(run):
+                later = gain + gamma * later
+        return made[::-1]
 
-    def _as_trajectory(self, turns: list[tuple[Turn, float]], ends: bool, gamma: float, weighed: bool) -> Trajectory:
+    def _as_trajectory(
+        self, turns: list[tuple[Turn, float]], ends: bool, later: float, gamma: float, weighed: bool
+    ) -> Trajectory:
         first, last = turns[0][0], turns[-1][0]
         ids = np.concatenate([last.state_ids, last.token_ids, *(() if ends else (last.observation_ids,))])
         actions, versions = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
@@ -143,6 +154,7 @@ class Episode:
             actions[said], log_probs[said], versions[said] = turn.actions, turn.rollout_log_probs, turn.versions
             mask[said], advantages[said], turn_starts[said.start] = True, gain, True
             rewards[end - 1], discounts[end - 1] = gain, 0.0 if ends and turn is last else gamma
+        rewards[len(last.state_ids) + len(last.token_ids) - 1] += later
         start = len(first.state_ids)
         return Trajectory(
             first.state_ids, ids[start:], actions[start:], log_probs[start:], versions[start:], self.total_reward,

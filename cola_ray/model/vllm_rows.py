@@ -116,7 +116,7 @@ class RowTable:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.kept = ActionTable(vllm_config.model_config.max_model_len)
-        self.every = _action_every(vllm_config.model_config)
+        self.every = action_every(vllm_config.model_config)
         self.settings = Settings(vllm_config.scheduler_config.max_num_seqs)  # V1: by row
         self.outputs: list[list[int]] = []  # V1: of each row, the tokens so far
         self.fixed: tuple[Tensor, Tensor] | None = None  # V1: settings on the device
@@ -361,7 +361,7 @@ def settle_vllm() -> None:
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if current_platform.is_cuda_alike() else "0")
 
 
-def _action_every(model_config: ModelConfig) -> int:
+def action_every(model_config: ModelConfig) -> int:
     """Tokens that an action of the model lasts; 1 for a plain base."""
     return int(getattr(model_config.hf_config, "action_every", 1))
 
@@ -373,7 +373,7 @@ class ServedConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         settle_vllm()
         if not model_config.logits_processors:  # engines used in training pass their own
-            if _action_every(model_config) > 1:
+            if action_every(model_config) > 1:
                 raise ValueError(f"action_every: {UNSERVED}")
             model_config.logits_processors = [processor("served")]
 

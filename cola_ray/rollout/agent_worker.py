@@ -28,6 +28,7 @@ from cola_ray.rollout.engine import Completion, Request, as_float
 from cola_ray.rollout.episode import EpisodeSetting, Generate, Submit, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.rollout.programs import Limits, Programs
+from cola_ray.rollout.tool_calls import ToolCalls
 from cola_ray.rollout.worker import EngineWorker
 from cola_ray.settings.config import Config
 from cola_ray.tasks import make_environment
@@ -100,14 +101,15 @@ class AgentWorker(EngineWorker):
 
     def _programs(self, max_turns: int) -> Programs:
         task, rollout = self.config.task, self.config.rollout
-        converse = functools.partial(Conversation, self.chat, self.endings, task.tool_parser)
+        calls = ToolCalls(self.chat.tokenizer, task.tool_parser) if task.tool_parser else None
+        converse = functools.partial(Conversation, self.chat, self.endings, calls)
         limits = Limits(rollout.environment_processes, task.reward_timeout_s, max_turns, rollout.max_prompt_tokens)
         return Programs(task.command, converse, limits)
 
     async def _play(self, place: int, seed: int, generate: Generate, read_state: Generate | None = None) -> Episode:
         """An episode of the environment, or one that a program plays."""
         if self.programs is not None:
-            return await self.programs.play(place, seed, generate)
+            return await self.programs.play(place, seed, generate, read_state)
         return await play(place, seed, self.setting, generate, read_state)
 
     async def _concurrently(

@@ -4,9 +4,11 @@
     ids of the utterance                     ── answer() ─> {"choices": [{"message": {content, tool_calls}, ...}]}
 
 A conversation is one episode's. An assistant's message that comes back as it was answered is known again, and keeps its
-ids; one that the program has changed is tokenised like any text, and counted.
+ids; any other is tokenised like any text. It counts as retokenised where the model was asked for a message after just
+the messages that are before it: the program has changed what it was answered. A program's own examples do not count.
 """
 
+import hashlib
 import itertools
 import json
 import time
@@ -16,23 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from cola_ray.rollout.program_requests import Body, RefusedError
+from cola_ray.rollout.tool_calls import ToolCalls
 from cola_ray.tasks.chat import ROLES, ChatTokenizer, as_content
 from cola_ray.tasks.endings import Endings
 
 Array = np.ndarray
-Body = Mapping[str, Any]
-
-
-class RefusedError(ValueError):
-    """A request that cannot be served; the message says why, in OpenAI's words where there are any.
-
-    Args:
-        code: as OpenAI's API names it, for programs that act on it.
-    """
-
-    def __init__(self, why: str, code: str = "invalid_request_error") -> None:
-        super().__init__(why)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -40,20 +31,21 @@ class State:
     """Where an utterance is asked for."""
 
     ids: list[int]
-    place: int  # of the message to come
-    retokenised: int  # messages of the model's before it that have come back otherwise than they were answered
+    messages: bytes  # a digest of those before it
+    retokenised: int  # messages of the model's among them that have come back otherwise than they were answered
 
 
 class Conversation:
     """One episode's messages, by the ids that they were sampled as.
 
     Args:
-        parser: name of the tool parser, one of vLLM's; "" leaves tool calls in the text.
+        calls: finds tool calls; None leaves them in the text.
     """
 
-    def __init__(self, chat: ChatTokenizer, endings: Endings, parser: str = "") -> None:
-        self.chat, self.endings, self.parser = chat, endings, parser
-        self.said: dict[str, dict[int, list[int]]] = {}  # by what was answered: by place, its ids
+    def __init__(self, chat: ChatTokenizer, endings: Endings, calls: ToolCalls | None = None) -> None:
+        self.chat, self.endings, self.calls = chat, endings, calls
+        self.said: dict[str, dict[bytes, list[int]]] = {}  # by what was answered: by the messages before it, its ids
+        self.asked: set[bytes] = set()  # messages after which the model has answered
         self.num_answers = itertools.count()
 
     def state(self, body: Body) -> State:
@@ -65,30 +57,32 @@ class Conversation:
         messages = [_message(one) for one in _listed(body, "messages")]
         if not messages:
             raise RefusedError("messages: empty; give at least one")
-        said, retokenised = dict[int, list[int]](), 0
+        said, retokenised, before = dict[int, list[int]](), 0, b""
         for place, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            known = self.said.get(_key(message), {})
+            key = _key(message)
+            known = self.said.get(key, {}) if message["role"] == "assistant" else {}
             if known:
-                said[place] = known.get(place) or [*known.values()][-1]
-                message.pop("tool_calls", None)  # they are part of what was sampled
-            else:
+                said[place] = known.get(before) or [*known.values()][-1]
+            elif message["role"] == "assistant" and before in self.asked:
                 retokenised += 1
-        tools = [_tool(one) for one in _listed(body, "tools")] if body.get("tool_choice") != "none" else []
+            before = hashlib.sha256(before + f"{message['role']}{key}".encode()).digest()
+        tools = [_tool(one) for one in _tools(body)]
+        if self.calls:
+            self.calls.check(tools)
         try:
             ids = self.chat.conversation_ids(messages, said, tools)
         except Exception as error:  # a template may raise anything about what it is given
             raise RefusedError(f"messages: {str(error) or type(error).__name__}") from None
         if not ids:
             raise RefusedError("messages: there is nothing in them")
-        return State(ids, len(messages), retokenised)
+        return State(ids, before, retokenised)
 
     def answer(self, body: Body, state: State, utterances: Sequence[Any]) -> dict[str, Any]:
         """The JSON for utterances in this state, one a choice; what is answered is known from here on.
 
         Log-probabilities are those of the latent actions that said the tokens, or of tokens where those are actions.
         """
+        self.asked.add(state.messages)
         choices = [self._choice(body, state, index, one) for index, one in enumerate(utterances)]
         length = sum(len(one.token_ids) for one in utterances)
         return {
@@ -104,7 +98,7 @@ class Conversation:
         text = self.endings.text(ids)
         message = {"role": "assistant", "content": text, **self._calls(body, text)}
         closed_by_template = ids[:-1] if ended and self.chat.tokenizer.chat_template else ids
-        self.said.setdefault(_key(message), {})[state.place] = closed_by_template
+        self.said.setdefault(_key(message), {})[state.messages] = closed_by_template
         stopped = self.endings.length(ids) is not None
         choice: dict[str, Any] = {
             "index": index, "message": message, "logprobs": None,
@@ -126,19 +120,12 @@ class Conversation:
 
     def _calls(self, body: Body, text: str) -> dict[str, Any]:
         """The calls in a text, and what of it is not one; {} where there are none, or nobody asked for tools."""
-        tools = body.get("tools")
-        if not (self.parser and tools) or body.get("tool_choice") == "none":
-            return {}
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-        from vllm.tool_parsers import ToolParserManager
+        tools = _tools(body)
+        return self.calls.within(text, tools) if self.calls and tools else {}
 
-        asked = ChatCompletionRequest.model_validate({"messages": body["messages"], "model": "", "tools": tools})
-        found = ToolParserManager.get_tool_parser(self.parser)(self.chat.tokenizer, asked.tools).extract_tool_calls(
-            text, asked
-        )
-        if not found.tools_called:
-            return {}
-        return {"content": found.content or None, "tool_calls": [call.model_dump() for call in found.tool_calls]}
+
+def _tools(body: Body) -> list[Any]:
+    return [] if body.get("tool_choice") == "none" else _listed(body, "tools")
 
 
 def _listed(body: Body, name: str) -> list[Any]:

@@ -131,7 +131,7 @@ class Engine(abc.ABC):
         import torch
         import vllm
 
-        from cola_ray.model.vllm_rows import read_actions
+        from cola_ray.model.vllm_rows import action_every, read_actions
 
         torch.set_num_threads(num_threads)
         self.vllm = vllm
@@ -160,7 +160,7 @@ class Engine(abc.ABC):
             **engine_args,
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        self.action_every = int(getattr(self.llm.llm_engine.model_config.hf_config, "action_every", 1))
+        self.action_every = action_every(self.llm.llm_engine.model_config)
         self.read_actions = functools.partial(read_actions, instance_id=self.llm.llm_engine.vllm_config.instance_id)
         self.llm.llm_engine.output_processor.tokenizer = tokenizer  # finds stop strings
 

@@ -14,7 +14,7 @@ engine and a few environment processes.
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -40,18 +40,18 @@ class Utterance:
         """Return what a critic reads, (H,) each: e at the state's last token, and the mean of e over the utterance.
 
         The mean, rather than e at the utterance's last token: there the base only needs to know that the sentence
-        ends, and little is left of what was said.
+        ends, and little is left of what was said. They are copies, and keep no other token's e in memory.
         """
         start = len(self.hidden_states) - len(self.token_ids)
-        state = self.hidden_states[start]
+        state = self.hidden_states[start].copy()
         said = self.hidden_states[start + 1 :]
         return state, said.mean(0) if len(said) else state
 
-    def as_turn(self, state: Sequence[int], reward: float, observation: Sequence[int]) -> Turn:
-        """With the ids that it was said in, what it brought, and the ids of what it was answered."""
+    def as_turn(self, state: Sequence[int]) -> Turn:
+        """With the ids that it was said in; what it brings and what it is answered are not known yet."""
         return Turn(
-            np.asarray(state, np.int64), self.token_ids, self.actions, self.log_probs, self.versions, reward,
-            np.asarray(observation, np.int64), *self.features(),
+            np.asarray(state, np.int64), self.token_ids, self.actions, self.log_probs, self.versions, 0.0,
+            np.zeros(0, np.int64), *self.features(),
         )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ class _Record:
     def __init__(self, position: int, setting: EpisodeSetting) -> None:
         self.position, self.setting = position, setting
         self.segments: list[list[int]] = []  # opening, utterance, observation, utterance, ...
-        self.said: list[tuple[list[int], Utterance]] = []  # (state, utterance)
+        self.said: list[Turn] = []  # without rewards and observations
         self.rewards: list[float] = []
         self.texts: list[str] = []
 
@@ -137,7 +137,7 @@ class _Record:
 
     def say(self, state: list[int], utterance: Utterance) -> str:
         text = self.setting.decode(utterance.token_ids)
-        self.said.append((state, utterance))
+        self.said.append(utterance.as_turn(state))  # its hidden states are needed no longer
         self.segments.append([int(token) for token in utterance.token_ids])
         self.texts.append(text)
         return text
@@ -146,7 +146,7 @@ class _Record:
         turns = []
         # Where the environment failed at the last utterance, that has neither a reward nor an observation after it.
         observations = [*self.segments[2::2], []]
-        for (state, said), reward, observation in zip(self.said, [*self.rewards, 0.0], observations, strict=False):
-            turns.append(said.as_turn(state, reward, observation))
+        for said, reward, observation in zip(self.said, [*self.rewards, 0.0], observations, strict=False):
+            turns.append(replace(said, reward=reward, observation_ids=np.asarray(observation, np.int64)))
         last = None if final is None else final.features()[0]
         return Episode(self.position, tuple(turns), terminated, "".join(self.texts), last, failure)

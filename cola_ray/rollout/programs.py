@@ -17,33 +17,28 @@ is a failed episode, counted by ``task.max_failed_rewards``. It runs with the ri
 """
 
 import asyncio
-import contextlib
-import json
 import os
-import secrets
 import shlex
-import signal
-import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from aiohttp import web
 
-from cola_ray.experience import Episode, Turn
-from cola_ray.rollout.conversation import Conversation, RefusedError
-from cola_ray.rollout.episode import Generate, Utterance
-from cola_ray.tasks.protocol import not_a_reward
+from cola_ray.experience import Episode
+from cola_ray.rollout import program_requests
+from cola_ray.rollout.conversation import Conversation, State
+from cola_ray.rollout.episode import Generate
+from cola_ray.rollout.playing import Playing
+from cola_ray.rollout.program_process import Process
+from cola_ray.rollout.program_requests import RefusedError
 
+T = TypeVar("T")
 START_S = 300.0
 """Seconds that a program may take to its first request: it may have much to import."""
 _MAX_BODY = 4 << 20  # bytes of a request
-_MAX_CHOICES = 64
-_TAIL = 2000  # characters of a program's last words that are kept
-# Ends with its parent, however that ends.
-_TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -63,99 +58,6 @@ class Limits:
     max_state_tokens: int
 
 
-@dataclass(eq=False)
-class _Process:
-    """A program that runs."""
-
-    key: str  # of the episode that it was started for, by which it asks for others
-    own: "_Playing | None"  # that episode, until it plays it or asks for it
-    running: asyncio.subprocess.Process | None = None
-    playing: "set[_Playing]" = field(default_factory=set)
-    asking: int = 0  # requests for an episode that wait
-    idle_since: float = 0.0  # when it last had an episode
-    last_words: str = ""
-
-    @property
-    def is_idle(self) -> bool:
-        return not self.playing and not self.asking
-
-    async def start(self, command: Sequence[str], told: Mapping[str, str]) -> "asyncio.Task[None]":
-        """Start it; returns who keeps the end of what it prints.
-
-        Its output is a pipe of ours: asyncio's would have its ``wait`` wait for all that hold the other end, too.
-        """
-        reading, writing = os.pipe()
-        stream = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reading, "rb")
-        )
-        try:
-            self.running = await asyncio.create_subprocess_exec(
-                *command, env={**os.environ, **told}, start_new_session=True, stdin=asyncio.subprocess.DEVNULL,
-                stdout=writing, stderr=writing,
-            )  # fmt: skip
-        finally:
-            os.close(writing)
-        return asyncio.create_task(self._listen(stream))
-
-    async def _listen(self, stream: asyncio.StreamReader) -> None:
-        while said := await stream.read(4096):
-            self.last_words = (self.last_words + said.decode(errors="replace"))[-_TAIL:]
-
-    def kill(self) -> None:
-        """With whatever it has started."""
-        if self.running is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.running.pid, signal.SIGKILL)
-
-
-@dataclass(eq=False)
-class _Playing:
-    """An episode that is under way."""
-
-    position: int
-    seed: int
-    generate: Generate
-    conversation: Conversation
-    ended: asyncio.Future[Episode]
-    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    turns: list[tuple[list[int], Utterance]] = field(default_factory=list)  # (state, utterance)
-    rewards: list[float] = field(default_factory=list)  # of each turn
-    num_asked: int = 0  # turns so far, with those that are being generated
-    num_retokenised: int = 0
-    busy: int = 0  # requests that are being answered
-    heard: bool = False
-    quiet_since: float = field(default_factory=time.monotonic)
-
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """While a request is answered, it is not the program that is slow."""
-        self.heard, self.busy = True, self.busy + 1
-        try:
-            yield
-        finally:
-            self.busy, self.quiet_since = self.busy - 1, time.monotonic()
-
-    def end(self, failure: str = "") -> None:
-        if not self.ended.done():
-            self.ended.set_result(self._episode(failure))
-
-    def _episode(self, failure: str) -> Episode:
-        turns, text, before = list[Turn](), "", list[int]()
-        decode = self.conversation.chat.tokenizer.decode
-        following = [*(state for state, _ in self.turns[1:]), []]
-        for (state, said), reward, after in zip(self.turns, self.rewards, following, strict=False):
-            whole = [*state, *said.token_ids.tolist()]
-            news = state[len(before) :] if state[: len(before)] == before else state
-            text += decode(news) + decode(said.token_ids.tolist())
-            answered = after[len(whole) :] if after[: len(whole)] == whole else []
-            turns.append(said.as_turn(state, reward, answered))
-            before = whole
-        return Episode(
-            self.position, tuple(turns), not failure, text, failure=failure, retokenised=self.num_retokenised
-        )
-
-
 class Programs:
     """A server for agent programs, and the processes of one that it starts.
 
@@ -166,25 +68,26 @@ class Programs:
 
     def __init__(self, command: str, converse: Callable[[], Conversation], limits: Limits) -> None:
         self.command, self.converse, self.limits = shlex.split(command), converse, limits
-        self.playing: dict[str, _Playing] = {}
-        self.waiting: deque[_Playing] = deque()  # for a program
-        self.homes: dict[str, _Process] = {}  # of each episode under way, by key
-        self.askers: deque[tuple[_Process, asyncio.Future[_Playing]]] = deque()
-        self.processes: dict[str, _Process] = {}
+        self.playing: dict[str, Playing] = {}
+        self.waiting: deque[Playing] = deque()  # for a program
+        self.homes: dict[str, Process] = {}  # of each episode under way, by key
+        self.askers: deque[tuple[Process, asyncio.Future[Playing]]] = deque()
+        self.processes: dict[str, Process] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.opening, self.address = asyncio.Lock(), ""
         self.runner: web.AppRunner | None = None
 
-    async def play(self, position: int, seed: int, generate: Generate) -> Episode:
+    async def play(self, position: int, seed: int, generate: Generate, read_state: Generate | None = None) -> Episode:
         """Have an episode played to its end; what goes wrong there is its ``failure``.
 
         Args:
             position: of the ticket.
             seed: that the program is told.
+            read_state: called for the last state of an episode that a limit cut, whose features stand for the rest.
         """
         await self._open()
         ended: asyncio.Future[Episode] = asyncio.get_running_loop().create_future()
-        episode = _Playing(position, seed, generate, self.converse(), ended)
+        episode = Playing(position, seed, generate, read_state, self.converse(), ended)
         self.playing[episode.key] = episode
         self.waiting.append(episode)
         try:
@@ -199,7 +102,7 @@ class Programs:
         if self.runner is not None:
             await self.runner.cleanup()
 
-    def _forget(self, episode: _Playing) -> None:
+    def _forget(self, episode: Playing) -> None:
         episode.end("was given up")
         del self.playing[episode.key]
         if episode in self.waiting:
@@ -222,17 +125,17 @@ class Programs:
                 asked.set_result(episode)
         while self.waiting and len(self.processes) < self.limits.processes:
             episode = self.waiting.popleft()
-            process = self.processes[episode.key] = _Process(episode.key, episode)
+            process = self.processes[episode.key] = Process(episode.key, episode)
             self._give(episode, process)
             self._spawn(self._run(process, episode))
 
-    def _give(self, episode: _Playing, process: _Process) -> None:
+    def _give(self, episode: Playing, process: Process) -> None:
         process.playing.add(episode)
         self.homes[episode.key] = process
         episode.quiet_since = time.monotonic()
         self._spawn(self._watch(episode, process))
 
-    def _take_back(self, episode: _Playing, process: _Process) -> None:
+    def _take_back(self, episode: Playing, process: Process) -> None:
         """An episode that its program has not heard of goes to the next one."""
         process.playing.discard(episode)
         self.homes.pop(episode.key, None)
@@ -240,16 +143,15 @@ class Programs:
             self.waiting.appendleft(episode)
             self._hand_out()
 
-    async def _run(self, process: _Process, episode: _Playing) -> None:
+    async def _run(self, process: Process, episode: Playing) -> None:
         """Start a program and see it to its end."""
         told = {"OPENAI_BASE_URL": self._url(episode), "OPENAI_API_KEY": "none", "COLA_RAY_SEED": str(episode.seed),
                 "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))}  # fmt: skip
         try:
-            listening = await process.start([sys.executable, "-SEc", _TIED, *self.command], told)
+            listening = await process.start(self.command, told)
             assert process.running is not None
             code = await process.running.wait()
-            process.kill()  # what it has started may go on, and hold its output open
-            await asyncio.wait([listening], timeout=1.0)
+            await asyncio.wait([listening], timeout=1.0)  # another user's process may hold its output open
             listening.cancel()
             words = process.last_words.strip().splitlines()
             why = f"its program ended with exit code {code} and no reward" + (f": {words[-1]}" if words else "")
@@ -260,7 +162,7 @@ class Programs:
             one.end(why)
         self._hand_out()
 
-    async def _watch(self, episode: _Playing, process: _Process) -> None:
+    async def _watch(self, episode: Playing, process: Process) -> None:
         """End an episode whose program is quiet for too long."""
         while not episode.ended.done() and self.homes.get(episode.key) is process:
             limit = self.limits.quiet_s if episode.heard else START_S
@@ -273,7 +175,7 @@ class Programs:
                 process.kill()
             episode.end(f"its program took longer than {limit:g} s")
 
-    async def _send_home(self, process: _Process) -> None:
+    async def _send_home(self, process: Process) -> None:
         """End a program that neither plays nor asks for long, and does not end by itself."""
         idle_since = process.idle_since = time.monotonic()
         await asyncio.sleep(self.limits.quiet_s)
@@ -313,62 +215,54 @@ class Programs:
             host, port = self.runner.addresses[0][:2]
             self.address = f"http://{host}:{port}"
 
-    def _url(self, episode: _Playing) -> str:
+    def _url(self, episode: Playing) -> str:
         return f"{self.address}/{episode.key}/v1"
 
-    async def _complete(self, request: web.Request) -> web.Response:
-        episode, body, limits = self._episode(request), await _body(request), self.limits
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        episode, body = self._episode(request), program_requests.as_body(await request.read())
         with episode.working():
-            if body.get("stream"):
-                raise RefusedError("stream: answers come whole while a model is trained; leave it out")
-            count, most = (
-                _whole(body, "n", 1, _MAX_CHOICES),
-                body.get("max_completion_tokens") or body.get("max_tokens"),
-            )
-            longest = 0 if most is None else _whole({"max_tokens": most}, "max_tokens", 1, 1 << 30)
-            state = episode.conversation.state(body)
-            if len(state.ids) > limits.max_state_tokens:
+            count, longest = program_requests.choices(body)
+            state = self._state(episode, body)
+            if len(episode.taken) + count > self.limits.max_turns:
+                episode.left_in = state.ids
                 raise RefusedError(
-                    f"messages: {len(state.ids)} tokens, and rollout.max_prompt_tokens is {limits.max_state_tokens}; "
-                    "leave some out", "context_length_exceeded",
+                    f"this would be turn {len(episode.taken) + count}, and task.options.max_turns is "
+                    f"{self.limits.max_turns}; send the reward", "max_turns",
                 )  # fmt: skip
-            turns = range(episode.num_asked, episode.num_asked + count)
-            if turns.stop > limits.max_turns:
-                raise RefusedError(
-                    f"this would be turn {turns.stop}, and task.options.max_turns is {limits.max_turns}; send the "
-                    "reward", "max_turns",
-                )  # fmt: skip
-            episode.num_asked = turns.stop
-            try:
-                said = await asyncio.gather(*(episode.generate(state.ids, turn, longest) for turn in turns))
-            except Exception as error:  # the engine's, and no fault of the program
-                if not episode.ended.done():
-                    episode.ended.set_exception(error)
-                raise _over() from None
-            if episode.ended.done():
-                raise _over()
-            answer = episode.conversation.answer(body, state, said)
-            episode.turns += [(state.ids, one) for one in said]
-            episode.rewards += [0.0] * count
-            episode.num_retokenised += state.retokenised
-            return web.json_response(answer)
+            with episode.turns(count) as turns:
+                generated = (episode.generate(state.ids, turn, longest) for turn in turns)
+                said = await _engines(episode, asyncio.gather(*generated))
+                answer = episode.conversation.answer(body, state, said)
+                episode.said(state, turns, said, answer["id"])
+                return await _sent(web.json_response(answer), request)
 
     async def _reward(self, request: web.Request) -> web.Response:
-        episode, body = self._episode(request), await _body(request)
+        episode, body = self._episode(request), program_requests.as_body(await request.read())
         with episode.working():
             if episode.ended.done():
                 raise _over()
-            done = body.get("done", True)
-            if not isinstance(done, bool):
-                raise RefusedError(f"done = {done!r:.60}: give true or false")
-            if why := not_a_reward(body.get("reward")):
-                raise RefusedError(f"reward = {why}")
-            if not episode.turns:
-                raise RefusedError("there is nothing to reward: the model has not been asked anything yet")
-            episode.rewards[-1] += float(body["reward"])
-            if done:
-                episode.end()
-            return web.json_response({"return": sum(episode.rewards)})
+            given = program_requests.reward(body)
+            episode.rewarded(given)  # before anything is asked of the engine
+            cut_in, final = None, None
+            if given.done and (episode.left_in is not None if given.truncated is None else given.truncated):
+                cut_in = self._state(episode, body).ids if "messages" in body else episode.last_state()
+                if episode.read_state is not None:
+                    seen = cut_in[-self.limits.max_state_tokens :]
+                    read = await _engines(episode, episode.read_state(seen, len(episode.taken)))
+                    final = read.features()[0]
+            episode.reward(episode.rewarded(given), given.value)
+            if given.done:
+                episode.end(cut_in=cut_in, final=final)
+            return web.json_response({"return": episode.total_reward})
+
+    def _state(self, episode: Playing, body: program_requests.Body) -> State:
+        state, most = episode.conversation.state(body), self.limits.max_state_tokens
+        if len(state.ids) > most:
+            raise RefusedError(
+                f"messages: {len(state.ids)} tokens, and rollout.max_prompt_tokens is {most}; leave some out",
+                "context_length_exceeded",
+            )
+        return state
 
     async def _ask(self, request: web.Request) -> web.Response:
         process = self.processes.get(request.match_info["key"])
@@ -376,7 +270,7 @@ class Programs:
             raise RefusedError("episodes: ask at the address that the program was started with")
         episode, process.own = process.own, None
         if episode is None or episode.ended.done():
-            asked: asyncio.Future[_Playing] = asyncio.get_running_loop().create_future()
+            asked: asyncio.Future[Playing] = asyncio.get_running_loop().create_future()
             self.askers.append((process, asked))
             process.asking += 1
             try:
@@ -394,7 +288,7 @@ class Programs:
         self._episode(request)
         return web.json_response({"object": "list", "data": [{"id": "cola_ray", "object": "model", "created": 0}]})
 
-    def _episode(self, request: web.Request) -> _Playing:
+    def _episode(self, request: web.Request) -> Playing:
         episode = self.playing.get(request.match_info["key"])
         if episode is None or episode.ended.done():
             raise _over()
@@ -406,6 +300,26 @@ class Programs:
 
 def _over() -> RefusedError:
     return RefusedError("this episode is over", "episode_over")
+
+
+async def _engines(episode: Playing, made: Awaitable[T]) -> T:
+    """What the engine makes; an error of it is no fault of the program, and ends the run."""
+    try:
+        done = await made
+    except Exception as error:
+        if not episode.ended.done():
+            episode.ended.set_exception(error)
+        raise _over() from None
+    if episode.ended.done():
+        raise _over()
+    return done
+
+
+async def _sent(response: web.Response, request: web.Request) -> web.Response:
+    """An answer once it is sent; raises ConnectionError if whoever asked is gone."""
+    await response.prepare(request)
+    await response.write_eof()
+    return response
 
 
 @web.middleware
@@ -420,22 +334,3 @@ async def _in_openais_words(
         status, why, code = error.status, error.reason, "invalid_request_error"
     told = {"message": why, "type": "invalid_request_error", "param": None, "code": code}
     return web.json_response({"error": told}, status=status)
-
-
-async def _body(request: web.Request) -> dict[str, Any]:
-    try:
-        body = json.loads(await request.read())
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise RefusedError("the body is not a JSON object")
-    return body
-
-
-def _whole(body: dict[str, Any], name: str, default: int, most: int) -> int:
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise RefusedError(f"{name} = {value!r:.60}: give a whole number from 1 to {most}")
-    return value

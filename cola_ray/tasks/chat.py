@@ -10,9 +10,10 @@ Control tokens come from the chat template and the tokenizer alone. One that a u
 question, is tokenised as ordinary characters.
 """
 
+import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,9 @@ class ChatTokenizer:
 
         Args:
             said: ids of messages that the model has sampled, by place, less an end token that the template writes. They
-                are not tokenised again, since text does not always come back as the same ids.
+                are not tokenised again, since text does not always come back as the same ids, and follow right after
+                the generation prompt. Their tool calls are part of them; a template is shown that there are some only
+                if it refuses the conversation otherwise.
             tools: functions that the model may call, in the form of OpenAI's API.
 
         Raises:
@@ -226,17 +229,69 @@ class ChatTokenizer:
             return f"{mark}{len(typed) - 1}{mark}"
 
         hidden = [_with_strings(message, lambda text: self._control.sub(hide, text)) for message in messages]
-        for place in said:
-            hidden[place]["content"] = f"{mark}ids{place}{mark}"
         options = _with_strings(options, lambda text: self._control.sub(hide, text))
-        text, found, start = self._render(hidden, **options), list[int](), 0
-        for token in [*re.finditer(f"{self._control.pattern}|{mark}ids(\\d+){mark}", text), None]:
+        text, held = self._held(hidden, said, mark, **options)
+        found, start = list[int](), 0
+        for token in [*re.finditer(f"{held}|{self._control.pattern}", text, re.DOTALL), None]:
             piece = text[start : token.start() if token else len(text)]
             found += self.text_ids(re.sub(f"{mark}(\\d+){mark}", lambda m: typed[int(m[1])], piece)) if piece else []
             if token:
-                found += said[int(token[1])] if token[1] else [self.tokenizer.convert_tokens_to_ids(token.group())]
+                place = token["text"] or token.groupdict().get("calls")
+                found += said[int(place)] if place else [self.tokenizer.convert_tokens_to_ids(token.group())]
                 start = token.end()
         return found
+
+    def _held(self, messages: Sequence[Message], places: Iterable[int], mark: str, **options: Any) -> tuple[str, str]:
+        """Render with placeholders for what was sampled; returns the text, and a pattern of these with all around them
+        that the template did not write when the model was asked.
+        """
+        shown, holders = [dict(one) for one in messages], {place: f"{mark}ids{place}{mark}" for place in places}
+        for place, holder in holders.items():
+            shown[place] = {**messages[place], "content": holder}
+            shown[place].pop("tool_calls", None)
+        of_text, of_calls = self._added if holders else (("", ""), None)
+        before, after = map(re.escape, of_text)
+        held = f"(?:{before})?{mark}ids(?P<text>\\d+){mark}(?:{after})?"
+        called = [place for place in holders if messages[place].get("tool_calls")]
+        try:
+            return self._render(shown, **options), held
+        except ValueError:
+            if not called or of_calls is None:
+                raise
+            for place in called:
+                shown[place] = _calling(holders[place])
+            text, (before, after) = self._render(shown, **options), map(re.escape, of_calls)
+            calls = f"{before}{mark}ids(?P<calls>\\d+){mark}(?:.*?{mark}ids(?P=calls){mark})?{after}"
+            if len(re.findall(calls, text, re.DOTALL)) != len(called):
+                raise
+            return text, f"{calls}|{held}"
+
+    @functools.cached_property
+    def _added(self) -> tuple[tuple[str, str], tuple[str, str] | None]:
+        """What the template puts before and after an answer, between where the model begins it and what ends it.
+
+        Around a text, such as a space; and around calls, None where that cannot be told.
+        """
+        text, calls = self._around({"role": "assistant", "content": _HERE}), self._around(_calling(_HERE))
+        if text is None:
+            return ("", ""), None
+        end = self._control.search(text[1])
+        ending = text[1][end.start() if end else 0 :]
+        of_calls = (calls[0], calls[1].removesuffix(ending)) if calls and calls[1].endswith(ending) else None
+        return (text[0], text[1].removesuffix(ending)), of_calls
+
+    def _around(self, answer: Message) -> tuple[str, str] | None:
+        """What is before and after an answer, from where the model begins it; None where that cannot be told."""
+        question = {"role": "user", "content": "?"}
+        try:
+            opened = self._render([question], add_generation_prompt=True)
+            text = self._render([question, answer])
+        except ValueError:
+            return None
+        if not text.startswith(opened) or _HERE not in text[len(opened) :]:
+            return None
+        before, _, rest = text[len(opened) :].partition(_HERE)
+        return before, rest.rpartition(_HERE)[2]
 
     def _render(self, messages: Sequence[Message], **options: Any) -> str:
         """Render the template; a system message that it refuses or drops is put before the first user message."""
@@ -262,6 +317,15 @@ class ChatTokenizer:
                 list(messages), tokenize=False, strftime_now=self._day.strftime, **self.options, **options
             )  # type: ignore[arg-type]
         )
+
+
+_HERE = "\ue000"
+
+
+def _calling(text: str) -> dict[str, Any]:
+    """An answer with a call, both with this text; the id is of a form that all templates take."""
+    call = {"id": "call00000", "type": "function", "function": {"name": text, "arguments": {}}}
+    return {"role": "assistant", "content": text, "tool_calls": [call]}
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -14,10 +14,12 @@ import pytest
 from runs import ROOT
 from test_chat import CHATML, make_tokenizer
 
-from cola_ray.rollout.conversation import Conversation, RefusedError
+from cola_ray.rollout.conversation import Conversation
 from cola_ray.rollout.episode import EpisodeSetting, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
+from cola_ray.rollout.program_requests import RefusedError
 from cola_ray.rollout.programs import Limits, Programs
+from cola_ray.rollout.tool_calls import ToolCalls
 from cola_ray.runs.provenance import resolve
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
@@ -207,7 +209,7 @@ def test_what_goes_wrong_costs_its_own_episode(tmp_path, does, failure):
     good = textwrap.dedent(PLAYS + '    client.post("/reward", body={"reward": 1}, cast_to=object)\n')
     good = good.replace("\n", "\n" + 4 * " ")
     whole = f"import os\nif os.environ['COLA_RAY_SEED'] == '0':\n    {source}\nelse:\n    {good}\n"
-    bad, other = played(tmp_path, whole, seeds=(0, 1), quiet_s=1.0)
+    bad, other = played(tmp_path, whole, seeds=(0, 1), quiet_s=1.0 if "longer" in failure else 20.0)
     assert bad.failure == failure
     assert not bad.terminated
     assert (other.failure, other.total_reward) == ("", 1.0)
@@ -310,7 +312,9 @@ def test_control_tokens_in_tools_and_their_calls_stay_characters():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": json.dumps({"a": evil})}}
     messages = [{"role": "user", "content": "go"}, {"role": "assistant", "content": None, "tool_calls": [call]},
                 {"role": "developer", "content": "be brief"}]  # fmt: skip
-    state = Conversation(chat, endings, "hermes").state({"messages": messages, "tools": [tool]})
+    state = Conversation(chat, endings, ToolCalls(chat.tokenizer, "hermes")).state(
+        {"messages": messages, "tools": [tool]}
+    )
     start = chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert (state.ids.count(end), state.ids.count(start)) == (4, 5), "the template's own"
     assert chat.tokenizer.decode(state.ids).count("<|im_start|>system\nbe brief") == 1
@@ -391,7 +395,7 @@ def test_a_program_that_plays_an_environment_gives_its_episode(tmp_path):
 
 def test_calls_of_tools_are_parsed_and_come_back_as_they_were_sampled():
     chat, endings, end = tokens(TOOLS_TEMPLATE)
-    conversation = Conversation(chat, endings, "hermes")
+    conversation = Conversation(chat, endings, ToolCalls(chat.tokenizer, "hermes"))
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     body = {"messages": [{"role": "user", "content": "3 + 4 ="}], "tools": [tool]}
     state = conversation.state(body)
@@ -408,8 +412,27 @@ def test_calls_of_tools_are_parsed_and_come_back_as_they_were_sampled():
     assert following.ids[: len(state.ids) + len(called)] == [*state.ids, *called], "with both spaces"
     assert chat.tokenizer.decode(following.ids).endswith("<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n")
     body = {"messages": [*body["messages"], message, result], "tools": [tool]}
-    elsewhere = Conversation(chat, endings, "hermes").state(body).ids
+    elsewhere = Conversation(chat, endings, ToolCalls(chat.tokenizer, "hermes")).state(body).ids
     assert '<tool_call>{"name": "add"' in chat.tokenizer.decode(elsewhere), "the template's own form of it"
+
+
+def test_a_vocabulary_is_read_once_for_all_texts(monkeypatch):
+    chat, _, _ = tokens(TOOLS_TEMPLATE)
+    chat.tokenizer.add_special_tokens({"additional_special_tokens": ["<|python_tag|>"]})
+    reads, get_vocab = [], type(chat.tokenizer).get_vocab
+    monkeypatch.setattr(type(chat.tokenizer), "get_vocab", lambda self: reads.append(1) or get_vocab(self))
+    calls = ToolCalls(chat.tokenizer, "llama3_json")
+    assert sum(reads) == 1
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    for number in range(3):
+        found = calls.within(json.dumps({"name": "add", "parameters": {"a": number}}), [tool])
+        assert [json.loads(call["function"]["arguments"]) for call in found["tool_calls"]] == [{"a": number}]
+        assert calls.within(f"No, {number}.", [tool]) == {}
+    assert sum(reads) == 1
+    with pytest.raises(RefusedError, match=r"tools: .*parameters"):
+        calls.check([{"type": "function", "function": {"name": "add", "parameters": "none"}}])
+    with pytest.raises(ValueError, match=r"task\.tool_parser = 'deepseek_v3': not for this model's tokenizer"):
+        ToolCalls(chat.tokenizer, "deepseek_v3")
 
 
 def test_a_command_starts_elsewhere_as_it_does_here(tmp_path, monkeypatch):

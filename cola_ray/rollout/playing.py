@@ -1,0 +1,158 @@
+"""An episode that an agent program is playing: its turns so far, what they brought, and how it ended.
+
+turns(2) ─> numbers 3, 4 ─> generate ─> said(...)      those that come to nothing are free again
+                                          └─> reward(...) ─> end() ─> Episode
+"""
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from cola_ray.experience import Episode, Turn
+from cola_ray.rollout.conversation import Conversation, State
+from cola_ray.rollout.episode import Generate, Utterance
+from cola_ray.rollout.program_requests import RefusedError, Reward
+from cola_ray.tasks.protocol import not_a_reward
+
+Array = np.ndarray
+
+
+@dataclass(eq=False)
+class Playing:
+    """An episode that is under way.
+
+    Args:
+        read_state: of the state that a limit cut it in, which stands for the rest; None where nobody learns from it.
+    """
+
+    position: int
+    seed: int
+    generate: Generate
+    read_state: Generate | None
+    conversation: Conversation
+    ended: asyncio.Future[Episode]
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    taken: set[int] = field(default_factory=set)  # numbers of turns so far, with those that are being generated
+    made: dict[int, Turn] = field(default_factory=dict)
+    answers: dict[str, list[int]] = field(default_factory=dict)  # by id, the turns that are its choices
+    num_retokenised: int = 0
+    left_in: Sequence[int] | None = None  # where it was refused a further turn, unless it has had one since
+    busy: int = 0  # requests that are being answered
+    heard: bool = False
+    quiet_since: float = field(default_factory=time.monotonic)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While a request is answered, it is not the program that is slow."""
+        self.heard, self.busy = True, self.busy + 1
+        try:
+            yield
+        finally:
+            self.busy, self.quiet_since = self.busy - 1, time.monotonic()
+
+    @contextlib.contextmanager
+    def turns(self, count: int) -> Iterator[list[int]]:
+        """Numbers for further turns. If the program does not get to read them, there were none."""
+        free = (number for number in itertools.count() if number not in self.taken)
+        numbers = [*itertools.islice(free, count)]
+        self.taken.update(numbers)
+        self.left_in = None
+        try:
+            yield numbers
+        except BaseException:
+            self.taken.difference_update(numbers)
+            self.answers = {name: one for name, one in self.answers.items() if one != numbers}
+            for number in numbers:
+                self.made.pop(number, None)
+            raise
+
+    def said(self, state: State, numbers: list[int], utterances: Sequence[Utterance], answer: str) -> None:
+        """Turns that were made: of their hidden states only what a critic reads is kept."""
+        self.made.update(zip(numbers, (one.as_turn(state.ids) for one in utterances), strict=True))
+        self.answers[answer] = numbers
+        self.num_retokenised += state.retokenised
+
+    def rewarded(self, given: Reward) -> int:
+        """The turn that a reward is for.
+
+        Raises:
+            RefusedError: there is none.
+        """
+        if not self.answers:
+            raise RefusedError("there is nothing to reward: the model has not been asked anything yet")
+        name = next(reversed(self.answers)) if given.answer is None else given.answer
+        if name not in self.answers:
+            raise RefusedError(f"id = {name!r:.60}: this episode has no such answer; give the id of a completion")
+        turns = self.answers[name]
+        if given.choice is None:
+            return turns[-1]
+        if not 0 <= given.choice < len(turns):
+            raise RefusedError(f"index = {given.choice}: {name} has {len(turns)} choices, counted from 0")
+        return turns[given.choice]
+
+    def reward(self, number: int, value: float) -> None:
+        together = self.made[number].reward + value
+        if why := not_a_reward(together):
+            raise RefusedError(f"reward: with those before it, {why}")
+        self.made[number] = replace(self.made[number], reward=together)
+
+    @property
+    def total_reward(self) -> float:
+        return sum(turn.reward for turn in self.made.values())
+
+    def last_state(self) -> list[int]:
+        """Where it was refused a turn; else what the model has read and said to its last one."""
+        if self.left_in is not None:
+            return [*self.left_in]
+        last = self.made[max(self.made)]
+        return [*last.state_ids.tolist(), *last.token_ids.tolist()]
+
+    def end(self, failure: str = "", *, cut_in: Sequence[int] | None = None, final: Array | None = None) -> None:
+        """It is over, unless it was already.
+
+        Args:
+            cut_in: the state that a limit cut it in; None: it ended by itself, or failed.
+            final: features of that state, (H,).
+        """
+        if not self.ended.done():
+            turns, text = self._in_order(cut_in or [])
+            terminated = not failure and cut_in is None
+            self.ended.set_result(
+                Episode(self.position, turns, terminated, text, final, failure, retokenised=self.num_retokenised)
+            )
+
+    def _in_order(self, last: Sequence[int]) -> tuple[tuple[Turn, ...], str]:
+        """The turns with what each was answered, and everything as text."""
+        made, text, before = [turn for _, turn in sorted(self.made.items())], "", list[int]()
+        decode: Any = self.conversation.chat.tokenizer.decode
+        following = [*(turn.state_ids.tolist() for turn in made[1:]), [*last]]
+        turns = list[Turn]()
+        for turn, after in zip(made, following, strict=False):
+            state, said = turn.state_ids.tolist(), turn.token_ids.tolist()
+            text += decode(state[len(before) :] if state[: len(before)] == before else state) + decode(said)
+            before = [*state, *said]
+            answered = _answer(before, said, after)
+            left = answered is None and turn is not made[-1]
+            turns.append(replace(turn, observation_ids=np.asarray(answered or [], np.int64), left=left))
+        return tuple(turns), text
+
+
+def _answer(before: list[int], said: list[int], after: list[int]) -> list[int] | None:
+    """What comes after something that was said, in the next state; None if it is not there.
+
+    Args:
+        before: the state that it was said in, with it.
+        after: the next state, which may have left older messages out.
+    """
+    if after[: len(before)] == before:
+        return after[len(before) :]
+    state, words = ("".join(map(chr, ids)) for ids in (after, said))
+    place = state.rfind(words)
+    return after[place + len(words) :] if place >= 0 else None

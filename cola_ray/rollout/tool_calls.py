@@ -1,0 +1,66 @@
+"""Tool calls in what a model says, found by one of vLLM's parsers."""
+
+import functools
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from cola_ray.rollout.program_requests import RefusedError
+
+log = logging.getLogger(__name__)
+Tools = Sequence[Mapping[str, Any]]
+
+
+class ToolCalls:
+    """One serves all conversations of a worker.
+
+    vLLM's parsers keep the state of a stream, so each text has one of its own. What takes its time is done once: they
+    read the whole vocabulary as they are made, a second for one of 150 000 tokens, and tools are validated.
+
+    Args:
+        parser: one of vLLM's, by name.
+
+    Raises:
+        ValueError: it is one for other models.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, parser: str) -> None:
+        from vllm.tokenizers.hf import get_cached_tokenizer
+        from vllm.tool_parsers import ToolParserManager
+
+        self.tokenizer = get_cached_tokenizer(tokenizer)  # type: ignore[arg-type]
+        self.make = ToolParserManager.get_tool_parser(parser)
+        self.asked = functools.lru_cache(maxsize=64)(_asked)
+        try:
+            self.make(self.tokenizer)
+        except Exception as error:
+            raise ValueError(f"task.tool_parser = {parser!r}: not for this model's tokenizer: {error}") from None
+
+    def check(self, tools: Tools) -> None:
+        """Raises RefusedError if they are not in the form of OpenAI's API."""
+        try:
+            self.asked(json.dumps(tools))
+        except ValueError as error:
+            raise RefusedError(f"tools: {' '.join(str(error).split()):.200}") from None
+
+    def within(self, text: str, tools: Tools) -> dict[str, Any]:
+        """A message's content and tool calls; {} where there are none, or none that can be parsed."""
+        asked = self.asked(json.dumps(tools))
+        try:
+            found = self.make(self.tokenizer, asked.tools).extract_tool_calls(text, asked)
+        except Exception as error:  # a text may be anything, and not all parsers are ready for that
+            log.warning("a tool call cannot be parsed: %s: %s", type(error).__name__, error)
+            return {}
+        if not found.tools_called:
+            return {}
+        return {"content": found.content or None, "tool_calls": [call.model_dump() for call in found.tool_calls]}
+
+
+def _asked(tools: str) -> Any:
+    """A request as parsers read it, of its tools alone."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    return ChatCompletionRequest.model_validate({"messages": [], "model": "", "tools": json.loads(tools)})
