@@ -43,6 +43,8 @@ def evaluate(expression: str) -> int | float:
         raise ValueError("division by zero") from None
     except OverflowError:
         raise ValueError("the result is too large") from None
+    except RecursionError:
+        raise ValueError("the expression is nested too deeply") from None
 
 
 def _value(node: ast.expr) -> int | float:

@@ -116,7 +116,7 @@ def _call(value: Any) -> Call | Malformed:
     name = value.get("name")
     if not isinstance(name, str):
         return Malformed("the call has no name" if name is None else "the call's name is not text")
-    arguments = next((value[field] for field in _ARGUMENTS if field in value), {})
+    arguments: Any = next((value[field] for field in _ARGUMENTS if field in value), {})
     if not isinstance(arguments, dict):
         return Malformed("the call's arguments are not an object")
     try:

@@ -73,8 +73,8 @@ class Tool:
             name = schema["function"]["name"]
             if not isinstance(schema["function"]["parameters"]["properties"], Mapping) or not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r:.80} is no name of letters, digits, _ and -")
-        except (KeyError, TypeError, ValueError, NameError) as error:
-            why = registry.error_in_a_line(error).partition(" (chat_template")[0]
+        except Exception as error:  # of whatever its type hints and its docstring are
+            why = registry.error_in_a_line(error).partition(": ")[2].partition(" (chat_template")[0]
             raise ValueError(f"task.tools = {path!r}: no schema can be made of it: {why}; give each argument a type "
                              "and a line under Args: in the docstring") from None  # fmt: skip
         return cls(function, schema, takes_problem)

@@ -63,7 +63,8 @@ class Tools:
         skill: Share = 0.6,
     ) -> None:
         if largest < things:
-            raise ValueError(f"task.options.largest = {largest}: {things} things have different weights; use as many")
+            raise ValueError(f"task.options.largest = {largest}: {things} things have different weights; use at least "
+                             f"{things}, or fewer task.options.things")  # fmt: skip
         if config.tool_parser not in (ANY, *FORMATS):
             raise ValueError(f"task.tool_parser = {config.tool_parser!r}: tools are called as {', '.join(FORMATS)}; "
                              "use one of these, or leave it out for any of them")  # fmt: skip

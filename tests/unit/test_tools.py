@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import folder_of_ones_own
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import ROOT
@@ -61,8 +62,10 @@ def own(tmp_path, monkeypatch):
 NUMBERS = st.integers(0, 10**6) | st.floats(0, 1e6, allow_nan=False).map(lambda x: round(x, 3))
 EXPRESSIONS = st.recursive(
     NUMBERS.map(repr),
-    lambda inner: st.tuples(inner, st.sampled_from(["+", "-", "*", "/", "//", "%"]), inner).map("({0[0]} {0[1]} {0[2]})".format)
-    | inner.map("-{}".format),
+    lambda inner: (
+        st.tuples(inner, st.sampled_from(["+", "-", "*", "/", "//", "%"]), inner).map(" ".join).map("({})".format)
+        | inner.map("-{}".format)
+    ),
     max_leaves=8,
 )  # fmt: skip
 
@@ -106,7 +109,7 @@ def test_numbers_in_words_are_the_same_numbers(number):
         ("True + 1", "is not arithmetic"), ("1 < 2", "is not arithmetic"), ("[1][0]", "is not arithmetic"),
         ("1j", "is not arithmetic"), ("1,000", "is not arithmetic"), ("1 << 999999", "is not arithmetic"),
         ("", "not an arithmetic expression"), ("2 +", "not an arithmetic expression"),
-        ("1\0", "not an arithmetic expression"), ("(" * 150 + "1" + ")" * 150, "not an arithmetic expression"),
+        ("1\0", "not an arithmetic expression"), ("(" * 350, "not an arithmetic expression"),
         ("9" * 401, "at most 400 characters"),
     ],
 )  # fmt: skip
@@ -118,6 +121,7 @@ def test_what_the_calculator_refuses_at_once(expression, why):
 
 
 def test_signs_and_numbers_as_people_write_them():
+    assert evaluate("(" * 150 + "1" + ")" * 150) == evaluate("+" * 399 + "1") == 1
     assert evaluate("3 \u00d7 4 \u2212 6 \u00f7 2") == 9
     assert [in_words(value) for value in (10.0, 0.1, -3, 2**200)] == ["10", "0.1", "-3", "1.606938044258990e+60"]
 
@@ -412,7 +416,7 @@ def test_functions_of_ones_own_run_in_a_fork(own, tmp_path, monkeypatch):
     names = ("price", "later", "column", "sleeps", "exits", "crashes", "starts", "counts")
     box = Toolbox([at(name) for name in names])
 
-    def said(name, seconds=20.0, **arguments):
+    def said(name, /, seconds=20.0, **arguments):
         found = box.run(Call(name, arguments), ROW, seconds)
         assert found.fits
         return found.text, found.failed
@@ -473,7 +477,7 @@ def test_two_tools_of_one_name_are_refused(own):
 # --- the environment --------------------------------------------------------------------------------------------------
 
 
-def write(name, parser="json", **arguments):
+def write(name, parser="json", /, **arguments):
     return FORMATS[parser].write([Call(name, arguments)])
 
 
@@ -624,7 +628,7 @@ def rows(tmp_path):
 def test_rows_of_ones_own_with_a_reward_by_name_and_a_function(rows, own):
     mine = own("""
         def short(problem, response):
-            return 1.0 if len(response) < 4 else 0.0
+            return 1.0 if len(response) < 5 else 0.0
     """)
     env = make_environment(TaskConfig(name="tools", path=rows, reward=("math", mine("short")), reward_weights=(1, 0.5)))
     seen = set()
@@ -662,7 +666,9 @@ TOOLS = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-NO_ROLE = "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+NO_ROLE = (
+    "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no such role') }}{% endif %}"
+)
 NO_TOOLS = NO_ROLE + TOOLS.partition("{% endif %}")[2].removeprefix("{% for message in messages %}")
 
 
@@ -726,7 +732,7 @@ def test_without_a_template_the_transcript_is_plain_text():
     episode, chat = episode_of(TaskConfig(name="tools"), [call, "4"], None)
     opening = game().reset(seed=1)[0]
     assert episode.text == f"{opening}{call}\n4\n4\n"
-    assert chat.tokenizer.decode(episode.turns[0].state_ids) == opening
+    assert episode.turns[0].state_ids.tolist() == [*chat.begin, *chat.text_ids(opening)]
 
 
 @pytest.mark.parametrize("template", [TOOLS, None])
@@ -757,7 +763,7 @@ def test_control_tokens_in_a_result_stay_text(template, rows, own):
 
 def test_a_conversation_that_is_too_long_loses_its_oldest_turns():
     config = TaskConfig(name="tools", options={"max_turns": 8})
-    whole, chat = episode_of(config, [CALL], TOOLS)
+    whole, _ = episode_of(config, [CALL], TOOLS)
     assert not whole.terminated
     assert whole.final_features is not None
     (sequence,) = whole.as_trajectories()
@@ -775,7 +781,7 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns():
 @pytest.mark.parametrize("template", [TOOLS, NO_TOOLS, None])
 def test_demonstrations_are_cloned_in_the_ids_that_episodes_have(template):
     config = TaskConfig(name="tools", num_problems=4)
-    chat, endings, end = tokens(template)
+    chat, *_ = tokens(template)
     task = PlayedTask(config, 3)
     documents, has_own = load_documents(DataConfig(), task, chat, 4000)
     assert has_own
@@ -819,14 +825,15 @@ class Reports:
         ({}, ""), ({"metrics": {"a": 1, "b": True, "c": 0.5}}, ""), ({"metrics": None, "score": [1]}, ""),
         ({"metrics": [1]}, "returned info['metrics'] = [1]; at most 64 numbers by name"),
         ({"metrics": {"a/b": 1}}, "returned the metric 'a/b'; names have letters, digits and _"),
-        ({"metrics": {"a": "x"}}, "returned the metric a = 'x'"), ({"metrics": {"a": 1e300}}, "returned the metric a ="),
+        ({"metrics": {"a": "x"}}, "returned the metric a = 'x'"),
+        ({"metrics": {"a": 1e300}}, "returned the metric a = 1e+300"),
         ({"metrics": {str(n): 0 for n in range(65)}}, "returned info['metrics'] = {"),
         ({"chat": []}, "returned info['chat'] with '[]'; messages, tools and tools_text are expected"),
         ({"chat": {"messages": [{"role": "assistant", "content": ""}]}}, "returned info['chat'] with the message"),
         ({"chat": {"messages": [{"role": "tool", "content": 7}]}}, "returned info['chat'] with the content"),
         ({"chat": {"messages": [], "tools": [{}]}}, "returned info['chat'] with the tools"),
         ({"chat": {"messages": [], "more": 1}}, "returned info['chat'] with"),
-        ({"chat": {"messages": [{"role": "tool", "content": "\ud800"}]}}, "returned info['chat'] with text that is not"),
+        ({"chat": {"messages": [{"role": "tool", "content": "\ud800"}]}}, "returned info['chat'] with text that is"),
     ],
 )  # fmt: skip
 def test_what_info_may_hold(info, failure):
@@ -871,7 +878,7 @@ def test_the_tiny_preset_makes_short_texts():
         ("--task.tools nope lookup calculator", "task.tools = 'nope': "),
         ("--task.tool-parser mistral", "task.tool_parser = 'mistral': tools are called as hermes, llama3_json, json"),
         ("--task.options skil 1", "task.options.skil = 1: tools takes max_turns"),
-        ("--task.options largest 5", "task.options.largest = 5: 12 things have different weights"),
+        ("--task.options largest 5", "task.options.largest = 5: 48 things have different weights; use at least 48"),
         ("--task.reward reward_model --task.reward-model http://localhost:1", "task.reward = ('reward_model',): answers"),
         ("--task.columns prompt body", "task.columns.prompt = 'body': has no effect here; dataset does"),
         ("--task.right-from 1", "task.right_from = 1.0: has no effect here"),
@@ -880,7 +887,6 @@ def test_the_tiny_preset_makes_short_texts():
         ("--task.path ROWS --task.reward verifier", "task.reward = ('verifier',): rows have no verifier"),
         ("--task.path ROWS --task.reward math", "task.path = 'ROWS': rows do not show how tools are called"),
         ("--task.path none.jsonl --task.reward math", "task.path = 'none.jsonl': no such file or folder"),
-        ("--task.path ROWS --task.reward code", "task.reward = 'code': code applies to none of the first rows"),
     ],
 )  # fmt: skip
 def test_what_is_refused_before_a_run(words, line, rows, capsys):
@@ -888,6 +894,11 @@ def test_what_is_refused_before_a_run(words, line, rows, capsys):
     with pytest.raises(SystemExit):
         from_command_line("rl_agent", argv)
     assert line.replace("ROWS", rows) in capsys.readouterr().err
+
+
+def test_rewards_are_tried_before_a_run(rows):
+    (line,) = inspection.faults(TaskConfig(name="tools", path=rows, reward=("code",)))
+    assert line.startswith("task.reward = 'code': code applies to none of the first rows")
 
 
 def test_tools_are_settings_of_this_environment_alone(capsys):
@@ -902,3 +913,46 @@ def test_tools_are_settings_of_this_environment_alone(capsys):
 def test_what_makes_sense_is_not_refused(words):
     config = from_command_line("rl_agent", ["--task.name", "tools", *words.split()])
     assert inspection.faults(config.task) == []
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs/agents.md").read_text()
+FILES = dict(re.findall(r"```\w+ file=(orders\.jsonl|stock\.py)\n(.*?)```", PAGE, re.DOTALL))
+COMMANDS = re.findall(r"^    cola_ray agent (--task\.name tools.*)$", PAGE, re.MULTILINE)
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    yield from folder_of_ones_own(FILES | {"texts.jsonl": '{"text": "It is 7."}\n' * 4}, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands_of_the_page_pass_the_checks(words, outside):
+    config = from_command_line("rl_agent", words.replace("--model.path MODEL", "--data.path texts.jsonl").split())
+    assert inspection.faults(config.task) == []
+
+
+def test_the_pages_example_plays(outside):
+    assert len(COMMANDS) == 2
+    config = from_command_line("rl_agent", COMMANDS[1].replace("--model.path MODEL", "--data.path texts.jsonl").split())
+    env, answered = make_environment(config.task), 0
+    for seed in range(3):
+        env.reset(seed=seed)
+        if "all packets" not in env.problem.question:
+            continue
+        calls = [Call("in_stock", {"thing": "tea"}), Call("price", {"thing": "tea"}), Call("price", {"thing": "rum"})]
+        seen = env.step(FORMATS["hermes"].write(calls))[0]
+        assert seen == "\n4\n2.5\nError: raised ValueError: we do not sell rum\n"
+        assert env.step(write("calculator", expression="4 * 2.5"))[0] == "\n10\n"
+        assert env.step("They cost 10.")[1:4] == (1.0, True, False)
+        answered += 1
+    assert answered == 1
+    env.reset(seed=HELD_OUT)
+    assert env.problem.solution == "3.7", "held out"
+
+
+def test_limits_are_those_that_the_page_states():
+    (line,) = re.findall(r"^- \*\*Limits\*\* are (.*?)\. All", PAGE.replace("\n  ", " "), re.MULTILINE)
+    stated = {name: float(number) for name, number in re.findall(r"`(\w+)`[^,(]*\((\d+)\)", line)}
+    assert stated == {name: getattr(GAME, name) for name in ("max_turns", "max_calls", "result_chars", "seconds")}
