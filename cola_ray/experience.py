@@ -94,6 +94,7 @@ class Episode:
     text: str
     final_features: Array | None = None  # (H,), e at the last token of all, where a limit cut the episode
     failure: str = ""  # of the environment; such an episode is counted and not trained on
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the environment has measured, by name
     retokenised: int = 0  # messages of the policy that an agent program has sent back otherwise than it got them
 
     @property

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-Kind = Literal["algorithm", "advantage", "loss", "task", "environment", "reward", "base"]
+Kind = Literal["algorithm", "advantage", "loss", "task", "environment", "reward", "tool", "base"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Found = TypeVar("Found")
 
@@ -62,6 +62,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "jericho": "cola_ray.tasks.adventures:Jericho",
         "data_science": "cola_ray.tasks.data_science:DataScience",
         "program": "cola_ray.tasks.program:Program",
+        "tools": "cola_ray.tasks.tools:Tools",
     },
     "reward": {
         "verifier": "cola_ray.tasks.rewards:Verifier",
@@ -73,6 +74,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "length": "cola_ray.tasks.rewards:Length",
         "code": "cola_ray.tasks.rewards:Code",
     },
+    "tool": {name: f"cola_ray.tasks.toolbox:{name}" for name in ("calculator", "lookup", "python")},
     "base": {
         name: f"cola_ray.model.families:{name.upper()}"
         for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3")
@@ -111,7 +113,7 @@ def register(kind: Kind, name: str) -> Callable[[Found], Found]:
     """Put a function, a class or an instance into the registry; returns it unchanged.
 
     Args:
-        kind: algorithm, advantage, loss, task, environment, reward or base.
+        kind: algorithm, advantage, loss, task, environment, reward, tool or base.
         name: under which settings name it, behind ``file.py:`` or ``package.module:`` where the file has not been
             imported before.
 

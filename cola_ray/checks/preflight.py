@@ -303,10 +303,10 @@ def _rows(config: Config, job: str) -> Iterator[str]:
         for file in files:
             if file.is_file() and _has_rows(str(file)):
                 yield from peek(str(file), "task.path", read)
-    if task.name == "dataset" and any(map(_has_rows, (task.path, *task.more_paths))):
+    if task.name in ("dataset", "tools") and any(map(_has_rows, (task.path, *task.more_paths))):
         found = dataset.faults(task)
         yield from found
-        if not found and _reads_texts(config, job) and not config.data.path:
+        if not found and task.name == "dataset" and _reads_texts(config, job) and not config.data.path:
             yield from _without_responses(task)
     if task.name == "preference" and _has_rows(task.path):
         yield from _preferences(config, job)
@@ -365,7 +365,7 @@ def _hub(config: Config, job: str) -> list[str]:
     if _reads_texts(config, job) or job == "train_q":
         used += [("data.path", config.data.path, "dataset")]
         used += [(field, source, "dataset") for field, source in _further_paths(config)]
-    if _asks_task(config, job) and task.name in ("gsm8k", "math500", "preference", "dataset"):
+    if _asks_task(config, job) and task.name in ("gsm8k", "math500", "preference", "dataset", "tools"):
         used.append(("task.path", task.path, "dataset"))
         used += [(field, source, "dataset") for field, source in _further_tasks(config)]
     used += [(field, value, "model") for field, value, _ in _in_use(config, job) if field == "model.base"]

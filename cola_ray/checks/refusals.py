@@ -25,6 +25,7 @@ from cola_ray.settings.config import (
     NAMED,
     Config,
     ConfigError,
+    TaskConfig,
     is_environment,
     named,
     schemas,
@@ -34,6 +35,7 @@ from cola_ray.settings.presets import trial
 from cola_ray.tasks import inspection
 from cola_ray.tasks.dataset import name_of as source_name
 from cola_ray.tasks.rewarded import REWARD_MODEL, name_of
+from cola_ray.tasks.weighing import TOOLS
 
 _MOST_SEQUENCES = 2**20  # a step's, which are held in memory together
 _OF_OURS = ("soft_q", "bellman_residual", "replays", "critic", "turns")
@@ -306,12 +308,30 @@ def _check_preferences(config: Config) -> list[str]:
 
 
 def _check_agent(config: Config) -> list[str]:
+    if config.task.name == "tools":
+        return _check_tools(config.task)
     if is_environment(config.task.name) or _check_task(config):
         return []
     known = ", ".join(MULTI_TURN)
     return [
         f"task.name = {config.task.name!r}: not an environment, which has reset and step; use {known} or your own class"
     ]
+
+
+def _check_tools(task: TaskConfig) -> list[str]:
+    """What is asked and what answers are worth where tools are called."""
+    if not task.path and task.tools and not {*TOOLS} <= {*task.tools}:
+        return [f"task.tools = {task.tools}: drawn questions need {' and '.join(TOOLS)}; name them, too, or give rows "
+                "by task.path"]  # fmt: skip
+    if task.path and not task.reward:
+        return ["task.reward = (): rows do not say what an answer is worth; give exact, math, format, regex, length or "
+                "code, or a function of your own as FILE.py:name"]  # fmt: skip
+    if REWARD_MODEL in task.reward:
+        return [f"task.reward = {task.reward!r}: answers that tools lead to are scored where tools are called, without "
+                "a reward model; leave reward_model out"]  # fmt: skip
+    if task.path and "verifier" in task.reward:
+        return [f"task.reward = {task.reward!r}: rows have no verifier; leave it out"]
+    return []
 
 
 def _check_shown(config: Config) -> list[str]:
@@ -321,6 +341,8 @@ def _check_shown(config: Config) -> list[str]:
 
 
 def _check_evaluation(config: Config) -> list[str]:
+    if config.task.name == "tools":
+        return _check_tools(config.task)
     if config.task.name == "dataset" and not config.task.reward:
         return [f"task.reward = (): rows do not say what a response is worth; {_GIVE_REWARD}"]
     if config.task.name == "preference" and not config.task.reward:

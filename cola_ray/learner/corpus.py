@@ -17,6 +17,7 @@ from cola_ray.tasks import PlayedTask, Prompts
 from cola_ray.tasks.chat import ChatTokenizer, Prompt, as_prompt
 from cola_ray.tasks.environment import Dialogue
 from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows
+from cola_ray.tasks.transcript import Transcript
 
 Document = tuple[list[int], list[bool]]
 """Token ids, and which of them are the model's own to say: a response, an agent's utterances."""
@@ -131,6 +132,9 @@ def _demonstrated(task: Prompts | PlayedTask, chat: ChatTokenizer, max_tokens: i
 
 def _windows(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterator[Document]:
     """A dialogue, tokenised piece by piece as in an episode; a long one in stretches, each after the opening."""
+    if dialogue.chats and chat.tokenizer.chat_template:
+        yield from _stretches(dialogue, chat, max_tokens)
+        return
     opening = [*chat.begin, *chat.text_ids(dialogue.opening)]
     ids, own = list(opening), [False] * len(opening)
     for utterance, observation in dialogue.turns:
@@ -139,6 +143,22 @@ def _windows(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterat
             yield ids[:max_tokens], own[:max_tokens]
             ids, own = list(opening), [False] * len(opening)
         ids, own = [*ids, *said, *heard], [*own, *[True] * len(said), *[False] * len(heard)]
+    yield ids[:max_tokens], own[:max_tokens]
+
+
+def _stretches(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterator[Document]:
+    """The same in the chat template; another document where a state does not continue what was before it."""
+    transcript, ids, own = Transcript(chat, (chat.end,), dialogue.chats[0]), list[int](), list[bool]()
+    for (utterance, _), heard in zip(dialogue.turns, dialogue.chats[1:], strict=True):
+        said = chat.response_ids(utterance)
+        state = transcript.ids(max(max_tokens - len(said), 1))
+        if ids and state[: len(ids)] != ids:
+            yield ids, own
+            own = [False] * len(state)
+        own = [*own, *[False] * (len(state) - len(own)), *[True] * len(said)]
+        ids = [*state, *said]
+        transcript.say(said)
+        transcript.hear(heard)
     yield ids[:max_tokens], own[:max_tokens]
 
 

@@ -326,7 +326,7 @@ class Episodes:
         actions, versions = Tally.of([turn.actions for turn in turns]), Tally.of([turn.versions for turn in turns])
         measured = self.batches.measured(lengths, actions, versions, returns, step)
         clipped = self.batches.clipped_share([turn.reward for turn in turns])
-        return self.batches.counted(seconds) | measured | clipped | {
+        return self.batches.counted(seconds) | measured | clipped | _of_environment(episodes) | {
             "agent/episodes": float((step + 1) * self.config.rl.prompts_per_step * self.config.rl.group_size),
             "agent/turns": len(turns) / len(episodes),
             "agent/terminated": float(np.mean([episode.terminated for episode in episodes])),
@@ -336,6 +336,15 @@ class Episodes:
         if self.config.task.name != "program":
             return {}
         return {"agent/retokenised": float(np.mean([episode.retokenised for episode in episodes]))}
+
+
+def _of_environment(episodes: Sequence[Episode]) -> Metrics:
+    """Means of what environments have measured, each over the episodes that have it."""
+    names = dict.fromkeys(name for episode in episodes for name in episode.metrics)
+    return {
+        f"agent/{name}": float(np.mean([one.metrics[name] for one in episodes if name in one.metrics]))
+        for name in names
+    }
 
 
 def _turn_rewards(episode: Episode, whole_state: bool) -> gigpo.TurnRewards:

@@ -77,8 +77,9 @@ class AgentWorker(EngineWorker):
         width = self.engine.llm.llm_engine.model_config.get_hidden_size()
         self.feature_width = width if self.latent else 1
         self.setting = EpisodeSetting(
-            processes, self.chat.text_ids, self.endings.text, config.rollout.max_prompt_tokens, tuple(self.chat.begin)
-        )
+            processes, self.chat.text_ids, self.endings.text, config.rollout.max_prompt_tokens, tuple(self.chat.begin),
+            self.chat if self.tokenizer.chat_template else None, self.endings.token_ids,
+        )  # fmt: skip
         self.programs = self._programs(make().max_turns) if of_program else None
 
     async def facts(self) -> dict[str, object]:

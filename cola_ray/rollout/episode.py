@@ -7,8 +7,9 @@
 
 Each turn is one request whose prompt is the transcript so far, so the engine's prefix cache holds all but the last
 observation. A transcript that no longer fits loses its oldest turns, but never its opening. What the policy said is
-never tokenised again; each observation is tokenised once. An episode is a coroutine, and hundreds of them share one
-engine and a few environment processes.
+never tokenised again; each observation is tokenised once. Where observations have roles and the model a chat template,
+the transcript is a conversation in that (tasks/transcript.py). An episode is a coroutine, and hundreds of them share
+one engine and a few environment processes.
 """
 
 import asyncio
@@ -22,6 +23,9 @@ import numpy as np
 from cola_ray.experience import Episode, Turn
 from cola_ray.rollout.engine import Request
 from cola_ray.rollout.isolation import EnvironmentProcess, Outcome
+from cola_ray.tasks.chat import ChatTokenizer
+from cola_ray.tasks.environment import Chat
+from cola_ray.tasks.transcript import Transcript
 
 Array = np.ndarray
 
@@ -81,6 +85,10 @@ class EpisodeSetting:
     max_state_tokens: int
     begin: Sequence[int] = ()
     """Ids that every transcript begins with: the tokenizer's BOS, if it has one."""
+    chat: ChatTokenizer | None = None
+    """Of a model with a chat template, for environments whose observations have roles."""
+    end_ids: Sequence[int] = ()
+    """Ids that end an utterance."""
 
 
 async def play(
@@ -100,7 +108,8 @@ async def play(
         outcome: Outcome = reply.value
         if record.said:
             record.rewards.append(outcome.reward)
-        record.observe(outcome.observation)
+        record.observe(outcome.observation, outcome.chat)
+        record.metrics |= outcome.metrics
         if outcome.terminated or outcome.truncated:
             cut = not outcome.terminated
             final = await read_state(record.state(), len(record.said)) if cut and read_state else None
@@ -121,9 +130,13 @@ class _Record:
         self.said: list[Turn] = []  # without rewards and observations
         self.rewards: list[float] = []
         self.texts: list[str] = []
+        self.metrics: dict[str, float] = {}
+        self.transcript: Transcript | None = None  # where observations have roles, and the model a chat template
 
     def state(self) -> list[int]:
         """Return the opening and as many of the last turns as fit, or at least the end of the last observation."""
+        if self.transcript is not None:
+            return self.transcript.ids(self.setting.max_state_tokens)
         opening, *rest = self.segments
         limit, kept = self.setting.max_state_tokens - len(self.setting.begin), list(rest)
         while kept and len(opening) + sum(map(len, kept)) > limit:
@@ -131,13 +144,19 @@ class _Record:
         ids = [*opening, *itertools.chain(*kept)] if kept or not rest else rest[-1]
         return [*self.setting.begin, *ids[-limit:]]
 
-    def observe(self, observation: str) -> None:
+    def observe(self, observation: str, chat: Chat | None = None) -> None:
+        if not self.segments and chat is not None and self.setting.chat is not None:
+            self.transcript = Transcript(self.setting.chat, self.setting.end_ids, chat)
+        elif self.transcript is not None:
+            self.transcript.hear(chat or Chat(({"role": "user", "content": observation},)))
         self.segments.append(self.setting.encode(observation))
         self.texts.append(observation)
 
     def say(self, state: list[int], utterance: Utterance) -> str:
         text = self.setting.decode(utterance.token_ids)
         self.said.append(utterance.as_turn(state))  # its hidden states are needed no longer
+        if self.transcript is not None:
+            self.transcript.say(utterance.token_ids)
         self.segments.append([int(token) for token in utterance.token_ids])
         self.texts.append(text)
         return text
@@ -145,8 +164,17 @@ class _Record:
     def episode(self, terminated: bool, final: Utterance | None, failure: str = "") -> Episode:
         turns = []
         # Where the environment failed at the last utterance, that has neither a reward nor an observation after it.
-        observations = [*self.segments[2::2], []]
+        observations = [*(self.segments[2::2] if self.transcript is None else self._answers()), []]
         for said, reward, observation in zip(self.said, [*self.rewards, 0.0], observations, strict=False):
             turns.append(replace(said, reward=reward, observation_ids=np.asarray(observation, np.int64)))
         last = None if final is None else final.features()[0]
-        return Episode(self.position, tuple(turns), terminated, "".join(self.texts), last, failure)
+        return Episode(self.position, tuple(turns), terminated, "".join(self.texts), last, failure, self.metrics)
+
+    def _answers(self) -> list[list[int]]:
+        """Return what the state after each utterance adds to it; nothing where it does not continue it."""
+        states = [turn.state_ids.tolist() for turn in self.said]
+        before = [[*turn.state_ids.tolist(), *turn.token_ids.tolist()] for turn in self.said]
+        after = [*states[1:], self.state()][: len(before)]
+        return [
+            ids[len(whole) :] if ids[: len(whole)] == whole else [] for whole, ids in zip(before, after, strict=True)
+        ]

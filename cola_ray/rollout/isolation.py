@@ -17,15 +17,17 @@ threads only and does not interrupt C code.
 import contextlib
 import functools
 import gc
+import json
 import multiprocessing as mp
 import multiprocessing.forkserver
 import os
+import re
 import secrets
 import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -43,11 +45,15 @@ from cola_ray.sandbox.messages import (
     is_reply,
     reply_of,
 )
-from cola_ray.tasks.environment import Environment
+from cola_ray.tasks.environment import Chat, Environment
 from cola_ray.tasks.protocol import not_a_reward
 
 _GRACE_S = 5.0  # for a child that keeps the deadline itself and must still clean up its forks
 _MAX_FAILURE_LENGTH = 300  # characters
+_OF_STEP = ("observation", "reward", "terminated", "truncated", "state")
+_OF_INFO = ("metrics", "chat")
+_MOST_METRICS = 64
+_METRIC = re.compile(r"[A-Za-z0-9_]{1,64}")
 _MAX_ENVIRONMENT_BYTES = 4 << 20  # an environment's messages carry its state
 
 
@@ -216,6 +222,8 @@ class Outcome:
     terminated: bool
     truncated: bool
     state: Any  # data
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the episode so far
+    chat: Chat | None = None  # what a chat template is given in place of the observation
 
 
 class EnvironmentProcess(IsolatedObject):
@@ -245,7 +253,7 @@ def _as_outcome(reply: Reply) -> Reply:
     if reply.failure:
         return reply
     value = reply.value
-    if not (isinstance(value, dict) and value.keys() == {"observation", "reward", "terminated", "truncated", "state"}):
+    if not (isinstance(value, dict) and value.keys() == {*_OF_STEP, *_OF_INFO}):
         return Reply(failure="returned something that is not an outcome")
     if not is_text(value["observation"]):
         return Reply(
@@ -256,7 +264,39 @@ def _as_outcome(reply: Reply) -> Reply:
     for name in ("terminated", "truncated"):
         if not isinstance(value[name], bool):
             return Reply(failure=f"returned {name} = {as_text(repr(value[name]), 100)}, not true or false")
-    return Reply(Outcome(**value | {"reward": float(value["reward"])}))
+    try:
+        read = {"metrics": _metrics(value["metrics"]), "chat": _chat(value["chat"])}
+    except ValueError as error:
+        return Reply(failure=f"returned {error}")
+    return Reply(Outcome(**value | read | {"reward": float(value["reward"])}))
+
+
+def _metrics(value: Any) -> dict[str, float]:
+    """Raises ValueError if it is something else."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > _MOST_METRICS:
+        raise ValueError(f"info['metrics'] = {as_text(repr(value), 100)}; at most {_MOST_METRICS} numbers by name")
+    for name, number in value.items():
+        if not _METRIC.fullmatch(name):
+            raise ValueError(f"the metric {as_text(repr(name), 100)}; names have letters, digits and _")
+        if not_a_reward(number):
+            raise ValueError(f"the metric {name} = {as_text(not_a_reward(number), 100)}")
+    return {name: float(number) for name, number in value.items()}
+
+
+def _chat(value: Any) -> Chat | None:
+    """Raises ValueError if it is something else."""
+    if value is None:
+        return None
+    try:
+        chat = Chat.of(value)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("info['chat'] with text that is not valid") from None
+    except ValueError as error:
+        raise ValueError(f"info['chat'] with {as_text(error, 200)}") from None
+    return chat
 
 
 def is_text(value: object) -> bool:
@@ -282,18 +322,18 @@ class _Episodes:
 
     def reset(self, episode: int, seed: int) -> Mapping[str, Any]:
         environment = self.environments[episode] = self.make()
-        observation, _ = environment.reset(seed=seed)
-        return self._outcome(environment, observation, 0.0, False, False)
+        observation, info = environment.reset(seed=seed)
+        return self._outcome(environment, observation, 0.0, False, False, info)
 
     def step(self, episode: int, state: Any, utterance: str) -> Mapping[str, Any]:
         if episode not in self.environments:
             self.environments[episode] = self.make()
             self.environments[episode].set_state(state)
         environment = self.environments[episode]
-        observation, reward, terminated, truncated, _ = environment.step(utterance)
+        observation, reward, terminated, truncated, info = environment.step(utterance)
         if terminated or truncated:
             self.forget(episode)
-        return self._outcome(environment, observation, float(reward), bool(terminated), bool(truncated))
+        return self._outcome(environment, observation, float(reward), bool(terminated), bool(truncated), info)
 
     def forget(self, episode: int) -> None:
         environment = self.environments.pop(episode, None)
@@ -302,11 +342,12 @@ class _Episodes:
                 close()
 
     def _outcome(
-        self, environment: Environment, observation: str, reward: float, terminated: bool, truncated: bool
+        self, environment: Environment, observation: str, reward: float, terminated: bool, truncated: bool, info: Any
     ) -> Mapping[str, Any]:
         """The result of a reset or a step. An episode that is over needs no state."""
         state = None if terminated or truncated else as_data(environment.get_state(), "get_state()")
+        told = info if isinstance(info, Mapping) else {}
         return {
             "observation": observation, "reward": reward, "terminated": terminated, "truncated": truncated,
-            "state": state,
+            "state": state, **{name: as_data(told.get(name), f"info[{name!r}]") for name in _OF_INFO},
         }  # fmt: skip

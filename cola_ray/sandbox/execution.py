@@ -8,6 +8,7 @@ leaves it. A fork of the process that scores holds what that process knows, incl
 :class:`SeparateExecutor` holds only the function and the response.
 """
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -37,11 +38,23 @@ def call_in_fork(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
     Only for the main thread of a process that has no other threads. If the kernel offers no confinement, nothing is
     executed and the reply's failure is that of NoSandboxError.
     """
+    return _reply_of_fork(call, seconds, confined=True)
+
+
+def call_in_child(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
+    """Like :func:`call_in_fork`, for code that is trusted and may still hang, crash or leave processes behind.
+
+    The fork keeps all rights, files and memory of this process; it and what it starts are gone on return.
+    """
+    return _reply_of_fork(call, seconds, confined=False)
+
+
+def _reply_of_fork(call: Callable[[], Any], seconds: float, confined: bool) -> dict[str, Any]:
     reading, writing = os.pipe()
     owner = os.getpid()
     pid = os.fork()
     if not pid:
-        _serve_call(call, writing, owner, seconds)
+        _serve_call(call, writing, owner, seconds, confined)
     os.close(writing)
     failure = ""
     try:
@@ -55,20 +68,25 @@ def call_in_fork(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
         failure = str(error)
     finally:
         os.close(reading)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has no group of its own
+            os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)  # a process that has already ended keeps its exit code
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return {"failure": failure or f"ended its process with exit code {code}"}
 
 
-def _serve_call(call: Callable[[], Any], writing: int, owner: int, seconds: float) -> NoReturn:
+def _serve_call(call: Callable[[], Any], writing: int, owner: int, seconds: float, confined: bool) -> NoReturn:
     """Make the call and send its reply; runs in the fork."""
     try:
         die_with_parent()
         if os.getppid() != owner:  # the owner died before die_with_parent took effect
             os._exit(1)
-        _close_all_but(writing)
-        _limit_resources(seconds)
-        confine_this_process()
+        if confined:
+            _close_all_but(writing)
+            _limit_resources(seconds)
+            confine_this_process()
+        else:
+            os.setpgid(0, 0)  # killed as one
         reply = reply_of(call)
     except BaseException as error:  # including sys.exit: the owner's loop must not continue in the fork
         reply = {"failure": f"raised {type(error).__name__}: {error_text(error)}"}

@@ -167,6 +167,7 @@ NAMED: dict[str, registry.Kind] = {
     "rl.loss": "loss",
     "task.name": "task",
     "task.reward": "reward",
+    "task.tools": "tool",
     "model.family": "base",
 }
 """Settings that the registry looks up, and what they name; ``task.name`` may be an environment as well."""

@@ -194,6 +194,11 @@ _ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "jericho"): {"task.num_problems": 400},
     # Programs take their turns when they please.
     ("tiny", "program"): {"rollout.in_rounds": False},
+    # Few names and small numbers, which a base of this size can copy.
+    ("tiny", "tools"): {
+        "task.options": {"things": 12, "largest": 20, "describe": False},
+        "rollout.max_new_tokens": 32,
+    },
     ("tiny", "data_science"): {
         "task.num_problems": 1500,
         "task.options": {"rows": 200},

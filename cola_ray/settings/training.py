@@ -98,34 +98,39 @@ class TaskConfig(Branch):
     name: str = "arithmetic"
     """arithmetic, gsm8k, math500, a reasoning-gym generator, preference, dataset (rows of your own), or your own as
     package.module:Class or file.py:Class. For agents: twenty_questions, guess_city, textworld, jericho, data_science,
-    your own, a class with reset and step as gymnasium's, or gymnasium:ID."""
+    tools, program, your own, a class with reset and step as gymnasium's, or gymnasium:ID."""
     path: str = ""
     """dataset: JSON lines, Parquet or CSV, a folder or glob of them, or a hub id. gsm8k, math500: a folder with
     train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and rejected, a .jsonl or .parquet
     file, a folder of them, or a hub id. data_science: a CSV file whose column to predict the option target names;
-    empty: tables that scikit-learn brings along. Others: leave empty."""
+    empty: tables that scikit-learn brings along. tools: rows as of dataset; empty: drawn questions. Others: leave
+    empty."""
     more_paths: Unique[Name] = ()
-    """dataset: further sources beside task.path, each like it; metrics are told apart by their names."""
+    """dataset, tools: further sources beside task.path, each like it; metrics are told apart by their names."""
     weights: tuple[Positive, ...] = ()
-    """dataset: shares of prompts that task.path and each of task.more_paths have in training, in any unit; a small
-    source is repeated. Empty: every prompt as often as it is there."""
+    """dataset, tools: shares of prompts that task.path and each of task.more_paths have in training, in any unit; a
+    small source is repeated. Empty: every prompt as often as it is there."""
     columns: dict[Literal["prompt", "solution", "response", "system"], Name] = Field(default_factory=dict)
-    """dataset: columns that are not found by themselves, e.g. prompt body solution label; a dot leads into an object:
-    solution reward_model.ground_truth. solution is what rewards compare with, response what a first policy is cloned
-    from."""
+    """dataset, tools: columns that are not found by themselves, e.g. prompt body solution label; a dot leads into an
+    object: solution reward_model.ground_truth. solution is what rewards compare with, response what a first policy is
+    cloned from."""
     splits: dict[Literal["train", "heldout"], Name] = Field(default_factory=dict)
-    """dataset: splits of the hub, or beginnings of file names in a folder, e.g. train train_sft heldout test_sft. Where
-    none are given, train, and the first of test, heldout, validation, dev and eval; of one split alone a sixth is held
-    out, by checksum of the prompt."""
+    """dataset, tools: splits of the hub, or beginnings of file names in a folder, e.g. train train_sft heldout
+    test_sft. Where none are given, train, and the first of test, heldout, validation, dev and eval; of one split alone
+    a sixth is held out, by checksum of the prompt."""
     subset: str = ""
-    """dataset: configuration of a data set on the hub that has several, e.g. main."""
+    """dataset, tools: configuration of a data set on the hub that has several, e.g. main."""
     game: str = ""
     """jericho: the z-machine file to play."""
     command: str = ""
     """program: how an agent program of your own is started, e.g. "python agent.py"; see docs/agents.md."""
+    tools: Names = ()
+    """tools: what the model may call, one or more: calculator, lookup (in a row's column table), python (in the
+    sandbox), or functions of your own, file.py:name or package.module:name, with type hints and a docstring that says
+    what each argument is. Empty: calculator and lookup."""
     tool_parser: str = ""
-    """program: how the model writes tool calls, by the name of one of vLLM's parsers, e.g. hermes, llama3_json or
-    qwen3_xml. Empty: calls stay in the text."""
+    """How the model writes tool calls. program: the name of one of vLLM's parsers, e.g. hermes, llama3_json or
+    qwen3_xml; empty: calls stay in the text. tools: hermes, llama3_json or json; empty: any of them."""
     reward_model: str = ""
     """A Hugging Face sequence classifier, directory or hub id, which gets an actor of its own; or an http(s)://
     endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}. Scores the responses of
@@ -135,7 +140,7 @@ class TaskConfig(Branch):
     """What responses are worth, one or more: verifier (the task's own), exact, math, format (<think> and <answer>),
     regex, length, code (the tests of a row), reward_model, or functions of your own, file.py:name or
     package.module:name, called with (problem, response) or as TRL calls its own, with lists (prompts, completions,
-    **columns). Empty: the task's verifier. Not for agents."""
+    **columns). Empty: the task's verifier. Of agents, for tools alone."""
     reward_weights: tuple[Worth, ...] = ()
     """Of each of task.reward, whose weighted sum is the reward. Empty: 1 each."""
     right_from: Worth | None = None

@@ -122,6 +122,8 @@ def make_environment(config: TaskConfig) -> Environment:
     """
     make: Callable[..., Any] = registry.find("environment", config.name)
     named: dict[str, object] = {setting: getattr(config, setting) for setting in _SETTINGS.get(config.name, ())}
+    if config.name == "tools":
+        named["config"] = config
     if config.oracle:
         named["oracle"] = ChatOracle(config.oracle, *ORACLES[config.name])
     parameters = inspect.signature(make).parameters

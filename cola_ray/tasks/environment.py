@@ -6,13 +6,22 @@
 That much is enough. Where a class has no state, its episodes are played again to the same place (:class:`Replayed`);
 where it has no demonstrations, a first policy is cloned from ``data.path``, or comes with ``model.path``.
 
+``info`` may hold, beside what nobody reads:
+
+- ``metrics``: numbers by name, of the episode so far. Their means over episodes are logged as ``agent/<name>``; of an
+  episode the last ones count, and a name that it does not have is left out of its mean.
+- ``chat``: what a model with a chat template sees in place of the observation, :meth:`Chat.as_data`. Without it, and
+  for models without a template, it sees the observation as it stands.
+
 ``terminated``: the episode ended by its own rules. ``truncated``: a limit cut it, and what would have followed still
 has a value. ``observation`` holds only what is new since the last utterance; the caller keeps the transcript.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from cola_ray.tasks.chat import Message, as_content
 
 HELD_OUT = 1 << 30
 """Evaluation's seeds begin here, training's at 0. Games in C take no seeds from 2^31 on, NumPy none from 2^32 on."""
@@ -25,11 +34,58 @@ Transition = tuple[str, float, bool, bool, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Chat:
+    """An observation as chat messages, with their roles.
+
+    Args:
+        messages: each with a role (system, user or tool) and a text as content; a tool's may have its name.
+        tools: with an episode's first observation: what the model may call, in the form of OpenAI's API.
+        tools_text: the same in words, for templates that do not tell of tools: it becomes a system message.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    tools_text: str = ""
+
+    def as_data(self) -> dict[str, Any]:
+        return {"messages": [*self.messages], "tools": [*self.tools], "tools_text": self.tools_text}
+
+    @classmethod
+    def of(cls, value: Any) -> "Chat":
+        """Read it from what ``info`` holds.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if not isinstance(value, Mapping) or not set(value) <= {"messages", "tools", "tools_text"}:
+            raise ValueError(f"{str(value)[:60]!r}; messages, tools and tools_text are expected")
+        messages, tools, text = (value.get(name, usual) for name, usual in (("messages", []), ("tools", []),
+                                                                          ("tools_text", "")))  # fmt: skip
+        if not isinstance(messages, list | tuple) or not isinstance(tools, list | tuple) or not isinstance(text, str):
+            raise ValueError(f"{str(value)[:60]!r}; lists of messages and tools, and a text, are expected")
+        if not all(isinstance(one, Mapping) and isinstance(one.get("function"), Mapping) for one in tools):
+            raise ValueError(f"the tools {str(tools)[:60]!r}; functions in the form of OpenAI's API are expected")
+        return cls(tuple(map(_heard, messages)), tuple(tools), text)
+
+
+def _heard(message: Any) -> Message:
+    if not isinstance(message, Mapping) or message.get("role") not in ("system", "user", "tool"):
+        raise ValueError(f"the message {str(message)[:60]!r}; a role (system, user or tool) and a content are expected")
+    named = {"name": message["name"]} if isinstance(message.get("name"), str) and message["name"] else {}
+    return {"role": message["role"], "content": as_content(message.get("content")), **named}
+
+
+@dataclass(frozen=True)
 class Dialogue:
-    """An episode to clone, played by someone else: ``opening``, then (utterance, observation) pairs."""
+    """An episode to clone, played by someone else: ``opening``, then (utterance, observation) pairs.
+
+    Args:
+        chats: what models with a chat template see in place of the opening and of each observation, if anything.
+    """
 
     opening: str
     turns: tuple[tuple[str, str], ...]
+    chats: tuple[Chat, ...] = ()
 
 
 class Environment(Protocol):

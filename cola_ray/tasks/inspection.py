@@ -31,6 +31,7 @@ from cola_ray.tasks.environment import STATE, Dialogue, demonstrated
 from cola_ray.tasks.protocol import LARGEST_REWARD, Problem, not_a_reward
 from cola_ray.tasks.rewarded import REWARD_MODEL, name_of, trial
 from cola_ray.tasks.rows import is_local
+from cola_ray.tasks.weighing import Weighing
 
 TRIAL_S = 10.0
 _FEW = 64  # problems of a generator, of which both splits have some
@@ -84,7 +85,8 @@ def _unable(dumped: str) -> list[str]:
     """A line for each reward that scores none of the first problems; nothing where those are not at hand."""
     task = TaskConfig.model_validate_json(dumped)
     tried = [reward for reward in task.reward if reward not in ("verifier", REWARD_MODEL)]
-    if not tried or (task.path and not is_local(task.path)) or is_environment(task.name):
+    answers = task.name == "tools" or not is_environment(task.name)
+    if not tried or (task.path and not is_local(task.path)) or not answers:
         return []
     whys = {reward: _within(TRIAL_S, functools.partial(_why_not, task, reward)) for reward in tried}
     return [f"task.reward = {reward!r}: {name_of(reward)} {why}" for reward, why in whys.items() if why]
@@ -101,8 +103,10 @@ def _why_not(task: TaskConfig, reward: str) -> str:
 @functools.cache
 def _first_problems(dumped: str) -> Sequence[Problem]:
     task = TaskConfig.model_validate_json(dumped)
-    if task.name == "dataset":
+    if task.name == "dataset" or (task.name == "tools" and task.path):
         return as_problems(first_examples(task, 2))
+    if task.name == "tools":
+        return Weighing(2, 2).problems("train")[:2]
     plain = task.model_copy(update={"reward": (), "thinking": False, "num_problems": _FEW})
     return make_task(plain, 0).problems("train")[:2]
 
@@ -175,6 +179,8 @@ def _of_generator(task: TaskConfig) -> Iterator[str]:
 
 
 def _made(task: TaskConfig) -> list[str]:
+    if task.name == "tools":  # rows and rewards are looked at by themselves
+        task = task.model_copy(update={"path": "", "reward": ()})
     try:
         make_environment(task)
     except NoSandboxError as error:
@@ -187,6 +193,11 @@ def _made(task: TaskConfig) -> list[str]:
 
 def undemonstrated(task: TaskConfig) -> str:
     """Why no first policy can be cloned from an environment of one's own; empty where it can, or is not known."""
+    if task.name == "tools" and task.path:
+        return (
+            f"task.path = {task.path!r}: rows do not show how tools are called, so no first policy can be cloned; give "
+            "texts as --data.path, or the model to start from as --model.path"
+        )
     made = None if unknown(task.name) or not is_own(task.name) else task_class(task.name)
     plays = isinstance(made, type) and all(callable(getattr(made, name, None)) for name in _ENVIRONMENT)
     if not plays or hasattr(made, "demonstrations"):

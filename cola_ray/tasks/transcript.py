@@ -1,0 +1,84 @@
+"""An episode as a conversation in a model's chat template: environment's messages and the model's utterances, as ids.
+
+    Transcript(chat, end_ids, opening) ─ hear(Chat) ─ say(ids) ─ hear(Chat) ─ ...      in order
+                                       └ ids(most) ─> up to where the next utterance begins
+
+For environments whose observations have roles (``info["chat"]``, environment.py) and models that have a template. What
+was said stands as it was sampled. The template tells of tools; where it knows none, a system message does so in words,
+and where it has no role ``tool``, the user says what tools said.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+
+from cola_ray.tasks.chat import ChatTokenizer, Message
+from cola_ray.tasks.environment import Chat
+
+
+class Transcript:
+    """One episode's messages.
+
+    Args:
+        chat: of a tokenizer with a chat template.
+        end_ids: ids that end an utterance, which the template writes by itself.
+        opening: the first observation.
+    """
+
+    def __init__(self, chat: ChatTokenizer, end_ids: Sequence[int], opening: Chat) -> None:
+        self.chat, self.end_ids = chat, end_ids
+        tells = re.search(r"\btools\b", str(chat.tokenizer.chat_template))
+        self.tools = [*opening.tools] if tells else []
+        self.opening = _with_system(opening) if opening.tools_text and not tells else [*opening.messages]
+        self.turns: list[tuple[list[int], list[Message]]] = []  # what was said, and what it was answered
+
+    def say(self, token_ids: Sequence[int]) -> None:
+        """Add an utterance, with the token that ended it."""
+        said = [int(token) for token in token_ids]
+        self.turns.append((said[:-1] if said and said[-1] in self.end_ids else said, []))
+
+    def hear(self, observation: Chat) -> None:
+        """Add what an utterance was answered."""
+        heard = [*observation.messages]
+        if not _knows_tools(self.chat):
+            texts = [str(message["content"]) for message in heard]
+            heard = [{"role": "user", "content": "\n".join(texts)}] if texts else []
+        self.turns[-1][1].extend(heard)
+
+    def ids(self, most: int) -> list[int]:
+        """Return the opening and as many of the last turns as fit into ``most`` ids, or at least the end of the last.
+
+        Raises:
+            ValueError: the template refuses this conversation.
+        """
+        for first in range(max(len(self.turns), 1)):
+            found = self._ids(first)
+            if len(found) <= most:
+                break
+        return found[-most:]
+
+    def _ids(self, first: int) -> list[int]:
+        messages, said = [*self.opening], dict[int, list[int]]()
+        for ids, heard in self.turns[first:]:
+            said[len(messages)] = ids
+            messages += [{"role": "assistant", "content": ""}, *heard]
+        return self.chat.conversation_ids(messages, said, self.tools)
+
+
+def _with_system(opening: Chat) -> list[Message]:
+    """The messages, with what is told of tools in the system message."""
+    messages = [*opening.messages]
+    if messages and messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{opening.tools_text}"}, *messages[1:]]
+    return [{"role": "system", "content": opening.tools_text}, *messages]
+
+
+@functools.lru_cache(maxsize=8)
+def _knows_tools(chat: ChatTokenizer) -> bool:
+    """Whether the template takes what a tool says, also where it did not write the call, and shows it."""
+    asked: list[Message] = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    try:
+        found = chat.conversation_ids([*asked, {"role": "tool", "name": "lookup", "content": "shown"}], {})
+    except Exception:  # templates raise what they like
+        return False
+    return "shown" in str(chat.tokenizer.decode(found))
