@@ -34,7 +34,7 @@ class Transcript:
 
     def say(self, token_ids: Sequence[int]) -> None:
         """Add an utterance, with the token that ended it."""
-        said = [int(token) for token in token_ids]
+        said = list(token_ids)
         self.turns.append((said[:-1] if said and said[-1] in self.end_ids else said, []))
 
     def hear(self, observation: Chat) -> None:
