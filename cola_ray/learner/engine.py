@@ -60,6 +60,7 @@ def save_checkpoint(
 
     Raises:
         OSError: it could not be written, for want of room say; the checkpoints before it stay.
+        RuntimeError: another rank has died. The group that is formed in place of this one makes it again.
     """
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     folder = checkpoints.staging_path(run, step)
@@ -80,10 +81,17 @@ def save_checkpoint(
             checkpoints.seal(folder, step, size, settings, files, others)
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)  # room for what the run still has to say
+        if _tells_of_a_lost_rank(error):
+            raise
         why = f"the checkpoint of step {step} could not be written to {folder.parent}: {error}"
         fail(why)
         raise OSError(why) from error
     torch.distributed.barrier()
+
+
+def _tells_of_a_lost_rank(error: Exception) -> bool:
+    """A collective's error, and not the disk's; gloo's has no class of its own, but the place in its source."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport/" in str(error)
 
 
 def last_checkpoint(run: Path) -> Checkpoint | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import letters, small_llama
+from conftest import letters, on_ranks, small_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_agents import WIDTH, Pool, replicas_over, soft_advantages
@@ -646,6 +646,25 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_one_before(tmp_path, one_r
     assert reason.endswith("No space left on device")
     assert last_checkpoint(tmp_path).step == 2
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000002"], "room again"
+
+
+def lose_the_other(rank, folder):
+    report = Report()
+
+    def save(place):
+        if rank == 1:
+            os._exit(0)
+        write(place, "a")
+
+    with pytest.raises(RuntimeError, match="gloo"):
+        save_checkpoint(folder, 2, save, report.fail)
+    assert not report.failures, "the run is not over: another group goes on"
+
+
+def test_a_rank_that_dies_in_a_checkpoint_is_no_full_disk(tmp_path):
+    write_json(tmp_path / "config.json", {})
+    on_ranks(lose_the_other, 2, tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == []
 
 
 def both_ways(loop, config, folder, at):
