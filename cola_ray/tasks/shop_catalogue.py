@@ -30,8 +30,8 @@ class Department:
     options: Mapping[str, tuple[str, ...]]
 
 
-_COLORS = {"color": ("red", "blue", "green", "black")}
-_SIZES = {"size": ("small", "medium", "large")}
+_COLORS: dict[str, tuple[str, ...]] = {"color": ("red", "blue", "green", "black")}
+_SIZES: dict[str, tuple[str, ...]] = {"size": ("small", "medium", "large")}
 DEPARTMENTS = (
     Department(("shirt", "jacket", "dress"), ("cotton", "wool", "linen"), ("soft", "warm", "washable"),
                _COLORS | _SIZES),

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,8 @@ def test_the_reward_of_one_instruction_counted_by_hand():
     assert reward(goal, shirt, {"color": "red", "size": "small"}) == 4 / 5
     dear = Product("b2", shirts, "shirt", "wool", "soft", 31, shirt.options)
     assert reward(goal, dear, right) == 3 / 5
+    assert reward(goal, replace(shirt, price=30), right) == 1.0, "a price may be the limit"
+    assert reward(goal, replace(shirt, price=31), right) == 4 / 5
     jacket = Product("b3", shirts, "jacket", "cotton", "soft", 24, shirt.options)
     assert reward(goal, jacket, right) == 1 / 2, "another type of the department, everything else right"
     mug = Product("b4", mugs, "mug", "steel", "light", 11, {"color": colors})
