@@ -61,6 +61,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "textworld": "cola_ray.tasks.adventures:TextWorld",
         "jericho": "cola_ray.tasks.adventures:Jericho",
         "data_science": "cola_ray.tasks.data_science:DataScience",
+        "shop": "cola_ray.tasks.shop:Shop",
         "program": "cola_ray.tasks.program:Program",
         "tools": "cola_ray.tasks.tools:Tools",
     },

@@ -73,6 +73,7 @@ cola_ray rl --preset tiny --resume                        (continue from the las
 cola_ray agent                                            (Twenty Questions; makes its own cloned policy first)
 cola_ray agent --rl.algorithm filtered_bc --seed 1
 cola_ray agent --rl.algorithm grpo --rl.group-size 8 --rl.prompts-per-step 8
+cola_ray agent --task.name shop --task.options num_products 200
 cola_ray agent --task.name guess_city --resume""",
         agents=True,
     ),

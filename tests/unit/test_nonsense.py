@@ -346,6 +346,8 @@ rl_agent --task.options skil 3 | task.options.skil = 3: twenty_questions takes o
 rl_agent --task.options objects 0 | task.options.objects = 0: out of range; use a whole number from 2 to 157
 rl_agent --task.options objects 10000 | task.options.objects = 10000: out of range
 rl_agent --task.options objects x | task.options.objects = 'x': of the wrong kind
+rl_agent --task.name shop --task.options num_products 3 | task.options.num_products = 3: out of range
+rl_agent --task.name shop --task.options products 50 | task.options.products = 50: shop takes num_products, catalogue_
 rl_agent --task.options skill 7 | task.options.skill = 7: out of range; use a number from 0 to 1
 rl_math --task.options min_terms 9 | task.options = {'min_terms': 9}: AssertionError: max_terms must be >= min_terms
 rl_agent --critic.gamma 1.1 | critic.gamma = 1.1: out of range
@@ -580,6 +582,7 @@ rl_math --task.name own:ByOf
 rl_agent
 rl_agent --rl.algorithm grpo --rl.group-size 8 --rl.prompts-per-step 8
 rl_agent --task.options objects 20 skill 0.3
+rl_agent --task.name shop --task.options num_products 200 page_size 5
 rl_agent --task.name own:Game
 rl_preference --task.path pairs.jsonl --task.reward-model http://scores:8000/
 reward_model --task.path pairs.jsonl --model.base llama
