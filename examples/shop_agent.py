@@ -37,14 +37,14 @@ async def play(policy, seed):
         page, reward, terminated, truncated, _ = shop.step(messages[-1].content)
         messages.append({"role": "user", "content": page})
         done = terminated or truncated
-    await policy.post("/reward", body={"reward": reward}, cast_to=object)
+    await policy.post("/reward", body={"reward": reward, "truncated": truncated}, cast_to=object)
 
 
 async def play_on(client):
     while True:
         episode = await client.post("/episodes", body={}, cast_to=object)
         try:
-            await play(AsyncOpenAI(base_url=episode["base_url"]), episode["seed"])
+            await play(client.copy(base_url=episode["base_url"]), episode["seed"])
         except APIError as error:  # this episode fails, the others go on
             print(error)
 
