@@ -21,7 +21,6 @@ import pyarrow as pa
 import tenacity
 import torch
 from torch import nn
-from transformers import AutoModel
 
 from cola_ray.algorithms.advantages import centred, over_spread
 from cola_ray.algorithms.archer import TwinHeads
@@ -111,6 +110,8 @@ class CriticService:
 
     def _heads(self) -> nn.Module:
         if self.config.encoder:
+            from transformers import AutoModel
+
             return TextTwinHeads(AutoModel.from_pretrained(self.config.encoder))
         return TwinHeads(self.width + 1, self.width + 1)  # one number beside e, see read_features
 

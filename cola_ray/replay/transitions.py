@@ -14,7 +14,6 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoTokenizer
 
 from cola_ray.experience import Episode, Trajectory, was_said
 from cola_ray.packing import Packed, Ragged, Runs
@@ -186,6 +185,8 @@ class TextReader:
     }
 
     def __init__(self, encoder: str, policy: str) -> None:
+        from transformers import AutoTokenizer  # seconds, which the controller need not wait for
+
         self.tokenizer = AutoTokenizer.from_pretrained(encoder, truncation_side="left")
         self.policy = AutoTokenizer.from_pretrained(policy)
 

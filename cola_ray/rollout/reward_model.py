@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, Sequence
 import httpx
 import tenacity
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cola_ray.rollout.isolation import Reply
 from cola_ray.rollout.reward_process import Reward, as_reward
@@ -49,6 +48,8 @@ class RewardModel:
     """
 
     def __init__(self, path: str, max_tokens: int, date: str = "", batch_size: int = 64, num_threads: int = 1) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
         torch.set_num_threads(num_threads)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(path)
