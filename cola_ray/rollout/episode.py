@@ -156,7 +156,7 @@ class _Record:
         text = self.setting.decode(utterance.token_ids)
         self.said.append((state, utterance))
         if self.transcript is not None:
-            self.transcript.say(utterance.token_ids)
+            self.transcript.say(utterance.token_ids.tolist())
         self.segments.append([int(token) for token in utterance.token_ids])
         self.texts.append(text)
         return text

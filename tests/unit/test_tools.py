@@ -879,7 +879,7 @@ def test_the_tiny_preset_makes_short_texts():
         ("--task.tool-parser mistral", "task.tool_parser = 'mistral': tools are called as hermes, llama3_json, json"),
         ("--task.options skil 1", "task.options.skil = 1: tools takes max_turns"),
         ("--task.options largest 5", "task.options.largest = 5: 48 things have different weights; use at least 48"),
-        ("--task.reward reward_model --task.reward-model http://localhost:1", "task.reward = ('reward_model',): answers"),
+        ("--task.reward reward_model --task.reward-model http://localhost:1", "task.reward = ('reward_model',): "),
         ("--task.columns prompt body", "task.columns.prompt = 'body': has no effect here; dataset does"),
         ("--task.right-from 1", "task.right_from = 1.0: has no effect here"),
         ("--task.command x", "task.command = 'x': has no effect here"),
