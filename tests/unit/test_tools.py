@@ -22,8 +22,9 @@ from cola_ray.cli.arguments import from_command_line
 from cola_ray.experience import Episode
 from cola_ray.learner.corpus import load_documents
 from cola_ray.loop.episodes import _of_environment
+from cola_ray.rollout import isolation
 from cola_ray.rollout.episode import EpisodeSetting, play
-from cola_ray.rollout.isolation import EnvironmentProcess
+from cola_ray.sandbox.messages import reply_of
 from cola_ray.settings.config import DataConfig, override
 from cola_ray.settings.presets import preset
 from cola_ray.settings.training import TaskConfig
@@ -681,7 +682,7 @@ def says(lines, chat, end):
 
 def episode_of(config, lines, template, seed=1, most=4000):
     chat, endings, end = tokens(template)
-    process = EnvironmentProcess(functools.partial(make_environment, config), 20.0)
+    process = isolation.EnvironmentProcess(functools.partial(make_environment, config), 20.0)
     with_template = chat if template else None
     setting = EpisodeSetting([process], chat.text_ids, endings.text, most, tuple(chat.begin), with_template, (end,))
     try:
@@ -837,19 +838,12 @@ class Reports:
     ],
 )  # fmt: skip
 def test_what_info_may_hold(info, failure):
-    reply = REPORTS.step(0, 0, json.dumps(info))
+    step = functools.partial(isolation._Episodes(Reports).step, 0, 0, json.dumps(info))
+    reply = isolation._as_outcome(isolation.Reply(**json.loads(json.dumps(reply_of(step)))))
     assert reply.failure[: len(failure)] == failure
     assert bool(reply.failure) == bool(failure)
     if not failure:
         assert reply.value.metrics == {name: float(value) for name, value in (info.get("metrics") or {}).items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def reports():
-    global REPORTS
-    REPORTS = EnvironmentProcess(Reports, 20.0)
-    yield
-    REPORTS.close()
 
 
 def test_metrics_are_means_over_the_episodes_that_have_them():
