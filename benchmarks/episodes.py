@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 WAYS = ("environment", "program")
-LENGTH = 8  # tokens of an utterance, all of them, so that both sides generate the same
+LENGTH = 8  # most tokens of an utterance
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -191,21 +191,26 @@ def main() -> None:
     parser.add_argument("--program", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.program:
-        return asyncio.run(play_program(args.program))
-    if args.way:
-        return asyncio.run(Worker(args).serve(args.share))
-    if not args.model:
+        asyncio.run(play_program(args.program))
+    elif args.way:
+        asyncio.run(Worker(args).serve(args.share))
+    elif args.model:
+        compare(args)
+    else:
         parser.error("--model: give a CoLA model of the preset, e.g. outputs/demo/model")
-    args.model = str(Path(args.model).resolve())
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Both ways, recorded."""
     from record import record
 
+    args.model = str(Path(args.model).resolve())
     rows = {way: measured(args, way) for way in WAYS}
     record(
         "episodes" if args.preset == "tiny" else f"episodes_{args.preset.split('-')[0]}", rows,
         about=f"{args.episodes} episodes of {args.turns} turns at once on {args.workers} workers, utterances of up to "
         f"{LENGTH} tokens, against the same requests to the same engines; medians of {args.repeats} pairs.",
     )  # fmt: skip
-    return None
 
 
 if __name__ == "__main__":

@@ -172,8 +172,6 @@ def _make_parts(
         staging.unlink(missing_ok=True)
     asked = [{"part": dataclasses.asdict(parts[index]), "target": str(folder / f"{names[index]}.arrow")}
              for index in missing]  # fmt: skip
-    # As it is here: to find out again what class it has, transformers' AutoTokenizer would import torch.
-    setup = {"chat": base64.b64encode(pickle.dumps(chat)).decode(), "data": data.model_dump(mode="json")}
     began, kept = time.monotonic(), len(parts) - len(missing)
 
     def done(index: int, answer: dict[str, Any]) -> None:
@@ -193,6 +191,8 @@ def _make_parts(
             done(place, states[place])
             progress(states)
     else:
+        # As it is here: to find out again what class it has, transformers' AutoTokenizer would import torch.
+        setup = {"chat": base64.b64encode(pickle.dumps(chat)).decode(), "data": data.model_dump(mode="json")}
         _ask_all(asked, setup, data.processes, done, progress)
     return [json.loads(summary.read_text()) for summary in summaries]
 

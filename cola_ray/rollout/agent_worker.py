@@ -28,7 +28,7 @@ from cola_ray.rollout.engine import Completion, Request, as_float
 from cola_ray.rollout.episode import EpisodeSetting, Generate, Submit, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.rollout.programs import Limits, Programs
-from cola_ray.rollout.tool_calls import ToolCalls
+from cola_ray.rollout.tool_parser import ToolCalls
 from cola_ray.rollout.worker import EngineWorker
 from cola_ray.settings.config import Config
 from cola_ray.tasks import make_environment

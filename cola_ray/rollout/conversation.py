@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cola_ray.rollout.program_requests import Body, RefusedError
-from cola_ray.rollout.tool_calls import ToolCalls
+from cola_ray.rollout.tool_parser import ToolCalls
 from cola_ray.tasks.chat import ROLES, ChatTokenizer, as_content
 from cola_ray.tasks.endings import Endings
 

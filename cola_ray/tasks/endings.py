@@ -13,11 +13,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>")
 _PLACEHOLDER = "COLA"
@@ -33,12 +34,12 @@ class Endings:
         strings: each ends a response as soon as the text contains it.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     token_ids: tuple[int, ...]
     strings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, model_path: str, strings: Iterable[str] = ()) -> "Endings":
+    def of(cls, tokenizer: "PreTrainedTokenizerBase", model_path: str, strings: Iterable[str] = ()) -> "Endings":
         return cls(tokenizer, end_token_ids(tokenizer, model_path), tuple(dict.fromkeys(strings)))
 
     def text(self, token_ids: Sequence[int] | np.ndarray) -> str:
@@ -74,7 +75,7 @@ class Endings:
         return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | os.PathLike) -> tuple[int, ...]:
+def end_token_ids(tokenizer: "PreTrainedTokenizerBase", model_path: str | os.PathLike) -> tuple[int, ...]:
     """Return all tokens that end a response of a checkpoint, the tokenizer's own first.
 
     They come from its ``generation_config.json`` and ``config.json`` (a number or a list), from the token that its chat
@@ -90,6 +91,8 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str | os.PathL
 
 def _from_configs(model_path: str | os.PathLike) -> list[int]:
     """Read the end tokens from the checkpoint's files; a config object would add its class's defaults."""
+    from transformers.utils import cached_file
+
     found: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         file = cached_file(str(model_path), name, _raise_exceptions_for_missing_entries=False)
@@ -98,7 +101,7 @@ def _from_configs(model_path: str | os.PathLike) -> list[int]:
     return [token for token in found if isinstance(token, int)]
 
 
-def _from_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _from_template(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """Return the first control token after an answer in a conversation rendered by the chat template."""
     if not tokenizer.chat_template:
         return None

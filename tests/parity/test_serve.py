@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import time
 import openai
 import pytest
 import torch
-from conftest import VOCAB_SIZE, words
+from conftest import VOCAB_SIZE, free_port, words
 
 from cola_ray.model.action_requests import ActionRequest
 from cola_ray.serve import chat_template
@@ -31,9 +30,7 @@ def client(cola, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     cola.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = (folder / "log").open("w")
     server = subprocess.Popen(
         [sys.executable, "-m", "cola_ray", "serve", str(folder), "--port", str(port), "--host", "127.0.0.1",

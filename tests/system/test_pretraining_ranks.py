@@ -1,14 +1,13 @@
 """Stages of pre-training on two ranks against one plain process; and written states of which a rank lacks some."""
 
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import NUM_ACTIONS, VOCAB_SIZE
+from conftest import NUM_ACTIONS, VOCAB_SIZE, free_port
 
 from cola_ray import CoLAForCausalLM
 from cola_ray.learner import pieces
@@ -102,9 +101,6 @@ def plain(stage, source):
 
 @pytest.mark.timeout(1800)
 def test_stages_on_two_ranks_train_as_a_plain_process(cola_dir, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(rank_of, (port, str(cola_dir), str(tmp_path)), nprocs=2, start_method="fork")
+    mp.start_processes(rank_of, (free_port(), str(cola_dir), str(tmp_path)), nprocs=2, start_method="fork")
     for stage, losses in torch.load(tmp_path / "losses.pt").items():
         assert losses == pytest.approx(plain(stage, cola_dir), rel=1e-5), stage

@@ -1,13 +1,12 @@
 """Four ranks that load a model: each holds a quarter of every parameter, and together they hold the checkpoint."""
 
 import os
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import NUM_ACTIONS
+from conftest import NUM_ACTIONS, free_port
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from cola_ray import CoLAForCausalLM
@@ -88,7 +87,4 @@ def rank_of(rank, port, cola_dir, base_dir):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_each_of_four_ranks_loads_a_quarter(cola_dir, base_dir):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(rank_of, (port, cola_dir, base_dir), nprocs=RANKS, start_method="fork")
+    mp.start_processes(rank_of, (free_port(), cola_dir, base_dir), nprocs=RANKS, start_method="fork")

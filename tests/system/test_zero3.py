@@ -7,7 +7,6 @@ import copy
 import faulthandler
 import json
 import os
-import socket
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import NUM_ACTIONS, VOCAB_SIZE, words
+from conftest import NUM_ACTIONS, VOCAB_SIZE, free_port, words
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from transformers import LlamaForCausalLM
 
@@ -121,13 +120,9 @@ def batches(ranks: int, space: str) -> list[list[Batch]]:
 
 def spawned(loop, ranks: int, space: str, model_dir: Path, out: Path):
     """What the first of so many ranks returned from ``loop(rank, learner, space, out)``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     try:
-        mp.start_processes(
-            zero_rank, (loop, ranks, port, space, str(model_dir), str(out)), nprocs=ranks, start_method="fork"
-        )
+        arguments = (loop, ranks, free_port(), space, str(model_dir), str(out))
+        mp.start_processes(zero_rank, arguments, nprocs=ranks, start_method="fork")
     except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
         said = [f"{file.name}:\n{file.read_text()}" for file in sorted(out.glob("rank-*.txt"))]
         pytest.fail("\n".join([str(error), *said]))

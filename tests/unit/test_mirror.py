@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 from cola_ray.runs import event_log, mirror, run_folder, status
 from cola_ray.runs.tracking import Tracker
@@ -147,12 +148,6 @@ def test_an_answer_that_was_lost_makes_no_second_run(folder, monkeypatch):
     assert len(rows(folder, "select 1 from runs")) == 1
 
 
-def closed_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @contextlib.contextmanager
 def silent_server():
     """Accepts and never answers."""
@@ -182,7 +177,7 @@ def _accepted(server):
 )
 def test_a_tracker_that_is_away_neither_ends_nor_holds_up(folder, uri, why, capsys):
     with silent_server() as silent:
-        uri = {"closed": f"http://127.0.0.1:{closed_port()}", "silent": silent}.get(uri, uri)
+        uri = {"closed": f"http://127.0.0.1:{free_port()}", "silent": silent}.get(uri, uri)
         tracker = track(folder, range(3), uri)
     assert tracker.series("reward/mean")[1] == [0.0, 0.25, 0.5]
     assert [event["event"] for event in event_log.read(folder)] == ["start", "step", "step", "step", "end"]
@@ -292,7 +287,7 @@ def test_no_secret_reaches_log_or_database(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_a_real_server_gets_everything(tmp_path):
-    port = closed_port()
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
                "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}",
                "--artifacts-destination", str(tmp_path / "artifacts")]  # fmt: skip

@@ -19,7 +19,7 @@ from cola_ray.rollout.episode import EpisodeSetting, Utterance, play
 from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.rollout.program_requests import RefusedError
 from cola_ray.rollout.programs import Limits, Programs
-from cola_ray.rollout.tool_calls import ToolCalls
+from cola_ray.rollout.tool_parser import ToolCalls
 from cola_ray.runs.provenance import resolve
 from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset

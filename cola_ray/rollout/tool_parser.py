@@ -4,11 +4,12 @@ import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from cola_ray.rollout.program_requests import RefusedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 Tools = Sequence[Mapping[str, Any]]
@@ -27,7 +28,7 @@ class ToolCalls:
         ValueError: it is one for other models.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, parser: str) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", parser: str) -> None:
         from vllm.tokenizers.hf import get_cached_tokenizer
         from vllm.tool_parsers import ToolParserManager
 
