@@ -48,9 +48,11 @@ def train_until(step: int, run: Path, gsm8k: Path, threads: int, deadline: float
         settings.append("--resume")
     with (run.parent / "log.txt").open("a") as log:
         job = subprocess.Popen([sys.executable, str(ROOT / "jobs" / "pretrain.py"), *settings], stdout=log, stderr=log)
-    while job.poll() is None and reached(run) < step and time.monotonic() < deadline:
-        time.sleep(2)
-    job.send_signal(signal.SIGTERM)  # which a shell's background jobs do not ignore, as they do SIGINT
+    try:
+        while job.poll() is None and reached(run) < step and time.monotonic() < deadline:
+            time.sleep(2)
+    finally:
+        job.send_signal(signal.SIGTERM)  # which a shell's background jobs do not ignore, as they do SIGINT
     if job.wait() not in (0, 130):
         raise SystemExit(f"the run failed; see {run.parent / 'log.txt'}")
     return reached(run) >= step
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=180.0, help="of training in this call")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of whatever ends the run first
     folder, gsm8k = args.folder.absolute(), args.gsm8k.absolute()
     (folder / "points").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
