@@ -62,6 +62,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "jericho": "cola_ray.tasks.adventures:Jericho",
         "data_science": "cola_ray.tasks.data_science:DataScience",
         "shop": "cola_ray.tasks.shop:Shop",
+        "household": "cola_ray.tasks.household:Household",
         "program": "cola_ray.tasks.program:Program",
         "tools": "cola_ray.tasks.tools:Tools",
     },

@@ -74,6 +74,7 @@ cola_ray agent                                            (Twenty Questions; mak
 cola_ray agent --rl.algorithm filtered_bc --seed 1
 cola_ray agent --rl.algorithm grpo --rl.group-size 8 --rl.prompts-per-step 8
 cola_ray agent --task.name shop --task.options num_products 200
+cola_ray agent --task.name household --task.options num_receptacles 12 max_turns 50
 cola_ray agent --task.name guess_city --resume""",
         agents=True,
     ),

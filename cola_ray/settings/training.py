@@ -98,7 +98,7 @@ class TaskConfig(Branch):
     name: str = "arithmetic"
     """arithmetic, gsm8k, math500, a reasoning-gym generator, preference, dataset (rows of your own), or your own as
     package.module:Class or file.py:Class. For agents: twenty_questions, guess_city, textworld, jericho, data_science,
-    tools, shop, program, your own, a class with reset and step as gymnasium's, or gymnasium:ID."""
+    tools, shop, household, program, your own, a class with reset and step as gymnasium's, or gymnasium:ID."""
     path: str = ""
     """dataset: JSON lines, Parquet or CSV, a folder or glob of them, or a hub id. gsm8k, math500: a folder with
     train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and rejected, a .jsonl or .parquet

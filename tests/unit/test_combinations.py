@@ -164,6 +164,10 @@ REFUSED = [
         "rl.reward_clip_range = 5.0: no reward of the task is further from 0 than 1",
     ),
     (agent("ppo", task__name="shop", rl__reward_clip_range=1.0), "rl.reward_clip_range = 1.0: no reward of the task"),
+    (
+        agent("ppo", task__name="household", rl__reward_clip_range=1),
+        "rl.reward_clip_range = 1.0: no reward of the task",
+    ),
     (agent("ppo", rl__overlong_buffer=4), "rl.overlong_buffer = 4: episodes are limited by their turns"),
     ({"rl.overlong_buffer": 7, "rollout.max_new_tokens": 6}, "rl.overlong_buffer = 7: more than"),
     ({"rollout.top_k": 1}, "rollout.top_k = 1: all completions of a prompt would be the same"),

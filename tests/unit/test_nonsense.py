@@ -348,6 +348,11 @@ rl_agent --task.options objects 10000 | task.options.objects = 10000: out of ran
 rl_agent --task.options objects x | task.options.objects = 'x': of the wrong kind
 rl_agent --task.name shop --task.options num_products 3 | task.options.num_products = 3: out of range
 rl_agent --task.name shop --task.options products 50 | task.options.products = 50: shop takes num_products, catalogue_
+rl_agent --task.name household --task.options num_receptacles 4 | task.options.num_receptacles = 4: out of range
+rl_agent --task.name household --task.options num_objects 2 | task.options.num_objects = 2: out of range
+rl_agent --task.name household --task.options max_turns 10 | task.options.max_turns = 10: out of range
+rl_agent --task.name household --task.options skill 1.5 | task.options.skill = 1.5: out of range
+rl_agent --task.name household --task.options rooms 3 | task.options.rooms = 3: household takes num_receptacles, num_ob
 rl_agent --task.options skill 7 | task.options.skill = 7: out of range; use a number from 0 to 1
 rl_math --task.options min_terms 9 | task.options = {'min_terms': 9}: AssertionError: max_terms must be >= min_terms
 rl_agent --critic.gamma 1.1 | critic.gamma = 1.1: out of range
@@ -583,6 +588,7 @@ rl_agent
 rl_agent --rl.algorithm grpo --rl.group-size 8 --rl.prompts-per-step 8
 rl_agent --task.options objects 20 skill 0.3
 rl_agent --task.name shop --task.options num_products 200 page_size 5
+rl_agent --task.name household --task.options num_receptacles 12 max_turns 50
 rl_agent --task.name own:Game
 rl_preference --task.path pairs.jsonl --task.reward-model http://scores:8000/
 reward_model --task.path pairs.jsonl --model.base llama
