@@ -3,8 +3,9 @@
 cola_ray agent --task.name program --model.path MODEL \
     --task.command "VENV/bin/python examples/verifiers_agent.py ENVIRONMENT ['{\"argument\": value}']"
 
-ENVIRONMENT is what vf.load_environment takes, or a file with a function load_environment. VENV has verifiers>=0.1.14,<0.4.
-A seed stands for a row: held-out seeds, those from 2^30 on, for rows of the evaluation data set.
+ENVIRONMENT is what vf.load_environment takes, or a file with a function load_environment. VENV is a virtual environment
+with verifiers>=0.1.14,<0.4. A seed stands for a row; held-out seeds, those from 2^30 on, for one of the evaluation
+data set.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What frameworks of others send to the endpoint of agent programs, and environments of verifiers that are played there.
+"""What frameworks of others send to the endpoint of agent programs, and environments of verifiers that are played.
 
 The bodies are as they were on the wire: openai-agents 0.24.0, pydantic-ai 2.68.0, langchain-openai 1.7.4 and smolagents
 1.26.0, each with one tool. With VERIFIERS_PYTHON and AGENTS_PYTHON, the Pythons of virtual environments that have
@@ -14,7 +14,7 @@ import textwrap
 
 import pytest
 from runs import ROOT
-from test_programs import EXAMPLES, TOOLS_TEMPLATE, speaker, tokens, utterance
+from test_programs import EXAMPLES, TOOLS_TEMPLATE, tokens, utterance
 
 from cola_ray.rollout.conversation import Conversation
 from cola_ray.rollout.program_requests import RefusedError, choices
@@ -131,8 +131,211 @@ def test_a_rubric_that_scores_rollouts_together_is_refused(numbers):
     assert "its rubric scores rollouts of a row together" in episode.failure
 
 
+ENVIRONMENTS = """
+    import verifiers as vf
+    from datasets import Dataset
+
+    class Guess(vf.MultiTurnEnv):
+        async def env_response(self, messages, state, **kwargs):
+            return [{"role": "user", "content": "No. Guess again."}]
+
+        @vf.stop
+        async def guessed(self, state):
+            return bool(state["trajectory"]) and said(state["trajectory"][-1]["completion"], state["answer"]) > 0
+
+    def said(completion, answer):
+        return float(answer in (completion[-1].content or ""))
+
+    def soon(completion, answer, state):
+        return said(completion, answer) / len(state["trajectory"])
+
+    def add(a: int, b: int) -> int:
+        \"\"\"Add two numbers.
+
+        Args:
+            a: The first.
+            b: The second.
+        \"\"\"
+        return a + b
+
+    def rows(*pairs):
+        return Dataset.from_list([{"question": question, "answer": answer} for question, answer in pairs])
+
+    def load_environment():
+        single = vf.SingleTurnEnv(dataset=rows(("Say tea.", "tea"), ("Say milk.", "milk")),
+                                  eval_dataset=rows(("Say rice.", "rice")), rubric=vf.Rubric(funcs=[said]))
+        several = Guess(dataset=rows(("Guess.", "3"), ("Guess on.", "none")), rubric=vf.Rubric(funcs=[soon]),
+                        max_turns=80)
+        tools = vf.ToolEnv(dataset=rows(("3 + 4?", "7"), ("5 + 4?", "9")), tools=[add], rubric=vf.Rubric(funcs=[said]))
+        return vf.EnvGroup(envs=[single, several, tools], env_names=["single", "several", "tools"])
+"""
+OF_VERIFIERS, OF_AGENTS = os.environ.get("VERIFIERS_PYTHON", ""), os.environ.get("AGENTS_PYTHON", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OF_VERIFIERS, reason="VERIFIERS_PYTHON names no Python that has verifiers")
+def test_environments_of_verifiers_are_played(tmp_path):
+    """Questions, conversations, one of them to the limit of its tokens, and tools, one of them called wrongly."""
+    (tmp_path / "three.py").write_text(textwrap.dedent(ENVIRONMENTS))
+
+    def says(text, turn):
+        call = 'So <tool_call>{{"name":  "{}", "arguments": {}}}</tool_call>'
+        if "3 + 4?" in text:
+            return [call.format("add", '{"a": 3, "b": 4}'), "It is 7"][turn]
+        if "5 + 4?" in text:
+            return [call.format("mul", "{}"), call.format("add", '{"a": 3}'), "It is 8"][turn]
+        return f"rice or milk {turn}"
+
+    episodes = played(f"{OF_VERIFIERS} {EXAMPLE} {tmp_path}/three.py", says, [*range(6), HELD_OUT], tools=True,
+                      max_turns=100, max_state_tokens=700)  # fmt: skip
+    assert [episode.failure for episode in episodes] == [""] * 7
+    assert [episode.total_reward for episode in episodes] == [0, 1, 1 / 4, 0, 1, 0, 1]
+    assert [len(episode.turns) for episode in episodes if episode.terminated] == [1, 1, 4, 2, 3, 1]
+    assert not episodes[3].terminated, "its conversation became too long"
+    assert {(len(episode.as_trajectories()), episode.retokenised) for episode in episodes} == {(1, 0)}
+
+
 # --- what clients send ------------------------------------------------------------------------------------------------
 
-PRICE = {"name": "price", "description": "Return what one piece of a thing costs.",
-         "parameters": {"type": "object", "properties": {"thing": {"type": "string"}}, "required": ["thing"]}}  # fmt: skip
-TOOL = {"type": "function", "function": PRICE}
+THING = {"thing": {"type": "string"}}
+QUESTION, RESULT = "What do 3 tea cost?", {"role": "tool", "tool_call_id": "ID", "content": "3"}
+PRICE = {"name": "price", "description": "Return what one piece of a thing costs."}
+
+
+def tool(parameters, **further):
+    return {"type": "function", "function": {**PRICE, "parameters": {"type": "object", **parameters}, **further}}
+
+
+def called(arguments):
+    call = {"id": "ID", "type": "function", "function": {"name": "price", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+SENT = {
+    "openai-agents": (
+        {"model": "policy", "tools": [tool({"properties": {"thing": {"title": "Thing", "type": "string"}},
+                                            "required": ["thing"], "title": "price_args",
+                                            "additionalProperties": False}, strict=True)]},
+        [{"role": "user", "content": QUESTION}],
+        [called('{"thing": "tea"}'), RESULT],
+    ),
+    "pydantic-ai": (
+        {"model": "policy", "stream": False, "tool_choice": "auto",
+         "tools": [tool({"additionalProperties": False, "properties": THING, "required": ["thing"]}, strict=True)]},
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}],
+        [called('{"thing":"tea"}'), RESULT],
+    ),
+    "langchain-openai": (
+        {"model": "policy", "stream": False, "max_completion_tokens": 50,
+         "tools": [tool({"properties": THING, "required": ["thing"]})]},
+        [{"content": "Be brief.", "role": "system"},
+         {"content": [{"type": "text", "text": QUESTION}], "role": "user"}],
+        [called('{"thing": "tea"}'), RESULT],
+    ),
+    "smolagents": (  # with tool_choice="auto"; it writes the model's calls and what came of them as text
+        {"model": "policy", "stop": ["Observation:", "Calling tools:"], "tool_choice": "auto",
+         "tools": [tool({"properties": THING, "required": ["thing"]})]},
+        [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+         {"role": "user", "content": [{"type": "text", "text": f"New task:\n{QUESTION}"}]}],
+        [{"role": "assistant", "content": [{"type": "text", "text": "Calling tools:\n[{'id': 'c1'}]"}]},
+         {"role": "user", "content": [{"type": "text", "text": "Observation:\n3"}]}],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("client", SENT)
+def test_what_frameworks_send_is_served_and_keeps_what_was_sampled(client):
+    """However a framework writes a call down again, its ids stay; smolagents makes a text of it, which is another."""
+    body, opening, then = SENT[client]
+    assert choices({**body, "messages": opening}) == (1, body.get("max_completion_tokens", 0))
+    conversation = Conversation(CHAT, ENDINGS, ToolCalls(CHAT.tokenizer, "hermes"))
+    state = conversation.state({**body, "messages": opening})
+    said = [*CHAT.text_ids('<tool_call>{"name":  "price", "arguments": {"thing": "tea"}}</tool_call>'), END]
+    answer = conversation.answer({**body, "messages": opening}, state, [utterance(state.ids, said)])
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    replies = json.loads(json.dumps(then).replace('"ID"', json.dumps(call["id"])))
+    following = conversation.state({**body, "messages": [*opening, *replies]})
+    kept = following.ids[: len(state.ids) + len(said)] == [*state.ids, *said]
+    assert (kept, following.retokenised) == ((False, 1) if client == "smolagents" else (True, 0))
+    assert "3" in CHAT.tokenizer.decode(following.ids[len(state.ids) :])
+
+
+ASKS_NOTHING = {
+    "stream": False, "stream_options": None, "n": 1, "store": True, "metadata": {"run": "1"}, "user": "me", "seed": 3,
+    "parallel_tool_calls": True, "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {},
+    "max_completion_tokens": None, "top_logprobs": None, "logprobs": False, "service_tier": "auto", "stop": ["\n"],
+    "reasoning_effort": "low", "temperature": 0.2, "prediction": None, "continue_final_message": False,
+}  # fmt: skip
+
+
+def test_fields_that_ask_for_nothing_are_served():
+    assert choices(ASKS_NOTHING) == (1, 0)
+    for name, value in ASKS_NOTHING.items():
+        assert choices({name: value}) in {(1, 0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("stream", True, "answers come whole"),
+        ("tool_choice", "required", 'use "auto" or "none"'),
+        ("tool_choice", {"type": "function", "function": {"name": "price"}}, 'use "auto" or "none"'),
+        ("parallel_tool_calls", False, "a message may have several calls"),
+        ("response_format", {"type": "json_object"}, "ask for a form in the messages"),
+        ("guided_regex", "[0-9]+", "ask for a form in the messages"),
+        ("continue_final_message", True, "begins a message"),
+        ("chat_template_kwargs", {"enable_thinking": False}, "data.chat_options"),
+    ],
+)
+def test_what_would_mean_something_else_is_refused(name, value, why):
+    with pytest.raises(RefusedError, match=f"^{name} = .*{why}"):
+        choices({name: value})
+
+
+ASKS = """
+    import os
+    from openai import APIStatusError, OpenAI
+    client, said = OpenAI(default_headers={"X-Anything": "1"}), []
+    assert [model.id for model in client.models.list()] == ["cola_ray"]
+    assert client.models.retrieve("somebody/policy").id == "somebody/policy"
+    for ask in (
+        lambda: client.responses.create(model="policy", input="go"),
+        lambda: client.chat.completions.create(model="policy", messages=[{"role": "user", "content": "go " * 90}]),
+    ):
+        try:
+            ask()
+        except APIStatusError as error:
+            said.append((error.status_code, error.code, error.body["message"]))
+    assert said[0] == (
+        404, "not_found",
+        "POST responses: not served; below OPENAI_BASE_URL are chat/completions, reward, episodes and models",
+    )
+    assert said[1][:2] == (400, "context_length_exceeded")
+    assert "this model's maximum context length is 50 tokens (rollout.max_prompt_tokens is 50)" in said[1][2]
+    client.chat.completions.create(model="policy", messages=[{"role": "developer", "content": "go"}])
+    client.post("/reward", body={"reward": 1}, cast_to=object)
+"""
+
+
+def test_clients_are_told_what_they_understand(tmp_path):
+    """A model that is looked up, an API that is not served, and OpenAI's words for a conversation that is too long."""
+    (tmp_path / "asks.py").write_text(textwrap.dedent(ASKS))
+    (episode,) = played(f"{sys.executable} {tmp_path}/asks.py", lambda text, turn: "yes", [0], max_state_tokens=50)
+    assert (episode.failure, episode.total_reward) == ("", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OF_AGENTS, reason="AGENTS_PYTHON names no Python that has openai-agents")
+def test_the_documents_agent_of_a_framework_plays(tmp_path):
+    (tmp_path / "clerk.py").write_text(EXAMPLES["clerk.py"])
+    draw = random.Random(3)
+    prices = {"tea": 3, "milk": 2, "bread": 4}
+    thing, count = draw.choice([*prices]), draw.randint(2, 9)
+
+    def says(text, turn):
+        call = json.dumps({"name": "price", "arguments": {"thing": thing}})
+        return f"<tool_call>{call}</tool_call>" if turn == 0 else f"That is {count * prices[thing]}"
+
+    (episode,) = played(f"{OF_AGENTS} {tmp_path}/clerk.py", says, [3], tools=True)
+    assert (episode.failure, episode.total_reward, len(episode.turns)) == ("", 1, 2)
+    assert (len(episode.as_trajectories()), episode.retokenised) == (1, 0)
