@@ -260,6 +260,17 @@ def test_what_frameworks_send_is_served_and_keeps_what_was_sampled(client):
     assert "3" in CHAT.tokenizer.decode(following.ids[len(state.ids) :])
 
 
+@pytest.mark.parametrize("tools", [{}, {"tools": []}, {"tools": None}, {"tools": [tool({})], "tool_choice": "none"}])
+def test_a_turn_without_tools_is_served_where_calls_are_parsed(tools):
+    conversation = Conversation(CHAT, ENDINGS, ToolCalls(CHAT.tokenizer, "hermes"))
+    body = {"messages": [{"role": "user", "content": QUESTION}], **tools}
+    state = conversation.state(body)
+    assert "price" not in CHAT.tokenizer.decode(state.ids)
+    said = utterance(state.ids, [*CHAT.text_ids('<tool_call>{"name": "price", "arguments": {}}</tool_call>'), END])
+    message = conversation.answer(body, state, [said])["choices"][0]["message"]
+    assert "tool_calls" not in message
+
+
 ASKS_NOTHING = {
     "stream": False, "stream_options": None, "n": 1, "store": True, "metadata": {"run": "1"}, "user": "me", "seed": 3,
     "parallel_tool_calls": True, "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {},
