@@ -132,6 +132,7 @@ def test_a_rubric_that_scores_rollouts_together_is_refused(numbers):
 
 
 ENVIRONMENTS = """
+    import guess
     import verifiers as vf
     from datasets import Dataset
 
@@ -167,7 +168,8 @@ ENVIRONMENTS = """
         several = Guess(dataset=rows(("Guess.", "3"), ("Guess on.", "none")), rubric=vf.Rubric(funcs=[soon]),
                         max_turns=80)
         tools = vf.ToolEnv(dataset=rows(("3 + 4?", "7"), ("5 + 4?", "9")), tools=[add], rubric=vf.Rubric(funcs=[said]))
-        return vf.EnvGroup(envs=[single, several, tools], env_names=["single", "several", "tools"])
+        envs = [single, several, tools, guess.load_environment(highest=3)]
+        return vf.EnvGroup(envs=envs, env_names=["single", "several", "tools", "of the documents"])
 """
 OF_VERIFIERS, OF_AGENTS = os.environ.get("VERIFIERS_PYTHON", ""), os.environ.get("AGENTS_PYTHON", "")
 
@@ -176,7 +178,8 @@ OF_VERIFIERS, OF_AGENTS = os.environ.get("VERIFIERS_PYTHON", ""), os.environ.get
 @pytest.mark.skipif(not OF_VERIFIERS, reason="VERIFIERS_PYTHON names no Python that has verifiers")
 def test_environments_of_verifiers_are_played(tmp_path):
     """Questions, conversations, one of them to the limit of its tokens, and tools, one of them called wrongly."""
-    (tmp_path / "three.py").write_text(textwrap.dedent(ENVIRONMENTS))
+    (tmp_path / "several.py").write_text(textwrap.dedent(ENVIRONMENTS))
+    (tmp_path / "guess.py").write_text(EXAMPLES["guess.py"])
 
     def says(text, turn):
         call = 'So <tool_call>{{"name":  "{}", "arguments": {}}}</tool_call>'
@@ -186,11 +189,11 @@ def test_environments_of_verifiers_are_played(tmp_path):
             return [call.format("mul", "{}"), call.format("add", '{"a": 3}'), "It is 8"][turn]
         return f"rice or milk {turn}"
 
-    episodes = played(f"{OF_VERIFIERS} {EXAMPLE} {tmp_path}/three.py", says, [*range(6), HELD_OUT], tools=True,
+    episodes = played(f"{OF_VERIFIERS} {EXAMPLE} {tmp_path}/several.py", says, [*range(6), 6, 8, HELD_OUT], tools=True,
                       max_turns=100, max_state_tokens=700)  # fmt: skip
-    assert [episode.failure for episode in episodes] == [""] * 7
-    assert [episode.total_reward for episode in episodes] == [0, 1, 1 / 4, 0, 1, 0, 1]
-    assert [len(episode.turns) for episode in episodes if episode.terminated] == [1, 1, 4, 2, 3, 1]
+    assert [episode.failure for episode in episodes] == [""] * 9
+    assert [episode.total_reward for episode in episodes] == [0, 1, 1 / 4, 0, 1, 0, 1, 1 / 3, 1]
+    assert [len(episode.turns) for episode in episodes if episode.terminated] == [1, 1, 4, 2, 3, 1, 3, 1]
     assert not episodes[3].terminated, "its conversation became too long"
     assert {(len(episode.as_trajectories()), episode.retokenised) for episode in episodes} == {(1, 0)}
 
