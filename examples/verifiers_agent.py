@@ -19,6 +19,7 @@ from verifiers.clients import OpenAIChatCompletionsClient
 
 HELD_OUT = 2**30
 CUT = ("prompt_too_long", "timeout_reached")  # the episode would have gone on
+ENDS = ("task.options.max_turns", "EmptyModelResponseError")  # errors to verifiers, but the policy had its say
 
 
 async def play(env, policy, seed):
@@ -26,9 +27,9 @@ async def play(env, policy, seed):
     rows = env.get_eval_dataset() if seed >= HELD_OUT else env.get_dataset()
     row = rows[seed % HELD_OUT % len(rows)]
     output = await env.run_rollout(row, OpenAIChatCompletionsClient(policy), model="policy", sampling_args={})
-    error = output.get("error")
-    if error and "task.options.max_turns" not in error["error_chain_str"]:  # that limit ends an episode as a cut one
-        raise RuntimeError(f"row {row['example_id']}: {error['error_chain_str']}")
+    error = str(output.get("error") or "")
+    if error and not any(end in error for end in ENDS):
+        raise RuntimeError(f"row {row['example_id']}: {error}")
     cut = True if output["stop_condition"] in CUT else None
     await policy.post("/reward", body={"reward": output["reward"], "truncated": cut}, cast_to=object)
 

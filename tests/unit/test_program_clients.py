@@ -72,7 +72,10 @@ STAND_IN = """
                     if "maximum context length is" in str(raised):
                         stop = "prompt_too_long"
                     else:
-                        stop, error = "has_error", {"error_chain_str": f"ModelError -> {raised}"}
+                        stop, error = "has_error", {"error_chain_repr": f"ModelError() -> {raised!r}"}
+                    break
+                if not answer.choices[0].message.content:
+                    stop, error = "has_error", {"error_chain_repr": "EmptyModelResponseError()"}
                     break
                 said += [answer.choices[0].message, {"role": "user", "content": "No. Guess again."}]
                 if row["answer"] in said[-2].content:
@@ -124,6 +127,11 @@ def test_limits_of_the_run_cut_an_episode_and_its_rubric_scores_it(numbers):
         assert (episode.failure, episode.terminated, len(episode.turns)) == ("", False, 2)
     (episode,) = played(f"{numbers} '{json.dumps({'limit': 2})}'", lambda text, turn: "none", [0])
     assert episode.terminated, "the environment's own limit is one of its rules"
+
+
+def test_an_answer_of_no_words_ends_an_episode_without_failing_it(numbers):
+    (episode,) = played(numbers, lambda text, turn: "none" if turn == 0 else "", [0])
+    assert (episode.failure, episode.terminated, len(episode.turns)) == ("", True, 2)
 
 
 def test_a_rubric_that_scores_rollouts_together_is_refused(numbers):
