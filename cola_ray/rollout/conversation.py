@@ -67,7 +67,7 @@ class Conversation:
                 retokenised += 1
             before = hashlib.sha256(before + f"{message['role']}{key}".encode()).digest()
         tools = [_tool(one) for one in _tools(body)]
-        if self.calls:
+        if self.calls and tools:
             self.calls.check(tools)
         try:
             ids = self.chat.conversation_ids(messages, said, tools)

@@ -20,6 +20,9 @@ _UNSERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "parallel_tool_calls": ((True,), f"{_AS_SAMPLED}, so a message may have several calls"),
     "response_format": (({"type": "text"},), f"{_AS_SAMPLED}; ask for a form in the messages"),
     "structured_outputs": (({},), f"{_AS_SAMPLED}; ask for a form in the messages"),
+    **{f"guided_{form}": ((), f"{_AS_SAMPLED}; ask for a form in the messages")
+       for form in ("json", "regex", "choice", "grammar")},
+    "continue_final_message": ((False,), "what the policy says begins a message"),
     "logit_bias": (({},), _AS_SAMPLED),
     "top_logprobs": ((0,), "only what was sampled has a log-probability"),
     "functions": (([],), "an older form; use tools"),
@@ -27,8 +30,10 @@ _UNSERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "modalities": ((["text"],), "the policy writes text"),
     "web_search_options": ((), "there is no search"),
     "chat_template_kwargs": (({},), "data.chat_options has them, for the whole run"),
-}
+}  # fmt: skip
 """Fields that would change what an answer means, the values that ask for nothing, and why others are not served."""
+TOO_LONG = "this model's maximum context length is"
+"""OpenAI's words, by which clients know that a conversation is too long: not all of them read an error's code."""
 
 
 class RefusedError(ValueError):
@@ -76,6 +81,16 @@ def choices(body: Body) -> tuple[int, int]:
             raise RefusedError(f"{name} = {value!r:.60}: {why}")
     longest = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     return _whole(body, "n", _MAX_CHOICES) or 1, _whole(body, longest, 1 << 30)
+
+
+def model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "cola_ray"}
+
+
+def not_served(method: str, path: str) -> str:
+    """What to say to a client that speaks another of OpenAI's APIs, or has another address than it was given."""
+    asked = path.rpartition("/v1/")[2]
+    return f"{method} {asked}: not served; below OPENAI_BASE_URL are chat/completions, reward, episodes and models"
 
 
 def reward(body: Body) -> Reward:

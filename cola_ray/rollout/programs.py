@@ -207,6 +207,7 @@ class Programs:
                 web.post("/{key}/v1/reward", self._reward),
                 web.post("/{key}/v1/episodes", self._ask),
                 web.get("/{key}/v1/models", self._models),
+                web.get("/{key}/v1/models/{name:.+}", self._model),
             ])  # fmt: skip
             self.runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
             await self.runner.setup()
@@ -259,9 +260,9 @@ class Programs:
         state, most = episode.conversation.state(body), self.limits.max_state_tokens
         if len(state.ids) > most:
             raise RefusedError(
-                f"messages: {len(state.ids)} tokens, and rollout.max_prompt_tokens is {most}; leave some out",
-                "context_length_exceeded",
-            )
+                f"messages: {len(state.ids)} tokens, and {program_requests.TOO_LONG} {most} tokens "
+                f"(rollout.max_prompt_tokens is {most}); leave some out", "context_length_exceeded",
+            )  # fmt: skip
         return state
 
     async def _ask(self, request: web.Request) -> web.Response:
@@ -286,7 +287,12 @@ class Programs:
 
     async def _models(self, request: web.Request) -> web.Response:
         self._episode(request)
-        return web.json_response({"object": "list", "data": [{"id": "cola_ray", "object": "model", "created": 0}]})
+        return web.json_response({"object": "list", "data": [program_requests.model("cola_ray")]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        """Any name is the policy's: programs ask before they begin."""
+        self._episode(request)
+        return web.json_response(program_requests.model(request.match_info["name"]))
 
     def _episode(self, request: web.Request) -> Playing:
         episode = self.playing.get(request.match_info["key"])
@@ -330,6 +336,8 @@ async def _in_openais_words(
         return await handler(request)
     except RefusedError as error:
         status, why, code = 400, str(error), error.code
+    except web.HTTPNotFound:
+        status, why, code = 404, program_requests.not_served(request.method, request.path), "not_found"
     except web.HTTPException as error:
         status, why, code = error.status, error.reason, "invalid_request_error"
     told = {"message": why, "type": "invalid_request_error", "param": None, "code": code}

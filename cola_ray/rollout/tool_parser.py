@@ -44,7 +44,7 @@ class ToolCalls:
         """Raises RefusedError if they are not in the form of OpenAI's API."""
         try:
             self.asked(json.dumps(tools))
-        except ValueError as error:
+        except Exception as error:  # not all of vLLM's are ValueErrors
             raise RefusedError(f"tools: {' '.join(str(error).split()):.200}") from None
 
     def within(self, text: str, tools: Tools) -> dict[str, Any]:
