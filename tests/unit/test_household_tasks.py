@@ -4,12 +4,10 @@ import itertools
 import json
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
-from runs import ROOT
+from test_shop import assert_same_in_other_processes
 
 from cola_ray.settings.config import TaskConfig, is_environment
 from cola_ray.tasks import make_environment
@@ -104,20 +102,12 @@ def test_held_out_seeds_have_tasks_that_no_other_seed_has():
 
 
 def test_an_episode_follows_from_its_seed_alone():
-    """In other processes, too, whatever their hash seed; and none of them loads what agent programs do without."""
     program = """
-import sys
 from cola_ray.tasks.household import Household
 household = Household(num_receptacles=9, num_objects=12)
 print([household.reset(seed=3), household.get_state(), household.reset(seed=2**30 + 3), household.demonstrations(5, 1)])
-assert not {"torch", "vllm", "ray", "transformers", "openai"} & {*sys.modules}
 """
-    first, second = (
-        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT,
-                       env={"PYTHONHASHSEED": number, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}).stdout
-        for number in ("1", "2")
-    )  # fmt: skip
-    assert first == second
+    assert_same_in_other_processes(program)
     household = Household()
     assert len({household.reset(seed=seed)[0] for seed in range(50)}) > 40
 

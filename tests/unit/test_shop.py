@@ -179,13 +179,10 @@ def test_held_out_seeds_want_what_no_other_seed_does():
         assert not {f"Instruction: {one}\n[Search]\n" for one in held_out} & cloned
 
 
-def test_a_catalogue_follows_from_its_number_alone():
-    """In other processes, too, whatever their hash seed; and none of them loads what agent programs do without."""
-    program = """
+def assert_same_in_other_processes(program):
+    """It prints the same under each hash seed; and none of them loads what agent programs do without."""
+    program += """
 import sys
-from cola_ray.tasks.shop import Shop
-shop = Shop(num_products=30, catalogue_seed=5)
-print([shop.catalogue.products, shop.reset(seed=3), shop.reset(seed=2**30 + 3), shop.demonstrations(5, 1)])
 assert not {"torch", "vllm", "ray", "transformers", "openai"} & {*sys.modules}
 """
     first, second = (
@@ -194,6 +191,15 @@ assert not {"torch", "vllm", "ray", "transformers", "openai"} & {*sys.modules}
         for number in ("1", "2")
     )  # fmt: skip
     assert first == second
+
+
+def test_a_catalogue_follows_from_its_number_alone():
+    program = """
+from cola_ray.tasks.shop import Shop
+shop = Shop(num_products=30, catalogue_seed=5)
+print([shop.catalogue.products, shop.reset(seed=3), shop.reset(seed=2**30 + 3), shop.demonstrations(5, 1)])
+"""
+    assert_same_in_other_processes(program)
     ids = {product.id for product in catalogue(30, 5).products}
     assert len(ids) == 30
     assert catalogue(30, 5).products != catalogue(30, 6).products
