@@ -36,6 +36,7 @@ from cola_ray.cli.commands import OF_JOB
 from cola_ray.cluster import actors, head
 from cola_ray.runs import launch
 from cola_ray.runs.display import current, shown
+from cola_ray.runs.explanations import one_line
 from cola_ray.runs.failure import explained_failures
 from cola_ray.runs.figures import print_summary
 from cola_ray.runs.run_folder import summary_of, write_json
@@ -129,12 +130,17 @@ def dashboard(config: Config) -> Iterator[tuple[str, dict[str, str] | None]]:
 
 @contextlib.contextmanager
 def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
-    """Run ``ray start --head`` with a token that only this process and its jobs know."""
+    """Run ``ray start --head`` with a token that only this process and its jobs know.
+
+    Its ports are its own: any other Ray on this machine, another run's say, has those that Ray takes by itself, and a
+    head whose agent has no port starts no job.
+    """
     token = secrets.token_hex(32)
-    gcs, dashboard = _free_ports(2)
+    gcs, dashboard, agent, client = _free_ports(4)
     cpus = _at_once(config) * (int(actors.demand(config)["CPU"]) + 3)
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
-               f"--port={gcs}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}"]  # fmt: skip
+               f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+               f"--ray-client-server-port={client}", f"--num-cpus={cpus}"]  # fmt: skip
     variables = {"OMP_NUM_THREADS": str(config.cluster.threads_per_process), "RAY_AUTH_MODE": "token",
                  "RAY_AUTH_TOKEN": token, "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S),
                  **head.own_folder()}  # fmt: skip
@@ -258,7 +264,11 @@ class Submitter:
                  "--output-dir", str(where), "--resume"]  # fmt: skip
         entrypoint = f"{shlex.join(words)} > {shlex.quote(str(where / 'log.txt'))} 2>&1"
         variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}
-        job: str = _RETRY(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
+        try:
+            job: str = _RETRY(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
+        except RuntimeError as error:
+            why = f"the Ray cluster takes no job: {one_line(error)}"
+            raise RunFailedError(why, "see dashboard_agent.log and dashboard_JobHead.log among its logs") from error
         return job
 
     def stop(self, jobs: Sequence[str]) -> None:

@@ -1,8 +1,10 @@
 """The matrix as jobs of a real head: stopped half-way it leaves no process, and goes on from its checkpoint."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -36,6 +38,16 @@ def stop(run):
     run.finish(code=130, timeout=150)
     time.sleep(2)
     assert [pid for pid in below if os.path.exists(f"/proc/{pid}")] == []
+
+
+@pytest.fixture(autouse=True)
+def another_ray():
+    """Another cluster on this machine has the port that Ray's agents take by themselves."""
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # another one has it indeed
+            taken.bind(("", 52365))
+            taken.listen()
+        yield
 
 
 def test_stopped_and_started_again(tmp_path):
