@@ -234,8 +234,9 @@ def _is_done(folder: Path, stage: Stage) -> bool:
     return summary_of(folder / stage.name) is not None
 
 
+_NOT_YET = (RuntimeError, OSError)  # what a dashboard answers that takes no job, and errors of the connection
 _RETRY = tenacity.Retrying(  # a head that has just started has no dashboard yet, and then no agent
-    retry=tenacity.retry_if_exception_type((RuntimeError, OSError)),  # errors of the connection
+    retry=tenacity.retry_if_exception_type(_NOT_YET),
     wait=tenacity.wait_fixed(1),
     stop=tenacity.stop_after_delay(120),
     reraise=True,
@@ -266,7 +267,7 @@ class Submitter:
         variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}
         try:
             job: str = _RETRY(self.client.submit_job, entrypoint=entrypoint, runtime_env={"env_vars": variables})
-        except RuntimeError as error:
+        except _NOT_YET as error:
             why = f"the Ray cluster takes no job: {one_line(error)}"
             raise RunFailedError(why, "see dashboard_agent.log and dashboard_JobHead.log among its logs") from error
         return job

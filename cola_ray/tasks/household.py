@@ -31,7 +31,7 @@ from pydantic import Field
 from cola_ray.settings.limits import MOST, Share
 from cola_ray.tasks.environment import HELD_OUT, Dialogue, Transition
 from cola_ray.tasks.household_player import LONGEST, Player
-from cola_ray.tasks.household_rooms import FEWEST_OBJECTS, FEWEST_RECEPTACLES, State, house
+from cola_ray.tasks.household_rooms import FEWEST_OBJECTS, FEWEST_RECEPTACLES, House, State, house
 from cola_ray.tasks.household_rules import NOTHING, Scene
 
 
@@ -54,10 +54,11 @@ class Household:
     ) -> None:
         self.num_receptacles, self.num_objects = num_receptacles, num_objects
         self.max_turns, self.skill = max_turns, skill
-        self.scene = self._begun(0)
+        self.reset(seed=0)
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
-        self.scene = self._begun(seed)
+        found = self._house(seed)
+        self.scene = Scene(found, found.begin(seed))
         instruction = self.scene.house.goal.instruction
         return f"{self.scene.overview()}Your task is to: {instruction}.\n", self._info() | {"instruction": instruction}
 
@@ -73,7 +74,7 @@ class Household:
         return asdict(self.scene.state)
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        self.scene = Scene(self._begun(state["seed"]).house, State(**state))
+        self.scene = Scene(self._house(state["seed"]), State(**state))
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
         """Return episodes of a player who takes a share ``skill`` of decisions well, and else at random.
@@ -96,9 +97,8 @@ class Household:
             if terminated or truncated:
                 return Dialogue(opening, tuple(turns))
 
-    def _begun(self, seed: int) -> Scene:
-        found = house(seed, self.num_receptacles, self.num_objects)
-        return Scene(found, found.begin(seed))
+    def _house(self, seed: int) -> House:
+        return house(seed, self.num_receptacles, self.num_objects)
 
     def _info(self) -> dict[str, Any]:
         """What ALFWorld tells beside an observation; success also by task, as papers report it."""

@@ -133,7 +133,7 @@ class Goal:
 
     @property
     def treatment(self) -> Treatment | None:
-        return next((one for one in TREATMENTS if one.verb == self.task), None)
+        return _treatment(self.task)
 
     @property
     def count(self) -> int:
@@ -202,11 +202,16 @@ def _goal(draw: random.Random, task: str, room: _Room, kinds: list[str]) -> Goal
     wording = draw.randrange(len(WORDINGS[task]))
     if task == "look":
         return Goal(task, draw.choice(room.things), LAMP, wording)
-    treatment = next((one for one in TREATMENTS if one.verb == task), None)
+    treatment = _treatment(task)
     able = [thing for thing in room.things if treatment is None or thing in treatment.things]
     targets = sorted({*kinds} - ({treatment.appliance} if treatment else set()))
     pairs = [(thing, target) for thing in able for target in targets if thing in RECEPTACLES[target].holds]
     return Goal(task, *draw.choice(pairs), wording)
+
+
+def _treatment(task: str) -> Treatment | None:
+    """What the task asks to be done to a thing before it is placed, if anything."""
+    return next((one for one in TREATMENTS if one.verb == task), None)
 
 
 def _numbered(kinds: list[str]) -> tuple[str, ...]:

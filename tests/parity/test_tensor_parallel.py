@@ -1,7 +1,6 @@
 """An engine of two processes does what one of one process does, under a GPU's contract: CPU processes, float32."""
 
 import copy
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import vllm
-from conftest import NUM_ACTIONS, VOCAB_SIZE
+from conftest import NUM_ACTIONS, VOCAB_SIZE, free_port
 from engines import ON_ACCELERATOR
 
 from cola_ray.model.vllm_rows import RowTable
@@ -48,9 +47,7 @@ def versions(cola):
 
 def receive(engine, version, tensors, members):
     """Have the engine take ``tensors`` by a broadcast to its ``members`` processes."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        channel = Channel("localhost", free.getsockname()[1], 1 + members)
+    channel = Channel("localhost", free_port(), 1 + members)
     manifest = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors)
 
     def send():

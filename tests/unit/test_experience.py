@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,12 +143,9 @@ def test_an_incomplete_or_broken_update_is_refused():
 @pytest.fixture
 def sent_over_a_channel():
     """Two versions over one channel from a sender to two receivers; returns (sent, what each receiver got)."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
     versions = [{"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16()} for _ in range(2)]
     manifest = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in versions[0].items())
-    channel, cpu = Channel("localhost", port, 3), torch.device("cpu")
+    channel, cpu = Channel("localhost", free_port(), 3), torch.device("cpu")
 
     def send():
         end = Broadcast()
