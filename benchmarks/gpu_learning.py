@@ -1,12 +1,11 @@
 """Parts 1 and 2 of benchmarks/gpu.py: models, losses and updates with torch and transformers alone, then in ZeRO-3."""
 
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ranks
 import torch
 from gpu_bench import Bench, Figure
 from torch import Tensor
@@ -253,7 +252,6 @@ def zero(bench: Bench) -> Iterator[Figure]:
     """The learner's own step in ZeRO-3 with one rank, and its weights as they go out."""
     from run import random_batch
 
-    from cola_ray.learner.engine import join_group
     from cola_ray.learner.policies import LatentPolicy
     from cola_ray.learner.rl import RLLearner
     from cola_ray.settings.config import override
@@ -261,12 +259,8 @@ def zero(bench: Bench) -> Iterator[Figure]:
     from cola_ray.studies.planned_memory import learner_memory
     from cola_ray.studies.planned_work import Rows, learning
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(free.getsockname()[1])}  # fmt: skip
     on_gpu, width = bench.device.type == "cuda", bench.size.tokens
-    join_group("nccl" if on_gpu else "gloo")
+    ranks.join("nccl" if on_gpu else "gloo")
     tokens = bench.size.rows * width
     config = override(preset("llama-3.1-8b"), {
         "cluster.use_gpu": on_gpu, "cluster.learner_ranks": 1, "rl.micro_batch_tokens": tokens,

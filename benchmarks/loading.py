@@ -8,17 +8,15 @@ between the end of its imports and the divided policy, above what it was then, p
 
 import argparse
 import json
-import os
-import socket
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from ranks import free_port, join
 from record import record
 from safetensors.torch import save_file
 
 from cola_ray import CoLAConfig, CoLAForCausalLM
-from cola_ray.learner.engine import join_group
 from cola_ray.learner.policies import make_policy
 from cola_ray.model.tensors import empty
 from cola_ray.settings.config import Config, override
@@ -69,10 +67,8 @@ def status_mb(field: str) -> float:
 
 
 def load(rank: int, ranks: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}  # fmt: skip
     torch.set_num_threads(1)
-    join_group("gloo")
+    join("gloo", rank, ranks, port)
     torch.distributed.all_reduce(torch.zeros(1))  # connections are made
     before = status_mb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -95,10 +91,7 @@ def main() -> None:
     folder = args.folder.resolve()
     if not (folder / "model.safetensors.index.json").exists():
         make_checkpoint(folder, args.gigabytes)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(load, (args.ranks, port, folder), nprocs=args.ranks)
+    mp.spawn(load, (args.ranks, free_port(), folder), nprocs=args.ranks)
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(args.ranks)]
     share, largest = ranks[0]["share_mb"], ranks[0]["largest_tensor_mb"]
     peaks = [round(one["peak_mb"], 1) for one in ranks]

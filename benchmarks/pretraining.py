@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import ranks
 import torch
 from record import ROOT, record
 from torch.nn.functional import linear
@@ -128,14 +128,7 @@ def serve(variant: str, stage: str, shape: str, folder: str, threads: int) -> No
     """Answer each line, a step's number, with the step's seconds and loss."""
     torch.set_num_threads(threads)
     if variant != "bare":
-        from cola_ray.learner.engine import join_group
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": port}  # fmt: skip
-        join_group("gloo")
+        ranks.join("gloo")
     step = stepper(variant, stage, shape, Path(folder))
     print("READY", flush=True)
     for line in sys.stdin:

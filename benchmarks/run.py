@@ -6,11 +6,11 @@ Figures of other parts are kept. Each part is timed in its own process with one 
 run. docs/benchmarks.md explains each figure and what limits it.
 """
 
+import argparse
 import contextlib
 import functools
 import json
 import os
-import socket
 import sqlite3
 import statistics
 import subprocess
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import ranks
 import torch
 from decoding import (
     POLICY_LAYERS,
@@ -42,6 +43,9 @@ from cola_ray.experience import Ticket, Trajectory
 from cola_ray.packing import pack
 from cola_ray.settings.config import Config, override
 from cola_ray.settings.presets import preset
+
+PARTS = ("decoding", "publishing", "learning", "orchestration", "overlap")
+
 
 # --- publishing ---------------------------------------------------------------------------------------------------
 
@@ -106,14 +110,8 @@ def random_batch(
 
 
 def one_rank() -> Config:
-    from cola_ray.learner.engine import join_group
-
     torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(probe.getsockname()[1])}  # fmt: skip
-    join_group("gloo")
+    ranks.join("gloo")
     return override(preset("tiny"), {"model.num_actions": 64, "rl.kl_coef": 0.001, "rl.kl_estimator": "k1"})
 
 
@@ -351,15 +349,19 @@ def learning(latent: str, base: str) -> dict[str, float]:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["decoding", "publishing", "learning", "orchestration", "overlap"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all of them without any")
+    asked = parser.parse_args().parts
+    if unknown := [part for part in asked if part not in PARTS]:
+        parser.error(f"{unknown[0]!r} is no part; give some of {', '.join(PARTS)}")
     file = RESULTS / "bench.json"
-    figures: dict[str, float] = json.loads(file.read_text())["figures"] if sys.argv[1:] and file.exists() else {}
+    figures: dict[str, float] = json.loads(file.read_text())["figures"] if asked and file.exists() else {}
     with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as latent:
         torch.manual_seed(0)
         LlamaForCausalLM(WIDE).save_pretrained(base)
         sizes = {"num_idm_layers": 1, "num_policy_layers": POLICY_LAYERS, "num_world_model_layers": WORLD_MODEL_LAYERS}
         CoLAForCausalLM.attach(base, **sizes).save_pretrained(latent)
-        for part in wanted:
+        for part in asked or PARTS:
             if part in ("decoding", "learning"):
                 figures |= (decoding if part == "decoding" else learning)(latent, base)
             else:

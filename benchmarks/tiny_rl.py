@@ -3,6 +3,7 @@
 python benchmarks/tiny_rl.py 0 1 2
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -22,7 +23,9 @@ def run_seed(seed: int, where: Path) -> dict:
 
 
 def main() -> list[dict]:
-    seeds = [int(arg) for arg in sys.argv[1:]] or [0, 1, 2]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
+    seeds = parser.parse_args().seeds
     with tempfile.TemporaryDirectory() as folder:
         summaries = [run_seed(seed, Path(folder)) for seed in seeds]
     figures = {key: [summary[key] for summary in summaries] for key in KEYS}

@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ranks
 from cached_run import preset_of
 from record import ROOT
 
@@ -123,20 +123,14 @@ def serve(asked: str) -> None:
     """Take a step for each line; ``asked`` is JSON of settings, model and folder."""
     changes, model, folder = json.loads(asked)
     config = settings_of(changes)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     from cola_ray.rollout.engine import prepare_process
 
     prepare_process(config.cluster.threads_per_process)
     import torch
 
-    from cola_ray.learner.engine import join_group
-
     if not config.cluster.use_gpu:
         torch.set_num_threads(config.cluster.threads_per_process)
-    join_group("nccl" if config.cluster.use_gpu else "gloo")
+    ranks.join("nccl" if config.cluster.use_gpu else "gloo")
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     steps = WholeStep(config, Path(model), Path(folder))
