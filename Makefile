@@ -57,10 +57,10 @@ demo-agent: setup  ## the same for a multi-turn agent: Twenty Questions, ArCHer'
 reproduce: evals  ## the papers' matrix with the tiny preset, to outputs/reproduce/report/index.html; under three hours
 	$(BIN)/cola_ray reproduce --preset tiny --output-dir outputs/reproduce
 
-test: setup  ## unit tests, two at a time, parity tests likewise, then system tests
+test: setup  ## unit tests, then parity tests, then system tests, two at a time
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/parity
-	$(BIN)/python -m pytest -q -m "not slow" tests/system
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/system
 
 test-slow: setup  ## learning curves over three seeds and kill tests
 	$(BIN)/python -m pytest -q -m slow --timeout 5400 tests

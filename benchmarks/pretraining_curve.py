@@ -20,12 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cached_run import run_once
-from record import ROOT, record
+from record import RESULTS, ROOT, record
 
 from cola_ray.runs import event_log
 
@@ -96,18 +96,42 @@ def rows(folder: Path, gsm8k: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"step {int(point.name)}", measure(point, folder / "run", int(before.name), gsm8k)
 
 
+def plot(points: Sequence[Mapping[str, float]], path: Path) -> None:
+    """By tokens: losses, tokens in reach, and diversity with its intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tokens = [point["tokens"] for point in points]
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axes, names in zip(panels, (("loss", "base's loss"), ("tokens in reach",), ()), strict=True):
+        for name in names:
+            axes.plot(tokens, [point[name] for point in points], marker="o", markersize=4, label=name)
+    for name in WAYS.values():
+        mean, low, high = ([point[f"diversity of {name}{end}"] for point in points] for end in ENDS.values())
+        (line,) = panels[2].plot(tokens, mean, marker="o", markersize=4, label=name)
+        panels[2].fill_between(tokens, low, high, color=line.get_color(), alpha=0.2)
+    for axes, title in zip(panels, ("loss", "tokens in reach of a state's actions", "diversity"), strict=True):
+        axes.set(xscale="log", xlabel="tokens seen", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--gsm8k", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=180.0, help="of training in this call")
+    parser.add_argument("--minutes", type=float, default=180.0, help="of training in this call; 0: only the table")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of whatever ends the run first
     folder, gsm8k = args.folder.absolute(), args.gsm8k.absolute()
     (folder / "points").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
-    for step in (FIRST << doubling for doubling in itertools.count()):
+    for step in (FIRST << doubling for doubling in itertools.count() if args.minutes):
         if reached(folder / "run") >= step:
             continue
         came = train_until(step, folder / "run", gsm8k, args.threads, deadline)
@@ -116,7 +140,9 @@ def main() -> None:
             print(name, row, flush=True)
         if not came:
             break
-    record("pretraining_curve", dict(rows(folder, gsm8k)), [0], "SmolLM2-135M with 64 actions, by tokens of GSM8K")
+    made = dict(rows(folder, gsm8k))
+    plot([*made.values()], RESULTS / "pretraining_curve.png")
+    record("pretraining_curve", made, [0], "SmolLM2-135M with 64 actions, by tokens of GSM8K")
 
 
 if __name__ == "__main__":
