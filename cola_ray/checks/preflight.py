@@ -73,7 +73,7 @@ def unseen(config: Config) -> list[str]:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path is local: hub ids are exactly ``name`` or ``org/name`` without a file ending; all else is local."""
+    """Whether a path is local: a hub id is ``name`` or ``org/name`` without a file ending; all else is local."""
     endings = (*_TABLES, ".gguf", ".csv", ".safetensors", ".bin", ".pt", ".zip", ".gz")
     written = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings) or glob.has_magic(path)
     return written or Path(path).exists()

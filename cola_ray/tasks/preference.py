@@ -37,7 +37,7 @@ class Preference:
         seed: shuffles the rows.
 
     Raises:
-        ValueError: there are no prompts; or a row, which the message names, is in none of these forms.
+        ValueError: there are no prompts, or a row is in none of these forms; the message names the row.
     """
 
     @classmethod
@@ -60,7 +60,7 @@ class Preference:
                 self._pairs[split].append(row)
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """Return the prompts; solutions are "", since there is no right response."""
+        """Return the prompts; solutions are "", since there is no single right response."""
         return [Problem(index, prompt, "") for index, prompt in enumerate(self._prompts[split])]
 
     def pairs(self, split: Split) -> Sequence[Pair]:
