@@ -60,7 +60,7 @@ class Preference:
                 self._pairs[split].append(row)
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """Return the prompts; solutions are "", since there is no single right response."""
+        """Return the prompts; solutions are "", since there is no right response."""
         return [Problem(index, prompt, "") for index, prompt in enumerate(self._prompts[split])]
 
     def pairs(self, split: Split) -> Sequence[Pair]:

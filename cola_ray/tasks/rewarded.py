@@ -213,7 +213,7 @@ def trial(config: TaskConfig, path: str, problems: Sequence[Problem]) -> str:
         if len(wrong) == len(values):
             return f"returned {wrong[0]:.90}, not a number of at most {LARGEST_REWARD:g} either way"
         return f"applies to none of the first rows: {_NEEDS[name]}" if set(values) == {None} and name in _NEEDS else ""
-    if not all(_said(tried, name, [item])[1] for item in items):  # a single failure only costs its own sample, also in a run
+    if not all(_said(tried, name, [item])[1] for item in items):  # one failure only costs its own sample, also in a run
         return ""
     if why.startswith("raised ") and registry.takes_batches(tried.rewards[name]):
         alike = "texts here, as prompts are" if isinstance(problems[0].question, str) else "lists of one message here"
