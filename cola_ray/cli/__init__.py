@@ -20,7 +20,7 @@ def main(*words: str) -> NoReturn:
     """Run the command that this process's arguments name, and exit.
 
     Args:
-        words: words to put before those of ``sys.argv``, e.g. the command, in a file of jobs/.
+        words: put before those of ``sys.argv``, e.g. the command, in a file of jobs/.
 
     The end of a run is reported by one line and an exit code, see :data:`~cola_ray.runs.failure.EXIT_CODES`.
     """

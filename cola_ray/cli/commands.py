@@ -207,7 +207,7 @@ cola_ray data --preset smollm2-135m --task.name gsm8k --task.path DATA/gsm8k""",
 """In the order of ``cola_ray --help``."""
 
 OF_JOB = {command.job: name for name, command in COMMANDS.items() if command.job}
-"""Commands by the name of their runs."""
+"""The command, by the name of its runs."""
 
 
 def overview() -> str:

@@ -68,7 +68,7 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     with contextlib.ExitStack() as stack:
         if there:
-            # A job may have been submitted with its own variables, e.g. the number of threads: ours take precedence.
+            # A job may have been submitted with its own variables, e.g. the number of threads: ours win, others stay.
             os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
             try:
                 stack.enter_context(head.attached(there, runtime_env=environment, **quiet))

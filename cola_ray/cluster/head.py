@@ -258,7 +258,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _init(**options: Any) -> None:
-    """Initialise Ray, which also turns SIGTERM into an exit with code 15."""
+    """Initialise Ray, and restore the SIGTERM handler, since Ray's own exits with code 15."""
     before = signal.getsignal(signal.SIGTERM)
     auto_init_hook.enable_auto_connect = False  # otherwise a late call to Ray would start another cluster
     try:

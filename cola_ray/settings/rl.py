@@ -61,8 +61,8 @@ class RolloutConfig(Branch):
     max_new_tokens: Tokens = 256
     """Actions a completion may take."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a completion or an agent's utterance, beside the checkpoint's end tokens and what the task
-    declares. A verifier or environment reads the text in front of the string."""
+    """Strings that end a completion or an agent's utterance, in addition to the checkpoint's end tokens and what the
+    task declares. A verifier or environment reads the text before the string."""
     max_num_seqs: Annotated[Count, Field(le=65_536)] = 64
     """Concurrent requests in an engine."""
     kv_cache_mb: Count = 512
@@ -75,7 +75,7 @@ class RolloutConfig(Branch):
     """Prompts share the keys and values of common prefixes, so that a group's prompt is computed once."""
     quantization: Literal["none", "fp8"] = "none"
     """On GPU, fp8: the decoder layers' weights have 8 bits in the engine, converted from each version as it arrives.
-    The engine then samples from a policy slightly different from the learner's; rl.importance_cap corrects for it."""
+    The engine then samples from a policy that differs from the learner's; rl.importance_cap corrects for it."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """On GPU, fp8: keys and values have 8 bits, so twice as many fit. auto: model.dtype."""
     enforce_eager: bool = False

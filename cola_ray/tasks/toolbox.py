@@ -4,7 +4,7 @@
          │ registry: built in, or a user's function
          v
     Toolbox ── schemas ──> what the model is told           signature, type hints and docstring, by transformers
-            ── run(call, problem, seconds) ──> Result       checked against the schema; then, of somebody's own, in a
+            ── run(call, problem, seconds) ──> Result       checked against the schema; users' functions are called in a
                                                             fork that may raise, hang or exit; its result as text
 
 A function with a parameter ``problem`` receives the problem that is being solved; the model does not see this
