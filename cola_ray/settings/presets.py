@@ -175,7 +175,7 @@ _AGENTS: dict[str, dict[str, Any]] = {
         "critic.warmup_iterations": 2,
         # The policy changes quickly here, so replayed states soon differ from those that it visits.
         "critic.actor_states": "played",
-        # Q's error is larger than the differences between names. Observed outcomes have no such error, but more noise.
+        # Q's error exceeds the differences in value between names. Observed outcomes have none, but more noise.
         "critic.td_share": 0.5,
         # The states of a base of this size do not retain what was asked; the critic gets it as a feature.
         "critic.chooses": True,
