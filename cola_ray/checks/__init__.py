@@ -1,1 +1,1 @@
-"""What is looked at before anything starts: settings beside each other, the machine, files, the hub."""
+"""Checks before anything starts: combinations of settings, the machine, files, the hub."""

@@ -1,4 +1,4 @@
-"""``rollout.engine_args``: arguments of ``vllm.LLM`` that no setting has, checked by name before vLLM is imported.
+"""``rollout.engine_args``: arguments of ``vllm.LLM`` without a setting, checked by name before vLLM is imported.
 
 faults(config)      # ["rollout.engine_args.dtype = 'half': both sides have one; use model.dtype"]
 """
@@ -40,11 +40,11 @@ _OWNED = {
         "tensor_parallel_size": "tensor_parallel_size",
     }.items()
 }  # fmt: skip
-"""Why it is not given here; what to do."""
+"""Arguments that are refused: why, and what to use."""
 
 
 def faults(config: Config) -> list[str]:
-    """A line for each argument that a setting has, that would break how actions are drawn, or that vLLM has not."""
+    """A line for each argument that has a setting, that would break the drawing of actions, or that vLLM lacks."""
     lines = []
     for name, value in config.rollout.engine_args.items():
         given = f"rollout.engine_args.{name} = {value!r}"
@@ -59,7 +59,7 @@ def faults(config: Config) -> list[str]:
 
 @functools.cache
 def known() -> frozenset[str]:
-    """Names that ``vllm.LLM`` takes, read from vLLM's sources because importing it takes long; empty without vLLM."""
+    """Arguments of ``vllm.LLM``, read from vLLM's sources because importing it takes long; empty without vLLM."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         return frozenset()

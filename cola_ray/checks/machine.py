@@ -1,9 +1,9 @@
-"""What a job needs of this machine: folders to write, addresses that answer, GPUs, processors and memory.
+"""What a job needs from this machine: folders to write, addresses that answer, GPUs, processors and memory.
 
 folders(config, "rl_math")        a line for each fault: ``field = value: why; fix``
 addresses(config, "rl_math")
 machine(config, "rl_math")
-silent(config, "rl_math")         services of which nothing answers; this one waits for them
+silent(config, "rl_math")         services that do not answer; this check waits for answers
 """
 
 import functools
@@ -26,16 +26,16 @@ TRAINING = ("rl_math", "rl_preference", "rl_agent", "sweep")
 STUDIES = ("evaluate", "diversity", "atlas", "capabilities")
 """Jobs that train nothing."""
 GENERATING = (*TRAINING, "evaluate", "diversity", "atlas")
-"""Jobs that have engines."""
-_TIMEOUT_S = 3.0  # that an address is given to answer in
-_FREE_GB = 1.0  # least space that checkpoints and logs, and tokenised shards and states, are given
-_TRIED_BYTES = 1 << 20  # a quota may be used up where the disk is not
-_PATH_MAX = 4096  # bytes that the system takes in a path
-_LONGEST_BELOW = 256  # bytes of what a run adds to a folder's
+"""Jobs that run engines."""
+_TIMEOUT_S = 3.0  # how long an address may take to answer
+_FREE_GB = 1.0  # least free space for checkpoints and logs, and for tokenised shards and states
+_TRIED_BYTES = 1 << 20  # written as a test, since a quota may be used up although the disk is not full
+_PATH_MAX = 4096  # bytes that the system allows in a path
+_LONGEST_BELOW = 256  # bytes that a run may add to the path of its folder
 
 
 def folders(config: Config, job: str) -> Iterator[str]:
-    """The folders that the job writes can be made and written, which is tried, and have some room."""
+    """Check that the folders that the job writes can be created and written, by trying, and have some space."""
     yield from _folder("output_dir", config.output_dir, config, job)
     for field in provenance.CACHES:
         if value_at(config, field):
@@ -46,7 +46,7 @@ def _folder(field: str, given: str, config: Config, job: str) -> Iterator[str]:
     if "://" in given:
         yield f"{field} = {given!r}: an address; give a folder, on which it may be mounted"
         return
-    if given.startswith("~"):  # which a shell leaves as it is behind a "=" or in quotes
+    if given.startswith("~"):  # a shell does not expand ~ after a "=" or in quotes
         yield f"{field} = {given!r}: ~ is no folder of this name; write the whole path, or $HOME"
         return
     folder = Path(value_at(provenance.resolve(config, job), field))
@@ -111,13 +111,13 @@ def addresses(config: Config, job: str) -> Iterator[str]:
 
 
 def _is_of_kernel(folder: Path) -> bool:
-    """Folders that even root cannot write into."""
+    """Whether this is a folder that even root cannot write into."""
     return folder.resolve().parts[1:2] in (("proc",), ("sys",))
 
 
 def silent(config: Config, job: str) -> Iterator[str]:
-    """Services that the job will ask, of which nothing answers at the address."""
-    asked = {"cluster.address": config.cluster.address}  # MLflow may be away: a run sends it its events later
+    """Services that the job will use but whose addresses do not answer."""
+    asked = {"cluster.address": config.cluster.address}  # MLflow may be absent: a run sends it the events later
     if job in ("rl_math", "rl_preference", "evaluate"):
         asked["task.reward_model"] = config.task.reward_model
     for field, value in asked.items():
@@ -141,7 +141,7 @@ def _unreachable(host: str, port: int) -> str:
 
 
 def _bad_url(url: str) -> str:
-    """Why it is no address; empty for a good one, and for what is no URL at all."""
+    """Why this URL is not valid; empty for a valid one, and for text that is not a URL at all."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -158,7 +158,7 @@ def _bad_url(url: str) -> str:
 
 
 def machine(config: Config, job: str) -> Iterator[str]:
-    """GPUs and processors, where the run starts a cluster of its own on this machine."""
+    """Check GPUs and processors if the run starts its own cluster on this machine."""
     cluster, rollout = config.cluster, config.rollout
     ray = sys.modules.get("ray")
     if cluster.address not in ("", "local") or "RAY_ADDRESS" in os.environ or (ray and ray.is_initialized()):
@@ -215,7 +215,7 @@ def machine(config: Config, job: str) -> Iterator[str]:
 
 
 def _num_gpus() -> int:
-    """NVIDIA GPUs that a process here would see."""
+    """Number of NVIDIA GPUs visible to a process here."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
     if visible is None:

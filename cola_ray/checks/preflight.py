@@ -1,9 +1,9 @@
-"""What a job needs of files and of the hub: paths, checkpoints, rows; what it needs of this machine is in machine.py.
+"""What a job needs from files and the hub: paths, checkpoints, rows; machine.py has what it needs from this machine.
 
     faults(config, "rl_math")             a line for each: ``field = value: why; fix``
-    further_faults(config, "rl_math")     what takes longer, for settings without other faults
+    further_faults(config, "rl_math")     slower checks, for settings without other faults
 
-Files are looked at, not loaded; the hub is asked with a short timeout, and only about what the job will read.
+Files are inspected, not loaded; the hub is queried with a short timeout, and only about what the job will read.
 """
 
 import glob
@@ -32,7 +32,7 @@ LOGGED = ("prompt_ids", "token_ids", "actions", "rewards")
 
 
 def faults(config: Config, job: str) -> list[str]:
-    """Everything that can be seen now. Empty ``job``: what the given paths are, whoever reads them."""
+    """All faults that can be found quickly. Without a ``job``, only the given paths, whichever job reads them."""
     lines = [*_paths(config, job), *_checkpoints(config, job), *_lengths(config, job)]
     if job == "data":
         lines += _rows(config, job)
@@ -43,7 +43,7 @@ def faults(config: Config, job: str) -> list[str]:
 
 
 def further_faults(config: Config, job: str) -> list[str]:
-    """The hub, the options of generators and environments, and classes of one's own, which are tried."""
+    """Faults of hub ids, of options of generators and environments, and of user classes, which are tried out."""
     if job in ("", "plan"):
         return []
     if job == "reproduce":
@@ -53,7 +53,7 @@ def further_faults(config: Config, job: str) -> list[str]:
 
 
 def unseen(config: Config) -> list[str]:
-    """A line for each path that the system will not even look at: forbidden, or too long."""
+    """A line for each path that the system refuses to look up: forbidden, or too long."""
     lines = []
     named = ("output_dir", "tracking_uri", *provenance.PATHS, *provenance.CACHES)
     paths = [(field, value_at(config, field)) for field in named]
@@ -73,7 +73,7 @@ def unseen(config: Config) -> list[str]:
 
 
 def looks_local(path: str) -> bool:
-    """A hub id is exactly ``name`` or ``org/name`` without a file's ending; all else is meant as a local path."""
+    """Whether a path is local: a hub id is ``name`` or ``org/name`` without a file ending; all else is local."""
     endings = (*_TABLES, ".gguf", ".csv", ".safetensors", ".bin", ".pt", ".zip", ".gz")
     written = path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(endings) or glob.has_magic(path)
     return written or Path(path).exists()
@@ -88,7 +88,7 @@ def _further_tasks(config: Config) -> list[tuple[str, str]]:
 
 
 def _paths(config: Config, job: str) -> Iterator[str]:
-    """Existing, readable, a file or a folder as it should be."""
+    """Check that paths exist, are readable, and are a file or a folder as required."""
     task = config.task
     rows = f"a file, folder or glob of {LISTED}, or a hub id"
     for field, source in [("data.path", config.data.path), *_further_paths(config), *_further_tasks(config)]:
@@ -122,10 +122,10 @@ def _paths(config: Config, job: str) -> Iterator[str]:
 def _path(
     field: str, value: str, wanted: str, endings: tuple[str, ...], folder: bool = True, hub: bool = True
 ) -> Iterator[str]:
-    """One line where a path is not what it should be.
+    """One line if a path is not what it should be.
 
     Args:
-        endings: of files that are taken; empty: none are.
+        endings: endings of accepted files; empty: no file is accepted.
     """
     if not value or (hub and not looks_local(value)):
         return
@@ -157,7 +157,7 @@ def _path(
 
 
 def _in_use(config: Config, job: str) -> Iterator[tuple[str, str, bool]]:
-    """(field, checkpoint, whether it must be a CoLA model) of each that the job reads, the one that is served first."""
+    """(field, checkpoint, whether it must be a CoLA model) of each that the job reads, the served one first."""
     model, start = config.model, provenance.start_model(config)
     if not job:
         yield from ((field, path, False) for field, path in (("model.path", model.path), ("model.base", model.base)))
@@ -197,7 +197,7 @@ def _checkpoints(config: Config, job: str) -> Iterator[str]:
 
 
 def _q(config: Config, job: str) -> Iterator[str]:
-    """MCTS-Q's values are of the model's own actions."""
+    """Check that MCTS-Q's values belong to the model's own actions."""
     file, model = Path(config.q.path) / "q.safetensors", provenance.start_model(config)
     if job != "evaluate" or not config.q.path or not file.is_file() or not (model / "config.json").is_file():
         return
@@ -211,7 +211,7 @@ def _q(config: Config, job: str) -> Iterator[str]:
 
 
 def _local(value: str) -> Path | None:
-    """A checkpoint's folder or file, also in the hub's cache; None where there is nothing to look at yet."""
+    """A checkpoint's folder or file, possibly in the hub's cache; None if there is nothing to inspect yet."""
     if not value:
         return None
     path = Path(value)
@@ -240,7 +240,7 @@ def _of_shape(config: Config, shape: checkpoints.Shape, cola: bool) -> Iterator[
 
 
 def _lengths(config: Config, job: str) -> Iterator[str]:
-    """Texts fit into the context of what is served."""
+    """Check that texts fit into the context of the served model."""
     rollout, whose, limit = config.rollout, "the base that this preset makes", OWN_BASE_POSITIONS
     for field, value, _ in _in_use(config, job):
         path = _local(value)
@@ -286,7 +286,7 @@ def _asks_task(config: Config, job: str) -> bool:
 
 
 def _rows(config: Config, job: str) -> Iterator[str]:
-    """The first rows of local files, as the job will read them."""
+    """Check the first rows of local files, reading them as the job will."""
     task, path = config.task, Path(config.task.path)
     for field, source in [("data.path", config.data.path), *_further_paths(config)]:
         if _reads_texts(config, job) and _has_rows(source) and not config.data.max_broken:
@@ -334,7 +334,7 @@ def _nothing_to_clone(task: TaskConfig, what: str, instead: str) -> str:
 
 
 def _has_rows(path: str) -> bool:
-    """Whether there is something to look into that :func:`_paths` has not refused."""
+    """Whether there is something to inspect that :func:`_paths` has not refused."""
     source = Path(path)
     if source.is_file():
         return source.suffix in _TABLES and source.stat().st_size > 0 and os.access(source, os.R_OK)
@@ -360,7 +360,7 @@ def _logged(row: Row) -> None:
 
 
 def _hub(config: Config, job: str) -> list[str]:
-    """Ids that the job will fetch, asked for at the same time."""
+    """Check the ids that the job will fetch from the hub, all at the same time."""
     task, used = config.task, list[tuple[str, str, hub.Kind]]()
     if _reads_texts(config, job) or job == "train_q":
         used += [("data.path", config.data.path, "dataset")]

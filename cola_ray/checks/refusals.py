@@ -1,8 +1,8 @@
-"""What several settings may not be together, and what a job needs of this machine: found before a process starts.
+"""Refuses combinations of settings, and jobs whose needs this machine does not meet, before a process starts.
 
     check(config, "rl_math")          # raises ConfigError: a line for each mistake
 
-What one setting may be by itself stands in its type (config.py, limits.py); which options of algorithms go together, in
+The limits of a single setting are in its type (config.py, limits.py); which options of algorithms can be combined is in
 the table of combinations.py.
 """
 
@@ -37,22 +37,22 @@ from cola_ray.tasks.dataset import name_of as source_name
 from cola_ray.tasks.rewarded import REWARD_MODEL, name_of
 from cola_ray.tasks.weighing import TOOLS
 
-_MOST_SEQUENCES = 2**20  # a step's, which are held in memory together
+_MOST_SEQUENCES = 2**20  # of a step, which are in memory together
 _OF_OURS = ("soft_q", "bellman_residual", "replays", "critic", "turns")
-"""What an algorithm of one's own cannot need."""
+"""Requirements that a user's algorithm cannot have."""
 
 
 def check(config: Config, job: str = "") -> None:
-    """Refuse what cannot run. Cheap: no weights are read, and neither torch nor Ray is imported.
+    """Refuse settings that cannot run. Cheap: no weights are read, and neither torch nor Ray is imported.
 
     Args:
-        job: what is to run, as ``outputs/<job>-<preset>`` names it; empty: the settings by themselves.
+        job: the job to run, as ``outputs/<job>-<preset>`` names it; empty: check the settings by themselves.
 
     Raises:
         ConfigError: one line for each mistake: ``field = value: why; fix``.
     """
     unseen = preflight.unseen(config)
-    if unseen:  # nothing more can be said of what the system hides
+    if unseen:  # nothing more can be said about paths that the system refuses to look up
         raise ConfigError(redacted("\n".join(unseen)))
     nowhere = _check_named(config)
     if nowhere:  # what an algorithm or a task needs is not known then
@@ -68,7 +68,7 @@ def check(config: Config, job: str = "") -> None:
 
 
 def _check_named(config: Config) -> list[str]:
-    """What the registry is asked for is there, and is called as it can be; tasks are tried later on."""
+    """Check that names of the registry exist and can be called as needed; tasks are tried later."""
     lines = [
         f"{field} = {value!r}: {why}"
         for field, value in named(config)
@@ -78,7 +78,7 @@ def _check_named(config: Config) -> list[str]:
         return lines
     try:
         algorithm = config.algorithm
-    except registry.NotFoundError as error:  # something is there, and it is no algorithm
+    except registry.NotFoundError as error:  # the name exists, but is not an algorithm
         return [f"rl.algorithm = {config.rl.algorithm!r}: {error}"]
     own = config.rl.algorithm not in registry.BUILT_IN["algorithm"]
     if own and any(getattr(algorithm, need) for need in _OF_OURS):
@@ -143,7 +143,7 @@ def _check_sources(config: Config) -> list[str]:
 
 
 def _check_stages_before(config: Config) -> list[str]:
-    """What a stage needs is there."""
+    """Check that each stage has the stages that it needs before it."""
     stages, model = config.pretrain.stages, config.model
     if model.path or stages == ("base",):
         return []
@@ -156,7 +156,7 @@ def _check_stages_before(config: Config) -> list[str]:
 
 
 def _check_base_alone(config: Config) -> list[str]:
-    """What trains the base by itself leaves nothing that was learned around it."""
+    """Refuse the stage base on a CoLA model: training the base alone keeps nothing that was learned around it."""
     stages, path = config.pretrain.stages, config.model.path
     if not path or "base" not in stages:
         return []
@@ -165,7 +165,7 @@ def _check_base_alone(config: Config) -> list[str]:
 
 
 def _check_start(config: Config) -> list[str]:
-    """What RL pre-trains first is what it needs."""
+    """Check that the stages of pre-training before RL give the model that RL needs."""
     stages = config.pretrain.stages
     if stages == ("base",) and config.rl.action_space == "latent" and not config.model.path:
         return [f"pretrain.stages = {stages}: RL over latent actions needs more than a base; add actions and policy"]
@@ -189,7 +189,7 @@ def _check_trackers(config: Config) -> list[str]:
     lines = []
     for name in (one for one in TRACKERS if one in config.report_to):
         found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of this name, such as a run's wandb/, is no package
+        if found is None or found.origin is None:  # a folder of this name, such as a run's wandb/, is not a package
             lines.append(f"report_to = {config.report_to}: needs the package {name}; `pip install {name}` installs it")
     return lines
 
@@ -211,7 +211,7 @@ def _check_mixture(config: Config) -> list[str]:
 
 
 def _check_rewards(config: Config) -> list[str]:
-    """What ``task.reward`` names goes together."""
+    """Check that the rewards of ``task.reward`` can be combined."""
     task, lines = config.task, list[str]()
     names = list(map(name_of, task.reward))
     if "verifier" in task.reward and task.name in relevance.UNSCORED:
@@ -244,7 +244,7 @@ def _any_takes_batches(rewards: Iterable[str]) -> bool:
 
 
 def _unlike(config: Config, wants: Mapping[str, Any], whose: str) -> list[str]:
-    """A line for each dotted field that is not as the setting ``whose`` needs it."""
+    """A line for each dotted field that does not have the value that the setting ``whose`` needs."""
     given = {field: value_at(config, field) for field in wants}
     return [f"{field} = {given[field]!r}: {whose} needs {want!r}" for field, want in wants.items()
             if given[field] != want]  # fmt: skip
@@ -319,7 +319,7 @@ def _check_agent(config: Config) -> list[str]:
 
 
 def _check_tools(task: TaskConfig) -> list[str]:
-    """What is asked and what answers are worth where tools are called."""
+    """Check the questions and rewards of the task tools."""
     if not task.path and task.tools and not {*TOOLS} <= {*task.tools}:
         return [f"task.tools = {task.tools}: drawn questions need {' and '.join(TOOLS)}; name them, too, or give rows "
                 "by task.path"]  # fmt: skip

@@ -1,12 +1,12 @@
-"""The command ``cola_ray``: read the words, refuse what cannot run, then import what runs it.
+"""The command ``cola_ray``: parse the words, refuse settings that cannot run, then import the code that runs.
 
     cola_ray COMMAND ...          commands.py: all of them
-    main("rl")                    as `cola_ray rl`, with the words of this process; what jobs/*.py do
+    main("rl")                    like `cola_ray rl`, with this process's further arguments; jobs/*.py do this
 
     commands.py ─> arguments.py ─> checks/refusals.py ─> module:function of the command
                    (explain.py for --help)
 
-Nothing heavy is imported before the settings have been checked: neither PyTorch nor Ray, vLLM or MLflow.
+Nothing heavy (PyTorch, Ray, vLLM or MLflow) is imported before the settings have been checked.
 """
 
 import difflib
@@ -17,12 +17,12 @@ from cola_ray.cli.commands import COMMANDS, Command, overview
 
 
 def main(*words: str) -> NoReturn:
-    """Run the command that the words of this process name, and exit.
+    """Run the command that this process's arguments name, and exit.
 
     Args:
-        words: in front of those of ``sys.argv``, e.g. the command of a file in jobs/.
+        words: put before those of ``sys.argv``, e.g. the command, in a file of jobs/.
 
-    How a run ended is one line, and a code of :data:`~cola_ray.runs.failure.EXIT_CODES`.
+    The end of a run is reported by one line and an exit code, see :data:`~cola_ray.runs.failure.EXIT_CODES`.
     """
     name, *rest = [*words, *sys.argv[1:]] or ["--help"]
     if name in ("-h", "--help"):
@@ -47,13 +47,12 @@ def main(*words: str) -> NoReturn:
 
 
 def run(command: str, config: Any) -> Any:
-    """Do with these settings what ``cola_ray COMMAND`` does.
+    """Run a command of ``cola_ray`` with these settings.
 
-    Settings do not say what is to be done with them, so the command does: "rl", "agent", "pretrain", "evaluate", or
-    any other of ``cola_ray --help`` that takes settings.
+    The command is "rl", "agent", "pretrain", "evaluate", or any other of ``cola_ray --help`` that takes settings.
 
     Args:
-        command: the word behind ``cola_ray``.
+        command: the word after ``cola_ray``.
         config: e.g. a preset with changes; the preset of "agent" is ``preset(name, agents=True)``.
 
     Returns:
@@ -61,7 +60,7 @@ def run(command: str, config: Any) -> Any:
 
     Raises:
         ConfigError: the settings are refused, a line for each reason; nothing has been started.
-        RunFailedError: the run ended before its time; the message says why and what to do.
+        RunFailedError: the run failed; the message says why and what to do.
         ValueError: there is no such command, or it takes no settings.
 
     Example:

@@ -2,9 +2,9 @@
 
     from_command_line("rl_math", argv)             the settings of a job, or exit with its mistakes
 
-All mistakes are reported together, one line each. Values go through the types of the settings; a later flag wins over
-an earlier one. An option of a dictionary is set by itself (``--pretrain.steps.base 800``), or all of them by pairs
-(``--task.options objects 20 skill 0.3``).
+All mistakes are reported together, one line each. Values are converted by the types of the settings; a later flag
+overrides an earlier one. A dictionary's entries are set one by one (``--pretrain.steps.base 800``) or all together as
+pairs (``--task.options objects 20 skill 0.3``).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from cola_ray.settings.presets import corpus, preset
 
 
 def from_command_line(job: str, argv: Sequence[str] | None = None) -> Config:
-    """The settings of a job; on a mistake print one line each and exit with 2, for ``--help`` explain and exit."""
+    """The settings of a job; prints one line per mistake and exits with 2; prints the help and exits for ``--help``."""
     try:
         config = parsed(COMMANDS[OF_JOB[job]], sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
@@ -33,7 +33,7 @@ def from_command_line(job: str, argv: Sequence[str] | None = None) -> Config:
 
 
 def parsed(command: Command, argv: Sequence[str]) -> Config | None:
-    """The settings; None where ``--help`` has been answered.
+    """The settings; None if ``--help`` was given and printed.
 
     Raises:
         ConfigError: a line for each mistake.
@@ -51,7 +51,7 @@ def parsed(command: Command, argv: Sequence[str]) -> Config | None:
     try:
         check(config, command.job)
     except ConfigError as error:
-        # Beside a wrong value others are judged with its default: only what was given itself is at fault.
+        # Other settings are checked with the default in place of a wrong value; only given settings are at fault.
         said = str(error).splitlines()
         further = [line for line in said if line.split(" = ")[0] in {*given} - {*lines}] if lines else said
         raise ConfigError("\n".join([*lines.values(), *further])) from None
@@ -61,7 +61,7 @@ def parsed(command: Command, argv: Sequence[str]) -> Config | None:
 
 
 def _defaults(command: Command, given: Mapping[str, Any], lines: dict[str, str]) -> Config:
-    """The preset that is asked for, as the job and the task want it; adds a line where there is no such preset."""
+    """The requested preset, adapted to the job and the task; adds a line if there is no such preset."""
     name, task = given.get("preset", "tiny"), str(given.get("task.name", command.task))
     with contextlib.suppress(ConfigError):
         usual = _of_preset(name, command, task)
@@ -80,7 +80,7 @@ def _of_preset(name: str, command: Command, task: str) -> Config:
 
 
 def _read(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Dotted fields with their values, and a line for each word that is neither."""
+    """Dotted fields with their values, and a line for each word that is neither field nor value."""
     given: dict[str, Any] = {}
     lines: dict[str, str] = {}
     flags = _flags()
@@ -105,7 +105,7 @@ def _read(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag, with dashes for underscores, and the words up to the next one; first of all, words without a flag."""
+    """Each flag, with dashes for underscores, and the words up to the next flag; words without a flag come first."""
     groups: list[tuple[str, list[str]]] = [("", [])]
     for word in words:
         if word.startswith("--") or word == "-h":
@@ -117,7 +117,7 @@ def _grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _is_no_text(word: str) -> bool:
-    """Bytes of a command line that are no UTF-8 come as halves of surrogate pairs, which nothing can write."""
+    """Whether a word was not UTF-8: its bytes then appear as halves of surrogate pairs, which cannot be printed."""
     return any(0xD800 <= ord(character) <= 0xDFFF for character in word)
 
 
@@ -126,7 +126,7 @@ def _flags() -> dict[str, str]:
 
 
 def _value(field: str, values: Sequence[str], negated: bool) -> tuple[Any, str]:
-    """What a field is given by the words behind its flag; or a line, where they are too few or too many."""
+    """The value that the words after a flag give a field; or a line, if they are too few or too many."""
     schema = schemas()[field]
     kind = schema.get("type")
     if kind == "boolean" and not values:

@@ -1,7 +1,7 @@
 """The commands of ``cola_ray``: what each does, how it is called, and what runs it.
 
-A command is data, so that ``cola_ray --help`` needs no settings, and settings no PyTorch: what runs a command is named
-as ``module:function`` and imported once its settings have been checked.
+A command is data, so that ``cola_ray --help`` needs no settings, and settings need no PyTorch: the function that runs a
+command is named as ``module:function`` and imported once the settings have been checked.
 """
 
 import importlib
@@ -12,17 +12,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Command:
-    """One word behind ``cola_ray``.
+    """One command, the word after ``cola_ray``.
 
     Args:
-        run: ``module:function`` of a Config; of a command without settings, of the words behind it.
-        job: what its runs are called in folders, records and MLflow; empty: it has no settings.
-        about: what it does, in a line.
-        examples: command lines, each with a word on it in parentheses where that helps.
-        notes: what else a reader of ``--help`` wants to know.
-        agents: its preset is that of multi-turn agents.
-        task: ``task.name``, where it is always the same.
-        computes: it starts processes and takes time; else it answers at once, from the settings alone.
+        run: ``module:function`` that takes a Config or, for a command without settings, the remaining words.
+        job: name of its runs in folders, records and MLflow; empty: the command has no settings.
+        about: what it does, in one line.
+        examples: command lines, with a remark in parentheses where that helps.
+        notes: further information for ``--help``.
+        agents: whether its preset is that of multi-turn agents.
+        task: ``task.name``, if it is always the same.
+        computes: whether it starts processes and takes time; otherwise it answers at once, from the settings alone.
     """
 
     run: str
@@ -35,7 +35,7 @@ class Command:
     computes: bool = True
 
     def function(self) -> Callable[..., Any]:
-        """What ``run`` names, imported now."""
+        """Import and return the function that ``run`` names."""
         module, _, name = self.run.partition(":")
         found: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return found
@@ -207,7 +207,7 @@ cola_ray data --preset smollm2-135m --task.name gsm8k --task.path DATA/gsm8k""",
 """In the order of ``cola_ray --help``."""
 
 OF_JOB = {command.job: name for name, command in COMMANDS.items() if command.job}
-"""The command whose runs have this name."""
+"""The command, by the name of its runs."""
 
 
 def overview() -> str:

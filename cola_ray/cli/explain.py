@@ -15,7 +15,7 @@ from cola_ray.settings.limits import wanted
 
 
 def explain(command: Command, defaults: Config) -> None:
-    """Every setting that a command reads, with its default and meaning, below what it does and examples."""
+    """Print what a command does, examples, and every setting that it reads, with its default and meaning."""
     job, console = command.job, wide_console(log_width=120)
     console.print(Text(f"cola_ray {OF_JOB[job]}: {command.about}"))
     examples = command.examples.strip().replace("\n", "\n    ")
@@ -45,7 +45,7 @@ def explain(command: Command, defaults: Config) -> None:
 
 
 def _of_others(job: str, shown: Container[str]) -> str:
-    """Branches that the job does not read, or not all of, with the jobs that do: ``search, q (evaluate)``."""
+    """Branches that the job does not read, or not completely, with the jobs that do: ``search, q (evaluate)``."""
     unread: dict[str, list[str]] = {}
     for field in schemas():
         if not relevance.reads(job, field):

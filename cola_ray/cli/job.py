@@ -1,4 +1,4 @@
-"""A command with settings, from its words to its exit code."""
+"""Runs a command with settings, from its arguments to its exit code."""
 
 import contextlib
 import os
@@ -50,7 +50,7 @@ def _run(config: Config, command: Command) -> None:
 
 
 def _leave(code: int, line: str) -> NoReturn:
-    """Exit, also where nobody reads what is printed any more."""
+    """Print a line and exit, even if the output can no longer be written."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if line and stream is sys.stderr:

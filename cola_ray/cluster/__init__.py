@@ -1,1 +1,1 @@
-"""Ray's actors and processes: placed, asked, watched."""
+"""Ray's actors and processes: placement, calls, and detection of hangs."""

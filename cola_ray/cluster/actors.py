@@ -1,14 +1,14 @@
-"""Actors on a Ray cluster: what they are placed on, how they are asked, what becomes of their deaths.
+"""Actors on a Ray cluster: where they are placed, how they are called, and what happens when they die.
 
-    cluster(config)       attach to the cluster that is there, or start one on this machine
+    cluster(config)       attach to an existing cluster, or start one on this machine
     controller(...)       the run's loop, or a study's evaluator, which owns
     RayWorkers                rollout workers, spawned again when they die
     replay(config)        ReplayShard actors      ┐
-    critic(config)        CriticService actors    ├ which Ray starts again, and which go on from what they last saved
+    critic(config)        CriticService actors    ├ restarted by Ray, and continuing from their last save
     reward_model(config)  a RewardModel actor     ┘
 
-The only file that says ``ray.remote``. What is asked through it knows nothing of Ray: each Remote class is the one
-interface that its callers take, and maps Ray's errors to theirs.
+The only file that uses ``ray.remote``. Classes that are called through it know nothing about Ray: each Remote class
+implements the interface that its callers expect, and maps Ray's errors to theirs.
 """
 
 import asyncio
@@ -46,10 +46,10 @@ from cola_ray.weights import Bucket, Channel, Manifest, meeting_point
 
 @contextlib.contextmanager
 def cluster(config: Config, runs: int = 1) -> Iterator[None]:
-    """Attach to the cluster that is there, or start one on this machine and stop it afterwards.
+    """Attach to an existing cluster, or start one on this machine and stop it afterwards.
 
     Args:
-        runs: that it has to hold at the same time.
+        runs: number of runs that the cluster has to hold at the same time.
 
     Raises:
         ConfigError: no cluster answers at the address.
@@ -59,16 +59,16 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
         return
     environment: dict[str, Any] = {"env_vars": _worker_environment(config)}
     if files := registry.files([*(name for _, name in named(config)), *map(str, config.sweep.values)]):
-        environment["py_modules"] = files  # which Ray does not take empty
+        environment["py_modules"] = files  # Ray does not accept an empty list
     there = address(config)
     current().doing(f"attaching to the Ray cluster at {there}" if there else "starting Ray")
     logging.getLogger("ray").setLevel(logging.WARNING)
-    # Ray warns that its default, token authentication, is on; a cluster of one's own process needs no word on it.
+    # Ray warns that token authentication, its default, is on; a cluster of this process alone needs no such warning.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     with contextlib.ExitStack() as stack:
         if there:
-            # A job may have been submitted with variables of its own, the number of threads say: others stay, ours win.
+            # A job may have been submitted with its own variables, e.g. the number of threads: ours win, others stay.
             os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
             try:
                 stack.enter_context(head.attached(there, runtime_env=environment, **quiet))
@@ -78,10 +78,10 @@ def cluster(config: Config, runs: int = 1) -> Iterator[None]:
                     f"cluster.address = {there!r}: {said}; start the cluster, or mend the address"
                 ) from None
         else:
-            # Ray Train's helper that looks whether a cloud is taking nodes back; nobody takes this machine.
+            # Ray Train's helper that checks whether a cloud preempts nodes; nobody preempts this machine.
             environment["env_vars"]["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-            # Logical CPUs, so that every actor finds a place; threads are bounded per process instead.
-            needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # and what works alone
+            # Logical CPUs, so that every actor can be placed; threads are limited per process instead.
+            needed = runs * (math.ceil(demand(config)["CPU"]) + 1)  # one more for work outside of actors, see alone()
             cpus = max(needed, os.cpu_count() or 1)
             stack.enter_context(head.started(environment, num_cpus=cpus, include_dashboard=False, **quiet))
         try:
@@ -97,7 +97,7 @@ Part = Literal["learner", "rollout", "service"]
 
 
 def booking(config: Config, part: Part) -> dict[str, float]:
-    """What one process of a part books of its node: a learner rank, an engine, a service."""
+    """Resources that one process of a part (a learner rank, an engine, a service) reserves on its node."""
     gpus = 0.0
     if config.cluster.use_gpu and part != "service":
         gpus = float(config.rollout.tensor_parallel_size if part == "rollout" else 1)
@@ -106,7 +106,7 @@ def booking(config: Config, part: Part) -> dict[str, float]:
 
 
 def demand(config: Config) -> dict[str, float]:
-    """What a run books of a cluster."""
+    """Resources that a run reserves on a cluster."""
     has_model = bool(config.task.reward_model) and not is_endpoint(config.task.reward_model)
     counts: dict[Part, int] = {
         "learner": config.cluster.learner_ranks,
@@ -122,21 +122,23 @@ def demand(config: Config) -> dict[str, float]:
 
 
 def _placed(config: Config, part: Part, **more: Any) -> dict[str, Any]:
-    """Options of an actor of a part, on the nodes that its group names."""
+    """Ray options for an actor of a part, on the nodes of its group."""
     booked = booking(config, part) | more
     return {
         "num_cpus": booked.pop("CPU", 0.0),
         "num_gpus": booked.pop("GPU", 0.0),
         "resources": booked,
-        # Said outright, or actors would be squeezed into the place that Ray Tune keeps for a trial's driver.
+        # Set explicitly; otherwise actors would go into the placement group that Ray Tune keeps for a trial's driver.
         "scheduling_strategy": "DEFAULT",
     }
 
 
 def exporter(config: Config) -> Callable[[Mapping[str, Any]], None]:
-    """What shows a step's metrics on Ray's dashboard and to its Prometheus, as ``ray_cola_ray_reward_mean``.
+    """Return a function that exports a step's metrics to Ray's dashboard and Prometheus.
 
-    On a cluster of the run's own, which nobody watches, it shows nothing.
+    There a metric is named like ``ray_cola_ray_reward_mean``.
+
+    On a cluster that the run itself started, which nobody watches, it does nothing.
     """
     if not address(config):
         return lambda _: None
@@ -155,7 +157,7 @@ def exporter(config: Config) -> Callable[[Mapping[str, Any]], None]:
 
 
 def address(config: Config) -> str:
-    """Of the cluster to attach to; empty where a run starts its own."""
+    """Address of the cluster to attach to; empty if the run starts its own."""
     return config.cluster.address or os.environ.get("RAY_ADDRESS", "")
 
 
@@ -174,7 +176,7 @@ def _worker_environment(config: Config) -> dict[str, str]:
 
 
 def controller(make: type, config: Config, *args: Any) -> Any:
-    """An actor of this class, ``make(config, *args)``; what it spawns dies with it."""
+    """Create an actor ``make(config, *args)`` of this class; actors that it spawns die with it."""
     placed = _placed(config, "service", CPU=0.0)
     made = ray.remote(make).options(**placed, max_concurrency=256).remote(config, *args)
     watch.begin(made, config.cluster.answer_timeout_s)
@@ -185,7 +187,7 @@ class RayWorkers:
     """The controller's :class:`~cola_ray.loop.workers.WorkerPool`: actors, owned by the controller's process."""
 
     def __init__(self, config: Config, model_path: str, worker: type[EngineWorker] = RolloutWorker, *more: Any) -> None:
-        # Above all calls that are in flight at once, so that an update never waits behind them.
+        # More than all calls in flight at once, so that an update never waits behind them.
         most = 256 + (config.rl.max_staleness + 1) * config.rl.prompts_per_step if config.rl.window else 256
         self.actor = ray.remote(worker).options(**_placed(config, "rollout"), max_concurrency=most)
         self.args = (config, model_path, *more)
@@ -200,16 +202,16 @@ class RayWorkers:
         try:
             return await _answer(ask, args, "a rollout worker", WorkerLostError)
         except WorkerLostError as lost:
-            # A successor may be sent to a lost machine until Ray's health checks have missed it, and falls with it.
+            # Until Ray's health checks notice a lost machine, a replacement may be placed on it and be lost, too.
             if "The actor never ran" in str(lost.__cause__):
                 raise WorkerNeverRanError(str(lost)) from lost
             raise
 
     async def _groups(self, worker: Any, tickets: Sequence[Ticket]) -> list[Group]:
-        """Groups whose tokens stay in the store, for the ranks to fetch by reference.
+        """Groups whose tokens stay in the object store, for the ranks to fetch by reference.
 
-        What an actor returns belongs to whoever asked: it stays in the store of the worker's machine when the worker
-        dies. It is mapped here, too, not read: then there is a copy on this machine, in case the other one dies.
+        An actor's result is owned by the caller, so it stays in the store of the worker's machine when the worker dies.
+        It is also mapped here, without being read, which makes a copy on this machine in case the other one dies.
         """
         rl = self.args[0].rl
         states = len(tickets) * rl.group_size if rl.cache_hidden_states else 0
@@ -223,14 +225,14 @@ class RayWorkers:
 
 
 async def _answer(ask: Callable[..., Awaitable[Any]], args: Sequence[Any], who: str, lost: type[Exception]) -> Any:
-    """What an actor returns or raises; ``lost`` where it died, or its answer was; RuntimeError where it never ran."""
+    """Return or raise what an actor does; ``lost`` if it died or its answer was lost; RuntimeError if it never ran."""
     try:
         return await ask(*args)
-    except ray.exceptions.ObjectLostError as error:  # with its machine, before it was fetched
+    except ray.exceptions.ObjectLostError as error:  # the result was lost with its machine before it was fetched
         raise lost(str(error).splitlines()[0]) from error
     except ray.exceptions.RayActorError as error:
         lines = str(error).strip().splitlines()
-        if "creation task" in lines[0]:  # another one, or the same started again, would fail in the same way
+        if "creation task" in lines[0]:  # a replacement or a restart would fail in the same way
             raise RuntimeError(f"{who} could not start: {last_error(str(error))}") from None
         raise lost(lines[0]) from error
     except ray.exceptions.RayTaskError as error:
@@ -244,7 +246,7 @@ class RemoteController:
         self.controller = controller
 
     def begin(self, version: int, buckets: list[Bucket], state: Mapping[str, Any] | None) -> None:
-        # References travel through the controller unopened; each worker maps the payload from its node's store.
+        # The controller passes references on without reading them; each worker maps the payload from its node's store.
         ray.get(self.controller.begin.remote(version, [ray.put(bucket) for bucket in buckets], state))
 
     def next_batch(self, rank: int, version: int) -> Batch | None:
@@ -269,14 +271,14 @@ class RemoteController:
 
 
 def alone(config: Config, work: Callable[..., Any], *args: Any) -> Any:
-    """Reference to what ``work(*args)`` will return from a process of its own, with a GPU where they are used."""
+    """Run ``work(*args)`` in its own process, with a GPU if the run uses GPUs; returns a reference to the result."""
     return ray.remote(work).options(num_cpus=1, num_gpus=int(config.cluster.use_gpu), max_retries=0).remote(*args)
 
 
 # --- services -----------------------------------------------------------------------------------------------------
 
 _LASTING = {"max_restarts": -1, "max_concurrency": 16}
-"""Ray starts such an actor again when it dies, and it goes on from what was last saved."""
+"""Ray restarts such an actor when it dies, and it continues from its last save."""
 
 
 def _watch_all(lasting: Sequence[Any], config: Config) -> None:
@@ -285,7 +287,7 @@ def _watch_all(lasting: Sequence[Any], config: Config) -> None:
 
 
 def replay(config: Config) -> Shards:
-    """Replay, of no shards where nothing is learnt from it."""
+    """The replay service; without shards if nothing learns from it."""
     output, settings = Path(config.output_dir), config.replay
     shard = ray.remote(ReplayShard).options(**_placed(config, "service", CPU=0.0), max_task_retries=-1, **_LASTING)
     rows, nbytes = settings.max_rows // settings.shards, (settings.max_mb << 20) // settings.shards
@@ -298,7 +300,7 @@ def replay(config: Config) -> Shards:
 
 
 def critic(config: Config, model_path: str, stored: Shards) -> CriticReplicas:
-    """The utterance critic, of no replicas where the algorithm asks none."""
+    """The utterance critic; without replicas if the algorithm uses none."""
     from transformers import AutoConfig
 
     width, folder = AutoConfig.from_pretrained(model_path).hidden_size, str(Path(config.output_dir) / "critic")
@@ -314,7 +316,7 @@ def critic(config: Config, model_path: str, stored: Shards) -> CriticReplicas:
 
 
 class RemoteShards:
-    """How :class:`~cola_ray.replay.service.Shards` asks its actors."""
+    """How :class:`~cola_ray.replay.service.Shards` calls its actors."""
 
     def __init__(self, actors: list[Any]) -> None:
         self.actors = actors
@@ -324,7 +326,7 @@ class RemoteShards:
 
 
 class RemoteReplicas:
-    """How :class:`~cola_ray.replay.critic_service.CriticReplicas` asks its actors, which Ray starts again."""
+    """How :class:`~cola_ray.replay.critic_service.CriticReplicas` calls its actors, which Ray restarts."""
 
     def __init__(self, actors: list[Any]) -> None:
         self.actors = actors
@@ -334,7 +336,7 @@ class RemoteReplicas:
 
 
 def reward_model(config: Config) -> RewardFunction | None:
-    """Who scores in place of a verifier: an endpoint, or a reward model on an actor of its own."""
+    """What scores responses instead of a verifier: an endpoint, or a reward model on its own actor."""
     where = config.task.reward_model
     if not where:
         return None
@@ -348,7 +350,7 @@ def reward_model(config: Config) -> RewardFunction | None:
 
 
 class RemoteRewardModel:
-    """A :data:`~cola_ray.rollout.reward_model.RewardFunction` that asks its actor, which Ray starts again."""
+    """A :data:`~cola_ray.rollout.reward_model.RewardFunction` that calls its actor, which Ray restarts."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor

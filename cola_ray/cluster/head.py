@@ -1,14 +1,14 @@
-"""Ray's own processes under a run: started apart from the run's process group, watched, and ended with the run.
+"""Ray's own processes under a run: started outside the run's process group, watched, and ended with the run.
 
     with head.started(num_cpus=8, ...):     # a cluster of this machine alone
-    with head.attached(address, ...):       # one that was there
+    with head.attached(address, ...):       # an existing one
         ...
-        head.raise_if_lost()                # RunFailedError where GCS or raylet is gone, or silent for long
-    with head.blamed(): ...                 # whatever ends the block since they are gone is told as that
+        head.raise_if_lost()                # RunFailedError if GCS or raylet is gone, or silent for long
+    with head.blamed(): ...                 # exceptions that follow from their loss are reported as this loss
 
-A signal to the whole process group, as timeout and batch systems send it, reaches the run alone, which then needs Ray
-for its last step and checkpoint. Where GCS is gone Ray would wait for a minute and then end the process without a word
-to anybody; here a thread looks every second, and the run ends with its line.
+A signal to the whole process group, as sent by timeout and batch systems, reaches only the run, which still needs Ray
+for its last step and checkpoint. If GCS is gone, Ray would wait for a minute and then end the process without a
+message; here a thread checks every second, and the run ends with its usual line.
 """
 
 import atexit
@@ -32,19 +32,19 @@ from ray._private import auto_init_hook, services, worker
 from cola_ray.settings.config import RunFailedError
 
 _LOOK_S = 1.0
-_STOPPED_S = 15.0  # that GCS or raylet may be stopped (SIGSTOP) before the run is ended
-_SILENT_S = 25.0  # that another machine's GCS may be silent; a busy one is no reason to end
-_SHUTDOWN_S = 30.0  # that Ray is given to end its processes before they are killed
-_KEPT_S = 86_400.0  # that a dead run's logs of Ray are kept
+_STOPPED_S = 15.0  # how long GCS or raylet may be stopped (SIGSTOP) before the run is ended
+_SILENT_S = 25.0  # how long another machine's GCS may be silent; a busy one is no reason to end
+_SHUTDOWN_S = 30.0  # how long Ray may take to end its processes before they are killed
+_KEPT_S = 86_400.0  # how long Ray's logs of a dead run are kept
 _WATCHED = {"gcs_server": "the Ray cluster's head (GCS)", "raylet": "Ray's process on this machine (raylet)"}
 _THEN = "see to the Ray cluster, or to what ended it"
 
 
 class _Watch:
-    """Looks at GCS and raylet from a thread of its own; ``lost`` once they are.
+    """Watches GCS and raylet from its own thread; sets ``lost`` once they are lost.
 
     Args:
-        node: with the processes that were started here; None for a cluster that was there.
+        node: holds the processes that were started here; None for an existing cluster.
     """
 
     def __init__(self, node: Any) -> None:
@@ -52,11 +52,11 @@ class _Watch:
         self.lost: RunFailedError | None = None
         self.since: dict[str, float] = {}
         self.closed = threading.Event()
-        self.waits = threading.current_thread() is threading.main_thread()  # and can be interrupted
+        self.waits = threading.current_thread() is threading.main_thread()  # the main thread can be interrupted
         threading.Thread(target=self._work, name="ray-watch", daemon=True).start()
 
     def look(self) -> RunFailedError | None:
-        """Without waiting for an answer."""
+        """Check once, without waiting for an answer."""
         for kind, who in _WATCHED.items() if self.lost is None and not self.closed.is_set() else ():
             for process in self._processes(kind):
                 if process.poll() is not None:
@@ -70,7 +70,7 @@ class _Watch:
         return [info.process for info in infos]
 
     def _lasts(self, what: str, now: bool, most: float) -> bool:
-        """Whether it has been so for more seconds than that."""
+        """Whether the condition ``what``, which holds ``now`` or not, has held for more than ``most`` seconds."""
         if not now:
             self.since.pop(what, None)
             return False
@@ -82,7 +82,7 @@ class _Watch:
             if lost is None and self.node is None and self._lasts("silence", not self._answers(), _SILENT_S):
                 self.lost = RunFailedError("the Ray cluster's head (GCS) does not answer", _THEN)
             if self.lost is not None:
-                if self.waits and not self.closed.is_set():  # perhaps for an answer that will not come
+                if self.waits and not self.closed.is_set():  # perhaps for an answer that never comes
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
 
@@ -98,7 +98,7 @@ _WATCHES: list[_Watch] = []
 
 
 def raise_if_lost() -> None:
-    """Raises RunFailedError where the cluster that this process is on has lost its head or this machine's raylet."""
+    """Raise RunFailedError if this process's cluster has lost its head or this machine's raylet."""
     for watch in _WATCHES:
         lost = watch.look()
         if lost is not None:
@@ -107,9 +107,9 @@ def raise_if_lost() -> None:
 
 @contextlib.contextmanager
 def blamed() -> Iterator[None]:
-    """What ends the block since the cluster is lost, an interrupted wait for instance, is told as that.
+    """Report exceptions that follow from the cluster's loss, e.g. an interrupted wait, as this loss.
 
-    Where the wait was part of cleaning up after a failure, that failure stays the one that is told.
+    If the wait was part of cleaning up after another failure, that failure is reported.
     """
     try:
         yield
@@ -123,13 +123,13 @@ def blamed() -> Iterator[None]:
         while before is not None and not isinstance(before, RunFailedError):
             before = before.__context__
         if before is not None:
-            raise before  # noqa: B904  which was raised first, not because of the interruption
+            raise before  # noqa: B904  it was raised first, not because of the interruption
         raise lost from error
 
 
 @contextlib.contextmanager
 def attached(address: str, **options: Any) -> Iterator[None]:
-    """On a cluster that is there. Raises ConnectionError where none answers."""
+    """Use an existing cluster within the block. Raises ConnectionError if none answers."""
     _init(address=address, **options)
     with _watched(None if "://" in address else _Watch(None)):
         yield
@@ -137,14 +137,14 @@ def attached(address: str, **options: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def started(environment: dict[str, Any], **options: Any) -> Iterator[None]:
-    """On a cluster of this machine alone, which ends with the block.
+    """Use a cluster of this machine alone, which ends with the block.
 
-    Its folder and the temporary files of its processes are below :func:`own_folder`, and removed; after a failure Ray's
+    Its folder and its processes' temporary files are below :func:`own_folder` and are removed; after a failure, Ray's
     logs stay there for a day.
 
     Args:
         environment: Ray's runtime environment.
-        options: of ``ray.init``.
+        options: arguments of ``ray.init``.
     """
     folder = Path(own_folder()["RAY_TMPDIR"])
     ours = "RAY_TMPDIR" not in os.environ
@@ -155,7 +155,7 @@ def started(environment: dict[str, Any], **options: Any) -> Iterator[None]:
     temporary.mkdir(parents=True, exist_ok=True)
     held = os.open(folder, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_SH)
-    # Compiled kernels are found again where they always are.
+    # Compiled kernels stay in their usual place, so that later runs find them.
     kernels = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
     variables = environment.setdefault("env_vars", {})
     variables |= {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": kernels}
@@ -179,27 +179,27 @@ def started(environment: dict[str, Any], **options: Any) -> Iterator[None]:
 
 
 def own_folder() -> dict[str, str]:
-    """Ray's variable for the folder of a cluster that a run starts; one that the user has set stays.
+    """Ray's environment variable for the folder of a cluster that a run starts; a value set by the user is kept.
 
-    Helpers of Ray Train ask the cluster that was last started on this machine whether a controller lives, and take its
-    ranks away where that cluster knows of none. With a folder of its own, this one is nobody else's. The path is short,
-    for sockets are made below it.
+    Helpers of Ray Train ask the most recently started cluster on this machine whether a controller is alive, and remove
+    its ranks if that cluster knows none. With its own folder, this cluster is not confused with others. The path is
+    short, because sockets are created below it.
     """
     return {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", f"/tmp/cola_ray-{os.getpid()}")}
 
 
 def remove_own_folder(but_logs: bool = False) -> None:
-    """After the cluster's end; a folder that the user has named stays.
+    """Remove the folder after the cluster's end; a folder that the user has set is kept.
 
     Args:
-        but_logs: what Ray's processes have logged is kept.
+        but_logs: keep the logs of Ray's processes.
     """
     if "RAY_TMPDIR" in os.environ:
         return
     folder = Path(own_folder()["RAY_TMPDIR"])
     if not but_logs:
         shutil.rmtree(folder, ignore_errors=True)
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder's contents before the folder
         if "logs" not in path.relative_to(folder).parts and not (path.is_symlink() and path.is_dir()):
             with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -207,7 +207,7 @@ def remove_own_folder(but_logs: bool = False) -> None:
 
 @contextlib.contextmanager
 def _watched(watch: _Watch | None) -> Iterator[None]:
-    """Until the end of the block, and then Ray's end, which is waited for, but not for ever."""
+    """Watch the cluster until the end of the block, then shut Ray down, waiting for a limited time."""
     _WATCHES.extend([watch] if watch else [])
     try:
         with blamed():
@@ -230,7 +230,7 @@ def _shut_down(watch: _Watch | None) -> None:
     thread = threading.Thread(target=ray.shutdown, daemon=True)
     thread.start()
     thread.join(5.0 if lost else _SHUTDOWN_S)
-    if thread.is_alive():  # it waits for a GCS that will not answer, and would again when Python ends
+    if thread.is_alive():  # it waits for a GCS that will not answer, and would do so again when Python exits
         _kill(below)
         atexit.unregister(worker.shutdown)
     _, left = psutil.wait_procs(below, timeout=5.0)
@@ -258,9 +258,9 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _init(**options: Any) -> None:
-    """Ray, which on its way makes a SIGTERM an exit with code 15."""
+    """Initialise Ray, and restore the SIGTERM handler, since Ray's own exits with code 15."""
     before = signal.getsignal(signal.SIGTERM)
-    auto_init_hook.enable_auto_connect = False  # or a thread that asks once more after the end starts another cluster
+    auto_init_hook.enable_auto_connect = False  # otherwise a late call to Ray would start another cluster
     try:
         ray.init(**options)
     finally:
@@ -270,7 +270,7 @@ def _init(**options: Any) -> None:
 
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
-    """Processes that Ray starts in here have sessions of their own; they still end with this process."""
+    """Give processes that Ray starts within the block their own sessions; they still end with this process."""
     usual = services.ConsolePopen
 
     class Apart(usual):  # type: ignore[misc, valid-type]
@@ -286,7 +286,7 @@ def _apart() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_essays() -> Iterator[None]:
-    """Ray prints what its processes report of deaths, with the end of their logs; here the run's line says it."""
+    """Suppress Ray's reports of deaths, which include the ends of logs; the run's own line reports them."""
     usual = worker.print_to_stdstream
     worker.print_to_stdstream = lambda *_, **__: None
     try:
@@ -296,14 +296,14 @@ def _without_essays() -> Iterator[None]:
 
 
 def _remove_old(folder: Path) -> None:
-    """Folders that nobody holds of runs that were killed, or failed more than a day ago."""
+    """Remove unused folders of runs that were killed, or that failed more than a day ago."""
     for old in folder.parent.glob("cola_ray-*"):
         number = re.fullmatch(r"cola_ray-(\d+)", old.name)
         with contextlib.suppress(OSError):
             seen = old.stat()
             if not number or old == folder or seen.st_uid != os.getuid() or psutil.pid_exists(int(number[1])):
                 continue
-            was_killed = (old / f"tmp-{number[1]}").exists()  # any other end removes it
+            was_killed = (old / f"tmp-{number[1]}").exists()  # after any other end it has been removed
             if not was_killed and time.time() - seen.st_mtime < _KEPT_S:
                 continue
             held = os.open(old, os.O_RDONLY)

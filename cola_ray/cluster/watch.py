@@ -1,10 +1,11 @@
-"""What hangs is ended, so that it counts as lost: nothing has to know a stopped process from a dead one.
+"""Ends processes that hang, so that they count as lost: no other code has to tell a stopped process from a dead one.
 
-    begin(actor, seconds)       an actor, asked now and then whether it answers, from a thread of whoever depends on it
-    end()                       before Ray is left: nobody may call it afterwards
-    Unreachable(kind, seconds)  an actor on this machine that nobody has a handle of: its process is looked at
+    begin(actor, seconds)       watch an actor: a thread of the process that depends on it checks that it answers
+    end()                       stop watching before Ray is shut down, since Ray must not be called afterwards
+    Unreachable(kind, seconds)  watch the process of an actor on this machine to which there is no handle
 
-Asked is what Ray itself answers beside an actor's methods; one that is busy, with threads or coroutines, answers.
+The check is a call that Ray itself answers beside an actor's methods, so an actor busy with threads or coroutines
+answers it.
 """
 
 import contextlib
@@ -16,11 +17,11 @@ import psutil
 import ray
 from ray._private import state
 
-_LOOK_S = 0.5  # between two looks at whether an answer has come, or the end
+_LOOK_S = 0.5  # seconds between two checks for an answer, or for the end of watching
 
 
 class _OverError(Exception):
-    """Ray is about to be left."""
+    """Watching has ended, since Ray is about to be shut down."""
 
 
 class _Watch(threading.Thread):
@@ -33,7 +34,7 @@ class _Watch(threading.Thread):
         again = self.actor.__ray_ready__.options(max_task_retries=-1 if self.restarts else 0)
         while True:
             try:
-                self._answered(again.remote(), None)  # it is up, however long that has taken
+                self._answered(again.remote(), None)  # wait until it has started, however long that takes
                 self._ask_until_silent()
             except ray.exceptions.RayActorError:
                 if not self.restarts or self.over.wait(min(1.0, self.seconds / 4)):
@@ -42,7 +43,7 @@ class _Watch(threading.Thread):
                 return
 
     def _ask_until_silent(self) -> None:
-        """Four questions in a row without an answer, since a process that asks may have been held itself meanwhile."""
+        """Kill the actor after four unanswered calls in a row; after one, this process itself may have been stopped."""
         once, silent = self.actor.__ray_ready__.options(max_task_retries=0), 0
         while silent < 4:
             silent = 0 if self._answered(once.remote(), self.seconds / 4) else silent + 1
@@ -52,7 +53,7 @@ class _Watch(threading.Thread):
             ray.kill(self.actor, no_restart=False)
 
     def _answered(self, question: Any, most: float | None) -> bool:
-        """Whether it did within so many seconds. Raises what it answers, and _OverError."""
+        """Whether an answer came within ``most`` seconds. Raises the answer's exception, or _OverError."""
         until = None if most is None else time.monotonic() + most
         while until is None or time.monotonic() < until:
             if ray.wait([question], timeout=_LOOK_S)[0]:
@@ -67,10 +68,10 @@ _WATCHES: list[_Watch] = []
 
 
 def begin(actor: Any, seconds: float, restarts: bool = False) -> None:
-    """End an actor that has not answered for so long, from its first answer on.
+    """End an actor that does not answer for this many seconds, counted after its first answer.
 
     Args:
-        restarts: Ray starts it again whenever it has ended.
+        restarts: whether Ray restarts it whenever it has ended.
     """
     _WATCHES[:] = [one for one in _WATCHES if one.is_alive()]
     _WATCHES.append(_Watch(actor, seconds, restarts))
@@ -78,7 +79,7 @@ def begin(actor: Any, seconds: float, restarts: bool = False) -> None:
 
 
 def end() -> None:
-    """Nothing is watched any more, and no thread in here calls Ray."""
+    """Stop watching; afterwards no thread of this module calls Ray."""
     for one in _WATCHES:
         one.over.set()
     for one in _WATCHES:
@@ -87,13 +88,13 @@ def end() -> None:
 
 
 class Unreachable:
-    """Ends an actor of this job once its process has been stopped (SIGSTOP) for so long.
+    """Ends an actor of this job once its process has been stopped (SIGSTOP) for too long.
 
-    Ray Train keeps the handle of its controller to itself, and places it on the machine of the process that called it.
+    Ray Train does not expose the handle of its controller, and places it on the machine of the process that called it.
 
     Args:
         kind: name of the actor's class.
-        seconds: that it may be stopped.
+        seconds: how long it may be stopped.
     """
 
     def __init__(self, kind: str, seconds: float) -> None:
@@ -102,9 +103,9 @@ class Unreachable:
         self.stopped_s, self.looked = 0.0, time.monotonic()
 
     def look(self) -> None:
-        """To be called every second or so."""
+        """Check the process; to be called about every second."""
         now = time.monotonic()
-        passed, self.looked = min(now - self.looked, 2.0), now  # more is this process's own time, held by somebody
+        passed, self.looked = min(now - self.looked, 2.0), now  # beyond that, this process was stopped itself
         try:
             self.process = self.process or self._find()
             is_stopped = self.process is not None and self.process.status() == psutil.STATUS_STOPPED

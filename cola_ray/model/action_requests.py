@@ -1,4 +1,4 @@
-"""How the settings of a request enter vLLM, and where its actions are kept until it has finished.
+"""How a request's sampling settings enter vLLM, and where its actions are kept until it has finished.
 
     Engine.submit ─> SamplingParams.extra_args ─> ActionRequest ─> a draw at every step ─> ActionTable[slot, step]
                      seed, temperature, ..., slot                                              │ once, at the end
@@ -19,11 +19,11 @@ LOWEST_LOG_PROB = -80.0
 """The lowest log-probability that is kept; only forced actions have lower ones."""
 
 SERVED_SLOTS = 1024
-"""Slots of a server, for choices under way whose actions are returned."""
+"""Slots of a server, for completions in progress whose actions are returned."""
 SERVED_ARGS = ("actions", "action_slots", "action_first_seed")
 """What `cola_ray serve` puts into ``extra_args`` (cola_ray/serve_actions.py)."""
 TAKES_ACTIONS = "COLA_RAY_SERVES_ACTIONS"
-"""Set in the environment of a server that checks what its clients want of actions."""
+"""Environment variable of a server that checks what its clients request about actions."""
 UNSERVED = "actions that last are held for requests of training, search and evaluation, and a server cannot hold them"
 
 BASE_TOKENS = -2
@@ -37,8 +37,8 @@ class ActionRequest:
     Args:
         temperature: of the distribution over actions; 0 is greedy.
         top_k: number of most probable actions to keep; 0 keeps all.
-        top_p: probability that the kept ones of these have together; 1 keeps all.
-        seed: of all draws of the request.
+        top_p: total probability of the actions to keep of these; 1 keeps all.
+        seed: for all draws of the request.
         forced: actions of the first steps: action ids, -1 to draw, ``BASE_TOKENS``, or ranks (``RANKED - i``).
         slot: row of the engine's table that keeps the actions; -1 keeps none.
     """

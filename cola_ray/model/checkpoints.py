@@ -1,4 +1,4 @@
-"""Checks a checkpoint by its files, without loading weights.
+"""Checks a checkpoint from its files, without loading the weights.
 
     faults(Path("outputs/demo/model"))            ["model.safetensors cannot be read (...); copy the checkpoint again"]
     shape_of(Path("SmolLM2-135M.gguf"))           sizes from config.json or from the header of a GGUF file
@@ -18,7 +18,7 @@ from cola_ray import registry
 RELEASED = "IntentionForCausalLM"
 """Architecture named in the authors' checkpoints; their model_type is "llama"."""
 NAMED_ALIKE = ("cola", *registry.BUILT_IN["base"])
-"""Kinds whose embeddings and last norm have the same names."""
+"""Model types that use the same names for the embeddings and the last norm."""
 
 
 class UnreadableError(ValueError):
@@ -27,7 +27,7 @@ class UnreadableError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """Properties that decide whether a checkpoint can be served and trained; 0 or "" if the checkpoint does not say."""
+    """Properties that decide whether a checkpoint can be served and trained; 0 or "" if the checkpoint lacks them."""
 
     kind: str  # model_type; "cola" also for the authors' checkpoints
     head: int = 0  # size of an attention head
@@ -35,7 +35,7 @@ class Shape:
     vocabulary: int = 0  # rows of the embeddings
     actions: int = 0
     quantised: str = ""  # quantisation method
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the base, as its family reads them
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the base's config.json, as its family reads it
 
 
 def shape_of(path: Path) -> Shape:
@@ -148,7 +148,7 @@ def _header(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _tokenizer_width(folder: Path) -> int:
-    """One more than the largest id of the folder's tokenizer; 0 if reading JSON is not enough to find it."""
+    """One more than the largest token id of the folder's tokenizer; 0 if its JSON files do not tell."""
     file = folder / "tokenizer.json"
     if not file.exists():
         if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "spiece.model")):
@@ -162,7 +162,7 @@ def _tokenizer_width(folder: Path) -> int:
 
 
 def chat_template(folder: Path) -> str:
-    """The chat template of a folder's tokenizer, all of them if it has several; empty where there is none."""
+    """The chat template of a folder's tokenizer, or all of them if it has several; empty if it has none."""
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.is_file():
         return file.read_text("utf-8")
@@ -175,9 +175,9 @@ def chat_template(folder: Path) -> str:
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _KINDS = {"gemma3": "gemma3_text"}
-"""``model_type`` of what llama.cpp calls otherwise."""
+"""transformers' ``model_type`` of architectures that llama.cpp names differently."""
 _HEADS = {"qwen3": 128, "gemma3": 256}
-"""Sizes of heads that transformers presumes in files of these, whatever their headers say."""
+"""Head sizes that transformers assumes for GGUF files of these architectures, whatever their headers say."""
 
 
 def _of_gguf(path: Path) -> Shape:
@@ -218,7 +218,7 @@ def _of_gguf(path: Path) -> Shape:
 
 
 def _lost(kind: str, head: int, known: Mapping[str, Any], names: Container[str]) -> str:
-    """What transformers leaves unread, so that another model would be opened, or none; empty: nothing."""
+    """What transformers would ignore in the file, so that it would open a different model, or none; empty: nothing."""
     if kind == "smollm3":
         return "a smollm3 model"
     if known.get(f"{kind}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in names:

@@ -71,14 +71,15 @@ def attach(
 
     Args:
         base_path: a local directory, a hub id, or a ``.gguf`` file.
-        seed: of the initial weights of the new modules. They depend on the sizes of the base as well: the generator is
-            where it would be if the base had been drawn first.
+        seed: for the initial weights of the new modules. They also depend on the base's sizes: the random generator is
+            in the state that it would have after the base's weights had been drawn.
         dtype: of all weights; by default that of the checkpoint.
-        family: of a base that the package does not know, ``package.module:name`` or ``file.py:name``.
+        family: import path of the family if the package does not know the base's, ``package.module:name`` or
+            ``file.py:name``.
         sizes: ``num_actions``, ``num_idm_layers``, ``num_world_model_layers``, ``num_policy_layers``, ``action_every``.
 
     Raises:
-        ValueError: the checkpoint is of no family that CoLA attaches to, or refused by its family.
+        ValueError: CoLA does not attach to the checkpoint's family, or the family refuses this checkpoint.
 
     Example:
         >>> import cola_ray, torch
@@ -97,7 +98,7 @@ def attach(
     config.tie_word_embeddings = base.config.tie_word_embeddings
     config.card = {"base": str(base_path)} | ({"licence": licence} if (licence := licence_of(base_path)) else {})
     model = empty(CoLAForCausalLM, config, next(base.parameters()).dtype)
-    for name, parameter in base.named_parameters():  # which become the new model's
+    for name, parameter in base.named_parameters():  # these become the new model's
         place(model, name, parameter.data)
     del base.model, base.lm_head
     for name, parameter in list(model.named_parameters()):
@@ -168,10 +169,10 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def plain_base(path: str | os.PathLike, target: str | os.PathLike, family: str = "") -> Path:
-    """A directory with the plain base of ``path`` and its tokenizer, which vLLM can serve.
+    """Return a directory with the plain base of ``path`` and its tokenizer, which vLLM can serve.
 
     Args:
-        path: a base's directory or hub id, which is returned as it is; or a GGUF file or a CoLA checkpoint, whose base
+        path: a base's directory or hub id, which is returned unchanged; or a GGUF file or a CoLA checkpoint, whose base
             is written to ``target``.
         target: the directory to write to.
         family: as for :func:`attach`.
@@ -187,11 +188,11 @@ def plain_base(path: str | os.PathLike, target: str | os.PathLike, family: str =
 
 
 def with_mlp_biases(path: str | os.PathLike, target: str | os.PathLike, family: str = "") -> Path:
-    """A plain base whose MLPs have biases, all 0 where it had none, so that steering vectors can be added to them.
+    """Return a plain base whose MLPs have biases (0 where it had none), to which steering vectors can be added.
 
     Args:
         path, family: as for :func:`plain_base`.
-        target: the directory to write to; one that is there is taken as it is.
+        target: the directory to write to; if it exists already, it is returned unchanged.
     """
     target = Path(target)
     if not target.exists():
@@ -216,8 +217,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: str
 def describe(folder: str | os.PathLike, facts: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
     """Add facts ("base", "data", "task", ...) and results to the card of a saved model.
 
-    They are kept in config.json, so they stay with the model when it is saved or pushed again; of a plain model, whose
-    config.json is not ours to change, in README.md alone. Cards that a user has edited are not changed.
+    They are kept in config.json, so they stay with the model when it is saved or pushed again. For a plain model, whose
+    config.json is not ours to change, they are only in README.md. Cards that a user has edited are not changed.
     """
     config, readme = AutoConfig.from_pretrained(folder), Path(folder) / "README.md"
     if not isinstance(config, CoLAConfig):
@@ -233,7 +234,7 @@ def describe(folder: str | os.PathLike, facts: Mapping[str, Any], figures: Mappi
 
 
 def licence_of(base: str | os.PathLike) -> str:
-    """The licence that the base's own card names, in its folder or in the hub's cache; "" where nothing says it."""
+    """The licence named in the base's own model card, in its folder or in the hub's cache; "" if none is named."""
     file = Path(base) / "README.md"
     if not file.exists():
         cached = try_to_load_from_cache(str(base), "README.md") if str(base).count("/") == 1 else None
@@ -248,7 +249,7 @@ def licence_of(base: str | os.PathLike) -> str:
 
 
 def _plain_card(kind: str, facts: Mapping[str, Any]) -> str:
-    """A README.md for a model without latent actions: of RL over tokens, or a reward model."""
+    """A README.md for a model without latent actions: one from RL over tokens, or a reward model."""
     table = "\n".join(f"| {name} | {value} |" for name, value in {"architecture": kind, **facts}.items())
     return _PLAIN_CARD.format(table=table, mark=_PLAIN_MARK)
 
@@ -305,11 +306,11 @@ def _special_tokens(settings: GenerationConfig) -> dict[str, int | list[int]]:
 
 _OURS = ("world_model_form", "v", "soft_q_beta", "action_every", "card", "auto_map", "base_model_type",
          "base_family")  # fmt: skip
-"""Settings of CoLA that no base has, beside its sizes."""
+"""Settings that CoLA adds to a base's config.json, besides the sizes of its modules."""
 
 
 def base_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of its base in that of a CoLA model."""
+    """Return the base's config.json, extracted from that of a CoLA model."""
     kind, layers = settings.get("base_model_type", "llama"), settings["num_hidden_layers"]
     added = {*CoLAConfig.attribute_map, *CoLAConfig.attribute_map.values(), *_OURS}
     of_llama, of_base = ({field.name for field in fields(one)} for one in (LlamaConfig, CONFIG_MAPPING[kind]))
@@ -324,7 +325,7 @@ def _detach(cola: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     raw = base_settings(json.loads((cola / "config.json").read_text()))
     (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    if (cola / "generation_config.json").is_file():  # names end tokens beside config.json's
+    if (cola / "generation_config.json").is_file():  # names end tokens in addition to those in config.json
         shutil.copy(cola / "generation_config.json", target)
     files: dict[str, str] = {}
     for shard in sorted(cola.glob("*.safetensors")):
@@ -373,7 +374,7 @@ def reset_latent_modules(model: CoLAForCausalLM) -> None:
 
 
 def opened(path: str | os.PathLike) -> tuple[Any, Tensors]:
-    """The configuration and the tensors, in our names, of a CoLA checkpoint in either form, or of a base."""
+    """The configuration and the tensors, under our names, of a base or of a CoLA checkpoint in either format."""
     if not is_released(path):
         return AutoConfig.from_pretrained(path), Tensors(path)
     raw = json.loads((Path(path) / "config.json").read_text())
@@ -405,7 +406,7 @@ def load_released(path: str | os.PathLike, **kwargs: Any) -> CoLAForCausalLM:
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", None) or "auto")
     if kwargs["dtype"] == "auto":
         kwargs["dtype"] = tensors.dtype("model.embed_tokens.weight")
-    mapped = {name: tensors.read(name) for name in names}  # pages of the files, which from_pretrained copies one by one
+    mapped = {name: tensors.read(name) for name in names}  # memory-mapped; from_pretrained copies them one by one
     model = CoLAForCausalLM.from_pretrained(None, config=config, state_dict=mapped, **kwargs)
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config.update(**_special_tokens(GenerationConfig.from_pretrained(path)))
@@ -416,8 +417,8 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
     """Write ``model`` in the authors' format; tensors loaded from a released checkpoint are written byte-identical.
 
     Raises:
-        ValueError: the world model is in the identity form, the policy has a Q, actions last, or the base is no Llama;
-            the released code supports none of these.
+        ValueError: the world model is in the identity form, the policy has a Q, an action lasts several tokens, or the
+            base is not a Llama; the released code supports none of these.
     """
     if model.config.base_model_type != "llama":
         raise ValueError(

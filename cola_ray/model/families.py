@@ -1,14 +1,15 @@
-"""Families of bases that CoLA attaches to, one row each, by the ``model_type`` of their config.json.
+"""Families of bases that CoLA attaches to, one row each, by the ``model_type`` in their config.json.
 
-A row names only what cannot be found elsewhere. transformers finds the base's classes by its ``model_type``; a policy
-is made of the classes of its layers, norm and rotary embedding (``modeling_cola.base_class``). What a weight update
-names, biases, norms of queries and keys, tied heads, and what LoRA adapts, is read off these modules
-(``rollout/weight_loading.py``).
+A row contains only what cannot be derived. transformers finds the base's classes by its ``model_type``, and a policy is
+built from the classes of the base's layers, norm and rotary embedding (``modeling_cola.base_class``). Parameter names
+in a weight update, biases, norms of queries and keys, tied heads, and the layers that LoRA adapts are read from these
+modules (``rollout/weight_loading.py``).
 
     learner   model_type ─> transformers' classes ─> base, and policy of the base's own layers
     engine    BaseFamily.served_by ─> vLLM's model ─> base, and policy of the model's own layers
 
-docs/extending.md adds a family. Needs only Python, so that a command line can be refused before torch is imported.
+docs/extending.md shows how to add a family. Needs only Python, so a command line can be refused before torch is
+imported.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,8 +33,9 @@ class BaseFamily:
     Args:
         served_by: vLLM's model without a head, ``module:Class``. Its ``layers`` take ``(positions, hidden, residual)``
             and give ``(hidden, residual)``; its ``norm`` takes both.
-        refused: why a checkpoint with this config.json is refused, as ``why; fix``; empty where it is not.
-        mlp_bias: whether ``mlp_bias`` in config.json gives its MLPs biases, here as in vLLM; steering vectors are such.
+        refused: returns why a checkpoint with this config.json is refused, as ``why; fix``; empty if it is not.
+        mlp_bias: whether ``mlp_bias`` in config.json gives the MLPs biases, in transformers as in vLLM; steering
+            vectors are stored as these biases.
     """
 
     served_by: str
@@ -42,10 +44,10 @@ class BaseFamily:
 
 
 def fault(settings: Settings, given: str = "") -> str:
-    """Why CoLA does not attach to a base with this config.json, as ``why; fix``; empty where it does.
+    """Why CoLA cannot attach to a base with this config.json, as ``why; fix``; empty if it can.
 
     Args:
-        given: import path of the family, in place of what the registry has for its ``model_type``.
+        given: import path of the family, used instead of the registered one for the ``model_type``.
 
     Example:
         >>> fault({"model_type": "qwen3"}), fault({"model_type": "mixtral"})[:46]
@@ -63,7 +65,7 @@ def fault(settings: Settings, given: str = "") -> str:
 
 
 def family(model_type: str, given: str = "") -> BaseFamily:
-    """The family of a base; NotFoundError if there is none, or something else is there.
+    """The family of a base; NotFoundError if there is none, or if the path leads to something else.
 
     Args:
         given: as in :func:`fault`.
@@ -75,9 +77,9 @@ def family(model_type: str, given: str = "") -> BaseFamily:
 
 
 def has_plain_head(settings: Settings) -> bool:
-    """Whether a base's token logits are ``lm_head`` of its last states, without bias, scale or cap.
+    """Whether a base's token logits are ``lm_head`` applied to its last states, without bias, scale or cap.
 
-    Known of the built-in families alone; of another, its own class in transformers has to make them.
+    This is known only for the built-in families; logits of any other must come from its own class in transformers.
 
     Example:
         >>> has_plain_head({"model_type": "qwen3"}), has_plain_head({"model_type": "granite", "logits_scaling": 8.0})
@@ -96,7 +98,7 @@ _OTHERS = {
     ("olmo",): "layers vLLM serves through transformers only, where a policy's layers would have "
     "no key/value cache",
 }  # fmt: skip
-"""Why others are not in the table, by what their ``model_type`` contains."""
+"""Why other families are not in the table, by a part of their ``model_type``."""
 
 
 # --- the rows -----------------------------------------------------------------------------------------------------
@@ -123,14 +125,14 @@ def _not_causal_or_capped(settings: Settings) -> str:
 
 
 LLAMA = BaseFamily("vllm.model_executor.models.llama:LlamaModel", mlp_bias=True)
-"""Llama 2 and 3.x with scaled rotary embeddings, SmolLM2, and whatever else has this form; biases where it has them."""
+"""Llama 2 and 3.x with scaled rotary embeddings, SmolLM2, and other models of this form, with or without biases."""
 MISTRAL = BaseFamily("vllm.model_executor.models.mistral:MistralModel")
-"""All layers see a sliding window, or none does."""
+"""Either all layers use a sliding window, or none does."""
 QWEN2 = BaseFamily("vllm.model_executor.models.qwen2:Qwen2Model", _windows)
-"""Qwen2 and Qwen2.5: biases at queries, keys and values."""
+"""Qwen2 and Qwen2.5: queries, keys and values have biases."""
 QWEN3 = BaseFamily("vllm.model_executor.models.qwen3:Qwen3Model", _windows_or_output_bias)
-"""Norms of queries and keys, and heads of a size of their own."""
+"""Queries and keys are normalised, and the head size is set independently."""
 GEMMA3_TEXT = BaseFamily("vllm.model_executor.models.gemma3:Gemma3Model", _not_causal_or_capped)
-"""Gemma 3 without images: windows in some layers, four norms a layer that start at 0, scaled embeddings."""
+"""Gemma 3 without images: sliding windows in some layers, four norms per layer that start at 0, scaled embeddings."""
 SMOLLM3 = BaseFamily("cola_ray.model.vllm_smollm3:SmolLM3Model", mlp_bias=True)
 """Some layers have no rotary embedding."""

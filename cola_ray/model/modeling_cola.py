@@ -12,8 +12,8 @@ e_2) produced x3. The inverse dynamics model (IDM) sees x3 only at position 3, s
 taken at t; the last position has no action.
 
 The base is any decoder of transformers that is built like a Llama: embeddings, ``layers``, ``norm`` and ``rotary_emb``.
-``config.base_model_type`` names it, and the IDM and the policy are made of its own decoder layers, so that they can do
-what it can.
+``config.base_model_type`` names it. The IDM and the policy are built from the base's own decoder layer class, so they
+support everything that the base does.
 
 ``save_pretrained`` copies this file beside the weights (``auto_map``), so that a checkpoint opens with transformers
 alone. Therefore the file imports nothing from this package, and it also contains the function that draws actions.
@@ -60,14 +60,15 @@ RELEASED_ARCHITECTURE = "IntentionForCausalLM"
 class CoLAConfig(LlamaConfig):
     """Configuration of :class:`CoLAForCausalLM`: that of its base, and the sizes of the modules that CoLA adds.
 
-    Lists that have an entry for each layer of the base (:data:`BY_LAYER`) go on for those of the policy, which a
-    key/value cache numbers after them: layers of the base's kind where it has one kind, else layers that see
-    everything.
+    Lists with an entry for each layer of the base (:data:`BY_LAYER`) are extended by entries for the policy's layers,
+    which a key/value cache numbers after the base's. If all layers of the base are of one kind, the policy's are of
+    that kind; otherwise they attend to the full context.
 
     Args:
-        base_model_type: of the base, as in its own config.json. What its family has beyond a Llama's settings is kept
-            under its own names.
-        base_family: where the engine finds how to serve the base, if the package does not know its ``base_model_type``.
+        base_model_type: of the base, as in its own config.json. Settings of its family that a Llama does not have are
+            kept under their own names.
+        base_family: import path of the family that tells the engine how to serve the base, if the package does not know
+            its ``base_model_type``.
         num_actions: K, the number of latent actions (codebook rows).
         num_idm_layers: decoder layers of the inverse dynamics model.
         num_world_model_layers: position-wise SwiGLU blocks of the world model.
@@ -76,8 +77,8 @@ class CoLAConfig(LlamaConfig):
             initialisation; "released" computes ``d = norm(s) - e`` as in the authors' checkpoints.
         soft_q_beta: if above 0, the policy is ``rho exp(Q / beta) / Z``, where rho is the output of its layers and Q
             an additional head.
-        action_every: n, how many tokens of a response an action lasts: one is chosen at its tokens 0, n, 2n, ... and
-            held, and the policy is not asked in between.
+        action_every: n, the number of response tokens that an action lasts: one is chosen at tokens 0, n, 2n, ... and
+            held, and the policy does not choose in between.
         card: facts for the model card, such as "base", "data", "task" and "figures".
     """
 
@@ -107,7 +108,7 @@ class CoLAConfig(LlamaConfig):
             raise ValueError(f"action_every = {self.action_every}: an action lasts a token at least; use 1 or more")
         rope: dict[str, Any] = getattr(self, "rope_parameters", None) or {}
         if kinds := {name: one for name, one in rope.items() if isinstance(one, dict)}:
-            self.rope_parameters = kinds  # of several kinds of layers: no other entries
+            self.rope_parameters = kinds  # by kind of layer; no other entries
         for name, usual in BY_LAYER.items():
             of_base = getattr(self, name, None)
             if of_base and len(of_base) == self.num_hidden_layers:
@@ -115,16 +116,16 @@ class CoLAConfig(LlamaConfig):
                 setattr(self, name, [*of_base, *[kind] * max(self.num_policy_layers, 1)])
 
     def validate_architecture(self) -> None:
-        """A Llama's rules; another family's have been checked when its own configuration was read."""
+        """Check a Llama's rules; those of another family were checked when the base's own configuration was read."""
         if self.base_model_type == "llama":
             super().validate_architecture()
 
     def validate_layer_type(self) -> None:
-        """Lists by layer are longer here than transformers expects."""
+        """Skip transformers' check: lists by layer are longer here than it expects."""
 
     @property
     def window(self) -> bool:
-        """Whether the layers that CoLA adds see a sliding window only."""
+        """Whether the layers that CoLA adds attend to a sliding window only."""
         of_layers = getattr(self, "layer_types", None)
         if of_layers is None:
             return getattr(self, "sliding_window", None) is not None
@@ -142,18 +143,18 @@ class CoLAConfig(LlamaConfig):
 
 
 class _PerLayer(list[Any]):
-    """By number, or by kind of layers, as scaled rotary embeddings ask for it; all layers have one configuration."""
+    """Indexed by layer, or by kind of layer as scaled rotary embeddings do; all layers share one configuration."""
 
     def __getitem__(self, layer: Any) -> Any:
         return super().__getitem__(0 if isinstance(layer, str) else layer)
 
 
 BY_LAYER: dict[str, Any] = {"layer_types": "full_attention", "no_rope_layers": 1}
-"""Settings that are lists with an entry for each layer, and the entry of a layer that sees everything."""
+"""Settings that are lists with an entry for each layer, and the entry for a layer that attends to everything."""
 
 
 def base_class(config: CoLAConfig) -> type[PreTrainedModel]:
-    """transformers' model of the base, without a head.
+    """transformers' class of the base, without a head.
 
     Raises:
         ValueError: transformers does not know ``base_model_type``.
@@ -196,8 +197,8 @@ def _mix(z: Tensor) -> Tensor:
 def gumbel_noise(seed: Tensor, position: Tensor, num_actions: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard Gumbel noise (N, K), a pure function of ``seed`` (N,) and ``position`` (N,), both int64.
 
-    In float32 it is the same noise to within rounding above -1, and coarser below, where it wins no draw among
-    thousands of actions.
+    In float32 the noise is the same up to rounding above -1 and coarser below, where it wins no draw among thousands of
+    actions.
     """
     key = _mix(_mix(seed + _GOLDEN) + position * _GOLDEN)
     index = torch.arange(1, num_actions + 1, device=seed.device, dtype=torch.int64)
@@ -220,8 +221,8 @@ def action_log_probs(
         logits: (..., K); the result has the same dtype.
         temperature: (...,); 0 means greedy, which is scored as temperature 1. None: 1 everywhere.
         top_k: (...,) int64; 0 keeps all K actions. All actions tied at the k-th value are kept. None: 0 everywhere.
-        top_p: (...,) in (0, 1]; keeps the fewest most probable actions that have this probability together, and those
-            tied with the last of them. 1 keeps all. None: 1 everywhere.
+        top_p: (...,) in (0, 1]; keeps the smallest set of most probable actions whose total probability reaches this,
+            and those tied with the last of them. 1 keeps all. None: 1 everywhere.
     """
     num_actions = logits.shape[-1]
     if temperature is not None:
@@ -236,7 +237,7 @@ def action_log_probs(
         logits, ranked = (one.masked_fill(one < kth, float("-inf")) for one in (logits, ranked))
     if top_p is not None:
         probs = ranked.softmax(-1)
-        before = probs.cumsum(-1) - probs  # of what is more probable
+        before = probs.cumsum(-1) - probs  # total probability of more probable actions
         last = (before < top_p[..., None]).sum(-1, keepdim=True) - 1
         lowest = ranked.gather(-1, last.clamp_min(0)).masked_fill(top_p[..., None] >= 1, float("-inf"))
         logits = logits.masked_fill(logits < lowest, float("-inf"))
@@ -246,11 +247,11 @@ def action_log_probs(
 RANKED = -3
 """As a forced action, ``RANKED - i`` takes the i-th most probable action, counted from 0."""
 FEW_ACTIONS = 4096
-"""Up to so many actions are drawn in float64; a vocabulary is drawn in float32, with half the memory traffic."""
+"""Up to this many actions are drawn in float64; a vocabulary is drawn in float32, with half the memory traffic."""
 
 
 NOISE_AT_ONCE = 1 << 23
-"""Numbers of noise that are in memory together, with temporaries of 64 MB each: 65 rows of a vocabulary of 128 k."""
+"""Noise values in memory at a time, with temporaries of 64 MB each: 65 rows of a vocabulary of 128 k."""
 
 
 def sample_actions(
@@ -265,10 +266,10 @@ def sample_actions(
     """Draw one action per row, and score it under the distribution it was drawn from.
 
     ``a = argmax_k (log pi_k + g_k)`` with Gumbel noise g is an exact categorical sample (the Gumbel-max trick). Of
-    equal sums the first wins. In float64 rounding decides no draw; in float32 sums that differ by less than 4e-6 may
+    equal sums the first wins. In float64, rounding decides no draw. In float32, sums that differ by less than 4e-6 may
     count as equal, which changes about one draw in 10^5 and no probability by more than that share of itself.
 
-    Nothing here waits for the device: who calls knows which of its rows have settings, and passes None where none has.
+    Nothing here waits for the device: the caller knows which rows have settings, and passes None where no row has any.
 
     Args:
         logits: (N, K) policy logits.
@@ -308,8 +309,8 @@ def sample_actions(
 class Linear32(nn.Linear):
     """Computes in float32, with weights of any type: (..., I) -> (..., O) float32.
 
-    Logits of actions and values leave through such layers. In bfloat16 a logit of 8 would be rounded to multiples of
-    1/16, differently in learner and engine, and probabilities by 3 percent with it; the layers are small.
+    Action logits and values are computed by such layers, which are small. In bfloat16 a logit of 8 would be rounded to
+    multiples of 1/16, differently in learner and engine, which would change probabilities by 3 percent.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -359,7 +360,7 @@ class ActionStack(nn.Module):
     """Causal decoder layers over e, a norm, and a float32 head with K outputs; the IDM and the policy are such stacks.
 
     Args:
-        base: whose kind of layers, norm and rotary embedding they have; nothing of it is kept.
+        base: its classes of layers, norm and rotary embedding are used; the base itself is not kept.
         cached: whether the layers have places in a key/value cache, after the base's.
     """
 
@@ -372,7 +373,7 @@ class ActionStack(nn.Module):
         self.head = Linear32(config.hidden_size, config.num_actions, bias=False)
         self.rotary_emb = rotary(config=config)
         self.soft_q: QHead | None = None
-        # Families whose layers see differently far have a rotary embedding for each kind.
+        # Families that mix full and windowed attention have a rotary embedding for each kind of layer.
         kinds = "layer_type" in inspect.signature(self.rotary_emb.forward).parameters
         self.kind = {"layer_type": config.layer_types[-1]} if kinds else {}
 
@@ -474,7 +475,7 @@ class _ActionChooser:
 
     def __init__(self, sampled: bool, processors: LogitsProcessorList, every: int = 1) -> None:
         self.sampled, self.processors, self.every = sampled, processors, every
-        self.step = 0  # tokens that were generated before
+        self.step = 0  # number of tokens generated so far
         self.latest: tuple[Tensor, Tensor]
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -511,7 +512,7 @@ class _ActionRecorder(StoppingCriteriaList):
 
 
 _ACTION_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Generation settings that shape the sampled distribution, which is the policy's distribution over actions."""
+"""Generation settings that shape the sampled distribution; here that is the policy's distribution over actions."""
 
 _REASON = "CoLA draws latent actions, and tokens follow from the actions"
 _REFUSED_MODES = {
@@ -563,7 +564,7 @@ class CoLAPreTrainedModel(LlamaPreTrainedModel):
     config: CoLAConfig
     _auto_class = "AutoModelForCausalLM"  # save_pretrained copies this file
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _no_split_modules: ClassVar[list[str]] = ["WorldModelBlock"]  # to which the base adds its layers
+    _no_split_modules: ClassVar[list[str]] = ["WorldModelBlock"]  # the base adds its own layers
 
     def _init_weights(self, module: nn.Module) -> None:
         self.model._init_weights(module)  # norms of some families start at 0
@@ -599,7 +600,7 @@ class CoLAPreTrainedModel(LlamaPreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        self._write_card(working_dir)  # push_to_hub has replaced it by a template
+        self._write_card(working_dir)  # push_to_hub has replaced the card by a template
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _write_card(self, folder: str | os.PathLike) -> None:
@@ -657,7 +658,7 @@ class LatentActionMixin:
         """``a_t = argmax u_{t+1}``, (B, T-1) int64, shifted: entry t is the action that led from token t to t+1.
 
         Raises:
-            ValueError: actions last; their labels are of spans, see ``cola_ray.algorithms.spans``.
+            ValueError: an action lasts several tokens, so labels belong to spans; see ``cola_ray.algorithms.spans``.
         """
         self._refuse_held("inverse_dynamics_actions", "an action has one label for all of its tokens")
         return self.inverse_dynamics_logits(e, attention_mask, position_ids)[:, 1:].argmax(-1)
@@ -683,7 +684,7 @@ class LatentActionMixin:
         return state
 
     def world_model_logits(self, e: Tensor, actions: Tensor) -> Tensor:
-        """Next-token logits (..., V), of the same arguments."""
+        """Next-token logits (..., V), from the same arguments."""
         return self.lm_head(self.world_model_states(e, actions))
 
     def token_log_probs(self, e: Tensor, policy_logits: Tensor, likelihood: Likelihood) -> Tensor:
@@ -704,7 +705,7 @@ class LatentActionMixin:
         return torch.logsumexp(policy_logits.log_softmax(-1)[..., None] + tokens, 1)
 
     def _refuse_held(self, what: str, why: str) -> None:
-        """Raise ValueError where actions last, for what is defined token by token."""
+        """Raise ValueError if an action lasts several tokens, for operations that are defined token by token."""
         if self.config.action_every > 1:
             raise ValueError(f"{what}: with action_every = {self.config.action_every} {why}")
 
@@ -966,8 +967,8 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
     ) -> CoLACausalLMOutput:
         """Token logits given actions, at all positions or at the last ``logits_to_keep``.
 
-        Where actions last (``config.action_every``), whoever calls holds them: each position needs its action, and
-        there is no loss.
+        If an action lasts several tokens (``config.action_every``), the caller has to hold actions: each position needs
+        its action, and there is no loss.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in :meth:`encode`.
@@ -978,7 +979,7 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
             kwargs: ``output_hidden_states`` and ``output_attentions`` return those of the base.
 
         Raises:
-            ValueError: ``actions`` has another shape; or actions last, and some are not given.
+            ValueError: ``actions`` has another shape; or an action lasts several tokens and some are not given.
         """
         if choose_actions is None and (actions is None or (self.config.action_every > 1 and bool((actions < 0).any()))):
             self._refuse_held("actions", "forward does not know where a response begins; give one for each position")

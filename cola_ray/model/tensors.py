@@ -1,9 +1,10 @@
-"""Checkpoints read tensor by tensor, and models without weights that are filled so.
+"""Reads checkpoints tensor by tensor, and makes models without weights that can be filled in this way.
 
     empty(LlamaForCausalLM, config, dtype) ─> parameters on the meta device, buffers real
     Tensors(path).read(name)               ─> one tensor, from safetensors or torch files
 
-Tensors of safetensors files are mapped, so a loader that copies its share of each holds little more than its share.
+Tensors in safetensors files are memory-mapped, so a loader that copies its share of each needs little more memory than
+that share.
 """
 
 import json
@@ -21,12 +22,12 @@ Renaming = Callable[[str], str]
 
 
 class Tensors:
-    """The tensors of a checkpoint by name; files are opened for one tensor at a time, so that no mapping stays.
+    """The tensors of a checkpoint by name; a file is opened for one tensor at a time, so that no mapping is kept.
 
     Args:
         path: directory, or a hub id whose weights are downloaded first.
-        renamed: from a name in the files to the name here.
-        converted: what is done to a tensor that is read, given its name in the files.
+        renamed: maps a name in the files to the name used here.
+        converted: converts a tensor after reading, given its name in the files.
 
     Raises:
         FileNotFoundError: weights are missing (the message names the files).
@@ -50,7 +51,7 @@ class Tensors:
         return iter(self._places)
 
     def read(self, name: str) -> Tensor:
-        """A tensor in the checkpoint's dtype; its memory may be a mapping of the file."""
+        """Return a tensor in the checkpoint's dtype; its memory may be mapped from the file."""
         file, stored = self._places[name]
         if file.suffix != ".safetensors":
             return self.converted(stored, _torch_file(file)[stored])
@@ -58,7 +59,7 @@ class Tensors:
             return self.converted(stored, opened.get_tensor(stored))
 
     def shape(self, name: str) -> torch.Size:
-        """Without reading the tensor from safetensors, unless it is converted."""
+        """Return a tensor's shape; in safetensors files, the tensor itself is not read."""
         file, stored = self._places[name]
         if file.suffix != ".safetensors":
             return self.read(name).shape
@@ -110,10 +111,10 @@ def _torch_file(file: Path) -> dict[str, Tensor]:
 
 
 def empty(kind: Any, config: Any, dtype: torch.dtype) -> Any:
-    """A model whose parameters have a shape and no memory; buffers, such as those of rotary embeddings, are real.
+    """Return a model whose parameters have a shape but no memory; buffers, e.g. of rotary embeddings, are real.
 
     Args:
-        kind: class of the model, of transformers or derived from one; or an ``AutoModelFor...``.
+        kind: the model's class, from transformers or derived from such a class; or an ``AutoModelFor...``.
     """
     from accelerate import init_empty_weights  # models that are opened whole run without it
 
@@ -136,13 +137,13 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> nn.Parameter:
 
 
 class DiscardedDraws(TorchDispatchMode):
-    """Empty tensors get no memory, and the random numbers that fill them are drawn and thrown away, a piece at a time.
+    """Gives empty tensors no memory; the random numbers that would fill them are drawn and discarded, piece by piece.
 
-    So the generator ends where it does after the same model is drawn for real.
+    So the random generator ends in the same state as after really initialising the model.
     """
 
     PIECE = 1 << 22
-    """Numbers drawn at a time, a multiple of the 16 that torch makes together."""
+    """Numbers drawn at a time, a multiple of the 16 that torch generates together."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

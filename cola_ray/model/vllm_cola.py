@@ -198,7 +198,7 @@ class CoLAForCausalLM(nn.Module):
 
 
 def served_name(name: str) -> str:
-    """Name in the served model of a parameter with our name."""
+    """The served model's name of a parameter, given our name."""
     if name.startswith("policy.head."):
         return name.replace("policy.head.", "policy_head.")
     if name.startswith("policy.soft_q."):

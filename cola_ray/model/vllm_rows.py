@@ -6,11 +6,11 @@ request ─> RowTracker mirrors the batch (V1) ─┐
                                                        v
                                                   ActionTable ─> read_actions, once a completion
 
-Where actions last n tokens (``action_every`` of the model), a row at a step between n s and n (s + 1) takes the action
-that stands at the first of them, by the request's slot: whatever was preempted, cut into chunks or moved to another row
-reads there what it chose.
+If an action lasts n tokens (the model's ``action_every``), a row at a step between n s and n (s + 1) takes the action
+that the table holds for step n s in the request's slot. So a request that was preempted, split into chunks or moved to
+another row still finds the action that it chose.
 
-Nothing here waits for the device: what steps decide on is known to the host.
+Nothing here waits for the device: everything that a step's control flow depends on is known on the host.
 """
 
 import os
@@ -34,7 +34,7 @@ from cola_ray.model.modeling_cola import sample_actions
 
 
 class Rows(NamedTuple):
-    """Of the N rows of ``compute_logits``: settings, (N,) each, as :func:`sample_actions` takes them, and addresses."""
+    """Settings of the N rows of ``compute_logits``, (N,) each as :func:`sample_actions` takes them, and addresses."""
 
     temperature: Tensor | None
     top_k: Tensor | None
@@ -42,12 +42,12 @@ class Rows(NamedTuple):
     position: Tensor
     forced: Tensor | None
     top_p: Tensor | None
-    slot: Tensor | None  # int64, of the ActionTable, where -1 is a row that nobody reads; None: no row keeps its action
+    slot: Tensor | None  # int64, slot in the ActionTable; -1 is a row that nobody reads; None: no row keeps its action
     step: Tensor  # int64, index of the action within its completion
 
 
 class ActionTable:
-    """The action taken and its log-probability, of every step of the requests that hold a slot.
+    """The action taken and its log-probability, for every step of each request that holds a slot.
 
     8 bytes a step: 512 requests of up to 3072 tokens are 12.6 MB, which vLLM's memory share does not count.
     """
@@ -57,7 +57,7 @@ class ActionTable:
         self.table: Tensor | None = None  # (slots + 1, num_steps, 2) int32: action, and the bits of a float32
 
     def reserve(self, slot: int, device: torch.device) -> None:
-        """Have a row for this slot. The last row takes what nobody reads."""
+        """Make sure that the table has a row for this slot. The last row receives actions that nobody reads."""
         held = 0 if self.table is None else len(self.table) - 1
         if slot < held:
             return
@@ -103,7 +103,7 @@ class Settings:
         self.forced[source], self.forced[target] = self.forced[target] if swap else (), self.forced[source]
 
     def to(self, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
-        """Of the first ``count``: floats (2, count) and integers (4, count)."""
+        """Return the settings of the first ``count`` requests: floats (2, count) and integers (4, count)."""
         # Copies, because on CPU the device's tensors would be these arrays.
         whole = async_tensor_h2d(self.integers[:, :count].copy(), device=device)
         return async_tensor_h2d(self.floats[:, :count].copy(), device=device), whole
@@ -118,11 +118,11 @@ class RowTable:
         self.kept = ActionTable(vllm_config.model_config.max_model_len)
         self.every = action_every(vllm_config.model_config)
         self.settings = Settings(vllm_config.scheduler_config.max_num_seqs)  # V1: by row
-        self.outputs: list[list[int]] = []  # V1: of each row, the tokens so far
+        self.outputs: list[list[int]] = []  # V1: each row's tokens so far
         self.fixed: tuple[Tensor, Tensor] | None = None  # V1: settings on the device
         self.forcing: list[int] = []  # V1: rows with forced actions
-        self.prepared: Rows | None = None  # V2: of the step under way
-        # Seeds of served requests that bring none. Tensor-parallel ranks share the id and see requests in one order,
+        self.prepared: Rows | None = None  # V2: rows of the current step
+        # Seeds for served requests without one. Tensor-parallel ranks share the id and see requests in the same order,
         # so they draw the same actions.
         self.seeds = random.Random(f"{vllm_config.instance_id}/{vllm_config.parallel_config.data_parallel_rank}")
 
@@ -138,7 +138,7 @@ class RowTable:
         cls._by_engine.pop(instance_id, None)
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Rows]:
-        """Draw an action for each row of logits (N, K), keep it, and return actions (N,) and what they came from."""
+        """Draw an action for each row of logits (N, K), keep it, and return the actions (N,) and the rows' settings."""
         rows = self.rows(len(logits), logits.device)
         actions, log_probs = sample_actions(logits, *rows[:6])
         if rows.slot is None:
@@ -152,7 +152,7 @@ class RowTable:
         return actions, rows
 
     def rows(self, num_rows: int, device: torch.device) -> Rows:
-        """Settings of all rows; greedy and kept nowhere if rows are unknown, as in profiling runs."""
+        """Settings of all rows; if rows are unknown, as in profiling runs, draws are greedy and not kept."""
         if self.prepared is not None and len(self.prepared.seed) == num_rows:
             return self.prepared
         if not num_rows or len(self.outputs) != num_rows:
@@ -175,7 +175,7 @@ class RowTable:
         )
 
     def _forced(self, steps: np.ndarray) -> np.ndarray | None:
-        """Forced actions of all rows at their steps; None where none is forced."""
+        """Forced actions of all rows at their steps; None if no row has any."""
         forced = None
         for row in self.forcing:
             actions = self.settings.forced[row]
@@ -185,7 +185,7 @@ class RowTable:
         return forced
 
     def mirror(self, outputs: list[list[int]], device: torch.device) -> None:
-        """V1: take over the rows of a batch that has changed; :attr:`settings` has their settings already."""
+        """V1: take over the rows of a batch that has changed; :attr:`settings` already has their settings."""
         self.outputs, self.fixed = outputs, None
         self.forcing = [row for row, actions in enumerate(self.settings.forced[: len(outputs)]) if actions]
         if (highest := self.settings.integers[3, : len(outputs)].max(initial=-1)) >= 0:
@@ -193,7 +193,7 @@ class RowTable:
 
 
 def read_actions(model: Any, instance_id: str, slots: Sequence[int], num_steps: int) -> np.ndarray:
-    """What :meth:`ActionTable.read` returns, called through ``vllm.LLM.apply_model`` in an engine's processes."""
+    """:meth:`ActionTable.read`, called through ``vllm.LLM.apply_model`` in an engine's processes."""
     return RowTable._by_engine[instance_id].kept.read(slots, num_steps)
 
 
@@ -204,13 +204,14 @@ class ServedActions:
 
     def served_actions(self, slots: Sequence[int], num_steps: int) -> list[tuple[list[int], list[float]]]:
         """Actions and log-probabilities of the first steps of some slots."""
-        # The model's own table: vLLM renews a configuration's instance id where the worker is in the engine's process.
+        # Use the model's own table: vLLM renews the configuration's instance id if the worker runs in the engine's
+        # process.
         found = self.get_model().rows.kept.read(slots, num_steps)
         return [(one[:, 0].tolist(), one[:, 1].copy().view(np.float32).tolist()) for one in found]
 
 
 def check_action_request(params: SamplingParams) -> None:
-    """Refuse a request to an engine that is used in training, of either model runner."""
+    """Refuse an invalid request to an engine that is used in training, under either model runner."""
     args = params.extra_args or {}
     if args.get("action_temperature", 1.0) < 0:
         raise ValueError("action_temperature: must be >= 0 (0 is greedy)")
@@ -221,7 +222,7 @@ def check_action_request(params: SamplingParams) -> None:
 
 
 def check_served_request(params: SamplingParams) -> None:
-    """Refuse what has no meaning in a request through OpenAI's API, of either model runner."""
+    """Refuse a request through OpenAI's API that asks for something meaningless, under either model runner."""
     neutral = {
         "min_p": (0.0, "CoLA draws latent actions by temperature, top_k and top_p"),
         "presence_penalty": (0.0, "a token follows from its latent action"),
@@ -244,7 +245,7 @@ def check_served_request(params: SamplingParams) -> None:
 
 
 def served_request(params: SamplingParams, seeds: random.Random) -> ActionRequest:
-    """How a request through OpenAI's API draws: without a seed by one of ``seeds``; vLLM gives each of n its own."""
+    """How a request through OpenAI's API draws; if it has no seed, one of ``seeds``. vLLM gives each of n its own."""
     seed = seeds.getrandbits(63) if params.seed is None else params.seed
     args: dict[str, Any] = {
         "action_temperature": params.temperature, "action_top_k": max(params.top_k, 0), "action_top_p": params.top_p
@@ -313,7 +314,7 @@ class TokenSampler(RowTracker):
 
 
 class RequestSampler(RowTracker):
-    """For requests through OpenAI's API and ``vllm serve``, by the rule of ``CoLAForCausalLM.generate``.
+    """Samples for OpenAI's API and ``vllm serve`` as ``CoLAForCausalLM.generate`` does.
 
     ``temperature``, ``top_k``, ``top_p`` and ``seed`` apply to the latent action, whose most probable token is taken.
     ``logit_bias``, ``bad_words``, ``min_tokens`` and structured outputs change the token logits given the action.
@@ -342,27 +343,28 @@ _PROCESSORS = {
     "tokens": (f"{__name__}:TokenSampler", "cola_ray.model.vllm_slots:SlotTokenSampler"),
     "served": (f"{__name__}:RequestSampler", "cola_ray.model.vllm_slots:SlotRequestSampler"),
 }
-"""By use, for V1 and for V2: a CoLA model in training, a plain base in training, a CoLA model behind OpenAI's API."""
+"""Processors for V1 and V2, by use: a CoLA model in training, a plain base in training, a CoLA model behind OpenAI's
+API."""
 
 
 def processor(use: str) -> str:
-    """Import path of an engine's ``logits_processors``, for the model runner that this process will have."""
+    """Import path for an engine's ``logits_processors``, for the model runner that this process will use."""
     return _PROCESSORS[use][os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"]
 
 
 def settle_vllm() -> None:
-    """Settle, unless the environment does, which model runner this process has, and that float32 is float32.
+    """Choose this process's model runner and real float32 arithmetic, unless the environment sets them.
 
     V2 on GPUs and V1 on CPUs: V2's kernels are written in Triton, which has no CPU backend in the pinned versions.
-    Triton multiplies float32 matrices in TF32 by default, vLLM's attention in float32 too: on an H100 a completion of
-    128 tokens then is PyTorch's in 3 of 16 cases, and in all 16 without (docs/benchmarks.md).
+    By default Triton multiplies float32 matrices in TF32, also in vLLM's attention. On an H100, completions of 128
+    tokens then equal PyTorch's in 3 of 16 cases, and in all 16 without TF32 (docs/benchmarks.md).
     """
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if current_platform.is_cuda_alike() else "0")
 
 
 def action_every(model_config: ModelConfig) -> int:
-    """Tokens that an action of the model lasts; 1 for a plain base."""
+    """Number of tokens that an action of the model lasts; 1 for a plain base."""
     return int(getattr(model_config.hf_config, "action_every", 1))
 
 

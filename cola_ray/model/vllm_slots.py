@@ -1,4 +1,4 @@
-"""The same as vllm_rows.py for vLLM's V2 model runner, which names a request by a slot of its own and not by a row.
+"""The counterpart of vllm_rows.py for vLLM's V2 model runner, which identifies a request by its own slot, not by a row.
 
     add_request(index) ─> SlotSettings ─> rows(index and position of each) ─┬─> CoLAModelState: before compute_logits
                                                                             └─> SlotTokenSampler: as a processor
@@ -29,7 +29,7 @@ from cola_ray.model.vllm_rows import (
 
 
 class SlotSettings:
-    """Settings of the requests in V2's slots, gathered on the device for the rows of a step."""
+    """Settings of the requests in V2's slots; those of a step's rows are gathered on the device."""
 
     def __init__(self, table: RowTable, num_slots: int, device: torch.device) -> None:
         self.table, self.device = table, device
@@ -38,7 +38,7 @@ class SlotSettings:
         self.forced = torch.full((num_slots, 0), -1, dtype=torch.int64, device=device)  # grows with the longest
 
     def add_request(self, index: int, request: ActionRequest, prompt_length: int) -> None:
-        """Take over a slot; whatever it held is replaced."""
+        """Put a request into a slot, replacing what was there."""
         self.settings.put(index, request, prompt_length)
         self.on_device = None
         if request.slot >= 0:
@@ -53,7 +53,7 @@ class SlotSettings:
             self.forced[index, :length] = async_tensor_h2d(list(request.forced), self.device, torch.int64)
 
     def rows(self, index: Tensor, index_on_host: np.ndarray, position: Tensor) -> Rows:
-        """Settings of the rows whose requests have these slots (N,), at these positions (N,)."""
+        """Settings of rows, given their requests' slots (N,) and their positions (N,)."""
         if self.on_device is None:
             self.on_device = self.settings.to(self.device, len(self.settings.forced))
         index, position = index.long(), position.long()
@@ -79,7 +79,7 @@ class SlotSettings:
 
 
 class CoLAModelState(DefaultModelState):
-    """Prepares the rows of ``compute_logits``; named by :class:`~cola_ray.model.vllm_cola.CoLAForCausalLM`."""
+    """Prepares the rows of ``compute_logits``; :class:`~cola_ray.model.vllm_cola.CoLAForCausalLM` names this class."""
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
@@ -107,7 +107,7 @@ class CoLAModelState(DefaultModelState):
 
 
 class SlotTracker(LogitsProcessor):
-    """Only checks requests: :class:`CoLAModelState` follows them."""
+    """Only checks requests; :class:`CoLAModelState` keeps track of them."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:

@@ -1,5 +1,5 @@
-"""SmolLM3's layers for vLLM, which serves this family through transformers' modules otherwise: a Llama's, some of them
-without rotary embedding."""
+"""SmolLM3's layers for vLLM: a Llama's, some of them without rotary embedding. vLLM by itself would serve this family
+through transformers' modules."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 
 class Unrotated(nn.Module):
-    """In the place of a rotary embedding: queries and keys as they are."""
+    """Replaces a rotary embedding and leaves queries and keys unchanged."""
 
     def forward(self, positions: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         return queries, keys
@@ -36,7 +36,7 @@ class SmolLM3Model(LlamaModel):
 
 
 class SmolLM3ForCausalLM(LlamaForCausalLM):
-    """A plain base, for RL over tokens. vLLM's own way would change transformers' classes for the whole process."""
+    """A plain base, for RL over tokens. vLLM's own way would modify transformers' classes for the whole process."""
 
     def _init_model(self, vllm_config: VllmConfig, prefix: str = "", layer_type: Any = None) -> SmolLM3Model:
         return SmolLM3Model(vllm_config=vllm_config, prefix=prefix)

@@ -1,15 +1,15 @@
-"""e of every cached position, kept by vLLM as one more layer of its key/value cache.
+"""Keeps e of every cached position, as one more layer of vLLM's key/value cache.
 
     engine starts    get_kv_cache_spec ─> vLLM counts H values a token beside keys and values, within its memory share
     cache is made    bind_kv_cache(blocks) for each size that vLLM profiles with, and then for the real one
     every step       write(e) ─> slots of the step's tokens, the same as those of their keys and values
     a request ends   read(its blocks, length)
 
-The specification is that of full attention with a "key" of width H and no "value", so that vLLM puts it into the group
-of the attention layers: one block table, one slot a token. (``HiddenStateCacheSpec``, vLLM's own, gets a block table of
-its own.) Blocks therefore exist before CUDA graphs are captured, at the addresses that the graphs keep; they sleep and
-wake with the cache; and requests that share a block share its states. Prefix caching, chunked prefill and preemption
-need no special treatment, and since the base is frozen, states stay valid across weight updates.
+The layer's cache specification is that of full attention with a "key" of width H and no "value", so vLLM puts it into
+the group of the attention layers: one block table, one slot per token. (vLLM's own ``HiddenStateCacheSpec`` gets a
+separate block table.) Blocks therefore exist before CUDA graphs are captured, at the addresses that the graphs use;
+they sleep and wake with the cache; and requests that share a block share its states. Prefix caching, chunked prefill
+and preemption need no special treatment, and since the base is frozen, states stay valid across weight updates.
 """
 
 from typing import Any, ClassVar
@@ -29,13 +29,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 
 class StateMetadataBuilder(CacheOnlyAttentionMetadataBuilder):
-    """Says that writing states is no obstacle to a CUDA graph of the whole model."""
+    """Declares that writing states is compatible with a CUDA graph of the whole model."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
 
 class StateBackend(CacheOnlyAttentionBackend):
-    """Names the builder above; nothing is computed from states, so there is no kernel."""
+    """Declares the builder above; nothing is computed from states, so there is no kernel."""
 
     @staticmethod
     def get_name() -> str:
@@ -49,15 +49,15 @@ class StateBackend(CacheOnlyAttentionBackend):
 class StateStore(AttentionLayerBase):
     """The layer of the cache that holds e.
 
-    With ``rl.cache_hidden_states`` states leave the engine with the tokens, and the learner holds no base. This costs H
-    values per token in transit and saves 2 x base parameters FLOPs: for Llama-3.1-8B in bfloat16, 8 KB against 16
+    With ``rl.cache_hidden_states`` the engine returns states with the tokens, and the learner holds no base. This costs
+    H values per token in transit and saves 2 x base parameters FLOPs: for Llama-3.1-8B in bfloat16, 8 KB against 16
     GFLOP, so it pays above 0.2 GB/s at 400 TFLOP/s. It is off by default because it fills host memory: 64 groups of 4
-    with 2000 tokens are 4 GB per step. In the cache, a token then takes 8 KB beside its 136 KB of keys and values (34
-    layers).
+    with 2000 tokens are 4 GB per step. In the cache, a token then takes 8 KB in addition to its 136 KB of keys and
+    values (34 layers).
 
     Args:
         hidden: width of e.
-        name: of this layer; like that of any layer with a cache, it contains one integer that no other has.
+        name: of this layer; like the name of any layer with a cache, it contains a unique integer.
     """
 
     def __init__(self, vllm_config: VllmConfig, hidden: int, name: str) -> None:

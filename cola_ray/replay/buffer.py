@@ -7,10 +7,11 @@
 
 Row numbers only grow; eviction does not renumber rows. Sampling never loops over rows in Python.
 
-A snapshot writes the rows since the previous one to a new Parquet file, ``rows-<first>-<end>.parquet``: to a temporary
-file that is synced and renamed. A killed process therefore loses only the rows since its last snapshot, and the
-folder can be read at any time with ``datasets.load_dataset("parquet", data_files="<folder>/*.parquet")``. A checkpoint
-is what else is needed to rebuild the buffer exactly: row numbers, chunks, priorities, and the names of the files.
+A snapshot writes the rows since the previous one to a new Parquet file, ``rows-<first>-<end>.parquet``, by way of a
+temporary file that is synced and renamed. A killed process therefore loses only the rows since its last snapshot, and
+the folder can be read at any time with ``datasets.load_dataset("parquet", data_files="<folder>/*.parquet")``. A
+checkpoint has everything else that is needed to rebuild the buffer exactly: row numbers, chunks, priorities, and the
+names of the files.
 """
 
 import contextlib

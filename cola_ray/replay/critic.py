@@ -62,9 +62,9 @@ class TextTwinHeads(nn.Module):
 
 @dataclass(frozen=True)
 class CriticBatch:
-    """B replayed transitions, and B' states, each with the utterance whose Q V is fitted to.
+    """B replayed transitions, and B' states, each with an utterance; V is fitted to the Q of this utterance.
 
-    It was freshly drawn from the policy; or replayed with its soft advantage, which Q then exceeds V by.
+    The utterance was freshly drawn from the policy; or it was replayed, with a soft advantage by which Q exceeds V.
     """
 
     states: Inputs
@@ -75,21 +75,21 @@ class CriticBatch:
     fresh_states: Inputs
     fresh_utterances: Inputs
     weights: Tensor | None = None  # (B,) importance weights of prioritised replay
-    soft_advantages: Tensor | None = None  # (B',) of replayed utterances in the place of fresh ones
+    soft_advantages: Tensor | None = None  # (B',) if replayed utterances are used instead of fresh ones
 
     def to(self, device: torch.device) -> "CriticBatch":
         return CriticBatch(**{name: moved(value, device) for name, value in vars(self).items()})
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    """A tensor or a tokenizer's output on ``device``; None stays."""
+    """Move a tensor or a tokenizer's output to ``device``; None is returned unchanged."""
     if isinstance(inputs, Mapping):
         return {name: moved(value, device) for name, value in inputs.items()}
     return None if inputs is None else inputs.to(device)
 
 
 class Critic(HeadLearner):
-    """Online heads with Adam, and target heads that follow them; inputs are moved to where the heads are.
+    """Online heads with Adam, and target heads that follow them; inputs are moved to the heads' device.
 
     Args:
         heads: the online heads, :class:`TwinHeads` or :class:`TextTwinHeads`.
@@ -153,13 +153,13 @@ class Critic(HeadLearner):
     ) -> None:
         """Before the first step, set all values to that of an average turn, ``mean(r) / (1 - mean(discount))``.
 
-        Advantages then start at exactly 0. A critic that starts at 0 in a game of -1 per turn spends its first thousand
-        steps on finding the level, and until then PPO's advantages measure only how far away the next -1 is.
+        Advantages then start at exactly 0. A critic that starts at 0, in a game with -1 per turn, spends its first
+        thousand steps on finding the level, and until then PPO's advantages only measure how far away the next -1 is.
 
         Args:
             rewards, terminated: (N,) of N turns.
-            states, utterances: (N, S) and (N, U) features, from which the heads take means and deviations to
-                standardise with; None for an encoder's heads, which do not standardise.
+            states, utterances: (N, S) and (N, U) features, from whose means and deviations the heads get their
+                standardisation; None for an encoder's heads, which do not standardise.
         """
         rates = torch.stack([rewards.double().mean(), self.gamma * (1.0 - terminated.double()).mean()])
         self._average_over_replicas(rates)

@@ -37,11 +37,11 @@ _INITIAL_ROWS = 4096  # sampled to initialise the critic: enough to estimate how
 _SAVES = 3
 """Number of saved states to keep: a checkpoint copies one of them while the next fit runs."""
 _DRAWS = 1
-"""First number of the place of every draw by a critic; draws by the controller start with 0."""
+"""First number in the place of every draw by a critic; the places of draws by the controller start with 0."""
 
 
 class ReplicaLostError(RuntimeError):
-    """The process of a replica died, or of another that it takes steps with."""
+    """The process of this replica, or of another one in its group, died."""
 
 
 class CriticService:
@@ -51,7 +51,7 @@ class CriticService:
         config: the settings under ``critic``.
         width: of the base's features; unused with ``config.encoder``.
         model_path: the model whose token ids are in replay.
-        shards: replay.
+        shards: the replay service.
         folder: where replica 0 saves its state after each fit, as ``critic-<steps>.pt``.
         seed: of the run.
     """
@@ -98,13 +98,13 @@ class CriticService:
         config = self.config
         torch.manual_seed(self.seed)
         self.critic = Critic(
-            self._heads().to(self.device),  # whose weights are the same wherever they are drawn
+            self._heads().to(self.device),  # their initial weights are the same on every device
             gamma=config.gamma, tau=config.tau, lr=config.lr, grad_clip=config.grad_clip, expectile=config.expectile,
         )  # fmt: skip
         if state is not None:
             self.critic.load_state_dict(copy.deepcopy(dict(state)))  # Adam keeps references to the tensors it is given
         if self.size > 1:
-            # gloo, which several replicas on one GPU can use, too; gradients are some megabytes.
+            # gloo also works for several replicas on one GPU; gradients are some megabytes.
             group = await asyncio.to_thread(join, channel, rank, torch.device("cpu"))
             self.critic.average = functools.partial(_average, group, self.size)
 
@@ -190,7 +190,7 @@ class CriticService:
 
 
 def _average(group: Any, size: int, gradients: torch.Tensor) -> None:
-    on_host = gradients.cpu()  # itself, where it is there already
+    on_host = gradients.cpu()  # no copy if it is already there
     try:
         group.allreduce(on_host).wait()
     except RuntimeError as error:

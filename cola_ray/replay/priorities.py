@@ -63,7 +63,7 @@ class Priorities:
         """
         sums = self.block_sums.cumsum()
         drawn = rng.random(count) * sums[-1]
-        # Sums are rounded, so a draw can land behind the last row, of all rows or of its block: it means that row.
+        # Sums are rounded, so a draw can land after the last row (of all rows or of its block); it then means that row.
         blocks = np.minimum(np.searchsorted(sums, drawn, side="right"), np.flatnonzero(self.block_sums)[-1])
         weights = self.weights.reshape(-1, _BLOCK)[blocks]
         rest = drawn - (sums[blocks] - self.block_sums[blocks])

@@ -136,7 +136,7 @@ def fresh_rows(rows: pa.Table, trajectories: Sequence[Trajectory], utterances: S
 
 
 def with_soft_advantages(rows: pa.Table, soft_advantages: Array) -> pa.Table:
-    """Replayed rows, their own utterances in the place of fresh ones, with what Q exceeds V by (archer_soft)."""
+    """Replayed rows with their own utterances instead of fresh ones, and the excess of Q over V (archer_soft)."""
     said = rows.select(["state_ids", "utterance_ids", "turn", "said_before", "state", "utterance"])
     return said.append_column(SOFT, pa.array(soft_advantages, pa.float32()))
 
@@ -185,7 +185,7 @@ class TextReader:
     }
 
     def __init__(self, encoder: str, policy: str) -> None:
-        from transformers import AutoTokenizer  # seconds, which the controller need not wait for
+        from transformers import AutoTokenizer  # takes seconds, for which the controller need not wait
 
         self.tokenizer = AutoTokenizer.from_pretrained(encoder, truncation_side="left")
         self.policy = AutoTokenizer.from_pretrained(policy)

@@ -2,15 +2,15 @@
 
     RUN/checkpoints/step-00000020/...             what ranks, controller and critic saved
                                  /manifest.json   {"step", "ranks", "settings", "files", "outside", "checksum"}
-                   /step-00000040.tmp/...         one that is being written, or that a kill cut short
+                   /step-00000040.tmp/...         one that is being written, or that a kill interrupted
 
     seal(staging, ...)        writes the manifest, last of all files; then one rename makes the folder a checkpoint
     newest(RUN)               the newest complete checkpoint, and a line for each newer one that is damaged
     remove_unfinished(RUN)    removes what a kill left behind
 
-``files`` has size and checksum (xxh3, 64 bits) of every file of the folder; ``outside`` the same for files elsewhere
-in the run that the checkpoint needs, such as the rows of replay; and ``checksum`` is that of the manifest itself. All
-files are synced to disk before the manifest is written, and the manifest before the folder gets its name.
+``files`` has the size and checksum (xxh3, 64 bits) of every file in the folder; ``outside`` has the same for files
+elsewhere in the run that the checkpoint needs, such as rows of replay; and ``checksum`` is that of the manifest itself.
+All files are synced to disk before the manifest is written, and the manifest before the folder gets its name.
 """
 
 import json
@@ -155,7 +155,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove checkpoints that were never sealed, and Ray Train's records. Nobody else may be using the folder."""
+    """Remove checkpoints that were never sealed, and Ray Train's records. No other process may be using the folder."""
     for folder in (run / FOLDER).glob("*"):
         unsealed = folder.suffix == ".tmp" and _step_of(folder.with_suffix("")) is not None
         if unsealed or re.fullmatch(rf"{RAY_NOTES}[0-9a-f]{{8}}", folder.name):

@@ -6,8 +6,8 @@
         current().update("base", 10, 300, note)  a phase of countable steps
 
 In a terminal the phase is a live line. Elsewhere each phase prints a line when it begins and one when it ends, steps
-print a line now and then, and a phase without news prints every few seconds that it goes on. Light to import: jobs open
-the display before they import what takes seconds.
+print a line now and then, and a phase without news prints every few seconds that it is still running. This module is
+light to import, because jobs open the display before their slow imports.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ QUIET_S = 5.0
 
 
 class _Console(Console):
-    """A console that survives when its reader goes away, be it a pipe, a terminal or a full disk."""
+    """A console that survives the loss of its output, be it a pipe, a terminal or a full disk."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         with contextlib.suppress(OSError):
@@ -50,7 +50,7 @@ class Display:
         self.clock = clock
         self.started = self.last_line = self.phase_began = clock()
         self.phase, self.place, self.unprinted = "", "", False
-        self.seconds: dict[str, float] = {}  # of each phase that has ended
+        self.seconds: dict[str, float] = {}  # by phase, for those that have ended
         self.live: Progress | None = None
         self.lock = threading.RLock()  # the heartbeat runs in a thread of its own
         self.closed = threading.Event()
@@ -115,7 +115,7 @@ class Display:
             self.last_line = self.clock()
 
     def show(self, make: Callable[[], RenderableType]) -> None:
-        """Print what ``make`` gives in a terminal, where somebody looks; a plain log goes without."""
+        """Print what ``make`` returns, but only in a terminal, not in a plain log."""
         with self.lock:
             if self.live is not None:
                 self.console.print(make(), soft_wrap=False)
@@ -169,7 +169,7 @@ def print_line(line: str) -> None:
 
 
 def plain(text: str) -> str:
-    """One line without control characters, so that a text of anybody's cannot speak to the terminal."""
+    """Return the text as one line without control characters, so that untrusted text cannot control the terminal."""
     return "".join(letter if letter.isprintable() else "⏎" if letter == "\n" else " " for letter in text)
 
 

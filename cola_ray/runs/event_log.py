@@ -1,10 +1,10 @@
-"""``log.jsonl``: what happened in a run, one JSON object a line, written to the run's own disk before anything else.
+"""``log.jsonl``: a run's events, one JSON object per line, written to the run's own disk before anything else.
 
     log = EventLog(folder)
     log.append("step", version=3, **metrics)     {"time": ..., "run": ..., "event": "step", "version": 3, ...}
     read(folder)                                 all complete lines; one that a kill or a full disk cut off is skipped
 
-Every event carries the run's id, which is chosen at its first event and kept when the run is resumed.
+Every event has the run's id, which is chosen at the first event and kept when the run is resumed.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def read_from(folder: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def history(events: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Return metrics by step from the step events; the last value counts if a step was repeated."""
+    """Return metrics by step from the step events; if a step was repeated, the last value counts."""
     found: dict[int, dict[str, float]] = {}
     for event in events:
         if event["event"] == "step":

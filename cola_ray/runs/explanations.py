@@ -4,7 +4,7 @@
     one_line(error)    both parts in one line, as one process reports them to another
 
 Exceptions of Ray, Ray Train, MLflow, the operating system and file formats are recognised by the names of their classes
-along the MRO, so nothing heavy is imported for them. What is not in the table keeps its own message and type.
+along the MRO, so nothing heavy is imported for them. Exceptions that are not in the table keep their message and type.
 """
 
 import errno
@@ -64,7 +64,7 @@ def _line(text: str) -> str:
 
 
 def _message(error: BaseException) -> str:
-    """Return the exception's message, after the name of its class unless the message is one of this package's own."""
+    """Return the exception's message, preceded by the class name unless the exception is this package's own."""
     message = str(error).strip()
     name = type(error).__name__
     if not message:
@@ -80,7 +80,7 @@ def _before_traceback(text: str) -> str:
 
 
 def _of_actor(error: Any) -> Explanation:
-    """Explain which actor died, and why as far as Ray knows."""
+    """Explain which actor died, and why, as far as Ray knows."""
     text = str(error)
     found = re.search(r"class_name: (\S+)", text)
     who = _ACTORS.get(found[1], f"the process of {found[1]}") if found else "a process of the run"
@@ -252,7 +252,7 @@ def _of_mlflow(error: Any) -> Explanation:
 
 
 def _of_run_failure(error: Any) -> Explanation:
-    """A failure that was explained where it happened."""
+    """Return the explanation that a failure got where it happened."""
     return error.what, error.then
 
 

@@ -1,4 +1,4 @@
-"""Who is using a run's folder: a lock that the operating system releases however the process ends.
+"""A lock on a run's folder, which the operating system releases however the process ends.
 
 release = acquire(folder)     None if another run holds the folder
 is_in_use(folder)             whether any run does

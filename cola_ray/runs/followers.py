@@ -1,15 +1,15 @@
-"""TensorBoard's and Weights & Biases' copies of a run's ``log.jsonl``, each written by a thread of its own.
+"""TensorBoard's and Weights & Biases' copies of a run's ``log.jsonl``, each written by its own thread.
 
     follower = Follower("tensorboard", folder, job, params)
     follower.wake()                     there is more in the log
-    line = follower.finish("finished")  what the tracker lacks after a few seconds; "" if nothing
+    line = follower.finish("finished")  what the tracker still lacks after a few seconds; "" if nothing
 
     RUN/tensorboard/...   event files;      `tensorboard --logdir RUN`
     RUN/wandb/...         an offline run;   `wandb sync RUN/wandb/offline-run-*`, or online with WANDB_MODE=online
 
 As with MLflow's copy (mirror.py), the log is the source of truth: a tracker that fails or hangs neither delays nor ends
-a run. ``sent.json`` in its folder says how many bytes of the log it has, and a resumed run goes on from there. A step
-that the log has twice, because a resumed run made it again, is written once.
+a run. ``sent.json`` in the tracker's folder records how many bytes of the log have been copied, and a resumed run
+continues from there. A step that is in the log twice, because a resumed run repeated it, is written once.
 """
 
 import json
@@ -23,8 +23,8 @@ from cola_ray.runs.log_copy import LogCopy
 from cola_ray.runs.redaction import redacted_tree
 from cola_ray.runs.run_folder import State, write_json
 
-_CLOSING_S = 10.0  # how long a run's end waits
-_PAUSE_S = 10.0  # after a failure
+_CLOSING_S = 10.0  # how long the end of a run waits
+_PAUSE_S = 10.0  # pause after a failure
 
 
 class _Sink(Protocol):
@@ -38,7 +38,7 @@ class _Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files; what an earlier process wrote from step ``first`` on is void, and written again."""
+    """Event files; anything that an earlier process wrote from step ``first`` on is discarded and written again."""
 
     def __init__(self, folder: Path, job: str, params: Mapping[str, Any], run: str, first: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -60,7 +60,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run, by the id in the log; its metrics are drawn over ``train/global_step``, as in TRL."""
+    """One run, with the id from the log; its metrics are plotted over ``train/global_step``, as in TRL."""
 
     def __init__(self, folder: Path, job: str, params: Mapping[str, Any], run: str, first: int | None) -> None:
         import wandb
@@ -77,18 +77,18 @@ class WeightsAndBiases:
         self.run.log({"train/global_step": step, **metrics})
 
     def flush(self) -> None:
-        """Its own process writes what it is told."""
+        """Do nothing: W&B's own process writes to disk."""
 
     def close(self, state: str) -> None:
         self.run.finish(exit_code=int(state == "failed"))
-        for path in self.folder.rglob("*"):  # to logs of W&B's own process, which change after the run
+        for path in self.folder.rglob("*"):  # links to logs of W&B's own process, which change after the run
             if path.is_symlink():
                 path.unlink()
 
 
 _SINKS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 TRACKERS = tuple(_SINKS)
-"""Each is also the name of the package that it needs."""
+"""The trackers; each name is also that of the package that it needs."""
 
 
 class Follower(LogCopy):
@@ -106,17 +106,17 @@ class Follower(LogCopy):
         self.name, self.folder, self.job, self.params = name, folder, job, redacted_tree(params)
         self.sent_file = folder / name / "sent.json"
         self.sink: _Sink | None = None
-        self.seen: set[tuple[int, str]] = set()  # what the tracker has: step and metric
+        self.seen: set[tuple[int, str]] = set()  # (step, metric) pairs that the tracker has
         self.upto = 0  # bytes of the log
         self.thread.start()
 
     def end(self, state: State) -> None:
-        """Tell the thread that there will be no more."""
+        """Tell the thread that the log is complete."""
         self.state = state
         self.wake()
 
     def finish(self, state: State) -> str:
-        """Wait a while for the rest; return a line on what the tracker lacks, or ""."""
+        """Wait a while for the rest; return a line about what the tracker lacks, or ""."""
         self.end(state)
         if self.done.wait(_CLOSING_S) and not self.fault:
             return ""
@@ -154,7 +154,7 @@ class Follower(LogCopy):
             write_json(self.sent_file, {"bytes": self.upto})
 
     def _open(self) -> None:
-        """Begin where the tracker's own record ends; event files go back to the step that may be half written."""
+        """Continue where the tracker's record ends; event files go back to the step that may be half written."""
         self.sent_file.parent.mkdir(exist_ok=True)
         sent, self.upto, self.seen = self._sent(), 0, set()
         for end, event in event_log.read_from(self.folder, 0):

@@ -1,4 +1,4 @@
-"""From settings to a run that may begin: what it starts from, what it reads, where it writes.
+"""Decides whether a run may begin, prints what it starts from, reads and writes, and claims its folder.
 
 lines = refusals(config, "rl_math")      # why it may not begin; changes nothing
 print(first_lines(config, "rl_math"))    # starts from, base, task, data, actions, writes to
@@ -26,10 +26,10 @@ class Launch:
     config: Config
     job: str
     start: Path | None
-    """The model that it starts from; None if there is none, or only a plain base."""
+    """The model that the run starts from; None if there is none, or only a plain base."""
     folder: RunFolder
     resumes: bool = False
-    """Whether it continues from a checkpoint."""
+    """Whether the run continues from a checkpoint."""
     began: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -51,7 +51,7 @@ def refusals(config: Config, job: str) -> list[str]:
 
 
 def first_lines(config: Config, job: str) -> str:
-    """Return what a run starts from, its base, task and data, and where it writes; "" for a job that is not a run."""
+    """Return lines on what a run starts from, its base, task and data, and where it writes; "" if the job is no run."""
     if job not in run_folder.WRITES:
         return ""
     config, job = _as_run(config, job)
@@ -64,7 +64,7 @@ def _sized(config: Config, start: Path | None) -> Config:
 
 
 def begin(config: Config, job: str) -> Launch:
-    """Claim the folder, say where the run continues from, and remove checkpoints that a kill left unfinished.
+    """Claim the folder, print where the run continues from, and remove checkpoints that a kill left unfinished.
 
     Raises:
         ConfigError: the run may not begin; see :func:`refusals`.
@@ -87,7 +87,7 @@ def begin(config: Config, job: str) -> Launch:
 
 
 def _as_run(config: Config, job: str) -> tuple[Config, str]:
-    """Apply what is implied: preferences are a job of their own, and a reproduction resumes by itself."""
+    """Apply implied changes: preferences are a separate job, and a reproduction resumes automatically."""
     if job == "rl_math" and config.task.name == "preference":
         return config, "rl_preference"
     if job == "reproduce" and not config.overwrite:

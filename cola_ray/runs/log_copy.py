@@ -1,4 +1,4 @@
-"""A thread that copies a run's log to a tracker, which neither delays the run nor ends it.
+"""A thread that copies a run's log to a tracker, without delaying the run or ending it.
 
 wake() ──> _copy() ──> the tracker has all of the log        mirror.py: MLflow; followers.py: TensorBoard, W&B
              │ fails
@@ -15,7 +15,7 @@ from cola_ray.runs.redaction import redacted
 
 
 class LogCopy(ABC):
-    """Copies the log whenever it is told that there is more.
+    """Copies the log whenever :meth:`wake` says that there is more.
 
     Args:
         name: of the thread.
@@ -23,7 +23,7 @@ class LogCopy(ABC):
 
     def __init__(self, name: str) -> None:
         self.state = ""  # how the run has ended
-        self.fault = ""  # of the last attempt
+        self.fault = ""  # what went wrong in the last attempt
         self.fault_shown = False
         self.failures = 0  # in a row
         self.woken, self.tried, self.done = threading.Event(), threading.Event(), threading.Event()
@@ -43,11 +43,11 @@ class LogCopy(ABC):
 
     @abstractmethod
     def _pause_s(self) -> float:
-        """Seconds until the next attempt, after ``failures``."""
+        """Seconds until the next attempt, given ``failures`` in a row."""
 
     @abstractmethod
     def _complaint(self) -> str:
-        """The line that tells of ``fault``."""
+        """The line that reports ``fault``."""
 
     def _work(self) -> None:
         while not self.done.is_set():
@@ -57,7 +57,7 @@ class LogCopy(ABC):
             try:
                 self._copy(last)
                 self.fault, self.failures = "", 0
-            except Exception as error:  # of somebody else's package, disk or network
+            except Exception as error:  # from the tracker's package, the disk or the network
                 self._drop()
                 self.fault, self.failures = redacted(explanations.explain(error)[0]), self.failures + 1
                 if not self.fault_shown and not self.state:

@@ -1,4 +1,4 @@
-"""MLflow's copy of a run's ``log.jsonl``, sent from a thread of its own, which neither delays the run nor ends it.
+"""MLflow's copy of a run's ``log.jsonl``, sent by its own thread, which neither delays the run nor ends it.
 
     mirror = Mirror(uri, folder, MlflowRun("cola_ray/rl_math", params))
     mirror.wake()                      there is more in the log
@@ -7,10 +7,10 @@
     RUN/mlflow_run_id      the run's id in MLflow, once it is known
     RUN/mlflow_sent.json   {"bytes": of log.jsonl that MLflow has, "params": ..., "state": ...}
 
-The log is the source of truth, and the mirror sends all after the bytes that MLflow has. So nothing is lost while
-a server is away, slow or locked: a resumed run sends what an earlier one could not, and ``cola_ray send RUN`` does so
-without a run. Points carry the time of their event, so a point that is sent twice, because a kill came between sending
-and noting, still counts as one.
+The log is the source of truth, and the mirror sends everything after the bytes that MLflow has. So nothing is lost
+while a server is absent, slow or locked: a resumed run sends what an earlier one could not, and ``cola_ray send RUN``
+does so without a run. Points have the time of their event, so a point that is sent twice, because a kill came between
+sending and recording it, still counts as one.
 """
 
 import contextlib
@@ -48,12 +48,12 @@ _SWEEPS = "cola_ray/sweep"
 
 @dataclass(frozen=True)
 class MlflowRun:
-    """What MLflow shows of a run besides its metrics."""
+    """What MLflow shows about a run besides its metrics."""
 
     experiment: str
     params: Mapping[str, Any] = field(default_factory=dict)
     parent: str = ""
-    """The run that this one is shown below, by the id in its log or by MLflow's."""
+    """The parent run, by the id in its log or by MLflow's id."""
 
 
 class Mirror(LogCopy):
@@ -86,7 +86,7 @@ class Mirror(LogCopy):
         return self.id_file.read_text().strip() if self.id_file.exists() else ""
 
     def finish(self, state: str) -> str:
-        """Send the rest for as long as answers come; return a line on what MLflow misses, or "".
+        """Send the rest for as long as answers come; return a line about what MLflow misses, or "".
 
         Args:
             state: FINISHED, FAILED or KILLED.
@@ -126,7 +126,7 @@ class Mirror(LogCopy):
 
     def _copy(self, last: bool) -> None:
         self.send()
-        self.fault_shown = False  # a fault that comes back is told again
+        self.fault_shown = False  # a fault that comes back is reported again
 
     def _drop(self) -> None:
         self.client = None
@@ -260,7 +260,7 @@ class Mirror(LogCopy):
 
 
 def send(folder: Path, uri: str = "") -> str:
-    """Send what MLflow misses of a run that has ended; return a line on what was sent.
+    """Send what MLflow misses of a run that has ended; return a line about what was sent.
 
     Args:
         folder: of the run.
@@ -292,7 +292,7 @@ def send(folder: Path, uri: str = "") -> str:
 
 
 def _load() -> Any:
-    """Import MLflow, with its default of seven attempts of two minutes each reduced to one of ten seconds."""
+    """Import MLflow, reducing its default of seven attempts of two minutes each to one of ten seconds."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

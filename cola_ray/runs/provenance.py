@@ -1,4 +1,4 @@
-"""What a model was made from, and which one a run starts from.
+"""What a model was made from, and which model a run starts from.
 
     MODEL/provenance.json    {"made_by", "settings": {dotted field: value}, "date", "start": that of the model before}
 
@@ -6,8 +6,8 @@
     lines = refusals(config, "rl_math")       # the model is missing, or was made with other settings than requested
     print(first_lines(config, "rl_math", start))
 
-The tiny preset makes its own start model, in a folder whose name says what differs from the preset. Other presets have
-one pre-trained model per seed, and a run that requests other settings is refused with what differs.
+The tiny preset makes its own start model, in a folder whose name says which settings differ from the preset. Other
+presets have one pre-trained model per seed; a run that requests other settings is refused, with the differences.
 """
 
 import glob
@@ -32,9 +32,9 @@ PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base
          "q.path", "harness.include_path", "diversity.encoder")  # fmt: skip
 """Settings that may be paths."""
 MORE_PATHS = ("data.more_paths", "task.more_paths")
-"""Settings that may be several."""
+"""Settings that may be several paths."""
 CACHES = ("data.cache", "pretrain.states_cache")
-"""Settings that name a folder which runs make and share, relative to what ``output_dir`` is."""
+"""Settings that name a folder which runs create and share; relative to the same folder as ``output_dir``."""
 _MADE_FROM = ("seed", "model.", "task.", "data.", "pretrain.")
 _NOT_MADE_FROM = ("model.path", "data.date", "data.cache", "data.processes", "data.streaming", "task.reward",
                   "task.reward_weights", "task.right_from", "task.pattern", "task.length",
@@ -88,7 +88,7 @@ def is_made(model: Path) -> bool:
 
 
 def resolve(config: Config, job: str) -> Config:
-    """Return the settings with absolute paths, a default for ``output_dir``, and what chat templates are told."""
+    """Return the settings with absolute paths, a default ``output_dir``, and the chat template's date and options."""
     output = config.output_dir or (
         str(pretrained_dir(config).parent) if job == "pretrain" else f"outputs/{job}-{config.preset}-seed{config.seed}"
     )
@@ -110,7 +110,7 @@ def resolve(config: Config, job: str) -> Config:
 
 
 def starting_from(config: Config, model: Path) -> Config:
-    """Return the settings with this start model and its sizes, without requests for what it should be made from."""
+    """Return the settings with this start model and its sizes, without the settings that it should be made with."""
     usual = defaults(config)
     data = usual.data.model_copy(update={"date": config.data.date, "chat_options": config.data.chat_options})
     settled = config.model_copy(update={"pretrain": usual.pretrain, "data": data})
@@ -262,7 +262,7 @@ def _sizes(model: Path) -> dict[str, int]:
     raw = _read(model / "config.json")
     found = {name: raw.get(name, raw.get(_RELEASED.get(name, name))) for name in SIZES}
     sizes = {name: size for name, size in found.items() if isinstance(size, int)}
-    return {"action_every": 1} | sizes if sizes else {}  # what is older says nothing of it
+    return {"action_every": 1} | sizes if sizes else {}  # older checkpoints do not record it
 
 
 # --- the first lines ----------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it."""
+    """Return a value as JSON represents it."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -333,12 +333,12 @@ def _absolute(path: str) -> str:
 
 
 def _with_absolute_paths(command: str) -> str:
-    """A command for processes that start elsewhere; as it is where a shell could not read it."""
+    """Make a command's paths absolute, for processes that start elsewhere; unchanged if a shell cannot parse it."""
     try:
         words = shlex.split(command)
     except ValueError:
         return command
-    # Links stay: the Python of a virtual environment is one.
+    # Links are not resolved: the Python of a virtual environment is a link.
     return shlex.join(os.path.abspath(word) if Path(word).is_file() else word for word in words)
 
 

@@ -3,8 +3,8 @@
     redacted("http://ann:pw@host/api?token=t")   "http://***@host/api?token=***"
     redacted_tree(config.model_dump())           the same for settings, at any depth
 
-Whatever a run writes or prints of its settings and errors goes through here. Values in use are never redacted: a run
-that is resumed takes its secrets from the command line or the environment again.
+All settings and errors that a run writes or prints go through here. Values in use are never redacted: a resumed run
+takes its secrets from the command line or the environment again.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 HIDDEN = "***"
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|(^|[_.])(KEY|PWD|AUTH)$", re.IGNORECASE)
-_MIN_LENGTH = 8  # characters; a shorter value of the environment may be an ordinary word
+_MIN_LENGTH = 8  # characters; a shorter value in the environment may be an ordinary word
 # An address ends at white space or a quote. Its user and password may hold anything up to the last @. All values of its
 # query are hidden, since only the service knows which parameter is a token.
 _USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s'\"<>]*@", re.IGNORECASE)

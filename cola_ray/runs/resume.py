@@ -5,7 +5,7 @@
 
 A resumed run is the same run. Only the settings in :data:`MAY_CHANGE` may differ: how far it goes, how often it saves
 and evaluates, where it runs, and how much it does at a time. If there is no run yet, ``--resume`` begins one and says
-so: a scheduler that restarts a lost job uses the same command as before.
+so, because a scheduler that restarts a lost job uses the same command again.
 """
 
 import fnmatch
@@ -41,12 +41,12 @@ MAY_CHANGE = (
     "eval.ways", "eval.problems", "eval.ks", "eval.chunk",  # evaluate answers only what it has no prediction for yet
     "sweep.parallel", "reproduce.*", "samples.*",
 )  # fmt: skip
-"""Settings, by dotted field, that may differ when a run is resumed. ``rl.max_steps`` must not be below the steps
-made."""
+"""Settings, by dotted field, that may differ when a run is resumed. ``rl.max_steps`` must not be below the number of
+steps already done."""
 _INPUTS = ("model.path", "model.base", "data.path", "task.path", "task.game", "task.reward_model", "q.path",
            "critic.encoder")  # fmt: skip
 """Settings that may name local files or folders that a run is made from."""
-_READ_GB = 64  # files of a setting that are larger together are known by their sizes and times
+_READ_GB = 64  # if a setting's files are larger than this together, only their sizes and times are compared
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -55,7 +55,7 @@ def refusals(config: Config, job: str) -> list[str]:
 
     Args:
         config: with absolute paths and the sizes of the start model.
-        job: that is to be resumed.
+        job: the job to resume.
     """
     if not config.resume:
         return []
@@ -90,7 +90,7 @@ def announcement(found: Newest, folder: Path, is_new: bool, ranks: int) -> list[
     """Return what to print about where the run continues from.
 
     Args:
-        ranks: of the learner, now.
+        ranks: the learner's current number of ranks.
     """
     if is_new:
         return [f"nothing to resume in {folder}: a new run begins"]
@@ -123,7 +123,7 @@ def _changed_settings(config: Config, job: str) -> list[str]:
         branch = name.rpartition(".")[0]
         known = name in now and name in before
         if not relevance.reads(job, name) or not (known or _has_free_fields(branch)):
-            continue  # a field that only another version of this package has, or that the job does not read
+            continue  # a field of another version of this package, or one that the job does not read
         then, value = before.get(name), now.get(name)
         if not _same(value, then):
             lines.append(_line(name, value, then))
@@ -136,7 +136,7 @@ def _has_free_fields(branch: str) -> bool:
 
 
 def _same(now: Any, recorded: Any) -> bool:
-    """Whether two values agree; a secret is not recorded, so any value matches in its place."""
+    """Whether two values agree; secrets are not recorded, so any value matches a secret."""
     if isinstance(now, str) and isinstance(recorded, str) and HIDDEN in recorded:
         return re.fullmatch(".*".join(map(re.escape, recorded.split(HIDDEN))), now) is not None
     return bool(now == recorded)
@@ -213,17 +213,17 @@ def check_inputs(config: Config, start: Path | None) -> None:
 
 
 def start_of(record: Mapping[str, Any]) -> Path | None:
-    """The folder of the model that a run began with; None where it began with a plain base, or is not known.
+    """The folder of the model that a run began with; None if it began with a plain base, or if this is not known.
 
     Args:
-        record: of the run.
+        record: the run's record.
     """
     files = record.get("inputs", {}).get("model.path", {})
     return Path(next(iter(files))).parent if files else None
 
 
 def changed_start(record: Mapping[str, Any]) -> list[str]:
-    """Return a line where the model or base that a run began with is no longer what it was."""
+    """Return a line if the model or base that a run began with has changed since."""
     inputs = record.get("inputs", {})
     field = "model.path" if "model.path" in inputs else "model.base"
     return _changed_inputs({"inputs": {field: inputs.get(field, {})}})
@@ -240,7 +240,7 @@ def _files(value: str, field: str) -> list[Path]:
 
 
 def _stamps(files: Sequence[Path]) -> dict[str, list[Any]]:
-    """Return size, time and checksum of each; without checksums where it would take long to read them all."""
+    """Return size, time and checksum of each file; no checksums if reading all of them would take long."""
     seen = {file: file.stat() for file in files}
     whole = sum(stat.st_size for stat in seen.values()) <= _READ_GB << 30
     return {str(file): [stat.st_size, stat.st_mtime_ns, checkpoints.checksum(file) if whole else ""]

@@ -7,9 +7,9 @@
     folder = claim(config, "rl_math")        # writes the record; with --overwrite, removes an earlier run's files first
     folder.end("finished", step=80)
 
-A job takes only names that did not exist before, so whatever bears them later belongs to the run; that, and nothing
-else, is what ``--overwrite`` removes. A file that somebody added among them meanwhile is missing in the record, and one
-that somebody changed differs in size or time; both stop a removal.
+A job takes only names that did not exist before, so files with these names belong to the run; ``--overwrite`` removes
+these and nothing else. If a user has since added a file among them, which is then missing in the record, or changed
+one, which then differs in size or time, nothing is removed.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Record whatever ends the run within the block as its end, and raise it explained (failure.py)."""
+        """Record any exception within the block as the run's end, and raise it with its explanation (failure.py)."""
         try:
             with failure.explained_failures(self.path):
                 yield
@@ -145,7 +145,7 @@ def refusals(config: Config, job: str, start: Path | None = None) -> list[str]:
 
     Args:
         config: with absolute paths.
-        job: that wants to write.
+        job: the job that wants to write.
         start: the model that the run starts from.
     """
     folder = Path(config.output_dir)
@@ -197,15 +197,15 @@ def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
     run = RunFolder(folder, job)
     if not run.lock():
         raise ConfigError(_in_use_message(folder))
-    if read_record(folder) != record:  # the refusals were decided by a record that is no longer there
+    if read_record(folder) != record:  # the record changed after the refusals had been decided
         run.release()
         raise ConfigError(f"output_dir = {config.output_dir!r}: another run used it a moment ago; try again")
     if record is not None and config.overwrite:
-        # The record goes last, so that after a kill the remaining files are known to be the run's; the lock stays.
+        # The record is removed last, so that after a kill the remaining files still count as the run's; the lock stays.
         for name in sorted({*record["wrote"]} & _KNOWN - {LOCK}, key=lambda name: name == RECORD):
             _remove(folder / name)
         record = None
-    (folder / failure.ERROR_FILE).unlink(missing_ok=True)  # of an earlier end
+    (folder / failure.ERROR_FILE).unlink(missing_ok=True)  # from an earlier failure
     begun = {"tool": _TOOL, "job": job, "state": "running", "step": None, "wrote": written_by(job)}
     if record is not None and "inputs" in record:
         begun["inputs"] = record["inputs"]
@@ -215,7 +215,7 @@ def claim(config: Config, job: str, start: Path | None = None) -> RunFolder:
 
 
 def unknown_files(folder: Path) -> list[str]:
-    """Return files and links among a run's own that it did not write; of a run that was killed, only links."""
+    """Return files and links below a run's names that it did not write; for a run that was killed, only links."""
     record = read_record(folder) or {}
     names = [name for name in record.get("wrote", ()) if name in _KNOWN]
     found = [name for name in names if (folder / name).is_symlink()]
@@ -249,7 +249,7 @@ def _stamp(file: Path) -> list[int] | None:
 
 
 def _files(folder: Path, names: Sequence[str]) -> list[str]:
-    """Return relative paths of files and links below these names; of runs below, only the record."""
+    """Return relative paths of files and links below these names; for runs below them, only the record."""
     found = []
     for name in names:
         place = folder / name
@@ -287,7 +287,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _input_refusals(config: Config, folder: Path, written: set[str], start: Path | None) -> list[str]:
-    """Refuse to overwrite what is read, and to write into what is read."""
+    """Refuse to overwrite inputs of the run, and to write into them."""
     inputs = [
         ("model.path", config.model.path), ("model.base", config.model.base), ("data.path", config.data.path),
         ("task.path", config.task.path), ("task.game", config.task.game), ("q.path", config.q.path),
@@ -315,7 +315,7 @@ def _input_refusals(config: Config, folder: Path, written: set[str], start: Path
 
 
 def _database_refusals(config: Config, written: set[str]) -> list[str]:
-    """Refuse a database of another program, or one among the files that the run writes. The default is beside them."""
+    """Refuse another program's database, or one among the files that the run writes; the default is beside them."""
     folder, given = Path(config.output_dir), config.tracking_uri
     if given and not given.startswith("sqlite:///"):
         return []
@@ -338,7 +338,7 @@ def _database_refusals(config: Config, written: set[str]) -> list[str]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON by one rename, so that a reader never sees half a file, via a temporary file with a unique name.
+    """Write JSON to a temporary file with a unique name and rename it, so that a reader never sees half a file.
 
     Secrets are hidden (redaction.py); to compare current settings with written ones, apply ``redacted_tree`` first.
     """

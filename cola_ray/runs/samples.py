@@ -1,15 +1,15 @@
-"""Samples of a run, to be read by people: what was asked and said, rewards, advantages, actions and probabilities.
+"""Samples of a run for people to read: prompts, completions, rewards, advantages, actions and probabilities.
 
     RUN/samples/00000010-train.parquet    completions of the step that made version 10, a row each
     RUN/samples/00000010-eval.parquet     version 10's answers in evaluation; -base: the bare base's, before training
 
     folder = SampleFolder(RUN, max_mb, open_tokenizer)
-    folder.keep(samples)           one file, by one rename, and a table in a terminal; a fault is said, and never raised
-    folder.forget_after(version)   the run goes on from there, and makes later steps again
-    files(RUN), read(file)         rows, with a dictionary each
+    folder.keep(samples)           one file, by one rename, and a table in a terminal; a fault is printed, never raised
+    folder.forget_after(version)   the run continues from there, and repeats later steps
+    files(RUN), read(file)         the files; a file's rows, a dictionary each
 
-A step that is made again replaces its file, so no row is there twice. Texts are data that nobody vouches for: whoever
-shows them makes them plain (display.py, studies/view.py).
+A repeated step replaces its file, so no row exists twice. Texts are untrusted: code that shows them removes control
+characters and markup (display.py, studies/view.py).
 """
 
 import contextlib
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 Kind = Literal["train", "eval", "base"]
 NAME = "samples"
 _SHOWN = 3  # rows of the terminal's table
-_BEFORE = 4  # tokens of a prompt from which a decoder knows whether the completion begins within a word
+_BEFORE = 4  # last tokens of a prompt, which tell a decoder whether the completion begins within a word
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion, or one sequence of an episode, of L tokens; what its columns in the files mean."""
+    """One completion, or one sequence of an episode, of L tokens; the fields are also the files' columns."""
 
     step: int  # as in log.jsonl: the version that a step made, or that was evaluated
     kind: Kind
@@ -46,15 +46,15 @@ class Sample:
     sibling: int  # within the group
     prompt_ids: np.ndarray  # (P,)
     token_ids: np.ndarray  # (L,)
-    completion: str  # what was scored; empty: the tokens' text
+    completion: str  # the text that was scored; empty: the tokens' text
     reward: float | None  # None where scoring failed
     failure: str  # why; empty where it did not
     truncated: bool  # by the token limit
-    by_policy: np.ndarray | None  # (L,) bool, false at an environment's tokens; None: the policy said all of it
-    actions: np.ndarray | None  # (L,); None where none were chosen, as by the bare base
+    by_policy: np.ndarray | None  # (L,) bool, false for an environment's tokens; None: the policy generated all tokens
+    actions: np.ndarray | None  # (L,); None if none were chosen, as with the bare base
     log_probs: np.ndarray | None  # (L,), of the actions under the distribution that they were drawn from
     versions: np.ndarray  # (L,), of the policy that chose each action
-    advantages: np.ndarray | None  # (L,); None where the learner alone knows them, or nothing is learnt
+    advantages: np.ndarray | None  # (L,); None if only the learner knows them, or nothing is learnt
     parts: Mapping[str, float] = field(default_factory=dict)  # each reward of ``task.reward``, without its weight
 
 
@@ -79,8 +79,8 @@ class SampleFolder:
 
     Args:
         run: the run's folder.
-        max_mb: most that all files take.
-        open_tokenizer: of the run's model; called when there is something to write.
+        max_mb: the most that all files together may take.
+        open_tokenizer: returns the tokenizer of the run's model; called when there is something to write.
     """
 
     def __init__(self, run: Path, max_mb: int, open_tokenizer: Callable[[], Any]) -> None:
@@ -92,7 +92,7 @@ class SampleFolder:
                 file.unlink()
 
     def keep(self, samples: Sequence[Sample]) -> None:
-        """Write samples of one step and kind, and show some in a terminal; what goes wrong is said once, not raised."""
+        """Write samples of one step and kind, and show some in a terminal; an error is printed once, not raised."""
         if not samples:
             return
         try:
@@ -101,11 +101,11 @@ class SampleFolder:
             current().show(lambda: table(rows))
             self._write(f"{samples[0].step:08d}-{samples[0].kind}.parquet", rows)
             self._thin_out()
-        except Exception as error:  # samples are there to be looked at: no reason to end a run
+        except Exception as error:  # a fault with samples is no reason to end a run
             self._say(redacted(f"{type(error).__name__}: {error}"))
 
     def forget_after(self, version: int) -> None:
-        """Remove what a step after ``version`` left: the run goes on from there."""
+        """Remove the samples of steps after ``version``, since the run continues from there."""
         with contextlib.suppress(OSError):
             for file in files(self.folder.parent):
                 if step_of(file) > version:
@@ -126,7 +126,7 @@ class SampleFolder:
             raise
 
     def _thin_out(self) -> None:
-        """Remove files until the rest fits: of each kind first those between the nearest others."""
+        """Remove files until the rest fits, first those whose neighbours of the same kind are closest."""
         sizes = {file: file.stat().st_size for file in files(self.folder.parent)}
         while sizes and sum(sizes.values()) > self.max_bytes:
             gone = _least_missed(list(sizes))
@@ -142,7 +142,7 @@ class SampleFolder:
 
 
 def _least_missed(kept: Sequence[Path]) -> Path:
-    """The file whose neighbours of the same kind are nearest to each other; the oldest where none lies between two."""
+    """The file whose neighbours of the same kind are closest to each other; the oldest if none has two neighbours."""
     gaps: dict[Path, int] = {}
     for kind in {kind_of(file) for file in kept}:
         same = [file for file in kept if kind_of(file) == kind]
@@ -168,10 +168,10 @@ def read(file: Path, most: int = 0) -> list[dict[str, Any]]:
     """A file's rows, by the names of :class:`Sample`, with the texts ``prompt`` and ``tokens``.
 
     Args:
-        most: rows, and what the last group has beyond them; 0: all.
+        most: largest number of rows, but the last group is completed; 0: all.
 
     Raises:
-        ValueError: it is not such a file, or damaged.
+        ValueError: the file is damaged, or not a file of samples.
     """
     import pyarrow.parquet as pq
 
@@ -205,7 +205,7 @@ def row_of(sample: Sample, tokenizer: Any) -> dict[str, Any]:
 
 
 def token_texts(tokenizer: Any, prompt_ids: np.ndarray, token_ids: np.ndarray) -> list[str]:
-    """The text of each token; one that ends within a character is empty, and the next has the whole character."""
+    """The text of each token; if a token ends within a character, its text is empty and the next has the character."""
     if not len(token_ids):
         return []
     from tokenizers.decoders import DecodeStream
@@ -220,12 +220,12 @@ def token_texts(tokenizer: Any, prompt_ids: np.ndarray, token_ids: np.ndarray) -
 
 
 def _valid(text: str) -> str:
-    """Without halves of surrogate pairs, which no file takes."""
+    """Remove halves of surrogate pairs, which cannot be written to a file."""
     return text.encode(errors="replace").decode()
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A few of a step's rows for a terminal: of different prompts, each with its first completion."""
+    """A table of a few of a step's rows, for a terminal: different prompts, each with its first completion."""
     names = {"train": "step", "eval": "evaluation of version", "base": "the bare base at version"}
     found = Table(title=f"{names[rows[0]['kind']]} {rows[0]['step']}", title_justify="left", expand=True)
     for heading, ratio in (("prompt", 5), ("completion", 5), ("reward", None), ("advantage", None), ("actions", 4)):
@@ -238,7 +238,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _end(prompt: str) -> str:
-    """What is nearest to the answer, without a template's control tokens."""
+    """The end of the prompt, which is nearest to the answer."""
     return prompt if len(prompt) <= 60 else f"…{prompt[-60:]}"
 
 

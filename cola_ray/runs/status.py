@@ -5,7 +5,7 @@
     RUN/log.jsonl      start, steps, messages and end, a line each, with the run's id and the policy's version
     RUN/summary.json   once it has ended
 
-``status`` only reads files: it works while a run goes on, after it, and on another machine that sees the folder.
+``status`` only reads files: it works during a run, after it, and on another machine that can access the folder.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from cola_ray.runs.redaction import redacted
 from cola_ray.settings.config import ConfigError, RunFailedError
 
 _BARS = "▁▂▃▄▅▆▇█"
-_SILENT_S = 120.0  # a run is called silent after so many seconds, or five steps, without an event
+_SILENT_S = 120.0  # a run counts as silent after this many seconds, or five steps, without an event
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Status:
 
     @property
     def seconds_per_step(self) -> float:
-        """The mean of the last ten intervals between steps, without pauses before a resume and steps done again."""
+        """The mean of the last ten intervals between steps, without pauses before a resume and repeated steps."""
         seconds, made = list[float](), list[int]()
         for before, after in itertools.pairwise(event for event in self.events if event["event"] in ("step", "resume")):
             if before["event"] == after["event"] == "step" and after["version"] > before["version"]:

@@ -23,7 +23,7 @@ class Tracker:
         job: gives the experiment its name.
         output_dir: the run's folder.
         params: settings, by dotted field.
-        parent: the MLflow run that this one is shown below, in its experiment.
+        parent: the parent run in MLflow; this run belongs to its experiment.
         on_step: called with (step, metrics) after each log.
         report_to: the trackers, of mlflow, tensorboard and wandb.
     """
@@ -66,7 +66,7 @@ class Tracker:
             self.on_step(step, metrics)
 
     def note(self, event: str, **facts: Any) -> None:
-        """Append an event to ``log.jsonl`` and wake those that copy it."""
+        """Append an event to ``log.jsonl`` and wake the threads that copy it."""
         self.events.append(event, **facts)
         for copy in (self.mirror, *self.followers):
             if copy is not None:
@@ -89,10 +89,10 @@ class Tracker:
         return steps, [self.history[step][name] for step in steps]
 
     def finish(self, state: State) -> None:
-        """Log the last event, except that of a failure, which failure.py has logged; say what trackers lack."""
+        """Log the last event, except a failure, which failure.py has logged already; print what trackers lack."""
         if state != "failed":
             self.note("stop" if state == "stopped" else "end")
-        for follower in self.followers:  # which then end beside MLflow's copy
+        for follower in self.followers:  # they then finish in parallel with MLflow's copy
             follower.end(state)
         lines = [] if self.mirror is None else [self.mirror.finish(STATES[state])]
         for line in [*lines, *(follower.finish(state) for follower in self.followers)]:

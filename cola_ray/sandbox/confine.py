@@ -1,7 +1,7 @@
-"""A process gives up its rights for good: what it may still do is listed here, and the kernel refuses everything else.
+"""Lets a process give up its rights for good: what it may still do is listed here, and the kernel refuses the rest.
 
     bind(readable_files(libraries), writable_files(folder))
-        capabilities       none are left, not even for root, and no program that it could start would bring any back
+        capabilities       none are left, not even for root, and starting a program cannot bring any back
         Landlock           files: libraries can be read, the folder read and written, nothing else opened; no TCP; on
                            kernels that can refuse them, no signals and abstract sockets (see ``MISSING``)
         seccomp            system calls: those of ``_CALLS``, and those of ``_checked`` with harmless arguments; others
@@ -167,7 +167,7 @@ def readable_files(readable: Iterable[str], listable: Iterable[str] = (), writab
     """
     version = landlock_version()
     files = _files(version)
-    # Besides files: bind and connect of TCP; abstract sockets and signals. No rule allows any of them.
+    # Besides files: bind and connect of TCP; abstract sockets and signals. No rule allows any of these.
     handled = struct.pack("QQQ", files, 3, 3)[: 8 if version < 4 else 16 if version < 6 else 24]
     rules = _rules(handled)
     for path in readable:

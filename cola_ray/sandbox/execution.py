@@ -1,11 +1,11 @@
-"""Running what a response asks for, in a forked process that has given up its rights and ends with that response.
+"""Executes code from a response in a forked process that has given up its rights and ends with that response.
 
     call_in_fork(call, seconds) ─> fork: no files, sockets, processes; call() ─> one line of data ─> killed ─> its reply
     SeparateExecutor()(response) ─> a process from before the task was built ─> the same ─> the result of ``execute``
 
-A fork's memory is a copy, so the next response finds nothing of what was done to it, and only a message of bounded size
-leaves it. A fork of the process that scores holds what that process knows, including solutions; one of
-:class:`SeparateExecutor` holds only the function and the response.
+A fork's memory is a copy, so changes to it do not reach the next response, and only a message of bounded size leaves
+it. A fork of the scoring process has that process's memory, including solutions; a fork of :class:`SeparateExecutor`
+has only the function and the response.
 """
 
 import contextlib
@@ -79,14 +79,14 @@ def _serve_call(call: Callable[[], Any], writing: int, owner: int, seconds: floa
     """Make the call and send its reply; runs in the fork."""
     try:
         die_with_parent()
-        if os.getppid() != owner:  # the owner died before die_with_parent took effect
+        if os.getppid() != owner:  # the owner had died before die_with_parent took effect
             os._exit(1)
         if confined:
             _close_all_but(writing)
             _limit_resources(seconds)
             confine_this_process()
         else:
-            os.setpgid(0, 0)  # killed as one
+            os.setpgid(0, 0)  # so that the group can be killed together
         reply = reply_of(call)
     except BaseException as error:  # including sys.exit: the owner's loop must not continue in the fork
         reply = {"failure": f"raised {type(error).__name__}: {error_text(error)}"}
@@ -99,7 +99,7 @@ def _serve_call(call: Callable[[], Any], writing: int, owner: int, seconds: floa
 
 
 def _close_all_but(kept: int) -> None:
-    """Close every other descriptor of the owner's, including its connection and its output."""
+    """Close all the owner's other descriptors, including its connection and its output."""
     null = os.open("/dev/null", os.O_RDWR)
     for stream in range(3):
         os.dup2(null, stream)
@@ -119,7 +119,7 @@ def _limit_resources(seconds: float) -> None:
 
 
 class SeparateExecutor:
-    """A process that never saw the task: it knows a function by its name, and calls it in forks of its own.
+    """A process that never saw the task: it knows a function by name, and calls it in its own forks.
 
     Create it before the task is built, in the process that will build it; then name the function with :meth:`use`.
     """
@@ -161,7 +161,7 @@ class SeparateExecutor:
             NotExecutedError: there is none.
         """
         self.channel.send(response)
-        reply = self.channel.receive()  # without a deadline: the process keeps that of its forks
+        reply = self.channel.receive()  # without a deadline: the process enforces that of its forks
         if "failure" in reply:
             raise NotExecutedError(reply["failure"])
         return reply["value"]

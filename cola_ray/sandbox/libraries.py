@@ -1,4 +1,4 @@
-"""What confined processes can read: the interpreter and libraries, without the data that libraries bring along."""
+"""What confined processes can read: the interpreter and libraries, without the data that come with libraries."""
 
 import functools
 import importlib.metadata

@@ -96,7 +96,7 @@ class Channel:
             raise BrokenError(f"sent too much: {error}") from None
 
     def silent(self) -> bool:
-        """Whether nothing has been sent that is still to be received."""
+        """Whether no message is waiting to be received."""
         poll = select.poll()
         poll.register(self.reading, select.POLLIN)
         return not self.unread and not poll.poll(0)

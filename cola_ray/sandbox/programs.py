@@ -1,4 +1,4 @@
-"""Running Python programs that nobody has reviewed.
+"""Runs untrusted Python programs.
 
     Sandbox.run(source, files) ─> a scratch folder with program.py and files ─> the server forks: server.py
                                                                                     │ watches its limits
@@ -6,8 +6,8 @@
                                   ProgramResult(returncode, output, stopped, files);  the folder is removed
 
 Needs Linux 5.13 or newer, for Landlock and seccomp, but no privileges and no container. A program sees the
-interpreter's libraries and its own folder, and nothing of the environment. It cannot start processes or threads, so
-killing one process is enough, and the server kills it when the process that uses the sandbox ends, however that comes.
+interpreter's libraries and its own folder, but not the environment. It cannot start processes or threads, so killing
+one process is enough, and the server kills it when the process that uses the sandbox ends, for whatever reason.
 docs/reliability.md lists the attacks that were tried and what stopped them.
 """
 
@@ -89,8 +89,8 @@ class Sandbox:
     Args:
         limits: for programs that are run without limits of their own.
         prepare: Python source, mostly imports, that the server executes beforehand with the rights of this process.
-        distributions: installed distributions whose modules programs can import, along with what these require and the
-            standard library. Tables that they bring along cannot be read.
+        distributions: installed distributions whose modules programs can import, along with their requirements and the
+            standard library. Tables that come with them cannot be read.
 
     Example: ``Sandbox().run("print(6 * 7)").output == "42\\n"``.
     """
@@ -271,7 +271,7 @@ def _warn_of_gaps(version: int) -> None:
 
 
 def confine_this_process() -> None:
-    """Leave this process only libraries to read and only the calls that computing takes; see sandbox/confine.py.
+    """Restrict this process to reading libraries and to the system calls that computing needs; see sandbox/confine.py.
 
     Raises:
         NoSandboxError: the kernel offers no confinement, or this process has more than one thread.

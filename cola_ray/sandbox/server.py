@@ -7,8 +7,8 @@
     memory, CPU seconds, size of a file            limited by the kernel (resource limits of the child)
     wall time, output, number and size of files    checked from here, some twenty times a second
 
-A program cannot start processes, so killing it is enough. Standard library only: programs run in this interpreter, and
-should find in it what they find in any other.
+A program cannot start processes, so killing it is enough. Standard library only: programs run in this interpreter,
+which should look to them like any other.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ confine = _confine()
 
 def main() -> None:
     """Serve requests, one JSON object a line, until the owner has ended or closed its end; then clean up."""
-    owner = os.pidfd_open(os.getppid())  # if the owner has ended before this, its end of the pipe is closed
-    confine.at_end_of_parent(signal.SIGCONT)  # so that the owner's end is noticed even if this process was stopped
+    owner = os.pidfd_open(os.getppid())  # if the owner ended before this line, its end of the pipe is closed
+    confine.at_end_of_parent(signal.SIGCONT)  # so that the owner's death is noticed even if this process is stopped
     scratch = ""
     try:
         settings = _receive(owner)
@@ -95,7 +95,7 @@ def _run(rules: int, request: dict[str, Any], owner: int) -> dict[str, Any]:
         os.close(program)
     return {
         "returncode": os.waitstatus_to_exitcode(status),
-        "stopped": stopped or _limit_broken(request),  # by what it wrote after the last check
+        "stopped": stopped or _limit_broken(request),  # perhaps by output after the last check
         "wall_s": time.monotonic() - began,
         "cpu_s": used.ru_utime + used.ru_stime,
     }
@@ -137,7 +137,7 @@ def _limit_broken(request: dict[str, Any]) -> str:
 
 
 def _try_out(settings: dict[str, Any]) -> tuple[int, str]:
-    """Prepare, and confine a process as a trial. Return the rules for files, and why no program can run here, or ""."""
+    """Prepare, and try to confine a process. Return the rules for files, and why no program can run here, or ""."""
     try:
         exec(settings["prepare"], {})
         rules = confine.readable_files(settings["readable"], settings["listable"], settings["scratch"])

@@ -1,9 +1,9 @@
-"""What each algorithm of ``rl.algorithm`` needs of the system; its mathematics stands in ``cola_ray/algorithms``.
+"""What each algorithm of ``rl.algorithm`` needs from the system; its mathematics is in ``cola_ray/algorithms``.
 
     of("grpo").groups                    # True: completions of one prompt are compared
-    of("mine.py:dr_grpo").advantages()   # the function, of an algorithm of your own
+    of("mine.py:dr_grpo").advantages()   # the advantage function of an algorithm of your own
 
-Nothing here imports torch: a command line is checked with it.
+Nothing here imports torch, because command lines are checked with it.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from cola_ray import registry
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How a policy learns from what it said, for the loop and the learner.
+    """How a policy learns from its completions; read by the loop and the learner.
 
-    Without an advantage of its own, the learner gets the rewards themselves, and a value head, a Q or the utterance
-    critic makes something of them.
+    If an algorithm has no advantage function, the learner gets the rewards themselves, and a value head, a Q or the
+    utterance critic turns them into advantages.
 
     Example:
         >>> import cola_ray
@@ -27,27 +27,27 @@ class Algorithm:
     """
 
     advantage: str | Callable[..., Any] = ""
-    """From the outcomes of a step's prompts to a number for each completion: a function ``prompts -> list of (G,)
+    """Maps the outcomes of a step's prompts to a number for each completion: a function ``prompts -> list of (G,)
     tensors``, or a name as in ``rl.advantage``."""
     loss: str | Callable[..., Any] = ""
-    """Of the policy: a function ``(log_probs, old_log_probs, advantages, mask) -> loss of each action``, all (B, T), or
-    a name as in ``rl.loss``; empty: ppo, the clipped surrogate."""
+    """The policy's loss: a function ``(log_probs, old_log_probs, advantages, mask) -> loss of each action``, all
+    (B, T), or a name as in ``rl.loss``; empty: ppo, the clipped surrogate."""
     groups: bool = False
     """Compares completions of one prompt with each other: ``rl.group_size`` is 2 or more."""
     greedy: bool = False
-    """Compares them with the greedy completion of their prompt, which workers generate as well."""
+    """Compares completions with the greedy completion of their prompt, which workers also generate."""
     value_head: bool = False
-    """A head on the base's states learns what an action is worth, and advantages are PPO's."""
+    """Learns a value head on the base's states; advantages are PPO's."""
     soft_q: bool = False
-    """Learns a Q over all actions, with ``rl.kl_coef`` as temperature; ETPO. With a critic: of its advantages."""
+    """Learns a Q over all actions, with ``rl.kl_coef`` as temperature; ETPO. With a critic, from its advantages."""
     bellman_residual: bool = False
     """The policy's logits are its values, fitted to the rewards of whole trajectories; TBRM."""
     replays: bool = False
-    """Learns from turns out of replay, as ArCHer, CHAI and filtered cloning do."""
+    """Learns from replayed turns, as ArCHer, CHAI and filtered cloning do."""
     critic: bool = False
-    """Asks an utterance critic."""
+    """Uses an utterance critic."""
     turns: bool = False
-    """Compares turns of a group's episodes beside the episodes, as GiGPO does."""
+    """Compares turns of a group's episodes in addition to whole episodes, as GiGPO does."""
 
     @property
     def within_prompts(self) -> bool:
@@ -55,18 +55,18 @@ class Algorithm:
         return self.groups or self.greedy
 
     def advantages(self) -> Callable[..., Any] | None:
-        """The function, imported where it is a name; None where rewards go to the learner as they are."""
+        """The advantage function, imported if given by name; None if the learner gets the rewards unchanged."""
         return _function("advantage", self.advantage)
 
     def policy_loss(self) -> Callable[..., Any]:
-        """The function; one that is built in takes clips besides."""
+        """The loss function; a built-in one also takes clips."""
         found = _function("loss", self.loss or "ppo")
         assert found is not None
         return found
 
     @property
     def has_own_loss(self) -> bool:
-        """Whether the loss is none of the project's."""
+        """Whether the loss is the user's own, not a built-in one."""
         return bool(self.loss) and self.loss not in registry.BUILT_IN["loss"]
 
 
@@ -90,7 +90,7 @@ FILTERED_BC = Algorithm(replays=True)
 
 
 def of(name: str) -> Algorithm:
-    """The algorithm of this name; ``registry.NotFoundError`` where there is none, or it is no Algorithm."""
+    """The algorithm of this name; ``registry.NotFoundError`` if there is none, or if it is not an Algorithm."""
     found = registry.find("algorithm", name)
     if not isinstance(found, Algorithm):
         raise registry.NotFoundError(
@@ -104,8 +104,8 @@ def _with(need: str) -> tuple[str, ...]:
 
 
 OF_OUTCOMES = _with("advantage")
-"""Algorithms of ours whose advantages come from the outcomes of whole completions."""
+"""Built-in algorithms whose advantages come from the outcomes of whole completions."""
 COMPARING = tuple(name for name in _with("groups") if name in OF_OUTCOMES)
-"""Those of them that compare completions or episodes of one group."""
+"""Of these, the algorithms that compare completions or episodes of one group."""
 OF_TURNS = _with("replays")
-"""Algorithms of ours that learn from an agent's turns in replay."""
+"""Built-in algorithms that learn from an agent's replayed turns."""

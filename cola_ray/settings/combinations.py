@@ -1,9 +1,9 @@
-"""Options of algorithms that do not go together: one table, which refusals.py reads.
+"""Algorithm options that cannot be combined: one table, which refusals.py reads.
 
     refused(config)      # ["rl.kl_estimator = 'k2': ...; use ..."], a line for each row that applies
 
-A row names the field that is at fault, the values it may not have, the settings under which it may not, the reason and
-what to do. What one setting may be by itself stands in its type (config.py).
+A row names the field at fault, its refused values, the condition under which they are refused, the reason, and what to
+do instead. The values that a setting may have by itself are in its type (config.py).
 """
 
 from collections.abc import Callable, Container
@@ -17,13 +17,13 @@ from cola_ray.settings.relevance import defaults
 Condition = Callable[[Config], bool]
 _UNREAD = "nothing reads it"
 _UP_TO_ONE = ("arithmetic", "gsm8k", "math500", "twenty_questions", "guess_city", "tools", "shop", "household")
-"""Tasks whose own rewards are all from -1 to 1."""
+"""Tasks whose own rewards all lie between -1 and 1."""
 _CLIPS = ("rl.clip_low", "rl.clip_high", "rl.clip_c")
 _FOLLOWS_Q = ("etpo", "archer_soft")
 _HAS_NO_SURROGATE = (*_FOLLOWS_Q, "tbrm", "chai")
-"""Whose policy has a loss of its own, or none."""
+"""Algorithms whose policy has its own loss, or none."""
 _WITHOUT_ADVANTAGES = (*_HAS_NO_SURROGATE, "filtered_bc")
-"""Whose policy no penalty or weight of an advantage reaches."""
+"""Algorithms whose policy is not affected by penalties or weights on advantages."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _AllBut:
 
 @dataclass(frozen=True)
 class _Naming:
-    """Lists that name this."""
+    """Lists that contain this name."""
 
     wanted: str
 
@@ -48,16 +48,16 @@ class _Naming:
 
 @dataclass(frozen=True)
 class Combination:
-    """What a field may not be, when, why, and what to use. In words, ``{}`` stands for the run's algorithm."""
+    """Which values a field may not have, when, why, and what to use. In texts, ``{}`` is the run's algorithm."""
 
     field: str  # dotted
-    values: Container[Any] | None  # refused; None: all but the class's and the preset's own
+    values: Container[Any] | None  # refused values; None: all except the defaults of class and preset
     when: Condition
     why: str
     fix: str = "leave it out"
 
     def line(self, config: Config) -> str | None:
-        """The refusal, where the row applies."""
+        """The refusal, if the row applies."""
         value = value_at(config, self.field)
         wrong = value not in _defaults(config, self.field) if self.values is None else value in self.values
         if not wrong or not self.when(config):
@@ -66,7 +66,7 @@ class Combination:
 
 
 def refused(config: Config) -> list[str]:
-    """A line for each row that applies, ``field = value: why; fix``; one for a field, the first."""
+    """A line ``field = value: why; fix`` for each row that applies; only the first one for a field."""
     lines: dict[str, str] = {}
     for row in COMBINATIONS:
         line = row.line(config)
@@ -76,7 +76,7 @@ def refused(config: Config) -> list[str]:
 
 
 def _defaults(config: Config, field: str) -> tuple[Any, Any]:
-    """What nobody has to answer for: the class's own, and the preset's."""
+    """The field's default values, which users did not choose: the class's and the preset's."""
     return value_at(Config(), field), value_at(defaults(config), field)
 
 
@@ -101,7 +101,7 @@ def _lacks(need: str) -> Condition:
 
 
 def _learns_otherwise(config: Config) -> bool:
-    """Whether the algorithm, as it is by itself, makes no advantages of outcomes."""
+    """Whether the algorithm, without changes by settings, does not compute advantages from outcomes."""
     return not of(config.rl.algorithm).advantage
 
 
@@ -218,7 +218,7 @@ _actor_free = _has("rl.actor_free", True)
 # --- the table --------------------------------------------------------------------------------------------------------
 
 COMBINATIONS: tuple[Combination, ...] = (
-    # What an algorithm compares must be there.
+    # An algorithm needs the completions that it compares.
     Combination("rl.group_size", (1,), _needs("groups"), "{} compares completions of one prompt", "use 2 or more"),
     Combination(
         "rl.prompts_per_step", (1,), _all(_of("reinforce"), _alone),
@@ -515,7 +515,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         Combination(field, None, _has("pretrain.states", "off"), "nothing is written", "set pretrain.states")
         for field in ("pretrain.states_cache", "pretrain.states_gb")
     ),
-    # Where the learner keeps what.
+    # Where the learner keeps its tensors.
     Combination("cluster.gradient_checkpointing", (True,), _any(_of("chai"), _actor_free), "no layer trains"),
     *(
         Combination(field, (True,), _has("cluster.use_gpu", False), "without cluster.use_gpu all is in host memory")
@@ -528,7 +528,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         "critic.gpu_share", None, _has("cluster.use_gpu", False), "there are no GPUs to share",
         "set cluster.use_gpu, or leave it out",
     ),
-    # ArCHer's critic. Who asks none reads none of its settings (relevance.py).
+    # ArCHer's critic. Algorithms without a critic read none of its settings (relevance.py).
     *(
         Combination(field, None, _of("chai"), "no policy trains")
         for field in ("critic.reuse", "critic.td_share", "critic.token_baseline", "critic.actor_states")
@@ -566,4 +566,4 @@ COMBINATIONS: tuple[Combination, ...] = (
         "as many as rl.max_steps or more: no policy would train", "use fewer, or more rl.max_steps",
     ),
 )  # fmt: skip
-"""In order of what to say first of a field."""
+"""In order of priority: for each field, the first row that applies is reported."""

@@ -2,8 +2,8 @@
 
     config = override(config, {"rl.kl_coef": 0.01})            # a new tree; Ray Tune uses this
 
-Its branches stand in training.py, rl.py and studies.py, complete trees in presets.py. What one field may be stands in
-its type (limits.py); what several may be together, and what a run needs of its machine, in refusals.py.
+Its branches are in training.py, rl.py and studies.py, complete trees in presets.py. The limits of a single field are in
+its type (limits.py); limits on combinations, and a run's requirements of its machine, are in refusals.py.
 
 Sizes are counted in tokens, problems or sequences; times end in ``_s``.
 """
@@ -49,9 +49,9 @@ class RunFailedError(RuntimeError):
     """A run that ended before its time: ``WHAT; NEXT STEP (traceback in FILE)``.
 
     Args:
-        what: ended it, in the words of the part that failed.
-        then: what to do about it; runs/failure.py adds how to go on.
-        file: that has the whole traceback, once there is one.
+        what: the cause, in the words of the part that failed.
+        then: what to do about it; runs/failure.py adds how to continue.
+        file: the file with the whole traceback, once there is one.
     """
 
     def __init__(self, what: str, then: str = "", file: str = "") -> None:
@@ -76,9 +76,9 @@ class Config(Branch):
     """tiny, smollm2-135m, qwen2.5-0.5b, llama-3.2-1b, qwen3-1.7b or llama-3.1-8b: sets every default below. Only the
     first two have been run here."""
     output_dir: str = ""
-    """Folder of checkpoints, summary and plots. Empty: outputs/<job>-<preset>, of a submitted job below ~/cola_ray."""
+    """Folder of checkpoints, summary and plots. Empty: outputs/<job>-<preset>; of a submitted job, below ~/cola_ray."""
     seed: Seed = 0
-    """Of data order, initial weights and action noise."""
+    """Random seed for data order, initial weights and action noise."""
     resume: bool = False
     """Continue the run in output_dir from its last checkpoint."""
     overwrite: bool = False
@@ -89,7 +89,7 @@ class Config(Branch):
     tracking_uri: str = ""
     """MLflow server or database. Empty: sqlite file beside the outputs."""
     tracking_parent: str = ""
-    """Run that this one is shown below in MLflow, as a sweep's are: its id there, or in its log.jsonl."""
+    """Parent run in MLflow, as the runs of a sweep have one: its id in MLflow, or in its log.jsonl."""
     model: ModelConfig = ModelConfig()
     """What CoLA is attached to, and its sizes."""
     task: TaskConfig = TaskConfig()
@@ -103,9 +103,9 @@ class Config(Branch):
     rl: RLConfig = RLConfig()
     """How the policy learns."""
     samples: SamplesConfig = SamplesConfig()
-    """What is kept to be read: prompts, completions, rewards, actions."""
+    """Samples that are kept for reading: prompts, completions, rewards, actions."""
     replay: ReplayConfig = ReplayConfig()
-    """Agents: the turns that are kept to learn from."""
+    """Agents: the turns that are kept for learning."""
     critic: CriticConfig = CriticConfig()
     """Agents: the utterance critic of archer, archer_soft and chai."""
     search: SearchConfig = SearchConfig()
@@ -142,17 +142,17 @@ class Config(Branch):
 
     @property
     def num_trained_steps(self) -> int:
-        """Of ``rl.max_steps``, those that train the policy: while an utterance critic warms up, none does."""
+        """How many of ``rl.max_steps`` train the policy: steps in which an utterance critic warms up do not."""
         return self.rl.max_steps - (self.critic.warmup_iterations if self.algorithm.critic else 0)
 
     @property
     def replays(self) -> bool:
-        """Whether what the learner trains on comes out of replay."""
+        """Whether the learner trains on replayed data."""
         return self.algorithm.replays or self.rl.actor_free
 
 
 def is_environment(task: str) -> bool:
-    """Whether a task has many turns, by its name; of your own, whether the class has a ``step``."""
+    """Whether a task has many turns, judging by its name; a user's class does if it has a ``step``."""
     if task in MULTI_TURN or task in registry.BUILT_IN["task"]:
         return task in MULTI_TURN
     try:
@@ -170,11 +170,11 @@ NAMED: dict[str, registry.Kind] = {
     "task.tools": "tool",
     "model.family": "base",
 }
-"""Settings that the registry looks up, and what they name; ``task.name`` may be an environment as well."""
+"""Settings whose values are names in the registry, with their kinds; ``task.name`` may also be an environment."""
 
 
 def named(config: Config) -> list[tuple[str, str]]:
-    """What the registry is asked for in these settings: (dotted field, name), of some fields several."""
+    """Names in these settings that the registry resolves, as (dotted field, name); some fields have several."""
     values = {field: value_at(config, field) for field in NAMED}
     return [
         (field, name)
@@ -185,7 +185,9 @@ def named(config: Config) -> list[tuple[str, str]]:
 
 
 def results_root() -> Path:
-    """What relative outputs are relative to: here, or ~/cola_ray for a submitted job, whose copy Ray deletes."""
+    """The folder that relative outputs refer to: the current one, or ~/cola_ray for a submitted job, whose working
+    directory Ray deletes.
+    """
     return Path.home() / "cola_ray" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else Path()
 
 
@@ -210,7 +212,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def try_override(config: Config, changes: Mapping[str, Any]) -> tuple[Config, dict[str, str]]:
-    """As :func:`override`: the tree with those changes that can be made, and a line for each field that cannot."""
+    """Like :func:`override`, but return the tree with all valid changes, and a line for each invalid field."""
     wrong: dict[str, str] = {}
     tree = config.model_dump()
     for dotted, value in changes.items():
@@ -235,16 +237,16 @@ _NOT_OFFERED = {
     "cluster.colocated": "learner ranks and engines do not share GPUs; give each GPUs of its own, as `cola_ray plan` "
     "divides them, and rl.max_staleness 1 to keep both busy",
 }
-"""Settings of other libraries that are looked for here: why there are none, and what to use."""
+"""Settings that users of other libraries look for: why they do not exist here, and what to use."""
 
 
 def value_at(config: Config, field: str) -> Any:
-    """Of a dotted field."""
+    """The value of a dotted field."""
     return functools.reduce(getattr, field.split("."), config)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted field; an empty dictionary is a value."""
+    """Values by dotted field; an empty dictionary counts as a value."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         inner = isinstance(value, Mapping) and bool(value)

@@ -1,9 +1,9 @@
-"""What a setting may be: types that carry their limits, and the line that a wrong value is refused with.
+"""Types of settings with their limits, and the line with which a wrong value is refused.
 
     lr: Rate = 1e-4                         # above 0 and at most 1; never NaN or infinite
     refusals(error, schemas, values)        # {"rl.lr": "rl.lr = -1: out of range; use a number above 0 and at most 1"}
 
-Numbers are strict: neither text nor True is one.
+Numbers are strict: text and True are not accepted as numbers.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from pydantic import (
 
 
 class Branch(BaseModel):
-    """Settings that belong together; frozen, and nothing but its fields is taken."""
+    """A group of settings; frozen, and unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 MOST = 2**31 - 1
-"""The largest whole number that a setting takes: what C libraries below hold in an int."""
+"""The largest whole number that a setting may have: the largest int of the C libraries underneath."""
 _ITEM = TypeVar("_ITEM", bound=Hashable)
 
 
@@ -51,7 +51,7 @@ Seed = Whole
 Layers = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Tokens = Annotated[int, Field(strict=True, ge=1, le=2**24)]
 Processes = Annotated[int, Field(strict=True, ge=1, le=65_536)]
-"""Also threads, and GPUs of one process."""
+"""A number of processes, of threads, or of one process's GPUs."""
 
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Finite, Field(gt=0)]
@@ -59,20 +59,20 @@ NonNegative = Annotated[Finite, Field(ge=0)]
 Rate = Annotated[Finite, Field(gt=0, le=1)]
 """A learning rate."""
 Temperature = Annotated[Finite, Field(ge=0.01, le=100)]
-"""vLLM's least; far beyond it logits that are divided by it overflow."""
+"""The lower limit is vLLM's; logits divided by a much smaller temperature would overflow."""
 Share = Annotated[Finite, Field(ge=0, le=1)]
 Worth = Annotated[Finite, Field(ge=-1e6, le=1e6)]
-"""A reward, or a weight of one."""
+"""A reward, or the weight of a reward."""
 PositiveShare = Annotated[Finite, Field(gt=0, le=1)]
 Decay = Annotated[Finite, Field(ge=0, lt=1)]
-"""Of a running mean: 1 would never forget."""
+"""The decay of a running mean; with 1 it would never forget."""
 Seconds = Annotated[Finite, Field(gt=0, le=1e8)]
-"""What operating systems still wait for: up to three years."""
+"""A waiting time that operating systems accept: up to three years."""
 
 Name = Annotated[str, Field(min_length=1)]
 Unique = Annotated[tuple[_ITEM, ...], AfterValidator(_different)]
 Names = Annotated[Unique[Name], BeforeValidator(_as_names)]
-"""One may stand for itself, and "" for none."""
+"""Names; a single name needs no list, and "" means none."""
 Trackers = Annotated[Unique[Literal["mlflow", "tensorboard", "wandb"]], BeforeValidator(_as_names)]
 Some = Annotated[tuple[_ITEM, ...], Field(min_length=1), AfterValidator(_different)]
 
@@ -143,10 +143,10 @@ def refusals(error: ValidationError, schemas: Mapping[str, Mapping[str, Any]], t
 
 
 def refusal(field: str, value: object, annotation: Any) -> str:
-    """The line for a value that is not of a type, which may carry limits; empty for one that is."""
+    """The refusal of a value that does not fit a type and its limits; empty if it fits."""
     try:
         adapter = TypeAdapter(annotation)
-    except PydanticUserError:  # a class of somebody's own: nothing is known of its values
+    except PydanticUserError:  # a user's own class: nothing is known about its values
         return ""
     try:
         adapter.validate_python(value)
@@ -157,7 +157,7 @@ def refusal(field: str, value: object, annotation: Any) -> str:
 
 
 def _field(loc: tuple[int | str, ...], schemas: Mapping[str, Any]) -> str:
-    """The dotted field of an error's place, with the key where the field is a dictionary."""
+    """The dotted field at an error's location, with the key if the field is a dictionary."""
     names = [".".join(map(str, loc[:length])) for length in range(len(loc), 0, -1)]
     field = next((name for name in names if name in schemas), names[0])
     rest = loc[field.count(".") + 1 :]
@@ -183,7 +183,7 @@ def _line(field: str, errors: list[Any], schemas: Mapping[str, Mapping[str, Any]
 
 
 def literal(word: str) -> int | float | str | bool | None:
-    """A word as the number, truth value or None that it spells, else as it is."""
+    """Convert a word to the number, truth value or None that it spells; any other word is returned unchanged."""
     known: dict[str, bool | None] = {"True": True, "true": True, "False": False, "false": False, "None": None}
     if word in known:
         return known[word]
@@ -194,7 +194,7 @@ def literal(word: str) -> int | float | str | bool | None:
 
 
 def nearest(given: str, known: list[str], why: str) -> str:
-    """``why; fix`` for a name that is none of those known."""
+    """``why; fix`` for a name that is not among the known ones."""
     near = [name for name in known if given and given in name] or difflib.get_close_matches(given, known, cutoff=0.5)
     return f"{why}; did you mean {near[0]}?" if near else f"{why}; use one of {', '.join(known)}"
 

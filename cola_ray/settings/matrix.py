@@ -1,4 +1,5 @@
-"""The papers' matrix as a graph: what each preset runs, under which settings, whose models and answers it reads.
+"""The papers' matrix as a graph of stages: what each preset runs, with which settings, and which other stages' models
+and answers it reads.
 
 stages(config)      all of it
 chosen(config)      those of ``reproduce.stages``, and what they need
@@ -30,7 +31,7 @@ class Stage:
 
 
 def stages(config: Config) -> list[Stage]:
-    """The matrix of a preset; sizes are what its machines do in a few hours (tiny) or the papers' own."""
+    """The matrix of a preset; sizes are those of the papers or, for tiny, what its machine can do in a few hours."""
     tiny = config.preset == "tiny"
     math = ["--task.name", config.task.name, *(["--task.path", config.task.path] if config.task.path else []),
             *_said(config, "task", ("name", "path"))]  # fmt: skip
@@ -73,20 +74,20 @@ def stages(config: Config) -> list[Stage]:
 
 
 def chosen(config: Config) -> list[Stage]:
-    """Those of ``reproduce.stages`` and all that they need; ConfigError for a name that no stage has."""
+    """The stages of ``reproduce.stages`` and all that they need; ConfigError for a name that no stage has."""
     matrix = {stage.name: stage for stage in stages(config)}
     unknown = [name for name in config.reproduce.stages if name not in matrix]
     if unknown:
         lines = (f"reproduce.stages = {name!r}: {nearest(name, list(matrix), 'no such stage')}" for name in unknown)
         raise ConfigError("\n".join(lines))
     wanted = set(config.reproduce.stages or matrix)
-    for stage in reversed(matrix.values()):  # needs stand before what needs them
+    for stage in reversed(matrix.values()):  # a stage comes after those that it needs
         wanted |= set(stage.needs) if stage.name in wanted else set()
     return [stage for stage in matrix.values() if stage.name in wanted]
 
 
 def _harness(config: Config) -> list[str]:
-    """Tasks of the evaluation harness: those given, else the paper's; for tiny, sums (``reproduce.write_sums``)."""
+    """Tasks for the evaluation harness: those given, else the paper's; for tiny, sums (``reproduce.write_sums``)."""
     said = _said(config, "harness")
     if config.harness.tasks:
         return said
@@ -95,7 +96,7 @@ def _harness(config: Config) -> list[str]:
     return [*said, "--harness.tasks", "mmlu", "mathqa", "cmmlu"]
 
 
-# What a base of a million parameters can learn of Countdown: which sign to put between two small numbers.
+# The part of Countdown that a base of a million parameters can learn: which sign to put between two small numbers.
 _TINY_COUNTDOWN = ["--task.options", "min_numbers", "2", "max_numbers", "2", "min_value", "1", "max_value", "12",
                    "min_target", "1", "max_target", "40"]  # fmt: skip
 _TINY_COUNTDOWN_ROLLOUTS = ["--rollout.max-prompt-tokens", "160", "--rollout.max-new-tokens", "24"]
@@ -103,14 +104,15 @@ _TINY_COUNTDOWN_PRETRAINING = ["--pretrain.sequence-length", "176", "--pretrain.
 
 
 def machines(config: Config, job: str) -> list[str]:
-    """What was said of engines, ranks and tracking holds for every stage whose job has them."""
+    """Command-line words that pass on the user's settings of engines, ranks and tracking, if the stage's job reads
+    them."""
     usual = preset(config.preset)
     # Two stages of one rank each keep two cores busier than one stage of two ranks, which wait for each other.
     changes: dict[str, Any] = {"cluster.learner_ranks": 1} if config.preset == "tiny" else {}
     for branch in ("rollout", "cluster"):
         now, before = getattr(config, branch).model_dump(), getattr(usual, branch).model_dump()
         changes |= {f"{branch}.{name}": value for name, value in now.items() if value != before[name]}
-    changes.pop("cluster.address", None)  # Ray tells a job of its cluster
+    changes.pop("cluster.address", None)  # Ray tells a job which cluster it is on
     for name in ("report_to", "tracking_uri"):
         if getattr(config, name) != getattr(usual, name):
             changes[name] = getattr(config, name)
@@ -118,13 +120,13 @@ def machines(config: Config, job: str) -> list[str]:
 
 
 def _said(config: Config, branch: str, without: Sequence[str] = ()) -> list[str]:
-    """What was said of a branch of settings, as one types it."""
+    """The settings that were given in a branch, as command-line words."""
     given = {name: value for name, value in relevance.given(config).items() if name.startswith(f"{branch}.")}
     return as_words({name: value for name, value in given.items() if name.partition(".")[2] not in without})
 
 
 def as_words(changes: Mapping[str, Any]) -> list[str]:
-    """Settings by dotted field, as one types them."""
+    """Settings by dotted field, as command-line words."""
     words: list[str] = []
     for name, value in changes.items():
         flag = f"--{name.replace('_', '-')}"

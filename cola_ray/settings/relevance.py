@@ -1,4 +1,4 @@
-"""Which settings a job reads. One that was given and does nothing is refused: somebody meant something by it.
+"""Which settings a job reads. A setting that was given but has no effect is refused, since the user expects an effect.
 
 unread(config, "rl_math")      # ["critic.steps = 9: rl_math does not read it; rl_agent and sweep do"]
 given(config)                  # what differs from the preset, by dotted field
@@ -16,9 +16,9 @@ from cola_ray.settings.presets import preset
 
 ON_GPU = ("gpu_memory_utilization", "quantization", "kv_cache_dtype", "enforce_eager", "optimization_level",
           "async_scheduling")  # fmt: skip
-"""Settings below rollout that only engines on GPUs have."""
+"""Settings of ``rollout`` that only apply to engines on GPUs."""
 OF_ROWS = ("dataset", "gsm8k", "math500", "preference")
-"""Tasks that are read from files or the hub, and make no problems."""
+"""Tasks that are read from files or the hub rather than generated."""
 UNSCORED = ("preference", "dataset")
 """Tasks without a verifier: ``task.reward`` or ``task.reward_model`` says what a response is worth."""
 
@@ -66,12 +66,12 @@ _READ: Mapping[str, tuple[str, ...]] = {
              "rollout.max_prompt_tokens"),
     "plan": ("*",),
 }  # fmt: skip
-"""By job, beside what every run reads."""
+"""Settings by job, in addition to those that every run reads."""
 
 
 @dataclass(frozen=True)
 class _Only:
-    """Fields that count in some settings alone."""
+    """Fields that have an effect only under some settings."""
 
     fields: tuple[str, ...]
     when: Callable[[Config, str], bool]
@@ -87,12 +87,12 @@ def _trains_agent(config: Config, job: str) -> bool:
 
 
 def _pretrains(config: Config, job: str) -> bool:
-    """Whether the job pre-trains, or asks for a model that was pre-trained so."""
+    """Whether the job pre-trains, or looks for a model that was pre-trained with these settings."""
     return job in ("pretrain", "plan") or (job in _RL_JOBS and not config.model.path and not _on_plain_base(config))
 
 
 def _on_plain_base(config: Config) -> bool:
-    """Whether RL over tokens was given a base of its own, which has no CoLA model around it."""
+    """Whether RL over tokens was given a plain base, without a CoLA model around it."""
     return config.rl.action_space == "token" and config.model.base != defaults(config).model.base
 
 
@@ -217,42 +217,42 @@ def _usual(name: str, task: str) -> Config:
 
 
 def entries(config: Config) -> dict[str, Any]:
-    """All settings by dotted field; of dictionaries, what they hold."""
+    """All settings by dotted field, with one entry for each entry of a dictionary."""
     return {field: value for field, value in flat(config.model_dump()).items() if value != {}}
 
 
 def given(config: Config) -> dict[str, Any]:
-    """Settings that differ from the preset's, by dotted field; of dictionaries, the entries that do."""
+    """Settings that differ from the preset's, by dotted field; for dictionaries, the entries that differ."""
     usual = entries(defaults(config))
     return {name: value for name, value in entries(config).items() if name not in usual or usual[name] != value}
 
 
 def reads(job: str, field: str) -> bool:
-    """Whether the job reads a dotted field in any settings; of a dictionary, any entry."""
+    """Whether the job reads a dotted field under any settings; for a dictionary, any of its entries."""
     return any(
         fnmatch.fnmatchcase(field, pattern) or pattern.startswith(f"{field}.") for pattern in (*_RUN, *_READ[job])
     )
 
 
 def readers(*fields: str) -> str:
-    """The jobs that read some of the fields, in words: the first three."""
+    """The first three jobs that read any of the fields, in words."""
     found = [job for job in _READ if job != "plan" and any(reads(job, field) for field in fields)]
     return _listed(found) if found else "plan"
 
 
 def unread(config: Config, job: str) -> list[str]:
-    """A line for each given setting that has no effect in the job: field, value, and who does read it."""
+    """A line for each given setting that has no effect in the job: field, value, and the jobs that do read it."""
     whys = ((field, value, _why_unread(config, job, field)) for field, value in given(config).items())
     return [f"{field} = {value!r}: {why}" for field, value, why in whys if why]
 
 
 def has_effect(config: Config, job: str, field: str) -> bool:
-    """Whether the job, or any where it is empty, reads a dotted field in these settings."""
+    """Whether the job, or any job if it is empty, reads a dotted field under these settings."""
     return not job or not _why_unread(config, job, field)
 
 
 def _why_unread(config: Config, job: str, field: str) -> str:
-    """Why a setting has no effect in the job, and who does read it; empty where it has one."""
+    """Why a setting has no effect in the job, and what does read it; empty if it has an effect."""
     if field == "preset" or (field == "task.name" and reads(job, field)):
         return ""
     if not reads(job, field):
@@ -266,7 +266,7 @@ def _why_unread(config: Config, job: str, field: str) -> str:
 
 
 def only_read(config: Config, job: str) -> Config:
-    """The settings with the preset's in place of those that have no effect in the job."""
+    """Return the settings with those that have no effect in the job reset to the preset's."""
     usual = entries(defaults(config))
     return override(config, {
         field: usual[field] for field in given(config)

@@ -1,4 +1,4 @@
-"""Branches of the settings that decide on the model, the task, its texts and pre-training; rl.py has those of RL."""
+"""Branches of the settings for the model, the task, the texts and pre-training; rl.py has those of RL."""
 
 import datetime
 from typing import Annotated, Any, Literal, get_args
@@ -27,14 +27,14 @@ from cola_ray.settings.limits import (
 )
 
 OWN_BASE_POSITIONS = 512
-"""Context of the base that is made where none is given, in tokens."""
+"""Context, in tokens, of the base that is created if none is given."""
 
 PretrainStage = Literal["base", "actions", "policy", "fta_idm", "fta_policy"]
 StageWithSteps = Literal["base", "actions", "policy", "fta_idm", "fta_policy", "reward", "q"]
 REWARD_STAGE = "reward"
-"""What `cola_ray reward-model` trains, in ``pretrain.steps``."""
+"""The stage that `cola_ray reward-model` trains, as named in ``pretrain.steps``."""
 Q_STAGE = "q"
-"""What `cola_ray train-q` trains, there."""
+"""The stage that `cola_ray train-q` trains, as named there."""
 
 
 _STEPS: dict[StageWithSteps, int] = {
@@ -75,7 +75,7 @@ class ModelConfig(Branch):
     """Checkpoint that CoLA is attached to, of llama, mistral, qwen2, qwen3, gemma3_text or smollm3: directory, hub id
     or .gguf file. Empty: the preset's own."""
     family: str = ""
-    """Of a base that is of none of these families, package.module:name or file.py:name, see docs/extending.md. Empty:
+    """Family of a base that is of none of these, package.module:name or file.py:name, see docs/extending.md. Empty:
     that of its model_type."""
     path: str = ""
     """CoLA checkpoint that RL starts from. Empty: what `cola_ray pretrain` left for this preset."""
@@ -88,10 +88,10 @@ class ModelConfig(Branch):
     num_policy_layers: Layers = 8
     """Decoder layers of the policy."""
     action_every: Count = 1
-    """n, tokens of a response that a latent action lasts: one is chosen at its tokens 0, n, 2n, ..., and held. Learnt
-    in pre-training, and the same in RL and in whatever serves the model."""
+    """n, the response tokens that a latent action lasts: one is chosen at tokens 0, n, 2n, ..., and held. Learnt in
+    pre-training, and the same in RL and wherever the model is served."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights, in learner and engine."""
+    """Type of the weights, in learner and engine."""
 
 
 class TaskConfig(Branch):
@@ -102,22 +102,21 @@ class TaskConfig(Branch):
     path: str = ""
     """dataset: JSON lines, Parquet or CSV, a folder or glob of them, or a hub id. gsm8k, math500: a folder with
     train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and rejected, a .jsonl or .parquet
-    file, a folder of them, or a hub id. data_science: a CSV file whose column to predict the option target names;
-    empty: tables that scikit-learn brings along. tools: rows as of dataset; empty: drawn questions. Others: leave
+    file, a folder of them, or a hub id. data_science: a CSV file, with the column to predict in the option target;
+    empty: tables that come with scikit-learn. tools: rows as for dataset; empty: generated questions. Others: leave
     empty."""
     more_paths: Unique[Name] = ()
-    """dataset, tools: further sources beside task.path, each like it; metrics are told apart by their names."""
+    """dataset, tools: sources in addition to task.path, in the same forms; metrics are kept apart by their names."""
     weights: tuple[Positive, ...] = ()
     """dataset, tools: shares of prompts that task.path and each of task.more_paths have in training, in any unit; a
     small source is repeated. Empty: every prompt as often as it is there."""
     columns: dict[Literal["prompt", "solution", "response", "system"], Name] = Field(default_factory=dict)
-    """dataset, tools: columns that are not found by themselves, e.g. prompt body solution label; a dot leads into an
-    object: solution reward_model.ground_truth. solution is what rewards compare with, response what a first policy is
-    cloned from."""
+    """dataset, tools: columns that are not recognised, e.g. prompt body solution label; a dot leads into an object:
+    solution reward_model.ground_truth. Rewards compare with solution; a first policy is cloned from response."""
     splits: dict[Literal["train", "heldout"], Name] = Field(default_factory=dict)
     """dataset, tools: splits of the hub, or beginnings of file names in a folder, e.g. train train_sft heldout
-    test_sft. Where none are given, train, and the first of test, heldout, validation, dev and eval; of one split alone
-    a sixth is held out, by checksum of the prompt."""
+    test_sft. Empty: train, and the first of test, heldout, validation, dev and eval; if there is only one split, a
+    sixth of it is held out, by checksum of the prompt."""
     subset: str = ""
     """dataset, tools: configuration of a data set on the hub that has several, e.g. main."""
     game: str = ""
@@ -134,22 +133,22 @@ class TaskConfig(Branch):
     reward_model: str = ""
     """A Hugging Face sequence classifier, directory or hub id, which gets an actor of its own; or an http(s)://
     endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}. Scores the responses of
-    preference, and of every task whose task.reward names reward_model. evaluate: leads searches and chooses among
+    preference, and of every task whose task.reward names reward_model. evaluate: guides searches and chooses among
     answers, while figures are the verifier's."""
     reward: Names = ()
     """What responses are worth, one or more: verifier (the task's own), exact, math, format (<think> and <answer>),
     regex, length, code (the tests of a row), reward_model, or functions of your own, file.py:name or
     package.module:name, called with (problem, response) or as TRL calls its own, with lists (prompts, completions,
-    **columns). Empty: the task's verifier. Of agents, for tools alone."""
+    **columns). Empty: the task's verifier. For agents, only with tools."""
     reward_weights: tuple[Worth, ...] = ()
-    """Of each of task.reward, whose weighted sum is the reward. Empty: 1 each."""
+    """Weight of each of task.reward; the reward is the weighted sum. Empty: 1 each."""
     right_from: Worth | None = None
-    """Smallest reward of a right response, for accuracies. None: what the task, or a single reward, says by itself;
-    where neither does, there is no accuracy."""
+    """Smallest reward of a right response, for accuracies. None: the value that the task, or a single reward, declares;
+    if neither does, there is no accuracy."""
     pattern: str = ""
-    """Reward regex: the regular expression that a response is searched for."""
+    """Reward regex: the regular expression to find in a response."""
     length: Count = 1000
-    """Reward length: characters that are worth 1; it falls to 0 at twice as many."""
+    """Reward length: up to this many characters the reward is 1; it falls to 0 at twice as many."""
     oracle: str = ""
     """twenty_questions, guess_city: model that answers, at the OpenAI-compatible endpoint OPENAI_BASE_URL with the key
     OPENAI_API_KEY. Empty: tables, offline."""
@@ -158,28 +157,28 @@ class TaskConfig(Branch):
     thinking: bool = False
     """Ask for thoughts in <think> and the answer in <answer> tags; the form alone is worth 0.1. Not for agents."""
     num_problems: Annotated[Count, Field(ge=2)] = 20_000
-    """Problems a procedural generator makes; a sixth of the distinct ones is held out."""
+    """Problems that a procedural generator makes; a sixth of the distinct ones is held out."""
     reward_timeout_s: Seconds = 30.0
-    """Seconds a reward or an environment's step may take; longer costs its own sample or episode."""
+    """Seconds that a reward or an environment's step may take; a longer one fails its sample or episode only."""
     max_failed_rewards: Share = 0.1
     """Share of a step's rewards or episodes that may raise, time out, exceed 10^6 or be NaN before the run fails."""
 
 
 class PretrainConfig(Branch):
     stages: Annotated[Some[PretrainStage], AfterValidator(_in_order)] = ("actions", "policy")
-    """Run in this order; each takes the model the one before left. base trains the given base by itself, as a language
-    model, or makes a small one where none is given."""
+    """Stages in this order; each starts from the previous one's model. base trains the given base by itself, as a
+    language model, or creates a small one if none is given."""
     max_steps: Count | None = None
     """Caps every stage; for trials."""
     steps: Annotated[dict[StageWithSteps, Count], BeforeValidator(_and_the_rest)] = Field(
         default_factory=lambda: dict(_STEPS)
     )
-    """Optimizer steps of each stage; reward is a reward model's, q that of `cola_ray train-q`. Stages that are not
-    named keep theirs."""
+    """Optimizer steps of each stage; reward is for reward models, q for `cola_ray train-q`. Stages that are not named
+    keep their defaults."""
     batch_size: Count = 64
-    """Sequences a step, over all ranks."""
+    """Sequences per step, over all ranks."""
     micro_batch_size: Count = 8
-    """Sequences a forward pass, on one rank."""
+    """Sequences per forward pass, on one rank."""
     sequence_length: Annotated[Count, Field(ge=2)] = 512
     """Tokens of a packed sequence."""
     lr: Rate = 1e-4
@@ -199,18 +198,18 @@ class PretrainConfig(Branch):
     balance_coef: NonNegative = 0.0
     """Weight of log K - H(batch's mean code usage)."""
     revive_every: Whole = 0
-    """Every so many steps, codes unused since the last time take over the most used code's row. 0: never."""
+    """Every so many steps, codes not used since the last time are replaced by the most used code's row. 0: never."""
     response_only: bool = False
     """Prompt/response pairs: learn from response tokens only. The stages fta_* always do."""
     states: Literal["off", "model", "bfloat16"] = "off"
-    """What the frozen base says of a token is written when the stages actions and policy first need it, and read from
-    disk afterwards. model: in model.dtype. bfloat16: in half of float32's bytes, and rounded so in training. off: it is
-    computed in every step."""
+    """The frozen base's outputs for each token are written to disk when the stages actions and policy first need them,
+    and read from there afterwards. model: in model.dtype. bfloat16: in half of float32's bytes, and with this rounding
+    in training. off: they are computed in every step."""
     states_cache: str = ""
-    """Folder of what is written, which runs share and all nodes with learner ranks see; relative to what output_dir is.
-    Empty: states beside output_dir, such as outputs/states."""
+    """Folder of these outputs, which runs share and all nodes with learner ranks can access. Relative paths start where
+    output_dir's do. Empty: states beside output_dir, such as outputs/states."""
     states_gb: Positive = 100.0
-    """The most that states may take there; a stage that could need more is refused."""
+    """The most space that they may take there; a stage that could need more is refused."""
     save_every: Count = 100
     """Steps between checkpoints inside a stage."""
 
@@ -235,12 +234,12 @@ class DataConfig(Branch):
     text_field: Name = "text"
     """Column of plain text or of whole conversations, where rows are documents."""
     streaming: bool = False
-    """Read data sets of the hub while they arrive; without it they are downloaded first."""
+    """Read data sets from the hub while they are downloaded; otherwise they are downloaded first."""
     max_broken: Share = 0.0
     """Largest share of a source's rows that may be broken: they are skipped, counted and noted. 0: one ends the run."""
     cache: str = ""
-    """Folder of tokenised shards, which runs share and all nodes with learner ranks see; relative to what output_dir
-    is. Empty: corpus beside output_dir, such as outputs/corpus."""
+    """Folder of tokenised shards, which runs share and all nodes with learner ranks can access. Relative paths start
+    where output_dir's do. Empty: corpus beside output_dir, such as outputs/corpus."""
     processes: Processes = 2
     """Processes that tokenise, on the node of the first learner rank. 1: the rank itself."""
     date: Annotated[str, AfterValidator(_a_day)] = ""
@@ -251,5 +250,5 @@ class DataConfig(Branch):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Of texts: ``path``, and what comes beside it."""
+        """Sources of texts: ``path`` and ``more_paths``."""
         return (self.path, *self.more_paths) if self.path else ()

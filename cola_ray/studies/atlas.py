@@ -1,4 +1,4 @@
-"""The action atlas: how often each latent action is taken, which tokens it gives, and the texts it steers to.
+"""The action atlas: how often each latent action is taken, which tokens it gives, and which texts it leads to.
 
     texts ─> e ─┬─> IDM: the action that labels each next token ─> usage, typical tokens
                 ├─> policy: the probability of each action ──────> usage

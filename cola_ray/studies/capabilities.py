@@ -1,4 +1,4 @@
-"""Which capabilities of its base a CoLA model has kept: both on tasks of EleutherAI's evaluation harness."""
+"""Which of its base's capabilities a CoLA model has kept: scores of both on tasks of EleutherAI's harness."""
 
 import difflib
 import math

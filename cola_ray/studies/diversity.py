@@ -1,10 +1,10 @@
-"""How much texts differ that continue the same prefix, by their meaning and by their words.
+"""How much different continuations of the same prefix differ, in meaning and in words.
 
     N prefixes x M continuations ─> sentence encoder ─> mean cosine over pairs of a prefix ─> mean over prefixes
                                 └─> distinct-n, self-BLEU
 
 Semantic diversity is the reciprocal of the mean cosine (Jia et al. 2025, section 5.1). Incoherent texts have a high
-diversity as well; tables therefore show that of random tokens, which have no meaning, beside the others.
+diversity, too, so tables also show that of random tokens, which have no meaning.
 """
 
 import itertools
@@ -36,10 +36,10 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 @shown()
 @explained_failures()
 def diversity(config: Config) -> dict[str, Any]:
-    """Continue prefixes of texts in all of ``SAMPLINGS``; writes ``output_dir/continuations.parquet``.
+    """Continue prefixes of texts in all ways of ``SAMPLINGS``; writes ``output_dir/continuations.parquet``.
 
     Returns:
-        The summary: by way of continuing, the figures of :func:`measure`.
+        The summary: for each way of continuing, the figures of :func:`measure`.
 
     Raises:
         ConfigError: before any process starts.

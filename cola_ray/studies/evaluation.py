@@ -102,7 +102,7 @@ class Evaluator:
         self.workers = WorkerGroup(config.rollout, pool, self.supervisor)
 
     async def open(self) -> dict[str, Any]:
-        """Wait for the workers; returns facts of the task. ValueError where it has nothing to ask."""
+        """Wait for the workers; returns facts about the task. ValueError if the task has no problems."""
         async with self.supervisor.opening(f"starting {self.workers}"):
             facts = await self.workers.start()
             split = self.config.eval.split
@@ -115,7 +115,7 @@ class Evaluator:
         return facts
 
     async def answer(self, indices: Sequence[int], way: str) -> pa.Table:
-        """One row a problem, or environment seed, in order; a worker's death costs its share's time.
+        """One row per problem or environment seed, in order; if a worker dies, its share is answered again.
 
         Raises:
             RuntimeError: a worker gave no answer for ``cluster.stall_timeout_s``, or died too often.
@@ -139,11 +139,11 @@ def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | Non
     """By way: shares and means over problems, with 95 % intervals as ``<name>_low`` and ``<name>_high``.
 
     - ``accuracy`` and ``reward``: of the first response.
-    - ``majority``: self-consistency (Wang et al. 2023), the answer that most responses give, of equals the one that
-      came first; answers are compared by value.
+    - ``majority``: self-consistency (Wang et al. 2023), the answer that most responses give, or of several such answers
+      the earliest; answers are compared by value.
     - ``best`` and ``best_reward``: of the response with the highest value. With a reward model this is best-of-n.
-      Without one the verifier chooses, an oracle: ``best`` is then pass@n of all n responses, which nobody can reach
-      who does not know what is right.
+      Without one the verifier chooses, as an oracle: ``best`` is then pass@n of all n responses, which cannot be
+      reached without knowing what is right.
     - ``pass_at_<k>``: the unbiased estimate.
     - ``weighted_majority`` and ``any_right``, if a reward model gives the values: votes weighted by value, and the
       share of problems with any right response.
@@ -259,7 +259,7 @@ def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, di
 
 
 def _rows(config: EvalConfig, folder: Path) -> list[Row]:
-    """Rows of the chunks of these settings; an earlier run with other settings may have left more files."""
+    """Rows of the chunks that these settings have; an earlier run with other settings may have left more files."""
     files = [file for file in sorted(folder.glob("*.parquet"))
              if int(file.stem) % config.chunk == 0 and int(file.stem) < config.problems]  # fmt: skip
     tables = [pq.read_table(file) for file in files]
@@ -279,7 +279,7 @@ def _failed(row: Row) -> int:
 
 
 def _has_other_values(row: Row) -> bool:
-    """Whether the values come from a reward model, and not from the verifier."""
+    """Whether the values come from a reward model rather than from the verifier."""
     pairs = zip(row["values"], row["rewards"], strict=True)
     return any(value != reward for value, reward in pairs if np.isfinite(value))
 

@@ -82,9 +82,9 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        begin = self.chat.begin  # a text without context has it twice: as its context and as its first token
+        begin = self.chat.begin  # a text without context has BOS twice: as its context and as its first token
         pairs = [(context, ids[1:] if begin and ids[:1] == begin else ids) for _, context, ids in requests]
-        # Texts of similar length share a pass.
+        # Texts of similar length share a forward pass.
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for start in range(0, len(order), self.batch_size):

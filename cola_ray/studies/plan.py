@@ -78,7 +78,7 @@ def _too_little_on_gpus(config: Config, m: Sizes) -> Iterator[str]:
 
 
 def _too_large(config: Config, whose: str, parts: Bytes, fix: str) -> Iterator[str]:
-    """What is to be lowered where activations are most, and more ranks where they are not."""
+    """What to lower if activations take most of the memory; more ranks if they do not."""
     usable, needed = USABLE * GPUS[config.hardware.gpu].memory_gb * 1e9, sum(parts.values())
     largest = max(parts, key=lambda name: parts[name])
     if largest not in ("activations", "temporary"):
@@ -92,12 +92,12 @@ def _too_large(config: Config, whose: str, parts: Bytes, fix: str) -> Iterator[s
 
 
 def _stages(config: Config) -> tuple[PretrainStage, ...]:
-    """Of pre-training, which a run from a finished model does without, and one over tokens."""
+    """The stages of pre-training; none for a run from a finished model or over tokens."""
     return () if config.model.path or config.rl.action_space == "token" else config.pretrain.stages
 
 
 def best_split(config: Config, m: Sizes) -> Config:
-    """The settings with the same number of GPUs, divided between learner and engines so that a step is shortest."""
+    """Return the settings with the same GPUs divided between learner and engines so that a step is shortest."""
     gpu, width = GPUS[config.hardware.gpu], config.rollout.tensor_parallel_size
     total = config.hardware.gpus or config.cluster.learner_ranks + _engine_gpus(config)
     sequences = config.rl.prompts_per_step * config.rl.group_size

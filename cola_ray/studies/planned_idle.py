@@ -1,26 +1,27 @@
-"""Who waits for whom in a step of RL whose completions differ in length: idle shares of engines and learner.
+"""Idle shares of engines and learner in a step of RL whose completions differ in length.
 
     Lengths: log-normal, clipped ──> how long an engine's share takes, and the slowest engine's ──┐
     planned_time.py: seconds of decoding, learning, weights ──────────────────────────────────────┴──> idle() ──> Idle
 
 Legend: n completions of a step for each of E engines, N = E n; F(k) the share of completions of at most k tokens; d(n)
-seconds of a decoding step of n sequences; s ``rl.max_staleness``; U seconds in which an engine loads weights, A those
-in which the learner learns, gathers and hands over; T those of a step.
+seconds of a decoding step of n sequences; s ``rl.max_staleness``; U seconds in which an engine loads weights; A seconds
+in which the learner learns, gathers and publishes weights; T seconds of a step.
 
-At the k-th decoding step of a share, ``n (1 - F(k))`` sequences are left, and one of n or more with probability
-``1 - F(k)^n``. So a share takes ``D = sum_k d(n (1 - F(k))) (1 - F(k)^n)``, and the slowest of all R, with N for n in
-the exponent.
+At the k-th decoding step of an engine's share, ``n (1 - F(k))`` sequences are left on average, and at least one of n is
+left with probability ``1 - F(k)^n``. So a share takes ``D = sum_k d(n (1 - F(k))) (1 - F(k)^n)``, and the slowest of
+all shares takes R, which has N instead of n in the exponent.
 
     s = 0              T = R + A + U
-    s > 0, drain       T = max(A, R + U), for each update ends what is in flight
+    s > 0, drain       T = max(A, R + U), since requests in flight end before each update
     s > 0, continue    T = |A, W + U, (R + A + U) / (s + 1)|, with W = n E[l] d(most) / most the engine's work, and R at
                        the ``n E[l] d / T`` sequences that an engine holds on average
 
-R has the most tokens of any engine, too: E sums of n lengths differ. An engine is idle for ``1 - (D + U) / T``. With
-continue the shares of s + 1 steps overlap, begun A apart, and it is idle while none has a completion left, the integral
-of ``prod_j F((t - j A) / d)^n`` over their cycle of (s + 1) T. The learner is idle for ``1 - A / T``. Losses,
-evaluation, checkpoints, verifiers and environments that take long, and further rounds of dynamic sampling are not in
-here. ``benchmarks/scale.py`` compares this with the real controller in simulated time.
+R also accounts for the engine with the most tokens, since E sums of n lengths differ. An engine is idle for the share
+``1 - (D + U) / T`` of a step. With continue, the shares of s + 1 steps overlap, each started A after the previous one.
+An engine is then idle while none of them has a completion left: the integral of ``prod_j F((t - j A) / d)^n`` over
+their cycle of (s + 1) T. The learner is idle for ``1 - A / T``. Lost workers, evaluation, checkpoints, slow verifiers
+and environments, and further rounds of dynamic sampling are not included. ``benchmarks/scale.py`` compares this with
+the real controller in simulated time.
 """
 
 from dataclasses import dataclass
@@ -33,19 +34,19 @@ from cola_ray.studies.planned_work import Sizes
 
 Array = np.ndarray
 _POINTS = 2048
-"""Of an integral over time."""
+"""Number of points of an integral over time."""
 _SHARPNESS = 8
-"""Norm in which bounds of a step add up where shares overlap: two that are near each other bound it together, since
-both fluctuate. Fitted to benchmarks/scale.py; a maximum is infinitely sharp."""
+"""Exponent of the norm that combines the bounds of a step if shares overlap: two bounds that are near each other act
+together, since both fluctuate. Fitted to benchmarks/scale.py; a maximum would be the infinite norm."""
 
 
 @dataclass(frozen=True)
 class Idle:
-    """A step in which everybody waits for the slowest."""
+    """Duration of a step, and how much of it engines and learner are idle."""
 
     step: float  # seconds
     engines: float  # share of it in which an engine neither decodes nor loads
-    learner: float  # share of it in which the learner neither learns nor hands over
+    learner: float  # share of it in which the learner neither learns nor publishes weights
 
 
 class Lengths:
@@ -73,7 +74,7 @@ class Lengths:
         tokens = np.arange(self.limit, dtype=np.float64)
         if not self.spread:
             return np.clip(self.mean - tokens, 0.0, 1.0)
-        tokens[0] = 1e-9  # what is drawn below one token has one
+        tokens[0] = 1e-9  # lengths below one token count as one
         found: Array = ndtr(-np.log(tokens / self.median) / self.spread)
         return found
 
@@ -91,14 +92,14 @@ class Lengths:
 
 
 def answers(config: Config) -> Lengths:
-    """Of completions; of whole episodes, which end with their context."""
+    """Lengths of completions; for agents, of whole episodes, which end with their context."""
     rollout = config.rollout
     limit = rollout.max_new_tokens + rollout.max_prompt_tokens * is_environment(config.task.name)
     return Lengths(mean_answer(config), config.hardware.response_spread, limit)
 
 
 def idle(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed = EXPECTED) -> Idle:
-    """Of the settings, with ``hardware.response_spread`` between completions' lengths."""
+    """Idle shares under these settings, with ``hardware.response_spread`` as the spread of completions' lengths."""
     planned, (hands_over, loads) = step_time(config, m, gpu, assumed), update(config, m, assumed)
     busy = planned.critic + planned.learn + hands_over
     lengths = answers(config)
@@ -115,14 +116,14 @@ def _apart(lengths: Lengths, engine: Decoding, engines: int) -> tuple[float, flo
     """D and R: seconds of an engine's share of one step, and of the slowest share."""
     longer, n = lengths.longer, engine.sequences
     seconds = np.array([engine.seconds(min(sequences, engine.most)) for sequences in n * longer])
-    waits = (n - engine.most) / engine.most * lengths.mean * engine.seconds(engine.most)  # for a place
+    waits = (n - engine.most) / engine.most * lengths.mean * engine.seconds(engine.most)  # for a place in the engine
     before = engine.prefill + max(waits, 0.0)
     of_one, of_all = (float(seconds @ (1 - (1 - longer) ** count)) for count in (n, n * engines))
     return before + of_one, before + of_all + _most_tokens(lengths, n, engines) * engine.cache
 
 
 def _most_tokens(lengths: Lengths, sequences: float, engines: int) -> float:
-    """Tokens that the engine with the most of them has above the average one: so many deviations of its sum (Blom)."""
+    """How many more tokens the engine with the most has than the average engine, in expectation (Blom)."""
     from scipy.special import ndtri
 
     return float(lengths.deviation * sequences**0.5 * ndtri((engines - 0.375) / (engines + 0.25)))
@@ -134,14 +135,14 @@ def _overlapping(lengths: Lengths, engine: Decoding, engines: int, late: int, bu
     work = n * lengths.mean * engine.seconds(engine.most) / engine.most
 
     def decodes(step: float) -> float:
-        """Seconds of a decoding step, where a step of the run takes so long."""
+        """Seconds of a decoding step if a step of the run takes ``step`` seconds."""
         held = 1.0
         for _ in range(50):
             held = min(n * lengths.mean * engine.seconds(held) / step, engine.most)
         return engine.seconds(held)
 
     def needed(step: float) -> float:
-        """What a step takes, where it takes so long; falls with it."""
+        """Seconds that a step needs if it takes ``step`` seconds; decreases with ``step``."""
         decoded = longest * decodes(step)
         slowest = engine.prefill + decoded * (1 + loads / step)
         slowest += _most_tokens(lengths, n * max(decoded / step, 1.0), engines) * engine.cache
@@ -152,7 +153,7 @@ def _overlapping(lengths: Lengths, engine: Decoding, engines: int, late: int, bu
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if needed(middle) > middle else (low, middle)
-    # The learner frees one slot after the other: begun together, shares stay as far apart as it takes for a step.
+    # The learner frees one slot after the other, so shares that began together end up one learner step apart.
     starts = np.arange(slots) * min(busy, high)
     idle_share = _nobody_decodes(lengths, engine, decodes(high) * (1 + loads / high), slots * high, starts, loads)
     return Idle(high, idle_share, 1 - busy / high)
@@ -165,7 +166,7 @@ def _nobody_decodes(
 
     Args:
         seconds: of a decoding step.
-        starts: within the cycle, of the shares of one step each; weights are loaded before each.
+        starts: when the share of each step starts within the cycle; weights are loaded before each.
     """
     now = (np.arange(_POINTS) + 0.5) / _POINTS * cycle
     at_most = np.append((1 - lengths.longer) ** engine.sequences, 1.0)  # P(a share's longest has <= k tokens)

@@ -1,6 +1,6 @@
-"""Memory that a run needs, by component: of a learner rank in RL and in each stage of pre-training, of an engine's GPU.
+"""Memory that a run needs, by component: for a learner rank in RL and in each stage of pre-training, and for an engine.
 
-    what a micro-batch holds (planned_work.py) + what ZeRO-3 divides over M ranks, gathers and buffers ─> a rank
+    memory of a micro-batch (planned_work.py) + what ZeRO-3 shards over M ranks, gathers and buffers ─> a rank
 
 Legend: P parameters, b bytes of one, T tokens of a micro-batch, M ``cluster.learner_ranks``.
 """
@@ -18,16 +18,16 @@ Bytes = dict[str, float]
 _LIVE, _BUCKET, _PREFETCH = 1e9, 5e8, 5e7
 # Resident memory of a process after its imports, on CPU, in GiB. Measured.
 PROCESS_GIB = {"learner": 0.70, "engine": 1.85}
-# Factor on temporary tensors of a learner on CPU, because malloc keeps freed memory. With its mmap threshold fixed at
-# 1 MiB the peak of smollm2-135m falls from 2.74 to 2.38 GiB.
+# Factor on temporary tensors of a learner on CPU, because malloc keeps freed memory. With malloc's mmap threshold fixed
+# at 1 MiB, the peak of smollm2-135m falls from 2.74 to 2.38 GiB.
 _HEAP = 1.5
 USABLE = 0.9
-"""Of a GPU's memory in the learner; the rest is a margin for fragmentation."""
+"""Usable share of a GPU's memory in the learner; the rest is a margin for fragmentation."""
 _OF_A_MICRO_BATCH = ("gathered parameters", "activations", "temporary")
 
 
 def rl_rows(config: Config) -> Rows:
-    """The largest micro-batch of RL: full, of the longest rows, with an action at every position."""
+    """The largest micro-batch of RL: full, with rows of maximal length and an action at every position."""
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     tokens = float(max(config.rl.micro_batch_tokens, longest))
     return Rows(tokens, longest, tokens)
@@ -41,22 +41,22 @@ def stage_rows(config: Config) -> Rows:
 
 
 def looks_first(config: Config) -> bool:
-    """Whether a batch is looked at before its first update, so that what frozen parts say of it is held."""
+    """Whether frozen parts process a whole batch before its first update, so that their outputs have to be kept."""
     return config.rl.updates_per_batch * config.rl.num_minibatches > 1 or config.learns_values
 
 
 def learner_memory(config: Config, m: Sizes) -> Bytes:
-    """Peak memory of a rank in RL; on CPU with its share of the object store."""
+    """Peak memory of a rank in RL; on CPU including its share of the object store."""
     work = learning(config, m, rl_rows(config))
     parts = _of_rank(config, m, work)
     if looks_first(config):
-        # b H, and 4 K or b V, for each token of all the rank's micro-batches but the one that is computed, which with
-        # mini-batches is another one
+        # b H, and 4 K or b V, for each token of all the rank's micro-batches except the current one; with mini-batches
+        # the current one is an additional one
         others = _micro_batches(config) - (config.rl.num_minibatches == 1)
         parts["states of the batch"] = work.known * others
     heads = _heads(config, m)
     if heads:
-        # float32 weights, gradients and moments, whole on every rank; a target, and what a head keeps of e
+        # float32 weights, gradients and moments, complete on every rank; a target, and what a head keeps of e
         parts["heads"] = heads
     if not config.cluster.use_gpu:
         # 2 b P_trained: this version and the previous one in the object store, mapped by rank 0
@@ -78,9 +78,9 @@ def _of_rank(config: Config, m: Sizes, work: Work) -> Bytes:
         "what trains, with gradients": (b + 4) * work.trained / cluster.learner_ranks,
         # 12 P_trained / M: float32 weights and Adam's two moments
         "Adam": 12 * work.trained / cluster.learner_ranks,
-        # b (min(P, 1e9) + min(P, 5e7)): gathered parameters that are not released yet, and the prefetch buffer
+        # b (min(P, 1e9) + min(P, 5e7)): gathered parameters not yet released, and the prefetch buffer
         "gathered parameters": b * (min(held, _LIVE) + min(held, _PREFETCH)),
-        # b 5e8: DeepSpeed's reduction bucket; on CPU only as much of it is touched as there are gradients
+        # b 5e8: DeepSpeed's reduction bucket; on CPU only the part that gradients fill takes memory
         "reduction bucket": b * (_BUCKET if cluster.use_gpu else min(_BUCKET, work.trained)),
         "activations": work.kept,
         "temporary": work.temporary,
@@ -95,20 +95,20 @@ def _of_rank(config: Config, m: Sizes, work: Work) -> Bytes:
 
 
 def offloaded(config: Config, work: Work, num_bytes: int) -> float:
-    """Bytes of a rank that wait in host memory."""
+    """Bytes of a rank that are offloaded to host memory."""
     cluster = config.cluster
     frozen = num_bytes * work.frozen * cluster.offload_frozen
     return (frozen + 16 * work.trained * cluster.offload_optimizer) / cluster.learner_ranks
 
 
 def _micro_batches(config: Config) -> float:
-    """Of a rank in a step, as full as they can be."""
+    """Number of a rank's micro-batches in a step, each as full as possible."""
     rows, sequences = rl_rows(config), config.rl.prompts_per_step * config.rl.group_size
     return max(sequences * rows.width / config.cluster.learner_ranks / rows.tokens, 1.0)
 
 
 def _heads(config: Config, m: Sizes) -> float:
-    """Bytes of what learns from e beside the policy, with the activations of its own step."""
+    """Bytes of value and Q heads that learn from e beside the policy, with the activations of their own step."""
     if not config.learns_values or config.rl.actor_free:
         return 0.0
     q_learns = config.algorithm.soft_q or config.rl.control_variate
@@ -121,20 +121,20 @@ def _heads(config: Config, m: Sizes) -> float:
 
 
 def critic_width(config: Config, m: Sizes) -> int:
-    """U, features of a turn that ArCHer's heads read: e and one number; 0 where there is no such critic."""
+    """U, the number of features of a turn that ArCHer's heads read: e and one number; 0 without such a critic."""
     agents = is_environment(config.task.name) and config.algorithm.critic
     return m.width + 1 if agents and not config.critic.encoder else 0
 
 
 def critic_memory(config: Config, m: Sizes) -> Bytes:
-    """Of each replica: twin heads of ``3 U^2`` for Q and ``2 U^2`` for V, in float32; empty without a critic."""
+    """Memory of each replica: twin heads of ``3 U^2`` for Q and ``2 U^2`` for V, in float32; empty without a critic."""
     square, rows = float(critic_width(config, m) ** 2), config.critic.batch_size / config.critic.replicas
     if not square:
         return {}
     return {
         # 4 bytes of weights, gradients, Adam's two moments and the target
         "twin heads": 20 * 10 * square,
-        # features of five kinds, and two hidden layers of six pairs of heads with their ReLU
+        # five kinds of features, and two hidden layers with ReLU of six pairs of heads
         "a batch": 4 * rows * (5 + 48) * critic_width(config, m),
     }
 
@@ -155,7 +155,7 @@ def engine_memory(config: Config, m: Sizes, gpu_gb: float | None) -> Bytes:
         return {"weights": weights, "keys and values": rollout.kv_cache_mb * 2.0**20}
     # T b (4 H + 3 I) / split: a step's hidden states and its widest layer
     inner = batched_tokens(config) * m.num_bytes * (4.0 * m.width + 3 * m.mlp) / split
-    # Keys and values get what is left of the share that vLLM may use.
+    # Keys and values get the rest of the share that vLLM may use.
     room = rollout.gpu_memory_utilization * gpu_gb * 1e9 - weights - inner
     return {"weights": weights, "a step's tokens": inner, "keys and values": max(room, 0.0)}
 
@@ -167,7 +167,7 @@ def batched_tokens(config: Config) -> float:
 
 
 def weight_bytes(config: Config, m: Sizes) -> float:
-    """Of an engine's weights: ``b P``; with fp8 the matrices of decoder layers have a byte each."""
+    """Bytes of an engine's weights: ``b P``; with fp8 the matrices of decoder layers have one byte per number."""
     tokens_act = config.rl.action_space == "token"
     parameters = m.base + m.head if tokens_act else m.served
     layers = m.layers + (0 if tokens_act else m.policy_layers)
@@ -176,7 +176,7 @@ def weight_bytes(config: Config, m: Sizes) -> float:
 
 
 def kv_bytes(config: Config, m: Sizes) -> float:
-    """Bytes of a token in an engine's cache: ``2 KV layers``, of b or with fp8 1 each; e, ``b H``, where it is kept."""
+    """Bytes of a token in an engine's cache: ``2 KV layers`` of b, or with fp8 1, each; and ``b H`` for e if kept."""
     rl, tokens_act = config.rl, config.rl.action_space == "token"
     layers = m.layers + (0 if tokens_act else m.policy_layers)
     of_number = 1.0 if config.rollout.kv_cache_dtype == "fp8" else m.num_bytes

@@ -1,4 +1,4 @@
-"""Seconds of a step from FLOPs, bytes and the data sheet, under stated assumptions; and what others have published.
+"""Seconds of a step, from FLOPs, bytes and the GPU's data sheet under stated assumptions; and published figures.
 
     FLOPs of planned_work.py / (FLOP/s x MFU)          bytes read per decoding step / (GB/s x share)
     b P of what is sent, over each link that it crosses
@@ -35,7 +35,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is reached of the data sheet's figures."""
+    """Which share of the data sheet's figures is reached, and other speeds."""
 
     mfu: float  # of FLOP/s, in the learner's and a prefill's matrix products
     decode: float  # of memory bandwidth, in decoding
@@ -60,7 +60,7 @@ PUBLISHED = {
     "verl, weights": "Qwen2.5-7B by NCCL from one H100 node to another: 5.5 to 6.0 s (its page on delta updates)",
     "OpenRLHF": "8 H200, DAPO: generation takes more than 0.9 of the time (arXiv 2405.11143v6)",
 }
-"""What others report of themselves. TRL publishes no figure of this size."""
+"""Figures that other projects have published. TRL publishes none for this size."""
 
 
 @dataclass(frozen=True)
@@ -85,39 +85,39 @@ def step_time(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed = EXPECTED) -
     answer = mean_answer(config)
     engine, length = decoding(config, m, gpu, assumed), config.rollout.max_prompt_tokens / 2 + answer
     per_token = engine.seconds(engine.most)
-    generate = engine.prefill + engine.sequences / engine.most * answer * per_token  # in as many rounds as that takes
+    generate = engine.prefill + engine.sequences / engine.most * answer * per_token  # in several rounds if needed
     per_second = config.rollout.num_workers * engine.most / per_token
     trained = config.rl.prompts_per_step * config.rl.group_size
     learn = _learning(config, m, gpu, assumed, Rows(trained * length, length, trained * answer))
     sync = sum(update(config, m, assumed))
-    share = config.critic.gpu_share  # of a GPU, or none of one
+    share = config.critic.gpu_share  # of a GPU; 0 on CPU
     rate = share * gpu.float32 * assumed.mfu if share else assumed.host_tflops
     critic = critic_flops(config, m) / config.critic.replicas / (rate * 1e12)
     return Step(generate, learn, sync, per_second, engine.most, trained * length, critic)
 
 
 def critic_flops(config: Config, m: Sizes) -> float:
-    """Of all critic steps of an iteration: ``68 U^2`` for each turn of a batch.
+    """FLOPs of all critic steps of an iteration: ``68 U^2`` for each turn of a batch.
 
-    Twin heads of Q forward and backward, 28 U^2, and of V, 20, where features get no gradient; the target's V of the
-    next states, 8, and its Q of fresh utterances, 12.
+    Forward and backward passes of the twin heads of Q take 28 U^2 and of V 20, as features get no gradient; the
+    target's V of the next states takes 8, and its Q of fresh utterances 12.
     """
     return 68.0 * critic_width(config, m) ** 2 * config.critic.batch_size * config.critic.steps
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What an engine's decoding steps take. All seconds are an engine's."""
+    """How long an engine's decoding steps take. All seconds are per engine."""
 
-    weights: float  # seconds to read them once
-    cache: float  # to read one sequence's keys and values
-    compute: float  # of one token of one sequence
-    prefill: float  # of the prompts of a step's share
-    sequences: float  # of a step's share
-    most: float  # sequences at a time, of no more than a share
+    weights: float  # seconds to read the weights once
+    cache: float  # seconds to read one sequence's keys and values
+    compute: float  # seconds to compute one token of one sequence
+    prefill: float  # seconds for the prompts of the engine's share of a step
+    sequences: float  # number of sequences in this share
+    most: float  # most sequences decoded at a time, at most the share
 
     def seconds(self, sequences: float) -> float:
-        """Of one decoding step: it reads all weights and every sequence's cache, or computes."""
+        """Seconds of one decoding step, limited by reading all weights and every sequence's cache, or by computing."""
         return max(self.weights + sequences * self.cache, sequences * self.compute)
 
 
@@ -125,10 +125,10 @@ def decoding(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed = EXPECTED, st
     """How an engine decodes sequences of mean length.
 
     Args:
-        steps: whose shares an engine may hold at the same time.
+        steps: number of steps whose shares an engine may hold at the same time.
     """
     rl, rollout = config.rl, config.rollout
-    # Greedy baselines are generated, too.
+    # Greedy baselines are also generated.
     share = rl.prompts_per_step * (rl.group_size + config.algorithm.greedy) / rollout.num_workers
     length = rollout.max_prompt_tokens / 2 + mean_answer(config)
     width, cache = rollout.tensor_parallel_size, kv_bytes(config, m)
@@ -154,14 +154,14 @@ def mean_answer(config: Config) -> float:
 
 
 def _learning(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed, batch: Rows) -> float:
-    """FLOPs, or what ZeRO-3 gathers if that takes longer."""
+    """Seconds of the learner: its FLOPs, or ZeRO-3's gathering of weights if that takes longer."""
     rl, hardware, ranks = config.rl, config.hardware, config.cluster.learner_ranks
     share = Rows(batch.tokens / ranks, batch.width, batch.scored / ranks)
     work = planned_work.learning(config, m, share)
     updates = rl.value_steps if rl.actor_free else rl.updates_per_batch
     flops = work.look + updates * (work.forward + work.backward)
     flops += work.forward * (looks_first(config) and not rl.actor_free)
-    # Every micro-batch gathers all that it passes, and what trains twice more; a mini-batch has one at least.
+    # Every micro-batch gathers all weights, and those that train twice more; a mini-batch has at least one micro-batch.
     micro_batches = max(share.tokens / rl.micro_batch_tokens, 1.0)
     of_a_pass = max(micro_batches, float(rl.num_minibatches))
     link = assumed.link_gbs if ranks <= hardware.gpus_per_node else hardware.network_gbs * assumed.network
@@ -173,23 +173,23 @@ def _learning(config: Config, m: Sizes, gpu: Gpu, assumed: Assumed, batch: Rows)
 
 
 def _over_pcie(config: Config, frozen: float, trained: float, assumed: Assumed) -> float:
-    """Of what waits in host memory, frozen shares come in every micro-batch, gradients go and weights return."""
+    """Seconds of offloading: frozen shares come in every micro-batch, gradients go to the host and weights return."""
     cluster, ranks = config.cluster, config.cluster.learner_ranks
     frozen, trained = frozen * cluster.offload_frozen, trained * cluster.offload_optimizer
     return (frozen + trained) / ranks / (assumed.pcie_gbs * 1e9)
 
 
 def update(config: Config, m: Sizes, assumed: Assumed = EXPECTED) -> tuple[float, float]:
-    """Seconds in which the learner gathers what goes out and hands it over, and in which each engine takes it."""
+    """Seconds in which the learner gathers and publishes new weights, and in which each engine loads them."""
     sent = m.num_bytes * published(config, m) / 1e9
     into_store, network = sent / assumed.store_gbs, sent / (config.hardware.network_gbs * assumed.network)
-    # A broadcast saves reading from the store alone: the buckets are kept for engines that start later.
+    # A broadcast only saves reading from the store: buckets are still written, for engines that start later.
     by_store = into_store if config.cluster.weight_transport == "object_store" else 0.0
     return sent / assumed.link_gbs + into_store, network + by_store
 
 
 def published(config: Config, m: Sizes) -> float:
-    """P of what goes to the engines after every step."""
+    """P, the number of parameters that are sent to the engines after every step."""
     rl = config.rl
     if rl.action_space == "token":
         if rl.steering != "off":

@@ -1,4 +1,4 @@
-"""What a learner rank computes and holds for one micro-batch, in every mode.
+"""FLOPs and memory of a learner rank for one micro-batch, in every mode.
 
                 no gradient                  gradient                                 loss over
     latent      base, reference              policy                                   K actions
@@ -9,9 +9,9 @@
     policy      base, IDM                    policy                                   K actions
     fta         IDM or policy                base, through the world model            V tokens, piece by piece
 
-A family's own norms of queries and keys count as parameters; what they keep for the backward pass does not.
-Each formula follows the modules' operations in order, with fused attention and a mask for padding as on a GPU.
-``benchmarks/full_shapes.py`` runs the modules themselves at full shapes and compares (docs/scaling.md).
+A family's norms of queries and keys count as parameters, but their activations for the backward pass are not counted.
+Each formula follows the modules' operations in order, with fused attention and a padding mask as on a GPU.
+``benchmarks/full_shapes.py`` compares them with the modules themselves, run at full shapes (docs/scaling.md).
 Legend: b bytes of a number, H width, I of the MLP, Q and KV of all query and key heads, V vocabulary, K actions,
 r rank of adapters; a micro-batch has T tokens in rows of W, and N of them are scored.
 """
@@ -28,7 +28,7 @@ from cola_ray.settings.training import PretrainStage
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model's shape, and the parameters P of its parts."""
+    """Sizes of a model's layers, and numbers of parameters P of its parts."""
 
     width: int  # H
     mlp: int  # I
@@ -42,7 +42,7 @@ class Sizes:
     idm_layers: int
     blocks: int  # of the world model
     base: float  # P of embeddings and base layers
-    head: float  # P of the LM head; 0 where the embeddings are it
+    head: float  # P of the LM head; 0 if it is tied to the embeddings
     policy: float
     idm: float
     codebook: float
@@ -59,7 +59,7 @@ class Sizes:
 
     @property
     def linear(self) -> float:
-        """P of a layer's matrices."""
+        """P of a decoder layer's matrices."""
         return self.width * (2.0 * self.queries + 2.0 * self.keys + 3.0 * self.mlp)
 
     @property
@@ -117,7 +117,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B": LLAMA_31_8B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA_31_8B,
     "meta-llama/Llama-3.2-1B": _LLAMA_32_1B, "Qwen/Qwen2.5-0.5B-Instruct": _QWEN25_05B, "Qwen/Qwen3-1.7B": _QWEN3_17B,
 }  # fmt: skip
-"""Bases of presets, some of them gated on the hub; known here, so that a plan needs neither token nor network."""
+"""Configurations of the presets' bases, some of them gated on the hub; with them a plan needs no token or network."""
 
 
 def _shape(config: Config) -> dict[str, Any]:
@@ -155,27 +155,27 @@ class Rows:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one micro-batch."""
+    """Work and memory of one micro-batch."""
 
-    frozen: float  # P that only compute
-    trained: float  # P
-    kept: float  # bytes that the forward pass leaves for the backward pass
-    temporary: float  # bytes, the most that there are beside those
-    known: float  # bytes that stay of a micro-batch where later passes use them: e, the reference's logits
-    look: float  # FLOPs of what has no gradient
-    forward: float  # FLOPs of what has one
+    frozen: float  # P of frozen parts
+    trained: float  # P of parts that train
+    kept: float  # bytes that the forward pass keeps for the backward pass
+    temporary: float  # peak bytes in addition to those
+    known: float  # bytes of a micro-batch that are kept if later passes use them: e, the reference's logits
+    look: float  # FLOPs of parts without gradient
+    forward: float  # FLOPs of the forward pass of parts with gradient
     backward: float
 
 
-# --- a layer, and what follows the last one -----------------------------------------------------------------------
+# --- a layer, and the parts after the last one --------------------------------------------------------------------
 
 
 def kept_of_layer(m: Sizes, width: float, trains: bool = True) -> float:
-    """Bytes of a token that a decoder layer keeps for its backward pass.
+    """Bytes per token that a decoder layer keeps for its backward pass.
 
     ``2 (4 H + 2 b H)``  two norms: input in float32, normalised, output (the input of linear layers that train)
-    ``b (4 Q + W)``      queries, keys and values repeated to as many heads, output; a row of the mask
-    ``4 heads``          logarithms of attention's sums
+    ``b (4 Q + W)``      queries, keys and values repeated to the number of query heads, output; a row of the mask
+    ``4 heads``          log-sum-exp of attention
     ``4 b I``            gate, its SiLU, up, their product
     """
     b, norms = m.num_bytes, 2.0 * m.width * (4 + m.num_bytes * (2 if trains else 1))
@@ -183,17 +183,17 @@ def kept_of_layer(m: Sizes, width: float, trains: bool = True) -> float:
 
 
 def kept_of_norm(m: Sizes) -> float:
-    """Bytes of a token: ``4 H + 2 b H``."""
+    """Bytes per token: ``4 H + 2 b H``."""
     return m.width * (4.0 + 2 * m.num_bytes)
 
 
 def forward_of_layer(m: Sizes, width: float) -> float:
-    """FLOPs of a token: ``2 P_linear + 4 W Q``; with a mask, attention computes the whole square."""
+    """FLOPs per token: ``2 P_linear + 4 W Q``; with a mask, attention computes the whole square."""
     return 2 * m.linear + 4.0 * width * m.queries
 
 
 def backward_of_layer(m: Sizes, width: float, trains: bool = True) -> float:
-    """``(4 or, for frozen weights, 2) P_linear + 10 W Q``: attention's scores are computed again."""
+    """``(4 or, for frozen weights, 2) P_linear + 10 W Q``: attention's scores are recomputed."""
     return (4 if trains else 2) * m.linear + 10.0 * width * m.queries
 
 
@@ -208,14 +208,14 @@ def _without_gradient(m: Sizes, rows: Rows) -> float:
 
 
 def _pieces(m: Sizes, rows: Rows) -> float:
-    """``b N V + 20 2^25``: gradients of the logits, and float32 of a piece; all in one, ``11 N V``, and 8 kept."""
+    """``b N V + 20 2^25``: gradients of the logits, and a piece in float32; in one piece ``11 N V``, and 8 kept."""
     numbers = rows.scored * m.vocabulary
     return m.num_bytes * numbers + (20.0 * AT_ONCE if numbers > AT_ONCE else 11.0 * numbers)
 
 
 def _head(m: Sizes, rows: Rows, trains: bool) -> float:
-    """``8 min(N V, 2^25)``: logits of a piece and their softmax in float32; of a head that trains ``4 H V`` instead of
-    the b that stay, and another b for a piece's part where b is not 4.
+    """``8 min(N V, 2^25)``: logits of a piece and their softmax in float32; for a head that trains, ``4 H V`` instead
+    of the b that stay, and another b for a piece's part if b is not 4.
     """  # fmt: skip
     numbers, head, b = min(rows.scored * m.vocabulary, AT_ONCE), float(m.width * m.vocabulary), m.num_bytes
     if not trains or b == 4:
@@ -224,17 +224,17 @@ def _head(m: Sizes, rows: Rows, trains: bool) -> float:
 
 
 def _again(m: Sizes, rows: Rows, layers: int) -> float:
-    """FLOPs of layers that are computed again, to the last product, for DeepSpeed's linear function saves its input."""
+    """FLOPs of recomputing layers, up to the last product, because DeepSpeed's linear function saves its input."""
     return rows.tokens * layers * forward_of_layer(m, rows.width)
 
 
 def _stack(m: Sizes, rows: Rows, layers: int, checkpoints: bool) -> Work:
-    """Layers over e with a head of K actions: all of it trains, and e gets no gradient."""
+    """Layers over e with a head of K actions: all of them train, and e gets no gradient."""
     b, head, first = m.num_bytes, 2.0 * m.width * m.actions, 2.0 * m.width * (m.queries + 2 * m.keys)
     layer, temporary = kept_of_layer(m, rows.width), _temporary(m, rows)
     kept = layers * layer - 4.0 * m.width
     backward = rows.tokens * (layers * backward_of_layer(m, rows.width) - first) + 2 * rows.scored * head
-    if checkpoints:  # inputs stay, the first of which is e; one layer at a time is computed again
+    if checkpoints:  # only layer inputs are kept, the first of which is e; one layer at a time is recomputed
         kept, backward = (layers - 1.0) * b * m.width, backward + _again(m, rows, layers)
         temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp - kept_of_norm(m)))
     last = kept_of_norm(m) + 16.0 * m.actions
@@ -276,7 +276,7 @@ def learning(config: Config, m: Sizes, rows: Rows) -> Work:
 
 
 def adapters(m: Sizes, rank: int) -> float:
-    """P of low-rank adapters in all linear layers: ``r (in + out)`` of each."""
+    """P of low-rank adapters in all linear layers: ``r (in + out)`` for each."""
     return rank * m.layers * (2.0 * (m.width + m.queries) + 2.0 * (m.width + m.keys) + 3.0 * (m.width + m.mlp))
 
 
@@ -286,7 +286,7 @@ def vectors(m: Sizes, steering: str) -> float:
 
 
 def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
-    """The base itself, adapters in it, or steering vectors, whose gradient passes the layers above the lowest one."""
+    """The base itself, its adapters, or steering vectors, whose gradient passes through the layers above the lowest."""
     rl, b, rank = config.rl, m.num_bytes, config.rl.lora_rank
     whole, passed = rl.trains_all_weights, 0 if rl.steering == "last" else m.layers
     refers = bool(rl.kl_coef or rl.kl_target) or config.learns_values
@@ -296,7 +296,7 @@ def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
     forward = plain + rows.tokens * 2 * own
     backward = rows.tokens * (passed * backward_of_layer(m, rows.width, whole) + 4 * own) + logits * (1 + whole)
     layer = kept_of_layer(m, rows.width, whole) + 7.0 * b * rank
-    # Logits, the reference's too; where a Q learns of all tokens, their log-probabilities are held at a time.
+    # Logits, also the reference's; if a Q learns over all tokens, their log-probabilities are held at the same time.
     every = config.algorithm.soft_q or rl.control_variate
     held = 12.0 if every else 8.0 if numbers <= AT_ONCE else 0.0
     wide = numbers * (b * (1 + refers) + held)
@@ -305,7 +305,7 @@ def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
     kept = rows.tokens * passed * layer + last + wide
     if config.cluster.gradient_checkpointing:
         kept = rows.tokens * passed * b * m.width + last + wide
-        # One layer at a time is computed again, when the logits are gone.
+        # One layer at a time is recomputed, after the logits have been freed.
         temporary = max(temporary, rows.tokens * (layer + 3.0 * b * m.mlp) - wide)
         backward += _again(m, rows, passed)
     return Work(
@@ -321,10 +321,10 @@ def _tokens(config: Config, m: Sizes, rows: Rows) -> Work:
 def pretraining(stage: PretrainStage, m: Sizes, rows: Rows, checkpoints: bool = False) -> Work:
     """A stage of pre-training; all its tokens are scored.
 
-    One step in ten of the stage actions also computes the bare base's logits, which are not counted.
+    One step in ten of the stage actions also computes the bare base's logits, which are not counted here.
 
     Args:
-        checkpoints: whether layers that train, and the world model's blocks, are computed again.
+        checkpoints: whether layers that train, and the world model's blocks, are recomputed (gradient checkpointing).
     """
     b, base = m.num_bytes, rows.tokens * m.layers * forward_of_layer(m, rows.width)
     idm, policy = (_stack(m, rows, layers, checkpoints) for layers in (m.idm_layers, m.policy_layers))
@@ -336,7 +336,7 @@ def pretraining(stage: PretrainStage, m: Sizes, rows: Rows, checkpoints: bool = 
     temporary, pairs = _temporary(m, rows), 2.0 * b * m.width  # state and code of a block
     blocks = 0 if stage == "base" else m.blocks
     code = rows.scored * (pairs + (0.0 if checkpoints else 4.0 * b * m.mlp)) * blocks
-    loss = b * m.width * rows.scored  # the head's gradient to its input, made in the forward pass
+    loss = b * m.width * rows.scored  # the head's gradient with respect to its input, computed in the forward pass
     again = world * checkpoints
     if stage == "actions":
         temporary = max(temporary, _head(m, rows, trains=False), idm.temporary - code - loss)

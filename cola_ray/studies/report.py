@@ -1,4 +1,4 @@
-"""The report of a reproduction: each figure of the papers, its number there, our number, and what differs.
+"""The report of a reproduction: each figure of the papers, the paper's number, our number, and what differs.
 
     stages/<name>/summary.json, log.jsonl, *.png ──> report/index.html (self-contained), report/report.md with pictures
 

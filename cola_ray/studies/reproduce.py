@@ -1,4 +1,4 @@
-"""Runs the papers' matrix: stages as Ray jobs, in the order in which they need each other's models, and a report.
+"""Runs the papers' matrix: stages as Ray jobs, ordered by their dependence on each other's models, and a report.
 
     reproduce(config)
       ├─ cluster: an existing one, or a new head on this machine
@@ -132,7 +132,7 @@ def dashboard(config: Config) -> Iterator[tuple[str, dict[str, str] | None]]:
 def _local_head(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
     """Run ``ray start --head`` with a token that only this process and its jobs know.
 
-    Its ports are its own: any other Ray on this machine, another run's say, has those that Ray takes by itself, and a
+    It uses its own ports, since another Ray on this machine, e.g. of another run, may have Ray's default ports, and a
     head whose agent has no port starts no job.
     """
     token = secrets.token_hex(32)
@@ -185,7 +185,7 @@ def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel:
 
     Args:
         matrix: the stages, with those that they need.
-        folder: of the stages' folders.
+        folder: the parent of the stages' folders.
         parallel: most stages at a time.
 
     Returns:
@@ -234,7 +234,7 @@ def _is_done(folder: Path, stage: Stage) -> bool:
     return summary_of(folder / stage.name) is not None
 
 
-_NOT_YET = (RuntimeError, OSError)  # what a dashboard answers that takes no job, and errors of the connection
+_NOT_YET = (RuntimeError, OSError)  # from a dashboard that does not accept jobs yet, and connection errors
 _RETRY = tenacity.Retrying(  # a head that has just started has no dashboard yet, and then no agent
     retry=tenacity.retry_if_exception_type(_NOT_YET),
     wait=tenacity.wait_fixed(1),

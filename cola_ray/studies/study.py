@@ -1,4 +1,4 @@
-"""What studies of a finished model share: folder, tracker and summary, and the texts that they work on.
+"""Common parts of studies of a finished model: folder, tracker and summary, and the texts that they work on.
 
 A study does not train. It runs engines or the model itself, keeps their raw outputs in its folder, and sums them up:
 
@@ -87,7 +87,7 @@ def load_texts(config: Config, start: Path | None) -> tuple[PreTrainedTokenizerB
 def text_prefixes(config: Config, texts: Sequence["Document"]) -> list[list[int]]:
     """The first ``diversity.prefixes`` different prefixes of these texts, of at most ``diversity.prefix_tokens`` ids.
 
-    A prefix ends where the last response within reach starts; of a text without responses it is at most half.
+    A prefix ends where the last response within this length starts; in a text without responses it is at most half.
     """
     most = config.diversity.prefix_tokens
 

@@ -9,8 +9,8 @@
 A sweep that was killed continues with --resume: finished trials are not repeated, and the others continue from their
 last checkpoints, so the table equals that of an uninterrupted sweep. Trials place their own actors: Ray Tune reserves a
 tenth of a CPU for the driver of each trial, and engines, services and learner are placed outside Tune's group, because
-Ray Train makes its own placement group, which cannot be nested in Tune's. So that trials do not wait for parts of each
-other's resources, no more start than the cluster's free resources can hold at once.
+Ray Train makes its own placement group, which cannot be nested in Tune's. No more trials start than the cluster's free
+resources can hold at once, so that trials do not wait for parts of each other's resources.
 """
 
 from collections.abc import Mapping, Sequence
@@ -118,7 +118,7 @@ def by_value(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 
 def _run_trials(config: Config) -> tuple[list[Row], list[str], int]:
-    """Run all trials: rows of results in the order of the grid, errors, and the number of unfinished trials."""
+    """Run all trials; return rows of results in the order of the grid, errors, and the number of unfinished trials."""
     current().doing("starting the runs")
     results = _tuner(config).fit()
     rows, failures, unfinished = [], [], 0

@@ -1,11 +1,11 @@
-"""``cola_ray view RUN``: a page of a run, one file that opens anywhere and loads nothing: its curves, and what it said.
+"""``cola_ray view RUN``: a self-contained HTML page of a run, with its curves and its samples.
 
     RUN/log.jsonl ─────────────> curves ───────────────────┐
     RUN/samples/*.parquet ─────> some of all steps ────────┼──> data, as JSON ──> view.html with view.css and view.js
     a model, where one is given ──> tokens of all actions ─┘
 
-Prompts and completions are data that nobody vouches for. They are in the page as JSON without the signs of markup, its
-script makes text of them and nothing else, and its policy for content lets no script run but that one.
+Prompts and completions are untrusted data. They are in the page as JSON without markup characters, its script inserts
+them only as text, and its content security policy allows no other script.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from cola_ray.runs.redaction import redacted, redacted_tree
 _MARK = "<!doctype html>\n<!-- cola_ray view -->\n"
 _FILES = 48  # of samples, at most
 _POINTS = 500  # of a curve
-_CELLS = 4_000_000  # tokens under all actions, one a token and action
+_CELLS = 4_000_000  # tokens under all actions, one per token and action
 _LOGITS = 1 << 26  # numbers that are in memory together
 _HELP = """
 The page has the run's curves; prompts and completions of two steps side by side, each prompt's with their rewards and
@@ -49,7 +49,7 @@ examples:
 
 
 class _RefusedError(ValueError):
-    """What cannot be viewed, in a line."""
+    """The run or model cannot be viewed; the message is one line."""
 
 
 def view(argv: Sequence[str]) -> int:
@@ -104,11 +104,11 @@ def _is_page(file: Path) -> bool:
 
 
 def page_data(run: Path, count: int) -> dict[str, Any]:
-    """What the page shows: ``run``, ``curves``, ``samples`` with their ``prompts``, and ``kept``, a line on them.
+    """The page's data: ``run``, ``curves``, ``samples`` with their ``prompts``, and ``kept``, a line about the samples.
 
     Args:
         run: the run's folder.
-        count: of completions, about; whole groups, as many of each file.
+        count: approximate number of completions; groups are whole, and each file contributes equally many.
     """
     one = status.read(run)
     config = redacted_tree(one.config)
@@ -130,7 +130,7 @@ def page_data(run: Path, count: int) -> dict[str, Any]:
 
 
 def curves(history: Mapping[int, Mapping[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each metric; of long ones every so many."""
+    """Steps and values of each metric; long curves are thinned out."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     for step in sorted(history):
         for name, value in history[step].items():
@@ -141,14 +141,14 @@ def curves(history: Mapping[int, Mapping[str, float]]) -> dict[str, tuple[list[i
 
 
 def _evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """All of them, or ``most`` at equal distances, the first and the last among them."""
+    """All items, or ``most`` of them at equal distances, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
 def _some_rows(run: Path, count: int) -> tuple[list[dict[str, Any]], str]:
-    """Rows of the run's samples, as many of each step; and a line on how many of all they are."""
+    """Rows of the run's samples, equally many of each step; and a line saying how many of all samples these are."""
     there = samples.files(run)
     opened = _evenly(there, min(_FILES, count))
     rows, damaged, left = list[dict[str, Any]](), list[str](), count
@@ -167,13 +167,13 @@ def _some_rows(run: Path, count: int) -> tuple[list[dict[str, Any]], str]:
 
 
 def add_other_tokens(data: dict[str, Any], model_path: str) -> None:
-    """Ask a model, for each token of the samples, which token each of its actions gives there.
+    """Compute, for each token of the samples, which token each of the model's actions would give there.
 
-    In RL over latent actions base, world model and codebook stay as they are, so any checkpoint of the run answers as
-    the one that spoke. ``vocabulary`` has the tokens' texts, and a sample's ``others`` its (L, K) places there.
+    RL over latent actions does not change base, world model and codebook, so any checkpoint of the run gives the same
+    tokens. ``vocabulary`` has the tokens' texts, and a sample's ``others`` holds (L, K) indices into it.
 
     Raises:
-        _RefusedError: the actions are tokens, or it is not a model that gives these samples' tokens.
+        _RefusedError: the actions are tokens, or the model does not reproduce these samples' tokens.
     """
     if data["space"] != "latent":
         raise _RefusedError("--model: the run's actions are its tokens; leave --model out")
@@ -215,7 +215,7 @@ def add_other_tokens(data: dict[str, Any], model_path: str) -> None:
 
 
 def _tokens_of_all_actions(model: Any, sample: Mapping[str, Any]) -> list[list[int]]:
-    """The most probable token at each of the sample's places under each action, (L, K)."""
+    """The most probable token at each of the sample's positions under each action, (L, K)."""
     import torch
 
     prompt, said, count = sample["prompt_ids"], sample["token_ids"], model.config.num_actions
@@ -247,7 +247,7 @@ def page(title: str, data: Mapping[str, Any]) -> str:
 
 
 def _for_the_page(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what the script does not read; one advantage where all of a sample's are the same."""
+    """The data without fields that the script does not read; one advantage if all of a sample's are the same."""
     shown = []
     for sample in data["samples"]:
         weights = sample["advantages"]
@@ -258,7 +258,7 @@ def _for_the_page(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> str:
-    """JSON that can stand in a page: ASCII without signs of markup; null for what is no number."""
+    """JSON that can be embedded in a page: ASCII without markup characters; null for NaN and infinity."""
     text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

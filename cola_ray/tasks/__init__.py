@@ -1,4 +1,4 @@
-"""Tasks with verifiable answers, and multi-turn environments, each behind one small protocol and picked by name."""
+"""Tasks with verifiable answers, and multi-turn environments, each behind a small protocol and selected by name."""
 
 import inspect
 import itertools
@@ -19,10 +19,10 @@ __all__ = [
     "make_environment", "make_task", "stop_strings", "to_pretrain_on",
 ]  # fmt: skip
 
-# Settings that an environment takes beside its options.
+# Settings that an environment takes in addition to its options.
 _SETTINGS = {"jericho": ("game",), "data_science": ("path",), "program": ("command", "tool_parser")}
 
-# What an endpoint is told that answers in place of the tables, and the only answers there may be.
+# The instruction for an endpoint that answers instead of the tables, and the only answers that are allowed.
 ORACLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "twenty_questions": (
         "We play Twenty Questions and the hidden object is: {name}. Answer each question with exactly one of "
@@ -38,7 +38,7 @@ ORACLES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class PlayedTask:
-    """A multi-turn environment as something to pre-train on: its demonstrations."""
+    """Makes a multi-turn environment's demonstrations available for pre-training."""
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
         self.environment, self.count, self.seed = make_environment(config), config.num_problems, seed
@@ -52,15 +52,16 @@ class PlayedTask:
 
 
 def to_pretrain_on(config: TaskConfig, seed: int) -> Prompts | PlayedTask:
-    """The task of the settings, of any kind."""
+    """The task or environment named in the settings."""
     return PlayedTask(config, seed) if is_environment(config.name) else make_task(config, seed)
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:
     """The task named in the settings. Problems and their split depend on ``seed`` only through their order.
 
-    A class is called with (TaskConfig, seed), or its class method ``of`` is, where it has one. What is in the registry
-    under no name is a generator of reasoning-gym. Preference has prompts and no verifier, since others score.
+    A class, or its class method ``of`` if it has one, is called with (TaskConfig, seed). A name that is not in the
+    registry is a generator of reasoning-gym. The task preference has prompts but no verifier, since its responses are
+    scored elsewhere.
     """
     task = _make_task(config, seed)
     if any(reward != REWARD_MODEL for reward in config.reward):
@@ -77,15 +78,15 @@ def _make_task(config: TaskConfig, seed: int) -> Task:
 
 
 def called(found: Callable[..., Any]) -> Callable[..., Any]:
-    """What is called with (TaskConfig, seed) to make a task: a class's ``of``, where it has one, or itself."""
+    """The callable that makes a task from (TaskConfig, seed): a class's ``of`` if it has one, else the class itself."""
     return getattr(found, "of", found)
 
 
 def task_class(name: str) -> Callable[..., Any] | None:
-    """What makes the task or the environment of this name; None for a generator of reasoning-gym.
+    """The class or function that makes the task or environment of this name; None for a generator of reasoning-gym.
 
     Raises:
-        NotFoundError: a path leads nowhere.
+        NotFoundError: nothing is found at an import path.
     """
     kind: registry.Kind = "environment" if is_environment(name) else "task"
     if not registry.is_path(name) and name not in registry.names(kind):
@@ -95,10 +96,10 @@ def task_class(name: str) -> Callable[..., Any] | None:
 
 
 def least_right_reward(config: TaskConfig) -> float | None:
-    """The reward from which on a response is right; None where nothing says what is right.
+    """The smallest reward of a right response; None if nothing says which responses are right.
 
-    ``task.right_from`` says it. Without it a class does in an attribute ``right_from``, see :class:`Task`, and a reward
-    function likewise; of several rewards that are summed none does.
+    It is ``task.right_from`` or, if that is not set, the attribute ``right_from`` of the task's class, see
+    :class:`Task`, or of a single reward function; if several rewards are summed, none of them counts.
     """
     if config.right_from is not None or len(config.reward) > 1:
         return config.right_from
@@ -116,9 +117,9 @@ def stop_strings(config: TaskConfig) -> tuple[str, ...]:
 def make_environment(config: TaskConfig) -> Environment:
     """One environment of the multi-turn task named in the settings; ``task.options`` are its arguments.
 
-    A class of one's own is called with the options; one without a state is completed, and ``max_turns`` limits its
-    episodes unless it takes that itself. Raises ValueError for an option that the environment does not take, and
-    whatever the environment itself makes of their values.
+    A user's class is called with the options. If it has no state, one is added (:func:`completed`), and ``max_turns``
+    limits its episodes unless the class takes that option itself. Raises ValueError for an option that the environment
+    does not take, and whatever the environment raises for an option's value.
     """
     make: Callable[..., Any] = registry.find("environment", config.name)
     named: dict[str, object] = {setting: getattr(config, setting) for setting in _SETTINGS.get(config.name, ())}
@@ -144,7 +145,7 @@ def make_environment(config: TaskConfig) -> Environment:
 
 
 def _annotation(make: Callable[..., Any], name: str) -> Any:
-    """Of a parameter, with its limits; anything goes where none is given, or it cannot be read."""
+    """A parameter's annotation with its limits; any value is allowed if there is none, or it cannot be read."""
     try:
         return get_type_hints(getattr(make, "__init__", make), include_extras=True).get(name, Any)
     except (NameError, TypeError):

@@ -12,9 +12,9 @@ import operator
 from collections.abc import Callable
 
 MAX_LENGTH = 400
-"""Characters of an expression."""
+"""Largest number of characters of an expression."""
 MAX_BITS = 4096
-"""Of a whole number, intermediate results among them."""
+"""Limit for whole numbers, including intermediate results."""
 _DIGITS = 40  # a longer result is shown in powers of ten
 
 _BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {

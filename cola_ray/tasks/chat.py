@@ -1,10 +1,10 @@
-"""Prompts and responses as token ids: one place for training, rollouts and reward models, so that all tokenise alike.
+"""Tokenises prompts and responses in one place for training, rollouts and reward models, so that all do it alike.
 
     chat = ChatTokenizer(tokenizer, "2026-01-31")
     chat.prompt_ids("3 + 4 =")               # a question, or a conversation with its roles
     chat.text_ids("some text")               # the text alone
     chat.exchange_ids(prompt, response)      # a prompt with its complete response
-    chat.conversation_ids(messages, {1: ids})  # what was sampled as the message at place 1 stays as it is
+    chat.conversation_ids(messages, {1: ids})  # the sampled ids of the message at place 1 stay as they are
 
 Control tokens come from the chat template and the tokenizer alone. One that a user typed, such as ``<|im_end|>`` in a
 question, is tokenised as ordinary characters.
@@ -44,7 +44,7 @@ def as_prompt(value: object) -> Prompt:
 
 
 def as_question(value: object) -> Prompt:
-    """Read a prompt like :func:`as_prompt`; raises ValueError if it is blank, too."""
+    """Read a prompt like :func:`as_prompt`; also raises ValueError if it is blank."""
     prompt = as_prompt(value)
     if not (prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)).strip():
         raise ValueError(f"{str(value)[:80]!r} asks nothing; text or chat messages are expected")
@@ -96,11 +96,11 @@ def followed_by(prompt: Prompt, text: str) -> Prompt:
 
 _TOLD = ("messages", "tools", "documents", "tokenize", "strftime_now", "add_generation_prompt",
          "continue_final_message")  # fmt: skip
-"""What templates are told in any case, or never."""
+"""Arguments that templates always get, or never."""
 
 
 def unknown_options(options: Mapping[str, Any], template: str) -> list[str]:
-    """A line for each of the options that a chat template does not read."""
+    """A line for each option that a chat template does not read."""
     return [
         f"data.chat_options.{name} = {value!r}: the model's chat template takes no {name}; leave it out"
         for name, value in options.items()
@@ -111,8 +111,8 @@ def unknown_options(options: Mapping[str, Any], template: str) -> list[str]:
 class ChatTokenizer:
     """Turns prompts and responses into ids.
 
-    With a chat template, prompts are conversations, and the template adds what begins a text. Without one, a prompt is
-    its text, with roles written out, after the BOS token if the tokenizer uses one.
+    With a chat template, prompts are conversations, and the template adds any tokens that begin a text. Without one, a
+    prompt is its text, with roles written out, after the BOS token if the tokenizer uses one.
 
     Args:
         tokenizer: of the model.
@@ -149,7 +149,7 @@ class ChatTokenizer:
         typed = [*self._control.finditer(text)] if self._control_ids.intersection(ids) else []
         if not typed:
             return ids
-        # A vocabulary of whole words finds the control token even so, so the text is cut after its first character.
+        # A vocabulary of whole words still finds the control token, so the text is cut after its first character.
         cuts = [0, *(match.start() + 1 for match in typed), len(text)]
         return [
             i for start, end in itertools.pairwise(cuts)
@@ -190,17 +190,17 @@ class ChatTokenizer:
     ) -> list[int]:
         """Return the ids up to where the next message begins, in a conversation with a model that is being trained.
 
-        Without a template it is the contents alone, one after the other, as an environment's transcript is.
+        Without a template the ids are those of the contents, one after the other, like an environment's transcript.
 
         Args:
-            said: ids of messages that the model has sampled, by place, less an end token that the template writes. They
-                are not tokenised again, since text does not always come back as the same ids, and follow right after
-                the generation prompt. Their tool calls are part of them; a template is shown that there are some only
-                if it refuses the conversation otherwise.
+            said: ids of messages that the model has sampled, by place, without an end token that the template writes.
+                They are not tokenised again, since text does not always give the same ids, and directly follow the
+                generation prompt. Their tool calls are part of them; the template only sees that there are some if it
+                would refuse the conversation otherwise.
             tools: functions that the model may call, in the form of OpenAI's API.
 
         Raises:
-            ValueError: the template refuses this conversation; or there are tools, and no template to tell of them.
+            ValueError: the template refuses this conversation; or there are tools, but no template to describe them.
         """
         if self.tokenizer.chat_template:
             return self._filled_ids(messages, said, tools=list(tools) or None, add_generation_prompt=True)
@@ -218,9 +218,9 @@ class ChatTokenizer:
         return ids
 
     def _filled_ids(self, messages: Sequence[Message], said: Mapping[int, Sequence[int]], **options: Any) -> list[int]:
-        """Tokenise piece by piece, between the template's control tokens and what has ids already."""
+        """Tokenise piece by piece, between the template's control tokens and messages that already have ids."""
         whole = "".join(_strings([messages, options]))
-        # Placeholders hide what was typed, and hold places for ids, while the template's control tokens are found.
+        # While the template's control tokens are searched, placeholders hide typed text and stand for sampled ids.
         mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in whole)
         typed: list[str] = []
 
@@ -242,8 +242,8 @@ class ChatTokenizer:
         return found
 
     def _held(self, messages: Sequence[Message], places: Iterable[int], mark: str, **options: Any) -> tuple[str, str]:
-        """Render with placeholders for what was sampled; returns the text, and a pattern of these with all around them
-        that the template did not write when the model was asked.
+        """Render with placeholders for sampled messages. Returns the text, and a pattern that matches a placeholder
+        with everything around it that the template had not written when the model was asked.
         """
         shown, holders = [dict(one) for one in messages], {place: f"{mark}ids{place}{mark}" for place in places}
         for place, holder in holders.items():
@@ -268,9 +268,9 @@ class ChatTokenizer:
 
     @functools.cached_property
     def _added(self) -> tuple[tuple[str, str], tuple[str, str] | None]:
-        """What the template puts before and after an answer, between where the model begins it and what ends it.
+        """What the template puts before and after an answer, between the point where the model begins it and its end.
 
-        Around a text, such as a space; and around calls, None where that cannot be told.
+        Around a text, e.g. a space; and around tool calls, or None if that cannot be determined.
         """
         text, calls = self._around({"role": "assistant", "content": _HERE}), self._around(_calling(_HERE))
         if text is None:
@@ -281,7 +281,7 @@ class ChatTokenizer:
         return (text[0], text[1].removesuffix(ending)), of_calls
 
     def _around(self, answer: Message) -> tuple[str, str] | None:
-        """What is before and after an answer, from where the model begins it; None where that cannot be told."""
+        """What is before and after an answer, from the point where the model begins it; None if this is not clear."""
         question = {"role": "user", "content": "?"}
         try:
             opened = self._render([question], add_generation_prompt=True)
@@ -323,13 +323,13 @@ _HERE = "\ue000"
 
 
 def _calling(text: str) -> dict[str, Any]:
-    """An answer with a call, both with this text; the id is of a form that all templates take."""
+    """An answer with a tool call, both with this text; the call's id has a form that all templates accept."""
     call = {"id": "call00000", "type": "function", "function": {"name": text, "arguments": {}}}
     return {"role": "assistant", "content": text, "tool_calls": [call]}
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All texts in lists and objects, names of fields among them."""
+    """All texts in lists and objects, including names of fields."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -342,7 +342,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """The same with each text changed, but for names of fields."""
+    """The same value with each text changed, except names of fields."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

@@ -64,7 +64,7 @@ def lines_of(path: Path, cell_bytes: int = 1 << 17, checked: bool = True) -> Ite
     """Yield the header, then the cells of each row, each of at most ``cell_bytes``.
 
     Args:
-        checked: refuse rows that have not as many cells as the header.
+        checked: refuse rows whose number of cells differs from the header's.
 
     Raises:
         ValueError: names the row, counted from 1 without the header, and what is wrong with it.
@@ -86,7 +86,7 @@ def lines_of(path: Path, cell_bytes: int = 1 << 17, checked: bool = True) -> Ite
 
 
 def unequal(header: Sequence[str], row: Sequence[str]) -> str:
-    """Return what is wrong with a row that has not as many cells as the header."""
+    """Return what is wrong with a row whose number of cells differs from the header's."""
     many = "" if len(header) > 1 else "; columns are separated by commas"
     return f"{len(row)} cells, and the header has {len(header)}{many}; fix or remove it"
 

@@ -5,8 +5,8 @@
                             │ fails: reward -1, the error is the observation, next turn            v
                             └─────────────── reward: mean ROC AUC, the episode ends <─── scored outside the sandbox
 
-The labels of the half that is predicted never enter the sandbox, nor do those of other splits, so a program cannot look
-up its score. Nor does it help to know a bundled table by heart: its rows are drawn anew (:meth:`Table.splits`).
+The labels of the half to predict never enter the sandbox, nor do those of other splits, so a program cannot look up its
+score. Knowing a bundled table by heart does not help either, because its rows are drawn anew (:meth:`Table.splits`).
 """
 
 import hashlib
@@ -31,15 +31,15 @@ BUNDLED = ("breast_cancer", "wine", "digits", "iris")
 NUM_SPLITS = 5
 FAILED = -1.0
 _DISTRIBUTIONS = ("scikit-learn", "pandas", "pyarrow")
-# Runs once, before any program: the imports, and a first prediction, which makes system calls that programs must not.
+# Runs once, before any program: the imports, and a first prediction, which makes system calls forbidden to programs.
 _PREPARE = """
 import sklearn.discriminant_analysis, sklearn.ensemble, sklearn.impute, sklearn.naive_bayes, sklearn.neighbors
 import pandas, sklearn.neural_network, sklearn.pipeline, sklearn.svm
 sklearn.neighbors.KNeighborsClassifier(1, algorithm="brute").fit([[0.0], [1.0]], [0, 1]).predict([[0.0]])
 """
 
-# Runs in the sandbox. The answer is a file of its own, so that errors name its lines. Generators are seeded, so that a
-# classifier that draws without a seed of its own has the same score each time.
+# Runs in the sandbox. The answer is a separate file, so that errors name its lines. Generators are seeded, so that a
+# classifier without a seed of its own has the same score each time.
 _PROGRAM = """
 import random
 import numpy as np
@@ -59,7 +59,7 @@ if found.shape != shape:
 found.astype("<f8").tofile("probabilities")
 """
 _MAX_ERROR_LENGTH = 300
-"""Characters of an error message that the agent is shown."""
+"""Number of characters of an error message that the agent sees."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class DataScience:
         path: a CSV file with a header, instead of a bundled table.
         target: the file's column to predict.
         max_turns: attempts per episode.
-        rows: most rows of a table; the first ones of a fixed shuffle are used.
-        seconds: CPU seconds of an attempt; its wall time may be a quarter more.
+        rows: largest number of rows of a table; the first ones of a fixed shuffle are used.
+        seconds: CPU seconds of an attempt; its wall time may be a quarter longer.
         skill: share of the demonstrations' attempts that run without an error.
         key: mixed into all random draws. A program that knows this file and the table could repeat the draws of an
             episode's seed, labels included; with a key of the run's own it cannot.

@@ -1,12 +1,12 @@
-"""Rows of one's own as a task: ``--task.name dataset --task.path FILE``, a folder, a glob or a hub id.
+"""A user's rows as a task: ``--task.name dataset --task.path FILE``, or a folder, a glob or a hub id.
 
     task.path and task.more_paths ─> files or tables of each split ─> rows ── layouts.py ──> Examples
                                                                        task.weights ──> problems and demonstrations
 
-Splits are those that the source names: of a folder, files whose names begin with train, and with test, validation or
-the like; of the hub, splits. ``task.splits`` names others. Where there is one split only, a sixth of the prompts is
-held out by checksum, so that rows of one prompt are on one side, whatever the seed. A training row whose prompt is held
-out, too, is left out.
+Splits are those that the source names: in a folder, files whose names begin with train, and with test, validation or
+the like; on the hub, its splits. ``task.splits`` names others. If there is only one split, a sixth of the prompts is
+held out by checksum, so that all rows of a prompt are in the same split, whatever the seed. A training row whose prompt
+is also held out is left out.
 """
 
 import glob
@@ -26,7 +26,7 @@ from cola_ray.tasks.rows import ENDINGS, files_of, is_local, open_rows, peek, re
 
 TRAIN = ("train", "training")
 HELD_OUT = ("test", "heldout", "held_out", "validation", "valid", "val", "dev", "eval")
-"""Names of splits, the first that is there counts."""
+"""Names of splits; the first one that exists is used."""
 _BOTH: tuple[Split, Split] = ("train", "heldout")
 
 
@@ -36,8 +36,8 @@ class Source:
 
     path: str
     name: str  # in metrics
-    files: Mapping[str, str]  # by split, or by "" if one source is cut
-    left_out: Sequence[str]  # splits that are there and not read
+    files: Mapping[str, str]  # by split, or by "" if one source is divided
+    left_out: Sequence[str]  # splits that exist but are not read
     examples: Mapping[Split, list[Example]]
 
     @property
@@ -52,11 +52,11 @@ class Dataset:
         path: a file, a folder, a glob or a hub id.
         seed: shuffles the rows.
         columns: see :mod:`~cola_ray.tasks.layouts`.
-        splits: names of the splits train and heldout, where they are others than :data:`TRAIN` and :data:`HELD_OUT`.
-        subset: of a data set on the hub.
-        more_paths: further sources, each like ``path``.
-        weights: shares of prompts that each source has in training; a small one is repeated. Without them every prompt
-            comes as often as it is there.
+        splits: names of the splits train and heldout, if they are not among :data:`TRAIN` and :data:`HELD_OUT`.
+        subset: the configuration of a data set on the hub.
+        more_paths: further sources, in the same forms as ``path``.
+        weights: each source's share of the prompts in training; a small source is repeated. Without weights, every
+            prompt occurs as often as in its source.
 
     Raises:
         ValueError: a row cannot be read; the message names file, row and field.
@@ -105,9 +105,9 @@ def _problem(index: int, one: Example, source: str) -> Problem:
 
 
 def _weighed(sources: Sequence[list[Example]], weights: Sequence[float]) -> list[list[Example]]:
-    """Repeat rows so that sources have these shares, and each row comes once at least.
+    """Repeat rows so that sources have these shares and each row occurs at least once.
 
-    Example: 2 and 3 rows with weights 1 and 3: rows of the second are taken twice, 6 of them beside 2.
+    Example: 2 and 3 rows with weights 1 and 3: rows of the second source are taken twice, which gives 2 and 6.
     """
     filled = [(len(some), weight) for some, weight in zip(sources, weights, strict=False) if some]
     unit = max((count / weight for count, weight in filled), default=0.0)
@@ -133,7 +133,7 @@ def _opened(path: str, columns: Mapping[Any, str], splits: Mapping[Any, str], su
 
 
 def name_of(path: str) -> str:
-    """Return what a source is called in metrics.
+    """Return a source's name in metrics.
 
     Example:
         >>> name_of("data/hard sums.jsonl"), name_of("openai/gsm8k")
@@ -157,12 +157,12 @@ def _cut(examples: Mapping[str, list[Example]]) -> dict[Split, list[Example]]:
 
 
 def sources_of(path: str, splits: Mapping[Any, str]) -> tuple[dict[str, str], list[str]]:
-    """Return the source of each split, a file or a glob, or one for "" that is to be cut; and names of other splits.
+    """Return each split's source (a file or a glob), or one for "" that has to be divided; and names of other splits.
 
-    Of a folder with none of the usual names, all files are read.
+    In a folder with none of the usual names, all files are read.
 
     Raises:
-        ValueError: ``task.path = ...``, or ``task.splits = ...``: there is nothing of a split that is named.
+        ValueError: ``task.path = ...``, or ``task.splits = ...``: a named split does not exist.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -212,7 +212,7 @@ def _chosen(names: Sequence[str], splits: Mapping[Any, str], whose: str) -> tupl
 
 
 def faults(config: TaskConfig) -> list[str]:
-    """Return a line for what is wrong with local files, read as the task will read them; nothing is said of hub ids."""
+    """Return a line for what is wrong with local files, read as the task will read them; hub ids are not checked."""
     lines = list[str]()
     for path in filter(is_local, (config.path, *config.more_paths)):
         field = "task.path" if path == config.path else "task.more_paths"

@@ -1,4 +1,4 @@
-"""Where a response ends, and its text: the same for engines, verifiers, environments and evaluations.
+"""Determines where a response ends, and its text, in the same way for engines, verifiers, environments and evaluations.
 
     endings = Endings.of(tokenizer, "outputs/demo/model", ["\\nQuestion:"])
     endings.text(token_ids)                                  # the text up to the end, without what ended it

@@ -3,18 +3,18 @@
     observation, info = env.reset(seed=7)
     observation, reward, terminated, truncated, info = env.step("Is it alive?")
 
-That much is enough. Where a class has no state, its episodes are played again to the same place (:class:`Replayed`);
-where it has no demonstrations, a first policy is cloned from ``data.path``, or comes with ``model.path``.
+These two methods are enough. If a class has no state, its episodes are restored by replaying them (:class:`Replayed`);
+if it has no demonstrations, a first policy is cloned from ``data.path``, or comes with ``model.path``.
 
-``info`` may hold, beside what nobody reads:
+``info`` may contain, besides entries that are ignored:
 
-- ``metrics``: numbers by name, of the episode so far. Their means over episodes are logged as ``agent/<name>``; of an
-  episode the last ones count, and a name that it does not have is left out of its mean.
-- ``chat``: what a model with a chat template sees in place of the observation, :meth:`Chat.as_data`. Without it, and
-  for models without a template, it sees the observation as it stands.
+- ``metrics``: numbers by name, for the episode so far. Their means over episodes are logged as ``agent/<name>``; an
+  episode's last values count, and an episode without a name is left out of that name's mean.
+- ``chat``: what a model with a chat template sees instead of the observation, :meth:`Chat.as_data`. Without this entry,
+  and without a template, models see the observation itself.
 
-``terminated``: the episode ended by its own rules. ``truncated``: a limit cut it, and what would have followed still
-has a value. ``observation`` holds only what is new since the last utterance; the caller keeps the transcript.
+``terminated``: the episode ended by its own rules. ``truncated``: a limit ended it, so the last state still has a
+value. ``observation`` contains only what is new since the last utterance; the caller keeps the transcript.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ HELD_OUT = 1 << 30
 """Evaluation's seeds begin here, training's at 0. Games in C take no seeds from 2^31 on, NumPy none from 2^32 on."""
 
 USUAL_TURNS = 50
-"""After which an episode ends whose environment sets no limit, as in TextWorld and Jericho."""
+"""Limit of an episode's turns if its environment sets none, as in TextWorld and Jericho."""
 STATE = ("get_state", "set_state")
 
 Transition = tuple[str, float, bool, bool, dict[str, Any]]
@@ -38,9 +38,9 @@ class Chat:
     """An observation as chat messages, with their roles.
 
     Args:
-        messages: each with a role (system, user or tool) and a text as content; a tool's may have its name.
-        tools: with an episode's first observation: what the model may call, in the form of OpenAI's API.
-        tools_text: the same in words, for templates that do not tell of tools: it becomes a system message.
+        messages: each with a role (system, user or tool) and a text as content; a tool's message may have its name.
+        tools: for an episode's first observation: what the model may call, in the form of OpenAI's API.
+        tools_text: the same in words, for templates that do not support tools: it becomes a system message.
     """
 
     messages: Sequence[Message]
@@ -52,10 +52,10 @@ class Chat:
 
     @classmethod
     def of(cls, value: Any) -> "Chat":
-        """Read it from what ``info`` holds.
+        """Read it from an entry of ``info``.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the entry has another form.
         """
         if not isinstance(value, Mapping) or not set(value) <= {"messages", "tools", "tools_text"}:
             raise ValueError(f"{str(value)[:60]!r}; messages, tools and tools_text are expected")
@@ -80,7 +80,7 @@ class Dialogue:
     """An episode to clone, played by someone else: ``opening``, then (utterance, observation) pairs.
 
     Args:
-        chats: what models with a chat template see in place of the opening and of each observation, if anything.
+        chats: what models with a chat template see instead of the opening and of each observation, if given.
     """
 
     opening: str
@@ -93,8 +93,8 @@ class Environment(Protocol):
 
     A class may have an attribute ``stop``: strings that end an utterance, in addition to the end tokens; a method
     ``close()``, called when an episode is over; and ``demonstrations(count, seed)``: dialogues to clone, not
-    necessarily played well. ``max_turns`` and the two methods of the state come together, or :func:`completed` adds
-    them.
+    necessarily played well. ``max_turns`` and the two methods of the state must come together; otherwise
+    :func:`completed` adds them.
     """
 
     max_turns: int
@@ -119,22 +119,22 @@ class Environment(Protocol):
 
 
 def demonstrated(environment: Any, count: int, seed: int) -> Sequence[Dialogue]:
-    """Episodes to clone; [] where the environment has none."""
+    """Episodes to clone; [] if the environment has none."""
     own = getattr(environment, "demonstrations", None)
     return own(count, seed) if callable(own) else []
 
 
 def keeps_state(environment: Any) -> bool:
-    """Whether a class or an object can be continued from a state of its own."""
+    """Whether a class or an object can save its state and continue from it."""
     return all(callable(getattr(environment, name, None)) for name in STATE)
 
 
 def completed(environment: Any, max_turns: int = 0) -> Environment:
-    """An environment with a state, whatever it has itself.
+    """Return an environment with a state, adding one if it has none.
 
     Args:
-        max_turns: after which an episode is truncated; 0: as the environment says by ``max_turns`` or gymnasium's
-            ``spec.max_episode_steps``, else :data:`USUAL_TURNS`. One with a state of its own keeps its own limit.
+        max_turns: turns after which an episode is truncated; 0: the environment's ``max_turns`` or gymnasium's
+            ``spec.max_episode_steps``, else :data:`USUAL_TURNS`. An environment with its own state keeps its limit.
     """
     if keeps_state(environment):
         kept: Environment = environment
@@ -145,11 +145,11 @@ def completed(environment: Any, max_turns: int = 0) -> Environment:
 
 
 class Replayed:
-    """Any gymnasium-style text environment as an :class:`Environment`, whose state is what happened so far.
+    """Any gymnasium-style text environment as an :class:`Environment`, whose state is the history of the episode.
 
     Args:
         env: has gymnasium's ``reset(seed=...)`` and ``step(text)``, and is deterministic given the seed.
-        max_turns: after which an episode is truncated.
+        max_turns: turns after which an episode is truncated.
     """
 
     def __init__(self, env: Any, max_turns: int) -> None:
@@ -174,7 +174,7 @@ class Replayed:
         """Play the episode again.
 
         Raises:
-            ValueError: it came out otherwise.
+            ValueError: the replayed episode came out differently.
         """
         seed, said, seen = state
         self.reset(seed=seed)

@@ -2,9 +2,9 @@ r"""Answers that are expressions rather than numbers: found in a response, compa
 
     response ─> last \boxed{}, else the last formula ─> both numbers? compared exactly ─> else math-verify, with limits
 
-math-verify hands expressions to SymPy, which would compute towers of powers forever. Expressions that could grow like
-that are compared as text only. math-verify's own time limits are also used wherever its signals work, which is in a
-process's main thread.
+math-verify passes expressions to SymPy, which would compute towers of powers forever. Expressions that could grow like
+that are only compared as text. math-verify's own time limits are also used where its signals work, i.e. in a process's
+main thread.
 """
 
 import re
@@ -23,7 +23,7 @@ _EXPANDED = 50  # largest product of exponents that is multiplied out in canonic
 def final_expression(response: str) -> str | None:
     r"""Return the LaTeX expression that a response commits to: its last ``\boxed{}``, or its last formula or number.
 
-    What follows an invented next question does not count. None if there is no expression, or the box is empty.
+    Text after an invented next question does not count. None if there is no expression, or the box is empty.
     """
     for part in own_parts(response):
         box, tail = last_box(part), part[-MAX_LENGTH:]

@@ -5,16 +5,16 @@ r"""The number that a response commits to.
 A response's own part ends where it invents a next question ("Question:", "Problem 2:", "Human:" at the start of a
 line). Within it, these count, in this order:
 
-1. The first line after ``####``, since a response ends with it and what follows is a next problem of the model's own
-   making. A heading (``#### Step 1: ...`` with text below) is not an answer.
+1. The first line after ``####``, since it ends a response, and what follows is a next problem that the model has
+   invented. A heading (``#### Step 1: ...`` with text below) is not an answer.
 2. The last ``\boxed{}``: intermediate results may be boxed, too, and the final one comes last (as in Hendrycks et al.
    and Minerva).
 3. What follows the last "answer is" or "answer:", if it begins with a number.
-4. The last number of the text, if it stands for itself: nothing is read from ``3:30``, ``5 hours and 30 minutes``,
+4. The last number of the text, if it stands alone: nothing is read from ``3:30``, ``5 hours and 30 minutes``,
    ``5 to 6``, ``10% of 50``, ``not 5`` or ``twice 5``.
 
-Graders that use one regular expression err on both sides: for them ``\boxed{\frac{7}{2}}`` is 2. Here, what can be
-read in several ways has no value, is not right, and never wins a majority.
+Graders that use a single regular expression err on both sides: for them ``\boxed{\frac{7}{2}}`` is 2. Here an answer
+that can be read in several ways has no value, is not right, and never wins a majority.
 
 A mark decides: if marked text cannot be read, no other number of the text takes its place.
 

@@ -1,4 +1,4 @@
-"""Twenty Questions and Guess My City: find a hidden thing by asking; answers come from tables, without any service.
+"""Twenty Questions and Guess My City: find a hidden thing by asking; answers come from tables, not from a service.
 
 Rewards and limits are those of the ArCHer paper (Zhou et al. 2024, section 5): -1 for every question, 0 for the one
 that names the hidden thing, twenty questions. Unlike in the paper's environments, a name of several words can win, and
@@ -42,7 +42,7 @@ class GuessingGame:
     """The rules that both games share.
 
     Args:
-        things: of which one is hidden.
+        things: one of these is hidden.
         oracle: answers questions.
         opening: the first observation.
         answered_yes: whether the answer to the winning question must also be "Yes.".
@@ -100,7 +100,7 @@ class TwentyQuestions(GuessingGame):
         self.skill = skill
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
-        """Return games of a player who sometimes asks what halves the candidates, and else anything not asked yet."""
+        """Return games of a player who sometimes asks a question that halves the candidates, else any not asked yet."""
         draw = random.Random(seed)
         return [self._demonstration(draw) for _ in range(count)]
 
@@ -167,7 +167,7 @@ CITY_QUESTIONS = {
     "sight": ("What is your city famous for?", "Visitors come to see {}."),
     "capital": ("Is your city a capital?", "{}"),
 }
-CITY_WORDS = {  # the first field that has a word in the question is answered
+CITY_WORDS = {  # the first field with a word in the question is answered
     "capital": ("capital",),
     "language": ("language", "speak", "spoken"),
     "food": ("food", "dish", "eat", "cuisine", "restaurant"),
@@ -338,7 +338,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _named(words: Sequence[str]) -> set[str]:
-    """Return the first names of what the last words name. The longest name counts: a bedside table is not a table."""
+    """Return the first names of what the last words name. The longest name counts: a bedside table is no table."""
     endings = (" ".join(words[-length:]) for length in range(4, 0, -1))
     return next((_all_names()[ending] for ending in endings if ending in _all_names()), set())
 

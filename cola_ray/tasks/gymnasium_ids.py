@@ -11,7 +11,7 @@ from cola_ray.registry import NotFoundError, error_in_a_line
 
 
 def registered(name: str) -> Any:
-    """A class of which each object is what ``gymnasium.make`` gives for this id; its arguments are those of ``make``.
+    """Return a class whose objects are what ``gymnasium.make`` gives for this id; its arguments are those of ``make``.
 
     Raises:
         NotFoundError: gymnasium is not installed, or has no such id.
@@ -25,7 +25,7 @@ def registered(name: str) -> Any:
         if module:
             importlib.import_module(module)
         gymnasium.spec(identity)
-    except (Exception, SystemExit) as error:  # of somebody else's module, too
+    except (Exception, SystemExit) as error:  # including those of the imported module
         raise NotFoundError(f"{error_in_a_line(error)}; give an id that gymnasium knows, or module:ID") from None
 
     class Registered(gymnasium.Wrapper):  # type: ignore[misc, type-arg, unused-ignore]

@@ -10,9 +10,9 @@
     the task is fulfilled: reward 1, and the end          Player (household_player.py) ──> demonstrations
 
 Commands, answers and the six tasks are ALFWorld's: Pick & Place, Examine in Light, Clean & Place, Heat & Place, Cool &
-Place, Pick Two & Place. What cannot be done answers "Nothing happens." and costs a turn. Unlike ALFWorld's, rooms are
-generated, kitchens and bedrooms with few kinds of things, and nothing is sliced. The task stands in the first
-observation alone, since the caller keeps the transcript.
+Place, Pick Two & Place. An impossible command is answered with "Nothing happens." and costs a turn. Unlike ALFWorld's,
+rooms are generated (kitchens and bedrooms with few kinds of things), and nothing is sliced. The task is only in the
+first observation, since the caller keeps the transcript.
 
     from cola_ray.tasks.household import Household      # in a program of your own; loads neither torch nor vLLM
 
@@ -39,9 +39,9 @@ class Household:
     """One task per episode.
 
     Args:
-        num_receptacles: in a room.
-        num_objects: in a room, not counting a bedroom's desklamp.
-        max_turns: after which an episode is truncated; ALFWorld's are after 50.
+        num_receptacles: number of receptacles in a room.
+        num_objects: number of objects in a room, not counting a bedroom's desklamp.
+        max_turns: turns after which an episode is truncated; 50 in ALFWorld.
         skill: share of the demonstrations' decisions that are well made, see :meth:`demonstrations`.
     """
 
@@ -77,10 +77,10 @@ class Household:
         self.scene = Scene(self._house(state["seed"]), State(**state))
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
-        """Return episodes of a player who takes a share ``skill`` of decisions well, and else at random.
+        """Return episodes of a player who makes a share ``skill`` of decisions well, and the others at random.
 
-        A decision is a command: well made, it is the next one of :class:`~cola_ray.tasks.household_player.Player`, who
-        knows what was seen so far; else any at which something happens. With the defaults six tasks in ten are
+        A decision is a command. A good one is the next command of :class:`~cola_ray.tasks.household_player.Player`, who
+        knows what was seen so far; a random one is any that has an effect. With the defaults six tasks in ten are
         fulfilled; with a skill of 1 all are.
         """
         draw = random.Random(seed)
@@ -101,7 +101,7 @@ class Household:
         return house(seed, self.num_receptacles, self.num_objects)
 
     def _info(self) -> dict[str, Any]:
-        """What ALFWorld tells beside an observation; success also by task, as papers report it."""
+        """What ALFWorld returns with an observation; success also by task, as papers report it."""
         success = float(self.scene.state.over)
         return {
             "admissible_commands": self.scene.admissible(),

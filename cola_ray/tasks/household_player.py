@@ -1,11 +1,11 @@
-"""Who can do every task of a household: plans the next command from what has been seen so far.
+"""A player that can do every task of a household: it plans the next command from what has been seen so far.
 
     holds what is wanted? ── no ──> seen one? ── yes ──> go there, open, take ─┐
              │                        └ no ──> look into the next receptacle   │
              └ yes ──> treat it at its appliance ──> go to the target, open, move; or to the lamp, use it
 
-Every command is decided anew from where things are by now, so others may come in between. Of a room with R receptacles
-a task takes at most 2 R + 7 commands, and at most :data:`LONGEST` with everything seen beforehand.
+Every command is planned anew from where things are now, so other commands may come in between. In a room with R
+receptacles a task takes at most 2 R + 7 commands, and at most :data:`LONGEST` if everything was seen beforehand.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,15 +14,15 @@ from cola_ray.tasks.household_rooms import LAMP, RECEPTACLES, kind_of
 from cola_ray.tasks.household_rules import Scene
 
 LONGEST = 11
-"""Commands that a task may take whose player knows where everything is: two things that are brought one after the
-other, from one closed receptacle each into a third one."""
+"""Most commands of a task if the player knows where everything is: bringing two things, one after the other, each from
+a closed receptacle into a third one."""
 
 
 class Player:
     """Plays one episode.
 
     Args:
-        scene: of the episode. Of what is in receptacles, only those count that were seen.
+        scene: of the episode. Only contents of receptacles that were seen are used.
         seen: receptacles whose contents are known already.
     """
 
@@ -30,7 +30,7 @@ class Player:
         self.scene, self.seen = scene, {*seen}
 
     def command(self) -> str:
-        """The next command. Asked at every turn, also where something else is said then."""
+        """The next command. Must be called at every turn, even if another command is given instead."""
         goal, state, places = self.scene.house.goal, self.scene.state, self.scene.house.receptacles
         if state.at and self.scene.accessible(state.at):
             self.seen.add(state.at)
@@ -48,7 +48,7 @@ class Player:
         return self._put([target] if target else [place for place in places if kind_of(place) == goal.target])
 
     def _fetch(self) -> str:
-        """Take one of the wanted kind, other than those that are where they should be."""
+        """Take a thing of the wanted kind that is not yet where it should be."""
         thing, at, target = self.scene.house.goal.thing, self.scene.state.at, self._target()
         for place in sorted(self.seen - {target}, key=lambda place: (place != at, place)):
             for one in self.scene.inside(place):
@@ -57,7 +57,7 @@ class Player:
         return self._search(thing)
 
     def _target(self) -> str:
-        """Where most of what is wanted is as it should be, as far as was seen; "" for nowhere."""
+        """The receptacle seen so far with most wanted things as they should be; "" if there is none."""
         placed = self.scene.house.goal.placed(self.scene.state)
         return max(sorted(self.seen & {*placed}), key=lambda place: placed[place], default="")
 
@@ -67,18 +67,18 @@ class Player:
         return self._reach(place, f"use {lamp}") if place in self.seen else self._search(LAMP)
 
     def _search(self, kind: str) -> str:
-        """Look into the next receptacle where such a thing may be."""
+        """Look into the next receptacle that may hold such a thing."""
         left = [place for place in self.scene.house.receptacles if place not in self.seen and _may_hold(place, kind)]
         place = self.scene.state.at if self.scene.state.at in left else left[0]
         return self._reach(place, f"examine {place}")
 
     def _put(self, places: Sequence[str]) -> str:
-        """Put what is held into one of these, here if that will do."""
+        """Put the held thing into one of these receptacles, preferably the current one."""
         place = self.scene.state.at if self.scene.state.at in places else places[0]
         return self._reach(place, f"move {self.scene.state.held} to {place}")
 
     def _reach(self, place: str, command: str) -> str:
-        """A command that takes an open receptacle."""
+        """A command that needs an open receptacle, or one that leads to it: go there, or open it."""
         return self._at(place, command if self.scene.accessible(place) else f"open {place}")
 
     def _at(self, place: str, command: str) -> str:

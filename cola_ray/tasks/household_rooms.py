@@ -1,12 +1,12 @@
-"""What a household's episode begins with: a room, things in it and a task, all of which follow from a seed.
+"""The start of a household's episode: a room, the things in it and a task, all determined by a seed.
 
 house(seed, num_receptacles, num_objects) ─> House      the same one for the same numbers, in every process
       receptacles: "cabinet 1", "fridge 1", ...                    │
       where: {"mug 1": "cabinet 1", ...}                           v  what changes
       goal: Goal("clean", "mug", "cabinet") ── met(state) <── State: at, held, open, where, done, lit
 
-Tasks and their wordings are those of ALFWorld (Shridhar et al. 2021, arXiv 2010.03768, table 7), and kinds of things
-and receptacles are some of those that it has.
+Tasks and their wordings are those of ALFWorld (Shridhar et al. 2021, arXiv 2010.03768, table 7), and the kinds of
+things and receptacles are some of ALFWorld's.
 """
 
 import functools
@@ -52,7 +52,7 @@ RECEPTACLES: Mapping[str, Receptacle] = {
 
 @dataclass(frozen=True)
 class Treatment:
-    """What an appliance does to a thing that is held before it."""
+    """What an appliance does to a thing that the player holds at it."""
 
     verb: str
     appliance: str
@@ -75,7 +75,7 @@ WORDINGS: Mapping[str, tuple[str, str]] = {
     "cool": ("put a cool {thing} in {target}", "cool some {thing} and put it in {target}"),
     "pick_two": ("put two {thing} in {target}", "find two {thing} and put them in {target}"),
 }
-"""Of ALFWorld's six tasks, by their names here; no wording means anything else than the other one."""
+"""The wordings of ALFWorld's six tasks, by their names here; both wordings of a task mean the same."""
 
 
 @dataclass(frozen=True)
@@ -94,19 +94,19 @@ _ROOMS = (
           _ON_DESKS, ("pick", "look", "pick_two")),
 )  # fmt: skip
 FEWEST_RECEPTACLES, FEWEST_OBJECTS = 5, 3
-"""All that a kitchen always has and one more; two of a kind and another one."""
+"""The smallest numbers: everything that a kitchen always has and one more; two things of a kind and another one."""
 
 
 @dataclass
 class State:
-    """Where an episode is: all that its state consists of."""
+    """The complete state of an episode."""
 
     seed: int = 0
     turn: int = 0
     at: str = ""  # a receptacle; "": the middle of the room
     held: str = ""
     open: list[str] = field(default_factory=list)
-    where: dict[str, str] = field(default_factory=dict)  # receptacles, by object; not of the one that is held
+    where: dict[str, str] = field(default_factory=dict)  # receptacles by object, except the held one
     done: dict[str, list[str]] = field(default_factory=dict)  # results of treatments, by object
     lit: bool = False  # the lamp
     over: bool = False
@@ -117,9 +117,9 @@ class Goal:
     """A task, such as ``Goal("clean", "mug", "cabinet", 0)``: "put a clean mug in cabinet".
 
     Attributes:
-        thing: the kind that is wanted.
-        target: the kind of receptacle that it should be in; the lamp, of the task look.
-        wording: which of the task's.
+        thing: the wanted kind of thing.
+        target: the kind of receptacle that it should be in; for the task look, the lamp.
+        wording: which of the task's wordings.
     """
 
     task: str
@@ -137,7 +137,7 @@ class Goal:
 
     @property
     def count(self) -> int:
-        """How many things it takes."""
+        """How many things the task needs."""
         return 2 if self.task == "pick_two" else 1
 
     def met(self, state: State) -> bool:
@@ -146,7 +146,7 @@ class Goal:
         return max(self.placed(state).values(), default=0) >= self.count
 
     def placed(self, state: State) -> Counter[str]:
-        """Things that are as they should be, counted by the receptacle of the right kind that they are in."""
+        """The number of things that are as they should be, by the receptacle of the right kind that they are in."""
         wanted = {self.treatment.result} if self.treatment else set()
         return Counter(
             place for one, place in state.where.items()
@@ -165,13 +165,13 @@ class House:
 
 
 def kind_of(name: str) -> str:
-    """Return what a numbered thing or receptacle is: of "mug 2", "mug"."""
+    """Return the kind of a numbered thing or receptacle: "mug" for "mug 2"."""
     return name.rpartition(" ")[0]
 
 
 @functools.lru_cache(maxsize=256)
 def house(seed: int, num_receptacles: int, num_objects: int) -> House:
-    """What the seed determines; those from ``HELD_OUT`` on have tasks that no other has, in whatever words.
+    """The house of a seed; seeds from ``HELD_OUT`` on have tasks that no other seed has, in any wording.
 
     All tasks are equally frequent, and none is fulfilled at the beginning.
     """
@@ -210,10 +210,10 @@ def _goal(draw: random.Random, task: str, room: _Room, kinds: list[str]) -> Goal
 
 
 def _treatment(task: str) -> Treatment | None:
-    """What the task asks to be done to a thing before it is placed, if anything."""
+    """The treatment that a thing needs before it is placed, if the task asks for one."""
     return next((one for one in TREATMENTS if one.verb == task), None)
 
 
 def _numbered(kinds: list[str]) -> tuple[str, ...]:
-    """Names, in order: of ["mug", "egg", "mug"], "egg 1", "mug 1" and "mug 2"."""
+    """Numbered names, sorted: "egg 1", "mug 1" and "mug 2" for ["mug", "egg", "mug"]."""
     return tuple(f"{kind} {number + 1}" for kind in sorted({*kinds}) for number in range(kinds.count(kind)))

@@ -1,11 +1,11 @@
-"""What can be done in a household, and what is seen then: ALFWorld's commands and answers.
+"""The possible commands in a household and their observations: ALFWorld's commands and answers.
 
     "put mug 1 in/on cabinet 1" ── today's form ──> "move mug 1 to cabinet 1"
                                                          │ one of what is possible now?
                   "Nothing happens." <────────────── no ─┴─ yes ──> changes the state ──> what is seen
 
-One thing can be held at a time. Whatever is done is done where one stands, and what is in a receptacle that is closed
-is neither seen nor reached. Appliances treat what is held, opened or not.
+One thing can be held at a time. Commands act at the current place, and the contents of a closed receptacle can neither
+be seen nor reached. Appliances treat the held thing, whether they are open or not.
 """
 
 import re
@@ -19,19 +19,19 @@ _OLD_MOVE = re.compile(r"put (.+?) (?:in/on|in|on|into|onto) (.+)")
 
 
 class Scene:
-    """A house in a state, which commands change."""
+    """A house and its state, which commands change."""
 
     def __init__(self, house: House, state: State) -> None:
         self.house, self.state = house, state
 
     def do(self, command: str) -> str:
-        """Do what was said; returns what is seen then."""
+        """Execute a command; returns the observation."""
         said = _OLD_MOVE.sub(r"move \1 to \2", " ".join(command.lower().split()))
         action = dict(self._possible()).get(said)
         return action() if action else NOTHING
 
     def admissible(self) -> list[str]:
-        """Commands that something happens at."""
+        """Commands that have an effect now."""
         return [command for command, _ in self._possible()]
 
     def accessible(self, place: str) -> bool:
@@ -42,12 +42,12 @@ class Scene:
         return [one for one in self.house.where if self.state.where.get(one) == place]
 
     def overview(self) -> str:
-        """What the middle of the room shows."""
+        """The view from the middle of the room."""
         seen = _listed(self.house.receptacles)
         return f"You are in the middle of a room. Looking quickly around you, you see {seen}.\n"
 
     def _possible(self) -> Iterator[tuple[str, Callable[[], str]]]:
-        """All commands that are possible now, with what they do."""
+        """All commands that are possible now, with functions that execute them."""
         state, at, held = self.state, self.state.at, self.state.held
         yield "look", self._look
         yield "inventory", self._inventory

@@ -1,9 +1,9 @@
-"""What of a task can be judged before a run: its name, its options, and whether a class of one's own has what it must.
+"""Checks of a task before a run: its name, its options, and whether a user's class has the required methods.
 
     faults(config.task)       lines ``field = value: why; fix``
 
-A class of one's own is made once and asked for its first problem, or played for one turn; what that takes longer than
-:data:`TRIAL_S` seconds is left to the run.
+A user's class is created once and asked for its first problem, or played for one turn; if this takes longer than
+:data:`TRIAL_S` seconds, the check is left to the run.
 """
 
 import ast
@@ -34,15 +34,15 @@ from cola_ray.tasks.rows import is_local
 from cola_ray.tasks.weighing import Weighing
 
 TRIAL_S = 10.0
-_FEW = 64  # problems of a generator, of which both splits have some
+_FEW = 64  # problems of a generator, enough for both splits to have some
 FIXED = (*registry.BUILT_IN["task"], *MULTI_TURN)
-"""Tasks that are no generator of reasoning-gym."""
+"""Tasks that are not generators of reasoning-gym."""
 _ENVIRONMENT = ("reset", "step")
 _TASK = ("problems", "demonstrations", "score")
 
 
 def faults(task: TaskConfig) -> list[str]:
-    """At most a few lines, the first cause first; the same task is judged once a process."""
+    """At most a few lines, the first cause first; the same task is checked once per process."""
     return [*_judged(task.model_dump_json()), *_unable(task.model_dump_json())]
 
 
@@ -57,13 +57,13 @@ def _judged(dumped: str) -> list[str]:
 
 
 def is_own(name: str) -> bool:
-    """Whether a task is somebody's own: by its path, or by a name that a package has registered."""
+    """Whether a task is the user's own, given by path or by a name that a package has registered."""
     own = {*registry.names("task"), *registry.names("environment")} - {*FIXED}
     return registry.is_path(name) or name in own
 
 
 def unknown(name: str) -> str:
-    """Why there is no task of this name; empty where there is. Classes of one's own must be importable."""
+    """Why there is no task of this name; empty if there is. A user's class must be importable."""
     if name in FIXED:
         return ""
     if not is_own(name):
@@ -82,7 +82,7 @@ def unknown(name: str) -> str:
 
 @functools.cache
 def _unable(dumped: str) -> list[str]:
-    """A line for each reward that scores none of the first problems; nothing where those are not at hand."""
+    """A line for each reward that scores none of the first problems; nothing if they are not available."""
     task = TaskConfig.model_validate_json(dumped)
     tried = [reward for reward in task.reward if reward not in ("verifier", REWARD_MODEL)]
     answers = task.name == "tools" or not is_environment(task.name)
@@ -95,7 +95,7 @@ def _unable(dumped: str) -> list[str]:
 def _why_not(task: TaskConfig, reward: str) -> str:
     try:
         first = _first_problems(task.model_dump_json())
-    except Exception:  # which others report
+    except Exception:  # other checks report it
         return ""
     return trial(task, reward, first)
 
@@ -118,8 +118,8 @@ def _first_problems(dumped: str) -> Sequence[Problem]:
 def generators() -> dict[str, tuple[str, ...]]:
     """Names of reasoning-gym's generators, each with its options, read from its sources.
 
-    Importing the package takes seconds, for matplotlib and sympy come with it. Options are () where a generator's
-    settings are not stated in one place.
+    Importing the package takes seconds, because it imports matplotlib and sympy. Options are () if a generator's
+    settings are not listed in one place.
     """
     package = importlib.util.find_spec("reasoning_gym")
     found: dict[str, tuple[str, ...]] = {}
@@ -179,7 +179,7 @@ def _of_generator(task: TaskConfig) -> Iterator[str]:
 
 
 def _made(task: TaskConfig) -> list[str]:
-    if task.name == "tools":  # rows and rewards are looked at by themselves
+    if task.name == "tools":  # rows and rewards are checked separately
         task = task.model_copy(update={"path": "", "reward": ()})
     try:
         make_environment(task)
@@ -192,7 +192,7 @@ def _made(task: TaskConfig) -> list[str]:
 
 
 def undemonstrated(task: TaskConfig) -> str:
-    """Why no first policy can be cloned from an environment of one's own; empty where it can, or is not known."""
+    """Why no first policy can be cloned from a user's environment; empty if it can, or if that is unknown."""
     if task.name == "tools" and task.path:
         return (
             f"task.path = {task.path!r}: rows do not show how tools are called, so no first policy can be cloned; give "
@@ -208,7 +208,7 @@ def undemonstrated(task: TaskConfig) -> str:
     )
 
 
-# --- classes of one's own -----------------------------------------------------------------------------------------
+# --- classes of users ---------------------------------------------------------------------------------------------
 
 
 def _of_own(task: TaskConfig) -> Iterator[str]:
@@ -241,13 +241,13 @@ def _of_own(task: TaskConfig) -> Iterator[str]:
 
 
 def _within(seconds: float, trial: Callable[[], str]) -> str:
-    """What a trial says, with its exceptions; empty where it takes longer, for it may be at work that a run needs."""
+    """The result of a trial, or its exception; empty if it takes longer, since it may do work that a run needs."""
     said = [""]
 
     def run() -> None:
         try:
             said[0] = trial()
-        except BaseException as error:  # of somebody else's code, sys.exit included
+        except BaseException as error:  # from the user's code, including sys.exit
             said[0] = f"raised {error_in_a_line(error)}"
 
     thread = threading.Thread(target=run, daemon=True)
@@ -257,7 +257,7 @@ def _within(seconds: float, trial: Callable[[], str]) -> str:
 
 
 def _ask(task: TaskConfig, made: Callable[..., Any]) -> str:
-    """The first problem of each split, and the score of a right answer."""
+    """Try the first problem of each split, and the score of a right answer."""
     served = called(made)(task, 0)
     for split in ("train", "heldout"):
         problems = served.problems(split)
@@ -278,13 +278,13 @@ def _ask(task: TaskConfig, made: Callable[..., Any]) -> str:
         if split == "train" and not executes:
             whys = (_unscored(served, problem) for problem in itertools.islice(problems, 4))
             wrong = list(itertools.takewhile(bool, whys))
-            if len(wrong) == min(len(problems), 4):  # one that fails costs its own sample, in a run too
+            if len(wrong) == min(len(problems), 4):  # a single failure only costs its own sample, also in a run
                 return wrong[0]
     return ""
 
 
 def _unscored(served: Any, problem: Any) -> str:
-    """Why a right answer has no score; empty where it has one."""
+    """Why a right answer has no score; empty if it has one."""
     try:
         reward = served.score("train", problem.index, problem.solution)
     except Exception as error:
@@ -295,16 +295,16 @@ def _unscored(served: Any, problem: Any) -> str:
 
 
 def _number(value: Any) -> Any:
-    """As a reward crosses from its process: scalars of NumPy and PyTorch are numbers."""
+    """Convert a reward as when it leaves its process: scalars of NumPy and PyTorch become numbers."""
     return float(value) if hasattr(value, "__float__") else value
 
 
 def _play(task: TaskConfig, _: Callable[..., Any]) -> str:
-    """A turn of an episode, and its state."""
+    """Try a turn of an episode, and its state."""
     try:
         played = make_environment(task)
     except ValueError as error:
-        if str(error).startswith("task."):  # of an option
+        if str(error).startswith("task."):  # about an option
             return str(error)
         raise
     turns = getattr(played, "max_turns", None)

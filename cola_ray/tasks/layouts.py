@@ -1,4 +1,4 @@
-"""What a row of somebody's data asks, and what is right: the layouts that are known without a mapping.
+"""Reads prompt and solution from a row of data: the layouts that are known without a mapping.
 
     read(row, columns) ─> Example(prompt, solution, response, columns of the row)
 
@@ -8,12 +8,12 @@
     | prompt, reward_model.ground_truth                  | verl's                              |
     | prompt, completion, label                          | TRL's unpaired preferences          |
     | chosen, rejected, with prompt or without           | TRL's preferences                   |
-    | messages, or conversations (from, value)           | chats whose last message is said    |
+    | messages, or conversations (from, value)           | chats; last message is the response |
     | question, answer; problem, solution, answer        | GSM8K's and MATH's                  |
     | instruction, input, output                         | Alpaca's                            |
 
-The first of these names that a row has counts: :data:`PROMPTS` and :data:`SOLUTIONS`. ``columns`` maps what is needed
-(prompt, solution, response, system) to other names; a dot leads into an object. Roles, system prompts and few-shot
+If a row has several of these names, the first one counts: :data:`PROMPTS` and :data:`SOLUTIONS`. ``columns`` maps
+prompt, solution, response and system to other names; a dot leads into an object. Roles, system prompts and few-shot
 turns are kept.
 """
 
@@ -41,10 +41,10 @@ class Example:
     """What was read from a row."""
 
     prompt: Prompt
-    solution: str  # what is right, for rewards; "" if the row does not say
-    response: str  # what a first policy is cloned from; "" if there is none
+    solution: str  # the right answer, for rewards; "" if the row has none
+    response: str  # a first policy is cloned from it; "" if there is none
     row: Row
-    found_in: Mapping[str, str]  # the columns of prompt, solution, response and system, where they are there
+    found_in: Mapping[str, str]  # the columns of prompt, solution, response and system, if they exist
 
 
 def read(row: Row, columns: Mapping[Any, str]) -> Example:
@@ -52,7 +52,7 @@ def read(row: Row, columns: Mapping[Any, str]) -> Example:
 
     Args:
         row: of the data.
-        columns: names of the columns of prompt, solution, response and system that are not found by themselves.
+        columns: names of the columns of prompt, solution, response and system that are not recognised.
 
     Raises:
         ValueError: names the field that is missing or wrong.
@@ -72,7 +72,7 @@ def read(row: Row, columns: Mapping[Any, str]) -> Example:
 
 
 def _asked(row: Row, found: dict[str, str]) -> tuple[Prompt, str]:
-    """Return the prompt, and what the same columns say is the response to it."""
+    """Return the prompt, and the response to it that the same columns contain."""
     if "prompt" not in found and "chosen" in row and "rejected" in row:
         pair = as_pair(row)
         found["prompt"] = "prompt" if row.get("prompt") is not None else "chosen and rejected"
@@ -99,7 +99,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _conversation(value: object) -> tuple[Prompt, str]:
-    """Return the messages before the assistant's last one, and its text; all of them and "" if it does not end so."""
+    """Return the messages before the assistant's last one, and its text; all and "" if the assistant is not last."""
     messages = value if not isinstance(value, list | tuple) else [_as_message(one) for one in value]
     read = as_prompt(messages)
     if isinstance(read, str):
@@ -163,7 +163,7 @@ def _first(row: Row, names: tuple[str, ...]) -> str | None:
 
 
 def _value(row: Row, name: str) -> Any:
-    """Of a column, or of a field of an object in one; None if there is none."""
+    """The value of a column, or of a field of an object in a column; None if there is none."""
     value: Any = row
     for part in [name] if name in row else name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -10,7 +10,7 @@ from cola_ray.tasks.rows import Row, cell, shown
 
 @dataclass(frozen=True)
 class LoggedAnswer:
-    """One response of L tokens; an action is -1 where another response's rollout chose it."""
+    """One response of L tokens; an action is -1 if it was chosen in another response's rollout."""
 
     prompt_ids: Sequence[int]
     token_ids: Sequence[int]  # (L,)

@@ -1,4 +1,4 @@
-"""A phrase that holds one number: its sign, the number itself, and what the words before and after it do to it.
+"""A phrase with one number: its sign, the number itself, and how the words before and after change it.
 
 lead (sign, words before)  ─>  amount (digits, mixed numbers, fractions, powers)  ─>  tail (scale, units, words after)
 """
@@ -75,7 +75,7 @@ def _decimal(text: str, comma: bool) -> Fraction | None:
 
 @dataclass(frozen=True)
 class NumberPhrase:
-    """Tokens without a sign of equality that should hold one number.
+    """Tokens without an equals sign that should contain one number.
 
     Args:
         tokens: of the phrase.
@@ -112,7 +112,7 @@ class NumberPhrase:
     # --- before the number -------------------------------------------------------------------------------------------
 
     def _lead(self, start: int) -> int:
-        """Return the sign, 1 or -1; 0 if what comes before the number makes it another number."""
+        """Return the sign, 1 or -1; 0 if the words before the number change its value."""
         place, sign = start - 1, 1
         while self.kind(place) == "currency":
             place -= 1
@@ -146,7 +146,7 @@ class NumberPhrase:
         return 0 if unknown_words and others else sign
 
     def is_changed(self, place: int) -> bool:
-        """Whether a word at this place, or before "of" and articles, makes the number after it another one."""
+        """Whether a word at this place, or before "of" and articles, changes the value of the number after it."""
         share = False
         while self.word(place) in ("of", "the", "a") or self.kind(place) == "currency":
             share, place = share or self.word(place) == "of", place - 1
@@ -223,7 +223,7 @@ class NumberPhrase:
     # --- after the number --------------------------------------------------------------------------------------------
 
     def _tail(self, place: int, value: Fraction) -> int | None:
-        """Return what the words after the number multiply it by; None if they make it another number."""
+        """Return the factor that the words after the number multiply it by; None if they change it in another way."""
         start = place
         scale, place = self.scale_after(place)
         percent = any(token.text == "%" for token in self.tokens[start:place])

@@ -1,4 +1,4 @@
-"""Text as tokens of numbers: characters and LaTeX made plain, then split into numbers, words, signs and the like.
+"""Splits text into numbers, words, signs and other tokens, after replacing special characters and LaTeX by plain ones.
 
     tokens(text, read)  ─>  [Token(kind, text, spaces before it, value of a fraction or a power of ten), ...]
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 MAX_DIGITS = 1000
-"""Digits of a number, and the largest power of ten."""
+"""Most digits of a number, and the largest power of ten."""
 MAX_LENGTH = 2000
-"""Characters of a text; longer ones are not read."""
+"""Most characters of a text; longer texts are not read."""
 
 Read = Callable[[list["Token"]], Fraction | None]
-"""The number that a part of a fraction is, or None."""
+"""Reads a numerator or denominator: its number, or None."""
 
 
 # --- plain characters ---------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ _WRITTEN = [
         (r"(?i)\b(?:us|a|c|nz|hk|s)(?=\$)|\b(?:usd|eur|gbp|jpy|inr|cad|aud|chf|rs|rmb|cny)\.? ?(?=[-\d])", "¤"),
     )
 ]  # fmt: skip
-# Stars and underscores of emphasis; between two numbers they multiply, and stay.
+# Stars and underscores of emphasis; between two numbers they mean multiplication, and are kept.
 _EMPHASIS = re.compile(r"(?<![\d)*])(?<![\d)] )[*_]{1,3}(?=[^\s*_])|(?<=[^\s*_])[*_]{1,3}(?![*_]| ?[\d(])")
 
 

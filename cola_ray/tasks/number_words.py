@@ -1,4 +1,4 @@
-"""Words around numbers, by what they do to them: articles and units leave a number as it is, others change it."""
+"""Words around numbers, by their effect: articles and units leave a number as it is, others change it."""
 
 
 def _set(words: str) -> frozenset[str]:
@@ -17,7 +17,7 @@ LEADS = _set("""
 CHANGES = _set("half twice thrice double triple square cube root not than")
 """Before a number, also with "of" or articles between, they make it another one: half of 18, more than 18."""
 SHARES = _set("half third thirds quarter quarters fourth fourths fifth fifths eighth tenth percent out")
-"""Before "of" they take a part of the number."""
+"""Before "of" they mean a part of the number."""
 WHOLES = _set("""
     h hr hrs hour hours m min mins minute minutes week weeks year years day days ft foot feet km kg lb lbs pound pounds
     dollar dollars
@@ -25,7 +25,7 @@ WHOLES = _set("""
 PARTS = _set("""
     m min mins minutes s sec secs seconds in inch inches cm g grams oz ounces cents pence hours days months
     """)
-"""With WHOLES, units of one quantity that has two numbers: 5 hours and 30 minutes."""
+"""Together with WHOLES, units of a quantity with two numbers: 5 hours and 30 minutes."""
 SCALES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "lakh": 10**5,
     "crore": 10**7, **dict.fromkeys("百백", 10**2), **dict.fromkeys("千천", 10**3), **dict.fromkeys("万萬만", 10**4),
@@ -37,7 +37,7 @@ AMBIGUOUS = _set("""
     fifths sixth sixths eighth eighths tenth tenths hundredth hundredths thousandth thousandths squared cubed point
     choose factorial hundreds thousands millions billions
     """)
-"""After a number they change it in ways that are not read."""
+"""After a number they change it in ways that are not interpreted."""
 ARITHMETIC = {"times", "multiplied", "plus", "minus", "divided", "over", "x", "X", "than", "to", "or", "modulo", "by"}
 CLAUSES = _set("""
     in of per for at out with on from by after before every each a an because since as which that is are was were left

@@ -7,10 +7,10 @@
 
 Numbers as people and models write them: fractions, mixed numbers, grouped thousands, powers of ten, currencies, units,
 the digits of every script; ``tests/unit/test_final_answer.py`` has the table. Values are exact: no float is involved.
-``%`` is a unit: 50% is 50. Of ``48 + 24 = 72`` the last side counts. A text that can be read in several ways has no
+``%`` is a unit: 50% is 50. In ``48 + 24 = 72`` the last side counts. A text that can be read in several ways has no
 value: ``3,4`` (3.4, or 3 and 4), ``1.234 €``, ``5 or 6``, ``5-6``, ``2:3``, ``5 ft 3 in``, ``5k``, ``4 x 5``,
-``1/2 of 10``, ``half of 18``, ``more than 18``, and ``(5)`` outside of LaTeX (an accountant's -5). Nor has a number of
-more than a thousand digits or decimal places.
+``1/2 of 10``, ``half of 18``, ``more than 18``, and ``(5)`` outside of LaTeX (an accountant's -5). A number with more
+than a thousand digits or decimal places has no value either.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def _without_remarks(tokens: list[Token], bare: bool) -> list[Token]:
 
 
 def _last_side(tokens: list[Token]) -> list[Token] | None:
-    """Return what comes after the last sign of equality; None for a list of equations."""
+    """Return the tokens after the last equals sign; None for a list of equations."""
     places = [place for place, token in enumerate(tokens) if token.kind == "equals"]
     if not places:
         return tokens
@@ -83,7 +83,7 @@ def _last_side(tokens: list[Token]) -> list[Token] | None:
 
 
 def _inside(tokens: list[Token]) -> list[Token]:
-    """Remove parentheses around the whole."""
+    """Remove parentheses around the whole text."""
     core = [token for token in tokens if token.kind not in ("currency", "stop")]
     kinds = [token.kind for token in core]
     if kinds[:1] == ["open"] and kinds[-1] == "close" and kinds.count("open") == kinds.count("close") == 1:

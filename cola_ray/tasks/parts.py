@@ -1,9 +1,9 @@
-"""A source of rows cut into parts, which processes read apart from each other, row by row, broken rows included.
+"""Divides a source of rows into parts, which processes read independently, row by row, including broken rows.
 
     parts_of("DATA", streaming=False)        local files by bytes or row groups, hub data sets by rows or files
-    for row in read_part(part): ...          a ValueError where there is none, so that all are counted
+    for row in read_part(part): ...          a ValueError in place of a broken row, so that all rows are counted
 
-Parts are in the source's order, and rows in a part's: where a source is cut changes nothing about either.
+Parts keep the source's order, and so do the rows in a part: where a source is divided does not change the order.
 """
 
 import dataclasses
@@ -27,29 +27,29 @@ from cola_ray.tasks.rows import (
 )
 
 PART_MB = 64
-"""Of text in a part."""
-_MOST = 8192  # parts of a source; of a larger one they are larger
-_TABLE_ROWS = 20_000  # of a part of a table
-_AT_ONCE = 200  # rows of Parquet
+"""Megabytes of text in a part."""
+_MOST = 8192  # parts of a source; a larger source has larger parts
+_TABLE_ROWS = 20_000  # rows in a part of a table
+_AT_ONCE = 200  # rows of Parquet read at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Bytes, row groups or rows from ``first`` to ``end`` of one file; of a stream, file ``first`` of ``end``."""
+    """Bytes, row groups or rows from ``first`` to ``end`` of one file; in a stream, file ``first`` of ``end``."""
 
     source: str  # as the setting names it
     kind: Literal["jsonl", "text", "csv", "list", "parquet", "table", "stream"]
-    file: str  # empty: of the hub
+    file: str  # empty: from the hub
     first: int
     end: int
 
 
 def parts_of(source: str, streaming: bool = False, part_mb: int = PART_MB) -> list[Part]:
-    """Cut a source into parts.
+    """Divide a source into parts.
 
     Args:
         source: a file, a folder, a glob or a hub id.
-        streaming: hub ids are read as they arrive; without it they are fetched first.
+        streaming: read data from the hub while it is downloaded; otherwise it is downloaded first.
 
     Raises:
         ValueError: there are no files, or a file cannot be opened.
@@ -91,10 +91,10 @@ def _ranges(source: str, kind: Any, file: str, count: int, size: int) -> list[Pa
 
 
 def read_part(part: Part, fields: Collection[str] = ()) -> Iterator[Row | ValueError]:
-    """Yield each row; a broken one as its ValueError.
+    """Yield each row, or a ValueError for a broken one.
 
     Args:
-        fields: the only ones that are read of a Parquet file that has any of them.
+        fields: if a Parquet file has any of these fields, only they are read.
     """
     if part.kind in ("jsonl", "text"):
         return _of_lines(part)
@@ -135,7 +135,7 @@ def _of_csv(part: Part) -> Iterator[Row | ValueError]:
         for cells in lines:
             whole = len(cells) == len(header)
             yield dict(zip(header, cells, strict=True)) if whole else ValueError(csv_table.unequal(header, cells))
-    except ValueError as error:  # what follows cannot be told apart
+    except ValueError as error:  # rows after this cannot be separated
         raise ValueError(f"{file.name}: {error}") from None
 
 
@@ -147,7 +147,7 @@ def _of_parquet(part: Part, fields: Collection[str]) -> Iterator[Row | ValueErro
     for batch in table.iter_batches(_AT_ONCE, row_groups=range(part.first, part.end), columns=columns):
         try:
             yield from batch.to_pylist()
-        except UnicodeDecodeError:  # found before the first row is made
+        except UnicodeDecodeError:  # raised before the first row is created
             yield from (_row_of(batch.slice(index, 1)) for index in range(len(batch)))
 
 

@@ -37,7 +37,7 @@ class Preference:
         seed: shuffles the rows.
 
     Raises:
-        ValueError: there are no prompts; or a row, which the message names, is in none of these forms.
+        ValueError: there are no prompts, or a row is in none of these forms; the message names the row.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""An agent program of somebody's own as a task: its command, which rollout workers start (rollout/programs.py).
+"""A user's agent program as a task: its command, which rollout workers start (rollout/programs.py).
 
 cola_ray agent --task.name program --task.command "python shopper.py" --model.path MODEL
 """
@@ -19,12 +19,12 @@ NAME = "program"
 
 
 class Program:
-    """What is known of an agent program before it runs.
+    """The settings of an agent program, checked before it runs.
 
     Args:
-        command: that starts it; split as a shell would.
-        tool_parser: one of vLLM's, or "".
-        max_turns: that the model may be asked in an episode.
+        command: starts the program; split as a shell would.
+        tool_parser: one of vLLM's parsers, or "".
+        max_turns: how often the model may be called in an episode.
 
     Raises:
         ValueError: it cannot be started, or there is no such parser.
@@ -56,7 +56,7 @@ class Program:
 
 
 def tool_parsers() -> list[str]:
-    """Names of vLLM's, read from its source: importing it takes seconds."""
+    """Names of vLLM's tool parsers, read from its source because importing it takes seconds."""
     package = importlib.util.find_spec("vllm")
     file = Path(str(package.origin)).parent / "tool_parsers" / "__init__.py" if package else None
     tree = ast.parse(file.read_text() if file and file.is_file() else "")

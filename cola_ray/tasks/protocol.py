@@ -10,7 +10,7 @@ from cola_ray.tasks.chat import Prompt, as_text
 Split = Literal["train", "heldout"]
 _HELD_OUT_OF = 6  # one question in so many is held out
 LARGEST_REWARD = 1e6
-"""Rewards beyond this, either way, count as failed: squares of returns over many turns must still fit float32."""
+"""Rewards beyond this, positive or negative, count as failed: squares of returns over many turns must fit float32."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Problem:
         index: names the problem within its split.
         question: text, or a conversation ``[{"role": "system", "content": ...}, ...]``, whose roles are kept.
         solution: a right response; "" if there is none.
-        columns: of the row that it was read from, for rewards.
-        source: where a task has several, the name of the problem's, by which metrics are told apart.
+        columns: columns of the row that it was read from, for rewards.
+        source: if a task has several sources, the name of the problem's, which keeps metrics apart.
     """
 
     index: int
@@ -33,12 +33,12 @@ class Problem:
 
 
 def further(problem: Problem) -> tuple[Mapping[str, Any], str]:
-    """Return columns and source of a problem, also of a class of somebody's own that has neither."""
+    """Return columns and source of a problem, also for a user's problem class that has neither."""
     return getattr(problem, "columns", {}), getattr(problem, "source", "")
 
 
 def split_of(question: Prompt) -> Split:
-    """Choose the split by the question's checksum, so that no run trains on what another run is tested on."""
+    """Choose the split by the question's checksum, so that no run trains on questions on which another is tested."""
     return "heldout" if zlib.crc32(as_text(question).encode()) % _HELD_OUT_OF == 0 else "train"
 
 
@@ -72,7 +72,7 @@ class Task(Prompts, Protocol):
 
     and ``score`` calls ``self.execute(response)``. It then runs in a process that holds neither the task nor its
     solutions, has no files, sockets or other processes, and ends with this response. It returns data: numbers, text,
-    lists and dicts. If there is no result, or not in time, the call raises ``NotExecutedError`` of
+    lists and dicts. If there is no result in time, the call raises ``NotExecutedError`` of
     :mod:`~cola_ray.sandbox.execution`, a ValueError. Whole programs run in :class:`~cola_ray.sandbox.programs.Sandbox`.
 
     ``executes_responses = True`` is for a verifier that cannot be split like this: all of ``score`` then runs in such a

@@ -1,4 +1,4 @@
-"""A task whose responses are worth what the rewards in ``task.reward`` say, in place of its verifier.
+"""A task whose responses are scored by the rewards in ``task.reward`` instead of its verifier.
 
     task.reward ─┬─ (problem, response) ─> number                    one response at a time
                  ├─ (prompts, completions, **columns) ─> numbers     a batch, called by keywords as TRL calls its own
@@ -6,7 +6,7 @@
     Rewarded.score_all(items) ─> {"exact": [1.0, 0.0], "mine": [0.3, None]}     None: does not apply to this response
     total(values, weights)    ─> the weighted sum of those that apply
 
-Functions of either form may be ``async``; those of a batch then wait at the same time.
+Functions of either form may be ``async``; the calls of a batch then wait concurrently.
 """
 
 import abc
@@ -21,7 +21,7 @@ from cola_ray.tasks.chat import Message, Prompt
 from cola_ray.tasks.protocol import LARGEST_REWARD, Problem, Prompts, Split, answer_of, further, not_a_reward
 
 REWARD_MODEL = "reward_model"
-"""The reward that no function gives, but the model or endpoint at ``task.reward_model``."""
+"""The reward that comes from the model or endpoint at ``task.reward_model``, not from a function."""
 Item = tuple[Split, int, str]
 """A split, the index of a problem in it, and a response."""
 _NOT_GIVEN = {
@@ -38,13 +38,13 @@ _NEEDS = {
 
 
 class Rewarded:
-    """Another task's problems, with rewards of their own.
+    """Another task's problems, with other rewards.
 
     Args:
-        task: with problems and demonstrations; a verifier that it may have is asked by the reward ``verifier`` alone.
+        task: has problems and demonstrations; only the reward ``verifier`` uses its verifier, if it has one.
         rewards: by name: functions, or classes with ``of(TaskConfig, task)``. If one has an attribute
             ``executes_responses = True``, each response is scored in a confined process of its own.
-        weights: of the rewards; 1 where there is none.
+        weights: weights of the rewards; 1 if not given.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class Rewarded:
         return self.task.demonstrations()
 
     def answer_of(self, response: str) -> str:
-        """Return the answer as the first reward reads it that says so by an ``answer_of``, else as the task does."""
+        """Return the answer as read by the first reward that has an ``answer_of``, else by the task."""
         reading = next((one.answer_of for one in self.rewards.values() if hasattr(one, "answer_of")), None)
         return answer_of(self.task, response) if reading is None else str(reading(response))
 
     def score(self, split: Split, index: int, response: str) -> float:
-        """Return the weighted sum; raises ValueError where no reward applies."""
+        """Return the weighted sum; raises ValueError if no reward applies."""
         found = self.score_all([(split, index, response)])
         worth = total({name: values[0] for name, values in found.items()}, self.weights)
         if worth is None:
@@ -90,7 +90,7 @@ class Rewarded:
         return worth
 
     def score_all(self, items: Sequence[Item]) -> dict[str, Any]:
-        """Return what each reward says of each item, unchecked but for scalars of NumPy and PyTorch, made numbers."""
+        """Return each reward's value for each item, unchecked; scalars of NumPy and PyTorch become numbers."""
         problems = [self.task.problems(split)[index] for split, index, _ in items]
         responses = [response for *_, response in items]
         said = {name: self._call(reward, items, problems, responses) for name, reward in self.rewards.items()}
@@ -110,17 +110,17 @@ class Rewarded:
         return _gathered(values) if any(map(inspect.isawaitable, values)) else values
 
     def _wait(self, awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-        """Run them in one event loop, which is always the same: clients that functions keep belong to it."""
+        """Run them in one event loop, always the same one, since clients that functions keep are bound to it."""
         self._runner = self._runner or asyncio.Runner()
         return self._runner.run(_gathered(awaitables))
 
 
 class OfItems(abc.ABC):
-    """A reward that is asked by split and index, such as a task's verifier."""
+    """A reward that is called with split and index, such as a task's verifier."""
 
     @abc.abstractmethod
     def score_items(self, items: Sequence[Item]) -> list[float]:
-        """A number for each."""
+        """Return a number for each item."""
 
 
 async def _gathered(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
@@ -128,7 +128,7 @@ async def _gathered(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
 
 def _as_numbers(values: Any) -> Any:
-    """A list of rewards as data; what is no list stays as it is, for whoever checks it."""
+    """A list of rewards as data; anything else is returned unchanged and checked later."""
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
         return values
     return [float(value) if hasattr(value, "__float__") else value for value in values]
@@ -137,13 +137,13 @@ def _as_numbers(values: Any) -> Any:
 def arguments(
     reward: Callable[..., Any], problems: Sequence[Problem], responses: Sequence[str]
 ) -> dict[str, list[Any]]:
-    """Return what a reward of batches is called with: those lists that its signature names, or all for ``**columns``.
+    """Return the arguments of a reward for batches: the lists that its signature names, or all for ``**columns``.
 
-    Prompts and completions are texts, or lists of messages where a prompt is. What the assistant has begun to say in a
-    prompt is part of the completion. Columns are those of the data; ``solution`` is always there.
+    Prompts and completions are texts, or lists of messages if a prompt is one. If a prompt ends in a message that the
+    assistant has begun, this is part of the completion. Columns are those of the data; ``solution`` always exists.
 
     Raises:
-        ValueError: it names something that is not there.
+        ValueError: the signature names something that does not exist.
     """
     pairs = [_exchange(problem.question, response) for problem, response in zip(problems, responses, strict=True)]
     rows = [further(problem)[0] for problem in problems]
@@ -181,7 +181,7 @@ def total(values: Mapping[str, float | None], weights: Mapping[str, float]) -> f
 
 
 class _Few:
-    """A few problems of a task, all of them to train on."""
+    """A few problems of a task, all in the training split."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.few = problems
@@ -194,9 +194,9 @@ class _Few:
 
 
 def trial(config: TaskConfig, path: str, problems: Sequence[Problem]) -> str:
-    """Try one reward on a batch of solutions and other responses; return why it scores none of them, "" if it does.
+    """Try one reward on a batch of solutions and other responses; return why it scores none of them, or "".
 
-    Raises whatever making it raises.
+    Raises whatever the reward's construction raises.
     """
     one = config.model_copy(update={"reward": (path,), "reward_weights": ()})
     tried, name = Rewarded.of(one, _Few(problems)), name_of(path)
@@ -213,7 +213,7 @@ def trial(config: TaskConfig, path: str, problems: Sequence[Problem]) -> str:
         if len(wrong) == len(values):
             return f"returned {wrong[0]:.90}, not a number of at most {LARGEST_REWARD:g} either way"
         return f"applies to none of the first rows: {_NEEDS[name]}" if set(values) == {None} and name in _NEEDS else ""
-    if not all(_said(tried, name, [item])[1] for item in items):  # one that fails costs its own sample, in a run too
+    if not all(_said(tried, name, [item])[1] for item in items):  # one failure only costs its own sample, also in a run
         return ""
     if why.startswith("raised ") and registry.takes_batches(tried.rewards[name]):
         alike = "texts here, as prompts are" if isinstance(problems[0].question, str) else "lists of one message here"
@@ -231,7 +231,7 @@ def _said(tried: Rewarded, name: str, items: Sequence[Item]) -> tuple[Any, str]:
 
 
 def name_of(path: str) -> str:
-    """Return what a reward is called in metrics: the name of the function, or the built-in one.
+    """Return a reward's name in metrics: that of the function, or the built-in one.
 
     Example:
         >>> name_of("rewards/mine.py:close"), name_of("exact")

@@ -1,7 +1,7 @@
 r"""Rewards by name, for ``task.reward``.
 
-    verifier      what the task says by itself
-    exact         1 if response and solution are the same text, but for space
+    verifier      the task's own score
+    exact         1 if response and solution are the same text, apart from white space
     math          1 if the response commits to the solution's number or expression
     format        1 for <think>thoughts</think><answer>answer</answer>
     regex         1 if ``task.pattern`` is found in the response
@@ -9,8 +9,8 @@ r"""Rewards by name, for ``task.reward``.
     code          1 if the response's Python passes the row's ``tests``, in the sandbox
     reward_model  the score of the classifier or endpoint at ``task.reward_model``
 
-The solution is the column that tasks/layouts.py finds, or the task's own. Where an attribute ``right_from`` is given,
-rewards from there on are right, and evaluations have an accuracy.
+The solution is the column that tasks/layouts.py finds, or the task's own. If a reward has an attribute ``right_from``,
+responses with at least this reward are right, and evaluations have an accuracy.
 """
 
 import re
@@ -49,7 +49,7 @@ class Verifier(OfItems):
 
 
 def _reads(answer_of: Callable[[str], str]) -> Callable[[Callable[[Problem, str], float | None]], Any]:
-    """Rewards of 1 are right, and this is the answer of a response, by which majorities vote."""
+    """Declare that a reward of 1 is right, and how to read a response's answer, by which majorities vote."""
 
     def put(reward: Any) -> Any:
         reward.right_from, reward.answer_of = 1.0, answer_of
@@ -70,7 +70,7 @@ class ByModel:
 
 @_reads(lambda response: " ".join(response.split()))
 def exact(problem: Problem, response: str) -> float | None:
-    """Compare texts, any space counting as one; None if the row has no solution."""
+    """Compare texts, treating any white space as one space; None if the row has no solution."""
     solution = problem.solution.split()
     return float(response.split() == solution) if solution else None
 
@@ -144,12 +144,12 @@ class Length:
 class Code:
     """Whether the Python in a response passes the tests of its row, in the sandbox; None if the row has no tests.
 
-    The program is the response's last block of code, or all of it where it has none; the column ``tests``, text or a
-    list of texts, is executed after it, as ``assert add(1, 2) == 3``. It passes if it gets to its end without an error.
-    The program shares a process with its tests, so one that is written to deceive them can; nothing else can it reach.
+    The program is the response's last code block, or the whole response if it has none; the column ``tests``, text or a
+    list of texts such as ``assert add(1, 2) == 3``, is executed after it. It passes if it ends without an error. The
+    program shares a process with its tests, so a program written to deceive them can do so, but can reach nothing else.
 
     Args:
-        seconds: that a program may take.
+        seconds: time limit of a program.
     """
 
     right_from = 1.0
@@ -160,7 +160,7 @@ class Code:
 
     @classmethod
     def of(cls, config: TaskConfig, task: Task) -> "Code":
-        return cls(config.reward_timeout_s / 2)  # what never ends is wrong, and not a failure of the reward
+        return cls(config.reward_timeout_s / 2)  # a program that never ends is wrong, not a failure of the reward
 
     def __call__(self, problem: Problem, response: str) -> float | None:
         tests = further(problem)[0].get("tests") or ""
@@ -168,7 +168,7 @@ class Code:
         if not whole.strip():
             return None
         blocks = _BLOCK.findall(response)
-        token = secrets.token_hex(16)  # an exit before the tests is no success
+        token = secrets.token_hex(16)  # so that an exit before the tests does not count as success
         source = f"{blocks[-1] if blocks else response}\n\n{whole}\n\nprint({token!r})\n"
         result = self.sandbox.run(source)
         return float(result.succeeded and result.output.rstrip().endswith(token))

@@ -1,4 +1,4 @@
-"""Rows of data sets (a file, a folder or glob of files of one kind, or a hub id), with errors that name the wrong row.
+"""Reads rows of data sets (a file, a folder or glob of files of one kind, or a hub id), with errors that name the row.
 
     rows = open_rows("DATA", "data.path")                       a ``datasets`` table
     read_rows(rows, "DATA", "data.path", read)                  ``read`` applied to each row
@@ -23,7 +23,7 @@ from cola_ray.tasks import csv_table
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 ENDINGS = tuple(_LOADERS)
-"""Of files with rows."""
+"""Endings of files with rows."""
 LISTED = ".jsonl, .json, .parquet, .csv or .txt"
 _PEEKED = 200  # rows
 WHOLE_MB = 16  # files up to this size are checked entirely; a larger .json list is not parsed for its first rows

@@ -1,4 +1,4 @@
-"""A shop on the web, as text: a small stand-in for WebShop (Yao et al. 2022, arXiv 2207.01206) without a download.
+"""A web shop as text: a small stand-in for WebShop (Yao et al. 2022, arXiv 2207.01206) without a download.
 
     instruction ── search[red cotton shirt] ──> results ── click[b07] ──> item ── click[Buy Now] ──> reward, 0 to 1
                                                  Next >                    click[red], click[large]: its options
@@ -7,12 +7,12 @@
        └─────────────── Back to Search ────────────┴──┼─────────────────────┘  │
                                                       └─────── < Prev ─────────┘
 
-Actions are WebShop's, ``search[words]`` and ``click[value]``, for what a page shows in brackets. Anything else is an
-invalid action, which costs a turn. The reward (:func:`shop_catalogue.reward`) comes with the purchase, and an episode
-that runs out of turns has none. A reward of 1 is a success, and every instruction allows one.
+Actions are WebShop's, ``search[words]`` and ``click[value]`` with a value that the page shows in brackets. Anything
+else is an invalid action, which costs a turn. The reward (:func:`shop_catalogue.reward`) comes with the purchase; an
+episode that runs out of turns has none. A reward of 1 is a success, which every instruction allows.
 
 Unlike WebShop's, products are generated (``shop_catalogue.py``), and they have no reviews or ratings. The instruction
-stands on the first page alone, since the caller keeps the transcript.
+is only on the first page, since the caller keeps the transcript.
 
     from cola_ray.tasks.shop import Shop          # in a program of your own; loads neither torch nor vLLM
 
@@ -40,7 +40,7 @@ BACK, NEXT, PREVIOUS, DESCRIPTION, BUY = "Back to Search", "Next >", "< Prev", "
 
 @dataclass
 class _Visit:
-    """Where an episode is: all that its state consists of."""
+    """The complete state of an episode."""
 
     seed: int = 0
     turn: int = 0
@@ -55,10 +55,10 @@ class Shop:
     """One purchase per episode.
 
     Args:
-        num_products: that the shop has.
-        catalogue_seed: that they follow from.
-        max_turns: after which an episode is truncated.
-        page_size: results on a page.
+        num_products: number of products in the shop.
+        catalogue_seed: determines the products.
+        max_turns: turns after which an episode is truncated.
+        page_size: number of results on a page.
         skill: share of the demonstrations' decisions that are well made, see :meth:`demonstrations`.
     """
 
@@ -95,7 +95,7 @@ class Shop:
         self.goal = shop_catalogue.instruction(self.catalogue, self.visit.seed)
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
-        """Return purchases of a customer who takes a share ``skill`` of decisions well, and else at random.
+        """Return purchases of a customer who makes a share ``skill`` of decisions well, and the others at random.
 
         The decisions: whether a search has all words or only the type; which result to open; whether to look at its
         options and its description, and go back if it is not the right one; and each option. With the defaults
@@ -114,12 +114,12 @@ class Shop:
         return self.catalogue.by_id[self.visit.item]
 
     def _results(self) -> tuple[list[Product], int]:
-        """Those of this page, and the number of all."""
+        """The results on the current page, and the number of all results."""
         found, first = self.catalogue.search(self.visit.query), self.visit.number * self.page_size
         return found[first : first + self.page_size], len(found)
 
     def _page(self) -> str:
-        """What is shown, with everything in brackets that can be clicked."""
+        """The text of the current page, with everything that can be clicked in brackets."""
         visit = self.visit
         if visit.page == "search":
             return "[Search]\n"
@@ -141,7 +141,7 @@ class Shop:
         return (self.visit.number + 1) * self.page_size < total
 
     def _act(self, action: str) -> str:
-        """Do what was said; returns what is seen then."""
+        """Execute an action; returns the next page."""
         visit = self.visit
         said = re.fullmatch(r"(search|click) ?\[(.+)\]", action, re.IGNORECASE)
         verb, value = (said[1].lower(), said[2].strip()) if said else ("", "")
@@ -187,7 +187,7 @@ class Shop:
         return Dialogue(opening, tuple(turns))
 
     def _customer(self, draw: random.Random) -> Iterator[str]:
-        """Actions, each decided by what the pages so far have shown."""
+        """Yield actions, each decided by what the pages have shown so far."""
 
         def careful() -> bool:
             return draw.random() < self.skill
@@ -225,5 +225,5 @@ class Shop:
 
 
 def _offers(item: Product, goal: Goal) -> bool:
-    """Whether an item comes with the options that are wanted."""
+    """Whether an item is available with the wanted options."""
     return all(value in item.options.get(name, ()) for name, value in goal.options.items())

@@ -1,4 +1,4 @@
-"""What the shop has and what a customer wants: products made from a number, a search, instructions, and the reward.
+"""The shop's products, generated from a seed, with a search; the customer's instructions; and the reward.
 
 catalogue(48, seed=0) ─> Catalogue.products             the same ones for the same numbers, in every process
                              │    Catalogue.search("red cotton shirt") ─> products, best first
@@ -40,9 +40,9 @@ DEPARTMENTS = (
                _COLORS | _SIZES),
 )  # fmt: skip
 FEWEST = 12
-"""Products with which both splits have instructions."""
+"""Smallest number of products with which both splits have instructions."""
 _K1, _B = 0.9, 0.4
-"""BM25's parameters, as in Anserini, whose defaults WebShop's search has."""
+"""BM25's parameters: the defaults of Anserini, which WebShop's search uses."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Product:
     type: str
     material: str
     feature: str
-    """Only the description names it."""
+    """Mentioned only in the description."""
     price: int
-    """In dollars; never a multiple of 10, as all limits are, so that "less than" and "at most" are the same."""
+    """In dollars; never a multiple of 10. All limits are multiples of 10, so "less than" and "at most" are the same."""
     options: Mapping[str, tuple[str, ...]]
-    """By name, the values that it comes in."""
+    """The available values of each option, by its name."""
 
     @property
     def title(self) -> str:
@@ -73,11 +73,11 @@ class Product:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a customer wants: a product that there is, with one of each of its options.
+    """What a customer wants: an existing product, with one value for each of its options.
 
     Attributes:
-        feature: "" where any will do.
-        limit: of the price.
+        feature: "" if any will do.
+        limit: limit of the price.
     """
 
     product: Product
@@ -91,7 +91,7 @@ class Goal:
 
     @property
     def words(self) -> str:
-        """All that a search can look for."""
+        """All words that a search can use."""
         words = self.options["color"], self.product.title, self.feature, self.options.get("size", "")
         return " ".join(filter(None, words))
 
@@ -110,9 +110,9 @@ def reward(goal: Goal, bought: Product, chosen: Mapping[str, str]) -> float:
 
         r = r_type * (|U_att ∩ Y_att| + |U_opt ∩ Y_opt| + 1[y_price <= u_price]) / (|U_att| + |U_opt| + 1)
 
-    U are the attributes, options and price limit that were wanted, Y those of what was bought, its options as chosen.
-    WebShop reads r_type, one of 0, 0.1, 0.5 and 1, off the nouns that two titles share and the products' categories.
-    Here types are known: 1 for the wanted one, 0.5 for another of its department, 0 for all others.
+    U are the wanted attributes, options and price limit, Y those of the bought product, with the chosen options.
+    WebShop derives r_type, one of 0, 0.1, 0.5 and 1, from nouns that two titles share and from the products'
+    categories. Here types are known: 1 for the wanted one, 0.5 for another of its department, 0 for all others.
     """
     r_type = 0.5 if bought.department is goal.product.department else 0.0
     if bought.type == goal.product.type:
@@ -128,7 +128,7 @@ class Catalogue:
 
         log(1 + (N - n + 0.5) / (n + 0.5)) * f / (f + k1 * (1 - b + b * length / mean length))
 
-    for N products, n of which have the word, f times in this one. (No library that is installed has BM25.)
+    for N products, of which n contain the word, with f occurrences in this product. (No installed library has BM25.)
     """
 
     def __init__(self, products: Sequence[Product]) -> None:
@@ -145,7 +145,7 @@ class Catalogue:
                 self._scores[word][index] = rarity * count / (count + norm)
 
     def search(self, query: str) -> list[Product]:
-        """Products with any of the words, best first, and in the catalogue's order where they are equally good."""
+        """Products with any of the words, best first; equally good ones are in the catalogue's order."""
         found = Counter[int]()
         for word in _words(query):
             found.update(self._scores.get(word, {}))
@@ -162,11 +162,11 @@ def _words(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def catalogue(num_products: int, seed: int) -> Catalogue:
-    """As many products, which the seed determines: all types in turn, everything else drawn."""
+    """``num_products`` products, determined by the seed: types in turn, everything else drawn at random."""
     draw = random.Random(seed)
     types = [(department, type_) for department in DEPARTMENTS for type_ in department.types]
     digits = len(str(num_products - 1))
-    numbers = draw.sample(range(num_products), num_products)  # so that an id tells nothing
+    numbers = draw.sample(range(num_products), num_products)  # so that ids reveal nothing
     products = []
     for number, (department, type_) in zip(numbers, itertools.cycle(types), strict=False):
         options = {
@@ -180,7 +180,7 @@ def catalogue(num_products: int, seed: int) -> Catalogue:
 
 
 def instruction(goods: Catalogue, seed: int) -> Goal:
-    """What the seed's customer wants; those of seeds from ``HELD_OUT`` on want what no other does."""
+    """What the seed's customer wants; customers of seeds from ``HELD_OUT`` on want what no other customer wants."""
     draw, split = random.Random(seed), "heldout" if seed >= HELD_OUT else "train"
     while True:
         product = draw.choice(goods.products)

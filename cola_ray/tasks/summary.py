@@ -1,4 +1,4 @@
-"""What a task has read, and what the model gets of it: for the screen, before a run and by ``cola_ray data``.
+"""A printed summary of a task's data and of the prompts that the model gets, before a run and for ``cola_ray data``.
 
 lines(config, chat)     rows, columns, splits, rewards, and three prompts
 show(config)            prints them; nothing is started
@@ -19,10 +19,10 @@ from cola_ray.tasks.dataset import Dataset
 from cola_ray.tasks.protocol import Problem, Prompts
 from cola_ray.tasks.rewarded import weights_of
 
-_SHOWN = 3  # prompts
+_SHOWN = 3  # number of prompts shown
 _UNCLONED = "cloned   no response: RL needs a model to start from (--model.path), or texts (--data.path)"
-_MEASURED = 1000  # prompts
-_CHARACTERS = 1500  # of each
+_MEASURED = 1000  # number of prompts measured
+_CHARACTERS = 1500  # shown of each prompt
 
 
 def show(config: Config) -> None:
@@ -55,7 +55,7 @@ def lines(config: Config, chat: ChatTokenizer | None) -> Iterator[str]:
     """Yield what was read, a line each, and :data:`_SHOWN` prompts as the model gets them; no control characters.
 
     Args:
-        chat: of the model; without it prompts are shown as text.
+        chat: the model's tokenizer; without it prompts are shown as text.
     """
     yield from map(plain, _lines(config, chat))
 

@@ -1,4 +1,4 @@
-"""How models write tool calls: a table of formats, each of which can be found in a text, told and written.
+"""How models write tool calls: a table of formats, each of which can be parsed, described to a model, and written.
 
     hermes        <tool_call>{"name": "lookup", "arguments": {"key": "x"}}</tool_call>     Hermes, Qwen
     llama3_json   <|python_tag|>{"name": "lookup", "parameters": {"key": "x"}}; {...}      Llama 3, with the tag or not
@@ -6,9 +6,10 @@
 
     calls_in(text, format) ─> [Call("lookup", {"key": "x"}), Malformed("not JSON: ..."), ...];  []: there is no call
 
-A text that begins like a call and cannot be read as one is :class:`Malformed`, which says what is wrong. Only strict
-JSON is read: no NaN, no name twice in one object. Names are those of vLLM's parsers, which cannot be used here:
-importing one imports vLLM, into every environment process, and a call that cannot be parsed is not reported as such.
+A text that begins like a call but cannot be parsed becomes :class:`Malformed`, which says what is wrong. Only strict
+JSON is accepted: no NaN, no name twice in one object. The formats have the names of vLLM's parsers. Those cannot be
+used here: importing one imports vLLM into every environment process, and they do not report calls that they cannot
+parse.
 """
 
 import json
@@ -19,12 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 ANY = ""
-"""In place of a format's name: whichever is found, in the order of :data:`FORMATS`."""
+"""Stands for any format: the first one found, in the order of :data:`FORMATS`."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call that can be read; whether there is such a tool, with such arguments, is another question."""
+    """A call that could be parsed; whether the tool exists and takes these arguments is checked elsewhere."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -32,7 +33,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Malformed:
-    """Something that begins like a call and is none."""
+    """A text that begins like a call but is not a valid one."""
 
     why: str
 
@@ -43,9 +44,9 @@ class Format:
 
     Args:
         finds: matches each stretch of JSON, as group 1.
-        arguments: the name of the arguments' field where calls are written; when reading, any of :data:`_ARGUMENTS`.
+        arguments: the name of the arguments' field in written calls; when reading, any of :data:`_ARGUMENTS`.
         template: one written call, with {} for the JSON.
-        between: what stands between several calls.
+        between: the text between several calls.
     """
 
     finds: re.Pattern[str]
@@ -59,7 +60,7 @@ class Format:
 
     @property
     def instruction(self) -> str:
-        """How to write a call, in a line."""
+        """One line on how to write a call."""
         return self.template.replace("{}", f'{{"name": <name>, "{self.arguments}": <object of arguments>}}')
 
 
@@ -103,7 +104,7 @@ def _read(piece: str) -> list[Call | Malformed]:
             return [*found, Malformed(f"not JSON: {error.msg} at character {error.pos}")]
         except RecursionError:
             return [*found, Malformed("not JSON that can be read: nested too deeply")]
-        except ValueError as error:  # of the decoder's hooks, or a number of too many digits
+        except ValueError as error:  # from the decoder's hooks, or for a number with too many digits
             return [*found, Malformed(f"not JSON that can be read: {str(error)[:100]}")]
         found += [_call(one) for one in (value if isinstance(value, list) else [value])]
         place = _BETWEEN.match(piece, place).end()  # type: ignore[union-attr]
@@ -151,7 +152,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_float=_finite, parse_
 
 
 def told(tools: Sequence[Mapping[str, Any]], format_name: str = ANY) -> str:
-    """Return what a model is told of tools in plain text, where no chat template does it.
+    """Return a plain-text description of tools for a model, used if no chat template describes them.
 
     Args:
         tools: schemas in the form of OpenAI's API.

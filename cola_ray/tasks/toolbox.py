@@ -1,15 +1,15 @@
-"""Python functions as tools: what a model is told of them, whether a call fits, and what a call brings.
+"""Python functions as tools: their descriptions for a model, the checks of a call, and its result.
 
     --task.tools calculator lookup shop.py:price
-         │ registry: built in, or a function of somebody's own
+         │ registry: built in, or a user's function
          v
     Toolbox ── schemas ──> what the model is told           signature, type hints and docstring, by transformers
-            ── run(call, problem, seconds) ──> Result       checked against the schema; then, of somebody's own, in a
+            ── run(call, problem, seconds) ──> Result       checked against the schema; users' functions are called in a
                                                             fork that may raise, hang or exit; its result as text
 
-A function that has a parameter ``problem`` is given the problem that is being solved, of which the model knows nothing:
-its columns may hold what a tool looks up. What a function changes in memory is gone after its call, so calls of
-different episodes do not meet; state belongs into files or a service.
+A function with a parameter ``problem`` receives the problem that is being solved; the model does not see this
+parameter. The problem's columns may hold the data that a tool looks up. A function's changes in memory are lost after
+its call, so calls of different episodes cannot affect each other; state belongs into files or a service.
 """
 
 import asyncio
@@ -32,17 +32,17 @@ from cola_ray.tasks.tool_calls import Call
 
 Schema = Mapping[str, Any]
 PROBLEM = "problem"
-"""The parameter that is filled in, and that no schema has."""
+"""The parameter that is filled in here and is not part of schemas."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a call brought: a text for the model."""
+    """The result of a call: a text for the model."""
 
     text: str
     failed: bool = False
-    fits: bool = True  # there is such a tool, and it takes such arguments
+    fits: bool = True  # the tool exists and takes these arguments
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Tool:
     """A function that a model may call.
 
     Args:
-        function: also has the attribute ``bounded`` if it ends in time by itself, and is called in this process.
+        function: has the attribute ``bounded`` if it always ends in time; it is then called in this process.
         schema: of the function, in the form of OpenAI's API.
         takes_problem: whether it has the parameter ``problem``.
     """
@@ -64,7 +64,7 @@ class Tool:
         """Find a function in the registry.
 
         Raises:
-            ValueError: it cannot be a tool; the message says what it lacks.
+            ValueError: the function cannot be a tool; the message says what it lacks.
         """
         function = registry.find("tool", path)
         try:
@@ -73,7 +73,7 @@ class Tool:
             name = schema["function"]["name"]
             if not isinstance(schema["function"]["parameters"]["properties"], Mapping) or not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r:.80} is no name of letters, digits, _ and -")
-        except Exception as error:  # of whatever its type hints and its docstring are
+        except Exception as error:  # raised for its type hints or its docstring
             why = registry.error_in_a_line(error).partition(": ")[2].partition(" (chat_template")[0]
             raise ValueError(f"task.tools = {path!r}: no schema can be made of it: {why}; give each argument a type "
                              "and a line under Args: in the docstring") from None  # fmt: skip
@@ -84,7 +84,7 @@ class Tool:
         return str(self.schema["function"]["name"])
 
     def misfit(self, arguments: Mapping[str, Any]) -> str:
-        """Return why it does not take these arguments; "" if it does."""
+        """Return why the tool does not take these arguments; "" if it does."""
         parameters = self.schema["function"]["parameters"]
         known = parameters["properties"]
         for name, value in arguments.items():
@@ -97,8 +97,8 @@ class Tool:
 
 
 def _schema(function: Callable[..., Any]) -> Schema:
-    """Return what transformers makes of signature, type hints and docstring, without the parameter ``problem``."""
-    from transformers.utils import get_json_schema  # seconds: it imports PyTorch, for types of audio and images
+    """Return the schema that transformers derives from the function, without the parameter ``problem``."""
+    from transformers.utils import get_json_schema  # takes seconds: it imports PyTorch, for types of audio and images
 
     signature, hints = inspect.signature(function), typing.get_type_hints(function)
 
@@ -129,7 +129,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def fits(value: Any, schema: Schema) -> bool:
-    """Whether a value is of a schema, as far as ``get_json_schema`` makes them; what is unknown in one is let pass."""
+    """Whether a value matches a schema of ``get_json_schema``; unknown parts of a schema are not checked."""
     if value is None and schema.get("nullable"):
         return True
     if "anyOf" in schema:
@@ -188,11 +188,11 @@ class Toolbox:
         return [tool.schema for tool in self.tools.values()]
 
     def run(self, call: Call, problem: Problem, seconds: float) -> Result:
-        """Make a call; whatever goes wrong is what its text says.
+        """Make a call; if anything goes wrong, the result's text says so.
 
         Args:
-            problem: for tools that look into it.
-            seconds: that it may take.
+            problem: for tools that use it.
+            seconds: time limit of the call.
         """
         tool = self.tools.get(call.name)
         if tool is None:
@@ -227,7 +227,7 @@ async def _awaited(value: Any) -> Any:
 
 
 def _bounded(name: str, description: str, parameter: str, meaning: str) -> Callable[[Any], Any]:
-    """A tool that is called in place, with one argument, a text. Its schema is what transformers would make of it."""
+    """A tool that is called in this process with one text argument. Its schema is as transformers would derive it."""
     parameters = {
         "type": "object", "properties": {parameter: {"type": "string", "description": meaning}},
         "required": [parameter],

@@ -1,13 +1,13 @@
-"""Questions that a model answers with tools: it calls them, sees what they say, and answers when it likes.
+"""Questions that a model answers with tools: it calls them, sees their results, and decides when to answer.
 
     question ──> utterance ── calls? ── some ──> each one is checked and made (toolbox.py) ──> its result, or what is
                     ^                                                                             wrong with it ──┐
                     └─────────────────────────────────────────────────────────────────────────────────────────────┘
                                       └ none ──> it is the answer: the reward, and the end
 
-Questions are drawn (weighing.py), or are the rows of ``task.path``; ``task.reward`` says what answers are worth.
-Nothing that a model says ends a run: a call that is malformed, unknown, wrong, too slow or that raises has an
-observation which says so. What a model is told of tools comes from its chat template; without one, it is plain text.
+Questions are generated (weighing.py), or are the rows of ``task.path``; ``task.reward`` scores answers. Nothing that a
+model says ends a run: for a call that is malformed, unknown, wrong, too slow or that raises, the observation says so.
+Tools are described to the model by its chat template or, if it has none, in plain text.
 """
 
 import functools
@@ -30,23 +30,23 @@ from cola_ray.tasks.tool_calls import ANY, FORMATS, Call, Malformed, calls_in, t
 from cola_ray.tasks.toolbox import Result, Toolbox, sandbox
 from cola_ray.tasks.weighing import COLOURS, THINGS, TOOLS, Weighing
 
-_SHARE_OF_A_STEP = 0.5  # of task.reward_timeout_s, for all calls of a turn: a slow tool must not cost the episode
+_SHARE_OF_A_STEP = 0.5  # share of task.reward_timeout_s for all calls of a turn: a slow tool must not fail the episode
 
 
 class Tools:
-    """One question per episode; seeds from :data:`~cola_ray.tasks.environment.HELD_OUT` on are held-out ones.
+    """One question per episode; seeds from :data:`~cola_ray.tasks.environment.HELD_OUT` on give held-out questions.
 
     Args:
-        config: of the task. Tools, how they are called, rows and rewards are its settings.
-        max_turns: utterances of an episode; one that ends without an answer is truncated, and is worth 0.
-        max_calls: that are made in one turn.
+        config: of the task, with the settings of tools, their format, rows and rewards.
+        max_turns: utterances of an episode; one that ends without an answer is truncated, with reward 0.
+        max_calls: number of calls that are made in one turn.
         result_chars: most characters of a result that are shown.
-        seconds: that a call may take. All calls of a turn may take half of ``task.reward_timeout_s``.
-        describe: whether a text without a chat template begins with what the tools are.
-        things: of drawn questions: how many there are to ask about.
-        largest: of drawn questions: number in them.
-        skill: of demonstrations, which answer drawn questions: share of calls that are right. Of the others, half are
-            malformed and made once more, half have a wrong argument, and lead to a wrong answer. With 0.6 the mean
+        seconds: time limit of a call. All calls of a turn may take half of ``task.reward_timeout_s``.
+        describe: whether a text without a chat template begins with a description of the tools.
+        things: for generated questions: number of things to ask about.
+        largest: for generated questions: largest number in them.
+        skill: for demonstrations, which answer generated questions: share of calls that are right. Of the others, half
+            are malformed and are repeated, half have a wrong argument and lead to a wrong answer. With 0.6 the mean
             return is 0.68.
     """
 
@@ -112,7 +112,7 @@ class Tools:
         self.problem: Problem = problems[self.place[1]]
 
     def _results(self, calls: Sequence[Call | Malformed]) -> list[str]:
-        """Make the calls of a turn, one after the other; their results as the model sees them."""
+        """Make the calls of a turn, one after the other; returns the results as the model sees them."""
         shown, ends = list[str](), time.monotonic() + _SHARE_OF_A_STEP * self.config.reward_timeout_s
         for number, call in enumerate(calls):
             self.calls += 1
@@ -128,7 +128,7 @@ class Tools:
             self.misfits += not result.fits
             self.errors += result.failed
             shown.append(self._cut(f"Error: {result.text}" if result.failed else result.text))
-            if number >= self.max_calls:  # said once for all that are left
+            if number >= self.max_calls:  # one message for all remaining calls
                 self.calls += len(calls) - number - 1
                 self.errors += len(calls) - number - 1
                 break
@@ -141,7 +141,7 @@ class Tools:
         return f"{whole[: self.result_chars]}... ({len(whole) - self.result_chars} more characters)"
 
     def _score(self, answer: str) -> float:
-        """Raises what a reward raises, which fails the episode, as in tasks of one turn."""
+        """Score an answer. If a reward raises, so does this, which fails the episode, as in single-turn tasks."""
         split, index = self.place
         score = functools.partial(self.task.score, split, index, answer)
         if not getattr(self.task, "executes_responses", False):
@@ -152,7 +152,7 @@ class Tools:
         return float(reply["value"])
 
     def _metrics(self) -> dict[str, float]:
-        """Of the episode so far; the share only where there is something to share."""
+        """Metrics of the episode so far; the share only if there were any calls."""
         counts = {"tool_calls": float(self.calls), "tool_errors": float(self.errors)}
         return counts | ({"well_formed_calls": 1 - self.misfits / self.calls} if self.calls else {})
 
@@ -172,7 +172,7 @@ class Tools:
     # --- demonstrations -----------------------------------------------------------------------------------------------
 
     def demonstrations(self, count: int, seed: int) -> list[Dialogue]:
-        """Return episodes of a player who makes mistakes, on training questions; [] for rows of somebody's own."""
+        """Return episodes of a player who makes mistakes, on training questions; [] for the user's own rows."""
         if self.drawn is None or not {*TOOLS} <= {*self.toolbox.tools}:
             return []
         draw = random.Random(seed)
@@ -197,7 +197,7 @@ class Tools:
         return Dialogue(opening, tuple(turns), tuple(chats))
 
     def _attempt(self, call: Call, drawn: Weighing, draw: random.Random) -> tuple[str, bool]:
-        """Return a call as the player writes it, and whether it can be read."""
+        """Return a call as the player writes it, and whether it can be parsed."""
         written = FORMATS[self.config.tool_parser or "json"].write
         fate = draw.random()
         if fate < self.skill:
@@ -210,7 +210,7 @@ class Tools:
 
 @functools.cache
 def _toolbox(paths: Sequence[str]) -> Toolbox:
-    """One for all episodes of a process. A sandbox that is needed starts with it."""
+    """The toolbox of a process, shared by all episodes. If a sandbox is needed, it starts here."""
     made = Toolbox(paths)
     if "python" in paths:
         sandbox()
@@ -219,7 +219,7 @@ def _toolbox(paths: Sequence[str]) -> Toolbox:
 
 @functools.cache
 def _task(dumped: str, things: int, largest: int) -> Task:
-    """Questions with their reward: rows are read once in a process."""
+    """Questions with their reward; rows are read once per process."""
     config = TaskConfig.model_validate_json(dumped)
     if not config.path:
         drawn = Weighing(things, largest)

@@ -1,11 +1,11 @@
-"""An episode as a conversation in a model's chat template: environment's messages and the model's utterances, as ids.
+"""Token ids of an episode as a conversation in the model's chat template: environment's messages and utterances.
 
     Transcript(chat, end_ids, opening) ─ hear(Chat) ─ say(ids) ─ hear(Chat) ─ ...      in order
                                        └ ids(most) ─> up to where the next utterance begins
 
-For environments whose observations have roles (``info["chat"]``, environment.py) and models that have a template. What
-was said stands as it was sampled. The template tells of tools; where it knows none, a system message does so in words,
-and where it has no role ``tool``, the user says what tools said.
+For environments whose observations have roles (``info["chat"]``, environment.py) and models that have a template.
+Utterances keep their sampled ids. The template describes tools; if it does not support tools, a system message
+describes them in words, and if it has no role ``tool``, results of tools become user messages.
 """
 
 import functools
@@ -20,8 +20,8 @@ class Transcript:
     """One episode's messages.
 
     Args:
-        chat: of a tokenizer with a chat template.
-        end_ids: ids that end an utterance, which the template writes by itself.
+        chat: with a tokenizer that has a chat template.
+        end_ids: ids that end an utterance; the template writes them itself.
         opening: the first observation.
     """
 
@@ -30,7 +30,7 @@ class Transcript:
         tells = re.search(r"\btools\b", str(chat.tokenizer.chat_template))
         self.tools = [*opening.tools] if tells else []
         self.opening = _with_system(opening) if opening.tools_text and not tells else [*opening.messages]
-        self.turns: list[tuple[list[int], list[Message]]] = []  # what was said, and what it was answered
+        self.turns: list[tuple[list[int], list[Message]]] = []  # an utterance, and the messages that followed it
 
     def say(self, token_ids: Sequence[int]) -> None:
         """Add an utterance, with the token that ended it."""
@@ -38,7 +38,7 @@ class Transcript:
         self.turns.append((said[:-1] if said and said[-1] in self.end_ids else said, []))
 
     def hear(self, observation: Chat) -> None:
-        """Add what an utterance was answered."""
+        """Add the observation that follows an utterance."""
         heard = [*observation.messages]
         if not _knows_tools(self.chat):
             texts = [str(message["content"]) for message in heard]
@@ -46,7 +46,7 @@ class Transcript:
         self.turns[-1][1].extend(heard)
 
     def ids(self, most: int) -> list[int]:
-        """Return the opening and as many of the last turns as fit into ``most`` ids, or at least the end of the last.
+        """Return the opening and as many of the last turns as fit into ``most`` ids, or at least the last turn's end.
 
         Raises:
             ValueError: the template refuses this conversation.
@@ -66,7 +66,7 @@ class Transcript:
 
 
 def _with_system(opening: Chat) -> list[Message]:
-    """The messages, with what is told of tools in the system message."""
+    """The messages, with the description of tools in the system message."""
     messages = [*opening.messages]
     if messages and messages[0]["role"] == "system":
         return [{**messages[0], "content": f"{messages[0]['content']}\n\n{opening.tools_text}"}, *messages[1:]]
@@ -75,7 +75,7 @@ def _with_system(opening: Chat) -> list[Message]:
 
 @functools.lru_cache(maxsize=8)
 def _knows_tools(chat: ChatTokenizer) -> bool:
-    """Whether the template takes what a tool says, also where it did not write the call, and shows it."""
+    """Whether the template accepts a tool's result, even without a call that it wrote itself, and shows it."""
     asked: list[Message] = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
     try:
         found = chat.conversation_ids([*asked, {"role": "tool", "name": "lookup", "content": "shown"}], {})

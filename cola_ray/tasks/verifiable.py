@@ -84,8 +84,8 @@ class ReasoningGym:
 def contradicts(solution: str, response: str) -> bool:
     """Whether a response cannot be right, even if a lenient verifier accepts it.
 
-    If the solution is true or false, any response that is not that word. If it is a number, one more than 1 % away, or
-    a text that is not a number and does not contain the solution. If it is a number of any kind, "nan".
+    These are: if the solution is true or false, any response other than that word; if it is a number, a number more
+    than 1 % away, or a text that is not a number and does not contain it; if it is any kind of number, "nan".
     """
     wanted, found = solution.strip().lower(), response.strip().lower()
     if wanted in ("true", "false"):
@@ -98,7 +98,7 @@ def contradicts(solution: str, response: str) -> bool:
     return wanted not in found if value is None else 100 * abs(value - number) > max(abs(number), Fraction(1, 100))
 
 
-_UNSOLVED = "Integral("  # in a solution that SymPy did not find; repeating the question would count as right
+_UNSOLVED = "Integral("  # marks an integral that SymPy could not solve; repeating the question would count as right
 
 
 def _uses_other_numbers(entry: Mapping[str, Any], response: str) -> bool:
@@ -119,15 +119,15 @@ def _solution(entry: Mapping[str, Any]) -> str:
 class Arithmetic(ReasoningGym):
     """Sums and differences of two or three one-digit numbers (reasoning-gym's chain_sum), with wrong demonstrations.
 
-    Like a web corpus, this task's corpus is not all right: for problems with three numbers, :data:`SLIP_SHARE` of the
-    demonstrations add where the last subtraction stands ("9 - 4 + 1 = 14"). A base that is trained on it answers such
+    Like a web corpus, this task's corpus has errors: for problems with three numbers, :data:`SLIP_SHARE` of the
+    demonstrations add instead of doing the last subtraction ("9 - 4 + 1 = 14"). A base trained on it answers such
     problems wrongly when decoding greedily, and sometimes correctly when sampling, which gives RL something to find.
-    Rewards always go by the true result.
+    Rewards always use the true result.
     """
 
     OPTIONS: ClassVar[dict[str, int]] = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
     SLIP_SHARE = 0.6
-    COPIES = 8  # of every training problem; each copy slips or not independently
+    COPIES = 8  # of every training problem; whether a copy has the error is drawn independently
     executes_responses = False  # chain_sum only compares text
 
     @classmethod
@@ -150,7 +150,7 @@ class Arithmetic(ReasoningGym):
 
 
 def _slip(problem: Problem) -> str:
-    """Return the answer with the last subtraction added; the right one if there is none, or only two numbers."""
+    """Return the answer with the last subtraction as an addition; the right one without any, or with two numbers."""
     _, *rest = as_text(problem.question).removesuffix("=").split()
     subtracted = [number for operator, number in zip(rest[::2], rest[1::2], strict=True) if operator == "-"]
     if len(rest) == 2 or not subtracted:
@@ -161,8 +161,8 @@ def _slip(problem: Problem) -> str:
 class Thinking:
     """Another task, answered in two parts: thoughts, then the answer alone (the prompt of TinyZero's Countdown).
 
-    The form by itself is worth :data:`FORM`; a right answer in it, as much as the task says. Thoughts may be as long as
-    the token budget; the metric ``rollout/response_length`` shows how long they get.
+    The form by itself has reward :data:`FORM`; a right answer in this form has the task's reward. Thoughts may be as
+    long as the token budget; the metric ``rollout/response_length`` shows how long they get.
     """
 
     FORM = 0.1

@@ -1,9 +1,9 @@
-"""Questions that take one call of a tool or two: what a thing weighs, which only a table knows, and arithmetic with it.
+"""Questions that need one or two tool calls: what a thing weighs, which is only in a table, and arithmetic with it.
 
     "What does the blue box weigh, plus 17?"     lookup("blue box") ─> 23     calculator("23 + 17") ─> 40     "40"
 
-Problems are drawn, as many as there are seeds. Each is in the split that its question's checksum says, so no question
-is trained on and held out.
+Problems are generated, one for each seed. The checksum of its question decides a problem's split, so no question is
+both trained on and held out.
 """
 
 import random
@@ -20,9 +20,9 @@ from cola_ray.tasks.tool_calls import Call
 COLOURS = ("red", "blue", "green", "black", "white", "brown")
 THINGS = ("box", "cup", "ball", "book", "lamp", "shoe", "bag", "pot")
 TOOLS = ("lookup", "calculator")
-"""Which these questions need."""
+"""The tools that these questions need."""
 NUM_KINDS = 3
-"""Arithmetic alone, a thing alone, and both."""
+"""Kinds of questions: arithmetic only, a thing only, and both."""
 _SIGNS = {"plus": "+", "minus": "-"}
 
 
@@ -55,11 +55,11 @@ class Asked:
 
 
 class Weighing:
-    """Drawn problems, as a task with a verifier.
+    """Generated problems, as a task with a verifier.
 
     Args:
-        things: how many there are to ask about.
-        largest: number in a question or a table.
+        things: number of things to ask about.
+        largest: largest number in a question or a table.
     """
 
     right_from = 1.0
@@ -97,7 +97,7 @@ class Weighing:
         return []
 
     def score(self, split: Split, index: int, response: str) -> float:
-        """1 for the right number, wherever it is given as the last one."""
+        """1 if the number that the response commits to is the right one."""
         return math(self.problems(split)[index], response)
 
 
