@@ -146,7 +146,7 @@ class HardwareConfig(Branch):
     """What `cola_ray plan` assumes of the machines."""
 
     gpu: Literal["a100", "h100", "h200", "l40s"] = "h100"
-    """Data sheets are in plan.py; a100 and h100 with 80 GB."""
+    """By its data sheet (GPUS in studies/planned_time.py); a100 and h100 have 80 GB."""
     gpus: Whole = 0
     """GPUs in the cluster. 0: as many as learner and engines ask for."""
     gpus_per_node: Count = 8
