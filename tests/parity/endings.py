@@ -11,7 +11,7 @@ LOG_PROB_TOLERANCE = 5e-5  # a forced token may lie at -30, where float32 has si
 
 
 def check_what_ends_a_completion(engine, reference, stop_token, monkeypatch):
-    """Each of these ends a completion exactly: a string, a second end token, and a string that began earlier in the response.
+    """Each ends a completion exactly: a string, a second end token, and a string that began earlier in the response.
 
     Args:
         reference: ``reference(request)`` returns PyTorch's (tokens, ..., log-probabilities).
