@@ -25,7 +25,7 @@ from cola_ray.experience import Trajectory
 
 VOCABULARY, ACTIONS, PER_PROMPT, MICRO_BATCH, LONGEST = 128_000, 64, 16, 16_384, 8192
 AT_ONCE = 1 << 30
-"""Bytes of padded arrays that are made, at most by one batch more."""
+"""No further batch is padded after this number of bytes."""
 
 
 def peak_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Tests of minutes, in `make test-slow`: learning curves, a rank killed in pre-training, RL from preferences."""
+"""Tests that take minutes (`make test-slow`): learning curves, a rank killed in pre-training, RL from preferences."""
 
 import itertools
 import json
