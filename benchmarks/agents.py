@@ -43,7 +43,7 @@ SUITED: dict[str, Settings] = {
     "etpo": {"rl.kl_coef": 0.05},
     "gigpo": {"rl.anchor_state": "transcript"},  # a bare answer does not identify the state
 }
-"""Settings that differ from the preset, by algorithm; the other algorithms use the preset as it is."""
+"""Settings that differ from the preset, by algorithm; the other algorithms have none."""
 VARIANTS: dict[str, Settings] = {
     "archer_alone": {"rl.algorithm": "archer", "critic.chooses": False},
     "ppo_turn": {"rl.algorithm": "ppo", "rl.gae_level": "turn"},
@@ -114,7 +114,7 @@ def plot(curves: Mapping[str, np.ndarray], path: Path) -> None:
 def main() -> None:
     known = methods()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; call again to continue")
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
     parser.add_argument("--model", type=Path, help="the cloned start; by default, the script pre-trains one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=60, help=f"iterations of {EPISODES} episodes each")

@@ -88,7 +88,7 @@ def later_half(values: Sequence[float]) -> float:
 def main() -> None:
     known = rows()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; call again to continue")
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(known), choices=list(known), metavar="ROW",
                         help=f"of the table: {', '.join(known)}")  # fmt: skip

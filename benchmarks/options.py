@@ -233,7 +233,7 @@ def _measure(
 def main() -> None:
     known = options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where rounds are kept; call again to continue")
+    parser.add_argument("--folder", type=Path, required=True, help="where rounds are kept; reuse it to continue")
     parser.add_argument("--model", type=Path, help="a CoLA model; by default, the script pre-trains one")
     parser.add_argument("--rounds", type=int, default=15, help="pairs of steps per option")
     parser.add_argument("--options", nargs="+", choices=list(known), default=list(known), metavar="OPTION",

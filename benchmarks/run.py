@@ -350,7 +350,7 @@ def learning(latent: str, base: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"one of {', '.join(PARTS)}; default: all")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; default: all")
     asked = parser.parse_args().parts
     if unknown := [part for part in asked if part not in PARTS]:
         parser.error(f"{unknown[0]!r} is no part; give some of {', '.join(PARTS)}")

@@ -204,7 +204,7 @@ def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; call again to continue")
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
     parser.add_argument("--model", type=Path, required=True, help="model/ of a run of `cola_ray rl --preset tiny`")
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--responses", type=int, nargs="*", default=[2, 4, 8, 16, 32],

@@ -107,7 +107,7 @@ def rates(preset: str, given: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; call again to continue")
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
     parser.add_argument("--preset", choices=list(RATES), default="tiny")
     parser.add_argument("--gsm8k", type=Path, help="smollm2-135m: a folder with train.jsonl and test.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

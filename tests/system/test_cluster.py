@@ -16,8 +16,8 @@ STEPS = 40  # half a second each, so that some are left when a new engine has st
 def cluster(monkeypatch):
     # This process chose its mode when it imported Ray, and its nodes must agree with it.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    # Otherwise this cluster would be the machine's newest, and other runs on the machine would query it instead of their
-    # own. The path is short because sockets are made below it.
+    # Otherwise this cluster would be the machine's newest, and other runs on the machine would query it instead of
+    # their own. The path is short because sockets are made below it.
     monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="nodes-"))
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
