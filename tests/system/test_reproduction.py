@@ -1,4 +1,4 @@
-"""The papers' matrix as jobs of a real head node: stopped half-way, it leaves no process and then continues."""
+"""The matrix as jobs of a real head: stopped half-way, it leaves no process, and continues from its checkpoint."""
 
 import contextlib
 import json
