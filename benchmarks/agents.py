@@ -1,17 +1,18 @@
-"""Sample efficiency on Twenty Questions: every algorithm for agents at equal episodes, from one cloned start, by seed.
+"""Sample efficiency on Twenty Questions: every agent algorithm with equal episodes and the same start, over seeds.
 
 python benchmarks/agents.py --folder outputs/agents [--model MODEL] [--seeds 0 1 2] [--iterations 60] [--parallel 2]
 
-Methods are the algorithms of the registry that agents can use, your own among them where a package registers them, and
+Methods are all registered algorithms that agents can use (including your own, if a package registers them), and
 
     archer_alone    ArCHer as in the paper; "archer" is the preset, where the critic chooses among utterances
     ppo_turn        PPO over turns (rl.gae_level turn); "ppo" has values and advantages of tokens
 
-Each plays 32 episodes an iteration; those that compare episodes of a group play 8 of each of 4 seeds of the game.
-Follows figure 3 of Zhou et al. 2024: how many episodes a method needs until the mean return passes a threshold, from
-about -11 on, and where it ends. The curve of a method is the mean return of its last 256 training episodes; intervals
-are over seeds, Student's. Before the first run the script says how long all take. Runs that are already in the folder
-are not repeated, so a stopped benchmark continues; the table has the methods that were asked for.
+Each plays 32 episodes an iteration; methods that compare the episodes of a group play 8 for each of 4 game seeds.
+Follows figure 3 of Zhou et al. 2024: how many episodes a method needs until its mean return, which starts at about
+-11, passes a threshold, and its final return. The curve of a method is the mean return of its last 256 training
+episodes; intervals are Student's t over seeds. Before the first run the script prints how long all runs will take.
+Runs that are already in the folder are not repeated, so a stopped benchmark continues; the table contains the
+requested methods.
 """
 
 import argparse
@@ -32,7 +33,7 @@ Settings = dict[str, Any]
 THRESHOLDS = (-9, -8, -7, -6)
 EPISODES, WINDOW = 32, 256
 GROUP = 8
-"""Episodes of one seed of the game, for who compares them."""
+"""Episodes per game seed, for methods that compare them."""
 COMMON: Settings = {
     "preset": "tiny", "task.name": "twenty_questions", "cluster.learner_ranks": 1, "rl.eval_every": 0,
     "rl.eval_problems": 8, "rl.save_every": 1000,
@@ -40,9 +41,9 @@ COMMON: Settings = {
 SUITED: dict[str, Settings] = {
     "filtered_bc": {"rl.lr": 3e-4},
     "etpo": {"rl.kl_coef": 0.05},
-    "gigpo": {"rl.anchor_state": "transcript"},  # a bare answer does not say where one is
+    "gigpo": {"rl.anchor_state": "transcript"},  # a bare answer does not identify the state
 }
-"""By algorithm, what is not as in the preset; nothing for those that are not named."""
+"""Settings that differ from the preset, by algorithm; the other algorithms have none."""
 VARIANTS: dict[str, Settings] = {
     "archer_alone": {"rl.algorithm": "archer", "critic.chooses": False},
     "ppo_turn": {"rl.algorithm": "ppo", "rl.gae_level": "turn"},
@@ -57,7 +58,7 @@ def methods() -> dict[str, Settings]:
 
 
 def sizes(algorithm: str) -> Settings:
-    """Seeds of the game in an iteration, and episodes of each: the same number of episodes for all."""
+    """Game seeds per iteration, and episodes per seed: every algorithm plays the same number of episodes."""
     size = GROUP if of(algorithm).groups else 1
     return {"rl.prompts_per_step": EPISODES // size, "rl.group_size": size}
 
@@ -78,7 +79,7 @@ def figures_of(returns: np.ndarray) -> dict[str, Any]:
     """A method's row of the table.
 
     Args:
-        returns: (seeds, iterations), the mean of an iteration's episodes.
+        returns: (seeds, iterations), the mean return of each iteration's episodes.
     """
     curves = np.array([smoothed(one) for one in returns])
     last = curves[:, -1].tolist()
@@ -113,11 +114,11 @@ def plot(curves: Mapping[str, np.ndarray], path: Path) -> None:
 def main() -> None:
     known = methods()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; the same one continues")
-    parser.add_argument("--model", type=Path, help="the cloned start; without it, the script pre-trains the preset's")
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
+    parser.add_argument("--model", type=Path, help="the cloned start; by default, the script pre-trains one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=60, help=f"of {EPISODES} episodes each")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each uses about one core")
+    parser.add_argument("--iterations", type=int, default=60, help=f"iterations of {EPISODES} episodes each")
+    parser.add_argument("--parallel", type=int, default=1, help="concurrent runs; each uses about one core")
     parser.add_argument("--methods", nargs="+", default=list(known), choices=list(known), metavar="METHOD",
                         help=f"of the table: {', '.join(known)}")  # fmt: skip
     args = parser.parse_args()

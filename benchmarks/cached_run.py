@@ -1,7 +1,7 @@
-"""Runs of jobs whose results are kept, so that a benchmark that was stopped continues where it was.
+"""Runs of jobs whose results are kept, so that a stopped benchmark continues.
 
 KeptRun(folder / "grpo-0", "rl_math", {"preset": "tiny", "rl.algorithm": "grpo"})
-say_time(runs, parallel)  ─>  run_kept(runs, parallel)  ─>  a summary each; what has finished is not repeated
+say_time(runs, parallel)  ─>  run_kept(runs, parallel)  ─>  a summary each; finished runs are not repeated
 """
 
 import functools
@@ -27,7 +27,7 @@ from cola_ray.settings.relevance import unread
 
 @dataclass(frozen=True)
 class KeptRun:
-    """One run: its folder, its job as ``jobs/<job>.py``, and settings by dotted field with ``preset`` among them."""
+    """One run: its folder, its job (``jobs/<job>.py``), and its settings by dotted field, including ``preset``."""
 
     where: Path
     job: str
@@ -39,7 +39,7 @@ class KeptRun:
 
     @property
     def config(self) -> Config:
-        """Its settings in full."""
+        """The complete settings."""
         changes = {"output_dir": str(self.output), **self.settings}
         return override(preset_of(self.job, changes), changes)
 
@@ -48,16 +48,16 @@ class KeptRun:
         return summary_of(self.output) is not None
 
     def faults(self) -> list[str]:
-        """A line for each setting that the job would refuse, as far as settings alone decide."""
+        """A line for each setting that the job would refuse, as far as this can be told from the settings alone."""
         return [*refused(self.config), *unread(self.config, self.job)]
 
     def summary(self) -> dict[str, Any]:
-        """Of the run, which is made first if it has not finished before."""
+        """The run's summary; starts or resumes the run if it has not finished."""
         return run_once(self.where, self.job, *as_words(self.settings))
 
 
 def preset_of(job: str, changes: Mapping[str, Any]) -> Config:
-    """The preset that settings are changes of, for agents where the job or the task is theirs."""
+    """The preset that the settings change; its agent version if the job or the task is for agents."""
     task = str(changes.get("task.name", ""))
     return preset(changes["preset"], is_environment(task) if task else job == "rl_agent", task)
 
@@ -65,8 +65,8 @@ def preset_of(job: str, changes: Mapping[str, Any]) -> Config:
 def say_time(runs: Sequence[KeptRun], parallel: int) -> str:
     """How many runs are left, and how long they will take: one line.
 
-    What a run takes follows from the tiny preset's steps on idle cores; of other presets and jobs it is seen once the
-    first has finished.
+    The estimate comes from step times of the tiny preset on idle cores; for other presets and jobs it is only known
+    once the first run has finished.
     """
     left = [run for run in runs if not run.is_done]
     said = f"{len(left)} of {len(runs)} runs to make, {parallel} at a time"
@@ -81,10 +81,10 @@ def say_time(runs: Sequence[KeptRun], parallel: int) -> str:
 
 
 def run_kept(runs: Sequence[KeptRun], parallel: int) -> list[dict[str, Any]]:
-    """Summaries in order, computed ``parallel`` at a time; says before what will be refused, and how far it is.
+    """Summaries in order, computed ``parallel`` at a time; checks all settings first, and prints progress.
 
     Raises:
-        SystemExit: settings of a run would be refused; nothing has been started.
+        SystemExit: a run's settings would be refused; nothing has been started.
     """
     faults = [f"{run.where.name}: {line}" for run in runs if not run.is_done for line in run.faults()]
     if faults:
@@ -110,14 +110,14 @@ def run_once(where: Path, job: str, *settings: str) -> dict[str, Any]:
 
 
 def series(where: Path, metric: str) -> list[float]:
-    """The values of a metric of a run, sorted by step."""
+    """A run's values of a metric, sorted by step."""
     with sqlite3.connect(where / "outputs" / "mlflow.db") as database:
         query = "select value from metrics where key = ? order by step"
         return [value for (value,) in database.execute(query, [metric])]
 
 
 def run_all(jobs: Iterable[Callable[[], Any]], parallel: int) -> list[Any]:
-    """Results of all jobs in order, computed ``parallel`` at a time; prints progress, and the time that is left."""
+    """Results of all jobs in order, computed ``parallel`` at a time; prints progress and the remaining time."""
     waiting, seconds = list(jobs), list[float]()
     results = []
     with ThreadPoolExecutor(parallel) as pool:
@@ -136,7 +136,7 @@ def _timed(job: Callable[[], Any], seconds: list[float]) -> Any:
 
 
 def _left(seconds: Sequence[float], total: int, parallel: int) -> str:
-    """By the runs that were made so far; what was there before took no time."""
+    """The remaining time, from the runs made so far; those that were kept from before took no time."""
     made = [one for one in seconds if one >= 1]
     left = total - len(seconds)
     return f", {_minutes(left * sum(made) / len(made) / parallel)} left" if made and left else ""

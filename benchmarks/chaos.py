@@ -36,12 +36,12 @@ from cola_ray.runs import event_log
 
 FOLDER = ROOT / "outputs" / "chaos"
 SIGNALS = ("SIGKILL", "SIGSTOP")
-START_S = 1200.0  # most seconds for a run to start, on a machine that may be busy
+START_S = 1200.0  # timeout for a run to start, on a machine that may be busy
 LEFT_S = 90.0  # seconds after its end in which a run's processes must be gone; Ray's agents look for a dead GCS for 60
 
 
 class Session:
-    """A run with its folder, from its start through disturbances and resumptions to its end."""
+    """A run and its folder, from start to end, including disturbances and resumptions."""
 
     def __init__(self, name: str, where: Path, start: Path, bound_s: float) -> None:
         self.name, self.setting, self.where, self.model, self.bound_s = name, SETTINGS[name], where, start, bound_s
@@ -101,7 +101,7 @@ class Session:
         return {kind: round(max(some)) for kind, some in sizes.items() if some}
 
     def left(self, seconds: float | None = None) -> list[str]:
-        """Processes that are still there some seconds after the end; they are killed then."""
+        """Processes that are still alive some seconds after the end; this kills them."""
         deadline = time.monotonic() + (LEFT_S if seconds is None else seconds)
         while (found := processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -111,7 +111,7 @@ class Session:
         return [f"{one.title[:60]} ({one.state})" for one in found]
 
     def files(self) -> list[Path]:
-        """Files of the run in /tmp."""
+        """The run's files in /tmp."""
         return [*self.temporary.iterdir(), *Path("/tmp").glob(f"*ray*{self.run.process.pid}*")]
 
     def discard(self) -> None:
@@ -122,7 +122,7 @@ class Session:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def disturb(self, kind: str, name: str, number: int, seed: int, commit: str, expected: Mapping[int, Any]) -> Trial:
-        """Make one trial. Afterwards the run continues, resumed if it had ended, unless the trial is a fault."""
+        """Make one trial. Afterwards the run continues (resumed if it ended), unless the trial found a fault."""
         draw = random.Random(f"{seed} {self.name} {kind} {name} {number}")
         pause = round(draw.uniform(0.0, 4.0), 2)
         time.sleep(pause)
@@ -133,7 +133,7 @@ class Session:
         trial = Trial(self.setting.job, self.name, kind, name, number, seed, commit, victim.title[:60], before, pause)
         began = time.monotonic()
         os.kill(victim.pid, getattr(signal, name))
-        if kind == "driver" and name == "SIGSTOP":  # a run that a user stops continues when the user continues it
+        if kind == "driver" and name == "SIGSTOP":  # the user stopped the run, so the user continues it
             time.sleep(draw.uniform(5.0, 30.0))
             os.kill(victim.pid, signal.SIGCONT)
         went_on = self.wait(lambda: max(self.steps, default=0) >= before + 2 and self.all_alive(), self.bound_s)
@@ -145,7 +145,7 @@ class Session:
             killed, files = kind == "driver" and name == "SIGKILL", self.files()
             self.check_end(trial, by_signal=killed)
             if trial.exit_code == 0:
-                trial.outcome = "went on"  # to its end
+                trial.outcome = "went on"  # until its normal end
             else:
                 self.resume(trial, before)
                 trial.faults += left_files(files) if killed else []
@@ -209,7 +209,7 @@ class Session:
 
 
 def start_model(name: str) -> Path:
-    """The start model of a setting, made once."""
+    """A setting's start model, made once."""
     where = FOLDER / "start" / name
     if not (where / "summary.json").exists():
         say(f"{name}: the start model")
@@ -221,10 +221,10 @@ def start_model(name: str) -> Path:
 
 
 def undisturbed(name: str, bound_s: float, again: bool = False) -> dict[int, dict[str, float]]:
-    """Metrics by step of an undisturbed run, which are kept.
+    """Metrics by step of an undisturbed run; they are kept.
 
     Args:
-        again: run again, because the kept ones are of other code.
+        again: run again, because the kept metrics come from other code.
     """
     kept, args = FOLDER / f"{name}.json", SETTINGS[name].args
     if kept.exists() and not again and (before := json.loads(kept.read_text()))["args"] == args:
@@ -283,10 +283,10 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--signals", nargs="+", default=SIGNALS, choices=SIGNALS)
     parser.add_argument(
-        "--trials", type=int, default=3, help="for each job and kind, over all calls; the signals take turns"
+        "--trials", type=int, default=3, help="trials for each job and kind, over all calls; signals alternate"
     )
     parser.add_argument("--minutes", type=float, default=1e6, help="no trial starts after this time")
-    parser.add_argument("--bound-s", type=float, default=300.0, help="seconds in which a run must continue or end")
+    parser.add_argument("--bound-s", type=float, default=300.0, help="seconds within which a run must continue or end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "chaos.json")
     args = parser.parse_args()
@@ -319,7 +319,7 @@ def main() -> None:
     finally:
         if session is not None:
             session.discard()
-        for run in RUNS:  # also one that was being started
+        for run in RUNS:  # including one that was just being started
             run.end()
     if args.out.resolve() == (RESULTS / "chaos.json").resolve():
         write_tables()

@@ -1,4 +1,4 @@
-"""The runs that benchmarks/chaos.py disturbs, and the processes that they consist of."""
+"""The runs that benchmarks/chaos.py disturbs, and their processes."""
 
 import contextlib
 import ctypes
@@ -27,7 +27,7 @@ class Setting:
     job: str
     kinds: tuple[str, ...]
     start: tuple[str, ...]
-    """Settings for pre-training its start model."""
+    """Settings for pre-training the start model."""
     run: tuple[str, ...]
     steps: int
 
@@ -66,7 +66,7 @@ SETTINGS = {
 }  # fmt: skip
 KINDS = tuple(dict.fromkeys(kind for setting in SETTINGS.values() for kind in setting.kinds))
 LOSSY = ("replay shard", "critic replica")
-"""They return to their last save, so the run continues along another curve."""
+"""These return to their last save, so the run's curve is a different one afterwards."""
 
 _TITLES = {
     "controller": ("ray::Controller",),
@@ -105,7 +105,7 @@ def processes() -> list[Process]:
 
 
 def of_kind(kind: str, among: Sequence[Process], driver: int) -> list[Process]:
-    """The processes of one kind in a run with this driver."""
+    """The processes of one kind that belong to the run with this driver."""
     below = {one.pid: one for one in among}
     match kind:
         case "driver":
@@ -127,7 +127,7 @@ def _forks(process: Process | None) -> bool:
 
 
 def adopt_orphans() -> None:
-    """Make processes whose parents die children of this one instead of init, so that they can still be found."""
+    """Become the parent of processes whose own parents die (instead of init), so that they can still be found."""
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
@@ -139,7 +139,7 @@ def _reap(pid: int) -> None:
 
 
 def left_files(files: Sequence[Path], failed: bool = False) -> list[str]:
-    """Remove those files that still exist, and name them in a line; after a failure Ray's logs may stay."""
+    """Remove the files that still exist and return a line naming them; after a failure Ray's logs may remain."""
     there = [path for path in files if path.exists()]
     left = [str(path) for path in there if not (_is_cache(path) or (failed and _is_logs(path)))]
     for path in there:

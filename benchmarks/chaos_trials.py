@@ -10,12 +10,12 @@ from chaos_processes import KINDS, LOSSY, SETTINGS
 OUTCOMES = ("went on", "went on with a loss", "ended and resumed", "fault")
 SAME = ("policy/loss", "policy/grad_norm", "reward/mean", "rollout/response_length")
 GROWTH = 1.25  # largest factor by which the memory of driver and controller may grow since the run's first trial
-TOLERANCE = 1e-4  # a lost share is generated in another batch, whose arithmetic differs in the last bit
+TOLERANCE = 1e-4  # a lost share is generated again in another batch, whose arithmetic differs in the last bit
 
 
 @dataclass
 class Trial:
-    """What was done to a run, and what became of it."""
+    """What was done to a run, and what happened to it."""
 
     job: str
     setting: str
@@ -26,9 +26,9 @@ class Trial:
     commit: str
     victim: str  # title of the process
     step: int  # last step before the signal
-    pause_s: float  # seconds after all processes were alive
+    pause_s: float  # from when all processes were alive until the signal
     outcome: str = ""  # one of OUTCOMES
-    seconds: float = 0.0  # until the second step afterwards, or the end
+    seconds: float = 0.0  # from the signal until the second step after it, or the end
     said: str = ""  # the run's message about it
     exit_code: int | None = None
     lost: str = ""  # documented losses: failed answers, or where replay and critic returned to their last save
@@ -39,7 +39,7 @@ class Trial:
 
 def missing(trials: Sequence[Mapping[str, Any]], settings: Sequence[str], kinds: Sequence[str], signals: Sequence[str],
             wanted: int) -> Iterator[tuple[str, str, str, int]]:  # fmt: skip
-    """(setting, kind, signal, number) of missing trials, in which signals take turns; the first of each kind first."""
+    """(setting, kind, signal, number) of missing trials; signals alternate, and each kind's first trial comes first."""
     made: dict[tuple[str, ...], int] = {}
     for trial in trials:
         key = (trial["setting"], trial["kind"], trial["signal"])
@@ -69,7 +69,7 @@ def compare(found: Mapping[int, Mapping[str, float]], expected: Mapping[int, Map
 
 
 def gaps(steps: Mapping[int, Mapping[str, float]], prompts: int) -> list[str]:
-    """Missing steps, and steps that did not end with the right prompt."""
+    """Missing steps, and steps that did not end at the right prompt."""
     numbers = sorted(step for step in steps if step)
     wrong = [f"step {a + 1} is missing" for a, b in zip([0, *numbers], numbers, strict=False) if b != a + 1]
     for step in numbers:
@@ -80,7 +80,7 @@ def gaps(steps: Mapping[int, Mapping[str, float]], prompts: int) -> list[str]:
 
 
 def table(trials: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int | str]]:
-    """A row for each job, kind of process and signal."""
+    """A row for each combination of job, process kind and signal."""
     rows: dict[str, dict[str, int | str]] = {}
     order = {kind: index for index, kind in enumerate(KINDS)}
     for trial in sorted(trials, key=lambda one: (one["job"], order[one["kind"]], one["signal"])):
@@ -93,7 +93,7 @@ def table(trials: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int | str]
 
 
 def without_folders(trial: Any) -> Any:
-    """Reduce paths to file names, since records are read on other machines."""
+    """Reduce paths to file names, because records are read on other machines."""
     if isinstance(trial, str):
         return re.sub(r"(/[\w.+@-]+)+/(?=[\w.+@-])", "", trial)
     if isinstance(trial, list):

@@ -1,15 +1,15 @@
-"""Tokenisation and reading of a corpus: tokens per second and resident memory, at sizes that are given.
+"""Tokenisation and reading of a corpus: tokens per second and resident memory, at given sizes.
 
 python benchmarks/corpus.py --folder outputs/corpus --text DATA/gsm8k/train.jsonl [--text-mb 1000]
                             [--shards-mb 100 1000 10000]
 
     rows of --text, varied ──> --text-mb of JSON lines ──tokenise──> shards ──linked──> --shards-mb of shards
-    ranks read steps of them, each in a process of its own
+    ranks read steps of them, each in its own process
 
-What is there already is not made again, so that a benchmark that was stopped continues. Rates are tokens per second of
-processor time, over all processes, so that they do not depend on what else the machine does. Memory of a reading rank
-is the peak of its resident memory above what it was before the corpus was opened, pages of mapped files included; of
-tokenisation it is the largest process's, tokenizer and libraries included.
+Existing files are not made again, so a stopped benchmark continues. Rates are tokens per second of CPU time, over all
+processes, so they do not depend on the machine's other load. The memory of a reading rank is the peak increase of its
+resident memory since before the corpus was opened, including pages of mapped files; the memory of tokenisation is that
+of the largest process, including tokenizer and libraries.
 """
 
 import argparse
@@ -38,12 +38,12 @@ from cola_ray.settings.presets import preset
 from cola_ray.tasks.chat import ChatTokenizer
 
 FILE_MB = 16
-LENGTH, ROWS = 2048, 64  # of a step
+LENGTH, ROWS = 2048, 64  # row length and rows of a step
 STATE = "seconds.json"
 
 
 def varied(file: Path, seed: int) -> Iterator[dict[str, str]]:
-    """Endless rows: those of the file with other numbers, and sentences in another order."""
+    """Endless rows: the file's rows with their numbers replaced and their sentences shuffled."""
     draw = random.Random(seed)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     while True:
@@ -70,7 +70,7 @@ def make_text(source: Path, folder: Path, megabytes: int) -> None:
 
 
 def tokenizer_in(folder: Path) -> Path:
-    """SmolLM2's, read from the weights of the preset."""
+    """SmolLM2's tokenizer, read from the preset's weights."""
     if not folder.exists():
         from cola_ray.model.conversion import load_tokenizer
 
@@ -81,7 +81,7 @@ def tokenizer_in(folder: Path) -> Path:
 
 
 def measure_tokenisation(folder: Path, processes: int) -> dict[str, Any]:
-    """Go on with tokenisation; processor seconds of runs that were stopped are kept beside."""
+    """Start or continue tokenisation; CPU seconds of stopped runs are kept in a file and added."""
     from transformers import AutoTokenizer
 
     where = tokenizer_in(folder / "tokenizer")
@@ -113,15 +113,15 @@ def measure_tokenisation(folder: Path, processes: int) -> dict[str, Any]:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU seconds of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
 def enlarge(made: Path, target: Path, megabytes: int) -> Path:
-    """A folder of so many megabytes of shards, which are hard links to those in ``made``.
+    """A folder with this many megabytes of shards, which are hard links to those in ``made``.
 
-    A process maps each of them by itself, so that its resident memory is that of different files; the system's cache
-    holds them once, so that reading from a disk is not measured.
+    A process maps each link separately, so its resident memory is that of different files; the page cache holds the
+    data once, so disk reads are not measured.
     """
     if (target / MANIFEST).exists():
         return target
@@ -140,9 +140,9 @@ def enlarge(made: Path, target: Path, megabytes: int) -> Path:
 
 
 def read(folder: Path, cache: Path, rank: int, ranks: int, steps: int) -> dict[str, Any]:
-    """What a rank does, without a model: open, and read its rows of each step."""
+    """What a rank does, without a model: open the corpus and read its rows of each step."""
     before = _memory_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     bundles = Bundles(Documents([folder]), 0, LENGTH)
     rows = ShardedRows([Pool(bundles, counted_rows(bundles, [folder], cache, 1, print))], (1.0,), 0, False)
     began, digests, learned = time.process_time(), list[str](), 0
@@ -161,7 +161,7 @@ def _memory_mb(field: str) -> float:
 
 
 def measure_reading(folder: Path, cache: Path, steps: int) -> dict[str, Any]:
-    """By two ranks, and by three, which read the same rows; one rank after another."""
+    """Reading by two ranks and by three, which read the same rows; the ranks run one after another."""
     by_ranks = {ranks: [_read_apart(rank, ranks, steps, folder, cache) for rank in range(ranks)] for ranks in (2, 3)}
     orders = [_in_order([one["digests"] for one in of], steps) for of in by_ranks.values()]
     if orders[0] != orders[1]:
@@ -185,7 +185,7 @@ def _read_apart(rank: int, ranks: int, steps: int, folder: Path, cache: Path) ->
 
 
 def _in_order(of_ranks: Sequence[Sequence[str]], steps: int) -> list[str]:
-    """The rows of all steps in the order of the corpus, from what each rank has read of each step."""
+    """The rows of all steps in the order of the corpus, from the rows that each rank read in each step."""
     ranks, each = len(of_ranks), [iter(digests) for digests in of_ranks]
     return [next(each[row % ranks]) for _ in range(steps) for row in range(ROWS)]
 
@@ -197,7 +197,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True, help="JSON lines, whose columns are joined")
+    parser.add_argument("--text", type=Path, required=True, help="JSON lines; the columns are joined")
     parser.add_argument("--text-mb", type=int, default=1000)
     parser.add_argument("--shards-mb", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--processes", type=int, default=2)

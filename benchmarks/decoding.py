@@ -1,6 +1,6 @@
-"""The decoding part of `make bench`, and what all parts share: sizes of the models, and timing.
+"""The decoding part of `make bench`, and the model sizes and timing that all parts share.
 
-python benchmarks/decoding.py [REVISION]      the host's work in a decoding step, of this revision and of another one
+python benchmarks/decoding.py [REVISION]      the host's work in a decoding step, for this revision and another one
 """
 
 import json
@@ -30,7 +30,7 @@ WIDE = LlamaConfig(
 
 
 def seconds(action: Callable[[], object], repeats: int = REPEATS, warm_ups: int = 1, pause: float = 0.0) -> float:
-    """Median duration after warm-ups; the pause before each call lets other processes clean up after the last one."""
+    """Median duration after warm-ups; the pause before each call lets other processes clean up after the last call."""
     times = []
     for _ in range(warm_ups + repeats):
         time.sleep(pause)
@@ -61,7 +61,7 @@ def rollout_prompts() -> tuple[np.ndarray, np.ndarray]:
 
 
 def gemm_rate() -> float:
-    """FLOP/s of a typical matrix product of a decoding step, one thread: an upper bound for decoding."""
+    """FLOP/s of a decoding step's typical matrix product on one thread: an upper bound for decoding."""
     torch.set_num_threads(1)
     x, w = torch.randn(BATCH, WIDE.hidden_size), torch.randn(WIDE.intermediate_size, WIDE.hidden_size)
     return 2 * BATCH * w.numel() / seconds(lambda: torch.nn.functional.linear(x, w), repeats=200)
@@ -113,7 +113,7 @@ def plain_decoding(base: str) -> dict[str, float]:
 
 
 def torch_decoding(latent: str) -> dict[str, float]:
-    """A loop like ``generate`` in PyTorch with key/value caches; every row runs until the longest has ended."""
+    """A loop like PyTorch's ``generate`` with key/value caches; every row runs until the longest has ended."""
     rate = gemm_rate()
     model = CoLAForCausalLM.from_pretrained(latent).eval()
     seeds = torch.arange(BATCH)
@@ -154,14 +154,15 @@ NARROW = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
     num_key_value_heads=1, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, max_position_embeddings=128,
 )  # fmt: skip
-"""So small that a call costs what it costs to make it, as on a GPU, where it only launches a kernel."""
+"""So small that a call costs only its overhead, as on a GPU, where it only launches a kernel."""
 
 
 def host_ms(llm: Any, submit: Callable[[int], None], step: Callable[[], object]) -> float:
-    """Milliseconds of a step that decodes 256 sequences, without those in the model's forward: the median step.
+    """Median milliseconds of a step that decodes 256 sequences, without the model's forward pass.
 
-    Forward is what a GPU replays as one graph. What remains runs on the host: scheduling, the batch's settings, the
-    calls that draw actions and tokens, and keeping what they return. CPU time, which other processes do not change.
+    A GPU replays the forward pass as one graph. The rest runs on the host: scheduling, the batch's settings, the
+    calls that draw actions and tokens, and storing their results. Measured in CPU time, which other processes do not
+    affect.
     """
     (model,) = llm.apply_model(lambda served: served)
     forward, spent = model.forward, [0.0]
@@ -199,7 +200,7 @@ def latent_host_ms(latent: str) -> float:
 
 
 def plain_host_ms(base: str) -> float:
-    """vLLM's Llama with the same base and greedy tokens."""
+    """The same for vLLM's Llama with the same base and greedy tokens."""
     from cola_ray.rollout.engine import prepare_process
 
     prepare_process(1)
@@ -221,7 +222,7 @@ def plain_host_ms(base: str) -> float:
 
 
 def measured(function: str, model: str, source: Path = ROOT) -> float:
-    """The figure of one of these functions, in a process of its own, over the package as it is in ``source``."""
+    """The figure of one of these functions, measured in its own process with the package as it is in ``source``."""
     code = f"import json, decoding; print('RESULT' + json.dumps(decoding.{function}({model!r})))"
     paths = f"{source}:{Path(__file__).parent}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "VLLM_LOGGING_LEVEL": "WARNING"}

@@ -1,14 +1,14 @@
-"""Thousands of episodes at once on a few workers, against requests that go to the engines directly.
+"""Thousands of concurrent episodes on a few workers, compared with requests that go to the engines directly.
 
     python benchmarks/episodes.py --model MODEL [--preset smollm2-135m] [--episodes 2000] [--workers 2] [--turns 3]
 
-    environment   an environment of ours answers each utterance      rollout/episode.py, environment processes
-    program       a program does, over HTTP with OpenAI's client     rollout/programs.py
+    environment   our own environment answers each utterance          rollout/episode.py, environment processes
+    program       a program answers, over HTTP with OpenAI's client   rollout/programs.py
 
-Each way plays all episodes, a worker a process, all at the same time. Then the same requests, with the same ids and
-seeds, go to the same engines again, one episode's after the other, without any environment: the floor. What is
-reported is the median over repeats of (episodes / floor - 1), the milliseconds that a turn costs, and the memory of
-the worker after a quarter of the episodes and after all.
+Each way plays all episodes concurrently, with one process per worker. Then the same requests, with the same ids and
+seeds, go to the same engines again, each episode's requests in sequence, without any environment: the floor. Reported
+are the median over repeats of (episodes / floor - 1), the milliseconds that a turn costs, and the worker's memory
+after a quarter of the episodes and after all of them.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 WAYS = ("environment", "program")
-LENGTH = 8  # most tokens of an utterance
+LENGTH = 8  # maximum tokens of an utterance
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 class Echo:
-    """Says what it was told; an episode has ``max_turns`` turns, and each is worth 1."""
+    """Repeats each utterance; an episode has ``max_turns`` turns, each with reward 1."""
 
     max_turns = int(os.environ.get("ECHO_TURNS", "3"))
 
@@ -53,7 +53,7 @@ def _opening(seed: int) -> str:
 
 
 async def play_program(count: int) -> None:
-    """The agent program: ``count`` episodes at a time."""
+    """The agent program: ``count`` concurrent episodes."""
     from openai import APIError, AsyncOpenAI
 
     client = AsyncOpenAI(timeout=None)
@@ -77,7 +77,7 @@ async def play_program(count: int) -> None:
 
 
 class Worker:
-    """In a worker's process: its part of the episodes, and the same requests without any."""
+    """Runs in a worker's process: its part of the episodes, and the same requests without an environment."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from cola_ray.rollout.agent_worker import AgentWorker
@@ -109,7 +109,7 @@ class Worker:
         return episodes
 
     async def floor(self, episodes: list[Any]) -> None:
-        """The same draws in the same states, a turn after the other."""
+        """The same draws in the same states, one turn after the other."""
 
         async def chain(episode: Any) -> None:
             for number, turn in enumerate(episode.turns):
@@ -137,14 +137,14 @@ class Worker:
 
 
 def _memory_mb() -> float:
-    """Resident, without what the C library keeps for itself of what was freed: 160 MB after 12 000 episodes."""
+    """Resident memory, without freed memory that the C library holds back (160 MB after 12 000 episodes)."""
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def measured(args: argparse.Namespace, way: str) -> dict[str, float]:
-    """Figures of one way, with all workers at it at the same time."""
+    """Figures of one way, with all workers running at the same time."""
     command = [sys.executable, __file__, "--model", args.model, "--preset", args.preset, "--way", way,
                "--share", str(args.episodes // args.workers)]  # fmt: skip
     environment = os.environ | {"ECHO_TURNS": str(args.turns), "OMP_NUM_THREADS": "1"}
@@ -154,7 +154,7 @@ def measured(args: argparse.Namespace, way: str) -> dict[str, float]:
     ]
 
     def ask(what: str) -> tuple[float, float]:
-        """Seconds of the slowest, and the memory of the largest."""
+        """Seconds of the slowest worker, and memory of the largest."""
         for worker in workers:
             assert worker.stdin is not None
             worker.stdin.write(what + "\n")
@@ -204,7 +204,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Both ways, recorded."""
+    """Measure both ways and record the figures."""
     from record import record
 
     args.model = str(Path(args.model).resolve())
@@ -218,5 +218,5 @@ def compare(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     ANSWERS = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to stderr
+    os.dup2(2, 1)  # output of libraries goes to stderr
     main()

@@ -1,13 +1,13 @@
-"""Compares three RL steps of every algorithm with another revision, bit for bit, to check that runs did not change.
+"""Compares three RL steps of every algorithm with another revision, bit for bit, to check that runs are unchanged.
 
-    python benchmarks/frozen.py REVISION              # e.g. the commit before a refactoring; a minute a run
+    python benchmarks/frozen.py REVISION              # e.g. the commit before a refactoring; a minute per run
     python benchmarks/frozen.py REVISION --runs grpo archer
 
     REVISION, in a worktree ──> start models (made once) ──> runs ──┐ compares the metrics of every step, except times
     this working tree ───────────────────────────────────> runs ──┴─> and memory, and the tensors of the final models
 
-No numbers are stored with the project, because processors differ in the last bit. Results of REVISION are kept in
-outputs/frozen/<commit>, so it runs only once.
+No reference numbers are stored in the project, because processors differ in the last bit. Results of REVISION are kept
+in outputs/frozen/<commit>, so it runs only once.
 """
 
 import argparse
@@ -42,7 +42,7 @@ RUNS = {
 
 
 def finished(code: Path, job: str, where: Path, args: Sequence[str]) -> Path:
-    """Run a job of a checkout to its end, with its output in ``where/log``; returns its folder.
+    """Run a checkout's job to its end, with its output in ``where/log``; returns the run's folder.
 
     Raises:
         AssertionError: the job failed; the message has the end of its log.
@@ -53,7 +53,7 @@ def finished(code: Path, job: str, where: Path, args: Sequence[str]) -> Path:
 
 
 def start_model(code: Path, job: str) -> Path:
-    """The model that the runs of a job start from, made once."""
+    """The model that a job's runs start from, made once."""
     where = FOLDER / "start" / job
     for summary in where.glob("outputs/pretrain-tiny-*/summary.json"):
         return summary.parent / "model"

@@ -1,15 +1,16 @@
-"""The learner's step and the engine's forward pass at full shapes without weights, against the plan: memory and FLOPs.
+"""Memory and FLOPs at full shapes, without weights, against the plan: the learner's step and the engine's forward pass.
 
-    python benchmarks/full_shapes.py                     (Llama-3.1-8B, seconds of CPU and no memory to speak of)
+    python benchmarks/full_shapes.py                     (Llama-3.1-8B; takes seconds of CPU and almost no memory)
     python benchmarks/full_shapes.py --modes token lora
 
-Modules and losses are the learner's own, on torch's meta device: every operation says what it would allocate, and none
-computes. What a GPU does otherwise is done here, too: fused attention, with a mask where rows are padded or packed.
-How many positions of a mask are set is not known there and is given. Measured is one rank that holds everything;
-what ZeRO-3 divides, gathers and buffers is the plan's arithmetic alone. In an engine's place stand the model's Hugging
-Face modules, whose FLOPs are those of vLLM's layers; vLLM's memory is not measured.
+Modules and losses are the learner's own, on torch's meta device: every operation reports what it would allocate, and
+none computes. Operations that differ on a GPU are replaced: attention is fused, with a mask where rows are padded or
+packed. The number of set positions in a mask is unknown on the meta device, so it is given. One rank that holds
+everything is measured; the effects of ZeRO-3 (sharding, gathering, buffers) are only in the plan's arithmetic. The
+model's Hugging Face modules, whose FLOPs are those of vLLM's layers, stand in for an engine; vLLM's memory is not
+measured.
 
-Legend: B rows, W positions of a row, T = B W.
+Legend: B rows, W positions per row, T = B W.
 """
 
 import argparse
@@ -59,14 +60,14 @@ MODES: dict[str, dict[str, Any]] = {
     "fta_idm_checkpointed": _AGAIN,
     "generate": {},
 }
-"""What is run, and the settings that make it so."""
+"""Modes and the settings that select them."""
 
 
 class Meter(TorchDispatchMode):
-    """Live bytes by category, and what they are where all together are most.
+    """Live bytes by category, and their values when the total peaks.
 
     Args:
-        share: of a mask's positions that are set.
+        share: the share of a mask's positions that are set.
     """
 
     def __init__(self, share: float) -> None:
@@ -88,7 +89,7 @@ class Meter(TorchDispatchMode):
             self.live[category] += size
 
     def saved(self, tensor: Tensor) -> Tensor:
-        """A hook for what autograd keeps."""
+        """A hook for tensors that autograd keeps."""
         if self._known.get(tensor.untyped_storage()._cdata, ("",))[0] == "temporary":
             self.mark([tensor], "kept")
         return tensor
@@ -106,7 +107,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def _made(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What an operation makes; those that depend on values get the ones that a padded batch would give."""
+        """An operation's result; operations that depend on values get those that a padded batch would have."""
         on_meta = isinstance(args[0], Tensor) and args[0].is_meta if args else False
         if func is _aten._local_scalar_dense.default and on_meta:
             return False if args[0].dtype is torch.bool else 1
@@ -124,7 +125,7 @@ def _attention_on_gpu(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The kernels that torch takes on CUDA: flash attention, or with a mask the memory-efficient one."""
+    """The kernels that torch uses on CUDA: flash attention, or memory-efficient attention if there is a mask."""
     out: Tensor
     if attn_mask is None:
         out, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
@@ -138,10 +139,10 @@ def _attention_on_gpu(
 
 
 def measure(module: nn.Module, trained: tuple[str, ...], share: float, step: Callable[[], Tensor]) -> dict[str, float]:
-    """FLOPs of a step, forward and backward; and of a later micro-batch bytes by category where they are most.
+    """FLOPs of a step, forward and backward; and peak bytes by category of a micro-batch after the first.
 
     Args:
-        trained: name prefixes of what has gradients.
+        trained: name prefixes of the parameters that have gradients.
         step: the forward pass; returns the loss.
     """
     meter = Meter(share)
@@ -153,7 +154,7 @@ def measure(module: nn.Module, trained: tuple[str, ...], share: float, step: Cal
         nn.functional, scaled_dot_product_attention=_attention_on_gpu, linear=zero3_linear_wrap
     )
     flops = FlopCounterMode(display=False)
-    with flops, meter, on_gpu:  # it holds on to graphs, so that memory is looked at without it
+    with flops, meter, on_gpu:  # the FLOP counter keeps graphs alive, so memory is measured without it
         loss = step()
         if own:
             loss.backward()
@@ -195,7 +196,7 @@ def _without_weights(config: Config, shape: dict[str, Any], plain: bool) -> Any:
 
 
 def _stage(mode: str) -> PretrainStage | None:
-    """Of pre-training, where a mode is one."""
+    """The pre-training stage of a mode, if it is one."""
     return next((stage for stage in TRAINED if stage == mode.removesuffix("_checkpointed")), None)
 
 
@@ -217,7 +218,7 @@ def run(mode: str, config: Config, shape: dict[str, Any], rows: int, width: int)
     if rl.action_space == "token":
         policy = TokenPolicy(model, lora_rank=rl.lora_rank)
     else:
-        with torch.device("meta"):  # of Q, which is new
+        with torch.device("meta"):  # for the new Q head
             policy = SoftQPolicy(model, rl.kl_coef) if rl.actor_free else LatentPolicy(model)
 
     def step() -> Tensor:
@@ -248,7 +249,7 @@ def planned(mode: str, config: Config, m: Sizes, rows: int, width: int) -> Work:
 
 
 def compare(mode: str, shape: dict[str, Any], rows: int, width: int, dtype: str = "bfloat16") -> dict[str, Any]:
-    """GB and TFLOP of one micro-batch on a rank that holds everything, and the plan's share of each."""
+    """GB and TFLOP of one micro-batch on a rank that holds everything, and how the plan compares."""
     config = override(preset("llama-3.1-8b"), MODES[mode] | {"model.dtype": dtype})
     with mock.patch.dict(planned_work._KNOWN, {config.model.base: shape}):
         m = planned_work.sizes(config)
@@ -276,7 +277,7 @@ def main() -> None:
     args = parser.parse_args()
     figures = {}
     for mode in args.modes:
-        # 16 384 tokens of RL, and the 8192 of the preset's pre-training
+        # 16 384 tokens for RL, and the preset's 8192 for pre-training
         figures[mode] = compare(mode, LLAMA_31_8B, 4 if _stage(mode) else 8, 2048)
         print(mode, figures[mode], flush=True)
     if len(args.modes) == len(MODES):

@@ -1,19 +1,19 @@
-"""What a GPU is asked in its first hour: is it right, how fast, how much memory, and what bounds it.
+"""The first hour on a GPU: are results right, how fast is it, how much memory does it take, and what bounds it.
 
     python benchmarks/gpu.py 1                          only torch >= 2.11 and transformers, Python 3.12, and the small
                                                         packages wrapt, pydantic and xxhash
-    python benchmarks/gpu.py 2                          DeepSpeed, too
-    python benchmarks/gpu.py 3                          vLLM and Ray, too; whole runs take two GPUs
+    python benchmarks/gpu.py 2                          also DeepSpeed
+    python benchmarks/gpu.py 3                          also vLLM and Ray; whole runs need two GPUs
     python benchmarks/gpu.py                            all parts, which is `make gpu`
-    python benchmarks/gpu.py 1 --only update sampling   some measurements of a part
-    python benchmarks/gpu.py --device cpu --size toy    runs everything on a CPU, to see that it runs
+    python benchmarks/gpu.py 1 --only update sampling   only some measurements of a part
+    python benchmarks/gpu.py --device cpu --size toy    everything on a CPU, to check that it runs
 
-Each part takes less than 8 minutes on an H100, prints a line a figure as soon as it has it, and goes on where it was
-stopped: what docs/results/gpu.json has of this card and size is not measured again, unless with --again. The table in
-docs/benchmarks.md follows that file. A measurement that fails is named, and the others go on.
+Each part takes less than 8 minutes on an H100, prints each figure as soon as it is measured, and continues where it was
+stopped: figures that docs/results/gpu.json has for this card and size are not measured again without --again. The table
+in docs/benchmarks.md is made from that file. A measurement that fails is named, and the others continue.
 
-Figures stand beside their floor: the bytes that have to be moved, or the FLOPs, at the data sheet's rate
-(studies/planned_time.py). Memory stands beside what `cola_ray plan` says. Weights are random: nothing is downloaded.
+Times are compared with their floor: the bytes that have to be moved, or the FLOPs, at the data sheet's rate
+(studies/planned_time.py). Memory is compared with `cola_ray plan`. Weights are random: nothing is downloaded.
 """
 
 import argparse
@@ -45,13 +45,13 @@ PARTS: dict[str, tuple[tuple[str, ...], dict[str, Measurement]]] = {
     "3": (("vllm", "ray"), {"parity": gpu_engines.parity, "decoding": gpu_engines.decoding, "plain": gpu_engines.plain,
                             "whole_tiny": gpu_engines.whole_tiny, "whole_smollm2": gpu_engines.whole_smollm2}),
 }  # fmt: skip
-"""Part -> packages that it needs beyond torch and transformers, and what it measures."""
+"""Part -> packages that it needs besides torch and transformers, and its measurements."""
 
-_LIMIT_S = 480  # of a measurement in a process of its own
+_LIMIT_S = 480  # time limit of a measurement in its own process
 
 
 def measured(bench: Bench, name: str, measure: Measurement) -> dict[str, dict[str, Any]]:
-    """Print each figure as it comes; rows for the table."""
+    """Print each figure as it is measured; returns rows for the table."""
     rows = {}
     for figure in measure(bench):
         share = "" if isinstance(figure.share, str) else f"{figure.share:.3g} of "
@@ -71,9 +71,9 @@ def main() -> None:
         f"part {part}: {', '.join(measurements)}" for part, (_, measurements) in PARTS.items()))  # fmt: skip
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--size", default="8b", choices=SIZES)
-    parser.add_argument("--results", type=Path, help="default: docs/results/gpu.json on a GPU, outputs/gpu.json else")
-    parser.add_argument("--here", action="store_true", help="parts 2 and 3 in this process, too")
-    parser.add_argument("--again", action="store_true", help="measure what is known, too")
+    parser.add_argument("--results", type=Path, help="default: docs/results/gpu.json on a GPU, else outputs/gpu.json")
+    parser.add_argument("--here", action="store_true", help="run parts 2 and 3 in this process, too")
+    parser.add_argument("--again", action="store_true", help="also repeat known measurements")
     args = parser.parse_args()
     wrong = [part for part in args.parts if part not in PARTS]
     if wrong:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The number of measurements that failed."""
+    """Run the measurements; returns how many failed."""
     bench = _bench(args)
     failed = 0
     print(f"{bench.card}; results go to {bench.file}", flush=True)
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _here(bench: Bench, part: str, name: str) -> bool:
-    """Measure, and keep the figures; whether it could be."""
+    """Measure in this process and keep the figures; returns whether this succeeded."""
     try:
         rows = measured(bench, name, PARTS[part][1][name])
     except Exception:
@@ -121,7 +121,7 @@ def _here(bench: Bench, part: str, name: str) -> bool:
 
 
 def _apart(args: argparse.Namespace, part: str, name: str) -> bool:
-    """The same in a process of its own, which gives the device's memory back whatever happens."""
+    """The same in a separate process, which frees the device's memory whatever happens."""
     command = [sys.executable, __file__, part, "--only", name, "--here", "--again", "--device", args.device,
                "--size", args.size, *(["--results", str(args.results)] if args.results else [])]  # fmt: skip
     try:

@@ -1,4 +1,4 @@
-"""What measurements of benchmarks/gpu.py share: models by size, timing, and figures beside their floor."""
+"""Shared by the measurements of benchmarks/gpu.py: models by size, timing, and figures with their floor."""
 
 import gc
 import statistics
@@ -23,7 +23,7 @@ _ACTIONS = {"num_actions": 64, "num_idm_layers": 4, "num_world_model_layers": 2,
 
 @dataclass(frozen=True)
 class Size:
-    """A model's shape, and rows x tokens of a micro-batch."""
+    """A model's shape, and a micro-batch's rows x tokens."""
 
     shape: dict[str, Any]
     rows: int
@@ -43,7 +43,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured number, and what it is held against."""
+    """A measured number, and what it is compared with."""
 
     name: str
     value: float
@@ -54,12 +54,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where it runs, and how large."""
+    """Device and size of the measurements."""
 
     device: torch.device
-    name: str  # of the size
+    name: str  # the size's
     card: str
-    sheet: Gpu | None  # the card's, where it is known
+    sheet: Gpu | None  # the card's data sheet, if known
     known: dict[str, Any]  # rows measured before
     file: Path
 
@@ -68,7 +68,7 @@ class Bench:
         return SIZES[self.name]
 
     def seconds(self, action: Callable[[], object], repeats: int = REPEATS) -> float:
-        """Median, after a warm-up."""
+        """Median duration after a warm-up."""
         times = []
         for _ in range(repeats + 1):
             self.wait()
@@ -91,7 +91,7 @@ class Bench:
         return Figure(name, seconds * 1e3, "ms", f"{flops / 1e12:.3g} TFLOP; the share is MFU", share)
 
     def peak(self, action: Callable[[], object]) -> float | None:
-        """Most bytes allocated while it runs, all that was there before included."""
+        """Peak of allocated bytes during the action, including what was allocated before; None on a CPU."""
         if self.device.type != "cuda":
             action()
             return None
@@ -100,7 +100,7 @@ class Bench:
         return float(torch.cuda.max_memory_allocated(self.device))
 
     def model(self, dtype: torch.dtype = torch.bfloat16, **changes: int) -> Any:
-        """Random weights, on the device."""
+        """A CoLA model with random weights, on the device."""
         from cola_ray.model.modeling_cola import CoLAConfig, CoLAForCausalLM
 
         torch.manual_seed(0)
@@ -108,7 +108,7 @@ class Bench:
             return CoLAForCausalLM(CoLAConfig(**(self.size.shape | changes), max_position_embeddings=8192))
 
     def sizes(self) -> Any:
-        """For the plan's formulas."""
+        """The model's sizes for the plan's formulas."""
         from cola_ray.settings.config import override
         from cola_ray.settings.presets import preset
         from cola_ray.studies import planned_work
@@ -118,7 +118,7 @@ class Bench:
             return planned_work.sizes(paper)
 
     def saved(self, dtype: torch.dtype, plain: bool = False, **changes: int) -> str:
-        """A directory with random weights, of a CoLA model or of its base alone; made once, below outputs/gpu."""
+        """A directory with a random CoLA model, or its base alone; made once, below outputs/gpu."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         shape = self.size.shape | changes
@@ -140,7 +140,7 @@ class Bench:
         return str(folder)
 
     def free(self) -> None:
-        """Give the device's memory back, which an engine in this process wants for itself."""
+        """Free the device's cached memory for an engine in this process."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

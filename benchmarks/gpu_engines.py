@@ -1,4 +1,4 @@
-"""Part 3 of benchmarks/gpu.py: vLLM engines that draw actions, and whole runs; each in a process of its own."""
+"""Part 3 of benchmarks/gpu.py: vLLM engines that draw actions, and whole runs; each in its own process."""
 
 import json
 import statistics
@@ -18,7 +18,7 @@ _SEQUENCES, _PROMPT, _NEW = 256, 128, 128
 
 
 def _shape(bench: Bench) -> tuple[int, int, int]:
-    """Sequences, and tokens of prompts and of completions."""
+    """Number of sequences, and tokens per prompt and per completion."""
     return (_SEQUENCES, _PROMPT, _NEW) if bench.name != "toy" else (16, 16, 16)
 
 
@@ -43,14 +43,14 @@ def _requests(bench: Bench, new: int = 0) -> list[Any]:
 def parity(bench: Bench) -> Iterator[Figure]:
     """Tokens, actions, log-probabilities and states of the engine against PyTorch's, in float32 with a few layers.
 
-    Then again after an update of all policy weights, which has to reach graphs that are captured already.
+    Then again after an update of all policy weights, which has to reach CUDA graphs captured before it.
     """
     from cola_ray.model.modeling_cola import CoLAForCausalLM
     from cola_ray.weights import WeightSender
 
     few = {"num_hidden_layers": min(4, bench.size.shape["num_hidden_layers"])}
     folder = bench.saved(torch.float32, **few)
-    shared = {"gpu_memory_utilization": 0.4} if bench.device.type == "cuda" else {}  # with PyTorch's model
+    shared = {"gpu_memory_utilization": 0.4} if bench.device.type == "cuda" else {}  # PyTorch's model is there, too
     engine, requests = _engine(bench, folder, "float32", keep_hidden_states=True, **shared), _requests(bench)[:16]
     model = CoLAForCausalLM.from_pretrained(folder, dtype=torch.float32).to(bench.device)
     completions = engine.generate(requests)
@@ -88,14 +88,14 @@ def _same(bench: Bench, when: str, found: Any, model: Any, requests: Any) -> Ite
 
 @torch.no_grad()
 def _states(bench: Bench, found: Any, model: Any, request: Any) -> Figure:
-    """What the engine's cache kept of e, prompt and completion, against the base in PyTorch."""
+    """The states e that the engine's cache kept, for prompt and completion, against the base in PyTorch."""
     ids = torch.tensor([[*request.prompt_ids, *found.token_ids[:-1].tolist()]], device=bench.device)
     e = model.encode(ids)[0].cpu().numpy()
     return Figure("states: largest |e - PyTorch's|", float(np.abs(found.hidden_states - e).max()), "")
 
 
 def decoding(bench: Bench) -> Iterator[Figure]:
-    """Tokens a second of the latent engine, and what a decoding step has to read."""
+    """Tokens per second of the latent engine, and the bytes that a decoding step has to read."""
     from cola_ray.studies import planned_work
 
     engine, m = _engine(bench, bench.saved(torch.bfloat16), "bfloat16"), bench.sizes()
@@ -108,7 +108,7 @@ def decoding(bench: Bench) -> Iterator[Figure]:
 
 
 def plain(bench: Bench) -> Iterator[Figure]:
-    """The same of vLLM's own Llama over the base, greedy; and the latent engine's speed against it, per FLOP."""
+    """The same for the base in vLLM's own Llama, greedy; and the ratio of the latent engine's FLOP/s to it."""
     from cola_ray.rollout.engine import prepare_process
     from cola_ray.studies import planned_work
 
@@ -138,7 +138,7 @@ def plain(bench: Bench) -> Iterator[Figure]:
 
 
 def _speed(bench: Bench, generate: Any, reset: Any, weights: float, layers: int, flops: float) -> Iterator[Figure]:
-    """``generate(n)`` makes n tokens of each sequence."""
+    """``generate(n)`` makes n tokens for each sequence."""
     sequences, prompt, new = _shape(bench)
 
     def seconds(count: int) -> float:
@@ -153,7 +153,7 @@ def _speed(bench: Bench, generate: Any, reset: Any, weights: float, layers: int,
     prompts, whole, m = seconds(1), seconds(new), bench.sizes()
     yield Figure("tokens a second, prompts included", sequences * new / whole, "")
     yield bench.of_flops("prompts", prompts, sequences * prompt * flops)
-    # A step reads all weights, and keys and values of all sequences.
+    # A step reads all weights, and the keys and values of all sequences.
     moved = weights + sequences * (prompt + new / 2) * 2 * m.num_bytes * m.keys * layers
     step = (whole - prompts) / (new - 1)
     yield bench.of_bytes("a decoding step", step, moved)
@@ -166,7 +166,7 @@ def whole_tiny(bench: Bench) -> Iterator[Figure]:
 
 
 def whole_smollm2(bench: Bench) -> Iterator[Figure]:
-    """The same with SmolLM2-135M in bfloat16, with a few steps of each stage."""
+    """The same with SmolLM2-135M in bfloat16 and a few steps of each stage."""
     yield from _whole(bench, "smollm2-135m", ["--task.name", "arithmetic", "--model.dtype", "bfloat16"])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def sampling(bench: Bench) -> Iterator[Figure]:
-    """Actions drawn on the device against the CPU's: latent ones, and tokens; captured in a CUDA graph."""
+    """Draws of latent actions and of tokens on the device against the CPU's, also from a CUDA graph."""
     from cola_ray.model.modeling_cola import sample_actions
 
     def inputs(rows: int, columns: int) -> list[Tensor]:
@@ -38,7 +38,7 @@ def sampling(bench: Bench) -> Iterator[Figure]:
 
 
 def _captured(name: str, draw: Callable[..., Any], given: list[Tensor], wanted: Tensor) -> Figure:
-    """A draw waits for nothing on the host, so that a graph can hold it."""
+    """Capture a draw in a CUDA graph, which is possible because it never waits for the host."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         draw(*given)
@@ -66,7 +66,7 @@ def model(bench: Bench) -> Iterator[Figure]:
 
     exact_actions = exact.policy_logits(exact.encode(ids)).argmax(-1)
     fine = logits(exact)
-    for parameter in exact.parameters():  # not its buffers: the frequencies of positions stay float32 in bfloat16, too
+    for parameter in exact.parameters():  # not the buffers: rotary frequencies stay float32 in a bfloat16 model, too
         parameter.data = parameter.data.to(torch.bfloat16)
     rough = logits(exact)
     del exact
@@ -103,7 +103,7 @@ def update(bench: Bench) -> Iterator[Figure]:
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, -1] = False
     padded = torch.ones_like(ids)
-    padded[0, -1] = 0  # so that attention has a mask, as with answers of different lengths
+    padded[0, -1] = 0  # so that attention gets a mask, as with answers of different lengths
     actions = ids % bench.size.shape["num_actions"]
     batch = MicroBatch(ids, padded, actions, mask, mask, zero - 4, zero + 1, zero, zero, mask)
 
@@ -133,14 +133,14 @@ def update(bench: Bench) -> Iterator[Figure]:
 
 
 def _only(module: torch.nn.Module, trained: tuple[str, ...]) -> list[Any]:
-    """The parameters that train; all others are frozen."""
+    """Freeze all but the trained parameters; returns these."""
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _peak(bench: Bench, work: Any, micro_batch: Callable[[], object]) -> Iterator[Figure]:
-    """Of a later micro-batch, with Adam's state there, against the plan without ZeRO's buffers."""
+    """Peak memory of a micro-batch when Adam's state exists, against the plan without ZeRO's buffers."""
     peak = bench.peak(micro_batch)
     if peak is None:
         return
@@ -149,7 +149,7 @@ def _peak(bench: Bench, work: Any, micro_batch: Callable[[], object]) -> Iterato
 
 
 def vocabulary(bench: Bench) -> Iterator[Figure]:
-    """A loss over a vocabulary of logits that are there, piece by piece."""
+    """The loss over a vocabulary from given logits, piece by piece."""
     from cola_ray.learner.pieces import AT_ONCE, cross_entropies
 
     rows, columns = bench.size.rows * bench.size.tokens, bench.size.shape["vocab_size"]
@@ -160,7 +160,7 @@ def vocabulary(bench: Bench) -> Iterator[Figure]:
         logits.grad = None
         cross_entropies(logits, targets).backward()
 
-    # Read for the loss, and again for the gradient, which is written and joined.
+    # Logits are read for the loss and again for the gradient, whose pieces are written and then joined.
     yield bench.of_bytes(f"cross-entropy of {rows} x {columns}", bench.seconds(loss), 5 * 2.0 * rows * columns)
     peak = bench.peak(loss)
     if peak is not None:
@@ -180,7 +180,7 @@ def pretraining(bench: Bench) -> Iterator[Figure]:
 
     module, ids = StageModule(bench.model(), "actions", preset("llama-3.1-8b")), bench.tokens()
     own = _only(module, TRAINED["actions"])
-    adam = [torch.zeros(3, one.numel(), device=bench.device) for one in own]  # what Adam would hold
+    adam = [torch.zeros(3, one.numel(), device=bench.device) for one in own]  # as large as Adam's state
     positions = torch.arange(ids.shape[1], device=bench.device).expand_as(ids) % (ids.shape[1] // 2)  # two documents
     given = (ids, positions, torch.ones_like(ids, dtype=torch.bool), torch.arange(len(ids), device=bench.device))
 
@@ -212,12 +212,12 @@ def critic(bench: Bench) -> Iterator[Figure]:
         losses.append(learner.step(batch)["critic/loss"])
     yield Figure("relative difference of the first loss", abs(losses[1] / losses[0] - 1), "")
     parameters = sum(one.numel() for one in learner.online.parameters())
-    # Weights, gradients, two moments and the target, read and written by Adam and Polyak averaging
+    # Weights, gradients, two moments and the target, as read and written by Adam and Polyak averaging.
     yield bench.of_bytes(f"a step of {rows} turns", bench.seconds(lambda: learner.step(batch)), 36.0 * parameters)
 
 
 def host_copy(bench: Bench) -> Iterator[Figure]:
-    """What the first rank does to publish weights: copy them to the host, hash them, pack buckets."""
+    """The first rank's work to publish weights: copy them to the host, hash them, pack buckets."""
     import xxhash
 
     from cola_ray.weights import WeightReceiver, WeightSender
@@ -249,7 +249,7 @@ def host_copy(bench: Bench) -> Iterator[Figure]:
 
 
 def zero(bench: Bench) -> Iterator[Figure]:
-    """The learner's own step in ZeRO-3 with one rank, and its weights as they go out."""
+    """The learner's own step in ZeRO-3 with one rank, and the publication of its weights."""
     from run import random_batch
 
     from cola_ray.learner.policies import LatentPolicy

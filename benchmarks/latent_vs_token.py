@@ -2,9 +2,9 @@
 
 python benchmarks/latent_vs_token.py --folder outputs/latent-vs-token --start MODEL [MODEL ...] [--parallel 2]
 
-Each seed starts from a CoLA model made by pretrain.py. Over tokens, all weights of its base train, at a fifth of the
-policy's learning rate. Runs that are already in the folder are not repeated. Accuracy is measured by greedy answers to
-held-out problems; "distinct" is the share of different completions of a prompt, over the last ten steps.
+Each seed starts from a CoLA model made by jobs/pretrain.py. Over tokens, all weights of the model's base train, at a
+fifth of the policy's learning rate. Runs that are already in the folder are not repeated. Accuracy is that of greedy
+answers to held-out problems; "distinct" is the share of distinct completions per prompt, over the last ten steps.
 """
 
 import argparse
@@ -40,15 +40,15 @@ def plot(curves: dict[str, np.ndarray], steps: int, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--start", type=Path, nargs="+", required=True, help="a CoLA model for each of seeds 0, 1, ...")
+    parser.add_argument("--start", type=Path, nargs="+", required=True, help="a CoLA model for each seed 0, 1, ...")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--kl-coefs", nargs="+", default=["0.0", "0.01"])
     parser.add_argument(
         "--name",
         default="latent_vs_token",
-        help="of the result file; give another name to keep the results of the full run",
+        help="name of the result file; give another one to keep the results of the full run",
     )
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each uses about one core")
+    parser.add_argument("--parallel", type=int, default=1, help="concurrent runs; each uses about one core")
     args = parser.parse_args()
     folder, seeds = args.folder.resolve(), range(len(args.start))
     cases = list(itertools.product(SPACES, args.kl_coefs, seeds))

@@ -1,9 +1,9 @@
-"""Host memory of each learner rank while it loads a random checkpoint of 1 GB, against its share of what it keeps.
+"""Host memory of each learner rank while it loads a random 1 GB checkpoint, against its share of the parameters.
 
 python benchmarks/loading.py --folder outputs/loading [--ranks 4] [--gigabytes 1.0]
 
-The checkpoint is a CoLA model in bfloat16 in several safetensors files. A rank's peak is that of its resident memory
-between the end of its imports and the divided policy, above what it was then, pages of mapped files included.
+The checkpoint is a CoLA model in bfloat16 in several safetensors files. A rank's peak is the largest increase of its
+resident memory from the end of its imports until its policy is sharded, including pages of mapped files.
 """
 
 import argparse
@@ -29,11 +29,11 @@ SHAPE = {
 }  # fmt: skip
 FILES = 4
 ALLOWED = 1.15
-"""Of a rank's share."""
+"""Allowed peak, as a multiple of a rank's share."""
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> None:
-    """A random one with as many base layers as give this size."""
+    """A random checkpoint with as many base layers as this size requires."""
 
     def shape(layers: int) -> CoLAConfig:
         return CoLAConfig(**SHAPE, num_hidden_layers=layers)
@@ -69,9 +69,9 @@ def status_mb(field: str) -> float:
 def load(rank: int, ranks: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     join("gloo", rank, ranks, port)
-    torch.distributed.all_reduce(torch.zeros(1))  # connections are made
+    torch.distributed.all_reduce(torch.zeros(1))  # opens the connections
     before = status_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     policy = make_policy(settings(), str(folder))
     peak = status_mb("VmHWM") - before
     kept = sum(parameter.ds_numel * parameter.element_size() for parameter in policy.parameters()) / 1e6

@@ -1,23 +1,23 @@
-"""What each option of RL costs: seconds and peak memory of a step, against the same step without it.
+"""The cost of each option of RL: seconds and peak memory of a step, against the same step without the option.
 
 python benchmarks/options.py --folder outputs/options [--model MODEL] [--rounds 15] [--options "top_p 0.9" ...]
 
     a process without the option ──┐ take whole steps in turns: rollouts, update, weights into the engine
-    a process with it ─────────────┴─> a ratio a round ─> its median, and the interval of the median
+    a process with it ─────────────┴─> one ratio per round ─> their median, and its interval
 
-Both run at the same time and compute in turns, so what else the machine does falls on both alike; who goes first
-changes from round to round. An option that needs another is compared with that other alone, the column "against". The
-learning rate is next to 0, so that the policy, and with it the length and the reward of answers, stays as it was.
+Both processes exist at the same time and compute in turns, so other load on the machine affects both alike; the order
+changes from round to round. An option that needs another one is compared with that one alone (column "against"). The
+learning rate is almost 0, so that the policy stays as it was, and with it the length and the reward of answers.
 
-"default, again", twice more, is the default against itself, always measured and first: two processes that do the same
-differ a little, above all in memory, however many rounds they take. "within noise" says that the interval, of 99 %,
-holds no difference beyond the largest that those show; it does not say that there is none. Memory is the process's at
-its peak within a step, engine included. With the sizes of the tiny preset most of a step is fixed costs: what an option
-adds is what to look at, and options that save memory, such as gradient checkpointing, have little to save.
+"default, again" and two more controls compare the default with itself, and are always measured first: two processes
+that do the same differ a little, above all in memory, however many rounds they take. "within noise" means that the 99 %
+interval contains no difference beyond the largest of these controls; it does not mean that there is none. Memory is the
+peak of the process within a step, including the engine. With the sizes of the tiny preset, most of a step is fixed
+cost: look at what an option adds; options that save memory, such as gradient checkpointing, have little to save.
 
-Options that let rollouts and learning overlap (rl.max_staleness) and those of agents are not here. Those that need a
-GPU are measured with --gpu. Rounds of an option are kept in the folder, so a benchmark that was stopped continues. At
-least 8 rounds are needed for an interval.
+Options that let rollouts and learning overlap (rl.max_staleness) and options of agents are not measured. Options that
+need a GPU are measured with --gpu. Rounds are kept in the folder, so a stopped benchmark continues. An interval needs
+at least 8 rounds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from cola_ray.settings.config import RLConfig
 
 Settings = dict[str, Any]
 Round = tuple[dict[str, float], dict[str, float]]
-"""What is measured of a step without the option, and with it."""
+"""Measurements of a step without the option, and of one with it."""
 COMMON: Settings = {"preset": "tiny", "cluster.learner_ranks": 1, "rl.lr": 1e-9, "samples.prompts": 0}
 WARM_UP = 2
 CONTROLS = ("default, again", "default, a third time", "default, a fourth time")
@@ -50,12 +50,12 @@ TOKENS: Settings = {"rl.action_space": "token"}
 PASSES: Settings = {"rl.updates_per_batch": 2}
 PPO: Settings = {"rl.algorithm": "ppo", **SUITED["ppo"]}
 ON_GPU: Settings = {"cluster.use_gpu": True, "rollout.gpu_memory_utilization": 0.3, "rollout.enforce_eager": True}
-"""Engine and learner share the card here, and an engine that compiles nothing starts in seconds."""
+"""Engine and learner share the GPU here; an engine that compiles nothing starts in seconds."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """Settings, and those of what they are compared with."""
+    """An option's settings, and the settings it is compared with."""
 
     settings: Settings
     against: Settings = field(default_factory=dict)
@@ -63,13 +63,13 @@ class Option:
 
 
 def values_of(name: str) -> tuple[str, ...]:
-    """All values of a setting of RL that has a fixed list of them, but for the default."""
+    """The values of an RL setting with a fixed list of them, except the default."""
     known = RLConfig.model_fields[name]
     return tuple(value for value in get_args(known.annotation) if value != known.default)
 
 
 def options() -> dict[str, Option]:
-    """By name, controls first. Algorithms and losses come from the registry, modes from the settings."""
+    """Options by name, controls first. Algorithms and losses come from the registry, modes from the settings."""
     found = {name: Option({}) for name in CONTROLS}
     found |= {
         name: Option(settings)
@@ -123,13 +123,13 @@ def options() -> dict[str, Option]:
 
 
 def complete(settings: Settings, on_gpu: bool) -> Settings:
-    """With what all have in common. An option may overrule it, and without an actor there is no rl.lr."""
+    """Settings with the common ones added. An option may overrule these; without an actor, rl.lr is left out."""
     found = {**COMMON, **(ON_GPU if on_gpu else {}), **settings}
     return {name: value for name, value in found.items() if name != "rl.lr" or not settings.get("rl.actor_free")}
 
 
 def refusals(option: Option, on_gpu: bool) -> list[str]:
-    """Why an option cannot be measured here; empty where it can."""
+    """Reasons why an option cannot be measured here; empty if it can."""
     return refused(settings_of(complete(option.settings, on_gpu)))
 
 
@@ -137,7 +137,7 @@ def refusals(option: Option, on_gpu: bool) -> list[str]:
 
 
 def rounds_of(default: Stepped, option: Stepped, count: int) -> list[Round]:
-    """Steps in turns, after some to warm up; who is first changes."""
+    """Steps of both in turns, after warm-up steps; the order alternates."""
     found = list[Round]()
     for number in range(-WARM_UP, count):
         if number % 2:
@@ -160,16 +160,16 @@ def more_mb_of(rounds: Sequence[Round]) -> list[float]:
 
 
 def margins_of(controls: Iterable[Sequence[Round]]) -> tuple[float, float]:
-    """How far two processes that do the same are apart: the largest in time, as a ratio less 1, and in MB."""
+    """The largest difference between two processes that do the same: in time (ratio minus 1) and in MB."""
     medians = [(statistics.median(ratios_of(one, "step")), statistics.median(more_mb_of(one))) for one in controls]
     return max((abs(time - 1) for time, _ in medians), default=0), max((abs(more) for _, more in medians), default=0)
 
 
 def row_of(rounds: Sequence[Round], against: str, margins: tuple[float, float] = (0, 0)) -> dict[str, Any]:
-    """A row of the table, of an option's rounds.
+    """A row of the table from an option's rounds.
 
     Args:
-        margins: in time and memory, see ``margins_of``.
+        margins: of time and memory, see ``margins_of``.
     """
     ratios, more_mb = {name: ratios_of(rounds, name) for name in MEASURED}, more_mb_of(rounds)
     time_of, memory_of = median_interval(ratios["step"]), median_interval(more_mb)
@@ -196,7 +196,7 @@ def kept(folder: Path, name: str) -> Path:
 def measured(
     folder: Path, model: Path, chosen: Mapping[str, Option], count: int, on_gpu: bool
 ) -> dict[str, list[Round]]:
-    """Rounds by option; those that the folder has are not made again. What others are compared with starts once."""
+    """Rounds by option; rounds in the folder are not repeated. Each baseline process is started only once."""
     found = {name: json.loads(kept(folder, name).read_text()) for name in chosen if kept(folder, name).exists()}
     left = {name: option for name, option in chosen.items() if len(found.get(name, [])) < count}
     print(f"{len(left)} of {len(chosen)} options to measure, {count} rounds each", flush=True)
@@ -214,7 +214,7 @@ def measured(
 def _measure(
     folder: Path, model: Path, left: Mapping[str, Option], count: int, on_gpu: bool
 ) -> Iterator[tuple[str, list[Round], float]]:
-    """Each option with its rounds, and the seconds since the first began."""
+    """Each option with its rounds, and the seconds since the first option began."""
     started = time.monotonic()
     for named in dict.fromkeys(option.named for option in left.values()):
         with contextlib.ExitStack() as stack:
@@ -233,12 +233,12 @@ def _measure(
 def main() -> None:
     known = options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where rounds are kept; the same one continues")
-    parser.add_argument("--model", type=Path, help="a CoLA model; without it, the script pre-trains the preset's")
-    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps an option")
+    parser.add_argument("--folder", type=Path, required=True, help="where rounds are kept; reuse it to continue")
+    parser.add_argument("--model", type=Path, help="a CoLA model; by default, the script pre-trains one")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of steps per option")
     parser.add_argument("--options", nargs="+", choices=list(known), default=list(known), metavar="OPTION",
                         help=f"rows of the table: {'; '.join(known)}")  # fmt: skip
-    parser.add_argument("--gpu", action="store_true", help="engine and learner on one GPU, which some options need")
+    parser.add_argument("--gpu", action="store_true", help="run engine and learner on one GPU, which some options need")
     args = parser.parse_args()
     folder, model = args.folder.resolve(), args.model
     if model is None:

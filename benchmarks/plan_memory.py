@@ -2,8 +2,8 @@
 
 python benchmarks/plan_memory.py --folder outputs/plan-memory [--gsm8k DATA/gsm8k]
 
-Short runs on CPU, from models that are hardly trained, since memory does not depend on how good a policy is. Without
---gsm8k the larger preset answers sums, whose texts are too short to fill a micro-batch.
+Short runs on CPU, from models that are hardly trained, since memory does not depend on the policy's quality. Without
+--gsm8k, the larger preset is trained on sums, whose texts are too short to fill a micro-batch.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from cola_ray.cli.arguments import from_command_line
 from cola_ray.studies.planned_memory import host_memory
 from cola_ray.studies.planned_work import sizes
 
-PRETRAINED = {"tiny": "30", "smollm2-135m": "1"}  # steps
+PRETRAINED = {"tiny": "30", "smollm2-135m": "1"}  # steps of pre-training
 RL = {
     "tiny": ["--rl.max-steps", "8", "--rl.eval-every", "0", "--rl.eval-problems", "64"],
     "smollm2-135m": ["--rl.max-steps", "2"],

@@ -1,15 +1,15 @@
-"""Tokens per second of latent pre-training: the product's own steps against a bare loop, a revision, and the floor.
+"""Tokens per second of latent pre-training: our steps against a bare loop, another revision, and the floor.
 
     python benchmarks/pretraining.py [--threads 2] [--against REVISION]     (the shape of SmolLM2-135M, random weights)
 
     ours      CorpusStage and ZeroEngine, as in a run, on one rank
-    states    the same, with the base's states and the IDM's labels read from disk (pretrain.states)
-    bare      the same module and rows with torch.optim.AdamW: no DeepSpeed, no group, no metrics
-    before    ours, as it was at --against, in a worktree
-    floor     the plan's FLOPs at the rate of matrix products of the same shapes, measured between the steps
+    states    like ours, with the base's states and the IDM's labels read from disk (pretrain.states)
+    bare      the same module and rows with torch.optim.AdamW: no DeepSpeed, no process group, no metrics
+    before    ours at the revision --against, in a worktree
+    floor     time for the plan's FLOPs at the rate of matrix products of the same shapes, measured between steps
 
-Each is a process of its own, and they take steps in turns, so that what else the machine does falls on all alike. What
-is recorded are medians over the rounds. No step is one of those, one in ten, that measure the bare base as well.
+Each runs in its own process, and they take steps in turns, so that other load on the machine affects all alike.
+Medians over the rounds are recorded. In a run, every tenth step also evaluates the bare base; no such step is measured.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from cola_ray.studies import planned_work
 STAGES = ("actions", "policy")
 VARIANTS = ("ours", "states", "bare", "before")
 STEPS = range(1, 3)
-"""Numbers of the steps that are taken over and over; a schedule depends on them alone."""
+"""Numbers of the steps that are repeated in each round; schedules depend only on the step number."""
 _SMOLLM2 = {
     "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2048,
@@ -56,7 +56,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "smollm2": (_SMOLLM2, {}),
     "toy": (_TOY, {"pretrain.sequence_length": 32, "model.num_actions": 8}),
 }
-"""The base, and what is not as in the preset smollm2-135m: batches of 4 rows of 256 tokens, one at a time, float32."""
+"""The base, and changes to the preset smollm2-135m (batches of 4 rows of 256 tokens, one at a time, float32)."""
 
 
 def settings(shape: str, folder: Path, variant: str = "ours") -> Config:
@@ -74,7 +74,7 @@ def model_of(shape: str, config: Config) -> CoLAForCausalLM:
 
 
 def rows_of(shape: str, config: Config) -> Any:
-    """Documents of random tokens, 20 to 300 of them in rows of 256."""
+    """Documents of 20 to 300 random tokens, in rows of 256."""
     draw, length = np.random.default_rng(0), config.pretrain.sequence_length
     lengths = draw.integers(max(2, length // 12), length * 300 // 256, 64)
     ids = [draw.integers(3, SHAPES[shape][0]["vocab_size"], size).tolist() for size in lengths]
@@ -85,14 +85,14 @@ def rows_of(shape: str, config: Config) -> Any:
 
 
 def stepper(variant: str, stage: Any, shape: str, folder: Path) -> Callable[[int], float]:
-    """From a step's number to its loss, for a variant; needs a process group, but for the bare loop."""
+    """A variant's function from step number to loss; all but the bare loop need a process group."""
     config = settings(shape, folder, variant)
     model, rows = model_of(shape, config), rows_of(shape, config)
     if variant == "bare":
         return _bare(config, stage, StageModule(model, stage, config), rows)
     given: list[Any] = []
     if variant == "states":
-        from cola_ray.learner.states import kept_states  # earlier revisions have none
+        from cola_ray.learner.states import kept_states  # earlier revisions do not have it
 
         if not (folder / "model").exists():
             model.save_pretrained(folder / "model")
@@ -125,7 +125,7 @@ def _bare(config: Config, stage: Any, module: StageModule, rows: Any) -> Callabl
 
 
 def serve(variant: str, stage: str, shape: str, folder: str, threads: int) -> None:
-    """Answer each line, a step's number, with the step's seconds and loss."""
+    """Read a step's number from each line and answer with the step's seconds and loss."""
     torch.set_num_threads(threads)
     if variant != "bare":
         ranks.join("gloo")
@@ -138,7 +138,7 @@ def serve(variant: str, stage: str, shape: str, folder: str, threads: int) -> No
 
 
 class _Process:
-    """One variant, over the package as it is in ``source``."""
+    """One variant, with the package as it is in ``source``."""
 
     def __init__(self, source: Path, *asked: object) -> None:
         environment = os.environ | {"PYTHONPATH": f"{source}:{Path(__file__).parent}", "DS_ACCELERATOR": "cpu",
@@ -149,7 +149,7 @@ class _Process:
         self._answer("READY")
 
     def step(self, number: int) -> tuple[float, float]:
-        """Seconds, and the loss."""
+        """The step's seconds and its loss."""
         assert self.process.stdin is not None
         print(number, file=self.process.stdin, flush=True)
         seconds, loss = self._answer("STEP")
@@ -171,7 +171,7 @@ class _Process:
 
 
 def products(shape: str, tokens: int) -> dict[str, tuple[float, Callable[[], object]]]:
-    """FLOPs of a decoder layer's matrix products and of the head's, and what computes them."""
+    """The FLOPs of a decoder layer's and the head's matrix products, with functions that compute them."""
     base, _ = SHAPES[shape]
     width, inner = base["hidden_size"], base["intermediate_size"]
     keys = width * base["num_key_value_heads"] // base["num_attention_heads"]
@@ -188,10 +188,10 @@ def products(shape: str, tokens: int) -> dict[str, tuple[float, Callable[[], obj
 
 
 def flops_of(stage: Any, shape: str, config: Config, scored: float) -> dict[str, float]:
-    """Of a token, by the plan: all, the head's, and the frozen modules' that written states spare.
+    """FLOPs per token according to the plan: all, the head's, and those of frozen modules, which stored states save.
 
     Args:
-        scored: share of positions that are.
+        scored: share of positions that are scored.
     """
     base = SHAPES[shape][0]
     with mock.patch.dict(planned_work._KNOWN, {config.model.base: base}):
@@ -217,7 +217,7 @@ def worktree(revision: str) -> Iterator[Path]:
 
 
 def measure(stage: str, shape: str, folder: Path, threads: int, rounds: int, before: Path | None) -> dict[str, Any]:
-    """Figures of a stage; every variant takes all of STEPS once to warm up, which also writes states."""
+    """A stage's figures; every variant first takes all of STEPS to warm up, which also writes the states."""
     torch.set_num_threads(threads)
     config, sources = settings(shape, folder), {name: ROOT for name in VARIANTS if name != "before"}
     if before is not None:
@@ -248,7 +248,7 @@ def measure(stage: str, shape: str, folder: Path, threads: int, rounds: int, bef
     flops, rates = flops_of(stage, shape, config, scored), {name: gemm[name][0] / median[name] for name in gemm}
 
     def floor(spared: float) -> float:
-        """Seconds of a step at the rate of the products alone."""
+        """Seconds of a step at the rate of its matrix products."""
         return tokens * ((flops["all"] - flops["head"] - spared) / rates["layer"] + flops["head"] / rates["head"])
 
     figures: dict[str, Any] = {f"{name}: tokens a second": tokens / median[name] for name in sources}
@@ -272,9 +272,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--threads", type=int, default=2, help="of each process, one of which computes at a time")
-    parser.add_argument("--rounds", type=int, default=2, help=f"of {len(STEPS)} steps, after one to warm up")
-    parser.add_argument("--against", metavar="REVISION", help="whose steps are taken, too")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each process; only one computes at a time")
+    parser.add_argument("--rounds", type=int, default=2, help=f"rounds of {len(STEPS)} steps, after one to warm up")
+    parser.add_argument("--against", metavar="REVISION", help="a revision to measure as well")
     args = parser.parse_args()
     by_stage = {}
     with contextlib.ExitStack() as stack:

@@ -1,14 +1,14 @@
-"""Latent pre-training of SmolLM2-135M by tokens seen: loss, tokens in reach of the actions, diversity of what they say.
+"""Latent pre-training of SmolLM2-135M by tokens seen: loss, tokens in reach of the actions, diversity of their texts.
 
     python benchmarks/pretraining_curve.py --folder outputs/curve --gsm8k DATA/gsm8k --minutes 180 [--threads 2]
 
     run, stopped at 2^k x 64 steps ──> FOLDER/points/STEP (a model) ──> diversity ──> FOLDER/points/STEP.json
      ^           │
-     └─ resumed ─┘       until the minutes are over; called again with the same folder it goes on from there
+     └─ resumed ─┘       until the minutes are over; another call with the same folder continues
 
-One run of the stage ``actions`` with a constant learning rate, so that it has no end that a point would depend on, over
-the base's states as they are written once. A step is 4 rows of 256 tokens. Losses and reach are means over the steps
-since the point before; the base's loss is that of the same rows. Needs the packages of `make evals`.
+One run of the stage ``actions`` with a constant learning rate, so that no point depends on the run's planned length,
+on states of the base that are computed once. A step is 4 rows of 256 tokens. Losses and reach are means over the steps
+since the previous point; the base's loss is that on the same rows. Needs the packages of `make evals`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from record import RESULTS, ROOT, record
 from cola_ray.runs import event_log
 
 FIRST = 64  # steps of the first point; each next one has twice as many
-TOKENS = 4 * 256  # of a step
+TOKENS = 4 * 256  # per step
 NAMES = {"actions/loss": "loss", "actions/base_loss": "base's loss", "actions/reachable_tokens": "tokens in reach",
          "actions/covered": "covered", "actions/alive": "alive actions"}  # fmt: skip
 WAYS = {"random_actions": "random actions", "base": "base", "random_tokens": "random tokens"}
@@ -39,7 +39,7 @@ SAMPLE = ["--diversity.prefixes", "24", "--diversity.continuations", "6", "--rol
 
 
 def train_until(step: int, run: Path, gsm8k: Path, threads: int, deadline: float) -> bool:
-    """Let the run come to ``step`` and stop it there; whether it did before the deadline."""
+    """Run until ``step`` and stop there; returns whether the step was reached before the deadline."""
     settings = ["--preset", "smollm2-135m", "--data.path", str(gsm8k / "train.jsonl"), "--pretrain.stages", "actions",
                 "--pretrain.steps.actions", "1000000", "--pretrain.min-lr-ratio", "1", "--pretrain.states", "bfloat16",
                 "--pretrain.save-every", "64", "--cluster.learner-ranks", "1",
@@ -52,14 +52,14 @@ def train_until(step: int, run: Path, gsm8k: Path, threads: int, deadline: float
         while job.poll() is None and reached(run) < step and time.monotonic() < deadline:
             time.sleep(2)
     finally:
-        job.send_signal(signal.SIGTERM)  # which a shell's background jobs do not ignore, as they do SIGINT
+        job.send_signal(signal.SIGTERM)  # not SIGINT, which a shell's background jobs ignore
     if job.wait() not in (0, 130):
         raise SystemExit(f"the run failed; see {run.parent / 'log.txt'}")
     return reached(run) >= step
 
 
 def metrics(run: Path) -> dict[int, dict[str, float]]:
-    """Of the run's steps so far."""
+    """Metrics of the run's steps so far."""
     return event_log.history(event_log.read(run))
 
 
@@ -68,14 +68,14 @@ def reached(run: Path) -> int:
 
 
 def keep(run: Path, points: Path) -> None:
-    """The stopped run's model, by the step at which it stopped."""
+    """Copy the stopped run's model to a folder named after its last step."""
     target = points / f"{reached(run):07d}"
     shutil.copytree(run / "model", target.with_suffix(".tmp"), dirs_exist_ok=True)
     target.with_suffix(".tmp").rename(target)
 
 
 def measure(point: Path, run: Path, since: int, gsm8k: Path) -> dict[str, float]:
-    """A point's row of the table; made once."""
+    """A point's row of the table; computed once."""
     file, step = point.with_suffix(".json"), int(point.name)
     if not file.exists():
         some = [one for number, one in metrics(run).items() if since < number <= step]
@@ -97,7 +97,7 @@ def rows(folder: Path, gsm8k: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def plot(points: Sequence[Mapping[str, float]], path: Path) -> None:
-    """By tokens: losses, tokens in reach, and diversity with its intervals."""
+    """Plot losses, tokens in reach, and diversity with its intervals over tokens seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,10 +124,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--gsm8k", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=180.0, help="of training in this call; 0: only the table")
+    parser.add_argument("--minutes", type=float, default=180.0, help="training time of this call; 0: only the table")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of whatever ends the run first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the run is ended first
     folder, gsm8k = args.folder.absolute(), args.gsm8k.absolute()
     (folder / "points").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes

@@ -23,11 +23,11 @@ def record(name: str, figures: Mapping[str, Any], seeds: Sequence[int] = (), abo
 
     Args:
         figures: name -> number, list of numbers or text; or rows, name -> {column: value}, with the same columns.
-        seeds: of the runs.
-        about: one line that says what was measured.
+        seeds: the runs' seeds.
+        about: one line describing the measurement.
 
     Raises:
-        ValueError: no document has a place for this table.
+        ValueError: no document has the markers for this table.
     """
     if not any(f"<!-- {name} -->\n" in document.read_text() for document in DOCUMENTS.glob("*.md")):
         raise ValueError(f"{name}: no document in docs/ has the lines <!-- {name} --> and <!-- /{name} -->; add them")
@@ -61,7 +61,7 @@ def write_tables() -> None:
 
 
 def with_tables(text: str) -> str:
-    """A document's text with all tables between markers replaced by current ones."""
+    """A document's text with all tables between markers brought up to date."""
     for file in sorted(RESULTS.glob("*.json")):
         start, end = f"<!-- {file.stem} -->\n", f"<!-- /{file.stem} -->"
         if start in text:
@@ -72,7 +72,7 @@ def with_tables(text: str) -> str:
 
 
 def _table(result: Mapping[str, Any]) -> list[str]:
-    """Lines of a table with one row per figure; figures that are rows themselves get a column per name."""
+    """Lines of a table with one row per figure; if figures are rows themselves, there is a column per name."""
     figures = result["figures"]
     names = {tuple(value) if isinstance(value, Mapping) else () for value in figures.values()}
     if len(names) != 1 or names == {()}:

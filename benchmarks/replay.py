@@ -3,9 +3,9 @@
 python benchmarks/replay.py [--rows 1000000] [--soak-rows 10000000]
 
 A batch is 256 transitions of Twenty Questions as a critic reads them: token ids of state, utterance and next state as
-padded matrices, rewards and flags. The list holds text, as in a simple buffer, so each batch is tokenised; our buffer
-holds flat token ids and pads them in one operation. A list of token ids and the lookups alone are timed as well, to
-separate the costs of tokenising, lookup and padding.
+padded matrices, rewards and flags. The list holds text, as a simple buffer would, so each batch has to be tokenised;
+our buffer holds flat token ids and pads them in one operation. A list of token ids, and the lookups alone, are also
+timed, to separate the costs of tokenising, lookup and padding.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TEXTS = ("state", "utterance", "next")
 
 
 class Source:
-    """Turns of played episodes, as texts and as token ids."""
+    """Turns from played episodes, as texts and as token ids."""
 
     def __init__(self, episodes: int = 1000) -> None:
         task = PlayedTask(TaskConfig(name="twenty_questions", num_problems=episodes), seed=0)

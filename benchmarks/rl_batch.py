@@ -1,12 +1,12 @@
-"""A step's batch from workers to learner ranks: bytes a token, seconds and memory, by reference and as padded arrays.
+"""A step's batch from workers to learner ranks: bytes per token, seconds, memory; by reference and as padded arrays.
 
 python benchmarks/rl_batch.py [--tokens 8000000] [--ranks 32] [--workers 16]
 
-Lengths are drawn from a heavy-tailed distribution: prompts of 64 to 256 tokens, 16 answers each, lognormal with median
-400 and sigma 1, cut at 8192. Packed is what a run does: each worker packs its share, the loop deals out references, and
-a rank copies its own rows out of the shares. Padded is what a loop holds and sends that collates all rows of all ranks;
-a rank pads one micro-batch at a time in the same way. Seconds are CPU time, without Ray. Padded arrays are made up to a
-gigabyte at a time, and the seconds of all of them follow from those.
+Lengths follow a heavy-tailed distribution: prompts of 64 to 256 tokens with 16 answers each, lognormal with median 400
+and sigma 1, cut at 8192. "Packed" is the form in a run: each worker packs its share, the loop distributes references,
+and a rank copies its own rows out of the shares. "Padded" is what the loop would hold and send if it collated all rows
+of all ranks; a rank pads one micro-batch at a time in the same way. Seconds are CPU time, without Ray. Only about a
+gigabyte of padded arrays is made, and the figures for all of them are extrapolated.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from cola_ray.experience import Trajectory
 
 VOCABULARY, ACTIONS, PER_PROMPT, MICRO_BATCH, LONGEST = 128_000, 64, 16, 16_384, 8192
 AT_ONCE = 1 << 30
-"""Bytes of padded arrays that are held at a time."""
+"""No further batch is padded after this number of bytes."""
 
 
 def peak_bytes() -> int:
@@ -33,7 +33,7 @@ def peak_bytes() -> int:
 
 
 def shares(tokens: int, workers: int) -> tuple[list[list[Group]], int, float]:
-    """Each worker's groups, the tokens in all, and the seconds that packing took the slowest worker."""
+    """Each worker's groups, the total number of tokens, and the packing seconds of the slowest worker."""
     draw, made, slowest = np.random.default_rng(0), 0, 0.0
     of_workers = []
     for worker in range(workers):
@@ -70,7 +70,7 @@ def packed(tokens: int, ranks: int, workers: int) -> dict[str, float]:
     batches = dealt(of_workers, ranks)
     dealing, held = time.process_time() - started, peak_bytes() - before
     fetching, own = 0.0, 0
-    for batch in batches:  # as each rank does, at the same time as the others
+    for batch in batches:  # ranks do this in parallel
         started = time.process_time()
         own = max(own, batch.fetched().sequences.nbytes)
         fetching = max(fetching, time.process_time() - started)
@@ -106,7 +106,7 @@ def padded(tokens: int, ranks: int, workers: int) -> dict[str, float]:
 
 
 def isolated(form: str, *args: int) -> dict[str, float]:
-    """Run a form in a process of its own, so that none inherits another's memory."""
+    """Measure a form in its own process, so that none inherits another's memory."""
     code = f"import json, rl_batch; print(json.dumps(rl_batch.{form}(*{args!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=sys.path[0], capture_output=True, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout)

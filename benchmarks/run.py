@@ -1,9 +1,9 @@
-"""`make bench`: speed and memory of engine, learner and loop, as ratios within one run; medians of five.
+"""`make bench`: speed and memory of engine, learner and loop, as ratios within one call; medians of five.
 
 python benchmarks/run.py [decoding] [publishing] [learning] [orchestration] [overlap]     # only these parts
 
-Figures of other parts are kept. Each part is timed in its own process with one thread; the overlapped step is a real
-run. docs/benchmarks.md explains each figure and what limits it.
+Figures of the other parts are kept. Each part is timed in its own process with one thread; the overlapped step is a
+real run. docs/benchmarks.md explains each figure and what limits it.
 """
 
 import argparse
@@ -51,9 +51,9 @@ PARTS = ("decoding", "publishing", "learning", "orchestration", "overlap")
 
 
 def publishing() -> dict[str, float]:
-    """Writing a policy's tensors to Ray's store, reading and checking them, relative to copying the bytes once.
+    """Writing a policy's tensors to Ray's object store, reading and checking them, relative to one copy of the bytes.
 
-    For one policy layer of Llama-3.1-8B in bfloat16, and two layers of the small model, whose tensors have 1 to 3 MB.
+    Measured for one policy layer of Llama-3.1-8B in bfloat16, and two layers of the small model (tensors of 1 to 3 MB).
     Does not include loading into the engine.
     """
     import ray
@@ -78,7 +78,7 @@ def publishing() -> dict[str, float]:
                 receiver.add(bucket)
             receiver.finish(dict(tensors))
 
-        # Warm and with pauses, as in a run: seconds pass between versions, and the memory of older ones is reused.
+        # Warmed up and with pauses, as in a run: seconds pass between versions, and memory of older versions is reused.
         published = seconds(publish, warm_ups=5, pause=1.0)
         return memcpy_seconds(sum(tensor.nbytes for _, tensor in tensors)) / published
 
@@ -124,7 +124,7 @@ def latent_learning(latent: str) -> dict[str, float]:
     batch = random_batch()
     bare, _ = bare_latent_step(latent, batch)
     pairs = []
-    for _ in range(2 * REPEATS + 1):  # in turn, so that a slow moment of the machine affects both
+    for _ in range(2 * REPEATS + 1):  # alternating, so that a slow moment of the machine affects both
         started = time.perf_counter()
         learner.step(batch)
         between = time.perf_counter()
@@ -138,7 +138,7 @@ def latent_learning(latent: str) -> dict[str, float]:
 
 
 def token_learning(base: str) -> dict[str, float]:
-    """The RL step over tokens: the whole base trains, and the reference is a copy of it."""
+    """The RL step over tokens: the whole base is trained, and the reference is a copy of it."""
     from cola_ray.learner.policies import TokenPolicy
     from cola_ray.learner.rl import RLLearner
 
@@ -208,7 +208,7 @@ def state_bytes(optimizer: Any) -> int:
 
 
 class EchoWorker:
-    """Returns ready-made groups, so that a step consists only of controller, Ray and collation."""
+    """Returns prepared groups, so that a step consists only of controller, Ray and collation."""
 
     def __init__(self, config: Config) -> None:
         self.size = config.rl.group_size
@@ -264,7 +264,7 @@ def orchestration() -> dict[str, float]:
 
 
 def overlap() -> dict[str, float]:
-    """Run tiny with one engine and one rank, a core each, first without and then with overlap."""
+    """Run the tiny preset with one engine and one rank, one core each, first without and then with overlap."""
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         short = ["--pretrain.steps.base", "20", "--pretrain.steps.actions", "20", "--pretrain.steps.policy", "5"]
@@ -295,7 +295,7 @@ def overlap() -> dict[str, float]:
             command = [*job, "--rl.max-staleness", str(staleness), "--output-dir", f"outputs/{staleness}"]
             running = psutil.Popen(command, cwd=where, stdout=subprocess.DEVNULL)
             samples = []
-            while running.poll() is None:  # between two late steps, when all processes have started
+            while running.poll() is None:  # between two late steps, after all processes have started
                 if staleness and max(series(1, "time/step"), default=0) in (8, 28):
                     samples.append(cpu_seconds(running))
                 time.sleep(0.2)
@@ -314,7 +314,7 @@ def overlap() -> dict[str, float]:
 
 
 def isolated(name: str, *args: str, module: str = "run") -> dict[str, float]:
-    """Run a function in its own process, so that no part inherits the threads and memory of another."""
+    """Run a function in its own process, so that no part inherits another's threads and memory."""
     code = f"import json, {module}; print('RESULT' + json.dumps({module}.{name}(*{args!r})))"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
@@ -335,7 +335,7 @@ def decoding(latent: str, base: str) -> dict[str, float]:
     figures["latent_vs_plain_per_flop"] = rate / figures["plain_tokens_per_second"] / flop_ratio
     figures["latent_vs_hf_generate"] = rate / figures["torch_tokens_per_second"]
     figures["latent_vs_hf_generate_rollouts"] = figures["torch_rollouts_seconds"] / figures["latent_rollouts_seconds"]
-    # Prompts have as many tokens, and processing one costs as much as decoding one, except for the LM head.
+    # Prompts have as many tokens as completions; processing one costs as much as decoding one, except for the LM head.
     read = cost - 2 * WIDE.hidden_size * WIDE.vocab_size
     figures["latent_decode_share_of_gemm_rate"] = rate * (cost + read) / figures["gemm_gflops_per_second"] / 1e9
     return figures
@@ -350,7 +350,7 @@ def learning(latent: str, base: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all of them without any")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; default: all")
     asked = parser.parse_args().parts
     if unknown := [part for part in asked if part not in PARTS]:
         parser.error(f"{unknown[0]!r} is no part; give some of {', '.join(PARTS)}")

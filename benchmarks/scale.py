@@ -1,29 +1,29 @@
-"""The real controller on 8 to 4096 GPUs, around simulated engines and ranks: what it costs, and who waits for whom.
+"""The real controller on 8 to 4096 GPUs, with simulated engines and ranks: what it costs, and who waits for whom.
 
 python benchmarks/scale.py --record                 all sizes; max_staleness 0, 1, 2, 4 in both update modes
-python benchmarks/scale.py --gpus 8 64 --steps 6    what a developer of the loop wants to know, in a minute
-python benchmarks/scale.py --window --record        only rl.window, groups that are trained on as they finish
+python benchmarks/scale.py --gpus 8 64 --steps 6    a quick check for developers of the loop, in a minute
+python benchmarks/scale.py --window --record        only rl.window: groups are trained on as they finish
 python benchmarks/scale.py --profile 512            where the controller's time goes, function by function
 
-Real is cola_ray/loop, from tickets to batches, in one process as in a run. Simulated are engines and ranks: they take
+cola_ray/loop is real, from tickets to batches, in one process as in a run. Engines and ranks are simulated: they take
 as long as `cola_ray plan` says for llama-3.1-8b on H100, completions have log-normal lengths, engines are lost, and
-time is that of a clock which jumps to the next event. There are no weights, and tokens without a meaning. What a call
-costs in Ray itself is not in these figures, only the pickling of its arguments and results.
+the clock jumps to the next event. There are no weights, and tokens have no meaning. Of the cost of a call, these
+figures include the pickling of its arguments and results, but not Ray itself.
 
-Each GPU brings 8 prompts of 4 completions a step, and a quarter of the GPUs learn. Arrays hold a part of the tokens
-(--token-share), for all of them would not fit into this machine at 4096 GPUs. What the rest costs is measured with
-whole completions of 64 GPUs, and is taken to grow with their number.
+Each GPU adds 8 prompts of 4 completions per step, and a quarter of the GPUs learn. Arrays hold a part of the tokens
+(--token-share), because all of them would not fit into this machine at 4096 GPUs. The cost of whole completions is
+measured for 64 GPUs and assumed to be proportional to the number of completions.
 
-columns of the sizes, of a step each:
-    loop s         CPU seconds of tickets, balance, calls, weights, waiting: all but the next two
+columns of the table of sizes, each per step:
+    loop s         CPU seconds of tickets, balancing, calls, weights, waiting: all but the next two
     batches s      CPU seconds of advantages, measures and collation, with whole completions
-    pickling s     CPU seconds of what comes in and goes out, with whole completions
+    pickling s     CPU seconds of incoming and outgoing messages, with whole completions
     of the step    these three as a share of the simulated step
     GB in, out     through the controller's process
-columns of the waiting:
+columns of the table of waiting:
     engines idle   share of time in which an engine neither decodes nor loads weights
     learner idle   share of time in which it neither learns nor hands over weights
-    planned        by `cola_ray plan`, from its formulas alone; losses are not in them
+    planned        by `cola_ray plan`, from its formulas alone, without losses of engines
 """
 
 import argparse
@@ -59,13 +59,13 @@ from cola_ray.studies.planned_work import Sizes, sizes
 PROMPTS_PER_GPU, GROUP, BUCKET = 8, 4, 64 << 20
 GPU_SIZES, LATE = (8, 64, 512, 4096), (0, 1, 2, 4)
 WHOLE_GPUS = 64
-"""The size at which whole completions are handled."""
+"""The number of GPUs at which whole completions are measured."""
 BOUNDS = {"step": 0.05, "engines": 0.1, "learner": 0.04}
-"""What the plan may be off: of a step's seconds a share, of idle shares their difference."""
+"""Allowed errors of the plan: relative for a step's seconds, absolute for idle shares."""
 
 
 def settings(gpus: int, steps: int, max_staleness: int, update_mode: str, window: int = 0) -> Config:
-    """llama-3.1-8b on that many H100, a quarter of which learn."""
+    """llama-3.1-8b on this many H100s, a quarter of which learn."""
     ranks = gpus // 4
     changes = {"cluster.learner_ranks": ranks, "rollout.num_workers": gpus - ranks, "rl.max_steps": steps,
                "rl.prompts_per_step": PROMPTS_PER_GPU * gpus, "rl.group_size": GROUP, "rl.eval_every": 0,
@@ -74,7 +74,7 @@ def settings(gpus: int, steps: int, max_staleness: int, update_mode: str, window
 
 
 def cluster_of(config: Config, m: Sizes, args: argparse.Namespace) -> Cluster:
-    """As `cola_ray plan` describes it."""
+    """The cluster that `cola_ray plan` describes."""
     gpu, late = GPUS[config.hardware.gpu], config.rl.max_staleness
     planned, (hands_over, loads) = step_time(config, m, gpu), update(config, m)
     positions = config.rl.prompts_per_step * min(config.rl.max_steps, 4)
@@ -89,32 +89,32 @@ def cluster_of(config: Config, m: Sizes, args: argparse.Namespace) -> Cluster:
 
 
 class TimedProblems(Problems):
-    """The source, with the CPU seconds of its batches."""
+    """The source of batches, with the CPU seconds that its batches took."""
 
     seconds = 0.0
 
     async def to_batches(self, rollouts: Collected, step: int) -> Any:
         started = time.process_time()
-        made = await super().to_batches(rollouts, step)  # of these settings, nothing in it waits
+        made = await super().to_batches(rollouts, step)  # nothing in it waits with these settings
         self.seconds += time.process_time() - started
         return made
 
 
 @dataclass(frozen=True)
 class Run:
-    """A simulated run; seconds a step, of the steps after the first ones."""
+    """A simulated run; figures per step, without the first and last steps where the time is simulated."""
 
     step: float
-    loop: float  # CPU
-    batches: float  # CPU, with a share of the tokens
+    loop: float  # CPU seconds
+    batches: float  # CPU seconds, with a share of the tokens
     calls: float
     call_bytes: float
     engines_idle: float
     learner_idle: float
     losses: int
     regenerated: int
-    hours: float  # simulated
-    seconds: float  # CPU, of all of it
+    hours: float  # simulated hours of the run
+    seconds: float  # CPU seconds of the whole simulation
 
 
 def simulate(config: Config, cluster: Cluster) -> Run:
@@ -139,7 +139,7 @@ def simulate(config: Config, cluster: Cluster) -> Run:
         cpu = time.process_time() - started
     source: Any = controller.source
     steps, accounts = config.rl.max_steps, engines.accounts
-    late = config.rl.max_staleness  # the first steps fill the slots, and the last ones leave engines without work
+    late = config.rl.max_staleness  # the first steps fill the slots, and in the last ones engines run out of work
     (began, learnt, worked), (ended, learnt_then, worked_then) = (
         learner.marks[late + 1],
         learner.marks[steps - 2 - late],
@@ -155,7 +155,7 @@ def simulate(config: Config, cluster: Cluster) -> Run:
 
 
 async def _none(shard: int, method: str, *args: Any) -> Any:
-    """Asked of replay, of which there is none."""
+    """Stands for calls to replay, which does not exist here."""
 
 
 # --- what tokens cost -----------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ async def _none(shard: int, method: str, *args: Any) -> Any:
 
 @dataclass(frozen=True)
 class Messages:
-    """Of one completion: CPU seconds, and bytes through the controller's process."""
+    """Cost of one completion: CPU seconds, and bytes through the controller's process."""
 
     batches: float
     pickling: float
@@ -172,7 +172,7 @@ class Messages:
 
 
 def messages(config: Config, cluster: Cluster) -> Messages:
-    """Handle one step's groups as the controller does: unpickled as they come, made into batches, pickled for ranks."""
+    """Handle one step's groups as the controller does: unpickle them, make batches, pickle these for ranks."""
     loop = SimulatedTime()
     engines = Engines(config, cluster, Accounts(), loop)
     workers = WorkerGroup(config.rollout, engines, Supervisor(1e9))
@@ -187,7 +187,7 @@ def messages(config: Config, cluster: Cluster) -> Messages:
         replies.append(_sent(groups))
         data.append([Held(None, f"{first:056x}")])
     gc.collect()
-    gc.freeze()  # else one look through all that this process has imported, a quarter of a second, counts as messages'
+    gc.freeze()  # or a collection over everything imported, a quarter of a second, would be counted as messages
     started = time.process_time()
     calls = [pickle.loads(reply[0], buffers=reply[1]) for reply in replies]
     groups = [group for call, held in zip(calls, data, strict=True) for group in together(call, held)]
@@ -205,7 +205,7 @@ Sent = tuple[bytes, list[Any]]
 
 
 def _sent(value: Any, copied: bool = False) -> Sent:
-    """In Ray's form: arrays beside the rest; with their copy into the object store."""
+    """Pickled like in Ray, arrays out of band; ``copied``: arrays are copied, as into the object store."""
     buffers: list[pickle.PickleBuffer] = []
     rest = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     return rest, [bytes(one) if copied else bytearray(one) for one in buffers]
@@ -219,7 +219,7 @@ def _size(sent: Sequence[Sent]) -> int:
 
 
 def of_sizes(m: Sizes, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What the controller costs, by number of GPUs."""
+    """The controller's cost by number of GPUs."""
     rows = {}
     whole, part = (_messages_at(m, args, share) for share in (1.0, args.token_share))
     for gpus in args.gpus:
@@ -246,7 +246,7 @@ def _messages_at(m: Sizes, args: argparse.Namespace, share: float) -> Messages:
 
 
 def of_staleness(m: Sizes, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Who waits for whom, simulated and planned."""
+    """Idle shares of engines and learner, simulated and planned."""
     rows = {}
     for gpus in args.idle_gpus:
         for mode, late in ((mode, late) for mode in ("drain", "continue") for late in args.max_staleness):
@@ -266,7 +266,7 @@ def of_staleness(m: Sizes, args: argparse.Namespace) -> dict[str, dict[str, Any]
 
 
 def of_window(m: Sizes, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What groups that are trained on as they finish save, for each bound on staleness."""
+    """The time saved by training on groups as they finish (rl.window), for each bound on staleness."""
     rows: dict[str, dict[str, Any]] = {}
     for gpus in args.idle_gpus:
         for late in (one for one in args.max_staleness if one > 1):
@@ -289,7 +289,7 @@ def _say(line: str) -> None:
 
 
 def profile(m: Sizes, gpus: int, args: argparse.Namespace) -> None:
-    """Print where the time of a simulated run goes."""
+    """Print where a simulated run spends its CPU time."""
     config = settings(gpus, args.steps, 1, "drain")
     cluster, profiler = cluster_of(config, m, args), cProfile.Profile()
     profiler.enable()
@@ -301,18 +301,18 @@ def profile(m: Sizes, gpus: int, args: argparse.Namespace) -> None:
 
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--gpus", type=int, nargs="+", default=GPU_SIZES, help="sizes, of at least 4")
+    parser.add_argument("--gpus", type=int, nargs="+", default=GPU_SIZES, help="sizes in GPUs, at least 4")
     parser.add_argument("--idle-gpus", type=int, nargs="*", default=(8, 64), help="sizes at which staleness is varied")
     parser.add_argument("--max-staleness", type=int, nargs="+", default=LATE)
-    parser.add_argument("--steps", type=int, default=12, help="of each run, at least 6")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each run, at least 6")
     parser.add_argument(
-        "--token-share", type=float, default=1 / 64, help="of a completion's tokens, those in its arrays"
+        "--token-share", type=float, default=1 / 64, help="the share of a completion's tokens that its arrays hold"
     )
-    parser.add_argument("--hours-between-losses", type=float, default=1000.0, help="of one engine; 0: none is lost")
-    parser.add_argument("--restart-seconds", type=float, default=120.0, help="until a lost engine is there again")
+    parser.add_argument("--hours-between-losses", type=float, default=1000.0, help="of one engine; 0: no losses")
+    parser.add_argument("--restart-seconds", type=float, default=120.0, help="until a lost engine is replaced")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", type=int, metavar="GPUS", help="only profile a run of that size")
-    parser.add_argument("--window", action="store_true", help="only how a step's seconds depend on rl.window")
+    parser.add_argument("--profile", type=int, metavar="GPUS", help="only profile a run with this many GPUs")
+    parser.add_argument("--window", action="store_true", help="only measure how step time depends on rl.window")
     parser.add_argument("--record", action="store_true", help="write docs/results and the tables in docs/scaling.md")
     return parser.parse_args(argv)
 

@@ -1,23 +1,23 @@
-"""Ways of answering at equal responses and at equal tokens: samples, self-consistency, beams and searches.
+"""Ways of answering, with equal numbers of responses or of tokens: samples, self-consistency, beams and searches.
 
 python benchmarks/search.py --folder outputs/search --model MODEL [--responses 2 4 8 16 32] [--tokens 8 16 32 64 128]
 
     samples of training problems ─┬─> Q of MCTS-Q
-                                  └─> pairs, a right and a wrong answer ─> a reward model
+                                  └─> pairs of a right and a wrong answer ─> a reward model
     held-out problems ─> each way, guided by the verifier or by that reward model ─> right answers, responses, tokens
 
-What an answer is chosen by decides what a figure says:
+The meaning of a figure depends on what chooses the answer:
 
-    self-consistency    the answer that most samples give, of equals the first (Wang et al. 2023); nothing scores them
-    best-of-n           the sample that the reward model likes best; weighted self-consistency: votes weighed by it
-    beam, mcts, mcts_q  guided by the reward model, which also chooses among what was found
-    ... (oracle)        the verifier guides and chooses. It knows what is right, so this is a bound, and no way to
-                        answer; of samples it is pass@n
+    self-consistency    the most frequent answer, on ties the first (Wang et al. 2023); samples are not scored
+    best-of-n           the sample with the highest reward-model score; weighted self-consistency: votes weighted by it
+    beam, mcts, mcts_q  guided by the reward model, which also chooses among the answers found
+    ... (oracle)        the verifier guides and chooses. It knows the right answer, so this is an upper bound and not a
+                        usable method; for samples it is pass@n
 
-MODEL was trained by RL. At equal responses a way makes n responses, whatever their tokens; at equal tokens it may
-generate so many, whatever the responses. A beam's width is what these tokens suffice for. Saved tokens are counted in
-the engine: what a search computed, against computing the whole text again in every simulation. Runs that are already in
-the folder are not repeated, so a benchmark that was stopped continues.
+MODEL was trained by RL. With equal responses, every way makes n responses, however long; with equal tokens, it may
+generate that many tokens, in however many responses. A beam is as wide as these tokens allow. Saved tokens are counted
+in the engine: the tokens that a search computed, against computing the whole text again in every simulation. Runs that
+are already in the folder are not repeated, so a stopped benchmark continues.
 """
 
 import argparse
@@ -43,12 +43,12 @@ Settings = dict[str, Any]
 Guide = Literal["verifier", "reward_model"]
 GUIDES: tuple[Guide, ...] = ("verifier", "reward_model")
 BREADTH = 16
-"""Actions that are tried in a state."""
+"""Actions tried in each state."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which figure of an evaluation is meant: of a way of answering, under a guide."""
+    """One figure of an evaluation: of a way of answering, under a guide."""
 
     way: str
     guide: Guide
@@ -67,12 +67,12 @@ METHODS = {
     "mcts (oracle)": Method("mcts", "verifier", "best"),
     "mcts_q (oracle)": Method("mcts_q", "verifier", "best"),
 }
-"""By what the tables call them."""
+"""Methods by their names in the tables."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a way may use for one problem."""
+    """The responses or tokens that a way may use for one problem."""
 
     amount: int
     unit: Literal["responses", "tokens"]
@@ -81,10 +81,10 @@ class Budget:
         return f"{self.amount} {self.unit}"
 
     def settings(self, longest: int) -> dict[str, Settings]:
-        """By group of ways that share a run, the settings that keep them within it.
+        """Settings that keep ways within the budget, by group of ways that share a run.
 
         Args:
-            longest: tokens that a response may have.
+            longest: the maximum tokens of a response.
         """
         if self.unit == "responses":
             return {"all": {"eval.ways": ("sample", "beam", "mcts", "mcts_q"), "search.simulations": self.amount}}
@@ -96,9 +96,9 @@ class Budget:
 
 
 def beam_width(tokens: int, longest: int) -> int:
-    """The widest beam that can go on to the longest responses with these tokens; 1 where none can.
+    """The widest beam that can reach the longest responses with this number of tokens; at least 1.
 
-    The first step tries ``BREADTH`` actions, and each further one as many after every prefix.
+    The first step tries ``BREADTH`` actions, and each later step tries as many after every prefix.
     """
     return max(1, (tokens - BREADTH) // (BREADTH * max(longest - 1, 1)))
 
@@ -107,7 +107,7 @@ def beam_width(tokens: int, longest: int) -> int:
 
 
 def pairs_of(rows: Sequence[Mapping[str, Any]], most: int = 4) -> Iterator[dict[str, str]]:
-    """Preference pairs of one problem each: a right response and a wrong one, distinct texts, so many at most."""
+    """Preference pairs for each problem, at most ``most``: a right and a wrong response, without repeated texts."""
     for row in rows:
         scored = list(zip(row["texts"], row["rewards"], strict=True))
         right = dict.fromkeys(text for text, reward in scored if reward >= 1)
@@ -117,7 +117,7 @@ def pairs_of(rows: Sequence[Mapping[str, Any]], most: int = 4) -> Iterator[dict[
 
 
 def write_pairs(logged: Path, file: Path) -> int:
-    """Returns how many there are."""
+    """Write the pairs from logged samples as JSON lines; returns how many there are."""
     rows = [row for part in sorted(logged.glob("*.parquet")) for row in pq.read_table(part).to_pylist()]
     lines = [json.dumps(pair) for pair in pairs_of(rows)]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -132,12 +132,12 @@ def figures_of(summaries: Mapping[tuple[Guide, Budget], Mapping[str, Any]]) -> d
     """Rows of the table, by method and budget.
 
     Args:
-        summaries: by guide and budget, the figures of each way.
+        summaries: the figures of each way, by guide and budget.
     """
     found = {}
     for (name, method), budget in itertools.product(METHODS.items(), dict.fromkeys(of for _, of in summaries)):
         of_way = summaries[method.guide, budget][method.way]
-        # Where nobody has two responses there is nothing to choose from.
+        # Without two responses there is nothing to choose from, so the accuracy is taken.
         found[f"{name}, {budget}"] = row_of(of_way, method.figure if method.figure in of_way else "accuracy")
     return found
 
@@ -153,7 +153,7 @@ def row_of(of_way: Mapping[str, Any], figure: str) -> dict[str, Any]:
 
 
 def plot(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[Budget], path: Path) -> None:
-    """Right answers over responses, and over tokens; bounds are dashed."""
+    """Plot right answers over responses and over tokens; upper bounds are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,7 +167,7 @@ def plot(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[Budget], pa
         for name in METHODS:
             rows = [figures[f"{name}, {budget}"] for budget in amounts]
             right, low, high = (np.array([row[of] for row in rows]) for of in ("right", "low", "high"))
-            beside = np.maximum(0, (right - low, high - right))  # where all are right, rounding may put a bound beside
+            beside = np.maximum(0, (right - low, high - right))  # at 100 %, rounding may put a bound past the value
             axes.errorbar([budget.amount for budget in amounts], right, beside, marker="o",
                           markersize=4, capsize=2, linestyle="--" if "oracle" in name else "-", label=name)  # fmt: skip
         axes.axhline(figures["greedy"]["right"], color="grey", linestyle=":", label="greedy")
@@ -179,7 +179,7 @@ def plot(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[Budget], pa
 
 
 def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> dict[str, float]:
-    """By prompt length, the tokens of all simulated texts divided by the tokens that the engine computed."""
+    """The tokens of all simulated texts divided by the tokens that the engine computed, by prompt length."""
     engine = LatentEngine(str(model), dtype="float32", max_model_len=512, stop_token_ids=[1], kv_cache_mb=128)
     batch = RunningBatch(engine, drain=True)
     draw, vocabulary = np.random.default_rng(0), engine.llm.llm_engine.model_config.hf_config.vocab_size
@@ -204,15 +204,15 @@ def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; the same one continues")
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
     parser.add_argument("--model", type=Path, required=True, help="model/ of a run of `cola_ray rl --preset tiny`")
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--responses", type=int, nargs="*", default=[2, 4, 8, 16, 32],
-                        help="budgets of a problem; none leaves this comparison out")  # fmt: skip
+                        help="budgets per problem; without values, this comparison is left out")  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="*", default=[8, 16, 32, 64, 128],
-                        help="the same in tokens")  # fmt: skip
+                        help="budgets in tokens, likewise")  # fmt: skip
     parser.add_argument("--problems", type=int, default=512, help="held-out problems")
-    parser.add_argument("--logged", type=int, default=4096, help="training problems whose samples are learnt from")
+    parser.add_argument("--logged", type=int, default=4096, help="training problems to sample for Q and reward model")
     args = parser.parse_args()
     folder, model = args.folder.resolve(), args.model.resolve()
     common = {"preset": "tiny", "task.name": args.task, "model.path": str(model)}

@@ -1,12 +1,12 @@
-"""A cluster in simulated time around the real controller: engines, learner ranks, losses, in one event loop.
+"""A simulated cluster around the real controller: engines, learner ranks and losses, in one event loop.
 
     SimulatedTime    an asyncio event loop whose clock jumps to the next timer
     Engines          the controller's WorkerPool: completions decode together in each, as fast as the plan says
     Learner          all ranks: next_batch, learning, handing over, publish
-    Accounts         CPU seconds of what is simulated, which are not the controller's; its calls and their bytes
+    Accounts         CPU seconds of the simulation, to be subtracted; the controller's calls and their bytes
 
-An engine decodes one token of each of its sequences in a step of ``Decoding.seconds(sequences)``. Steps in which no
-sequence ends are computed at once.
+An engine decodes one token for each of its sequences in a step of ``Decoding.seconds(sequences)``. Steps in which no
+sequence ends are computed together.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from cola_ray.studies.planned_time import Decoding
 
 
 class _NoFiles(selectors.DefaultSelector):
-    """Waits for nobody: where the loop would sleep, its clock is set forward."""
+    """Never waits: where the loop would sleep, its clock is set forward."""
 
     now = 0.0
 
@@ -59,7 +59,7 @@ class SimulatedTime(asyncio.SelectorEventLoop):
 
     @contextlib.contextmanager
     def as_the_controllers_clock(self) -> Iterator[None]:
-        """The controller's own measurements and stalls are in simulated seconds, too."""
+        """Let the controller's own time measurements and stall detection use simulated seconds, too."""
         modules = (evaluation, problems, supervisor, weight_sync)
         stand_in: Any = SimpleNamespace(perf_counter=self.time, monotonic=self.time)
         try:
@@ -76,15 +76,15 @@ class SimulatedTime(asyncio.SelectorEventLoop):
 
 @dataclass
 class Accounts:
-    """What a run of the simulation took, and what went through the controller's process."""
+    """CPU time of the simulation, and the calls and bytes that went through the controller's process."""
 
     simulated: float = 0.0  # CPU seconds of engines and learner, by this process's clock
-    calls: int = 0  # by the controller and of it
-    call_bytes: int = 0  # their arguments, pickled; what they return is measured at whole lengths, see scale.py
+    calls: int = 0  # made by the controller and to it
+    call_bytes: int = 0  # of their pickled arguments; results are measured at whole lengths, see scale.py
 
     @contextlib.contextmanager
     def simulating(self) -> Iterator[None]:
-        """What happens in here is not the controller's work. Nothing may be awaited in it."""
+        """Count the CPU seconds of this block as simulation, not as the controller's. It must not await anything."""
         started = time.process_time()
         try:
             yield
@@ -93,7 +93,7 @@ class Accounts:
 
 
 def pickled(value: Any) -> int:
-    """Bytes of a message as Ray would send it."""
+    """The size in bytes of a message as Ray would send it."""
     return len(pickle.dumps(value, protocol=5))
 
 
@@ -102,18 +102,18 @@ def pickled(value: Any) -> int:
 
 @dataclass
 class Share:
-    """Completions of one call."""
+    """The completions of one call."""
 
     left: int
     ended: asyncio.Future[None]
 
 
 class SimulatedEngine:
-    """Sequences that decode together, and the times in which none does.
+    """Sequences that decode together, with pauses for loading weights.
 
     Args:
-        decoding: how long a decoding step takes, and how many sequences there is room for.
-        ready_at: simulated second from which it answers.
+        decoding: how long a decoding step takes, and how many sequences fit.
+        ready_at: simulated second from which the engine answers.
     """
 
     def __init__(self, loop: SimulatedTime, decoding: Decoding, ready_at: float) -> None:
@@ -121,24 +121,24 @@ class SimulatedEngine:
         self.most = max(int(decoding.most), 1)
         self.running: list[tuple[float, int, Share]] = []  # a heap: decoding step of its last token, number, share
         self.queue: deque[tuple[float, Share]] = deque()
-        self.at, self.steps, self.number = ready_at, 0.0, 0  # computed up to this second and decoding step
+        self.at, self.steps, self.number = ready_at, 0.0, 0  # simulated up to this second and decoding step
         self.busy = self.loaded = 0.0
         self.ready_at, self.version, self.lost = ready_at, 0, False
         self.timer: asyncio.TimerHandle | None = None
         self.lifetime: asyncio.TimerHandle | None = None
         self.drained: list[asyncio.Future[None]] = []
-        self.gate = asyncio.Lock()  # held by each call that joins, and while weights are waited for, as in RunningBatch
+        self.gate = asyncio.Lock()  # held while a call joins, and during a weight update, as in RunningBatch
 
     def worked(self) -> float:
-        """Seconds so far in which it decoded or loaded."""
+        """Seconds so far in which the engine decoded or loaded weights."""
         self._advance(self.loop.time())
         return self.busy + self.loaded
 
     def decode(self, lengths: Sequence[int], prefill: float) -> asyncio.Future[None]:
-        """Begin a call's completions now; the future is done when the last of them is."""
+        """Start a call's completions now; the future is done when the last of them is."""
         self._advance(self.loop.time())
         share = Share(len(lengths), self.loop.create_future())
-        # Prompts are computed in chunks beside decoding steps: all of the call's completions come that much later.
+        # Prompts are computed in chunks during decoding steps, which delays all of the call's completions.
         later = prefill / self.decoding.seconds(len(lengths))
         self.queue.extend((length + later, share) for length in lengths)
         self._admit()
@@ -146,14 +146,14 @@ class SimulatedEngine:
         return share.ended
 
     def pause(self, seconds: float) -> None:
-        """Load weights; what is in flight goes on afterwards."""
+        """Load weights; requests in flight continue afterwards."""
         self._advance(self.loop.time())
         self.at += seconds
         self.loaded += seconds
         self._set_timer()
 
     async def drain(self) -> None:
-        """Wait until nothing is in flight."""
+        """Wait until no request is in flight."""
         self._advance(self.loop.time())
         if self.running:
             self.drained.append(self.loop.create_future())
@@ -164,7 +164,7 @@ class SimulatedEngine:
             raise WorkerLostError("its machine is gone")
 
     def lose(self) -> None:
-        """Everything in it is lost, and nothing more comes out of it."""
+        """Lose the engine and all requests in it."""
         self._advance(self.loop.time())
         self.lost = True
         lost = {id(share): share.ended for _, _, share in self.running}
@@ -184,7 +184,7 @@ class SimulatedEngine:
             heapq.heappush(self.running, (self.steps + tokens, self.number, share))
 
     def _advance(self, until: float) -> None:
-        """Decode up to this second."""
+        """Decode up to the second ``until``."""
         while self.running:
             seconds = self.decoding.seconds(len(self.running))
             last = self.running[0][0]
@@ -209,7 +209,7 @@ class SimulatedEngine:
             self.drained = []
 
     def _set_timer(self) -> None:
-        """Wake when the next call ends, if nothing joins before."""
+        """Wake up when the next call ends, unless another call joins before."""
         if self.timer is not None:
             self.timer.cancel()
         if self.running:
@@ -241,17 +241,17 @@ class SimulatedEngine:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is simulated.
+    """The simulated cluster.
 
     Args:
-        lengths: (positions, completions) tokens of the completions at a position of the run, modulo its length.
-        token_share: of a completion's tokens, those that its arrays really have.
-        losses_per_second: of one engine.
+        lengths: (positions, completions) completion lengths, by position of the run modulo the number of rows.
+        token_share: the share of a completion's tokens that its arrays really hold.
+        losses_per_second: how often one engine is lost.
     """
 
     lengths: np.ndarray
     decoding: Decoding
-    learn_per_token: float  # seconds of all ranks, a token of the step
+    learn_per_token: float  # seconds that all ranks together need per token of the step
     hands_over: float
     loads: float
     buckets: int
@@ -339,7 +339,7 @@ class Engines:
             return together(groups, [Held(None, f"{one.position:056x}") for one, _ in zip(groups, data, strict=False)])
 
     def groups(self, positions: Sequence[int], lengths: Sequence[np.ndarray], version: int) -> list[Group]:
-        """Completions of these lengths as an engine would return them, but for their share of tokens."""
+        """Completions of these lengths as an engine would return them, with only the given share of their tokens."""
         return as_groups(
             [(at, self.completions(at, of, version), None) for at, of in zip(positions, lengths, strict=True)]
         )
@@ -366,15 +366,15 @@ class Engines:
 
 @dataclass
 class Learner:
-    """All ranks, which ZeRO-3 keeps together."""
+    """All ranks, as one, since ZeRO-3 keeps them in step."""
 
     engines: Engines
     busy: float = 0.0
     marks: list[tuple[float, float, float]] = field(default_factory=list)
-    """When each version was handed over: simulated second, seconds that the learner and that all engines worked."""
+    """For each version's hand-over: simulated second, seconds that the learner and that all engines have worked."""
 
     async def train(self, controller: Controller) -> None:
-        """Until the controller has no more batches."""
+        """Train until the controller has no more batches."""
         cluster, accounts, loop = self.engines.cluster, self.engines.accounts, self.engines.loop
         references, version = [f"{bucket:028x}" for bucket in range(cluster.buckets)], 0
         await controller.begin(version, references)

@@ -1,9 +1,9 @@
-"""Half an hour of RL with the tiny preset, while a random rollout worker is killed every two minutes.
+"""Half an hour of RL with the tiny preset, with a random rollout worker killed every two minutes.
 
 python benchmarks/soak.py --minutes 30
 
 Asserts that every prompt is trained on exactly once. Records the resident memory of each kind of process after a tenth
-of the time and at the end, to show growth.
+of the time and at the end, to detect growth.
 """
 
 import argparse

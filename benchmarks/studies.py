@@ -1,10 +1,10 @@
-"""Diversity and kept capabilities with tiny and smollm2-135m.
+"""Diversity and retained capabilities with tiny and smollm2-135m.
 
 python benchmarks/studies.py --folder outputs/studies --gsm8k DATA/gsm8k
 
 Needs the packages of `make evals`. tiny is pre-trained as in its preset, smollm2-135m for half an hour on GSM8K, so
-this compares the ways of continuing texts at a small scale, not at that of the paper. The evaluation harness asks tiny
-for sums, and smollm2-135m which of four first sentences begins the solution of a problem.
+this compares ways of continuing texts at a small scale, not at the paper's scale. The evaluation harness asks tiny for
+sums, and asks smollm2-135m which of four first sentences begins the solution of a problem.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def write_first_sentences(folder: Path, gsm8k: Path) -> None:
 
 
 def measure(folder: Path, name: str, pretraining: list[str], sample: list[str], task: str) -> dict[str, float]:
-    """Figures of the model of a preset, with the name of the preset as prefix."""
+    """Figures of a preset's model, with the preset's name as prefix."""
     model = folder / f"{name}-start"
     run_once(model, "pretrain", "--preset", name, *pretraining)
     about = ["--preset", name, "--model.path", str(model / "outputs" / "run" / "model")]

@@ -1,4 +1,4 @@
-"""The demo with several seeds: greedy held-out accuracy of the base, the cloned policy and the policy after RL.
+"""The demo with several seeds: greedy held-out accuracy of base, cloned policy, and policy after RL.
 
 python benchmarks/tiny_rl.py 0 1 2
 """

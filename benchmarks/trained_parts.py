@@ -1,23 +1,23 @@
-"""What trains: the policy over latent actions, all weights over tokens, LoRA, or steering vectors; one base, one task.
+"""What to train: a policy over latent actions, all weights over tokens, LoRA or steering vectors; same base and task.
 
 python benchmarks/trained_parts.py --folder outputs/trained-parts [--seeds 0 1 2] [--parallel 2]
 python benchmarks/trained_parts.py --folder outputs/parts-135m --preset smollm2-135m --gsm8k DATA/gsm8k --steps 20
 
-    pretrain, a start a seed ─> rl with each part ─> accuracy before and after, bytes, seconds a step, KL
+    pretrain, one start per seed ─> rl with each part ─> accuracy before and after, bytes, seconds per step, KL
 
     latent           the policy over latent actions
-    token            all weights of the base inside that model, with tokens as actions
-    lora             adapters in it
-    steering_all     a vector for each of its layers; steering_last: one, for the last layer
+    token            all weights of the model's base, with tokens as actions
+    lora             adapters in the base
+    steering_all     one vector per layer of the base; steering_last: one vector for its last layer
 
 All have the same prompts, rewards, algorithm and number of steps. They need different learning rates: those of RATES,
-which no search has found, so an end says what a part reaches with its rate; --lr lora=3e-4 tries another. Trained bytes
-are the weights that gradients go to, optimizer bytes Adam's moments and the float32 weights that it steps. KL is per
-action, and an action is a latent one or a token. All rows start from what pre-training leaves; over tokens that is the
-base, whose accuracy is another than that of the cloned policy.
+which were not searched for, so final figures show what a part reaches with its rate; --lr lora=3e-4 tries another one.
+Trained bytes are those of the weights that receive gradients; optimizer bytes are those of Adam's moments and float32
+master weights. KL is per action: a latent action or a token. All rows start from the result of pre-training; over
+tokens that is the base, whose accuracy differs from that of the cloned policy.
 
-Intervals are over seeds, Student's. Seconds are medians of the later half of a run's steps, so run nothing else beside,
-and --parallel 1, where they matter. Runs that are in the folder are not repeated: a stopped benchmark continues.
+Intervals are Student's t over seeds. Seconds are medians over the second half of a run's steps: where they matter, run
+nothing else beside it, and use --parallel 1. Runs in the folder are not repeated: a stopped benchmark continues.
 """
 
 import argparse
@@ -47,7 +47,7 @@ PRETRAINING: dict[str, Settings] = {
     "tiny": {},
     "smollm2-135m": {"cluster.learner_ranks": 1, "pretrain.steps.actions": 80, "pretrain.steps.policy": 80},
 }
-"""Of the start, what is not as in the preset: with smollm2-135m, half an hour instead of days."""
+"""Changes to the preset for pre-training the start: with smollm2-135m, half an hour instead of days."""
 NAMES = {"tiny": "trained_parts", "smollm2-135m": "trained_parts_135m"}
 
 
@@ -68,7 +68,7 @@ def run_of(folder: Path, part: str, rate: float, start: KeptRun, task: Settings,
 
 
 def row_of(runs: list[KeptRun], rate: float) -> dict[str, Any]:
-    """Of a part's runs, one a seed."""
+    """A row of the table from a part's runs, one per seed."""
     found = [run.summary() for run in runs]
     trained = found[0]["trained_parameters"]
     more = {
@@ -88,10 +88,10 @@ def bytes_of(parameters: int, dtype: str) -> int:
 
 
 def rates(preset: str, given: list[str]) -> dict[str, float]:
-    """Learning rates of a preset's parts, with those given as PART=RATE in their place.
+    """Learning rates of a preset's parts; those given as PART=RATE replace the defaults.
 
     Raises:
-        SystemExit: there is no such part, or the rate is no number.
+        SystemExit: there is no such part, or the rate is not a number.
     """
     found = dict(RATES[preset])
     for one in given:
@@ -107,16 +107,16 @@ def rates(preset: str, given: list[str]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; the same one continues")
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
     parser.add_argument("--preset", choices=list(RATES), default="tiny")
     parser.add_argument("--gsm8k", type=Path, help="smollm2-135m: a folder with train.jsonl and test.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40, help="learner steps of a run")
-    parser.add_argument("--problems", type=int, default=512, help="held-out problems that are asked before and after")
+    parser.add_argument("--steps", type=int, default=40, help="learner steps per run")
+    parser.add_argument("--problems", type=int, default=512, help="held-out problems asked before and after training")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
                         help=f"rows of the table: {', '.join(PARTS)}")  # fmt: skip
-    parser.add_argument("--lr", nargs="+", default=[], metavar="PART=RATE", help="in the place of those of RATES")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; each uses about one core")
+    parser.add_argument("--lr", nargs="+", default=[], metavar="PART=RATE", help="replaces the rate in RATES")
+    parser.add_argument("--parallel", type=int, default=1, help="concurrent runs; each uses about one core")
     args = parser.parse_args()
     if (args.preset == "tiny") == bool(args.gsm8k):
         parser.error("--gsm8k goes with --preset smollm2-135m, which needs it")

@@ -30,7 +30,7 @@ class Clock(TrainerCallback):
 
 
 class TimedTrainer(trl.GRPOTrainer):
-    """Knows how long each batch of completions took, with their rewards; the rest of a step is the update."""
+    """Measures the time of each batch of completions and their rewards; the rest of a step is the update."""
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         begun = time.perf_counter()
@@ -86,12 +86,12 @@ def main() -> None:
 
 
 def prompt(tokenizer: Any, question: str) -> Any:
-    """As TRL takes it: a conversation where the model has a chat template, or else text."""
+    """A prompt in TRL's form: a conversation if the model has a chat template, else text."""
     return [{"role": "user", "content": question}] if tokenizer.chat_template else question
 
 
 def check_prompt(tokenizer: Any, question: str) -> None:
-    """Both trainers must read the same ids."""
+    """Check that both trainers read the same token ids."""
     if tokenizer.chat_template:
         theirs = tokenizer.apply_chat_template(
             prompt(tokenizer, question), add_generation_prompt=True, tokenize=True, return_dict=True
@@ -104,7 +104,7 @@ def check_prompt(tokenizer: Any, question: str) -> None:
 
 @torch.no_grad()
 def heldout_accuracy(model: Any, tokenizer: Any, task: Any, settings: dict[str, Any]) -> float:
-    """Accuracy of greedy answers to the held-out problems that our runs are evaluated on; without a chat template."""
+    """Accuracy of greedy answers to the held-out problems of our runs; without a chat template."""
     model.eval()
     problems = task.problems("heldout")[: settings["eval_problems"]]
     tokenizer.padding_side = "left"

@@ -1,7 +1,7 @@
-"""How far figures of a few seeds, or of measurements in pairs, can be told apart from chance.
+"""Whether differences between a few seeds, or between paired measurements, are more than chance.
 
-over_seeds("end", [0.86, 0.88, 0.89])        # a mean, and Student's interval of it
-median_interval([1.31, 1.28, 1.36, ...])     # of the median, whatever the distribution
+over_seeds("end", [0.86, 0.88, 0.89])        # a mean, and its Student's t interval
+median_interval([1.31, 1.28, 1.36, ...])     # an interval of the median, for any distribution
 in_words((1.2, 1.4), 1.0, "time")            # "more time"; "within noise" where the interval holds 1
 """
 
@@ -12,11 +12,11 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.99
-"""Of medians: a table of some thirty options shows one difference by chance in three tables."""
+"""Confidence of median intervals: in tables of about thirty options, one of three tables has a chance difference."""
 
 
 def over_seeds(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """``name``, ``name_low`` and ``name_high``: the mean of one value a seed and its 95 % interval, by Student's t.
+    """``name``, ``name_low`` and ``name_high``: the mean of one value per seed and its 95 % interval, by Student's t.
 
     It is wide with three seeds, 4.3 standard errors, and holds what differs between seeds and between the problems
     that they ask alike. None with one seed, which says nothing of others.
@@ -36,12 +36,12 @@ def over_seeds(name: str, values: Sequence[float]) -> dict[str, float | None]:
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Values between which the median of the distribution lies with this confidence; None of too few values.
+    """Values between which the distribution's median lies with this confidence; None if there are too few values.
 
-    By order statistics (Thompson 1936): of n independent values fewer than k lie below the median, or above it, with
-    the binomial probabilities of n tosses of a coin. Nothing else is assumed of the distribution.
+    By order statistics (Thompson 1936): the number of n independent values that lie below the median, or above it, is
+    distributed like the heads in n coin tosses. Nothing else is assumed about the distribution.
 
-    Example: 8 values, confidence 0.99 -> the least and the greatest, which miss the median in 2 of 2^8 cases.
+    Example: 8 values, confidence 0.99 -> the smallest and the largest, which miss the median in 2 of 2^8 cases.
     """
     ordered, count = sorted(values), len(values)
     outside = (1.0 - confidence) / 2
@@ -50,10 +50,10 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def in_words(interval: tuple[float, float] | None, same: float, noun: str, margin: float = 0.0) -> str:
-    """What an interval says against the value of no difference.
+    """What an interval says, given the value that means no difference.
 
     Args:
-        margin: how far two things that are the same were apart.
+        margin: the measured difference between two identical things.
 
     Example: (1.2, 1.4), same 1, "time" -> "more time"; with a margin of 0.3 "within noise".
     """

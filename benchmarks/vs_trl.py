@@ -1,11 +1,11 @@
-"""Called by vs_trl.sh when TRL is installed: trains with both in turn and writes what came of it.
+"""Called by vs_trl.sh when TRL is installed: trains with both libraries in turn and records the results.
 
     setting   ours                    theirs        result
     tiny      tokens                  GRPOTrainer   docs/results/vs_trl.json
     smollm2   tokens, latent actions  GRPOTrainer   docs/results/vs_trl_smollm2.json
 
-A seed is a pair: its runs follow one another, each with the whole machine. The base, prompts, reward, group size,
-completions in a micro-batch, learning rate, clipping and number of steps are the same.
+The runs of a seed follow one another, each with the whole machine. The base, prompts, reward, group size,
+completions per micro-batch, learning rate, clipping and number of steps are the same.
 """
 
 import argparse
@@ -31,10 +31,10 @@ class Setting:
 
     Attributes:
         shared: settings of both trainers; all others are the trainer's defaults.
-        micro_batch: completions in one of TRL's micro-batches.
-        skipped: first steps, while allocators and caches warm up.
-        spaces: of actions that ours trains over.
-        evaluated: whether greedy answers to held-out problems are counted.
+        micro_batch: completions per micro-batch in TRL.
+        skipped: number of first steps to skip, while allocators and caches warm up.
+        spaces: action spaces that our trainer uses.
+        evaluated: whether greedy answers to held-out problems are evaluated.
     """
 
     preset: str
@@ -55,7 +55,7 @@ SETTINGS = {
         about="Token-level GRPO on arithmetic, 64 prompts x 8 completions a step, against GRPOTrainer of TRL with "
         "the same base, prompts, reward, learning rate and clipping. Times of steps are medians.",
     ),
-    # No answer of this base to GSM8K is right at temperature 1; the reward for length tells its completions apart.
+    # At temperature 1 this base never solves GSM8K; a reward for length distinguishes its completions.
     "smollm2": Setting(
         "smollm2-135m", "vs_trl_smollm2",
         {"rl.lr": 1e-6, "rl.kl_coef": 0.0, "rl.prompts_per_step": 4, "rl.group_size": 8, "rl.micro_batch_tokens": 1024,
@@ -121,11 +121,11 @@ def theirs(folder: Path, setting: Setting, config: Config, base: str) -> dict[st
 
 
 def figures_of(setting: Setting, runs: dict[str, list[dict[str, Any]]], size: int) -> dict[str, Any]:
-    """What is recorded: medians of steps, a value a seed; ratios are above 1 where ours is faster.
+    """The recorded figures: medians over steps, one value per seed; ratios above 1 mean that ours is faster.
 
     Args:
-        runs: the trainers' names, of which trl's is one -> a run a seed.
-        size: completions in a step.
+        runs: trainer name ("trl" is one of them) -> one run per seed.
+        size: completions per step.
     """
 
     def medians(name: str, series: str) -> list[float]:
@@ -163,9 +163,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", required=True, help="a CoLA model of the setting's preset; all start from its base")
     parser.add_argument("--setting", choices=SETTINGS, default="tiny")
-    parser.add_argument("--path", default="", help="of GSM8K, for smollm2; a folder instead of the hub's")
+    parser.add_argument("--path", default="", help="for smollm2: a folder with GSM8K instead of the hub's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="of a run; by default 80 for tiny and 4 for smollm2")
+    parser.add_argument("--steps", type=int, help="steps per run; by default 80 for tiny and 4 for smollm2")
     args = parser.parse_args()
     setting, model = SETTINGS[args.setting], str(Path(args.model).resolve())
     runs: dict[str, list[dict[str, Any]]] = {f"cola_ray_{space}": [] for space in setting.spaces} | {"trl": []}

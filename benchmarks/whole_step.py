@@ -1,12 +1,12 @@
-"""A whole step of RL in one process, taken when asked: worker, source of batches and learner, without Ray.
+"""Whole steps of RL in one process, one per request: worker, source of batches and learner, without Ray.
 
     stdin: a line ─> collect ─> to_batches ─> learn ─> weights into the engine ─> stdout: STEP seconds ... peak
 
-    with stepped(settings, model, folder) as process:   # by dotted field, with the preset among them
+    with stepped(settings, model, folder) as process:   # settings by dotted field, including the preset
         process.step()                                  # {"step": 1.41, "rollout": 0.7, "learn": 0.6, "memory": ...}
 
-Nothing is computed between two lines, so that several such processes can take steps in turns. Memory is the peak within
-the step: of a process on CPU, resident; on a GPU what PyTorch allocated.
+Nothing is computed between two lines, so several such processes can take steps in turns. Memory is the peak within
+the step: resident memory on CPU, and memory allocated by PyTorch on a GPU.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from record import ROOT
 from cola_ray.settings.config import Config, override
 
 MEASURED = ("step", "rollout", "learn", "memory")
-"""Seconds of a step, of its rollouts and of its update; and bytes."""
+"""Seconds of a step, of its rollouts and of its update; and peak memory in bytes."""
 
 
 def settings_of(changes: Mapping[str, Any]) -> Config:
@@ -39,7 +39,7 @@ def settings_of(changes: Mapping[str, Any]) -> Config:
 
 
 class _OneWorker:
-    """A :class:`~cola_ray.loop.workers.WorkerPool` of one worker, in this process."""
+    """A :class:`~cola_ray.loop.workers.WorkerPool` with one worker in this process."""
 
     def __init__(self, config: Config, model_path: str) -> None:
         self.config, self.model_path = config, model_path
@@ -106,7 +106,7 @@ def _forget_peak(on_gpu: bool) -> None:
 
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
 
 
 def _peak(on_gpu: bool) -> float:
@@ -120,7 +120,7 @@ def _peak(on_gpu: bool) -> float:
 
 
 def serve(asked: str) -> None:
-    """Take a step for each line; ``asked`` is JSON of settings, model and folder."""
+    """Take a step for each line; ``asked`` is settings, model and folder as JSON."""
     changes, model, folder = json.loads(asked)
     config = settings_of(changes)
     from cola_ray.rollout.engine import prepare_process
@@ -161,7 +161,7 @@ class Stepped:
         self._answer("READY")
 
     def step(self) -> dict[str, float]:
-        """What is MEASURED of the next step.
+        """Take the next step; returns the values named in ``MEASURED``.
 
         Raises:
             RuntimeError: the process has ended; the message has the end of its log.
@@ -186,7 +186,7 @@ class Stepped:
 
 @contextlib.contextmanager
 def stepped(changes: Mapping[str, Any], model: Path, folder: Path) -> Iterator[Stepped]:
-    """A process that takes steps, ended with the block."""
+    """A process that takes steps and is ended with the block."""
     process = Stepped(changes, model, folder)
     try:
         yield process

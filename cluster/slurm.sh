@@ -3,9 +3,9 @@
 #
 #   sbatch --nodes 2 cluster/slurm.sh python jobs/rl_math.py --preset llama-3.1-8b --cluster.learner-ranks 8 ...
 #
-# The first LEARNER_NODES carry the learner, all others engines; all GPUs of all nodes are used. The first node also
-# carries the head and the services. Authentication is on: the token is made for this allocation and reaches its nodes
-# through the environment alone. Give --output-dir on a file system that all nodes see.
+# The first LEARNER_NODES run the learner, all others engines; all GPUs of all nodes are used. The first node also runs
+# the head and the services. Authentication is on: the token is made for this allocation and reaches its nodes only
+# through the environment. --output-dir must be on a file system that all nodes see.
 #SBATCH --job-name=cola-ray
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -28,7 +28,7 @@ RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN="$(python -c 'import secrets; print(secrets.token_hex(32))')"
 export RAY_AUTH_MODE RAY_AUTH_TOKEN
 
-start() {  # node, its resources, what else ray start is told
+start() {  # node, its resources, further arguments of ray start
   srun --nodes 1 --ntasks 1 --overlap --export ALL --nodelist "$1" \
     ray start --block --num-gpus "$GPUS" --resources "$2" "${@:3}" &
 }

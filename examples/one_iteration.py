@@ -12,7 +12,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1", "VLLM_LOGGING_LEVEL
 
 
 class Local:
-    """How the loop makes, calls and ends workers: plain objects of this process."""
+    """How the loop makes, calls and ends workers: here they are plain objects in this process."""
 
     def __init__(self, make):
         self.spawn = make
@@ -37,7 +37,7 @@ def random_model(config, folder):
     tokenizer = make_tokenizer(make_task(config.task, config.seed))
     conversion.save(make_tiny_llama(len(tokenizer), tokenizer.eos_token_id, config.seed), tokenizer, f"{folder}/base")
     model, draw = attach(config, f"{folder}/base"), torch.Generator().manual_seed(config.seed)
-    for parameter in model.world_model.parameters():  # which would say what the base says, whatever the action
+    for parameter in model.world_model.parameters():  # untrained, it would repeat the base whatever the action
         parameter.data.normal_(std=0.3, generator=draw)
     conversion.save(model, tokenizer, folder)
 
@@ -49,7 +49,7 @@ async def one_iteration(config, model):
     from cola_ray.rollout.worker import RolloutWorker
 
     worker = RolloutWorker(config, model)
-    shards = Shards(0, None, config.seed)  # no replay
+    shards = Shards(0, None, config.seed)  # without replay
     loop = controller.Controller(config, Local(lambda: worker), lambda *of: problems.Problems(*of, shards=shards))
     await loop.start(resumed=False)
     engine.join_group("gloo")
@@ -65,7 +65,7 @@ async def one_iteration(config, model):
     metrics = learner.step(batch)
     print(f"learnt from them: loss {metrics['policy/loss']:+.4f}, gradient norm {metrics['policy/grad_norm']:.4f}")
     await loop.publish(1, learner.buckets(), metrics)
-    assert await loop.next_batch(rank=0, version=1) is None  # the run is over: one step was all
+    assert await loop.next_batch(rank=0, version=1) is None  # the run is over after one step
     print(f"published: the worker holds version {worker.engine.version}")
 
 

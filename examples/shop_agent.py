@@ -1,9 +1,9 @@
-"""The shop as an agent program: it talks to the policy as to OpenAI's API, and plays many episodes at once.
+"""The shop as an agent program: it talks to the policy through OpenAI's API, and plays many episodes at once.
 
 cola_ray agent --task.name program --task.command "python examples/shop_agent.py" --model.path MODEL
 
-A word on the command line is a system message, for models that do not know the shop: "Answer with one action alone:
-search[words] on the first page, elsewhere click[value] of a value in brackets".
+An argument on the command line becomes a system message, for models that do not know the shop: "Answer with one action
+alone: search[words] on the first page, elsewhere click[value] of a value in brackets".
 """
 
 import asyncio
@@ -18,7 +18,7 @@ OLDEST = slice(len(RULES) + 1, len(RULES) + 3)
 
 
 async def say(policy, messages):
-    """What the policy says next. A conversation that is too long loses its oldest turns, but never its opening."""
+    """The policy's next message. A conversation that is too long loses its oldest turns, but never its opening."""
     while True:
         try:
             return (await policy.chat.completions.create(model="policy", messages=messages)).choices[0].message
@@ -45,7 +45,7 @@ async def play_on(client):
         episode = await client.post("/episodes", body={}, cast_to=object)
         try:
             await play(client.copy(base_url=episode["base_url"]), episode["seed"])
-        except APIError as error:  # this episode fails, the others go on
+        except APIError as error:  # this episode fails, the others continue
             print(error)
 
 

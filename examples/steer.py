@@ -1,4 +1,4 @@
-"""Fix one latent action and watch the text: every action in turn after one prompt, then the policy's own choice.
+"""Fix one latent action and watch the text: each action in turn after one prompt, then the policy's own choice.
 
 python examples/steer.py MODEL "3 + 4 =" [--new-tokens 8] [--actions 0 5 9]
 """
@@ -16,10 +16,10 @@ from cola_ray.tasks.chat import ChatTokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", help="a CoLA model's directory")
+    parser.add_argument("model", help="directory of a CoLA model")
     parser.add_argument("prompt")
     parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("--actions", type=int, nargs="+", help="all by default")
+    parser.add_argument("--actions", type=int, nargs="+", help="default: all actions")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = CoLAForCausalLM.from_pretrained(args.model).eval()

@@ -3,9 +3,9 @@
 cola_ray agent --task.name program --model.path MODEL \
     --task.command "VENV/bin/python examples/verifiers_agent.py ENVIRONMENT ['{\"argument\": value}']"
 
-ENVIRONMENT is what vf.load_environment takes, or a file with a function load_environment. VENV is a virtual environment
-with verifiers>=0.1.14,<0.4. A seed stands for a row; held-out seeds, those from 2^30 on, for one of the evaluation
-data set.
+ENVIRONMENT is an argument of vf.load_environment, or a file with a function load_environment. VENV is a virtual
+environment with verifiers>=0.1.14,<0.4. A seed stands for a row of the data set; held-out seeds, from 2^30 on, stand
+for rows of the evaluation data set.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from openai import AsyncOpenAI
 from verifiers.clients import OpenAIChatCompletionsClient
 
 HELD_OUT = 2**30
-CUT = ("prompt_too_long", "timeout_reached")  # the episode would have gone on
-ENDS = ("task.options.max_turns", "EmptyModelResponseError")  # errors to verifiers, but the policy had its say
+CUT = ("prompt_too_long", "timeout_reached")  # the episode would have continued
+ENDS = ("task.options.max_turns", "EmptyModelResponseError")  # errors to verifiers, but the policy did answer
 
 
 async def play(env, policy, seed):
@@ -39,7 +39,7 @@ async def play_on(env, client):
         episode = await client.post("/episodes", body={}, cast_to=object)
         try:
             await play(env, client.copy(base_url=episode["base_url"]), episode["seed"])
-        except Exception as error:  # this episode fails, the others go on
+        except Exception as error:  # this episode fails, the others continue
             print(f"{type(error).__name__}: {error}", flush=True)
 
 

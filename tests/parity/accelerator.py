@@ -1,4 +1,4 @@
-"""What vLLM does to a model on a GPU and not on a CPU, done on a CPU; engines.py has engines run under it.
+"""Emulates on a CPU what vLLM does to a model only on a GPU; engines.py selects it for the engines of these tests.
 
     AcceleratorWorker      profiles before there is a cache, and again with two caches that are not the real one
       AcceleratorRunner    pads each step as for CUDA graphs and poisons the padding; overwrites what a step returned
@@ -41,7 +41,7 @@ COMPILED = {
         "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
     },
 }
-"""Further arguments for one that is compiled."""
+"""Additional engine arguments for a compiled engine."""
 PADDED_TO = 8  # tokens; the sizes of vLLM's graphs from 8 on are multiples of 8
 IN_PLACE = "in_place"
 
@@ -58,8 +58,8 @@ if IN_PLACE not in ir.ops.fused_add_rms_norm.impls:
 class AcceleratorRunner(CPUModelRunner):
     """Runs a step as a CUDA graph would."""
 
-    num_tokens = 0  # of the step, without padding
-    returned: Tensor | None = None  # by the step before
+    num_tokens = 0  # tokens of the step, without padding
+    returned: Tensor | None = None  # the previous step's output
 
     def _determine_batch_execution_and_padding(self, num_tokens: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         mode, batch, *others = super()._determine_batch_execution_and_padding(num_tokens, *args, **kwargs)
@@ -79,7 +79,7 @@ class AcceleratorRunner(CPUModelRunner):
         assert input_ids is not None
         if self.returned is not None:
             self.returned.fill_(torch.nan)
-        if not self.model_config.enforce_eager:  # a hook would be traced: take a row behind the vocabulary
+        if not self.model_config.enforce_eager:  # a hook would be traced, so use a row behind the vocabulary
             table = self.get_model().model.embed_tokens.weight
             table.data[-1] = torch.nan
             input_ids[self.num_tokens :] = len(table) - 1
@@ -89,7 +89,7 @@ class AcceleratorRunner(CPUModelRunner):
 
     @torch.inference_mode()
     def profile_with_cache(self, num_blocks: int) -> None:
-        """As ``profile_cudagraph_memory`` does: make a small cache, run with it, and drop it."""
+        """Like ``profile_cudagraph_memory``: make a small cache, run with it, and drop it."""
         groups = get_kv_cache_groups(self.vllm_config, self.get_kv_cache_spec())
         with mock.patch.object(self.cache_config, "num_gpu_blocks_override", num_blocks):
             small = get_kv_cache_config_from_groups(self.vllm_config, groups, available_memory=0)
@@ -100,7 +100,7 @@ class AcceleratorRunner(CPUModelRunner):
 
 
 class AcceleratorWorker(cpu_worker.CPUWorker):
-    """A process of an engine under the contract."""
+    """An engine process under the GPU's contract."""
 
     def init_device(self) -> None:
         with mock.patch.object(cpu_worker, "CPUModelRunner", AcceleratorRunner):
@@ -116,7 +116,7 @@ class AcceleratorWorker(cpu_worker.CPUWorker):
 
 
 def piecewise(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A backend of ``torch.compile``: what ``VllmBackend`` does, without Inductor."""
+    """A backend for ``torch.compile``: ``VllmBackend`` without Inductor."""
     config = get_current_vllm_config()
     split, items = split_graph(graph, list(CompilationConfig._attention_ops))
     for item in items:
@@ -136,7 +136,7 @@ class _Piece(torch.nn.Module):
 
 
 def through_passes(piece: fx.GraphModule, inputs: Sequence[Any], config: Any) -> Callable[..., Any]:
-    """One piece after vLLM's passes before and after AOTAutograd, interpreted."""
+    """One piece, interpreted after vLLM's passes before and after AOTAutograd."""
     passes = PostGradPassManager()
     passes.configure(config)
     # The last pass names kernels that a CPU build has not. It unwraps operators that write their results in place.

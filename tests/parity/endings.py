@@ -1,4 +1,4 @@
-"""What ends a completion, of an engine in either action space: one check for both."""
+"""What ends a completion: one check for engines of both action spaces."""
 
 import dataclasses
 
@@ -11,11 +11,11 @@ LOG_PROB_TOLERANCE = 5e-5  # a forced token may lie at -30, where float32 has si
 
 
 def check_what_ends_a_completion(engine, reference, stop_token, monkeypatch):
-    """A string, a second end token, and a string that began in what was said before: exactly the tokens up to it.
+    """Each ends a completion exactly: a string, a second end token, and a string that began earlier in the response.
 
     Args:
-        reference: ``reference(request)`` is (tokens, ..., log-probabilities) of PyTorch.
-        stop_token: of the engine.
+        reference: ``reference(request)`` returns PyTorch's (tokens, ..., log-probabilities).
+        stop_token: the engine's end token.
     """
     prompt = list(range(20, 40))
     whole = Request(prompt, 5, 1.0, 0, 12)
@@ -35,10 +35,10 @@ def check_what_ends_a_completion(engine, reference, stop_token, monkeypatch):
 
     check(engine.generate([dataclasses.replace(whole, stop=("no", stop))])[0], 0)
     assert dataclasses.replace(engine.endings, strings=(stop,)).text(tokens) == text[: length - 2]
-    begun = length - 1  # amid the string
+    begun = length - 1  # in the middle of the string
     later = Request([*prompt, *tokens[:begun]], 5, 1.0, 0, 12 - begun, stop=(stop,), response_prefix=begun)
     check(engine.generate([later])[0], begun)
-    for exactly in (length, length + 1):  # the limit falls on the string's last token, or behind it
+    for exactly in (length, length + 1):  # the limit is at the string's last token, or after it
         check(engine.generate([dataclasses.replace(whole, stop=(stop,), max_new_tokens=exactly)])[0], 0)
     cut = engine.generate([dataclasses.replace(whole, stop=(stop,), max_new_tokens=length - 1)])[0]
     assert cut.truncated

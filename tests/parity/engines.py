@@ -4,4 +4,4 @@ import torch
 
 ON_GPU = torch.cuda.is_available()
 ON_ACCELERATOR = {"gpu_memory_utilization": 0.08} if ON_GPU else {"worker_cls": "accelerator.AcceleratorWorker"}
-"""Arguments of an engine: a real one, of which each takes a part, or the emulation in accelerator.py, eagerly."""
+"""Engine arguments: a part of the real accelerator for each engine, or the emulation in accelerator.py, eager."""

@@ -1,6 +1,6 @@
 """The latent engine under a GPU's contract: eager and compiled, with one and with eight policy layers. float32.
 
-Faults that the contract is there for are put back, and must be found.
+Faults that the contract is meant to catch are reintroduced, and must be found.
 """
 
 import copy
@@ -39,7 +39,7 @@ def start(path, **compilation):
 
 
 class TableOfTheFirstSize:
-    """States in a table that is made by the first run that has a cache, be it vLLM's or not."""
+    """States in a table that is created by the first run that has a cache, even one of profiling."""
 
     def __init__(self, vllm_config, hidden, name):
         self.cache, self.hidden, self.table = vllm_config.cache_config, hidden, None
@@ -76,14 +76,14 @@ def model_dir(model, tmp_path_factory):
 @pytest.fixture(scope="module", params=["eager", "compiled"])
 def engine(model_dir, request):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_USE_AOT_COMPILE", "0")  # it would keep what Inductor made
+        patch.setenv("VLLM_USE_AOT_COMPILE", "0")  # it would store Inductor's output
         engine = start(model_dir, **(COMPILED if request.param == "compiled" else {}))
         yield engine
         engine.close()
 
 
 def check(completions, model):
-    """Tokens, actions, log-probabilities and states are those of PyTorch."""
+    """Check that tokens, actions, log-probabilities and states equal PyTorch's."""
     for request, found in zip(REQUESTS, completions, strict=True):
         tokens, actions, log_probs = (
             column[0].numpy()
@@ -101,7 +101,7 @@ def check(completions, model):
 
 def test_completions_are_pytorchs_before_and_after_an_update(engine, model):
     check(engine.generate(REQUESTS), model)
-    check(engine.generate(REQUESTS), model)  # from cached prefixes
+    check(engine.generate(REQUESTS), model)  # with cached prefixes
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(9)
     for parameter in other.policy.parameters():
         parameter.data += 0.1 * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
@@ -112,7 +112,7 @@ def test_completions_are_pytorchs_before_and_after_an_update(engine, model):
 
 
 def test_states_are_a_layer_of_the_cache(engine, model):
-    """In the one group that there is, so with its blocks; counted in the bytes of a block; at one address."""
+    """They are in the only cache group and use its blocks, count in a block's bytes, and keep their address."""
 
     def look(worker):
         (group,) = worker.model_runner.kv_cache_config.kv_cache_groups
@@ -131,7 +131,7 @@ def test_states_are_a_layer_of_the_cache(engine, model):
 
 
 def reads_e_late(leave):
-    """Forward that reads e after the policy layers, which were given ``leave(e)`` as their residual."""
+    """A forward that reads e only after the policy layers, which received ``leave(e)`` as their residual."""
 
     def forward(self, input_ids, positions, *_):
         e = LlamaModel.forward(self, input_ids, positions, None)
@@ -145,9 +145,9 @@ def reads_e_late(leave):
 
 
 def half_of_rows(engine, forward):
-    """The e that ``forward`` returns after vLLM's passes, and the base's own where nothing is overwritten.
+    """The e that ``forward`` returns after vLLM's passes, and the base's own e computed without overwriting.
 
-    Attention is to a token itself, since there is no cache; vLLM leaves its output as it is then.
+    Without a cache, vLLM leaves the output of attention as it is; here, each token attends only to itself.
     """
 
     def attend(self, layer, query, key, value, kv_cache, metadata, output, **_):
@@ -184,12 +184,12 @@ def check_completions_without_e(engine, model, monkeypatch):
     with pytest.raises(AssertionError, match="tokens are not PyTorch's"):
         check(engine.generate(REQUESTS), model)
     monkeypatch.undo()
-    engine.reset_prefix_cache()  # with the states in it
+    engine.reset_prefix_cache()  # it contains the states
     check(engine.generate(REQUESTS), model)
 
 
 def check_vllms_passes(engine, num_layers):
-    """They refuse a read after the norm if they see it, do not see it across pieces, and remove a clone."""
+    """vLLM's passes refuse a read after the norm if they see it, miss it across pieces, and remove a clone."""
     kept, e = half_of_rows(engine, vllm_cola.with_policy(LlamaModel).forward)
     torch.testing.assert_close(kept, e, atol=STATE_TOLERANCE, rtol=0)
     late, cloned = reads_e_late(lambda e: e), reads_e_late(torch.clone)

@@ -1,7 +1,7 @@
 """Asynchronous scheduling, as on a GPU: the next step is scheduled before the tokens of this one are known.
 
-vLLM turns it off on CPUs. Here it stays on, with streams and events that do nothing, because a CPU has computed what it
-was asked when the call returns: scheduler, queue of batches and placeholders for tokens are vLLM's own. float32.
+vLLM turns it off on CPUs. Here it stays on, with streams and events that do nothing, because a CPU has finished its
+computation when a call returns. The scheduler, the queue of batches and the placeholder tokens are vLLM's own. float32.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from cola_ray.rollout.engine import LatentEngine, Request
 
 
 class Nothing:
-    """Stands for a CUDA stream or event."""
+    """Stands in for a CUDA stream or event."""
 
     device = torch.device("cpu")
 
@@ -75,7 +75,7 @@ def test_it_is_on(engine):
 
 
 def test_mixed_requests_equal_pytorch(engine, cola):
-    """Settings per row, forced actions, chunked prompts, shared prefixes, preemptions, ends by token and by limit."""
+    """Per-row settings, forced actions, chunked prompts, shared prefixes, preemptions, ends by token and by limit."""
     requests = mixed_requests()[::2]
     for request, completion in zip(requests, engine.generate(requests), strict=True):
         assert_same(completion, reference(cola, request))
@@ -84,7 +84,7 @@ def test_mixed_requests_equal_pytorch(engine, cola):
 
 
 def test_who_finishes_while_preempted_has_its_states_computed_again(engine, cola, monkeypatch):
-    """Its last token is on its way when its blocks go to others."""
+    """The request is preempted while its last token is still being computed."""
     again, compute = [], engine._compute_states
     monkeypatch.setattr(engine, "_compute_states", lambda name, *args: (again.append(name), compute(name, *args)))
     requests = [Request([20 + i, *range(30, 70)], i, 1.0, 0, 8) for i in range(3)]
@@ -110,7 +110,7 @@ def test_an_update_knows_where_the_step_under_way_begins(engine, cola):
 
 
 def test_slots_of_who_leaves_are_used_again(engine, cola):
-    """A step that is under way still writes for a request that was dropped; its successor's actions are its own."""
+    """A step under way still writes for a dropped request; the next request in its slot keeps its own actions."""
     stays = Request([30, 31, 32], 1, 1.0, 0, 24)
     name = engine.submit(stays)
     dropped = [engine.submit(Request([33 + i, 31, 32], 2 + i, 1.0, 0, 40)) for i in range(4)]

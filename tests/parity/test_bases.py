@@ -1,10 +1,10 @@
-"""Families of bases: what holds for a Llama holds for each, over small random models in float32.
+"""Families of bases: each must behave like Llama, in small random models in float32.
 
-    attach is the base, bit for bit        engine = generate_latent = the learner        an update reaches the engine
+    attach equals the base, bit for bit    engine = generate_latent = the learner        an update reaches the engine
     the same over tokens, whole or LoRA    a checkpoint opens without the package        vLLM serves it by itself
                                            a reward model is made of it
 
-Each family has its own engines; starting them is what takes time.
+Each family has its own engines; most of the time goes into starting them.
 """
 
 import copy
@@ -68,7 +68,7 @@ def base_dir(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sizes(base, tmp_path_factory):
-    """Those of CoLA's modules; for a family that is not built in, with what docs/extending.md says."""
+    """Sizes of CoLA's modules; for a family that is not built in, also the family as in docs/extending.md."""
     kind = base.config.model_type
     if kind in registry.BUILT_IN["base"]:
         return SIZES
@@ -86,7 +86,7 @@ def cola(base_dir, sizes):
 
 
 def around(base_dir, sizes):
-    """CoLA around a base, whose weights stay, with random ones that are all in use."""
+    """CoLA around a base: the base keeps its weights, all others are random and have an effect."""
     model = scramble(CoLAForCausalLM.attach(base_dir, **sizes), keep=("model.", "lm_head."))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.policy.parameters():
@@ -118,7 +118,7 @@ def token_engine(base_dir):
 
 
 def requests():
-    """16 of mixed length and settings, most of them longer than a window."""
+    """16 requests of mixed length and settings, most of them longer than an attention window."""
     draw = np.random.default_rng(3)
     shared = draw.integers(8, VOCAB_SIZE, 40).tolist()
     return [
@@ -191,7 +191,7 @@ def test_they_agree_on_drawn_shapes(kind, number, tmp_path):
 
 
 def assert_all_agree(engine, cola):
-    """Engine, learner and ``generate_latent``, on actions, their log-probabilities and states."""
+    """Check that engine, learner and ``generate_latent`` agree on actions, log-probabilities and states."""
     asked = requests()
     made = engine.generate(asked)
     learner = LatentPolicy(copy.deepcopy(cola)).eval()
@@ -325,7 +325,7 @@ def test_a_checkpoint_opens_without_the_package(cola, cola_dir, elsewhere):
 
 
 def test_vllm_serves_it_by_itself(cola, cola_dir):
-    """What ``vllm serve`` opens, without HTTP: greedy answers are those of ``generate``."""
+    """The model as ``vllm serve`` loads it, without HTTP: greedy answers equal those of ``generate``."""
     import vllm
 
     llm = vllm.LLM(

@@ -1,7 +1,7 @@
 """vLLM and PyTorch choose the same actions and tokens; published weights arrive; stale caches are dropped.
 
 One engine serves all tests here, under a GPU's contract (``accelerator.py``): starting it takes longer than using it.
-float32 throughout. Engines as they are on CPUs run in ``test_serve.py`` and in the system tests.
+float32 throughout. Unmodified CPU engines run in ``test_serve.py`` and in the system tests.
 """
 
 import asyncio
@@ -99,7 +99,7 @@ def test_64_mixed_requests_equal_each_alone_and_pytorch(engine, cola, requests):
         for other in (second, third, engine.generate([request])[0]):
             assert other.token_ids.tolist() == completion.token_ids.tolist()
             assert other.actions.tolist() == completion.actions.tolist()
-        # The states handed out are the base's, whoever computed them: cached prefixes and preempted requests too.
+        # The returned states are always the base's, also for cached prefixes and preempted requests.
         ids = torch.tensor([[*request.prompt_ids, *completion.token_ids.tolist()[:-1]]])
         e = cola.encode(ids)[0].detach().numpy()
         for found in (completion, second, third):
@@ -134,7 +134,7 @@ def publish(engine, model, version):
 
 
 def with_another_policy(cola):
-    """The same model, whose policy has moved a little."""
+    """The same model with a slightly different policy."""
     model = copy.deepcopy(cola)
     generator = torch.Generator().manual_seed(9)
     for parameter in model.policy.parameters():
@@ -161,12 +161,12 @@ def test_published_weights_reach_the_engine(engine, cola, other):
 
 
 def test_requests_in_flight_continue_on_new_weights(engine, cola, other):
-    """Tokens before the update are the old policy's, those after it the new one's: as PyTorch says, bit by bit."""
+    """Tokens before the update come from the old policy and later ones from the new, exactly as in PyTorch."""
     check_an_update_amid_requests(engine, cola, other, 5)
 
 
 def check_an_update_amid_requests(engine, cola, other, steps):
-    """After so many steps of the engine."""
+    """Check an update after this many engine steps."""
     requests = [Request(list(range(20 + i, 40 + i)), 50 + i, 1.0, 0, 16) for i in range(8)]
     ids = [engine.submit(request) for request in requests]
     finished = {}
@@ -188,7 +188,7 @@ def check_an_update_amid_requests(engine, cola, other, steps):
 
 
 def replayed(first, second, request, switch):
-    """Token by token without any cache: ``switch`` steps by one model, the rest by the other."""
+    """PyTorch without a cache, token by token: ``switch`` steps by the first model, the rest by the second."""
     ids, columns = list(request.prompt_ids), ([], [], [])
     for step in range(request.max_new_tokens):
         model = first if step < switch else second
@@ -202,7 +202,7 @@ def replayed(first, second, request, switch):
 
 
 def test_prefix_cache_must_be_dropped_with_the_old_policy(engine, cola, other, monkeypatch):
-    """Without the reset, a cached prompt answers with the old policy's keys and values."""
+    """Without the reset, a cached prompt would use the old policy's keys and values."""
     request = Request(list(range(20, 84)), 5, 0.0, 0, 4)
     engine.generate([request])  # fills the cache under the old policy
     with monkeypatch.context() as patch:
@@ -225,7 +225,7 @@ def test_an_incomplete_update_changes_nothing(engine, cola):
 
 
 def test_turns_of_many_episodes_share_steps(engine, monkeypatch):
-    """Eight episodes of three turns side by side take hardly more steps than one; a refused request fails alone."""
+    """Eight concurrent episodes of three turns take hardly more steps than one; a refused request fails alone."""
     batch, steps, step = RunningBatch(engine, drain=True), [0], engine.step
 
     def counted():
@@ -252,12 +252,12 @@ def test_turns_of_many_episodes_share_steps(engine, monkeypatch):
     batch = RunningBatch(engine, drain=True)
     assert asyncio.run(episode(3)) == together[3]
     batch = RunningBatch(engine, drain=True)
-    with pytest.raises(VLLMValidationError):  # and alone, with nothing to step
+    with pytest.raises(VLLMValidationError):  # also alone, when there is nothing to step
         asyncio.run(batch.complete([Request([20] * 4096, 0, 1.0, 0, 5)]))
 
 
 def test_who_is_cancelled_leaves_the_engine_and_the_others_stay(engine, cola):
-    """As when a search's time is up: within a few steps, far before its requests would have ended."""
+    """As when a search runs out of time: within a few steps, long before its requests would have ended."""
     batch = RunningBatch(engine, drain=True)
     stays, goes = (Request([30 + i, 31, 32], i, 1.0, 0, 60, [3] * 60) for i in range(2))
 

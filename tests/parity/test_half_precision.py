@@ -1,7 +1,7 @@
 """Engine and learner in bfloat16 and float16, on a trained model: how far apart their log-probabilities are.
 
-Random weights would not do: their policies are nearly uniform, where rounding shows little, or far from any that
-training makes. The model here is trained for some seconds, until its policy is decided about most actions.
+Random weights would not do: their policies are nearly uniform, where rounding shows little, or unlike any trained one.
+The model here is trained for some seconds, until its policy is confident about most actions.
 """
 
 import copy
@@ -15,9 +15,9 @@ from cola_ray import CoLAForCausalLM
 from cola_ray.learner.policies import LatentPolicy
 from cola_ray.rollout.engine import LatentEngine, Request
 
-# Mean and 99th percentile of |log-probability in the engine - in the learner| of the actions taken. What is left comes
-# from states in 8 and 11 bits, which the two compute with other kernels. With heads in bfloat16 the mean was 3.5e-2 and
-# the percentile 0.21.
+# Mean and 99th percentile of |log-probability in the engine - in the learner| of the actions taken. The remaining
+# difference comes from states in 8 and 11 bits, which the two compute with different kernels. With heads in bfloat16
+# the mean was 3.5e-2 and the percentile 0.21.
 BOUNDS = {"bfloat16": (2e-2, 0.12), "float16": (3e-3, 2e-2)}
 PROMPTS, NEW_TOKENS = 32, 24
 
@@ -33,7 +33,7 @@ def sequences(count, length, generator):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A directory of a small model after 200 steps on the likelihood of such sequences."""
+    """The directory of a small model after 200 steps of likelihood training on such sequences."""
     path = tmp_path_factory.mktemp("trained")
     small_llama().save_pretrained(path / "base")
     model = CoLAForCausalLM.attach(

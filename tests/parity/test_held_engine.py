@@ -1,4 +1,4 @@
-"""Actions that last: vLLM, PyTorch and the learner hold the same ones, through chunks, preemptions and weight updates.
+"""Held actions: vLLM, PyTorch and the learner hold the same ones, through chunks, preemptions and weight updates.
 
 As in ``test_engine.py``, with models whose actions last 2 and 3 tokens. float32 throughout.
 """
@@ -87,7 +87,7 @@ def test_a_prompt_that_ends_amid_an_action_is_refused(held):
 
 
 def test_an_action_is_held_through_a_weight_update(held):
-    """What was chosen before it is held after it, under the version that chose it."""
+    """An action chosen before the update is held after it, with the version that chose it."""
     engine, model = held
     every, other = model.config.action_every, with_another_policy(model)
     requests = [Request(list(range(20 + i, 40 + 2 * i)), 50 + i, 1.0, 0, 17) for i in range(8)]
@@ -113,7 +113,7 @@ def test_an_action_is_held_through_a_weight_update(held):
 
 
 def replayed(first, second, request, switch):
-    """Token by token without any cache: decisions before ``switch`` by one model, the rest by the other."""
+    """PyTorch without a cache, token by token: decisions before ``switch`` by one model, the rest by the other."""
     ids, columns = list(request.prompt_ids), ([], [], [])
     for step in range(request.max_new_tokens):
         between = step % first.config.action_every != 0
@@ -133,7 +133,7 @@ def replayed(first, second, request, switch):
 
 
 def test_a_learner_scores_what_the_engine_chose(held, made):
-    """Its log-probabilities at decisions are the engine's; other positions have no part; the reward is of the last."""
+    """At decisions, log-probabilities equal the engine's; other positions do not count; the last has the reward."""
     engine, model = held
     every, (requests, completions) = model.config.action_every, made
     chosen = [i for i, one in enumerate(requests) if not one.actions and not one.top_k and one.top_p == 1

@@ -1,4 +1,4 @@
-"""``cola_ray serve`` under OpenAI's own client: the answers of ``generate``, and refusals in words."""
+"""``cola_ray serve`` with OpenAI's own client: answers as of ``generate``, and refusals with an explanation."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ def client(cola, tokenizer, tmp_path_factory):
         [sys.executable, "-m", "cola_ray", "serve", str(folder), "--port", str(port), "--host", "127.0.0.1",
          "--served-model-name", "cola", "--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "16"],
         stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},  # engines of other tests have switched it off here
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},  # other tests' engines have switched it off here
     )  # fmt: skip
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
     try:

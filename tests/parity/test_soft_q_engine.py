@@ -1,4 +1,4 @@
-"""Actions from ``rho exp(Q / beta) / Z`` inside vLLM: those of PyTorch, before and after a Q arrives. float32."""
+"""Actions from ``rho exp(Q / beta) / Z`` inside vLLM equal PyTorch's, before and after a Q arrives. float32."""
 
 import copy
 
@@ -15,7 +15,7 @@ from cola_ray.rollout.engine import LatentEngine, Request
 from cola_ray.weights import WeightSender, WeightTransferError
 
 STOP, BETA = 7, 0.1
-LOG_PROB_TOLERANCE = 5e-5  # logits hold Q / beta, ten times Q, and its rounding
+LOG_PROB_TOLERANCE = 5e-5  # logits contain Q / beta, ten times Q and its rounding
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""An engine of two processes does what one of one process does, under a GPU's contract: CPU processes, float32."""
+"""An engine of two processes behaves like one of one process, under a GPU's contract: CPU processes, float32."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from cola_ray.rollout.engine import LatentEngine, Request, prepare_process
 from cola_ray.weights import Broadcast, Channel, Offer, WeightSender, WeightTransferError
 
 STOP = 7
-TOLERANCE = 2e-5  # two halves are added up in another order; how far off that is depends on the processor
+TOLERANCE = 2e-5  # two halves are added in another order; the difference depends on the processor
 REQUESTS = [
     Request(
         np.random.default_rng(i).integers(8, VOCAB_SIZE, 3 + 9 * i).tolist(), 1000 + i, [1.0, 0.7][i % 2], 0, 16,
@@ -28,14 +28,14 @@ REQUESTS = [
 
 @pytest.fixture(autouse=True)
 def environment_of_processes(monkeypatch):
-    """They import the contract by its name, and compile nothing."""
+    """Let the engine's processes import the contract by name, and compile nothing."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
 @pytest.fixture(scope="module")
 def versions(cola):
-    """Two further policies for the same model, each as (name, tensor)."""
+    """Two more policies for the same model, each as (name, tensor) pairs."""
     found, generator = [], torch.Generator().manual_seed(9)
     for _ in range(2):
         policy = copy.deepcopy(cola.policy)
@@ -46,7 +46,7 @@ def versions(cola):
 
 
 def receive(engine, version, tensors, members):
-    """Have the engine take ``tensors`` by a broadcast to its ``members`` processes."""
+    """Let the engine receive ``tensors`` by a broadcast to its ``members`` processes."""
     channel = Channel("localhost", free_port(), 1 + members)
     manifest = tuple((n, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors)
 
@@ -62,7 +62,7 @@ def receive(engine, version, tensors, members):
 
 
 def completions(path, members, versions):
-    """Of the first policy, of one that arrives in buckets while requests are under way, and of one by broadcast."""
+    """Completions of three policies: the first, one sent in buckets while requests run, and one sent by broadcast."""
     engine = LatentEngine(
         str(path), dtype="float32", max_model_len=128, stop_token_ids=[STOP], max_num_seqs=16, block_size=32,
         num_gpu_blocks_override=32, max_num_batched_tokens=96, keep_hidden_states=True, kv_cache_mb=64,
@@ -103,7 +103,7 @@ def seeds(worker):
 
 
 def test_processes_of_a_server_draw_the_same_actions(cola_dir):
-    """Of requests without a seed, too, each of which has another one."""
+    """Also for requests without a seed, each of which gets a different one."""
     prepare_process(1)
     llm = vllm.LLM(
         str(cola_dir), dtype="float32", max_model_len=128, max_num_seqs=16, block_size=32, skip_tokenizer_init=True,

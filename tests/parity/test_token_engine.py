@@ -1,4 +1,4 @@
-"""Tokens as actions: vLLM over a plain Llama draws what PyTorch draws, and takes whole or adapted weights. float32."""
+"""Tokens as actions: vLLM with a plain Llama draws as PyTorch does, and accepts full or LoRA weights. float32."""
 
 import copy
 
@@ -57,7 +57,7 @@ def requests():
 
 @torch.no_grad()
 def reference(model, request):
-    """Token by token without any cache."""
+    """PyTorch without a cache, token by token."""
     ids, log_probs = list(request.prompt_ids), []
     for step in range(request.max_new_tokens):
         forced = request.actions[step] if step < len(request.actions) else -1

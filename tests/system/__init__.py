@@ -1,1 +1,1 @@
-"""A package, so that its conftest.py is another module than that of all tests."""
+"""A package, so that its conftest.py is a different module from the one of all tests."""

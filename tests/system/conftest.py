@@ -6,7 +6,7 @@ from runs import SHORT_PRETRAINING, SHORT_RL, Run
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """Base, actions, policy and five RL steps; every other run of these settings must show the same curve."""
+    """Base, actions, policy and five RL steps; every other run with these settings must have the same curve."""
     run = Run("rl_math", tmp_path_factory.mktemp("run"), *SHORT_PRETRAINING, *SHORT_RL)
     run.finish()
     return run
@@ -14,5 +14,5 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(finished):
-    """What the short run started RL from."""
+    """The model that the short run started RL from."""
     return str(finished.start)

@@ -7,7 +7,7 @@ from cola_ray.tasks.verifiable import Arithmetic
 
 
 class Faulty(Arithmetic):
-    """Problems 0 of 10 raise, 1 of 10 hang, 2 of 10 are NaN; ``options`` say which, by name."""
+    """Of every 100 training problems, the first raises, the second hangs, the third is NaN, if ``options`` names it."""
 
     @classmethod
     def of(cls, config: TaskConfig, seed: int) -> "Faulty":

@@ -1,4 +1,4 @@
-"""Runs of the jobs as subprocesses, for the tests that disturb them: start, watch, kill, compare."""
+"""Runs of jobs as subprocesses, for tests that disturb them: start, watch, kill, compare."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from cola_ray.runs import event_log
 
 ROOT = Path(__file__).parents[2]
 OF_THE_MACHINE = re.compile("time/|memory/|.*/tokens_per_second$")
-# A base trained just long enough to be right now and then, so that RL has something to learn from.
+# A base trained just long enough to be right sometimes, so that RL has something to learn from.
 SHORT_PRETRAINING = [
     "--pretrain.steps.base", "120", "--pretrain.steps.actions", "40", "--pretrain.steps.policy", "40"
 ]  # fmt: skip
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def start(self) -> Path:
-        """The model that this job has pre-trained; its folder's name says under which settings."""
+        """The model that this job pre-trained; the name of its folder depends on the settings."""
         (found,) = (self.where / "outputs").glob("pretrain-tiny-*/model")
         return found
 
@@ -58,7 +58,7 @@ class Run:
         return found
 
     def finish(self, code: int = 0, timeout: float = 1800) -> str:
-        """Wait for the end; everything the job printed."""
+        """Wait for the end; returns everything that the job printed."""
         try:
             self.process.wait(timeout)
         finally:
@@ -72,11 +72,11 @@ class Run:
             self.process.wait()
 
     def wait_for_step(self, key: str, step: int, timeout: float = 600) -> None:
-        """Until the metric ``key`` has reached ``step``."""
+        """Wait until the metric ``key`` has reached ``step``."""
         self.wait_for(lambda: max(self.series(key), default=-1) >= step, timeout)
 
     def wait_for(self, condition: Callable[[], bool], timeout: float = 600) -> None:
-        """Until it holds, while the job runs."""
+        """Wait until the condition holds, while the job runs."""
         deadline = time.monotonic() + timeout
         while not condition():
             assert self.process.poll() is None, self.log[-4000:]
@@ -84,7 +84,7 @@ class Run:
             time.sleep(0.2)
 
     def series(self, key: str) -> dict[int, float]:
-        """The last value of each step."""
+        """The metric's last value in each step."""
         with contextlib.suppress(sqlite3.OperationalError), self._database() as database:
             query = "select step, value from metrics where key = ? order by step, timestamp"
             return dict(database.execute(query, (key,)).fetchall())
@@ -109,7 +109,7 @@ class Run:
 
 
 def kill(run: Run) -> None:
-    """The whole of it at once, and wait until nothing is left."""
+    """Kill the whole run at once, and wait until nothing is left."""
     doomed = [run.process.pid, *(pid for pid, _, _ in descendants(run.process.pid))]
     for pid in doomed:
         try:
@@ -124,7 +124,7 @@ def kill(run: Run) -> None:
 
 
 def metrics(output: Path) -> dict[int, dict[str, float]]:
-    """By step, those that settings and seed decide: no times, and nothing else of the machine."""
+    """Metrics by step that settings and seed determine: no times or other properties of the machine."""
     return {
         step: {name: value for name, value in of_step.items() if not OF_THE_MACHINE.match(name)}
         for step, of_step in event_log.history(event_log.read(output)).items()

@@ -127,7 +127,7 @@ asyncio.run(main())
 
 @pytest.mark.slow
 def test_a_program_trains_the_policy_that_it_talks_to(played, tmp_path):
-    """It plays the very environment of the run beside it, with the same draws, so its first step is the same."""
+    """It plays the same environment as the other run, with the same draws, so its first step is the same."""
     task = json.loads((played.output / "config.json").read_text())["task"]
     (tmp_path / "player.py").write_text(PLAYER.replace("TASK)", f"TaskConfig(**{task!r}))"))
     run = Run("rl_agent", tmp_path, "--model.path", str(played.start), *RL, "--task.name", "program",
@@ -144,7 +144,7 @@ def test_a_program_trains_the_policy_that_it_talks_to(played, tmp_path):
 
 @pytest.mark.slow
 def test_archer_soft_learns_from_replay_and_resumes(played, tmp_path):
-    """Nothing is generated for the critic, and what the learner told it last is in the checkpoint."""
+    """Nothing is generated for the critic, and the learner's last message to it is in the checkpoint."""
     settings = [*RL, "--rl.algorithm", "archer_soft", "--rl.kl-coef", "0.1", "--critic.no-chooses",
                 "--rl.save-every", "2", "--critic.warmup-iterations", "1"]  # fmt: skip
     run = Run("rl_agent", tmp_path, "--model.path", str(played.start), *settings, "--rl.max-steps", "2")

@@ -1,4 +1,4 @@
-"""Bases of other families from end to end: small random ones, trained by themselves, with latent actions, and by RL."""
+"""Bases of other families, end to end: small random ones, trained alone, with latent actions, and by RL."""
 
 import pytest
 from runs import Run
@@ -10,7 +10,7 @@ from cola_ray.tasks import make_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 KINDS = {
-    "qwen3": {"head_dim": 64},  # norms of queries and keys, heads wider than the hidden size divided by their number
+    "qwen3": {"head_dim": 64},  # norms of queries and keys, heads wider than hidden size / number of heads
     "mistral": {"sliding_window": 8},  # packed rows are longer, and so are many problems with their answers
 }
 SIZES = {

@@ -1,4 +1,4 @@
-"""Several nodes for real: learner, engines and services each on their own, one node lost and one that comes."""
+"""Several real nodes: learner, engines and services on separate ones; one node is lost, and one joins."""
 
 import os
 import signal
@@ -9,15 +9,15 @@ from ray.cluster_utils import Cluster
 from runs import SHORT_PRETRAINING, Run, descendants
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-STEPS = 40  # of half a second, so that there are some left when a new engine has started
+STEPS = 40  # half a second each, so that some are left when a new engine has started
 
 
 @pytest.fixture
 def cluster(monkeypatch):
     # This process chose its mode when it imported Ray, and its nodes must agree with it.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    # Or this cluster would be the machine's newest, which other runs on it would ask for what is theirs. A short path:
-    # sockets are made below it.
+    # Otherwise this cluster would be the machine's newest, and other runs on the machine would query it instead of
+    # their own. The path is short because sockets are made below it.
     monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="nodes-"))
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
@@ -48,7 +48,7 @@ def test_a_run_outlives_the_loss_of_its_rollout_node(cluster, tmp_path):
         assert "ray::RolloutWorker" in titles_below(rollout)
         assert "ray::Controller" in titles_below(cluster.head_node)
         assert "ray::RolloutWorker" not in titles_below(learner) + titles_below(cluster.head_node)
-        # A machine that is lost takes all of its processes along, without a word from the first to go.
+        # When a machine is lost, all of its processes end at once, without a message.
         for pid in [raylet(rollout), *(pid for pid, _, _ in descendants(raylet(rollout)))]:
             os.kill(pid, signal.SIGKILL)
         cluster.remove_node(rollout, allow_graceful=False)

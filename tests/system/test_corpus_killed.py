@@ -1,4 +1,4 @@
-"""Pre-training on a corpus on disk, killed: it reads the same documents again, on as many ranks and on more."""
+"""Pre-training on a corpus on disk is killed and reads the same documents again, on as many ranks and on more."""
 
 import json
 import random
@@ -23,7 +23,7 @@ KILLED_AT = STEPS["base"] + 4
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Texts, and fewer pairs, which are asked for three times as often."""
+    """Texts, and fewer pairs with three times the weight."""
     folder, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
 
     def total():
@@ -82,5 +82,5 @@ def test_a_killed_run_reads_the_same_documents_on_any_number_of_ranks(sources, t
                if f"{stage}/loss" in found and step > reached} for of_run in (of_two, of_three)]  # fmt: skip
     assert len(losses[0]) >= 3
     for step, loss in losses[0].items():
-        # Sums are in another order. Other documents in a step of twelve rows would change its loss by percents.
+        # Sums are in another order. Other documents in a step of twelve rows would change its loss by whole percents.
         assert losses[1][step] == pytest.approx(loss, rel=1e-4), step

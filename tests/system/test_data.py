@@ -1,4 +1,4 @@
-"""Rows and rewards of docs/data.md in a whole run, from a folder outside the project."""
+"""The rows and rewards of docs/data.md in a whole run, from a folder outside the project."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, end to end: files outside the project, in real engines, ranks and processes."""
+"""The examples of docs/extending.md, end to end: files outside the project, with real engines, ranks and processes."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""What goes wrong in the middle of a run, for real: killed workers and ranks, Ctrl-C, bad engines, bad rewards.
+"""Real faults in the middle of a run: killed workers and ranks, Ctrl-C, bad engines, bad rewards.
 
-An undisturbed run of ten steps is the yardstick. Draws depend on seed and ticket alone, so a disturbed run must show
+An undisturbed run of ten steps is the reference. Draws depend only on seed and ticket, so a disturbed run must show
 the same rewards and losses, step by step.
 """
 
@@ -52,7 +52,7 @@ def assert_same_curve(run, straight, exact=True):
         assert sorted(found) == list(range(1, STEPS + 1))
         if exact:
             assert found == expected, key
-        else:  # a lost share is generated in another batch, whose arithmetic differs in the last bit
+        else:  # a lost share is generated again in another batch, whose arithmetic differs in the last bit
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-5), key
     one, other = (load_file(r.output / "model" / "model.safetensors") for r in (run, straight))
     for name, tensor in one.items():
@@ -119,7 +119,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(start, straight):
 
 
 def assert_nothing_is_left(run, below):
-    """No process of those, and no folder of Ray's."""
+    """Check that none of these processes and no folder of Ray is left."""
     deadline = time.monotonic() + 20
     while below & {pid for pid, _, _ in descendants(1)} and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -132,7 +132,7 @@ def processes(run):
 
 
 def test_a_signal_to_the_whole_group_stops_in_order(start, straight):
-    """As timeout and batch systems send it: Ray's own processes are in the group of nobody else."""
+    """As sent by timeout and batch systems: Ray's own processes are in other process groups."""
     run = start()
     run.wait_for_step("reward/mean", 3)
     below = processes(run)

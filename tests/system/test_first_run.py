@@ -1,4 +1,4 @@
-"""The notebook of a first run: its cells one after the other, in an event loop as in Jupyter, which is not needed."""
+"""The first-run notebook: its cells in order, in an event loop as in Jupyter, which is not needed itself."""
 
 import json
 import os
@@ -29,7 +29,7 @@ print(json.dumps({"summary": names["summary"], "steps": len(names["steps"]), "an
 
 
 def code_cells():
-    """Sources of the code cells; those that are tagged as parameters are followed by the small settings."""
+    """Sources of the code cells; cells tagged as parameters are followed by the small settings."""
     for cell in json.loads(NOTEBOOK.read_text())["cells"]:
         if cell["cell_type"] == "code":
             yield "".join(cell["source"])

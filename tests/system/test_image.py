@@ -1,7 +1,7 @@
-"""The CPU image's recipe without an image engine: its steps in a clean folder, in their order, then its command.
+"""The CPU image's recipe without a container engine: its steps in a clean folder, in order, then its command.
 
-What asks for an operating system of one's own is left out: the packages and the user of the second stage. Where wheels
-come from a folder (UV_FIND_LINKS, as the Makefile says), PyTorch's own index is not asked.
+Steps that need their own operating system are left out: the packages and the user of the second stage. If wheels come
+from a folder (UV_FIND_LINKS, see the Makefile), PyTorch's own index is not used.
 """
 
 import json
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def instructions():
-    """(word, rest) of each, comments dropped and continued lines joined."""
+    """(keyword, rest) of each instruction, without comments and with continued lines joined."""
     lines = [line for line in (ROOT / "docker" / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [tuple(line.split(None, 1)) for line in joined.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Minutes each, behind `make test-slow`: learning curves, a rank killed in pre-training, RL from preferences."""
+"""Tests that take minutes (`make test-slow`): learning curves, a rank killed in pre-training, RL from preferences."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ def test_a_killed_rank_resumes_on_the_same_loss_curve(tmp_path):
 
 
 def test_every_stage_runs_under_zero3_with_codes_revived(tmp_path):
-    """Base, actions, policy, and both kinds of fine-tuning under actions, each opening the model of the one before."""
+    """Base, actions, policy, and both kinds of fine-tuning under actions; each stage opens the previous one's model."""
     stages = ["base", "actions", "policy", "fta_idm", "fta_policy"]
     run = Run("pretrain", tmp_path, "--pretrain.stages", *stages, "--pretrain.max-steps", "30",
               "--pretrain.revive-every", "10", "--pretrain.balance-coef", "0")  # fmt: skip
@@ -67,7 +67,7 @@ def test_every_stage_runs_under_zero3_with_codes_revived(tmp_path):
 
 
 def test_a_reward_model_teaches_a_policy_what_it_prefers(tmp_path):
-    """Of two numbers the smaller one is preferred: a reward model from such pairs, and RL that only it rewards."""
+    """The smaller of two numbers is preferred: a reward model is trained on such pairs and is RL's only reward."""
     problems = make_task(TaskConfig(num_problems=5000), 0)
     rows = [
         {"prompt": p.question, "chosen": str(int(p.solution) - shift), "rejected": str(int(p.solution) + shift)}

@@ -1,4 +1,4 @@
-"""The example that shows an iteration: it runs, where there is no Ray, and what it prints is so."""
+"""The example of one iteration runs without Ray, and its printed statements are true."""
 
 import os
 import re
@@ -17,7 +17,7 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 def test_one_iteration_in_one_process_without_ray(tmp_path):
     command = [sys.executable, "-c", WITHOUT_RAY, str(ROOT / "examples" / "one_iteration.py")]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    del env["OMP_NUM_THREADS"]  # which a user's shell does not set, and no step may depend on
+    del env["OMP_NUM_THREADS"]  # a user's shell does not set it, and no step may depend on it
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "produced 64 sequences" in done.stdout

@@ -44,7 +44,7 @@ def test_rl_changed_the_policy_and_nothing_else(finished):
 def test_killed_and_resumed_equals_straight_bit_for_bit(finished, model, tmp_path):
     run = Run("rl_math", tmp_path, "--model.path", model, *SHORT_RL)
     run.wait_for_step("reward/mean", 2)
-    run.process.send_signal(signal.SIGSTOP)  # the others go on, and nobody reads what they tell
+    run.process.send_signal(signal.SIGSTOP)  # the other processes go on, but their messages are not read
     run.wait_for((run.output / "checkpoints" / "step-00000004").exists)
     run.process.kill()
     run.process.wait()
@@ -66,7 +66,7 @@ def test_killed_and_resumed_equals_straight_bit_for_bit(finished, model, tmp_pat
 
 
 def test_an_exported_checkpoint_is_what_the_run_left(finished, tmp_path):
-    """Of two ranks, whose slices are put together without a process group."""
+    """Two ranks, whose slices are put together without a process group."""
     assert main([str(finished.output), "--step", "5", "--to", str(tmp_path / "last")]) == 0
     assert main([str(finished.output), "--step", "4", "--to", str(tmp_path / "before")]) == 0
     left, last, before = (
@@ -94,7 +94,7 @@ def test_again_without_consent_is_refused_in_one_line(finished):
 
 @pytest.mark.slow
 def test_a_stopped_run_leaves_model_summary_and_plot(finished):
-    """Ctrl-C: all that a run leaves, of where it is."""
+    """Ctrl-C: the run leaves everything as of its current step."""
     start = ["--model.path", str(finished.start)]
     run = Run("rl_math", finished.where / "stopped", *start, *SHORT_RL, "--rl.max-steps", "500")
     run.wait_for_step("reward/mean", 2)
@@ -124,7 +124,7 @@ def test_staleness_is_used_bounded_and_said(model, tmp_path):
 
 
 def test_a_plain_log_tells_every_phase(finished):
-    """What it is doing comes before what takes long, and each phase ends with its time."""
+    """Each long phase is announced before it starts and ends with its duration."""
     assert "nothing to resume" not in finished.log, "nobody asked for that"
     begun = [
         line.split(maxsplit=1)[1].removesuffix(" ...") for line in finished.log.splitlines() if line[-4:] == " ..."
@@ -152,7 +152,7 @@ def test_a_sweep_in_short(model, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("steering", ["off", "all"])
 def test_the_same_run_over_tokens(finished, model, steering):
-    """The plain base of the same model, in vLLM's own Llama; all of it trains, or a vector for each layer."""
+    """The plain base of the same model, in vLLM's own Llama; all of it is trained, or one vector per layer."""
     run = Run("rl_math", finished.where / f"tokens-{steering}", *SHORT_RL, "--rl.max-steps", "2",
               "--rl.action-space", "token", "--rl.steering", steering, "--model.path", model)  # fmt: skip
     run.finish()
@@ -184,7 +184,7 @@ def test_etpo_without_an_actor_leaves_a_model_with_a_q(finished, model):
 
 @pytest.mark.slow
 def test_tbrm_starts_from_the_rewards_and_moves_the_policy_alone(finished, model):
-    """With rollouts of an older version and repeated updates, which it takes as they are."""
+    """With rollouts of an older version and repeated updates, which TBRM uses without correction."""
     run = Run("rl_math", finished.where / "tbrm", *SHORT_RL, "--rl.max-steps", "3", "--rl.algorithm", "tbrm",
               "--rl.kl-coef", "0.05", "--rl.updates-per-batch", "2", "--rl.max-staleness", "1",
               "--model.path", model)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Stages of pre-training on two ranks against one plain process; and written states of which a rank lacks some."""
+"""Pre-training stages on two ranks against one plain process; and stored states, some of which one rank lacks."""
 
 import os
 from pathlib import Path
@@ -59,7 +59,7 @@ def rank_of(rank, port, source, folder):
     kept = settings(folder, states="model")
     for stage in ("actions", "policy"):
         assert losses_of(stage, kept, source) == found[stage]
-    # Of one row, the second rank's in the first step, nothing is there any more: both ranks run the base, once.
+    # The states of one row, which the second rank reads in the first step, are gone: both ranks run the base once.
     if rank == 1:
         lost = int(rows().step_indices(0, 0, 4)[1])
         for file in (Path(folder) / "states").glob("*/000000.checks"):
@@ -70,7 +70,7 @@ def rank_of(rank, port, source, folder):
     watched = []
     assert losses_of("actions", kept, source, watched) == found["actions"]
     assert losses_of("policy", kept, source, watched) == found["policy"]
-    assert watched == [1, 0]  # of both ranks alike
+    assert watched == [1, 0]  # on both ranks
     if rank == 0:
         torch.save(found, f"{folder}/losses.pt")
     torch.distributed.barrier()

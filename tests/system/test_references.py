@@ -1,4 +1,4 @@
-"""A step's tokens by reference, over two machines: they outlive their worker, and its machine."""
+"""A step's tokens by reference, across two machines: they outlive their worker and its machine."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ from cola_ray.settings.config import override
 from cola_ray.settings.presets import preset
 
 pytestmark = pytest.mark.timeout(300)
-LENGTH, SIZE = 2000, 8  # enough for the store: what is small travels with the answer
+LENGTH, SIZE = 2000, 8  # large enough for the object store: small data travel with the answer
 
 
 class Worker:
@@ -51,14 +51,14 @@ def completions(ticket, hidden):
 
 
 def rank(batch):
-    """What a learner rank does, on a machine of its own."""
+    """A learner rank on its own machine."""
     fetched = batch.fetched(ray.get)
     return {name: array for name, array in vars(fetched.padded()).items() if array is not None}
 
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """A head node, which this process is on, and one for a rollout worker."""
+    """A head node, which this process belongs to, and a node for a rollout worker."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="nodes-"))  # a short path: sockets are made below it
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")

@@ -1,4 +1,4 @@
-"""The matrix as jobs of a real head: stopped half-way it leaves no process, and goes on from its checkpoint."""
+"""The matrix as jobs of a real head: stopped half-way, it leaves no process, and continues from its checkpoint."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def until(run, happened):
 
 
 def stop(run):
-    """As Ctrl-C or a scheduler does; everything that was below it has gone when it has."""
+    """Like Ctrl-C or a scheduler; all of its child processes must have ended when it has."""
     below = [pid for pid, _, _ in descendants(run.process.pid)]
     assert len(below) > 10, "head, workers, job"
     run.process.send_signal(signal.SIGTERM)
@@ -42,9 +42,9 @@ def stop(run):
 
 @pytest.fixture(autouse=True)
 def another_ray():
-    """Another cluster on this machine has the port that Ray's agents take by themselves."""
+    """Another Ray cluster on this machine uses the default port of Ray's agents."""
     with socket.socket() as taken:
-        with contextlib.suppress(OSError):  # another one has it indeed
+        with contextlib.suppress(OSError):  # another process really has it
             taken.bind(("", 52365))
             taken.listen()
         yield

@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed: bit for bit what they would have been, with replay and critic."""
+"""Runs that are killed and resumed equal undisturbed ones bit for bit, including replay and critic."""
 
 import pickle
 import subprocess
@@ -35,7 +35,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def player(tmp_path_factory):
-    """What agents start from: a short pre-training, with one step of RL behind it."""
+    """The model that agents start from: a short pre-training and one step of RL."""
     run = Run("rl_agent", tmp_path_factory.mktemp("player"), *SHORT, *EPISODES, "--rl.max-steps", "1")
     run.finish()
     return str(run.start)
@@ -47,7 +47,7 @@ def start_of(model, request):
 
 
 def assert_same(one, other, where="") -> None:
-    """Tensors, arrays, and what holds them; types too."""
+    """Compare tensors, arrays, their containers and all types."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
     elif isinstance(one, np.ndarray):
@@ -68,9 +68,9 @@ def assert_same(one, other, where="") -> None:
 
 def services(folder):
     state = pickle.loads((folder / "services.pkl").read_bytes())
-    state.pop("unread")  # events with times; compared as the log has them
+    state.pop("unread")  # events with times; compared in the log instead
     for shard in state["shards"]:
-        shard["files"] = sorted(shard["files"])  # whose bytes name the library that wrote them
+        shard["files"] = sorted(shard["files"])  # their bytes contain the version of the writing library
     return state | ({"critic": Path(state["critic"]).name} if state.get("critic") else {})
 
 
@@ -93,7 +93,7 @@ def assert_same_run(one, other):
     assert (one.output / "model" / "model.safetensors").read_bytes() == (
         other.output / "model" / "model.safetensors"
     ).read_bytes()
-    # Files of rows that no checkpoint needs are removed now and then, by the clock.
+    # Row files that no checkpoint needs are removed occasionally, depending on time.
     for shard, state in enumerate(states[0]["shards"]):
         for name in state["files"]:
             mine, others = (pq.read_table(run.output / "replay" / str(shard) / name) for run in (one, other))
@@ -120,7 +120,7 @@ def test_five_steps_a_kill_and_five_more_equal_ten(name, start_of, tmp_path):
 
 
 def test_kills_while_checkpoints_are_written(start_of, tmp_path):
-    """Twice, as soon as one is begun; then what Ray Train noted is gone, and the newest checkpoint is cut."""
+    """Killed twice, as soon as a checkpoint is begun; then Ray Train's notes are deleted, the newest checkpoint cut."""
     start = ["--model.path", start_of("rl_math"), *PROBLEMS, "--rl.save-every", "1"]
     straight = Run("rl_math", tmp_path / "straight", *start)
     straight.finish()

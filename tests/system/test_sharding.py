@@ -1,4 +1,4 @@
-"""Four ranks that load a model: each holds a quarter of every parameter, and together they hold the checkpoint."""
+"""Four ranks load a model: each holds a quarter of every parameter, and together they hold the checkpoint."""
 
 import os
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def settings(**changes):
 
 
 def divided(module, whole=()):
-    """Check this rank's shares; what all ranks hold together, by name."""
+    """Check this rank's shares; returns what all ranks hold together, by name."""
     together = {}
     for name, parameter in module.named_parameters():
         if name.startswith(tuple(whole)) or ".lora_" in name:
@@ -65,7 +65,7 @@ def rank_of(rank, port, cola_dir, base_dir):
     found = divided(adapters.policy.get_base_model())
     assert_same(found, {name: llama[name.replace(".base_layer", "")] for name in found})
 
-    shape, tensors = opened(cola_dir)  # as a stage of pre-training
+    shape, tensors = opened(cola_dir)  # as in a pre-training stage
     stage = empty(CoLAForCausalLM, shape, torch.float32)
     fill(stage, tensors)
     assert_same(divided(stage), cola)

@@ -1,4 +1,4 @@
-"""Studies as a user runs them, each a minute or two: search with a learnt Q, diversity, atlas, kept capabilities."""
+"""Studies as a user runs them, one or two minutes each: search with a learnt Q, diversity, atlas, kept capabilities."""
 
 import json
 

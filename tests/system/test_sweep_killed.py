@@ -1,4 +1,4 @@
-"""A sweep as a user runs it: killed half-way and resumed, its table is that of one that nobody disturbed."""
+"""A sweep as a user runs it: killed half-way and resumed, its table equals that of an undisturbed sweep."""
 
 import json
 import sqlite3
@@ -33,7 +33,7 @@ def test_killed_and_resumed_equals_undisturbed(model, tmp_path):
         assert killed.process.poll() is None, killed.log
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    time.sleep(20)  # the next one is on its way
+    time.sleep(20)  # the next run is in progress
     killed.end()
     time.sleep(5)
     written = first.stat().st_mtime

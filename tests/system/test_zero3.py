@@ -1,6 +1,6 @@
 """ZeRO-3 on two ranks against one plain PyTorch process: same losses and weights over 20 RL steps, in each space.
 
-Half-way there is a checkpoint, from which the same two ranks go on, and three.
+Half-way, a checkpoint is saved, from which the same two ranks and also three ranks continue.
 """
 
 import copy
@@ -36,11 +36,11 @@ from cola_ray.runs.checkpoints import MANIFEST
 from cola_ray.settings.config import Config, override
 from cola_ray.settings.presets import preset
 
-STEPS, TOLERANCE = 20, 1e-5  # of losses
-# Of weights, which travel up to 6e-3: Adam divides by the size of a gradient, so where one is next to nothing the order
-# of its sums shows. On one processor of several a single weight of 4096 was off by 2.4e-5.
+STEPS, TOLERANCE = 20, 1e-5  # tolerance of losses
+# Of weights, which move by up to 6e-3: Adam divides by the size of a gradient, so when it is almost zero, the order of
+# its sums matters. On one of several processors, a single weight of 4096 was off by 2.4e-5.
 WEIGHT_TOLERANCE = 1e-4
-# By what the policy is: settings, and how many actions there are to choose from.
+# By kind of policy: its settings, and the number of actions to choose from.
 SPACES = {
     "latent": ({"model.num_actions": NUM_ACTIONS}, NUM_ACTIONS),
     "actor_free": (
@@ -48,7 +48,7 @@ SPACES = {
         NUM_ACTIONS,
     ),
     "mini_batches": (
-        # six optimizer steps a step, which travel as far as one of the others
+        # six optimizer steps per step, which move the weights as far as one step of the others
         {"model.num_actions": NUM_ACTIONS, "rl.num_minibatches": 3, "rl.updates_per_batch": 2, "rl.lr": 5e-5},
         NUM_ACTIONS,
     ),
@@ -67,7 +67,7 @@ SPACES = {
     "steering": ({"rl.action_space": "token", "rl.steering": "all"}, VOCAB_SIZE),
 }
 LATENT = ("latent", "mini_batches", "tbrm", "actor_free")
-# Not against a plain process: of its Q, which every rank holds whole, tests/unit/test_archer_soft.py has the equations.
+# Not compared with a plain process: its Q, which every rank holds whole, is checked in tests/unit/test_archer_soft.py.
 ALONE = {
     "archer_soft": (
         {"model.num_actions": NUM_ACTIONS, "rl.algorithm": "archer_soft", "rl.value_steps": 2}, NUM_ACTIONS
@@ -81,16 +81,16 @@ def settings(space: str) -> Config:
 
 
 def policy_of(space: str, model_dir: str):
-    torch.manual_seed(0)  # of adapters' first weights
+    torch.manual_seed(0)  # for the adapters' initial weights
     policy = make_policy(settings(space), model_dir)
     if space == "actor_free":
-        # From a last layer of zeros, Adam's first steps are as long for gradients of 1e-8 as for any: rounding counts.
+        # With a zero last layer, Adam's first steps are as large for gradients of 1e-8 as for any: rounding counts.
         torch.nn.init.normal_(policy.q.layers[-1].weight, std=0.1)
     return policy
 
 
 def batches(ranks: int, space: str) -> list[list[Batch]]:
-    """20 steps of ten random trajectories of mixed length; for any number of ranks the same ones."""
+    """20 steps of ten random trajectories of mixed length; the same for any number of ranks."""
     draw = np.random.default_rng(0)
     steps = []
     for step in range(STEPS):
@@ -119,7 +119,7 @@ def batches(ranks: int, space: str) -> list[list[Batch]]:
 
 
 def spawned(loop, ranks: int, space: str, model_dir: Path, out: Path):
-    """What the first of so many ranks returned from ``loop(rank, learner, space, out)``."""
+    """Run ``loop(rank, learner, space, out)`` on this number of ranks; returns the first rank's result."""
     try:
         arguments = (loop, ranks, free_port(), space, str(model_dir), str(out))
         mp.start_processes(zero_rank, arguments, nprocs=ranks, start_method="fork")
@@ -145,11 +145,11 @@ def zero_rank(rank: int, loop, ranks: int, port: int, space: str, model_dir: str
         # When one rank fails, gloo may abort the other, and torch then reports only that one.
         Path(out, f"rank-{rank}.txt").write_text(traceback.format_exc())
         raise
-    os._exit(0)  # all is written; at its shutdown the interpreter may be aborted by threads that gloo had
+    os._exit(0)  # all is written; at shutdown, gloo's threads may abort the interpreter
 
 
 def state_of(learner: RLLearner) -> dict[str, list[torch.Tensor]]:
-    """Float32 weights and Adam's moments of all that trains, whole; all ranks call."""
+    """Float32 weights and Adam's moments of all trained parameters, gathered; all ranks must call this."""
     found = {}
     for name, one in learner.zero.trained:
         moments = [safe_get_full_optimizer_state(one, kind) for kind in ("exp_avg", "exp_avg_sq")]
@@ -158,7 +158,7 @@ def state_of(learner: RLLearner) -> dict[str, list[torch.Tensor]]:
 
 
 def go_on(rank: int, learner: RLLearner, space: str, out: str):
-    """From the checkpoint of two ranks: what was loaded, and the weights at the end."""
+    """Continue from the checkpoint of two ranks; returns the loaded state and the final weights."""
     learner.load(last_checkpoint(Path(out)).folder)
     loaded = state_of(learner)
     for parts in batches(learner.zero.world_size, space)[10:]:
@@ -170,7 +170,7 @@ def go_on(rank: int, learner: RLLearner, space: str, out: str):
 def train_and_check(rank: int, learner: RLLearner, space: str, out: str):
     published = learner.policy.published()
     assert learner.zero.zero_stage == 3
-    for parts in batches(2, space)[:3]:  # a warm-up: what follows must be as if it had not been, see plain()
+    for parts in batches(2, space)[:3]:  # a warm-up, which must not affect what follows, see plain()
         measured = learner.step(replace(parts[rank], trains=False))
         assert measured["policy/lr"] == measured["policy/grad_norm"] == 0.0
         assert not learner.zero.optimizer.optimizer.state, "Adam has seen no gradient"
@@ -201,8 +201,8 @@ def train_and_check(rank: int, learner: RLLearner, space: str, out: str):
         assert torch.equal(tensor, resumed[name]), f"{name} moved in a step that does not train"
     poisoned = batches(2, space)[0][rank]
     if rank == 1:
-        poisoned.advantages[:] = np.nan  # so that of several mini-batches the first has one
-    with pytest.raises(NonFiniteError):  # on both ranks, though one alone has seen it
+        poisoned.advantages[:] = np.nan  # so that the first of several mini-batches contains a NaN
+    with pytest.raises(NonFiniteError):  # on both ranks, though only one has seen it
         learner.step(poisoned)
     for name, tensor in learner.zero.stream(published):
         assert torch.equal(tensor, resumed[name]), name
@@ -229,7 +229,7 @@ def model_dir(space, cola_dir, base_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(space, tmp_path_factory):
-    """Of the two ranks."""
+    """Output folder of the two ranks."""
     folder = tmp_path_factory.mktemp("zero")
     (folder / "config.json").write_text("{}")
     return folder
@@ -253,10 +253,10 @@ def plain(space, model_dir):
             for part in (batch if one is None else batch.part(one) for one in parts):
                 whole = MicroBatch.cut(part, *part.micro_batches[0], torch.device("cpu"), score_last=space == "tbrm")
                 follows, weights, old = Advantages(whole.advantages), None, None
-                if space == "tbrm":  # the mean over sequences, which is divided by the number of actions below
+                if space == "tbrm":  # the mean over sequences, but below it is divided by the number of actions
                     follows = Rewards(whole.rewards, whole.discounts)
                     weights = torch.full((1, 1), part.num_actions_global / len(whole.input_ids))
-                if batch.mini_batches:  # ratios are to the policy before the first of them
+                if batch.mini_batches:  # ratios refer to the policy before the first mini-batch
                     with torch.no_grad():
                         logits, frozen = forward(before, whole, Frozen())
                         scores = score(logits, frozen.reference_logits, whole, 0.8, 0)
@@ -318,7 +318,7 @@ def test_saved_and_loaded_equals_straight_through_bit_for_bit(two_ranks):
 
 @pytest.mark.slow
 def test_three_ranks_go_on_from_the_checkpoint_of_two(space, model_dir, two_ranks, out):
-    """With its float32 weights and moments bit for bit; from then on sums are in another order."""
+    """They load its float32 weights and moments bit for bit; afterwards sums are in another order."""
     three = spawned(go_on, 3, space, model_dir, out)
     assert three["loaded"].keys() == two_ranks["saved"].keys()
     for name, tensors in three["loaded"].items():
@@ -349,7 +349,7 @@ def test_what_trains_changes_and_nothing_else(space, model_dir, two_ranks, tmp_p
 
 
 def tell(rank: int, learner: RLLearner, space: str, out: str):
-    """What archer_soft's learner tells of the sequences of six steps, the first two of which train Q alone."""
+    """What archer_soft's learner reports about the sequences of six steps, the first two of which train only Q."""
     steps, found, world = batches(learner.zero.world_size, space)[:6], [], learner.zero.world_size
     for step, parts in enumerate(steps):
         metrics = learner.step(replace(parts[rank], trains=step >= 2))
