@@ -146,7 +146,7 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
     assert 'id="cola_ray.Config.seed"' in settings
     assert 'id="cola_ray.Config.learns_values"' not in settings, "what nobody can set"
     assert "# go on after a stop\ncola_ray rl --preset tiny --resume\n" in text_in(tmp_path / "site" / "recipes.html")
-    for shown in ('id="cola_ray.run"', 'id="cola_ray.CoLAForCausalLM.forward"', "the word behind", "beam"):
+    for shown in ('id="cola_ray.run"', 'id="cola_ray.CoLAForCausalLM.forward"', "the word after", "beam"):
         assert shown in api
 
 
