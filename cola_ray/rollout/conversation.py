@@ -1,11 +1,11 @@
-"""What an agent program asks of the model, and what it is answered: OpenAI's JSON on one side, ids on the other.
+"""Translates between an agent program's requests and answers in OpenAI's JSON, and the model's token ids.
 
-    body {"messages": [...], "tools": [...]} ── state() ──> ids: what was sampled before stands as it was sampled
+    body {"messages": [...], "tools": [...]} ── state() ──> ids: earlier utterances keep the ids that were sampled
     ids of the utterance                     ── answer() ─> {"choices": [{"message": {content, tool_calls}, ...}]}
 
-A conversation is one episode's. An assistant's message that comes back as it was answered is known again, and keeps its
-ids; any other is tokenised like any text. It counts as retokenised where the model was asked for a message after just
-the messages that are before it: the program has changed what it was answered. A program's own examples do not count.
+Each episode has its own conversation. An assistant message that comes back as the model answered it is recognised and
+keeps its sampled ids; any other is tokenised like any text. It counts as retokenised if the model has answered after
+exactly the messages before it: the program then has changed the answer. Examples that a program makes up do not count.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class State:
-    """Where an utterance is asked for."""
+    """A prompt: the messages after which the model is to answer."""
 
     ids: list[int]
-    messages: bytes  # a digest of those before it
-    retokenised: int  # messages of the model's among them that have come back otherwise than they were answered
+    messages: bytes  # a digest of the messages
+    retokenised: int  # number of the model's messages among them that the program has changed
 
 
 class Conversation:
-    """One episode's messages, by the ids that they were sampled as.
+    """One episode's messages, with the ids that were sampled for them.
 
     Args:
         calls: finds tool calls; None leaves them in the text.
@@ -44,15 +44,15 @@ class Conversation:
 
     def __init__(self, chat: ChatTokenizer, endings: Endings, calls: ToolCalls | None = None) -> None:
         self.chat, self.endings, self.calls = chat, endings, calls
-        self.said: dict[str, dict[bytes, list[int]]] = {}  # by what was answered: by the messages before it, its ids
-        self.asked: set[bytes] = set()  # messages after which the model has answered
+        self.said: dict[str, dict[bytes, list[int]]] = {}  # answer -> digest of the messages before it -> its ids
+        self.asked: set[bytes] = set()  # digests of messages after which the model has answered
         self.num_answers = itertools.count()
 
     def state(self, body: Body) -> State:
         """Read a request's messages.
 
         Raises:
-            RefusedError: they are not in the form of OpenAI's API, or the model's chat template refuses them.
+            RefusedError: they do not follow OpenAI's API, or the model's chat template refuses them.
         """
         messages = [_message(one) for one in _listed(body, "messages")]
         if not messages:
@@ -71,16 +71,16 @@ class Conversation:
             self.calls.check(tools)
         try:
             ids = self.chat.conversation_ids(messages, said, tools)
-        except Exception as error:  # a template may raise anything about what it is given
+        except Exception as error:  # a template may raise any error
             raise RefusedError(f"messages: {str(error) or type(error).__name__}") from None
         if not ids:
             raise RefusedError("messages: there is nothing in them")
         return State(ids, before, retokenised)
 
     def answer(self, body: Body, state: State, utterances: Sequence[Any]) -> dict[str, Any]:
-        """The JSON for utterances in this state, one a choice; what is answered is known from here on.
+        """Return the JSON of an answer with one choice per utterance, and remember the utterances' ids.
 
-        Log-probabilities are those of the latent actions that said the tokens, or of tokens where those are actions.
+        Log-probabilities are those of the latent actions that gave the tokens, or of the tokens if these are actions.
         """
         self.asked.add(state.messages)
         choices = [self._choice(body, state, index, one) for index, one in enumerate(utterances)]
@@ -119,7 +119,7 @@ class Conversation:
         ]
 
     def _calls(self, body: Body, text: str) -> dict[str, Any]:
-        """The calls in a text, and what of it is not one; {} where there are none, or nobody asked for tools."""
+        """The tool calls in a text, and its other content; {} if there are none, or the request has no tools."""
         tools = _tools(body)
         return self.calls.within(text, tools) if self.calls and tools else {}
 
@@ -143,7 +143,7 @@ def _tool(value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _message(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as templates read it: its content as text, arguments of calls as objects."""
+    """A message in the form that chat templates read: content as text, arguments of tool calls as objects."""
     role, content, calls = value.get("role"), value.get("content"), value.get("tool_calls")
     if role not in ROLES:
         raise RefusedError(f"messages: role = {role!r:.60}; use one of {', '.join(ROLES)}")
@@ -152,7 +152,7 @@ def _message(value: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise RefusedError(f"messages: {error}") from None
     further = {name: value[name] for name in ("name", "tool_call_id") if isinstance(value.get(name), str)}
-    role = "system" if role == "developer" else role  # OpenAI's newer name of it, which templates do not know
+    role = "system" if role == "developer" else role  # OpenAI's newer name, which templates do not know
     return {"role": role, "content": text, **further, **({"tool_calls": _as_read(calls)} if calls else {})}
 
 
@@ -179,6 +179,6 @@ def _arguments(value: Any) -> Any:
 
 
 def _key(message: Mapping[str, Any]) -> str:
-    """The same for a message as it was answered and as it comes back."""
+    """A key that is the same for a message when the model answers it and when it comes back."""
     calls = _as_read(message.get("tool_calls") or [])
     return json.dumps([message.get("content") or "", [call["function"] for call in calls]], sort_keys=True)

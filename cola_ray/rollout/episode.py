@@ -6,10 +6,10 @@
          └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 Each turn is one request whose prompt is the transcript so far, so the engine's prefix cache holds all but the last
-observation. A transcript that no longer fits loses its oldest turns, but never its opening. What the policy said is
-never tokenised again; each observation is tokenised once. Where observations have roles and the model a chat template,
-the transcript is a conversation in that (tasks/transcript.py). An episode is a coroutine, and hundreds of them share
-one engine and a few environment processes.
+observation. A transcript that no longer fits loses its oldest turns, but never its opening. The policy's utterances are
+never tokenised again; each observation is tokenised once. If observations have roles and the model has a chat template,
+the transcript is a conversation in that template (tasks/transcript.py). An episode is a coroutine, and hundreds of them
+share one engine and a few environment processes.
 """
 
 import asyncio
@@ -43,8 +43,8 @@ class Utterance:
     def features(self) -> tuple[Array, Array]:
         """Return what a critic reads, (H,) each: e at the state's last token, and the mean of e over the utterance.
 
-        The mean, rather than e at the utterance's last token: there the base only needs to know that the sentence
-        ends, and little is left of what was said. They are copies, and keep no other token's e in memory.
+        The mean is used because e at the utterance's last token mostly says that the sentence ends, and little of what
+        was said. Both are copies, so other tokens' e need not stay in memory.
         """
         start = len(self.hidden_states) - len(self.token_ids)
         state = self.hidden_states[start].copy()
@@ -52,7 +52,7 @@ class Utterance:
         return state, said.mean(0) if len(said) else state
 
     def as_turn(self, state: Sequence[int]) -> Turn:
-        """With the ids that it was said in; what it brings and what it is answered are not known yet."""
+        """Return the utterance as a turn in this state; its reward and the next observation are not known yet."""
         return Turn(
             np.asarray(state, np.int64), self.token_ids, self.actions, self.log_probs, self.versions, 0.0,
             np.zeros(0, np.int64), *self.features(),
@@ -61,12 +61,12 @@ class Utterance:
 
 class Generate(Protocol):
     def __call__(self, ids: Sequence[int], turn: int, longest: int = 0, /) -> Awaitable[Utterance]:
-        """The utterance of a turn.
+        """Generate the utterance of a turn.
 
         Args:
-            ids: of the state that it is said in.
-            turn: its number in the episode.
-            longest: most tokens that it may have; 0: the run's limit.
+            ids: the state's.
+            turn: number of the turn in the episode.
+            longest: most tokens of the utterance; 0: the run's limit.
         """
         ...
 
@@ -77,7 +77,7 @@ Submit = Callable[[Sequence[Request]], Awaitable[list[Utterance]]]
 
 @dataclass(frozen=True)
 class EpisodeSetting:
-    """What all episodes of a worker share: environment processes, tokenisation, and the limit on a state's length."""
+    """Shared by all episodes of a worker: environment processes, tokenisation, and the limit on a state's length."""
 
     environments: Sequence[EnvironmentProcess]
     encode: Callable[[str], list[int]]
@@ -86,7 +86,7 @@ class EpisodeSetting:
     begin: Sequence[int] = ()
     """Ids that every transcript begins with: the tokenizer's BOS, if it has one."""
     chat: ChatTokenizer | None = None
-    """Of a model with a chat template, for environments whose observations have roles."""
+    """Set if the model has a chat template; used by environments whose observations have roles."""
     end_ids: Sequence[int] = ()
     """Ids that end an utterance."""
 
@@ -97,9 +97,10 @@ async def play(
     """Play an episode to its end. If the environment fails, the episode ends there and carries the failure.
 
     Args:
-        position: of the ticket; also the episode's id in its environment process.
-        seed: of the environment.
-        read_state: called for the last state of an episode that a limit cut, whose features stand for the rest.
+        position: the ticket's; also the episode's id in its environment process.
+        seed: the environment's.
+        read_state: called for the last state of an episode that a limit cut off; that state's features stand for the
+            rest of the episode.
     """
     home = setting.environments[position % len(setting.environments)]
     record = _Record(position, setting)
@@ -131,10 +132,10 @@ class _Record:
         self.rewards: list[float] = []
         self.texts: list[str] = []
         self.metrics: dict[str, float] = {}
-        self.transcript: Transcript | None = None  # where observations have roles, and the model a chat template
+        self.transcript: Transcript | None = None  # used if observations have roles and the model has a chat template
 
     def state(self) -> list[int]:
-        """Return the opening and as many of the last turns as fit, or at least the end of the last observation."""
+        """Return the opening and as many of the last turns as fit; if none fits, the end of the last observation."""
         if self.transcript is not None:
             return self.transcript.ids(self.setting.max_state_tokens)
         opening, *rest = self.segments
@@ -154,7 +155,7 @@ class _Record:
 
     def say(self, state: list[int], utterance: Utterance) -> str:
         text = self.setting.decode(utterance.token_ids)
-        self.said.append(utterance.as_turn(state))  # its hidden states are needed no longer
+        self.said.append(utterance.as_turn(state))  # hidden states are not needed any more
         if self.transcript is not None:
             self.transcript.say(utterance.token_ids.tolist())
         self.segments.append([int(token) for token in utterance.token_ids])
@@ -163,7 +164,7 @@ class _Record:
 
     def episode(self, terminated: bool, final: Utterance | None, failure: str = "") -> Episode:
         turns = []
-        # Where the environment failed at the last utterance, that has neither a reward nor an observation after it.
+        # If the environment failed at the last utterance, that one has neither a reward nor an observation after it.
         observations = [*(self.segments[2::2] if self.transcript is None else self._answers()), []]
         for said, reward, observation in zip(self.said, [*self.rewards, 0.0], observations, strict=False):
             turns.append(replace(said, reward=reward, observation_ids=np.asarray(observation, np.int64)))
@@ -171,7 +172,7 @@ class _Record:
         return Episode(self.position, tuple(turns), terminated, "".join(self.texts), last, failure, self.metrics)
 
     def _answers(self) -> list[list[int]]:
-        """Return what the state after each utterance adds to it; nothing where it does not continue it."""
+        """Return the ids that follow each utterance in the next state; empty where that state does not continue it."""
         states = [turn.state_ids.tolist() for turn in self.said]
         before = [[*turn.state_ids.tolist(), *turn.token_ids.tolist()] for turn in self.said]
         after = [*states[1:], self.state()][: len(before)]

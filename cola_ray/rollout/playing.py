@@ -1,6 +1,6 @@
-"""An episode that an agent program is playing: its turns so far, what they brought, and how it ended.
+"""An episode that an agent program is playing: its turns so far, their rewards, and how it ended.
 
-turns(2) ─> numbers 3, 4 ─> generate ─> said(...)      those that come to nothing are free again
+turns(2) ─> numbers 3, 4 ─> generate ─> said(...)      numbers of turns that fail are free again
                                           └─> reward(...) ─> end() ─> Episode
 """
 
@@ -29,7 +29,8 @@ class Playing:
     """An episode that is under way.
 
     Args:
-        read_state: of the state that a limit cut it in, which stands for the rest; None where nobody learns from it.
+        read_state: reads features of the state in which a limit cut the episode off, which stand for the rest of it;
+            None where nothing learns from them.
     """
 
     position: int
@@ -39,18 +40,18 @@ class Playing:
     conversation: Conversation
     ended: asyncio.Future[Episode]
     key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    taken: set[int] = field(default_factory=set)  # numbers of turns so far, with those that are being generated
+    taken: set[int] = field(default_factory=set)  # numbers of all turns so far, including those being generated
     made: dict[int, Turn] = field(default_factory=dict)
-    answers: dict[str, list[int]] = field(default_factory=dict)  # by id, the turns that are its choices
+    answers: dict[str, list[int]] = field(default_factory=dict)  # id of an answer -> the turns that are its choices
     num_retokenised: int = 0
-    left_in: Sequence[int] | None = None  # where it was refused a further turn, unless it has had one since
+    left_in: Sequence[int] | None = None  # state in which a further turn was refused; None again after the next turn
     busy: int = 0  # requests that are being answered
     heard: bool = False
     quiet_since: float = field(default_factory=time.monotonic)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """While a request is answered, it is not the program that is slow."""
+        """Time spent answering a request does not count against the program."""
         self.heard, self.busy = True, self.busy + 1
         try:
             yield
@@ -59,7 +60,7 @@ class Playing:
 
     @contextlib.contextmanager
     def turns(self, count: int) -> Iterator[list[int]]:
-        """Numbers for further turns. If the program does not get to read them, there were none."""
+        """Reserve numbers for further turns. If the answer does not reach the program, these turns are dropped."""
         free = (number for number in itertools.count() if number not in self.taken)
         numbers = [*itertools.islice(free, count)]
         self.taken.update(numbers)
@@ -74,16 +75,16 @@ class Playing:
             raise
 
     def said(self, state: State, numbers: list[int], utterances: Sequence[Utterance], answer: str) -> None:
-        """Turns that were made: of their hidden states only what a critic reads is kept."""
+        """Record generated turns; of their hidden states, only the features that a critic reads are kept."""
         self.made.update(zip(numbers, (one.as_turn(state.ids) for one in utterances), strict=True))
         self.answers[answer] = numbers
         self.num_retokenised += state.retokenised
 
     def rewarded(self, given: Reward) -> int:
-        """The turn that a reward is for.
+        """Return the number of the turn that a reward is for.
 
         Raises:
-            RefusedError: there is none.
+            RefusedError: there is no such turn.
         """
         if not self.answers:
             raise RefusedError("there is nothing to reward: the model has not been asked anything yet")
@@ -108,17 +109,17 @@ class Playing:
         return sum(turn.reward for turn in self.made.values())
 
     def last_state(self) -> list[int]:
-        """Where it was refused a turn; else what the model has read and said to its last one."""
+        """Return the state in which a turn was refused; else all ids up to the end of the last turn."""
         if self.left_in is not None:
             return [*self.left_in]
         last = self.made[max(self.made)]
         return [*last.state_ids.tolist(), *last.token_ids.tolist()]
 
     def end(self, failure: str = "", *, cut_in: Sequence[int] | None = None, final: Array | None = None) -> None:
-        """It is over, unless it was already.
+        """End the episode, unless it has ended already.
 
         Args:
-            cut_in: the state that a limit cut it in; None: it ended by itself, or failed.
+            cut_in: the state in which a limit cut it off; None: it ended by itself, or failed.
             final: features of that state, (H,).
         """
         if not self.ended.done():
@@ -129,7 +130,7 @@ class Playing:
             )
 
     def _in_order(self, last: Sequence[int]) -> tuple[tuple[Turn, ...], str]:
-        """The turns with what each was answered, and everything as text."""
+        """Return the turns in order, each with the observation after it, and the whole episode as text."""
         made, text, before = [turn for _, turn in sorted(self.made.items())], "", list[int]()
         decode: Any = self.conversation.chat.tokenizer.decode
         following = [*(turn.state_ids.tolist() for turn in made[1:]), [*last]]
@@ -145,11 +146,12 @@ class Playing:
 
 
 def _answer(before: list[int], said: list[int], after: list[int]) -> list[int] | None:
-    """What comes after something that was said, in the next state; None if it is not there.
+    """Return the ids that follow an utterance in the next state; None if that state does not contain the utterance.
 
     Args:
-        before: the state that it was said in, with it.
-        after: the next state, which may have left older messages out.
+        before: the utterance's state and the utterance.
+        said: the utterance.
+        after: the next state, which may leave out older messages.
     """
     if after[: len(before)] == before:
         return after[len(before) :]

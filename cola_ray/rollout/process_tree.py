@@ -1,9 +1,9 @@
-"""Runs a command, and ends all that it has started when it ends, when it is to end (SIGTERM), or when the owner ends.
+"""Runs a command; when it ends, SIGTERM arrives or the owner ends, kills the command and all that it started.
 
     owner ──> python process_tree.py OWNER COMMAND... ──> the command ──> whatever that starts, in any session
 
-Whatever loses its parent becomes a child of this process (``PR_SET_CHILD_SUBREAPER``), so that it is found, however it
-was started. No privileges are needed. Standard library only, since a process of this comes with each program.
+A process that loses its parent becomes a child of this process (``PR_SET_CHILD_SUBREAPER``), so it is found however it
+was started. No privileges are needed. Only the standard library is imported, since one such process runs per program.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from typing import NoReturn
 
 _PDEATHSIG, _SUBREAPER = 1, 36
 _REAP_S = 10.0
-_GIVEN_UP_S = 10.0  # a process that does not end by then is another user's, or the kernel's
+_GIVEN_UP_S = 10.0  # a process that has not ended by then belongs to another user, or is stuck in the kernel
 
 
 def main(owner: int, command: list[str]) -> NoReturn:
     watched = os.pidfd_open(owner)
-    if os.getppid() != owner:  # it has ended already
+    if os.getppid() != owner:  # the owner has ended already
         sys.exit(1)
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     here, pid = os.getpid(), os.fork()
@@ -37,19 +37,19 @@ def main(owner: int, command: list[str]) -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         code = _end_children(pid)
-    if code < 0:  # end as it did
+    if code < 0:  # the program was ended by a signal: end by the same one
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
 
 def _become(command: list[str], parent: int) -> NoReturn:
-    """In the fork."""
+    """Turn the fork into the command."""
     try:
-        os.setsid()  # a signal to its own process group is for it alone
+        os.setsid()  # signals that the command sends to its own process group do not reach this process
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
-            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python had set them to be ignored
                 signal.signal(number, signal.SIG_DFL)
             os.execvp(command[0], command)
     except OSError as error:
@@ -59,9 +59,9 @@ def _become(command: list[str], parent: int) -> NoReturn:
 
 
 def _end_children(program: int) -> int:
-    """Kill until nobody is left, since the children of who ends come here; returns the program's exit code."""
+    """Kill children until none is left (a killed process's children become ours); return the program's exit code."""
     code, deadline = -signal.SIGKILL, time.monotonic() + _GIVEN_UP_S
-    with contextlib.suppress(ChildProcessError):  # nobody is left
+    with contextlib.suppress(ChildProcessError):  # none is left
         while time.monotonic() < deadline:
             for pid in _children():
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -77,7 +77,7 @@ def _children() -> list[int]:
     found, here = list[int](), os.getpid()
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-            if int(file.read().rpartition(b")")[2].split()[1]) == here:  # a name may be any bytes
+            if int(file.read().rpartition(b")")[2].split()[1]) == here:  # a process's name may contain any bytes
                 found.append(int(name))
     return found
 

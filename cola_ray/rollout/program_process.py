@@ -1,4 +1,4 @@
-"""A process of an agent program: it starts, says its last words, and ends with all that it has started."""
+"""A process of an agent program: starting it, keeping the end of its output, and killing it with all its children."""
 
 import asyncio
 import contextlib
@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from cola_ray.rollout import process_tree
 from cola_ray.rollout.playing import Playing
 
-_TAIL = 2000  # characters of a program's last words that are kept
+_TAIL = 2000  # characters of a program's output that are kept, from its end
 
 
 @dataclass(eq=False)
 class Process:
-    """A program that runs."""
+    """A running program."""
 
-    key: str  # of the episode that it was started for, by which it asks for others
-    own: Playing | None  # that episode, until it plays it or asks for it
+    key: str  # of the episode that it was started for; it uses this key to ask for other episodes
+    own: Playing | None  # that episode, until the program plays it or asks for it
     running: asyncio.subprocess.Process | None = None
     playing: set[Playing] = field(default_factory=set)
-    asking: int = 0  # requests for an episode that wait
+    asking: int = 0  # pending requests for an episode
     idle_since: float = 0.0  # when it last had an episode
     last_words: str = ""
 
@@ -30,9 +30,10 @@ class Process:
         return not self.playing and not self.asking
 
     async def start(self, command: Sequence[str], told: Mapping[str, str]) -> "asyncio.Task[None]":
-        """Start it; returns who keeps the end of what it prints.
+        """Start the program; return the task that keeps the end of its output.
 
-        Its output is a pipe of ours: asyncio's would have its ``wait`` wait for all that hold the other end, too.
+        Its output goes to a pipe made here: with asyncio's own pipe, ``wait`` would also wait until every process that
+        holds the other end has closed it.
         """
         reading, writing = os.pipe()
         stream = asyncio.StreamReader()
@@ -53,7 +54,7 @@ class Process:
             self.last_words = (self.last_words + said.decode(errors="replace"))[-_TAIL:]
 
     def kill(self) -> None:
-        """With whatever it has started (process_tree.py)."""
+        """Kill the program and all processes that it started (process_tree.py)."""
         if self.running is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.running.terminate()

@@ -1,6 +1,6 @@
-"""Episodes that a program of somebody's own plays: it talks to the policy as to OpenAI's API, and says what came of it.
+"""Episodes played by a user's own program, which talks to the policy through OpenAI's API and reports the reward.
 
-    ticket ─> Programs.play ─> a process of task.command, in its environment OPENAI_BASE_URL: this episode's
+    ticket ─> Programs.play ─> a process of task.command, with this episode's OPENAI_BASE_URL in its environment
                                    │   POST  chat/completions  {"messages": [...], ...}   as often as it likes
                                    v
                     Conversation.state ─> generate ─> Utterance ─> Conversation.answer     a turn each
@@ -8,12 +8,12 @@
                                    v
                                 Episode
 
-A process plays its own episode and ends. One that would rather play many, and at once, asks for each:
+A process plays its own episode and ends. A process that plays many episodes, also at once, asks for each:
 
     POST  episodes  {}  ─>  {"base_url": "http://...", "seed": 7}       waits until there is one
 
-Whatever a program does costs its own episode alone: one that ends without a reward, that hangs or that sends nonsense
-is a failed episode, counted by ``task.max_failed_rewards``. It runs with the rights of the run, as its owner's code.
+A misbehaving program costs only its own episodes: if it ends without a reward, hangs or sends nonsense, the episode
+has failed, and counts towards ``task.max_failed_rewards``. The program runs as the run's user, with the same rights.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from cola_ray.rollout.program_requests import RefusedError
 
 T = TypeVar("T")
 START_S = 300.0
-"""Seconds that a program may take to its first request: it may have much to import."""
+"""Seconds that a program may take until its first request: it may have much to import."""
 _MAX_BODY = 4 << 20  # bytes of a request
 
 
@@ -46,10 +46,10 @@ class Limits:
     """What all episodes of a worker share.
 
     Attributes:
-        processes: of the program at a time.
+        processes: number of the program's processes at a time.
         quiet_s: seconds that a program may take between an answer and its next request.
-        max_turns: of an episode; further ones are refused.
-        max_state_tokens: of what a turn is said in.
+        max_turns: most turns of an episode; further ones are refused.
+        max_state_tokens: most tokens of a turn's prompt.
     """
 
     processes: int
@@ -59,18 +59,18 @@ class Limits:
 
 
 class Programs:
-    """A server for agent programs, and the processes of one that it starts.
+    """A server for agent programs, which also starts the processes of the program.
 
     Args:
-        command: of the program, split as a shell would.
+        command: the program's command line, split as a shell would.
         converse: makes the conversation of an episode.
     """
 
     def __init__(self, command: str, converse: Callable[[], Conversation], limits: Limits) -> None:
         self.command, self.converse, self.limits = shlex.split(command), converse, limits
         self.playing: dict[str, Playing] = {}
-        self.waiting: deque[Playing] = deque()  # for a program
-        self.homes: dict[str, Process] = {}  # of each episode under way, by key
+        self.waiting: deque[Playing] = deque()  # episodes that no program has yet
+        self.homes: dict[str, Process] = {}  # the process that plays each episode, by the episode's key
         self.askers: deque[tuple[Process, asyncio.Future[Playing]]] = deque()
         self.processes: dict[str, Process] = {}
         self.tasks: set[asyncio.Task[None]] = set()
@@ -78,12 +78,13 @@ class Programs:
         self.runner: web.AppRunner | None = None
 
     async def play(self, position: int, seed: int, generate: Generate, read_state: Generate | None = None) -> Episode:
-        """Have an episode played to its end; what goes wrong there is its ``failure``.
+        """Have an episode played to its end. If it goes wrong, ``Episode.failure`` says why.
 
         Args:
-            position: of the ticket.
-            seed: that the program is told.
-            read_state: called for the last state of an episode that a limit cut, whose features stand for the rest.
+            position: the ticket's.
+            seed: the program is told this seed.
+            read_state: called for the last state of an episode that a limit cut off; that state's features stand for
+                the rest of the episode.
         """
         await self._open()
         ended: asyncio.Future[Episode] = asyncio.get_running_loop().create_future()
@@ -116,7 +117,7 @@ class Programs:
     # --- processes ----------------------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
-        """Give episodes that wait to programs that ask for them, and start programs for others."""
+        """Give waiting episodes to programs that ask for one, and start processes for the others."""
         while self.waiting and self.askers:
             process, asked = self.askers.popleft()
             if not asked.done():
@@ -136,7 +137,7 @@ class Programs:
         self._spawn(self._watch(episode, process))
 
     def _take_back(self, episode: Playing, process: Process) -> None:
-        """An episode that its program has not heard of goes to the next one."""
+        """Give an episode to the next program, because this one never received the reply that hands it out."""
         process.playing.discard(episode)
         self.homes.pop(episode.key, None)
         if not episode.ended.done():
@@ -144,7 +145,7 @@ class Programs:
             self._hand_out()
 
     async def _run(self, process: Process, episode: Playing) -> None:
-        """Start a program and see it to its end."""
+        """Start a program, wait until it ends, and end the episodes that it was still playing."""
         told = {"OPENAI_BASE_URL": self._url(episode), "OPENAI_API_KEY": "none", "COLA_RAY_SEED": str(episode.seed),
                 "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))}  # fmt: skip
         try:
@@ -163,7 +164,7 @@ class Programs:
         self._hand_out()
 
     async def _watch(self, episode: Playing, process: Process) -> None:
-        """End an episode whose program is quiet for too long."""
+        """End an episode whose program sends no request for too long."""
         while not episode.ended.done() and self.homes.get(episode.key) is process:
             limit = self.limits.quiet_s if episode.heard else START_S
             left = limit if episode.busy else episode.quiet_since + limit - time.monotonic()
@@ -176,7 +177,7 @@ class Programs:
             episode.end(f"its program took longer than {limit:g} s")
 
     async def _send_home(self, process: Process) -> None:
-        """End a program that neither plays nor asks for long, and does not end by itself."""
+        """Kill a program that for a while has neither played nor asked for an episode, and has not ended by itself."""
         idle_since = process.idle_since = time.monotonic()
         await asyncio.sleep(self.limits.quiet_s)
         if process.is_idle and process.idle_since == idle_since:
@@ -188,7 +189,7 @@ class Programs:
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        """An error of ours ends every episode: none would hear of it otherwise."""
+        """Raise a failed task's error in every episode; otherwise it would go unnoticed."""
         self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             for episode in self.playing.values():
@@ -277,7 +278,7 @@ class Programs:
             try:
                 self._hand_out()
                 episode = await asked
-            except asyncio.CancelledError:  # whoever asked is gone
+            except asyncio.CancelledError:  # the client is gone
                 if asked.done() and not asked.cancelled():
                     self._take_back(asked.result(), process)
                 raise
@@ -290,7 +291,7 @@ class Programs:
         return web.json_response({"object": "list", "data": [program_requests.model("cola_ray")]})
 
     async def _model(self, request: web.Request) -> web.Response:
-        """Any name is the policy's: programs ask before they begin."""
+        """Accept any model name as the policy's: some programs look their model up before they begin."""
         self._episode(request)
         return web.json_response(program_requests.model(request.match_info["name"]))
 
@@ -309,7 +310,7 @@ def _over() -> RefusedError:
 
 
 async def _engines(episode: Playing, made: Awaitable[T]) -> T:
-    """What the engine makes; an error of it is no fault of the program, and ends the run."""
+    """Await what the engine makes. An error of the engine is not the program's fault, and ends the run."""
     try:
         done = await made
     except Exception as error:
@@ -322,7 +323,7 @@ async def _engines(episode: Playing, made: Awaitable[T]) -> T:
 
 
 async def _sent(response: web.Response, request: web.Request) -> web.Response:
-    """An answer once it is sent; raises ConnectionError if whoever asked is gone."""
+    """Send an answer and return it; raises ConnectionError if the client is gone."""
     await response.prepare(request)
     await response.write_eof()
     return response

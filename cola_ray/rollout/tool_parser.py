@@ -1,4 +1,4 @@
-"""Tool calls in what a model says, found by one of vLLM's parsers."""
+"""Finds tool calls in a model's text with one of vLLM's parsers."""
 
 import functools
 import json
@@ -16,16 +16,16 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 class ToolCalls:
-    """One serves all conversations of a worker.
+    """Parses tool calls; one object serves all conversations of a worker.
 
-    vLLM's parsers keep the state of a stream, so each text has one of its own. What takes its time is done once: they
-    read the whole vocabulary as they are made, a second for one of 150 000 tokens, and tools are validated.
+    vLLM's parsers keep the state of a stream, so each text gets a new one. The slow parts are done once: a new parser
+    reads the whole vocabulary, which takes a second for 150 000 tokens, and tools are validated.
 
     Args:
-        parser: one of vLLM's, by name.
+        parser: the name of one of vLLM's parsers.
 
     Raises:
-        ValueError: it is one for other models.
+        ValueError: the parser is for other models.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", parser: str) -> None:
@@ -41,18 +41,18 @@ class ToolCalls:
             raise ValueError(f"task.tool_parser = {parser!r}: not for this model's tokenizer: {error}") from None
 
     def check(self, tools: Tools) -> None:
-        """Raises RefusedError if they are not in the form of OpenAI's API."""
+        """Raises RefusedError if the tools do not follow OpenAI's API."""
         try:
             self.asked(json.dumps(tools))
-        except Exception as error:  # not all of vLLM's are ValueErrors
+        except Exception as error:  # not all of vLLM's errors are ValueErrors
             raise RefusedError(f"tools: {' '.join(str(error).split()):.200}") from None
 
     def within(self, text: str, tools: Tools) -> dict[str, Any]:
-        """A message's content and tool calls; {} where there are none, or none that can be parsed."""
+        """Return a message's content and tool calls; {} if there are no calls, or none that can be parsed."""
         asked = self.asked(json.dumps(tools))
         try:
             found = self.make(self.tokenizer, asked.tools).extract_tool_calls(text, asked)
-        except Exception as error:  # a text may be anything, and not all parsers are ready for that
+        except Exception as error:  # a text may contain anything, and not all parsers cope with that
             log.warning("a tool call cannot be parsed: %s: %s", type(error).__name__, error)
             return {}
         if not found.tools_called:
@@ -61,7 +61,7 @@ class ToolCalls:
 
 
 def _asked(tools: str) -> Any:
-    """A request as parsers read it, of its tools alone."""
+    """A request in the form that parsers read, with nothing but its tools."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     return ChatCompletionRequest.model_validate({"messages": [], "model": "", "tools": json.loads(tools)})
