@@ -1,7 +1,7 @@
 """The rollout actor of multi-turn tasks: an engine, environment processes, and the episodes between them.
 
 play_episodes(tickets) ─> Episodes, sampled         hundreds at once: each turn joins the engine's running batch;
-                                                    or programs of somebody's own play them (programs.py)
+                                                    or a user's own programs play them (programs.py)
 evaluate(seeds)        ─> returns on held-out environment seeds
 answer(seeds, way)     ─> everything that happened on those seeds, for `cola_ray evaluate`
 speak(states)          ─> one fresh utterance per state, with the base's features, for the critic
@@ -36,14 +36,14 @@ from cola_ray.tasks.environment import HELD_OUT
 
 Array = np.ndarray
 Weights = Mapping[str, Array]
-# Offsets that keep the seeds of unlike draws apart.
+# Offsets that keep the seeds of different kinds of draws apart.
 _FRESH = 1 << 40  # fresh utterances for the critic
 _REPEAT = 1 << 42  # between the episodes that ``answer`` plays on one environment seed
 
 
 @dataclass(frozen=True)
 class PlayedSeed:
-    """All episodes that one way of playing gave on one environment seed; lists have one entry per episode."""
+    """All episodes played in one way on one environment seed; lists have one entry per episode."""
 
     index: int
     texts: list[str]
@@ -52,7 +52,7 @@ class PlayedSeed:
     turns: list[int]
     token_ids: list[list[int]]
     actions: list[list[int]]
-    failures: list[str]  # of the environment, "" where there is none; a failed episode does not count
+    failures: list[str]  # why each episode failed, "" if it did not; a failed episode does not count
     generated_tokens: int
     seconds: float
 
@@ -64,8 +64,8 @@ Made = TypeVar("Made")
 class AgentWorker(EngineWorker):
     """Plays episodes of the task's environment.
 
-    Features are the base's hidden states, H wide. With ``rl.action_space token`` the base itself trains, so features
-    would go stale: one zero takes their place.
+    Features are the base's hidden states, H wide. With ``rl.action_space token`` the base itself trains, so its states
+    would go stale, and the features are a single zero instead.
     """
 
     def __init__(self, config: Config, model_path: str) -> None:
@@ -90,7 +90,7 @@ class AgentWorker(EngineWorker):
         """Return one sampled episode per ticket, in order; draws depend on (run seed, ticket, turn) alone.
 
         Args:
-            critic: weights of ArCHer's twin heads, which then choose each utterance among ``critic.candidates``.
+            critic: weights of ArCHer's twin heads, which then choose each utterance from ``critic.candidates`` samples.
         """
         heads = self._heads(critic)
 
@@ -108,7 +108,7 @@ class AgentWorker(EngineWorker):
         return Programs(task.command, converse, limits)
 
     async def _play(self, place: int, seed: int, generate: Generate, read_state: Generate | None = None) -> Episode:
-        """An episode of the environment, or one that a program plays."""
+        """Play an episode in the environment, or have a program play it."""
         if self.programs is not None:
             return await self.programs.play(place, seed, generate, read_state)
         return await play(place, seed, self.setting, generate, read_state)
@@ -116,7 +116,7 @@ class AgentWorker(EngineWorker):
     async def _concurrently(
         self, one: Callable[[T, Submit], Coroutine[Any, Any, Made]], items: Sequence[T]
     ) -> list[Made]:
-        """Run ``one(item, submit)`` for all items at once; results in order. ``submit`` goes to the engine."""
+        """Run ``one(item, submit)`` for all items at once; results in order. ``submit`` gives requests to the engine."""
         if self.programs is not None or not self.config.rollout.in_rounds:
             return await asyncio.gather(*(one(item, self._submit) for item in items))
         rounds = Rounds(len(items), self._submit)
@@ -132,8 +132,8 @@ class AgentWorker(EngineWorker):
     async def evaluate(self, indices: Sequence[int], bare_base: bool, critic: Weights | None = None) -> list[Answer]:
         """Play episodes on environment seeds that training never uses; rewards are returns, -inf where one failed.
 
-        The policy samples, as it does in training: a greedy player that learns nothing new from an observation repeats
-        its question forever. The bare base can only be greedy.
+        The policy samples, as in training: a greedy player that learns nothing new from an observation would repeat its
+        question forever. The bare base is always greedy.
         """
         heads, way = self._heads(critic), "base" if bare_base else "sample"
 
@@ -166,7 +166,11 @@ class AgentWorker(EngineWorker):
         )  # fmt: skip
 
     def _generate(self, way: str, place: int, submit: Submit, critic: TwinHeads | None = None) -> Generate:
-        """Return what generates the turns of the episode at ``place``: by way sample, greedy or base (greedy, too)."""
+        """Return the function that generates the turns of the episode at ``place``.
+
+        Args:
+            way: "sample", "greedy", or "base", which is greedy too.
+        """
 
         async def generate(ids: Sequence[int], turn: int, longest: int = 0) -> Utterance:
             if way == "sample":
@@ -180,8 +184,8 @@ class AgentWorker(EngineWorker):
         """Return a sampled utterance in each state, and its features, (H,) float32.
 
         Args:
-            states: (place, ids) of each.
-            draw: number of this call in the run; together with a state's place it seeds the draws.
+            states: (place, ids) of each state.
+            draw: number of this call in the run; it seeds the draws together with the state's place.
         """
         temperature = self.config.rollout.temperature
         requests = [self._request(ids, self._seed(_FRESH + draw, place), temperature) for place, ids in states]
@@ -199,11 +203,13 @@ class AgentWorker(EngineWorker):
     async def _sample(
         self, ids: Sequence[int], place: tuple[int, int], submit: Submit, critic: TwinHeads | None, longest: int
     ) -> Utterance:
-        """Sample an utterance; with a critic, the one of ``critic.candidates`` whose smaller Q of the twins is largest.
+        """Sample an utterance; with a critic, sample ``critic.candidates`` and return the one with the largest min(Q).
+
+        The minimum is over the critic's twins.
 
         Args:
-            place: (of the episode, number of the turn).
-            longest: most tokens of it; 0: the run's limit.
+            place: (the episode's place, number of the turn).
+            longest: most tokens of the utterance; 0: the run's limit.
         """
         count = 1 if critic is None else self.config.critic.candidates
         seeds = [self._seed(*place, *((candidate,) if candidate else ())) for candidate in range(count)]
@@ -220,7 +226,7 @@ class AgentWorker(EngineWorker):
             return spoken[int(critic.q_values(states, utterances).min(0).values.argmax())]
 
     def _read_state(self, submit: Submit) -> Generate:
-        """Return what reads a state's features: they come with a completion of one token, which is not used."""
+        """Return the function that reads a state's features; they come with a completion of one unused token."""
 
         async def read(ids: Sequence[int], _: int, longest: int = 1) -> Utterance:
             return (await submit([self._request(ids, 0, 0.0, max_new_tokens=longest)]))[0]
@@ -252,6 +258,6 @@ class AgentWorker(EngineWorker):
 
 
 def _utterance(c: Completion) -> Utterance:
-    # Where the base trains, the critic reads text instead of hidden states, and one zero holds their place.
+    # Where the base trains, the critic reads text instead of hidden states, and a single zero takes their place.
     states = np.zeros((len(c.token_ids), 1), np.float32) if c.hidden_states is None else as_float(c.hidden_states)
     return Utterance(c.token_ids, c.actions, c.log_probs, c.versions, states)

@@ -8,14 +8,14 @@
     TokenEngine    serves a plain base: actions are tokens, and updates replace all weights, or only those that
                    LoRA adapters change
 
-A request in flight at an update keeps the tokens that it has. The key/value entries of the layers that were updated are
-stale, so vLLM preempts the request and recomputes them under the new weights. ``Completion.versions`` records which
-version of the policy chose each action.
+A request in flight at an update keeps the tokens that it has. The key/value entries of the updated layers are stale, so
+vLLM preempts the request and recomputes them with the new weights. ``Completion.versions`` records which version of the
+policy chose each action.
 
-On GPUs vLLM schedules asynchronously: when ``step`` returns what one forward pass gave, the next one is under way
-already. An update is queued on the device behind that pass, whose tokens vLLM drops and draws again by the new weights,
-so the number of tokens that the scheduler has of a request says where the new version begins. vLLM turns asynchronous
-scheduling off on CPUs, where there is nothing to overlap with.
+On GPUs vLLM schedules asynchronously: when ``step`` returns the results of one forward pass, the next pass is already
+under way. An update is queued on the device behind that pass. vLLM drops the pass's tokens and draws them again with
+the new weights, so a new version begins after the tokens that the scheduler has recorded for a request. vLLM turns
+asynchronous scheduling off on CPUs, where there is nothing to overlap with.
 """
 
 import abc
@@ -63,9 +63,9 @@ class Request:
 class _InFlight:
     request: Request
     engine_id: str  # vLLM's own id of the request
-    slot: int  # of the table that keeps its actions
-    versions: list[tuple[int, int]]  # (first output position that it chose, policy version), ascending
-    settled: "Completion | None" = None  # finished but for its states, which this request computes again
+    slot: int  # its row in the table of actions
+    versions: list[tuple[int, int]]  # (first output position chosen by a version, the version), ascending
+    settled: "Completion | None" = None  # a completion that lacks only its states, which this request recomputes
 
     @property
     def prompt_length(self) -> int:
@@ -78,11 +78,11 @@ class Completion:
 
     token_ids: np.ndarray  # (L,) int64; includes the end token, or the tokens of the stop string
     actions: np.ndarray  # (L,) int64
-    # (L,) float32, of the actions under the distribution that they were sampled from; 0 where an action is held
+    # (L,) float32, of the actions, under the distribution from which they were sampled; 0 where an action is held
     log_probs: np.ndarray
     versions: np.ndarray  # (L,) int64, the policy version that chose each action
     truncated: bool  # cut by the token limit rather than stopped
-    hidden_states: np.ndarray | None  # (P + L - 1, H), e, if the engine keeps it; bfloat16 is stored as int16
+    hidden_states: np.ndarray | None  # (P + L - 1, H): e, if the engine keeps it; bfloat16 is stored as int16
     computed_tokens: int = 0  # P + L, minus the prompt tokens that the prefix cache held
 
 
@@ -189,7 +189,7 @@ class Engine(abc.ABC):
 
         Raises:
             ValueError: vLLM refuses the request, e.g. because the prompt exceeds the model's context; or the request
-                has stop strings and the engine has no tokenizer; or it goes on amid an action that lasts.
+                has stop strings and the engine has no tokenizer; or its prompt ends in the middle of an action.
         """
         if request.stop and self.endings.tokenizer is None:
             raise ValueError(f"stop = {list(request.stop)!r}: the engine has no tokenizer; pass one when creating it")
@@ -204,19 +204,19 @@ class Engine(abc.ABC):
         return name
 
     def _add(self, name: str, request: Request, settled: Completion | None = None) -> None:
-        """Hand a request to vLLM; its completion comes under ``name``."""
+        """Hand a request to vLLM; ``step`` returns its completion under ``name``."""
         if not self.free_slots:
             heapq.heappush(self.free_slots, self.num_slots)
             self.num_slots += 1
         params = self.vllm.SamplingParams(
             max_tokens=request.max_new_tokens,
             stop_token_ids=list(self.endings.token_ids),
-            ignore_eos=True,  # only the ids above end a completion, not the checkpoint's configured default
+            ignore_eos=True,  # only the ids above end a completion, not the checkpoint's configured end token
             stop=list(request.stop) or None,
             detokenize=bool(request.stop),
             skip_special_tokens=False,
             output_kind=self.vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,  # the object is ours alone; a deep copy would take a fifth of a short rollout's time
+            skip_clone=True,  # nothing else uses the object; a deep copy would take a fifth of a short rollout's time
             **sampling_args(
                 temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, seed=request.seed,
                 actions=request.actions, slot=self.free_slots[0],
@@ -238,8 +238,8 @@ class Engine(abc.ABC):
     def step(self) -> dict[str, Completion]:
         """Run one forward pass over the running batch; return the completions that finished in it.
 
-        Under asynchronous scheduling vLLM may preempt a request whose last token is on its way. Its blocks are others'
-        by then; its states are computed again, and the completion comes with a later step.
+        Under asynchronous scheduling vLLM may preempt a request whose last token is still under way. Its blocks then
+        belong to other requests, so its states are recomputed, and the completion comes with a later step.
         """
         finished = self.llm.llm_engine.step()
         if not finished:
@@ -260,7 +260,7 @@ class Engine(abc.ABC):
 
     def _compute_states(self, name: str, request: _InFlight, made: Completion) -> None:
         ids = list(request.request.prompt_ids)
-        if request.settled is None:  # else it was one of these, and was preempted as well
+        if request.settled is None:  # otherwise it already was such a recomputation, and was preempted too
             ids = [*ids, *made.token_ids.tolist()][:-1]
         self._add(name, Request(ids, seed=0, temperature=0.0, top_k=0, max_new_tokens=1), made)
 
@@ -287,7 +287,7 @@ class Engine(abc.ABC):
         return self._cut_at_stop(made, request.request)
 
     def _cut_at_stop(self, made: Completion, request: Request) -> Completion:
-        """Cut at a stop string that began within the response's prefix in the prompt, where vLLM does not look."""
+        """Cut at a stop string that begins within the response's prefix in the prompt, where vLLM does not look."""
         before = list(request.prompt_ids[-request.response_prefix :])
         whole = dataclasses.replace(self.endings, strings=tuple(request.stop)).length([*before, *made.token_ids])
         if whole is None:
@@ -329,7 +329,7 @@ class Engine(abc.ABC):
     def _continue_with(self, version: int) -> None:
         self.reset_prefix_cache()
         self.version = version
-        # Until a request has finished, only the scheduler knows how far it has come; what is under way does not count.
+        # Until a request has finished, only the scheduler knows its number of tokens; tokens under way do not count.
         for request in self.in_flight.values():
             request.versions.append((self.scheduler.requests[request.engine_id].num_output_tokens, version))
 
@@ -370,7 +370,7 @@ class LatentEngine(Engine):
         settle_vllm()
         overrides = engine_overrides(keep_hidden_states, soft_q_beta)
         if keep_hidden_states:
-            # Layers with a sliding window would get a block table of their own, and blocks of another size than e's.
+            # Otherwise layers with a sliding window get a block table of their own, with another block size than e's.
             engine_args.setdefault("disable_hybrid_kv_cache_manager", True)
         self.soft_q_beta = soft_q_beta
         super().__init__(model_path, logits_processors=[processor("tracker")], hf_overrides=overrides, **engine_args)
@@ -381,7 +381,7 @@ class LatentEngine(Engine):
             self._remember_blocks(self.scheduler.kv_cache_manager)
 
     def _remember_blocks(self, manager: Any) -> None:
-        """Record which cache blocks a request used: they are freed in its last step, but still hold its states."""
+        """Record each request's cache blocks: they are freed in its last step, but still hold its states."""
         free = manager.free
 
         def remember_and_free(request: Any) -> None:
@@ -397,7 +397,7 @@ class LatentEngine(Engine):
 
     def _states(self, request: _InFlight, num_actions: int) -> np.ndarray | None:
         blocks = self.last_blocks.pop(request.engine_id, None)
-        if not blocks:  # not kept; or freed before, when it was preempted
+        if not blocks:  # states are not kept, or the blocks were freed earlier, when the request was preempted
             return None
         computed = request.prompt_length + num_actions - 1
         states: np.ndarray = self.llm.collective_rpc(read_states, args=(blocks, computed))[0]
@@ -430,7 +430,7 @@ class TokenEngine(Engine):
 
 
 def read_states(worker: Any, blocks: list[int], length: int) -> np.ndarray | None:
-    """States of a sequence, from the first of the engine's processes; all of them hold the same."""
+    """States of a sequence, from the first of the engine's processes; all processes hold the same states."""
     return worker.get_model().states.read(blocks, length) if worker.rank == 0 else None
 
 
@@ -438,7 +438,7 @@ def prepare_process(num_threads: int) -> None:
     """Set the environment that vLLM reads on import: engine in this process, number of threads."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule the size that the engine is given
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the size that the engine is given
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else an engine of n processes asks for n NUMA nodes
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["OMP_NUM_THREADS"] = str(num_threads)

@@ -7,7 +7,7 @@
     mcts     search.simulations completions from a tree search
     mcts_q   the same from MCTS-Q, which skips states where nothing is decided
 
-A reward model, where there is one, guides searches and chooses among responses; the verifier says which are right.
+A reward model, if there is one, guides searches and chooses among responses; the verifier says which are right.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ _EVALUATION = 1 << 41  # keeps these draws' seeds apart from training's
 
 @dataclass(frozen=True)
 class AnsweredProblem:
-    """All responses that one way of answering gave to one problem; lists have one entry per response."""
+    """All responses to one problem in one way of answering; lists have one entry per response."""
 
     index: int
     question: str
@@ -45,13 +45,13 @@ class AnsweredProblem:
     texts: list[str]
     token_ids: list[list[int]]
     actions: list[list[int]]  # -1 where another response's rollout chose them
-    values: list[float]  # what responses are chosen by: the reward model's score or the verifier's; -inf if that failed
+    values: list[float]  # scores by which responses are chosen: the reward model's or the verifier's; -inf if it failed
     rewards: list[float]  # the verifier's; 0 if it failed
-    answers: list[str]  # what each response commits to, the same text for equal values; "" where it cannot be read
+    answers: list[str]  # each response's final answer, the same text for equal values; "" where it cannot be read
     generated_tokens: int
     computed_tokens: int
     seconds: float
-    failures: list[str] = field(default_factory=list)  # of the verifier; "" where there is none
+    failures: list[str] = field(default_factory=list)  # why the verifier failed; "" where it did not
     ended_by: End = "simulations"
 
 
@@ -59,7 +59,7 @@ class EvaluationWorker(RolloutWorker):
     """Answers problems of ``eval.split``, numbered among those whose prompts fit.
 
     Args:
-        chooser: scores responses within searches, and chooses among them, in place of the verifier.
+        chooser: scores responses within searches, and chooses among them, instead of the verifier.
     """
 
     def __init__(self, config: Config, model_path: str, chooser: RewardFunction | None = None) -> None:
@@ -144,7 +144,7 @@ class EvaluationWorker(RolloutWorker):
         return SearchProblem(prompt, rollout.max_new_tokens, self.batch.complete, score, request, kept, every)
 
     async def _values(self, index: int, responses: Sequence[Array]) -> list[float]:
-        """Return what searches maximise: the chooser's scores or the verifier's rewards; -inf where those failed."""
+        """Return the values that searches maximise: the chooser's scores or the verifier's rewards; -inf on failure."""
         texts, indices = [self.endings.text(one) for one in responses], [index] * len(responses)
         if self.chooser is None:
             scored = await self._score(self.split, indices, texts)

@@ -1,4 +1,4 @@
-"""User code in a process of its own, every call with a deadline: it may raise, hang, exit or return nonsense.
+"""Runs user code in a separate process, each call with a deadline: it may raise, hang, exit or return nonsense.
 
     IsolatedObject.call([(method, *args), ...])  ─>  [Reply, ...]     in order, one for every call
         RewardProcess.score                          a task's rewards (reward_process.py)
@@ -8,10 +8,10 @@
                  <── [token, reply] ──────────        (sandbox/messages.py: a line of JSON, never a pickle)
 
 One call is under way at a time, and its reply carries the call's token, so nothing else that a child sends can be taken
-for the reply. If a call takes too long, or what comes is not a reply, that call fails: the process is killed together
-with whatever it started, and a new one serves the calls after it. If the process was killed or stopped from outside, or
-what came may belong to the call before, the call is made once more. ``signal.alarm`` would not do: it works in main
-threads only and does not interrupt C code.
+for the reply. If a call takes too long, or the child sends something that is not a reply, the call fails: the process
+is killed together with whatever it started, and a new one serves later calls. If the process was killed or stopped from
+outside, or the message may belong to the previous call, the call is repeated once. ``signal.alarm`` would not do: it
+works only in main threads and does not interrupt C code.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from cola_ray.sandbox.messages import (
 from cola_ray.tasks.environment import Chat, Environment
 from cola_ray.tasks.protocol import not_a_reward
 
-_GRACE_S = 5.0  # for a child that keeps the deadline itself and must still clean up its forks
+_GRACE_S = 5.0  # extra time for a child that keeps the deadline itself and must then still clean up its forks
 _MAX_FAILURE_LENGTH = 300  # characters
 _OF_STEP = ("observation", "reward", "terminated", "truncated", "state")
 _OF_INFO = ("metrics", "chat")
@@ -124,8 +124,8 @@ class IsolatedObject:
             if not (isinstance(reply, list) and len(reply) == 2 and reply[0] == token and is_reply(reply[1])):
                 raise BrokenError("sent something that is not a reply")
         except BrokenError as error:
-            failure = self._why(error)  # ask before the restart: it waits for the exit code of a process that is ending
-            # A malformed reply may be a late message of the call before.
+            failure = self._why(error)  # before the restart: this waits for the exit code of a process that is ending
+            # A malformed reply may be a late message from the previous call.
             not_its_fault = self._was_disturbed() or not isinstance(error, GoneError | LateError)
             self._restart()
             return self._call(call, retry=False) if retry and not_its_fault else Reply(failure=failure)
@@ -183,8 +183,8 @@ class IsolatedObject:
 
 def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float, max_bytes: int) -> None:
     """Build the object and answer calls until the other end is closed; runs in the child."""
-    os.setsid()  # a process group of its own: killed as one, and not reached by signals to the owner's group
-    die_with_parent()  # the parent is the fork server, which ends with its owner once nobody else holds its pipe open
+    os.setsid()  # its own process group: can be killed as one, and gets no signals that are sent to the owner's group
+    die_with_parent()  # the parent is the fork server, which ends with its owner once no other process holds its pipe
     alive: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
     os.close(alive._forkserver_alive_fd)
     channel = Channel(connection.fileno(), connection.fileno(), max_bytes)
@@ -196,7 +196,7 @@ def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float,
     except Exception as error:
         forks, keeps_time, failure = False, False, f"{type(error).__name__}: {error_text(error)}"
     channel.send({"failure": failure.removeprefix("raised "), "keeps_time": keeps_time})
-    gc.freeze()  # the collector would otherwise touch, and so copy, pages that forks share
+    gc.freeze()  # otherwise the collector would touch, and so copy, pages that forks share
     while not failure:
         try:
             token, method, *args = channel.receive()
@@ -215,7 +215,7 @@ def _serve(make: Callable[[], Any], connection: socket.socket, timeout_s: float,
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an environment returned for one utterance, and its state after it."""
+    """An environment's result for one utterance, and its state afterwards."""
 
     observation: str
     reward: float
@@ -223,13 +223,13 @@ class Outcome:
     truncated: bool
     state: Any  # data
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the episode so far
-    chat: Chat | None = None  # what a chat template is given in place of the observation
+    chat: Chat | None = None  # messages for the chat template, in place of the observation
 
 
 class EnvironmentProcess(IsolatedObject):
     """Many episodes of one environment in one process; ``make`` builds an environment.
 
-    Every step carries the episode's state, so when a process has to be killed its other episodes go on in the next one.
+    Every step carries the episode's state, so if a process has to be killed, its other episodes go on in the next one.
     States are data, like everything that crosses the channel; see :meth:`Environment.get_state`.
     """
 
@@ -249,7 +249,7 @@ class EnvironmentProcess(IsolatedObject):
 
 
 def _as_outcome(reply: Reply) -> Reply:
-    """Turn a reply's value into an :class:`Outcome`, or into a failure if it has another form."""
+    """Turn a reply's value into an :class:`Outcome`, or into a failure if it has the wrong form."""
     if reply.failure:
         return reply
     value = reply.value
@@ -272,7 +272,7 @@ def _as_outcome(reply: Reply) -> Reply:
 
 
 def _metrics(value: Any) -> dict[str, float]:
-    """Raises ValueError if it is something else."""
+    """Return the metrics; raises ValueError if the value is not a dict of numbers."""
     if value is None:
         return {}
     if not isinstance(value, dict) or len(value) > _MOST_METRICS:
@@ -286,7 +286,7 @@ def _metrics(value: Any) -> dict[str, float]:
 
 
 def _chat(value: Any) -> Chat | None:
-    """Raises ValueError if it is something else."""
+    """Return the chat messages; raises ValueError if the value has the wrong form."""
     if value is None:
         return None
     try:
@@ -310,7 +310,7 @@ def is_text(value: object) -> bool:
 
 
 class _Episodes:
-    """In the child: one environment per episode, rebuilt from its state where this process does not hold it."""
+    """In the child: one environment per episode, rebuilt from its state if this process does not hold it."""
 
     def __init__(self, make: Callable[[], Environment]) -> None:
         self.make = make

@@ -109,7 +109,7 @@ class Playing:
         return sum(turn.reward for turn in self.made.values())
 
     def last_state(self) -> list[int]:
-        """Return the state in which a turn was refused; else all ids up to the end of the last turn."""
+        """Return the state in which a turn was refused; else the last turn's state and utterance."""
         if self.left_in is not None:
             return [*self.left_in]
         last = self.made[max(self.made)]

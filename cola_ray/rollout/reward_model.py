@@ -21,14 +21,14 @@ from cola_ray.tasks.chat import ChatTokenizer, Prompt
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Awaitable[list[float]]]
 """(prompts, responses) -> one reward per response."""
 
-_ANSWER_BYTES = 1 << 16  # size limit of an endpoint's answer, plus so many for each reward:
+_ANSWER_BYTES = 1 << 16  # size limit of an endpoint's answer, to which each reward adds:
 _BYTES_PER_REWARD = 1024
 
 
 async def score_with(
     reward_function: RewardFunction, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> list[Reward]:
-    """Return one reward per response; all are failures if the function raises, one is if it is not a valid number."""
+    """Return one reward per response: all failures if the function raises, a failure for each invalid number."""
     try:
         values = await reward_function(prompts, responses)
     except Exception as error:
@@ -95,11 +95,11 @@ class RewardEndpoint:
     """An HTTP endpoint that takes ``{"prompts": [...], "responses": [...]}`` and answers ``{"rewards": [...]}``.
 
     A prompt is text, or a list of chat messages if the rows have those. If the connection fails, the time is up or the
-    server reports an error of its own (status 500 and above), the request is repeated for up to a minute. Any other
+    server reports an internal error (status 500 and above), the request is repeated for up to a minute. Any other
     answer that does not hold one reward per response is an error at once.
 
     Args:
-        url: of the endpoint.
+        url: the endpoint's.
         timeout_s: seconds that one request may take in all.
     """
 
@@ -127,7 +127,7 @@ class RewardEndpoint:
         return rewards
 
     async def _post(self, body: bytes, max_bytes: int) -> bytes:
-        """Return the answer's body, which is read as it is: a compressed one could be of any size."""
+        """Return the answer's body. It is never decompressed: a decompressed body could have any size."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         content = b""
         try:
@@ -149,4 +149,4 @@ class RewardEndpoint:
 
 
 class _ServerError(Exception):
-    """A status of 500 or above, which another request may not meet."""
+    """A status of 500 or above; the same request may succeed later."""

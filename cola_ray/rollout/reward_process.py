@@ -1,4 +1,4 @@
-"""A task's verifier, or the rewards that settings name, in a process of its own (isolation.py).
+"""A task's verifier, or the rewards named in the settings, in a separate process (isolation.py).
 
 RewardProcess.score(items) ─┬─ a call for each item ─> _Verifier.score      the task's own score
                             └─ a call for a batch ──> _Verifier.score_all   task.reward, see tasks/rewarded.py
@@ -21,29 +21,29 @@ from cola_ray.tasks import Task, answer_of
 from cola_ray.tasks.protocol import Split, not_a_reward
 from cola_ray.tasks.rewarded import Item, Rewarded, total
 
-_BATCH = 64  # responses that rewards are asked of in one call; more where one problem has more
-_BATCH_BYTES = 1 << 19  # of responses in one call
-_LATE = 3  # responses in a row
+_BATCH = 64  # responses per call; more if one problem has more
+_BATCH_BYTES = 1 << 19  # size limit of the responses in one call
+_LATE = 3  # late responses in a row after which the rest of a batch is given up
 
 
 @dataclass(frozen=True)
 class Reward:
     value: float  # 0 where scoring failed
     failure: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)  # of ``task.reward``: what each said, where it applies
+    parts: Mapping[str, float] = field(default_factory=dict)  # value of each reward in ``task.reward`` that applies
 
 
 class RewardProcess(IsolatedObject):
-    """A task's verifier in a process of its own.
+    """A task's verifier in a separate process.
 
     Args:
         make: builds the task.
         timeout_s: seconds that a call may take.
         weights: of the rewards of a :class:`~cola_ray.tasks.rewarded.Rewarded` task; empty for a task with a score.
-        beside: rewards from elsewhere are added to these, so that none of these need apply to a response.
-        batched: rewards are asked for up to :data:`_BATCH` responses at a time. A call that fails is repeated one by
-            one, so that a failure still costs its own sample; if :data:`_LATE` of those take too long one after the
-            other, the rest fail with them.
+        beside: rewards from elsewhere are added to these, so a response to which none of these applies is no failure.
+        batched: score up to :data:`_BATCH` responses per call. If a call fails, its responses are scored again one by
+            one, so that a failure costs only its own sample; if :data:`_LATE` of them in a row take too long, the rest
+            fail too.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class RewardProcess(IsolatedObject):
         return found
 
     def _rewards(self, values: Any, count: int) -> list[Reward]:
-        """Return the rewards of a batch, by what each function said: a value for each response, None where it does
-        not apply."""
+        """Combine the functions' values into the rewards of a batch. Each function gives one value per response, None
+        where it does not apply."""
         if not isinstance(values, dict) or values.keys() != self.weights.keys():
             return [Reward(0.0, "returned something that is not rewards")] * count
         for name, said in values.items():
@@ -103,13 +103,13 @@ class RewardProcess(IsolatedObject):
         return dataclasses.replace(as_reward(Reply(reward)), parts=parts)
 
     def answers(self, responses: Sequence[str]) -> list[str]:
-        """Return the answer that each response commits to; "" where it cannot be read, or not in time."""
+        """Return each response's final answer; "" where it cannot be read, or not in time."""
         replies = self.call([("answer_of", response) for response in responses])
         return [reply.value if is_text(reply.value) else "" for reply in replies]
 
 
 class _Verifier:
-    """The task, in the child; what it executes runs in forks of a process that was forked before the task was built."""
+    """The task, in the child; code that it executes runs in forks of a process forked before the task was built."""
 
     def __init__(self, make: Callable[[], Task], seconds: float) -> None:
         executor = SeparateExecutor(seconds)  # forked from here, before any solution is in memory
@@ -137,7 +137,7 @@ class _Verifier:
 
 
 def _batches(items: Sequence[Item]) -> list[list[Item]]:
-    """Cut into as few calls as the limits of a message allow, completions of one problem together where they fit."""
+    """Split into as few calls as a message's limits allow; a problem's completions stay together where they fit."""
     batches, room = list[list[Item]](), 0
     for _, group in itertools.groupby(items, key=lambda item: item[:2]):
         siblings = list(group)
@@ -158,11 +158,11 @@ def _executes_separately(task: object) -> bool:
 
 
 def added(own: Reward, further: Reward, weight: float, name: str) -> Reward:
-    """Return the sum of both, the second with its weight; a failure if one is.
+    """Return ``own + weight * further``; a failure if either is one.
 
     Args:
-        own: the weighted sum of rewards of a process.
-        further: of ``name``, without its weight.
+        own: weighted sum of a process's rewards.
+        further: the reward called ``name``, without its weight.
     """
     if own.failure or further.failure:
         return Reward(0.0, own.failure or further.failure)

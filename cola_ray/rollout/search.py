@@ -8,17 +8,16 @@
       v
     child = the token that the action gave;  value = reward of the whole response;  back up along the path
 
-A node is a sequence of tokens: given its actions they are certain, and states depend on tokens alone. Two actions that
-give the same token are one child, which then has two rollouts. Where actions last n tokens, a child is what its action
-says, n tokens or fewer at an end, so that each node stands where an action is chosen. All problems, with several
-searchers each, share the engine at the same time. The result so far is complete at any moment, so a budget may end a
-search anywhere.
+A node is a sequence of tokens: actions determine the tokens, and states depend on tokens alone. Two actions that give
+the same token share one child, which then has two rollouts. Where actions last n tokens, a child holds all tokens of
+its action (n, or fewer at an end), so an action is chosen at every node. All problems, with several searchers each,
+share the engine at the same time. The result so far is complete at any moment, so a budget may end a search anywhere.
 
 MCTS-Q (the search that CoLA's authors released): where Q's temporal-difference error along a rollout is small, nothing
-is decided, and the child is placed at the next state where it is not.
+is decided, and the child is placed at the next state where something is.
 
-What scores decides what the best of the responses is: a reward model's choice (best-of-n), or, where the verifier
-scores, an oracle's (pass@n). The answer that most responses give needs no scores (self-consistency).
+The scores decide what "best response" means: with a reward model's scores it is best-of-n, with the verifier's scores
+it is an oracle's choice (pass@n). The answer that most responses give needs no scores (self-consistency).
 
 Every search keeps its :class:`Budget` exactly: as many simulations as asked for, and never a token more than allowed;
 rollouts under way when the time is up are dropped.
@@ -65,24 +64,24 @@ class Node:
 
 @dataclass
 class SearchResult:
-    """What a search of one problem has found; complete at any moment; empty if the time was up before a response."""
+    """Results of a search of one problem; complete at any moment; empty if the time was up before any response."""
 
     responses: list[Array] = field(default_factory=list)  # (L,) ids each, in order of arrival
     actions: list[Array] = field(default_factory=list)  # (L,) each, -1 where an ancestor's rollout chose them
     rewards: list[float] = field(default_factory=list)  # not finite where scoring failed
     simulations: int = 0
-    generated_tokens: int = 0  # without those of rollouts that were dropped when the time was up
-    computed_tokens: int = 0  # including prompts, as far as no cache held them
+    generated_tokens: int = 0  # not counting rollouts that were dropped when the time was up
+    computed_tokens: int = 0  # including prompt tokens that no cache held
     seconds: float = 0.0
     ended_by: End = "simulations"
 
     @property
     def best(self) -> int:
-        """Return the index of the best reward, of equals the first found. Raises ValueError if nothing was found."""
+        """Return the index of the best reward, the first of equals. Raises ValueError if nothing was found."""
         return int(np.argmax(self.rewards))
 
     def majority_answer(self, answer_of: Callable[[Array], Value | None]) -> Value | None:
-        """Return the answer that most responses give, self-consistency's; None if no answer can be read."""
+        """Return the answer that most responses give (self-consistency); None if no answer can be read."""
         return majority([answer_of(response) for response in self.responses])
 
 
@@ -115,10 +114,10 @@ class SearchProblem:
 
 
 class Budget:
-    """What the search of one problem may still use, and what its rollouts under way have reserved.
+    """The budget left to the search of one problem, and the share that its running rollouts have reserved.
 
     A rollout reserves as many tokens as it may generate, until it has ended. If fewer are left than it needs, it waits
-    until others release what they did not use; if no other is under way, it takes what there is and may be cut.
+    until others release their unused tokens; if no other is under way, it takes what is left and may be cut.
 
     Example: 100 tokens, responses of at most 40. Two rollouts start and reserve 80; the third waits. They end after 10
     and 15 tokens, so 75 are left: the third and the fourth do not fit together. With 30 left, one starts alone with 30.
@@ -133,7 +132,7 @@ class Budget:
 
     @property
     def spent(self) -> End | None:
-        """Which budget has run out, if any; not that of time. Reserved tokens count as left: some may be released."""
+        """Which budget has run out, if any, except for time. Reserved tokens count as left: some may be released."""
         if not self.simulations:
             return "simulations"
         return None if self.tokens > 0 or self.under_way else "tokens"
@@ -163,7 +162,7 @@ class Budget:
             self.changed.notify_all()
 
     async def run_in_time(self, work: Iterable[Coroutine[Any, Any, None]]) -> bool:
-        """Run all of the work; cancel what is not done when the time is up. Returns whether all was done."""
+        """Run all of the work; cancel unfinished coroutines when the time is up. Returns whether all were done."""
         tasks = [asyncio.ensure_future(one) for one in work]
         limit = asyncio.timeout(self.seconds)
         try:
@@ -204,7 +203,7 @@ class _Search(abc.ABC):
         """Return the coroutines that run concurrently until the time is up."""
 
     async def _finish(self) -> None:  # noqa: B027  # a tree has nothing left to do
-        """Complete the result, once that work is done or the time is up."""
+        """Complete the result, once all work is done or the time is up."""
 
     def _count(self, made: Completion) -> None:
         self.found.generated_tokens += len(made.token_ids)
@@ -299,7 +298,7 @@ class TreeSearch(_Search):
         return min(self.config.depth, self.problem.max_new_tokens)
 
     def _place(self, node: Node, made: Completion) -> Node:
-        """Return the child that a rollout began with; if its first token already has a child, add the prior to that."""
+        """Return the child with which a rollout began; if a child with its first tokens exists, add the prior to it."""
         length = len(made.token_ids)
         prompt_length = len(self.problem.prompt) + len(node.tokens)
         every = self.problem.action_every
@@ -320,7 +319,7 @@ class TreeSearch(_Search):
 class BestOf(_Search):
     """``simulations`` sampled responses, scored when all have ended, in the order of their seeds.
 
-    What best-of-n, pass@n and self-consistency choose from.
+    Best-of-n, pass@n and self-consistency choose from them.
     """
 
     def __init__(self, config: SearchConfig, problem: SearchProblem) -> None:
@@ -331,7 +330,7 @@ class BestOf(_Search):
         return (self._draw(number) for number in range(self.config.simulations))
 
     async def _draw(self, number: int) -> None:
-        """Sample one response. Draws enter and leave ``room`` in order, so which ones fit depends on lengths alone."""
+        """Sample one response. Draws pass ``room`` in order, so which ones fit depends on lengths alone."""
         problem = self.problem
         if not await self.budget.room(problem.max_new_tokens):
             return
@@ -353,9 +352,9 @@ class BestOf(_Search):
 class BeamSearch(_Search):
     """The ``simulations`` most probable responses that a beam finds, scored when all have ended.
 
-    Each step tries the ``breadth`` most probable actions after every open prefix. A response's probability is the sum
-    over the actions that give its tokens, of those that were tried. A step that exceeds the budget is not made, and
-    prefixes still open then count as responses only if none has ended.
+    Each step tries the ``breadth`` most probable actions after every open prefix. A response's probability is summed
+    over the tried actions that give its tokens. A step that exceeds the budget is not made, and prefixes still open
+    then count as responses only if none has ended.
     """
 
     def __init__(self, config: SearchConfig, problem: SearchProblem) -> None:
@@ -372,7 +371,7 @@ class BeamSearch(_Search):
         while self.open:
             ranks = range(self.problem.breadth(self.config, at_root))
             tries = [(prefix, rank) for prefix in self.open for rank in ranks]
-            # Prefixes that are open have one length: each step adds as many tokens to all.
+            # All open prefixes have the same length: each step adds the same number of tokens to all.
             left = int(min(len(tries), self.budget.tokens / self._longest(tries[0][0])))
             if left < len(tries):
                 self.out_of_tokens = True
@@ -382,7 +381,7 @@ class BeamSearch(_Search):
             at_root = False
 
     def _longest(self, prefix: tuple[int, ...]) -> int:
-        """Tokens that the next action may say."""
+        """Most tokens that the next action may give."""
         return min(self.problem.action_every, self.problem.max_new_tokens - len(prefix))
 
     async def _step(self, tries: Sequence[tuple[tuple[int, ...], int]]) -> None:

@@ -1,18 +1,18 @@
 """Loading new weights into a model that vLLM serves; everything here runs in vLLM's processes, beside the model.
 
-    load_buckets | receive_broadcast (worker, loader, ...)     what the engine calls in each of its processes
+    load_buckets | receive_broadcast (worker, loader, ...)     called by the engine in each of its processes
         └─> loader(model, receiver, model config)
                 load_policy        CoLA's policy: layers, norm, head, and the Q head where the model has one
                 load_soft_q        the Q head alone (actor-free RL)
                 load_base          all weights of a plain base
-                load_projections   a plain base's linear layers alone, which is what merged LoRA adapters change
+                load_projections   a plain base's linear layers alone, which merged LoRA adapters change
                 load_vectors       biases of a plain base's last projections, to which steering vectors are added
 
-What an update must name is read off transformers' modules, made without memory from the served model's configuration:
-biases, norms of queries and keys, and whatever else the base's family has. Each function takes its tensors from a
-receiver and raises :class:`WeightTransferError` before it changes anything, if the receiver does not hold exactly the
-tensors that the model expects. With tensor parallelism every process takes whole tensors and keeps its part of them.
-Functions and arguments are pickled on their way to these processes, so the functions are those of a module, and the
+The names of the expected tensors are read off transformers' modules, built on the meta device from the served model's
+configuration: biases, norms of queries and keys, and whatever else the base's family has. Each function takes its
+tensors from a receiver and raises :class:`WeightTransferError` before it changes anything, if the receiver does not
+hold exactly the tensors that the model expects. With tensor parallelism every process takes whole tensors and keeps its
+part of them. Functions and arguments are pickled on their way to these processes, so functions are module-level and
 arguments plain.
 """
 
@@ -31,7 +31,7 @@ Loader = Callable[[Any, Receiver, Any], None]
 
 
 def load_buckets(worker: Any, load: Loader, version: int, buckets: Sequence[Bucket]) -> str | None:
-    """Load ``version`` from buckets; return, not raise, why they are refused: vLLM passes on no exception's type."""
+    """Load ``version`` from buckets. Return, rather than raise, why they are refused: vLLM loses exceptions' types."""
     receiver = WeightReceiver(version)
     try:
         for bucket in buckets:
@@ -100,8 +100,8 @@ def load_projections(model: Any, receiver: Receiver, model_config: Any) -> None:
 def load_vectors(model: Any, receiver: Receiver, model_config: Any, steering: str) -> None:
     """Load the steering vectors of ``rl.steering`` as biases.
 
-    In place: unlike weights, biases are held as they are and passed with every call. A process of several holds each
-    of these whole.
+    They are copied in place: unlike weights, vLLM keeps biases unpacked and passes them with every call. With several
+    processes, each holds these biases whole.
     """
     layers = model.model.layers
     chosen = steered_layers(steering, len(layers))
@@ -121,7 +121,7 @@ def _policy_tensors(config: Any) -> list[str]:
 
 
 def _without_memory(config: Any) -> Any:
-    """transformers' model of a plain base."""
+    """transformers' model of a plain base, on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM
 

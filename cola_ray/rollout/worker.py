@@ -1,4 +1,4 @@
-"""What runs in a rollout actor: an engine and a tokenizer, shared by all calls; no state but weights and caches.
+"""Rollout actors: an engine and a tokenizer, shared by all calls; the only state is weights and caches.
 
     EngineWorker           update_weights, and the RunningBatch that every call joins
       RolloutWorker        generate_groups, evaluate: single-turn problems with verifiable answers
@@ -38,7 +38,7 @@ from cola_ray.weights import Bucket, Offer
 
 
 def engine_args(config: Config) -> dict[str, Any]:
-    """What the settings say to ``vllm.LLM`` beside what every engine has."""
+    """The arguments of ``vllm.LLM`` that follow from the settings, in addition to those that every engine gets."""
     rollout = config.rollout
     args: dict[str, Any] = {"enable_prefix_caching": rollout.prefix_caching}
     if rollout.max_num_batched_tokens:
@@ -96,7 +96,7 @@ class EngineWorker:
         return int(served.num_actions if self.latent else served.vocab_size)
 
     async def facts(self) -> dict[str, object]:
-        """Return what the driver asks once: the padding id and vLLM's version."""
+        """Return facts that the driver asks for once: the padding id and vLLM's version."""
         import vllm
 
         return {
@@ -105,7 +105,7 @@ class EngineWorker:
         }
 
     async def update_weights(self, version: int, *buckets: Bucket) -> int:
-        """Load ``version`` and return it. Update mode drain lets requests in flight finish first; continue does not."""
+        """Load ``version`` and return it. Requests in flight finish first in update mode drain, but not in continue."""
         await self.batch.swap(lambda: self.engine.update_weights(version, buckets))
         return version
 
@@ -120,8 +120,8 @@ class EngineWorker:
     def _sampled(
         self, prompt: Sequence[int], seed: int, limit: int, temperature: float | None = None, **more: Any
     ) -> Request:
-        """A request that is sampled as the settings say, at their temperature unless told otherwise; 0 is greedy, and
-        scored without truncation."""
+        """A request with the run's sampling settings, and its temperature unless another is given. Temperature 0 is
+        greedy, and log-probabilities are then without top_k and top_p."""
         rollout = self.config.rollout
         heat = rollout.temperature if temperature is None else temperature
         top_k, top_p = (rollout.top_k, rollout.top_p) if heat else (0, 1.0)
@@ -171,15 +171,15 @@ class RolloutWorker(EngineWorker):
         }
 
     def _sources(self) -> dict[str, list[str]]:
-        """Where the task has several: that of each held-out problem whose prompt fits."""
+        """The source of each held-out problem whose prompt fits, if the task has several sources."""
         problems = self.task.problems("heldout")
         found = [further(problems[index])[1] for index in self.fitting["heldout"]]
         return {"heldout_sources": found} if any(found) else {}
 
     async def generate_groups(self, tickets: Sequence[Ticket]) -> list[Group]:
-        """Return a group of ``rl.group_size`` scored completions per ticket, in order, all of one share.
+        """Return a group of ``rl.group_size`` scored completions per ticket, in order; all groups are in one share.
 
-        Draws depend on (run seed, ticket's position, index within the group) alone, so it does not matter which worker
+        Draws depend only on (run seed, ticket's position, index within the group), so it does not matter which worker
         generates a group, when, or how often.
         """
         indices = [self.fitting["train"][ticket.problem] for ticket in tickets]
@@ -204,19 +204,19 @@ class RolloutWorker(EngineWorker):
         return [self._with_texts(group, made) for group, (_, made, _) in zip(as_groups(shared), completed, strict=True)]
 
     def _with_decisions(self, made: Trajectory) -> Trajectory:
-        """As it is learnt from: where an action is held, nothing was decided."""
+        """Return the trajectory for training, with a mask that leaves out held actions: nothing was decided there."""
         every = self.config.model.action_every
         return made if every == 1 else replace(made, action_mask=np.arange(len(made.actions)) % every == 0)
 
     def _with_texts(self, group: Group, made: Sequence[Trajectory]) -> Group:
-        """Completions of a step's first groups go along as they are, where the step is kept to be read."""
+        """Attach the completions to a step's first groups, if the step's samples are kept for reading."""
         rl = self.config.rl
         if not self.config.samples.has(group.position, rl.prompts_per_step, rl.max_steps):
             return group
         return replace(group, read=tuple(replace(one, hidden_states=None) for one in made))
 
     async def generate_in_parts(self, tickets: Sequence[Ticket]) -> list[Any]:
-        """Return what ``generate_groups`` does: the groups, and then each part of their share's data (``apart``)."""
+        """Like ``generate_groups``, but return the groups first, then each part of their share's data (``apart``)."""
         groups, data = apart(await self.generate_groups(tickets))
         return [groups, *data]
 
@@ -228,7 +228,7 @@ class RolloutWorker(EngineWorker):
         """Answer held-out problems greedily, by the policy or the bare base; rewards are NaN where scoring failed.
 
         Args:
-            indices: into the held-out problems whose prompts fit into ``rollout.max_prompt_tokens``.
+            indices: among the held-out problems whose prompts fit into ``rollout.max_prompt_tokens``.
             bare_base: force the action that passes the base's own tokens through.
         """
         problems = [self.fitting["heldout"][index] for index in indices]
@@ -251,7 +251,7 @@ class RolloutWorker(EngineWorker):
 
     def _greedy_request(self, prompt: Sequence[int], bare_base: bool = False) -> Request:
         limit = self.config.rollout.max_new_tokens
-        # Evaluation of the base comes before the first update, when a plain model still is the base: nothing to force.
+        # The base is evaluated before the first update. A plain model then still is the base: nothing to force.
         actions = [BASE_TOKENS] * limit if bare_base and self.latent else []
         return Request(prompt, 0, 0.0, 0, limit, actions, self.endings.strings)
 
