@@ -1,18 +1,18 @@
-"""What is known of a micro-batch, a type a stage: a field that does not exist yet belongs to a later type.
+"""The data of a micro-batch, with one type for each stage of its processing: each type adds what its stage computes.
 
     Batch ──cut──> MicroBatch                              as it was collated, on the device
                        │ forward pass
                        v
                    Frozen                                  e, the reference's logits, aliases: the same at every update
-                       │ Encoded = MicroBatch + e + rewards, what value heads and Qs learn from
+                       │ Encoded = MicroBatch + e + rewards, from which value heads and Qs learn
                        v
-                   Scored, Distributions                   the policy as it is before the batch's first update
+                   Scored, Distributions                   the policy before the batch's first update
                        │
                        v
-                   Advantages, ActionValues or Rewards     what the policy follows
+                   Advantages, ActionValues or Rewards     the learning signal of the policy
                        │
                        v
-                   Ready                                   all of it, for an update
+                   Ready                                   all of these, for an update
 
 Legend: B sequences, T positions, N of them scored, H hidden size, K actions. (B, T) tensors are 0 where no action was
 taken, but for ``input_ids`` and ``attention_mask``.
@@ -34,8 +34,8 @@ class MicroBatch:
     attention_mask: Tensor  # (B, T) int64
     actions: Tensor  # (B, T) int64
     action_mask: Tensor  # (B, T) bool, where the policy chose an action
-    scored_mask: Tensor  # (B, T) bool, the N positions where logits are computed: those and, for a Q, each row's last
-    rollout_log_probs: Tensor  # (B, T) float32, of the engine that drew the actions
+    scored_mask: Tensor  # (B, T) bool, the N positions with logits: as action_mask and, for a Q, each row's last
+    rollout_log_probs: Tensor  # (B, T) float32, from the engine that drew the actions
     advantages: Tensor  # (B, T) float32, of the outcome
     rewards: Tensor  # (B, T) float32
     discounts: Tensor  # (B, T) float32, of the value after each action
@@ -49,7 +49,7 @@ class MicroBatch:
         """Rows ``start`` to ``stop`` of a batch, ``width`` positions wide.
 
         Args:
-            score_last: score each row's last position, too, whose value counts where a limit cut the episode.
+            score_last: also score each row's last position: its value counts if a limit cut the episode off.
         """
         padded = vars(batch.padded(start, stop, width))
         fields = {name: torch.from_numpy(rows).to(device) for name, rows in padded.items() if rows is not None}
@@ -62,7 +62,7 @@ class MicroBatch:
         return cls(**fields, scored_mask=scored)
 
     def taken(self, values: Tensor) -> Tensor:
-        """Of the actions taken: (N, K) -> (N,)."""
+        """Pick the values of the actions taken: (N, K) -> (N,)."""
         return values.gather(-1, self.actions[self.scored_mask][:, None])[:, 0]
 
     def place(self, values: Tensor) -> Tensor:
@@ -73,11 +73,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What the frozen parts of the model say; None where the policy needs none of it, or before the first pass."""
+    """Outputs of the model's frozen parts; None where the policy does not need them, or before the first pass."""
 
     hidden_states: Tensor | None = None  # (B, T, H), e
     reference_logits: Tensor | None = None  # (N, K)
-    aliases: Tensor | None = None  # (N, K) bool, which actions would have said what was said
+    aliases: Tensor | None = None  # (N, K) bool, which actions would have given the same token
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Encoded:
 
     batch: MicroBatch
     hidden_states: Tensor  # (B, T, H), e
-    rewards: Tensor  # (B, T), with whatever is charged to them
+    rewards: Tensor  # (B, T), minus any penalties charged to them
 
 
 @dataclass(frozen=True)
@@ -99,33 +99,33 @@ class Distributions:
 
 @dataclass(frozen=True)
 class Scored:
-    """The policy before the batch's first update, of the actions taken; without gradient."""
+    """Scores of the actions taken under the policy before the batch's first update; without gradient."""
 
     log_probs: Tensor  # (B, T), -inf where top_k leaves the action out
     kl_penalties: Tensor  # (B, T), see algorithms/policy_loss.py
-    marginals: Tensor | None = None  # (B, T), of the tokens said, where aliases are summed over
+    marginals: Tensor | None = None  # (B, T), log-probabilities of the generated tokens, if aliases are summed over
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """What a policy gradient weighs actions by."""
+    """The weights of actions in a policy gradient."""
 
     values: Tensor  # (B, T)
-    hold_kl: bool = False  # whether KL penalties are in them already
-    deviation: Tensor | None = None  # scalar that they were divided by, where they are whitened
+    hold_kl: bool = False  # whether they include the KL penalties already
+    deviation: Tensor | None = None  # scalar by which they were divided, if they are whitened
     control: Tensor | None = None  # (N, K), a control variate's value of every action
 
 
 @dataclass(frozen=True)
 class ActionValues:
-    """What ETPO's policy follows."""
+    """The learning signal of ETPO's policy."""
 
     q: Tensor  # (N, K)
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """What TBRM's policy accounts for with its own logits; (B, T), of each action."""
+    """The learning signal of TBRM, whose policy is to explain the rewards by its own logits; (B, T), of each action."""
 
     values: Tensor
     discounts: Tensor
@@ -133,13 +133,13 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Ready:
-    """A micro-batch with all that is known of it before an update."""
+    """A micro-batch with everything that an update needs."""
 
     batch: MicroBatch
     frozen: Frozen
     follows: Advantages
-    loss_weights: Tensor | None  # (B, 1), of each sequence's actions in the loss; None: 1
-    old: Scored | None = None  # None: the policy before the batch is the current one
+    loss_weights: Tensor | None  # (B, 1), weight of each sequence's actions in the loss; None: 1
+    old: Scored | None = None  # None: the current policy is the one before the batch
 
 
 def last_positions(attention_mask: Tensor) -> Tensor:

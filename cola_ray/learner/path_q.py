@@ -1,6 +1,6 @@
-"""The soft Q of archer_soft: fitted to advantages of whole utterances, and asked what the critic's V learns from.
+"""The soft Q of archer_soft: fitted to advantages of whole utterances; it also gives what the critic's V learns from.
 
-    A(s, u), one a sequence ─> what is still to come of it, at each action ─> squared error of Q(h, action taken)
+    A(s, u), one a sequence ─> the part still to come, at each action ─> squared error of Q(h, action taken)
     Q(h, all actions) ─> the policy's update
                      └─> sum_j w(h_j, a_j) of each utterance ── in_order ──> the loop, for the critic's next steps
 
@@ -26,9 +26,9 @@ Array = np.ndarray
 class DuelingHead(nn.Module):
     """``Q(e, a) = V(e) + D(e, a)`` (Wang et al. 2016, eq. 7): (..., H) -> (..., K), float32.
 
-    What is learnt of a state by the actions that were taken there is learnt of the others, too. Otherwise those that
-    nobody took keep what they began with, and in a state that turns out to be bad they look best. The mean of D is not
-    subtracted, as in eq. 9: its gradient moves the others the opposite way, which Adam makes as long a way.
+    Whatever the taken actions reveal about a state then also applies to its other actions. Otherwise untaken actions
+    keep their initial values, and in a state that turns out to be bad they look best. The mean of D is not subtracted,
+    unlike in eq. 9: its gradient moves the other actions the opposite way, and Adam makes that move just as large.
     """
 
     def __init__(self, width: int, num_actions: int) -> None:
@@ -37,7 +37,7 @@ class DuelingHead(nn.Module):
         self.start_at(0.0)
 
     def start_at(self, level: float) -> None:
-        """Every action of every state is worth ``level``."""
+        """Set the value of every action in every state to ``level``."""
         nn.init.zeros_(self.value.layers[-1].get_parameter("weight"))
         nn.init.constant_(self.value.layers[-1].get_parameter("bias"), level)
 
@@ -47,10 +47,10 @@ class DuelingHead(nn.Module):
 
 
 class PathQLearner(SoftQLearner):
-    """Online head, target head and Adam, as of ETPO's Q; rewards are utterances' advantages."""
+    """Online head, target head and Adam, like ETPO's Q; the rewards are advantages of utterances."""
 
     of_utterances: Tensor | None = None
-    """(rows of the rank's batch,): soft advantages of the batch that was fitted last, summed over each utterance."""
+    """(rows of the rank's batch,): soft advantages of the last fitted batch, summed over each utterance."""
 
     def _head(self, width: int, num_actions: int) -> nn.Module:
         return DuelingHead(width, num_actions)
@@ -65,7 +65,7 @@ class PathQLearner(SoftQLearner):
     def fit(
         self, batches: Sequence[Encoded], distributions: Sequence[Distributions], num_actions: int, beta: float
     ) -> dict[str, Tensor]:
-        """As of ETPO's Q; afterwards ``of_utterances`` are these batches'."""
+        """As for ETPO's Q; also sets ``of_utterances`` for these batches."""
         sums = super().fit(batches, distributions, num_actions, beta)
         with torch.no_grad():
             taken = (self._taken(self.online, *pair, beta) for pair in zip(batches, distributions, strict=True))
@@ -82,11 +82,11 @@ class PathQLearner(SoftQLearner):
 
 @torch.no_grad()
 def in_order(batch: Batch, of_rows: Tensor) -> Array:
-    """A number for each sequence of all ranks, in the order in which they were collated; all ranks call.
+    """Gather the numbers of all ranks' sequences, in the order in which the sequences were collated; all ranks call.
 
     Args:
         batch: this rank's.
-        of_rows: (rows,), those without a sequence among them.
+        of_rows: (rows,), a number for each of its rows, including rows without a sequence.
     """
     assert batch.places is not None, "whoever tells of sequences has their places kept"
     mine = torch.full((2, batch.num_rows), -1.0, dtype=torch.float64, device=of_rows.device)

@@ -1,4 +1,4 @@
-"""A reward model from preference pairs: one Ray Train worker's loop.
+"""Trains a reward model on preference pairs: one Ray Train worker's loop.
 
     (prompt, chosen), (prompt, rejected) ─> sequence classifier ─> r_c, r_r ─> -log sigmoid(r_c - r_r) ─> ZeRO-3 step
 
@@ -42,7 +42,7 @@ class PairedRewards(nn.Module):
 
 
 def preference_loss(rewards: Tensor) -> Tensor:
-    """``sum -log sigmoid(r_chosen - r_rejected)``: (2, B) -> scalar. Example: equal rewards -> log 2 a pair."""
+    """``sum -log sigmoid(r_chosen - r_rejected)``: (2, B) -> scalar. Example: equal rewards -> log 2 per pair."""
     return -F.logsigmoid(rewards[0] - rewards[1]).sum()
 
 
@@ -82,12 +82,12 @@ class RewardStage:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        """Share of held-out pairs, 512 at most, whose chosen response is worth more."""
+        """Share of at most 512 held-out pairs whose chosen response has the higher reward."""
         if not self.heldout:
             return {}
         some, size = self.heldout[:512], self.config.pretrain.micro_batch_size
         mine, right = some[self.zero.rank :: self.zero.world_size], torch.zeros((), device=self.zero.device)
-        rounds = -(-len(some) // (self.zero.world_size * size))  # ZeRO-3: every rank as many passes
+        rounds = -(-len(some) // (self.zero.world_size * size))  # ZeRO-3: every rank makes the same number of passes
         for number in range(rounds):
             pairs = mine[number * size : (number + 1) * size]
             rewards = self.zero.engine(*self._tensors(pairs or some[:1]))
@@ -113,7 +113,7 @@ class RewardStage:
 
 
 def train_loop(config: Config, report: Report) -> None:
-    """On every rank; leaves ``output_dir/model``. ``report`` is a collective.
+    """Runs on every rank; writes ``output_dir/model``. ``report`` is a collective.
 
     Raises:
         ValueError: there are no pairs to learn from.
@@ -152,11 +152,11 @@ def train_loop(config: Config, report: Report) -> None:
 
 
 def open_classifier(source: Path, tokenizer: PreTrainedTokenizerBase, config: Config, whole: bool = False) -> Any:
-    """The base with a head of one output, which starts at random; the same on every rank.
+    """The base with a randomly initialised head of one output; the same on every rank.
 
     Args:
-        whole: open all of it in this process; else each rank loads its shards where the files have transformers' names
-            for this architecture.
+        whole: open the whole model in this process; otherwise each rank loads its shards, if the files use
+            transformers' names for this architecture.
     """
     torch.manual_seed(config.seed)
     dtype, shape = getattr(torch, config.model.dtype), AutoConfig.from_pretrained(source, num_labels=1)

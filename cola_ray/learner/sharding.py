@@ -1,4 +1,4 @@
-"""Models whose every rank loads its own shards.
+"""Loads models so that each rank reads only its own shards.
 
     checkpoint ─> each rank maps a tensor from its file ─> and copies its own share of it ─> the next tensor
 
@@ -17,14 +17,14 @@ from cola_ray.model.tensors import Tensors, place
 
 
 def zero_config(dtype: torch.dtype, offload_optimizer: bool = False) -> dict[str, Any]:
-    """What DeepSpeed is told of ZeRO-3, when parameters are divided and when they are trained.
+    """DeepSpeed's configuration of ZeRO-3, for dividing parameters and for training them.
 
     Args:
-        offload_optimizer: what the optimizer holds stays in host memory.
+        offload_optimizer: keep the optimizer's state in host memory.
     """
     offloaded = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # ours to cut; DeepSpeed only needs a number
+        "train_micro_batch_size_per_gpu": 1,  # micro-batches are cut by the learner; DeepSpeed only needs a number
         "gradient_accumulation_steps": 1,
         "zero_optimization": {
             "stage": 3,
@@ -52,15 +52,15 @@ def fill(
     device: torch.device | None = None,
     on_host: Callable[[str], bool] = lambda _: False,
 ) -> None:
-    """Give the parameters of ``module`` that are on the meta device their values; a collective where there is a group.
+    """Load values for the parameters of ``module`` on the meta device; a collective if there is a process group.
 
     Args:
-        tensors: as they are after conversion to the parameter's dtype.
-        stored: from a parameter's name to that of its tensor.
+        tensors: the checkpoint's; converted to each parameter's dtype.
+        stored: from a parameter's name to its tensor's.
         whole: prefixes of parameters that every rank keeps whole; the engine divides them later.
         initialise: draws the parameters of a module that the checkpoint does not have; all ranks must draw the same.
-        device: of what stays whole, by default the CPU; shares are on the rank's own.
-        on_host: whether the shares of a parameter stay in host memory, by its name.
+        device: of parameters that stay whole, by default the CPU; shares are on the rank's own device.
+        on_host: from a parameter's name to whether its shares stay in host memory.
 
     Raises:
         ValueError: a tensor is missing (without ``initialise``) or has another shape; names the first five.
@@ -78,7 +78,7 @@ def fill(
     for name in present.keys() - shared.keys():
         data = torch.empty(present[name].shape, dtype=present[name].dtype, device=device)
         place(module, name, data.copy_(tensors.read(stored(name))))
-    # Conversions go through one buffer: shares between freed tensors would keep malloc from giving memory back.
+    # Conversions share one buffer: with shares lying between freed tensors, malloc could not give memory back.
     buffer = torch.empty(max((one.nbytes for one in shared.values()), default=0), dtype=torch.uint8)
     shards = Shards()
     for name, parameter in shared.items():
@@ -97,7 +97,7 @@ class Shards:
     """Divides parameters over the ranks of the process group, one by one."""
 
     def __init__(self) -> None:
-        # A parameter that is divided already, by which DeepSpeed divides more; by whether shares are in host memory.
+        # A parameter that is divided already, with which DeepSpeed divides more; one for host memory and one for not.
         self.first: dict[bool, Any] = {}
 
     def take(self, parameter: Any, on_host: bool = False) -> None:
@@ -109,10 +109,10 @@ class Shards:
         if on_host in self.first:
             self.first[on_host].convert_to_zero_parameters(param_list=[parameter])
             return
-        import deepspeed  # policies run without it, too
+        import deepspeed  # imported here because policies also run without it
 
         class Divide(deepspeed.zero.Init):  # type: ignore[misc]
-            """Without the broadcast of the first rank's values, which would read and write the whole tensor."""
+            """Init without the broadcast of the first rank's values, which would read and write the whole tensor."""
 
             def _zero_init_param(self, param: Any) -> None:
                 self._convert_to_deepspeed_param(param)
@@ -128,9 +128,9 @@ class Shards:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Let the decoder layers of a transformers model be computed again in the backward pass.
+    """Turn on gradient checkpointing for the decoder layers of a transformers model.
 
-    Only the layers themselves enter training mode, for which transformers asks: nothing inside drops anything out.
+    Only the layers themselves enter training mode, as transformers requires: modules inside them apply no dropout.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False

@@ -1,6 +1,6 @@
-"""What pre-training starts from: the given base, alone or with CoLA attached, or a small Llama made from nothing.
+"""The model that pre-training starts from: the given base, alone or with CoLA attached, or a small new Llama.
 
-Attaching and making are deterministic in the seed, so either may be done again.
+Both attaching CoLA and making the Llama are deterministic in the seed, so either may be repeated.
 """
 
 import json
@@ -21,11 +21,12 @@ from cola_ray.tasks.chat import as_text
 
 
 def start_model(config: Config, task: Prompts | PlayedTask | None, report: Report) -> tuple[Path, bool]:
-    """The directory that the first stage reads: the given base, or a fresh tiny Llama.
+    """Make the directory that the first stage reads: the given base, or a new tiny Llama. A collective.
 
     CoLA is attached to the base here, unless the first stage trains the base by itself.
 
-    Returns whether it was made just now, too. A collective.
+    Returns:
+        the directory, and whether it was made in this call.
     """
     target = Path(config.output_dir) / "stages" / "start"
     made = not is_done(target, report)
@@ -59,7 +60,7 @@ def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
 
 
 def attached(config: Config, source: Path) -> Path:
-    """A directory of ``source`` with CoLA around it, made anew, which is ``source`` itself if CoLA is there already.
+    """A new directory that holds ``source`` with CoLA attached; ``source`` itself if it has CoLA already.
 
     A collective.
     """
@@ -75,7 +76,7 @@ def attached(config: Config, source: Path) -> Path:
 
 
 def make_tokenizer(task: Prompts | PlayedTask) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 entries, trained on the task's own problems; numbers stay whole words."""
+    """A byte-level BPE of 512 entries, trained on the task's own problems; each number is one word for it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -98,7 +99,7 @@ def make_tokenizer(task: Prompts | PlayedTask) -> PreTrainedTokenizerFast:
 
 
 def make_tiny_llama(vocab_size: int, eos_token_id: int, seed: int) -> LlamaForCausalLM:
-    """A Llama of 0.85 M parameters; heads of 32, the least that vLLM serves on CPU."""
+    """A Llama with 0.85 M parameters; its heads are 32 wide, the least that vLLM serves on CPU."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(

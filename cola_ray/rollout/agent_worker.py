@@ -116,7 +116,7 @@ class AgentWorker(EngineWorker):
     async def _concurrently(
         self, one: Callable[[T, Submit], Coroutine[Any, Any, Made]], items: Sequence[T]
     ) -> list[Made]:
-        """Run ``one(item, submit)`` for all items at once; results in order. ``submit`` gives requests to the engine."""
+        """Run ``one(item, submit)`` for all items at once; results in order. ``submit`` leads to the engine."""
         if self.programs is not None or not self.config.rollout.in_rounds:
             return await asyncio.gather(*(one(item, self._submit) for item in items))
         rounds = Rounds(len(items), self._submit)
