@@ -1,10 +1,10 @@
-"""ETPO without an actor: Q alone trains, ``rho exp(Q / beta) / Z`` acts, and batches are of any age.
+"""ETPO without an actor: only Q trains, ``rho exp(Q / beta) / Z`` acts, and batches may have any age.
 
     e (N, H) ─> Qbar(e) ─> V* = beta log sum_a rho exp(Qbar / beta) ─> r + g V*(next) ─> (Q(e, a) - target)^2
                   ^                                                                            │
                   └── Polyak average of Q <── ZeRO-3 step <────────────────────────────────────┘
 
-The targets hold for whatever policy an action came from (``algorithms/etpo.py``), so there are no importance weights.
+The targets are valid whichever policy an action came from (``algorithms/etpo.py``), so there are no importance weights.
 """
 
 import copy
@@ -30,7 +30,7 @@ class ActorFreeUpdate:
     """The optimizer steps of Q on one batch.
 
     Args:
-        target: what :meth:`target_of` made before ``zero`` took the policy over.
+        target: made by :meth:`target_of` before ``zero`` took the policy over.
     """
 
     def __init__(self, rl: RLConfig, policy: SoftQPolicy, zero: ZeroEngine, target: QHead) -> None:
@@ -39,17 +39,17 @@ class ActorFreeUpdate:
 
     @staticmethod
     def target_of(policy: SoftQPolicy) -> QHead:
-        """A copy of Q in float32, whole on every rank; what it is a copy of will be partitioned."""
+        """A copy of Q in float32, whole on every rank; Q itself will be partitioned."""
         return copy.deepcopy(policy.q).float().requires_grad_(False)
 
     @property
     def heads(self) -> dict[str, QHead]:
-        """What a checkpoint holds beside the engine's, by the name that it is saved under."""
+        """Modules that a checkpoint holds in addition to the engine's, by their names in it."""
         return {"target_q": self.target}
 
     @torch.no_grad()
     def measure(self, batch: Batch, beta: float) -> dict[str, Tensor]:
-        """Metric sums alone."""
+        """Compute only metric sums."""
         found: dict[str, Tensor] = {}
         for one, frozen in self._cut(batch):
             sums.add(found, self._error(one, frozen, beta)[1])
@@ -83,7 +83,7 @@ class ActorFreeUpdate:
         return [(one, Frozen(one.hidden_states)) for one in made]
 
     def _error(self, batch: MicroBatch, frozen: Frozen, beta: float) -> tuple[Tensor, dict[str, Tensor], Frozen]:
-        """Squared error, summed over actions, with metric sums and what the frozen parts found."""
+        """Squared error, summed over actions; metric sums; and the frozen parts' outputs."""
         q, frozen = forward(self.zero.engine, batch, frozen)
         assert frozen.hidden_states is not None
         assert frozen.reference_logits is not None

@@ -3,7 +3,7 @@
 stdin   {"chat", "data"}                 once, with the tokenizer as a pickle; then requests:
         {"part", "target"}               ──> {"tokens", "rows", "done": false} ... {"file", "documents", ..., "done"}
         {"count"}                        ──> {"rows": [...], "done"}
-stdout  an answer a line; {"error"} ends it. It ends with its stdin, or with the process that started it.
+stdout  one answer per line; {"error"} is the last. The child ends with its stdin, or with the process that started it.
 """
 
 import base64
@@ -25,7 +25,7 @@ from cola_ray.tasks.parts import Part, read_part
 from cola_ray.tasks.rows import Row
 
 NOTED = 5
-"""Broken rows of a part that are noted with their place."""
+"""How many of a part's broken rows are noted with their place."""
 _SAID_S = 1.0
 
 
@@ -58,7 +58,7 @@ def main() -> None:
 def make_shard(
     part: Part, data: DataConfig, chat: ChatTokenizer, target: Path, say: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Tokenise a part: what it has, and the first of its rows that are broken, as [row, why].
+    """Tokenise a part; return its counts, and its first broken rows as [row, why].
 
     Raises:
         ValueError: the part's file is not what its name says.
@@ -95,7 +95,7 @@ def _counted(folders: list[str], seed: int, length: int, first: int, end: int) -
 
 
 def _own_stdout() -> TextIO:
-    """The pipe to whoever started this; what libraries print goes to stderr."""
+    """The pipe to the process that started this one; output of libraries goes to stderr instead."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
