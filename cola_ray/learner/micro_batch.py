@@ -125,7 +125,7 @@ class ActionValues:
 
 @dataclass(frozen=True)
 class Rewards:
-    """The learning signal of TBRM, whose policy is to explain the rewards by its own logits; (B, T), of each action."""
+    """The learning signal of TBRM, whose loss compares it with the policy's logits; (B, T), of each action."""
 
     values: Tensor
     discounts: Tensor

@@ -1,9 +1,9 @@
-"""What RL trains, in either action space: a module for ZeRO-3, and the way its weights go out.
+"""The policies that RL trains, in either action space: modules for ZeRO-3, and the weights that they publish.
 
-                    forward: logits over actions, frozen states e, the reference's logits           goes out
+                    forward: logits over actions, frozen states e, the reference's logits           published
     LatentPolicy    base (frozen) ─> e ─> policy, reference                                         the policy
     SoftQPolicy     base (frozen) ─> e ─> Q in the logits' place, reference (frozen)                Q
-    TokenPolicy     base (trains, or adapters in it) ─> logits;  reference (frozen) ─> e, logits    what trains, merged
+    TokenPolicy     base (trains, or adapters in it) ─> logits;  reference (frozen) ─> e, logits    trained part, merged
 
 Logits are computed at N of the B x T positions: where an action was taken, not in prompts or observations.
 Legend: B sequences, T positions, K actions to choose from, latent ones or tokens.
@@ -29,20 +29,20 @@ from cola_ray.settings.config import Config
 from cola_ray.settings.rl import steered_layers
 
 States = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""Logits (N, K); e (B, T, H), the reference's logits (N, K), aliases (N, K): each None where nobody asks for it."""
+"""Logits (N, K); e (B, T, H), the reference's logits (N, K), aliases (N, K): each None where it is not needed."""
 
 
 _TRIED_AT_ONCE = 64
-"""States on which all actions are tried in one go: each takes K rows of vocabulary logits."""
+"""States on which all actions are tried at once: each takes K rows of vocabulary logits."""
 
 
 class LatentPolicy(nn.Module):
-    """The frozen model, its trainable policy and a frozen copy of that policy as it was at the start of RL.
+    """The frozen model, its trainable policy and a frozen copy of that policy from the start of RL.
 
     Args:
         cola: taken over.
-        without_base: the states come with every batch; the base is dropped.
-        with_aliases: tell which actions would have said what was said; all of them are tried on the world model.
+        without_base: drop the base, because the states come with every batch.
+        with_aliases: find out which actions would have given the same token, by trying all on the world model.
     """
 
     def __init__(self, cola: CoLAForCausalLM, without_base: bool = False, with_aliases: bool = False) -> None:
@@ -91,7 +91,7 @@ class LatentPolicy(nn.Module):
         return logits, hidden_states, reference_logits, aliases
 
     def _aliases(self, e: Tensor, said: Tensor) -> Tensor:
-        """Which actions give the token that was said: (N, H), (N,) -> (N, K) bool."""
+        """Which actions give the token that was generated: (N, H), (N,) -> (N, K) bool."""
         actions = torch.arange(self.num_actions, device=e.device)
         found = [
             self.cola.world_model_logits(
@@ -103,10 +103,10 @@ class LatentPolicy(nn.Module):
 
 
 class SoftQPolicy(nn.Module):
-    """ETPO without an actor: the frozen model, its policy as rho, and the Q by which ``rho exp(Q / beta) / Z`` acts.
+    """ETPO without an actor: the frozen model, its policy as rho, and the Q of the policy ``rho exp(Q / beta) / Z``.
 
     Args:
-        cola: taken over; where its policy has a Q already, training goes on from it.
+        cola: taken over; if its policy has a Q already, training continues from it.
     """
 
     def __init__(self, cola: CoLAForCausalLM, beta: float) -> None:
@@ -149,7 +149,7 @@ class SoftQPolicy(nn.Module):
 
 
 class Steered(nn.Module):
-    """A decoder layer's last projection and a vector added to what it gives, and so to what the layer gives.
+    """A decoder layer's last projection, with a vector added to its output, and so to the layer's output.
 
     Turner et al. 2023 (2308.10248); trained by RL in Sinii et al. 2025 (2505.18706).
     """
@@ -165,14 +165,14 @@ class Steered(nn.Module):
 
 
 class TokenPolicy(nn.Module):
-    """A plain base that trains, whole, by adapters or by steering vectors, and the frozen one that it was at the start.
+    """A plain base that trains (whole, by adapters or by steering vectors), and a frozen copy from the start of RL.
 
     Args:
         base: taken over.
-        lora_rank: of adapters in all linear layers; 0 makes none.
-        steering: "all" or "last" decoder layers get a vector; their MLPs need biases, in which it goes out.
-        with_reference: whether anybody asks for the reference and its states. With adapters or vectors it costs no
-            memory: it is the base without them.
+        lora_rank: rank of adapters in all linear layers; 0: no adapters.
+        steering: "all" or "last" decoder layers get a vector; their MLPs need biases, in which it is published.
+        with_reference: whether the reference and its states are needed. With adapters or vectors it costs no memory: it
+            is the base without them.
     """
 
     def __init__(self, base: Any, *, lora_rank: int = 0, steering: str = "off", with_reference: bool = True) -> None:
@@ -188,7 +188,7 @@ class TokenPolicy(nn.Module):
 
     @property
     def base(self) -> Any:
-        """The policy without the wrapper that makes its adapters."""
+        """The policy without peft's wrapper."""
         return self.policy.get_base_model() if self.lora_rank else self.policy
 
     @property
@@ -203,7 +203,7 @@ class TokenPolicy(nn.Module):
         return name.partition(".")[2]
 
     def published(self) -> list[Published]:
-        """Merged, where adapters or vectors train: engines and users of the result need to know nothing of them."""
+        """Tensors to publish; adapters and vectors are merged, so that engines and users need not know of them."""
         if self.whole:
             return [Published(name, (parameter,)) for name, parameter in self.policy.named_parameters()]
         found = []
@@ -225,7 +225,7 @@ class TokenPolicy(nn.Module):
         reference_logits: Tensor | None = None,
         aliases: None = None,
     ) -> States:
-        """The reference's states and logits are computed unless given, or not wanted. A token has no aliases."""
+        """The reference's states and logits are computed unless given or not needed. A token has no aliases."""
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -265,7 +265,7 @@ def _adapted(base: PreTrainedModel, rank: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(base, config, autocast_adapter_dtype=False)  # ZeRO-3 wants one type
+    return get_peft_model(base, config, autocast_adapter_dtype=False)  # ZeRO-3 needs a single dtype
 
 
 def _parts(module: Any) -> tuple[nn.Parameter, ...]:
@@ -285,7 +285,7 @@ Policy = LatentPolicy | SoftQPolicy | TokenPolicy
 
 
 def forward(policy: Callable[..., States], batch: MicroBatch, frozen: Frozen) -> tuple[Tensor, Frozen]:
-    """A policy's logits, (N, K), and what its frozen parts say, which is not computed again where it is known.
+    """A policy's logits, (N, K), and its frozen parts' outputs, of which only those missing in ``frozen`` are computed.
 
     Args:
         policy: a :data:`Policy`, or the engine around it.
@@ -296,15 +296,15 @@ def forward(policy: Callable[..., States], batch: MicroBatch, frozen: Frozen) ->
 
 
 def make_policy(config: Config, model_path: str) -> Policy:
-    """Of the run's action space, from the checkpoint at ``model_path``, in ``config.model.dtype``.
+    """The policy for the run's action space, from the checkpoint at ``model_path``, in ``config.model.dtype``.
 
-    In a process group it is divided over the ranks, which load a share each; a collective.
+    In a process group it is divided over the ranks, each of which loads its share; a collective.
     """
     rl, dtype = config.rl, getattr(torch, config.model.dtype)
     shape, tensors = opened(model_path)
     latent = rl.action_space == "latent"
     model = empty(CoLAForCausalLM if latent else AutoModelForCausalLM, shape, dtype)
-    if not rl.trains_all_weights:  # what trains is made for weights that are there
+    if not rl.trains_all_weights:  # the trained parts are made from loaded weights
         fill(model, tensors, on_host=lambda _: config.cluster.offload_frozen)
     policy: Policy
     if latent and rl.actor_free:
@@ -325,10 +325,10 @@ def make_policy(config: Config, model_path: str) -> Policy:
 
 
 def served(config: Config, start: Path | None, folder: Path) -> str:
-    """What engines and learner open: the CoLA model that a run starts from, or over tokens a plain base.
+    """The model that engines and learner open: the run's CoLA start model, or with tokens as actions a plain base.
 
     Args:
-        folder: where a base is written to that has to be made.
+        folder: a base that has to be made is written here.
     """
     if config.rl.action_space == "latent":
         return str(start)
