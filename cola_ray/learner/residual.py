@@ -1,4 +1,4 @@
-"""TBRM's residuals of a micro-batch's trajectories, see algorithms/tbrm.py.
+"""TBRM's residuals for a micro-batch's trajectories, see algorithms/tbrm.py.
 
     logits, reference's ─┬─ at the first action, and after the last one ─> V(s_1), V(s_T+1) ─┬─> residuals
                          └─ of the actions taken ─> log(pi / rho) ───────────────────────────┘
@@ -26,14 +26,14 @@ def trajectory_residuals(
     """Residuals, exactly 0 where they are no more than rounding, and the values of the first states; (B, 1) each.
 
     Args:
-        logits, reference_logits: (N, K), at ``batch.scored_mask``, which has each row's last position, too.
+        logits, reference_logits: (N, K), at ``batch.scored_mask``, which includes each row's last position.
         log_ratios: (B, T), ``log(pi / rho)`` of the actions taken.
-        temperature: of the rollouts, whose policy is the one with these values.
+        temperature: of the rollouts; the values are those of the policy at this temperature.
     """
     mask = batch.action_mask
     first, last = mask & (mask.cumsum(1) == 1), last_positions(batch.attention_mask)
     both = first | last
-    chosen = both[batch.scored_mask]  # of N rows as wide as a vocabulary, two a sequence
+    chosen = both[batch.scored_mask]  # two per sequence, of the N rows as wide as a vocabulary
 
     def of_chosen(wide: Tensor) -> Tensor:
         rows = wide[chosen]
