@@ -76,7 +76,7 @@ class PackedRows:
             self.steps[row, start:end] = steps_of(len(ids), responses)
 
     def close(self, row: int, end: int) -> None:
-        """Number the padding from ``end`` on, as a document of its own."""
+        """Number the padding from ``end`` on, as if it were a separate document."""
         self.position_ids[row, end:] = np.arange(self.width - end)
 
     def __len__(self) -> int:
@@ -236,7 +236,7 @@ class Pool:
     """Documents that are shuffled together, as an endless sequence of rows, epoch after epoch.
 
     Args:
-        bundles: of its documents.
+        bundles: the documents, in bundles.
         counts: rows of each bundle, (len(bundles),).
 
     Raises:

@@ -63,7 +63,7 @@ class LatentPolicy(nn.Module):
 
     @staticmethod
     def stored(name: str) -> str:
-        """The name in a checkpoint of what a parameter starts from."""
+        """The name of a parameter's initial value in a checkpoint."""
         owner, _, rest = name.partition(".")
         return rest if owner == "cola" else f"policy.{rest}"
 
@@ -124,7 +124,7 @@ class SoftQPolicy(nn.Module):
 
     @staticmethod
     def stored(name: str) -> str:
-        """The name in a checkpoint of what a parameter starts from."""
+        """The name of a parameter's initial value in a checkpoint."""
         return f"policy.soft_{name}" if name.startswith("q.") else name.removeprefix("cola.")
 
     def published(self) -> list[Published]:
@@ -199,7 +199,7 @@ class TokenPolicy(nn.Module):
 
     @staticmethod
     def stored(name: str) -> str:
-        """The name in a checkpoint of what a parameter starts from, where all weights train."""
+        """The name of a parameter's initial value in a checkpoint, if all weights train."""
         return name.partition(".")[2]
 
     def published(self) -> list[Published]:

@@ -4,8 +4,8 @@
     ids of the utterance                     ── answer() ─> {"choices": [{"message": {content, tool_calls}, ...}]}
 
 Each episode has its own conversation. An assistant message that comes back as the model answered it is recognised and
-keeps its sampled ids; any other is tokenised like any text. It counts as retokenised if the model has answered after
-exactly the messages before it: the program then has changed the answer. Examples that a program makes up do not count.
+keeps its sampled ids; any other is tokenised like any text. The latter counts as retokenised if the model has answered
+after exactly the messages before it: the program has changed the answer. A program's own examples do not count.
 """
 
 import hashlib

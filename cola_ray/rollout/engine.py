@@ -96,7 +96,7 @@ def as_float(states: np.ndarray) -> np.ndarray:
 
 
 class Engine(abc.ABC):
-    """vLLM in this process. Subclasses say what an action is and which weights change.
+    """vLLM in this process. Subclasses define what an action is and which weights change.
 
     Args:
         model_path: a directory that vLLM can serve.
@@ -139,7 +139,7 @@ class Engine(abc.ABC):
         self.version = 0
         self.in_flight: dict[str, _InFlight] = {}
         self.num_submitted = 0
-        self.free_slots: list[int] = []  # of the action table: a heap of those below num_slots
+        self.free_slots: list[int] = []  # free rows of the action table below num_slots, as a heap
         self.num_slots = 0
         on_cpu = not torch.cuda.is_available()
         if on_cpu:

@@ -43,7 +43,7 @@ _MAX_BODY = 4 << 20  # bytes of a request
 
 @dataclass(frozen=True)
 class Limits:
-    """What all episodes of a worker share.
+    """Limits shared by all episodes of a worker.
 
     Attributes:
         processes: number of the program's processes at a time.

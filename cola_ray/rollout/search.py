@@ -19,8 +19,8 @@ is decided, and the child is placed at the next state where something is.
 The scores decide what "best response" means: with a reward model's scores it is best-of-n, with the verifier's scores
 it is an oracle's choice (pass@n). The answer that most responses give needs no scores (self-consistency).
 
-Every search keeps its :class:`Budget` exactly: as many simulations as asked for, and never a token more than allowed;
-rollouts under way when the time is up are dropped.
+Every search keeps its :class:`Budget` exactly: the requested number of simulations, and never a token more than
+allowed; rollouts under way when the time is up are dropped.
 """
 
 import abc
@@ -179,7 +179,7 @@ class Budget:
 
 
 class _Search(abc.ABC):
-    """A search of one problem under a budget; subclasses say how.
+    """A search of one problem under a budget; subclasses define how.
 
     Args:
         config: breadths and budgets.
