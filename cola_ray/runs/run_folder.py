@@ -69,7 +69,7 @@ class RunFolder:
     path: Path
     job: str
     release: Callable[[], object] = lambda: None
-    """Releases the lock, as does the end of this object."""
+    """Releases the lock; so does the deletion of this object."""
     ended: bool = False
 
     def lock(self) -> bool:

@@ -94,7 +94,7 @@ class RolloutConfig(Branch):
     """Agents: a worker's episodes take their turns together, so that a run is reproducible bit for bit however fast
     environments answer, if the engine's arithmetic allows it. Each round waits for the slowest."""
     max_restarts: Whole = 3
-    """Times in a row a worker may die without completing a share before the run fails."""
+    """Times in a row a worker may die without completing a share of a step's prompts before the run fails."""
 
 
 def steered_layers(steering: str, num_layers: int) -> range:
@@ -301,8 +301,8 @@ class CriticConfig(Branch):
     """chai, or archer and archer_soft with chooses: utterances to choose from per turn."""
     chooses: bool = False
     """archer, archer_soft: players say the utterance that the critic rates highest of several, as chai's do, and the
-    policy learns from it. Features that the critic has and the states lack take effect at once. Not with
-    critic.encoder."""
+    policy learns from it. Features that the critic reads and the policy's states lack take effect at once. Not
+    with critic.encoder."""
     priority_beta: Share = 0.0
     """Above 0, e.g. 0.4: turns with a large error are replayed more often, and have importance weights with this
     exponent."""

@@ -80,7 +80,7 @@ class ModelConfig(Branch):
     path: str = ""
     """CoLA checkpoint that RL starts from. Empty: what `cola_ray pretrain` left for this preset."""
     num_actions: Annotated[Count, Field(ge=2, le=65_536)] = 64
-    """K, the number of latent actions, i.e. of codes in the codebook."""
+    """K, codes in the codebook."""
     num_idm_layers: Layers = 4
     """Decoder layers of the inverse dynamics model."""
     num_world_model_layers: Layers = 2
