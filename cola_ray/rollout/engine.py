@@ -188,8 +188,8 @@ class Engine(abc.ABC):
         """Queue a request and return its id, under which ``step`` returns the completion.
 
         Raises:
-            ValueError: vLLM refuses the request, e.g. because the prompt exceeds the model's context; the request has stop
-                strings and the engine has no tokenizer; or it starts within an action that lasts several tokens.
+            ValueError: vLLM refuses the request, e.g. because the prompt exceeds the model's context; the request has
+                stop strings and the engine has no tokenizer; or it starts within an action that lasts several tokens.
         """
         if request.stop and self.endings.tokenizer is None:
             raise ValueError(f"stop = {list(request.stop)!r}: the engine has no tokenizer; pass one when creating it")
@@ -238,8 +238,8 @@ class Engine(abc.ABC):
     def step(self) -> dict[str, Completion]:
         """Run one forward pass over the running batch; return the completions that finished in it.
 
-        Under asynchronous scheduling vLLM may preempt a request whose last token is on its way. Its blocks then belong to
-        others, so its states are computed again, and the completion comes with a later step.
+        Under asynchronous scheduling vLLM may preempt a request whose last token is on its way. Its blocks then belong
+        to others, so its states are computed again, and the completion comes with a later step.
         """
         finished = self.llm.llm_engine.step()
         if not finished:

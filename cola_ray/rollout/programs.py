@@ -168,7 +168,7 @@ class Programs:
             limit = self.limits.quiet_s if episode.heard else START_S
             left = limit if episode.busy else episode.quiet_since + limit - time.monotonic()
             if left > 0:
-                await asyncio.wait([episode.ended], timeout=min(left, self.limits.quiet_s))  # requests may come meanwhile
+                await asyncio.wait([episode.ended], timeout=min(left, self.limits.quiet_s))  # a request may still come
                 continue
             process.playing.discard(episode)
             if process.is_idle:
