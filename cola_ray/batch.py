@@ -13,8 +13,8 @@ from episodes or replay, are Packed all the way.
 Legend: N sequences, P tokens of a prompt, L of a response; B rows of a micro-batch, T its width, H width of the model.
 
 Alignment, by example: prompt tokens p0 p1 p2, response x3 x4. Action a2, chosen at position 2, produced x3; a3
-produced x4. What is packed is what happened, ``responses [x3 x4]``, ``actions [a2 a3]``, log-probabilities of the same
 produced x4. Packed data hold what happened: ``responses [x3 x4]``, ``actions [a2 a3]``, log-probabilities of the same
+length. Only :meth:`Batch.padded` places them at positions 2 and 3 of a (B, T) array:
 
     position        0    1    2    3    4
     input_ids       p0   p1   p2   x3   x4

@@ -5,7 +5,7 @@
     extra_body={"cola": {"actions": 5}}                   the same one at every step
 
     client ─> ActionMiddleware ─ "cola" becomes vllm_xargs, with a slot of the engine's table ─> vLLM's own endpoints
-           <─ the slot's content, read once at the end ──────────────────────────────────────────┘
+           <─ the slot's content, read once at the end ─────────────────────────────────────────┘
 
 A streamed answer ends with a chunk without choices, whose ``cola`` has a list for each choice, before ``[DONE]``.
 Log-probabilities are those of the actions under the policy at the request's temperature, in the order of the tokens.

@@ -44,7 +44,7 @@ class ActorFreeUpdate:
 
     @property
     def heads(self) -> dict[str, QHead]:
-        """What a checkpoint holds besides the engine's state, by file name."""
+        """What a checkpoint holds besides the engine's state, by the name under which it is saved."""
         return {"target_q": self.target}
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ class RewardStage:
             return {}
         some, size = self.heldout[:512], self.config.pretrain.micro_batch_size
         mine, right = some[self.zero.rank :: self.zero.world_size], torch.zeros((), device=self.zero.device)
-        rounds = -(-len(some) // (self.zero.world_size * size))  # ZeRO-3: every rank must make as many passes
+        rounds = -(-len(some) // (self.zero.world_size * size))  # ZeRO-3: the same number of passes on every rank
         for number in range(rounds):
             pairs = mine[number * size : (number + 1) * size]
             rewards = self.zero.engine(*self._tensors(pairs or some[:1]))

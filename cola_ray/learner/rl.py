@@ -179,7 +179,7 @@ class PolicyUpdate:
 
     @property
     def heads(self) -> dict[str, ValueLearner | SoftQLearner]:
-        """The networks beside the policy, by the name that they are saved under."""
+        """The networks beside the policy, by the name under which they are saved."""
         heads = {"value": self.value, "soft_q": self.soft_q}
         return {name: head for name, head in heads.items() if head is not None}
 

@@ -97,7 +97,7 @@ class Shards:
     """Divides parameters over the ranks of the process group, one by one."""
 
     def __init__(self) -> None:
-        # A parameter that is already divided, as DeepSpeed's model for others; by whether shares are in host memory.
+        # An already divided parameter, by which DeepSpeed divides others; by whether shares are in host memory.
         self.first: dict[bool, Any] = {}
 
     def take(self, parameter: Any, on_host: bool = False) -> None:

@@ -1,6 +1,6 @@
 """The distributed loop: generate, score, compute advantages, train, publish.
 
-             slot()             collect()                 to_batches()                 put()
+             slot()             collect()                 to_batches()                     put()
 step v ─────────────> tickets ───────────> scored rollouts ────────────> one batch per rank ──> BatchQueue
    ^   at most max_staleness            by the workers       advantages, collation                  │ next_batch(v)
    │   + 1 steps at once                                                                            v

@@ -6,7 +6,7 @@
                                                       v                  │
                                    states s ──> workers.speak ──> fresh utterances u~ ──> advantages A(s, u~)
                                                                                                │
-                                            learner <── next_batch: u~'s actions, weighted by A ┘
+                                          learner <── next_batch: u~'s actions, weighted by A ┘
 
 One iteration makes one step of the learner (ArCHer, Zhou et al. 2024, algorithm 1). The policy does not change within
 an iteration, so one fresh utterance for each sampled state serves both V's targets and the actor. While the critic
