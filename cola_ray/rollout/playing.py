@@ -29,7 +29,7 @@ class Playing:
     """An episode that is under way.
 
     Args:
-        read_state: reads the state in which a limit cut the episode, which stands for the rest; None: nobody learns.
+        read_state: reads the state in which a limit cut the episode, which stands for the rest; None if not needed.
     """
 
     position: int

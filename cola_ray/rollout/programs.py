@@ -188,7 +188,7 @@ class Programs:
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        """An error in our own code ends every episode: otherwise they would wait forever."""
+        """An error in our own code ends every episode: otherwise none would notice it."""
         self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             for episode in self.playing.values():
