@@ -1,7 +1,7 @@
 """Q of latent actions from logged answers, for MCTS-Q: one Ray Train worker's loop.
 
     predictions: prompt, response, actions, reward ─> frozen base ─> e ─> Q(e, .) ─> (Q(e, a) - y)^2 ─> Adam
-                                                                     └──> Qbar(e, .), a copy every so many steps
+                                                                     └──> Qbar(e, .), copied every so many steps
 
 The head is small and whole on every rank. Which answers a step learns from is a pure function of (seed, step).
 Legend: B answers, T positions, L actions of an answer, K actions to choose from.
@@ -36,11 +36,11 @@ from cola_ray.settings.training import Q_STAGE
 from cola_ray.tasks.logged import LoggedAnswer, logged
 from cola_ray.tasks.rows import open_rows, read_rows
 
-HELD_OUT = 512  # answers at most, the last of the log
+HELD_OUT = 512  # most answers held out; the last ones of the log
 
 
 def train_loop(config: Config, report: Report) -> None:
-    """On every rank; leaves ``output_dir/model/q.safetensors``. ``report`` is a collective."""
+    """Run on every rank; writes ``output_dir/model/q.safetensors``. ``report`` is a collective."""
     output, device = Path(config.output_dir), torch.device("cuda" if config.cluster.use_gpu else "cpu")
     report.doing("reading the logged answers")
     log = load_log(config.data.path)
@@ -90,10 +90,10 @@ class QStage:
 def load_log(path: str) -> list[Trajectory]:
     """Answers that `cola_ray evaluate` logged, shuffled once.
 
-    Those whose actions nobody recorded, or that the verifier could not score, are left out.
+    Answers without recorded actions, or that the verifier could not score, are left out.
 
     Raises:
-        ValueError: the rows are not its predictions, or there are none; names the first row and field that is wrong.
+        ValueError: the rows are not predictions, or there are none; names the first row and field that is wrong.
     """
     rows = open_rows(path, "data.path")
     wanted = ("prompt_ids", "token_ids", "actions", "rewards")
@@ -122,7 +122,7 @@ class LoggedQLearner(HeadLearner):
     """Online head, target head and Adam. ``torch.distributed`` must be initialised.
 
     Args:
-        model: frozen; only its base is asked.
+        model: frozen; only its base is used.
     """
 
     def __init__(self, config: Config, model: CoLAForCausalLM, device: torch.device) -> None:
@@ -161,7 +161,7 @@ class LoggedQLearner(HeadLearner):
 
     @torch.no_grad()
     def measure(self, answers: Sequence[Trajectory]) -> dict[str, float]:
-        """Of answers not learnt from: the loss, and how the value of an action correlates with the answer's reward."""
+        """On held-out answers: the loss, and the correlation between an action's value and the answer's reward."""
         batches, num_actions = self._mine(answers)
         of_actions = []
         for encoded in batches:
@@ -179,13 +179,13 @@ class LoggedQLearner(HeadLearner):
 
     @staticmethod
     def _mean(columns: Tensor, num_actions: int) -> Tensor:
-        """Of the (C, N) columns of all ranks: (C,)."""
+        """Mean over actions of all ranks' (C, N) columns: (C,)."""
         sums = columns.sum(1)
         torch.distributed.all_reduce(sums)
         return sums / num_actions
 
     def _mine(self, answers: Sequence[Trajectory]) -> tuple[list[Encoded], int]:
-        """This rank's micro-batches, and the actions of all ranks."""
+        """This rank's micro-batches, and the number of actions of all ranks."""
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         rewards = [answer.reward for answer in answers]
         pad = self.model.config.pad_token_id or 0
@@ -196,11 +196,11 @@ class LoggedQLearner(HeadLearner):
         return encoded, batch.num_actions_global
 
     def _taken_and_goals(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """(N,) each: Q of the actions taken, and what it should be."""
+        """(N,) each: Q of the actions taken, and its targets."""
         q, batch = self.online(encoded.hidden_states), encoded.batch
         with torch.no_grad():
             values = double_q_values(q, self.target(encoded.hidden_states))
-            nothing = values.new_zeros(len(values))  # follows the last action
+            nothing = values.new_zeros(len(values))  # the value after the last action
             discounts = self.config.q.gamma * batch.discounts
             goals = soft_targets(encoded.rewards, discounts, values, nothing, batch.action_mask)
         mask = batch.action_mask
@@ -211,7 +211,7 @@ class LoggedQLearner(HeadLearner):
             torch.save({**self.state_dict(), "step": step}, folder / "q.pt")
 
     def load(self, folder: Path) -> int:
-        """Returns the step to go on from."""
+        """Returns the step to continue from."""
         saved = torch.load(folder / "q.pt", map_location=self.device, weights_only=True)
         self.load_state_dict(saved)
         return int(saved["step"])

@@ -1,9 +1,9 @@
-"""Rows of a rank's batch in the micro-batches of a mini-batch, with what was found of them before the first update.
+"""Rows of a rank's batch, cut into a mini-batch's micro-batches, with the results from before the first update.
 
     Ready, as the whole batch is cut ──> rows ──> Ready, as a mini-batch is cut
-           e, reference's logits, old log-probabilities, advantages: none is computed again
+           e, reference's logits, old log-probabilities, advantages: none of them is computed again
 
-A row is as wide as the longest one beside it: what is known of it is cut, or filled with 0, behind its end.
+A row is as wide as the longest one beside it: its known values are cut, or padded with 0, at its end.
 Legend: B sequences, T positions, N of them scored, K actions.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from cola_ray.learner.micro_batch import Ready
 
 _PADDED = {"frozen": ["hidden_states"], "follows": ["values"], "old": ["log_probs", "kl_penalties", "marginals"]}
-"""What has a row a sequence, (B, T, ...)."""
+"""Fields with one row per sequence, (B, T, ...)."""
 _SCORED = {"frozen": ["reference_logits", "aliases"], "follows": ["control"]}
-"""What has a row a scored position, (N, K)."""
+"""Fields with one row per scored position, (N, K)."""
 
 
 class Rows:
-    """Of a batch that was looked at.
+    """The rows of a batch for which everything is known.
 
     Args:
         ready: its micro-batches, in order.
@@ -37,10 +37,10 @@ class Rows:
         self.scored = [[*pairwise(accumulate(of_rows, initial=0))] for of_rows in counts]
 
     def known(self, rows: Sequence[int], one: Ready) -> Ready:
-        """A mini-batch's micro-batch with all that is known of its rows.
+        """A mini-batch's micro-batch with everything that is known of its rows.
 
         Args:
-            rows: of the batch, that the first ones of ``one`` are; those behind have no sequence.
+            rows: the batch's rows that are the first ones of ``one``; the rows after them have no sequence.
             one: as it was collated.
         """
         places, scored_mask = [self.places[row] for row in rows], one.batch.scored_mask
@@ -59,7 +59,7 @@ class Rows:
         return replace(one, **parts)
 
     def _columns(self, names: dict[str, list[str]]) -> list[tuple[str, str, list[Tensor]]]:
-        """Each field that there is, of all micro-batches."""
+        """Each field that is not None, with its values in all micro-batches."""
         fields = [(part, name) for part, of_part in names.items() for name in of_part]
         columns = [[getattr(getattr(one, part), name) for one in self.ready] for part, name in fields]
         return [(*field, column) for field, column in zip(fields, columns, strict=True) if column[0] is not None]

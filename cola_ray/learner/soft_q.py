@@ -1,4 +1,4 @@
-"""ETPO's soft Q beside an actor: a K-way head on the frozen base's e, and what it is fitted to.
+"""ETPO's soft Q beside an actor: a K-way head on the frozen base's e, and its targets.
 
     e (N, H) ─> Qbar(e) ────┐                        pi, rho (N, K)
                             ├─> V of each state ─> targets r + g V(next) ─> squared error of Q(e, action taken)
@@ -6,8 +6,8 @@
 
     Q(e) ─> actor loss, summed over all K actions ─> the policy's update, on the same batch
 
-At first every action is worth the same, and the best policy is the reference. N positions are scored: where an action
-was taken, and the last one of a sequence. Without an actor: ``actor_free.py``.
+At first every action has the same value, and the best policy is the reference. N positions are scored: those where an
+action was taken, and the last one of a sequence. Without an actor: ``actor_free.py``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,8 +29,8 @@ class SoftQLearner(HeadLearner):
 
     Args:
         tau: share of the online head that the target takes over after each gradient step.
-        steps: gradient steps a batch.
-        seed: of the head's first weights.
+        steps: gradient steps per batch.
+        seed: of the head's initial weights.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class SoftQLearner(HeadLearner):
         nn.init.constant_(head.layers[-1].get_parameter("bias"), level)
 
     def _goals(self, encoded: Encoded, of: Distributions, beta: float) -> Tensor:
-        """What Q of the actions taken is fitted to, (B, T)."""
+        """Targets of Q for the actions taken, (B, T)."""
         return one_step_targets(self.target, encoded, of.reference, beta, of.policy)
 
     @torch.no_grad()
     def start(self, batches: Sequence[Encoded], num_actions: int) -> None:
-        """Before the first step: every action of every state is worth what the average one leads to.
+        """Before the first step: set the value of every action in every state to that of the average action.
 
-        From 0, actions that were taken would be learnt to be worth more than those that were not, by the rewards' level
-        alone. All ranks call; once there has been a step it changes nothing.
+        From 0, actions taken would get higher values than those that were not, merely by the rewards' level. All ranks
+        call; after the first step this does nothing.
         """
         if self.is_new:
             level = level_of(batches, num_actions)
@@ -96,12 +96,12 @@ class SoftQLearner(HeadLearner):
 
     @torch.no_grad()
     def q(self, encoded: Encoded) -> Tensor:
-        """Of every action at the scored positions, (N, K)."""
+        """Values of all actions at the scored positions, (N, K)."""
         found: Tensor = self.online(encoded.hidden_states[encoded.batch.scored_mask])
         return found
 
     def control(self, encoded: Encoded, of: Distributions) -> Tensor:
-        """What Q expects of each action beyond the policy's mean, (N, K): a control variate."""
+        """Q of each action less the policy's mean, (N, K): a control variate."""
         q = self.q(encoded)
         return q - etpo.soft_values(q, of.policy, of.reference, 0.0)[..., None]
 
@@ -113,8 +113,8 @@ def one_step_targets(
     """``r + g V(next)`` at each action, 0 elsewhere, (B, T).
 
     Args:
-        reference: (N, K) log-probabilities at the scored positions, each row's last among them.
-        policy: (N, K), whose values count; None for the best policy's.
+        reference: (N, K) log-probabilities at the scored positions, including each row's last.
+        policy: (N, K), the policy whose values count; None for the best policy.
     """
     batch = encoded.batch
     q = target(encoded.hidden_states[batch.scored_mask])

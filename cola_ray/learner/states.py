@@ -1,4 +1,4 @@
-"""What frozen modules say of a corpus's tokens, computed once and kept on disk: states of the base, the IDM's labels.
+"""Outputs of frozen modules for a corpus's tokens, computed once and kept on disk: the base's states, the IDM's labels.
 
     a micro-batch ──are all of its tokens kept, on all ranks?──┬─ yes ─> read
                                                                └─ no ──> computed by all, written, used as written
@@ -6,14 +6,14 @@
     FOLDER/<digest>/000000.values    numbers by token, in the corpus's order; holes where nothing was computed yet
                     000000.checks    a CRC-32 of each piece at its first token; 0 where there is none
 
-Nothing is computed ahead: the first step that trains on a token writes what later epochs and stages read, so that the
-base runs once for each token that is trained on, and a run that was killed goes on with what is there. A piece whose
-CRC is wrong, of a machine that lost its power say, is computed again. Folders are known by a digest of the corpus, of
-the weights that computed, and of the numbers' type.
+Nothing is computed ahead: the first step that trains on a token writes what later epochs and stages read. So the base
+runs once for each token that is trained on, and a killed run continues with what is on disk. A piece with a wrong CRC
+(e.g. after a power failure) is computed again. Folders are identified by a digest of the corpus, of the weights that
+computed the values, and of the numbers' type.
 
-A state depends on its document alone, but its last bits depend on where in a row the document stands. So in float32
-training is the same bit for bit while rows come again as they were (of shards in the first epoch, and of what is in
-memory in all), and to rounding in later epochs, whose rows are packed anew.
+A state depends only on its document, but its last bits depend on where in a row the document stands. So in float32
+training is the same bit for bit while rows are repeated unchanged (with shards in the first epoch, with data in memory
+in all epochs), and up to rounding in later epochs, whose rows are packed anew.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ from cola_ray.settings.config import Config
 
 FORMAT = 1
 TOKENS_A_FILE = 1 << 20
-_OPEN = 64  # files of a store, by two descriptors each
-_NOTES = ("_name_or_path", "transformers_version", "dtype")  # of a config.json, which change no state
+_OPEN = 64  # files of a store, two descriptors each
+_NOTES = ("_name_or_path", "transformers_version", "dtype")  # entries of a config.json that change no state
 
 
 class TokenStore:
-    """Numbers by token in files of a folder, written and read in pieces of consecutive tokens.
+    """Numbers by token in a folder's files, written and read in pieces of consecutive tokens.
 
-    A piece stands in the file of its first token. Processes may share a store: pieces are apart, and one that two have
-    written at the same time is there where both wrote the same.
+    A piece is in the file of its first token. Processes may share a store: pieces do not overlap, and a piece that two
+    processes wrote at the same time is valid if both wrote the same.
 
     Args:
-        width: numbers of a token.
+        width: numbers per token.
         dtype: float32, bfloat16 or int16.
     """
 
@@ -59,7 +59,7 @@ class TokenStore:
         self._files: dict[int, tuple[io.FileIO, io.FileIO]] = {}
 
     def read(self, address: int, into: Tensor) -> bool:
-        """Fill ``into``, (n, width), contiguous, with the piece at a token's address; whether it is there."""
+        """Fill ``into``, (n, width), contiguous, with the piece at a token's address; returns whether it exists."""
         file, place = divmod(address, TOKENS_A_FILE)
         values, checks = self._opened(file)
         check = os.pread(checks, 4, 4 * place)
@@ -69,10 +69,10 @@ class TokenStore:
         return os.preadv(values, [view], self.size * place) == len(view) and _check(view) == check
 
     def write(self, address: int, piece: Tensor) -> None:
-        """Keep a piece, (n, width).
+        """Write a piece, (n, width).
 
         Raises:
-            OSError: there is no room.
+            OSError: there is no space.
         """
         file, place = divmod(address, TOKENS_A_FILE)
         values, checks = self._opened(file)
@@ -110,11 +110,11 @@ def _check(view: memoryview) -> bytes:
 
 
 class Kept:
-    """What one frozen module says of the tokens of rows: a store for each pool of the corpus.
+    """One frozen module's outputs for the tokens of rows: a store for each pool of the corpus.
 
     Args:
         folder: of all stores.
-        of: digest of what computes it.
+        of: digest of the module that computes the outputs.
     """
 
     def __init__(self, rows: Rows, folder: Path, of: str, width: int, dtype: torch.dtype) -> None:
@@ -123,10 +123,10 @@ class Kept:
         self.stores = [TokenStore(folder / digest, width, dtype) for digest in digests]
 
     def get(self, indices: np.ndarray, device: torch.device, compute: Callable[[], Tensor]) -> Tensor:
-        """Of these rows, (B, T, width) in the store's type, on ``device``; a collective.
+        """The outputs for these rows, (B, T, width) in the store's type, on ``device``; a collective.
 
         Args:
-            compute: all of it, of any type; called on all ranks where one of them lacks a piece.
+            compute: computes all of them, in any type; called on all ranks if one of them lacks a piece.
         """
         pieces = self.rows.pieces(indices)
         found = torch.zeros(len(indices), self.rows.width, self.width, dtype=self.dtype)
@@ -145,7 +145,7 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class KeptStates:
-    """What a stage keeps: states of the base, and the IDM's labels; of neither, where nothing is given."""
+    """What a stage keeps: the base's states and the IDM's labels; None for what it does not keep."""
 
     states: Kept | None = None
     labels: Kept | None = None
@@ -153,14 +153,14 @@ class KeptStates:
     def of(
         self, indices: np.ndarray, device: torch.device, module: StageModule, input_ids: Tensor, position_ids: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """``e`` and ``labels`` of the module's forward, for these rows; None where it is to compute them itself."""
+        """``e`` and ``labels`` of the module's forward, for these rows; None for what it has to compute itself."""
         if self.states is None:
             return None, None
         e = self.states.get(indices, device, lambda: module.states(input_ids, position_ids)).to(module.model.dtype)
         if self.labels is None:
             return e, None
         labels = self.labels.get(indices, device, lambda: module.labels(e, position_ids)[..., None])
-        return e, labels[..., 0].long() & 0xFFFF  # the store's type has a sign
+        return e, labels[..., 0].long() & 0xFFFF  # the store's type is signed
 
 
 NOTHING_KEPT = KeptStates()
@@ -170,12 +170,12 @@ NOTHING_KEPT = KeptStates()
 
 
 def kept_states(config: Config, stage: str, source: Path, rows: Rows) -> KeptStates:
-    """States of the base of the model in ``source``, and in the stage policy its IDM's labels.
+    """The states of the base of the model in ``source``, and in the stage policy its IDM's labels.
 
     A collective.
 
     Raises:
-        ValueError: the states of this stage would not fit.
+        ValueError: the states of this stage would not fit on the disk.
     """
     if config.pretrain.states == "off" or stage not in ("actions", "policy"):
         return NOTHING_KEPT
@@ -189,7 +189,7 @@ def kept_states(config: Config, stage: str, source: Path, rows: Rows) -> KeptSta
     states = Kept(rows, folder, digests[0], width, dtype)
     _check_room(config, stage, states, folder)
     # Labels of 16 bits: num_actions is at most 65 536.
-    # Those of spans depend on where responses begin, and are computed.
+    # Labels of spans depend on where responses begin, so they are computed.
     of_tokens = stage == "policy" and getattr(conversion.opened(source)[0], "action_every", 1) == 1
     labels = Kept(rows, folder, "".join((*digests, str(dtype))), 1, torch.int16) if of_tokens else None
     return KeptStates(states, labels)
@@ -200,9 +200,9 @@ def states_folder(config: Config) -> Path:
 
 
 def digest_of_weights(source: Path, dtype: str, prefix: str) -> str:
-    """Of a part of a CoLA model: the tensors whose names begin so, its base's settings, and the type it computes in.
+    """A digest of part of a CoLA model: tensors whose names begin with ``prefix``, its base's settings, and its dtype.
 
-    Settings of other parts are left out, so that stages which add or change those find what others have written.
+    Settings of other parts are left out, so that stages that add or change those find what others have written.
     """
     shape, tensors = conversion.opened(source)
     settings = {name: value for name, value in conversion.base_settings(shape.to_dict()).items() if name not in _NOTES}

@@ -1,4 +1,4 @@
-"""Supervised training: the one loop of pre-training's stages, reward models and logged Q.
+"""Supervised training: the loop that pre-training's stages, reward models and logged Q share.
 
     stage.step(number, lr) ─> metrics ─> report ──stop?──> checkpoint, and the end
           ^                                └─ every pretrain.save_every steps a checkpoint
@@ -25,7 +25,7 @@ from cola_ray.settings.config import Config
 
 
 class Stage(Protocol):
-    """What is trained, on what, and how; every rank holds one."""
+    """A model, its data and its training step; every rank holds one."""
 
     peak_lr: float
     measure_every: int  # steps between measurements on held-out data; the last step is always measured
@@ -36,11 +36,11 @@ class Stage(Protocol):
         ...
 
     def step(self, number: int, lr: float) -> dict[str, Any]:
-        """Train once; metrics over all ranks. All ranks call, as for all methods."""
+        """Train on one batch; returns metrics over all ranks. All ranks call, as for all methods."""
         ...
 
     def measure(self) -> dict[str, Any]:
-        """Metrics of held-out data, empty where there is none."""
+        """Metrics on held-out data, empty if there is none."""
         ...
 
     def save(self, folder: Path, step: int) -> None:
@@ -51,12 +51,12 @@ class Stage(Protocol):
 def train(
     config: Config, stage: Stage, report: Report, *, first_step: int = 0, steps_before: int = 0
 ) -> tuple[bool, dict[str, Any]]:
-    """Train a stage to its end, or until ``report`` says stop; then a checkpoint is left. A collective.
+    """Train a stage to its end, or until ``report`` says stop, which leaves a checkpoint. A collective.
 
     Args:
-        report: takes every step's metrics; says whether to stop.
-        first_step: to begin with, of a checkpoint.
-        steps_before: of the run's earlier stages; checkpoints are counted over all of them.
+        report: receives every step's metrics; returns whether to stop.
+        first_step: the checkpoint's, if training continues from one.
+        steps_before: of the run's earlier stages; checkpoints are counted over all stages.
 
     Returns:
         whether the stage came to its end, and the metrics of its last step.
@@ -82,7 +82,7 @@ def train(
 
 
 def drawn(config: Config, step: int, count: int) -> np.ndarray:
-    """Which of ``count`` examples a step trains on, ``pretrain.batch_size`` of them, without repetition if it can."""
+    """Which of ``count`` examples a step trains on: ``pretrain.batch_size`` of them, without repetition if possible."""
     size = config.pretrain.batch_size
     return np.random.default_rng((config.seed, step)).choice(count, size, replace=count < size)
 
@@ -94,17 +94,17 @@ def zero_step(
     zero: ZeroEngine, batches: Sequence[T], loss_of: Callable[[int, T], tuple[Tensor, dict[str, Tensor]]],
     denominator: int, lr: float,
 ) -> tuple[dict[str, Tensor], float]:  # fmt: skip
-    """One optimizer step on this rank's micro-batches; all ranks have as many.
+    """One optimizer step on this rank's micro-batches; all ranks have the same number of them.
 
     Args:
-        loss_of: from a micro-batch and its number to its loss sum and metric sums.
+        loss_of: from a micro-batch's number and the micro-batch to its loss sum and metric sums.
         denominator: of the loss, over all ranks.
 
     Returns:
         metric sums over all ranks, and the gradient's norm before clipping.
 
     Raises:
-        NonFiniteError: on every rank; the weights are those before.
+        NonFiniteError: on every rank; the weights are unchanged.
     """
     found: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
@@ -118,6 +118,6 @@ def zero_step(
 
 
 def micro_batches(mine: Any, config: Config) -> list[Any]:
-    """A rank's examples, in whatever can be sliced, ``pretrain.micro_batch_size`` at a time."""
+    """A rank's examples, in anything that can be sliced, ``pretrain.micro_batch_size`` at a time."""
     size = config.pretrain.micro_batch_size
     return [mine[start : start + size] for start in range(0, len(mine), size)]

@@ -1,4 +1,4 @@
-"""What stands for the advantages in the policy's loss: one that is built in, with its clips, or one's own function.
+"""The surrogate of the advantages in the policy's loss: a built-in one, with its clips, or a user's function.
 
 rl.loss, or the algorithm's ─┬─ ppo, gspo, cispo ─> with Clip(rl.clip_low, rl.clip_high, rl.clip_c) ─┬─> Surrogate
                              └─ file.py:name ─────> its shape checked, 0 where masked ───────────────┘
@@ -21,7 +21,7 @@ Surrogate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def surrogate(algorithm: Algorithm, rl: RLConfig) -> Surrogate:
-    """Of a run's algorithm."""
+    """The surrogate of a run's algorithm."""
     loss = algorithm.policy_loss()
     if algorithm.has_own_loss:
         return of_ones_own(loss)
@@ -37,7 +37,7 @@ def _clip(rl: RLConfig) -> Clip:
 
 
 def of_ones_own(loss: PolicyLoss) -> Surrogate:
-    """Of which nothing is known to be clipped."""
+    """A user's function as a surrogate; it reports no clipped actions."""
 
     def checked(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         of_each = loss(log_probs, old_log_probs, advantages, mask)

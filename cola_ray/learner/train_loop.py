@@ -4,7 +4,7 @@
          ^                                                    checkpoint every rl.save_every versions  │
          └─────────────────────────────────────────────────────────────────────────────────────────────┘
 
-It ends when there are no more batches, and leaves ``output_dir/model``.
+It ends when there are no more batches, and writes ``output_dir/model``.
 """
 
 import functools
@@ -31,7 +31,7 @@ _SERVICES = "services.pkl"
 
 
 class BatchSource(Protocol):
-    """What the learner needs of the controller."""
+    """The controller's interface for the learner."""
 
     def begin(self, version: int, buckets: list[Bucket], state: Mapping[str, Any] | None) -> None:
         """The learner holds ``version``, new or from a checkpoint with that state; hand out batches from there on."""
@@ -42,13 +42,13 @@ class BatchSource(Protocol):
         ...
 
     def offer(self, version: int, manifest: Manifest) -> Channel:
-        """Announce a broadcast; the caller sends over the channel that is returned, then publishes."""
+        """Announce a broadcast; the caller sends over the returned channel, then publishes."""
         ...
 
     def learnt(self, version: int, of_sequences: np.ndarray) -> None:
-        """A number for each sequence of the step that made ``version``, in the order that they were collated in.
+        """Report one number per sequence of the step that made ``version``, in the order of collation.
 
-        For an algorithm whose critic learns from them; comes before :meth:`publish`.
+        For an algorithm whose critic learns from these numbers; comes before :meth:`publish`.
         """
         ...
 
@@ -57,14 +57,14 @@ class BatchSource(Protocol):
         ...
 
     def checkpoint(self, rank: int, version: int) -> dict[str, Any] | None:
-        """What a checkpoint of ``version`` holds beside the learner's own state; the critic's part is a file.
+        """The checkpoint of ``version`` besides the learner's own state; the critic's part is a file.
 
-        Every rank calls and waits until ``version`` is with all workers; None on all ranks but the first.
+        Every rank calls and waits until all workers hold ``version``; None on all ranks but the first.
         """
         ...
 
     def fail(self, reason: str) -> None:
-        """Training cannot go on, and trying again would not help."""
+        """Report that training cannot go on, and that a retry would not help."""
         ...
 
 
@@ -73,7 +73,7 @@ def train_loop(
     model_path: str,
     source: BatchSource,
 ) -> None:
-    """Train until the source has no more batches, from the run's last checkpoint on. Runs on every rank."""
+    """Train from the run's last checkpoint until the source has no more batches. Runs on every rank."""
     learner, output = RLLearner(config, make_policy(config, model_path)), Path(config.output_dir)
     is_first = learner.zero.rank == 0
     checkpoint = last_checkpoint(output)
@@ -118,7 +118,7 @@ def train_loop(
 
 
 def _save(learner: RLLearner, source: BatchSource, folder: Path) -> Checksums:
-    """The learner's part of a checkpoint, and beside it what controller, replay and critic were at its version."""
+    """Save the learner's part of a checkpoint, and the state of controller, replay and critic at its version."""
     state = source.checkpoint(learner.zero.rank, learner.version)  # may take longer than ranks wait for each other
     learner.save(folder)
     if state is None:

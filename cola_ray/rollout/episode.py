@@ -6,10 +6,10 @@
          └──────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 Each turn is one request whose prompt is the transcript so far, so the engine's prefix cache holds all but the last
-observation. A transcript that no longer fits loses its oldest turns, but never its opening. What the policy said is
-never tokenised again; each observation is tokenised once. Where observations have roles and the model a chat template,
-the transcript is a conversation in that (tasks/transcript.py). An episode is a coroutine, and hundreds of them share
-one engine and a few environment processes.
+observation. A transcript that no longer fits loses its oldest turns, but never its opening. The policy's utterances are
+never tokenised again; each observation is tokenised once. If observations have roles and the model has a chat template,
+the transcript is a conversation in this template (tasks/transcript.py). An episode is a coroutine, and hundreds of them
+share one engine and a few environment processes.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Utterance:
         return state, said.mean(0) if len(said) else state
 
     def as_turn(self, state: Sequence[int]) -> Turn:
-        """With the ids that it was said in; what it brings and what it is answered are not known yet."""
+        """This utterance as a turn in ``state``; its reward and the observation after it are not known yet."""
         return Turn(
             np.asarray(state, np.int64), self.token_ids, self.actions, self.log_probs, self.versions, 0.0,
             np.zeros(0, np.int64), *self.features(),
@@ -61,10 +61,10 @@ class Utterance:
 
 class Generate(Protocol):
     def __call__(self, ids: Sequence[int], turn: int, longest: int = 0, /) -> Awaitable[Utterance]:
-        """The utterance of a turn.
+        """Generate the utterance of a turn.
 
         Args:
-            ids: of the state that it is said in.
+            ids: of the turn's state.
             turn: its number in the episode.
             longest: most tokens that it may have; 0: the run's limit.
         """
@@ -99,7 +99,7 @@ async def play(
     Args:
         position: of the ticket; also the episode's id in its environment process.
         seed: of the environment.
-        read_state: called for the last state of an episode that a limit cut, whose features stand for the rest.
+        read_state: called for the last state of an episode that a limit cut; its features stand for the rest.
     """
     home = setting.environments[position % len(setting.environments)]
     record = _Record(position, setting)
@@ -131,7 +131,7 @@ class _Record:
         self.rewards: list[float] = []
         self.texts: list[str] = []
         self.metrics: dict[str, float] = {}
-        self.transcript: Transcript | None = None  # where observations have roles, and the model a chat template
+        self.transcript: Transcript | None = None  # if observations have roles and the model has a chat template
 
     def state(self) -> list[int]:
         """Return the opening and as many of the last turns as fit, or at least the end of the last observation."""
@@ -154,7 +154,7 @@ class _Record:
 
     def say(self, state: list[int], utterance: Utterance) -> str:
         text = self.setting.decode(utterance.token_ids)
-        self.said.append(utterance.as_turn(state))  # its hidden states are needed no longer
+        self.said.append(utterance.as_turn(state))  # without its hidden states, which are not needed any longer
         if self.transcript is not None:
             self.transcript.say(utterance.token_ids.tolist())
         self.segments.append([int(token) for token in utterance.token_ids])
@@ -163,7 +163,7 @@ class _Record:
 
     def episode(self, terminated: bool, final: Utterance | None, failure: str = "") -> Episode:
         turns = []
-        # Where the environment failed at the last utterance, that has neither a reward nor an observation after it.
+        # If the environment failed at the last utterance, that utterance has no reward and no observation.
         observations = [*(self.segments[2::2] if self.transcript is None else self._answers()), []]
         for said, reward, observation in zip(self.said, [*self.rewards, 0.0], observations, strict=False):
             turns.append(replace(said, reward=reward, observation_ids=np.asarray(observation, np.int64)))
@@ -171,7 +171,7 @@ class _Record:
         return Episode(self.position, tuple(turns), terminated, "".join(self.texts), last, failure, self.metrics)
 
     def _answers(self) -> list[list[int]]:
-        """Return what the state after each utterance adds to it; nothing where it does not continue it."""
+        """Return the ids that the state after each utterance adds; none if it does not continue the state before."""
         states = [turn.state_ids.tolist() for turn in self.said]
         before = [[*turn.state_ids.tolist(), *turn.token_ids.tolist()] for turn in self.said]
         after = [*states[1:], self.state()][: len(before)]

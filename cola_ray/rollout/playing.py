@@ -1,6 +1,6 @@
-"""An episode that an agent program is playing: its turns so far, what they brought, and how it ended.
+"""An episode that an agent program is playing: its turns so far, their rewards, and how it ended.
 
-turns(2) ─> numbers 3, 4 ─> generate ─> said(...)      those that come to nothing are free again
+turns(2) ─> numbers 3, 4 ─> generate ─> said(...)      numbers of turns that fail are free again
                                           └─> reward(...) ─> end() ─> Episode
 """
 
@@ -29,7 +29,7 @@ class Playing:
     """An episode that is under way.
 
     Args:
-        read_state: of the state that a limit cut it in, which stands for the rest; None where nobody learns from it.
+        read_state: reads the state in which a limit cut the episode, which stands for the rest; None if not needed.
     """
 
     position: int
@@ -39,18 +39,18 @@ class Playing:
     conversation: Conversation
     ended: asyncio.Future[Episode]
     key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    taken: set[int] = field(default_factory=set)  # numbers of turns so far, with those that are being generated
+    taken: set[int] = field(default_factory=set)  # numbers of turns so far, including those being generated
     made: dict[int, Turn] = field(default_factory=dict)
-    answers: dict[str, list[int]] = field(default_factory=dict)  # by id, the turns that are its choices
+    answers: dict[str, list[int]] = field(default_factory=dict)  # completion id -> the turns that are its choices
     num_retokenised: int = 0
-    left_in: Sequence[int] | None = None  # where it was refused a further turn, unless it has had one since
+    left_in: Sequence[int] | None = None  # state of a refused turn, unless a turn was made since
     busy: int = 0  # requests that are being answered
     heard: bool = False
     quiet_since: float = field(default_factory=time.monotonic)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """While a request is answered, it is not the program that is slow."""
+        """While a request is being answered, the program does not count as quiet."""
         self.heard, self.busy = True, self.busy + 1
         try:
             yield
@@ -59,7 +59,7 @@ class Playing:
 
     @contextlib.contextmanager
     def turns(self, count: int) -> Iterator[list[int]]:
-        """Numbers for further turns. If the program does not get to read them, there were none."""
+        """Numbers for further turns. If the program does not receive these turns, they are dropped."""
         free = (number for number in itertools.count() if number not in self.taken)
         numbers = [*itertools.islice(free, count)]
         self.taken.update(numbers)
@@ -74,7 +74,7 @@ class Playing:
             raise
 
     def said(self, state: State, numbers: list[int], utterances: Sequence[Utterance], answer: str) -> None:
-        """Turns that were made: of their hidden states only what a critic reads is kept."""
+        """Record turns that were generated; of their hidden states only a critic's features are kept."""
         self.made.update(zip(numbers, (one.as_turn(state.ids) for one in utterances), strict=True))
         self.answers[answer] = numbers
         self.num_retokenised += state.retokenised
@@ -83,7 +83,7 @@ class Playing:
         """The turn that a reward is for.
 
         Raises:
-            RefusedError: there is none.
+            RefusedError: there is no such turn.
         """
         if not self.answers:
             raise RefusedError("there is nothing to reward: the model has not been asked anything yet")
@@ -108,17 +108,17 @@ class Playing:
         return sum(turn.reward for turn in self.made.values())
 
     def last_state(self) -> list[int]:
-        """Where it was refused a turn; else what the model has read and said to its last one."""
+        """The state in which a turn was refused; else everything that the model read and said up to its last turn."""
         if self.left_in is not None:
             return [*self.left_in]
         last = self.made[max(self.made)]
         return [*last.state_ids.tolist(), *last.token_ids.tolist()]
 
     def end(self, failure: str = "", *, cut_in: Sequence[int] | None = None, final: Array | None = None) -> None:
-        """It is over, unless it was already.
+        """End the episode, unless it has already ended.
 
         Args:
-            cut_in: the state that a limit cut it in; None: it ended by itself, or failed.
+            cut_in: the state in which a limit cut it; None: it ended by itself, or failed.
             final: features of that state, (H,).
         """
         if not self.ended.done():
@@ -129,7 +129,7 @@ class Playing:
             )
 
     def _in_order(self, last: Sequence[int]) -> tuple[tuple[Turn, ...], str]:
-        """The turns with what each was answered, and everything as text."""
+        """The turns, each with the observation after it, and everything as text."""
         made, text, before = [turn for _, turn in sorted(self.made.items())], "", list[int]()
         decode: Any = self.conversation.chat.tokenizer.decode
         following = [*(turn.state_ids.tolist() for turn in made[1:]), [*last]]
@@ -145,10 +145,11 @@ class Playing:
 
 
 def _answer(before: list[int], said: list[int], after: list[int]) -> list[int] | None:
-    """What comes after something that was said, in the next state; None if it is not there.
+    """What comes after an utterance in the next state; None if the utterance is not in it.
 
     Args:
-        before: the state that it was said in, with it.
+        before: the utterance's state, followed by the utterance.
+        said: the utterance.
         after: the next state, which may have left older messages out.
     """
     if after[: len(before)] == before:

@@ -1,6 +1,6 @@
-"""What agent programs send, in the JSON of OpenAI's API: read, and refused where it cannot be served as it is meant.
+"""Requests of agent programs, in the JSON of OpenAI's API: read, and refused if they cannot be served as meant.
 
-POST  chat/completions  ─> choices()     how many are wanted, and how long
+POST  chat/completions  ─> choices()     how many answers, and how long
 POST  reward            ─> Reward
 """
 
@@ -31,13 +31,13 @@ _UNSERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), "there is no search"),
     "chat_template_kwargs": (({},), "data.chat_options has them, for the whole run"),
 }  # fmt: skip
-"""Fields that would change what an answer means, the values that ask for nothing, and why others are not served."""
+"""Fields that would change what an answer means: the values without an effect, and why others are not served."""
 TOO_LONG = "this model's maximum context length is"
-"""OpenAI's words, by which clients know that a conversation is too long: not all of them read an error's code."""
+"""OpenAI's words, by which clients recognise that a conversation is too long: not all of them read an error's code."""
 
 
 class RefusedError(ValueError):
-    """A request that cannot be served; the message says why, in OpenAI's words where there are any.
+    """A request that cannot be served; the message says why, in OpenAI's words if there are any.
 
     Args:
         code: as OpenAI's API names it, for programs that act on it.
@@ -50,13 +50,13 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class Reward:
-    """What a program says that an answer was worth."""
+    """The reward that a program reports for an answer."""
 
     value: float
     answer: str | None  # id of the completion; None: the last one
     choice: int | None  # its index there; None: the last one
     done: bool  # the episode ends with it
-    truncated: bool | None  # and did not end by itself; None: as the limits tell
+    truncated: bool | None  # whether a limit ended it; None: the run's limits tell
 
 
 def as_body(content: bytes) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def as_body(content: bytes) -> dict[str, Any]:
 
 
 def choices(body: Body) -> tuple[int, int]:
-    """How many answers a request wants, and the most tokens that each may have, 0 where it leaves that to the run.
+    """The number of answers that a request wants, and the most tokens of each; 0: the run decides.
 
     Raises:
-        RefusedError: it wants something else, too.
+        RefusedError: it also wants something that is not served.
     """
     for name, (harmless, why) in _UNSERVED.items():
         value = body.get(name)
@@ -88,7 +88,7 @@ def model(name: str) -> dict[str, Any]:
 
 
 def not_served(method: str, path: str) -> str:
-    """What to say to a client that speaks another of OpenAI's APIs, or has another address than it was given."""
+    """The message for a client that uses another of OpenAI's APIs, or a wrong address."""
     asked = path.rpartition("/v1/")[2]
     return f"{method} {asked}: not served; below OPENAI_BASE_URL are chat/completions, reward, episodes and models"
 

@@ -1,19 +1,19 @@
-"""Episodes that a program of somebody's own plays: it talks to the policy as to OpenAI's API, and says what came of it.
+"""Episodes that an external agent program plays: it calls the policy through OpenAI's API, and reports rewards.
 
     ticket ─> Programs.play ─> a process of task.command, in its environment OPENAI_BASE_URL: this episode's
                                    │   POST  chat/completions  {"messages": [...], ...}   as often as it likes
                                    v
-                    Conversation.state ─> generate ─> Utterance ─> Conversation.answer     a turn each
+                    Conversation.state ─> generate ─> Utterance ─> Conversation.answer     one turn each
                                    │   POST  reward            {"reward": 1.0}            the end
                                    v
                                 Episode
 
-A process plays its own episode and ends. One that would rather play many, and at once, asks for each:
+By default a process plays its own episode and ends. One that plays many, also at the same time, asks for each:
 
     POST  episodes  {}  ─>  {"base_url": "http://...", "seed": 7}       waits until there is one
 
-Whatever a program does costs its own episode alone: one that ends without a reward, that hangs or that sends nonsense
-is a failed episode, counted by ``task.max_failed_rewards``. It runs with the rights of the run, as its owner's code.
+Whatever a program does costs only its own episode: if it ends without a reward, hangs or sends nonsense, the episode
+has failed, and counts for ``task.max_failed_rewards``. A program runs with the rights of the run, as its owner's code.
 """
 
 import asyncio
@@ -37,19 +37,19 @@ from cola_ray.rollout.program_requests import RefusedError
 
 T = TypeVar("T")
 START_S = 300.0
-"""Seconds that a program may take to its first request: it may have much to import."""
+"""Seconds that a program may take until its first request: it may have much to import."""
 _MAX_BODY = 4 << 20  # bytes of a request
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What all episodes of a worker share.
+    """Limits that all episodes of a worker share.
 
     Attributes:
-        processes: of the program at a time.
+        processes: of the program, at the same time.
         quiet_s: seconds that a program may take between an answer and its next request.
-        max_turns: of an episode; further ones are refused.
-        max_state_tokens: of what a turn is said in.
+        max_turns: of an episode; further turns are refused.
+        max_state_tokens: of a turn's state.
     """
 
     processes: int
@@ -59,18 +59,18 @@ class Limits:
 
 
 class Programs:
-    """A server for agent programs, and the processes of one that it starts.
+    """A server for agent programs, which also starts the program's processes.
 
     Args:
         command: of the program, split as a shell would.
-        converse: makes the conversation of an episode.
+        converse: makes an episode's conversation.
     """
 
     def __init__(self, command: str, converse: Callable[[], Conversation], limits: Limits) -> None:
         self.command, self.converse, self.limits = shlex.split(command), converse, limits
         self.playing: dict[str, Playing] = {}
-        self.waiting: deque[Playing] = deque()  # for a program
-        self.homes: dict[str, Process] = {}  # of each episode under way, by key
+        self.waiting: deque[Playing] = deque()  # episodes without a program
+        self.homes: dict[str, Process] = {}  # the process of each episode under way, by the episode's key
         self.askers: deque[tuple[Process, asyncio.Future[Playing]]] = deque()
         self.processes: dict[str, Process] = {}
         self.tasks: set[asyncio.Task[None]] = set()
@@ -78,12 +78,12 @@ class Programs:
         self.runner: web.AppRunner | None = None
 
     async def play(self, position: int, seed: int, generate: Generate, read_state: Generate | None = None) -> Episode:
-        """Have an episode played to its end; what goes wrong there is its ``failure``.
+        """Have an episode played to its end; errors become its ``failure``.
 
         Args:
             position: of the ticket.
-            seed: that the program is told.
-            read_state: called for the last state of an episode that a limit cut, whose features stand for the rest.
+            seed: given to the program.
+            read_state: called for the last state of an episode that a limit cut; its features stand for the rest.
         """
         await self._open()
         ended: asyncio.Future[Episode] = asyncio.get_running_loop().create_future()
@@ -116,7 +116,7 @@ class Programs:
     # --- processes ----------------------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
-        """Give episodes that wait to programs that ask for them, and start programs for others."""
+        """Give waiting episodes to programs that ask for one, and start programs for the others."""
         while self.waiting and self.askers:
             process, asked = self.askers.popleft()
             if not asked.done():
@@ -136,7 +136,7 @@ class Programs:
         self._spawn(self._watch(episode, process))
 
     def _take_back(self, episode: Playing, process: Process) -> None:
-        """An episode that its program has not heard of goes to the next one."""
+        """Give an episode that its program has not heard of to another program."""
         process.playing.discard(episode)
         self.homes.pop(episode.key, None)
         if not episode.ended.done():
@@ -144,7 +144,7 @@ class Programs:
             self._hand_out()
 
     async def _run(self, process: Process, episode: Playing) -> None:
-        """Start a program and see it to its end."""
+        """Start a program, and wait until it ends."""
         told = {"OPENAI_BASE_URL": self._url(episode), "OPENAI_API_KEY": "none", "COLA_RAY_SEED": str(episode.seed),
                 "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))}  # fmt: skip
         try:
@@ -168,7 +168,7 @@ class Programs:
             limit = self.limits.quiet_s if episode.heard else START_S
             left = limit if episode.busy else episode.quiet_since + limit - time.monotonic()
             if left > 0:
-                await asyncio.wait([episode.ended], timeout=min(left, self.limits.quiet_s))  # it may be heard meanwhile
+                await asyncio.wait([episode.ended], timeout=min(left, self.limits.quiet_s))  # a request may still come
                 continue
             process.playing.discard(episode)
             if process.is_idle:
@@ -176,7 +176,7 @@ class Programs:
             episode.end(f"its program took longer than {limit:g} s")
 
     async def _send_home(self, process: Process) -> None:
-        """End a program that neither plays nor asks for long, and does not end by itself."""
+        """End a program that has been idle for long (no episode, no request for one) and does not end by itself."""
         idle_since = process.idle_since = time.monotonic()
         await asyncio.sleep(self.limits.quiet_s)
         if process.is_idle and process.idle_since == idle_since:
@@ -188,7 +188,7 @@ class Programs:
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        """An error of ours ends every episode: none would hear of it otherwise."""
+        """An error in our own code ends every episode: otherwise none would notice it."""
         self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             for episode in self.playing.values():
@@ -243,7 +243,7 @@ class Programs:
             if episode.ended.done():
                 raise _over()
             given = program_requests.reward(body)
-            episode.rewarded(given)  # before anything is asked of the engine
+            episode.rewarded(given)  # before the engine is called
             cut_in, final = None, None
             if given.done and (episode.left_in is not None if given.truncated is None else given.truncated):
                 cut_in = self._state(episode, body).ids if "messages" in body else episode.last_state()
@@ -277,7 +277,7 @@ class Programs:
             try:
                 self._hand_out()
                 episode = await asked
-            except asyncio.CancelledError:  # whoever asked is gone
+            except asyncio.CancelledError:  # the client is gone
                 if asked.done() and not asked.cancelled():
                     self._take_back(asked.result(), process)
                 raise
@@ -290,7 +290,7 @@ class Programs:
         return web.json_response({"object": "list", "data": [program_requests.model("cola_ray")]})
 
     async def _model(self, request: web.Request) -> web.Response:
-        """Any name is the policy's: programs ask before they begin."""
+        """Any name means the policy: programs look it up before they begin."""
         self._episode(request)
         return web.json_response(program_requests.model(request.match_info["name"]))
 
@@ -300,7 +300,7 @@ class Programs:
             raise _over()
         process = self.homes.get(episode.key)
         if process is not None and process.own is episode:
-            process.own = None  # it plays this one itself
+            process.own = None  # the program plays this episode itself
         return episode
 
 
@@ -309,7 +309,7 @@ def _over() -> RefusedError:
 
 
 async def _engines(episode: Playing, made: Awaitable[T]) -> T:
-    """What the engine makes; an error of it is no fault of the program, and ends the run."""
+    """The engine's result; an error of the engine is not the program's fault, and ends the run."""
     try:
         done = await made
     except Exception as error:
@@ -322,7 +322,7 @@ async def _engines(episode: Playing, made: Awaitable[T]) -> T:
 
 
 async def _sent(response: web.Response, request: web.Request) -> web.Response:
-    """An answer once it is sent; raises ConnectionError if whoever asked is gone."""
+    """Send an answer; raises ConnectionError if the client is gone."""
     await response.prepare(request)
     await response.write_eof()
     return response

@@ -40,7 +40,7 @@ class RewardProcess(IsolatedObject):
         make: builds the task.
         timeout_s: seconds that a call may take.
         weights: of the rewards of a :class:`~cola_ray.tasks.rewarded.Rewarded` task; empty for a task with a score.
-        beside: rewards from elsewhere are added to these, so that none of these need apply to a response.
+        beside: rewards from elsewhere are added to these, so a response need not have any of these.
         batched: rewards are asked for up to :data:`_BATCH` responses at a time. A call that fails is repeated one by
             one, so that a failure still costs its own sample; if :data:`_LATE` of those take too long one after the
             other, the rest fail with them.
