@@ -10,7 +10,7 @@
 
 One iteration makes one step of the learner (ArCHer, Zhou et al. 2024, algorithm 1). The policy does not change within
 an iteration, so one fresh utterance for each sampled state serves both V's targets and the actor. While the critic
-warms up, the learner's step has rate 0.
+warms up, the policy is not updated.
 
 ``archer_soft`` generates no fresh utterances. The learner gets replayed utterances with their advantages, and reports
 their soft advantages, from which V's targets of the next iteration are made:

@@ -82,7 +82,7 @@ def export(run: Path, target: Path, step: int | None = None, best: bool = False)
 
 
 def _kept(run: Path, job: str) -> list[int]:
-    """Steps of the run's checkpoints that hold a model of RL."""
+    """Steps of the run's checkpoints. Raises ConfigError if it is no run of RL, or has no checkpoint yet."""
     if job not in _RL:
         raise ConfigError(f"{run}: a run of {job}, of whose checkpoints none is a model by itself; leave out --step "
                           "and --best for the one that it left, or finish it with --resume")  # fmt: skip

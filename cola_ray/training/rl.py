@@ -61,7 +61,7 @@ class _Job:
 @shown()
 @explained_failures()
 def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
-    """RL of the policy over latent actions on problems with answers; writes ``output_dir/model``. Returns the summary.
+    """RL on problems with answers; writes ``output_dir/model``. Returns the summary.
 
     If the start model is missing, the tiny preset pre-trains it first.
 
