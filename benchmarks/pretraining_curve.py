@@ -131,7 +131,7 @@ def main() -> None:
     folder, gsm8k = args.folder.absolute(), args.gsm8k.absolute()
     (folder / "points").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * args.minutes
-    for step in (FIRST << doubling for doubling in itertools.count() if args.minutes):
+    for step in (FIRST << doubling for doubling in (itertools.count() if args.minutes else ())):
         if reached(folder / "run") >= step:
             continue
         came = train_until(step, folder / "run", gsm8k, args.threads, deadline)

@@ -10,8 +10,8 @@
 
     @cola_ray.register("advantage", "median")                      algorithms, tasks, rewards of your own
 
-Importing the package loads neither torch nor transformers: names come when they are asked for. Hugging Face's auto
-classes hear of CoLA when transformers loads them:
+Importing the package loads neither torch nor transformers: names are imported when they are used. CoLA is registered
+with Hugging Face's auto classes when transformers loads these:
 
     >>> import cola_ray
     >>> from transformers import AutoModelForCausalLM
@@ -82,6 +82,7 @@ def _tell_models(module: ModuleType) -> None:
         auto._model_mapping._modules["cola"] = sys.modules[__name__]
 
 
-# By name, as transformers knows its own: a class would have to be imported while transformers is half loaded.
+# Registered by name, as transformers does for its own: a class would have to be imported while transformers is half
+# loaded.
 register_post_import_hook(_tell_config, "transformers.models.auto.configuration_auto")
 register_post_import_hook(_tell_models, "transformers.models.auto.modeling_auto")

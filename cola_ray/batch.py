@@ -1,19 +1,19 @@
-"""From a worker's share of rollouts to a learner rank's batch; and the one place where positions shift.
+"""From a worker's share of rollouts to a learner rank's batch; the only place where positions shift.
 
-    Trajectories ──as_groups──> Groups, small records ──Picked──> those with a reward ──collate──> a Batch a rank
+    Trajectories ──as_groups──> Groups, small records ──Picked──> scored ones ──────────collate──> one Batch per rank
                         └─────> their Share, Packed ─────────────────────────────────┐                │
                                 in a store                                           └──── fetched: its own rows
                                                                                                       │ padded
                                                                                                       v
                                                                                     rows of one micro-batch, Padded
 
-The loop holds records and references; the tokens go from the store to the ranks. Where the loop makes sequences itself,
-of episodes or out of replay, they are Packed all the way.
+The loop holds records and references; the tokens go from the store to the ranks. Sequences that the loop makes itself,
+from episodes or replay, are Packed all the way.
 
 Legend: N sequences, P tokens of a prompt, L of a response; B rows of a micro-batch, T its width, H width of the model.
 
 Alignment, by example: prompt tokens p0 p1 p2, response x3 x4. Action a2, chosen at position 2, produced x3; a3
-produced x4. What is packed is what happened, ``responses [x3 x4]``, ``actions [a2 a3]``, log-probabilities of the same
+produced x4. Packed data hold what happened: ``responses [x3 x4]``, ``actions [a2 a3]``, log-probabilities of the same
 length. Only :meth:`Batch.padded` places them at positions 2 and 3 of a (B, T) array:
 
     position        0    1    2    3    4
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Held(Generic[T]):
-    """Data of this process; or of a store, which hands it to others by reference, and then only that travels."""
+    """Data of this process; or data in a store: then only the reference travels to other processes."""
 
     value: T | None
     reference: Any = None
@@ -53,11 +53,11 @@ class Held(Generic[T]):
 
 
 Fetch = Callable[[list[Any]], list[Any]]
-"""What references stand for."""
+"""From references to the data that they stand for."""
 
 
 def _opened(held: Sequence[Held[Any]], get: Fetch | None) -> list[Any]:
-    """Values; those that only a reference is known of, in one call."""
+    """The values; those known only by reference are fetched in one call."""
     missing = {place: one.reference for place, one in enumerate(held) if one.value is None}
     found: dict[int, Any] = {}
     if missing:
@@ -68,16 +68,16 @@ def _opened(held: Sequence[Held[Any]], get: Fetch | None) -> list[Any]:
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker made in one call: the tokens of its groups' completions, one after the other."""
+    """The result of one call of a worker: the tokens of its groups' completions, one after the other."""
 
     sequences: Held[Packed]  # without their states
-    states: tuple[Held[Array], ...] | None = None  # of each sequence (P + L - 1, H), where the engine sends them
+    states: tuple[Held[Array], ...] | None = None  # (P + L - 1, H) for each sequence, if the engine sends them
     states_like: Array | None = None  # (0, H)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the loop knows of a completion."""
+    """The loop's record of a completion."""
 
     prompt_length: int
     length: int  # of the response
@@ -85,14 +85,14 @@ class Sample:
     truncated: bool  # ended by the token budget, not by a stop token
     version: int  # the policy version that chose its first action
     failure: str = ""  # why there is no reward; such a completion is counted and not trained on
-    parts: Mapping[str, float] = field(default_factory=dict)  # of ``task.reward``, each reward that applies
-    source: str = ""  # of a task that has several, the problem's
+    parts: Mapping[str, float] = field(default_factory=dict)  # each reward of ``task.reward`` that applies
+    source: str = ""  # the problem's, if the task has several
     num_chosen: int | None = None  # actions that the policy chose; None: one for each token
 
 
 @dataclass(frozen=True)
 class Tally:
-    """How often each of some values occurs."""
+    """How often each value occurs."""
 
     values: Array  # (V,) int32, sorted
     counts: Array  # (V,) int64
@@ -104,7 +104,7 @@ class Tally:
 
     @classmethod
     def over(cls, tallies: Iterable["Tally"]) -> "Tally":
-        """All of them together."""
+        """The sum of several tallies."""
         together = [(one.values, one.counts) for one in tallies]
         values, places = np.unique(np.concatenate([of for of, _ in together]), return_inverse=True)
         counts = np.zeros(len(values), np.int64)
@@ -118,29 +118,29 @@ class Group:
 
     position: int
     samples: tuple[Sample, ...]
-    greedy: Sample | None  # a baseline that is not trained on, where the algorithm wants one
-    # Of the scored ones:
+    greedy: Sample | None  # a baseline that is not trained on, if the algorithm wants one
+    # Of the scored completions:
     actions: Tally
     versions: Tally  # of the policies that chose the actions
-    distinct: int  # different responses
+    distinct: int  # number of different responses
     # The tokens of sample i are the share's sequence first + i; the baseline's are not kept.
     first: int
     share: Share
-    read: tuple[Trajectory, ...] = ()  # all completions, of a group that is kept to be read
+    read: tuple[Trajectory, ...] = ()  # all completions, if the group is kept to be read
 
     @property
     def asked(self) -> tuple[Sample, ...]:
-        """All that were generated and wanted a reward, the baseline too."""
+        """All that were generated to be scored, including the baseline."""
         return self.samples if self.greedy is None else (*self.samples, self.greedy)
 
     @functools.cached_property
     def scored(self) -> tuple[Sample, ...]:
-        """Those with a reward."""
+        """Completions with a reward."""
         return tuple(sample for sample in self.samples if not sample.failure)
 
     @property
     def rewards(self) -> Array:
-        """Of the scored ones, float32."""
+        """Of the scored completions, float32."""
         return np.array([sample.reward for sample in self.scored], np.float32)
 
 
@@ -149,7 +149,7 @@ Completed = tuple[int, Sequence[Trajectory], Trajectory | None]
 
 
 def as_groups(completed: Sequence[Completed]) -> list[Group]:
-    """A group a ticket; all of one share."""
+    """One group per ticket; all groups have one share."""
     everything = [trajectory for _, trajectories, _ in completed for trajectory in trajectories]
     packed = pack(everything)
     states = packed.hidden_states
@@ -178,7 +178,7 @@ def as_groups(completed: Sequence[Completed]) -> list[Group]:
 
 
 def apart(groups: Sequence[Group]) -> tuple[list[Group], list[Any]]:
-    """A share's groups without its data, and the data: sequences, then the states of each."""
+    """A share's groups without its data, and the data: the sequences, then each sequence's states."""
     share = groups[0].share
     states = share.states or ()
     emptied = replace(share, sequences=Held(None), states=None if share.states is None else ())
@@ -187,14 +187,14 @@ def apart(groups: Sequence[Group]) -> tuple[list[Group], list[Any]]:
 
 
 def together(groups: Sequence[Group], data: Sequence[Held[Any]]) -> list[Group]:
-    """The groups that :func:`apart` took the data from."""
+    """Groups from :func:`apart`, with the data put back."""
     share = groups[0].share
     share = replace(share, sequences=data[0], states=None if share.states is None else tuple(data[1:]))
     return [replace(group, share=share) for group in groups]
 
 
 def _chosen(one: Trajectory, values: Array) -> Array:
-    """Of its actions those that the policy chose."""
+    """The values at the actions that the policy chose."""
     return values if one.action_mask is None else values[one.action_mask]
 
 
@@ -210,7 +210,7 @@ class Picked:
     """N sequences out of several shares, by reference; each response is the policy's from its first token on."""
 
     sources: tuple[Held[Packed], ...]
-    places: Array  # (N, 2) int32, of each sequence its source and its number there
+    places: Array  # (N, 2) int32: for each sequence its source, and its index there
     num_tokens: Array  # (N,)
     num_actions: Array  # (N,)
     states: tuple[Held[Array], ...] | None = None
@@ -243,7 +243,7 @@ class Picked:
         return len(self.places)
 
     def of(self, rows: Sequence[int]) -> "Picked":
-        """These sequences, in this order; and of the sources those that they are in."""
+        """These sequences, in this order, with only the sources that they need."""
         rows = [*rows]
         used, renamed = np.unique(self.places[rows, 0], return_inverse=True)
         return Picked(
@@ -259,7 +259,7 @@ class Picked:
         """A copy of these sequences.
 
         Args:
-            get: of a store, for what was sent by reference.
+            get: reads a store, for what was sent by reference.
         """
         found = _opened([*self.sources, *(self.states or ())], get)
         sources = found[: len(self.sources)]
@@ -296,7 +296,7 @@ class Padded:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """A rank's rows of one mini-batch, and what a batch of them alone would be; see the same fields of Batch."""
+    """A rank's rows of one mini-batch; the other fields are as in a Batch of these rows alone."""
 
     rows: tuple[int, ...]
     num_rows: int
@@ -319,24 +319,24 @@ class Batch:
     num_tokens_global: int  # over all ranks, prompts and observations included
     policy_version: int  # the version the learner holds when it trains on this
     pad_id: int
-    trains: bool = True  # else the learner measures, and the policy stays as it is
-    mini_batches: tuple[tuple[MiniBatch, ...], ...] = ()  # of each pass; empty: the batch is its only one
-    # (N,) int64, of its sequences among those of all ranks, as they were given, where the loop is told of each
+    trains: bool = True  # else the learner only measures, and the policy is left unchanged
+    mini_batches: tuple[tuple[MiniBatch, ...], ...] = ()  # for each pass; empty: the whole batch is its only one
+    # (N,) int64, the sequences' indices in the order that they were given for all ranks; for algorithms that need it
     places: Array | None = None
 
     @property
     def computed_positions(self) -> int:
-        """On each rank, padding included."""
+        """Positions on each rank, including padding."""
         return sum((stop - start) * width for start, stop, width in self.micro_batches)
 
     def fetched(self, get: Fetch | None = None) -> "Batch":
-        """With the sequences themselves, see :meth:`Picked.fetched`."""
+        """The batch with the sequences themselves, see :meth:`Picked.fetched`."""
         if isinstance(self.sequences, Packed):
             return self
         return replace(self, sequences=self.sequences.fetched(get))
 
     def part(self, mini_batch: MiniBatch) -> "Batch":
-        """One of the mini-batches by itself. They are fetched."""
+        """One of the mini-batches as a batch; sequences must have been fetched."""
         assert isinstance(self.sequences, Packed), "fetched() comes first"
         rows, fields = [*mini_batch.rows], dict(vars(mini_batch))
         del fields["rows"]
@@ -344,7 +344,7 @@ class Batch:
         return replace(self, sequences=sequences, advantages=advantages, mini_batches=(), places=None, **fields)
 
     def padded(self, start: int = 0, stop: int | None = None, width: int | None = None) -> Padded:
-        """Rows ``start`` to ``stop``; by default all, as wide as the widest. They are fetched."""
+        """Rows ``start`` to ``stop``, by default all, as wide as the widest; sequences must have been fetched."""
         packed = self.sequences
         assert isinstance(packed, Packed), "fetched() comes first"
         stop = self.num_rows if stop is None else stop
@@ -372,7 +372,7 @@ class Batch:
             turn_starts[at, acting] = taken & (taken.cumsum() == 1) if starts is None else starts
             advantages[at, acting] = outcome if own is None else own
             if gains is None or factors is None:
-                # At the last action, which at a held one's tokens is earlier than the last token.
+                # The reward belongs to the last action; where an action is held, this is earlier than the last token.
                 last = first - 1 + int(np.flatnonzero(taken)[-1]) if taken.any() else end - 2
                 rewards[at, last], discounts[at, first - 1 : last] = outcome, 1.0
             else:
@@ -395,33 +395,33 @@ def collate(
     passes: Passes = (),
     keep_places: bool = False,
 ) -> list[Batch]:
-    """Sequences and their outcome advantages -> one batch a rank.
+    """Sequences and their outcome advantages -> one batch per rank.
 
-    Longest first and dealt out in turn, so that ranks get near-equal work and a micro-batch holds sequences of like
-    length. A micro-batch takes as many rows as ``micro_batch_tokens`` allows at its longest row's width, one at
-    least. ZeRO-3 needs every rank to run the same number of them: all ranks cut at the same rows, and where the
-    sequences do not divide, the last ranks get a row without actions.
+    Longest first and dealt out in turn, so that ranks get near-equal work and a micro-batch holds sequences of similar
+    length. A micro-batch takes as many rows as ``micro_batch_tokens`` allows at its longest row's width, but at least
+    one. ZeRO-3 needs every rank to run the same number of them: all ranks cut at the same rows, and if the number of
+    sequences is not divisible, the last ranks get a row without actions.
 
     Args:
-        passes: the sequences of each mini-batch. They are cut in the same way, and those without any action left out.
-        keep_places: batches know which of the sequences they have.
+        passes: the sequences of each mini-batch. They are cut in the same way; those without any action are left out.
+        keep_places: batches record which of the sequences they have.
     """
     lengths, num_actions = sequences.num_tokens, sequences.num_actions
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     owned, outcomes = deal(order, passes, num_ranks), np.asarray(advantages, np.float32)
-    rows = np.zeros((len(lengths), 2), np.int64)  # of each sequence: its rank, and its row there
+    rows = np.zeros((len(lengths), 2), np.int64)  # for each sequence: its rank, and its row there
     for rank, mine in enumerate(owned):
         rows[mine, 0], rows[mine, 1] = rank, np.arange(len(mine))
 
     def shape(owned: Sequence[Sequence[int]]) -> tuple[int, tuple[tuple[int, int, int], ...], int, int, int]:
-        """Of these sequences of each rank: number of rows, micro-batches, totals."""
+        """For these sequences of each rank: number of rows, micro-batches, totals."""
         longest = itertools.zip_longest(*(lengths[[*mine]].tolist() for mine in owned), fillvalue=0)
         widths, together = [max(row) for row in longest], [place for mine in owned for place in mine]
         acting, cuts = num_actions[together], _cut(widths, micro_batch_tokens)
         return len(widths), cuts, int(acting.sum()), int((acting > 0).sum()), int(lengths[together].sum())
 
     def mini_batch(places: Array) -> list[MiniBatch]:
-        """One a rank."""
+        """One per rank."""
         chosen = [np.sort(rows[places][rows[places, 0] == rank, 1]).tolist() for rank in range(num_ranks)]
         whole = shape([[mine[row] for row in own] for mine, own in zip(owned, chosen, strict=True)])
         return [MiniBatch(tuple(own), *whole) for own in chosen]
@@ -439,7 +439,7 @@ def collate(
 
 
 def _cut(widths: Sequence[int], budget: int) -> tuple[tuple[int, int, int], ...]:
-    """Rows of falling width into runs of at most ``budget`` padded tokens."""
+    """Cut rows of decreasing width into runs of at most ``budget`` padded tokens."""
     cuts, start = [], 0
     while start < len(widths):
         rows = max(budget // widths[start], 1)

@@ -1,12 +1,12 @@
 """What happened in a rollout: completions of a prompt, and episodes of turns. packing.py has how it travels.
 
     Ticket ─> Trajectory ───────────┐
-    Ticket ─> Turn ─> Episode ──────┴─> pack ─> collate ─> Batch, one a learner rank
+    Ticket ─> Turn ─> Episode ──────┴─> pack ─> collate ─> one Batch per learner rank
     held-out problem ─> Answer
 
-Legend: P tokens of a prompt or a state, L tokens and as many actions of what was said.
+Legend: P tokens of a prompt or a state, L tokens of a response or an utterance, and as many actions.
 
-Ids travel from end to end; text is never tokenised again.
+Token ids travel from end to end; text is never tokenised again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ class Ticket:
     """One prompt handed out: its place in the run's order, which also seeds its draws, and the problem there."""
 
     position: int
-    problem: int  # counted among the training problems whose prompts fit
+    problem: int  # index among the training problems whose prompts fit
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,26 @@ class Trajectory:
     hidden_states: Array | None = None
     # (L,) bool, false at an environment's tokens, and where an action is held; None: the policy chose at each token
     action_mask: Array | None = None
-    # (L,) float32 both; None: all of the reward at the last action, which nothing follows
+    # (L,) float32 both; None: the whole reward is at the last action, and nothing follows it
     rewards: Array | None = None
-    discounts: Array | None = None  # what the value after each action is worth: 1 within a turn, 0 at an end
-    advantages: Array | None = None  # (L,) float32; None: the outcome's at every action
-    turn_starts: Array | None = None  # (L,) bool, true at the first action of each turn; None: all of it is one turn
-    source: str = ""  # of its problem, where the task has several
+    discounts: Array | None = None  # factor on the value after each action: 1 within a turn, 0 at an end
+    advantages: Array | None = None  # (L,) float32; None: the outcome's advantage at every action
+    turn_starts: Array | None = None  # (L,) bool, true at the first action of each turn; None: one turn
+    source: str = ""  # of its problem, if the task has several sources
     parts: Mapping[str, float] = field(default_factory=dict)  # each reward of ``task.reward``, without its weight
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one held-out problem or environment seed."""
+    """The result of one held-out problem or environment seed."""
 
     reward: float  # not finite where scoring or the environment failed
-    sequences: tuple[Trajectory, ...] = ()  # what was said, where it is kept to be read
+    sequences: tuple[Trajectory, ...] = ()  # what was generated, if it is kept to be read
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One utterance of L tokens, the state of P ids that it was said in, and what it brought."""
+    """One utterance of L tokens, the state of P ids in which it was said, and its reward."""
 
     state_ids: Array  # (P,) int64
     token_ids: Array  # (L,) int64, the stop token included
@@ -72,11 +72,11 @@ class Turn:
     observation_ids: Array  # (O,) int64, what the environment answered
     state_features: Array | None = None  # (H,), e at the state's last token, if the engine sends it
     utterance_features: Array | None = None  # (H,), mean of e over the utterance
-    left: bool = False  # an agent program went on from something else, in which nothing of this is
+    left: bool = False  # an agent program went on from a conversation that does not contain this turn
 
 
 def was_said(state_ids: Sequence[int] | Array, token_ids: Sequence[int] | Array) -> bool:
-    """Whether a state's ids hold these very ids, in a row.
+    """Whether a state's ids contain exactly these ids, in a row.
 
     Example: [5, 1, 2, 9], [1, 2] -> True.
     """
@@ -92,10 +92,10 @@ class Episode:
     turns: tuple[Turn, ...]
     terminated: bool  # by the environment's rules; else by a limit, and the last state still has a value
     text: str
-    final_features: Array | None = None  # (H,), e at the last token of all, where a limit cut the episode
+    final_features: Array | None = None  # (H,), e at the very last token, if a limit cut the episode
     failure: str = ""  # of the environment; such an episode is counted and not trained on
-    metrics: Mapping[str, float] = field(default_factory=dict)  # what the environment has measured, by name
-    retokenised: int = 0  # messages of the policy that an agent program has sent back otherwise than it got them
+    metrics: Mapping[str, float] = field(default_factory=dict)  # the environment's metrics, by name
+    retokenised: int = 0  # the policy's messages that an agent program sent back changed
 
     @property
     def total_reward(self) -> float:
@@ -103,25 +103,25 @@ class Episode:
         return sum(turn.reward for turn in self.turns)
 
     def with_rewards(self, of_each: Callable[[float], float]) -> "Episode":
-        """With another reward for each turn, made of its own."""
+        """The episode with each turn's reward replaced by a function of it."""
         return replace(self, turns=tuple(replace(turn, reward=of_each(turn.reward)) for turn in self.turns))
 
     @property
     def observations(self) -> list[Array]:
-        """Ids of what each turn answers: the opening, with what the transcript begins with, then observations."""
+        """Ids that each turn answers: the opening, with the transcript's begin ids, then observations."""
         return [self.turns[0].state_ids, *(turn.observation_ids for turn in self.turns[:-1])] if self.turns else []
 
     def as_trajectories(self, gamma: float = 1.0, advantages: Sequence[float] | None = None) -> list[Trajectory]:
-        """Sequences to train on, their masked-in actions the policy's.
+        """Sequences to train on; their masked-in actions are the policy's.
 
-        Turns whose states continue one another are one sequence; where the oldest turns were dropped from a state
-        that had grown too long, a new one begins. One that something follows, unseen in it, ends with the last
-        observation: the value there stands for what follows. If an agent program went on from something else, there
-        is no such state, and what followed stands for itself: its discounted rewards count as the last action's.
+        Turns whose states continue one another are one sequence; where the oldest turns were dropped from a state that
+        had grown too long, a new sequence begins. A sequence that is followed by turns outside it ends with the last
+        observation: the value there stands for what follows. If an agent program went on from another conversation,
+        there is no such state: the discounted rewards of what followed are then added to the last action's reward.
 
         Args:
-            gamma: discount of a turn; 0 where each turn is by itself.
-            advantages: of each turn, for all of its actions, and in place of its reward.
+            gamma: discount of a turn; 0 if each turn stands by itself.
+            advantages: of each turn, for all of its actions, in place of its reward.
         """
         runs: list[list[tuple[Turn, float]]] = []
         gains = [turn.reward for turn in self.turns] if advantages is None else advantages

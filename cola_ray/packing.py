@@ -2,10 +2,10 @@
 
     Trajectories ──pack──> Packed ──of──> Packed: some of them, in another order
 
-Legend: N sequences, P tokens of a prompt, L of a response, S tokens of all, H width of the model.
+Legend: N sequences, P tokens of a prompt, L of a response, S of all sequences, H width of the model.
 
 A token of a response takes 9 to 12 bytes, one of a prompt 4: ids and log-probabilities have 32 bits, actions 8 to 32.
-Masks, rewards, discounts and advantages change only where turns begin or end, and are kept as their runs of equal
+Masks, rewards, discounts and advantages change only where turns begin or end, and are stored as runs of equal
 values.
 """
 
@@ -20,19 +20,19 @@ from cola_ray.experience import Trajectory
 Array = np.ndarray
 _ACTION_TYPES = (np.uint8, np.uint16, np.int32)
 _SELDOM = ("action_mask", "rewards", "discounts", "advantages", "turn_starts")
-"""What few values of a sequence differ in."""
+"""Fields that seldom change within a sequence."""
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """N rows of unlike lengths, end to end."""
+    """N rows of different lengths, end to end."""
 
     values: Array  # (S,)
     ends: Array  # (N,) int64
 
     @classmethod
     def of(cls, rows: Sequence[Array], dtype: Any = None) -> "Ragged":
-        """Args: dtype: None for that of the rows."""
+        """Args: dtype: None for the rows' own."""
         values = np.concatenate(rows, dtype=dtype, casting="unsafe") if rows else np.empty(0, dtype)
         return cls(values, np.cumsum([len(row) for row in rows], dtype=np.int64))
 
@@ -56,12 +56,12 @@ class Ragged:
 class Runs:
     """N rows that seldom change, as runs of equal values; a sequence may have no row."""
 
-    values: Ragged  # of each run
+    values: Ragged  # one per run
     lengths: Ragged  # int32
 
     @classmethod
     def of(cls, rows: Sequence[Array | None]) -> "Runs | None":
-        """None where no sequence has a row."""
+        """None if no sequence has a row."""
         if all(row is None for row in rows):
             return None
         starts = [np.empty(0, np.int64) if row is None else _starts(row) for row in rows]
@@ -82,7 +82,7 @@ class Runs:
 
 
 def _starts(row: Array) -> Array:
-    """Where the bits of a row, one element at least, are others than before."""
+    """Where a row (of at least one element) changes, compared by its bits."""
     bits = row.view(np.dtype(f"u{row.itemsize}"))  # so that -0.0 is not 0.0, and NaN is itself
     return np.concatenate([[0], np.flatnonzero(bits[1:] != bits[:-1]) + 1])
 
@@ -100,7 +100,7 @@ class Packed:
     discounts: Runs | None = None  # float32
     advantages: Runs | None = None  # float32
     turn_starts: Runs | None = None  # bool
-    hidden_states: tuple[Array, ...] | None = None  # of each sequence (P + L - 1, H), where the engine sends them
+    hidden_states: tuple[Array, ...] | None = None  # (P + L - 1, H) for each sequence, if the engine sends them
     states_like: Array | None = None  # (0, H), of their type
 
     def __len__(self) -> int:
@@ -108,12 +108,12 @@ class Packed:
 
     @property
     def num_tokens(self) -> Array:
-        """Of each sequence, (N,)."""
+        """(N,), of each sequence."""
         return self.prompts.lengths + self.responses.lengths
 
     @property
     def num_actions(self) -> Array:
-        """Of each sequence, (N,): all of its response, or where its mask is true."""
+        """(N,), of each sequence: all of its response, or where its mask is true."""
         counts = self.responses.lengths
         if self.action_mask is not None:
             for row in range(len(self)):
@@ -123,7 +123,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Without hidden states."""
+        """Size without hidden states."""
         columns = (getattr(self, field.name) for field in fields(self))
         return sum(column.nbytes for column in columns if isinstance(column, Ragged | Runs))
 
@@ -134,10 +134,10 @@ class Packed:
 
 
 def pack(trajectories: Sequence[Trajectory]) -> Packed:
-    """Sequences in order.
+    """Pack sequences, in order.
 
     Raises:
-        ValueError: some have hidden states, and some have not.
+        ValueError: only some of them have hidden states.
     """
     states = [one.hidden_states for one in trajectories]
     held = [one for one in states if one is not None]
@@ -155,7 +155,7 @@ def pack(trajectories: Sequence[Trajectory]) -> Packed:
 
 
 def _narrow(actions: Ragged) -> Ragged:
-    """In the narrowest type that holds all of them."""
+    """In the narrowest type that holds all actions."""
     if not len(actions.values):
         return actions
     low, high = int(actions.values.min()), int(actions.values.max())

@@ -1,21 +1,21 @@
-"""Everything that a setting can name, built in or yours: one registry, by kind.
+"""Everything that a setting can name, built in or your own: one registry, by kind.
 
     @cola_ray.register("advantage", "median")        # in a file of your own, median.py
     def over_the_median(prompts): ...
 
-    cola_ray rl --rl.advantage median.py:median      # what the file registers, or an attribute of it
+    cola_ray rl --rl.advantage median.py:median      # a name that the file registers, or an attribute of it
     cola_ray rl --rl.advantage my.package:median     # the same in a module that can be imported
 
-    find("advantage", "grpo")                        # the function, from whichever of these places
+    find("advantage", "grpo")                        # the function, from any of these places
 
-A name is looked up in this order: what was registered in this process; what the project brings along (``BUILT_IN``, in
-the same notation, imported when it is asked for); entry points of installed packages, in the group ``cola_ray.tasks``,
-``cola_ray.advantages`` and so on; and ``package.module:name`` or ``file.py:name``. ``gymnasium:ID`` is an environment
-that is registered with gymnasium.
+A name is looked up in this order: registrations in this process; the project's own (``BUILT_IN``, in the same notation,
+imported on first use); entry points of installed packages, in the group ``cola_ray.tasks``, ``cola_ray.advantages`` and
+so on; and ``package.module:name`` or ``file.py:name``. ``gymnasium:ID`` is an environment that is registered with
+gymnasium.
 
-A file is imported as the module of its own name, with its folder on ``sys.path``. On a cluster Ray copies the file to
-every node (:func:`files`), where it is found under the same module name; what it imports must be installed there, so a
-file either stands alone or belongs to a package.
+A file is imported as a module with the file's name, with its folder on ``sys.path``. On a cluster Ray copies the file
+to every node (:func:`files`), where it has the same module name; what it imports must be installed there, so a file
+either stands alone or belongs to a package.
 """
 
 import difflib
@@ -82,19 +82,19 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3")
     },
 }  # fmt: skip
-"""By kind and name: where it is, as ``module:name``."""
+"""By kind and name, the place as ``module:name``."""
 
 
 GYMNASIUM = "gymnasium:"
 
 
 class NotFoundError(LookupError):
-    """Nothing is there under a name; the message is ``why; fix``."""
+    """There is nothing under a name; the message is ``why; fix``."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How the project calls a kind: names of the arguments, and in words where they are explained."""
+    """How the project calls a kind: the arguments' names, and the page that explains them."""
 
     arguments: tuple[str, ...]
     page: str = "docs/extending.md"
@@ -116,8 +116,7 @@ def register(kind: Kind, name: str) -> Callable[[Found], Found]:
 
     Args:
         kind: algorithm, advantage, loss, task, environment, reward, tool or base.
-        name: under which settings name it, behind ``file.py:`` or ``package.module:`` where the file has not been
-            imported before.
+        name: the name in settings, after ``file.py:`` or ``package.module:`` if the file has not been imported before.
 
     Raises:
         ValueError: there is no such kind, the name has a colon, or the project itself has something of this name.
@@ -148,7 +147,7 @@ def register(kind: Kind, name: str) -> Callable[[Found], Found]:
 
 
 def find(kind: Kind, name: str) -> Any:
-    """What settings name. What is built in is imported now, and with it what it needs.
+    """Return what settings name. Built-in objects are imported now, with their dependencies.
 
     Raises:
         NotFoundError: there is nothing of this name, or importing it failed.
@@ -167,7 +166,7 @@ def find(kind: Kind, name: str) -> Any:
         raise NotFoundError(_unknown(kind, name))
     try:
         return entry.load()
-    except (Exception, SystemExit) as error:  # of the package's own code
+    except (Exception, SystemExit) as error:  # raised by the package's own code
         raise NotFoundError(f"importing {entry.value} raised {error_in_a_line(error)}; mend it") from None
 
 
@@ -178,9 +177,9 @@ def names(kind: Kind) -> list[str]:
 
 
 def why_not(kind: Kind, name: str) -> str:
-    """Why nothing of this kind can be called under this name, ``why; fix``; empty where it can.
+    """Why nothing of this kind can be called under this name, as ``why; fix``; empty if it can.
 
-    Finds it, which imports it, and reads its signature; nothing is called.
+    Finds (and so imports) it, and reads its signature; nothing is called.
     """
     try:
         found = find(kind, name)
@@ -205,8 +204,8 @@ def why_not(kind: Kind, name: str) -> str:
 def takes_batches(reward: Callable[..., Any]) -> bool:
     """Whether a reward function takes prompts, completions and columns as lists, as TRL's do.
 
-    The names in its signature say so: ``completions``, or none at all but ``**columns``, with or without ``prompts``.
-    All others are called with one problem and one response.
+    The names in its signature decide: ``completions``, or only ``**columns``, with or without ``prompts``. All other
+    functions are called with one problem and one response.
 
     Example:
         >>> takes_batches(lambda completions, **columns: [0.0] * len(completions))
@@ -225,12 +224,12 @@ def takes_batches(reward: Callable[..., Any]) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name says where it is: ``package.module:name`` or ``file.py:name``."""
+    """Whether a name gives its place: ``package.module:name`` or ``file.py:name``."""
     return ":" in name
 
 
 def files(given: Iterable[str]) -> list[str]:
-    """Files among names, as absolute paths: what the nodes of a cluster need a copy of.
+    """Files among names, as absolute paths: those that the nodes of a cluster need a copy of.
 
     Example:
         >>> files(["grpo", "json:loads"])
@@ -262,7 +261,7 @@ def _imported(kind: Kind, name: str) -> Any:
         there = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise NotFoundError(f"{error}; the module must be importable from where the job starts") from None
-    except (Exception, SystemExit) as error:  # of the module's own code
+    except (Exception, SystemExit) as error:  # raised by the module's own code
         raise NotFoundError(f"importing {where} raised {error_in_a_line(error)}; mend it") from None
     if _MODULE_OF.get((kind, attribute)) == module:
         return _REGISTERED[kind, attribute]
@@ -273,7 +272,7 @@ def _imported(kind: Kind, name: str) -> Any:
 
 
 def _module_of_file(path: Path) -> str:
-    """The module's name, with the file's folder on ``sys.path``; where Ray has put a copy it is there already."""
+    """Put the file's folder on ``sys.path`` unless Ray has put a copy there; returns the module's name."""
     name = path.stem
     if not name.isidentifier():
         raise NotFoundError(f"{path.name} cannot be imported, for {name!r} is no name in Python; rename the file")

@@ -30,7 +30,7 @@ ROLES_WRITTEN_OUT = """\
 {%- endfor -%}
 {%- if add_generation_prompt and messages[-1].role != "assistant" -%}{{- "\nAssistant: " -}}{%- endif -%}
 {%- endif -%}"""
-"""A conversation as :class:`cola_ray.tasks.chat.ChatTokenizer` writes it where the tokenizer has no template."""
+"""The format of :class:`cola_ray.tasks.chat.ChatTokenizer` for a tokenizer without a template."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check(model: str) -> None:
-    """Before anything heavy starts."""
+    """Checks before anything heavy starts."""
     from transformers import AutoConfig
 
     import cola_ray  # noqa: F401
@@ -81,7 +81,7 @@ def _check(model: str) -> None:
 
 
 def chat_template(tokenizer_path: str) -> str | None:
-    """What stands in for a tokenizer's own chat template; None where it has one."""
+    """The replacement for a missing chat template; None if the tokenizer has its own."""
     from transformers import AutoTokenizer
 
     from cola_ray.tasks.chat import ChatTokenizer

@@ -1,15 +1,15 @@
-"""Latent actions through OpenAI's API: which were taken, and which are to be taken.
+"""Latent actions through OpenAI's API: return the ones taken, and force given ones.
 
     extra_body={"cola": {"return_actions": True}}         choices[i].cola = {"actions": [...], "log_probs": [...]}
     extra_body={"cola": {"actions": [5, -1, 9]}}          the first steps' actions; -1 leaves one to the policy
     extra_body={"cola": {"actions": 5}}                   the same one at every step
 
     client ─> ActionMiddleware ─ "cola" becomes vllm_xargs, with a slot of the engine's table ─> vLLM's own endpoints
-           <─ what the slot holds, read once at the end ────────────────────────────────────────┘
+           <─ the slot's content, read once at the end ─────────────────────────────────────────┘
 
-A streamed answer ends with a chunk without choices, whose ``cola`` has a list for each of them, before ``[DONE]``.
+A streamed answer ends with a chunk without choices, whose ``cola`` has a list for each choice, before ``[DONE]``.
 Log-probabilities are those of the actions under the policy at the request's temperature, in the order of the tokens.
-Of a model whose actions last, a held action's is 0, and what a client asks for amid one is not read.
+If the model's actions last several tokens, a held action's log-probability is 0, and forced actions there are ignored.
 """
 
 import json
@@ -25,7 +25,7 @@ _KEYS = ("return_actions", "actions")
 
 
 class ActionMiddleware:
-    """ASGI middleware around vLLM's application, which names it by its import path."""
+    """ASGI middleware around vLLM's application, given to vLLM by its import path."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -65,7 +65,7 @@ class ActionMiddleware:
 
 
 def refusal(body: dict[str, Any], vllm_config: Any) -> str:
-    """Why this body cannot be served, in a line; empty where it can."""
+    """Why this body cannot be served, in one line; empty if it can."""
     if "vllm_xargs" in body:
         return 'vllm_xargs: a server takes no actions from its clients this way; use "cola"'
     asked, known = body["cola"], vllm_config.model_config
@@ -104,7 +104,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _translate(body: dict[str, Any], asked: dict[str, Any], slots: Sequence[int], seed: int, longest: int) -> None:
-    """Say in vLLM's words what was asked: forced actions, and for choice i, whose seed is seed + i, the i-th slot."""
+    """Translate a request for vLLM: forced actions, and for choice i, whose seed is seed + i, the i-th slot."""
     extra: dict[str, Any] = {}
     actions = asked.get("actions", [])
     if actions != []:
@@ -115,17 +115,17 @@ def _translate(body: dict[str, Any], asked: dict[str, Any], slots: Sequence[int]
         if body.get("seed") is None:
             body["seed"] = seed
         asked["keep_token_ids"] = bool(body.get("return_token_ids"))
-        body["return_token_ids"] = True  # which tells how many actions there are
+        body["return_token_ids"] = True  # their number is the number of actions
         extra |= {"action_slots": list(slots), "action_first_seed": body["seed"]}
     if extra:
         body["vllm_xargs"] = extra
 
 
 class _Reader:
-    """Sends an answer on with the actions that the engine's table holds of it.
+    """Passes an answer on, with the actions that the engine's table holds for it.
 
     Args:
-        keep_token_ids: the client asked for them, too.
+        keep_token_ids: the client asked for token ids, too.
     """
 
     def __init__(self, send: Any, slots: Sequence[int], engine: Any, keep_token_ids: bool) -> None:
@@ -180,7 +180,7 @@ class _Reader:
         return b"data: " + json.dumps(self.last).encode()
 
     def _count(self, answer: dict[str, Any]) -> None:
-        """Of each choice, how many tokens it has, which nobody but this reader asked for."""
+        """Count each choice's tokens; the ids are removed unless the client asked for them."""
         for choice in answer.get("choices", ()):
             self.counts[choice["index"]] += len(choice.get("token_ids") or ())
             if not self.keep_token_ids:
@@ -206,7 +206,7 @@ async def _body(receive: Any) -> bytes:
 
 
 def _again(content: bytes, receive: Any) -> Any:
-    """A ``receive`` that has a body which was read already."""
+    """A ``receive`` that first returns a body that was already read."""
     first: Iterator[dict[str, Any]] = iter([{"type": "http.request", "body": content, "more_body": False}])
 
     async def received() -> Any:

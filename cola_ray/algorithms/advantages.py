@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of one prompt."""
+    """Rewards of one prompt's completions."""
 
-    rewards: Tensor  # (G,) of its completions
-    greedy: float = float("nan")  # of the greedy one, where the algorithm asks for it
+    rewards: Tensor  # (G,)
+    greedy: float = float("nan")  # of the greedy completion, if the algorithm asks for one
 
 
 def of_each(rows: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """``compute`` of rows (G,), each by itself, in order; those of the same length are given at once, as (P, G)."""
+    """``compute`` applied to each row (G,), results in order; rows of equal length are computed together, as (P, G)."""
     places: dict[tuple[int, torch.dtype], list[int]] = {}
     for place, row in enumerate(rows):
         places.setdefault((len(row), row.dtype), []).append(place)
@@ -30,7 +30,7 @@ def of_each(rows: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> list
 
 
 def within_each_prompt(prompts: Sequence[Outcomes], compare: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """``compare`` maps rewards (P, G) to advantages; 0 for a completion that has nothing to be compared with."""
+    """``compare`` maps rewards (P, G) to advantages; 0 for a completion that has nothing to compare with."""
     return of_each(
         [one.rewards for one in prompts],
         lambda rewards: compare(rewards) if rewards.shape[-1] > 1 else torch.zeros_like(rewards),
@@ -38,30 +38,31 @@ def within_each_prompt(prompts: Sequence[Outcomes], compare: Callable[[Tensor], 
 
 
 NOISE = 1e-5
-"""Of numbers of order 1, what rounding may have made. A reward model in float32 gives one answer scores that differ by
-some 1e-6 from batch to batch (eps 1.2e-7 over sums of a few dozen rounded layers); real differences are a hundred times
-this and more. TRL adds 1e-4 to the spread that it divides by (see :func:`within_noise` for what is done here)."""
+"""The difference that rounding may make, for numbers of order 1. A reward model in float32 gives one answer scores that
+differ by some 1e-6 from batch to batch (eps 1.2e-7 over sums of a few dozen rounded layers); real differences are at
+least a hundred times larger. TRL adds 1e-4 to the spread that it divides by (here: :func:`within_noise`)."""
 
 
 def within_noise(difference: Tensor, largest: Tensor) -> Tensor:
     """Whether a difference or a spread is no more than rounding makes of values as large as ``largest``.
 
-    ``difference <= NOISE max(1, largest)``: numbers are rounded in proportion to their size, and what networks of order
-    1 compute is rounded as such, however small the result. NaN is not within noise, so that it is not hidden.
+    ``difference <= NOISE max(1, largest)``: rounding is proportional to the size of numbers, and networks of order 1
+    round their results accordingly, however small these are. NaN is not within noise, so that it is not hidden.
     """
     return difference <= NOISE * largest.clamp_min(1.0)
 
 
 def beyond_noise(errors: Tensor, goals: Tensor) -> Tensor:
-    """Errors of values, exactly 0 where they are no more than the rounding of their goals.
+    """Errors of values, set to exactly 0 where they are no larger than the rounding of their goals.
 
-    Adam's steps are as long for gradients of 1e-8 as for any, and would carry rounding on into what values tell apart.
+    Adam's steps are as long for gradients of 1e-8 as for any others, so values would learn to tell states apart by
+    rounding.
     """
     return errors.masked_fill(within_noise(errors.detach().abs(), goals.abs()), 0.0)
 
 
 def all_alike(values: Tensor) -> bool:
-    """Whether values differ by noise alone, so that none is better than another."""
+    """Whether values differ by noise only, so that none is better than another."""
     return bool(alike(values.flatten()))
 
 
@@ -83,7 +84,7 @@ def over_spread(values: Tensor, spread: Tensor, largest: Tensor) -> Tensor:
 
 
 def centred(values: Tensor) -> Tensor:
-    """Less their mean over the last dimension, computed in float64; exactly 0 where they differ by noise alone.
+    """``values`` less their mean over the last dimension, in float64; exactly 0 where they differ by noise only.
 
     Example: [1, 0] -> [0.5, -0.5]; [0.2, 0.2, 0.2] -> [0, 0, 0].
     """
@@ -93,9 +94,9 @@ def centred(values: Tensor) -> Tensor:
 
 
 def standardised(values: Tensor) -> Tensor:
-    """:func:`centred`, over the unbiased standard deviation of the last dimension, of two values at least.
+    """:func:`centred`, divided by the unbiased standard deviation over the last dimension of at least two values.
 
-    So it is 0 where, and only where, :func:`all_alike` finds no difference.
+    It is 0 if and only if :func:`all_alike` finds no difference.
 
     Example: [1, 0] -> [0.7071, -0.7071].
     """
@@ -105,7 +106,7 @@ def standardised(values: Tensor) -> Tensor:
 
 
 def clipped_reward(reward: float, limit: float | None) -> float:
-    """``reward`` in [-limit, limit]; None: as it is.
+    """``reward`` clipped to [-limit, limit]; unchanged if None.
 
     Clipped rewards keep single outliers from deciding a batch (Mnih et al. 2015, "Human-level control through deep
     reinforcement learning", clip at 1).
@@ -116,7 +117,7 @@ def clipped_reward(reward: float, limit: float | None) -> float:
 
 
 def overlong_penalty(length: int, limit: int, buffer: int) -> float:
-    """What a completion's reward loses for its length: 0 up to ``limit - buffer``, then linear to 1 at ``limit``.
+    """The penalty on a completion's length: 0 up to ``limit - buffer``, then linear to 1 at ``limit``.
 
     DAPO's soft overlong punishment (Yu et al. 2025, eq. 13), with the sign of a penalty.
 
@@ -126,7 +127,7 @@ def overlong_penalty(length: int, limit: int, buffer: int) -> float:
 
 
 def typical_value(rewards: Tensor, discounts: Tensor) -> Tensor:
-    """``mean(r) / (1 - mean(g))``: what every state is worth if all steps are alike; where a value head may begin.
+    """``mean(r) / (1 - mean(g))``: the value of every state if all steps are alike; a value head may start there.
 
     Args:
         rewards, discounts: of any one shape; a discount is 0 where the episode ends.

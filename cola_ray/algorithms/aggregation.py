@@ -6,8 +6,8 @@
     seq-mean-token-sum-norm    1/N sum_i 1/M sum_t l_it            Dr. GRPO, Liu et al. 2025, section 3.2
 
 All sums are over the global batch: N sequences, L_i actions in sequence i; M is a constant, the most actions that a
-completion may take. Learners divide every loss by the number of actions in the batch, so a mode is what an action
-weighs beside that, and a micro-batch needs only its own lengths.
+completion may take. Learners divide every loss by the number of actions in the batch, so a mode is a weight per action
+on top of that, and a micro-batch needs only its own lengths.
 """
 
 from typing import Literal
@@ -20,7 +20,7 @@ LossAggMode = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
 def loss_weights(
     mask: Tensor, mode: LossAggMode, num_actions: int, num_sequences: int, max_actions: int
 ) -> Tensor | None:
-    """What each row's actions weigh, (B, 1) float64: ``sum w l / num_actions`` is the aggregated loss. None: all 1.
+    """The weight of each row's actions, (B, 1) float64: ``sum w l / num_actions`` is the aggregated loss. None: all 1.
 
     Args:
         mask: (B, T) bool, where an action was taken; a row is a whole sequence.

@@ -18,9 +18,9 @@ from cola_ray.algorithms.advantages import within_noise
 class Standardised(nn.Module):
     """``(x - mean) / std``, feature by feature, within 10 either way; x as it is until :meth:`measure` was called.
 
-    What is measured once, on the first rows, must hold for all that come. A feature that has not varied yet, such as a
-    flag that nobody has raised, is centred and keeps its own scale. One that hardly varied may come back a thousand of
-    its deviations away, where heads that have seen a few know nothing: it is cut off there.
+    Mean and deviation are measured once, on the first rows, and must hold for all later ones. A feature that has not
+    varied yet, such as a flag that was never set, is centred and keeps its own scale. One that hardly varied may later
+    lie a thousand deviations away, where heads trained within a few deviations are unreliable: it is clipped.
     """
 
     LIMIT = 10.0
@@ -47,8 +47,8 @@ class Standardised(nn.Module):
 class TwinHeads(nn.Module):
     """Two Q and two V heads over features of states, S wide, and of utterances, U wide; hidden layers are U wide.
 
-    A base's features differ in spread by orders of magnitude, and what tells one utterance from another lies in the
-    small ones: each is standardised. (A layer norm over the vector would leave them as small as they are.)
+    A base's features differ in spread by orders of magnitude, and those that distinguish utterances are small: each is
+    standardised. (A layer norm over the vector would leave them as small as they are.)
     """
 
     def __init__(self, states: int, utterances: int) -> None:
@@ -67,9 +67,9 @@ class TwinHeads(nn.Module):
         return torch.stack([head(self.states(states))[:, 0] for head in self.v])
 
     def start_at(self, level: Tensor) -> None:
-        """Let every head begin at ``level``, everywhere: from 0, a value of -18 is a thousand small steps away.
+        """Set every head's output to ``level`` everywhere: from 0, a value of -18 is a thousand small steps away.
 
-        So all advantages begin at exactly 0, and stay there for as long as all rewards agree with the level.
+        So all advantages start at exactly 0, and stay there as long as all rewards agree with the level.
         """
         for head in (*self.q, *self.v):
             nn.init.zeros_(head[-1].weight)

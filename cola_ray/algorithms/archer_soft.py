@@ -1,4 +1,4 @@
-"""ArCHer above, soft values below: utterances have their critic, and sums inside them are over all actions.
+"""ArCHer above, soft values below: a critic for utterances, and exact sums over all actions inside them.
 
     Q_i(s, u)   -> r + gamma (1 - terminated) Vbar_i(s')            off-policy, from replay: archer.py
     A(s, u)      = min(Q_1, Q_2)(s, u) - min(V_1, V_2)(s)           archer.py
@@ -7,18 +7,18 @@
     V_i(s)      -> Qbar_i(s, u) - sum_j w(h_j, a_j)                 in place of Qbar_i(s, u~), u~ ~ pi(. | s)
     pi           minimises sum_a pi(a|h) [beta log(pi(a|h) / rho(a|h)) - Q(h, a)]            etpo.py
 
-s is a state that the policy speaks in, u an utterance, h_j what precedes its action a_j; rho is the reference and bars
-are targets. ArCHer's V follows Q of an utterance that has to be drawn for it. Here it is the soft value of a state,
+s is a state in which the policy speaks, u an utterance, h_j the tokens before its action a_j; rho is the reference and
+bars are targets. In ArCHer, V follows Q of an utterance that has to be drawn for it. Here it is the soft value of s,
 
     V(s) = beta log sum_u rho(u|s) exp(Q(s, u) / beta),   so that   Q(s, u) - V(s) = beta log(pi*(u|s) / rho(u|s))
 
-with pi* the best policy, which is autoregressive: the right-hand side is ``sum_j w(h_j, a_j)``, for every u, whoever
-said it. So V's target does not depend on which utterance was replayed, and nothing is generated for it. Conversely, w's
+with pi* the best policy, which is autoregressive: the right-hand side is ``sum_j w(h_j, a_j)``, for every u of any
+policy. So V's target does not depend on which utterance was replayed, and nothing is generated for it. Conversely, w's
 that add up like this for all u are the soft advantages, since ``sum_a rho exp(w / beta)`` is 1 in every state (path
 consistency; Nachum et al. 2017, arXiv 1702.08892). The sum over utterances is never taken, those over K actions are.
 
-Before anything is learnt, w is 0: V is then the mean of Q over replayed utterances. Q is fitted to an advantage, and
-what a state is worth cancels in w: the critic knows more of that than e does, such as how many turns are left.
+Before anything is learnt, w is 0: V is then the mean of Q over replayed utterances. Q is fitted to an advantage, and a
+state's value cancels in w: the critic knows more about that than e does, such as how many turns are left.
 Legend: B sequences, T positions, K actions.
 """
 
@@ -37,7 +37,7 @@ def soft_advantages(q: Tensor, ref_log_probs: Tensor, beta: float) -> Tensor:
 
 
 def path_targets(rewards: Tensor, discounts: Tensor, taken: Tensor, mask: Tensor) -> Tensor:
-    """What is still to come from each action on, less the soft advantages of the actions after it; (B, T).
+    """The rewards still to come from each action on, less the soft advantages of the actions after it; (B, T).
 
     Args:
         rewards, discounts: (B, T), of each action: an utterance's advantage at its last one, and 1 until there.

@@ -2,7 +2,7 @@
 
     loss = -sg(clip(ratio, 1 - low, 1 + high)) A log pi                 section 3.1; sg: without gradient
 
-PPO's clip takes the gradient of rare actions away, whose ratio moves first. The paper clips from above alone, which is
+PPO's clip removes the gradient of rare actions, whose ratio moves first. The paper clips only from above, which is
 ``rl.clip_low`` 1; TRL's ``epsilon_high`` is the bound itself, 1 + ``rl.clip_high``.
 """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def double_q_values(online: Tensor, target: Tensor) -> Tensor:
-    """What a state is worth: the target's value of the action that the online Q prefers; (..., K) each -> (...).
+    """A state's value: the target's value of the action that the online Q prefers; (..., K) each -> (...).
 
     Example: online [1, 3], target [5, 4] -> 4, where the target's own maximum would say 5.
     """
@@ -32,7 +32,7 @@ def square_errors(q: Tensor, actions: Tensor, gamma: float) -> Tensor:
 
 
 def first_decision(errors: Tensor, threshold: float, limit: int) -> int:
-    """Actions after the first one until an error of ``threshold`` or more, and the first; ``limit`` at most.
+    """The number of actions before the first error of ``threshold`` or more, place 0 aside; at most ``limit``.
 
     Example: errors [9, 0, 0, 9, 0], threshold 1, limit 64 -> 3: the action at place 3 is worth another try.
     """

@@ -6,7 +6,7 @@
     pi*    = rho exp(Q / beta) / Z,    V* = beta log sum_a rho(a|y) exp(Q(y, a) / beta)
 
 rho is the reference policy, beta the weight of staying near it. Backing values up action by action gives the same best
-policy as weighing whole utterances (section 4.2), while an utterance of n actions has n K of them to explore, not K^n.
+policy as weighting whole utterances (section 4.2), but an utterance of n actions has n K of them to explore, not K^n.
 Over K latent actions all four sums are exact, where a vocabulary needs truncation. Choose beta by the reward's scale: a
 choice is decided at a difference of about 4 beta. Legend: B sequences, T positions, K actions.
 """
@@ -52,6 +52,6 @@ def soft_targets(rewards: Tensor, discounts: Tensor, values: Tensor, final_value
 def actor_loss(log_probs: Tensor, ref_log_probs: Tensor, q: Tensor, beta: float) -> Tensor:
     """``sum_a pi(a) [beta log(pi(a) / rho(a)) - q(a)]``, (..., K) -> (...): the negative of V.
 
-    An expectation under pi; a mean over actions in its place would have a gradient that does not depend on q.
+    An expectation under pi; a mean over actions instead would have a gradient that does not depend on q.
     """
     return -soft_values(q.detach(), log_probs, ref_log_probs, beta)

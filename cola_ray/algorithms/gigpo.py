@@ -1,15 +1,14 @@
-"""GiGPO: an episode against the others of its seed, and a turn against others from the same state.
+"""GiGPO: compares an episode with the others of its seed, and a turn with others from the same state.
 
     A_E  = (R - mean R) / F         R: return of an episode, over the episodes of one seed             eq. 3
     A_S  = (G_t - mean G) / F       G_t = r_t + gamma G_{t+1}, over turns from one anchor state        eqs. 5 to 7
     A_t  = A_E + step_advantage_w A_S                                                                  eq. 8
 
-Feng et al. 2025, "Group-in-Group Policy Optimization", arXiv 2505.10978. All turns of all episodes of a seed that were
-played from the same anchor state are one group, however late in an episode, and also where one episode came back to
-the state. A turn from a state that no other was played from has ``A_S`` 0. ``F`` is what ``rl.scale_rewards`` says, at
-both levels (grpo.py): ``group`` and ``none`` are verl-agent's modes ``mean_std_norm`` and ``mean_norm``. Its
-implementation takes the mean of eq. 3 over turns, so that long episodes count more; here it is over episodes, as in
-the paper.
+Feng et al. 2025, "Group-in-Group Policy Optimization", arXiv 2505.10978. All turns played from the same anchor state,
+in all episodes of a seed, are one group, however late in an episode, and also if one episode returned to the state. A
+turn from a state that no other turn was played from has ``A_S`` 0. ``F`` is set by ``rl.scale_rewards``, at both levels
+(grpo.py): ``group`` and ``none`` are verl-agent's modes ``mean_std_norm`` and ``mean_norm``. verl-agent takes the mean
+of eq. 3 over turns, so that long episodes count more; here it is over episodes, as in the paper.
 """
 
 from collections.abc import Hashable, Sequence
@@ -25,7 +24,7 @@ from cola_ray.algorithms.policy_loss import discounted_sum_to_go
 
 @dataclass(frozen=True)
 class TurnRewards:
-    """Of one episode, what each turn brought, and the state that it was played from."""
+    """The reward of each turn of an episode, and the state that the turn was played from."""
 
     rewards: Sequence[float]
     anchors: Sequence[Hashable]
@@ -34,7 +33,7 @@ class TurnRewards:
 def advantages(
     groups: Sequence[Sequence[TurnRewards]], gamma: float, step_advantage_w: float, scale_rewards: grpo.Scale = "group"
 ) -> list[Tensor]:
-    """Of each episode's turns, (turns,) float64, in order of the episodes; 0 where all that is compared is equal.
+    """Advantages of each episode's turns, (turns,) float64, in episode order; 0 where everything compared is equal.
 
     Args:
         groups: episodes by seed.
@@ -56,7 +55,7 @@ def advantages(
 
 
 def same_state(groups: Sequence[Sequence[TurnRewards]]) -> list[list[int]]:
-    """Numbers of the turns from each anchor state of each group, where the turns of all episodes are counted through.
+    """Indices of the turns from each anchor state of each group; turns are numbered through all episodes.
 
     Example: one group of anchors [a, b] and [a] -> [[0, 2], [1]].
     """

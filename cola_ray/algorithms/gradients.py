@@ -1,4 +1,4 @@
-"""What every optimizer step has in common, whoever makes it: gradients are finite, and their norm is bounded."""
+"""Shared by all optimizer steps: gradients must be finite, and their norm is bounded."""
 
 from collections.abc import Iterable
 
@@ -11,10 +11,10 @@ class NonFiniteError(RuntimeError):
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale all gradients down, in place, to a norm of ``limit`` at most; 0 leaves them as they are.
+    """Scale all gradients down, in place, to a norm of at most ``limit``; 0 leaves them unchanged.
 
     Returns:
-        their norm before, a scalar; where it is not finite, gradients are left as they are.
+        their norm before, a scalar; if it is not finite, gradients are left unchanged.
 
     Example: gradients [3, 4], limit 1 -> [0.6, 0.8], and 5; limit 0 -> [3, 4], and 5.
     """

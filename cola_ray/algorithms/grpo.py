@@ -1,9 +1,9 @@
-"""GRPO: a completion against the others of its prompt, in units of their spread.
+"""GRPO: compares a completion with the others of its prompt, in units of their spread.
 
     A_i = (r_i - mean_j r_j) / std_j r_j        Shao et al. 2024, "DeepSeekMath", section 4.1.2
 
-The same number at every action of a completion; the loss is PPO's clipped surrogate. ``rl.scale_rewards`` says what
-divides, by TRL's names:
+The advantage is the same for every action of a completion; the loss is PPO's clipped surrogate. ``rl.scale_rewards``
+sets the divisor, by TRL's names:
 
     group    the spread within the prompt: each prompt teaches as much as any other
     batch    that of all rewards of the batch: prompts keep their proportions     Liu et al. 2025, arXiv 2508.08221
@@ -22,7 +22,7 @@ Scale = Literal["group", "batch", "none"]
 
 
 def advantages(prompts: Sequence[Outcomes], scale_rewards: Scale = "group") -> list[Tensor]:
-    """Of each prompt's completions, (G,); exactly 0 where their rewards are equal, or differ by rounding alone.
+    """Advantages of each prompt's completions, (G,); exactly 0 where rewards are equal, or differ only by rounding.
 
     Example: rewards [1, 0] -> [0.7071, -0.7071]; none: [0.5, -0.5].
     """

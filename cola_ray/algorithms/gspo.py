@@ -17,9 +17,9 @@ def sequence_policy_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as of :func:`~cola_ray.algorithms.policy_loss.clipped_policy_gradient`.
 
-    A row is a sequence. Each action has the value of its sequence's ratio and the gradient of its own probability:
-    where a sequence has one advantage, that adds up to the gradient of ``s_i``; where actions have their own, each is
-    charged with its own.
+    A row is a sequence. Each action has its sequence's ratio as value and its own probability's gradient: if a sequence
+    has one advantage, this adds up to the gradient of ``s_i``; if actions have their own, each gradient has its own
+    advantage.
     """
     log_ratio = (log_probs - old_log_probs).detach().masked_fill(~mask, 0.0)
     of_sequence = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)

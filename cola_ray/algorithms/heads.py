@@ -1,8 +1,8 @@
-"""Small networks on features that train elsewhere or not at all: every process holds them whole and steps them alike.
+"""Small networks on features that train elsewhere or not at all; every process holds them whole and steps them alike.
 
     losses of this process ─> gradients ─> combined over processes ─> clipped ─> Adam ─> the target follows
 
-Value heads, Qs and ArCHer's twins are :class:`HeadLearner`; what each of them is fitted to stands in its own file.
+Value heads, Qs and ArCHer's twins are :class:`HeadLearner`; their own files say what they are fitted to.
 """
 
 import copy
@@ -22,11 +22,11 @@ def summed_over_ranks(gradients: Sequence[Tensor]) -> None:
 
 
 class HeadLearner:
-    """A head, its Adam and, where asked for, a target: a copy that follows the head and has no gradient.
+    """A head, its Adam and, if asked for, a target: a copy that follows the head and has no gradient.
 
     Args:
         head: the same in every process; taken over.
-        grad_clip: of the norm over all of the head's gradients, which no other network shares; 0 clips nothing.
+        grad_clip: bound on the norm over all of the head's gradients, and of no other network's; 0 clips nothing.
         with_target: whether there is a target.
         combine: makes this process's gradients those of all processes, in place.
     """
@@ -51,16 +51,16 @@ class HeadLearner:
         return not self.optimizer.state
 
     def accumulate(self, losses: Iterable[Tensor]) -> None:
-        """Gradients of the sum of these losses alone; made one by one as they are asked for, one graph is alive."""
+        """Gradients of the sum of these losses only; losses are requested one by one, so only one graph is alive."""
         self.optimizer.zero_grad()
         for loss in losses:
             loss.backward()
 
     def descend(self, *, lr: float | None = None, tau: float = 0.0) -> Tensor:
-        """A step on the accumulated gradients; all processes call.
+        """Step on the accumulated gradients; all processes call.
 
         Args:
-            lr: in place of the one before.
+            lr: replaces the previous one.
             tau: share of the head that the target takes over afterwards.
 
         Returns:

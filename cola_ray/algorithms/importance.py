@@ -1,17 +1,17 @@
-"""Weights for rollouts that an older version, or another engine's arithmetic, has drawn: ``rl.importance_mode``.
+"""Weights for rollouts drawn by an older version, or with another engine's arithmetic: ``rl.importance_mode``.
 
     d_t = log pi_learner(a_t) - log pi_rollout(a_t)
 
     token        w_t = exp(d_t)                  each action by itself
     sequence     w   = exp(sum_t d_t)            all actions of a sequence: unbiased, and of the greatest variance
-    geometric    w   = exp(1/L sum_t d_t)        how far a sequence is off an action
+    geometric    w   = exp(1/L sum_t d_t)        a sequence's mean deviation per action
 
     truncate     min(w, cap)                     Espeholt et al. 2018, "IMPALA"; Yao et al. 2025, "TIS"
-    mask         w up to the cap, else 0: what is further off is left out
+    mask         w up to the cap, else 0: leaves out what is further off
 
-The learner's policy is that before the batch's first update; what updates change is the surrogate's ratio. Names are
-those of TRL's ``vllm_importance_sampling_mode``; the geometric mean is verl's ``seq_mean_k1``, which like it leaves out
-what is below 1 / cap, too: the mean of an action is near 1 for any sequence, and says on both sides how far it is off.
+The learner's policy is the one before the batch's first update; changes by updates are in the surrogate's ratio. Names
+are those of TRL's ``vllm_importance_sampling_mode``. The geometric mean is verl's ``seq_mean_k1``, and like it also
+masks sequences below 1 / cap: a mean per action is near 1 for any sequence, and shows deviations on both sides.
 """
 
 from typing import Literal
@@ -26,7 +26,7 @@ ImportanceMode = Literal[
 def importance_weights(
     log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor, cap: float, mode: ImportanceMode
 ) -> tuple[Tensor, Tensor]:
-    """Weights, 0 where masked, and where the cap has changed one (bool); (B, T).
+    """Weights, 0 where masked, and where the cap changed one (bool); (B, T).
 
     Args:
         log_probs: of the learner before the batch's first update; finite where not masked.
@@ -55,7 +55,7 @@ def importance_weights(
 
 
 def effective_sample_size(mean: float, mean_square: float) -> float:
-    """The share of weighted samples that as many equal ones would be worth: ``(mean w)^2 / mean w^2``; 0 of none.
+    """The number of equal samples that the weighted ones are worth, as a share: ``(mean w)^2 / mean w^2``; 0 of none.
 
     Kong 1992; 1 where all weights are equal, 1 / n where one of n has all the weight.
     """

@@ -1,4 +1,4 @@
-"""95 % intervals of what was counted: Wilson's for shares, a bootstrap for means.
+"""95 % intervals: Wilson's for shares, a bootstrap for means.
 
 A bootstrap says nothing where all values are equal; Wilson's interval of 0 right of 256 is 0 to 0.015.
 """
@@ -15,10 +15,10 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
     """(low, high) of a mean: percentiles of the means of resamples (Efron 1979).
 
     Args:
-        seed: of the resamples; the same one gives the same interval, whatever was computed before.
+        seed: of the resamples; the same seed gives the same interval, whatever was computed before.
 
     Raises:
-        ValueError: of fewer than two values, which say nothing of how far others would lie.
+        ValueError: fewer than two values, which do not tell how far others would lie.
     """
     sample = np.asarray(values, np.float64)
     if len(sample) < 2:

@@ -1,4 +1,4 @@
-"""Latent actions: how they are learned, how their use is measured. How one is drawn: ``model/modeling_cola.py``.
+"""Latent actions: how they are learned, and how their use is measured. ``model/modeling_cola.py`` draws them.
 
 Legend: N rows, K actions.
 """
@@ -27,14 +27,14 @@ def straight_through_gumbel(logits: Tensor, noise: Tensor, tau: float) -> tuple[
 
 
 def negative_entropy(relaxed: Tensor) -> Tensor:
-    """``sum_k p log p`` a row, (N,). Minimised with weight 0.001 in the paper: it keeps codes alive."""
+    """``sum_k p log p`` of each row, (N,). Minimised with weight 0.001 in the paper: it keeps codes alive."""
     return (relaxed * (relaxed + 1e-8).log()).sum(-1)
 
 
 def usage_imbalance(relaxed: Tensor, mean: Tensor) -> Tensor:
-    """These rows' part of ``N (log K - H(mean))`` over all N rows of a batch: 0 where it uses all codes equally often.
+    """These rows' part of ``N (log K - H(mean))`` over all N rows of a batch: 0 if it uses all codes equally often.
 
-    ``sum_nk p_nk log mean_k + N log K``. With the mean held fixed the gradient is the entropy's own, for rows sum to 1:
+    ``sum_nk p_nk log mean_k + N log K``. With the mean held fixed the gradient is the entropy's own, as rows sum to 1:
     ``d(-N H(mean)) / dp_nk = log mean_k + 1``. So parts add up, however a batch is cut.
 
     Args:

@@ -4,7 +4,7 @@
     deal(order, passes, num_ranks)                the sequences of each rank, about as many of every mini-batch
 
 Which sequences are in a mini-batch does not depend on the number of ranks. A rank keeps its sequences through all
-passes, since what the frozen base says of them is computed once.
+passes, since the frozen base's results for them are computed only once.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ Passes = Sequence[Sequence[np.ndarray]]
 
 
 def permuted(count: int, parts: int, passes: int, seed: int, step: int) -> Passes:
-    """``count`` sequences in so many mini-batches, whose sizes differ by one at most; empty where there is but one.
+    """``count`` sequences in ``parts`` mini-batches, whose sizes differ by at most one; empty if there is only one.
 
-    Every pass has a permutation of its own, which is a function of seed, step and pass. With fewer sequences than
+    Every pass has its own permutation, a function of seed, step and pass. With fewer sequences than
     ``parts`` the last mini-batches are empty.
     """
     if parts == 1:
@@ -28,7 +28,7 @@ def permuted(count: int, parts: int, passes: int, seed: int, step: int) -> Passe
 
 
 def deal(order: Sequence[int], passes: Passes, num_ranks: int) -> list[list[int]]:
-    """The sequences of each rank, in this order: dealt out in turn where there are no mini-batches.
+    """The sequences of each rank, in this order: dealt out in turn if there are no mini-batches.
 
     Else each goes to the rank that has the fewest sequences of the same mini-batch, counted over all passes and in the
     whole batch. For 1024 sequences, 8 mini-batches, 4 passes and 16 ranks, the fullest rank of a mini-batch has 9

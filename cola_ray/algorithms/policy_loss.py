@@ -1,7 +1,7 @@
-"""Policy-gradient losses over actions. Tensors and numbers in, a loss of each action out.
+"""Policy-gradient losses over actions: from tensors and numbers to a loss for each action.
 
-The caller sums them, weighed as ``rl.loss_agg_mode`` says (aggregation.py), and divides by the number of actions in the
-global batch, which travels with it. So the gradient does not depend on micro-batches, padding or rank count.
+The caller weights them by ``rl.loss_agg_mode`` (aggregation.py), sums them, and divides by the number of actions in the
+global batch, which travels with the batch. So the gradient does not depend on micro-batches, padding or rank count.
 Legend: B sequences, T positions, K actions.
 """
 
@@ -20,7 +20,7 @@ class Clip:
 
     low: float
     high: float
-    c: float = 0.0  # the most a ratio counts where the advantage is negative; 0: no bound
+    c: float = 0.0  # bound on a ratio's weight where the advantage is negative; 0: no bound
 
 
 def clipped_policy_gradient(
@@ -35,7 +35,7 @@ def clipped_policy_gradient(
     Returns:
         the loss of each action, and where the clipped branch is the active one (bool); (B, T), 0 where masked.
     """
-    # Without an advantage nothing is weighed: a ratio that overflows would make 0 * inf of it.
+    # Where the advantage is 0 the ratio is not needed: one that overflows would give 0 * inf.
     ratio = (log_probs - old_log_probs).masked_fill(~mask | (advantages == 0), 0.0).exp()
     return clipped(ratio, advantages, mask, clip)
 
@@ -44,8 +44,8 @@ def clipped(ratio: Tensor, advantages: Tensor, mask: Tensor, clip: Clip) -> tupl
     """``-min(r A, clip(r, 1 - low, 1 + high) A)``, results as of :func:`clipped_policy_gradient`.
 
     With c, the objective is no less than ``c A`` where A is negative: dual clip (Ye et al. 2019, "Mastering Complex
-    Control in MOBA Games with Deep Reinforcement Learning", arXiv 1912.09729). Without it, the loss of an action that
-    was bad and has become probable has no bound.
+    Control in MOBA Games with Deep Reinforcement Learning", arXiv 1912.09729). Without it, the loss of a bad action
+    that has become probable has no bound.
     """
     plain = ratio * advantages
     limited = ratio.clamp(1.0 - clip.low, 1.0 + clip.high) * advantages
@@ -65,16 +65,16 @@ def kl_penalties(
     discounts: Tensor,
     estimator: Estimator,
 ) -> Tensor:
-    """What each action is charged, before the coefficient, as a reward of its own; (B, T).
+    """Each action's KL penalty, before the coefficient, to be charged like a reward; (B, T).
 
-    The objective is ``V_t = E[r_t + g_t V_t+1] - beta D_t``, with D_t the divergence of the state that action t is
-    taken in. Its gradient with respect to the policy there: ``E[grad log pi(a_t) (r_t + g_t V_t+1)] - beta grad D_t``.
+    The objective is ``V_t = E[r_t + g_t V_t+1] - beta D_t``, with D_t the divergence of the state in which action t is
+    taken. Its gradient with respect to the policy there: ``E[grad log pi(a_t) (r_t + g_t V_t+1)] - beta grad D_t``.
 
     - exact: D_t is differentiated in the loss, and action t is charged ``g_t D_t+1``, of the state that it leads to.
-    - k1: D_t is the expectation of ``log pi(a_t) - log ref(a_t)``, which action t pays itself; since
+    - k1: D_t is the expectation of ``log pi(a_t) - log ref(a_t)``, which is charged to action t itself; since
       ``E[grad log pi] = 0``, ``E[k1_t grad log pi(a_t)] = grad D_t``.
 
-    Both have the same expected gradient; the first without the variance of the draw.
+    Both have the same expected gradient; exact has none of the sampling variance.
 
     Args:
         log_probs, ref_log_probs: (B, T), of the actions taken.
@@ -111,7 +111,7 @@ def discounted_sum_to_go(values: Tensor, mask: Tensor, discounts: Tensor) -> Ten
 
 
 def following(values: Tensor, mask: Tensor, final_values: Tensor) -> Tensor:
-    """At every masked-in position the value of the next one in its row, ``final_values`` (B,) at the last; (B, T).
+    """For every masked-in position the value of the next one in its row, ``final_values`` (B,) for the last; (B, T).
 
     Example: values [1, 2, 3], mask [1, 0, 1], final 9 -> [3, 0, 9].
     """
@@ -164,22 +164,22 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 
 def marginal_log_probs(log_probs: Tensor, aliases: Tensor, actions: Tensor, possible: Tensor) -> Tensor:
-    """Log-probabilities of the tokens said, summed over all actions that say them: ``log sum_z pi(z)``, (N,).
+    """Log-probabilities of the tokens said, each summed over all actions that give it: ``log sum_z pi(z)``, (N,).
 
-    What follows depends on the token alone, so ``E[A grad log sum_z pi(z)]`` is the same gradient as
-    ``E[A grad log pi(a)]``, without the variance of which of them was drawn.
+    What follows depends only on the token, so ``E[A grad log sum_z pi(z)]`` is the same gradient as
+    ``E[A grad log pi(a)]``, without the variance of which of these actions was drawn.
 
     Args:
         log_probs: (N, K).
-        aliases: (N, K) bool, which actions say the token that was said.
+        aliases: (N, K) bool, which actions give the token that was said.
         actions: (N,), those taken.
-        possible: (N,) bool, whether the action taken has a probability; elsewhere the result has no meaning, and no
-            gradient that is not finite.
+        possible: (N,) bool, whether the action taken has a probability; elsewhere the result is meaningless, but has
+            no gradient that is not finite.
     """
-    # The action taken did say it, whatever this engine's rounding finds.
+    # The action taken did give the token, whatever this engine's rounding finds.
     saying = aliases.scatter(-1, actions[:, None], True)
     summed = log_probs.masked_fill(~saying, float("-inf"))
-    # A row without any would have the gradient of log 0, which no mask behind it takes away.
+    # A row without any such action would have the gradient of log 0, which no later mask removes.
     return summed.masked_fill(~possible[:, None], 0.0).logsumexp(-1)
 
 

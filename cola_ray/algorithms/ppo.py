@@ -10,8 +10,8 @@ With ``rl.gae_level turn`` the steps t are an agent's turns k, as in ArCHer's up
 
     r_k = sum of the rewards of turn k's actions,  V_k before its first action,  A_t = A_k for every action t of turn k
 
-so that V is asked, and fitted to A_k + V_k, at the first action of each turn alone. The value function is a head on the
-frozen base's e (learner/value.py).
+so that V is evaluated, and fitted to A_k + V_k, only at the first action of each turn. The value function is a head on
+the frozen base's e (learner/value.py).
 """
 
 import torch
@@ -26,14 +26,14 @@ def generalised_advantages(
     """GAE (Schulman et al. 2016, eq. 16) over masked-in positions only, (B, T).
 
     ``delta_t = r_t + g_t V_next - V_t``, ``A_t = delta_t + g_t decay A_next``, where "next" is the next masked-in
-    position, and after the last one ``final_values`` with advantage 0. What an environment says between two turns is
-    skipped, so that an utterance's last action is followed by the next utterance's first.
+    position, and after the last one ``final_values`` with advantage 0. Observations between two turns are skipped, so
+    that an utterance's last action is followed by the next utterance's first.
 
     Args:
         rewards: (B, T), of each action.
         discounts: (B, T), ``g_t``: 1 within a turn, gamma at its end, 0 where the episode terminates.
         values: (B, T), before each action.
-        final_values: (B,), of what a limit cut off.
+        final_values: (B,), of the state in which a limit cut the episode.
         mask: (B, T) bool.
 
     Example: rewards [0, 1], discounts [1, 0], values [0.5, 0.2], decay 0.5 -> deltas [-0.3, 0.8] -> [0.1, 0.8].
@@ -69,7 +69,7 @@ def as_turns(rewards: Tensor, discounts: Tensor, mask: Tensor, starts: Tensor) -
 
 
 def of_turns(values: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
-    """At each action the value at the first action of its turn, (B, T); 0 where masked.
+    """For each action the value at the first action of its turn, (B, T); 0 where masked.
 
     Example: values [5, 6, 7, 8], mask [1, 1, 0, 1], starts [1, 0, 0, 1] -> [5, 5, 0, 8].
     """
@@ -78,9 +78,9 @@ def of_turns(values: Tensor, mask: Tensor, starts: Tensor) -> Tensor:
 
 
 def clipped_values(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> Tensor:
-    """Values no further than ``cliprange`` from what they were before the batch, where that makes the error larger.
+    """Values no further than ``cliprange`` from those before the batch, where that makes the error larger.
 
-    Their squared error is PPO's value loss: a step past the range brings nothing more, and its gradient is 0. (OpenAI's
+    Their squared error is PPO's value loss: a step past the range gains nothing, and its gradient is 0. (OpenAI's
     baselines, ppo2; TRL's and verl's ``cliprange_value``.) All arguments have one shape.
 
     Example: value 3, before 1, return 5, range 0.5 -> 1.5; return 1 -> 3.

@@ -2,7 +2,7 @@
 
     A_i = (r_i - mean_batch r) / std_batch r    Williams 1992, section 2; whitened as in REINFORCE++ (Hu 2025, eq. 3)
 
-One completion a prompt is enough. Prompts of different difficulty share the baseline, which leaves more variance than
+One completion per prompt is enough. Prompts of different difficulty share the baseline, which leaves more variance than
 a comparison within a prompt does.
 """
 
@@ -15,7 +15,7 @@ from cola_ray.algorithms.advantages import Outcomes, standardised
 
 
 def advantages(prompts: Sequence[Outcomes]) -> list[Tensor]:
-    """Exactly 0 where all rewards of the batch are equal, or differ by rounding alone.
+    """Advantages; exactly 0 where all rewards of the batch are equal, or differ only by rounding.
 
     Example: rewards [1], [0] -> [0.7071], [-0.7071].
     """

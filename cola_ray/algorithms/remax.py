@@ -1,9 +1,9 @@
-"""ReMax: a completion against the greedy one of its prompt.
+"""ReMax: compares a completion with the greedy one of its prompt.
 
     A_i = r(x, y_i) - r(x, greedy(x))           Li et al. 2023, "ReMax", eq. 6 and algorithm 1
 
-Unbiased, since the baseline depends on the prompt and the policy alone; it costs one more completion a prompt and works
-with a single sample. Where the greedy completion has no reward, the prompt teaches nothing.
+Unbiased, since the baseline depends only on the prompt and the policy; it costs one more completion per prompt and
+works with a single sample. If the greedy completion has no reward, the prompt teaches nothing.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""RLOO: a completion against the mean of the other ones of its prompt.
+"""RLOO: compares a completion with the mean of the other ones of its prompt.
 
     A_i = r_i - 1/(G-1) sum_{j != i} r_j        Ahmadian et al. 2024, "Back to Basics", eq. 6
 
-An unbiased baseline, since no reward is its own; no value network, and no division by a spread.
+The baseline is unbiased, since no reward is in its own baseline; no value network, and no division by a spread.
 """
 
 from collections.abc import Sequence

@@ -16,11 +16,11 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def lr_factor(schedule: Schedule, step: int, total: int, warmup: int, final_ratio: float) -> float:
-    """What the peak rate is multiplied by in a step: linear to 1 over ``warmup`` steps, then as the schedule says.
+    """The factor on the peak rate in a step: linear to 1 over ``warmup`` steps, then as the schedule says.
 
     Args:
         step: from 0.
-        total: steps of the run, after which a rate that falls has come to ``final_ratio``.
+        total: steps of the run, after which a falling rate has reached ``final_ratio``.
 
     Example: linear, 10 steps, 2 of warm-up, final ratio 0: 0.5, 1, 1, 0.875, 0.75, ...
     """

@@ -1,4 +1,4 @@
-"""Actions that last: which tokens of packed documents share one, and the one that a span of them is labelled with.
+"""Actions that last several tokens: which tokens of packed documents share an action, and the label of such a span.
 
     position t of a document     0   1   2   3   4   5   6         the action at t gives token t + 1
     its token                    p   p   p   x   x   x   x
@@ -8,8 +8,8 @@
     u_{t+1} (N, K) ──mean over a span──> pooled (S, K) ──argmax, or straight-through Gumbel──> one action for its tokens
 
 A span holds at most n tokens, fewer at the end of a response. In generation actions are chosen at the same steps, 0, n,
-2n, ..., so that the world model is trained on what it will be asked. The idea of latent actions that last is that of
-arXiv 2512.20605, where a learnt switch ends them; here n is fixed.
+2n, ..., so that the world model is trained on the inputs that it will get. The idea of lasting latent actions is that
+of arXiv 2512.20605, where a learnt switch ends them; here n is fixed.
 
 Legend: B rows, T positions, N of them masked in, S spans, K actions.
 """
@@ -42,8 +42,8 @@ class Spans:
     """The spans of N masked-in positions, in the order of rows."""
 
     starts: Tensor  # (B, T) bool
-    owner: Tensor  # (N,) int64, of each masked-in position its span
-    place: Tensor  # (N,) int64, which of its span's positions it is
+    owner: Tensor  # (N,) int64, the span of each masked-in position
+    place: Tensor  # (N,) int64, the position's index within its span
     every: int
 
     @classmethod
@@ -59,7 +59,7 @@ class Spans:
         return cls(starts, owner, numbers - numbers[begins][owner], every)
 
     def pooled(self, rows: Tensor) -> Tensor:
-        """``1 / |s| sum of a span's rows``: (N, K) -> (S, K). No sum depends on the order in which a device adds."""
+        """``1 / |s| sum of a span's rows``: (N, K) -> (S, K). Sums do not depend on a device's order of addition."""
         if self.every == 1:
             return rows
         apart = rows.new_zeros(int(self.starts.sum()), self.every, rows.shape[-1])
@@ -68,5 +68,5 @@ class Spans:
         return apart.sum(1) / lengths[:, None].to(rows.dtype)
 
     def spread(self, of_spans: Tensor) -> Tensor:
-        """To each position its span's: (S, ...) -> (N, ...)."""
+        """The span's value for each of its positions: (S, ...) -> (N, ...)."""
         return of_spans if self.every == 1 else of_spans[self.owner]

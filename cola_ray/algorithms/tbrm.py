@@ -1,15 +1,15 @@
-"""TBRM: the policy's own logits are values, and the square of a trajectory's Bellman residual is the loss.
+"""TBRM: the policy's own logits are values, and the loss is the square of a trajectory's Bellman residual.
 
 Yuan et al. 2025, "Trajectory Bellman Residual Minimization" (arXiv 2505.15311), for steps that have one outcome each:
 
     pi     = softmax(logit),  Q = logit,  V(s) = log sum_a exp logit(s, a),  so that Q - V = log pi
     loss   = mean over trajectories of (V(s_1) + sum_t log(pi(a_t|s_t) / rho(a_t|s_t)) - R / beta)^2
 
-In brackets are the Bellman residuals ``Q(s_t, a_t) - r_t / beta - log rho(a_t|s_t) - V(s_t+1)``, whose values cancel
-along a trajectory but for the first. There is no critic, no importance weight and no clip: at the minimum the residual
-of each trajectory is 0, whoever drew it, and ``pi = rho exp(R / beta) / exp V(s_1)`` over trajectories, the best policy
-under the divergence from rho. That takes an environment whose answers follow from what was done: where they are drawn,
-the square also holds the variance of V(s_t+1).
+The brackets hold the sum of the Bellman residuals ``Q(s_t, a_t) - r_t / beta - log rho(a_t|s_t) - V(s_t+1)``, whose
+values cancel along a trajectory except for the first. There is no critic, no importance weight and no clip: at the
+minimum the residual of each trajectory is 0, whichever policy drew it, and ``pi = rho exp(R / beta) / exp V(s_1)`` over
+trajectories, the best policy under the divergence from rho. This needs a deterministic environment: if its answers are
+drawn, the square also holds the variance of V(s_t+1).
 
 Here the logits are counted from the reference's, and all is in units of the reward, beta^2 times the loss above:
 
@@ -20,10 +20,10 @@ Here the logits are counted from the reference's, and all is in units of the rew
     d_t    = g_1 ... g_t-1         g = 1 inside an utterance, gamma at its end, 0 where the episode ends
     loss   = mean over trajectories of D^2
 
-The paper's V(s_1) is greater by ``log sum_a exp logit_rho(s_1, a)``, a constant of each prompt, which no softmax sees
-and pre-training leaves anywhere. The best policy is the same, since V(s_1) can take up any constant; but here it starts
-at 0, so that the first gradients are about rewards. Where a limit cuts an episode, the value after it stands for what
-would have followed. Legend: B sequences, T positions, K actions.
+The paper's V(s_1) is greater by ``log sum_a exp logit_rho(s_1, a)``, a constant of each prompt on which no softmax
+depends and which pre-training leaves arbitrary. The best policy is the same, since V(s_1) can take up any constant; but
+here it starts at 0, so that the first gradients are about rewards. If a limit cuts an episode, the value after it
+stands for what would have followed. Legend: B sequences, T positions, K actions.
 """
 
 import torch

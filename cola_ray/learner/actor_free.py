@@ -30,7 +30,7 @@ class ActorFreeUpdate:
     """The optimizer steps of Q on one batch.
 
     Args:
-        target: made by :meth:`target_of` before ``zero`` took the policy over.
+        target: the result of :meth:`target_of`, made before ``zero`` took the policy over.
     """
 
     def __init__(self, rl: RLConfig, policy: SoftQPolicy, zero: ZeroEngine, target: QHead) -> None:
@@ -39,17 +39,17 @@ class ActorFreeUpdate:
 
     @staticmethod
     def target_of(policy: SoftQPolicy) -> QHead:
-        """A copy of Q in float32, whole on every rank; Q itself will be partitioned."""
+        """A copy of Q in float32, whole on every rank; make it before Q itself is partitioned."""
         return copy.deepcopy(policy.q).float().requires_grad_(False)
 
     @property
     def heads(self) -> dict[str, QHead]:
-        """Modules that a checkpoint holds in addition to the engine's, by their names in it."""
+        """What a checkpoint holds besides the engine's state, by the name under which it is saved."""
         return {"target_q": self.target}
 
     @torch.no_grad()
     def measure(self, batch: Batch, beta: float) -> dict[str, Tensor]:
-        """Compute only metric sums."""
+        """Metric sums only."""
         found: dict[str, Tensor] = {}
         for one, frozen in self._cut(batch):
             sums.add(found, self._error(one, frozen, beta)[1])
@@ -83,7 +83,7 @@ class ActorFreeUpdate:
         return [(one, Frozen(one.hidden_states)) for one in made]
 
     def _error(self, batch: MicroBatch, frozen: Frozen, beta: float) -> tuple[Tensor, dict[str, Tensor], Frozen]:
-        """Squared error, summed over actions; metric sums; and the frozen parts' outputs."""
+        """Squared error, summed over actions, with metric sums and the outputs of the frozen parts."""
         q, frozen = forward(self.zero.engine, batch, frozen)
         assert frozen.hidden_states is not None
         assert frozen.reference_logits is not None

@@ -1,4 +1,4 @@
-"""Documents for pre-training, from rows of ``data.path`` or a task's demonstrations, and their token ids.
+"""Documents for pre-training: rows of ``data.path`` or a task's demonstrations, as token ids.
 
     a row ──document──> text, or prompt and response ──encoded──> ids ──pack──> rows of whole documents side by side
 
@@ -20,13 +20,13 @@ from cola_ray.tasks.rows import Row, cell, open_rows, plain_text, read_rows
 from cola_ray.tasks.transcript import Transcript
 
 Document = tuple[list[int], list[bool]]
-"""Token ids, and which of them the model is to generate: a response, or an agent's utterances."""
+"""Token ids, and which of them the model itself has to say: a response, an agent's utterances."""
 
 
 def load_documents(
     data: DataConfig, task: Prompts | PlayedTask | None, chat: ChatTokenizer, max_tokens: int
 ) -> tuple[list[Document], bool]:
-    """Documents of ``data.path``, or the task's demonstrations if it is empty; and whether they mark the model's part.
+    """Documents of ``data.path``, or the task's demonstrations if it is empty; and whether any tokens are the model's.
 
     Prompts are text or chat messages. Responses are text or one message; a text column may hold whole conversations,
     whose last message is the response.
@@ -52,7 +52,7 @@ def load_documents(
 
 
 def document(row: Row, data: DataConfig) -> tuple[Prompt, str] | str:
-    """A row's prompt and response (also from a conversation in the text column); otherwise its text.
+    """A row's prompt and response (also from a conversation in the text column), or its text.
 
     Raises:
         ValueError: names the field that is missing or wrong.
@@ -69,7 +69,7 @@ def document(row: Row, data: DataConfig) -> tuple[Prompt, str] | str:
 
 
 def encoded(said: tuple[Prompt, str] | str, chat: ChatTokenizer) -> tuple[list[int], int]:
-    """Token ids of a result of :func:`document`, and how many belong to its prompt; :data:`TEXT` if it has none.
+    """The ids of what :func:`document` read, and the number of prompt tokens; :data:`TEXT` if there is no prompt.
 
     Raises:
         ValueError: the chat template refuses the prompt.
@@ -131,7 +131,7 @@ def _demonstrated(task: Prompts | PlayedTask, chat: ChatTokenizer, max_tokens: i
 
 
 def _windows(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterator[Document]:
-    """A dialogue, tokenised piece by piece as in an episode; a long one in several windows that repeat the opening."""
+    """A dialogue, tokenised piece by piece as in an episode; a long one is split, and each part has the opening."""
     if dialogue.chats and chat.tokenizer.chat_template:
         yield from _stretches(dialogue, chat, max_tokens)
         return
@@ -147,7 +147,7 @@ def _windows(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterat
 
 
 def _stretches(dialogue: Dialogue, chat: ChatTokenizer, max_tokens: int) -> Iterator[Document]:
-    """The same in the chat template; a new document begins where a state does not continue the ids before it."""
+    """The same in the chat template; a new document begins where a state does not continue the one before it."""
     transcript, ids, own = Transcript(chat, (chat.end,), dialogue.chats[0]), list[int](), list[bool]()
     for (utterance, _), heard in zip(dialogue.turns, dialogue.chats[1:], strict=True):
         said = chat.response_ids(utterance)

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO-3 around a module of which only named parts train.
+"""DeepSpeed ZeRO-3 around a module of which only the named parameters train.
 
-By construction, only these parts have gradients or optimizer state: everything else is frozen before the optimizer
-exists, and the optimizer is built over the trained parameters alone.
+Only trained parameters have gradients or optimizer state, by construction: everything else is frozen before the
+optimizer exists, and the optimizer is built over the trained parameters alone.
 """
 
 import json
@@ -29,22 +29,22 @@ from cola_ray.weights import Manifest
 
 
 class Report(Protocol):
-    """How a training loop reports what it does."""
+    """How a training loop reports progress."""
 
     def __call__(self, metrics: dict[str, Any], saved: bool = False) -> bool | None:
-        """Report a step's metrics, and whether a checkpoint was made; a collective. Returns True to stop the run."""
+        """Report a step's metrics, and whether a checkpoint was made of it; a collective. True: the run is to stop."""
         ...
 
     def fail(self, reason: str) -> None:
-        """Report that training cannot go on, and that trying again would not help."""
+        """Report that training cannot go on, and that a retry would not help."""
         ...
 
     def doing(self, what: str) -> None:
-        """Report work that takes a while before the next step."""
+        """Report something that takes a while before the next step."""
         ...
 
     def say(self, line: str) -> None:
-        """Show a line to those who watch the run."""
+        """Show a line to the user."""
         ...
 
 
@@ -54,13 +54,13 @@ def save_checkpoint(
     """Make the run's checkpoint at ``step``; a collective.
 
     Args:
-        save: writes this rank's part into a folder; returns files elsewhere in the run that belong to the checkpoint,
-            by their path from the run's folder.
-        fail: is told why there is no checkpoint: training cannot go on, and trying again would not help.
+        save: writes this rank's part into a folder; returns the checkpoint's files elsewhere in the run, by their paths
+            from the run's folder.
+        fail: receives the reason if saving fails: training cannot go on, and a retry would not help.
 
     Raises:
-        OSError: the checkpoint could not be written, e.g. because the disk is full; earlier checkpoints stay.
-        RuntimeError: another rank has died. The group that replaces this one makes the checkpoint again.
+        OSError: it could not be written, e.g. for lack of space; earlier checkpoints stay.
+        RuntimeError: another rank has died. The group of ranks that replaces this one makes the checkpoint again.
     """
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     folder = checkpoints.staging_path(run, step)
@@ -80,7 +80,7 @@ def save_checkpoint(
             settings = resume.digest(json.loads((run / "config.json").read_text()))
             checkpoints.seal(folder, step, size, settings, files, others)
     except Exception as error:
-        shutil.rmtree(folder, ignore_errors=True)  # leaves room for what the run still has to write
+        shutil.rmtree(folder, ignore_errors=True)  # makes room for the run's last output
         if _tells_of_a_lost_rank(error):
             raise
         why = f"the checkpoint of step {step} could not be written to {folder.parent}: {error}"
@@ -90,7 +90,7 @@ def save_checkpoint(
 
 
 def _tells_of_a_lost_rank(error: Exception) -> bool:
-    """Whether an error is a collective's, not the disk's; gloo's has no class of its own, but names its source file."""
+    """Whether a collective failed, rather than the disk; gloo's error has no class of its own, only its source file."""
     return isinstance(error, torch.distributed.DistError) or "gloo/transport/" in str(error)
 
 
@@ -103,7 +103,7 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
 
 
 def _writer(file: Path) -> int:
-    """The rank that wrote a file: the one in DeepSpeed's file name, or else the first."""
+    """The rank that wrote a file, by DeepSpeed's names: the rank in the name, or else the first."""
     match = re.search(r"pp_rank_(\d+)_mp_rank", file.name)
     return int(match[1]) if match else 0
 
@@ -129,11 +129,11 @@ class ZeroEngine:
     """One rank of a ZeRO-3 group. ``torch.distributed`` must be initialised.
 
     Args:
-        module: whole and identical on all ranks, and then divided in place; or divided already (``sharding.py``).
+        module: whole and identical on all ranks, and then divided in place; or already divided (``sharding.py``).
         trained: name prefixes of the parameters that train, e.g. ``("cola.policy.",)``.
         lr: peak; ``step(lr)`` may override it, so that a schedule is a pure function of the step.
-        fused: Adam in a single pass, rounded a little differently; always so in host memory.
-        offload_optimizer: float32 weights, gradients and moments stay in host memory, where Adam runs.
+        fused: Adam in one pass over its numbers, rounded a little differently; always used in host memory.
+        offload_optimizer: float32 weights, gradients and moments stay in host memory, where Adam steps.
         offload_frozen: shares of frozen parameters stay in host memory.
     """
 
@@ -156,7 +156,7 @@ class ZeroEngine:
         self.trained: list[tuple[str, Any]] = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not self.trained:
             raise ValueError(f"no parameter's name starts with any of {tuple(trained)}")
-        if offload_frozen:  # parameters not divided yet (e.g. adapters) must not follow frozen ones into host memory
+        if offload_frozen:  # parts not divided yet, e.g. adapters, must not follow frozen weights to the host
             shards = Shards()
             for parameter in module.parameters():
                 if not hasattr(parameter, "ds_id"):
@@ -217,14 +217,14 @@ class ZeroEngine:
         return float(self.engine.get_global_grad_norm())
 
     def stream(self, wanted: Sequence[Published], bucket_bytes: int = 64 << 20) -> Iterator[tuple[str, Tensor]]:
-        """Yield whole tensors as (name, tensor), bucket by bucket. A collective: every rank must iterate to the end."""
+        """Whole tensors, bucket by bucket, as (name, tensor). A collective: every rank must iterate to the end."""
         for bucket in _buckets(wanted, bucket_bytes):
             with deepspeed.zero.GatheredParameters([p for one in bucket for p in one.parameters]):
                 for one in bucket:
                     yield one.name, one.merged(*(parameter.detach() for parameter in one.parameters))
 
     def collect(self, wanted: Sequence[Published]) -> dict[str, Tensor]:
-        """Copies of what ``stream`` yields in the first rank's host memory, nothing on the others. All ranks call."""
+        """Copies of ``stream``'s tensors in the first rank's host memory; empty on the others. All ranks call."""
         copies: dict[str, Tensor] = {}
         for name, tensor in self.stream(wanted):
             if self.rank == 0:
@@ -233,7 +233,7 @@ class ZeroEngine:
 
     @staticmethod
     def manifest(wanted: Sequence[Published]) -> Manifest:
-        """Names, shapes and dtypes of the tensors that ``stream`` yields; a merged one has those of its first part."""
+        """Names, shapes and types of ``stream``'s tensors, without gathering; a merged tensor has its first part's."""
         return tuple(
             (one.name, tuple(one.parameters[0].ds_shape), str(one.parameters[0].dtype).removeprefix("torch."))
             for one in wanted
@@ -253,14 +253,14 @@ class ZeroEngine:
         """Save this rank's shard of parameters and optimizer; all ranks call.
 
         Args:
-            notes: content of ``notes.json`` beside them, which the first rank writes.
+            notes: contents of ``notes.json`` beside them, which the first rank writes.
         """
         self.engine.save_checkpoint(str(folder), tag="zero", exclude_frozen_parameters=True)
         if self.rank == 0:
             (folder / "notes.json").write_text(json.dumps(notes))
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Load a checkpoint of any number of ranks, bit for bit; returns its notes."""
+        """Returns the notes. Any number of ranks may have saved; weights and optimizer are restored bit for bit."""
         if repartition.saved_ranks(folder / "zero") not in (0, self.world_size):
             self._load_of_other_ranks(folder / "zero")
         elif self.engine.load_checkpoint(str(folder), tag="zero", load_module_strict=False)[0] is None:
@@ -269,7 +269,7 @@ class ZeroEngine:
         return notes
 
     def _load_of_other_ranks(self, folder: Path) -> None:
-        """As ``load_checkpoint``, which refuses these. Frozen parameters and buffers are not in checkpoints."""
+        """Like ``load_checkpoint``, which refuses other rank counts. Checkpoints lack frozen parameters and buffers."""
         groups = [[parameter.ds_numel for parameter in group] for group in self.optimizer.fp16_groups]
         self.optimizer.checkpoint_event_prologue()
         state = repartition.state_of_rank(folder, groups, self.rank, self.world_size)
@@ -281,11 +281,11 @@ class ZeroEngine:
 
 
 def _gather_whole(module: nn.Module) -> None:
-    """Let DeepSpeed gather each frozen decoder layer as a whole, instead of each of the dozen modules inside.
+    """Let DeepSpeed gather each frozen decoder layer at once, instead of the dozen modules inside it.
 
-    At each module it would run four hooks, which for a small base take about as long as the arithmetic of a short row.
-    Layers that train are left alone: they may be computed again in the backward pass, where DeepSpeed frees each module
-    separately. So are the world model's blocks, because gradients pass through them even when they are frozen.
+    At each of those it would run four hooks, for a small base about as long as the arithmetic of a short row. Trained
+    layers are left alone: they may be recomputed in the backward pass, where DeepSpeed frees each module by itself. So
+    are the world model's blocks, through which gradients pass even if they are frozen.
     """
     for layer in module.modules():
         of_a_decoder = isinstance(layer, GradientCheckpointingLayer) and not isinstance(layer, WorldModelBlock)

@@ -1,7 +1,7 @@
 """Learns a Q of latent actions from logged answers, for MCTS-Q: one Ray Train worker's loop.
 
     predictions: prompt, response, actions, reward ─> frozen base ─> e ─> Q(e, .) ─> (Q(e, a) - y)^2 ─> Adam
-                                                                     └──> Qbar(e, .), a copy every so many steps
+                                                                     └──> Qbar(e, .), copied every so many steps
 
 The head is small, and whole on every rank. A step's answers are a pure function of (seed, step).
 Legend: B answers, T positions, L actions of an answer, K actions to choose from.
@@ -36,11 +36,11 @@ from cola_ray.settings.training import Q_STAGE
 from cola_ray.tasks.logged import LoggedAnswer, logged
 from cola_ray.tasks.rows import open_rows, read_rows
 
-HELD_OUT = 512  # answers at most, taken from the log's end
+HELD_OUT = 512  # most answers held out; the last ones of the log
 
 
 def train_loop(config: Config, report: Report) -> None:
-    """Runs on every rank; writes ``output_dir/model/q.safetensors``. ``report`` is a collective."""
+    """Run on every rank; writes ``output_dir/model/q.safetensors``. ``report`` is a collective."""
     output, device = Path(config.output_dir), torch.device("cuda" if config.cluster.use_gpu else "cpu")
     report.doing("reading the logged answers")
     log = load_log(config.data.path)
@@ -90,7 +90,7 @@ class QStage:
 def load_log(path: str) -> list[Trajectory]:
     """Answers that `cola_ray evaluate` logged, shuffled once.
 
-    Answers whose actions were not recorded, or that the verifier could not score, are left out.
+    Answers without recorded actions, or that the verifier could not score, are left out.
 
     Raises:
         ValueError: the rows are not predictions, or there are none; names the first row and field that is wrong.
@@ -161,7 +161,7 @@ class LoggedQLearner(HeadLearner):
 
     @torch.no_grad()
     def measure(self, answers: Sequence[Trajectory]) -> dict[str, float]:
-        """On held-out answers: the loss, and the correlation of an action's value with the answer's reward."""
+        """On held-out answers: the loss, and the correlation between an action's value and the answer's reward."""
         batches, num_actions = self._mine(answers)
         of_actions = []
         for encoded in batches:
@@ -179,7 +179,7 @@ class LoggedQLearner(HeadLearner):
 
     @staticmethod
     def _mean(columns: Tensor, num_actions: int) -> Tensor:
-        """The means of the (C, N) columns of all ranks, (C,)."""
+        """Mean over actions of all ranks' (C, N) columns: (C,)."""
         sums = columns.sum(1)
         torch.distributed.all_reduce(sums)
         return sums / num_actions
@@ -200,7 +200,7 @@ class LoggedQLearner(HeadLearner):
         q, batch = self.online(encoded.hidden_states), encoded.batch
         with torch.no_grad():
             values = double_q_values(q, self.target(encoded.hidden_states))
-            nothing = values.new_zeros(len(values))  # the value after the last action is 0
+            nothing = values.new_zeros(len(values))  # the value after the last action
             discounts = self.config.q.gamma * batch.discounts
             goals = soft_targets(encoded.rewards, discounts, values, nothing, batch.action_mask)
         mask = batch.action_mask
@@ -211,7 +211,7 @@ class LoggedQLearner(HeadLearner):
             torch.save({**self.state_dict(), "step": step}, folder / "q.pt")
 
     def load(self, folder: Path) -> int:
-        """Returns the step to go on from."""
+        """Returns the step to continue from."""
         saved = torch.load(folder / "q.pt", map_location=self.device, weights_only=True)
         self.load_state_dict(saved)
         return int(saved["step"])

@@ -1,21 +1,21 @@
-"""The data of a micro-batch, with one type for each stage of its processing: each type adds what its stage computes.
+"""What is known of a micro-batch, one type per stage: a field that does not exist yet belongs to a later type.
 
     Batch ──cut──> MicroBatch                              as it was collated, on the device
                        │ forward pass
                        v
                    Frozen                                  e, the reference's logits, aliases: the same at every update
-                       │ Encoded = MicroBatch + e + rewards, from which value heads and Qs learn
+                       │ Encoded = MicroBatch + e + rewards, the input of value heads and Qs
                        v
                    Scored, Distributions                   the policy before the batch's first update
                        │
                        v
-                   Advantages, ActionValues or Rewards     the learning signal of the policy
+                   Advantages, ActionValues or Rewards     what the policy is trained on
                        │
                        v
                    Ready                                   all of these, for an update
 
 Legend: B sequences, T positions, N of them scored, H hidden size, K actions. (B, T) tensors are 0 where no action was
-taken, but for ``input_ids`` and ``attention_mask``.
+taken, except ``input_ids`` and ``attention_mask``.
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ class MicroBatch:
     attention_mask: Tensor  # (B, T) int64
     actions: Tensor  # (B, T) int64
     action_mask: Tensor  # (B, T) bool, where the policy chose an action
-    scored_mask: Tensor  # (B, T) bool, the N positions with logits: as action_mask and, for a Q, each row's last
-    rollout_log_probs: Tensor  # (B, T) float32, from the engine that drew the actions
+    scored_mask: Tensor  # (B, T) bool, the N positions with logits: those of actions and, for a Q, each row's last
+    rollout_log_probs: Tensor  # (B, T) float32, of the engine that drew the actions
     advantages: Tensor  # (B, T) float32, of the outcome
     rewards: Tensor  # (B, T) float32
     discounts: Tensor  # (B, T) float32, of the value after each action
     turn_starts: Tensor  # (B, T) bool, the first action of each turn
-    hidden_states: Tensor | None = None  # (B, T, H), e, where the engine sends it
+    hidden_states: Tensor | None = None  # (B, T, H), e, if the engine sends it
 
     @classmethod
     def cut(
@@ -49,7 +49,7 @@ class MicroBatch:
         """Rows ``start`` to ``stop`` of a batch, ``width`` positions wide.
 
         Args:
-            score_last: also score each row's last position: its value counts if a limit cut the episode off.
+            score_last: also score each row's last position, whose value counts if a limit cut the episode.
         """
         padded = vars(batch.padded(start, stop, width))
         fields = {name: torch.from_numpy(rows).to(device) for name, rows in padded.items() if rows is not None}
@@ -62,7 +62,7 @@ class MicroBatch:
         return cls(**fields, scored_mask=scored)
 
     def taken(self, values: Tensor) -> Tensor:
-        """Pick the values of the actions taken: (N, K) -> (N,)."""
+        """Values of the actions taken: (N, K) -> (N,)."""
         return values.gather(-1, self.actions[self.scored_mask][:, None])[:, 0]
 
     def place(self, values: Tensor) -> Tensor:
@@ -73,11 +73,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Outputs of the model's frozen parts; None where the policy does not need them, or before the first pass."""
+    """Outputs of the model's frozen parts; None if the policy does not need them, or before the first pass."""
 
     hidden_states: Tensor | None = None  # (B, T, H), e
     reference_logits: Tensor | None = None  # (N, K)
-    aliases: Tensor | None = None  # (N, K) bool, which actions would have given the same token
+    aliases: Tensor | None = None  # (N, K) bool, which actions would have given the token that was said
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Encoded:
 
     batch: MicroBatch
     hidden_states: Tensor  # (B, T, H), e
-    rewards: Tensor  # (B, T), minus any penalties charged to them
+    rewards: Tensor  # (B, T), including penalties charged to them
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Distributions:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of the actions taken under the policy before the batch's first update; without gradient."""
+    """The policy before the batch's first update, at the actions taken; without gradient."""
 
     log_probs: Tensor  # (B, T), -inf where top_k leaves the action out
     kl_penalties: Tensor  # (B, T), see algorithms/policy_loss.py
-    marginals: Tensor | None = None  # (B, T), log-probabilities of the generated tokens, if aliases are summed over
+    marginals: Tensor | None = None  # (B, T), of the tokens said, if aliases are summed over
 
 
 @dataclass(frozen=True)
@@ -111,21 +111,21 @@ class Advantages:
     """The weights of actions in a policy gradient."""
 
     values: Tensor  # (B, T)
-    hold_kl: bool = False  # whether they include the KL penalties already
-    deviation: Tensor | None = None  # scalar by which they were divided, if they are whitened
+    hold_kl: bool = False  # whether they already include KL penalties
+    deviation: Tensor | None = None  # the scalar that they were divided by, if they are whitened
     control: Tensor | None = None  # (N, K), a control variate's value of every action
 
 
 @dataclass(frozen=True)
 class ActionValues:
-    """The learning signal of ETPO's policy."""
+    """Action values, which ETPO's policy follows."""
 
     q: Tensor  # (N, K)
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """The learning signal of TBRM, whose loss compares it with the policy's logits; (B, T), of each action."""
+    """The rewards that TBRM's policy fits with its own logits; (B, T), of each action."""
 
     values: Tensor
     discounts: Tensor
@@ -133,7 +133,7 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Ready:
-    """A micro-batch with everything that an update needs."""
+    """A micro-batch with everything that is known of it before an update."""
 
     batch: MicroBatch
     frozen: Frozen

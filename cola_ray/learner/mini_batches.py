@@ -1,9 +1,9 @@
-"""Regroups the rows of a rank's batch into a mini-batch's micro-batches, with what was computed for them before.
+"""Rows of a rank's batch, cut into a mini-batch's micro-batches, with the results from before the first update.
 
     Ready, as the whole batch is cut ──> rows ──> Ready, as a mini-batch is cut
-           e, reference's logits, old log-probabilities, advantages: none is computed again
+           e, reference's logits, old log-probabilities, advantages: none of them is computed again
 
-A row is padded to the longest one in its micro-batch, so its data are cut, or filled with 0, behind its end.
+A row is as wide as the longest one beside it: its known values are cut, or padded with 0, at its end.
 Legend: B sequences, T positions, N of them scored, K actions.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from cola_ray.learner.micro_batch import Ready
 
 _PADDED = {"frozen": ["hidden_states"], "follows": ["values"], "old": ["log_probs", "kl_penalties", "marginals"]}
-"""Fields with a row per sequence, (B, T, ...)."""
+"""Fields with one row per sequence, (B, T, ...)."""
 _SCORED = {"frozen": ["reference_logits", "aliases"], "follows": ["control"]}
-"""Fields with a row per scored position, (N, K)."""
+"""Fields with one row per scored position, (N, K)."""
 
 
 class Rows:
-    """The rows of a batch whose data before the first update have been computed.
+    """The rows of a batch for which everything is known.
 
     Args:
         ready: the batch's micro-batches, in order.
@@ -37,11 +37,11 @@ class Rows:
         self.scored = [[*pairwise(accumulate(of_rows, initial=0))] for of_rows in counts]
 
     def known(self, rows: Sequence[int], one: Ready) -> Ready:
-        """Return a mini-batch's micro-batch with everything computed for its rows.
+        """A mini-batch's micro-batch with everything that is known of its rows.
 
         Args:
-            rows: numbers in the batch of the first rows of ``one``; its other rows have no sequence.
-            one: the micro-batch as it was collated.
+            rows: the batch's rows that are the first ones of ``one``; the rows after them have no sequence.
+            one: as it was collated.
         """
         places, scored_mask = [self.places[row] for row in rows], one.batch.scored_mask
         found: dict[str, dict[str, Tensor]] = {"frozen": {}, "follows": {}, "old": {}}

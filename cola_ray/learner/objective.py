@@ -1,4 +1,4 @@
-"""The policy's loss on a micro-batch: the sum of the losses that the settings ask for.
+"""What the policy minimises on a micro-batch: the sum of the losses that the settings ask for.
 
     logits ─> log-probs of all actions, of those taken ─┬─> surrogate of the advantages                rl.loss
                                                         │   or ETPO's actor loss, or TBRM's squared residuals
@@ -6,9 +6,9 @@
                                                         ├─> + KL to the reference            rl.kl_in, rl.kl_estimator
                                                         └─> - entropy                        rl.entropy_coef
 
-Each loss is a function in ``algorithms/``; here they are chosen, weighted and measured. All are sums over actions,
-weighted by ``rl.loss_agg_mode`` and divided by the learner by the number of actions in the global batch; TBRM's is over
-sequences. Legend: B sequences, T positions, N of them scored, K actions.
+Each loss is a function in ``algorithms/``; here losses are chosen, weighted and measured. All are sums over actions,
+weighted by ``rl.loss_agg_mode``, which the learner divides by the number of actions in the global batch; TBRM's is
+over sequences. Legend: B sequences, T positions, N of them scored, K actions.
 """
 
 from collections.abc import Callable
@@ -69,13 +69,13 @@ class Taken:
     log_probs: Tensor
     ref_log_probs: Tensor
     old_log_probs: Tensor
-    said: Tensor  # of the generated tokens, if aliases are summed over; otherwise as ``log_probs``
+    said: Tensor  # of the tokens said, if aliases are summed over; else like ``log_probs``
     old_said: Tensor
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """Importance weights, for rollouts from an older version or with another engine's arithmetic; (B, T)."""
+    """Importance weights, for rollouts of an older version or with another engine's arithmetic; (B, T)."""
 
     values: Tensor  # 0 where an action is not possible
     capped: Tensor  # bool
@@ -99,9 +99,9 @@ def score(
     """(N, K) logits -> log-probabilities of the actions taken, divergences and entropies.
 
     Args:
-        reference_logits: (N, K); None: the policy is its own reference, with a KL of 0.
+        reference_logits: (N, K); None uses the policy as the reference, at divergence 0.
         temperature, top_k, top_p: of the rollouts.
-        every: also return log-probabilities of all actions; otherwise a vocabulary's are never all held at once.
+        every: also return log-probabilities of all actions; otherwise those of a vocabulary are never held at once.
         entropy_trains: the entropies get a gradient.
     """
 
@@ -129,7 +129,7 @@ def score(
 
 
 def _of_rows(every: Distributions, actions: Tensor, entropy_trains: bool) -> tuple[Tensor, ...]:
-    """For n rows: log-probabilities of ``actions``, the reference's, KL divergence and entropy, (n,) each."""
+    """For n rows: log-probabilities of ``actions``, the reference's, divergence and entropy, (n,) each."""
     taken, ref_taken = (one.gather(-1, actions[:, None])[:, 0] for one in (every.policy, every.reference))
     with torch.set_grad_enabled(entropy_trains and torch.is_grad_enabled()):
         entropies = entropy(every.policy)
@@ -137,7 +137,7 @@ def _of_rows(every: Distributions, actions: Tensor, entropy_trains: bool) -> tup
 
 
 def before_updates(scores: Scores, batch: MicroBatch, aliases: Tensor | None, rl: RLConfig) -> Scored:
-    """The scores with which later updates on the same batch are compared."""
+    """What later updates on the same batch compare with."""
     possible = batch.action_mask & scores.log_probs.isfinite()
     penalties = kl_penalties(
         scores.log_probs.masked_fill(~possible, 0.0), scores.ref_log_probs.masked_fill(~possible, 0.0), scores.kl,
@@ -165,16 +165,16 @@ def policy_objective(
     """The loss, a sum over the actions taken, and sums of metrics over them.
 
     An action that ``top_k`` or ``top_p`` leaves out now, or left out before the batch's first update, has no
-    probability to compare: it gets weight 0, and is counted.
+    probability to compare: its weight is 0, and it is counted.
 
     Args:
         logits: (N, K), at ``batch.scored_mask``.
-        follows: the policy's learning signal.
-        old: None on the first update, when the current policy is the one before the batch.
-        kl_coef: the current value, which may be adapted from step to step; ETPO's and TBRM's beta.
+        follows: what the policy is trained on.
+        old: None on the first update, where the policy before the batch is the current one.
+        kl_coef: the current one; it may be adapted from step to step. It is ETPO's and TBRM's beta.
         temperature, top_k, top_p: of the rollouts.
         surrogate: of the advantages, which are already scaled by importance weights; None: PPO's.
-        loss_weights: (B, 1), weight of each sequence's actions in the loss, see algorithms/aggregation.py; None: 1.
+        loss_weights: (B, 1), of each sequence's actions, see algorithms/aggregation.py; None: 1.
     """
     mask = batch.action_mask
 
@@ -227,10 +227,10 @@ def _policy_gradient(
     surrogate: Surrogate,
     weighed: Callable[[Tensor], Tensor],
 ) -> tuple[list[Tensor], _Weights, Tensor]:
-    """The surrogate of the advantages, a control variate's mean, and the KL terms with a gradient.
+    """The surrogate of advantages, a control variate's mean, and the KL that is differentiated.
 
     Returns:
-        loss sums; importance weights; and the number of clipped actions.
+        loss sums, importance weights, and the number of clipped actions.
     """
     weights = _Weights.of_one(taken)
     if rl.importance_cap:
@@ -238,7 +238,7 @@ def _policy_gradient(
             taken.old_log_probs, batch.rollout_log_probs, taken.possible, rl.importance_cap, rl.importance_mode
         ))  # fmt: skip
     advantages = follows.values
-    if rl.kl_in == "reward" and not follows.hold_kl:  # each action is charged its own and all later penalties
+    if rl.kl_in == "reward" and not follows.hold_kl:  # an action is charged the penalties from it on
         penalties = old.kl_penalties if old is not None else kl_penalties(
             taken.log_probs.detach(), taken.ref_log_probs, scores.kl.detach(), batch.action_mask, batch.discounts,
             rl.kl_estimator,
@@ -253,7 +253,7 @@ def _policy_gradient(
         mean = batch.place(mean_under(scores.every.policy, follows.control))
         losses.append(-weighed(mean)[batch.action_mask].sum())
     if rl.kl_estimator == "exact":
-        # With the KL in the reward, its other half is in the advantages, so their divisor applies here too.
+        # With KL in the reward, the other half is in the advantages: their divisor applies here, too.
         whole = kl_coef if follows.deviation is None or rl.kl_in == "loss" else kl_coef / follows.deviation
         losses.append((whole * weighed(scores.kl)[batch.action_mask]).sum())
     elif rl.kl_in == "loss":
@@ -284,7 +284,7 @@ def _marginals(scores: Scores, batch: MicroBatch, aliases: Tensor, possible: Ten
 
 @torch.no_grad()
 def _rollout_metrics(taken: Taken, weights: _Weights, batch: MicroBatch) -> dict[str, Tensor]:
-    """How much the rollouts' policy differs from the learner's: sums over actions, and a maximum."""
+    """The distance between the rollouts' policy and the learner's: sums over actions, and a maximum."""
     mask = batch.action_mask
     mismatch = (taken.old_log_probs - batch.rollout_log_probs).abs().masked_fill(~taken.possible, 0.0)
     return {

@@ -3,13 +3,13 @@
     PackedRows(...)                          R rows in memory
     ShardedRows([Pool(documents, ...)], ...) rows of pools of shards, which are not held in memory
 
-Both say which rows a step trains on (``step_indices``, a pure function of seed and step) and read some of them
-(``read``). A pool's documents are all shuffled together; each bundle of neighbours in this order is packed separately:
+Both say which rows a step trains on (``step_indices``, a pure function of seed and step) and read given rows
+(``read``). A pool's documents are shuffled as a whole; each bundle of neighbours in this order is packed separately:
 
     documents ──shuffled by seed──> bundles of a few hundred rows ──shuffled by seed and epoch──> rows
 
-The rows of each bundle are counted once (:func:`count_rows`), so that a row can be found without packing the bundles
-before it. Best fit, longest first, depends on lengths alone, so every epoch has the same number of rows.
+The rows of each bundle are counted once (:func:`count_rows`), so that a row is found without packing those before
+it: best fit, longest first, depends only on lengths, so every epoch has the same number of rows.
 """
 
 import collections
@@ -23,28 +23,28 @@ import numpy as np
 from cola_ray.learner.shards import TEXT, Documents
 from cola_ray.learner.shuffle import dealt, shuffled
 
-_BUNDLE_ROWS = 512  # rows in a bundle, roughly: enough that space left empty in its last rows matters little
+_BUNDLE_ROWS = 512  # approximate rows in a bundle: then its last rows leave little empty
 _PLANS = 4  # packed bundles that are kept
 _LOOKED_UP = 1 << 16  # documents whose lengths are looked up together
 
 
 class Piece(NamedTuple):
-    """Tokens of a row that are consecutive in the corpus, too."""
+    """Tokens of a row that are also consecutive in the corpus."""
 
-    row: int  # among the requested rows
+    row: int  # index among the rows asked for
     start: int
     length: int
     pool: int
-    address: int  # of the first token, counting all tokens of the pool in the order of documents
+    address: int  # of the first token, counted over all tokens of the pool in the order of documents
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
     """R rows of T tokens.
 
-    ``position_ids`` restart at each document, which also keeps attention within documents. ``loss_mask[r, t]`` is true
-    where position t predicts a token worth learning, the one at t + 1: never across documents, never in a row's
-    padding, and with ``response_only`` only response tokens.
+    ``position_ids`` restart at each document, which also keeps their attention apart. ``loss_mask[r, t]`` is true where
+    position t predicts a token to be learnt, namely the one at t + 1: never across documents, never in a row's padding,
+    and only response tokens if ``response_only``.
     """
 
     input_ids: np.ndarray  # (R, T) int64
@@ -65,7 +65,7 @@ class PackedRows:
         """Put a document at ``start`` of a row.
 
         Args:
-            learned: (len(ids) - 1,), which of the tokens after the first are worth learning; True: all of them.
+            learned: (len(ids) - 1,), which of the tokens after the first are to be learnt, or all of them.
             responses: where the document's responses begin; empty: it is a text.
         """
         end = start + len(ids)
@@ -76,7 +76,7 @@ class PackedRows:
             self.steps[row, start:end] = steps_of(len(ids), responses)
 
     def close(self, row: int, end: int) -> None:
-        """Number the padding from ``end`` on, as if it were a separate document."""
+        """Number the padding from ``end`` on, as a separate document."""
         self.position_ids[row, end:] = np.arange(self.width - end)
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class PackedRows:
         return self.input_ids.shape[1]
 
     def step_indices(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """Rows of a step: each epoch has its own permutation; an epoch's last batch runs on into the next epoch."""
+        """Rows of a step: each epoch is a new permutation; the last short batch runs into the next epoch."""
         first = step * batch_size
         epochs = range(first // len(self), (first + batch_size - 1) // len(self) + 1)
         order = np.concatenate([np.random.default_rng((seed, epoch)).permutation(len(self)) for epoch in epochs])
@@ -114,10 +114,10 @@ class PackedRows:
 
 
 def steps_of(length: int, responses: Sequence[int]) -> np.ndarray:
-    """The number of the response's step that is taken at each position of a document, (length,) int64.
+    """For each position of a document, which step of its response is taken there, (length,) int64.
 
-    The step that gives a response's first token is 0; earlier ones, in the prompt, are negative. In a text, the step at
-    the first token is 0.
+    The step that gives a response's first token is 0; steps before it, in the prompt, are negative. A text is counted
+    from its first token, where the first step is taken.
 
     Example: 5 tokens, a response from the third on -> -1, 0, 1, 2, 3.
     """
@@ -139,21 +139,21 @@ class Rows(Protocol):
         ...
 
     def read(self, indices: np.ndarray) -> PackedRows:
-        """Return these rows."""
+        """The rows at these indices."""
         ...
 
     def pieces(self, indices: np.ndarray) -> list[Piece]:
-        """Return the places of these rows' tokens in the corpus; padding may be left out."""
+        """Where in the corpus their tokens are; padding may be left out."""
         ...
 
     @property
     def fingerprints(self) -> list[str]:
-        """A fingerprint of each pool, which identifies its tokens and their addresses."""
+        """For each pool, a fingerprint of which tokens have which addresses."""
         ...
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of all pools."""
+        """The number of tokens of all pools."""
         ...
 
 
@@ -161,7 +161,7 @@ class Rows(Protocol):
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Pack pieces into rows, longest first, each where it leaves the least space; returns the pieces of each row."""
+    """Pack pieces into rows, the longest first, each where it leaves the least space; returns each row's pieces."""
     rows, spaces, free = list[list[int]](), collections.defaultdict[int, list[int]](list), 0
     for piece in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[piece]
@@ -184,8 +184,8 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 def pieces_of(lengths: np.ndarray, prompts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut documents to rows of ``size``: (N,), (N,) -> the document, start and length of each of P pieces, (P,) int64.
 
-    A text is cut as often as necessary; a pair loses its end, and is left out if its prompt alone fills a row.
-    Pieces of one token are left out, since they predict nothing.
+    A text is cut as often as necessary; a pair is cut at its end, and left out if its prompt alone fills a row. Pieces
+    of one token are dropped, since they predict nothing.
     """
     counts = np.where(prompts == TEXT, -(-lengths // size), prompts < size)
     documents = np.repeat(np.arange(len(lengths)), counts)
@@ -200,7 +200,7 @@ def pieces_of(lengths: np.ndarray, prompts: np.ndarray, size: int) -> tuple[np.n
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
-    """A pool's documents in shuffled order, cut into bundles of ``size`` neighbours; the last bundle may have fewer."""
+    """Neighbours in the shuffled order of a pool's documents, ``size`` per bundle, fewer in the last one."""
 
     documents: Documents
     seed: int
@@ -215,13 +215,13 @@ class Bundles:
         return -(-len(self.documents) // self.size)
 
     def members(self, bundle: int) -> np.ndarray:
-        """The numbers of a bundle's documents."""
+        """Numbers of the bundle's documents."""
         places = np.arange(bundle * self.size, min((bundle + 1) * self.size, len(self.documents)))
         return shuffled(places, len(self.documents), self.seed)
 
 
 def count_rows(bundles: Bundles, first: int, end: int) -> list[int]:
-    """The number of rows of each bundle from ``first`` to ``end``."""
+    """Row counts of the bundles from ``first`` to ``end``."""
     counts, several = list[int](), max(1, _LOOKED_UP // bundles.size)
     for start in range(first, end, several):
         members = [bundles.members(bundle) for bundle in range(start, min(start + several, end))]
@@ -240,12 +240,12 @@ class Pool:
         counts: rows of each bundle, (len(bundles),).
 
     Raises:
-        ValueError: there is not a single row.
+        ValueError: there is no row at all.
     """
 
     def __init__(self, bundles: Bundles, counts: np.ndarray) -> None:
         self.bundles, self.counts = bundles, counts
-        self.rows = int(counts.sum())  # an epoch
+        self.rows = int(counts.sum())  # per epoch
         if not self.rows:
             raise ValueError("no document has two tokens, or a prompt that leaves room for a response; raise "
                              "pretrain.sequence_length")  # fmt: skip
@@ -258,7 +258,7 @@ class Pool:
             plan.fill(self.bundles.documents, rows, into, at[here], response_only)
 
     def pieces(self, numbers: np.ndarray, at: np.ndarray, pool: int) -> list[Piece]:
-        """Return the pieces of these rows of the sequence, which are ``at`` among the requested rows."""
+        """Pieces of these rows of the sequence, which have the indices ``at`` among the rows asked for."""
         found = list[Piece]()
         for plan, rows, here in self._planned(numbers):
             places = plan.placed(rows, at[here])
@@ -268,7 +268,7 @@ class Pool:
         return found
 
     def _planned(self, numbers: np.ndarray) -> "Iterator[tuple[_Plan, np.ndarray, np.ndarray]]":
-        """Yield the bundles with these rows of the sequence: each one's plan, rows, and their places in ``numbers``."""
+        """The bundles that contain these rows of the sequence: each plan, its rows, and their places in ``numbers``."""
         epochs, places = numbers // self.rows, numbers % self.rows
         for epoch in np.unique(epochs):
             order, ends = self._order(int(epoch))
@@ -280,7 +280,7 @@ class Pool:
                 yield self._plan(int(epoch), bundle), rows, here
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's order of bundles, and the row after each bundle's last."""
+        """An epoch's order of bundles, and for each the number of the row after its last."""
         if epoch not in self._orders:
             order = shuffled(np.arange(len(self.counts)), len(self.counts), self.bundles.seed, epoch)
             self._orders = {epoch: (order, np.cumsum(self.counts[order], dtype=np.int64))}
@@ -298,7 +298,7 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """A bundle packed for an epoch: the documents of each row, with their prompts and where they are cut."""
+    """A bundle packed for an epoch: each row's documents, and for each document its prompt and where it is cut."""
 
     rows: list[list[tuple[int, int, int, int]]]  # (document, prompt, start, length) side by side
 
@@ -314,7 +314,7 @@ class _Plan:
         return cls([[described[piece] for piece in packed[row]] for row in random.permutation(len(packed))])
 
     def placed(self, rows: np.ndarray, at: np.ndarray) -> "list[_Place]":
-        """The pieces of these rows, (N,), which are ``at`` among the rows to fill."""
+        """The pieces of these rows, (N,), which have the indices ``at`` among the rows to be filled."""
         found = list["_Place"]()
         for row, number in zip(at.tolist(), rows.tolist(), strict=True):
             start = 0
@@ -352,9 +352,9 @@ class ShardedRows:
     """Rows of several pools of shards, mixed by their shares: :class:`Rows` that are made on demand.
 
     Args:
-        pools: all built with the same seed and length.
-        shares: of all rows, in any unit; with a single pool, any number.
-        response_only: learn only from response tokens, if a document has a prompt.
+        pools: built for one seed and one length.
+        shares: of all rows, in any unit; for a single pool, anything.
+        response_only: learn only response tokens in documents that have a prompt.
     """
 
     def __init__(self, pools: Sequence[Pool], shares: Sequence[float], pad_id: int, response_only: bool) -> None:
@@ -365,7 +365,7 @@ class ShardedRows:
         return self.pools[0].bundles.length
 
     def step_indices(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """The next ``batch_size`` of all rows; ``seed`` is not used, since the pools are shuffled by their own."""
+        """The next ``batch_size`` of all rows; ``seed`` must be that of the pools, in which rows are shuffled."""
         return step * batch_size + np.arange(batch_size, dtype=np.int64)
 
     def read(self, indices: np.ndarray) -> PackedRows:

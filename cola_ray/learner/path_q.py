@@ -1,6 +1,6 @@
-"""The soft Q of archer_soft: fitted to advantages of whole utterances; it also gives what the critic's V learns from.
+"""The soft Q of archer_soft: fitted to advantages of whole utterances; the critic's V learns from its advantages.
 
-    A(s, u), one a sequence ─> the part still to come, at each action ─> squared error of Q(h, action taken)
+    A(s, u), one per sequence ─> what is still to come of it, at each action ─> squared error of Q(h, action taken)
     Q(h, all actions) ─> the policy's update
                      └─> sum_j w(h_j, a_j) of each utterance ── in_order ──> the loop, for the critic's next steps
 
@@ -26,9 +26,9 @@ Array = np.ndarray
 class DuelingHead(nn.Module):
     """``Q(e, a) = V(e) + D(e, a)`` (Wang et al. 2016, eq. 7): (..., H) -> (..., K), float32.
 
-    Whatever the taken actions reveal about a state then also applies to its other actions. Otherwise untaken actions
-    keep their initial values, and in a state that turns out to be bad they look best. The mean of D is not subtracted,
-    unlike in eq. 9: its gradient moves the other actions the opposite way, and Adam makes that move just as large.
+    What is learnt about a state from the actions taken there is learnt for all actions. Otherwise actions that were
+    never taken would keep their initial values, and look best in a state that turns out to be bad. The mean of D is not
+    subtracted, unlike in eq. 9: its gradient would move the other actions the opposite way, and with Adam just as far.
     """
 
     def __init__(self, width: int, num_actions: int) -> None:
@@ -47,10 +47,10 @@ class DuelingHead(nn.Module):
 
 
 class PathQLearner(SoftQLearner):
-    """Online head, target head and Adam, like ETPO's Q; the rewards are advantages of utterances."""
+    """Online head, target head and Adam, as for ETPO's Q; the rewards are utterances' advantages."""
 
     of_utterances: Tensor | None = None
-    """(rows of the rank's batch,): soft advantages of the last fitted batch, summed over each utterance."""
+    """(rows of the rank's batch,): soft advantages of the batch fitted last, summed over each utterance."""
 
     def _head(self, width: int, num_actions: int) -> nn.Module:
         return DuelingHead(width, num_actions)
@@ -65,7 +65,7 @@ class PathQLearner(SoftQLearner):
     def fit(
         self, batches: Sequence[Encoded], distributions: Sequence[Distributions], num_actions: int, beta: float
     ) -> dict[str, Tensor]:
-        """As for ETPO's Q; also sets ``of_utterances`` for these batches."""
+        """As for ETPO's Q; afterwards ``of_utterances`` belongs to these batches."""
         sums = super().fit(batches, distributions, num_actions, beta)
         with torch.no_grad():
             taken = (self._taken(self.online, *pair, beta) for pair in zip(batches, distributions, strict=True))
@@ -86,7 +86,7 @@ def in_order(batch: Batch, of_rows: Tensor) -> Array:
 
     Args:
         batch: this rank's.
-        of_rows: (rows,), a number for each of its rows, including rows without a sequence.
+        of_rows: (rows,), including rows without a sequence.
     """
     assert batch.places is not None, "whoever tells of sequences has their places kept"
     mine = torch.full((2, batch.num_rows), -1.0, dtype=torch.float64, device=of_rows.device)

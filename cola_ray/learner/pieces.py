@@ -1,11 +1,11 @@
-"""Reduces rows as wide as a vocabulary, one piece at a time.
+"""Rows as wide as a vocabulary, processed in pieces.
 
-In float32, 16 384 rows of 128 256 tokens take 8.4 GB, and a loss makes several such tensors. Each row is reduced to one
-number or a few, so the rows are reduced piece by piece.
+In float32, 16 384 rows of 128 256 tokens take 8.4 GB, and a loss makes several such tensors. But each row is reduced to
+one or a few numbers, so the rows are reduced piece by piece.
 
     reduced(function, wide, ...)    any function of existing rows; a piece is computed once more for its gradient
     cross_entropies(logits, ...)    the same for a loss of existing logits
-    HeadLoss(weight)                a cross-entropy whose logits are made only for it, together with its gradient
+    HeadLoss(weight)                a cross-entropy whose rows exist only for it; its gradient is made with it
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 AT_ONCE = 1 << 25
-"""Numbers in a piece: 261 rows of 128 256. Smaller inputs are one piece, which keeps what its gradient needs."""
+"""Numbers in a piece: 261 rows of 128 256. Fewer than that are a single piece, which keeps what its gradient needs."""
 
 
 def reduced(function: Callable[..., tuple[Tensor, ...]], wide: Tensor, *columns: Tensor | None) -> tuple[Tensor, ...]:
@@ -50,17 +50,17 @@ def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class HeadLoss(nn.Module):
-    """A language model's head as a loss, ``sum -log softmax(W s)[x]`` over rows, without ever holding all logits.
+    """``sum -log softmax(W s)[x]`` over rows: a language model's head as a loss, whose logits never exist as a whole.
 
-    A piece's gradient follows directly from its logits, so it is taken in the forward pass, and nothing is computed
-    again. What stays until the backward pass is as large as the states and, if the head trains, the head, whose
-    gradient is accumulated in float32.
-    (The scheme of Liger Kernel, and of ``torch.nn.functional.linear_cross_entropy``, whose operations neither a memory
-    meter nor a FLOP counter can see.)
+    A piece's gradient follows directly from its logits, so it is taken in the forward pass and nothing is recomputed;
+    what stays until the backward pass is as large as the states and, if the head trains, as the head, whose gradient
+    is accumulated in float32.
+    (The scheme of Liger Kernel, and of ``torch.nn.functional.linear_cross_entropy``, whose operations are visible
+    neither to a meter of memory nor to a counter of FLOPs.)
 
     Args:
-        weight: (V, H), the head's own parameter, which may be the embeddings' as well. It is held in this module so
-            that ZeRO-3 gathers it for the forward pass.
+        weight: (V, H), the head's own parameter, which may also be the embeddings'. As a parameter of this module, it
+            is gathered by ZeRO-3.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -95,7 +95,7 @@ class _HeadLoss(torch.autograd.Function):
                 torch.addmm(of_weight, rows.t(), some, out=of_weight)
             elif of_weight is not None:
                 of_weight += rows.t() @ some
-            del rows  # otherwise it would still be in memory beside the next piece's rows
+            del rows  # or it would coexist with the next piece's
         ctx.gradients = of_states, None if of_weight is None else of_weight.to(weight.dtype)
         return total
 
@@ -103,5 +103,5 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_states, of_weight = (None if one is None else one.mul_(gradient) for one in ctx.gradients)
-        del ctx.gradients  # they were scaled in place: a second backward pass would be wrong, and now fails
+        del ctx.gradients  # scaled in place, so a second use would be wrong and finds nothing
         return of_states, of_weight, None, None

@@ -1,9 +1,9 @@
-"""The policies that RL trains, in either action space: modules for ZeRO-3, and the weights that they publish.
+"""What RL trains, in either action space: a module for ZeRO-3, and how its weights are published.
 
                     forward: logits over actions, frozen states e, the reference's logits           published
     LatentPolicy    base (frozen) ─> e ─> policy, reference                                         the policy
-    SoftQPolicy     base (frozen) ─> e ─> Q in the logits' place, reference (frozen)                Q
-    TokenPolicy     base (trains, or adapters in it) ─> logits;  reference (frozen) ─> e, logits    trained part, merged
+    SoftQPolicy     base (frozen) ─> e ─> Q in place of logits, reference (frozen)                  Q
+    TokenPolicy     base (trains, or adapters in it) ─> logits;  reference (frozen) ─> e, logits    what trains, merged
 
 Logits are computed at N of the B x T positions: where an action was taken, not in prompts or observations.
 Legend: B sequences, T positions, K actions to choose from, latent ones or tokens.
@@ -29,7 +29,7 @@ from cola_ray.settings.config import Config
 from cola_ray.settings.rl import steered_layers
 
 States = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""Logits (N, K); e (B, T, H), the reference's logits (N, K), aliases (N, K): each None where it is not needed."""
+"""Logits (N, K); e (B, T, H), the reference's logits (N, K), aliases (N, K): each None if not needed."""
 
 
 _TRIED_AT_ONCE = 64
@@ -41,8 +41,8 @@ class LatentPolicy(nn.Module):
 
     Args:
         cola: taken over.
-        without_base: drop the base, because the states come with every batch.
-        with_aliases: find out which actions would have given the same token, by trying all on the world model.
+        without_base: the states come with every batch, so the base is dropped.
+        with_aliases: return which actions would have given the token said; all actions are tried on the world model.
     """
 
     def __init__(self, cola: CoLAForCausalLM, without_base: bool = False, with_aliases: bool = False) -> None:
@@ -50,7 +50,7 @@ class LatentPolicy(nn.Module):
         self.cola, self.with_aliases = cola, with_aliases
         self.reference = copy.deepcopy(cola.policy)
         self.width, self.num_actions = cola.config.hidden_size, cola.config.num_actions
-        # Not part of the RL update.
+        # Not needed by the RL update.
         del cola.idm
         if not with_aliases:
             del cola.world_model, cola.codebook
@@ -63,7 +63,7 @@ class LatentPolicy(nn.Module):
 
     @staticmethod
     def stored(name: str) -> str:
-        """The name of a parameter's initial value in a checkpoint."""
+        """The checkpoint's name of the tensor that a parameter starts from."""
         owner, _, rest = name.partition(".")
         return rest if owner == "cola" else f"policy.{rest}"
 
@@ -106,7 +106,7 @@ class SoftQPolicy(nn.Module):
     """ETPO without an actor: the frozen model, its policy as rho, and the Q of the policy ``rho exp(Q / beta) / Z``.
 
     Args:
-        cola: taken over; if its policy has a Q already, training continues from it.
+        cola: taken over; if its policy already has a Q, training continues from it.
     """
 
     def __init__(self, cola: CoLAForCausalLM, beta: float) -> None:
@@ -124,7 +124,7 @@ class SoftQPolicy(nn.Module):
 
     @staticmethod
     def stored(name: str) -> str:
-        """The name of a parameter's initial value in a checkpoint."""
+        """The checkpoint's name of the tensor that a parameter starts from."""
         return f"policy.soft_{name}" if name.startswith("q.") else name.removeprefix("cola.")
 
     def published(self) -> list[Published]:
@@ -149,7 +149,7 @@ class SoftQPolicy(nn.Module):
 
 
 class Steered(nn.Module):
-    """A decoder layer's last projection, with a vector added to its output, and so to the layer's output.
+    """A decoder layer's last projection plus a trained vector, which is thereby added to the layer's output.
 
     Turner et al. 2023 (2308.10248); trained by RL in Sinii et al. 2025 (2505.18706).
     """
@@ -165,14 +165,14 @@ class Steered(nn.Module):
 
 
 class TokenPolicy(nn.Module):
-    """A plain base that trains (whole, by adapters or by steering vectors), and a frozen copy from the start of RL.
+    """A plain base that trains (whole, by adapters, or by steering vectors), and a frozen copy of it as the reference.
 
     Args:
         base: taken over.
-        lora_rank: rank of adapters in all linear layers; 0: no adapters.
-        steering: "all" or "last" decoder layers get a vector; their MLPs need biases, in which it is published.
-        with_reference: whether the reference and its states are needed. With adapters or vectors it costs no memory: it
-            is the base without them.
+        lora_rank: of adapters in all linear layers; 0 makes none.
+        steering: "all" or "last" decoder layers get a vector; their MLPs need biases, as which it is published.
+        with_reference: whether the reference and its states are needed. With adapters or vectors it costs no memory:
+            it is the base without them.
     """
 
     def __init__(self, base: Any, *, lora_rank: int = 0, steering: str = "off", with_reference: bool = True) -> None:
@@ -199,11 +199,11 @@ class TokenPolicy(nn.Module):
 
     @staticmethod
     def stored(name: str) -> str:
-        """The name of a parameter's initial value in a checkpoint, if all weights train."""
+        """The checkpoint's name of the tensor that a parameter starts from, if all weights train."""
         return name.partition(".")[2]
 
     def published(self) -> list[Published]:
-        """Tensors to publish; adapters and vectors are merged, so that engines and users need not know of them."""
+        """Adapters or vectors are merged: engines and users of the result need not know about them."""
         if self.whole:
             return [Published(name, (parameter,)) for name, parameter in self.policy.named_parameters()]
         found = []
@@ -285,7 +285,7 @@ Policy = LatentPolicy | SoftQPolicy | TokenPolicy
 
 
 def forward(policy: Callable[..., States], batch: MicroBatch, frozen: Frozen) -> tuple[Tensor, Frozen]:
-    """A policy's logits, (N, K), and its frozen parts' outputs, of which only those missing in ``frozen`` are computed.
+    """A policy's logits, (N, K), and the outputs of its frozen parts, which are not recomputed if known.
 
     Args:
         policy: a :data:`Policy`, or the engine around it.
@@ -296,7 +296,7 @@ def forward(policy: Callable[..., States], batch: MicroBatch, frozen: Frozen) ->
 
 
 def make_policy(config: Config, model_path: str) -> Policy:
-    """The policy for the run's action space, from the checkpoint at ``model_path``, in ``config.model.dtype``.
+    """The policy of the run's action space, from the checkpoint at ``model_path``, in ``config.model.dtype``.
 
     In a process group it is divided over the ranks, each of which loads its share; a collective.
     """
@@ -304,7 +304,7 @@ def make_policy(config: Config, model_path: str) -> Policy:
     shape, tensors = opened(model_path)
     latent = rl.action_space == "latent"
     model = empty(CoLAForCausalLM if latent else AutoModelForCausalLM, shape, dtype)
-    if not rl.trains_all_weights:  # the trained parts are made from loaded weights
+    if not rl.trains_all_weights:  # adapters and vectors are made for weights that are loaded
         fill(model, tensors, on_host=lambda _: config.cluster.offload_frozen)
     policy: Policy
     if latent and rl.actor_free:
@@ -325,10 +325,10 @@ def make_policy(config: Config, model_path: str) -> Policy:
 
 
 def served(config: Config, start: Path | None, folder: Path) -> str:
-    """The model that engines and learner open: the run's CoLA start model, or with tokens as actions a plain base.
+    """The model that engines and learner open: the CoLA model that a run starts from, or for tokens a plain base.
 
     Args:
-        folder: a base that has to be made is written here.
+        folder: where a base is written if it has to be made.
     """
     if config.rl.action_space == "latent":
         return str(start)
@@ -339,7 +339,7 @@ def served(config: Config, start: Path | None, folder: Path) -> str:
 
 
 def export(start_model: str, trained: dict[str, Tensor], target: Path, soft_q_beta: float = 0.0) -> None:
-    """The start model with the trained tensors in place, as a Hugging Face directory, with its tokenizer."""
+    """Write the start model with the trained tensors in it, as a Hugging Face directory, with its tokenizer."""
     plain = AutoConfig.from_pretrained(start_model).model_type != "cola" and not is_released(start_model)
     model = (AutoModelForCausalLM if plain else CoLAForCausalLM).from_pretrained(start_model, dtype="auto")
     if soft_q_beta:

@@ -1,10 +1,10 @@
 """Pre-training, from a base to a model on which RL can start: one Ray Train worker's loop over the stages.
 
-    base        the base by itself, as a language model: the given one, or a small Llama that the preset tiny makes
+    base        the base alone, as a language model: the given one, or a small Llama that the preset tiny makes
     actions     IDM + codebook + world model, base frozen; straight-through Gumbel actions
     policy      behaviour cloning of the IDM's actions
-    fta_idm     the base alone, under the IDM's actions; response tokens only
-    fta_policy  the base alone, under actions sampled from the policy
+    fta_idm     only the base, under the IDM's actions; response tokens only
+    fta_policy  only the base, under actions sampled from the policy
 
 Each stage starts from the previous stage's folder and writes its own, so a run resumes at a stage, and within it at the
 last checkpoint. The stages' losses are in ``stage_module.py``.
@@ -45,19 +45,19 @@ from cola_ray.settings.training import PretrainStage
 from cola_ray.tasks import PlayedTask, Prompts, to_pretrain_on
 from cola_ray.tasks.chat import ChatTokenizer
 
-MEASURED_EVERY = 10  # steps between the stage actions' measurements; the base's loss also in the first and last step
+MEASURED_EVERY = 10  # steps of the stage actions between measurements; the base's loss also at its first and last step
 Heldout = tuple[Tensor, Tensor, Tensor]
 """Ids, attention mask and answer mask of held-out problems, (B, T) each."""
 
 
 def train_loop(config: Config, report: Report) -> None:
-    """Run all stages, on every rank; writes ``output_dir/model``, as trained so far if the run is stopped.
+    """Run all stages, on every rank; writes ``output_dir/model``, which in a stopped run is the model so far.
 
-    ``report(metrics)`` is a collective, and returns true if the run is to stop.
+    ``report(metrics)`` is a collective, and is true if the run is to stop.
     """
     rank = torch.distributed.get_rank()
     output = Path(config.output_dir)
-    # A run with its own corpus, and a base that has a tokenizer, needs no task.
+    # With its own corpus, and a base that brings its tokenizer, a run needs no task.
     needs_task = not config.data.path or not (config.model.base or config.model.path)
     task = to_pretrain_on(config.task, config.seed) if needs_task else None
     checkpoint = last_checkpoint(output)
@@ -71,7 +71,7 @@ def train_loop(config: Config, report: Report) -> None:
             if stage != "base":
                 current = attached(config, current)
             same = checkpoint.folder if checkpoint and resumed == stage else None
-            checkpoint = None  # it was of this stage, or of a later one that is now made anew
+            checkpoint = None  # it belongs to this stage, or to a later one that is made anew
             if not _run_stage(config, stage, task, current, target, same, report):
                 return
         current = target
@@ -89,7 +89,7 @@ def _run_stage(
     checkpoint: Path | None,
     report: Report,
 ) -> bool:
-    """Run a stage; return whether it reached its end. A stopped one leaves a checkpoint, and its model as the run's."""
+    """Whether the stage came to its end; if stopped, it leaves a checkpoint, and its model as the run's."""
     stages, rank = config.pretrain.stages, torch.distributed.get_rank()
     report.doing(f"{stage}: reading the corpus")
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -120,7 +120,7 @@ def _run_stage(
 
 
 def _kind(stage: PretrainStage) -> Any:
-    """The class of the model that a stage opens."""
+    """The model class that a stage opens."""
     return AutoModelForCausalLM if stage == "base" else CoLAForCausalLM
 
 
@@ -130,7 +130,7 @@ class CorpusStage:
     Args:
         module: taken over.
         heldout: this rank's share of problems whose greedy answers are compared with the right ones.
-        kept: cache of the frozen modules' outputs.
+        kept: outputs of frozen modules that are written and read instead of being recomputed.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class CorpusStage:
             module, TRAINED[name], lr=self.peak_lr, betas=settings.adam_betas, weight_decay=0.01, fused=True,
             **placement(config),
         )  # fmt: skip
-        self.used = torch.zeros(config.model.num_actions)  # each code's uses since codes were last revived
+        self.used = torch.zeros(config.model.num_actions)  # how often each code was used since codes were last revived
 
     def step(self, number: int, lr: float) -> dict[str, Any]:
         settings, started = self.config.pretrain, time.perf_counter()
@@ -176,7 +176,7 @@ class CorpusStage:
         self.zero.save(folder, {"stage": self.name, "step": step, "used": self.used.tolist()})
 
     def load(self, folder: Path) -> int:
-        """Returns the step to go on from."""
+        """Returns the step to continue from."""
         notes = self.zero.load(folder)
         self.used = torch.tensor(notes["used"])
         return int(notes["step"])
@@ -193,11 +193,11 @@ def corpus_step(
     tensors = [torch.from_numpy(a) for a in (mine.input_ids, mine.position_ids, mine.loss_mask)]
     tensors.append(noise_seeds(config.seed, step, picked))
     tensors.append(tensors[1] if mine.steps is None else torch.from_numpy(mine.steps))
-    # The policy learns from its decisions, all other stages from each token.
+    # The policy learns decisions, all other stages learn each token.
     mask, every = tensors[2][:, :-1], zero.engine.module.every if stage == "policy" else 1
     learned = starts_of(mask, tensors[1][:, :-1], tensors[4][:, :-1], every).sum().to(zero.device)
     torch.distributed.all_reduce(learned)
-    num_tokens = max(int(learned), 1)  # the loss's denominator on all ranks
+    num_tokens = max(int(learned), 1)  # the denominator of the whole loss
     cuts = supervised.micro_batches(torch.arange(len(picked)), config)
     batches = [[tensor[some].to(zero.device) for tensor in tensors] for some in cuts]
 
@@ -231,10 +231,10 @@ def corpus_step(
 
 
 def revive_dead_codes(model: CoLAForCausalLM, counts: Tensor, seed: int) -> int:
-    """Give codes that were never used the most used code's row, and its IDM logit row, plus a little noise.
+    """Give codes that were never used the most used code's row, and its row of IDM logits, plus a little noise.
 
-    This splits the most used code, and training can tell the parts apart. All ranks call with the same arguments; works
-    on ZeRO-3's full-precision copies. Returns how many codes were revived.
+    This splits the most used code, and training can tell the halves apart. All ranks call with the same arguments;
+    works on ZeRO-3's full-precision copies. Returns how many codes were revived.
     """
     dead = (counts == 0).nonzero()[:, 0]
     if not len(dead):
@@ -273,10 +273,10 @@ def _load_rows(
 def _shared_by_ranks(config: Config, chat: ChatTokenizer, say: Say) -> tuple[list[Bundles], list[np.ndarray]]:
     """The corpus of ``data.path`` and its bundles' row counts, which the first rank makes on disk; a collective.
 
-    Sources with weights are shuffled separately, sources without weights together.
+    Sources with weights are shuffled separately, those without are shuffled together.
     """
     data, cache = config.data, Path(config.data.cache or Path(config.output_dir).parent / "corpus")
-    # The first rank may take hours, longer than a default group of the other ranks would wait.
+    # The first rank may need hours, longer than the default group would wait.
     group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     rank, found = torch.distributed.get_rank(), list[Any]([None])
     if rank == 0:
@@ -293,12 +293,12 @@ def _shared_by_ranks(config: Config, chat: ChatTokenizer, say: Say) -> tuple[lis
 
 
 def _has_answers(config: Config) -> bool:
-    """Whether the task's solution is the only right response, so that teacher forcing measures greedy accuracy."""
+    """Whether the task has one right response per problem, so that teacher forcing measures greedy accuracy."""
     return config.task.name not in ("gsm8k", "math500", "preference") and not config.data.path
 
 
 def _heldout_batches(task: Prompts, chat: ChatTokenizer, rank: int, world_size: int) -> Iterator[Heldout]:
-    """This rank's share of 512 held-out problems: ids, attention mask, answer mask; all ranks get the same number."""
+    """This rank's share of 512 held-out problems: ids, attention mask, answer mask; the same number on every rank."""
     problems = list(task.problems("heldout"))[:512]
     problems = problems[: len(problems) // world_size * world_size][rank::world_size]
     pad = chat.tokenizer.pad_token_id or chat.end
@@ -327,7 +327,7 @@ def _leave(
     tokenizer: PreTrainedTokenizerBase,
     metrics: dict[str, Any],
 ) -> None:
-    """Rank 0 writes the stage's model: its start model with the trained tensors in place. All ranks call."""
+    """Rank 0 writes the stage's model: the start model with the trained tensors in it. All ranks call."""
     zero = stage.zero
     published = [Published(name.removeprefix("model."), (parameter,)) for name, parameter in zero.trained]
     trained = zero.collect(published)

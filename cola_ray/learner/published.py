@@ -1,7 +1,6 @@
 """Tensors that a learner publishes: their names outside, and the parameters that make them.
 
-This module imports neither DeepSpeed nor Ray: policies, which list these tensors, also run without them
-(benchmarks/gpu.py).
+It imports neither DeepSpeed nor Ray: policies, which say what is published, also run without them (benchmarks/gpu.py).
 """
 
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Published:
-    """A tensor that leaves the engine: its name outside, its parameters, and how they are merged into it."""
+    """A tensor that the engine publishes: its name outside, the parameters that make it, and how."""
 
     name: str
     parameters: tuple[Any, ...]
@@ -21,5 +20,5 @@ class Published:
 
     @property
     def nbytes(self) -> int:
-        """Size of the gathered parameters. A partitioned parameter's own ``numel()`` is zero."""
+        """Size of what is gathered. A partitioned parameter's own ``numel()`` is zero."""
         return sum(parameter.ds_numel * parameter.element_size() for parameter in self.parameters)

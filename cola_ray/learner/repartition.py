@@ -1,10 +1,10 @@
-"""Repartitions ZeRO-3's optimizer state for a number of ranks other than the one that saved it.
+"""ZeRO-3's optimizer state for a different number of ranks than wrote it.
 
     FOLDER/*zero_pp_rank_<q>_mp_rank_00_optim_states.pt     from each of Q ranks: a parameter's q-th slice of Q
     state_of_rank(FOLDER, groups, r, R)                     state for DeepSpeed to load on rank r: its r-th slice of R
     weights(FOLDER)                                         whole weights, without a process group
 
-DeepSpeed pads each parameter to a multiple of the ranks and cuts it into equal slices; a rank lays its slices end to
+DeepSpeed pads each parameter to a multiple of the ranks and cuts it into equal slices; a rank keeps its slices end to
 end in one flat tensor for each sub-group of parameters. Float32 weights and Adam's moments have the same layout. Here
 slices are cut anew and their elements copied, never computed, so the state is the same bit for bit.
 """
@@ -26,7 +26,7 @@ _Flats = Sequence[Tensor]
 
 
 def saved_ranks(folder: Path) -> int:
-    """How many ranks wrote a DeepSpeed checkpoint."""
+    """The number of ranks that wrote a DeepSpeed checkpoint."""
     return len(list(folder.glob(_OF_RANKS.format("*"))))
 
 
@@ -51,14 +51,14 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def state_of_rank(folder: Path, groups: Sequence[Sequence[int]], rank: int, ranks: int) -> dict[str, Any]:
     """The state that DeepSpeed's stage-3 optimizer loads on one of ``ranks``, on the CPU.
 
-    Files are mapped: a rank reads only the bytes of its own slices.
+    Files are memory-mapped: a rank reads only the bytes of its own slices.
 
     Args:
         folder: a DeepSpeed checkpoint.
-        groups: number of elements of each parameter of each sub-group, in the optimizer's order.
+        groups: numbers of elements of each parameter, by sub-group, in the optimizer's order.
 
     Raises:
-        CheckpointError: the checkpoint has other parameters.
+        CheckpointError: the checkpoint has different parameters.
     """
     saved, shapes = _saved(folder)
     before = [[shape.numel() for shape in group.values()] for group in shapes]
@@ -83,7 +83,7 @@ def state_of_rank(folder: Path, groups: Sequence[Sequence[int]], rank: int, rank
 
 
 def _saved(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, torch.Size]]]:
-    """The optimizer's state of each rank, and the shapes of each sub-group's parameters by their names."""
+    """The optimizer's state of each rank, and the shapes of each sub-group's parameters, by name."""
     files = [next(folder.glob(_OF_RANKS.format(one))) for one in range(saved_ranks(folder))]
     shapes = _opened(next(folder.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt")))[PARAM_SHAPES]
     return [_opened(file)[OPTIMIZER_STATE_DICT] for file in files], shapes
@@ -92,7 +92,7 @@ def _saved(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, torch.Siz
 def _cut(
     of_ranks: Sequence[_Flats], before: Sequence[Sequence[int]], groups: Sequence[Sequence[int]], rank: int, ranks: int
 ) -> list[Tensor]:
-    """Make this rank's flat tensors from those of the ranks that saved; padding is zero."""
+    """This rank's flat tensors, cut from those of the former ranks; padding is zero."""
     count, kind = len(of_ranks), of_ranks[0][0].dtype
     flats = [torch.zeros(sum(_slice(numel, ranks) for numel in group), dtype=kind) for group in groups]
     places = zip(itertools.chain(*groups), _places(before, count), _places(groups, ranks), strict=True)

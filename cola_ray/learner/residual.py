@@ -23,17 +23,17 @@ def trajectory_residuals(
     beta: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Residuals, exactly 0 where they are no more than rounding, and the values of the first states; (B, 1) each.
+    """Residuals, exactly 0 where they are no larger than rounding, and the values of the first states; (B, 1) each.
 
     Args:
         logits, reference_logits: (N, K), at ``batch.scored_mask``, which includes each row's last position.
         log_ratios: (B, T), ``log(pi / rho)`` of the actions taken.
-        temperature: of the rollouts; the values are those of the policy at this temperature.
+        temperature: of the rollouts; the values belong to the policy at this temperature.
     """
     mask = batch.action_mask
     first, last = mask & (mask.cumsum(1) == 1), last_positions(batch.attention_mask)
     both = first | last
-    chosen = both[batch.scored_mask]  # two per sequence, of the N rows as wide as a vocabulary
+    chosen = both[batch.scored_mask]  # two rows per sequence, of N rows as wide as a vocabulary
 
     def of_chosen(wide: Tensor) -> Tensor:
         rows = wide[chosen]

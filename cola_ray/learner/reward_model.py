@@ -82,12 +82,12 @@ class RewardStage:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        """Share of at most 512 held-out pairs whose chosen response has the higher reward."""
+        """The share of held-out pairs (at most 512) whose chosen response has the higher reward."""
         if not self.heldout:
             return {}
         some, size = self.heldout[:512], self.config.pretrain.micro_batch_size
         mine, right = some[self.zero.rank :: self.zero.world_size], torch.zeros((), device=self.zero.device)
-        rounds = -(-len(some) // (self.zero.world_size * size))  # ZeRO-3: every rank makes the same number of passes
+        rounds = -(-len(some) // (self.zero.world_size * size))  # ZeRO-3: the same number of passes on every rank
         for number in range(rounds):
             pairs = mine[number * size : (number + 1) * size]
             rewards = self.zero.engine(*self._tensors(pairs or some[:1]))
@@ -99,7 +99,7 @@ class RewardStage:
         self.zero.save(folder, {"step": step})
 
     def load(self, folder: Path) -> int:
-        """Returns the step to go on from."""
+        """Returns the step to continue from."""
         return int(self.zero.load(folder)["step"])
 
     def _tensors(self, pairs: Sequence[Ids]) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ class RewardStage:
 
 
 def train_loop(config: Config, report: Report) -> None:
-    """Runs on every rank; writes ``output_dir/model``. ``report`` is a collective.
+    """Run on every rank; writes ``output_dir/model``. ``report`` is a collective.
 
     Raises:
         ValueError: there are no pairs to learn from.
@@ -152,11 +152,11 @@ def train_loop(config: Config, report: Report) -> None:
 
 
 def open_classifier(source: Path, tokenizer: PreTrainedTokenizerBase, config: Config, whole: bool = False) -> Any:
-    """The base with a randomly initialised head of one output; the same on every rank.
+    """The base with a head of one output, randomly initialised; the same on every rank.
 
     Args:
-        whole: open the whole model in this process; otherwise each rank loads its shards, if the files use
-            transformers' names for this architecture.
+        whole: open all of it in this process; else each rank loads its shards if the files have transformers' names
+            for this architecture.
     """
     torch.manual_seed(config.seed)
     dtype, shape = getattr(torch, config.model.dtype), AutoConfig.from_pretrained(source, num_labels=1)

@@ -9,9 +9,9 @@
                                      │
               metrics over all ranks, version + 1, buckets of the policy's weights
 
-Only the policy trains; with ``rl.actor_free``, the Q that defines it (``actor_free.py``). The reference is a frozen
-copy of the policy's layers, and both read the same e; the LM head and the world model are not evaluated here.
-The loop around the step is in ``train_loop.py``. Legend: B sequences, T positions, N of them scored, K actions.
+Of the model, only the policy trains; with ``rl.actor_free`` only the Q that makes it (``actor_free.py``). The reference
+is a frozen copy of the policy's layers, and both read the same e; the LM head and the world model are not evaluated
+here. The loop around the step is in ``train_loop.py``. Legend: B sequences, T positions, N of them scored, K actions.
 """
 
 import time
@@ -54,14 +54,14 @@ from cola_ray.settings.config import Config
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
 _PLACE = ("version", "trained_steps", "kl_coef")
-"""Attributes of a learner that a checkpoint holds in addition to weights and optimizers."""
+"""What a learner's checkpoint holds besides weights and optimizers."""
 
 
 class RLLearner:
     """One rank: a ZeRO-3 engine over the policy, and the step on a batch.
 
     Args:
-        policy: the start of training, in ``config.model.dtype``; taken over.
+        policy: the initial one, in ``config.model.dtype``; taken over.
     """
 
     def __init__(self, config: Config, policy: Policy) -> None:
@@ -85,7 +85,7 @@ class RLLearner:
         self.sender = WeightSender()
         self.broadcast = Broadcast()
         self.version, self.trained_steps, self.kl_coef = 0, 0, rl.kl_coef
-        self.of_sequences: np.ndarray | None = None  # the last step's numbers for the critic, one per sequence, if any
+        self.of_sequences: np.ndarray | None = None  # numbers per sequence for the critic, from the last step, if any
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Train on this rank's share of a batch; returns metrics reduced over ranks.
@@ -128,7 +128,7 @@ class RLLearner:
         """The policy's weights as buckets of the current version; an empty list on ranks above 0. All ranks call.
 
         Args:
-            channel: on rank 0, broadcast the weights here as well; the buckets then serve workers that start later.
+            channel: on rank 0, where to broadcast the weights as well; the buckets then serve workers that start later.
         """
         tensors = self.zero.stream(self.policy.published())
         if self.zero.rank:
@@ -141,7 +141,7 @@ class RLLearner:
         return list(self.sender.buckets(self.version, tensors))
 
     def save(self, folder: Path) -> None:
-        """Save this rank's shard of the policy, and the heads; no random state, since draws follow from the version."""
+        """Save this rank's shard of the policy, and the heads; all draws follow from the version."""
         self.zero.save(folder, {name: getattr(self, name) for name in _PLACE})
         if self.zero.rank == 0:
             for name, head in self.update.heads.items():
@@ -156,7 +156,7 @@ class RLLearner:
 
 
 def learning_rate(config: Config, peak: float, step: int) -> float:
-    """The learning rate of the ``step``-th training step, from 0."""
+    """The learning rate of the ``step``-th step, counted from 0."""
     rl = config.rl
     return peak * lr_factor(rl.lr_scheduler_type, step, config.num_trained_steps, rl.warmup_steps, rl.min_lr_ratio)
 
@@ -179,15 +179,15 @@ class PolicyUpdate:
 
     @property
     def heads(self) -> dict[str, ValueLearner | SoftQLearner]:
-        """The heads beside the policy, by their names in checkpoints."""
+        """The networks beside the policy, by the name under which they are saved."""
         heads = {"value": self.value, "soft_q": self.soft_q}
         return {name: head for name, head in heads.items() if head is not None}
 
     @torch.no_grad()
     def measure(self, batch: Batch, kl_coef: float) -> dict[str, Tensor]:
-        """Compute only metric sums, without gradients, so that the optimizer's moments come only from training steps.
+        """Metric sums only: no gradient, so that the optimizer's moments stay as the training steps left them.
 
-        Exception: a Q from which a critic learns is trained while that critic warms up.
+        Exception: a Q that a critic learns from is trained while the critic warms up.
         """
         found: dict[str, Tensor] = {}
         ready = [*self._cut(batch)]
@@ -203,13 +203,11 @@ class PolicyUpdate:
         return found
 
     def improve(self, batch: Batch, lr: float, kl_coef: float) -> tuple[dict[str, Tensor], float]:
-        """``rl.updates_per_batch`` passes, each with one optimizer step per mini-batch; a value head or Q learns first.
-
-        All ranks call.
+        """``rl.updates_per_batch`` passes, one optimizer step per mini-batch; value head or Q first. All ranks call.
 
         Returns:
-            metric sums of the first pass, whose policy made the batch or is close to the one that did; but the clip
-            fraction is of all passes, since nothing is clipped in the first step. And the mean norm of the gradients.
+            metric sums of the first pass, whose policy is (nearly) the one that made the batch; but clipped actions are
+            counted over all passes, since none are clipped in the first step. And the mean norm of the gradients.
 
         Raises:
             NonFiniteError: loss or gradient is not finite; the weights are those before the optimizer step.
@@ -232,10 +230,10 @@ class PolicyUpdate:
         return found, sum(grad_norms) / len(grad_norms)
 
     def _parts(self, batch: Batch, ready: list[Ready], update: int) -> Iterator[tuple[Batch, Iterator[Ready]]]:
-        """Yield each mini-batch of a pass, with its micro-batches."""
+        """Each mini-batch of a pass, with its micro-batches."""
         if not batch.mini_batches:
             is_last = update == self.config.rl.updates_per_batch - 1
-            # In the last pass a micro-batch's states are not needed any more afterwards.
+            # In the last pass a micro-batch's states are not needed again.
             yield batch, (ready.pop(0) if is_last else ready[index] for index in range(len(batch.micro_batches)))
             return
         rows = Rows(ready)
@@ -245,8 +243,8 @@ class PolicyUpdate:
             yield part, (rows.known(mini_batch.rows[start:stop], one) for (start, stop, _), one in made)
 
     def _cut(self, batch: Batch) -> Iterator[Ready]:
-        """Yield the batch's micro-batches, as they were collated."""
-        score_last = self.soft_q is not None or self.follows_rewards  # these also need the value after a cut-off
+        """The batch's micro-batches, as they were collated."""
+        score_last = self.soft_q is not None or self.follows_rewards  # these also need the value after a cut
         for cut in batch.micro_batches:
             one = MicroBatch.cut(batch, *cut, self.zero.device, score_last)
             yield Ready(one, Frozen(one.hidden_states), Advantages(one.advantages), self._weights(one, batch))
@@ -258,7 +256,7 @@ class PolicyUpdate:
         return loss_weights(one.action_mask, mode, batch.num_actions_global, batch.num_sequences_global, longest)
 
     def _prepare(self, ready: list[Ready], num_actions: int, kl_coef: float) -> tuple[list[Ready], dict[str, Tensor]]:
-        """Score the batch with the policy before any update, and train the heads on it; returns their metric sums."""
+        """Score the batch with the current policy, and let the heads learn from it; returns the heads' metric sums."""
         looked = [self._look(one) for one in ready]
         ready, distributions = [one for one, _ in looked], [of for _, of in looked if of is not None]
         if self.value is not None:
@@ -270,7 +268,7 @@ class PolicyUpdate:
         if self.soft_q is not None:
             encoded, controls = [_encoded(one) for one in ready], self.config.rl.control_variate
             self.soft_q.start(encoded, num_actions)
-            if controls:  # before Q learns from this batch: a control variate must not depend on it
+            if controls:  # before learning from this batch: a control variate must not know it
                 made = [self.soft_q.control(*pair) for pair in zip(encoded, distributions, strict=True)]
                 ready = [replace(one, follows=replace(one.follows, control=control))
                          for one, control in zip(ready, made, strict=True)]  # fmt: skip
@@ -279,7 +277,7 @@ class PolicyUpdate:
 
     @torch.no_grad()
     def _look(self, one: Ready) -> tuple[Ready, Distributions | None]:
-        """Score with the policy before the batch's first update; its distributions too, if a Q learns from them."""
+        """Score with the policy before the batch's first update; also its distributions if a Q learns from them."""
         rollout, q_learns = self.config.rollout, self.soft_q is not None
         logits, frozen = forward(self.zero.engine, one.batch, one.frozen)
         scores = score(
@@ -290,14 +288,14 @@ class PolicyUpdate:
         return replace(one, frozen=frozen, old=old), scores.every if q_learns else None
 
     def _charged(self, ready: Sequence[Ready], kl_coef: float) -> list[Encoded]:
-        """The batches for a value head; KL penalties are charged to the rewards if they are part of the reward."""
+        """Input of a value head, which learns to expect the KL penalties if they are part of the reward."""
         if self.config.rl.kl_in == "loss":
             return [_encoded(one) for one in ready]
         penalties = (one.old.kl_penalties for one in ready if one.old is not None)
         return [_encoded(one, one.batch.rewards - kl_coef * of) for one, of in zip(ready, penalties, strict=True)]
 
     def _following(self, ready: Sequence[Ready], advantages: Sequence[Advantages]) -> list[Ready]:
-        """Replace the advantages by a value head's, which include any penalties charged to its rewards."""
+        """Use a value head's advantages, which include the penalties charged to its rewards."""
         charged = self.config.rl.kl_in == "reward"
         return [replace(one, follows=replace(of, hold_kl=charged)) for one, of in zip(ready, advantages, strict=True)]
 
@@ -314,7 +312,7 @@ class PolicyUpdate:
             logits, one.batch, frozen, follows, one.old, surrogate=self.surrogate, rl=rl, kl_coef=kl_coef,
             temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, loss_weights=one.loss_weights,
         )  # fmt: skip
-        if isinstance(self.soft_q, PathQLearner):  # replay does not hold the engines' log-probabilities
+        if isinstance(self.soft_q, PathQLearner):  # replay does not store the engines' distributions
             metrics = {name: of_all for name, of_all in metrics.items() if "rollout_mismatch" not in name}
         return loss, metrics
 
@@ -327,11 +325,10 @@ def _encoded(one: Ready, rewards: Tensor | None = None) -> Encoded:
 def _heads(
     config: Config, width: int, num_actions: int, device: torch.device
 ) -> tuple[ValueLearner | None, SoftQLearner | None]:
-    """The heads that learn beside the policy.
+    """The networks that learn beside the policy.
 
-    A value head: PPO's, over the whole episode; or ArCHer's baseline within an utterance, whose only reward is the
-    utterance's advantage. A soft Q: ETPO's, archer_soft's, or the control variate of an algorithm whose rewards are its
-    advantages.
+    A value head: PPO's, over the whole episode; or ArCHer's baseline within an utterance, whose advantage is its only
+    reward. A soft Q: ETPO's, archer_soft's, or the control variate of an algorithm whose rewards are its advantages.
     """
     rl = config.rl
     shared: Mapping[str, Any] = {"lr": rl.value_lr, "grad_clip": rl.grad_clip, "steps": rl.value_steps,
@@ -351,7 +348,7 @@ def _heads(
 
 
 def _with_sample_size(metrics: dict[str, float]) -> dict[str, float]:
-    """Replace the weights' mean square by the effective sample size; there are no weights where no policy trains."""
+    """Replace the weights' mean square by the effective sample size; no weights if no policy trains."""
     if "policy/importance_weight_squared" not in metrics:
         return metrics
     mean_square = metrics.pop("policy/importance_weight_squared")
@@ -360,7 +357,7 @@ def _with_sample_size(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _explained(metrics: dict[str, float]) -> dict[str, float]:
-    """Replace a value head's sums by its explained share of the returns' variance; 0 if there is no variance."""
+    """Replace a value head's sums by the explained share of the returns' variance; 0 if there is no variance."""
     if "value/error" not in metrics:
         return metrics
     variance = torch.tensor(metrics.pop("value/returns_deviation"))

@@ -1,9 +1,9 @@
-"""Loads models so that each rank reads only its own shards.
+"""Models of which every rank loads its own shards.
 
     checkpoint ─> each rank maps a tensor from its file ─> and copies its own share of it ─> the next tensor
 
-A rank holds its share of the model and, only where the checkpoint has another dtype or form, one whole tensor.
-Without a process group the same code fills the model whole.
+A rank holds its share of the model and, only if the checkpoint has another dtype or layout, one whole tensor. Without
+a process group the same code loads the whole model.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from cola_ray.model.tensors import Tensors, place
 
 
 def zero_config(dtype: torch.dtype, offload_optimizer: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration of ZeRO-3, for dividing parameters and for training them.
+    """DeepSpeed's ZeRO-3 settings, for dividing parameters and for training them.
 
     Args:
         offload_optimizer: keep the optimizer's state in host memory.
     """
     offloaded = {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # micro-batches are cut by the learner; DeepSpeed only needs a number
+        "train_micro_batch_size_per_gpu": 1,  # we cut batches ourselves; DeepSpeed only needs a number
         "gradient_accumulation_steps": 1,
         "zero_optimization": {
             "stage": 3,
@@ -33,7 +33,7 @@ def zero_config(dtype: torch.dtype, offload_optimizer: bool = False) -> dict[str
             **(offloaded if offload_optimizer else {}),
         },
         "bf16": {"enabled": dtype is torch.bfloat16},
-        # A sum of 128 micro-batches in bfloat16 is off by more than 1 % of the gradient.
+        # With bfloat16, the sum over 128 micro-batches is off by more than 1 % of the gradient.
         "data_types": {"grad_accum_dtype": "fp32"},
         # torch's AdamW starts at once; DeepSpeed's own would compile a CPU kernel first.
         "zero_allow_untested_optimizer": True,
@@ -52,15 +52,15 @@ def fill(
     device: torch.device | None = None,
     on_host: Callable[[str], bool] = lambda _: False,
 ) -> None:
-    """Load values for the parameters of ``module`` on the meta device; a collective if there is a process group.
+    """Load the parameters of ``module`` that are on the meta device; a collective if there is a process group.
 
     Args:
-        tensors: the checkpoint's; converted to each parameter's dtype.
-        stored: from a parameter's name to its tensor's.
+        tensors: with their values after conversion to the parameter's dtype.
+        stored: maps a parameter's name to its tensor's.
         whole: prefixes of parameters that every rank keeps whole; the engine divides them later.
-        initialise: draws the parameters of a module that the checkpoint does not have; all ranks must draw the same.
-        device: of parameters that stay whole, by default the CPU; shares are on the rank's own device.
-        on_host: from a parameter's name to whether its shares stay in host memory.
+        initialise: draws the parameters of a module that the checkpoint lacks; all ranks must draw the same.
+        device: of whole parameters, by default the CPU; shares are on the rank's own device.
+        on_host: whether a parameter's shares stay in host memory, by its name.
 
     Raises:
         ValueError: a tensor is missing (without ``initialise``) or has another shape; names the first five.
@@ -78,7 +78,7 @@ def fill(
     for name in present.keys() - shared.keys():
         data = torch.empty(present[name].shape, dtype=present[name].dtype, device=device)
         place(module, name, data.copy_(tensors.read(stored(name))))
-    # Conversions share one buffer: with shares lying between freed tensors, malloc could not give memory back.
+    # Conversions go through one buffer: shares between freed tensors would keep malloc from returning memory.
     buffer = torch.empty(max((one.nbytes for one in shared.values()), default=0), dtype=torch.uint8)
     shards = Shards()
     for name, parameter in shared.items():
@@ -97,7 +97,7 @@ class Shards:
     """Divides parameters over the ranks of the process group, one by one."""
 
     def __init__(self) -> None:
-        # A parameter that is divided already, with which DeepSpeed divides more; one for host memory and one for not.
+        # An already divided parameter, by which DeepSpeed divides others; by whether shares are in host memory.
         self.first: dict[bool, Any] = {}
 
     def take(self, parameter: Any, on_host: bool = False) -> None:
@@ -109,7 +109,7 @@ class Shards:
         if on_host in self.first:
             self.first[on_host].convert_to_zero_parameters(param_list=[parameter])
             return
-        import deepspeed  # imported here because policies also run without it
+        import deepspeed  # policies also run without it
 
         class Divide(deepspeed.zero.Init):  # type: ignore[misc]
             """Init without the broadcast of the first rank's values, which would read and write the whole tensor."""
@@ -128,9 +128,9 @@ class Shards:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Turn on gradient checkpointing for the decoder layers of a transformers model.
+    """Let the decoder layers of a transformers model be recomputed in the backward pass.
 
-    Only the layers themselves enter training mode, as transformers requires: modules inside them apply no dropout.
+    Only the layers themselves enter training mode, which transformers requires: nothing inside uses dropout.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False

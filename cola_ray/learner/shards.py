@@ -1,7 +1,7 @@
-"""Tokenised documents on disk: Arrow IPC files that are memory-mapped, and never loaded whole.
+"""Tokenised documents on disk: memory-mapped Arrow IPC files, which are never read into memory as a whole.
 
     FOLDER/part-000000.arrow     one record batch: ids (large_list of uint16 or uint32), prompt_tokens (int32)
-    FOLDER/part-000000.json      the part's documents, tokens, rows, and broken rows
+    FOLDER/part-000000.json      the part's numbers of documents, tokens and rows, and its broken rows
     FOLDER/corpus.json           all parts, once all are there
 
     with ShardWriter(path, small=True) as writer: writer.add(ids, prompt_tokens)
@@ -9,8 +9,8 @@
     lengths, prompts = documents.lengths(numbers)
     for ids in documents.read(numbers): ...
 
-A document's response mask is a single number, since a response follows its prompt: with ``prompt_tokens`` p, the model
-is to generate the tokens from p on; :data:`TEXT` marks a document without a prompt.
+A document's response mask is a single number, since a response follows its prompt: with ``prompt_tokens`` p, the tokens
+from p on are the model's own; :data:`TEXT` marks a document without a prompt.
 """
 
 import array
@@ -38,7 +38,7 @@ _BUFFERED = 1 << 20  # tokens
 
 
 class ShardWriter:
-    """Writes one shard in constant memory; the complete shard appears when ``with`` ends without an exception.
+    """Writes one shard in constant memory; the file appears, complete, if the ``with`` ends without an exception.
 
     Args:
         path: of the shard; nothing is written if no document was added.
@@ -114,7 +114,7 @@ class _Shard:
         self.prompts = batch.column("prompt_tokens").to_numpy(zero_copy_only=True)
 
     def give_back(self) -> None:
-        """Release the mapped pages from this process; they stay in the system's page cache."""
+        """Give back the mapped pages; the system's cache keeps the file's contents."""
         self.map.madvise(mmap.MADV_DONTNEED)
 
 
@@ -141,14 +141,14 @@ class Documents:
         self.are_pairs = not any(one["texts"] for _, one in parts)
         self.fingerprints = [manifest["fingerprint"] for manifest in manifests]
         self._open: collections.OrderedDict[int, _Shard] = collections.OrderedDict()
-        self._read: list[_Shard] = []  # shards read since pages were last given back
+        self._read: list[_Shard] = []  # shards read since pages were given back
         self._touched = 0  # documents read since then
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def lengths(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of these documents, and of their prompts (or :data:`TEXT`): (N,) -> (N,), (N,) int64."""
+        """Token counts of these documents, and of their prompts (or :data:`TEXT`): (N,) -> (N,), (N,) int64."""
         lengths, prompts = (np.empty(len(numbers), np.int64) for _ in range(2))
         for shard, where, inside in self._by_shard(numbers):
             lengths[where] = shard.offsets[inside + 1] - shard.offsets[inside]
@@ -167,7 +167,7 @@ class Documents:
     def read(self, numbers: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the index in ``numbers`` and the ids of each document, shard by shard.
 
-        The ids are a view of the file; copy them before asking for the next document.
+        The ids are a view of the file: copy them before asking for the next.
         """
         for shard, where, inside in self._by_shard(numbers):
             for index, document in zip(where.tolist(), inside.tolist(), strict=True):
@@ -175,7 +175,7 @@ class Documents:
                 self._touch(shard, 1)
 
     def _by_shard(self, numbers: np.ndarray) -> Iterator[tuple[_Shard, np.ndarray, np.ndarray]]:
-        """Each shard that has some of the documents, their places in ``numbers``, and their numbers in the shard."""
+        """Each shard with some of the documents, their places in ``numbers``, and their numbers in the shard."""
         shards = np.searchsorted(self.starts, numbers, "right") - 1
         order = np.argsort(shards, kind="stable")
         for where in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):

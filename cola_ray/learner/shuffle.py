@@ -1,7 +1,7 @@
-"""Shuffles of any size, and mixtures, whose orders are computed on demand and never stored.
+"""Orders that are computed where needed and never stored: shuffles of any size, and mixtures.
 
     shuffled(places, count, seed, epoch)     the elements at these places of a permutation of ``count``
-    dealt(slots, shares)                     the owner of each slot, and its number among the owner's slots
+    dealt(slots, shares)                     the owner of each slot, and the slot's index among its owner's
 
 Both are pure functions of their arguments, so a run resumes anywhere, on any number of ranks, without a cursor.
 """
@@ -12,16 +12,16 @@ from fractions import Fraction
 import numpy as np
 
 _ROUNDS = 8
-_LEAST_BITS = 4  # bits of a half, at least: with fewer, the network reaches too few of the permutations
+_LEAST_BITS = 4  # bits of a half: with fewer, a network reaches too few of the permutations
 _FINEST = 1_000_000  # the largest denominator of a share
 
 
 def shuffled(places: np.ndarray, count: int, *key: int) -> np.ndarray:
-    """The elements at ``places`` of the permutation of 0 .. count - 1 that ``key`` chooses: (N,) -> (N,) int64.
+    """The elements at ``places`` of a permutation of 0 .. count - 1 that ``key`` chooses: (N,) -> (N,) int64.
 
-    A balanced Feistel network over the next power of four, with splitmix64 as its round function; a result outside the
-    range is encrypted again until it is inside, which keeps it a bijection. Sources: Luby and Rackoff 1988 for the
-    network, Black and Rogaway 2002, section 4, for the walk.
+    A balanced Feistel network over the next power of four, whose round function is splitmix64; results outside the
+    range are encrypted again until they fall inside, which keeps it a bijection. Sources: Luby and Rackoff 1988 for the
+    network, Black and Rogaway 2002, section 4, for the cycle walking.
 
     Args:
         places: 0 <= place < count, any integer type.
@@ -29,7 +29,7 @@ def shuffled(places: np.ndarray, count: int, *key: int) -> np.ndarray:
     """
     half = np.uint64(max(_LEAST_BITS, (max(count - 1, 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    # The key's length comes first, since a key with zeros appended would otherwise give the same seed.
+    # The key's length comes first: otherwise a key and the same key followed by zeros would give the same seed.
     keys = np.random.SeedSequence((len(key), *key)).generate_state(_ROUNDS, np.uint64)
 
     def encrypted(numbers: np.ndarray) -> np.ndarray:
@@ -52,17 +52,17 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 
 def dealt(slots: np.ndarray, shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The owner of each slot, and the slot's number among its owner's, from 0: (N,) -> (N,), (N,) int64.
+    """The owner of each slot, and the slot's index among its owner's, from 0: (N,) -> (N,), (N,) int64.
 
-    The first owner takes its share of all slots, evenly spaced; the second its share of the slots that are left, and so
-    on. Of the first n slots, each of the K owners has n times its share, give or take K.
+    The first owner takes its share of all slots, evenly spaced; the second takes its share of the remaining ones, and
+    so on. Of the first n slots, each of K owners has n times its share, give or take K.
 
     Args:
         slots: at least 0, below 9e12.
         shares: of the K owners, above 0, in any unit; their ratios are kept to 1e-6.
     """
     owner, number = np.zeros(len(slots), np.int64), np.asarray(slots).astype(np.int64)
-    left = np.ones(len(slots), bool)  # slots that no owner has taken yet
+    left = np.ones(len(slots), bool)  # slots without an owner so far
     for index, share in enumerate(shares):
         part = Fraction(share / sum(shares[index:])).limit_denominator(_FINEST)
         before = number * part.numerator // part.denominator

@@ -6,8 +6,8 @@
 
     Q(e) ─> actor loss, summed over all K actions ─> the policy's update, on the same batch
 
-At first every action has the same value, so the best policy is the reference. N positions are scored: those where an
-action was taken, and the last one of a sequence. ETPO without an actor is in ``actor_free.py``.
+At first every action has the same value, and the best policy is the reference. N positions are scored: those where an
+action was taken, and the last one of a sequence. Without an actor: ``actor_free.py``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class SoftQLearner(HeadLearner):
     Args:
         tau: share of the online head that the target takes over after each gradient step.
         steps: gradient steps per batch.
-        seed: of the head's first weights.
+        seed: of the head's initial weights.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class SoftQLearner(HeadLearner):
         nn.init.constant_(head.layers[-1].get_parameter("bias"), level)
 
     def _goals(self, encoded: Encoded, of: Distributions, beta: float) -> Tensor:
-        """The targets of Q for the actions taken, (B, T)."""
+        """Targets of Q for the actions taken, (B, T)."""
         return one_step_targets(self.target, encoded, of.reference, beta, of.policy)
 
     @torch.no_grad()
     def start(self, batches: Sequence[Encoded], num_actions: int) -> None:
-        """Before the first step, set every value to the value of a state in which all actions are like the average one.
+        """Before the first step: set the value of every action in every state to that of the average action.
 
-        Starting from 0, taken actions would get higher values than untaken ones only because of the rewards' level. All
-        ranks call; after the first step it changes nothing.
+        From 0, actions taken would get higher values than those that were not, merely by the rewards' level. All ranks
+        call; after the first step this does nothing.
         """
         if self.is_new:
             level = level_of(batches, num_actions)
@@ -96,12 +96,12 @@ class SoftQLearner(HeadLearner):
 
     @torch.no_grad()
     def q(self, encoded: Encoded) -> Tensor:
-        """Values of every action at the scored positions, (N, K)."""
+        """Values of all actions at the scored positions, (N, K)."""
         found: Tensor = self.online(encoded.hidden_states[encoded.batch.scored_mask])
         return found
 
     def control(self, encoded: Encoded, of: Distributions) -> Tensor:
-        """Q of each action minus its mean under the policy, (N, K): a control variate."""
+        """Q of each action less the policy's mean, (N, K): a control variate."""
         q = self.q(encoded)
         return q - etpo.soft_values(q, of.policy, of.reference, 0.0)[..., None]
 
@@ -113,8 +113,8 @@ def one_step_targets(
     """``r + g V(next)`` at each action, 0 elsewhere, (B, T).
 
     Args:
-        reference: (N, K) log-probabilities at the scored positions, which include each row's last.
-        policy: (N, K), the policy whose values are used; None: the best policy.
+        reference: (N, K) log-probabilities at the scored positions, including each row's last.
+        policy: (N, K), the policy whose values count; None for the best policy.
     """
     batch = encoded.batch
     q = target(encoded.hidden_states[batch.scored_mask])

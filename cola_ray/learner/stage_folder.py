@@ -1,4 +1,4 @@
-"""Folders that pre-training's stages hand to each other: complete, sealed, and put in place by one rename."""
+"""Folders that stages of pre-training pass on: complete, sealed, and put in place by one rename."""
 
 import shutil
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from cola_ray.learner.engine import Report
 from cola_ray.runs.checkpoints import fault_of_stage, seal_stage
 
 DONE = "done.json"
-"""File of a stage that reached its end: its last metrics, and a list of its files."""
+"""Written by a finished stage: its last metrics, and its files' checksums."""
 
 
 def is_done(stage: Path, report: Report) -> bool:
-    """Whether a stage's folder is complete; a collective. A damaged one is reported, and counts as incomplete."""
+    """Whether a stage has left its complete folder; a collective. A damaged one is reported, and made again."""
     found = [True]
     if torch.distributed.get_rank() == 0:
         found = [(stage / DONE).exists()]
@@ -35,13 +35,13 @@ def staging_for(target: Path) -> Path:
 
 
 def finish(staging: Path, target: Path, metrics: Mapping[str, Any]) -> None:
-    """Seal the content of ``staging`` as a stage that reached its end, and put it at ``target``."""
+    """Seal ``staging`` as the folder of a finished stage, and put it at ``target``."""
     seal_stage(staging, DONE, metrics)
     put(staging, target)
 
 
 def put(source: Path, target: Path) -> None:
-    """Put ``source`` at ``target`` in one rename; unless it is a staging folder, ``source`` stays, and is copied."""
+    """Put ``source`` at ``target`` by one rename; ``source`` is copied, not moved, unless it is a staging folder."""
     if source.suffix != ".tmp":
         staging = staging_for(target)
         shutil.copytree(source, staging, dirs_exist_ok=True)

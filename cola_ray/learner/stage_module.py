@@ -1,15 +1,15 @@
-"""The losses of pre-training's stages, as one module, so that ZeRO-3 sees one forward.
+"""The loss of each stage of pre-training, as one module, so that ZeRO-3 sees one forward.
 
     base        -log P(x_t+1 | x_1..t)                                      a plain base
     actions     -log P(x_t+1 | e_t, a_t), a_t a straight-through Gumbel sample of the IDM   + entropy_coef sum p log p
     policy      -log pi(a_t | e_1..t), a_t the IDM's greedy action
-    fta_idm     -log P(x_t+1 | e_t, a_t), the base alone trains, a_t the IDM's greedy action
+    fta_idm     -log P(x_t+1 | e_t, a_t), only the base trains, a_t the IDM's greedy action
     fta_policy  the same, a_t sampled from the policy
 
-Where an action lasts n tokens (``model.action_every``), the IDM's logits of a span are pooled, ``u_s = mean of u_{t+1}
-over the span's t``, and the action drawn or taken from u_s holds at each of the span's positions (algorithms/spans.py).
-The policy learns at the spans' first positions, where it will choose. Terms of the relaxed actions count a span once
-for each of its tokens, as the cross-entropy does; counts of actions count decisions.
+If an action lasts n tokens (``model.action_every``), the IDM's logits of a span are pooled, ``u_s = mean of u_{t+1}
+over the span's t``, and the action drawn or taken from u_s is the action at each of its positions
+(algorithms/spans.py). The policy learns at the spans' first positions, where it will be evaluated. Terms of the relaxed
+actions count a span once for each of its tokens, as the cross-entropy does; counts of actions count decisions.
 
 Source: Jia et al. 2025, stages 1 and 2; departures are named where they are made.
 Legend: B rows, T positions, N of them masked in, K actions.
@@ -68,18 +68,18 @@ class StageModule(nn.Module):
         labels: Tensor | None = None,
         steps: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss *sum* over masked-in positions (in the stage policy over spans), and metric sums.
+        """The loss *sum* over masked-in positions (in the stage policy, over spans), and metric sums.
 
         Args:
             input_ids, position_ids, loss_mask: (B, T).
             noise_seed: (B,) int64.
             measure: in the stage actions, whether to compute the bare base's loss, too.
-            mean_usage: (K,), the relaxed actions' mean over the step's batch; None if every rank has a single
-                micro-batch, so that all compute theirs at the same time.
+            mean_usage: (K,), the relaxed actions' mean over the step's batch; None if no rank has more than one
+                micro-batch: then all ranks compute it together.
             reach: in the stage actions, whether to try all actions on some states.
-            e: in the stages actions and policy, the result of :meth:`states`, if it is known.
-            labels: in the stage policy, the result of :meth:`labels`, if it is known.
-            steps: (B, T), steps of responses, by which spans are counted; None: those of texts, ``position_ids``.
+            e: in the stages actions and policy, the result of :meth:`states`, if known.
+            labels: in the stage policy, the result of :meth:`labels`, if known.
+            steps: (B, T), steps of responses, by which spans are counted; None: steps of texts, ``position_ids``.
         """
         tokens = input_ids[:, 1:]
         mask = loss_mask[:, :-1]
@@ -107,7 +107,7 @@ class StageModule(nn.Module):
         return loss, {"loss": loss.detach(), "counts": self._counts(actions)}
 
     def _base_loss(self, input_ids: Tensor, position_ids: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        # Without use_cache=False transformers would not see that rows are packed and attend across documents.
+        # With use_cache, transformers would not detect packed rows, and would attend across documents.
         given = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if self.own_logits:
             logits = self.model(**given).logits[:, :-1]
@@ -124,12 +124,12 @@ class StageModule(nn.Module):
 
     @torch.no_grad()
     def labels(self, e: Tensor, position_ids: Tensor) -> Tensor:
-        """The IDM's greedy action that led to each token, (B, T) int64; the first token's is meaningless."""
+        """For each token the IDM's greedy action that led to it, (B, T) int64; the first token's is meaningless."""
         labels: Tensor = self.model.inverse_dynamics_logits(e, position_ids=position_ids).argmax(-1)
         return labels
 
     def _spans(self, mask: Tensor, position_ids: Tensor, steps: Tensor | None) -> Spans:
-        """The spans of the N masked-in positions (B, T - 1)."""
+        """Spans of the N masked-in positions (B, T - 1)."""
         steps = position_ids if steps is None else steps
         return Spans.of(mask, position_ids[:, :-1], steps[:, :-1], self.every)
 
@@ -194,7 +194,7 @@ class StageModule(nn.Module):
         return loss, sums
 
     def _reachable(self, states: Tensor, targets: Tensor, owner: Tensor) -> dict[str, Tensor]:
-        """Try all K actions in each state: how many distinct next tokens? Does one action give a whole span?"""
+        """Over all K actions in each state: number of distinct next tokens; whether one action gives a whole span."""
         num_actions = self.model.config.num_actions
         tried = states[:, None].expand(-1, num_actions, -1)
         actions = torch.arange(num_actions, device=states.device).expand(len(states), -1)
@@ -246,7 +246,7 @@ class StageModule(nn.Module):
 
 
 def noise_seeds(seed: int, step: int, rows: np.ndarray) -> Tensor:
-    """Seeds of these rows' draws in a step, (B,) int64: they depend on the row and the step, not on the rank."""
+    """Seeds of these rows' draws in a step, (B,) int64: a row's draws depend on it and the step, not on its rank."""
     return torch.from_numpy(rows.astype(np.int64)) + mixed(seed, step)
 
 
@@ -256,7 +256,7 @@ def mixed(*numbers: int) -> int:
 
 
 def mean_over_ranks(rows: Tensor) -> Tensor:
-    """The mean of the (N, K) rows of all ranks, (K,), without gradient; all ranks call."""
+    """Mean of all ranks' (N, K) rows: (K,), without gradient; all ranks call."""
     sums = torch.cat([rows.detach().double().sum(0), rows.new_full((1,), len(rows), dtype=torch.float64)])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)

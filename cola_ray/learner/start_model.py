@@ -1,6 +1,6 @@
-"""The model that pre-training starts from: the given base, alone or with CoLA attached, or a small new Llama.
+"""The model that pre-training starts from: the given base, alone or with CoLA attached, or a new small Llama.
 
-Both attaching CoLA and making the Llama are deterministic in the seed, so either may be repeated.
+Attaching and making are deterministic in the seed, so either may be repeated.
 """
 
 import json
@@ -25,8 +25,7 @@ def start_model(config: Config, task: Prompts | PlayedTask | None, report: Repor
 
     CoLA is attached to the base here, unless the first stage trains the base by itself.
 
-    Returns:
-        the directory, and whether it was made in this call.
+    Also returns whether it was made just now. A collective.
     """
     target = Path(config.output_dir) / "stages" / "start"
     made = not is_done(target, report)
@@ -60,7 +59,7 @@ def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
 
 
 def attached(config: Config, source: Path) -> Path:
-    """A new directory that holds ``source`` with CoLA attached; ``source`` itself if it has CoLA already.
+    """A new directory with ``source`` and CoLA around it; ``source`` itself if it already has CoLA.
 
     A collective.
     """
@@ -99,7 +98,7 @@ def make_tokenizer(task: Prompts | PlayedTask) -> PreTrainedTokenizerFast:
 
 
 def make_tiny_llama(vocab_size: int, eos_token_id: int, seed: int) -> LlamaForCausalLM:
-    """A Llama with 0.85 M parameters; its heads are 32 wide, the least that vLLM serves on CPU."""
+    """A Llama of 0.85 M parameters; its heads have width 32, the least that vLLM serves on CPU."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(

@@ -1,4 +1,4 @@
-"""Outputs of frozen modules for a corpus's tokens, cached on disk: states of the base, and the IDM's labels.
+"""Outputs of frozen modules for a corpus's tokens, computed once and kept on disk: the base's states, the IDM's labels.
 
     a micro-batch ──are all of its tokens kept, on all ranks?──┬─ yes ─> read
                                                                └─ no ──> computed by all ranks, written, used as written
@@ -7,13 +7,13 @@
                     000000.checks    a CRC-32 of each piece at its first token; 0 where there is none
 
 Nothing is computed ahead: the first step that trains on a token writes what later epochs and stages read. So the base
-runs once for each token that is trained on, and a killed run continues with what is there. A piece with a wrong CRC,
-for example after a power failure, is computed again. A folder's name is a digest of the corpus, of the weights that
-computed the numbers, and of the numbers' type.
+runs once for each token that is trained on, and a killed run continues with what is on disk. A piece with a wrong CRC
+(e.g. after a power failure) is computed again. Folders are identified by a digest of the corpus, of the weights that
+computed the values, and of the numbers' type.
 
-A state depends only on its document, but its last bits depend on the document's place in a row. So in float32, training
-is bit for bit the same as without the cache while rows are packed as they were written (with shards in the first epoch,
-with rows in memory always), and the same up to rounding in later epochs, whose rows are packed anew.
+A state depends only on its document, but its last bits depend on where in a row the document stands. So in float32
+training is the same bit for bit while rows are repeated unchanged (with shards in the first epoch, with data in memory
+in all epochs), and up to rounding in later epochs, whose rows are packed anew.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ from cola_ray.settings.config import Config
 
 FORMAT = 1
 TOKENS_A_FILE = 1 << 20
-_OPEN = 64  # most open files of a store, each with two descriptors
-_NOTES = ("_name_or_path", "transformers_version", "dtype")  # fields of a config.json that change no state
+_OPEN = 64  # files of a store, two descriptors each
+_NOTES = ("_name_or_path", "transformers_version", "dtype")  # entries of a config.json that change no state
 
 
 class TokenStore:
-    """The numbers of each token, in files of a folder, written and read in pieces of consecutive tokens.
+    """Numbers by token in a folder's files, written and read in pieces of consecutive tokens.
 
     A piece is in the file of its first token. Processes may share a store: pieces do not overlap, and a piece that two
-    processes write at the same time is valid if both wrote the same.
+    processes wrote at the same time is valid if both wrote the same.
 
     Args:
         width: numbers per token.
@@ -59,7 +59,7 @@ class TokenStore:
         self._files: dict[int, tuple[io.FileIO, io.FileIO]] = {}
 
     def read(self, address: int, into: Tensor) -> bool:
-        """Fill ``into``, (n, width), contiguous, with the piece at a token's address; return whether it is there."""
+        """Fill ``into``, (n, width), contiguous, with the piece at a token's address; returns whether it exists."""
         file, place = divmod(address, TOKENS_A_FILE)
         values, checks = self._opened(file)
         check = os.pread(checks, 4, 4 * place)
@@ -69,10 +69,10 @@ class TokenStore:
         return os.preadv(values, [view], self.size * place) == len(view) and _check(view) == check
 
     def write(self, address: int, piece: Tensor) -> None:
-        """Keep a piece, (n, width).
+        """Write a piece, (n, width).
 
         Raises:
-            OSError: there is no room.
+            OSError: there is no space.
         """
         file, place = divmod(address, TOKENS_A_FILE)
         values, checks = self._opened(file)
@@ -110,11 +110,11 @@ def _check(view: memoryview) -> bytes:
 
 
 class Kept:
-    """One frozen module's outputs for the tokens of rows, in a store for each pool of the corpus.
+    """One frozen module's outputs for the tokens of rows: a store for each pool of the corpus.
 
     Args:
-        folder: holds all stores.
-        of: digest of the weights that compute the outputs.
+        folder: of all stores.
+        of: digest of the module that computes the outputs.
     """
 
     def __init__(self, rows: Rows, folder: Path, of: str, width: int, dtype: torch.dtype) -> None:
@@ -123,10 +123,10 @@ class Kept:
         self.stores = [TokenStore(folder / digest, width, dtype) for digest in digests]
 
     def get(self, indices: np.ndarray, device: torch.device, compute: Callable[[], Tensor]) -> Tensor:
-        """Return these rows' outputs, (B, T, width) in the store's type, on ``device``; a collective.
+        """The outputs for these rows, (B, T, width) in the store's type, on ``device``; a collective.
 
         Args:
-            compute: computes all of them, in any type; called on all ranks if any rank lacks a piece.
+            compute: computes all of them, in any type; called on all ranks if one of them lacks a piece.
         """
         pieces = self.rows.pieces(indices)
         found = torch.zeros(len(indices), self.rows.width, self.width, dtype=self.dtype)
@@ -145,7 +145,7 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class KeptStates:
-    """The outputs that a stage caches: states of the base and the IDM's labels; None: not cached."""
+    """What a stage keeps: the base's states and the IDM's labels; None for what it does not keep."""
 
     states: Kept | None = None
     labels: Kept | None = None
@@ -153,7 +153,7 @@ class KeptStates:
     def of(
         self, indices: np.ndarray, device: torch.device, module: StageModule, input_ids: Tensor, position_ids: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return ``e`` and ``labels`` for the module's forward on these rows; None where it computes them itself."""
+        """``e`` and ``labels`` of the module's forward, for these rows; None for what it has to compute itself."""
         if self.states is None:
             return None, None
         e = self.states.get(indices, device, lambda: module.states(input_ids, position_ids)).to(module.model.dtype)
@@ -170,12 +170,12 @@ NOTHING_KEPT = KeptStates()
 
 
 def kept_states(config: Config, stage: str, source: Path, rows: Rows) -> KeptStates:
-    """The cache of the base's states, for the model in ``source``; in the stage policy, of its IDM's labels too.
+    """The states of the base of the model in ``source``, and in the stage policy its IDM's labels.
 
     A collective.
 
     Raises:
-        ValueError: the states of this stage would not fit.
+        ValueError: the states of this stage would not fit on the disk.
     """
     if config.pretrain.states == "off" or stage not in ("actions", "policy"):
         return NOTHING_KEPT
@@ -188,8 +188,8 @@ def kept_states(config: Config, stage: str, source: Path, rows: Rows) -> KeptSta
     dtype = getattr(torch, config.model.dtype if config.pretrain.states == "model" else config.pretrain.states)
     states = Kept(rows, folder, digests[0], width, dtype)
     _check_room(config, stage, states, folder)
-    # Labels have 16 bits: num_actions is at most 65 536.
-    # Labels of spans are not cached, since they depend on where responses begin.
+    # Labels of 16 bits: num_actions is at most 65 536.
+    # Labels of spans depend on where responses begin, so they are computed.
     of_tokens = stage == "policy" and getattr(conversion.opened(source)[0], "action_every", 1) == 1
     labels = Kept(rows, folder, "".join((*digests, str(dtype))), 1, torch.int16) if of_tokens else None
     return KeptStates(states, labels)
@@ -200,9 +200,9 @@ def states_folder(config: Config) -> Path:
 
 
 def digest_of_weights(source: Path, dtype: str, prefix: str) -> str:
-    """A digest of the tensors of a CoLA model whose names begin with ``prefix``, its base's settings, and its dtype.
+    """A digest of part of a CoLA model: tensors whose names begin with ``prefix``, its base's settings, and its dtype.
 
-    Settings of other parts are left out, so that stages that add or change such parts find what other stages wrote.
+    Settings of other parts are left out, so that stages that add or change those find what others have written.
     """
     shape, tensors = conversion.opened(source)
     settings = {name: value for name, value in conversion.base_settings(shape.to_dict()).items() if name not in _NOTES}

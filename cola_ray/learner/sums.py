@@ -5,14 +5,14 @@ from torch import Tensor
 
 
 def add(sums: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Add a micro-batch's sums to the sums so far."""
+    """Add a micro-batch's sums to those of the earlier ones."""
     for name, value in found.items():
         known = sums.get(name, torch.zeros_like(value))
         sums[name] = torch.maximum(known, value) if name.endswith("_max") else known + value.detach()
 
 
 def means(sums: dict[str, Tensor], num_actions: int) -> dict[str, float]:
-    """Means over the ``num_actions`` actions of all ranks; maxima stay maxima. All ranks call."""
+    """Means over all ranks' ``num_actions`` actions; maxima stay maxima. All ranks call."""
     out = {}
     for name, value in sums.items():
         is_max = name.endswith("_max")

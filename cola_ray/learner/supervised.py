@@ -1,4 +1,4 @@
-"""Supervised training: the one loop of pre-training's stages, reward models and logged Q.
+"""Supervised training: the loop that pre-training's stages, reward models and logged Q share.
 
     stage.step(number, lr) ─> metrics ─> report ──stop?──> checkpoint, then end
           ^                                └─ checkpoint every pretrain.save_every steps
@@ -25,7 +25,7 @@ from cola_ray.settings.config import Config
 
 
 class Stage(Protocol):
-    """A model to train, with its data and its loss; every rank holds one."""
+    """A model, its data and its training step; every rank holds one."""
 
     peak_lr: float
     measure_every: int  # steps between measurements on held-out data; the last step is always measured
@@ -36,11 +36,11 @@ class Stage(Protocol):
         ...
 
     def step(self, number: int, lr: float) -> dict[str, Any]:
-        """Train one step; returns metrics over all ranks. All ranks call this and all other methods."""
+        """Train on one batch; returns metrics over all ranks. All ranks call, as for all methods."""
         ...
 
     def measure(self) -> dict[str, Any]:
-        """Metrics on held-out data; empty if there is none."""
+        """Metrics on held-out data, empty if there is none."""
         ...
 
     def save(self, folder: Path, step: int) -> None:
@@ -54,9 +54,9 @@ def train(
     """Train a stage to its end, or until ``report`` says stop, which leaves a checkpoint. A collective.
 
     Args:
-        report: takes every step's metrics; says whether to stop.
-        first_step: the step to begin with, from a checkpoint.
-        steps_before: steps of the run's earlier stages; checkpoints are numbered over all stages.
+        report: receives every step's metrics; returns whether to stop.
+        first_step: the checkpoint's, if training continues from one.
+        steps_before: of the run's earlier stages; checkpoints are counted over all stages.
 
     Returns:
         whether the stage reached its end, and the metrics of its last step.
@@ -94,7 +94,7 @@ def zero_step(
     zero: ZeroEngine, batches: Sequence[T], loss_of: Callable[[int, T], tuple[Tensor, dict[str, Tensor]]],
     denominator: int, lr: float,
 ) -> tuple[dict[str, Tensor], float]:  # fmt: skip
-    """One optimizer step on this rank's micro-batches; all ranks must have equally many.
+    """One optimizer step on this rank's micro-batches; all ranks have the same number of them.
 
     Args:
         loss_of: from a micro-batch's number and the micro-batch to its loss sum and metric sums.
@@ -104,7 +104,7 @@ def zero_step(
         metric sums over all ranks, and the gradient's norm before clipping.
 
     Raises:
-        NonFiniteError: on every rank; the weights are those before the step.
+        NonFiniteError: on every rank; the weights are unchanged.
     """
     found: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
@@ -118,6 +118,6 @@ def zero_step(
 
 
 def micro_batches(mine: Any, config: Config) -> list[Any]:
-    """Cut a rank's examples (anything that can be sliced) into pieces of ``pretrain.micro_batch_size``."""
+    """A rank's examples, in anything that can be sliced, ``pretrain.micro_batch_size`` at a time."""
     size = config.pretrain.micro_batch_size
     return [mine[start : start + size] for start in range(0, len(mine), size)]

@@ -1,4 +1,4 @@
-"""The surrogate of the advantages in the policy's loss: a built-in one with its clips, or a user's own function.
+"""The surrogate of the advantages in the policy's loss: a built-in one, with its clips, or a user's function.
 
 rl.loss, or the algorithm's ─┬─ ppo, gspo, cispo ─> with Clip(rl.clip_low, rl.clip_high, rl.clip_c) ─┬─> Surrogate
                              └─ file.py:name ─────> its shape checked, 0 where masked ───────────────┘
@@ -37,7 +37,7 @@ def _clip(rl: RLConfig) -> Clip:
 
 
 def of_ones_own(loss: PolicyLoss) -> Surrogate:
-    """The surrogate of a user's own loss; it reports no action as clipped."""
+    """A user's function as a surrogate; it reports no clipped actions."""
 
     def checked(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         of_each = loss(log_probs, old_log_probs, advantages, mask)

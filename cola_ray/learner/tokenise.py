@@ -1,4 +1,4 @@
-"""Tokenises a corpus once, into shards: in parallel processes, resumable after any interruption, by fingerprint.
+"""Turns a corpus into shards of token ids, once: in parallel processes, resumable at any point, with a fingerprint.
 
     sources ──parts_of──> parts ──child processes: read, tokenise, write──> FOLDER/part-*.arrow ──> FOLDER/corpus.json
     shards  ──members of each bundle, packed──> rows-*.npy, the number of rows of each bundle
@@ -6,9 +6,9 @@
     folders = tokenise(data, chat, cache, say)                    one folder for each source
     bundles = ...; counts = counted_rows(bundles, cache, processes, say)
 
-A folder's name ends with a digest of the source's files, the tokenizer and the settings that ids depend on, so that a
-changed corpus is tokenised into a new folder. A part is either complete or absent: the next run after a SIGKILL makes
-the missing parts. Children (:mod:`cola_ray.learner.tokenise_part`) end with the process that started them.
+A folder's name ends with a digest of the source's files, the tokenizer and the settings that ids depend on, so changed
+data is tokenised anew, beside the old. A part either exists or not: after a SIGKILL, the next process makes the missing
+parts. Children (:mod:`cola_ray.learner.tokenise_part`) end with the process that started them.
 """
 
 import base64
@@ -42,19 +42,19 @@ from cola_ray.tasks.parts import PART_MB, Part, parts_of
 from cola_ray.tasks.rows import files_of, is_local, placed
 
 FORMAT = 1
-"""Version of the format of shards and of their contents."""
-_SAID_S = 1.0  # seconds between two lines of progress
+"""Version of the shards' format, and of their contents."""
+_SAID_S = 1.0  # between two lines of progress
 _AT_ONCE = 64  # bundles that a child counts in one request
 
 Say = Callable[[str], None]
 
 
 def tokenise(data: DataConfig, chat: ChatTokenizer, cache: Path, say: Say, part_mb: int = PART_MB) -> list[Path]:
-    """Make the shards of every source, unless they exist already. Called in one process.
+    """Make the shards of every source, unless they exist. Only one process calls.
 
     Args:
-        cache: holds the folders of shards; several runs may share it.
-        say: is told the progress, about once a second.
+        cache: where folders of shards are; several runs may share it.
+        say: receives lines of progress, about once a second.
 
     Returns:
         a folder for each of ``data.sources``.
@@ -86,7 +86,7 @@ def tokenise(data: DataConfig, chat: ChatTokenizer, cache: Path, say: Say, part_
 
 
 def counted_rows(bundles: Bundles, folders: Sequence[Path], cache: Path, processes: int, say: Say) -> np.ndarray:
-    """Rows of each bundle, (len(bundles),) int64: read from ``cache`` where they have been counted before."""
+    """Rows of each bundle, (len(bundles),) int64: read from ``cache`` if they have been counted before."""
     about = [FORMAT, *bundles.documents.fingerprints, bundles.seed, bundles.length, bundles.size]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     file = cache / f"rows-{digest}.npy"
@@ -131,7 +131,7 @@ def _fingerprint(source: str, data: DataConfig, chat: ChatTokenizer) -> dict[str
 
 
 def _identity(source: str, streaming: bool) -> Any:
-    """The files' names, sizes and times; for the hub, the revision that is in the cache or would be fetched."""
+    """Files by name, size and time; for the hub, the revision that is cached or would be fetched."""
     if is_local(source):
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files_of(source)[1]]
     import datasets
@@ -139,13 +139,13 @@ def _identity(source: str, streaming: bool) -> Any:
 
     try:
         return [source, HfApi().dataset_info(source).sha]
-    except Exception:  # offline: use the revision that was fetched; a stream has none, and reports that itself
+    except Exception:  # offline: use what has been fetched; a stream reports missing data itself
         return [source, "" if streaming else datasets.load_dataset(source, split="train")._fingerprint]
 
 
 @contextlib.contextmanager
 def _alone(folder: Path, say: Say) -> Iterator[None]:
-    """Hold the folder's lock, while other runs that want the folder wait; the system frees it however this run ends."""
+    """Wait until no other process makes the same folder; the system frees the lock, however its owner ends."""
     lock = filelock.FileLock(folder / "lock")
     while not lock.is_locked:
         try:
@@ -164,11 +164,11 @@ def _alone(folder: Path, say: Say) -> Iterator[None]:
 def _make_parts(
     parts: Sequence[Part], data: DataConfig, chat: ChatTokenizer, folder: Path, say: Say
 ) -> list[dict[str, Any]]:
-    """Make the missing parts; return the summaries of all parts, in order."""
+    """Descriptions of the parts, in order; parts that exist are not made again."""
     names = [f"part-{number:06d}" for number in range(len(parts))]
     summaries = [folder / f"{name}.json" for name in names]
     missing = [index for index, part in enumerate(parts) if not _is_of(summaries[index], part)]
-    for staging in folder.glob(".part-*"):  # left by killed processes, since no other process has the lock
+    for staging in folder.glob(".part-*"):  # of killed processes: we have the lock
         staging.unlink(missing_ok=True)
     asked = [{"part": dataclasses.asdict(parts[index]), "target": str(folder / f"{names[index]}.arrow")}
              for index in missing]  # fmt: skip
@@ -198,12 +198,12 @@ def _make_parts(
 
 
 def _is_of(summary: Path, part: Part) -> bool:
-    """Whether the summary is there and belongs to this part, not to one that was cut differently."""
+    """Whether this part exists, and was cut in the same way."""
     return summary.exists() and json.loads(summary.read_text())["part"] == dataclasses.asdict(part)
 
 
 def _check_rows(named: str, source: str, parts: Sequence[Mapping[str, Any]], allowed: float, say: Say) -> None:
-    """Raise ValueError if more rows are broken than allowed; otherwise say how many are broken."""
+    """Raise ValueError if more rows are broken than allowed; otherwise report how many are."""
     rows, broken = (sum(part[what] for part in parts) for what in ("rows", "broken"))
     if not rows:
         raise ValueError(f"{named}: no rows; one or more are needed")
@@ -217,7 +217,7 @@ def _check_rows(named: str, source: str, parts: Sequence[Mapping[str, Any]], all
 
 
 def _places(source: str, parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The places of the broken rows that the parts noted, and what is wrong with each."""
+    """Where the broken rows are that the parts have recorded, and what is wrong with them."""
     rows = collections.Counter[str]()
     for part in parts:
         file = part["part"]["file"]
@@ -233,7 +233,7 @@ def _ask_all(
     asked: Sequence[Mapping[str, Any]], setup: Mapping[str, Any], processes: int,
     done: Callable[[int, dict[str, Any]], None], progress: Callable[[Mapping[int, dict[str, Any]]], None],
 ) -> None:  # fmt: skip
-    """Have child processes answer all requests: ``done`` gets each answer, ``progress`` the latest state of each."""
+    """Have child processes answer all requests: ``done`` gets each answer, ``progress`` the latest message on each."""
     if not asked:
         return
     states: dict[int, dict[str, Any]] = {}
@@ -245,7 +245,7 @@ def _ask_all(
             while waiting and not stopping.is_set():
                 try:
                     index = waiting.popleft()
-                except IndexError:  # another thread took the last request
+                except IndexError:  # another child was faster
                     return
                 for answer in child.ask(asked[index]):
                     states[index] = answer
@@ -264,7 +264,7 @@ def _ask_all(
 
 
 class _Child:
-    """A process of ``tokenise_part``: one line of JSON per request; several per answer, the last one with ``done``."""
+    """A process of ``tokenise_part``: takes a line of JSON and answers with lines, the last of which has ``done``."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1",
@@ -290,7 +290,7 @@ class _Child:
         try:
             self.process.stdin.write(json.dumps(content) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:  # it has died, which the next read reports
+        except BrokenPipeError:  # it has died, as the next read will show
             pass
 
     def __enter__(self) -> "_Child":

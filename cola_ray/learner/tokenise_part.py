@@ -25,7 +25,7 @@ from cola_ray.tasks.parts import Part, read_part
 from cola_ray.tasks.rows import Row
 
 NOTED = 5
-"""How many of a part's broken rows are noted with their place."""
+"""Broken rows of a part that are recorded with their place."""
 _SAID_S = 1.0
 
 
@@ -58,10 +58,10 @@ def main() -> None:
 def make_shard(
     part: Part, data: DataConfig, chat: ChatTokenizer, target: Path, say: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Tokenise a part; return its counts, and its first broken rows as [row, why].
+    """Tokenise a part; returns its description, and the first of its broken rows as [row, why].
 
     Raises:
-        ValueError: the part's file is not what its name says.
+        ValueError: the part's file does not have the format that its name says.
     """
     found: dict[str, Any] = {"rows": 0, "broken": 0, "texts": 0, "first_broken": []}
     said = time.monotonic()
@@ -95,7 +95,7 @@ def _counted(folders: list[str], seed: int, length: int, first: int, end: int) -
 
 
 def _own_stdout() -> TextIO:
-    """The pipe to the process that started this one; output of libraries goes to stderr instead."""
+    """The pipe to the process that started this one; output of libraries goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers

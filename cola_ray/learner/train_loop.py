@@ -31,7 +31,7 @@ _SERVICES = "services.pkl"
 
 
 class BatchSource(Protocol):
-    """What the learner needs from the controller."""
+    """The controller's interface for the learner."""
 
     def begin(self, version: int, buckets: list[Bucket], state: Mapping[str, Any] | None) -> None:
         """Hand out batches from ``version`` on, which the learner holds: new, or from a checkpoint with ``state``."""
@@ -42,13 +42,13 @@ class BatchSource(Protocol):
         ...
 
     def offer(self, version: int, manifest: Manifest) -> Channel:
-        """Announce a broadcast; the caller sends over the channel that is returned, then publishes."""
+        """Announce a broadcast; the caller sends over the returned channel, then publishes."""
         ...
 
     def learnt(self, version: int, of_sequences: np.ndarray) -> None:
-        """Take a number for each sequence of the step that made ``version``, in the order of collation.
+        """Report one number per sequence of the step that made ``version``, in the order of collation.
 
-        For an algorithm whose critic learns from these numbers; called before :meth:`publish`.
+        For an algorithm whose critic learns from these numbers; comes before :meth:`publish`.
         """
         ...
 
@@ -57,14 +57,14 @@ class BatchSource(Protocol):
         ...
 
     def checkpoint(self, rank: int, version: int) -> dict[str, Any] | None:
-        """Return what a checkpoint of ``version`` holds beside the learner's state; the critic's part is a file.
+        """The checkpoint of ``version`` besides the learner's own state; the critic's part is a file.
 
-        Every rank calls, and waits until all workers hold ``version``; None on all ranks but the first.
+        Every rank calls and waits until all workers hold ``version``; None on all ranks but the first.
         """
         ...
 
     def fail(self, reason: str) -> None:
-        """Tell the controller that training cannot go on, and that trying again would not help."""
+        """Report that training cannot go on, and that a retry would not help."""
         ...
 
 
@@ -118,7 +118,7 @@ def train_loop(
 
 
 def _save(learner: RLLearner, source: BatchSource, folder: Path) -> Checksums:
-    """Save the learner's part of a checkpoint, and the controller's, replay's and critic's state at its version."""
+    """Save the learner's part of a checkpoint, and the state of controller, replay and critic at its version."""
     state = source.checkpoint(learner.zero.rank, learner.version)  # may take longer than ranks wait for each other
     learner.save(folder)
     if state is None:

@@ -4,9 +4,9 @@
                           ^                                 │
                           └── squared error to A + V <──────┘    own Adam, own clip
 
-The decisions with a value are actions, or turns, each at its first action (``rl.gae_level``, algorithms/ppo.py). The
-head reads e, which is not trained, so its gradients never mix with the policy's: it has its own optimizer, and a large
-value error cannot use up the policy's gradient norm. Legend: B sequences, T positions, H hidden size.
+The decisions that have a value are actions; or turns, each at its first action (``rl.gae_level``, algorithms/ppo.py).
+The head reads e, which nothing here trains, so its gradients never mix with the policy's: it has its own optimizer, and
+a large value error cannot use up the policy's gradient norm. Legend: B sequences, T positions, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,12 @@ class ValueHead(nn.Module):
 
 @dataclass(frozen=True)
 class _Estimates:
-    """The head's estimates at a micro-batch's decisions, (B, T) each, 0 elsewhere."""
+    """The head's estimates for a micro-batch's decisions, (B, T) each, 0 elsewhere."""
 
     values: Tensor
     advantages: Tensor  # GAE's
     returns: Tensor  # advantages + values, the head's targets
-    gains: Tensor  # the return after each decision with lambda 1, which does not depend on the values of decisions
+    gains: Tensor  # the rewards that follow each decision, undecayed, independent of the values
 
 
 class ValueLearner(HeadLearner):
@@ -51,9 +51,9 @@ class ValueLearner(HeadLearner):
         decay: lambda of GAE.
         whiten: scale advantages to mean 0 and variance 1 over the actions of the global batch.
         steps: gradient steps per batch.
-        seed: of the head's first weights.
+        seed: of the head's initial weights.
         cliprange: how far values may move on one batch; 0: no limit.
-        gae_level: what counts as a decision. token: an action. turn: all actions of a turn.
+        gae_level: what a decision is. token: an action. turn: all actions of a turn.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class ValueLearner(HeadLearner):
 
     @torch.no_grad()
     def start(self, batches: Sequence[Encoded], num_actions: int) -> None:
-        """Before the first step, set every value as if all decisions were like the global batch's average one.
+        """Before the first step: set every value as if all decisions were like the average one of the global batch.
 
-        All ranks call; after the first step it changes nothing.
+        All ranks call; after the first step this does nothing.
         """
         if self.is_new:
             level = level_of([self._decisions(one) for one in batches], self._num_decisions(batches, num_actions))
@@ -80,18 +80,18 @@ class ValueLearner(HeadLearner):
     def advantages(
         self, batches: Sequence[Encoded], num_actions: int
     ) -> tuple[list[Advantages], list[Tensor], dict[str, Tensor]]:
-        """GAE's advantages of this rank's micro-batches, whitened if ``whiten``; all ranks call.
+        """GAE's advantages of this rank's micro-batches, whitened if wanted; all ranks call.
 
-        If the return is the same after every decision, the head's errors are no advantage, and all advantages are
-        exactly 0. Whitened advantages come with their divisor (1 if they were not divided), which other terms of the
-        same objective need.
+        If the rewards after every decision are worth the same, the head's errors are not advantages: all advantages are
+        exactly 0. Whitened advantages come with the deviation that they were divided by (1 if they were not), for other
+        terms of the same objective.
 
         Args:
             num_actions: over all ranks.
 
         Returns:
-            advantages; returns (B, T) to fit the head to; values, returns, their squared deviations and squared errors
-            of values as metric sums, which over ``num_actions`` are means over decisions.
+            advantages; returns (B, T), the head's targets; values, returns, their squared deviations and squared errors
+            of values as metric sums, which divided by ``num_actions`` are means over decisions.
         """
         decisions, num_decisions = [self._decisions(one) for one in batches], self._num_decisions(batches, num_actions)
         found = [self._estimate(one) for one in decisions]
@@ -130,7 +130,7 @@ class ValueLearner(HeadLearner):
         return batch.turn_starts if self.gae_level == "turn" else batch.action_mask
 
     def _decisions(self, encoded: Encoded) -> Encoded:
-        """Replace actions by decisions: their mask, rewards and discounts."""
+        """With decisions in place of actions: their mask, rewards and discounts."""
         if self.gae_level == "token":
             return encoded
         batch = encoded.batch
@@ -140,7 +140,7 @@ class ValueLearner(HeadLearner):
         )
 
     def _num_decisions(self, batches: Sequence[Encoded], num_actions: int) -> int:
-        """The number of decisions over all ranks; all ranks call."""
+        """The number of decisions over all ranks, which all call."""
         if self.gae_level == "token":
             return num_actions
         return int(_summed(torch.stack([one.batch.turn_starts.sum() for one in batches]).sum())[0])
@@ -159,10 +159,10 @@ class ValueLearner(HeadLearner):
         """``steps`` gradient steps on ``mean (V - returns)^2``, or PPO's clipped error; all ranks call.
 
         Args:
-            returns: (B, T) of each micro-batch, read only at decisions.
+            returns: (B, T) of each micro-batch, used where there are decisions.
 
         Raises:
-            NonFiniteError: on every rank; the head is as before the step.
+            NonFiniteError: on every rank; the head is unchanged by the step.
         """
 
         num_decisions = self._num_decisions(batches, num_actions)
@@ -186,20 +186,20 @@ class ValueLearner(HeadLearner):
 
 
 def level_of(batches: Sequence[Encoded], num_actions: int) -> float:
-    """Every state's value if all actions of all ranks' micro-batches were like the average one; all ranks call."""
+    """The value of every state if all actions of all ranks' batches are like the average one; all ranks call."""
     columns = [torch.cat([one[batch.batch.action_mask] for one, batch in zip(of, batches, strict=True)])
                for of in ([one.rewards for one in batches], [one.batch.discounts for one in batches])]  # fmt: skip
     return float(typical_value(*(_summed(*(column.double().sum() for column in columns)) / num_actions)))
 
 
 def _acted(batches: Sequence[Encoded], columns: Sequence[Tensor]) -> Tensor:
-    """(B, T) of each micro-batch -> float64 values of all this rank's actions."""
+    """(B, T) of each micro-batch -> float64, at all of this rank's actions."""
     masks = [one.batch.action_mask for one in batches]
     return torch.cat([column[mask] for column, mask in zip(columns, masks, strict=True)]).double()
 
 
 def _extremes(batches: Sequence[Encoded], estimates: Sequence[_Estimates]) -> Tensor:
-    """Over all ranks' actions: the greatest magnitude of gains and values, the greatest gain and the least; (3,)."""
+    """Over all ranks' actions: the greatest magnitude of gains and values, the greatest gain, and the least; (3,)."""
     gains, values = (_acted(batches, [getattr(one, name) for one in estimates]) for name in ("gains", "values"))
     least = torch.full((1,), -torch.inf, dtype=torch.float64, device=gains.device)  # for ranks without actions
     found = torch.stack([
@@ -212,7 +212,7 @@ def _extremes(batches: Sequence[Encoded], estimates: Sequence[_Estimates]) -> Te
 
 
 def _summed(*sums: Tensor) -> Tensor:
-    """Each sum over all ranks, (S,)."""
+    """Sums over all ranks, (S,)."""
     together = torch.stack(sums)
     torch.distributed.all_reduce(together)
     return together

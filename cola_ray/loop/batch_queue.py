@@ -1,4 +1,4 @@
-"""Where production and learner meet: a step's batches wait here until the learner comes for them, in order."""
+"""The queue between rollouts and learner: each step's batches wait here, in order, until the learner takes them."""
 
 from collections.abc import Sequence
 
@@ -13,19 +13,19 @@ def _training(step: int) -> str:
 
 
 class BatchQueue:
-    """A batch a rank for each step that is made and not yet trained on; and when training ends.
+    """One batch per rank for each step that is ready but not yet trained on; also decides when training ends.
 
     Args:
-        last_version: training ends when the learner holds it.
+        last_version: training ends when the learner holds this version.
     """
 
     def __init__(self, last_version: int, supervisor: Supervisor) -> None:
         self.last_version, self.supervisor = last_version, supervisor
-        self.steps: dict[int, tuple[Sequence[Batch], dict[str, float]]] = {}  # with the metrics of their rollouts
+        self.steps: dict[int, tuple[Sequence[Batch], dict[str, float]]] = {}  # batches, metrics of their rollouts
         self.last_taken = -1
 
     def start(self, version: int) -> None:
-        """Empty; the learner holds ``version`` and comes for its step next."""
+        """Empty the queue; the learner holds ``version`` and asks for its step next."""
         self.supervisor.arrived(_training(self.last_taken))
         self.supervisor.arrived(_BETWEEN_STEPS)
         self.steps, self.last_taken = {}, version - 1
@@ -47,15 +47,15 @@ class BatchQueue:
         return self.steps[step][0][rank]
 
     def trained(self, step: int) -> None:
-        """The learner has made a version of this step."""
+        """The learner has trained on this step."""
         self.supervisor.arrived(_training(step))
 
     def published(self) -> None:
-        """The learner saves now, or comes for its next step."""
+        """The learner has published; it now saves or asks for its next step."""
         self.supervisor.expect(_BETWEEN_STEPS)
 
     def over(self, rank: int) -> None:
-        """A rank has heard that training is over; the first one has the driver say so."""
+        """A rank was told that training is over; the first rank makes the driver say so."""
         if rank == 0:
             self.supervisor.expect(_BETWEEN_STEPS)
             self.supervisor.doing("saving checkpoint and model")
@@ -65,7 +65,7 @@ class BatchQueue:
         return self.steps.pop(step, ((), {}))[1]
 
     async def stop(self) -> int:
-        """Training ends after the step that the learner is at. Returns the version that it then holds."""
+        """End training after the learner's current step. Returns the version that it then holds."""
         self.last_version = min(self.last_version, self.last_taken + 1)
         await self.supervisor.notify()
         return self.last_version

@@ -1,6 +1,6 @@
 """From a step's sequences to a batch for each learner rank: advantages, replay for some algorithms, collation.
 
-outcomes of each prompt ── advantages ──> one a sequence ──> collate ──> Batch, one a rank
+outcomes of each prompt ── advantages ──> one per sequence ──> collate ──> one Batch per rank
                                                  │                ^
                                                  └─ actor_free: replay
 """
@@ -30,30 +30,30 @@ class Source(Protocol):
     """Where a run's batches come from: problems with one answer each, or episodes of an environment."""
 
     held_out: HeldOut  # how the policy is evaluated
-    replay: ReplayClient  # of no shards where nothing is learnt from it
+    replay: ReplayClient  # has no shards if nothing is learnt from replay
 
     def check(self) -> None:
-        """Raises ValueError where the workers' task has nothing to train on. They have answered."""
+        """Called once the workers have answered. Raises ValueError if their task has nothing to train on."""
         ...
 
     async def collect(self, step: int) -> Any:
-        """Scored rollouts of the step's tickets. Raises RuntimeError when too many failed."""
+        """Scored rollouts of the step's tickets. Raises RuntimeError if too many failed."""
         ...
 
     async def to_batches(self, rollouts: Any, step: int) -> tuple[list[Batch], Metrics]:
-        """Their advantages, collated: a batch a rank; and what the step is measured by."""
+        """One batch per rank, with advantages, and the step's metrics."""
         ...
 
     def learnt(self, step: int, of_sequences: np.ndarray) -> None:
-        """What the learner found of the step's sequences, a number each in their order, where it is asked to."""
+        """Receive one number per sequence of the step, in order, that the learner computed, if the algorithm asks."""
         ...
 
     async def state(self, version: int) -> dict[str, Any]:
-        """What a checkpoint of ``version`` needs of this source beside replay, by names of its own."""
+        """What a checkpoint of ``version`` needs of this source in addition to replay, under its own names."""
         ...
 
     async def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Be what :meth:`state` said, or what there is before the first step."""
+        """Return to what :meth:`state` gave; None: to the state before the first step."""
         ...
 
 
@@ -67,10 +67,10 @@ class BatchMaker:
             self.compare = functools.partial(self.compare, scale_rewards=config.rl.scale_rewards)
 
     def check_failures(self, failures: Sequence[str], count: int, what: str) -> None:
-        """Count what user code failed at.
+        """Count failures of user code.
 
         Raises:
-            RuntimeError: it is too large a share of ``count``.
+            RuntimeError: they are too large a share of ``count``.
         """
         self.workers.totals.failed_rewards += len(failures)
         share = len(failures) / count
@@ -81,17 +81,17 @@ class BatchMaker:
             )
 
     def clipped(self, reward: float) -> float:
-        """What the task gave, as it is learnt from."""
+        """The task's reward, clipped as it is for learning."""
         return clipped_reward(reward, self.config.rl.reward_clip_range)
 
     def clipped_share(self, rewards: Sequence[float]) -> Metrics:
-        """How many of the rewards are clipped, where any may be."""
+        """The share of rewards that are clipped, if clipping is on."""
         if self.config.rl.reward_clip_range is None:
             return {}
         return {"reward/clipped": float(np.mean([self.clipped(reward) != reward for reward in rewards]))}
 
     def counted(self, seconds: float) -> Metrics:
-        """What became of prompts and workers so far; and the seconds that a step's rollouts took."""
+        """Failures and losses so far, and the seconds that a step's rollouts took."""
         totals = self.workers.totals
         return {
             "reward/failed": float(totals.failed_rewards),
@@ -103,14 +103,14 @@ class BatchMaker:
     def measured(
         self, lengths: Sequence[int], actions: Tally, versions: Tally, rewards: Sequence[float], step: int
     ) -> Metrics:
-        """Of what the policy said in a step's rollouts, of which there is one for each reward.
+        """Metrics of what the policy generated in a step's rollouts, one rollout per reward.
 
-        Their mean length also tells how much work a rollout is taken to be from now on.
+        The mean length also updates the estimate of how much work a rollout is.
 
         Args:
-            lengths: of each thing said, a completion or a turn.
-            actions: all that were taken.
-            versions: of the policies that chose them.
+            lengths: of each completion or turn.
+            actions: all actions taken.
+            versions: of the policies that chose these actions.
         """
         staleness = step - versions.values
         counts = torch.zeros(max(self.config.model.num_actions, int(actions.values[-1]) + 1), dtype=torch.long)
@@ -127,7 +127,7 @@ class BatchMaker:
         }
 
     def advantages(self, prompts: Sequence[Outcomes]) -> list[list[float]]:
-        """Of each prompt's completions. Where the learner's value head is the baseline, the rewards themselves."""
+        """Advantages of each prompt's completions; the plain rewards if the learner's value head is the baseline."""
         found = [one.rewards for one in prompts] if self.compare is None else self.compare(prompts)
         return [advantages.tolist() for advantages in found]
 
@@ -139,11 +139,11 @@ class BatchMaker:
         versions: Sequence[int],
         step: int,
     ) -> tuple[list[Batch], Metrics]:
-        """A batch a rank: of these; without an actor, of as many out of replay, where these go first.
+        """One batch per rank, of these sequences; if ``actor_free``, they go into replay and as many are drawn from it.
 
         Args:
-            positions: of the sequences' tickets.
-            versions: of the policies that chose the sequences' first actions.
+            positions: the sequences' ticket positions.
+            versions: the policy versions that chose the sequences' first actions.
         """
         if not self.config.rl.actor_free:
             return self.collate(sequences, advantages, step), {}
@@ -155,7 +155,7 @@ class BatchMaker:
         return batches, age | await self.replay.size()
 
     def collate(self, sequences: Packed | Picked, advantages: Sequence[float], step: int) -> list[Batch]:
-        """One batch for each learner rank."""
+        """One batch per learner rank."""
         rl = self.config.rl
         return collate(
             sequences, advantages, self.config.cluster.learner_ranks, self.workers.facts["pad_token_id"], step,

@@ -1,12 +1,12 @@
-"""What a checkpoint of the run holds beside the learner's weights: replay, critic, totals, unread metrics and samples.
+"""What a run's checkpoint holds besides the learner's weights: replay, critic, totals, unread metrics and samples.
 
     step v begins ──> before_step(v): the state, taken once ──┐
     learner saves version v ──> of_version(v) ────────────────┴──> {"version", "totals", "shards", "unread", ...}
-    a learner that comes back ──> restore(state) ──> replay, critic and totals are what they were
+    a learner that was restarted ──> restore(state) ──> replay, critic and totals are what they were
 
-With ``max_staleness`` 0 the state is that in which the step from its version began, although that step may have been
-made meanwhile: a run that goes back to it makes the same step. With more, steps are made at the same time, and the
-state is what it is when the learner saves.
+With ``max_staleness`` 0, the state is the one in which the step from this version began, although that step may have
+been generated in the meantime: a run that returns to the checkpoint generates the same step. With a larger value steps
+are generated concurrently, and the state is taken when the learner saves.
 """
 
 import asyncio
@@ -21,25 +21,25 @@ from cola_ray.settings.config import Config
 
 State = dict[str, Any]
 _KEPT = 3
-"""Checkpoints whose rows of replay stay on disk: two that there are, and the one that is being made."""
+"""Checkpoints whose replay rows stay on disk: the two existing ones, and the one being made."""
 
 
 class Checkpoints:
-    """The states that a run can go back to."""
+    """The states that a run can return to."""
 
     def __init__(self, config: Config, source: Source, workers: WorkerGroup, supervisor: Supervisor) -> None:
         self.config, self.source, self.workers, self.supervisor = config, source, workers, supervisor
         self.replay = source.replay
-        self.taken: dict[int, asyncio.Task[State]] = {}  # version -> what its step begins with
-        self.saved: dict[int, State] = {}  # those of them that the last checkpoints are made of
+        self.taken: dict[int, asyncio.Task[State]] = {}  # version -> the state in which its step begins
+        self.saved: dict[int, State] = {}  # the states of the last checkpoints
 
     async def before_step(self, version: int) -> None:
-        """Take the state that the step from ``version`` begins with; the step must change nothing before."""
+        """Take the state in which the step from ``version`` begins; call it before the step changes anything."""
         if not self.config.rl.max_staleness:
             await self._at(version)
 
     async def of_version(self, version: int) -> State:
-        """What to save with the learner's ``version``."""
+        """The state to save with the learner's ``version``."""
         if self.config.rl.max_staleness:
             self.taken.pop(version, None)
         state = await self._at(version)
@@ -48,7 +48,7 @@ class Checkpoints:
         return state | {"unread": self.supervisor.unread(version)}
 
     async def _at(self, version: int) -> State:
-        """The state at ``version``, taken by whoever asks first."""
+        """The state at ``version``; the first caller takes it."""
         for old in [one for one in self.taken if one < version - 1]:
             del self.taken[old]
         if version not in self.taken:
@@ -60,7 +60,7 @@ class Checkpoints:
         return state | await self.source.state(version)
 
     async def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Be what :meth:`of_version` returned, or what there is before the first step."""
+        """Return to what :meth:`of_version` gave; None: to the state before the first step."""
         self.taken, self.saved = {}, {}
         if state is None:
             self.workers.totals = Totals(response_length=self.config.rollout.max_new_tokens)

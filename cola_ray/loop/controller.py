@@ -1,9 +1,9 @@
-"""The distributed loop: produce, collect, advantage, learn, publish.
+"""The distributed loop: generate, score, compute advantages, train, publish.
 
-             slot()             collect()                 to_batches()                 put()
-step v ─────────────> tickets ───────────> scored rollouts ────────────> a batch a rank ──> BatchQueue
-   ^   at most max_staleness            by the workers       advantages, collation             │ next_batch(v)
-   │   + 1 steps at once                                                                       v
+             slot()             collect()                 to_batches()                     put()
+step v ─────────────> tickets ───────────> scored rollouts ────────────> one batch per rank ──> BatchQueue
+   ^   at most max_staleness            by the workers       advantages, collation                  │ next_batch(v)
+   │   + 1 steps at once                                                                            v
    └── free step v's slot <── report, evaluate when due <── workers hold v+1 <── publish(v+1): the learner's step
 """
 
@@ -25,10 +25,10 @@ from cola_ray.weights import Bucket, Channel, Manifest
 
 
 class Controller:
-    """One run's loop, in plain asyncio; a failure anywhere is raised in the learner's next call.
+    """A run's loop, in plain asyncio; a failure anywhere is raised in the learner's next call.
 
     Args:
-        make_source: (config, workers, supervisor) -> where batches come from, see problems.py and episodes.py.
+        make_source: (config, workers, supervisor) -> the source of batches, see problems.py and episodes.py.
     """
 
     def __init__(self, config: Config, pool: WorkerPool, make_source: Callable[..., Source]) -> None:
@@ -41,7 +41,7 @@ class Controller:
         self.producer: asyncio.Task | None = None
 
     async def start(self, resumed: bool) -> dict[str, Any]:
-        """Wait for the workers; evaluate what the run starts from unless it resumes. Returns facts of the task."""
+        """Wait for the workers; unless resumed, evaluate the start policy. Returns facts about the task."""
         async with self.supervisor.opening(f"starting {self.workers}, and the learner's ranks"):
             await self.workers.start()
             self.source.check()
@@ -63,7 +63,7 @@ class Controller:
         return [worker.actor for worker in self.workers.workers]
 
     async def begin(self, version: int, buckets: Sequence[Bucket], state: Mapping[str, Any] | None = None) -> None:
-        """Go on from ``version``, which the learner holds: a first start, a resumed run, a learner that came back."""
+        """Go on from ``version``, which the learner holds: after a first start, a resume, or a learner's restart."""
         await self.supervisor.opened()
         if self.producer is not None:
             self.supervisor.say(f"the learner was started again and goes on from version {version}")
@@ -79,7 +79,7 @@ class Controller:
     async def _produce(self, first: int) -> None:
         async with asyncio.TaskGroup() as steps:
             for step in range(first, self.config.rl.max_steps):
-                await self.weights.slots.acquire()  # freed when all workers hold what a step made
+                await self.weights.slots.acquire()  # released when all workers hold the version that a step made
                 if step >= self.batches.last_version:
                     return
                 steps.create_task(self._produce_step(step))
@@ -91,7 +91,7 @@ class Controller:
         await self.batches.put(step, batches, metrics)
 
     async def next_batch(self, rank: int, version: int) -> Batch | None:
-        """This rank's share of the batch that ``version`` is to train on, to be fetched; None when the run is over."""
+        """This rank's batch, as references, for training ``version``; None when the run is over."""
         batch = await self.batches.get(rank, version)
         if batch is None:
             await self.weights.settled(version)
@@ -103,22 +103,24 @@ class Controller:
         return await self.weights.offer(version, manifest, host, port)
 
     async def learnt(self, version: int, of_sequences: np.ndarray) -> None:
-        """What the step that made ``version`` found of its sequences; comes before its weights."""
+        """Receive what the step that made ``version`` computed for its sequences; comes before its weights."""
         self.source.learnt(version - 1, of_sequences)
 
     async def publish(self, version: int, buckets: Sequence[Bucket], metrics: dict[str, float]) -> None:
-        """Take over new weights and the metrics of the step that made them; returns before workers hold them."""
+        """Take over new weights and the metrics of the step that made them; returns before workers hold the weights."""
         self.batches.trained(version - 1)
         await self.weights.publish(version, buckets, lambda seconds: self._report(version, metrics, seconds))
         self.batches.published()
 
     async def _report(self, version: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
-        """All workers hold ``version``; the slot of the step that made it is freed after this."""
+        """Called when all workers hold ``version``; the slot of the step that made it is freed afterwards."""
         metrics = {**self.batches.remove(version - 1), **metrics, **seconds}
         metrics |= await self.source.held_out.when_due(version)
         self.supervisor.step(version, metrics)
 
     async def checkpoint(self, rank: int, version: int) -> dict[str, Any] | None:
-        """What belongs to ``version`` beside the learner's own, for the first rank; all wait until workers hold it."""
+        """What ``version``'s checkpoint holds besides the learner's state, for the first rank; all ranks wait until the
+        workers hold ``version``.
+        """
         await self.weights.settled(version)
         return None if rank else await self.checkpoints.of_version(version)

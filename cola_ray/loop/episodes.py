@@ -1,4 +1,4 @@
-"""Episodes of an environment, as a source of batches: into replay, the critic beside them, and the actor's batches.
+"""Episodes of an environment as a source of batches: rows go into replay, the critic fits, the actor gets batches.
 
     tickets ──> workers.play_episodes ──> rows ──> replay shards <── critic.fit: 50 steps of (s, u, r, s')
                                                       │                  ^
@@ -6,22 +6,22 @@
                                                       v                  │
                                    states s ──> workers.speak ──> fresh utterances u~ ──> advantages A(s, u~)
                                                                                                │
-                                            learner <── next_batch: u~'s actions, weighed by A ┘
+                                          learner <── next_batch: u~'s actions, weighted by A ┘
 
 One iteration makes one step of the learner (ArCHer, Zhou et al. 2024, algorithm 1). The policy does not change within
 an iteration, so one fresh utterance for each sampled state serves both V's targets and the actor. While the critic
-warms up, the learner's step has rate 0.
+warms up, the policy is not updated.
 
-``archer_soft`` generates nothing for either. The learner gets replayed utterances with their advantages, and tells
-their soft ones, which V's targets of the next iteration are made of:
+``archer_soft`` generates no fresh utterances. The learner gets replayed utterances with their advantages, and reports
+their soft advantages, from which V's targets of the next iteration are made:
 
     replay ── sample ──> (s, u) ── critic.advantages ──> next_batch: soft Q, then the policy
                           └─────> critic.fit <── learnt: soft advantages of u ──┘
 
-``chai`` leaves the policy as it is: the critic chooses among several of its utterances (Verma et al. 2022).
-``filtered_bc`` clones the best episodes of all that were played; ``grpo``, ``rloo`` and ``gigpo`` compare episodes of
-one environment seed, the last also their turns, ``ppo`` has its own value head in the learner, and none of the four
-needs replay or critic.
+``chai`` leaves the policy unchanged: the critic chooses among several of its utterances (Verma et al. 2022).
+``filtered_bc`` clones the best of all episodes played. ``grpo``, ``rloo`` and ``gigpo`` compare episodes of one
+environment seed, ``gigpo`` also their turns; ``ppo`` has its own value head in the learner. These four need neither
+replay nor critic.
 """
 
 import time
@@ -53,7 +53,7 @@ Array = np.ndarray
 
 
 class CriticClient(Protocol):
-    """How to reach the critic: an actor in a run."""
+    """The interface of the critic: an actor in a run."""
 
     async def fit(self, fresh: pa.Table) -> Metrics: ...
 
@@ -70,29 +70,29 @@ class CriticClient(Protocol):
         ...
 
     async def target_weights(self) -> dict[str, Array]:
-        """The heads' weights, for players who choose by them."""
+        """The heads' weights, for players that choose utterances by them."""
         ...
 
 
 @dataclass(frozen=True)
 class Played:
-    """One step's episodes, also those that their environment failed."""
+    """One step's episodes, including those in which the environment failed."""
 
     episodes: Sequence[Episode]
     seconds: float
 
     @property
     def whole(self) -> list[Episode]:
-        """Those that their environment saw to the end."""
+        """The episodes without a failure of their environment."""
         return [episode for episode in self.episodes if not episode.failure]
 
 
 class Episodes:
-    """A :class:`~cola_ray.loop.batches.Source` of episodes, one a ticket.
+    """A :class:`~cola_ray.loop.batches.Source` of episodes, one per ticket.
 
     Args:
-        workers: that have ``play_episodes``, ``speak`` and ``evaluate``, see rollout/agent_worker.py.
-        critic: of utterances; asked by ``archer``, ``archer_soft`` and ``chai`` alone.
+        workers: have ``play_episodes``, ``speak`` and ``evaluate``, see rollout/agent_worker.py.
+        critic: of utterances; used only by ``archer``, ``archer_soft`` and ``chai``.
     """
 
     def __init__(
@@ -105,16 +105,16 @@ class Episodes:
         self.held_out = HeldOut(config.rl, workers, supervisor, returned, self._players_critic, self.samples)
         self.critic = critic
         self.critic_fitted, self.critic_restarts = False, 0.0
-        # What archer's actor learns from where that was played: episodes and their rows, by iteration.
+        # With critic.actor_states "played", archer's actor learns from these: episodes and their rows, by iteration.
         self.recent = deque[tuple[Sequence[Episode], pa.Table]](maxlen=config.critic.reuse)
-        # archer_soft's rows that the learner has, by step; and those that it has told of last, with soft advantages.
+        # archer_soft: rows that the learner has, by step; and the last rows for which it reported soft advantages.
         self.asked, self.told = dict[int, pa.Table](), list[pa.Table]()
 
     def check(self) -> None:
-        """An environment makes an episode of any seed."""
+        """Nothing to check: an environment makes an episode from any seed."""
 
     async def state(self, version: int) -> dict[str, Any]:
-        told = self.told  # now: the critic takes a while to answer
+        told = self.told  # read now: the critic takes a while to answer
         state = {"critic": await self.critic.checkpoint(), "fitted": self.critic_fitted, "recent": list(self.recent)}
         return state | ({"told": told} if told else {})
 
@@ -148,7 +148,7 @@ class Episodes:
         ]
 
     async def _players_critic(self) -> tuple[Any, ...]:
-        """The critic's heads once there are some, where players choose by them."""
+        """The critic's heads, once fitted, if players choose by them."""
         chooses = self.config.rl.algorithm == "chai" or self.config.critic.chooses
         return (await self.critic.target_weights(),) if chooses and self.critic_fitted else ()
 
@@ -177,9 +177,9 @@ class Episodes:
         return await (self._archer_soft(step) if algorithm.critic else self._filtered_bc(step))
 
     async def _archer(self, episodes: Sequence[Episode], played: pa.Table, step: int) -> tuple[list[Batch], Metrics]:
-        """REINFORCE on fresh utterances in replayed states, weighed by the critic's advantage (section 3.3).
+        """REINFORCE on fresh utterances in replayed states, weighted by the critic's advantage (section 3.3).
 
-        Or on those of the episodes just played, which are as fresh as long as no other policy spoke in them.
+        Or on the utterances of the episodes just played, which are equally fresh if the same policy spoke in them.
         """
         started = time.perf_counter()
         rows = await self.replay.sample(self.config.critic.fresh_states, step)
@@ -192,7 +192,7 @@ class Episodes:
             weighed = await self._weigh_what_was_played(metrics)
             self.samples.of_episodes(step, episodes, weighed[-len(episodes) :])
             trajectories = [one for of_episode in weighed for one in of_episode]
-            advantages = np.zeros(len(trajectories))  # each sequence brings its turns' own
+            advantages = np.zeros(len(trajectories))  # each sequence has the advantages of its own turns
         else:
             self.samples.of_episodes(step, episodes)
             advantages = _centred(await self.critic.advantages(fresh), metrics)
@@ -201,9 +201,10 @@ class Episodes:
         return batches, metrics | await self.replay.size()
 
     async def _archer_soft(self, step: int) -> tuple[list[Batch], Metrics]:
-        """Replayed utterances, whoever said them, with their advantages (algorithms/archer_soft.py).
+        """Replayed utterances, of any policy, with their advantages (algorithms/archer_soft.py).
 
-        While the critic warms up, the learner's Q learns alone. Until it has told of any, V follows Q of what was said.
+        While the critic warms up, only the learner's Q learns. Until it reports soft advantages, V follows Q of the
+        utterances.
         """
         rows = await self.replay.sample(self.config.critic.fresh_states, step)
         (soft,) = self.told or [with_soft_advantages(rows, np.zeros(len(rows)))]
@@ -224,7 +225,7 @@ class Episodes:
     async def _filtered_bc(self, step: int) -> tuple[list[Batch], Metrics]:
         """Log-likelihood of turns from the best ``replay.kept_share`` of all episodes in replay.
 
-        While all of them returned the same, none is best, and the policy stays.
+        While all episodes have the same return, none is best, and the policy is left unchanged.
         """
         count, share = self.config.critic.fresh_states, self.config.replay.kept_share
         rows, cutoff = await self.replay.sample_best(count, share, step)
@@ -234,7 +235,7 @@ class Episodes:
         return batches, {"replay/cutoff": cutoff} | await self.replay.size()
 
     async def _whole_episodes(self, episodes: Sequence[Episode], step: int) -> tuple[list[Batch], Metrics]:
-        """Rewards of each turn for PPO and ETPO, and each return against those of the same environment seed."""
+        """Rewards of each turn for PPO and ETPO; otherwise returns compared within the same environment seed."""
         groups: dict[int, list[Episode]] = {}
         for episode in episodes:
             groups.setdefault(episode.position // self.config.rl.group_size, []).append(episode)
@@ -242,7 +243,7 @@ class Episodes:
         taught = [self._clipped(group) for group in groups.values()]
         if self.batches.algorithm.turns:
             sequences, metrics = self._compare_turns(taught)
-            weights = [0.0] * len(ordered)  # each sequence brings its turns' own
+            weights = [0.0] * len(ordered)  # each sequence has the advantages of its own turns
         else:
             returns = [[episode.total_reward for episode in group] for group in taught]
             outcomes = [Outcomes(torch.tensor(of_group, dtype=torch.float64)) for of_group in returns]
@@ -259,13 +260,13 @@ class Episodes:
         return batches, metrics | more
 
     def _clipped(self, episodes: Sequence[Episode]) -> list[Episode]:
-        """As they are learnt from."""
+        """The episodes with rewards clipped as they are for learning."""
         if self.config.rl.reward_clip_range is None:
             return [*episodes]
         return [episode.with_rewards(self.batches.clipped) for episode in episodes]
 
     def _compare_turns(self, groups: Sequence[Sequence[Episode]]) -> tuple[list[list[Trajectory]], Metrics]:
-        """Sequences of each episode, each turn with its advantage over others of its seed and of its state."""
+        """Sequences of each episode; each turn has its advantage over others of its seed and of its state."""
         rl, gamma = self.config.rl, self.config.critic.gamma
         turns = [[_turn_rewards(episode, rl.anchor_state == "transcript") for episode in group] for group in groups]
         found = gigpo.advantages(turns, gamma, rl.step_advantage_w, rl.scale_rewards)
@@ -280,7 +281,7 @@ class Episodes:
     def _batches_that(
         self, trains: bool, trajectories: Sequence[Trajectory], advantages: Sequence[float], step: int
     ) -> list[Batch]:
-        """One for each rank; where the policy is to stay, of as few sequences as can be measured."""
+        """One batch per rank; if the policy is left unchanged, with as few sequences as can be measured."""
         if not trains:
             count = self.config.cluster.learner_ranks
             trajectories, advantages = trajectories[:count], advantages[:count]
@@ -289,14 +290,14 @@ class Episodes:
     # --- the critic -------------------------------------------------------------------------------------------------
 
     async def _speak(self, rows: pa.Table, draw: int) -> tuple[list[Trajectory], pa.Table]:
-        """A fresh utterance for each row's state, in order of the rows; and both as rows for the critic."""
+        """A fresh utterance for each row's state, in the rows' order, and the critic's rows for them."""
         states = list(enumerate(rows["state_ids"].to_pylist()))
         spoken = await self.workers.dispatch(states, "speak", draw)
         trajectories = [trajectory for trajectory, _ in spoken]
         return trajectories, fresh_rows(rows, trajectories, [utterance for _, utterance in spoken])
 
     async def _fit_critic(self, fresh: pa.Table) -> Metrics:
-        """Says so when the critic had to be started again."""
+        """Fit the critic, and report if it had to be restarted."""
         metrics = await self.critic.fit(fresh)
         if metrics["critic/restarts"] > self.critic_restarts:
             self.supervisor.say(
@@ -306,14 +307,14 @@ class Episodes:
         return metrics
 
     async def _weigh_what_was_played(self, metrics: Metrics) -> list[list[Trajectory]]:
-        """Sequences of each of the recent episodes, each turn with its own advantage."""
+        """Sequences of each recent episode; each turn has its own advantage."""
         episodes = [episode for some, _ in self.recent for episode in some]
         rows = pa.concat_tables(rows for _, rows in self.recent)
         expected, drawn = await self.critic.advantages_and_td_errors(rows)
         share = self.config.critic.td_share
         advantages = (1 - share) * expected + share * drawn
         centred = _centred(advantages, metrics)
-        if not self.config.critic.chooses:  # what was chosen is better than the policy's mean, and that is to be learnt
+        if not self.config.critic.chooses:  # chosen utterances beat the policy's mean, which is to be learnt
             advantages = centred
         ends = np.cumsum([len(episode.turns) for episode in episodes])[:-1]
         of_episodes = zip(episodes, np.split(advantages, ends), strict=True)
@@ -339,7 +340,7 @@ class Episodes:
 
 
 def _of_environment(episodes: Sequence[Episode]) -> Metrics:
-    """Means of what environments have measured, each over the episodes that have it."""
+    """Means of the environments' metrics, each over the episodes that have it."""
     names = dict.fromkeys(name for episode in episodes for name in episode.metrics)
     return {
         f"agent/{name}": float(np.mean([one.metrics[name] for one in episodes if name in one.metrics]))
@@ -349,7 +350,7 @@ def _of_environment(episodes: Sequence[Episode]) -> Metrics:
 
 def _turn_rewards(episode: Episode, whole_state: bool) -> gigpo.TurnRewards:
     states = [turn.state_ids for turn in episode.turns]
-    if not whole_state:  # where an agent program has begun a conversation anew, all of it is what is seen
+    if not whole_state:  # where an agent program began a new conversation, the whole state is the observation
         states = [seen if len(seen) else state for seen, state in zip(episode.observations, states, strict=True)]
     return gigpo.TurnRewards([turn.reward for turn in episode.turns], [ids.tobytes() for ids in states])
 
@@ -359,6 +360,6 @@ def _moments(name: str, of_each: Array) -> Metrics:
 
 
 def _centred(advantages: Array, metrics: Metrics) -> Array:
-    """Less their mean, which is 0 in truth: what the critics leave of it is their error. Both go into ``metrics``."""
+    """Advantages less their mean. The true mean is 0, so what is left is the critics' error. Sets two metrics."""
     metrics |= _moments("critic/advantage", advantages)
     return centred(torch.from_numpy(advantages)).numpy()

@@ -17,7 +17,7 @@ from cola_ray.settings.rl import RLConfig
 
 Metrics = dict[str, float]
 Summary = Callable[[Sequence[float]], Metrics]
-"""Rewards or returns, not finite where they failed -> metrics by their names without ``eval/``."""
+"""Rewards or returns (not finite if they failed) -> metrics, by names without ``eval/``."""
 
 
 class HeldOut:
@@ -25,8 +25,8 @@ class HeldOut:
 
     Args:
         summarise: :func:`graded` or :func:`returned`.
-        arguments: what the workers' ``evaluate`` is given beside the problems and whether it is the bare base.
-        samples: are told what was answered.
+        arguments: further arguments of the workers' ``evaluate``, after the problems and ``bare_base``.
+        samples: receives the answers.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class HeldOut:
         self.summarise, self.arguments, self.samples = summarise, arguments, samples
 
     async def before_training(self) -> None:
-        """The bare base and the policy that the run starts from, reported as step 0."""
+        """Evaluate the bare base and the start policy; reported as step 0."""
         self.supervisor.doing("evaluating the bare base")
         base = await self.evaluate(0, bare_base=True)
         self.supervisor.doing("evaluating the start policy")
@@ -50,7 +50,7 @@ class HeldOut:
         self.supervisor.step(0, {f"eval/base_{name}": value for name, value in base.items()} | _named(start))
 
     async def when_due(self, version: int) -> Metrics:
-        """Metrics of ``version``; none where it is not to be evaluated."""
+        """Metrics of ``version``; empty if no evaluation is due."""
         if not (version == self.rl.max_steps or (self.rl.eval_every and version % self.rl.eval_every == 0)):
             return {}
         started = time.perf_counter()
@@ -58,7 +58,7 @@ class HeldOut:
         return found | {"time/eval": time.perf_counter() - started}
 
     async def evaluate(self, version: int, bare_base: bool) -> Metrics:
-        """Greedy answers to the first ``rl.eval_problems``; those that failed are counted and said."""
+        """Greedy answers to the first ``rl.eval_problems``; the number of failures is reported."""
         indices = range(min(self.rl.eval_problems, self.workers.facts["num_heldout"]))
         answers = await self.workers.dispatch(indices, "evaluate", bare_base, *await self.arguments())
         self.samples.of_evaluation(version, answers, bare_base)
@@ -71,7 +71,7 @@ class HeldOut:
         return self.summarise(rewards) | self._by_source(rewards)
 
     def _by_source(self, rewards: Sequence[float]) -> Metrics:
-        """The same of each source of a task that has several, as ``<metric>/<source>``."""
+        """The same metrics for each source, if the task has several, as ``<metric>/<source>``."""
         sources = self.workers.facts.get("heldout_sources", [])[: len(rewards)]
         found: Metrics = {}
         for name in dict.fromkeys(source for source in sources if source):
@@ -81,12 +81,12 @@ class HeldOut:
 
 
 def graded(rewards: Sequence[float], right_from: float | None) -> Metrics:
-    """The mean reward, and the share that is right where a task says so.
+    """The mean reward, and the share of right responses if the task defines them.
 
-    Where scoring failed a response is not right, and has no part in the mean.
+    A response whose scoring failed is not right, and is left out of the mean.
 
     Args:
-        right_from: the least reward of a right response; None where the task does not say.
+        right_from: the least reward of a right response; None if the task does not define it.
     """
     known = [reward for reward in rewards if math.isfinite(reward)]
     found = {"reward": float(np.mean(known))} if known else {}

@@ -1,10 +1,10 @@
-"""Problems with one answer each, as a source of batches; pairs of preference are such problems, scored by a model.
+"""Problems with one answer each as a source of batches; preference pairs are such problems, scored by a reward model.
 
 position of the run ──> ticket (a new permutation every epoch) ──> workers.generate_groups ──> groups
                              ^                                                                   │ rewards differ?
                              └──── dynamic sampling: other prompts for those without signal <────┤
                                                                                                  v
-         batches <── collate <── completions that ended <── advantages <── outcomes, clipped, less what is overlong
+         batches <── collate <── completions that ended <── advantages <── outcomes: clipped, less overlong penalty
 """
 
 import functools
@@ -31,7 +31,7 @@ from cola_ray.settings.config import Config
 from cola_ray.tasks import least_right_reward
 
 _REFILLS = 1 << 40
-"""Tickets that stand in for prompts without signal are numbered from here, so that no draw is made twice."""
+"""Tickets that replace prompts without signal are numbered from here, so that no draw is made twice."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Collected:
     """One step's groups."""
 
     groups: Sequence[Group]  # of the first draw
-    refills: Sequence[Group]  # of other prompts, where those had no signal
+    refills: Sequence[Group]  # of other prompts, to replace groups without signal
     seconds: float
 
     @property
@@ -48,7 +48,7 @@ class Collected:
 
     @functools.cached_property
     def asked(self) -> list[Sample]:
-        """All completions, also those whose reward failed."""
+        """All completions, including those whose reward failed."""
         return [one for group in self.groups_of_all for one in group.asked]
 
 
@@ -56,7 +56,7 @@ class Problems:
     """A :class:`~cola_ray.loop.batches.Source` of groups of completions.
 
     Args:
-        workers: that have ``generate_groups`` and ``evaluate``, see rollout/worker.py.
+        workers: have ``generate_groups`` and ``evaluate``, see rollout/worker.py.
         shards: of replay, for ``rl.actor_free``.
     """
 
@@ -82,10 +82,10 @@ class Problems:
             self.supervisor.say("no problem is held out, or none fits rollout.max_prompt_tokens: nothing is evaluated")
 
     def learnt(self, step: int, of_sequences: np.ndarray) -> None:
-        """Nothing is asked."""
+        """Ignored: nothing is asked of the learner."""
 
     async def state(self, version: int) -> dict[str, Any]:
-        """A ticket is all that a draw depends on: without a window there is nothing to go back to."""
+        """The window's state, if any: otherwise draws depend only on tickets, and there is nothing to restore."""
         return {} if self.window is None else {"window": self.window.state(version)}
 
     async def restore(self, state: Mapping[str, Any] | None) -> None:
@@ -109,7 +109,7 @@ class Problems:
         return [self._ticket(position) for position in range(step * wanted, (step + 1) * wanted)]
 
     def _ticket(self, position: int) -> Ticket:
-        """The training problem that is handed out at ``position`` of the run: a new permutation every epoch."""
+        """The training problem at ``position`` of the run: a new permutation every epoch."""
         num_train = self.workers.facts["num_train"]
         epoch, offset = divmod(position, num_train)
         return Ticket(position, int(_epoch_order(self.config.seed, epoch, num_train)[offset]))
@@ -119,10 +119,10 @@ class Problems:
         return await self.workers.generate(tickets, "generate_groups", completions_per_ticket=size)
 
     async def _refill(self, groups: Sequence[Group], step: int) -> list[Group]:
-        """Other prompts' groups where too few have rewards that differ (DAPO, Yu et al. 2025, section 3.2).
+        """Groups of other prompts, if too few groups have differing rewards (DAPO, Yu et al. 2025, section 3.2).
 
-        Metrics stay those of the first draw, which is a fair sample of the problems, but for what failed. Where no
-        group at all differs, the first draw is the batch.
+        Metrics are those of the first draw, which is a fair sample of the problems, except for counts of failures. If
+        rewards differ in no group at all, the first draw is the batch.
         """
         rl, refills = self.config.rl, list[Group]()
         for round_number in range(rl.refill_rounds):
@@ -167,22 +167,22 @@ class Problems:
         samples, of_samples, positions = zip(*rows, strict=True)
         versions = [sample.version for sample in samples]
         batches, replayed = await self.batches.train_on(sequences, of_samples, positions, versions, step)
-        if not kept:  # the policy stays as it is
+        if not kept:  # the policy is left unchanged
             batches = [replace(batch, trains=False) for batch in batches]
         return batches, self._measure(groups, step, rollouts.seconds) | more | replayed
 
     def _keeps(self, sample: Sample) -> bool:
-        """Whether a completion is in the loss. Of one that a limit cut off, the reward alone counts, for the others."""
+        """Whether a completion is in the loss. The reward of a masked (truncated) one still counts for the others."""
         return not (self.config.rl.mask_truncated_completions and sample.truncated)
 
     def _of_kept(self, group: Group, advantages: Sequence[float]) -> list[float | None]:
         return [one if self._keeps(sample) else None for sample, one in zip(group.scored, advantages, strict=True)]
 
     def outcomes(self, group: Group) -> Outcomes:
-        """Rewards as the algorithm sees them: clipped, and less for what is overlong.
+        """Rewards as the algorithm sees them: clipped, less the penalty on overlong completions.
 
-        Where completions are compared with each other, or with the greedy one, and all have the same reward, length
-        alone teaches nothing: DAPO drops such groups by their accuracy, before the penalty (Yu et al. 2025, eq. 11).
+        If completions are compared with each other, or with the greedy one, and all have the same reward, length alone
+        must not teach anything: DAPO drops such groups by their accuracy, before the penalty (Yu et al. 2025, eq. 11).
         """
         greedy = None if group.greedy is None or group.greedy.failure else group.greedy
         whole = [*group.scored, *([greedy] if greedy else [])]
@@ -194,9 +194,9 @@ class Problems:
         return Outcomes(rewards[: len(group.scored)], float(rewards[-1]) if greedy else float("nan"))
 
     def _measure(self, groups: Sequence[Group], step: int, seconds: float) -> Metrics:
-        """Of a step's first draw; where no reward of it came, what was counted alone."""
+        """Metrics of a step's first draw; only the counts if none of its rewards came."""
         counted = self.batches.counted(seconds)
-        counted["rollout/last_position"] = float(groups[-1].position)  # tickets up to here were generated, each once
+        counted["rollout/last_position"] = float(groups[-1].position)  # all tickets so far were generated, each once
         scored = [group for group in groups if group.scored]
         if not scored:
             return counted
@@ -220,7 +220,7 @@ def _parts(samples: Sequence[Sample]) -> Metrics:
 
 
 def _by_source(samples: Sequence[Sample]) -> Metrics:
-    """The mean reward of each source of a task that has several, and its share of the completions."""
+    """The mean reward of each source, if the task has several, and its share of the completions."""
     found: Metrics = {}
     for name in dict.fromkeys(one.source for one in samples if one.source):
         rewards = [one.reward for one in samples if one.source == name]

@@ -1,4 +1,4 @@
-"""Replay as the loop uses it: rows go to their episode's shard, batches are drawn, checkpoints keep their files."""
+"""Replay as the loop uses it: rows go to their episode's shard, batches are drawn, checkpoints keep the rows' files."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from cola_ray.loop.supervisor import Supervisor
 from cola_ray.replay.service import Shards
 
 _DRAWS = 0
-"""Begins the places of the loop's draws in the run; those of the critic begin with 1."""
+"""First part of a draw's place in the run, for the loop's draws; the critic's begin with 1."""
 
 
 class ReplayClient:
-    """One run's shards, of which there are none where nothing is learnt from replay."""
+    """One run's replay shards; there are none if nothing is learnt from replay."""
 
     def __init__(self, shards: Shards, supervisor: Supervisor) -> None:
         self.shards, self.supervisor = shards, supervisor
-        self.kept: Sequence[Any] = ()  # states of the shards that checkpoints may go back to
+        self.kept: Sequence[Any] = ()  # the shards' states that checkpoints may return to
 
     async def store(self, rows: pa.Table) -> None:
-        """Each row in its position's shard; one insert for each that gets any."""
+        """Put each row into the shard of its position; one insert per shard that gets any."""
         lost = await self.shards.restarted()
         for shard, held in lost:
             self.supervisor.say(
@@ -38,7 +38,7 @@ class ReplayClient:
         return await self.shards.sample(count, _DRAWS, step)
 
     async def sample_best(self, count: int, share: float, step: int) -> tuple[pa.Table, float]:
-        """Of the best ``share`` of episodes, and the return that makes one."""
+        """Rows of the best ``share`` of episodes, and the least return of these."""
         return await self.shards.sample_best(count, share, _DRAWS, step)
 
     async def size(self) -> dict[str, float]:
@@ -48,7 +48,7 @@ class ReplayClient:
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     async def state(self) -> list[dict[str, Any]]:
-        """What the shards are now; their rows are on disk."""
+        """The shards' current state; their rows are on disk."""
         return await self.shards.checkpoint()
 
     async def keep(self, states: Sequence[Sequence[Mapping[str, Any]]]) -> None:
@@ -57,7 +57,7 @@ class ReplayClient:
         await self.shards.keep_files(states)
 
     async def restore(self, state: Sequence[Mapping[str, Any]] | None) -> None:
-        """Return to a state of the shards; None: to empty ones."""
+        """Return to a state of the shards; None: empty shards."""
         self.kept = ()
         await self.shards.restore(state)
         if state is not None:

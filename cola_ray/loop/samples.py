@@ -1,10 +1,10 @@
-"""Which of a run's completions are kept to be read, and what is told of them.
+"""Which of a run's completions are kept for people to read, and what is recorded about them.
 
     a step's groups, as far as workers sent texts along ────────────────────┐
     a step's episodes ──> due? those of the first samples.prompts seeds ────┤
     held-out answers ──> those of the first samples.prompts ────────────────┴──> Samples ──> the driver, which writes
 
-What is told here was made anyway: no completion is generated for it, and nothing that is learnt from depends on it.
+All of it was generated anyway: no completion is made for samples, and training does not depend on them.
 """
 
 import itertools
@@ -21,17 +21,17 @@ from cola_ray.settings.config import Config
 
 
 class Samples:
-    """Tells the driver of one run's samples."""
+    """Sends one run's samples to the driver."""
 
     def __init__(self, config: Config, supervisor: Supervisor) -> None:
         self.config, self.settings, self.supervisor = config, config.samples, supervisor
 
     def of_groups(self, step: int, groups: Sequence[Group], advantages: dict[int, list[float | None]]) -> None:
-        """A step's completions, those that came with their texts.
+        """A step's completions, as far as they came with their texts.
 
         Args:
-            advantages: of the scored completions of those groups that are learnt from, by position; empty where the
-                learner makes them, None of one that is not in the loss.
+            advantages: of the scored completions of each group that is learnt from, by position; None for a completion
+                that is not in the loss. Empty if the learner computes advantages.
         """
         made = []
         for group in groups:
@@ -51,8 +51,8 @@ class Samples:
         """A step's episodes, each of which may be several sequences.
 
         Args:
-            sequences: of the episodes, where they are learnt from; by default as they were played.
-            advantages: of the episodes; empty where each sequence has its own, or nothing is known of any.
+            sequences: the episodes' sequences if they are learnt from; by default as they were played.
+            advantages: of the episodes; empty if each sequence has its own, or none are known.
         """
         if not self.settings.due(step + 1, self.config.rl.max_steps):
             return
@@ -63,12 +63,12 @@ class Samples:
             zip(episodes, of_each, weights, strict=False), self.settings.prompts * size
         ):
             group, sibling = divmod(episode.position, size)
-            whole = (replace(piece, reward=episode.total_reward) for piece in pieces)  # not as it is learnt from
+            whole = (replace(piece, reward=episode.total_reward) for piece in pieces)  # not the reward learnt from
             made += [_sample(step + 1, "train", group, sibling, piece, weight) for piece in whole]
         self.supervisor.samples(made)
 
     def of_evaluation(self, version: int, answers: Sequence[Answer], bare_base: bool) -> None:
-        """Held-out answers of a version, as far as workers brought them along."""
+        """A version's held-out answers, as far as workers sent them."""
         kind: Kind = "base" if bare_base else "eval"
         made = [
             _sample(version, kind, number, 0, one, None)
@@ -91,5 +91,5 @@ def _sample(step: int, kind: Kind, group: int, sibling: int, made: Trajectory, a
 
 
 def _without_actions(sample: Sample) -> Sample:
-    """The bare base chose tokens; what the table of actions holds beside them was passed over."""
+    """The bare base chose tokens: the actions recorded beside them were not used."""
     return replace(sample, actions=None, log_probs=None)

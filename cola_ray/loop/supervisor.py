@@ -1,4 +1,4 @@
-"""What the parts of a run report and wait for: a failure ends the run, a stall is named, nobody waits for the dead.
+"""What a run's parts report and wait for: a failure ends the run, a stall is named, and no call waits for the dead.
 
 spawn(work) ────────> a task; an exception in it becomes the run's failure ──┐
 waiting_for(what) ──> pending ──> too long? a failure that names it ─────────┤
@@ -31,16 +31,16 @@ class Supervisor:
         self.stall_timeout_s = stall_timeout_s
         self.failure: str | None = None
         self.events: list[Event] = []  # for the driver, in order
-        self.told: list[Event] = []  # handed to it, and not known to be read
-        self.num_read = 0  # that it has read
+        self.told: list[Event] = []  # handed to the driver, not yet known to be read
+        self.num_read = 0  # events that the driver has read
         self.tasks: set[asyncio.Task] = set()
-        self.pending: dict[str, float] = {}  # what is being waited for, since when
+        self.pending: dict[str, float] = {}  # what is being waited for -> since when
         self.is_open = False
         self._changed = asyncio.Condition()
 
     @contextlib.asynccontextmanager
     async def opening(self, doing: str) -> AsyncIterator[None]:
-        """The run's start: stalls are watched from here on; the run is open at the end, or has failed."""
+        """The run's start: stalls are watched from here on; at the end the run is open, or has failed."""
         self.spawn(self._watch_for_stalls())
         self.doing(doing)
         try:
@@ -52,14 +52,14 @@ class Supervisor:
         await self.notify()
 
     async def opened(self) -> None:
-        """Wait until the run is open. Raises RuntimeError with the reason when it fails before."""
+        """Wait until the run is open. Raises RuntimeError with the reason if it fails first."""
         with self.waiting_for("engines to start"):
             await self.until(lambda: self.is_open)
 
     # --- failure and change ---------------------------------------------------------------------------------------
 
     async def fail(self, reason: str) -> None:
-        """The run cannot go on. The first reason counts."""
+        """End the run as failed. Only the first reason counts."""
         self.failure = self.failure or reason
         await self.notify()
 
@@ -68,12 +68,12 @@ class Supervisor:
             raise RuntimeError(self.failure)
 
     async def notify(self) -> None:
-        """Something changed that others may be waiting for."""
+        """Signal a change that others may be waiting for."""
         async with self._changed:
             self._changed.notify_all()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a change that makes ``condition`` true. Raises RuntimeError with the reason when the run fails."""
+        """Wait for a change that makes ``condition`` true. Raises RuntimeError with the reason if the run fails."""
         async with self._changed:
             await self._changed.wait_for(lambda: condition() or self.failure is not None)
         self.raise_failure()
@@ -81,7 +81,7 @@ class Supervisor:
     # --- tasks ------------------------------------------------------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task whose failure is the run's."""
+        """Start a task; if it fails, the run fails."""
 
         async def guarded() -> T:
             try:
@@ -98,10 +98,10 @@ class Supervisor:
     def _done(self, task: asyncio.Task) -> None:
         self.tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # it is the run's failure already; asyncio need not complain that nobody took it
+            task.exception()  # already the run's failure; this keeps asyncio from warning that nobody retrieved it
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
-        """What ``work`` returns or raises. Raises RuntimeError with the reason when the run fails before."""
+        """What ``work`` returns or raises. Raises RuntimeError with the reason if the run fails first."""
         working = asyncio.create_task(work)
         failing = asyncio.create_task(self.until(lambda: False))
         try:
@@ -114,7 +114,7 @@ class Supervisor:
 
     @staticmethod
     async def cancel(*tasks: asyncio.Task | None) -> None:
-        """End these tasks, where there are any, and wait until they have ended."""
+        """Cancel these tasks (None is skipped) and wait until they have ended."""
         for task in tasks:
             if task is not None:
                 task.cancel()
@@ -132,7 +132,7 @@ class Supervisor:
                 del self.pending[what]
 
     def expect(self, what: str) -> None:
-        """Pending from now on, until it has :meth:`arrived`: a call that somebody else has to make."""
+        """Pending from now on, until :meth:`arrived`: a call that another process has to make."""
         self.pending[what] = time.monotonic()
 
     def arrived(self, what: str) -> None:
@@ -144,14 +144,14 @@ class Supervisor:
             await asyncio.sleep(min(limit / 4, 5.0))
             now = time.monotonic()
             if any(now - since > limit for since in self.pending.values()):
-                # All of it: what waits longest is often waiting for what began a moment later.
+                # List everything: what has waited longest is often waiting for something that began a moment later.
                 pending = ", ".join(f"{what} ({now - since:.0f} s)" for what, since in self.pending.items())
                 raise RuntimeError(f"no progress for cluster.stall_timeout_s = {limit:g} s; waiting for: {pending}")
 
     # --- what the driver reads --------------------------------------------------------------------------------------
 
     def step(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of the step that made ``version``; version 0 is the policy that the run starts from."""
+        """Report metrics of the step that made ``version``; version 0 is the start policy."""
         self.events.append({"step": version, "metrics": metrics})
 
     def say(self, line: str) -> None:
@@ -159,17 +159,17 @@ class Supervisor:
         self.events.append({"say": line})
 
     def doing(self, what: str) -> None:
-        """What takes a while now."""
+        """Report what takes a while now."""
         self.events.append({"doing": what})
 
     def samples(self, samples: Sequence[Sample]) -> None:
-        """Completions of one step and kind, to be kept."""
+        """Send completions of one step and kind, to be kept."""
         if samples:
             self.events.append({"samples": samples})
 
     def goes_on_from(self, version: int) -> None:
-        """What was told of later versions is made again, or never."""
-        self.told = [event if _version(event) <= version else {} for event in self.told]  # which are counted
+        """Drop events of later versions: their steps are made again, or never."""
+        self.told = [event if _version(event) <= version else {} for event in self.told]  # {} is still counted
         self.events = [event for event in self.events if _version(event) <= version]
         self.events.append({"goes on from": version})
 
@@ -180,7 +180,7 @@ class Supervisor:
         ``{"samples": [...]}`` or ``{"goes on from": version}``.
 
         Args:
-            read: how many events the driver has read since the run began: they are in its files.
+            read: how many events the driver has read since the run began; these are in its files.
         """
         read = max(read, self.num_read)
         del self.told[: read - self.num_read]
@@ -190,14 +190,14 @@ class Supervisor:
         return events, self.failure
 
     def unread(self, version: int) -> list[Event]:
-        """Steps to ``version`` and their samples, as far as they are not known to be in the driver's files."""
+        """Steps up to ``version`` and their samples, unless they are known to be in the driver's files."""
         return [event for event in [*self.told, *self.events] if 0 <= _version(event) <= version]
 
     def tell_again(self, events: Sequence[Event]) -> None:
-        """What :meth:`unread` returned to a checkpoint."""
+        """Send again what :meth:`unread` gave to a checkpoint."""
         self.events += events
 
 
 def _version(event: Event) -> int:
-    """The version that a step or samples belong to; -1 of other events."""
+    """The version that a step's or samples' event belongs to; -1 for other events."""
     return event["samples"][0].step if "samples" in event else event.get("step", -1)

@@ -1,19 +1,20 @@
-"""Versions of the weights: who holds which, and how many steps may be generated ahead because of it.
+"""Versions of the weights: which worker holds which, and how many steps may be generated ahead because of it.
 
-Step v is what version v trains on, which makes version v + 1. A step needs a slot to be generated, and there are
-``max_staleness + 1``, less ``window``, since groups may be trained on so many steps later. The invariant:
+Step v is the data that version v trains on, and training on it makes version v + 1. Generating a step needs a slot.
+There are ``max_staleness + 1 - window`` slots; ``window`` is subtracted because groups may be trained on that many
+steps later. The invariant:
 
     A slot is freed when *every* worker holds the weights that its step made, never earlier.
 
-Hence, without a window, step v is begun when all workers hold ``v - max_staleness`` or later, and no token that version
-v trains on was chosen by an older one. Freed at training already, the next step would begin under weights one version
-older than that.
+Hence, without a window, step v begins when all workers hold ``v - max_staleness`` or later, and no token that version
+v trains on was chosen by an older version. If slots were freed at training already, the next step would begin with
+weights one version older than that.
 
 Example, max_staleness = 1, two slots:
 
     in slots   workers hold   learner
     0 1        0              waits for step 0; step 2 waits for a slot
-    0 1        0              trained on step 0 and published version 1; step 2 still waits, for no worker holds it
+    0 1        0              trained on step 0 and published version 1; step 2 still waits, as no worker holds 1
     1 2        1              trains on step 1. Slot 0 was freed when the last worker held 1, so step 2 is generated
                               by version 1, and will be trained on by version 2: one behind
 
@@ -35,16 +36,16 @@ from cola_ray.settings.config import Config
 from cola_ray.weights import Bucket, Channel, Manifest, Offer
 
 Report = Callable[[dict[str, float]], Awaitable[None]]
-"""Awaited when all workers hold a version and before its slot is freed, with ``time/sync``, the seconds that loading
-took, and ``time/step``, those since the version before.
+"""Awaited when all workers hold a version, before its slot is freed. Gets ``time/sync``, the seconds that loading took,
+and ``time/step``, the seconds since the previous version.
 """
 
 
 class WeightSync:
-    """Keeps the workers of one run at the learner's version, and production within its bound.
+    """Keeps a run's workers at the learner's version, and rollouts within the staleness bound.
 
     Args:
-        workers: whose replacements are given the current weights from now on.
+        workers: replacements of lost ones are given the current weights from now on.
     """
 
     def __init__(self, config: Config, workers: WorkerGroup, supervisor: Supervisor) -> None:
@@ -61,27 +62,27 @@ class WeightSync:
         return asyncio.BoundedSemaphore(self.config.rl.max_staleness - self.config.rl.window + 1)
 
     async def stop(self) -> None:
-        """Forget what is under way; the learner's first rank may be another process now."""
+        """Cancel what is under way; the learner's first rank may now be another process."""
         await self.supervisor.cancel(self.publishing, self.receiving)
         self.publishing = self.receiving = self.channel = None
 
     async def start(self, version: int, buckets: Sequence[Bucket]) -> None:
-        """Every ready worker holds ``version`` on return, and all slots are free."""
+        """Load ``version`` into every ready worker before returning, and free all slots."""
         self.slots, self.reported_at = self._all_slots(), time.perf_counter()
         await self._load(version, buckets)
 
     async def settled(self, version: int) -> None:
-        """Wait until ``version``, the last one published, is with all workers. Raises when the run has failed."""
+        """Wait until all workers hold ``version``, the last one published. Raises if the run has failed."""
         if self.publishing is not None:
             with self.supervisor.waiting_for(f"workers to hold version {version}"):
                 await asyncio.gather(self.publishing, return_exceptions=True)
         self.supervisor.raise_failure()
 
     async def offer(self, version: int, manifest: Manifest, host: str, port: int) -> Channel:
-        """Have every ready worker take part in a broadcast of ``version``, sent next by the caller, then published.
+        """Have every ready worker join a broadcast of ``version``; the caller then sends it, and publishes it.
 
         Args:
-            host, port: where the caller can be met if a new channel is needed.
+            host, port: the caller's address, if a new channel is needed.
         """
         await self.settled(version - 1)
         ready = self.workers.ready
@@ -94,7 +95,7 @@ class WeightSync:
         return self.channel
 
     async def publish(self, version: int, buckets: Sequence[Bucket], report: Report) -> None:
-        """Take over new weights; returns before workers hold them, but not before they hold the ones before."""
+        """Take over new weights; returns once workers hold the previous version, but before they hold this one."""
         await self.settled(version - 1)
         self.publishing = self.supervisor.spawn(self._publish(version, buckets, report))
 
@@ -107,7 +108,7 @@ class WeightSync:
         self.slots.release()
 
     async def _load(self, version: int, buckets: Sequence[Bucket]) -> None:
-        """Every ready worker holds ``version`` on return; one that is being replaced will before it is ready."""
+        """Load ``version`` into every ready worker before returning; a replacement loads it before it is ready."""
         self.current = (version, buckets)
         holders: list[Any] = []
         if self.receiving is not None:
@@ -116,7 +117,7 @@ class WeightSync:
         await self.workers.ask_all("update_weights", version, *buckets, without=holders)
 
     async def _catch_up(self, actor: Any) -> None:
-        """Load the current weights into a new worker, also if they change meanwhile."""
+        """Load the current weights into a new worker, and load again if they change meanwhile."""
         given = None
         while given is not self.current:
             given = self.current
@@ -130,7 +131,7 @@ class WeightSync:
         )  # fmt: skip
         try:
             await asyncio.gather(*asked)
-        except WorkerLostError as lost:  # the others wait for it inside the broadcast and cannot be called back
+        except WorkerLostError as lost:  # the others wait for it in the broadcast and cannot be interrupted
             raise RuntimeError(
                 f"a worker was lost while weights were broadcast ({lost}); --resume goes on from the last checkpoint"
             ) from lost

@@ -1,14 +1,14 @@
-"""Groups that are trained on as they finish: ``rl.window``.
+"""Training on groups as they finish: ``rl.window``.
 
     step s begins ──> its tickets, a call each ──> finished ──┬─ the first prompts_per_step of them ──> step t
                                                   ^           └─ the others wait for step t + 1, ...
           t + 1, ... (steps that are ahead) ──────┘
 
-A step is not made of its own groups but of the first that are there, oldest first. So the longest completions of a step
-do not hold up the learner; they are trained on up to ``window`` steps later, and what the steps ahead have finished
-takes their places. Steps ahead are ``max_staleness - window``, so that ``max_staleness`` bounds what it always bounds:
-how many versions lie between an action and the version that trains on it. Every prompt is trained on once; the last
-step takes what is left.
+A step is made not of its own groups but of the first finished ones, oldest first. So the longest completions of a step
+do not hold up the learner: they are trained on up to ``window`` steps later, and groups that later steps have finished
+take their places. ``max_staleness - window`` steps are generated ahead, so ``max_staleness`` bounds the same thing as
+without a window: how many versions lie between an action and the version that trains on it. Every prompt is trained on
+once; the last step takes what is left.
 """
 
 import asyncio
@@ -22,26 +22,26 @@ from cola_ray.loop.workers import WorkerGroup
 from cola_ray.settings.rl import RLConfig
 
 Left = Mapping[str, Sequence[int]]
-"""``owed``, positions that steps have left for later ones; ``early``, later ones that they have trained on."""
+"""``owed``: positions that past steps left for later ones; ``early``: positions of later steps already trained on."""
 
 
 class Window:
     """The groups of one run that are being generated or wait for their step.
 
     Args:
-        ticket: of a position of the run; step s has those from ``s * prompts_per_step`` on.
+        ticket: of a position of the run; step s has the positions from ``s * prompts_per_step`` on.
     """
 
     def __init__(
         self, rl: RLConfig, workers: WorkerGroup, supervisor: Supervisor, ticket: Callable[[int], Ticket]
     ) -> None:
         self.rl, self.workers, self.supervisor, self.ticket = rl, workers, supervisor, ticket
-        self.pending: dict[int, asyncio.Task | None] = {}  # being generated, by position
+        self.pending: dict[int, asyncio.Task | None] = {}  # position -> the task generating it
         self.finished: dict[int, Group] = {}
-        self.next_step = 0  # whose groups are taken next
-        self.early: set[int] = set()  # positions of steps to come that were trained on
-        self.owed: list[int] = []  # positions of steps before the run went on, to be issued again
-        self.left: dict[int, Left] = {0: {"owed": [], "early": []}}  # what versions begin with
+        self.next_step = 0  # the step that takes groups next
+        self.early: set[int] = set()  # positions of later steps that were trained on
+        self.owed: list[int] = []  # positions of steps before a restart, to be issued again
+        self.left: dict[int, Left] = {0: {"owed": [], "early": []}}  # version -> what it begins with
 
     async def collect(self, step: int) -> list[Group]:
         """Issue this step's tickets, and return the groups that it trains on, in order of their positions."""
@@ -62,18 +62,18 @@ class Window:
         return groups
 
     def _is_complete(self, step: int) -> bool:
-        """Whether there are enough groups, and none is late that this step has to take."""
+        """Whether there are enough groups, and none that this step must take is still missing."""
         size = self.rl.prompts_per_step
         late = any(position < (step - self.rl.window + 1) * size for position in self.pending)
         return len(self.finished) >= size and not late
 
     def _left_by(self, step: int) -> list[int]:
-        """Positions of this step and those before that no step has trained on."""
+        """Positions of this step and earlier ones that no step has trained on."""
         end = (step + 1) * self.rl.prompts_per_step
         return sorted(position for position in (*self.pending, *self.finished) if position < end)
 
     def num_left(self, step: int) -> int:
-        """Groups of this step and those before that are left for later ones."""
+        """The number of groups of this step and earlier ones that are left for later steps."""
         return len(self.left[step + 1]["owed"])
 
     async def _finished(self, group: Group) -> None:
@@ -89,11 +89,11 @@ class Window:
         return self.left[version]
 
     async def stop(self) -> None:
-        """Give up what is being generated."""
+        """Cancel the groups being generated."""
         await self.supervisor.cancel(*self.pending.values())
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Be where the step from ``state["version"]`` begins; None: where the run does."""
+        """Return to the beginning of the step from ``state["version"]``; None: to the beginning of the run."""
         left: Left = {"owed": [], "early": []} if state is None else state["window"]
         self.pending, self.finished = {}, {}
         self.next_step = 0 if state is None else state["version"]

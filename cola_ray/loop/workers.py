@@ -1,4 +1,4 @@
-"""The group of rollout workers: work goes to whoever has the least, and a lost worker costs nothing but time.
+"""The group of rollout workers: work goes to the worker with the least, and a lost worker costs only time.
 
 dispatch(items, method) ── each item to the worker with the fewest outstanding tokens ──> method(share)
                                  ^                                                          │        │
@@ -20,21 +20,21 @@ from cola_ray.settings.rl import RolloutConfig
 
 
 class WorkerLostError(RuntimeError):
-    """A worker's process is gone; its work must be given to another."""
+    """A worker's process is gone; its work must be given to another one."""
 
 
 class WorkerNeverRanError(WorkerLostError):
-    """Its machine was gone before it started: no work is lost with it, and another may run elsewhere."""
+    """Its machine was lost before it started: no work is lost with it, and another worker may run elsewhere."""
 
 
 class WorkerPool(Protocol):
-    """How to make, call and end workers: Ray actors in a run, plain objects in one process."""
+    """The interface to make, call and end workers: Ray actors in a run, plain objects in a single process."""
 
     def spawn(self) -> Any: ...
 
     def call(self, actor: Any, method: str, *args: Any) -> Awaitable[Any]:
-        """Raises WorkerLostError when the process is gone (WorkerNeverRanError when there never was one), and
-        whatever the method raised otherwise.
+        """Raises WorkerLostError when the process is gone (WorkerNeverRanError if there never was one), and whatever
+        the method raises.
         """
         ...
 
@@ -43,31 +43,31 @@ class WorkerPool(Protocol):
 
 @dataclass
 class Worker:
-    """A place in the group: the actor that fills it now, and the work that it has been given."""
+    """A place in the group: its current actor, and the work that the actor has been given."""
 
     number: int
     actor: Any
     is_ready: bool = True  # holds the current weights
     outstanding_tokens: int = 0
-    losses: int = 0  # in a row, without a share completed
+    losses: int = 0  # in a row, without completing a share
 
 
 @dataclass
 class Totals:
-    """What became of prompts and workers, over the whole run; part of its checkpoints."""
+    """Counts of failures and losses over the whole run; part of its checkpoints."""
 
     regenerated_groups: int = 0
     worker_losses: int = 0
     failed_rewards: int = 0
-    response_length: float = 0.0  # running mean, in tokens; an estimate of what one completion costs
+    response_length: float = 0.0  # running mean, in tokens; the estimated cost of a completion
 
 
 class WorkerGroup:
-    """Workers that are asked for work together.
+    """Workers that share the work.
 
     Attributes:
-        prepare: brings a new worker to what the others hold; there is nothing to bring until somebody sets it.
-        facts: what the first worker says of its task and tokenizer, see the workers' ``facts``.
+        prepare: brings a new worker to the state of the others; does nothing until it is set.
+        facts: the first worker's facts about its task and tokenizer, see the workers' ``facts``.
     """
 
     def __init__(self, config: RolloutConfig, pool: WorkerPool, supervisor: Supervisor) -> None:
@@ -95,7 +95,7 @@ class WorkerGroup:
     async def generate(
         self, tickets: Sequence[Ticket], method: str, *args: Any, completions_per_ticket: int = 1
     ) -> list[Any]:
-        """One rollout per ticket, in order: a group, whose prompt is then computed once, or an episode."""
+        """One rollout per ticket, in order: a group (whose prompt is computed only once) or an episode."""
         made = await self.dispatch(
             tickets, method, *args, completions=completions_per_ticket, on_loss=self._count_regenerated
         )
@@ -111,11 +111,11 @@ class WorkerGroup:
         completions: int = 1,
         on_loss: Callable[[int], None] = lambda count: None,
     ) -> list[Any]:
-        """Results of ``method(share, *args)`` over all workers, one per item and in the items' order; survives losses.
+        """Results of ``method(share, *args)`` over all workers, one per item, in the items' order; survives losses.
 
         Args:
-            completions: per item, each taken to be of mean length; used to balance the workers.
-            on_loss: called with the size of a share that has to be done again.
+            completions: number per item, each assumed to be of mean length; used to balance the workers.
+            on_loss: called with the size of each share that has to be done again.
         """
 
         async def of_share(worker: Worker, places: list[int]) -> None:
@@ -130,7 +130,7 @@ class WorkerGroup:
     async def generate_each(
         self, tickets: Sequence[Ticket], use: Callable[[Any], Awaitable[None]], method: str, completions: int
     ) -> dict[int, asyncio.Task]:
-        """One rollout per ticket, each handed to ``use`` as soon as it is there; its task, by the ticket's position."""
+        """One rollout per ticket, passed to ``use`` as soon as it is finished; the tasks, by ticket position."""
 
         async def of_ticket(worker: Worker, ticket: Ticket) -> None:
             (made,) = await self._insist(worker, [ticket], completions, self._count_regenerated, method)
@@ -154,7 +154,7 @@ class WorkerGroup:
         method: str,
         *args: Any,
     ) -> list[Any]:
-        """A share's results, of this worker or, when it is lost, of another."""
+        """A share's results, from this worker or, if it is lost, from another."""
         while True:
             try:
                 made = await self._serve(worker, share, completions, method, *args)
@@ -167,7 +167,7 @@ class WorkerGroup:
         return made
 
     async def _deal(self, count: int, completions: int) -> list[tuple[Worker, list[int]]]:
-        """Each item, by its place, to the ready worker with the fewest outstanding tokens."""
+        """Give each item (by its index) to the ready worker with the fewest outstanding tokens."""
         ready = await self._wait_until_ready()
         shares: dict[int, list[int]] = {worker.number: [] for worker in ready}
         outstanding = [(worker.outstanding_tokens, worker.number) for worker in ready]
@@ -180,7 +180,7 @@ class WorkerGroup:
         return [(worker, shares[worker.number]) for worker in ready if shares[worker.number]]
 
     async def _serve(self, worker: Worker, share: list[Any], completions: int, method: str, *args: Any) -> list[Any]:
-        """Have one worker do a share; its tokens are outstanding until it returns or is lost."""
+        """Have one worker do a share; the share's tokens are outstanding until it returns or is lost."""
         tokens = self._expected_tokens(len(share) * completions)
         worker.outstanding_tokens += tokens
         try:
@@ -198,7 +198,7 @@ class WorkerGroup:
         self.totals.regenerated_groups += count
 
     async def ask(self, worker: Worker, method: str, *args: Any) -> Any:
-        """Call one worker. Raises WorkerLostError when it is lost; whoever notices first has it replaced."""
+        """Call one worker. Raises WorkerLostError when it is lost; the first caller to notice has it replaced."""
         actor = worker.actor
         with self.supervisor.waiting_for(f"worker {worker.number}: {method}"):
             try:
@@ -209,7 +209,7 @@ class WorkerGroup:
                 raise
 
     async def ask_all(self, method: str, *args: Any, without: Sequence[Any] = ()) -> None:
-        """Call every ready worker whose actor is not in ``without``. One that is lost on the way is replaced."""
+        """Call every ready worker whose actor is not in ``without``. One that is lost meanwhile is replaced."""
         left_out = {id(actor) for actor in without}
         asked = [self.ask(worker, method, *args) for worker in self.ready if id(worker.actor) not in left_out]
         for result in await asyncio.gather(*asked, return_exceptions=True):
@@ -219,7 +219,7 @@ class WorkerGroup:
     # --- losses -----------------------------------------------------------------------------------------------------
 
     async def _wait_until_ready(self) -> list[Worker]:
-        """All workers that are ready; at least one."""
+        """All ready workers; waits until there is at least one."""
         await self.supervisor.until(lambda: bool(self.ready))
         return self.ready
 
@@ -247,4 +247,4 @@ class WorkerGroup:
 
 
 async def _nothing(actor: Any) -> None:
-    """The preparation of a worker that needs none."""
+    """The default ``prepare``: does nothing."""

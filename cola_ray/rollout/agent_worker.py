@@ -1,7 +1,7 @@
 """The rollout actor of multi-turn tasks: an engine, environment processes, and the episodes between them.
 
 play_episodes(tickets) ─> Episodes, sampled         hundreds at once: each turn joins the engine's running batch;
-                                                    or a user's own programs play them (programs.py)
+                                                    or agent programs play them (programs.py)
 evaluate(seeds)        ─> returns on held-out environment seeds
 answer(seeds, way)     ─> everything that happened on those seeds, for `cola_ray evaluate`
 speak(states)          ─> one fresh utterance per state, with the base's features, for the critic
@@ -108,7 +108,7 @@ class AgentWorker(EngineWorker):
         return Programs(task.command, converse, limits)
 
     async def _play(self, place: int, seed: int, generate: Generate, read_state: Generate | None = None) -> Episode:
-        """Play an episode in the environment, or have a program play it."""
+        """Play an episode with the environment, or have an agent program play it."""
         if self.programs is not None:
             return await self.programs.play(place, seed, generate, read_state)
         return await play(place, seed, self.setting, generate, read_state)
@@ -166,11 +166,7 @@ class AgentWorker(EngineWorker):
         )  # fmt: skip
 
     def _generate(self, way: str, place: int, submit: Submit, critic: TwinHeads | None = None) -> Generate:
-        """Return the function that generates the turns of the episode at ``place``.
-
-        Args:
-            way: "sample", "greedy", or "base", which is greedy too.
-        """
+        """Return the function that generates the turns of the episode at ``place``; ``way``: sample, greedy or base."""
 
         async def generate(ids: Sequence[int], turn: int, longest: int = 0) -> Utterance:
             if way == "sample":
@@ -226,7 +222,7 @@ class AgentWorker(EngineWorker):
             return spoken[int(critic.q_values(states, utterances).min(0).values.argmax())]
 
     def _read_state(self, submit: Submit) -> Generate:
-        """Return the function that reads a state's features; they come with a completion of one unused token."""
+        """Return a function that reads a state's features, by a completion of one token that is not used otherwise."""
 
         async def read(ids: Sequence[int], _: int, longest: int = 1) -> Utterance:
             return (await submit([self._request(ids, 0, 0.0, max_new_tokens=longest)]))[0]

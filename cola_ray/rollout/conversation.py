@@ -1,11 +1,12 @@
-"""Translates between an agent program's requests and answers in OpenAI's JSON, and the model's token ids.
+"""An agent program's requests and the model's answers: OpenAI's JSON on one side, token ids on the other.
 
-    body {"messages": [...], "tools": [...]} ── state() ──> ids: earlier utterances keep the ids that were sampled
+    body {"messages": [...], "tools": [...]} ── state() ──> ids: earlier answers keep the ids that were sampled
     ids of the utterance                     ── answer() ─> {"choices": [{"message": {content, tool_calls}, ...}]}
 
-Each episode has its own conversation. An assistant message that comes back as the model answered it is recognised and
-keeps its sampled ids; any other is tokenised like any text. The latter counts as retokenised if the model has answered
-after exactly the messages before it: the program has changed the answer. A program's own examples do not count.
+A conversation belongs to one episode. An assistant's message that comes back as it was answered is recognised and keeps
+its ids; any other message is tokenised like any text. A message counts as retokenised if the model was asked for an
+answer after exactly the messages before it: then the program has changed that answer. A program's own examples do not
+count.
 """
 
 import hashlib
@@ -28,15 +29,15 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class State:
-    """A prompt: the messages after which the model is to answer."""
+    """The state in which an utterance is requested."""
 
     ids: list[int]
-    messages: bytes  # a digest of the messages
-    retokenised: int  # number of the model's messages among them that the program has changed
+    messages: bytes  # a digest of the messages before the utterance
+    retokenised: int  # the model's messages among them that came back changed
 
 
 class Conversation:
-    """One episode's messages, with the ids that were sampled for them.
+    """One episode's messages, with the ids that they were sampled as.
 
     Args:
         calls: finds tool calls; None leaves them in the text.
@@ -44,8 +45,8 @@ class Conversation:
 
     def __init__(self, chat: ChatTokenizer, endings: Endings, calls: ToolCalls | None = None) -> None:
         self.chat, self.endings, self.calls = chat, endings, calls
-        self.said: dict[str, dict[bytes, list[int]]] = {}  # answer -> digest of the messages before it -> its ids
-        self.asked: set[bytes] = set()  # digests of messages after which the model has answered
+        self.said: dict[str, dict[bytes, list[int]]] = {}  # answer -> messages before it -> its ids
+        self.asked: set[bytes] = set()  # messages after which the model has answered
         self.num_answers = itertools.count()
 
     def state(self, body: Body) -> State:
@@ -78,7 +79,7 @@ class Conversation:
         return State(ids, before, retokenised)
 
     def answer(self, body: Body, state: State, utterances: Sequence[Any]) -> dict[str, Any]:
-        """Return the JSON of an answer with one choice per utterance, and remember the utterances' ids.
+        """The JSON for utterances in this state, one per choice; they are recognised as answers from here on.
 
         Log-probabilities are those of the latent actions that gave the tokens, or of the tokens if these are actions.
         """
@@ -119,7 +120,7 @@ class Conversation:
         ]
 
     def _calls(self, body: Body, text: str) -> dict[str, Any]:
-        """The tool calls in a text, and its other content; {} if there are none, or the request has no tools."""
+        """The tool calls in a text, and the rest of the text; {} if it has none, or the request has no tools."""
         tools = _tools(body)
         return self.calls.within(text, tools) if self.calls and tools else {}
 
@@ -152,7 +153,7 @@ def _message(value: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise RefusedError(f"messages: {error}") from None
     further = {name: value[name] for name in ("name", "tool_call_id") if isinstance(value.get(name), str)}
-    role = "system" if role == "developer" else role  # OpenAI's newer name, which templates do not know
+    role = "system" if role == "developer" else role  # OpenAI's newer name for it, which templates do not know
     return {"role": role, "content": text, **further, **({"tool_calls": _as_read(calls)} if calls else {})}
 
 
@@ -179,6 +180,6 @@ def _arguments(value: Any) -> Any:
 
 
 def _key(message: Mapping[str, Any]) -> str:
-    """A key that is the same for a message when the model answers it and when it comes back."""
+    """A key that is equal for a message as it was answered and as it comes back."""
     calls = _as_read(message.get("tool_calls") or [])
     return json.dumps([message.get("content") or "", [call["function"] for call in calls]], sort_keys=True)

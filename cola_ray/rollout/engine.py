@@ -63,9 +63,9 @@ class Request:
 class _InFlight:
     request: Request
     engine_id: str  # vLLM's own id of the request
-    slot: int  # its row in the table of actions
-    versions: list[tuple[int, int]]  # (first output position chosen by a version, the version), ascending
-    settled: "Completion | None" = None  # a completion that lacks only its states, which this request recomputes
+    slot: int  # of the table that keeps its actions
+    versions: list[tuple[int, int]]  # (first output position that it chose, policy version), ascending
+    settled: "Completion | None" = None  # finished except for its states, which this request computes again
 
     @property
     def prompt_length(self) -> int:
@@ -188,8 +188,8 @@ class Engine(abc.ABC):
         """Queue a request and return its id, under which ``step`` returns the completion.
 
         Raises:
-            ValueError: vLLM refuses the request, e.g. because the prompt exceeds the model's context; or the request
-                has stop strings and the engine has no tokenizer; or its prompt ends in the middle of an action.
+            ValueError: vLLM refuses the request, e.g. because the prompt exceeds the model's context; the request has
+                stop strings and the engine has no tokenizer; or it starts within an action that lasts several tokens.
         """
         if request.stop and self.endings.tokenizer is None:
             raise ValueError(f"stop = {list(request.stop)!r}: the engine has no tokenizer; pass one when creating it")
@@ -238,8 +238,8 @@ class Engine(abc.ABC):
     def step(self) -> dict[str, Completion]:
         """Run one forward pass over the running batch; return the completions that finished in it.
 
-        Under asynchronous scheduling vLLM may preempt a request whose last token is still under way. Its blocks then
-        belong to other requests, so its states are recomputed, and the completion comes with a later step.
+        Under asynchronous scheduling vLLM may preempt a request whose last token is on its way. Its blocks then belong
+        to others, so its states are computed again, and the completion comes with a later step.
         """
         finished = self.llm.llm_engine.step()
         if not finished:
@@ -260,7 +260,7 @@ class Engine(abc.ABC):
 
     def _compute_states(self, name: str, request: _InFlight, made: Completion) -> None:
         ids = list(request.request.prompt_ids)
-        if request.settled is None:  # otherwise it already was such a recomputation, and was preempted too
+        if request.settled is None:  # else it was itself such a request, and was preempted too
             ids = [*ids, *made.token_ids.tolist()][:-1]
         self._add(name, Request(ids, seed=0, temperature=0.0, top_k=0, max_new_tokens=1), made)
 
@@ -329,7 +329,7 @@ class Engine(abc.ABC):
     def _continue_with(self, version: int) -> None:
         self.reset_prefix_cache()
         self.version = version
-        # Until a request has finished, only the scheduler knows its number of tokens; tokens under way do not count.
+        # Until a request has finished, only the scheduler knows how far it has come; a pass under way does not count.
         for request in self.in_flight.values():
             request.versions.append((self.scheduler.requests[request.engine_id].num_output_tokens, version))
 
@@ -397,7 +397,7 @@ class LatentEngine(Engine):
 
     def _states(self, request: _InFlight, num_actions: int) -> np.ndarray | None:
         blocks = self.last_blocks.pop(request.engine_id, None)
-        if not blocks:  # states are not kept, or the blocks were freed earlier, when the request was preempted
+        if not blocks:  # not kept; or freed earlier, by a preemption
             return None
         computed = request.prompt_length + num_actions - 1
         states: np.ndarray = self.llm.collective_rpc(read_states, args=(blocks, computed))[0]
@@ -430,7 +430,7 @@ class TokenEngine(Engine):
 
 
 def read_states(worker: Any, blocks: list[int], length: int) -> np.ndarray | None:
-    """States of a sequence, from the first of the engine's processes; all processes hold the same states."""
+    """States of a sequence, from the first of the engine's processes; all processes hold the same."""
     return worker.get_model().states.read(blocks, length) if worker.rank == 0 else None
 
 

@@ -8,7 +8,7 @@
 Each turn is one request whose prompt is the transcript so far, so the engine's prefix cache holds all but the last
 observation. A transcript that no longer fits loses its oldest turns, but never its opening. The policy's utterances are
 never tokenised again; each observation is tokenised once. If observations have roles and the model has a chat template,
-the transcript is a conversation in that template (tasks/transcript.py). An episode is a coroutine, and hundreds of them
+the transcript is a conversation in this template (tasks/transcript.py). An episode is a coroutine, and hundreds of them
 share one engine and a few environment processes.
 """
 
@@ -52,7 +52,7 @@ class Utterance:
         return state, said.mean(0) if len(said) else state
 
     def as_turn(self, state: Sequence[int]) -> Turn:
-        """Return the utterance as a turn in this state; its reward and the next observation are not known yet."""
+        """This utterance as a turn in ``state``; its reward and the observation after it are not known yet."""
         return Turn(
             np.asarray(state, np.int64), self.token_ids, self.actions, self.log_probs, self.versions, 0.0,
             np.zeros(0, np.int64), *self.features(),
@@ -64,9 +64,9 @@ class Generate(Protocol):
         """Generate the utterance of a turn.
 
         Args:
-            ids: the state's.
-            turn: number of the turn in the episode.
-            longest: most tokens of the utterance; 0: the run's limit.
+            ids: of the turn's state.
+            turn: its number in the episode.
+            longest: most tokens that it may have; 0: the run's limit.
         """
         ...
 
@@ -97,10 +97,9 @@ async def play(
     """Play an episode to its end. If the environment fails, the episode ends there and carries the failure.
 
     Args:
-        position: the ticket's; also the episode's id in its environment process.
-        seed: the environment's.
-        read_state: called for the last state of an episode that a limit cut off; that state's features stand for the
-            rest of the episode.
+        position: of the ticket; also the episode's id in its environment process.
+        seed: of the environment.
+        read_state: called for the last state of an episode that a limit cut; its features stand for the rest.
     """
     home = setting.environments[position % len(setting.environments)]
     record = _Record(position, setting)
@@ -132,7 +131,7 @@ class _Record:
         self.rewards: list[float] = []
         self.texts: list[str] = []
         self.metrics: dict[str, float] = {}
-        self.transcript: Transcript | None = None  # used if observations have roles and the model has a chat template
+        self.transcript: Transcript | None = None  # if observations have roles and the model has a chat template
 
     def state(self) -> list[int]:
         """Return the opening and as many of the last turns as fit; if none fits, the end of the last observation."""
@@ -155,7 +154,7 @@ class _Record:
 
     def say(self, state: list[int], utterance: Utterance) -> str:
         text = self.setting.decode(utterance.token_ids)
-        self.said.append(utterance.as_turn(state))  # hidden states are not needed any more
+        self.said.append(utterance.as_turn(state))  # without its hidden states, which are not needed any longer
         if self.transcript is not None:
             self.transcript.say(utterance.token_ids.tolist())
         self.segments.append([int(token) for token in utterance.token_ids])
@@ -164,7 +163,7 @@ class _Record:
 
     def episode(self, terminated: bool, final: Utterance | None, failure: str = "") -> Episode:
         turns = []
-        # If the environment failed at the last utterance, that one has neither a reward nor an observation after it.
+        # If the environment failed at the last utterance, that utterance has no reward and no observation.
         observations = [*(self.segments[2::2] if self.transcript is None else self._answers()), []]
         for said, reward, observation in zip(self.said, [*self.rewards, 0.0], observations, strict=False):
             turns.append(replace(said, reward=reward, observation_ids=np.asarray(observation, np.int64)))
@@ -172,7 +171,7 @@ class _Record:
         return Episode(self.position, tuple(turns), terminated, "".join(self.texts), last, failure, self.metrics)
 
     def _answers(self) -> list[list[int]]:
-        """Return the ids that follow each utterance in the next state; empty where that state does not continue it."""
+        """Return the ids that the state after each utterance adds; none if it does not continue the state before."""
         states = [turn.state_ids.tolist() for turn in self.said]
         before = [[*turn.state_ids.tolist(), *turn.token_ids.tolist()] for turn in self.said]
         after = [*states[1:], self.state()][: len(before)]

@@ -1,4 +1,4 @@
-"""Runs user code in a separate process, each call with a deadline: it may raise, hang, exit or return nonsense.
+"""User code in a separate process, every call with a deadline: it may raise, hang, exit or return nonsense.
 
     IsolatedObject.call([(method, *args), ...])  ─>  [Reply, ...]     in order, one for every call
         RewardProcess.score                          a task's rewards (reward_process.py)

@@ -29,8 +29,7 @@ class Playing:
     """An episode that is under way.
 
     Args:
-        read_state: reads features of the state in which a limit cut the episode off, which stand for the rest of it;
-            None where nothing learns from them.
+        read_state: reads the state in which a limit cut the episode, which stands for the rest; None if not needed.
     """
 
     position: int
@@ -40,18 +39,18 @@ class Playing:
     conversation: Conversation
     ended: asyncio.Future[Episode]
     key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    taken: set[int] = field(default_factory=set)  # numbers of all turns so far, including those being generated
+    taken: set[int] = field(default_factory=set)  # numbers of turns so far, including those being generated
     made: dict[int, Turn] = field(default_factory=dict)
-    answers: dict[str, list[int]] = field(default_factory=dict)  # id of an answer -> the turns that are its choices
+    answers: dict[str, list[int]] = field(default_factory=dict)  # completion id -> the turns that are its choices
     num_retokenised: int = 0
-    left_in: Sequence[int] | None = None  # state in which a further turn was refused; None again after the next turn
+    left_in: Sequence[int] | None = None  # state of a refused turn, unless a turn was made since
     busy: int = 0  # requests that are being answered
     heard: bool = False
     quiet_since: float = field(default_factory=time.monotonic)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Time spent answering a request does not count against the program."""
+        """While a request is being answered, the program does not count as quiet."""
         self.heard, self.busy = True, self.busy + 1
         try:
             yield
@@ -60,7 +59,7 @@ class Playing:
 
     @contextlib.contextmanager
     def turns(self, count: int) -> Iterator[list[int]]:
-        """Reserve numbers for further turns. If the answer does not reach the program, these turns are dropped."""
+        """Numbers for further turns. If the program does not receive these turns, they are dropped."""
         free = (number for number in itertools.count() if number not in self.taken)
         numbers = [*itertools.islice(free, count)]
         self.taken.update(numbers)
@@ -75,7 +74,7 @@ class Playing:
             raise
 
     def said(self, state: State, numbers: list[int], utterances: Sequence[Utterance], answer: str) -> None:
-        """Record generated turns; of their hidden states, only the features that a critic reads are kept."""
+        """Record turns that were generated; of their hidden states only a critic's features are kept."""
         self.made.update(zip(numbers, (one.as_turn(state.ids) for one in utterances), strict=True))
         self.answers[answer] = numbers
         self.num_retokenised += state.retokenised
@@ -109,17 +108,17 @@ class Playing:
         return sum(turn.reward for turn in self.made.values())
 
     def last_state(self) -> list[int]:
-        """Return the state in which a turn was refused; else the last turn's state and utterance."""
+        """The state in which a turn was refused; else everything that the model read and said up to its last turn."""
         if self.left_in is not None:
             return [*self.left_in]
         last = self.made[max(self.made)]
         return [*last.state_ids.tolist(), *last.token_ids.tolist()]
 
     def end(self, failure: str = "", *, cut_in: Sequence[int] | None = None, final: Array | None = None) -> None:
-        """End the episode, unless it has ended already.
+        """End the episode, unless it has already ended.
 
         Args:
-            cut_in: the state in which a limit cut it off; None: it ended by itself, or failed.
+            cut_in: the state in which a limit cut it; None: it ended by itself, or failed.
             final: features of that state, (H,).
         """
         if not self.ended.done():
@@ -130,7 +129,7 @@ class Playing:
             )
 
     def _in_order(self, last: Sequence[int]) -> tuple[tuple[Turn, ...], str]:
-        """Return the turns in order, each with the observation after it, and the whole episode as text."""
+        """The turns, each with the observation after it, and everything as text."""
         made, text, before = [turn for _, turn in sorted(self.made.items())], "", list[int]()
         decode: Any = self.conversation.chat.tokenizer.decode
         following = [*(turn.state_ids.tolist() for turn in made[1:]), [*last]]
@@ -146,12 +145,12 @@ class Playing:
 
 
 def _answer(before: list[int], said: list[int], after: list[int]) -> list[int] | None:
-    """Return the ids that follow an utterance in the next state; None if that state does not contain the utterance.
+    """What comes after an utterance in the next state; None if the utterance is not in it.
 
     Args:
-        before: the utterance's state and the utterance.
+        before: the utterance's state, followed by the utterance.
         said: the utterance.
-        after: the next state, which may leave out older messages.
+        after: the next state, which may have left older messages out.
     """
     if after[: len(before)] == before:
         return after[len(before) :]

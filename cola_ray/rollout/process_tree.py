@@ -1,9 +1,9 @@
-"""Runs a command; when it ends, SIGTERM arrives or the owner ends, kills the command and all that it started.
+"""Runs a command, and kills everything it has started when it ends, on SIGTERM, or when the owner ends.
 
-    owner ──> python process_tree.py OWNER COMMAND... ──> the command ──> whatever that starts, in any session
+    owner ──> python process_tree.py OWNER COMMAND... ──> the command ──> whatever it starts, in any session
 
 A process that loses its parent becomes a child of this process (``PR_SET_CHILD_SUBREAPER``), so it is found however it
-was started. No privileges are needed. Only the standard library is imported, since one such process runs per program.
+was started. No privileges are needed. Standard library only, since each program gets one such process.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from typing import NoReturn
 
 _PDEATHSIG, _SUBREAPER = 1, 36
 _REAP_S = 10.0
-_GIVEN_UP_S = 10.0  # a process that has not ended by then belongs to another user, or is stuck in the kernel
+_GIVEN_UP_S = 10.0  # a process that does not end by then belongs to another user, or hangs in the kernel
 
 
 def main(owner: int, command: list[str]) -> NoReturn:
     watched = os.pidfd_open(owner)
-    if os.getppid() != owner:  # the owner has ended already
+    if os.getppid() != owner:  # the owner has already ended
         sys.exit(1)
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     here, pid = os.getpid(), os.fork()
@@ -37,14 +37,14 @@ def main(owner: int, command: list[str]) -> NoReturn:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         code = _end_children(pid)
-    if code < 0:  # the program was ended by a signal: end by the same one
+    if code < 0:  # end by the same signal
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
 
 def _become(command: list[str], parent: int) -> NoReturn:
-    """Turn the fork into the command."""
+    """Execute the command; called in the fork."""
     try:
         os.setsid()  # signals that the command sends to its own process group do not reach this process
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
@@ -59,9 +59,9 @@ def _become(command: list[str], parent: int) -> NoReturn:
 
 
 def _end_children(program: int) -> int:
-    """Kill children until none is left (a killed process's children become ours); return the program's exit code."""
+    """Kill until no child is left, since orphans become children of this process; returns the program's exit code."""
     code, deadline = -signal.SIGKILL, time.monotonic() + _GIVEN_UP_S
-    with contextlib.suppress(ChildProcessError):  # none is left
+    with contextlib.suppress(ChildProcessError):  # no child is left
         while time.monotonic() < deadline:
             for pid in _children():
                 with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -1,4 +1,4 @@
-"""A process of an agent program: starting it, keeping the end of its output, and killing it with all its children."""
+"""A process of an agent program: it is started, its last output is kept, and it is ended with all it has started."""
 
 import asyncio
 import contextlib
@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from cola_ray.rollout import process_tree
 from cola_ray.rollout.playing import Playing
 
-_TAIL = 2000  # characters of a program's output that are kept, from its end
+_TAIL = 2000  # characters of a program's last output that are kept
 
 
 @dataclass(eq=False)
 class Process:
     """A running program."""
 
-    key: str  # of the episode that it was started for; it uses this key to ask for other episodes
+    key: str  # of the episode that it was started for; the program asks for further episodes under this key
     own: Playing | None  # that episode, until the program plays it or asks for it
     running: asyncio.subprocess.Process | None = None
     playing: set[Playing] = field(default_factory=set)
     asking: int = 0  # pending requests for an episode
-    idle_since: float = 0.0  # when it last had an episode
+    idle_since: float = 0.0  # when its last episode ended
     last_words: str = ""
 
     @property
@@ -30,10 +30,9 @@ class Process:
         return not self.playing and not self.asking
 
     async def start(self, command: Sequence[str], told: Mapping[str, str]) -> "asyncio.Task[None]":
-        """Start the program; return the task that keeps the end of its output.
+        """Start the program; returns the task that keeps the end of its output.
 
-        Its output goes to a pipe made here: with asyncio's own pipe, ``wait`` would also wait until every process that
-        holds the other end has closed it.
+        Its output is a pipe of our own: with asyncio's pipe, ``wait`` would also wait for all others that hold its end.
         """
         reading, writing = os.pipe()
         stream = asyncio.StreamReader()
@@ -54,7 +53,7 @@ class Process:
             self.last_words = (self.last_words + said.decode(errors="replace"))[-_TAIL:]
 
     def kill(self) -> None:
-        """Kill the program and all processes that it started (process_tree.py)."""
+        """Kill the program with everything it has started (process_tree.py)."""
         if self.running is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.running.terminate()

@@ -1,6 +1,6 @@
-"""Reads agent programs' requests in the JSON of OpenAI's API, and refuses those that cannot be served as intended.
+"""Requests of agent programs, in the JSON of OpenAI's API: read, and refused if they cannot be served as meant.
 
-POST  chat/completions  ─> choices()     number of choices, and their length limit
+POST  chat/completions  ─> choices()     how many answers, and how long
 POST  reward            ─> Reward
 """
 
@@ -31,13 +31,13 @@ _UNSERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), "there is no search"),
     "chat_template_kwargs": (({},), "data.chat_options has them, for the whole run"),
 }  # fmt: skip
-"""Fields that would change an answer's meaning -> their values that change nothing, and why others are not served."""
+"""Fields that would change what an answer means: the values without an effect, and why others are not served."""
 TOO_LONG = "this model's maximum context length is"
-"""OpenAI's wording, by which clients recognise that a conversation is too long: not all of them read the error code."""
+"""OpenAI's words, by which clients recognise that a conversation is too long: not all of them read an error's code."""
 
 
 class RefusedError(ValueError):
-    """A request that cannot be served; the message says why, in OpenAI's wording where it has one.
+    """A request that cannot be served; the message says why, in OpenAI's words if there are any.
 
     Args:
         code: OpenAI's error code, for programs that act on it.
@@ -50,13 +50,13 @@ class RefusedError(ValueError):
 
 @dataclass(frozen=True)
 class Reward:
-    """The reward that a program gives for an answer."""
+    """The reward that a program reports for an answer."""
 
     value: float
     answer: str | None  # id of the completion; None: the last one
     choice: int | None  # its index there; None: the last one
     done: bool  # the episode ends with it
-    truncated: bool | None  # whether a limit cut the episode off; None: decided by the run's own limits
+    truncated: bool | None  # whether a limit ended it; None: the run's limits tell
 
 
 def as_body(content: bytes) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def as_body(content: bytes) -> dict[str, Any]:
 
 
 def choices(body: Body) -> tuple[int, int]:
-    """Return how many answers a request wants, and each one's token limit; 0 if the request leaves that to the run.
+    """The number of answers that a request wants, and the most tokens of each; 0: the run decides.
 
     Raises:
-        RefusedError: the request uses a field that is not served.
+        RefusedError: it also wants something that is not served.
     """
     for name, (harmless, why) in _UNSERVED.items():
         value = body.get(name)
@@ -88,7 +88,7 @@ def model(name: str) -> dict[str, Any]:
 
 
 def not_served(method: str, path: str) -> str:
-    """The message for a client that uses another of OpenAI's APIs, or another address than it was given."""
+    """The message for a client that uses another of OpenAI's APIs, or a wrong address."""
     asked = path.rpartition("/v1/")[2]
     return f"{method} {asked}: not served; below OPENAI_BASE_URL are chat/completions, reward, episodes and models"
 

@@ -1,19 +1,19 @@
-"""Episodes played by a user's own program, which talks to the policy through OpenAI's API and reports the reward.
+"""Episodes that an external agent program plays: it calls the policy through OpenAI's API, and reports rewards.
 
     ticket ─> Programs.play ─> a process of task.command, with this episode's OPENAI_BASE_URL in its environment
                                    │   POST  chat/completions  {"messages": [...], ...}   as often as it likes
                                    v
-                    Conversation.state ─> generate ─> Utterance ─> Conversation.answer     a turn each
+                    Conversation.state ─> generate ─> Utterance ─> Conversation.answer     one turn each
                                    │   POST  reward            {"reward": 1.0}            the end
                                    v
                                 Episode
 
-A process plays its own episode and ends. A process that plays many episodes, also at once, asks for each:
+By default a process plays its own episode and ends. One that plays many, also at the same time, asks for each:
 
     POST  episodes  {}  ─>  {"base_url": "http://...", "seed": 7}       waits until there is one
 
-A misbehaving program costs only its own episodes: if it ends without a reward, hangs or sends nonsense, the episode
-has failed, and counts towards ``task.max_failed_rewards``. The program runs as the run's user, with the same rights.
+Whatever a program does costs only its own episode: if it ends without a reward, hangs or sends nonsense, the episode
+has failed, and counts for ``task.max_failed_rewards``. A program runs with the rights of the run, as its owner's code.
 """
 
 import asyncio
@@ -43,13 +43,13 @@ _MAX_BODY = 4 << 20  # bytes of a request
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits shared by all episodes of a worker.
+    """Limits that all episodes of a worker share.
 
     Attributes:
-        processes: number of the program's processes at a time.
+        processes: of the program, at the same time.
         quiet_s: seconds that a program may take between an answer and its next request.
-        max_turns: most turns of an episode; further ones are refused.
-        max_state_tokens: most tokens of a turn's prompt.
+        max_turns: of an episode; further turns are refused.
+        max_state_tokens: of a turn's state.
     """
 
     processes: int
@@ -59,18 +59,18 @@ class Limits:
 
 
 class Programs:
-    """A server for agent programs, which also starts the processes of the program.
+    """A server for agent programs, which also starts the program's processes.
 
     Args:
-        command: the program's command line, split as a shell would.
-        converse: makes the conversation of an episode.
+        command: of the program, split as a shell would.
+        converse: makes an episode's conversation.
     """
 
     def __init__(self, command: str, converse: Callable[[], Conversation], limits: Limits) -> None:
         self.command, self.converse, self.limits = shlex.split(command), converse, limits
         self.playing: dict[str, Playing] = {}
-        self.waiting: deque[Playing] = deque()  # episodes that no program has yet
-        self.homes: dict[str, Process] = {}  # the process that plays each episode, by the episode's key
+        self.waiting: deque[Playing] = deque()  # episodes without a program
+        self.homes: dict[str, Process] = {}  # the process of each episode under way, by the episode's key
         self.askers: deque[tuple[Process, asyncio.Future[Playing]]] = deque()
         self.processes: dict[str, Process] = {}
         self.tasks: set[asyncio.Task[None]] = set()
@@ -78,13 +78,12 @@ class Programs:
         self.runner: web.AppRunner | None = None
 
     async def play(self, position: int, seed: int, generate: Generate, read_state: Generate | None = None) -> Episode:
-        """Have an episode played to its end. If it goes wrong, ``Episode.failure`` says why.
+        """Have an episode played to its end; errors become its ``failure``.
 
         Args:
-            position: the ticket's.
-            seed: the program is told this seed.
-            read_state: called for the last state of an episode that a limit cut off; that state's features stand for
-                the rest of the episode.
+            position: of the ticket.
+            seed: given to the program.
+            read_state: called for the last state of an episode that a limit cut; its features stand for the rest.
         """
         await self._open()
         ended: asyncio.Future[Episode] = asyncio.get_running_loop().create_future()
@@ -117,7 +116,7 @@ class Programs:
     # --- processes ----------------------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
-        """Give waiting episodes to programs that ask for one, and start processes for the others."""
+        """Give waiting episodes to programs that ask for one, and start programs for the others."""
         while self.waiting and self.askers:
             process, asked = self.askers.popleft()
             if not asked.done():
@@ -137,7 +136,7 @@ class Programs:
         self._spawn(self._watch(episode, process))
 
     def _take_back(self, episode: Playing, process: Process) -> None:
-        """Give an episode to the next program, because this one never received the reply that hands it out."""
+        """Give an episode that its program has not heard of to another program."""
         process.playing.discard(episode)
         self.homes.pop(episode.key, None)
         if not episode.ended.done():
@@ -145,7 +144,7 @@ class Programs:
             self._hand_out()
 
     async def _run(self, process: Process, episode: Playing) -> None:
-        """Start a program, wait until it ends, and end the episodes that it was still playing."""
+        """Start a program, and wait until it ends."""
         told = {"OPENAI_BASE_URL": self._url(episode), "OPENAI_API_KEY": "none", "COLA_RAY_SEED": str(episode.seed),
                 "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))}  # fmt: skip
         try:
@@ -169,7 +168,7 @@ class Programs:
             limit = self.limits.quiet_s if episode.heard else START_S
             left = limit if episode.busy else episode.quiet_since + limit - time.monotonic()
             if left > 0:
-                await asyncio.wait([episode.ended], timeout=min(left, self.limits.quiet_s))  # it may be heard meanwhile
+                await asyncio.wait([episode.ended], timeout=min(left, self.limits.quiet_s))  # a request may still come
                 continue
             process.playing.discard(episode)
             if process.is_idle:
@@ -177,7 +176,7 @@ class Programs:
             episode.end(f"its program took longer than {limit:g} s")
 
     async def _send_home(self, process: Process) -> None:
-        """Kill a program that for a while has neither played nor asked for an episode, and has not ended by itself."""
+        """End a program that has been idle for long (no episode, no request for one) and does not end by itself."""
         idle_since = process.idle_since = time.monotonic()
         await asyncio.sleep(self.limits.quiet_s)
         if process.is_idle and process.idle_since == idle_since:
@@ -189,7 +188,7 @@ class Programs:
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        """Raise a failed task's error in every episode; otherwise it would go unnoticed."""
+        """An error in our own code ends every episode: otherwise none would notice it."""
         self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             for episode in self.playing.values():
@@ -244,7 +243,7 @@ class Programs:
             if episode.ended.done():
                 raise _over()
             given = program_requests.reward(body)
-            episode.rewarded(given)  # before anything is asked of the engine
+            episode.rewarded(given)  # before the engine is called
             cut_in, final = None, None
             if given.done and (episode.left_in is not None if given.truncated is None else given.truncated):
                 cut_in = self._state(episode, body).ids if "messages" in body else episode.last_state()
@@ -291,7 +290,7 @@ class Programs:
         return web.json_response({"object": "list", "data": [program_requests.model("cola_ray")]})
 
     async def _model(self, request: web.Request) -> web.Response:
-        """Accept any model name as the policy's: some programs look their model up before they begin."""
+        """Any name means the policy: programs look it up before they begin."""
         self._episode(request)
         return web.json_response(program_requests.model(request.match_info["name"]))
 
@@ -301,7 +300,7 @@ class Programs:
             raise _over()
         process = self.homes.get(episode.key)
         if process is not None and process.own is episode:
-            process.own = None  # it plays this one itself
+            process.own = None  # the program plays this episode itself
         return episode
 
 
@@ -310,7 +309,7 @@ def _over() -> RefusedError:
 
 
 async def _engines(episode: Playing, made: Awaitable[T]) -> T:
-    """Await what the engine makes. An error of the engine is not the program's fault, and ends the run."""
+    """The engine's result; an error of the engine is not the program's fault, and ends the run."""
     try:
         done = await made
     except Exception as error:
@@ -323,7 +322,7 @@ async def _engines(episode: Playing, made: Awaitable[T]) -> T:
 
 
 async def _sent(response: web.Response, request: web.Request) -> web.Response:
-    """Send an answer and return it; raises ConnectionError if the client is gone."""
+    """Send an answer; raises ConnectionError if the client is gone."""
     await response.prepare(request)
     await response.write_eof()
     return response

@@ -40,10 +40,10 @@ class RewardProcess(IsolatedObject):
         make: builds the task.
         timeout_s: seconds that a call may take.
         weights: of the rewards of a :class:`~cola_ray.tasks.rewarded.Rewarded` task; empty for a task with a score.
-        beside: rewards from elsewhere are added to these, so a response to which none of these applies is no failure.
-        batched: score up to :data:`_BATCH` responses per call. If a call fails, its responses are scored again one by
-            one, so that a failure costs only its own sample; if :data:`_LATE` of them in a row take too long, the rest
-            fail too.
+        beside: rewards from elsewhere are added to these, so a response need not have any of these.
+        batched: rewards are asked for up to :data:`_BATCH` responses at a time. A call that fails is repeated one by
+            one, so that a failure still costs its own sample; if :data:`_LATE` of those take too long one after the
+            other, the rest fail with them.
     """
 
     def __init__(

@@ -8,16 +8,16 @@
       v
     child = the token that the action gave;  value = reward of the whole response;  back up along the path
 
-A node is a sequence of tokens: actions determine the tokens, and states depend on tokens alone. Two actions that give
-the same token share one child, which then has two rollouts. Where actions last n tokens, a child holds all tokens of
-its action (n, or fewer at an end), so an action is chosen at every node. All problems, with several searchers each,
+A node is a sequence of tokens: actions determine the tokens, and states depend only on tokens. Two actions that give
+the same token are one child, which then has two rollouts. If actions last n tokens, a child is all tokens of its action
+(n, or fewer at an end), so that each node stands where an action is chosen. All problems, with several searchers each,
 share the engine at the same time. The result so far is complete at any moment, so a budget may end a search anywhere.
 
 MCTS-Q (the search that CoLA's authors released): where Q's temporal-difference error along a rollout is small, nothing
-is decided, and the child is placed at the next state where something is.
+is decided, so the child is placed at the next state where the error is not small.
 
-The scores decide what "best response" means: with a reward model's scores it is best-of-n, with the verifier's scores
-it is an oracle's choice (pass@n). The answer that most responses give needs no scores (self-consistency).
+The scorer decides what "best response" means: a reward model's choice (best-of-n), or, if the verifier scores, an
+oracle's (pass@n). The answer that most responses give needs no scores (self-consistency).
 
 Every search keeps its :class:`Budget` exactly: the requested number of simulations, and never a token more than
 allowed; rollouts under way when the time is up are dropped.

@@ -1,4 +1,4 @@
-"""Finds tool calls in a model's text with one of vLLM's parsers."""
+"""Tool calls in the model's text, found by one of vLLM's parsers."""
 
 import functools
 import json
@@ -16,16 +16,16 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 class ToolCalls:
-    """Parses tool calls; one object serves all conversations of a worker.
+    """Finds tool calls; one instance serves all conversations of a worker.
 
-    vLLM's parsers keep the state of a stream, so each text gets a new one. The slow parts are done once: a new parser
-    reads the whole vocabulary, which takes a second for 150 000 tokens, and tools are validated.
+    vLLM's parsers hold the state of a stream, so each text gets a parser of its own. Slow work is done once: a parser
+    reads the whole vocabulary when it is made (a second for 150 000 tokens), and tools are validated.
 
     Args:
         parser: the name of one of vLLM's parsers.
 
     Raises:
-        ValueError: the parser is for other models.
+        ValueError: the parser is not for this model.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", parser: str) -> None:
@@ -48,7 +48,7 @@ class ToolCalls:
             raise RefusedError(f"tools: {' '.join(str(error).split()):.200}") from None
 
     def within(self, text: str, tools: Tools) -> dict[str, Any]:
-        """Return a message's content and tool calls; {} if there are no calls, or none that can be parsed."""
+        """A message's content and tool calls; {} if there are none, or none that can be parsed."""
         asked = self.asked(json.dumps(tools))
         try:
             found = self.make(self.tokenizer, asked.tools).extract_tool_calls(text, asked)
@@ -61,7 +61,7 @@ class ToolCalls:
 
 
 def _asked(tools: str) -> Any:
-    """A request in the form that parsers read, with nothing but its tools."""
+    """A request with only its tools, as parsers read it."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     return ChatCompletionRequest.model_validate({"messages": [], "model": "", "tools": json.loads(tools)})

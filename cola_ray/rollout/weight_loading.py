@@ -100,8 +100,8 @@ def load_projections(model: Any, receiver: Receiver, model_config: Any) -> None:
 def load_vectors(model: Any, receiver: Receiver, model_config: Any, steering: str) -> None:
     """Load the steering vectors of ``rl.steering`` as biases.
 
-    They are copied in place: unlike weights, vLLM keeps biases unpacked and passes them with every call. With several
-    processes, each holds these biases whole.
+    In place: unlike weights, biases are not repacked, and are passed with every call. With several processes, each
+    holds all of these biases whole.
     """
     layers = model.model.layers
     chosen = steered_layers(steering, len(layers))

@@ -38,7 +38,7 @@ from cola_ray.weights import Bucket, Offer
 
 
 def engine_args(config: Config) -> dict[str, Any]:
-    """The arguments of ``vllm.LLM`` that follow from the settings, in addition to those that every engine gets."""
+    """Arguments of ``vllm.LLM`` from the settings, in addition to those that every engine has."""
     rollout = config.rollout
     args: dict[str, Any] = {"enable_prefix_caching": rollout.prefix_caching}
     if rollout.max_num_batched_tokens:
@@ -120,8 +120,8 @@ class EngineWorker:
     def _sampled(
         self, prompt: Sequence[int], seed: int, limit: int, temperature: float | None = None, **more: Any
     ) -> Request:
-        """A request with the run's sampling settings, and its temperature unless another is given. Temperature 0 is
-        greedy, and log-probabilities are then without top_k and top_p."""
+        """A request sampled as the settings say, at their temperature unless another is given. Temperature 0 is greedy,
+        and scored without truncation."""
         rollout = self.config.rollout
         heat = rollout.temperature if temperature is None else temperature
         top_k, top_p = (rollout.top_k, rollout.top_p) if heat else (0, 1.0)
@@ -171,7 +171,7 @@ class RolloutWorker(EngineWorker):
         }
 
     def _sources(self) -> dict[str, list[str]]:
-        """The source of each held-out problem whose prompt fits, if the task has several sources."""
+        """The source of each held-out problem whose prompt fits, if the task has several."""
         problems = self.task.problems("heldout")
         found = [further(problems[index])[1] for index in self.fitting["heldout"]]
         return {"heldout_sources": found} if any(found) else {}
@@ -204,12 +204,12 @@ class RolloutWorker(EngineWorker):
         return [self._with_texts(group, made) for group, (_, made, _) in zip(as_groups(shared), completed, strict=True)]
 
     def _with_decisions(self, made: Trajectory) -> Trajectory:
-        """Return the trajectory for training, with a mask that leaves out held actions: nothing was decided there."""
+        """The completion as it is learnt from: held actions are masked, since they are not decisions."""
         every = self.config.model.action_every
         return made if every == 1 else replace(made, action_mask=np.arange(len(made.actions)) % every == 0)
 
     def _with_texts(self, group: Group, made: Sequence[Trajectory]) -> Group:
-        """Attach the completions to a step's first groups, if the step's samples are kept for reading."""
+        """Add the completions of a step's first groups unchanged, if the step's samples are kept."""
         rl = self.config.rl
         if not self.config.samples.has(group.position, rl.prompts_per_step, rl.max_steps):
             return group
@@ -225,7 +225,7 @@ class RolloutWorker(EngineWorker):
         return self._sampled(prompt, seed, limit, 0.0 if greedy else None, stop=self.endings.strings)
 
     async def evaluate(self, indices: Sequence[int], bare_base: bool) -> list[Answer]:
-        """Answer held-out problems greedily, by the policy or the bare base; rewards are NaN where scoring failed.
+        """Answer held-out problems greedily, by the policy or the bare base; rewards are NaN if scoring failed.
 
         Args:
             indices: among the held-out problems whose prompts fit into ``rollout.max_prompt_tokens``.

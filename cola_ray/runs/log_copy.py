@@ -2,7 +2,7 @@
 
 wake() ──> _copy() ──> the tracker has all of the log        mirror.py: MLflow; followers.py: TensorBoard, W&B
              │ fails
-             └──> said once ──> _drop() ──> a pause ──> again
+             └──> reported once ──> _drop() ──> a pause ──> again
 """
 
 import threading

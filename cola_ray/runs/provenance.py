@@ -133,7 +133,7 @@ def _date(output: Path, model: Path, resumes: bool) -> str:
 
 
 def _chat_options(output: Path, model: Path, resumes: bool) -> dict[str, Any]:
-    """Return those of the run that is resumed, else those with which the model was made."""
+    """Return the chat template's options of the run that is resumed, else those with which the model was made."""
     prefix, made = "data.chat_options.", read(model).get("settings", {})
     before = _read(output / "config.json").get("data", {}).get("chat_options") if resumes else None
     return before or {name.removeprefix(prefix): value for name, value in made.items() if name.startswith(prefix)}

@@ -69,7 +69,7 @@ class RunFolder:
     path: Path
     job: str
     release: Callable[[], object] = lambda: None
-    """Releases the lock, as does the end of this object."""
+    """Releases the lock; so does the deletion of this object."""
     ended: bool = False
 
     def lock(self) -> bool:
@@ -315,7 +315,7 @@ def _input_refusals(config: Config, folder: Path, written: set[str], start: Path
 
 
 def _database_refusals(config: Config, written: set[str]) -> list[str]:
-    """Refuse another program's database, or one among the files that the run writes; the default is beside them."""
+    """Refuse another program's database, or one among the files that the run writes; default: beside its folder."""
     folder, given = Path(config.output_dir), config.tracking_uri
     if given and not given.startswith("sqlite:///"):
         return []

@@ -47,8 +47,8 @@ class Sample:
     prompt_ids: np.ndarray  # (P,)
     token_ids: np.ndarray  # (L,)
     completion: str  # the text that was scored; empty: the tokens' text
-    reward: float | None  # None where scoring failed
-    failure: str  # why; empty where it did not
+    reward: float | None  # None if scoring failed
+    failure: str  # why scoring failed; empty if it did not
     truncated: bool  # by the token limit
     by_policy: np.ndarray | None  # (L,) bool, false for an environment's tokens; None: the policy generated all tokens
     actions: np.ndarray | None  # (L,); None if none were chosen, as with the bare base

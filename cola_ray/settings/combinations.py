@@ -28,7 +28,7 @@ _WITHOUT_ADVANTAGES = (*_HAS_NO_SURROGATE, "filtered_bc")
 
 @dataclass(frozen=True)
 class _AllBut:
-    """Every value but one."""
+    """Contains all values except one."""
 
     wanted: Any
 
@@ -38,7 +38,7 @@ class _AllBut:
 
 @dataclass(frozen=True)
 class _Naming:
-    """Lists that contain this name."""
+    """Contains all lists with this name."""
 
     wanted: str
 

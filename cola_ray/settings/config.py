@@ -42,7 +42,7 @@ MULTI_TURN = tuple(registry.BUILT_IN["environment"])
 
 
 class ConfigError(ValueError):
-    """Settings that cannot run; one line each: ``field = value: why; fix``."""
+    """Settings that cannot run; one line for each: ``field = value: why; fix``."""
 
 
 class RunFailedError(RuntimeError):
@@ -82,24 +82,24 @@ class Config(Branch):
     resume: bool = False
     """Continue the run in output_dir from its last checkpoint."""
     overwrite: bool = False
-    """Remove what an earlier run wrote in output_dir, by its own record, and begin anew."""
+    """Remove the files that an earlier run recorded as its own in output_dir, and begin anew."""
     report_to: Trackers = ("mlflow",)
     """Trackers that copy the run's log: mlflow, tensorboard (RUN/tensorboard), wandb (RUN/wandb, offline unless
-    WANDB_MODE says otherwise). Empty: none; log.jsonl has all of it."""
+    WANDB_MODE says otherwise). Empty: none; log.jsonl has everything."""
     tracking_uri: str = ""
     """MLflow server or database. Empty: sqlite file beside the outputs."""
     tracking_parent: str = ""
-    """Parent run in MLflow, as the runs of a sweep have one: its id in MLflow, or in its log.jsonl."""
+    """Parent run in MLflow, e.g. the sweep that a run belongs to: its id in MLflow, or in its log.jsonl."""
     model: ModelConfig = ModelConfig()
     """What CoLA is attached to, and its sizes."""
     task: TaskConfig = TaskConfig()
-    """What is asked, and how it is scored."""
+    """The problems or environment, and how responses are scored."""
     data: DataConfig = DataConfig()
     """Texts to pre-train on."""
     pretrain: PretrainConfig = PretrainConfig()
-    """From a base to a policy over latent actions."""
+    """Stages that lead from a base to a policy over latent actions."""
     rollout: RolloutConfig = RolloutConfig()
-    """The engines that answer."""
+    """Rollouts: workers, their vLLM engines, and sampling."""
     rl: RLConfig = RLConfig()
     """How the policy learns."""
     samples: SamplesConfig = SamplesConfig()
@@ -109,19 +109,19 @@ class Config(Branch):
     critic: CriticConfig = CriticConfig()
     """Agents: the utterance critic of archer, archer_soft and chai."""
     search: SearchConfig = SearchConfig()
-    """Tree search, and how much of it."""
+    """Tree search and its budget."""
     q: LoggedQConfig = LoggedQConfig()
-    """MCTS-Q's values of actions."""
+    """The Q of MCTS-Q: values of actions."""
     eval: EvalConfig = EvalConfig()
-    """What is asked of a model, and how it may answer."""
+    """Evaluation: which problems a model is asked, and the ways in which it answers."""
     diversity: DiversityConfig = DiversityConfig()
     """How different the texts of latent actions are."""
     harness: HarnessConfig = HarnessConfig()
-    """What is kept of the base."""
+    """Which of the base's capabilities are kept, by EleutherAI's evaluation harness."""
     sweep: SweepConfig = SweepConfig()
-    """One setting, several values."""
+    """A sweep of one setting over several values."""
     reproduce: ReproduceConfig = ReproduceConfig()
-    """The papers' matrix."""
+    """Reproduction of the papers' matrix."""
     hardware: HardwareConfig = HardwareConfig()
     """What `cola_ray plan` assumes of the machines."""
     cluster: ClusterConfig = ClusterConfig()

@@ -1,4 +1,4 @@
-"""Types of settings with their limits, and the line with which a wrong value is refused.
+"""Types of settings with their limits, and the lines that refuse wrong values.
 
     lr: Rate = 1e-4                         # above 0 and at most 1; never NaN or infinite
     refusals(error, schemas, values)        # {"rl.lr": "rl.lr = -1: out of range; use a number above 0 and at most 1"}
@@ -134,7 +134,7 @@ def refusals(error: ValidationError, schemas: Mapping[str, Mapping[str, Any]], t
 
     Args:
         schemas: JSON schemas of all dotted fields.
-        tree: what was validated, to quote from.
+        tree: the settings that were validated, whose values are quoted.
     """
     found: dict[str, list[Any]] = {}
     for one in error.errors():

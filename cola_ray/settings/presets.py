@@ -153,7 +153,7 @@ _AGENTS: dict[str, dict[str, Any]] = {
     "tiny": {
         "task.name": "twenty_questions",
         "task.num_problems": 4000,
-        # Enough actions to have one for each of a dozen names, which take longer to learn.
+        # Enough actions to have one for each of a dozen names; so many actions take longer to learn.
         "model.num_actions": 32,
         "pretrain.steps": {"base": 500, "actions": 500, "policy": 150, "fta_idm": 50, "fta_policy": 50},
         "pretrain.sequence_length": 288,
@@ -175,7 +175,7 @@ _AGENTS: dict[str, dict[str, Any]] = {
         "critic.warmup_iterations": 2,
         # The policy changes quickly here, so replayed states soon differ from those that it visits.
         "critic.actor_states": "played",
-        # Q's error exceeds the differences in value between names. Observed outcomes have none, but more noise.
+        # Q's error exceeds the differences in value between names. Observed outcomes lack this error but are noisier.
         "critic.td_share": 0.5,
         # The states of a base of this size do not retain what was asked; the critic gets it as a feature.
         "critic.chooses": True,

@@ -1,4 +1,4 @@
-"""Branches of the settings that decide on rollouts, RL, and the critic of agents."""
+"""Branches of the settings for rollouts, RL, and the replay and critic of agents."""
 
 from typing import Annotated, Literal
 
@@ -48,29 +48,30 @@ class RolloutConfig(Branch):
     num_workers: Processes = 1
     """vLLM engines, each a Ray actor: the data parallelism of rollouts."""
     tensor_parallel_size: Processes = 1
-    """GPUs an engine spans."""
+    """GPUs per engine."""
     temperature: Temperature = 1.0
     """Temperature of the action distribution; log-probabilities include it."""
     top_k: Whole = 0
-    """Actions kept when sampling, 0 all; log-probabilities include the truncation."""
+    """The most probable actions kept when sampling. 0: all. Log-probabilities include the truncation."""
     top_p: PositiveShare = 1.0
     """Nucleus sampling: among top_k, the smallest set of most probable actions with this total probability is kept when
-    sampling; 1 all. Log-probabilities include the truncation."""
+    sampling. 1: all. Log-probabilities include the truncation."""
     max_prompt_tokens: Tokens = 256
-    """Longer prompts are left out and counted."""
+    """Longest prompt in tokens; problems with longer prompts are left out and counted."""
     max_new_tokens: Tokens = 256
-    """Actions a completion may take."""
+    """Most tokens that a completion may have."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion or an agent's utterance, in addition to the checkpoint's end tokens and what the
     task declares. A verifier or environment reads the text before the string."""
     max_num_seqs: Annotated[Count, Field(le=65_536)] = 64
-    """Concurrent requests in an engine."""
+    """Most concurrent requests in an engine."""
     kv_cache_mb: Count = 512
-    """Key/value cache of an engine on CPU; on GPU, vLLM's memory share determines it."""
+    """Size in MB of an engine's key/value cache on CPU; on GPU, rollout.gpu_memory_utilization determines it."""
     gpu_memory_utilization: PositiveShare = 0.9
-    """On GPU: share of each GPU's memory that an engine takes; what the weights leave is for keys and values."""
+    """On GPU: share of each GPU's memory that an engine takes; the part that the weights leave is the key/value
+    cache."""
     max_num_batched_tokens: Whole = 0
-    """Tokens of prompts and completions that an engine computes in a step. 0: as vLLM chooses."""
+    """Most tokens of prompts and completions that an engine computes in one step. 0: vLLM's choice."""
     prefix_caching: bool = True
     """Prompts share the keys and values of common prefixes, so that a group's prompt is computed once."""
     quantization: Literal["none", "fp8"] = "none"
@@ -87,16 +88,17 @@ class RolloutConfig(Branch):
     engine_args: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)
     """Further arguments of vllm.LLM by name, e.g. block_size 64; arguments that have a setting here are refused."""
     environment_processes: Processes = 2
-    """Processes that a worker's multi-turn environments share; for program, how many task.command run at a time."""
+    """Processes that a worker's multi-turn environments share; for task.name program, how many task.command
+    processes a worker runs at a time."""
     in_rounds: bool = False
     """Agents: a worker's episodes take their turns together, so that a run is reproducible bit for bit however fast
     environments answer, if the engine's arithmetic allows it. Each round waits for the slowest."""
     max_restarts: Whole = 3
-    """Times in a row a worker may die without completing a share before the run fails."""
+    """Times in a row a worker may die without completing a share of a step's prompts before the run fails."""
 
 
 def steered_layers(steering: str, num_layers: int) -> range:
-    """Which of a base's decoder layers get a steering vector."""
+    """The decoder layers of a base that get a steering vector."""
     return range({"off": num_layers, "last": num_layers - 1, "all": 0}[steering], num_layers)
 
 
@@ -123,8 +125,8 @@ class RLConfig(Branch):
     """gigpo: weight of comparing a turn with others from its state, relative to the comparison of episodes."""
     anchor_state: Literal["observation", "transcript"] = "observation"
     """gigpo: when the states of two turns count as the same. observation: if the environment's last observation (at the
-    first turn, its opening) is the same; for environments that describe where one is. transcript: if all that the
-    policy reads is the same."""
+    first turn, its opening) is the same; for environments that describe where the agent is. transcript: if the
+    whole text that the policy reads is the same."""
     loss: str = ""
     """ppo: the clipped surrogate with each action's ratio. gspo: with a sequence's ratio; use clips of about 3e-4 and
     rl.loss_agg_mode seq-mean-token-mean. cispo: the clipped ratio is a weight, and no action loses its gradient. Or
@@ -134,8 +136,8 @@ class RLConfig(Branch):
         "token-mean"
     )
     """How the losses of actions become one number. token-mean: every action of the batch has the same weight, as in
-    DAPO. seq-mean-token-mean: every sequence has, as in GRPO's paper. seq-mean-token-sum: the mean over sequences of
-    their sums. seq-mean-token-sum-norm: that divided by rollout.max_new_tokens, as in Dr. GRPO."""
+    DAPO. seq-mean-token-mean: every sequence has the same, as in GRPO's paper. seq-mean-token-sum: the mean over
+    sequences of their sums. seq-mean-token-sum-norm: that divided by rollout.max_new_tokens, as in Dr. GRPO."""
     action_space: Literal["latent", "token"] = "latent"
     """latent: actions of the learned codebook; the policy over them trains. token: the plain base chooses tokens and is
     trained itself, with the same workers, tasks and algorithms, for comparison with latent actions."""
@@ -150,26 +152,27 @@ class RLConfig(Branch):
     max_steps: Count = 100
     """Learner steps."""
     prompts_per_step: Count = 64
-    """Groups a step; for agents, environment seeds a step."""
+    """Prompts per step, each with a group of completions; for agents, environment seeds per step."""
     group_size: Count = 4
-    """Completions of one prompt."""
+    """Completions per prompt."""
     lr: Rate = 5e-7
-    """Adam's, at its peak."""
+    """Adam's peak learning rate."""
     warmup_steps: Whole = 0
-    """Linear warm-up."""
+    """Steps of linear warm-up of the learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: a constant lr, or a decay to lr times min_lr_ratio at rl.max_steps."""
     min_lr_ratio: Share = 0.0
-    """linear and cosine end at lr times this."""
+    """The schedules linear and cosine end at lr times this."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Adam's."""
+    """Adam's two betas."""
     grad_clip: NonNegative = 1.0
-    """Norm over all policy gradients."""
+    """Norm to which all policy gradients together are clipped."""
     kl_coef: NonNegative = 0.001
     """Weight of KL(policy || reference) over actions. etpo, tbrm, archer_soft: a difference in value of about four
     times this decides a choice; 0.05 suits rewards of 0 and 1."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """reward: an action is also penalised for the divergence in states that it leads to. loss: only in its own."""
+    """reward: an action is also penalised for the divergence in states that it leads to. loss: only for that in its own
+    state."""
     kl_estimator: Literal["exact", "k1", "k2", "k3"] = "exact"
     """exact: the sum over all actions, which is cheap with 64 of them and has no sampling variance. k1, k2, k3:
     estimates from the action taken."""
@@ -197,9 +200,9 @@ class RLConfig(Branch):
     """Completions that rollout.max_new_tokens cut off are left out of the loss, since their outcome is unknown. Their
     rewards still count when others are compared with them."""
     clip_low: Share = 0.2
-    """Ratio's lower clip, 1 - clip_low."""
+    """The lower clip of the ratio is 1 - clip_low."""
     clip_high: NonNegative = 0.2
-    """Ratio's upper clip, 1 + clip_high."""
+    """The upper clip of the ratio is 1 + clip_high."""
     clip_c: Annotated[NonNegative, AfterValidator(_above_one)] = 0.0
     """Dual clip: upper bound of the ratio if the advantage is negative, e.g. 3. 0: no bound."""
     updates_per_batch: Count = 1
@@ -216,12 +219,12 @@ class RLConfig(Branch):
     """Adam's learning rate for the value head (of ppo, and of archer with critic.token_baseline) and for the Q of etpo
     and archer_soft."""
     value_steps: Count = 4
-    """Gradient steps of value head or Q on one batch."""
+    """Gradient steps of the value head or Q on one batch."""
     cliprange_value: NonNegative = 0.0
     """ppo, and archer with critic.token_baseline: how far a value may move on one batch, in units of the reward. 0: no
     limit."""
     target_tau: PositiveShare = 0.005
-    """etpo, archer_soft: share of Q that its target takes over after each of its steps."""
+    """etpo, archer_soft: share of Q that its target network takes over after each step of Q."""
     micro_batch_tokens: Count = 16_384
     """Padded tokens per forward pass on one rank; at least one sequence."""
     max_staleness: Whole = 0
@@ -231,7 +234,8 @@ class RLConfig(Branch):
     finish, and does not wait for the longest. It is part of rl.max_staleness, whose rest, 1 or more, is the number of
     steps that are generated ahead. 0: every step waits for its own groups."""
     update_mode: Literal["drain", "continue"] = "drain"
-    """When new weights arrive, requests in flight finish on the old version first, or continue on the new one."""
+    """When new weights arrive, requests in flight finish on the old version first (drain), or continue on the new one
+    (continue)."""
     importance_cap: NonNegative = 2.0
     """Cap of pi_learner / pi_rollout, the weight that corrects staleness and engine mismatch. 0: no weight."""
     importance_mode: Literal[
@@ -243,9 +247,9 @@ class RLConfig(Branch):
     cache_hidden_states: bool = False
     """The engine returns the base's states with the tokens, and the learner holds no base at all."""
     eval_every: Whole = 10
-    """Steps between greedy evaluations; 0 only at start and end."""
+    """Steps between greedy evaluations. 0: only at start and end."""
     eval_problems: Count = 512
-    """Held-out problems an evaluation asks."""
+    """Held-out problems per evaluation."""
     save_every: Count = 20
     """Steps between checkpoints."""
 
@@ -259,11 +263,11 @@ class ReplayConfig(Branch):
     max_rows: Count = 100_000
     """Turns kept (with rl.actor_free, completions), over all shards; the oldest are removed first."""
     max_mb: Count = 4096
-    """Their size, over all shards."""
+    """Largest size in MB of the replayed data, over all shards."""
     shards: Processes = 1
-    """Actors that share them."""
+    """Actors among which the replayed data is divided."""
     snapshot_every_s: Seconds = 30.0
-    """Seconds between snapshots; a shard that dies loses at most what came since the last one."""
+    """Seconds between snapshots; a shard that dies loses at most the data since the last one."""
     kept_share: PositiveShare = 0.1
     """filtered_bc: share of the best episodes that are cloned."""
 
@@ -273,17 +277,17 @@ class CriticConfig(Branch):
     """Share of a GPU that each replica takes if cluster.use_gpu is set, e.g. 0.25. 0: replicas compute on CPU."""
     encoder: str = ""
     """A Hugging Face encoder that reads states and utterances as text and trains with the critic, e.g. roberta-base.
-    Empty: the base's own states, which cost nothing. Not for chai, whose players need those to choose."""
+    Empty: the base's own states, which cost nothing. Not for chai, whose players choose by these states."""
     replicas: Processes = 1
-    """Actors that share each of the critic's batches."""
+    """Actors among which each of the critic's batches is divided."""
     gamma: Share = 0.95
     """Discount per turn, also for ppo and gigpo."""
     tau: PositiveShare = 0.1
-    """Share of the critic that its target takes over after each step."""
+    """Share of the critic that its target network takes over after each critic step."""
     lr: Rate = 3e-4
-    """Adam's."""
+    """Adam's learning rate for the critic."""
     grad_clip: NonNegative = 1.0
-    """Norm of its gradients."""
+    """Norm to which the critic's gradients are clipped."""
     steps: Count = 50
     """Critic steps per iteration."""
     batch_size: Count = 256
@@ -292,13 +296,13 @@ class CriticConfig(Branch):
     """Replayed states per iteration in which the policy generates a fresh utterance, for V's targets and the actor's
     batch. archer_soft: the replayed utterances are used, and nothing is generated."""
     warmup_iterations: Whole = 10
-    """Iterations that train the critic alone."""
+    """Iterations at the start that train only the critic."""
     candidates: Count = 5
     """chai, or archer and archer_soft with chooses: utterances to choose from per turn."""
     chooses: bool = False
     """archer, archer_soft: players say the utterance that the critic rates highest of several, as chai's do, and the
-    policy learns from it. Features that the critic has and the states lack take effect at once. Not with
-    critic.encoder."""
+    policy learns from it. Features that the critic reads and the policy's states lack take effect at once. Not
+    with critic.encoder."""
     priority_beta: Share = 0.0
     """Above 0, e.g. 0.4: turns with a large error are replayed more often, and have importance weights with this
     exponent."""
@@ -306,11 +310,12 @@ class CriticConfig(Branch):
     """archer: replayed: the actor learns from its fresh utterances in fresh_states, as in the paper. played: from all
     turns of the episodes just played; the learner processes each sequence once for all of its turns."""
     reuse: Count = 1
-    """played: iterations whose episodes the actor learns from; older ones are weighed by rl.importance_cap."""
+    """actor_states played: number of latest iterations whose episodes the actor learns from; older ones have importance
+    weights, see rl.importance_cap."""
     td_share: Share = 0.0
     """archer: share of r + gamma V(s') - V(s) in a played utterance's advantage; the rest is Q(s, u) - V(s). The former
     has sampling variance, the latter Q's error on utterances that it has rarely seen."""
     token_baseline: bool = False
     """archer: subtract a value head's estimate of the utterance's advantage, learnt at every token."""
     expectile: Annotated[Decay, AfterValidator(_above_half)] = 0.0
-    """0: V follows fresh utterances. Above 0.5: IQL's expectile over replayed ones."""
+    """0: V is fitted to fresh utterances. Above 0.5: to replayed ones, by IQL's expectile regression."""

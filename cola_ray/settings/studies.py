@@ -47,19 +47,19 @@ class SearchConfig(Branch):
     simulations: Count = 32
     """Completions that a search, or sampling, may generate for one problem."""
     max_tokens: Whole = 0
-    """Tokens that may be generated for one problem; 0 is no limit."""
+    """Tokens that may be generated for one problem. 0: no limit."""
     max_seconds: NonNegative = 0.0
-    """Time limit for one problem, while those of eval.chunk are in the engine together; 0 is no limit."""
+    """Time limit in seconds for one problem, while eval.chunk problems share the engines. 0: no limit."""
     root_breadth: Count = 5
     """Actions that are tried after the prompt, the most probable ones."""
     breadth: Count = 4
     """Actions that are tried after any other state."""
     depth: Tokens = 64
-    """Tokens that a node may lie behind the prompt."""
+    """Largest depth of a node, in tokens after the prompt."""
     c_puct: NonNegative = 0.7
-    """Weight of the policy's preference against values found so far."""
+    """PUCT's weight of the policy's probabilities relative to the values found so far."""
     searchers: Count = 4
-    """Simulations of one problem at the same time."""
+    """Simulations of one problem that run at the same time."""
 
 
 class LoggedQConfig(Branch):
@@ -68,13 +68,13 @@ class LoggedQConfig(Branch):
     gamma: Share = 1.0
     """Discount of an action; the reward comes at the last one."""
     lr: Rate = 1e-3
-    """Adam's."""
+    """Adam's learning rate for Q."""
     copy_every: Count = 50
-    """Steps after which the target takes over all of Q."""
+    """Steps between copies of Q to its target network."""
     max_error: NonNegative = 0.01
     """mcts_q: a state in which Q's squared temporal-difference error is below this counts as one without a decision."""
     jump: Count = 64
-    """mcts_q: actions that a search may skip in states without a decision."""
+    """mcts_q: most actions in a row that a search may skip, in states without a decision."""
 
 
 AnswerWay = Literal["greedy", "base", "sample", "beam", "mcts", "mcts_q"]
@@ -86,11 +86,11 @@ class EvalConfig(Branch):
     completions each, drawn as in training, the most probable that a beam finds, or from a tree search. mcts_q: from a
     tree search that skips states in which q.path's Q sees no decision."""
     split: Literal["heldout", "train"] = "heldout"
-    """heldout: for figures. train: for answers to learn from, `cola_ray train-q`'s."""
+    """Which problems are asked. heldout: for figures. train: for answers from which `cola_ray train-q` learns."""
     problems: Count = 256
-    """Problems that are asked."""
+    """Number of problems that are asked."""
     ks: Unique[Count] = (1, 4, 16)
-    """pass@k of the samples."""
+    """The values of k for pass@k of the samples."""
     chunk: Count = 64
     """Problems in the engines at once; a stopped evaluation loses at most these."""
 
@@ -112,9 +112,9 @@ class HarnessConfig(Branch):
     include_path: str = ""
     """A folder of your own task files."""
     num_fewshot: Annotated[int, Field(strict=True, ge=-1)] = -1
-    """Examples before each question; below 0, the task's own number."""
+    """Examples before each question. Below 0: the task's own number."""
     limit: Whole = 0
-    """Questions of each task; 0 for all."""
+    """Questions of each task. 0: all."""
     likelihoods: Some[Literal["base", "marginal", "greedy"]] = ("base", "marginal")
     """base: the bare base. marginal: CoLA, its tokens' probabilities summed over all actions. greedy: CoLA, under its
     most probable action."""
@@ -122,9 +122,9 @@ class HarnessConfig(Branch):
 
 class SweepConfig(Branch):
     field: str = "rl.kl_coef"
-    """Any dotted field of these settings."""
+    """The setting that varies: any dotted field of these settings."""
     values: Some[bool | int | Finite | str] = (0.0, 0.001, 0.01, 0.1)
-    """The values it is set to; the parts of a field that takes several are separated by commas."""
+    """The values that sweep.field is set to; the parts of a field that takes several are separated by commas."""
     seeds: Some[Seed] = (0, 1)
     """Each value is tried with each of these seeds."""
     parallel: Whole = 0
@@ -137,7 +137,7 @@ class SweepConfig(Branch):
 
 class ReproduceConfig(Branch):
     stages: Unique[Name] = ()
-    """Names of the stages to run, with those that they need; empty: all."""
+    """Names of the stages to run; those that they need run, too. Empty: all."""
     parallel: Whole = 0
     """Stages at the same time. 0: two with the tiny preset, else one."""
 
@@ -146,11 +146,11 @@ class HardwareConfig(Branch):
     """What `cola_ray plan` assumes of the machines."""
 
     gpu: Literal["a100", "h100", "h200", "l40s"] = "h100"
-    """By its data sheet (GPUS in studies/planned_time.py); a100 and h100 have 80 GB."""
+    """GPU type, with the figures of its data sheet (GPUS in studies/planned_time.py); a100 and h100 have 80 GB."""
     gpus: Whole = 0
     """GPUs in the cluster. 0: as many as learner and engines ask for."""
     gpus_per_node: Count = 8
-    """GPUs of a node, which fast links connect."""
+    """GPUs per node, which are connected by fast links."""
     network_gbs: Positive = 50.0
     """GB/s between nodes; 50 is 400 Gbit/s."""
     memory_gb: NonNegative = 0.0
@@ -170,13 +170,13 @@ class ClusterConfig(Branch):
     learner_placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     """Ray's placement strategy for the ranks: on as few nodes as possible, on one, over many, each on its own."""
     learner_group: str = ""
-    """Custom resource of the nodes that take learner ranks, as cluster/ names it. Empty: any node."""
+    """Ray's custom resource of the nodes that take learner ranks, as in the files of cluster/. Empty: any node."""
     rollout_group: str = ""
-    """The same for the nodes that take engines."""
+    """The same as learner_group, for the nodes that take engines."""
     service_group: str = ""
-    """The same for the nodes that take controller, replay, critics and reward model."""
+    """The same as learner_group, for the nodes that take controller, replay, critics and reward model."""
     use_gpu: bool = False
-    """Place learner ranks and engines on GPUs (nccl); else CPU (gloo)."""
+    """Place learner ranks and engines on GPUs (nccl); otherwise they run on CPU (gloo)."""
     threads_per_process: Processes = 1
     """PyTorch threads of each learner rank and engine on CPU."""
     gradient_checkpointing: bool = False
@@ -192,7 +192,7 @@ class ClusterConfig(Branch):
     weight_transport: Literal["object_store", "nccl"] = "object_store"
     """How new weights reach engines: Ray's object store, or a broadcast between GPUs (gloo where there are none)."""
     stall_timeout_s: Seconds = 1800.0
-    """Seconds that the run waits for anything before it fails and names it."""
+    """Seconds that the run waits for anything before it fails; the message names what it waited for."""
     answer_timeout_s: Seconds = 120.0
     """Seconds in which engines, ranks, services and Ray itself must answer once they have started; one that does not
     counts as hanging, is ended, and is treated as lost."""

@@ -34,7 +34,7 @@ StageWithSteps = Literal["base", "actions", "policy", "fta_idm", "fta_policy", "
 REWARD_STAGE = "reward"
 """The stage that `cola_ray reward-model` trains, as named in ``pretrain.steps``."""
 Q_STAGE = "q"
-"""The stage that `cola_ray train-q` trains, as named there."""
+"""The stage that `cola_ray train-q` trains, as named in ``pretrain.steps``."""
 
 
 _STEPS: dict[StageWithSteps, int] = {
@@ -75,8 +75,8 @@ class ModelConfig(Branch):
     """Checkpoint that CoLA is attached to, of llama, mistral, qwen2, qwen3, gemma3_text or smollm3: directory, hub id
     or .gguf file. Empty: the preset's own."""
     family: str = ""
-    """Family of a base that is of none of these, package.module:name or file.py:name, see docs/extending.md. Empty:
-    that of its model_type."""
+    """Family of a base with any other architecture, as package.module:name or file.py:name, see docs/extending.md.
+    Empty: by the base's model_type."""
     path: str = ""
     """CoLA checkpoint that RL starts from. Empty: what `cola_ray pretrain` left for this preset."""
     num_actions: Annotated[Count, Field(ge=2, le=65_536)] = 64
@@ -109,10 +109,11 @@ class TaskConfig(Branch):
     """dataset, tools: sources in addition to task.path, in the same forms; metrics are kept apart by their names."""
     weights: tuple[Positive, ...] = ()
     """dataset, tools: shares of prompts that task.path and each of task.more_paths have in training, in any unit; a
-    small source is repeated. Empty: every prompt as often as it is there."""
+    small source is repeated. Empty: every prompt as often as it is in its source."""
     columns: dict[Literal["prompt", "solution", "response", "system"], Name] = Field(default_factory=dict)
-    """dataset, tools: columns that are not recognised, e.g. prompt body solution label; a dot leads into an object:
-    solution reward_model.ground_truth. Rewards compare with solution; a first policy is cloned from response."""
+    """dataset, tools: names of columns that are not recognised, e.g. prompt body solution label; a dot selects a
+    field of an object: solution reward_model.ground_truth. Rewards compare with solution; a first policy is cloned
+    from response."""
     splits: dict[Literal["train", "heldout"], Name] = Field(default_factory=dict)
     """dataset, tools: splits of the hub, or beginnings of file names in a folder, e.g. train train_sft heldout
     test_sft. Empty: train, and the first of test, heldout, validation, dev and eval; if there is only one split, a
@@ -122,7 +123,7 @@ class TaskConfig(Branch):
     game: str = ""
     """jericho: the z-machine file to play."""
     command: str = ""
-    """program: how an agent program of your own is started, e.g. "python agent.py"; see docs/agents.md."""
+    """program: the command that starts your own agent program, e.g. "python agent.py"; see docs/agents.md."""
     tools: Names = ()
     """tools: what the model may call, one or more: calculator, lookup (in a row's column table), python (in the
     sandbox), or functions of your own, file.py:name or package.module:name, with type hints and a docstring that says
@@ -131,17 +132,17 @@ class TaskConfig(Branch):
     """How the model writes tool calls. program: the name of one of vLLM's parsers, e.g. hermes, llama3_json or
     qwen3_xml; empty: calls stay in the text. tools: hermes, llama3_json or json; empty: any of them."""
     reward_model: str = ""
-    """A Hugging Face sequence classifier, directory or hub id, which gets an actor of its own; or an http(s)://
+    """A Hugging Face sequence classifier, directory or hub id, which runs in its own actor; or an http(s)://
     endpoint that answers {"prompts": [...], "responses": [...]} with {"rewards": [...]}. Scores the responses of
-    preference, and of every task whose task.reward names reward_model. evaluate: guides searches and chooses among
-    answers, while figures are the verifier's."""
+    preference, and of every task whose task.reward names reward_model. evaluate: it guides searches and chooses among
+    answers, while figures come from the verifier."""
     reward: Names = ()
-    """What responses are worth, one or more: verifier (the task's own), exact, math, format (<think> and <answer>),
+    """Rewards of a response, one or more: verifier (the task's own), exact, math, format (<think> and <answer>),
     regex, length, code (the tests of a row), reward_model, or functions of your own, file.py:name or
     package.module:name, called with (problem, response) or as TRL calls its own, with lists (prompts, completions,
     **columns). Empty: the task's verifier. For agents, only with tools."""
     reward_weights: tuple[Worth, ...] = ()
-    """Weight of each of task.reward; the reward is the weighted sum. Empty: 1 each."""
+    """Weight of each reward of task.reward; the total is the weighted sum. Empty: 1 each."""
     right_from: Worth | None = None
     """Smallest reward of a right response, for accuracies. None: the value that the task, or a single reward, declares;
     if neither does, there is no accuracy."""
@@ -169,7 +170,7 @@ class PretrainConfig(Branch):
     """Stages in this order; each starts from the previous one's model. base trains the given base by itself, as a
     language model, or creates a small one if none is given."""
     max_steps: Count | None = None
-    """Caps every stage; for trials."""
+    """Most optimizer steps of every stage; for trials."""
     steps: Annotated[dict[StageWithSteps, Count], BeforeValidator(_and_the_rest)] = Field(
         default_factory=lambda: dict(_STEPS)
     )
@@ -184,13 +185,13 @@ class PretrainConfig(Branch):
     lr: Rate = 1e-4
     """Peak learning rate of the stages actions and policy."""
     min_lr_ratio: Share = 0.4
-    """Cosine decay ends at lr times this."""
+    """The cosine decay of the learning rate ends at lr times this."""
     base_lr: Rate = 5e-6
     """Peak learning rate where the base trains: stages base, fta_idm, fta_policy."""
     warmup_steps: Whole = 100
-    """Linear warm-up."""
+    """Steps of linear warm-up of the learning rate."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """AdamW's."""
+    """AdamW's two betas."""
     gumbel_tau: Temperature = 2.0
     """Relaxation temperature of the straight-through action."""
     entropy_coef: NonNegative = 0.001
@@ -209,12 +210,12 @@ class PretrainConfig(Branch):
     """Folder of these outputs, which runs share and all nodes with learner ranks can access. Relative paths start where
     output_dir's do. Empty: states beside output_dir, such as outputs/states."""
     states_gb: Positive = 100.0
-    """The most space that they may take there; a stage that could need more is refused."""
+    """Most disk space in GB that these outputs may take; a stage that could need more is refused."""
     save_every: Count = 100
     """Steps between checkpoints inside a stage."""
 
     def num_steps(self, stage: str) -> int:
-        """Optimizer steps of a stage, capped."""
+        """Optimizer steps of a stage, at most ``max_steps``."""
         steps = dict[str, int](**self.steps)[stage]
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
@@ -236,14 +237,15 @@ class DataConfig(Branch):
     streaming: bool = False
     """Read data sets from the hub while they are downloaded; otherwise they are downloaded first."""
     max_broken: Share = 0.0
-    """Largest share of a source's rows that may be broken: they are skipped, counted and noted. 0: one ends the run."""
+    """Largest share of a source's rows that may be broken: they are skipped, counted and noted. 0: a single one ends
+    the run."""
     cache: str = ""
     """Folder of tokenised shards, which runs share and all nodes with learner ranks can access. Relative paths start
     where output_dir's do. Empty: corpus beside output_dir, such as outputs/corpus."""
     processes: Processes = 2
     """Processes that tokenise, on the node of the first learner rank. 1: the rank itself."""
     date: Annotated[str, AfterValidator(_a_day)] = ""
-    """YYYY-MM-DD, told to chat templates that show a date. Empty: the start model's, else the day the run began."""
+    """YYYY-MM-DD, for chat templates that show a date. Empty: the start model's, else the day when the run began."""
     chat_options: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)
     """Arguments of the model's chat template, e.g. enable_thinking false of Qwen3 and SmolLM3. Empty: the start
     model's."""

@@ -136,7 +136,7 @@ def chunks(config: EvalConfig, num_heldout: int, folder: Path) -> Iterator[tuple
 
 
 def figures(config: EvalConfig, folder: Path, seed: int, right_from: float | None = 1.0) -> dict[str, dict[str, float]]:
-    """By way: shares and means over problems, with 95 % intervals as ``<name>_low`` and ``<name>_high``.
+    """For each way, shares and means over problems, with 95 % intervals as ``<name>_low`` and ``<name>_high``.
 
     - ``accuracy`` and ``reward``: of the first response.
     - ``majority``: self-consistency (Wang et al. 2023), the answer that most responses give, or of several such answers
@@ -229,7 +229,7 @@ def remarks(config: EvalConfig, found: Mapping[str, Mapping[str, float]]) -> lis
 
 
 def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """By way of playing: means over environment seeds, with intervals as in :func:`figures`.
+    """For each way of playing, means over environment seeds, with intervals as in :func:`figures`.
 
     ``return``, ``solved`` and ``turns`` are means over the episodes of a seed, ``best_return`` is that of the best one.
     Episodes whose environment failed are counted in ``failed`` and left out otherwise.

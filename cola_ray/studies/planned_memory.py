@@ -50,8 +50,8 @@ def learner_memory(config: Config, m: Sizes) -> Bytes:
     work = learning(config, m, rl_rows(config))
     parts = _of_rank(config, m, work)
     if looks_first(config):
-        # b H, and 4 K or b V, for each token of all the rank's micro-batches except the current one; with mini-batches
-        # the current one is an additional one
+        # b H, and 4 K or b V, for each token of all the rank's micro-batches except the current one; with mini-batches,
+        # of all of them, since the current one is additional
         others = _micro_batches(config) - (config.rl.num_minibatches == 1)
         parts["states of the batch"] = work.known * others
     heads = _heads(config, m)

@@ -215,7 +215,7 @@ def _pieces(m: Sizes, rows: Rows) -> float:
 
 def _head(m: Sizes, rows: Rows, trains: bool) -> float:
     """``8 min(N V, 2^25)``: logits of a piece and their softmax in float32; for a head that trains, ``4 H V`` instead
-    of the b that stay, and another b for a piece's part if b is not 4.
+    of the ``b H V`` that stay, and another ``b H V`` for a piece's part, if b is not 4.
     """  # fmt: skip
     numbers, head, b = min(rows.scored * m.vocabulary, AT_ONCE), float(m.width * m.vocabulary), m.num_bytes
     if not trains or b == 4:

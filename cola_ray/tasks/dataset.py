@@ -46,7 +46,7 @@ class Source:
 
 
 class Dataset:
-    """Prompts of one data set or several; ``task.reward`` says what responses are worth.
+    """Prompts of one data set or several; ``task.reward`` scores the responses.
 
     Args:
         path: a file, a folder, a glob or a hub id.
@@ -157,7 +157,7 @@ def _cut(examples: Mapping[str, list[Example]]) -> dict[Split, list[Example]]:
 
 
 def sources_of(path: str, splits: Mapping[Any, str]) -> tuple[dict[str, str], list[str]]:
-    """Return each split's source (a file or a glob), or one for "" that has to be divided; and names of other splits.
+    """Return each split's source (a file or a glob), or under "" one that has to be divided; and names of other splits.
 
     In a folder with none of the usual names, all files are read.
 
@@ -186,7 +186,7 @@ def _stem(name: str) -> str:
 
 
 def _glob(folder: Path, names: Sequence[str]) -> str:
-    """One file, or a pattern for several of one split."""
+    """Return the one file, or a pattern that matches the files, of a split."""
     if len(names) == 1:
         return str(folder / names[0])
     stem = _stem(names[0])

@@ -64,7 +64,7 @@ class GuessingGame:
         self.turn += 1
         won = names(question, self.hidden) and (answer == "Yes." or not self.answered_yes)
         if not self.answered_yes and any(word_of(name, answer) for name in self.hidden.names):
-            answer = REFUSAL  # an oracle whose answer gives away the name tells nothing at all
+            answer = REFUSAL  # in place of an oracle's answer that gives away the name
         out_of_turns = self.turn >= self.max_turns and not won
         return f"{answer}\n", 0.0 if won else -1.0, won, out_of_turns, {}
 

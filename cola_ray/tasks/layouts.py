@@ -12,9 +12,9 @@
     | question, answer; problem, solution, answer        | GSM8K's and MATH's                  |
     | instruction, input, output                         | Alpaca's                            |
 
-If a row has several of these names, the first one counts: :data:`PROMPTS` and :data:`SOLUTIONS`. ``columns`` maps
-prompt, solution, response and system to other names; a dot leads into an object. Roles, system prompts and few-shot
-turns are kept.
+If a row has several of these names, the first one in :data:`PROMPTS` or :data:`SOLUTIONS` counts. ``columns`` maps
+prompt, solution, response and system to other names; a dot selects a field of an object. Roles, system prompts and
+few-shot turns are kept.
 """
 
 import json
@@ -51,7 +51,7 @@ def read(row: Row, columns: Mapping[Any, str]) -> Example:
     """Read a row.
 
     Args:
-        row: of the data.
+        row: a row of the data.
         columns: names of the columns of prompt, solution, response and system that are not recognised.
 
     Raises:
@@ -99,7 +99,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _conversation(value: object) -> tuple[Prompt, str]:
-    """Return the messages before the assistant's last one, and its text; all and "" if the assistant is not last."""
+    """Return the messages before the assistant's final one, and its text; all and "" if the assistant is not last."""
     messages = value if not isinstance(value, list | tuple) else [_as_message(one) for one in value]
     read = as_prompt(messages)
     if isinstance(read, str):

@@ -49,7 +49,7 @@ class Verifier(OfItems):
 
 
 def _reads(answer_of: Callable[[str], str]) -> Callable[[Callable[[Problem, str], float | None]], Any]:
-    """Declare that a reward of 1 is right, and how to read a response's answer, by which majorities vote."""
+    """Declare that a reward of 1 means right, and how to read from a response the answer that majority votes count."""
 
     def put(reward: Any) -> Any:
         reward.right_from, reward.answer_of = 1.0, answer_of
@@ -65,7 +65,7 @@ def _stated(response: str) -> str:
 
 
 class ByModel:
-    """The score of ``task.reward_model``, for which workers ask its actor or endpoint (rollout/worker.py)."""
+    """The score of ``task.reward_model``, which workers request from its actor or endpoint (rollout/worker.py)."""
 
 
 @_reads(lambda response: " ".join(response.split()))
@@ -77,7 +77,7 @@ def exact(problem: Problem, response: str) -> float | None:
 
 @_reads(_stated)
 def math(problem: Problem, response: str) -> float | None:
-    r"""Compare what both commit to, numbers exactly and expressions by math-verify; None if the row has no solution.
+    r"""Compare both final answers, numbers exactly and expressions by math-verify; None if the row has no solution.
 
     A solution is a result by itself ("72", "\\frac{1}{2}"), or a text with one after #### or in \boxed{}.
     """
@@ -105,7 +105,7 @@ class Regex:
     """Whether a pattern is found in the response.
 
     Args:
-        pattern: a regular expression of Python, where ``.`` matches line ends and ``^`` and ``$`` those of lines.
+        pattern: a Python regular expression; ``.`` also matches line ends, and ``^`` and ``$`` match at every line.
 
     Raises:
         ValueError: it cannot be compiled.

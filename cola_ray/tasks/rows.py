@@ -92,9 +92,9 @@ def read_rows(rows: Any, path: str, field: str, read: Callable[[Row], _READ]) ->
 
 
 def peek(path: str, field: str, read: Callable[[Row], object]) -> list[str]:
-    """Return at most one line, on what is wrong in the files' rows. Imports neither datasets nor pandas.
+    """Return at most one line, about what is wrong in the files' rows. Imports neither datasets nor pandas.
 
-    Checks all rows of the files that fit into :data:`WHOLE_MB` together, and the first rows of those after them.
+    Checks all rows of the first files, as many as fit into :data:`WHOLE_MB` together, and the first rows of the others.
     """
     alone = Path(path).is_file()
     try:
@@ -128,7 +128,7 @@ def _rows_as_written(path: str) -> Iterator[Row]:
 
 
 def _checked_rows(files: Sequence[Path]) -> Iterator[tuple[Path, int, Row]]:
-    """Yield rows with their file and number; raises ValueError for what is not a row, or if there are none."""
+    """Yield rows with their file and number; ValueError for anything that is not a row, or if there are no rows."""
     left, found = WHOLE_MB << 20, False
     for file in files:
         left -= file.stat().st_size
@@ -196,7 +196,7 @@ def files_of(path: str) -> tuple[str, list[Path]]:
 
 
 def _found(path: str, index: int, why: str) -> str:
-    """Return where row ``index`` of a table is: in which file of several, and in which row."""
+    """Return ``why`` after the place of row ``index`` of a table: the file, if there are several, and the row in it."""
     if not is_local(path) or Path(path).is_file():
         return placed(Path(path), index + 1, why, named=False)
     for file in files_of(path)[1]:
@@ -235,7 +235,7 @@ def _count(file: Path) -> int:
 
 
 def rows_in(file: Path) -> Iterator[Row]:
-    """Yield the rows of a file; the ValueError for what is not a row begins with the file's name."""
+    """Yield the rows of a file; the ValueError for anything that is not a row begins with the file's name."""
     if file.suffix == ".parquet":
         yield from _of_parquet(file)
     elif file.suffix == ".csv":
@@ -270,7 +270,7 @@ def _of_csv(file: Path) -> Iterator[Row]:
 
 
 def _as_text(file: Path) -> dict[str, Any]:
-    """What the loader of CSV files needs to be told in order to leave cells as they are."""
+    """Options with which the loader of CSV files leaves cells as they are."""
     import datasets
 
     header = next(csv_table.lines_of(file))
@@ -311,7 +311,7 @@ def is_of_lines(file: Path) -> bool:
 
 
 def _lines(file: Path, marked: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield lines with their numbers from 1; a byte order mark of UTF-8 is removed if ``marked``, and else refused."""
+    """Yield lines with their numbers from 1; a UTF-8 byte order mark is removed if ``marked``, otherwise refused."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1 and marked:
@@ -323,7 +323,7 @@ def _lines(file: Path, marked: bool = False) -> Iterator[tuple[int, str]]:
 
 
 def decoded(line: bytes, is_first: bool) -> str:
-    """Return a line of a file as text, without its end; ValueError if it is not UTF-8, or begins with a mark."""
+    """Return a line of a file as text, without its end; ValueError if it is not UTF-8, or has a byte order mark."""
     if is_first and line.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("begins with a byte order mark; save it as UTF-8 without one")
     try:
@@ -382,7 +382,7 @@ def _decimal(digits: str) -> float:
 def _why(files: list[Path], error: Exception) -> str:
     """Return what is wrong with the files, found by reading them row by row; else the loader's own message."""
     kinds: dict[str, tuple[str, str]] = {}
-    names = set[str]()  # of the first file
+    names = set[str]()  # column names of the first file
     try:
         for file in files:
             own = set[str]()

@@ -156,7 +156,7 @@ def told(tools: Sequence[Mapping[str, Any]], format_name: str = ANY) -> str:
 
     Args:
         tools: schemas in the form of OpenAI's API.
-        format_name: of the calls; :data:`ANY` tells the last of :data:`FORMATS`, bare JSON.
+        format_name: of the calls; :data:`ANY` describes the last of :data:`FORMATS`, bare JSON.
     """
     functions = (tool["function"] for tool in tools)
     lines = [f"{_signature(one)}: {' '.join(str(one.get('description', '')).split())}" for one in functions]

@@ -1,12 +1,12 @@
 """``cola_ray export RUN [--step N | --best] --to FOLDER``: a model of a run as a folder that transformers opens.
 
-    neither    RUN/model, which the run left; of a run that left none, as --step with its newest checkpoint
+    neither    RUN/model, written at the end of the run; if there is none, the newest checkpoint, as with --step
     --step N   RUN/checkpoints/step-N/zero  ─> float32 weights of what trained ─┐
     --best     the kept checkpoint that held-out problems rate highest          ├─> FOLDER, by one rename
                the start model, unchanged since the run began ──────────────────┘
 
-From a checkpoint the model is that which the run would have left if it had ended there, bit for bit: weights take the
-run's type as the learner's own do, and adapters are merged by the same code, here on the CPU.
+The model from a checkpoint is, bit for bit, the one that the run would have written if it had ended there: weights are
+cast to the run's dtype as in the learner, and adapters are merged by the same code, here on the CPU.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from cola_ray.training.tracked_run import card_facts
 
 _RL = ("rl_math", "rl_agent", "rl_preference")
 MEASURES = ("eval/accuracy", "eval/return", "eval/reward")
-"""What a run may measure on held-out problems; one of them."""
+"""Metrics on held-out problems; a run has one of them."""
 _SHOWN = (*MEASURES, "reward/mean", "policy/kl")
-"""What a card says of a checkpoint."""
+"""Metrics of a checkpoint that a model card shows."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def export(run: Path, target: Path, step: int | None = None, best: bool = False) -> str:
-    """Write a model of ``run`` to ``target``; returns a line on what it is.
+    """Write a model of ``run`` to ``target``; returns a line that describes it.
 
     Raises:
         ConfigError: there is no such model, its start model has changed, or something is at ``target``.
@@ -82,7 +82,7 @@ def export(run: Path, target: Path, step: int | None = None, best: bool = False)
 
 
 def _kept(run: Path, job: str) -> list[int]:
-    """Steps of the run's checkpoints that hold a model of RL."""
+    """Steps of the run's checkpoints. Raises ConfigError if it is no run of RL, or has no checkpoint yet."""
     if job not in _RL:
         raise ConfigError(f"{run}: a run of {job}, of whose checkpoints none is a model by itself; leave out --step "
                           "and --best for the one that it left, or finish it with --resume")  # fmt: skip
@@ -93,7 +93,7 @@ def _kept(run: Path, job: str) -> list[int]:
 
 
 def _best(run: Path, job: str) -> tuple[int, str]:
-    """The kept step that was rated highest on held-out problems, the later of equals, and what is to be said of it."""
+    """The kept step with the highest held-out score (the later of equals), and a note about it."""
     kept, history = _kept(run, job), event_log.history(event_log.read(run))
     measure = next((name for name in MEASURES if any(name in one for one in history.values())), "")
     rated = {step: one[measure] for step, one in history.items() if step and measure in one}
@@ -110,7 +110,7 @@ def _best(run: Path, job: str) -> tuple[int, str]:
 
 
 def _rebuilt(run: Path, record: dict[str, Any], checkpoint: checkpoints.Checkpoint, target: Path) -> None:
-    """The model that the run would have left at this checkpoint."""
+    """Write the model that the run would have left at this checkpoint."""
     config = Config.model_validate_json((run / "config.json").read_text())
     if lines := resume.changed_start(record):
         raise ConfigError("\n".join(lines))
@@ -128,7 +128,9 @@ def _rebuilt(run: Path, record: dict[str, Any], checkpoint: checkpoints.Checkpoi
 
 
 def _served(config: Config, run: Path, start: Path | None, folder: Path) -> str:
-    """What engines and learner of the run opened; a plain base that the run no longer has is written to ``folder``."""
+    """The model that the run's engines and learner opened. A plain base that is missing in the run's folder is written
+    to ``folder``.
+    """
     made = run / ("base" if config.rl.steering == "off" else "steered")
     if config.rl.action_space == "token" and (made / "config.json").exists():
         return str(made)
@@ -136,7 +138,7 @@ def _served(config: Config, run: Path, start: Path | None, folder: Path) -> str:
 
 
 def _published(config: Config, model: str, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """What leaves a learner with these weights: names as in the exported model."""
+    """The tensors that a learner with these weights publishes, under their names in the exported model."""
     rl, dtype = config.rl, getattr(torch, config.model.dtype)
     kind: Any = policies.TokenPolicy
     if rl.action_space == "latent":
@@ -145,7 +147,7 @@ def _published(config: Config, model: str, weights: dict[str, Tensor]) -> Iterat
         for name, tensor in weights.items():
             yield kind.stored(name), tensor.to(dtype)
         return
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)  # into whose weights the rest is merged
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)  # trained weights are merged into its weights
     policy = policies.TokenPolicy(base, lora_rank=rl.lora_rank, steering=rl.steering, with_reference=False)
     parameters = dict(policy.named_parameters())
     for name, tensor in weights.items():
@@ -155,14 +157,14 @@ def _published(config: Config, model: str, weights: dict[str, Tensor]) -> Iterat
 
 
 def _put(write: Any, target: Path) -> None:
-    """Write into a folder beside ``target`` and rename it: a folder that is there is whole."""
+    """Write into a folder beside ``target`` and rename it, so that ``target`` is never incomplete."""
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         staging.chmod(0o755)
         write(staging)
-        staging.rename(target)  # over an empty folder at most: over one that was filled meanwhile it is an error
+        staging.rename(target)  # replaces an empty folder at most: one that was filled meanwhile raises
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

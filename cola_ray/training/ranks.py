@@ -1,4 +1,4 @@
-"""Ray Train over the learner's ranks: started, polled, stopped by signals, and watched until they end."""
+"""Ray Train over the learner's ranks: starts, polls and watches them until they end, and handles signals."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ from cola_ray.runs import checkpoints
 from cola_ray.settings.config import Config
 
 ANSWER_S = 60.0
-"""For what never computes for long."""
+"""Timeout for calls that never compute for long."""
 
 
 def fit_ranks(
@@ -31,13 +31,13 @@ def fit_ranks(
     poll: Callable[..., None],
     stop: Callable[[], None] | None,
 ) -> None:
-    """Ray Train over the ZeRO-3 ranks, which go on from the run's last checkpoint; also those that replace dead ones.
+    """Run the ZeRO-3 ranks under Ray Train; they, and replacements of dead ones, resume from the run's last checkpoint.
 
-    ``fit`` runs in a thread of its own, so that this one can ``poll`` twice a second, fail as soon as polling does,
-    and answer signals: the first Ctrl-C or SIGTERM calls ``stop`` and waits for the orderly end, the next one ends
-    at once, as does the first where there is no ``stop``.
+    ``fit`` runs in a separate thread, so that this one can ``poll`` twice a second, fail as soon as polling does,
+    and handle signals: the first Ctrl-C or SIGTERM calls ``stop`` and waits for an orderly end, the next one ends the
+    run at once. Without ``stop`` the first one does so.
     """
-    # What Ray Train notes for itself, and would go on from: a new place each time, for checkpoints are ours to find.
+    # Ray Train's own records, which it would resume from. A new folder each time, since we find checkpoints ourselves.
     notes = Path(config.output_dir) / checkpoints.FOLDER / f"{checkpoints.RAY_NOTES}{secrets.token_hex(4)}"
     trainer = _trainer(config, rank_loop, loop, notes)
     errors: list[BaseException] = []
@@ -95,8 +95,8 @@ def _trainer(
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """The SIGINT, SIGTERM and SIGHUP that came so far, without those that are ignored, as under nohup; elsewhere than
-    in a main thread, none.
+    """The SIGINT, SIGTERM and SIGHUP signals received so far. Ignored signals are left out, as SIGHUP under nohup;
+    outside the main thread there are none.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -116,7 +116,7 @@ def signals() -> Iterator[list[int]]:
 
 
 def enter_rank(loop: dict[str, Any]) -> Config:
-    """What every learner rank does first: threads, process group, settings."""
+    """What every learner rank does first: set threads, join the process group, return the settings."""
     config = Config.model_validate(loop["config"])
     import torch
     from ray.train.torch import get_device
@@ -126,7 +126,7 @@ def enter_rank(loop: dict[str, Any]) -> Config:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not config.cluster.use_gpu:
         torch.set_num_threads(config.cluster.threads_per_process)
-    # DeepSpeed takes the GPU of this number. Ray may show a process its own alone, or all of its node's.
+    # DeepSpeed takes the GPU with this number. Ray may show a process only its own GPU, or all GPUs of its node.
     device = get_device() if config.cluster.use_gpu else torch.device("cpu")
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else ray.train.get_context().get_local_rank())
     join_group("nccl" if config.cluster.use_gpu else "gloo")

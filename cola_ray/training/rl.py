@@ -61,12 +61,12 @@ class _Job:
 @shown()
 @explained_failures()
 def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
-    """RL of the policy over latent actions on problems with answers; leaves ``output_dir/model``. Returns the summary.
+    """RL on problems with answers; writes ``output_dir/model``. Returns the summary.
 
-    For the tiny preset the model that RL starts from is made first where it is missing.
+    If the start model is missing, the tiny preset pre-trains it first.
 
     Args:
-        on_step: is told each step's metrics beside MLflow.
+        on_step: receives each step's metrics, in addition to MLflow.
 
     Raises:
         ConfigError: before any process starts.
@@ -81,7 +81,7 @@ def run_rl(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
 @shown()
 @explained_failures()
 def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
-    """RL over the turns of a multi-turn environment, with replay and an utterance critic beside it; as ``run_rl``."""
+    """RL over the turns of a multi-turn environment, with replay and an utterance critic; otherwise like ``run_rl``."""
     check(config, "rl_agent")
     if config.rl.algorithm == "filtered_bc":  # cloning has no importance weights: any likelihood of the data will do
         config = override(config, {"rl.importance_cap": 0.0, "rl.kl_coef": 0.0})
@@ -89,7 +89,7 @@ def run_agent(config: Config, on_step: OnStep | None = None) -> dict[str, Any]:
 
 
 def measured(config: Config) -> str:
-    """What an evaluation is called, ``eval/<this>``: return, accuracy, or reward where nothing is simply right."""
+    """The name of the evaluation metric ``eval/<name>``: return, accuracy, or reward if no answer is simply right."""
     if is_environment(config.task.name):
         return "return"
     return "reward" if least_right_reward(config.task) is None else "accuracy"
@@ -134,7 +134,7 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
             try:
                 _train(config, model_path, controller, tracker, found, begun.resumes)
             finally:
-                ray.kill(controller)  # and with it the workers, which it owns
+                ray.kill(controller)  # and thereby the workers, which it owns
                 if (output / "model" / "config.json").exists():
                     provenance.write(output / "model", config, job.name, begun.start)
         print_summary(f"RL, {config.preset}: {output}", tracker.summary)
@@ -143,7 +143,7 @@ def _run(config: Config, job: _Job, on_step: OnStep | None) -> dict[str, Any]:
 
 
 def _say_data(config: Config, model_path: str) -> None:
-    """What was read and what it is worth, where a task is made of somebody's rows, or has rewards of their own."""
+    """Describe the data that was read, if the task has rows or rewards of its own."""
     if (config.task.path or config.task.reward) and not is_environment(config.task.name):
         current().doing("reading the task")
         tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -153,7 +153,7 @@ def _say_data(config: Config, model_path: str) -> None:
 
 
 def afterwards(config: Config, job: str, summary: Mapping[str, Any]) -> list[str]:
-    """What a run has gained, where its model is, and what to do with it next."""
+    """Lines for the end of a run: the gain, the model's path, and commands to try next."""
     measure = measured(config)
     before, after = summary.get(f"bc_{measure}"), summary.get(f"rl_{measure}")
     model = Path(config.output_dir) / "model"
@@ -175,7 +175,7 @@ def afterwards(config: Config, job: str, summary: Mapping[str, Any]) -> list[str
 
 
 def _of_task(config: Config, job: str) -> list[str]:
-    """The task's settings that were given, as far as another job reads them, as words of its command."""
+    """The task settings that differ from the preset's and that ``job`` reads, as words of its command."""
     given = {field: value for field, value in relevance.given(config).items() if field.startswith("task.")}
     return as_words({field: value for field, value in given.items()
                      if field != "task.name" and relevance.has_effect(config, job, field)})  # fmt: skip
@@ -191,7 +191,7 @@ def _actions(config: Config) -> str:
 def _train(
     config: Config, model_path: str, controller: Any, tracker: Tracker, found: dict[str, Any], resumed: bool
 ) -> None:
-    """The loop between controller and learner until it ends; what is known of the run goes into ``found``."""
+    """Run controller and learner until training ends; facts about the run are put into ``found``."""
     talk = _Talk(controller, config.cluster.stall_timeout_s, config.cluster.answer_timeout_s)
     begun = controller.start.remote(resumed)
     display, export = current(), actors.exporter(config)
@@ -229,7 +229,7 @@ def _train(
             display.update("rl", step, config.rl.max_steps, note, milestone=evaluated in metrics or step % 10 == 0)
         if failure:
             if not found and ray.wait([begun], timeout=0)[0]:
-                ray.get(begun)  # which has it in its own words
+                ray.get(begun)  # raises the original error
             raise RunFailedError(failure)
 
     def stop() -> None:
@@ -239,23 +239,23 @@ def _train(
     loop = {"config": config.model_dump(), "model_path": model_path, "controller": controller}
     fit_ranks(config, _rl_rank, loop, poll, stop)
     display.doing("writing the summary")
-    with contextlib.suppress(ray.exceptions.RayError):  # a figure is no reason to fail a run that has ended
+    with contextlib.suppress(ray.exceptions.RayError):  # a missing figure must not fail a finished run
         workers = ray.get(controller.rollout_workers.remote(), timeout=ANSWER_S)
         peaks = ray.get([worker.peak_memory_gb.remote() for worker in workers], timeout=ANSWER_S)
         found["peak_memory_worker_gb"] = max(peaks)
 
 
 class _Talk:
-    """What the controller has to tell, asked for without being held up by it.
+    """Fetches the controller's events without being blocked by it.
 
     Args:
-        start_s: that it may take to its first answer.
-        patience_s: that it may take to each one after.
+        start_s: time limit for its first answer.
+        patience_s: time limit for each later answer.
     """
 
     def __init__(self, controller: Any, start_s: float, patience_s: float) -> None:
         self.controller, self.limit_s, self.patience_s = controller, start_s, patience_s
-        self.num_returned = 0  # events; whoever asks for more has read these
+        self.num_returned = 0  # events so far; the next request confirms that they were read
         self._ask()
 
     def _ask(self) -> None:
@@ -266,16 +266,16 @@ class _Talk:
         """Events since the last answer, and any failure.
 
         Args:
-            last: wait for all that there is.
+            last: wait for all remaining events.
 
         Raises:
-            RunFailedError: no answer has come in time.
+            RunFailedError: no answer came in time.
         """
         events, failure = list[dict[str, Any]](), None
-        for _ in range(1 + last):  # of the two the first may have been asked for too early
+        for _ in range(1 + last):  # with last, twice: the first request may have been made too early
             if not ray.wait([self.asked], timeout=self.limit_s if last else 0.1)[0]:
                 now = time.monotonic()
-                # What is long between two looks is this process's own time, which somebody had stopped.
+                # A long gap between two looks means that this process itself was suspended: that time does not count.
                 self.waited_s += self.limit_s if last else min(now - self.looked, 2.0)
                 self.looked = now
                 if self.waited_s >= self.limit_s:
@@ -292,7 +292,7 @@ class _Talk:
 
 
 def make_start_model(config: Config) -> None:
-    """Pre-train it where the preset makes its own and it is missing."""
+    """Pre-train the start model if the preset makes its own and it is missing."""
     model = provenance.start_model(config)
     if provenance.makes_start_model(config) and not provenance.is_made(model):
         begun = read_record(model.parent) is not None
@@ -308,7 +308,7 @@ def _rl_rank(loop: dict[str, Any]) -> None:
 
 
 def _rl_summary(config: Config, tracker: Tracker, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what is known so far, which for a run that ended early may be little."""
+    """Figures known so far; a run that ended early may have few."""
     measure, seconds = measured(config), tracker.series("time/step")[1]
     memory, parameters = tracker.latest("memory/optimizer_mb"), tracker.latest("learner/trained_parameters")
     alive, stage = tracker.latest("actions/alive"), tracker.latest("learner/zero_stage")
@@ -338,7 +338,7 @@ def _rl_summary(config: Config, tracker: Tracker, found: Mapping[str, Any]) -> d
 
 
 def _say_arithmetic(config: Config, facts: dict[str, Any]) -> None:
-    """The derived numbers that people otherwise guess."""
+    """Print derived numbers that people otherwise guess."""
     rl, ranks = config.rl, config.cluster.learner_ranks
     sequences, updates = rl.prompts_per_step * rl.group_size, rl.updates_per_batch * rl.num_minibatches
     current().say(

@@ -4,7 +4,7 @@
        ^                                │ metrics, phases, lines
        └──────────── mailbox <──────────┘            stops ──> the ranks, after the step under way
 
-All return the summary that they write to ``output_dir/summary.json``; all can be stopped and resumed.
+All functions return the summary that they write to ``output_dir/summary.json``; all runs can be stopped and resumed.
 """
 
 import functools
@@ -34,7 +34,7 @@ from cola_ray.training.tracked_run import tracked
 @shown()
 @explained_failures()
 def pretrain(config: Config) -> dict[str, Any]:
-    """Run the stages of ``config.pretrain``; leaves ``output_dir/model``. Returns the summary.
+    """Run the stages of ``config.pretrain``; writes ``output_dir/model``. Returns the summary.
 
     Raises:
         ConfigError: before any process starts.
@@ -47,7 +47,7 @@ def pretrain(config: Config) -> dict[str, Any]:
 @shown()
 @explained_failures()
 def train_reward_model(config: Config) -> dict[str, Any]:
-    """A reward model from the preference pairs at ``task.path``, on ``model.base``; as ``pretrain``."""
+    """Train a reward model on the preference pairs at ``task.path``, from ``model.base``; else like ``pretrain``."""
     check(config, "reward_model")
     return _supervised(config, "reward_model", (REWARD_STAGE,), "reward_model", "reward model")
 
@@ -55,13 +55,13 @@ def train_reward_model(config: Config) -> dict[str, Any]:
 @shown()
 @explained_failures()
 def train_q(config: Config) -> dict[str, Any]:
-    """MCTS-Q's values of actions, from the answers at ``data.path`` that evaluate logged; as ``pretrain``."""
+    """Train MCTS-Q's action values on answers at ``data.path`` that evaluate logged; else like ``pretrain``."""
     check(config, "train_q")
     return _supervised(config, "train_q", (Q_STAGE,), "logged_q", "Q of latent actions")
 
 
 def _supervised(config: Config, job: str, stages: Sequence[str], module: str, about: str) -> dict[str, Any]:
-    """Stages of supervised training by a module of ``learner``: progress, metrics, a summary, a plot of losses."""
+    """Run supervised stages with a module of ``learner``: progress, metrics, a summary, a plot of losses."""
     begun = launch.begin(config, job)
     config, output, display = begun.config, begun.folder.path, current()
     if begun.start is not None:
@@ -96,7 +96,7 @@ def _supervised(config: Config, job: str, stages: Sequence[str], module: str, ab
             note = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
             display.update(f"{job}: {stage}", step, total, note, milestone=step % 100 == 0 or step == total)
 
-        patience = itertools.chain([None], itertools.repeat(ANSWER_S))  # the first answer waits for a process to start
+        patience = itertools.chain([None], itertools.repeat(ANSWER_S))  # for the first answer a process must start
 
         def poll(last: bool = False) -> None:
             waiting = ray.get(mailbox.actor.qsize.remote(), timeout=next(patience))
@@ -131,12 +131,12 @@ def _supervised_rank(loop: dict[str, Any]) -> None:
 
 
 class _Mailbox:
-    """Where a rank's metrics go: the :class:`~cola_ray.learner.engine.Report` of supervised stages."""
+    """Sends a rank's metrics to the driver: the :class:`~cola_ray.learner.engine.Report` of supervised stages."""
 
     def __init__(self, mailbox: Queue, stops: Queue, device: str) -> None:
         self.mailbox, self.stops, self.device = mailbox, stops, device
         self.is_first = ray.train.get_context().get_world_rank() == 0
-        self.looked = 0.0  # into ``stops``, which another process keeps: a step may take no longer than the look
+        self.looked = 0.0  # at ``stops``: it is in another process, so a look may take as long as a step
 
     def __call__(self, metrics: dict[str, Any], saved: bool = False) -> bool:
         import torch

@@ -1,4 +1,4 @@
-"""A run from its start to its end, however it ends: MLflow, summary, plot and model card."""
+"""A run from start to end, however it ends: MLflow, summary, plot and model card."""
 
 import contextlib
 import time
@@ -19,7 +19,7 @@ from cola_ray.settings.relevance import given
 _ON_CARDS = ("rl.lr", "rl.kl_coef", "rl.algorithm", "rl.group_size", "rl.prompts_per_step", "rl.max_steps",
              "rl.action_space", "rl.lora_rank", "rl.steering", "pretrain.stages", "pretrain.lr", "pretrain.batch_size",
              "pretrain.steps", "rollout.temperature", "rollout.max_new_tokens")  # fmt: skip
-"""Settings that a model's card names where they are not the preset's; none of them may be a path or a secret."""
+"""Settings that a model card names if they differ from the preset's; none of them may be a path or a secret."""
 OnStep = Callable[[int, Mapping[str, Any]], None]
 """Called after every learner step with its number and metrics."""
 
@@ -31,11 +31,11 @@ def tracked(
     draw: Callable[[Tracker], None] = lambda _: None,
     on_step: OnStep | None = None,
 ) -> Iterator[Tracker]:
-    """A run from here to its end, whichever that is: summary and plot are left of where it came to.
+    """Track a run from here to its end, however it ends; summary and plot show how far it came.
 
     Args:
-        summarise: what is known of the run; how it ended and how long it took is added.
-        draw: its plots, where there is anything to show.
+        summarise: returns what is known of the run; its end state and duration are added.
+        draw: draws the run's plots, if there is anything to show.
     """
     config, folder = begun.config, begun.folder
     output, params = folder.path, flat(config.model_dump())
@@ -65,7 +65,7 @@ def tracked(
 
 
 def _describe(model: Path, config: Config, job: str, summary: Mapping[str, Any]) -> None:
-    """The run's part of its model's card."""
+    """Add the run's part to its model card."""
     if not (model / "config.json").exists():
         return
     cost = ("_seconds", "_gb", "_mb", "_per_step")
@@ -77,7 +77,7 @@ def _describe(model: Path, config: Config, job: str, summary: Mapping[str, Any])
 
 
 def card_facts(config: Config, job: str) -> dict[str, Any]:
-    """What a model's card says of the run that made it. Of paths the last name alone: a card is for other machines."""
+    """What a model card says about its run. Only the last part of a path is shown: cards go to other machines."""
     facts = {job: f"preset {config.preset}, seed {config.seed}, task {config.task.name}"}
     own = {field: value for field, value in given(config).items() if field.startswith(_ON_CARDS)}
     if own:
@@ -87,7 +87,7 @@ def card_facts(config: Config, job: str) -> dict[str, Any]:
         if not (config.model.base or config.model.path):
             facts["base"] = "a small Llama that was trained from nothing"
         elif config.pretrain.stages[0] == "base":
-            facts["base"] = config.model.base  # and not the folder that the stage left
+            facts["base"] = config.model.base  # not the folder that the stage wrote
     return facts
 
 
