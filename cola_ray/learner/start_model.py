@@ -21,7 +21,7 @@ from cola_ray.tasks.chat import as_text
 
 
 def start_model(config: Config, task: Prompts | PlayedTask | None, report: Report) -> tuple[Path, bool]:
-    """Make the directory that the first stage reads: the given base, or a new tiny Llama. A collective.
+    """Make the directory that the first stage reads: the given base, or a new tiny Llama.
 
     CoLA is attached to the base here, unless the first stage trains the base by itself.
 
