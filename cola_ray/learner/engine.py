@@ -243,7 +243,7 @@ class ZeroEngine:
         return sum(parameter.ds_numel for _, parameter in self.trained)
 
     def optimizer_mb(self) -> float:
-        """Size of Adam's moments and float32 weights over all ranks, in MiB; 0 before the first step."""
+        """Size of Adam's moments and float32 weights over all ranks, in MiB."""
         moments = [value for state in self.optimizer.optimizer.state.values() for value in state.values()]
         held = [*moments, *self.optimizer.fp32_partitioned_groups_flat]
         mine = sum(one.nbytes for one in held if isinstance(one, Tensor) and one.dim())

@@ -375,7 +375,6 @@ class LatentEngine(Engine):
         self.soft_q_beta = soft_q_beta
         super().__init__(model_path, logits_processors=[processor("tracker")], hf_overrides=overrides, **engine_args)
         self.last_blocks: dict[str, list[int]] = {}
-        self.without_states: dict[str, tuple[str, Completion]] = {}  # request that computes them -> whose, and the rest
         self.keeps_states = keep_hidden_states
         if keep_hidden_states:
             self._remember_blocks(self.scheduler.kv_cache_manager)
