@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from algorithms import why_not
 from cached_run import KeptRun, run_kept, series
+from pictures import picture
 from record import RESULTS, record
 from uncertainty import over_seeds
 
@@ -93,22 +94,15 @@ def figures_of(returns: np.ndarray) -> dict[str, Any]:
 
 
 def plot(curves: Mapping[str, np.ndarray], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for method, runs in curves.items():
-        episodes = EPISODES * (1 + np.arange(runs.shape[1]))
-        (line,) = axes.plot(episodes, runs.mean(0), label=method)
-        axes.fill_between(episodes, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.15)
-    for threshold in THRESHOLDS:
-        axes.axhline(threshold, color="grey", linestyle=":", linewidth=1)
-    axes.set(xlabel="episodes", ylabel=f"mean return of the last {WINDOW}", title="Twenty Questions, tiny preset")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
-    figure.savefig(path, dpi=120)
+    with picture(path) as (axes,):
+        for method, runs in curves.items():
+            episodes = EPISODES * (1 + np.arange(runs.shape[1]))
+            (line,) = axes.plot(episodes, runs.mean(0), label=method)
+            axes.fill_between(episodes, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.15)
+        for threshold in THRESHOLDS:
+            axes.axhline(threshold, color="grey", linestyle=":", linewidth=1)
+        axes.set(xlabel="episodes", ylabel=f"mean return of the last {WINDOW}", title="Twenty Questions, tiny preset")
+        axes.legend(fontsize="small", ncols=2)
 
 
 def main() -> None:

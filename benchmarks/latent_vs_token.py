@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from cached_run import run_all, run_once, series
+from pictures import picture
 from record import RESULTS, record
 
 SPACES = {"latent": "5e-4", "token": "1e-4"}
@@ -21,20 +22,13 @@ TINY = ["--preset", "tiny", "--cluster.learner-ranks", "1", "--rl.eval-every", "
 
 
 def plot(curves: dict[str, np.ndarray], steps: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, runs in curves.items():
-        at = np.linspace(0, steps, runs.shape[1])
-        (line,) = axes.plot(at, runs.mean(0), marker="o", markersize=3, label=name)
-        axes.fill_between(at, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.15)
-    axes.set(xlabel="learner steps", ylabel="held-out accuracy", title="arithmetic, tiny preset, GRPO")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    with picture(path) as (axes,):
+        for name, runs in curves.items():
+            at = np.linspace(0, steps, runs.shape[1])
+            (line,) = axes.plot(at, runs.mean(0), marker="o", markersize=3, label=name)
+            axes.fill_between(at, runs.min(0), runs.max(0), color=line.get_color(), alpha=0.15)
+        axes.set(xlabel="learner steps", ylabel="held-out accuracy", title="arithmetic, tiny preset, GRPO")
+        axes.legend()
 
 
 def main() -> None:

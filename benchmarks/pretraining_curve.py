@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cached_run import run_once
+from pictures import picture
 from record import RESULTS, ROOT, record
 
 from cola_ray.runs import event_log
@@ -96,28 +97,38 @@ def rows(folder: Path, gsm8k: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"step {int(point.name)}", measure(point, folder / "run", int(before.name), gsm8k)
 
 
+def extend(folder: Path, gsm8k: Path, threads: int, minutes: float) -> None:
+    """Train from point to point until the minutes are over, which may make one more point between two."""
+    deadline = time.monotonic() + 60 * minutes
+    for step in (FIRST << doubling for doubling in itertools.count()):
+        if reached(folder / "run") >= step:
+            continue
+        came = train_until(step, folder / "run", gsm8k, threads, deadline)
+        keep(folder / "run", folder / "points")
+        for name, row in rows(folder, gsm8k):
+            print(name, row, flush=True)
+        if not came:
+            return
+
+
 def plot(points: Sequence[Mapping[str, float]], path: Path) -> None:
     """Plot losses, tokens in reach, and diversity with its intervals over tokens seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tokens = [point["tokens"] for point in points]
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for axes, names in zip(panels, (("loss", "base's loss"), ("tokens in reach",), ()), strict=True):
-        for name in names:
-            axes.plot(tokens, [point[name] for point in points], marker="o", markersize=4, label=name)
-    for name in WAYS.values():
-        mean, low, high = ([point[f"diversity of {name}{end}"] for point in points] for end in ENDS.values())
-        (line,) = panels[2].plot(tokens, mean, marker="o", markersize=4, label=name)
-        panels[2].fill_between(tokens, low, high, color=line.get_color(), alpha=0.2)
-    for axes, title in zip(panels, ("loss", "tokens in reach of a state's actions", "diversity"), strict=True):
-        axes.set(xscale="log", xlabel="tokens seen", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    drawn = {
+        "loss": ["loss", "base's loss"],
+        "tokens in reach of a state's actions": ["tokens in reach"],
+        "diversity": [f"diversity of {way}" for way in WAYS.values()],
+    }
+    with picture(path, len(drawn), (13, 4)) as panels:
+        for axes, (title, names) in zip(panels, drawn.items(), strict=True):
+            for name in names:
+                values = [point[name] for point in points]
+                (line,) = axes.plot(tokens, values, marker="o", markersize=4, label=name.removeprefix("diversity of "))
+                if f"{name}, low" in points[0]:
+                    low, high = ([point[f"{name}, {end}"] for point in points] for end in ("low", "high"))
+                    axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.2)
+            axes.set(xscale="log", xlabel="tokens seen", title=title)
+            axes.legend()
 
 
 def main() -> None:
@@ -130,16 +141,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the run is ended first
     folder, gsm8k = args.folder.absolute(), args.gsm8k.absolute()
     (folder / "points").mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * args.minutes
-    for step in (FIRST << doubling for doubling in (itertools.count() if args.minutes else ())):
-        if reached(folder / "run") >= step:
-            continue
-        came = train_until(step, folder / "run", gsm8k, args.threads, deadline)
-        keep(folder / "run", folder / "points")
-        for name, row in rows(folder, gsm8k):
-            print(name, row, flush=True)
-        if not came:
-            break
+    if args.minutes:
+        extend(folder, gsm8k, args.threads, args.minutes)
     made = dict(rows(folder, gsm8k))
     plot([*made.values()], RESULTS / "pretraining_curve.png")
     record("pretraining_curve", made, [0], "SmolLM2-135M with 64 actions, by tokens of GSM8K")

@@ -32,6 +32,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 from cached_run import KeptRun, run_kept
+from pictures import picture
 from record import RESULTS, record
 
 from cola_ray.rollout.batching import RunningBatch
@@ -154,28 +155,22 @@ def row_of(of_way: Mapping[str, Any], figure: str) -> dict[str, Any]:
 
 def plot(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[Budget], path: Path) -> None:
     """Plot right answers over responses and over tokens; upper bounds are dashed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     units = list(dict.fromkeys(budget.unit for budget in budgets))
-    picture, panels = plt.subplots(1, len(units), figsize=(6 * len(units), 5), sharey=True, layout="constrained",
-                                   squeeze=False)  # fmt: skip
-    for axes, unit in zip(panels[0], units, strict=True):
-        amounts = [budget for budget in budgets if budget.unit == unit]
-        for name in METHODS:
-            rows = [figures[f"{name}, {budget}"] for budget in amounts]
-            right, low, high = (np.array([row[of] for row in rows]) for of in ("right", "low", "high"))
-            beside = np.maximum(0, (right - low, high - right))  # at 100 %, rounding may put a bound past the value
-            axes.errorbar([budget.amount for budget in amounts], right, beside, marker="o",
-                          markersize=4, capsize=2, linestyle="--" if "oracle" in name else "-", label=name)  # fmt: skip
-        axes.axhline(figures["greedy"]["right"], color="grey", linestyle=":", label="greedy")
-        axes.set(xlabel=f"{unit} a problem", xscale="log", title=f"equal {unit}")
-        axes.grid(alpha=0.3)
-    panels[0][0].set(ylabel="problems with a right answer")
-    panels[0][-1].legend(fontsize="small")
-    picture.savefig(path, dpi=120)
+    with picture(path, len(units), (6 * len(units), 5), sharey=True) as panels:
+        for axes, unit in zip(panels, units, strict=True):
+            amounts = [budget for budget in budgets if budget.unit == unit]
+            for name in METHODS:
+                rows = [figures[f"{name}, {budget}"] for budget in amounts]
+                right, low, high = (np.array([row[of] for row in rows]) for of in ("right", "low", "high"))
+                beside = np.maximum(0, (right - low, high - right))  # at 100 %, rounding may put a bound past the value
+                axes.errorbar(
+                    [budget.amount for budget in amounts], right, beside, marker="o", markersize=4, capsize=2,
+                    linestyle="--" if "oracle" in name else "-", label=name,
+                )  # fmt: skip
+            axes.axhline(figures["greedy"]["right"], color="grey", linestyle=":", label="greedy")
+            axes.set(xlabel=f"{unit} a problem", xscale="log", title=f"equal {unit}")
+        panels[0].set(ylabel="problems with a right answer")
+        panels[-1].legend(fontsize="small")
 
 
 def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> dict[str, float]:
