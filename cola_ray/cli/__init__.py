@@ -10,6 +10,7 @@ Nothing heavy (PyTorch, Ray, vLLM or MLflow) is imported before the settings hav
 """
 
 import difflib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -39,6 +40,8 @@ def main(*words: str) -> NoReturn:
         fix = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
         print(f"{name}: no such command; {fix}", file=sys.stderr)
         sys.exit(2)
+    if not command.computes:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for GPUs, nor report what it finds
     if not command.job:
         sys.exit(command.function()(rest))
     from cola_ray.cli import job

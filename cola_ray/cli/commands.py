@@ -22,7 +22,7 @@ class Command:
         notes: further information for ``--help``.
         agents: whether its preset is that of multi-turn agents.
         task: ``task.name``, if it is always the same.
-        computes: whether it starts processes and takes time; otherwise it answers at once, from the settings alone.
+        computes: whether it starts processes and takes time; otherwise it answers at once.
     """
 
     run: str
@@ -198,10 +198,18 @@ cola_ray data --preset smollm2-135m --task.name gsm8k --task.path DATA/gsm8k""",
         "Rewards are tried on the first rows. Layouts that are known by themselves: docs/data.md.",
         computes=False,
     ),
-    "status": Command("cola_ray.runs.status:status", "what runs are doing, from the folders that they write"),
-    "view": Command("cola_ray.studies.view:view", "a run as a page: its curves, and what it said, token by token"),
-    "export": Command("cola_ray.training.export:main", "a run's model, or that of a checkpoint, as a folder"),
-    "send": Command("cola_ray.runs.status:send", "send MLflow what it lacks of runs that ended while it was away"),
+    "status": Command(
+        "cola_ray.runs.status:status", "what runs are doing, from the folders that they write", computes=False
+    ),
+    "view": Command(
+        "cola_ray.studies.view:view", "a run as a page: its curves, and what it said, token by token", computes=False
+    ),
+    "export": Command(
+        "cola_ray.training.export:main", "a run's model, or that of a checkpoint, as a folder", computes=False
+    ),
+    "send": Command(
+        "cola_ray.runs.status:send", "send MLflow what it lacks of runs that ended while it was away", computes=False
+    ),
     "serve": Command("cola_ray.serve:main", "`vllm serve` for a CoLA model, with OpenAI's endpoints"),
 }
 """In the order of ``cola_ray --help``."""

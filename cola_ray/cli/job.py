@@ -35,7 +35,6 @@ def run(command: Command, argv: Sequence[str]) -> NoReturn:
 
 def _run(config: Config, command: Command) -> None:
     if not command.computes:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not look for GPUs
         command.function()(config)
         return
     with shown() as display:

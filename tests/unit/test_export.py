@@ -1,7 +1,10 @@
 """``cola_ray export``: a checkpoint's model is that which the run would have left, and nothing is written over."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -163,6 +166,14 @@ def test_nothing_is_written_over(run, tmp_path, capsys):
     assert [file.name for file in to.iterdir()] == ["mine.txt"]
     (to / "mine.txt").unlink()
     assert main([str(run), "--to", str(to)]) == 0, "an empty folder is nobody's"
+
+
+def test_the_command_prints_its_line_alone(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "cola_ray", "export", str(tmp_path), "--to", str(tmp_path / "to")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    why = f"{tmp_path}: no run there; give a run's --output-dir, e.g. outputs/demo\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", why)
 
 
 def test_what_is_not_there_is_refused_in_a_line(run, tmp_path, capsys):
