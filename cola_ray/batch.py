@@ -24,7 +24,8 @@ length. Only :meth:`Batch.padded` places them at positions 2 and 3 of a (B, T) a
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -213,6 +214,7 @@ class Picked:
     places: Array  # (N, 2) int32: for each sequence its source, and its index there
     num_tokens: Array  # (N,)
     num_actions: Array  # (N,)
+    prompt_numbers: Array  # (N,) int64, the same for completions of one prompt
     states: tuple[Held[Array], ...] | None = None
     states_like: Array | None = None
 
@@ -222,20 +224,21 @@ class Picked:
         shares = {id(group.share): group.share for group in groups}
         numbers = {share: number for number, share in enumerate(shares)}
         scored = [
-            (group, group.first + i, sample)
-            for group in groups
+            (number, group, group.first + i, sample)
+            for number, group in enumerate(groups)
             for i, sample in enumerate(group.samples)
             if not sample.failure
         ]
         like = next((share.states_like for share in shares.values()), None)
         return cls(
             tuple(share.sequences for share in shares.values()),
-            np.array([(numbers[id(group.share)], place) for group, place, _ in scored], np.int32).reshape(-1, 2),
-            np.array([sample.prompt_length + sample.length for _, _, sample in scored], np.int64),
+            np.array([(numbers[id(group.share)], place) for _, group, place, _ in scored], np.int32).reshape(-1, 2),
+            np.array([sample.prompt_length + sample.length for *_, sample in scored], np.int64),
             np.array(
-                [sample.length if sample.num_chosen is None else sample.num_chosen for _, _, sample in scored], np.int64
+                [sample.length if sample.num_chosen is None else sample.num_chosen for *_, sample in scored], np.int64
             ),
-            None if like is None else tuple(_state(group, place) for group, place, _ in scored),
+            np.array([number for number, *_ in scored], np.int64),
+            None if like is None else tuple(_state(group, place) for _, group, place, _ in scored),
             like,
         )
 
@@ -251,6 +254,7 @@ class Picked:
             np.column_stack([renamed, self.places[rows, 1]]).astype(np.int32),
             self.num_tokens[rows],
             self.num_actions[rows],
+            self.prompt_numbers[rows],
             None if self.states is None else tuple(self.states[row] for row in rows),
             self.states_like,
         )
@@ -324,10 +328,32 @@ class Batch:
     # (N,) int64, the sequences' indices in the order that they were given for all ranks; for algorithms that need it
     places: Array | None = None
 
-    @property
-    def computed_positions(self) -> int:
-        """Positions on each rank, including padding."""
-        return sum((stop - start) * width for start, stop, width in self.micro_batches)
+    def prompts(self, start: int, stop: int) -> tuple[list[Hashable], list[tuple[int, int]]]:
+        """Of rows ``start`` to ``stop``: what those with the same prompt have in common, and both parts' lengths."""
+        packed = self.sequences
+        assert isinstance(packed, Packed), "fetched() comes first"
+        rows = range(start, min(stop, len(packed)))
+        missing = range(len(rows), stop - start)  # rows without a sequence have one token
+        lengths = [(len(packed.prompts[row]), len(packed.responses[row])) for row in rows]
+        return [*(packed.prompts[row].tobytes() for row in rows), *missing], [*lengths, *[(1, 0) for _ in missing]]
+
+    def computed_share(self, shares_prompts: bool) -> float:
+        """Positions that this rank computes for each token of its sequences: more than 1 with padding.
+
+        Args:
+            shares_prompts: a micro-batch in which prompts occur repeatedly computes each once, and no padding.
+        """
+        computed = tokens = 0
+        for start, stop, width in self.micro_batches:
+            names, lengths = self.prompts(start, stop)
+            own = sum(map(sum, lengths))
+            once = dict(zip(names, (prompt for prompt, _ in lengths), strict=True))
+            if shares_prompts and len(once) < len(names):
+                computed += sum(once.values()) + sum(response for _, response in lengths)
+            else:
+                computed += (stop - start) * width
+            tokens += own
+        return computed / tokens
 
     def fetched(self, get: Fetch | None = None) -> "Batch":
         """The batch with the sequences themselves, see :meth:`Picked.fetched`."""
@@ -398,17 +424,17 @@ def collate(
     """Sequences and their outcome advantages -> one batch per rank.
 
     Longest first and dealt out in turn, so that ranks get near-equal work and a micro-batch holds sequences of similar
-    length. A micro-batch takes as many rows as ``micro_batch_tokens`` allows at its longest row's width, but at least
-    one. ZeRO-3 needs every rank to run the same number of them: all ranks cut at the same rows, and if the number of
-    sequences is not divisible, the last ranks get a row without actions.
+    length; completions of one prompt stay together where that costs no balance, see :func:`_dealt`. A micro-batch
+    takes as many rows as ``micro_batch_tokens`` allows at its longest row's width, but at least one. ZeRO-3 needs every
+    rank to run the same number of them: all ranks cut at the same rows, and if the number of sequences is not
+    divisible, the last ranks get a row without actions.
 
     Args:
         passes: the sequences of each mini-batch. They are cut in the same way; those without any action are left out.
         keep_places: batches record which of the sequences they have.
     """
     lengths, num_actions = sequences.num_tokens, sequences.num_actions
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    owned, outcomes = deal(order, passes, num_ranks), np.asarray(advantages, np.float32)
+    owned, outcomes = _dealt(lengths, sequences.prompt_numbers, passes, num_ranks), np.asarray(advantages, np.float32)
     rows = np.zeros((len(lengths), 2), np.int64)  # for each sequence: its rank, and its row there
     for rank, mine in enumerate(owned):
         rows[mine, 0], rows[mine, 1] = rank, np.arange(len(mine))
@@ -438,12 +464,39 @@ def collate(
     ]  # fmt: skip
 
 
+def _dealt(lengths: Array, prompts: Array, passes: Passes, num_ranks: int) -> list[list[int]]:
+    """The sequences of each rank, longest first; completions of one prompt side by side where that costs no balance.
+
+    Side by side, a micro-batch computes their prompt once. One rank can have all of them; several get an equal number
+    of completions of each prompt that they have, if there is such a number above 1.
+
+    Args:
+        lengths: (N,), of the sequences.
+        prompts: (N,), the same number for completions of one prompt.
+    """
+    alone = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    longest = dict[int, int]()
+    for place in alone:
+        longest.setdefault(int(prompts[place]), int(lengths[place]))
+    beside = sorted(alone, key=lambda i: (-longest[int(prompts[i])], prompts[i]))
+    if num_ranks == 1:
+        return deal(beside, passes, 1)
+    _, sizes = np.unique(prompts, return_counts=True)
+    together = math.gcd(*sizes.tolist(), len(lengths) // num_ranks) if len(lengths) % num_ranks == 0 else 1
+    if together == 1 or passes:
+        return deal(alone, passes, num_ranks)
+    units = [beside[start : start + together] for start in range(0, len(beside), together)]
+    return [[place for unit in units[rank::num_ranks] for place in unit] for rank in range(num_ranks)]
+
+
 def _cut(widths: Sequence[int], budget: int) -> tuple[tuple[int, int, int], ...]:
-    """Cut rows of decreasing width into runs of at most ``budget`` padded tokens."""
+    """Cut rows into runs of at most ``budget`` tokens, padded to the widest of a run."""
     cuts, start = [], 0
     while start < len(widths):
-        rows = max(budget // widths[start], 1)
-        stop = min(start + rows, len(widths))
-        cuts.append((start, stop, widths[start]))
+        stop, width = start + 1, widths[start]
+        while stop < len(widths) and (stop + 1 - start) * max(width, widths[stop]) <= budget:
+            width = max(width, widths[stop])
+            stop += 1
+        cuts.append((start, stop, width))
         start = stop
     return tuple(cuts)

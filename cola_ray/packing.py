@@ -112,6 +112,12 @@ class Packed:
         return self.prompts.lengths + self.responses.lengths
 
     @property
+    def prompt_numbers(self) -> Array:
+        """(N,) int64, the same for sequences with the same prompt."""
+        numbers = dict[bytes, int]()
+        return np.array([numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in self.prompts], np.int64)
+
+    @property
     def num_actions(self) -> Array:
         """(N,), of each sequence: all of its response, or where its mask is true."""
         counts = self.responses.lengths

@@ -52,6 +52,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "arithmetic": "cola_ray.tasks.verifiable:Arithmetic",
         "gsm8k": "cola_ray.tasks.verifiable:Gsm8k",
         "math500": "cola_ray.tasks.verifiable:Math500",
+        "instructions": "cola_ray.tasks.instructions:Instructions",
         "preference": "cola_ray.tasks.preference:Preference",
         "dataset": "cola_ray.tasks.dataset:Dataset",
     },

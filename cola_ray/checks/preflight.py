@@ -17,7 +17,7 @@ from cola_ray.checks.machine import GENERATING, TRAINING
 from cola_ray.learner.corpus import document
 from cola_ray.model import checkpoints, families, hub
 from cola_ray.runs import provenance
-from cola_ray.settings.config import Config, is_endpoint, is_environment, value_at
+from cola_ray.settings.config import Config, is_endpoint, value_at
 from cola_ray.settings.training import OWN_BASE_POSITIONS, TaskConfig
 from cola_ray.tasks import dataset, inspection, preference
 from cola_ray.tasks.chat import as_prompt, unknown_options
@@ -293,7 +293,7 @@ def _rows(config: Config, job: str) -> Iterator[str]:
             yield from peek(source, field, lambda row: document(row, config.data))
     if job == "train_q" and _has_rows(config.data.path):
         yield from peek(config.data.path, "data.path", _logged)
-    if is_environment(task.name) and _reads_texts(config, job) and not config.data.path:
+    if _reads_texts(config, job) and not config.data.path:
         yield from filter(None, [inspection.undemonstrated(task)])
     if not task.path or not _asks_task(config, job):
         return

@@ -31,9 +31,13 @@ class ActorFreeUpdate:
 
     Args:
         target: the result of :meth:`target_of`, made before ``zero`` took the policy over.
+        shares_prompts: the policy's layers can compute a prompt of several rows once.
     """
 
-    def __init__(self, rl: RLConfig, policy: SoftQPolicy, zero: ZeroEngine, target: QHead) -> None:
+    def __init__(
+        self, rl: RLConfig, policy: SoftQPolicy, zero: ZeroEngine, target: QHead, shares_prompts: bool = False
+    ) -> None:
+        self.shares_prompts = shares_prompts
         self.rl, self.policy, self.zero, self.target = rl, policy, zero, target.to(zero.device)
         self.lr = rl.value_lr
 
@@ -79,7 +83,8 @@ class ActorFreeUpdate:
         return found, grad_norm
 
     def _cut(self, batch: Batch) -> list[tuple[MicroBatch, Frozen]]:
-        made = [MicroBatch.cut(batch, *cut, self.zero.device, score_last=True) for cut in batch.micro_batches]
+        made = [MicroBatch.cut(batch, *cut, self.zero.device, True, self.shares_prompts)
+                for cut in batch.micro_batches]  # fmt: skip
         return [(one, Frozen(one.hidden_states)) for one in made]
 
     def _error(self, batch: MicroBatch, frozen: Frozen, beta: float) -> tuple[Tensor, dict[str, Tensor], Frozen]:

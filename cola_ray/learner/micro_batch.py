@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cola_ray.batch import Batch
+from cola_ray.learner.shared_prompts import SharedPrompts
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,18 @@ class MicroBatch:
     discounts: Tensor  # (B, T) float32, of the value after each action
     turn_starts: Tensor  # (B, T) bool, the first action of each turn
     hidden_states: Tensor | None = None  # (B, T, H), e, if the engine sends it
+    shared_prompts: SharedPrompts | None = None  # if rows are completions of the same prompt
 
     @classmethod
     def cut(
-        cls, batch: Batch, start: int, stop: int, width: int, device: torch.device, score_last: bool = False
-    ) -> "MicroBatch":
+        cls, batch: Batch, start: int, stop: int, width: int, device: torch.device, score_last: bool = False,
+        shares_prompts: bool = False,
+    ) -> "MicroBatch":  # fmt: skip
         """Rows ``start`` to ``stop`` of a batch, ``width`` positions wide.
 
         Args:
             score_last: also score each row's last position, whose value counts if a limit cut the episode.
+            shares_prompts: compute a prompt that several rows have in common once.
         """
         padded = vars(batch.padded(start, stop, width))
         fields = {name: torch.from_numpy(rows).to(device) for name, rows in padded.items() if rows is not None}
@@ -59,7 +63,8 @@ class MicroBatch:
         scored = fields["action_mask"]
         if score_last:
             scored = scored | last_positions(fields["attention_mask"])
-        return cls(**fields, scored_mask=scored)
+        shared = SharedPrompts.of(*batch.prompts(start, stop), width) if shares_prompts else None
+        return cls(**fields, scored_mask=scored, shared_prompts=shared and shared.to(device))
 
     def taken(self, values: Tensor) -> Tensor:
         """Values of the actions taken: (N, K) -> (N,)."""

@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cola_ray.learner.micro_batch import Frozen, MicroBatch
 from cola_ray.learner.published import Published
 from cola_ray.learner.sharding import checkpoint_layers, fill
+from cola_ray.learner.shared_prompts import Rows, SharedPrompts, share_prompts
 from cola_ray.model.conversion import is_released, opened, plain_base, save, with_mlp_biases
-from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead, positions
+from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
 from cola_ray.model.tensors import empty
 from cola_ray.settings.config import Config
 from cola_ray.settings.rl import steered_layers
@@ -47,6 +48,7 @@ class LatentPolicy(nn.Module):
 
     def __init__(self, cola: CoLAForCausalLM, without_base: bool = False, with_aliases: bool = False) -> None:
         super().__init__()
+        self.shares_prompts = share_prompts(cola)
         self.cola, self.with_aliases = cola, with_aliases
         self.reference = copy.deepcopy(cola.policy)
         self.width, self.num_actions = cola.config.hidden_size, cola.config.num_actions
@@ -78,16 +80,19 @@ class LatentPolicy(nn.Module):
         hidden_states: Tensor | None = None,
         reference_logits: Tensor | None = None,
         aliases: Tensor | None = None,
+        shared_prompts: SharedPrompts | None = None,
     ) -> States:
         """e, the reference's logits and aliases are computed unless given."""
+        rows = Rows(attention_mask, scored_mask, shared_prompts)
         with torch.no_grad():
             if hidden_states is None:
-                hidden_states = self.cola.encode(input_ids, attention_mask)
+                hidden_states = rows.unpack(self.cola.encode(rows.pack(input_ids), **rows.arguments))
+            e = rows.pack(hidden_states)
             if reference_logits is None:
-                reference_logits = self.reference(hidden_states, attention_mask, scored=scored_mask)
+                reference_logits = self.reference(e, scored=rows.scored, **rows.arguments)
             if self.with_aliases and aliases is None:
                 aliases = self._aliases(hidden_states[scored_mask], input_ids.roll(-1, 1)[scored_mask])
-        logits = self.cola.policy(hidden_states, attention_mask, scored=scored_mask)
+        logits = self.cola.policy(e, scored=rows.scored, **rows.arguments)
         return logits, hidden_states, reference_logits, aliases
 
     def _aliases(self, e: Tensor, said: Tensor) -> Tensor:
@@ -111,6 +116,7 @@ class SoftQPolicy(nn.Module):
 
     def __init__(self, cola: CoLAForCausalLM, beta: float) -> None:
         super().__init__()
+        self.shares_prompts = share_prompts(cola)
         cola.enable_soft_q(beta)
         self.width, self.num_actions = cola.config.hidden_size, cola.config.num_actions
         self.q: QHead = cola.policy.soft_q  # type: ignore[assignment]  # which enable_soft_q made
@@ -138,13 +144,15 @@ class SoftQPolicy(nn.Module):
         hidden_states: Tensor | None = None,
         reference_logits: Tensor | None = None,
         aliases: None = None,
+        shared_prompts: SharedPrompts | None = None,
     ) -> States:
         """Q (N, K) first; e and the reference's logits are computed unless given."""
+        rows = Rows(attention_mask, scored_mask, shared_prompts)
         with torch.no_grad():
             if hidden_states is None:
-                hidden_states = self.cola.encode(input_ids, attention_mask)
+                hidden_states = rows.unpack(self.cola.encode(rows.pack(input_ids), **rows.arguments))
             if reference_logits is None:
-                reference_logits = self.cola.policy(hidden_states, attention_mask, scored=scored_mask)
+                reference_logits = self.cola.policy(rows.pack(hidden_states), scored=rows.scored, **rows.arguments)
         return self.q(hidden_states[scored_mask]), hidden_states, reference_logits, None
 
 
@@ -177,6 +185,7 @@ class TokenPolicy(nn.Module):
 
     def __init__(self, base: Any, *, lora_rank: int = 0, steering: str = "off", with_reference: bool = True) -> None:
         super().__init__()
+        self.shares_prompts = share_prompts(base)
         self.width, self.num_actions = base.config.hidden_size, base.config.vocab_size
         self.with_reference, self.lora_rank = with_reference, lora_rank
         layers = base.model.layers
@@ -224,24 +233,21 @@ class TokenPolicy(nn.Module):
         hidden_states: Tensor | None = None,
         reference_logits: Tensor | None = None,
         aliases: None = None,
+        shared_prompts: SharedPrompts | None = None,
     ) -> States:
         """The reference's states and logits are computed unless given or not needed. A token has no aliases."""
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": positions(attention_mask, input_ids.shape, input_ids.device),
-            "use_cache": False,
-        }
+        rows = Rows(attention_mask, scored_mask, shared_prompts)
         if self.with_reference and reference_logits is None:
             with torch.no_grad():
-                hidden_states, reference_logits = self._refer(inputs, scored_mask)
-        return _states_and_logits(self.base, inputs, scored_mask)[1], hidden_states, reference_logits, aliases
+                states, reference_logits = self._refer(input_ids, rows)
+                hidden_states = rows.unpack(states)
+        return _states_and_logits(self.base, input_ids, rows)[1], hidden_states, reference_logits, aliases
 
-    def _refer(self, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _refer(self, input_ids: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         if self.reference is not None:
-            return _states_and_logits(self.reference, inputs, scored_mask)
+            return _states_and_logits(self.reference, input_ids, rows)
         with self.policy.disable_adapter() if self.lora_rank else _unsteered(self.base):
-            return _states_and_logits(self.base, inputs, scored_mask)
+            return _states_and_logits(self.base, input_ids, rows)
 
 
 @contextlib.contextmanager
@@ -256,9 +262,9 @@ def _unsteered(base: nn.Module) -> Iterator[None]:
             module.off = False
 
 
-def _states_and_logits(base: Any, inputs: dict[str, Any], scored_mask: Tensor) -> tuple[Tensor, Tensor]:
-    states = base.model(**inputs).last_hidden_state
-    return states, base.lm_head(states[scored_mask])
+def _states_and_logits(base: Any, input_ids: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    states = base.model(rows.pack(input_ids), use_cache=False, **rows.arguments).last_hidden_state
+    return states, base.lm_head(states[rows.scored])
 
 
 def _adapted(base: PreTrainedModel, rank: int) -> nn.Module:
@@ -291,7 +297,8 @@ def forward(policy: Callable[..., States], batch: MicroBatch, frozen: Frozen) ->
         policy: a :data:`Policy`, or the engine around it.
     """
     known = frozen.hidden_states, frozen.reference_logits, frozen.aliases
-    logits, *found = policy(batch.input_ids, batch.attention_mask, batch.scored_mask, *known)
+    shared = {} if batch.shared_prompts is None else {"shared_prompts": batch.shared_prompts}
+    logits, *found = policy(batch.input_ids, batch.attention_mask, batch.scored_mask, *known, **shared)
     return logits, Frozen(*found)
 
 

@@ -294,7 +294,7 @@ def _shared_by_ranks(config: Config, chat: ChatTokenizer, say: Say) -> tuple[lis
 
 def _has_answers(config: Config) -> bool:
     """Whether the task has one right response per problem, so that teacher forcing measures greedy accuracy."""
-    return config.task.name not in ("gsm8k", "math500", "preference") and not config.data.path
+    return config.task.name not in ("gsm8k", "math500", "instructions", "preference") and not config.data.path
 
 
 def _heldout_batches(task: Prompts, chat: ChatTokenizer, rank: int, world_size: int) -> Iterator[Heldout]:

@@ -67,6 +67,7 @@ class RLLearner:
     def __init__(self, config: Config, policy: Policy) -> None:
         self.config, self.policy = config, policy
         rl = config.rl
+        shares = rl.share_prompts and policy.shares_prompts
         target = ActorFreeUpdate.target_of(policy) if isinstance(policy, SoftQPolicy) else None
         self.zero = ZeroEngine(
             policy,
@@ -78,10 +79,10 @@ class RLLearner:
         )
         self.update: PolicyUpdate | ActorFreeUpdate
         if isinstance(policy, SoftQPolicy) and target is not None:
-            self.update = ActorFreeUpdate(rl, policy, self.zero, target)
+            self.update = ActorFreeUpdate(rl, policy, self.zero, target, shares)
         else:
             heads = _heads(config, policy.width, policy.num_actions, self.zero.device)
-            self.update = PolicyUpdate(config, self.zero, *heads)
+            self.update = PolicyUpdate(config, self.zero, *heads, shares)
         self.sender = WeightSender()
         self.broadcast = Broadcast()
         self.version, self.trained_steps, self.kl_coef = 0, 0, rl.kl_coef
@@ -109,13 +110,13 @@ class RLLearner:
         if rl.kl_target and batch.trains:
             self.kl_coef = adapted_kl_coef(kl_coef, metrics["policy/kl"], rl.kl_target)
         seconds = time.perf_counter() - started
-        tokens, computed = batch.num_tokens_global, batch.computed_positions * self.zero.world_size
+        tokens = batch.num_tokens_global
         return metrics | {
             "policy/grad_norm": grad_norm,
             "policy/lr": lr,
             "policy/kl_coef": kl_coef,
             "learner/tokens_per_second": tokens / seconds,
-            "learner/padding_share": 1.0 - tokens / computed,
+            "learner/computed_share": batch.computed_share(self.update.shares_prompts),
             "learner/trained_parameters": float(self.zero.trained_parameters()),
             "memory/optimizer_mb": self.zero.optimizer_mb(),
             "time/learn": seconds,
@@ -167,12 +168,15 @@ class PolicyUpdate:
     Args:
         value: its advantages replace the outcome's.
         soft_q: ETPO's or archer_soft's, which the policy follows; or a control variate.
+        shares_prompts: the policy's layers can compute a prompt of several rows once.
     """
 
     def __init__(
-        self, config: Config, zero: ZeroEngine, value: ValueLearner | None, soft_q: SoftQLearner | None
-    ) -> None:
+        self, config: Config, zero: ZeroEngine, value: ValueLearner | None, soft_q: SoftQLearner | None,
+        shares_prompts: bool = False,
+    ) -> None:  # fmt: skip
         self.config, self.zero, self.value, self.soft_q = config, zero, value, soft_q
+        self.shares_prompts = shares_prompts
         self.lr, algorithm = config.rl.lr, config.algorithm
         self.surrogate, self.follows_q = surrogate(algorithm, config.rl), algorithm.soft_q
         self.follows_rewards = algorithm.bellman_residual
@@ -246,7 +250,7 @@ class PolicyUpdate:
         """The batch's micro-batches, as they were collated."""
         score_last = self.soft_q is not None or self.follows_rewards  # these also need the value after a cut
         for cut in batch.micro_batches:
-            one = MicroBatch.cut(batch, *cut, self.zero.device, score_last)
+            one = MicroBatch.cut(batch, *cut, self.zero.device, score_last, self.shares_prompts)
             yield Ready(one, Frozen(one.hidden_states), Advantages(one.advantages), self._weights(one, batch))
 
     def _weights(self, one: MicroBatch, batch: Batch) -> Tensor | None:

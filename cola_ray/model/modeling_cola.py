@@ -383,9 +383,15 @@ class ActionStack(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        scored: Tensor | None = None,
+        scored: Any = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """e (B, T, H) -> logits (B, T, K) float32, or (N, K) at the N positions where ``scored`` (B, T) is true."""
+        """e (B, T, H) -> logits (B, T, K) float32.
+
+        Args:
+            scored: index of N positions, such as a mask (B, T); the result is then (N, K).
+            kwargs: of the layers' attention.
+        """
         if position_ids is None:
             position_ids = positions(attention_mask, e.shape[:2], e.device)
         mask = (create_sliding_window_causal_mask if self.config.window else create_causal_mask)(
@@ -406,6 +412,7 @@ class ActionStack(nn.Module):
                 past_key_values=past_key_values,
                 use_cache=past_key_values is not None,
                 position_embeddings=rotary,
+                **kwargs,
             )
         logits: Tensor = self.head(self.norm(hidden if scored is None else hidden[scored]))
         if self.soft_q is None:
@@ -629,11 +636,12 @@ class LatentActionMixin:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """e, the base's last hidden state after its final norm: (B, T) -> (B, T, H).
 
         Pass ``attention_mask`` (B, T) for padding on either side, or ``position_ids`` (B, T) that restart at 0
-        for each of several sequences packed into a row.
+        for each of several sequences packed into a row. Further arguments are for the layers' attention.
         """
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -644,6 +652,7 @@ class LatentActionMixin:
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
+            **kwargs,
         ).last_hidden_state
 
     def inverse_dynamics_logits(

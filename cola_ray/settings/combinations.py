@@ -16,7 +16,8 @@ from cola_ray.settings.relevance import defaults
 
 Condition = Callable[[Config], bool]
 _UNREAD = "nothing reads it"
-_UP_TO_ONE = ("arithmetic", "gsm8k", "math500", "twenty_questions", "guess_city", "tools", "shop", "household")
+_UP_TO_ONE = ("arithmetic", "gsm8k", "math500", "instructions", "twenty_questions", "guess_city", "tools", "shop",
+              "household")  # fmt: skip
 """Tasks whose own rewards all lie between -1 and 1."""
 _CLIPS = ("rl.clip_low", "rl.clip_high", "rl.clip_c")
 _FOLLOWS_Q = ("etpo", "archer_soft")

@@ -112,7 +112,7 @@ _ONLY: tuple[_Only, ...] = (
     _Only(("task.tools",), lambda c, _: c.task.name == "tools", "of task.name, tools does"),
     _Only(("task.tool_parser",), lambda c, _: c.task.name in ("program", "tools"), "program and tools do"),
     _Only(("task.options.*",), lambda c, _: c.task.name not in OF_ROWS,
-          "arithmetic, generators of reasoning-gym and environments do"),
+          "arithmetic, instructions, generators of reasoning-gym and environments do"),
     _Only(("task.thinking",), lambda c, _: c.task.name != "preference" and not is_environment(c.task.name),
           "tasks with a verifier do"),
     _Only(("task.num_problems",), lambda c, job: c.task.name not in OF_ROWS

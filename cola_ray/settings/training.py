@@ -96,9 +96,10 @@ class ModelConfig(Branch):
 
 class TaskConfig(Branch):
     name: str = "arithmetic"
-    """arithmetic, gsm8k, math500, a reasoning-gym generator, preference, dataset (rows of your own), or your own as
-    package.module:Class or file.py:Class. For agents: twenty_questions, guess_city, textworld, jericho, data_science,
-    tools, shop, household, program, your own, a class with reset and step as gymnasium's, or gymnasium:ID."""
+    """arithmetic, gsm8k, math500, instructions (which a rule can check), a reasoning-gym generator, preference, dataset
+    (rows of your own), or your own as package.module:Class or file.py:Class. For agents: twenty_questions, guess_city,
+    textworld, jericho, data_science, tools, shop, household, program, your own, a class with reset and step as
+    gymnasium's, or gymnasium:ID."""
     path: str = ""
     """dataset: JSON lines, Parquet or CSV, a folder or glob of them, or a hub id. gsm8k, math500: a folder with
     train.jsonl and test.jsonl, or a hub id. preference: rows of prompt, chosen and rejected, a .jsonl or .parquet
@@ -154,7 +155,8 @@ class TaskConfig(Branch):
     """twenty_questions, guess_city: model that answers, at the OpenAI-compatible endpoint OPENAI_BASE_URL with the key
     OPENAI_API_KEY. Empty: tables, offline."""
     options: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)
-    """Arguments of a reasoning-gym generator or an environment, e.g. min_terms 2."""
+    """Arguments of a reasoning-gym generator or an environment, e.g. min_terms 2; instructions: kinds, one or more of
+    ends_with, first_letter and at_most."""
     thinking: bool = False
     """Ask for thoughts in <think> and the answer in <answer> tags; the form alone is worth 0.1. Not for agents."""
     num_problems: Annotated[Count, Field(ge=2)] = 20_000

@@ -53,6 +53,8 @@ def _judged(dumped: str) -> list[str]:
         return list(_of_own(task))
     if is_environment(task.name):
         return _made(task)
+    if task.name == "instructions":
+        return _asked(task)
     return list(_of_generator(task)) if task.options and task.name not in OF_ROWS else []
 
 
@@ -175,6 +177,14 @@ def _of_generator(task: TaskConfig) -> Iterator[str]:
         yield f"task.options = {task.options}: {error_in_a_line(error)}; see the options of {name} in reasoning-gym"
 
 
+def _asked(task: TaskConfig) -> list[str]:
+    try:
+        make_task(task.model_copy(update={"reward": (), "thinking": False}), 0)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 # --- environments -------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +202,7 @@ def _made(task: TaskConfig) -> list[str]:
 
 
 def undemonstrated(task: TaskConfig) -> str:
-    """Why no first policy can be cloned from a user's environment; empty if it can, or if that is unknown."""
+    """Why no first policy can be cloned from the task or a user's environment; empty if it can, or if not known."""
     if task.name == "tools" and task.path:
         return (
             f"task.path = {task.path!r}: rows do not show how tools are called, so no first policy can be cloned; give "
@@ -200,7 +210,7 @@ def undemonstrated(task: TaskConfig) -> str:
         )
     made = None if unknown(task.name) or not is_own(task.name) else task_class(task.name)
     plays = isinstance(made, type) and all(callable(getattr(made, name, None)) for name in _ENVIRONMENT)
-    if not plays or hasattr(made, "demonstrations"):
+    if task.name != "instructions" and (not plays or hasattr(made, "demonstrations")):
         return ""
     return (
         f"task.name = {task.name!r}: has no demonstrations to clone a first policy from; give texts as --data.path, "

@@ -89,7 +89,9 @@ def learner_of(config, zero):
         return {}, 0.0
 
     made.config, made.zero, made.version, made.trained_steps, made.kl_coef = config, zero, 0, 0, 0.0
-    made.update = SimpleNamespace(lr=4.0, heads={}, improve=improve, measure=lambda batch, kl_coef: {})
+    made.update = SimpleNamespace(
+        lr=4.0, heads={}, shares_prompts=False, improve=improve, measure=lambda batch, kl_coef: {}
+    )
     return made, rates
 
 
@@ -99,7 +101,7 @@ def test_a_resumed_run_goes_on_at_the_rate_that_it_would_have_had(schedule, monk
     monkeypatch.setattr(sums, "means", lambda found, _: found)
     config = override(preset("tiny"), {"rl.lr_scheduler_type": schedule, "rl.max_steps": 9, "rl.warmup_steps": 2})
     trains = [True, False, True, True, False, True, True, True]
-    batches = [SimpleNamespace(trains=one, num_actions_global=1, num_tokens_global=1, computed_positions=1)
+    batches = [SimpleNamespace(trains=one, num_actions_global=1, num_tokens_global=1, computed_share=lambda _: 1.0)
                for one in trains]  # fmt: skip
     whole, rates = learner_of(config, Zero())
     for batch in batches:

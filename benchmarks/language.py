@@ -1,0 +1,143 @@
+"""RL on a real language model, where rewards exist: SmolLM2-135M follows short instructions that a rule can check.
+
+python benchmarks/language.py --folder outputs/language [--seeds 0 1 2] [--steps 40]
+
+    base ─> answers to held-out instructions ─> base rates by kind of instruction
+    base ─> its own answers to training instructions ─> pre-training of latent actions and policy: the start
+    start ─> rl over latent actions, rl over tokens, one run each per seed ─> accuracy before and after, KL, seconds
+
+Latent actions are learnt from the base's own answers, so pre-training adds no right answers that the base would not
+give. All seeds start from one pre-trained model and differ in RL. Over tokens a run starts from the base itself.
+Both have the same instructions, rewards, algorithm and number of steps; learning rates are those of RATES. Accuracy is
+that of greedy answers to held-out instructions; intervals are Student's t over seeds.
+
+Runs in the folder are not repeated: a stopped benchmark continues.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from algorithms import figures_of, later_half
+from cached_run import KeptRun, run_kept, series
+from record import record
+
+from cola_ray.algorithms.search import pass_at_k
+from cola_ray.tasks import make_task
+
+Settings = dict[str, Any]
+TASK: Settings = {
+    "preset": "smollm2-135m", "task.name": "instructions", "rollout.max_prompt_tokens": 96,
+    "rollout.max_new_tokens": 32, "rollout.max_num_seqs": 64,
+}  # fmt: skip
+SAMPLES = 8
+"""Answers to each instruction, for base rates and in a group of RL."""
+PRETRAINING: Settings = {
+    "cluster.learner_ranks": 1, "pretrain.steps.actions": 400, "pretrain.steps.policy": 300, "data.states": "model",
+}  # fmt: skip
+RL: Settings = {
+    "cluster.learner_ranks": 1, "rl.prompts_per_step": 8, "rl.group_size": SAMPLES, "rl.eval_every": 0,
+    "rl.eval_problems": 256, "rl.kl_coef": 0.0, "rl.micro_batch_tokens": 1024,
+}  # fmt: skip
+SPACES = {"latent": {"rl.lr": 1e-4}, "token": {"rl.action_space": "token", "rl.lr": 1e-5}}
+"""Action spaces, with learning rates that were not searched for."""
+
+
+def asked(folder: Path, name: str, problems: int, **settings: Any) -> KeptRun:
+    """Answers of the bare base."""
+    return KeptRun(folder / name, "evaluate", {
+        **TASK, "rl.action_space": "token", "eval.problems": problems, "eval.chunk": 64, **settings
+    })  # fmt: skip
+
+
+def rows_of(run: KeptRun, way: str) -> Iterator[dict[str, Any]]:
+    for file in sorted((run.output / "predictions" / way).glob("*.parquet")):
+        yield from pq.read_table(file).to_pylist()
+
+
+def base_rates(run: KeptRun) -> dict[str, dict[str, float]]:
+    """By kind: share of samples that are right, of prompts with a right one among SAMPLES, of right greedy answers."""
+    problems = make_task(run.config.task, run.config.seed).problems("heldout")
+    kinds = list(dict.fromkeys(problem.source for problem in problems))
+    rates: dict[str, dict[str, float]] = {}
+    sampled, greedy = list(rows_of(run, "sample")), list(rows_of(run, "base"))
+    for kind in [*kinds, "all"]:
+        own = [row for row in sampled if kind in (problems[row["index"]].source, "all")]
+        right = [sum(reward >= 1 for reward in row["rewards"]) for row in own]
+        first = [row["rewards"][0] >= 1 for row in greedy if kind in (problems[row["index"]].source, "all")]
+        rates[kind] = {
+            "instructions": len(own),
+            "sample": float(np.mean([pass_at_k(SAMPLES, one, 1) for one in right])),
+            f"any_of_{SAMPLES}": float(np.mean([one > 0 for one in right])),
+            "greedy": float(np.mean(first)),
+        }
+    return rates
+
+
+def write_answers(run: KeptRun, file: Path) -> Path:
+    """The answers that ended by themselves as rows of prompt and response, to pre-train on."""
+    longest = run.config.rollout.max_new_tokens
+    with file.open("w") as rows:
+        for row in rows_of(run, "sample"):
+            for text, ids in zip(row["texts"], row["token_ids"], strict=True):
+                if text.strip() and len(ids) < longest:
+                    rows.write(json.dumps({"prompt": row["question"], "response": text}) + "\n")
+    return file
+
+
+def row_of(runs: Sequence[KeptRun], space: str) -> dict[str, Any]:
+    """A row of the table from the runs of an action space, one per seed."""
+    found = [run.summary() for run in runs]
+    before = "bc_accuracy" if space == "latent" else "base_accuracy"
+    return figures_of(
+        [one[before] for one in found],
+        [one["rl_accuracy"] for one in found],
+        {"base": float(np.mean([one["base_accuracy"] for one in found])),
+         "kl": float(np.mean([one["kl_last"] for one in found])),
+         "step_seconds": float(np.median([later_half(series(run.where, "time/step")) for run in runs])),
+         "learn_seconds": float(np.median([later_half(series(run.where, "time/learn")) for run in runs]))},
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=40, help="learner steps per run")
+    parser.add_argument("--answers", type=int, default=3000, help="training instructions that the base answers, twice")
+    parser.add_argument("--heldout", type=int, default=192, help="held-out instructions for base rates")
+    parser.add_argument("--spaces", nargs="*", choices=list(SPACES), default=list(SPACES), metavar="SPACE",
+                        help=f"rows of the table: {', '.join(SPACES)}; none for base rates alone")  # fmt: skip
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    rates = asked(folder, "rates", args.heldout, **{"eval.ways": ("base", "sample"), "search.simulations": SAMPLES})
+    run_kept([rates], parallel=1)
+    about = f"SmolLM2-135M-Instruct at temperature 1, {SAMPLES} samples each of {args.heldout} held-out instructions."
+    record("language_base_rates", base_rates(rates), [0], about)
+    if not args.spaces:
+        return
+    answers = asked(folder, "answers", args.answers, **{
+        "eval.split": "train", "eval.ways": ("sample",), "search.simulations": 2
+    })  # fmt: skip
+    run_kept([answers], parallel=1)
+    data = write_answers(answers, folder / "answers.jsonl")
+    start = KeptRun(folder / "start", "pretrain", {**TASK, **PRETRAINING, "data.path": str(data)})
+    run_kept([start], parallel=1)
+    runs = {
+        space: [KeptRun(folder / f"{space}-{seed}", "rl_math", {
+            **TASK, **RL, **SPACES[space], "rl.max_steps": args.steps, "seed": seed,
+            "model.path": str(start.output / "model"),
+        }) for seed in args.seeds]
+        for space in args.spaces
+    }  # fmt: skip
+    run_kept([run for seed in zip(*runs.values(), strict=True) for run in seed], parallel=1)
+    about = f"Greedy accuracy on held-out instructions before and after {args.steps} steps; intervals are over seeds."
+    record("language", {space: row_of(own, space) for space, own in runs.items()}, args.seeds, about)
+
+
+if __name__ == "__main__":
+    main()

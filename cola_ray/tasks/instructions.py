@@ -1,0 +1,133 @@
+"""Short instructions whose fulfilment a rule can check, like those of IFEval (Zhou et al. 2023, arXiv 2311.07911).
+
+    kind           instruction                                                              fulfilled by
+    ends_with      Write one short headline that ends with the word river.                  Ship Runs Aground in River
+    first_letter   Name one animal that begins with the letter b. Answer with one word.     Bear
+    at_most        Write one short headline with the word river, in at most 6 words.        River Floods the Old Town
+
+Small instruction-tuned models follow such instructions sometimes, and rarely always, which is where RL can learn; their
+rates are in docs/benchmarks.md. A rule reads words, not meaning: any word with the right letter is an animal.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from cola_ray.settings.config import TaskConfig
+from cola_ray.tasks.chat import Prompt
+from cola_ray.tasks.guessing import objects_table
+from cola_ray.tasks.protocol import Problem, Split, split_of
+
+FORMS = ("sentence", "headline", "slogan", "question", "proverb", "story title", "line of a poem", "warning", "promise",
+         "excuse")  # fmt: skip
+THINGS = (
+    "animal", "bird", "body part", "city", "colour", "country", "dance", "dessert", "dish", "drink", "feeling", "fish",
+    "flower", "fruit", "game", "garment", "gemstone", "hobby", "insect", "instrument", "job", "language", "metal",
+    "mountain", "piece of furniture", "river", "school subject", "spice", "sport", "tool", "toy", "tree", "vegetable",
+    "vehicle",
+)  # fmt: skip
+LETTERS = "abcdefghilmnoprstw"
+LIMITS = (4, 5, 6, 7, 8)
+"""Most words of an answer to at_most."""
+_WORD = re.compile("[^\\W\\d_]+(?:['\u2019-][^\\W\\d_]+)*")
+Rule = tuple[str, Callable[[str], bool]]
+"""An instruction, and whether a response follows it."""
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, without numbers and punctuation: "It's 5 o'clock!" -> ["it's", "o'clock"]."""
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def ends_with(form: str, word: str) -> Rule:
+    """The response has three words or more, and this is the last one."""
+    return (
+        f"Write one short {form} that ends with the word {word}.",
+        lambda response: len(words(response)) >= 3 and words(response)[-1] == word,
+    )
+
+
+def first_letter(thing: str, letter: str) -> Rule:
+    """The response is one word that begins with this letter."""
+    return (
+        f"Name one {thing} that begins with the letter {letter}. Answer with one word.",
+        lambda response: len(words(response)) == 1 and words(response)[0][0] == letter,
+    )
+
+
+def at_most(form: str, word: str, limit: int) -> Rule:
+    """The response has three to ``limit`` words, and this is one of them."""
+    return (
+        f"Write one short {form} with the word {word}, in at most {limit} words.",
+        lambda response: 3 <= len(words(response)) <= limit and word in words(response),
+    )
+
+
+def nouns() -> list[str]:
+    """The objects of Twenty Questions whose name is one word."""
+    return [thing.names[0] for thing in objects_table() if thing.names[0].isalpha()]
+
+
+def _ends_with() -> Iterator[Rule]:
+    yield from (ends_with(form, word) for form in FORMS for word in nouns())
+
+
+def _first_letter() -> Iterator[Rule]:
+    yield from (first_letter(thing, letter) for thing in THINGS for letter in LETTERS)
+
+
+def _at_most() -> Iterator[Rule]:
+    draw = random.Random(0)
+    yield from (at_most(form, word, draw.choice(LIMITS)) for form in FORMS for word in nouns())
+
+
+KINDS: Mapping[str, Callable[[], Iterator[Rule]]] = {
+    "ends_with": _ends_with, "first_letter": _first_letter, "at_most": _at_most,
+}  # fmt: skip
+"""Every instruction of each kind."""
+
+
+class Instructions:
+    """Instructions of the kinds in :data:`KINDS`; the reward is 1 for a response that follows its instruction, else 0.
+
+    There are no solutions, and so no demonstrations: pre-train on the base's own answers
+    (`cola_ray evaluate --eval.split train --eval.ways sample`), or on text.
+
+    Args:
+        num_problems: at most so many instructions, of both splits together.
+        seed: shuffles them.
+        kinds: names of kinds, separated by spaces; by default all. Metrics are kept apart by kind.
+
+    Raises:
+        ValueError: there is no kind of such a name, or no such option.
+    """
+
+    right_from = 1.0
+
+    @classmethod
+    def of(cls, config: TaskConfig, seed: int) -> "Instructions":
+        if unknown := next((option for option in config.options if option != "kinds"), ""):
+            raise ValueError(f"task.options.{unknown} = {config.options[unknown]!r}: instructions takes kinds")
+        return cls(config.num_problems, seed, str(config.options.get("kinds", " ".join(KINDS))))
+
+    def __init__(self, num_problems: int, seed: int, kinds: str = " ".join(KINDS)) -> None:
+        chosen = list(dict.fromkeys(kinds.split()))
+        if not chosen or not {*chosen} <= {*KINDS}:
+            raise ValueError(f"task.options.kinds = {kinds!r}: one or more of {', '.join(KINDS)}, separated by spaces")
+        rules = [(kind, *rule) for kind in chosen for rule in KINDS[kind]()]
+        random.Random(seed).shuffle(rules)
+        self._problems: dict[Split, list[Problem]] = {"train": [], "heldout": []}
+        self._follows: dict[Split, list[Callable[[str], bool]]] = {"train": [], "heldout": []}
+        for kind, question, follows in rules[:num_problems]:
+            split = split_of(question)
+            self._problems[split].append(Problem(len(self._problems[split]), question, "", source=kind))
+            self._follows[split].append(follows)
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return self._problems[split]
+
+    def demonstrations(self) -> Sequence[tuple[Prompt, str]]:
+        return []
+
+    def score(self, split: Split, index: int, response: str) -> float:
+        return float(self._follows[split][index](response))

@@ -1,0 +1,70 @@
+"""Instructions that a rule can check."""
+
+import pytest
+
+from cola_ray.checks.refusals import check
+from cola_ray.settings.config import ConfigError, TaskConfig, override
+from cola_ray.settings.presets import preset
+from cola_ray.tasks import least_right_reward, make_task
+from cola_ray.tasks.instructions import KINDS, at_most, ends_with, first_letter, nouns, words
+
+
+def _task(**options):
+    return make_task(TaskConfig(name="instructions", options=options), 0)
+
+
+@pytest.mark.parametrize(("rule", "followed", "not_followed"), [
+    (ends_with("headline", "river"), ["Ship Runs Aground in River", "go to the river.", '"By the\nRiver!"'],
+     ["River", "a river", "River floods town", "Down by the rivers", "by the river-bank", ""]),
+    (first_letter("animal", "b"), ["bear", " Bear.\n", "**Bear**", "bull's", "2 bears", "brand-new"],
+     ["a bear", "Bear, bull", "cat", "", "b c", "5"]),
+    (at_most("headline", "river", 4), ["River floods old town", "the River rises.", "By 3 the river rose"],
+     ["River floods the old town", "river rises", "Rivers flood the town", "The lake rises", ""]),
+])  # fmt: skip
+def test_a_rule_tells_which_responses_follow_it(rule, followed, not_followed):
+    assert [text for text in followed if not rule[1](text)] == []
+    assert [text for text in not_followed if rule[1](text)] == []
+
+
+def test_words_are_letters_with_apostrophes_and_hyphens_inside():
+    assert words("It's 5 o\u2019clock -- Ünder-way, 'now'!") == ["it's", "o\u2019clock", "ünder-way", "now"]
+
+
+def test_instructions_are_distinct_split_by_kind_and_the_same_for_all_seeds():
+    task = _task()
+    train, heldout = task.problems("train"), task.problems("heldout")
+    questions = [problem.question for problem in (*train, *heldout)]
+    assert len({*questions}) == len(questions) == 2 * 10 * len(nouns()) + 34 * 18
+    for kind in KINDS:
+        shares = [sum(one.source == kind for one in split) / len(split) for split in (train, heldout)]
+        assert min(shares) > 0.15
+        assert abs(shares[0] - shares[1]) < 0.06
+    other = make_task(TaskConfig(name="instructions"), 1)
+    assert {one.question for one in other.problems("heldout")} == {one.question for one in heldout}
+    assert [one.question for one in other.problems("heldout")] != [one.question for one in heldout]
+
+
+def test_each_problem_has_its_own_rule():
+    task = _task(kinds="ends_with")
+    for split in ("train", "heldout"):
+        for problem in task.problems(split):
+            last = problem.question.removesuffix(".").split()[-1]
+            assert problem.source == "ends_with"
+            assert task.score(split, problem.index, f"Here is the {last}.") == 1.0
+            assert task.score(split, problem.index, f"Here is the {last} again.") == 0.0
+    assert len(make_task(TaskConfig(name="instructions", num_problems=50), 0).problems("train")) < 50
+    assert least_right_reward(TaskConfig(name="instructions")) == 1.0
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"task.options": {"kinds": "rhymes"}},
+     "task.options.kinds = 'rhymes': one or more of ends_with, first_letter, at_most, separated by spaces"),
+    ({"task.options": {"kinds": 3}}, "task.options.kinds = '3': one or more of"),
+    ({"task.options": {"length": 3}}, "task.options.length = 3: instructions takes kinds"),
+    ({}, "task.name = 'instructions': has no demonstrations to clone a first policy from; give texts as --data.path"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_starts(changes, said):
+    config = override(preset("smollm2-135m", task="instructions"), {"task.name": "instructions", **changes})
+    with pytest.raises(ConfigError) as raised:
+        check(config, "pretrain")
+    assert said in str(raised.value)

@@ -1,0 +1,193 @@
+"""Completions of one prompt, computed with the prompt once: the same logits, gradients and steps as row by row."""
+
+import copy
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB_SIZE, scramble, small_llama
+
+from cola_ray.batch import collate
+from cola_ray.experience import Trajectory
+from cola_ray.learner import policies
+from cola_ray.learner.micro_batch import Frozen, MicroBatch
+from cola_ray.learner.policies import LatentPolicy, SoftQPolicy, TokenPolicy
+from cola_ray.learner.shared_prompts import ATTENTION, SharedPrompts, share_prompts
+from cola_ray.packing import pack
+
+CPU = torch.device("cpu")
+
+
+def trajectories(groups, seed=0):
+    """Completions of each group: (length of the prompt, lengths of the responses)."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for prompt, responses in groups:
+        ids = draw.integers(3, VOCAB_SIZE, prompt)
+        for length in responses:
+            made.append(Trajectory(
+                ids, draw.integers(3, VOCAB_SIZE, length), draw.integers(0, 4, length),
+                -draw.random(length).astype(np.float32), np.zeros(length, np.int64), 0.0, False, "",
+            ))  # fmt: skip
+    return made
+
+
+def batch_of(groups, ranks=1, budget=10_000):
+    made = trajectories(groups)
+    return collate(pack(made), np.arange(1.0, len(made) + 1), ranks, 0, 0, budget)
+
+
+def test_the_layout_of_the_example():
+    """Rows p p a a a, p p b b - and q c - - -."""
+    found = SharedPrompts.of(["p", "p", "q"], [(2, 3), (2, 2), (1, 1)], 5)
+    assert found.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1]]
+    assert found.tokens.tolist() == [0, 1, 2, 3, 4, 7, 8, 10, 11]
+    assert found.places.tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 0], [7, 8, 0, 0, 0]]
+    rows = (
+        torch.tensor([list("ppaaa"), list("ppbb-"), list("qc---")], dtype=None)
+        if False
+        else torch.arange(15).view(3, 5)
+    )
+    packed = found.pack(rows)
+    assert packed.tolist() == [found.tokens.tolist()]
+    assert found.unpack(packed)[1, :4].tolist() == [0, 1, 7, 8], "a shared prompt is the first row's"
+    assert SharedPrompts.of(["p", "q", "r"], [(2, 3), (2, 2), (1, 1)], 5) is None
+
+
+GROUPS = {
+    "groups of different lengths": [(4, [3, 1, 6]), (1, [2, 2]), (7, [5]), (2, [1, 4])],
+    "one group": [(5, [4, 2, 3, 1])],
+    "prompts of one token": [(1, [1, 1]), (1, [3, 2])],
+}
+
+
+def policy_of(kind, cola, **settings):
+    if kind == "token":
+        return TokenPolicy(scramble(small_llama()).eval(), **settings).double()
+    policy = (LatentPolicy if kind == "latent" else SoftQPolicy)(copy.deepcopy(cola), **settings)
+    return scramble(policy).double()
+
+
+KINDS = {
+    "latent": {}, "latent with aliases": {"with_aliases": True}, "soft_q": {"beta": 0.3}, "token": {},
+    "token with adapters": {"lora_rank": 4}, "token, steered": {"steering": "all"},
+    "token without a reference": {"with_reference": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_states_and_gradients_are_those_of_rows(kind, groups, cola):
+    policy = policy_of(kind.split()[0].strip(","), cola, **KINDS[kind])
+    (batch,) = batch_of(groups)
+    found = []
+    for shares in (False, True):
+        one = MicroBatch.cut(batch, *batch.micro_batches[0], CPU, score_last=True, shares_prompts=shares)
+        assert (one.shared_prompts is not None) is shares
+        policy.zero_grad()
+        logits, frozen = policies.forward(policy, one, Frozen())
+        again, _ = policies.forward(policy, one, frozen)
+        assert torch.equal(logits, again), "from what is known"
+        weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+        (weights * logits.log_softmax(-1)).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+        found.append((one, logits.detach(), frozen, gradients))
+    (one, logits, frozen, gradients), (_, packed_logits, packed, packed_gradients) = found
+    near = {"rtol": 1e-5, "atol": 1e-6}  # norms and heads compute in float32
+    torch.testing.assert_close(packed_logits, logits, **near)
+    real = one.attention_mask.bool()
+    for name in ("hidden_states", "reference_logits", "aliases"):
+        wanted, value = getattr(frozen, name), getattr(packed, name)
+        assert (wanted is None) == (value is None)
+        if wanted is not None:
+            both = (value[real], wanted[real]) if name == "hidden_states" else (value, wanted)
+            torch.testing.assert_close(*both, **near)
+    assert gradients.keys() == packed_gradients.keys()
+    assert any("layers" in name or "q." in name for name in gradients)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0 or "lora_A" in name
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_what_others_say_changes_nothing(cola):
+    """Whatever the other completions are, and those of other prompts, a completion's logits stay the same."""
+    policy = policy_of("latent", cola)
+    (batch,) = batch_of(GROUPS["groups of different lengths"])
+    one = MicroBatch.cut(batch, *batch.micro_batches[0], CPU, shares_prompts=True)
+    logits, _ = policies.forward(policy, one, Frozen())
+    for row, real in enumerate(one.attention_mask.bool()):
+        own = torch.isin(one.shared_prompts.places, one.shared_prompts.places[row][real])
+        ids = torch.where(own, one.input_ids, 3)
+        assert not torch.equal(ids, one.input_ids)
+        changed, _ = policies.forward(policy, dataclasses.replace(one, input_ids=ids), Frozen())
+        of_row = one.scored_mask.nonzero()[:, 0] == row
+        assert torch.equal(changed[of_row], logits[of_row])
+
+
+def test_only_layers_that_see_everything_share(cola):
+    windowed = small_llama()
+    windowed.config.layer_types = ["full_attention", "sliding_attention"]
+    assert not share_prompts(windowed)
+    assert windowed.config._attn_implementation == "sdpa"
+    mistral = small_llama()
+    mistral.config.sliding_window = 8
+    assert not share_prompts(mistral)
+    eager = small_llama()
+    eager.config._attn_implementation = "eager"
+    assert not share_prompts(eager)
+    full = small_llama()
+    full.config.layer_types, full.config.sliding_window = ["full_attention"] * 2, 8
+    assert share_prompts(full)
+    assert share_prompts(full), "once is enough, twice is no harm"
+    ids = torch.randint(3, VOCAB_SIZE, (2, 7))
+    assert full.config._attn_implementation == ATTENTION
+    plain = small_llama()
+    plain.load_state_dict(full.state_dict())
+    assert torch.equal(full(ids).logits, plain(ids).logits), "rows that are not packed are read by sdpa"
+
+
+@pytest.mark.parametrize(("groups", "ranks", "together"), [
+    ([(3, [4] * 8)] * 4, 1, 8), ([(3, [4] * 8)] * 4, 2, 8), ([(3, [4] * 8)] * 4, 4, 8), ([(3, [4] * 8)] * 4, 8, 4),
+    ([(3, [4] * 8)] * 4, 16, 2), ([(3, [4] * 8)] * 4, 32, 1), ([(3, [4] * 4), (2, [1] * 8)], 2, 2),
+    ([(3, [4] * 3), (2, [1] * 4)], 7, 1), ([(3, [4] * 3), (2, [1] * 4)], 2, 1), ([(3, [4] * 3), (2, [1] * 4)], 1, 3),
+])  # fmt: skip
+def test_completions_of_a_prompt_stay_on_a_rank_where_all_ranks_get_as_many(groups, ranks, together):
+    groups = [(prompt, [length + number for length in lengths]) for number, (prompt, lengths) in enumerate(groups)]
+    batches = batch_of(groups, ranks)
+    counts = [len(batch.sequences) for batch in batches]
+    assert max(counts) - min(counts) <= 1
+    assert sum(counts) == sum(len(lengths) for _, lengths in groups)
+    assert len({batch.micro_batches for batch in batches}) == 1
+    runs = [len([*run]) for batch in batches for _, run in itertools.groupby(batch.sequences.prompts, bytes)]
+    assert min(runs) >= together or together == 1
+
+
+def test_without_common_prompts_order_and_cuts_are_by_length():
+    lengths = [5, 2, 9, 9, 4, 7, 1]
+    (batch,) = batch_of([(2, [length]) for length in lengths], budget=22)
+    assert batch.sequences.responses.lengths.tolist() == sorted(lengths, reverse=True)
+    assert batch.micro_batches == ((0, 2, 11), (2, 4, 9), (4, 7, 6))
+
+
+def test_a_micro_batch_never_exceeds_its_budget_and_is_as_wide_as_its_longest_row():
+    draw = np.random.default_rng(0)
+    for ranks in (1, 2, 4):
+        groups = [(int(draw.integers(1, 9)), draw.integers(1, 30, 4).tolist()) for _ in range(8)]
+        batches = batch_of(groups, ranks, budget=64)
+        for start, stop, width in batches[0].micro_batches:
+            assert (stop - start) * width <= 64 or stop - start == 1
+            of_rows = [batch.sequences.num_tokens[start:stop].max() for batch in batches]
+            assert width == max(of_rows)
+        ends = [stop for _, stop, _ in batches[0].micro_batches]
+        assert ends[-1] == batches[0].num_rows
+
+
+def test_the_share_of_positions_that_are_computed():
+    (batch,) = batch_of([(4, [3, 1, 6]), (1, [2])])
+    tokens = 3 * 4 + 10 + 3
+    assert batch.computed_share(False) == 4 * 10 / tokens
+    assert batch.computed_share(True) == (4 + 10 + 3) / tokens
+    first, second = batch_of([(4, [3])], ranks=2)
+    assert (first.computed_share(True), second.computed_share(True)) == (1.0, 7.0), "a row of one token, padded"
