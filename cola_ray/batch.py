@@ -214,7 +214,7 @@ class Picked:
     places: Array  # (N, 2) int32: for each sequence its source, and its index there
     num_tokens: Array  # (N,)
     num_actions: Array  # (N,)
-    prompt_numbers: Array  # (N,) int64, the same for completions of one prompt
+    prompt_numbers: Array  # (N,) int32, the same for completions of one prompt
     states: tuple[Held[Array], ...] | None = None
     states_like: Array | None = None
 
@@ -237,7 +237,7 @@ class Picked:
             np.array(
                 [sample.length if sample.num_chosen is None else sample.num_chosen for *_, sample in scored], np.int64
             ),
-            np.array([number for number, *_ in scored], np.int64),
+            np.array([number for number, *_ in scored], np.int32),
             None if like is None else tuple(_state(group, place) for _, group, place, _ in scored),
             like,
         )

@@ -113,9 +113,9 @@ class Packed:
 
     @property
     def prompt_numbers(self) -> Array:
-        """(N,) int64, the same for sequences with the same prompt."""
+        """(N,) int32, the same for sequences with the same prompt."""
         numbers = dict[bytes, int]()
-        return np.array([numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in self.prompts], np.int64)
+        return np.array([numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in self.prompts], np.int32)
 
     @property
     def num_actions(self) -> Array:

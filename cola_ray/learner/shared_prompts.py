@@ -6,8 +6,8 @@
 
 In a group of completions the prompt's states are the same in every row, and so is their gradient's share: it is the sum
 over the rows. Everything that works token by token (projections, MLPs, norms) reads packed rows, which also have no
-padding; attention, which does not, takes prompts and responses apart (:func:`attention`). Verl calls this a prefix
-grouper (arXiv 2506.05433).
+padding; attention, which does not, takes prompts and responses apart (:func:`attention`). Source: Liu et al. 2025, "Prefix
+Grouper" (arXiv 2506.05433).
 
 Legend: B rows, T positions, S packed positions, G different prompts of at most P tokens, R responses of at most L.
 """

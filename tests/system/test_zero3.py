@@ -90,16 +90,20 @@ def policy_of(space: str, model_dir: str):
 
 
 def batches(ranks: int, space: str) -> list[list[Batch]]:
-    """20 steps of ten random trajectories of mixed length; the same for any number of ranks."""
+    """20 steps of ten random trajectories of mixed length; the same for any number of ranks.
+
+    In every other step they are completions of two prompts, which ranks compute once in each micro-batch.
+    """
     draw = np.random.default_rng(0)
     steps = []
     for step in range(STEPS):
         items = []
-        for _ in range(10):
+        prompts = [draw.integers(3, VOCAB_SIZE, int(draw.integers(2, 12))) for _ in range(10)]
+        for number in range(10):
             length = int(draw.integers(1, 9))
             items.append(
                 Trajectory(
-                    prompt_ids=draw.integers(3, VOCAB_SIZE, int(draw.integers(2, 12))),
+                    prompt_ids=prompts[number % 2 if step % 2 else number],
                     token_ids=draw.integers(3, VOCAB_SIZE, length),
                     actions=draw.integers(0, (SPACES | ALONE)[space][1], length),
                     rollout_log_probs=-draw.random(length).astype(np.float32),
@@ -177,6 +181,9 @@ def train_and_check(rank: int, learner: RLLearner, space: str, out: str):
     losses = []
     for step, parts in enumerate(batches(2, space)):
         metrics = learner.step(parts[rank])
+        assert metrics["learner/computed_share"] == parts[rank].computed_share(True)
+        if step % 2:
+            assert parts[rank].computed_share(True) < parts[rank].computed_share(False), "prompts are shared"
         losses.append(metrics["q/error" if space == "actor_free" else "policy/loss"])
         if step == 9:  # half-way
             save_checkpoint(Path(out), learner.version, learner.save, pytest.fail)

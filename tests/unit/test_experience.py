@@ -97,7 +97,8 @@ def test_a_rank_without_sequences_has_states_of_the_same_kind():
     assert not states[1].any()
     assert not empty.padded().action_mask.any()
     assert (empty.num_actions_global, empty.micro_batches) == (2, full.micro_batches)
-    assert (full.num_tokens_global, empty.num_tokens_global, empty.computed_positions) == (3, 3, 3)
+    assert (full.num_tokens_global, empty.num_tokens_global) == (3, 3)
+    assert (full.computed_share(False), empty.computed_share(False)) == (1.0, 3.0)
 
 
 def tensors():

@@ -5,7 +5,7 @@ import pytest
 from cola_ray.checks.refusals import check
 from cola_ray.settings.config import ConfigError, TaskConfig, override
 from cola_ray.settings.presets import preset
-from cola_ray.tasks import least_right_reward, make_task
+from cola_ray.tasks import inspection, least_right_reward, make_task
 from cola_ray.tasks.instructions import KINDS, at_most, ends_with, first_letter, nouns, words
 
 
@@ -56,15 +56,16 @@ def test_each_problem_has_its_own_rule():
     assert least_right_reward(TaskConfig(name="instructions")) == 1.0
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"task.options": {"kinds": "rhymes"}},
+@pytest.mark.parametrize(("options", "said"), [
+    ({"kinds": "rhymes"},
      "task.options.kinds = 'rhymes': one or more of ends_with, first_letter, at_most, separated by spaces"),
-    ({"task.options": {"kinds": 3}}, "task.options.kinds = '3': one or more of"),
-    ({"task.options": {"length": 3}}, "task.options.length = 3: instructions takes kinds"),
-    ({}, "task.name = 'instructions': has no demonstrations to clone a first policy from; give texts as --data.path"),
+    ({"kinds": 3}, "task.options.kinds = '3': one or more of ends_with, first_letter, at_most, separated by spaces"),
+    ({"length": 3}, "task.options.length = 3: instructions takes kinds"),
 ])  # fmt: skip
-def test_what_is_wrong_is_said_before_anything_starts(changes, said):
-    config = override(preset("smollm2-135m", task="instructions"), {"task.name": "instructions", **changes})
-    with pytest.raises(ConfigError) as raised:
-        check(config, "pretrain")
-    assert said in str(raised.value)
+def test_options_that_are_wrong(options, said):
+    assert inspection.faults(TaskConfig(name="instructions", options=options)) == [said]
+
+
+def test_there_is_nothing_to_clone_a_first_policy_from():
+    with pytest.raises(ConfigError, match="has no demonstrations to clone a first policy from; give texts as --data"):
+        check(override(preset("smollm2-135m", task="instructions"), {"task.name": "instructions"}), "pretrain")

@@ -183,7 +183,7 @@ def test_a_micro_batch_is_what_was_collated_and_nothing_of_its_neighbours(score_
     assert sum(len(one.input_ids) for one in cuts) == 3
     for one, (start, stop, width) in zip(cuts, batch.micro_batches, strict=True):
         for field in fields(one):
-            if field.name not in ("scored_mask", "hidden_states"):
+            if field.name not in ("scored_mask", "hidden_states", "shared_prompts"):
                 wanted = getattr(batch.padded(), field.name)[start:stop, :width]
                 assert torch.equal(getattr(one, field.name), torch.from_numpy(wanted)), field.name
         assert one.hidden_states.dtype is torch.bfloat16, "which NumPy does not have"
