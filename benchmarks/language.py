@@ -30,19 +30,13 @@ from cola_ray.algorithms.search import pass_at_k
 from cola_ray.tasks import make_task
 
 Settings = dict[str, Any]
-TASK: Settings = {
-    "preset": "smollm2-135m", "task.name": "instructions", "rollout.max_prompt_tokens": 96,
-    "rollout.max_new_tokens": 32, "rollout.max_num_seqs": 64,
-}  # fmt: skip
+TASK: Settings = {"preset": "smollm2-135m", "task.name": "instructions"}
 SAMPLES = 8
-"""Answers to each instruction, for base rates and in a group of RL."""
+"""Answers to each instruction for base rates."""
 PRETRAINING: Settings = {
-    "cluster.learner_ranks": 1, "pretrain.steps.actions": 400, "pretrain.steps.policy": 300, "data.states": "model",
+    "cluster.learner_ranks": 1, "pretrain.steps.actions": 400, "pretrain.steps.policy": 300, "pretrain.states": "model",
 }  # fmt: skip
-RL: Settings = {
-    "cluster.learner_ranks": 1, "rl.prompts_per_step": 8, "rl.group_size": SAMPLES, "rl.eval_every": 0,
-    "rl.eval_problems": 256, "rl.kl_coef": 0.0, "rl.micro_batch_tokens": 1024,
-}  # fmt: skip
+RL: Settings = {"cluster.learner_ranks": 1, "rl.eval_every": 0, "rl.kl_coef": 0.0}
 SPACES = {"latent": {"rl.lr": 1e-4}, "token": {"rl.action_space": "token", "rl.lr": 1e-5}}
 """Action spaces, with learning rates that were not searched for."""
 

@@ -4,10 +4,10 @@
                       p p b b -
                       q c - - -      attention       a prompt to itself; a response to its prompt and to itself
 
-In a group of completions the prompt's states are the same in every row, and so is their gradient's share: it is the sum
-over the rows. Everything that works token by token (projections, MLPs, norms) reads packed rows, which also have no
-padding; attention, which does not, takes prompts and responses apart (:func:`attention`). Source: Liu et al. 2025, "Prefix
-Grouper" (arXiv 2506.05433).
+The states of a prompt are the same in every row that begins with it, and its gradient is the sum over these rows.
+Projections, MLPs and norms work token by token, so they read packed rows, which also have no padding. Attention takes
+prompts and responses separately (:func:`attention`).
+Source: Liu et al. 2025, "Prefix Grouper" (arXiv 2506.05433).
 
 Legend: B rows, T positions, S packed positions, G different prompts of at most P tokens, R responses of at most L.
 """

@@ -186,8 +186,8 @@ _AGENTS: dict[str, dict[str, Any]] = {
 }
 
 
-# Settings of a preset that differ for one environment.
-_ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
+# Settings of a preset that differ for one task or environment.
+_TASKS: dict[tuple[str, str], dict[str, Any]] = {
     # As many objects as a base of this size has actions for, and players whose clone can still improve.
     ("tiny", "twenty_questions"): {"task.options": {"objects": 12, "skill": 0.6}},
     # Episodes are long, so a few hundred demonstrations have as many tokens.
@@ -207,6 +207,16 @@ _ENVIRONMENTS: dict[tuple[str, str], dict[str, Any]] = {
         "rl.prompts_per_step": 16,
         "critic.fresh_states": 64,
     },
+    # Prompts and answers are short.
+    ("smollm2-135m", "instructions"): {
+        "rollout.max_prompt_tokens": 96,
+        "rollout.max_new_tokens": 32,
+        "rollout.max_num_seqs": 64,
+        "rl.prompts_per_step": 8,
+        "rl.group_size": 8,
+        "rl.micro_batch_tokens": 1024,
+        "rl.eval_problems": 256,
+    },
 }
 
 
@@ -216,8 +226,8 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     Args:
         name: tiny, smollm2-135m, qwen2.5-0.5b, llama-3.2-1b, qwen3-1.7b or llama-3.1-8b.
         agents: whether for multi-turn environments.
-        task: name of a task other than the preset's own: its rows are not the preset's, and some environments have
-            their own defaults.
+        task: name of a task other than the preset's own: its rows are not the preset's, and some tasks have their own
+            defaults.
 
     Example:
         >>> import cola_ray
@@ -229,7 +239,7 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     changes, usual = _ALL_AGENTS | _AGENTS[name] if agents else {}, _PRESETS[name]()
     if (task or changes.get("task.name", usual.task.name)) != usual.task.name:
         changes = {"task.path": ""} | changes
-    return override(usual, changes | _ENVIRONMENTS.get((name, task or changes.get("task.name", "")), {}))
+    return override(usual, changes | _TASKS.get((name, task or changes.get("task.name", "")), {}))
 
 
 # The default corpus of latent pre-training: educational web pages and web pages with mathematics, both under ODC-By
