@@ -1,6 +1,6 @@
 """Completions of the same prompt, computed with the prompt once.
 
-    rows (B, T)       p p a a a      packed (1, S)   p p | a a a | b b | q | c        position ids  0 1 2 3 4 2 3 0 1
+    rows (B, T)       p p a a a      packed (1, S)   p p | q | a a a | b b | c        position ids  0 1 0 2 3 4 2 3 1
                       p p b b -
                       q c - - -      attention       a prompt to itself; a response to its prompt and to itself
 
@@ -9,12 +9,13 @@ Projections, MLPs and norms work token by token, so they read packed rows, which
 prompts and responses separately (:func:`attention`).
 Source: Liu et al. 2025, "Prefix Grouper" (arXiv 2506.05433).
 
-Legend: B rows, T positions, S packed positions, G different prompts of at most P tokens, R responses of at most L.
+Legend: B rows, T positions, S packed positions, G different prompts of at most P tokens, responses of at
+most L.
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +38,10 @@ class SharedPrompts:
     places: Tensor  # (B, T), of each position: its packed place; 0 for padding
     position_ids: Tensor  # (1, S)
     prompts: Tensor  # (G, P), packed places; beyond a prompt's end some other place
-    responses: Tensor  # (R, L), packed places; beyond a response's end some other place
-    prompt_of: Tensor  # (R,), which of the prompts each response continues
-    seen: Tensor  # (R, 1, L, P + L) bool, the positions of prompt and response that a response's position attends to
-    restored: (
-        Tensor  # (S,), of each packed position: its place in the flattened prompts (G * P), then responses (R * L)
-    )
+    responses: Tensor  # (B, L), packed places; beyond a response's end some other place
+    prompt_of: Tensor  # (B,), which of the prompts each response continues
+    seen: Tensor  # (B, 1, L, P + L) bool, the positions of prompt and response that a response's position attends to
+    restored: Tensor  # (S,), of each packed position: its place in the flattened prompts, then responses
 
     @classmethod
     def of(cls, prompts: Sequence[Hashable], lengths: Sequence[tuple[int, int]], width: int) -> "SharedPrompts | None":
@@ -53,40 +52,34 @@ class SharedPrompts:
             lengths: of each row, the tokens of its prompt and of its response, which may be 0.
             width: T.
         """
-        if len({*prompts}) == len(prompts):
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        if len(numbers) == len(prompts):
             return None
-        made: dict[Hashable, int] = {}  # prompts in order
-        parts: list[_Part] = []
-        of_prompts, of_responses, prompt_of, rows = (
-            list[_Part](),
-            list[_Part](),
-            list[int](),
-            list[tuple[_Part, _Part]](),
+        prompt_of = np.array([numbers[prompt] for prompt in prompts])
+        owners = np.unique(prompt_of, return_index=True)[1]  # of each prompt, the first row with it
+        before, said = np.array(lengths).T
+        prompts_at, prompts_real = _table(before[owners], 0)
+        responses_at, responses_real = _table(said, int(before[owners].sum()))
+        of_prompt, of_response = (np.arange(table.shape[1]) for table in (prompts_at, responses_at))
+        steps = np.arange(width)
+        places = np.where(steps < before[:, None], prompts_at[prompt_of, :1] + steps,
+                          responses_at[:, :1] + steps - before[:, None])  # fmt: skip
+        tokens = (
+            owners[:, None] * width + of_prompt,
+            np.arange(len(said))[:, None] * width + before[:, None] + of_response,
         )
-        for row, (prompt, (first, count)) in enumerate(zip(prompts, lengths, strict=True)):
-            if prompt not in made:
-                made[prompt] = len(made)
-                of_prompts.append(_Part.after(parts, row * width, 0, first))
-            own = _Part.after(parts, row * width + first, first, count)
-            if count:
-                of_responses.append(own)
-                prompt_of.append(made[prompt])
-            rows.append((of_prompts[made[prompt]], own))
-        at_prompts, at_responses = (_table([part.places for part in of]) for of in (of_prompts, of_responses))
-        longest, length = at_prompts.shape[1], at_responses.shape[1]
-        own_prompt = np.array([len(of_prompts[number].places) for number in prompt_of])
-        seen = np.ones((len(of_responses), 1, length, longest + length), bool)
-        seen[..., :longest] = (np.arange(longest) < own_prompt[:, None])[:, None, None]
-        seen[..., longest:] = np.tri(length, dtype=bool)
-        restored = np.zeros(sum(len(part.places) for part in parts), np.int64)
-        for first, size, table in ((0, longest, of_prompts), (len(of_prompts) * longest, length, of_responses)):
-            for number, part in enumerate(table):
-                restored[part.places] = first + number * size + np.arange(len(part.places))
+        positions = np.broadcast_to(of_prompt, prompts_at.shape), before[:, None] + of_response
+        real = prompts_real, responses_real
+        seen = np.concatenate([
+            np.repeat(prompts_real[prompt_of][:, None], len(of_response), 1),
+            np.broadcast_to(np.tri(len(of_response), dtype=bool), (len(said), len(of_response), len(of_response))),
+        ], -1)  # fmt: skip
+        restored = np.flatnonzero(prompts_real), prompts_real.size + np.flatnonzero(responses_real)
         found = (
-            np.concatenate([part.tokens for part in parts]),
-            _table([np.concatenate([part.places for part in of_row]) for of_row in rows], width, 0),
-            np.concatenate([part.positions for part in parts])[None],
-            at_prompts, at_responses, np.array(prompt_of), seen, restored,
+            np.concatenate([table[of] for table, of in zip(tokens, real, strict=True)]),
+            np.where(steps < (before + said)[:, None], places, 0),
+            np.concatenate([table[of] for table, of in zip(positions, real, strict=True)])[None],
+            prompts_at, responses_at, prompt_of, seen[:, None], np.concatenate(restored),
         )  # fmt: skip
         return cls(*map(torch.from_numpy, found))
 
@@ -102,29 +95,15 @@ class SharedPrompts:
         return packed[0][self.places]
 
 
-class _Part(NamedTuple):
-    """A prompt or a response: each token's place in the flattened rows, position id, and packed place."""
+def _table(lengths: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, longest) packed places of N parts, one behind the other, from ``start`` on; and which of them are real.
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    places: np.ndarray
-
-    @classmethod
-    def after(cls, parts: "list[_Part]", token: int, position: int, count: int) -> "_Part":
-        """Put ``count`` tokens behind the parts that there are."""
-        start = int(parts[-1].places[-1]) + 1 if parts else 0
-        part = cls(*(np.arange(first, first + count) for first in (token, position, start)))
-        if count:
-            parts.append(part)
-        return part
-
-
-def _table(rows: Sequence[np.ndarray], width: int | None = None, filler: int | None = None) -> np.ndarray:
-    """(N, width) int64, by default as wide as the longest row: each row, filled up with its first number."""
-    width = max(map(len, rows)) if width is None else width
-    return np.stack(
-        [np.concatenate([row, np.full(width - len(row), row[0] if filler is None else filler)]) for row in rows]
-    )
+    Beyond its end, a part has the places of some other part.
+    """
+    steps = np.arange(lengths.max())
+    starts = start + np.cumsum(lengths) - lengths
+    real = steps < lengths[:, None]
+    return np.where(real, starts[:, None] + steps, 0), real
 
 
 def attention(

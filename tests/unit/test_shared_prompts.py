@@ -42,9 +42,9 @@ def batch_of(groups, ranks=1, budget=10_000):
 def test_the_layout_of_the_example():
     """Rows p p a a a, p p b b - and q c - - -."""
     found = SharedPrompts.of(["p", "p", "q"], [(2, 3), (2, 2), (1, 1)], 5)
-    assert found.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1]]
-    assert found.tokens.tolist() == [0, 1, 2, 3, 4, 7, 8, 10, 11]
-    assert found.places.tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 6, 0], [7, 8, 0, 0, 0]]
+    assert found.position_ids.tolist() == [[0, 1, 0, 2, 3, 4, 2, 3, 1]]
+    assert found.tokens.tolist() == [0, 1, 10, 2, 3, 4, 7, 8, 11]
+    assert found.places.tolist() == [[0, 1, 3, 4, 5], [0, 1, 6, 7, 0], [2, 8, 0, 0, 0]]
     rows = (
         torch.tensor([list("ppaaa"), list("ppbb-"), list("qc---")], dtype=None)
         if False
@@ -60,6 +60,7 @@ GROUPS = {
     "groups of different lengths": [(4, [3, 1, 6]), (1, [2, 2]), (7, [5]), (2, [1, 4])],
     "one group": [(5, [4, 2, 3, 1])],
     "prompts of one token": [(1, [1, 1]), (1, [3, 2])],
+    "a row without a sequence": [(3, [4, 2, 3, 1, 5])],
 }
 
 
@@ -81,7 +82,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_states_and_gradients_are_those_of_rows(kind, groups, cola):
     policy = policy_of(kind.split()[0].strip(","), cola, **KINDS[kind])
-    (batch,) = batch_of(groups)
+    batch = batch_of(groups, ranks=2 if len(groups[0][1]) == 5 else 1)[-1]
     found = []
     for shares in (False, True):
         one = MicroBatch.cut(batch, *batch.micro_batches[0], CPU, score_last=True, shares_prompts=shares)
