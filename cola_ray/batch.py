@@ -23,15 +23,14 @@ length. Only :meth:`Batch.padded` places them at positions 2 and 3 of a (B, T) a
 """
 
 import functools
-import itertools
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from cola_ray.algorithms.mini_batches import Passes, deal
+from cola_ray.algorithms.dealing import Sizes, cut, dealt
+from cola_ray.algorithms.mini_batches import Passes
 from cola_ray.experience import Trajectory
 from cola_ray.packing import Packed, pack, taken_from
 
@@ -212,9 +211,8 @@ class Picked:
 
     sources: tuple[Held[Packed], ...]
     places: Array  # (N, 2) int32: for each sequence its source, and its index there
-    num_tokens: Array  # (N,)
     num_actions: Array  # (N,)
-    prompt_numbers: Array  # (N,) int32, the same for completions of one prompt
+    sizes: Sizes
     states: tuple[Held[Array], ...] | None = None
     states_like: Array | None = None
 
@@ -233,11 +231,14 @@ class Picked:
         return cls(
             tuple(share.sequences for share in shares.values()),
             np.array([(numbers[id(group.share)], place) for _, group, place, _ in scored], np.int32).reshape(-1, 2),
-            np.array([sample.prompt_length + sample.length for *_, sample in scored], np.int64),
             np.array(
                 [sample.length if sample.num_chosen is None else sample.num_chosen for *_, sample in scored], np.int64
             ),
-            np.array([number for number, *_ in scored], np.int32),
+            Sizes(
+                np.array([sample.prompt_length + sample.length for *_, sample in scored], np.int32),
+                np.array([sample.prompt_length for *_, sample in scored], np.int32),
+                np.array([number for number, *_ in scored], np.int32),
+            ),
             None if like is None else tuple(_state(group, place) for _, group, place, _ in scored),
             like,
         )
@@ -252,9 +253,8 @@ class Picked:
         return Picked(
             tuple(self.sources[source] for source in used),
             np.column_stack([renamed, self.places[rows, 1]]).astype(np.int32),
-            self.num_tokens[rows],
             self.num_actions[rows],
-            self.prompt_numbers[rows],
+            self.sizes.of(rows),
             None if self.states is None else tuple(self.states[row] for row in rows),
             self.states_like,
         )
@@ -314,7 +314,7 @@ class MiniBatch:
 class Batch:
     """One learner rank's share of a step, cut into micro-batches at the same rows on every rank."""
 
-    sequences: Packed | Picked  # longest first; Packed where it is trained on
+    sequences: Packed | Picked  # in the order of the rows; Packed where it is trained on
     advantages: Array  # (N,) float32, of the outcome
     num_rows: int  # on every rank; a rank with fewer sequences has rows of one token and no action
     micro_batches: tuple[tuple[int, int, int], ...]  # (first row, end row, width) of each
@@ -420,83 +420,44 @@ def collate(
     micro_batch_tokens: int,
     passes: Passes = (),
     keep_places: bool = False,
+    shares_prompts: bool = False,
 ) -> list[Batch]:
-    """Sequences and their outcome advantages -> one batch per rank.
+    """Sequences and their outcome advantages -> one batch per rank, see :mod:`~cola_ray.algorithms.dealing`.
 
-    Longest first and dealt out in turn, so that ranks get near-equal work and a micro-batch holds sequences of similar
-    length; completions of one prompt stay together where that costs no balance, see :func:`_dealt`. A micro-batch
-    takes as many rows as ``micro_batch_tokens`` allows at its longest row's width, but at least one. ZeRO-3 needs every
-    rank to run the same number of them: all ranks cut at the same rows, and if the number of sequences is not
-    divisible, the last ranks get a row without actions.
+    If the number of sequences is not divisible, some ranks get rows without actions.
 
     Args:
         passes: the sequences of each mini-batch. They are cut in the same way; those without any action are left out.
         keep_places: batches record which of the sequences they have.
+        shares_prompts: ranks compute the prompt of several rows of a micro-batch once.
     """
-    lengths, num_actions = sequences.num_tokens, sequences.num_actions
-    owned, outcomes = _dealt(lengths, sequences.prompt_numbers, passes, num_ranks), np.asarray(advantages, np.float32)
-    rows = np.zeros((len(lengths), 2), np.int64)  # for each sequence: its rank, and its row there
+    sizes, num_actions = sequences.sizes, sequences.num_actions
+    owned = dealt(sizes, num_ranks, micro_batch_tokens, passes, shares_prompts)
+    outcomes = np.asarray(advantages, np.float32)
+    rows = np.zeros((len(sequences), 2), np.int64)  # for each sequence: its rank, and its row there
     for rank, mine in enumerate(owned):
         rows[mine, 0], rows[mine, 1] = rank, np.arange(len(mine))
 
-    def shape(owned: Sequence[Sequence[int]]) -> tuple[int, tuple[tuple[int, int, int], ...], int, int, int]:
+    def shape(owned: Sequence[Array]) -> tuple[int, tuple[tuple[int, int, int], ...], int, int, int]:
         """For these sequences of each rank: number of rows, micro-batches, totals."""
-        longest = itertools.zip_longest(*(lengths[[*mine]].tolist() for mine in owned), fillvalue=0)
-        widths, together = [max(row) for row in longest], [place for mine in owned for place in mine]
-        acting, cuts = num_actions[together], _cut(widths, micro_batch_tokens)
-        return len(widths), cuts, int(acting.sum()), int((acting > 0).sum()), int(lengths[together].sum())
+        cuts, together = cut(sizes, owned, micro_batch_tokens, shares_prompts), np.concatenate(owned)
+        acting = num_actions[together]
+        totals = int(acting.sum()), int((acting > 0).sum()), int(sizes.tokens[together].sum())
+        return cuts.rows, cuts.micro_batches, *totals
 
     def mini_batch(places: Array) -> list[MiniBatch]:
         """One per rank."""
-        chosen = [np.sort(rows[places][rows[places, 0] == rank, 1]).tolist() for rank in range(num_ranks)]
-        whole = shape([[mine[row] for row in own] for mine, own in zip(owned, chosen, strict=True)])
-        return [MiniBatch(tuple(own), *whole) for own in chosen]
+        chosen = [np.sort(rows[places][rows[places, 0] == rank, 1]) for rank in range(num_ranks)]
+        whole = shape([mine[own] for mine, own in zip(owned, chosen, strict=True)])
+        return [MiniBatch(tuple(own.tolist()), *whole) for own in chosen]
 
     whole = shape(owned)
     made = [[mini_batch(places) for places in parts if num_actions[places].any()] for parts in passes]
     return [
         Batch(
-            sequences.of(mine), outcomes[mine], *whole, policy_version, pad_id,
+            sequences.of(mine.tolist()), outcomes[mine], *whole, policy_version, pad_id,
             mini_batches=tuple(tuple(part[rank] for part in parts) for parts in made),
-            places=np.asarray(mine, np.int64) if keep_places else None,
+            places=mine if keep_places else None,
         )
         for rank, mine in enumerate(owned)
     ]  # fmt: skip
-
-
-def _dealt(lengths: Array, prompts: Array, passes: Passes, num_ranks: int) -> list[list[int]]:
-    """The sequences of each rank, longest first; completions of one prompt side by side where that costs no balance.
-
-    Side by side, a micro-batch computes their prompt once. One rank can have all of them; several get an equal number
-    of completions of each prompt that they have, if there is such a number above 1.
-
-    Args:
-        lengths: (N,), of the sequences.
-        prompts: (N,), the same number for completions of one prompt.
-    """
-    alone = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    longest = dict[int, int]()
-    for place in alone:
-        longest.setdefault(int(prompts[place]), int(lengths[place]))
-    beside = sorted(alone, key=lambda i: (-longest[int(prompts[i])], prompts[i]))
-    if num_ranks == 1:
-        return deal(beside, passes, 1)
-    _, sizes = np.unique(prompts, return_counts=True)
-    together = math.gcd(*sizes.tolist(), len(lengths) // num_ranks) if len(lengths) % num_ranks == 0 else 1
-    if together == 1 or passes:
-        return deal(alone, passes, num_ranks)
-    units = [beside[start : start + together] for start in range(0, len(beside), together)]
-    return [[place for unit in units[rank::num_ranks] for place in unit] for rank in range(num_ranks)]
-
-
-def _cut(widths: Sequence[int], budget: int) -> tuple[tuple[int, int, int], ...]:
-    """Cut rows into runs of at most ``budget`` tokens, padded to the widest of a run."""
-    cuts, start = [], 0
-    while start < len(widths):
-        stop, width = start + 1, widths[start]
-        while stop < len(widths) and (stop + 1 - start) * max(width, widths[stop]) <= budget:
-            width = max(width, widths[stop])
-            stop += 1
-        cuts.append((start, stop, width))
-        start = stop
-    return tuple(cuts)

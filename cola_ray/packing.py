@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cola_ray.algorithms.dealing import Sizes
 from cola_ray.experience import Trajectory
 
 Array = np.ndarray
@@ -112,10 +113,11 @@ class Packed:
         return self.prompts.lengths + self.responses.lengths
 
     @property
-    def prompt_numbers(self) -> Array:
-        """(N,) int32, the same for sequences with the same prompt."""
+    def sizes(self) -> Sizes:
+        """Lengths, and which sequences have the same prompt."""
         numbers = dict[bytes, int]()
-        return np.array([numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in self.prompts], np.int32)
+        prompts = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in self.prompts]
+        return Sizes(self.num_tokens, self.prompts.lengths, np.array(prompts, np.int64))
 
     @property
     def num_actions(self) -> Array:

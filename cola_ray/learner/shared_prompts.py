@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cola_ray.model.families import sees_everything
 from cola_ray.model.modeling_cola import positions
 
 ATTENTION = "shared_prompts"
@@ -40,12 +41,12 @@ class SharedPrompts:
     prompts: Tensor  # (G, P), packed places; beyond a prompt's end some other place
     responses: Tensor  # (B, L), packed places; beyond a response's end some other place
     prompt_of: Tensor  # (B,), which of the prompts each response continues
-    seen: Tensor  # (B, 1, L, P + L) bool, the positions of prompt and response that a response's position attends to
+    before: Tensor  # (B,), the length of each row's prompt
     restored: Tensor  # (S,), of each packed position: its place in the flattened prompts, then responses
 
     @classmethod
     def of(cls, prompts: Sequence[Hashable], lengths: Sequence[tuple[int, int]], width: int) -> "SharedPrompts | None":
-        """The layout of B rows; None if no two of them have the same prompt.
+        """The layout of B rows; None if no two of them have the same prompt, or none has a response.
 
         Args:
             prompts: of each row, whatever rows with the same prompt have in common, and only those.
@@ -53,13 +54,15 @@ class SharedPrompts:
             width: T.
         """
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-        if len(numbers) == len(prompts):
+        if len(numbers) == len(prompts) or not any(said for _, said in lengths):
             return None
         prompt_of = np.array([numbers[prompt] for prompt in prompts])
         owners = np.unique(prompt_of, return_index=True)[1]  # of each prompt, the first row with it
         before, said = np.array(lengths).T
-        prompts_at, prompts_real = _table(before[owners], 0)
-        responses_at, responses_real = _table(said, int(before[owners].sum()))
+        of_prompts = int(before[owners].sum())
+        packed = of_prompts + int(said.sum())
+        prompts_at, prompts_real = _table(before[owners], 0, packed)
+        responses_at, responses_real = _table(said, of_prompts, packed)
         of_prompt, of_response = (np.arange(table.shape[1]) for table in (prompts_at, responses_at))
         steps = np.arange(width)
         places = np.where(steps < before[:, None], prompts_at[prompt_of, :1] + steps,
@@ -70,21 +73,26 @@ class SharedPrompts:
         )
         positions = np.broadcast_to(of_prompt, prompts_at.shape), before[:, None] + of_response
         real = prompts_real, responses_real
-        seen = np.concatenate([
-            np.repeat(prompts_real[prompt_of][:, None], len(of_response), 1),
-            np.broadcast_to(np.tri(len(of_response), dtype=bool), (len(said), len(of_response), len(of_response))),
-        ], -1)  # fmt: skip
         restored = np.flatnonzero(prompts_real), prompts_real.size + np.flatnonzero(responses_real)
         found = (
             np.concatenate([table[of] for table, of in zip(tokens, real, strict=True)]),
             np.where(steps < (before + said)[:, None], places, 0),
             np.concatenate([table[of] for table, of in zip(positions, real, strict=True)])[None],
-            prompts_at, responses_at, prompt_of, seen[:, None], np.concatenate(restored),
+            prompts_at, responses_at, prompt_of, before, np.concatenate(restored),
         )  # fmt: skip
         return cls(*map(torch.from_numpy, found))
 
     def to(self, device: torch.device) -> "SharedPrompts":
         return SharedPrompts(**{name: one.to(device) for name, one in vars(self).items()})
+
+    @property
+    def seen(self) -> Tensor:
+        """(B, 1, L, P + L) bool, the positions of its prompt and response that a response's position attends to."""
+        longest, length = self.prompts.shape[1], self.responses.shape[1]
+        of_prompt = torch.arange(longest, device=self.before.device) < self.before[:, None]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.before.device).tril()
+        rows = len(self.before)
+        return torch.cat([of_prompt[:, None].expand(-1, length, -1), causal.expand(rows, -1, -1)], -1)[:, None]
 
     def pack(self, rows: Tensor) -> Tensor:
         """(B, T, ...) -> (1, S, ...); of a shared prompt, the first row's."""
@@ -95,15 +103,14 @@ class SharedPrompts:
         return packed[0][self.places]
 
 
-def _table(lengths: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+def _table(lengths: np.ndarray, start: int, packed: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, longest) packed places of N parts, one behind the other, from ``start`` on; and which of them are real.
 
-    Beyond its end, a part has the places of some other part.
+    Beyond its end, a part has other parts' places: different ones, since gradients are added up at each.
     """
     steps = np.arange(lengths.max())
     starts = start + np.cumsum(lengths) - lengths
-    real = steps < lengths[:, None]
-    return np.where(real, starts[:, None] + steps, 0), real
+    return (starts[:, None] + steps) % packed, steps < lengths[:, None]
 
 
 def attention(
@@ -118,6 +125,9 @@ def attention(
     """transformers' "sdpa" with packed rows, (1, heads, S, D) each; or as it is, where no prompts are shared.
 
     A prompt attends to itself, causally; a response to its prompt and, causally, to itself.
+
+    Args:
+        attention_mask: with shared prompts, their ``seen``.
 
     Returns:
         (1, S, heads, D).
@@ -136,7 +146,7 @@ def attention(
         torch.cat([of_prompt[layout.prompt_of], own], 2)
         for of_prompt, own in zip(prompts[1:], responses[1:], strict=True)
     )
-    of_responses, _ = sdpa_attention_forward(module, responses[0], keys, values, layout.seen, **kwargs)
+    of_responses, _ = sdpa_attention_forward(module, responses[0], keys, values, attention_mask, **kwargs)
     found = torch.cat([of_prompts.flatten(0, 1), of_responses.flatten(0, 1)])
     return found[layout.restored][None], None
 
@@ -146,14 +156,9 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def share_prompts(model: Any) -> bool:
-    """Let a model's decoder layers read packed rows; returns whether they can.
-
-    All layers must attend to the full context, by transformers' "sdpa".
-    """
+    """Let a model's decoder layers read packed rows; returns whether they can."""
     config = model.config
-    kinds = {*(getattr(config, "layer_types", None) or ())}
-    full = kinds == {"full_attention"} if kinds else getattr(config, "sliding_window", None) is None
-    if full and config._attn_implementation == "sdpa":
+    if sees_everything(config) and config._attn_implementation == "sdpa":
         config._attn_implementation = ATTENTION  # its layers read this at each call
     return bool(config._attn_implementation == ATTENTION)
 
@@ -171,9 +176,10 @@ class Rows:
             place = positions(attention_mask, attention_mask.shape, attention_mask.device)
             self.arguments, self.scored = {"attention_mask": attention_mask, "position_ids": place}, scored_mask
         else:
-            # A mask with four dimensions counts as complete, so transformers makes none.
-            none = attention_mask.new_empty(1, 1, 0, 0)
-            self.arguments = {"attention_mask": none, "position_ids": layout.position_ids, "shared_prompts": layout}
+            # transformers takes a mask with four dimensions as it is.
+            self.arguments = {
+                "attention_mask": layout.seen, "position_ids": layout.position_ids, "shared_prompts": layout
+            }  # fmt: skip
             places = layout.places[scored_mask]
             self.scored = torch.zeros_like(places), places
 

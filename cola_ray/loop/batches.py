@@ -162,4 +162,5 @@ class BatchMaker:
             rl.micro_batch_tokens,
             permuted(len(sequences), rl.num_minibatches, rl.updates_per_batch, self.config.seed, step),
             keep_places=self.algorithm.critic and self.algorithm.soft_q,
+            shares_prompts=rl.share_prompts and bool(self.workers.facts.get("shares_prompts")),
         )  # fmt: skip

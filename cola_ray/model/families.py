@@ -43,6 +43,12 @@ class BaseFamily:
     mlp_bias: bool = False
 
 
+def sees_everything(config: Any) -> bool:
+    """Whether all layers of a model with this configuration of transformers attend to the full context."""
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    return getattr(config, "sliding_window", None) is None and kinds <= {"full_attention"}
+
+
 def fault(settings: Settings, given: str = "") -> str:
     """Why CoLA cannot attach to a base with this config.json, as ``why; fix``; empty if it can.
 

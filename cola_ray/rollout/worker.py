@@ -23,6 +23,7 @@ import numpy as np
 from cola_ray.batch import Group, apart, as_groups
 from cola_ray.experience import Answer, Ticket, Trajectory
 from cola_ray.model.action_requests import BASE_TOKENS
+from cola_ray.model.families import sees_everything
 from cola_ray.rollout.batching import RunningBatch
 from cola_ray.rollout.engine import Completion, Engine, LatentEngine, Request, TokenEngine, prepare_process
 from cola_ray.rollout.reward_model import RewardFunction, score_with
@@ -96,12 +97,17 @@ class EngineWorker:
         return int(served.num_actions if self.latent else served.vocab_size)
 
     async def facts(self) -> dict[str, object]:
-        """Return facts that the driver asks for once: the padding id and vLLM's version."""
+        """Return facts that the driver asks for once.
+
+        They are the padding id, vLLM's version, and whether the learner can compute a prompt once for several
+        completions.
+        """
         import vllm
 
         return {
             "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             "vllm_version": vllm.__version__,
+            "shares_prompts": sees_everything(self.engine.llm.llm_engine.model_config.hf_config),
         }
 
     async def update_weights(self, version: int, *buckets: Bucket) -> int:

@@ -34,7 +34,7 @@ MAY_CHANGE = (
     "rollout.gpu_memory_utilization", "rollout.max_num_batched_tokens", "rollout.prefix_caching",
     "rollout.enforce_eager", "rollout.optimization_level", "rollout.async_scheduling",
     "rollout.environment_processes", "rollout.max_restarts",
-    "rl.micro_batch_tokens", "pretrain.micro_batch_size",
+    "rl.micro_batch_tokens", "rl.share_prompts", "pretrain.micro_batch_size",
     "data.cache", "data.processes", "pretrain.states_cache", "pretrain.states_gb",
     "task.reward_timeout_s", "task.max_failed_rewards",
     "replay.snapshot_every_s", "critic.replicas", "critic.gpu_share",

@@ -6,11 +6,13 @@
     at_most        Write one short headline with the word river, in at most 6 words.        River Floods the Old Town
 
 Small instruction-tuned models follow such instructions sometimes, and rarely always, which is where RL can learn; their
-rates are in docs/benchmarks.md. A rule reads words, not meaning: any word with the right letter is an animal.
+rates are in docs/benchmarks.md. A rule reads words, not meaning: any word with the right letter is an animal. But
+repeating a piece of the instruction does not count.
 """
 
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from cola_ray.settings.config import TaskConfig
@@ -29,37 +31,50 @@ THINGS = (
 LETTERS = "abcdefghilmnoprstw"
 LIMITS = (4, 5, 6, 7, 8)
 """Most words of an answer to at_most."""
-_WORD = re.compile("[^\\W\\d_]+(?:['\u2019-][^\\W\\d_]+)*")
+LONGEST = 20
+"""Most words of a short text."""
+_WORD = re.compile("[^\\W\\d_]+(?:['\u2019][^\\W\\d_]+)*")
 Rule = tuple[str, Callable[[str], bool]]
 """An instruction, and whether a response follows it."""
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, without numbers and punctuation: "It's 5 o'clock!" -> ["it's", "o'clock"]."""
-    return [word.lower() for word in _WORD.findall(text)]
+    """A text's words in lower case, without accents, numbers and punctuation: "It's 5 o'clock!" -> it's, o'clock."""
+    plain = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
+    return _WORD.findall(plain.lower())
+
+
+def _rule(instruction: str, follows: Callable[[list[str]], bool]) -> Rule:
+    """A rule for a response's words, which must not be a piece of the instruction."""
+
+    def follows_in_its_own_words(response: str) -> bool:
+        said = words(response)
+        return follows(said) and f" {' '.join(said)} " not in f" {' '.join(words(instruction))} "
+
+    return instruction, follows_in_its_own_words
 
 
 def ends_with(form: str, word: str) -> Rule:
-    """The response has three words or more, and this is the last one."""
-    return (
+    """The response has three to :data:`LONGEST` words, three of them different, and this is the last one."""
+    return _rule(
         f"Write one short {form} that ends with the word {word}.",
-        lambda response: len(words(response)) >= 3 and words(response)[-1] == word,
+        lambda said: len({*said}) >= 3 and len(said) <= LONGEST and said[-1] == word,
     )
 
 
 def first_letter(thing: str, letter: str) -> Rule:
-    """The response is one word that begins with this letter."""
-    return (
+    """The response is one word of three letters or more that begins with this letter."""
+    return _rule(
         f"Name one {thing} that begins with the letter {letter}. Answer with one word.",
-        lambda response: len(words(response)) == 1 and words(response)[0][0] == letter,
+        lambda said: len(said) == 1 and len(said[0]) >= 3 and said[0][0] == letter,
     )
 
 
 def at_most(form: str, word: str, limit: int) -> Rule:
-    """The response has three to ``limit`` words, and this is one of them."""
-    return (
+    """The response has three to ``limit`` words, three of them different, and this is one of them."""
+    return _rule(
         f"Write one short {form} with the word {word}, in at most {limit} words.",
-        lambda response: 3 <= len(words(response)) <= limit and word in words(response),
+        lambda said: len({*said}) >= 3 and len(said) <= limit and word in said,
     )
 
 

@@ -15,19 +15,21 @@ def _task(**options):
 
 @pytest.mark.parametrize(("rule", "followed", "not_followed"), [
     (ends_with("headline", "river"), ["Ship Runs Aground in River", "go to the river.", '"By the\nRiver!"'],
-     ["River", "a river", "River floods town", "Down by the rivers", "by the river-bank", ""]),
-    (first_letter("animal", "b"), ["bear", " Bear.\n", "**Bear**", "bull's", "2 bears", "brand-new"],
-     ["a bear", "Bear, bull", "cat", "", "b c", "5"]),
+     ["River", "a river", "River floods town", "Down by the rivers", "by the river-bank", "", "river, river, river",
+      "ends with the word river", "Write one short headline that ends with the word river.", "so " * 19 + "the river"]),
+    (first_letter("animal", "b"), ["bear", " Bear.\n", "**Bear**", "bull's", "2 bears", "b\u00e9b\u00e9"],
+     ["a bear", "Bear, bull", "cat", "", "b c", "5", "b", "begins", "brand-new"]),
     (at_most("headline", "river", 4), ["River floods old town", "the River rises.", "By 3 the river rose"],
-     ["River floods the old town", "river rises", "Rivers flood the town", "The lake rises", ""]),
+     ["River floods the old town", "river rises", "Rivers flood the town", "The lake rises", "", "river river river",
+      "with the word river", "the-river-in-the-town"]),
 ])  # fmt: skip
 def test_a_rule_tells_which_responses_follow_it(rule, followed, not_followed):
     assert [text for text in followed if not rule[1](text)] == []
     assert [text for text in not_followed if rule[1](text)] == []
 
 
-def test_words_are_letters_with_apostrophes_and_hyphens_inside():
-    assert words("It's 5 o\u2019clock -- Ünder-way, 'now'!") == ["it's", "o\u2019clock", "ünder-way", "now"]
+def test_words_are_letters_with_apostrophes_inside():
+    assert words("It's 5 o\u2019clock -- Ünder-way, 'now'!") == ["it's", "o\u2019clock", "under", "way", "now"]
 
 
 def test_instructions_are_distinct_split_by_kind_and_the_same_for_all_seeds():
@@ -50,8 +52,8 @@ def test_each_problem_has_its_own_rule():
         for problem in task.problems(split):
             last = problem.question.removesuffix(".").split()[-1]
             assert problem.source == "ends_with"
-            assert task.score(split, problem.index, f"Here is the {last}.") == 1.0
-            assert task.score(split, problem.index, f"Here is the {last} again.") == 0.0
+            assert task.score(split, problem.index, f"Here is my {last}.") == 1.0
+            assert task.score(split, problem.index, f"Here is my {last} again.") == 0.0
     assert len(make_task(TaskConfig(name="instructions", num_problems=50), 0).problems("train")) < 50
     assert least_right_reward(TaskConfig(name="instructions")) == 1.0
 

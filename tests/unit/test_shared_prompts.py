@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ def trajectories(groups, seed=0):
 
 def batch_of(groups, ranks=1, budget=10_000):
     made = trajectories(groups)
-    return collate(pack(made), np.arange(1.0, len(made) + 1), ranks, 0, 0, budget)
+    return collate(pack(made), np.arange(1.0, len(made) + 1), ranks, 0, 0, budget, shares_prompts=True)
 
 
 def test_the_layout_of_the_example():
@@ -139,7 +138,7 @@ def test_only_layers_that_see_everything_share(cola):
     eager.config._attn_implementation = "eager"
     assert not share_prompts(eager)
     full = small_llama()
-    full.config.layer_types, full.config.sliding_window = ["full_attention"] * 2, 8
+    full.config.layer_types = ["full_attention"] * 2
     assert share_prompts(full)
     assert share_prompts(full), "once is enough, twice is no harm"
     ids = torch.randint(3, VOCAB_SIZE, (2, 7))
@@ -147,42 +146,6 @@ def test_only_layers_that_see_everything_share(cola):
     plain = small_llama()
     plain.load_state_dict(full.state_dict())
     assert torch.equal(full(ids).logits, plain(ids).logits), "rows that are not packed are read by sdpa"
-
-
-@pytest.mark.parametrize(("groups", "ranks", "together"), [
-    ([(3, [4] * 8)] * 4, 1, 8), ([(3, [4] * 8)] * 4, 2, 8), ([(3, [4] * 8)] * 4, 4, 8), ([(3, [4] * 8)] * 4, 8, 4),
-    ([(3, [4] * 8)] * 4, 16, 2), ([(3, [4] * 8)] * 4, 32, 1), ([(3, [4] * 4), (2, [1] * 8)], 2, 2),
-    ([(3, [4] * 3), (2, [1] * 4)], 7, 1), ([(3, [4] * 3), (2, [1] * 4)], 2, 1), ([(3, [4] * 3), (2, [1] * 4)], 1, 3),
-])  # fmt: skip
-def test_completions_of_a_prompt_stay_on_a_rank_where_all_ranks_get_as_many(groups, ranks, together):
-    groups = [(prompt, [length + number for length in lengths]) for number, (prompt, lengths) in enumerate(groups)]
-    batches = batch_of(groups, ranks)
-    counts = [len(batch.sequences) for batch in batches]
-    assert max(counts) - min(counts) <= 1
-    assert sum(counts) == sum(len(lengths) for _, lengths in groups)
-    assert len({batch.micro_batches for batch in batches}) == 1
-    runs = [len([*run]) for batch in batches for _, run in itertools.groupby(batch.sequences.prompts, bytes)]
-    assert min(runs) >= together or together == 1
-
-
-def test_without_common_prompts_order_and_cuts_are_by_length():
-    lengths = [5, 2, 9, 9, 4, 7, 1]
-    (batch,) = batch_of([(2, [length]) for length in lengths], budget=22)
-    assert batch.sequences.responses.lengths.tolist() == sorted(lengths, reverse=True)
-    assert batch.micro_batches == ((0, 2, 11), (2, 4, 9), (4, 7, 6))
-
-
-def test_a_micro_batch_never_exceeds_its_budget_and_is_as_wide_as_its_longest_row():
-    draw = np.random.default_rng(0)
-    for ranks in (1, 2, 4):
-        groups = [(int(draw.integers(1, 9)), draw.integers(1, 30, 4).tolist()) for _ in range(8)]
-        batches = batch_of(groups, ranks, budget=64)
-        for start, stop, width in batches[0].micro_batches:
-            assert (stop - start) * width <= 64 or stop - start == 1
-            of_rows = [batch.sequences.num_tokens[start:stop].max() for batch in batches]
-            assert width == max(of_rows)
-        ends = [stop for _, stop, _ in batches[0].micro_batches]
-        assert ends[-1] == batches[0].num_rows
 
 
 def test_the_share_of_positions_that_are_computed():

@@ -1,0 +1,114 @@
+"""Which rank trains on which sequences, and where the rows of all ranks are cut into micro-batches.
+
+    longest first, dealt out in turn ──────────────┬── cut ──> whichever takes the ranks fewer positions together
+    completions of a prompt side by side on a rank ┘
+
+ZeRO-3 needs every rank to run the same number of micro-batches, and they wait for one another in each: all ranks are
+cut at the same rows, and a micro-batch takes as long as on the rank that computes most in it. Where a rank has several
+completions of a prompt in a micro-batch, it may compute the prompt once, and then no padding.
+
+Legend: N sequences, R ranks.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cola_ray.algorithms.mini_batches import Passes, deal
+
+Array = np.ndarray
+_KEYS = 2
+"""Attention of packed rows keeps at most so many keys for each position of the budget."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of N sequences; (N,) each."""
+
+    tokens: Array
+    before: Array  # of the prompts
+    prompts: Array  # the same number for completions of one prompt
+
+    def of(self, places: Sequence[int]) -> "Sizes":
+        """Of these sequences."""
+        return Sizes(self.tokens[places], self.before[places], self.prompts[places])
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where the rows of all ranks are cut."""
+
+    rows: int  # on every rank; the last ones of a rank with fewer sequences have one token each
+    micro_batches: tuple[tuple[int, int, int], ...]  # (first row, end row, width) of each
+    positions: int  # computed in all micro-batches, on the rank that computes most in each
+
+
+def dealt(sizes: Sizes, num_ranks: int, budget: int, passes: Passes = (), shares_prompts: bool = False) -> list[Array]:
+    """The sequences of each rank, in order.
+
+    Args:
+        budget: tokens of a micro-batch, with padding.
+        passes: of mini-batches, which are dealt evenly; completions of a prompt then go wherever that takes them.
+        shares_prompts: ranks compute the prompt of several rows of a micro-batch once.
+    """
+    longest_first = sorted(range(len(sizes.tokens)), key=lambda i: -sizes.tokens[i])
+    apart = [np.array(mine, np.int64) for mine in deal(longest_first, passes, num_ranks)]
+    if passes or not shares_prompts or len(np.unique(sizes.prompts)) == len(sizes.prompts):
+        return apart
+    together = _together(sizes, longest_first, num_ranks)
+    return min(apart, together, key=lambda owned: cut(sizes, owned, budget, shares_prompts=True).positions)
+
+
+def _together(sizes: Sizes, longest_first: Sequence[int], num_ranks: int) -> list[Array]:
+    """A prompt's completions go to the rank with the fewest tokens so far, in parts if they are more than its share."""
+    groups: dict[int, list[int]] = {}
+    for place in longest_first:
+        groups.setdefault(int(sizes.prompts[place]), []).append(place)
+    most = max(1, len(longest_first) // num_ranks)
+    parts = [group[first : first + most] for group in groups.values() for first in range(0, len(group), most)]
+    tokens = [int(sizes.tokens[part].sum()) for part in parts]
+    fewest, owned = [(0, rank) for rank in range(num_ranks)], [list[int]() for _ in range(num_ranks)]
+    given: list[list[list[int]]] = [[] for _ in owned]
+    for index in sorted(range(len(parts)), key=lambda i: -tokens[i]):
+        sum_of, rank = heapq.heappop(fewest)
+        given[rank].append(parts[index])
+        heapq.heappush(fewest, (sum_of + tokens[index], rank))
+    for mine, of_rank in zip(owned, given, strict=True):
+        for part in sorted(of_rank, key=lambda part: -sizes.tokens[part[0]]):
+            mine += part
+    return [np.array(mine, np.int64) for mine in owned]
+
+
+def cut(sizes: Sizes, owned: Sequence[Array], budget: int, shares_prompts: bool = False) -> Cuts:
+    """Cut the rows of all ranks, of as many as ``budget`` tokens allow at a time, but at least one."""
+    rows = max(map(len, owned))
+    shape = len(owned), rows
+    tokens, before = np.ones(shape, np.int64), np.ones(shape, np.int64)
+    last = np.full(shape, -1)  # the last row before with the same prompt
+    for rank, mine in enumerate(owned):
+        tokens[rank, : len(mine)], before[rank, : len(mine)] = sizes.tokens[mine], sizes.before[mine]
+        rows_of: dict[int, int] = {}
+        for row, prompt in enumerate(sizes.prompts[mine].tolist()):
+            last[rank, row] = rows_of.get(prompt, -1)
+            rows_of[prompt] = row
+    cuts, positions, start = list[tuple[int, int, int]](), 0, 0
+    while start < rows:
+        packed, longest = np.zeros(len(owned), np.int64), np.zeros((2, len(owned)), np.int64)
+        repeats, width, computed = np.zeros(len(owned), bool), 0, 0
+        for stop in range(start + 1, rows + 1):
+            row = stop - 1
+            again = (last[:, row] >= start) & shares_prompts
+            repeats = repeats | again
+            packed = packed + tokens[:, row] - np.where(again, before[:, row], 0)
+            longest = np.maximum(longest, [before[:, row], tokens[:, row] - before[:, row]])
+            wider = max(width, int(tokens[:, row].max()))
+            keys, padded = (stop - start) * longest.sum(0), (stop - start) * wider
+            if stop > start + 1 and np.where(repeats, np.maximum(packed, keys / _KEYS), padded).max() > budget:
+                stop = row
+                break
+            width, computed = wider, int(np.where(repeats, packed, padded).max())
+        cuts.append((start, stop, width))
+        positions, start = positions + computed, stop
+    return Cuts(rows, tuple(cuts), positions)
