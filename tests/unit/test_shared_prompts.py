@@ -6,8 +6,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB_SIZE, scramble, small_llama
+from conftest import BASES, VOCAB_SIZE, scramble, small_base, small_llama
 
+from cola_ray import CoLAForCausalLM, registry
 from cola_ray.batch import collate
 from cola_ray.experience import Trajectory
 from cola_ray.learner import policies
@@ -124,6 +125,19 @@ def test_what_others_say_changes_nothing(cola):
         changed, _ = policies.forward(policy, dataclasses.replace(one, input_ids=ids), Frozen())
         of_row = one.scored_mask.nonzero()[:, 0] == row
         assert torch.equal(changed[of_row], logits[of_row])
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in BASES.items() if kind in registry.BUILT_IN["base"]])
+def test_every_family_computes_prompts_once_unless_it_has_windows(name, tmp_path):
+    small_base(name).save_pretrained(tmp_path)
+    sizes = {"num_actions": 4, "num_idm_layers": 1, "num_policy_layers": 2}
+    policy = LatentPolicy(scramble(CoLAForCausalLM.attach(tmp_path, **sizes)).eval())
+    assert policy.shares_prompts == (name not in ("mistral", "gemma3"))
+    if policy.shares_prompts:
+        (batch,) = batch_of(GROUPS["groups of different lengths"])
+        cuts = [MicroBatch.cut(batch, *batch.micro_batches[0], CPU, shares_prompts=shares) for shares in (False, True)]
+        logits, packed_logits = (policies.forward(policy, one, Frozen())[0] for one in cuts)
+        torch.testing.assert_close(packed_logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_only_layers_that_see_everything_share(cola):
