@@ -116,7 +116,7 @@ class Packed:
     def sizes(self) -> Sizes:
         """Lengths, and which sequences have the same prompt."""
         numbers = dict[bytes, int]()
-        prompts = [numbers.setdefault(prompt.tobytes(), len(numbers)) for prompt in self.prompts]
+        prompts = [numbers.setdefault(self.prompts[row].tobytes(), len(numbers)) for row in range(len(self))]
         return Sizes(self.num_tokens, self.prompts.lengths, np.array(prompts, np.int64))
 
     @property
