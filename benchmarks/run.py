@@ -95,17 +95,20 @@ def publishing() -> dict[str, float]:
 
 def random_batch(
     prompt: int = 64, response: int = 64, count: int = 16, vocab: int = 31_000, micro_batch_tokens: int = 1 << 30,
-    num_actions: int = 64,
+    num_actions: int = 64, group: int = 1,
 ) -> Batch:  # fmt: skip
     draw = np.random.default_rng(0)
     items = [
         Trajectory(
-            draw.integers(1, vocab, prompt), draw.integers(1, vocab, response), draw.integers(0, num_actions, response),
+            prompt_ids, draw.integers(1, vocab, response), draw.integers(0, num_actions, response),
             np.full(response, -4.0, np.float32), np.zeros(response, np.int64), 0.0, False, "",
         )
-        for _ in range(count)
+        for prompt_ids in (draw.integers(1, vocab, prompt) for _ in range(count // group))
+        for _ in range(group)
     ]  # fmt: skip
-    (batch,) = collate(pack(items), draw.normal(size=count).tolist(), 1, 0, 0, micro_batch_tokens)
+    (batch,) = collate(
+        pack(items), draw.normal(size=count).tolist(), 1, 0, 0, micro_batch_tokens, shares_prompts=group > 1
+    )
     return batch
 
 
@@ -130,8 +133,17 @@ def latent_learning(latent: str) -> dict[str, float]:
         between = time.perf_counter()
         bare()
         pairs.append((between - started, time.perf_counter() - between))
+    group, ratios = random_batch(group=8), list[float]()
+    for _ in range(REPEATS + 1):
+        took = {}
+        for learner.update.shares_prompts in (True, False):
+            started = time.perf_counter()
+            learner.step(group)
+            took[learner.update.shares_prompts] = time.perf_counter() - started
+        ratios.append(took[True] / took[False])
     return {
         "latent_step_seconds": statistics.median(ours for ours, _ in pairs[1:]),
+        "shared_prompts_step_time": statistics.median(ratios[1:]),
         "learner_vs_bare_deepspeed": statistics.median(ours / theirs for ours, theirs in pairs[1:]),
         "latent_optimizer_bytes": state_bytes(learner.zero.optimizer),
     }

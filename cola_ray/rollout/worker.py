@@ -91,10 +91,14 @@ class EngineWorker:
         self.batch = RunningBatch(self.engine, drain=config.rl.update_mode == "drain")
 
     @property
+    def served(self) -> Any:
+        """The served checkpoint's configuration."""
+        return self.engine.llm.llm_engine.model_config.hf_config
+
+    @property
     def num_actions(self) -> int:
         """Number of codes of the served checkpoint, or of tokens of a plain base."""
-        served = self.engine.llm.llm_engine.model_config.hf_config
-        return int(served.num_actions if self.latent else served.vocab_size)
+        return int(self.served.num_actions if self.latent else self.served.vocab_size)
 
     async def facts(self) -> dict[str, object]:
         """Return facts that the driver asks for once.
@@ -107,7 +111,7 @@ class EngineWorker:
         return {
             "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             "vllm_version": vllm.__version__,
-            "shares_prompts": sees_everything(self.engine.llm.llm_engine.model_config.hf_config),
+            "shares_prompts": sees_everything(self.served),
         }
 
     async def update_weights(self, version: int, *buckets: Bucket) -> int:

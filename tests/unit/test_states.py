@@ -1,5 +1,6 @@
 """States of the frozen base on disk: what is read is what was written, and training does not notice."""
 
+import gc
 import json
 import os
 import shutil
@@ -57,6 +58,7 @@ def test_a_damaged_piece_is_none(tmp_path):
 
 def test_no_more_files_are_open_than_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(states, "TOKENS_A_FILE", 1)
+    gc.collect()  # what earlier tests left open
     before = len(os.listdir("/proc/self/fd"))
     store = TokenStore(tmp_path, 1, torch.int16)
     for at in range(200):
@@ -65,7 +67,7 @@ def test_no_more_files_are_open_than_allowed(tmp_path, monkeypatch):
     found = torch.empty(1, 1, dtype=torch.int16)
     assert [store.read(at, found) and int(found) for at in range(200)] == list(range(200))
     del store
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def worker(monkeypatch):
         self.endings = types.SimpleNamespace(strings=(), text=lambda ids: "".join(map(chr, ids)))
 
     monkeypatch.setattr(EngineWorker, "__init__", serve)
+    monkeypatch.setattr(EngineWorker, "served", types.SimpleNamespace(sliding_window=None))
     config = override(preset("tiny"), {"rollout.max_prompt_tokens": LIMIT, "task.num_problems": 300})
     made = RolloutWorker(config, "", reward_model=lambda *_: None)
 
@@ -59,6 +60,7 @@ def test_held_out_prompts_that_are_too_long_are_left_out_and_counted(worker):
     assert 0 < len(fitting) < len(heldout)
     assert facts["num_heldout"] == len(fitting)
     assert facts["num_heldout_too_long"] == len(heldout) - len(fitting)
+    assert facts["shares_prompts"]
     answers = asyncio.run(worker.evaluate(range(len(fitting)), bare_base=False))
     rewards = [answer.reward for answer in answers]
     asked = ["".join(map(chr, request.prompt_ids)) for request in worker.batch.asked]
