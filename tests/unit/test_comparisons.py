@@ -1,4 +1,4 @@
-"""benchmarks/algorithms.py, agents.py and trained_parts.py: what they run, and the figures that they make of it."""
+"""Benchmarks that compare runs, such as algorithms.py: what they run, and the figures that they make of it."""
 
 import itertools
 import json
@@ -15,8 +15,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import agents
 import algorithms
 import cached_run
+import language
 import options
 import search
+import trained_agents
 import trained_parts
 from cached_run import KeptRun
 from uncertainty import over_seeds
@@ -62,6 +64,19 @@ def test_no_run_is_refused_and_every_setting_has_an_effect(tmp_path):
             assert not trained_parts.run_of(tmp_path, part, rate, start, task, 20, 64).faults(), (preset, part)
 
 
+def test_no_run_of_other_environments_or_of_the_language_model_is_refused(tmp_path):
+    for environment in trained_agents.ENVIRONMENTS:
+        start = trained_agents.start_of(tmp_path, environment)
+        assert not start.faults()
+        for method in trained_agents.METHODS:
+            run = trained_agents.run_of(tmp_path, environment, method, start, 20, 1)
+            assert not run.faults(), (environment, method)
+    assert not language.asked(tmp_path, "rates", 8, **{"eval.ways": ("base", "sample")}).faults()
+    assert not KeptRun(tmp_path, "pretrain", {**language.TASK, **language.PRETRAINING, "data.path": "a.jsonl"}).faults()
+    for settings in language.SPACES.values():
+        assert not kept(tmp_path, "rl_math", {**language.TASK, **language.RL, **settings}).faults()
+
+
 def test_methods_of_agents_play_equally_many_episodes(tmp_path):
     for name, settings in agents.methods().items():
         rl = kept(tmp_path, "rl_agent", {**agents.COMMON, **settings}).config.rl
@@ -94,7 +109,10 @@ def test_rates_of_parts():
     assert trained_parts.bytes_of(1000, "bfloat16") == 2000
 
 
-@pytest.mark.parametrize("script", [agents, algorithms, options, search, trained_parts], ids=lambda one: one.__name__)
+SCRIPTS = agents, algorithms, language, options, search, trained_agents, trained_parts
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda one: one.__name__)
 def test_help_teaches(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
