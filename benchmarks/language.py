@@ -1,4 +1,4 @@
-"""RL on a real language model, where rewards exist: SmolLM2-135M follows short instructions that a rule can check.
+"""RL on a real language model that already earns rewards: SmolLM2-135M on short instructions that a rule can check.
 
 python benchmarks/language.py --folder outputs/language [--seeds 0 1 2] [--steps 40]
 
@@ -7,9 +7,9 @@ python benchmarks/language.py --folder outputs/language [--seeds 0 1 2] [--steps
     start ─> rl over latent actions, rl over tokens, one run each per seed ─> accuracy before and after, KL, seconds
 
 Latent actions are learnt from the base's own answers, so pre-training adds no right answers that the base would not
-give. All seeds start from one pre-trained model and differ in RL. Over tokens a run starts from the base itself.
-Both have the same instructions, rewards, algorithm and number of steps; learning rates are those of RATES. Accuracy is
-that of greedy answers to held-out instructions; intervals are Student's t over seeds.
+give. All seeds start from one pre-trained model; only RL differs between them. Runs over tokens start from the base
+itself. Both action spaces have the same instructions, rewards, algorithm and number of steps; their learning rates are
+in SPACES. Accuracy is that of greedy answers to held-out instructions; intervals are Student's t over seeds.
 
 Runs in the folder are not repeated: a stopped benchmark continues.
 """
@@ -32,17 +32,17 @@ from cola_ray.tasks import make_task
 Settings = dict[str, Any]
 TASK: Settings = {"preset": "smollm2-135m", "task.name": "instructions"}
 SAMPLES = 8
-"""Answers to each instruction for base rates."""
+"""Answers sampled for each instruction to measure base rates."""
 PRETRAINING: Settings = {
     "cluster.learner_ranks": 1, "pretrain.steps.actions": 400, "pretrain.steps.policy": 300, "pretrain.states": "model",
 }  # fmt: skip
 RL: Settings = {"cluster.learner_ranks": 1, "rl.eval_every": 0, "rl.kl_coef": 0.0}
 SPACES = {"latent": {"rl.lr": 1e-4}, "token": {"rl.action_space": "token", "rl.lr": 1e-5}}
-"""Action spaces, with learning rates that were not searched for."""
+"""Settings by action space; the learning rates were not tuned."""
 
 
 def asked(folder: Path, name: str, problems: int, **settings: Any) -> KeptRun:
-    """Answers of the bare base."""
+    """A run in which the bare base answers the task's instructions."""
     return KeptRun(folder / name, "evaluate", {
         **TASK, "rl.action_space": "token", "eval.problems": problems, "eval.chunk": 64, **settings
     })  # fmt: skip
@@ -54,7 +54,7 @@ def rows_of(run: KeptRun, way: str) -> Iterator[dict[str, Any]]:
 
 
 def base_rates(run: KeptRun) -> dict[str, dict[str, float]]:
-    """By kind: share of samples that are right, of prompts with a right one among SAMPLES, of right greedy answers."""
+    """By kind: the shares of right samples, of instructions with a right one among SAMPLES, of right greedy answers."""
     problems = make_task(run.config.task, run.config.seed).problems("heldout")
     kinds = list(dict.fromkeys(problem.source for problem in problems))
     rates: dict[str, dict[str, float]] = {}
@@ -73,7 +73,7 @@ def base_rates(run: KeptRun) -> dict[str, dict[str, float]]:
 
 
 def write_answers(run: KeptRun, file: Path) -> Path:
-    """The answers that ended by themselves as rows of prompt and response, to pre-train on."""
+    """Write rows of prompt and response to pre-train on: answers neither empty nor cut off; returns the file."""
     longest = run.config.rollout.max_new_tokens
     with file.open("w") as rows:
         for row in rows_of(run, "sample"):
@@ -84,7 +84,7 @@ def write_answers(run: KeptRun, file: Path) -> Path:
 
 
 def row_of(runs: Sequence[KeptRun], space: str) -> dict[str, Any]:
-    """A row of the table from the runs of an action space, one per seed."""
+    """The table's row for an action space, from its runs, one per seed."""
     found = [run.summary() for run in runs]
     before = "bc_accuracy" if space == "latent" else "base_accuracy"
     return figures_of(

@@ -1,8 +1,8 @@
-"""Agents in other environments than Twenty Questions: returns before and after training, by method, over seeds.
+"""Agents in environments other than Twenty Questions: returns before and after training, by method, over seeds.
 
 python benchmarks/trained_agents.py --folder outputs/trained-agents [--environments program] [--seeds 0 1 2]
 
-    program      the shop, played by examples/shop_agent.py through OpenAI's protocol
+    program      the shop, played by examples/shop_agent.py over OpenAI's protocol
     shop         the same shop as an environment
     household    finding, moving and cleaning things in a house
     tools        questions that need calls of a calculator and of a table
@@ -11,8 +11,8 @@ python benchmarks/trained_agents.py --folder outputs/trained-agents [--environme
 
 Methods are ArCHer (archer, as in the preset), GiGPO and PPO over turns; each plays 32 episodes an iteration, as in
 benchmarks/agents.py. program starts from the model that was pre-trained for shop. For tools the table also has the
-share of calls that are well formed, in the first and in the last iteration. Intervals are Student's t over seeds; those
-of gains are within seeds. Runs in the folder are not repeated: a stopped benchmark continues.
+share of calls that are well formed, in the first and in the last iteration. Intervals are Student's t over seeds; a
+gain is end minus start of the same seed. Runs in the folder are not repeated: a stopped benchmark continues.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ENVIRONMENTS: dict[str, Settings] = {
     "tools": {"task.name": "tools"},
 }
 PRETRAINED = {"program": "shop"}
-"""Environments whose start is another one's."""
+"""Environments that start from the model pre-trained for another one."""
 METHODS = ("archer", "gigpo", "ppo_turn")
 COMMON: Settings = {**agents.COMMON, "rl.eval_problems": 64}
 
@@ -55,7 +55,7 @@ def run_of(folder: Path, environment: str, method: str, start: KeptRun, iteratio
 
 
 def row_of(runs: Sequence[KeptRun]) -> dict[str, Any]:
-    """A row of the table from the runs of a method in an environment, one per seed."""
+    """The table's row for a method in an environment, from its runs, one per seed."""
     found = [run.summary() for run in runs]
     starts, ends = ([one[f"{when}_return"] for one in found] for when in ("bc", "rl"))
     calls = [series(run.where, "agent/well_formed_calls") for run in runs]

@@ -329,7 +329,7 @@ class Batch:
     places: Array | None = None
 
     def prompts(self, start: int, stop: int) -> tuple[list[Hashable], list[tuple[int, int]]]:
-        """Of rows ``start`` to ``stop``: what those with the same prompt have in common, and both parts' lengths."""
+        """For rows ``start`` to ``stop``: a key, the same for the same prompt; the lengths of prompt and response."""
         packed = self.sequences
         assert isinstance(packed, Packed), "fetched() comes first"
         rows = range(start, min(stop, len(packed)))
@@ -338,10 +338,10 @@ class Batch:
         return [*(packed.prompts[row].tobytes() for row in rows), *missing], [*lengths, *[(1, 0) for _ in missing]]
 
     def computed_share(self, shares_prompts: bool) -> float:
-        """Positions that this rank computes for each token of its sequences: more than 1 with padding.
+        """Positions that this rank computes, divided by its tokens; a row without a sequence counts as one token.
 
         Args:
-            shares_prompts: a micro-batch in which prompts occur repeatedly computes each once, and no padding.
+            shares_prompts: a micro-batch in which a prompt is repeated computes each prompt once, and no padding.
         """
         computed = tokens = 0
         for start, stop, width in self.micro_batches:
@@ -424,12 +424,12 @@ def collate(
 ) -> list[Batch]:
     """Sequences and their outcome advantages -> one batch per rank, see :mod:`~cola_ray.algorithms.dealing`.
 
-    If the number of sequences is not divisible, some ranks get rows without actions.
+    Ranks with fewer sequences than others also get rows without actions.
 
     Args:
         passes: the sequences of each mini-batch. They are cut in the same way; those without any action are left out.
         keep_places: batches record which of the sequences they have.
-        shares_prompts: ranks compute the prompt of several rows of a micro-batch once.
+        shares_prompts: ranks compute a prompt once for all of its rows in a micro-batch.
     """
     sizes, num_actions = sequences.sizes, sequences.num_actions
     owned = dealt(sizes, num_ranks, micro_batch_tokens, passes, shares_prompts)

@@ -114,7 +114,7 @@ class Packed:
 
     @property
     def sizes(self) -> Sizes:
-        """Lengths, and which sequences have the same prompt."""
+        """The sequences' lengths, and which of them have the same prompt."""
         numbers = dict[bytes, int]()
         prompts = [numbers.setdefault(self.prompts[row].tobytes(), len(numbers)) for row in range(len(self))]
         return Sizes(self.num_tokens, self.prompts.lengths, np.array(prompts, np.int64))

@@ -1,13 +1,13 @@
 """Which rank trains on which sequences, and where the rows of all ranks are cut into micro-batches.
 
-    longest first, dealt out in turn ──────────────┬── cut ──> whichever takes the ranks fewer positions together
+    longest first, dealt out in turn ──────────────┬── cut ──> whichever makes ranks compute fewer positions
     completions of a prompt side by side on a rank ┘
 
-ZeRO-3 needs every rank to run the same number of micro-batches, and they wait for one another in each: all ranks are
-cut at the same rows, and a micro-batch takes as long as on the rank that computes most in it. Where a rank has several
-completions of a prompt in a micro-batch, it may compute the prompt once, and then no padding.
+With ZeRO-3 every rank must run the same number of micro-batches, and ranks wait for one another in each. So all ranks
+are cut at the same rows, and a micro-batch takes as long as the rank that computes most in it. A rank with several
+completions of a prompt in a micro-batch can compute the prompt once; it then computes no padding either.
 
-Legend: N sequences, R ranks.
+Legend: N sequences.
 """
 
 import heapq
@@ -20,19 +20,19 @@ from cola_ray.algorithms.mini_batches import Passes, deal
 
 Array = np.ndarray
 _KEYS = 2
-"""Attention of packed rows keeps at most so many keys for each position of the budget."""
+"""In packed rows, the most attention keys that a micro-batch may have for each token of its budget."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of N sequences; (N,) each."""
+    """Lengths of N sequences, and their prompts; (N,) each."""
 
-    tokens: Array
-    before: Array  # of the prompts
-    prompts: Array  # the same number for completions of one prompt
+    tokens: Array  # of prompt and response together
+    before: Array  # tokens of the prompt
+    prompts: Array  # a number for each prompt, the same for all of its completions
 
     def of(self, places: Sequence[int]) -> "Sizes":
-        """Of these sequences."""
+        """The sizes of these sequences."""
         return Sizes(self.tokens[places], self.before[places], self.prompts[places])
 
 
@@ -42,16 +42,16 @@ class Cuts:
 
     rows: int  # on every rank; the last ones of a rank with fewer sequences have one token each
     micro_batches: tuple[tuple[int, int, int], ...]  # (first row, end row, width) of each
-    positions: int  # computed in all micro-batches, on the rank that computes most in each
+    positions: int  # the sum over micro-batches, each counted on the rank that computes most in it
 
 
 def dealt(sizes: Sizes, num_ranks: int, budget: int, passes: Passes = (), shares_prompts: bool = False) -> list[Array]:
-    """The sequences of each rank, in order.
+    """The sequences of each rank, in the order of its rows.
 
     Args:
         budget: tokens of a micro-batch, with padding.
-        passes: of mini-batches, which are dealt evenly; completions of a prompt then go wherever that takes them.
-        shares_prompts: ranks compute the prompt of several rows of a micro-batch once.
+        passes: the mini-batches of each pass, dealt out evenly; completions of a prompt are then not kept together.
+        shares_prompts: ranks compute a prompt once for all of its rows in a micro-batch.
     """
     longest_first = sorted(range(len(sizes.tokens)), key=lambda i: -sizes.tokens[i])
     apart = [np.array(mine, np.int64) for mine in deal(longest_first, passes, num_ranks)]
@@ -62,7 +62,7 @@ def dealt(sizes: Sizes, num_ranks: int, budget: int, passes: Passes = (), shares
 
 
 def _together(sizes: Sizes, longest_first: Sequence[int], num_ranks: int) -> list[Array]:
-    """A prompt's completions go to the rank with the fewest tokens so far, in parts if they are more than its share."""
+    """Completions of a prompt go to the rank with the fewest tokens so far; more than a rank's share go in parts."""
     groups: dict[int, list[int]] = {}
     for place in longest_first:
         groups.setdefault(int(sizes.prompts[place]), []).append(place)
@@ -82,11 +82,11 @@ def _together(sizes: Sizes, longest_first: Sequence[int], num_ranks: int) -> lis
 
 
 def cut(sizes: Sizes, owned: Sequence[Array], budget: int, shares_prompts: bool = False) -> Cuts:
-    """Cut the rows of all ranks, of as many as ``budget`` tokens allow at a time, but at least one."""
+    """Cut the rows of all ranks: a micro-batch has as many as ``budget`` tokens allow, but at least one."""
     rows = max(map(len, owned))
     shape = len(owned), rows
     tokens, before = np.ones(shape, np.int64), np.ones(shape, np.int64)
-    last = np.full(shape, -1)  # the last row before with the same prompt
+    last = np.full(shape, -1)  # the rank's previous row with the same prompt; -1: none
     for rank, mine in enumerate(owned):
         tokens[rank, : len(mine)], before[rank, : len(mine)] = sizes.tokens[mine], sizes.before[mine]
         rows_of: dict[int, int] = {}

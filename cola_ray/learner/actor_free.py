@@ -31,7 +31,7 @@ class ActorFreeUpdate:
 
     Args:
         target: the result of :meth:`target_of`, made before ``zero`` took the policy over.
-        shares_prompts: the policy's layers can compute a prompt of several rows once.
+        shares_prompts: compute a prompt once for all of its rows in a micro-batch.
     """
 
     def __init__(

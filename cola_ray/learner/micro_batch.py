@@ -42,7 +42,7 @@ class MicroBatch:
     discounts: Tensor  # (B, T) float32, of the value after each action
     turn_starts: Tensor  # (B, T) bool, the first action of each turn
     hidden_states: Tensor | None = None  # (B, T, H), e, if the engine sends it
-    shared_prompts: SharedPrompts | None = None  # if rows are completions of the same prompt
+    shared_prompts: SharedPrompts | None = None  # if a prompt is shared, and computed once
 
     @classmethod
     def cut(
@@ -53,7 +53,7 @@ class MicroBatch:
 
         Args:
             score_last: also score each row's last position, whose value counts if a limit cut the episode.
-            shares_prompts: compute a prompt that several rows have in common once.
+            shares_prompts: pack the rows if several have the same prompt, so that it is computed once.
         """
         padded = vars(batch.padded(start, stop, width))
         fields = {name: torch.from_numpy(rows).to(device) for name, rows in padded.items() if rows is not None}

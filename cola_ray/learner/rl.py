@@ -89,7 +89,7 @@ class RLLearner:
         self.of_sequences: np.ndarray | None = None  # numbers per sequence for the critic, from the last step, if any
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """Train on this rank's share of a batch; returns metrics reduced over ranks.
+        """Train on this rank's share of a batch; returns metrics, most of them reduced over ranks.
 
         Raises:
             NonFiniteError: loss or gradient is NaN or infinite; the weights are those before the optimizer step.
@@ -168,7 +168,7 @@ class PolicyUpdate:
     Args:
         value: its advantages replace the outcome's.
         soft_q: ETPO's or archer_soft's, which the policy follows; or a control variate.
-        shares_prompts: the policy's layers can compute a prompt of several rows once.
+        shares_prompts: compute a prompt once for all of its rows in a micro-batch.
     """
 
     def __init__(

@@ -1,16 +1,16 @@
-"""Completions of the same prompt, computed with the prompt once.
+"""A prompt is computed once for all of its completions in a micro-batch.
 
     rows (B, T)       p p a a a      packed (1, S)   p p | q | a a a | b b | c        position ids  0 1 0 2 3 4 2 3 1
                       p p b b -
                       q c - - -      attention       a prompt to itself; a response to its prompt and to itself
 
 The states of a prompt are the same in every row that begins with it, and its gradient is the sum over these rows.
-Projections, MLPs and norms work token by token, so they read packed rows, which also have no padding. Attention takes
-prompts and responses separately (:func:`attention`).
+Projections, MLPs and norms work token by token, so they read packed rows, which also have no padding. Attention is
+computed for prompts and for responses separately (:func:`attention`).
 Source: Liu et al. 2025, "Prefix Grouper" (arXiv 2506.05433).
 
-Legend: B rows, T positions, S packed positions, G different prompts of at most P tokens, responses of at
-most L.
+Legend: B rows, T positions, N of them scored, S packed positions, G different prompts of at most P tokens, responses
+of at most L, D size of an attention head.
 """
 
 from collections.abc import Hashable, Sequence
@@ -33,31 +33,31 @@ ATTENTION = "shared_prompts"
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Where the positions of a micro-batch's rows are in its packed form; int64 unless noted otherwise."""
+    """Where the positions of a micro-batch's rows are in its packed form; all int64."""
 
-    tokens: Tensor  # (S,), of each packed position: its place in the flattened rows, b * T + t
-    places: Tensor  # (B, T), of each position: its packed place; 0 for padding
+    tokens: Tensor  # (S,), for each packed position its place in the flattened rows, b * T + t
+    places: Tensor  # (B, T), for each position its packed place; 0 for padding
     position_ids: Tensor  # (1, S)
-    prompts: Tensor  # (G, P), packed places; beyond a prompt's end some other place
-    responses: Tensor  # (B, L), packed places; beyond a response's end some other place
-    prompt_of: Tensor  # (B,), which of the prompts each response continues
+    prompts: Tensor  # (G, P), packed places; beyond a prompt's end, places of other tokens
+    responses: Tensor  # (B, L), packed places; beyond a response's end, places of other tokens
+    prompt_of: Tensor  # (B,), the number in ``prompts`` of each row's prompt
     before: Tensor  # (B,), the length of each row's prompt
-    restored: Tensor  # (S,), of each packed position: its place in the flattened prompts, then responses
+    restored: Tensor  # (S,), for each packed position its place in flattened prompts, then flattened responses
 
     @classmethod
     def of(cls, prompts: Sequence[Hashable], lengths: Sequence[tuple[int, int]], width: int) -> "SharedPrompts | None":
         """The layout of B rows; None if no two of them have the same prompt, or none has a response.
 
         Args:
-            prompts: of each row, whatever rows with the same prompt have in common, and only those.
-            lengths: of each row, the tokens of its prompt and of its response, which may be 0.
+            prompts: for each row a key, the same for rows with the same prompt.
+            lengths: for each row the tokens of its prompt and of its response; the latter may be 0.
             width: T.
         """
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         if len(numbers) == len(prompts) or not any(said for _, said in lengths):
             return None
         prompt_of = np.array([numbers[prompt] for prompt in prompts])
-        owners = np.unique(prompt_of, return_index=True)[1]  # of each prompt, the first row with it
+        owners = np.unique(prompt_of, return_index=True)[1]  # for each prompt the first row with it
         before, said = np.array(lengths).T
         of_prompts = int(before[owners].sum())
         packed = of_prompts + int(said.sum())
@@ -87,7 +87,7 @@ class SharedPrompts:
 
     @property
     def seen(self) -> Tensor:
-        """(B, 1, L, P + L) bool, the positions of its prompt and response that a response's position attends to."""
+        """(B, 1, L, P + L) bool: the positions in its prompt and response that each response position attends to."""
         longest, length = self.prompts.shape[1], self.responses.shape[1]
         of_prompt = torch.arange(longest, device=self.before.device) < self.before[:, None]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.before.device).tril()
@@ -95,7 +95,7 @@ class SharedPrompts:
         return torch.cat([of_prompt[:, None].expand(-1, length, -1), causal.expand(rows, -1, -1)], -1)[:, None]
 
     def pack(self, rows: Tensor) -> Tensor:
-        """(B, T, ...) -> (1, S, ...); of a shared prompt, the first row's."""
+        """(B, T, ...) -> (1, S, ...); a shared prompt's values are taken from its first row."""
         return rows.flatten(0, 1)[self.tokens][None]
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -104,9 +104,9 @@ class SharedPrompts:
 
 
 def _table(lengths: np.ndarray, start: int, packed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, longest) packed places of N parts, one behind the other, from ``start`` on; and which of them are real.
+    """Places (n, longest) of n parts that are packed one after another from ``start`` on; and which are not padding.
 
-    Beyond its end, a part has other parts' places: different ones, since gradients are added up at each.
+    Padding has places of other parts, which differ within a row, since gradients are added up at each place.
     """
     steps = np.arange(lengths.max())
     starts = start + np.cumsum(lengths) - lengths
@@ -122,15 +122,16 @@ def attention(
     shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' "sdpa" with packed rows, (1, heads, S, D) each; or as it is, where no prompts are shared.
+    """transformers' "sdpa" for packed rows; plain "sdpa" where no prompts are shared.
 
-    A prompt attends to itself, causally; a response to its prompt and, causally, to itself.
+    A prompt attends to itself, causally; a response attends to its prompt and, causally, to itself.
 
     Args:
-        attention_mask: with shared prompts, their ``seen``.
+        query: (1, heads, S, D) with shared prompts, as are ``key`` and ``value``.
+        attention_mask: with shared prompts, :attr:`SharedPrompts.seen`.
 
     Returns:
-        (1, S, heads, D).
+        (1, S, heads, D) with shared prompts, and None.
     """
     if shared_prompts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -140,7 +141,7 @@ def attention(
         return [one[0][:, places].transpose(0, 1) for one in (query, key, value)]  # (rows, heads, length, D)
 
     prompts, responses = at(layout.prompts), at(layout.responses)
-    # What a prompt's padding attends to is not read by anything.
+    # The outputs at a prompt's padding are never read.
     of_prompts, _ = sdpa_attention_forward(module, *prompts, None, **kwargs)
     keys, values = (
         torch.cat([of_prompt[layout.prompt_of], own], 2)
@@ -156,7 +157,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def share_prompts(model: Any) -> bool:
-    """Let a model's decoder layers read packed rows; returns whether they can."""
+    """Let a model's decoder layers read packed rows, if they can; returns whether they can."""
     config = model.config
     if sees_everything(config) and config._attn_implementation == "sdpa":
         config._attn_implementation = ATTENTION  # its layers read this at each call
@@ -169,9 +170,9 @@ class Rows:
     def __init__(self, attention_mask: Tensor, scored_mask: Tensor, layout: SharedPrompts | None) -> None:
         self.layout = layout
         self.arguments: dict[str, Any]
-        """Of the model, and of its layers."""
+        """Keyword arguments of every forward pass over these rows."""
         self.scored: Any
-        """Index of the N scored positions."""
+        """Index of the N scored positions in what layers return."""
         if layout is None:
             place = positions(attention_mask, attention_mask.shape, attention_mask.device)
             self.arguments, self.scored = {"attention_mask": attention_mask, "position_ids": place}, scored_mask
@@ -184,7 +185,7 @@ class Rows:
             self.scored = torch.zeros_like(places), places
 
     def pack(self, rows: Tensor) -> Tensor:
-        """(B, T, ...) -> what layers read."""
+        """(B, T, ...) -> what layers read, (1, S, ...) if packed."""
         return rows if self.layout is None else self.layout.pack(rows)
 
     def unpack(self, read: Tensor) -> Tensor:

@@ -390,7 +390,7 @@ class ActionStack(nn.Module):
 
         Args:
             scored: index of N positions, such as a mask (B, T); the result is then (N, K).
-            kwargs: of the layers' attention.
+            kwargs: passed on to the layers' attention.
         """
         if position_ids is None:
             position_ids = positions(attention_mask, e.shape[:2], e.device)
@@ -641,7 +641,7 @@ class LatentActionMixin:
         """e, the base's last hidden state after its final norm: (B, T) -> (B, T, H).
 
         Pass ``attention_mask`` (B, T) for padding on either side, or ``position_ids`` (B, T) that restart at 0
-        for each of several sequences packed into a row. Further arguments are for the layers' attention.
+        for each of several sequences packed into a row. Further arguments go to the layers' attention.
         """
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()

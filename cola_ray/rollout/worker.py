@@ -103,8 +103,8 @@ class EngineWorker:
     async def facts(self) -> dict[str, object]:
         """Return facts that the driver asks for once.
 
-        They are the padding id, vLLM's version, and whether the learner can compute a prompt once for several
-        completions.
+        They are the padding id, vLLM's version, and whether the model's attention allows the learner to compute a
+        prompt once for several completions.
         """
         import vllm
 

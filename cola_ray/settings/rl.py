@@ -247,8 +247,8 @@ class RLConfig(Branch):
     cache_hidden_states: bool = False
     """The engine returns the base's states with the tokens, and the learner holds no base at all."""
     share_prompts: bool = True
-    """The learner computes a prompt once for all of its completions in a micro-batch. Not with layers that attend to a
-    sliding window."""
+    """The learner computes a prompt once for all of its completions in a micro-batch. No effect on models with
+    sliding-window attention."""
     eval_every: Whole = 10
     """Steps between greedy evaluations. 0: only at start and end."""
     eval_problems: Count = 512

@@ -96,7 +96,7 @@ class ModelConfig(Branch):
 
 class TaskConfig(Branch):
     name: str = "arithmetic"
-    """arithmetic, gsm8k, math500, instructions (which a rule can check), a reasoning-gym generator, preference, dataset
+    """arithmetic, gsm8k, math500, instructions (checked by rules), a reasoning-gym generator, preference, dataset
     (rows of your own), or your own as package.module:Class or file.py:Class. For agents: twenty_questions, guess_city,
     textworld, jericho, data_science, tools, shop, household, program, your own, a class with reset and step as
     gymnasium's, or gymnasium:ID."""
@@ -155,8 +155,8 @@ class TaskConfig(Branch):
     """twenty_questions, guess_city: model that answers, at the OpenAI-compatible endpoint OPENAI_BASE_URL with the key
     OPENAI_API_KEY. Empty: tables, offline."""
     options: dict[Name, int | Finite | str | bool] = Field(default_factory=dict)
-    """Arguments of a reasoning-gym generator or an environment, e.g. min_terms 2; instructions: kinds, one or more of
-    ends_with, first_letter and at_most."""
+    """Arguments of a reasoning-gym generator, an environment or arithmetic, e.g. min_terms 2. Of instructions: kinds,
+    one or more of ends_with, first_letter and at_most, separated by spaces."""
     thinking: bool = False
     """Ask for thoughts in <think> and the answer in <answer> tags; the form alone is worth 0.1. Not for agents."""
     num_problems: Annotated[Count, Field(ge=2)] = 20_000

@@ -202,7 +202,7 @@ def _made(task: TaskConfig) -> list[str]:
 
 
 def undemonstrated(task: TaskConfig) -> str:
-    """Why no first policy can be cloned from the task or a user's environment; empty if it can, or if not known."""
+    """Why no first policy can be cloned from a task or an environment; empty if one can, or if that is unknown."""
     if task.name == "tools" and task.path:
         return (
             f"task.path = {task.path!r}: rows do not show how tools are called, so no first policy can be cloned; give "

@@ -1,13 +1,13 @@
-"""Short instructions whose fulfilment a rule can check, like those of IFEval (Zhou et al. 2023, arXiv 2311.07911).
+"""Short instructions, where a rule can check each response, like IFEval (Zhou et al. 2023, arXiv 2311.07911).
 
     kind           instruction                                                              fulfilled by
     ends_with      Write one short headline that ends with the word river.                  Ship Runs Aground in River
     first_letter   Name one animal that begins with the letter b. Answer with one word.     Bear
     at_most        Write one short headline with the word river, in at most 6 words.        River Floods the Old Town
 
-Small instruction-tuned models follow such instructions sometimes, and rarely always, which is where RL can learn; their
-rates are in docs/benchmarks.md. A rule reads words, not meaning: any word with the right letter is an animal. But
-repeating a piece of the instruction does not count.
+Small instruction-tuned models follow such instructions sometimes but rarely always, so RL can learn from them; their
+rates are in docs/benchmarks.md. A rule reads words, not meaning: any word with the right first letter passes as an
+animal. But a response that only repeats a piece of the instruction is wrong.
 """
 
 import random
@@ -30,22 +30,22 @@ THINGS = (
 )  # fmt: skip
 LETTERS = "abcdefghilmnoprstw"
 LIMITS = (4, 5, 6, 7, 8)
-"""Most words of an answer to at_most."""
+"""Limits in at_most: the most words that a response may have."""
 LONGEST = 20
-"""Most words of a short text."""
+"""The most words that a response to ends_with may have."""
 _WORD = re.compile("[^\\W\\d_]+(?:['\u2019][^\\W\\d_]+)*")
 Rule = tuple[str, Callable[[str], bool]]
-"""An instruction, and whether a response follows it."""
+"""An instruction, and a function that tells whether a response follows it."""
 
 
 def words(text: str) -> list[str]:
-    """A text's words in lower case, without accents, numbers and punctuation: "It's 5 o'clock!" -> it's, o'clock."""
+    """A text's words in lower case, without accents, numbers or punctuation: "It's 5 o'clock!" -> it's, o'clock."""
     plain = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
     return _WORD.findall(plain.lower())
 
 
 def _rule(instruction: str, follows: Callable[[list[str]], bool]) -> Rule:
-    """A rule for a response's words, which must not be a piece of the instruction."""
+    """A rule for a response's words; they must not, as a whole, be a piece of the instruction."""
 
     def follows_in_its_own_words(response: str) -> bool:
         said = words(response)
@@ -55,7 +55,7 @@ def _rule(instruction: str, follows: Callable[[list[str]], bool]) -> Rule:
 
 
 def ends_with(form: str, word: str) -> Rule:
-    """The response has three to :data:`LONGEST` words, three of them different, and this is the last one."""
+    """The response has three to :data:`LONGEST` words, at least three of them different, and ends with ``word``."""
     return _rule(
         f"Write one short {form} that ends with the word {word}.",
         lambda said: len({*said}) >= 3 and len(said) <= LONGEST and said[-1] == word,
@@ -63,7 +63,7 @@ def ends_with(form: str, word: str) -> Rule:
 
 
 def first_letter(thing: str, letter: str) -> Rule:
-    """The response is one word of three letters or more that begins with this letter."""
+    """The response is one word of at least three characters that begins with ``letter``."""
     return _rule(
         f"Name one {thing} that begins with the letter {letter}. Answer with one word.",
         lambda said: len(said) == 1 and len(said[0]) >= 3 and said[0][0] == letter,
@@ -71,7 +71,7 @@ def first_letter(thing: str, letter: str) -> Rule:
 
 
 def at_most(form: str, word: str, limit: int) -> Rule:
-    """The response has three to ``limit`` words, three of them different, and this is one of them."""
+    """The response has three to ``limit`` words, at least three of them different, one of them ``word``."""
     return _rule(
         f"Write one short {form} with the word {word}, in at most {limit} words.",
         lambda said: len({*said}) >= 3 and len(said) <= limit and word in said,
@@ -109,12 +109,12 @@ class Instructions:
     (`cola_ray evaluate --eval.split train --eval.ways sample`), or on text.
 
     Args:
-        num_problems: at most so many instructions, of both splits together.
-        seed: shuffles them.
+        num_problems: the most instructions, both splits together.
+        seed: for shuffling them.
         kinds: names of kinds, separated by spaces; by default all. Metrics are kept apart by kind.
 
     Raises:
-        ValueError: there is no kind of such a name, or no such option.
+        ValueError: an unknown kind, none at all, or an unknown option.
     """
 
     right_from = 1.0

@@ -92,7 +92,7 @@ def policy_of(space: str, model_dir: str):
 def batches(ranks: int, space: str) -> list[list[Batch]]:
     """20 steps of ten random trajectories of mixed length; the same for any number of ranks.
 
-    In every other step they are completions of two prompts, which ranks compute once in each micro-batch.
+    In every other step they are completions of two prompts, each of which a rank computes once in a micro-batch.
     """
     draw = np.random.default_rng(0)
     steps = []

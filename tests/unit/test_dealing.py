@@ -1,4 +1,4 @@
-"""Which rank gets which sequences, and where they are cut: against a plain count of positions."""
+"""Which rank gets which sequences, and where rows are cut, compared with a plain count of positions."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from cola_ray.algorithms.mini_batches import permuted
 
 
 def sizes_of(groups):
-    """Groups of completions: (tokens of the prompt, tokens of each response)."""
+    """The sizes of groups of completions, given as (tokens of the prompt, tokens of each response)."""
     rows = [(number, prompt, prompt + said) for number, (prompt, of) in enumerate(groups) for said in of]
     prompts, before, tokens = np.array(rows).T
     return Sizes(tokens, before, prompts)
@@ -26,7 +26,7 @@ def drawn(seed, groups=16, size=8, prompt=100, response=300, spread=0.6):
 
 
 def counted(sizes, owned, cuts, shares_prompts):
-    """Positions that ranks compute while they wait for one another in every micro-batch; loads against a budget."""
+    """Positions on the rank that computes most, summed over micro-batches; and those of each micro-batch."""
     total, loads = 0, []
     for start, stop, width in cuts.micro_batches:
         of_ranks = []

@@ -1,4 +1,4 @@
-"""Completions of one prompt, computed with the prompt once: the same logits, gradients and steps as row by row."""
+"""A prompt is computed once for its completions, and logits, states and gradients are the same as row by row."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def trajectories(groups, seed=0):
-    """Completions of each group: (length of the prompt, lengths of the responses)."""
+    """Completions of groups, given as (length of the prompt, lengths of the responses)."""
     draw = np.random.default_rng(seed)
     made = []
     for prompt, responses in groups:
@@ -113,7 +113,7 @@ def test_logits_states_and_gradients_are_those_of_rows(kind, groups, cola):
 
 
 def test_what_others_say_changes_nothing(cola):
-    """Whatever the other completions are, and those of other prompts, a completion's logits stay the same."""
+    """A completion's logits depend neither on other completions of its prompt nor on other prompts."""
     policy = policy_of("latent", cola)
     (batch,) = batch_of(GROUPS["groups of different lengths"])
     one = MicroBatch.cut(batch, *batch.micro_batches[0], CPU, shares_prompts=True)
