@@ -49,7 +49,7 @@ def dealt(sizes: Sizes, num_ranks: int, budget: int, passes: Passes = (), shares
     """The sequences of each rank, in the order of its rows.
 
     Args:
-        budget: tokens of a micro-batch, with padding.
+        budget: tokens that a rank computes in a micro-batch at most, with padding.
         passes: the mini-batches of each pass, dealt out evenly; completions of a prompt are then not kept together.
         shares_prompts: ranks compute a prompt once for all of its rows in a micro-batch.
     """
