@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cola_ray.learner.micro_batch import Frozen, MicroBatch
 from cola_ray.learner.published import Published
 from cola_ray.learner.sharding import checkpoint_layers, fill
-from cola_ray.learner.shared_prompts import Rows, SharedPrompts, share_prompts
+from cola_ray.learner.shared_prompts import LayerInputs, SharedPrompts, share_prompts
 from cola_ray.model.conversion import is_released, opened, plain_base, save, with_mlp_biases
 from cola_ray.model.modeling_cola import CoLAForCausalLM, QHead
 from cola_ray.model.tensors import empty
@@ -83,16 +83,16 @@ class LatentPolicy(nn.Module):
         shared_prompts: SharedPrompts | None = None,
     ) -> States:
         """e, the reference's logits and aliases are computed unless given."""
-        rows = Rows(attention_mask, scored_mask, shared_prompts)
+        inputs = LayerInputs(attention_mask, scored_mask, shared_prompts)
         with torch.no_grad():
             if hidden_states is None:
-                hidden_states = rows.unpack(self.cola.encode(rows.pack(input_ids), **rows.arguments))
-            e = rows.pack(hidden_states)
+                hidden_states = inputs.unpack(self.cola.encode(inputs.pack(input_ids), **inputs.arguments))
+            e = inputs.pack(hidden_states)
             if reference_logits is None:
-                reference_logits = self.reference(e, scored=rows.scored, **rows.arguments)
+                reference_logits = self.reference(e, scored=inputs.scored, **inputs.arguments)
             if self.with_aliases and aliases is None:
                 aliases = self._aliases(hidden_states[scored_mask], input_ids.roll(-1, 1)[scored_mask])
-        logits = self.cola.policy(e, scored=rows.scored, **rows.arguments)
+        logits = self.cola.policy(e, scored=inputs.scored, **inputs.arguments)
         return logits, hidden_states, reference_logits, aliases
 
     def _aliases(self, e: Tensor, said: Tensor) -> Tensor:
@@ -147,12 +147,13 @@ class SoftQPolicy(nn.Module):
         shared_prompts: SharedPrompts | None = None,
     ) -> States:
         """Q (N, K) first; e and the reference's logits are computed unless given."""
-        rows = Rows(attention_mask, scored_mask, shared_prompts)
+        inputs = LayerInputs(attention_mask, scored_mask, shared_prompts)
         with torch.no_grad():
             if hidden_states is None:
-                hidden_states = rows.unpack(self.cola.encode(rows.pack(input_ids), **rows.arguments))
+                hidden_states = inputs.unpack(self.cola.encode(inputs.pack(input_ids), **inputs.arguments))
             if reference_logits is None:
-                reference_logits = self.cola.policy(rows.pack(hidden_states), scored=rows.scored, **rows.arguments)
+                e = inputs.pack(hidden_states)
+                reference_logits = self.cola.policy(e, scored=inputs.scored, **inputs.arguments)
         return self.q(hidden_states[scored_mask]), hidden_states, reference_logits, None
 
 
@@ -236,18 +237,18 @@ class TokenPolicy(nn.Module):
         shared_prompts: SharedPrompts | None = None,
     ) -> States:
         """The reference's states and logits are computed unless given or not needed. A token has no aliases."""
-        rows = Rows(attention_mask, scored_mask, shared_prompts)
+        inputs = LayerInputs(attention_mask, scored_mask, shared_prompts)
         if self.with_reference and reference_logits is None:
             with torch.no_grad():
-                states, reference_logits = self._refer(input_ids, rows)
-                hidden_states = rows.unpack(states)
-        return _states_and_logits(self.base, input_ids, rows)[1], hidden_states, reference_logits, aliases
+                states, reference_logits = self._refer(input_ids, inputs)
+                hidden_states = inputs.unpack(states)
+        return _states_and_logits(self.base, input_ids, inputs)[1], hidden_states, reference_logits, aliases
 
-    def _refer(self, input_ids: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _refer(self, input_ids: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
         if self.reference is not None:
-            return _states_and_logits(self.reference, input_ids, rows)
+            return _states_and_logits(self.reference, input_ids, inputs)
         with self.policy.disable_adapter() if self.lora_rank else _unsteered(self.base):
-            return _states_and_logits(self.base, input_ids, rows)
+            return _states_and_logits(self.base, input_ids, inputs)
 
 
 @contextlib.contextmanager
@@ -262,9 +263,9 @@ def _unsteered(base: nn.Module) -> Iterator[None]:
             module.off = False
 
 
-def _states_and_logits(base: Any, input_ids: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    states = base.model(rows.pack(input_ids), use_cache=False, **rows.arguments).last_hidden_state
-    return states, base.lm_head(states[rows.scored])
+def _states_and_logits(base: Any, input_ids: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    states = base.model(inputs.pack(input_ids), use_cache=False, **inputs.arguments).last_hidden_state
+    return states, base.lm_head(states[inputs.scored])
 
 
 def _adapted(base: PreTrainedModel, rank: int) -> nn.Module:

@@ -164,7 +164,7 @@ def share_prompts(model: Any) -> bool:
     return bool(config._attn_implementation == ATTENTION)
 
 
-class Rows:
+class LayerInputs:
     """A micro-batch's rows as a model's layers read them: packed if they share prompts, else as they are."""
 
     def __init__(self, attention_mask: Tensor, scored_mask: Tensor, layout: SharedPrompts | None) -> None:

@@ -226,7 +226,7 @@ class RLConfig(Branch):
     target_tau: PositiveShare = 0.005
     """etpo, archer_soft: share of Q that its target network takes over after each step of Q."""
     micro_batch_tokens: Count = 16_384
-    """Padded tokens per forward pass on one rank; at least one sequence."""
+    """Tokens per forward pass on one rank, with padding, or where prompts are shared without; at least one sequence."""
     max_staleness: Whole = 0
     """Versions a rollout may lag behind the learner. 0 is strictly on-policy; 1 overlaps rollouts with learning."""
     window: Whole = 0

@@ -45,12 +45,7 @@ def test_the_layout_of_the_example():
     assert found.position_ids.tolist() == [[0, 1, 0, 2, 3, 4, 2, 3, 1]]
     assert found.tokens.tolist() == [0, 1, 10, 2, 3, 4, 7, 8, 11]
     assert found.places.tolist() == [[0, 1, 3, 4, 5], [0, 1, 6, 7, 0], [2, 8, 0, 0, 0]]
-    rows = (
-        torch.tensor([list("ppaaa"), list("ppbb-"), list("qc---")], dtype=None)
-        if False
-        else torch.arange(15).view(3, 5)
-    )
-    packed = found.pack(rows)
+    packed = found.pack(torch.arange(15).view(3, 5))
     assert packed.tolist() == [found.tokens.tolist()]
     assert found.unpack(packed)[1, :4].tolist() == [0, 1, 7, 8], "a shared prompt is the first row's"
     assert SharedPrompts.of(["p", "q", "r"], [(2, 3), (2, 2), (1, 1)], 5) is None
