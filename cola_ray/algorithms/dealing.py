@@ -69,16 +69,14 @@ def _together(sizes: Sizes, longest_first: Sequence[int], num_ranks: int) -> lis
     most = max(1, len(longest_first) // num_ranks)
     parts = [group[first : first + most] for group in groups.values() for first in range(0, len(group), most)]
     tokens = [int(sizes.tokens[part].sum()) for part in parts]
-    fewest, owned = [(0, rank) for rank in range(num_ranks)], [list[int]() for _ in range(num_ranks)]
-    given: list[list[list[int]]] = [[] for _ in owned]
+    fewest = [(0, rank) for rank in range(num_ranks)]
+    given: list[list[list[int]]] = [[] for _ in fewest]
     for index in sorted(range(len(parts)), key=lambda i: -tokens[i]):
         sum_of, rank = heapq.heappop(fewest)
         given[rank].append(parts[index])
         heapq.heappush(fewest, (sum_of + tokens[index], rank))
-    for mine, of_rank in zip(owned, given, strict=True):
-        for part in sorted(of_rank, key=lambda part: -sizes.tokens[part[0]]):
-            mine += part
-    return [np.array(mine, np.int64) for mine in owned]
+    ordered = (sorted(of_rank, key=lambda part: -sizes.tokens[part[0]]) for of_rank in given)
+    return [np.array([place for part in of_rank for place in part], np.int64) for of_rank in ordered]
 
 
 def cut(sizes: Sizes, owned: Sequence[Array], budget: int, shares_prompts: bool = False) -> Cuts:
