@@ -9,7 +9,7 @@ takes its secrets from the command line or the environment again.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 HIDDEN = "***"
@@ -32,7 +32,16 @@ def redacted(text: str) -> str:
     """Return the text without secrets: users, passwords and query values in addresses, tokens of headers, and values of
     environment variables whose name suggests a secret.
     """
-    for value in _environment_secrets():
+    return _redacted(text, _environment_secrets())
+
+
+def redacted_tree(tree: Any) -> Any:
+    """Redact settings or other JSON data; a value whose name suggests a secret is hidden entirely."""
+    return _redacted_tree(tree, _environment_secrets())
+
+
+def _redacted(text: str, secrets: Sequence[str]) -> str:
+    for value in secrets:
         text = text.replace(value, HIDDEN)
     text = _USER.sub(rf"\1{HIDDEN}@", text)
     text = _QUERY.sub(lambda found: found[1] + _hidden_query(found[2]), text)
@@ -40,16 +49,17 @@ def redacted(text: str) -> str:
     return _ASSIGNED.sub(rf"\1{HIDDEN}", text)
 
 
-def redacted_tree(tree: Any) -> Any:
-    """Redact settings or other JSON data; a value whose name suggests a secret is hidden entirely."""
+def _redacted_tree(tree: Any, secrets: Sequence[str]) -> Any:
     if isinstance(tree, Mapping):
         return {
-            name: HIDDEN if value and isinstance(value, str) and _SECRET.search(str(name)) else redacted_tree(value)
+            name: HIDDEN
+            if value and isinstance(value, str) and _SECRET.search(str(name))
+            else _redacted_tree(value, secrets)
             for name, value in tree.items()
         }
     if isinstance(tree, tuple | list):
-        return type(tree)(redacted_tree(value) for value in tree)
-    return redacted(tree) if isinstance(tree, str) else tree
+        return type(tree)(_redacted_tree(value, secrets) for value in tree)
+    return _redacted(tree, secrets) if isinstance(tree, str) else tree
 
 
 def _hidden_query(query: str) -> str:

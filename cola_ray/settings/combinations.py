@@ -76,9 +76,12 @@ def refused(config: Config) -> list[str]:
     return list(lines.values())
 
 
+_CLASS_DEFAULTS = Config()
+
+
 def _defaults(config: Config, field: str) -> tuple[Any, Any]:
     """The field's default values, which users did not choose: the class's and the preset's."""
-    return value_at(Config(), field), value_at(defaults(config), field)
+    return value_at(_CLASS_DEFAULTS, field), value_at(defaults(config), field)
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------
