@@ -1,8 +1,9 @@
-"""95 % intervals: Wilson's for shares, a bootstrap for means.
+"""95 % intervals: Wilson's for shares, a bootstrap for means, Student's t for means over a few seeds.
 
 A bootstrap says nothing where all values are equal; Wilson's interval of 0 right of 256 is 0 to 0.015.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,6 +28,21 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
     means = [sample[draw.integers(0, len(sample), len(sample))].mean() for _ in range(_RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """(low, high) of a mean of one value per seed, by Student's t; None with one seed, which says nothing of others.
+
+    It is wide with three seeds, 4.3 standard errors.
+
+    Example: values 1, 2, 3 -> (-0.48, 4.48).
+    """
+    sample = np.asarray(values, np.float64)
+    if len(sample) < 2:
+        return None
+    mean = float(sample.mean())
+    half = float(stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
+    return mean - half, mean + half
 
 
 def share_interval(count: int, total: int) -> tuple[float, float]:

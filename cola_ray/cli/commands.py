@@ -172,10 +172,11 @@ cola_ray sweep --task.name twenty_questions               (agents)""",
 cola_ray reproduce --preset tiny                          (under three hours on two cores; `make evals` first)
 cola_ray reproduce --preset smollm2-135m --task.path DATA/gsm8k --data.path DATA/gsm8k/train.jsonl
 cola_ray reproduce --preset tiny --reproduce.stages agent_archer agent_ppo        (and what they need)
+cola_ray reproduce --preset tiny --reproduce.seeds 0 1 2                          (with intervals over seeds)
 cola_ray reproduce --preset llama-3.1-8b --cluster.address http://HEAD:8265 --reproduce.parallel 2""",
         "Leaves report/index.html and report/report.md. The same command again goes on after a stop: stages that are "
-        "done are skipped. Each stage is a Ray job; stages/NAME has its log, and `cola_ray status stages/NAME` says "
-        "how it is doing.",
+        "done are skipped. Each stage is a Ray job; stages/NAME-seedK has its log, and `cola_ray status "
+        "stages/NAME-seedK` says how it is doing.",
     ),
     "plan": Command(
         "cola_ray.studies.plan:show",

@@ -1,17 +1,17 @@
 """The papers' matrix as a graph of stages: what each preset runs, with which settings, and which other stages' models
 and answers it reads.
 
-stages(config)      all of it
-chosen(config)      those of ``reproduce.stages``, and what they need
+stages(config)      all of it, for one seed
+chosen(config)      those of ``reproduce.stages``, and what they need, for each of ``reproduce.seeds``
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cola_ray.settings import relevance
-from cola_ray.settings.config import Config, ConfigError
+from cola_ray.settings.config import Config, ConfigError, override
 from cola_ray.settings.limits import nearest
 from cola_ray.settings.presets import preset
 
@@ -23,15 +23,31 @@ class Stage:
     name: str
     job: str
     settings: Sequence[str] = field(default=())
+    seed: int = 0
 
     @property
-    def needs(self) -> list[str]:
+    def folder(self) -> str:
+        """Identifies the stage among those of all seeds."""
+        return folder_of(self.name, self.seed)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the stages that the settings refer to."""
         words = " ".join(self.settings).split("{")[1:]
         return list(dict.fromkeys(word.split("}")[0] for word in words))
 
+    @property
+    def needs(self) -> list[str]:
+        """Folders of these stages, with the same seed."""
+        return [folder_of(name, self.seed) for name in self.names]
+
+
+def folder_of(name: str, seed: int) -> str:
+    return f"{name}-seed{seed}"
+
 
 def stages(config: Config) -> list[Stage]:
-    """The matrix of a preset; sizes are those of the papers or, for tiny, what its machine can do in a few hours."""
+    """The matrix of a preset and a seed; sizes are the papers' or, for tiny, what its machine can do in a few hours."""
     tiny = config.preset == "tiny"
     math = ["--task.name", config.task.name, *(["--task.path", config.task.path] if config.task.path else []),
             *_said(config, "task", ("name", "path"))]  # fmt: skip
@@ -45,7 +61,7 @@ def stages(config: Config) -> list[Stage]:
     agent = ["--task.name", "twenty_questions", "--model.path", "{agent_start}/model"]
     agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if tiny else []
     asked = ["--eval.problems", "256"] if tiny else []
-    values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", "0"]
+    values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", str(config.seed)]
     values += ["--sweep.parallel", "1"] if tiny else []
     return [
         Stage("pretrain", "pretrain", [*math, *data]),
@@ -74,7 +90,7 @@ def stages(config: Config) -> list[Stage]:
 
 
 def chosen(config: Config) -> list[Stage]:
-    """The stages of ``reproduce.stages`` and all that they need; ConfigError for a name that no stage has."""
+    """The stages of ``reproduce.stages`` and all that they need, seed by seed; ConfigError for an unknown name."""
     matrix = {stage.name: stage for stage in stages(config)}
     unknown = [name for name in config.reproduce.stages if name not in matrix]
     if unknown:
@@ -82,8 +98,13 @@ def chosen(config: Config) -> list[Stage]:
         raise ConfigError("\n".join(lines))
     wanted = set(config.reproduce.stages or matrix)
     for stage in reversed(matrix.values()):  # a stage comes after those that it needs
-        wanted |= set(stage.needs) if stage.name in wanted else set()
-    return [stage for stage in matrix.values() if stage.name in wanted]
+        wanted |= set(stage.names) if stage.name in wanted else set()
+    return [
+        replace(stage, seed=seed)
+        for seed in config.reproduce.seeds or (config.seed,)
+        for stage in stages(override(config, {"seed": seed}))
+        if stage.name in wanted
+    ]
 
 
 def _harness(config: Config) -> list[str]:

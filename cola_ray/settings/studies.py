@@ -138,6 +138,8 @@ class SweepConfig(Branch):
 class ReproduceConfig(Branch):
     stages: Unique[Name] = ()
     """Names of the stages to run; those that they need run, too. Empty: all."""
+    seeds: Unique[Seed] = ()
+    """Seeds to run the stages with; the report then has intervals over seeds. Empty: `seed` alone."""
     parallel: Whole = 0
     """Stages at the same time. 0: two with the tiny preset, else one."""
 

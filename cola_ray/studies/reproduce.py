@@ -19,6 +19,7 @@ import secrets
 import shlex
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -78,7 +79,7 @@ def write_choices(folder: Path, name: str, questions: Iterable[tuple[str, Sequen
 @shown()
 @explained_failures()
 def reproduce(config: Config) -> dict[str, Any]:
-    """Run the matrix of ``config.preset``; writes ``stages/`` and ``report/``.
+    """Run the matrix of ``config.preset`` for each seed; writes ``stages/NAME-seedK/`` and ``report/``.
 
     Returns:
         The summary: the state of each stage.
@@ -189,12 +190,12 @@ def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel:
         parallel: most stages at a time.
 
     Returns:
-        By name of the stage: "done", "failed", or "needs NAME" if that one is not done.
+        By folder of the stage: "done", "failed", or "needs FOLDER" if that one is not done.
 
     Raises:
         KeyboardInterrupt: stopped, after the running stages have written their checkpoints.
     """
-    stages = {stage.name: stage for stage in matrix}
+    stages = {stage.folder: stage for stage in matrix}
     states = {name: "done" for name, stage in stages.items() if _is_done(folder, stage)}
     needs = {
         name: [need for need in stages[name].needs if need not in states] for name in stages.keys() - states.keys()
@@ -211,7 +212,8 @@ def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel:
             while waiting and len(running) < parallel:
                 name = waiting.pop(0)
                 running[name] = submitter.submit(stages[name], folder)
-                current().update("stages", len(states), len(matrix), f"{name} started", milestone=True)
+                said = f"{name} started{_expected(stages[name], folder)}"
+                current().update("stages", len(states), len(matrix), said, milestone=True)
             for name, job in list(running.items()):
                 succeeded = submitter.ended(job)
                 if succeeded is None:
@@ -231,7 +233,14 @@ def run(matrix: Sequence[Stage], folder: Path, submitter: "Submitter", parallel:
 
 
 def _is_done(folder: Path, stage: Stage) -> bool:
-    return summary_of(folder / stage.name) is not None
+    return summary_of(folder / stage.folder) is not None
+
+
+def _expected(stage: Stage, folder: Path) -> str:
+    """How long a stage will take, from the same stage of other seeds; nothing if this is the first."""
+    others = [summary_of(file.parent) or {} for file in folder.glob(f"{stage.name}-seed*/summary.json")]
+    seconds = [one["wall_seconds"] for one in others if "wall_seconds" in one]
+    return f", about {max(round(statistics.median(seconds) / 60), 1)} min" if seconds else ""
 
 
 _NOT_YET = (RuntimeError, OSError)  # from a dashboard that does not accept jobs yet, and connection errors
@@ -257,11 +266,12 @@ class Submitter:
 
     def submit(self, stage: Stage, folder: Path) -> str:
         """Start a stage; returns the id of its Ray job."""
-        where = folder / stage.name
+        where = folder / stage.folder
         where.mkdir(parents=True, exist_ok=True)
-        settings = [word.format(**{name: str(folder / name) for name in stage.needs}) for word in stage.settings]
+        folders = {name: str(folder / need) for name, need in zip(stage.names, stage.needs, strict=True)}
+        settings = [word.format(**folders) for word in stage.settings]
         words = [sys.executable, "-m", "cola_ray", OF_JOB[stage.job], "--preset", self.config.preset,
-                 *machines(self.config, stage.job), *settings, "--seed", str(self.config.seed),
+                 *machines(self.config, stage.job), *settings, "--seed", str(stage.seed),
                  "--output-dir", str(where), "--resume"]  # fmt: skip
         entrypoint = f"{shlex.join(words)} > {shlex.quote(str(where / 'log.txt'))} 2>&1"
         variables = {"OMP_NUM_THREADS": str(self.config.cluster.threads_per_process)}

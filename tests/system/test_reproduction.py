@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def events(run):
-    log = run.output / "stages" / "pretrain" / "log.jsonl"
+    log = run.output / "stages" / "pretrain-seed0" / "log.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 

@@ -18,7 +18,7 @@ from cola_ray.settings.matrix import Stage
 from cola_ray.settings.presets import preset
 from cola_ray.settings.relevance import unread
 from cola_ray.studies import reproduce
-from cola_ray.studies.report import FIGURES, write_report
+from cola_ray.studies.report import FIGURES, Claim, row_of, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 
@@ -36,9 +36,9 @@ class Jobs:
 
     def submit(self, stage, folder):
         self.submitted.append(stage.name)
-        (folder / stage.name).mkdir(parents=True, exist_ok=True)
+        (folder / stage.folder).mkdir(parents=True, exist_ok=True)
         if stage.name not in self.fails:
-            (folder / stage.name / "summary.json").write_text("{}")
+            (folder / stage.folder / "summary.json").write_text('{"wall_seconds": 130.0}')
         return stage.name
 
     def ended(self, job):
@@ -54,7 +54,8 @@ MATRIX = [
 
 
 def test_what_a_stage_waits_for():
-    assert [stage.needs for stage in MATRIX] == [[], ["a"], ["b", "a"], []]
+    assert [stage.names for stage in MATRIX] == [[], ["a"], ["b", "a"], []]
+    assert MATRIX[2].needs == ["b-seed0", "a-seed0"]
 
 
 def test_all_run_in_order_of_their_needs(tmp_path):
@@ -66,7 +67,7 @@ def test_all_run_in_order_of_their_needs(tmp_path):
 
 def test_a_failed_stage_takes_along_only_those_that_need_it(tmp_path):
     assert reproduce.run(MATRIX, tmp_path, Jobs(fails=["a"]), parallel=2) == {
-        "a": "failed", "b": "needs a", "c": "needs b", "d": "done"
+        "a-seed0": "failed", "b-seed0": "needs a-seed0", "c-seed0": "needs b-seed0", "d-seed0": "done"
     }  # fmt: skip
     again = Jobs()
     assert set(reproduce.run(MATRIX, tmp_path, again, parallel=2).values()) == {"done"}
@@ -91,11 +92,11 @@ def test_every_stage_has_a_job_and_a_command_line_that_it_takes(name, config, tm
     monkeypatch.setattr(preflight, "faults", lambda config, job: [])  # no model is there yet
     for stage in stages:
         assert stage.job in OF_JOB
-        assert set(stage.needs) <= set(names)
-        for need in stage.needs:
+        assert set(stage.names) <= set(names)
+        for name_of_need in stage.names:
             for sub in ("model", "predictions/sample"):
-                (tmp_path / need / sub).mkdir(parents=True, exist_ok=True)
-        words = [word.format(**{need: str(tmp_path / need) for need in stage.needs}) for word in stage.settings]
+                (tmp_path / name_of_need / sub).mkdir(parents=True, exist_ok=True)
+        words = [word.format(**{need: str(tmp_path / need) for need in stage.names}) for word in stage.settings]
         from_command_line(stage.job, ["--preset", name, *words, "--resume"])
 
 
@@ -104,7 +105,7 @@ def page(config, tmp_path):
     """A report of two stages."""
     (tmp_path / "config.json").write_text(config.model_dump_json())
     for name, accuracy in (("rl_latent", 0.75), ("rl_token", 0.5)):
-        folder = tmp_path / "stages" / name
+        folder = tmp_path / "stages" / f"{name}-seed0"
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps({"rl_accuracy": accuracy, "wall_seconds": 90.0}))
         (folder / "log.txt").write_text("")
@@ -116,12 +117,80 @@ def page(config, tmp_path):
 
 def test_the_report_names_what_is_missing_and_shows_what_is_there(page, tmp_path):
     text = page.read_text()
-    assert "75.0 / 50.0" in text
+    assert "latent 75.0 / token 50.0" in text
     assert text.count("not there yet: ") == len(FIGURES) - 1
     assert text.count("data:image/png;base64,") == 1
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "| 42.4 / 38.2 | 75.0 / 50.0 |" in text
+    assert "| latent 42.4 / token 38.2 | latent 75.0 / token 50.0 | RL over latent actions ends higher" in text
+    assert "**cannot be said with one seed** (+25.0)" in text
     assert "![latent_and_token](latent_and_token.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("differences", "above", "verdict"),
+    [
+        ([1.0, 2.0, 3.0], 0.0, "cannot be said at this scale"),  # 2 +- 4.30 / sqrt(3)
+        ([1.0, 2.0, 3.0], -0.5, "holds"),  # from -0.48
+        ([1.0, 2.0, 3.0], 4.5, "does not hold"),  # to 4.48
+        ([5.0], 0.0, "cannot be said with one seed"),
+    ],
+)
+def test_a_claim_holds_if_its_interval_over_seeds_is_above_the_threshold(differences, above, verdict):
+    assert Claim("", lambda values: 0.0, above).verdict(differences) == verdict
+
+
+def summaries(accuracies):
+    """Of one seed's stages: accuracy over latent actions and over tokens."""
+    return {f"rl_{name}": {"rl_accuracy": one} for name, one in zip(("latent", "token"), accuracies, strict=True)}
+
+
+def test_a_row_has_means_and_paired_differences_over_the_seeds_that_are_done():
+    pairs = {0: (0.8, 0.7), 1: (0.6, 0.5), 2: (0.7, 0.62)}
+    of_seeds = {seed: summaries(pair) for seed, pair in pairs.items()} | {3: {"rl_latent": {"rl_accuracy": 0.9}}}
+    row = row_of(FIGURES[0], of_seeds)
+    assert row["seeds"] == [0, 1, 2]
+    assert row["values"]["token"] == pytest.approx([70.0, 50.0, 62.0])
+    assert row["ours"].startswith("latent 70.0 [45.2, 94.8] / token 60.7 [")
+    (claim,) = row["claims"]
+    assert claim["verdict"] == "holds", "a difference varies less between seeds than the values do"
+    assert claim["found"] == "+9.3 [+6.5, +12.2]"  # 28/3 +- 4.303 * 1.1547 / sqrt(3)
+
+
+def test_every_claim_reads_values_that_its_figure_has(found):
+    for figure in FIGURES:
+        values = figure.values(found)
+        for claim in figure.claims:
+            assert isinstance(claim.difference(values), float), claim.says
+
+
+@pytest.fixture
+def found():
+    """Summaries of all stages that figures read, with the fields that these stages write."""
+    accuracy = {"rl_accuracy": 0.8, "bc_accuracy": 0.5, "base_accuracy": 0.4, "reward_last": -3.0,
+                "seconds_per_step": 2.0, "kl_last": 0.1}  # fmt: skip
+    rl = ("rl_latent", "rl_token", "rl_fta", "countdown_latent", "countdown_token", "agent_archer", "agent_ppo", "etpo")
+    ways = {way: {"accuracy": 0.5, "best": 0.6, "pass_at_1": 0.5, "pass_at_16": 0.7, "pass_at_4": 0.6}
+            for way in ("greedy", "sample", "mcts", "mcts_q")}  # fmt: skip
+    return {name: accuracy for name in rl} | {
+        "search": ways,
+        "kl_sweep": {"values": {value: accuracy for value in ("0.0", "0.001", "0.01", "0.1")}},
+        "diversity": {name: {"diversity": 1.5} for name in ("random_actions", "base", "random_tokens")},
+        "capabilities": {"base": {"sums": 0.9, "sums_low": 0.8}, "marginal": {"sums": 0.85, "sums_low": 0.7}},
+    }
+
+
+def test_seeds_repeat_the_matrix_each_with_its_own_models(config):
+    both = matrix.chosen(override(config, {"reproduce.seeds": (3, 4), "reproduce.stages": ("kl_sweep",)}))
+    assert [stage.folder for stage in both] == ["pretrain-seed3", "kl_sweep-seed3", "pretrain-seed4", "kl_sweep-seed4"]
+    assert both[3].needs == ["pretrain-seed4"]
+    words = list(both[3].settings)
+    assert words[words.index("--sweep.seeds") + 1] == "4"
+
+
+def test_a_stage_is_expected_to_take_as_long_as_with_other_seeds(tmp_path):
+    assert reproduce._expected(Stage("a", "pretrain", seed=1), tmp_path) == ""
+    reproduce.run(MATRIX[:1], tmp_path, Jobs(), parallel=1)
+    assert reproduce._expected(Stage("a", "pretrain", seed=1), tmp_path) == ", about 2 min"
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
