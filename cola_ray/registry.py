@@ -168,7 +168,7 @@ def find(kind: Kind, name: str) -> Any:
     try:
         return entry.load()
     except (Exception, SystemExit) as error:  # raised by the package's own code
-        raise NotFoundError(f"importing {entry.value} raised {error_in_a_line(error)}; mend it") from None
+        raise NotFoundError(f"importing {entry.value} raised {error_in_a_line(error)}; fix it there") from None
 
 
 def names(kind: Kind) -> list[str]:
@@ -263,7 +263,7 @@ def _imported(kind: Kind, name: str) -> Any:
     except ModuleNotFoundError as error:
         raise NotFoundError(f"{error}; the module must be importable from where the job starts") from None
     except (Exception, SystemExit) as error:  # raised by the module's own code
-        raise NotFoundError(f"importing {where} raised {error_in_a_line(error)}; mend it") from None
+        raise NotFoundError(f"importing {where} raised {error_in_a_line(error)}; fix it there") from None
     if _MODULE_OF.get((kind, attribute)) == module:
         return _REGISTERED[kind, attribute]
     found = getattr(there, attribute, None)

@@ -66,7 +66,7 @@ class HeldOut:
         failed = sum(not math.isfinite(reward) for reward in rewards)
         if failed:
             self.supervisor.say(
-                f"{failed} of {len(rewards)} evaluations failed in their task; none is right, or in a mean"
+                f"{failed} of {len(rewards)} answers could not be scored; they count as wrong, and means leave them out"
             )
         return self.summarise(rewards) | self._by_source(rewards)
 

@@ -100,7 +100,7 @@ class WorkerGroup:
             tickets, method, *args, completions=completions_per_ticket, on_loss=self._count_regenerated
         )
         if [one.position for one in made] != [ticket.position for ticket in tickets]:
-            raise RuntimeError("groups came back that are not exactly those handed out")
+            raise RuntimeError("workers returned other groups than those that they were asked for")
         return made
 
     async def dispatch(
@@ -135,7 +135,7 @@ class WorkerGroup:
         async def of_ticket(worker: Worker, ticket: Ticket) -> None:
             (made,) = await self._insist(worker, [ticket], completions, self._count_regenerated, method)
             if made.position != ticket.position:
-                raise RuntimeError("a group came back that was not handed out")
+                raise RuntimeError("a worker returned another group than the one that it was asked for")
             await use(made)
 
         shares = await self._deal(len(tickets), completions)
@@ -230,7 +230,9 @@ class WorkerGroup:
             self.totals.worker_losses += 1
         if worker.losses > self.config.max_restarts:
             raise RuntimeError(f"worker {worker.number} died {worker.losses} times without completing a share: {lost}")
-        self.supervisor.say(f"worker {worker.number} was lost and is started again; its share goes to whoever is ready")
+        self.supervisor.say(
+            f"worker {worker.number} was lost and is started again; the next free worker takes over its share"
+        )
         self.supervisor.spawn(self._start_again(worker))
 
     async def _start_again(self, worker: Worker) -> None:

@@ -73,7 +73,7 @@ def _too_little_on_gpus(config: Config, m: Sizes) -> Iterator[str]:
     if engine_memory(config, m, gpu.memory_gb)["keys and values"] * split < longest * kv_bytes(config, m):
         yield (
             f"rollout.tensor_parallel_size = {split}: weights of {weight_bytes(config, m) / 1e9:.0f} GB leave "
-            f"no room for one sequence of {longest} tokens on a {config.hardware.gpu}; take more GPUs an engine"
+            f"no room for one sequence of {longest} tokens on a {config.hardware.gpu}; give each engine more GPUs"
         )
 
 
@@ -86,7 +86,7 @@ def _too_large(config: Config, whose: str, parts: Bytes, fix: str) -> Iterator[s
     if needed > usable:
         yield (
             f"cluster.learner_ranks = {config.cluster.learner_ranks}: {whose} needs {needed / 1e9:.0f} GB of the "
-            f"{usable / 1e9:.0f} GB it may take of a {config.hardware.gpu}, most for {largest}, "
+            f"{usable / 1e9:.0f} GB it may use of a {config.hardware.gpu}, most for {largest}, "
             f"{parts[largest] / 1e9:.0f} GB; {fix}"
         )
 
