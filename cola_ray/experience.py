@@ -9,10 +9,13 @@ Legend: P tokens of a prompt or a state, L tokens of a response or an utterance,
 Token ids travel from end to end; text is never tokenised again.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from cola_ray.algorithms.returns import returns_after
 
 Array = np.ndarray
 
@@ -73,6 +76,7 @@ class Turn:
     state_features: Array | None = None  # (H,), e at the state's last token, if the engine sends it
     utterance_features: Array | None = None  # (H,), mean of e over the utterance
     left: bool = False  # an agent program went on from a conversation that does not contain this turn
+    answer: int = -1  # of which it is one of several choices, drawn in the same state; -1: it is an answer by itself
 
 
 def was_said(state_ids: Sequence[int] | Array, token_ids: Sequence[int] | Array) -> bool:
@@ -107,9 +111,21 @@ class Episode:
         return replace(self, turns=tuple(replace(turn, reward=of_each(turn.reward)) for turn in self.turns))
 
     @property
+    def answers(self) -> list[range]:
+        """Numbers of the turns of each answer: one turn, or the choices that an agent program asked for together."""
+        own = [turn.answer if turn.answer >= 0 else -1 - number for number, turn in enumerate(self.turns)]
+        starts = [number for number, answer in enumerate(own) if not number or answer != own[number - 1]]
+        return [range(*pair) for pair in itertools.pairwise([*starts, len(self.turns)])]
+
+    @property
     def observations(self) -> list[Array]:
         """Ids that each turn answers: the opening, with the transcript's begin ids, then observations."""
-        return [self.turns[0].state_ids, *(turn.observation_ids for turn in self.turns[:-1])] if self.turns else []
+        found, before = list[Array](), [turn.state_ids for turn in self.turns[:1]]
+        for choices in self.answers:
+            seen = next((ids for ids in before if len(ids)), np.zeros(0, np.int64))
+            found += [seen] * len(choices)
+            before = [self.turns[number].observation_ids for number in choices]
+        return found
 
     def as_trajectories(self, gamma: float = 1.0, advantages: Sequence[float] | None = None) -> list[Trajectory]:
         """Sequences to train on; their masked-in actions are the policy's.
@@ -117,28 +133,29 @@ class Episode:
         Turns whose states continue one another are one sequence; where the oldest turns were dropped from a state that
         had grown too long, a new sequence begins. A sequence that is followed by turns outside it ends with the last
         observation: the value there stands for what follows. If an agent program went on from another conversation,
-        there is no such state: the discounted rewards of what followed are then added to the last action's reward.
+        there is no such state: the discounted rewards of what followed are then added to the last action's reward. The
+        choices of one answer are sequences of their own, and what followed the answer follows each of them.
 
         Args:
             gamma: discount of a turn; 0 if each turn stands by itself.
             advantages: of each turn, for all of its actions, in place of its reward.
         """
-        runs: list[list[tuple[Turn, float]]] = []
         gains = [turn.reward for turn in self.turns] if advantages is None else advantages
-        for turn, gain in zip(self.turns, gains, strict=True):
-            if runs and _continues(runs[-1][-1][0], turn):
-                runs[-1].append((turn, gain))
+        answers, runs = self.answers, list[list[int]]()
+        after = returns_after(gains, answers, gamma)
+        for number, turn in enumerate(self.turns):
+            if runs and _continues(self.turns[runs[-1][-1]], turn):
+                runs[-1].append(number)
             else:
-                runs.append([(turn, gain)])
-        weighed, made, later = advantages is not None, list[Trajectory](), 0.0
-        for run in reversed(runs):
-            is_last = run is runs[-1]
-            unseen = run[-1][0].left
-            ends = unseen or (is_last and self.terminated)
-            made.append(self._as_trajectory(run, ends, gamma * later if unseen else 0.0, gamma, weighed))
-            for _, gain in reversed(run):
-                later = gain + gamma * later
-        return made[::-1]
+                runs.append([number])
+        made = []
+        for run in runs:
+            unseen = self.turns[run[-1]].left
+            ends = unseen or (self.terminated and run[-1] in answers[-1])
+            later = gamma * after[run[-1]] if unseen else 0.0
+            turns = [(self.turns[number], gains[number]) for number in run]
+            made.append(self._as_trajectory(turns, ends, later, gamma, advantages is not None))
+        return made
 
     def _as_trajectory(
         self, turns: list[tuple[Turn, float]], ends: bool, later: float, gamma: float, weighed: bool

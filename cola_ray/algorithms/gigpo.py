@@ -2,6 +2,7 @@
 
     A_E  = (R - mean R) / F         R: return of an episode, over the episodes of one seed             eq. 3
     A_S  = (G_t - mean G) / F       G_t = r_t + gamma G_{t+1}, over turns from one anchor state        eqs. 5 to 7
+                                    (choices of one answer do not follow one another, see returns.py)
     A_t  = A_E + step_advantage_w A_S                                                                  eq. 8
 
 Feng et al. 2025, "Group-in-Group Policy Optimization", arXiv 2505.10978. All turns played from the same anchor state,
@@ -19,15 +20,20 @@ from torch import Tensor
 
 from cola_ray.algorithms import grpo
 from cola_ray.algorithms.advantages import Outcomes
-from cola_ray.algorithms.policy_loss import discounted_sum_to_go
+from cola_ray.algorithms.returns import returns_after
 
 
 @dataclass(frozen=True)
 class TurnRewards:
-    """The reward of each turn of an episode, and the state that the turn was played from."""
+    """The reward of each turn of an episode, and the state that the turn was played from.
+
+    Args:
+        answers: numbers of the turns of each answer; empty: each turn is one.
+    """
 
     rewards: Sequence[float]
     anchors: Sequence[Hashable]
+    answers: Sequence[range] = ()
 
 
 def advantages(
@@ -45,7 +51,7 @@ def advantages(
     """
     episodes = [episode for group in groups for episode in group]
     of_episodes = torch.cat(grpo.advantages([Outcomes(_returns(group)) for group in groups], scale_rewards))
-    to_go = torch.cat([returns_to_go(episode.rewards, gamma) for episode in episodes])
+    to_go = torch.cat([returns_to_go(episode.rewards, gamma, episode.answers) for episode in episodes])
     places = [torch.tensor(numbers) for numbers in same_state(groups)]
     compared = grpo.advantages([Outcomes(to_go[numbers]) for numbers in places], scale_rewards)
     of_turns = torch.zeros_like(to_go).index_copy_(0, torch.cat(places), torch.cat(compared))
@@ -66,10 +72,11 @@ def same_state(groups: Sequence[Sequence[TurnRewards]]) -> list[list[int]]:
     return list(found.values())
 
 
-def returns_to_go(rewards: Sequence[float], gamma: float) -> Tensor:
+def returns_to_go(rewards: Sequence[float], gamma: float, answers: Sequence[range] = ()) -> Tensor:
     """``G_t = r_t + gamma G_{t+1}`` of each turn, float64. Example: [0, 0, 1], gamma 0.5 -> [0.25, 0.5, 1]."""
-    values = torch.tensor([rewards], dtype=torch.float64)
-    return discounted_sum_to_go(values, torch.ones_like(values, dtype=torch.bool), torch.full_like(values, gamma))[0]
+    each = [range(number, number + 1) for number in range(len(rewards))]
+    after = torch.tensor(returns_after(rewards, answers or each, gamma), dtype=torch.float64)
+    return torch.tensor(rewards, dtype=torch.float64) + gamma * after
 
 
 def _returns(group: Sequence[TurnRewards]) -> Tensor:

@@ -352,7 +352,8 @@ def _turn_rewards(episode: Episode, whole_state: bool) -> gigpo.TurnRewards:
     states = [turn.state_ids for turn in episode.turns]
     if not whole_state:  # where an agent program began a new conversation, the whole state is the observation
         states = [seen if len(seen) else state for seen, state in zip(episode.observations, states, strict=True)]
-    return gigpo.TurnRewards([turn.reward for turn in episode.turns], [ids.tobytes() for ids in states])
+    rewards = [turn.reward for turn in episode.turns]
+    return gigpo.TurnRewards(rewards, [ids.tobytes() for ids in states], episode.answers)
 
 
 def _moments(name: str, of_each: Array) -> Metrics:

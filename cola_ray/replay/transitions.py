@@ -45,10 +45,13 @@ def as_rows(episodes: Sequence[Episode], width: int) -> pa.Table:
         if episode.failure or not episode.turns or episode.turns[0].state_features is None:
             raise ValueError(f"episode {episode.position} has no features to learn from: {episode.failure}")
     turns = [(episode, number, turn) for episode in episodes for number, turn in enumerate(episode.turns)]
-    after = [
-        (episode.turns[number + 1].state_features if number + 1 < len(episode.turns) else episode.final_features)
-        for episode, number, _ in turns
-    ]
+    after, terminated = list[Array | None](), list[bool]()
+    for episode in episodes:
+        for choices in episode.answers:  # what follows an answer follows each of its choices
+            is_last = choices.stop == len(episode.turns)
+            follows = episode.final_features if is_last else episode.turns[choices.stop].state_features
+            after += [follows] * len(choices)
+            terminated += [episode.terminated and is_last] * len(choices)
     unused = np.zeros(width, np.float32)  # the next state of a terminated episode is never read
     columns = {
         "state_ids": [turn.state_ids for _, _, turn in turns],
@@ -56,7 +59,7 @@ def as_rows(episodes: Sequence[Episode], width: int) -> pa.Table:
         "observation_ids": [turn.observation_ids for _, _, turn in turns],
         "actions": [turn.actions for _, _, turn in turns],
         "reward": [turn.reward for _, _, turn in turns],
-        "terminated": [episode.terminated and number + 1 == len(episode.turns) for episode, number, _ in turns],
+        "terminated": terminated,
         "position": [episode.position for episode, _, _ in turns],
         "turn": [number for _, number, _ in turns],
         "said_before": [was_said(turn.state_ids, turn.token_ids) for _, _, turn in turns],

@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,17 @@ class State:
     """The state in which an utterance is requested."""
 
     ids: list[int]
-    messages: bytes  # a digest of the messages before the utterance
-    retokenised: int  # the model's messages among them that came back changed
+    messages: bytes = b""  # a digest of the messages before the utterance
+    retokenised: int = 0  # the model's messages among them that came back changed
+    after: Mapping[int, list[int]] = field(default_factory=dict)  # turns among them -> the ids that follow each
+
+
+@dataclass(frozen=True)
+class _Said:
+    """An utterance as it was sampled, with the token that ended it, and its number in the episode."""
+
+    ids: list[int]
+    turn: int
 
 
 class Conversation:
@@ -45,7 +54,7 @@ class Conversation:
 
     def __init__(self, chat: ChatTokenizer, endings: Endings, calls: ToolCalls | None = None) -> None:
         self.chat, self.endings, self.calls = chat, endings, calls
-        self.said: dict[str, dict[bytes, list[int]]] = {}  # answer -> messages before it -> its ids
+        self.said: dict[str, dict[bytes, _Said]] = {}  # answer -> messages before it -> as it was sampled
         self.asked: set[bytes] = set()  # messages after which the model has answered
         self.num_answers = itertools.count()
 
@@ -58,7 +67,7 @@ class Conversation:
         messages = [_message(one) for one in _listed(body, "messages")]
         if not messages:
             raise RefusedError("messages: empty; give at least one")
-        said, retokenised, before = dict[int, list[int]](), 0, b""
+        said, retokenised, before = dict[int, _Said](), 0, b""
         for place, message in enumerate(messages):
             key = _key(message)
             known = self.said.get(key, {}) if message["role"] == "assistant" else {}
@@ -71,20 +80,31 @@ class Conversation:
         if self.calls and tools:
             self.calls.check(tools)
         try:
-            ids = self.chat.conversation_ids(messages, said, tools)
+            found = self.chat.conversation(messages, {place: self._open(one.ids) for place, one in said.items()}, tools)
         except Exception as error:  # a template may raise any error
             raise RefusedError(f"messages: {str(error) or type(error).__name__}") from None
-        if not ids:
+        if not found.ids:
             raise RefusedError("messages: there is nothing in them")
-        return State(ids, before, retokenised)
+        after = {one.turn: found.after(place, one.ids, self.endings.token_ids) for place, one in said.items()}
+        return State(found.ids, before, retokenised, after)
 
-    def answer(self, body: Body, state: State, utterances: Sequence[Any]) -> dict[str, Any]:
+    def _open(self, ids: Sequence[int]) -> Sequence[int]:
+        """An utterance without the token that ended it, if a template writes one."""
+        return ids[:-1] if self.chat.tokenizer.chat_template and ids and ids[-1] in self.endings.token_ids else ids
+
+    def answer(
+        self, body: Body, state: State, utterances: Sequence[Any], turns: Sequence[int] | None = None
+    ) -> dict[str, Any]:
         """The JSON for utterances in this state, one per choice; they are recognised as answers from here on.
 
         Log-probabilities are those of the latent actions that gave the tokens, or of the tokens if these are actions.
+
+        Args:
+            turns: numbers of the utterances in their episode, under which later states have what follows them.
         """
         self.asked.add(state.messages)
-        choices = [self._choice(body, state, index, one) for index, one in enumerate(utterances)]
+        numbers = range(len(utterances)) if turns is None else turns
+        choices = [self._choice(body, state, *one) for one in zip(itertools.count(), utterances, numbers)]
         length = sum(len(one.token_ids) for one in utterances)
         return {
             "id": f"chatcmpl-{next(self.num_answers)}", "object": "chat.completion", "created": int(time.time()),
@@ -93,13 +113,11 @@ class Conversation:
                       "total_tokens": len(state.ids) + length},
         }  # fmt: skip
 
-    def _choice(self, body: Body, state: State, index: int, said: Any) -> dict[str, Any]:
+    def _choice(self, body: Body, state: State, index: int, said: Any, turn: int) -> dict[str, Any]:
         ids = [int(token) for token in said.token_ids]
-        ended = bool(ids) and ids[-1] in self.endings.token_ids
         text = self.endings.text(ids)
         message = {"role": "assistant", "content": text, **self._calls(body, text)}
-        closed_by_template = ids[:-1] if ended and self.chat.tokenizer.chat_template else ids
-        self.said.setdefault(_key(message), {})[state.messages] = closed_by_template
+        self.said.setdefault(_key(_message(message)), {})[state.messages] = _Said(ids, turn)
         stopped = self.endings.length(ids) is not None
         choice: dict[str, Any] = {
             "index": index, "message": message, "logprobs": None,
@@ -175,11 +193,11 @@ def _arguments(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
 def _key(message: Mapping[str, Any]) -> str:
-    """A key that is equal for a message as it was answered and as it comes back."""
-    calls = _as_read(message.get("tool_calls") or [])
-    return json.dumps([message.get("content") or "", [call["function"] for call in calls]], sort_keys=True)
+    """A key that is equal for a message as it was answered and as it comes back, both read by :func:`_message`."""
+    calls = message.get("tool_calls") or []
+    return json.dumps([message["content"], [call["function"] for call in calls]], sort_keys=True)

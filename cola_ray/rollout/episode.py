@@ -132,11 +132,15 @@ class _Record:
         self.texts: list[str] = []
         self.metrics: dict[str, float] = {}
         self.transcript: Transcript | None = None  # if observations have roles and the model has a chat template
+        self.heard: dict[int, list[int]] = {}  # what the template wrote after each utterance
 
     def state(self) -> list[int]:
         """Return the opening and as many of the last turns as fit; if none fits, the end of the last observation."""
         if self.transcript is not None:
-            return self.transcript.ids(self.setting.max_state_tokens)
+            ids = self.transcript.ids(self.setting.max_state_tokens)
+            if self.said:
+                self.heard[len(self.said) - 1] = self.transcript.heard
+            return ids
         opening, *rest = self.segments
         limit, kept = self.setting.max_state_tokens - len(self.setting.begin), list(rest)
         while kept and len(opening) + sum(map(len, kept)) > limit:
@@ -163,18 +167,12 @@ class _Record:
 
     def episode(self, terminated: bool, final: Utterance | None, failure: str = "") -> Episode:
         turns = []
+        if self.transcript is not None and self.said and not failure:
+            self.state()  # with what was heard last
+        heard = [self.heard.get(number, []) for number in range(len(self.said))]
         # If the environment failed at the last utterance, that utterance has no reward and no observation.
-        observations = [*(self.segments[2::2] if self.transcript is None else self._answers()), []]
+        observations = [*(self.segments[2::2] if self.transcript is None else heard), []]
         for said, reward, observation in zip(self.said, [*self.rewards, 0.0], observations, strict=False):
             turns.append(replace(said, reward=reward, observation_ids=np.asarray(observation, np.int64)))
         last = None if final is None else final.features()[0]
         return Episode(self.position, tuple(turns), terminated, "".join(self.texts), last, failure, self.metrics)
-
-    def _answers(self) -> list[list[int]]:
-        """Return the ids that the state after each utterance adds; none if it does not continue the state before."""
-        states = [turn.state_ids.tolist() for turn in self.said]
-        before = [[*turn.state_ids.tolist(), *turn.token_ids.tolist()] for turn in self.said]
-        after = [*states[1:], self.state()][: len(before)]
-        return [
-            ids[len(whole) :] if ids[: len(whole)] == whole else [] for whole, ids in zip(before, after, strict=True)
-        ]

@@ -43,7 +43,8 @@ class Playing:
     made: dict[int, Turn] = field(default_factory=dict)
     answers: dict[str, list[int]] = field(default_factory=dict)  # completion id -> the turns that are its choices
     num_retokenised: int = 0
-    left_in: Sequence[int] | None = None  # state of a refused turn, unless a turn was made since
+    states: dict[int, State] = field(default_factory=dict)  # of each turn
+    left_in: State | None = None  # state of a refused turn, unless a turn was made since
     busy: int = 0  # requests that are being answered
     heard: bool = False
     quiet_since: float = field(default_factory=time.monotonic)
@@ -59,9 +60,9 @@ class Playing:
 
     @contextlib.contextmanager
     def turns(self, count: int) -> Iterator[list[int]]:
-        """Numbers for further turns. If the program does not receive these turns, they are dropped."""
-        free = (number for number in itertools.count() if number not in self.taken)
-        numbers = [*itertools.islice(free, count)]
+        """Numbers in a row for further turns. If the program does not receive these turns, they are dropped."""
+        rows = ([*range(first, first + count)] for first in itertools.count())
+        numbers = next(row for row in rows if self.taken.isdisjoint(row))
         self.taken.update(numbers)
         self.left_in = None
         try:
@@ -71,11 +72,13 @@ class Playing:
             self.answers = {name: one for name, one in self.answers.items() if one != numbers}
             for number in numbers:
                 self.made.pop(number, None)
+                self.states.pop(number, None)
             raise
 
     def said(self, state: State, numbers: list[int], utterances: Sequence[Utterance], answer: str) -> None:
         """Record turns that were generated; of their hidden states only a critic's features are kept."""
         self.made.update(zip(numbers, (one.as_turn(state.ids) for one in utterances), strict=True))
+        self.states.update(dict.fromkeys(numbers, state))
         self.answers[answer] = numbers
         self.num_retokenised += state.retokenised
 
@@ -107,14 +110,14 @@ class Playing:
     def total_reward(self) -> float:
         return sum(turn.reward for turn in self.made.values())
 
-    def last_state(self) -> list[int]:
+    def last_state(self) -> State:
         """The state in which a turn was refused; else everything that the model read and said up to its last turn."""
         if self.left_in is not None:
-            return [*self.left_in]
+            return self.left_in
         last = self.made[max(self.made)]
-        return [*last.state_ids.tolist(), *last.token_ids.tolist()]
+        return State([*last.state_ids.tolist(), *last.token_ids.tolist()], after={max(self.made): []})
 
-    def end(self, failure: str = "", *, cut_in: Sequence[int] | None = None, final: Array | None = None) -> None:
+    def end(self, failure: str = "", *, cut_in: State | None = None, final: Array | None = None) -> None:
         """End the episode, unless it has already ended.
 
         Args:
@@ -122,38 +125,29 @@ class Playing:
             final: features of that state, (H,).
         """
         if not self.ended.done():
-            turns, text = self._in_order(cut_in or [])
+            turns, text = self._in_order(cut_in or State([]))
             terminated = not failure and cut_in is None
             self.ended.set_result(
                 Episode(self.position, turns, terminated, text, final, failure, retokenised=self.num_retokenised)
             )
 
-    def _in_order(self, last: Sequence[int]) -> tuple[tuple[Turn, ...], str]:
+    def _in_order(self, last: State) -> tuple[tuple[Turn, ...], str]:
         """The turns, each with the observation after it, and everything as text."""
-        made, text, before = [turn for _, turn in sorted(self.made.items())], "", list[int]()
+        answers = [sorted(numbers) for numbers in self.answers.values()]
+        answers.sort()
+        text, before, turns = "", list[int](), list[Turn]()
         decode: Any = self.conversation.chat.tokenizer.decode
-        following = [*(turn.state_ids.tolist() for turn in made[1:]), [*last]]
-        turns = list[Turn]()
-        for turn, after in zip(made, following, strict=False):
-            state, said = turn.state_ids.tolist(), turn.token_ids.tolist()
-            text += decode(state[len(before) :] if state[: len(before)] == before else state) + decode(said)
-            before = [*state, *said]
-            answered = _answer(before, said, after)
-            left = answered is None and turn is not made[-1]
-            turns.append(replace(turn, observation_ids=np.asarray(answered or [], np.int64), left=left))
+        for index, numbers in enumerate(answers):
+            is_last = index == len(answers) - 1
+            following = last if is_last else self.states[answers[index + 1][0]]
+            for number in numbers:
+                turn = self.made[number]
+                state, said = turn.state_ids.tolist(), turn.token_ids.tolist()
+                text += decode(state[len(before) :] if state[: len(before)] == before else state) + decode(said)
+                before = [*state, *said]
+                seen = following.after.get(number)
+                left = seen is None and not is_last
+                ids = np.asarray(seen or [], np.int64)
+                own = index if len(numbers) > 1 else -1
+                turns.append(replace(turn, observation_ids=ids, left=left, answer=own))
         return tuple(turns), text
-
-
-def _answer(before: list[int], said: list[int], after: list[int]) -> list[int] | None:
-    """What comes after an utterance in the next state; None if the utterance is not in it.
-
-    Args:
-        before: the utterance's state, followed by the utterance.
-        said: the utterance.
-        after: the next state, which may have left older messages out.
-    """
-    if after[: len(before)] == before:
-        return after[len(before) :]
-    state, words = ("".join(map(chr, ids)) for ids in (after, said))
-    place = state.rfind(words)
-    return after[place + len(words) :] if place >= 0 else None

@@ -225,7 +225,7 @@ class Programs:
             count, longest = program_requests.choices(body)
             state = self._state(episode, body)
             if len(episode.taken) + count > self.limits.max_turns:
-                episode.left_in = state.ids
+                episode.left_in = state
                 raise RefusedError(
                     f"this would be turn {len(episode.taken) + count}, and task.options.max_turns is "
                     f"{self.limits.max_turns}; send the reward", "max_turns",
@@ -233,7 +233,7 @@ class Programs:
             with episode.turns(count) as turns:
                 generated = (episode.generate(state.ids, turn, longest) for turn in turns)
                 said = await _engines(episode, asyncio.gather(*generated))
-                answer = episode.conversation.answer(body, state, said)
+                answer = episode.conversation.answer(body, state, said, turns)
                 episode.said(state, turns, said, answer["id"])
                 return await _sent(web.json_response(answer), request)
 
@@ -246,9 +246,9 @@ class Programs:
             episode.rewarded(given)  # before the engine is called
             cut_in, final = None, None
             if given.done and (episode.left_in is not None if given.truncated is None else given.truncated):
-                cut_in = self._state(episode, body).ids if "messages" in body else episode.last_state()
+                cut_in = self._state(episode, body) if "messages" in body else episode.last_state()
                 if episode.read_state is not None:
-                    seen = cut_in[-self.limits.max_state_tokens :]
+                    seen = cut_in.ids[-self.limits.max_state_tokens :]
                     read = await _engines(episode, episode.read_state(seen, len(episode.taken)))
                     final = read.features()[0]
             episode.reward(episode.rewarded(given), given.value)

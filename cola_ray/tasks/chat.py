@@ -4,7 +4,7 @@
     chat.prompt_ids("3 + 4 =")               # a question, or a conversation with its roles
     chat.text_ids("some text")               # the text alone
     chat.exchange_ids(prompt, response)      # a prompt with its complete response
-    chat.conversation_ids(messages, {1: ids})  # the sampled ids of the message at place 1 stay as they are
+    chat.conversation(messages, {1: ids})    # the sampled ids of the message at place 1 stay as they are
 
 Control tokens come from the chat template and the tokenizer alone. One that a user typed, such as ``<|im_end|>`` in a
 question, is tokenised as ordinary characters.
@@ -13,7 +13,8 @@ question, is tokenised as ordinary characters.
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,26 @@ def unknown_options(options: Mapping[str, Any], template: str) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as ids, up to where the next message begins."""
+
+    ids: list[int]
+    ends: dict[int, int]
+    """By the place of each sampled message: how many ids there are up to its own end."""
+
+    def after(self, place: int, said: Sequence[int], end_ids: Container[int]) -> list[int]:
+        """The ids after the sampled message at ``place``.
+
+        Args:
+            said: the message as it was sampled, perhaps with a token that ends it.
+            end_ids: ids of such tokens; that of the template is left out, if the message has one itself.
+        """
+        rest = self.ids[self.ends[place] :]
+        closed_twice = bool(said) and said[-1] in end_ids and bool(rest) and rest[0] in end_ids
+        return rest[1:] if closed_twice else rest
+
+
 class ChatTokenizer:
     """Turns prompts and responses into ids.
 
@@ -185,9 +206,9 @@ class ChatTokenizer:
             return self._conversation_ids([*messages, {"role": "assistant", "content": response}])
         return [*self.prompt_ids(prompt), *self.response_ids(response)]
 
-    def conversation_ids(
+    def conversation(
         self, messages: Sequence[Message], said: Mapping[int, Sequence[int]], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> list[int]:
+    ) -> "Rendered":
         """Return the ids up to where the next message begins, in a conversation with a model that is being trained.
 
         Without a template the ids are those of the contents, one after the other, like an environment's transcript.
@@ -203,21 +224,22 @@ class ChatTokenizer:
             ValueError: the template refuses this conversation; or there are tools, but no template to describe them.
         """
         if self.tokenizer.chat_template:
-            return self._filled_ids(messages, said, tools=list(tools) or None, add_generation_prompt=True)
+            return self._filled(messages, said, tools=list(tools) or None, add_generation_prompt=True)
         if tools:
             raise ValueError("the model has no chat template, which would tell it of tools; leave them out")
-        return [*self.begin, *self._filled_ids(messages, said)]
+        found, first = self._filled(messages, said), len(self.begin)
+        return Rendered([*self.begin, *found.ids], {place: first + end for place, end in found.ends.items()})
 
     # --- the template ---------------------------------------------------------------------------------------------
 
     def _conversation_ids(self, messages: Sequence[Message], **options: bool) -> list[int]:
         """Tokenise as ``apply_chat_template`` does, except that control tokens within contents become characters."""
         if self._control.search("".join(message["content"] for message in messages)):
-            return self._filled_ids(messages, {}, **options)
+            return self._filled(messages, {}, **options).ids
         ids: list[int] = self.tokenizer(self._render(messages, **options), add_special_tokens=False)["input_ids"]
         return ids
 
-    def _filled_ids(self, messages: Sequence[Message], said: Mapping[int, Sequence[int]], **options: Any) -> list[int]:
+    def _filled(self, messages: Sequence[Message], said: Mapping[int, Sequence[int]], **options: Any) -> "Rendered":
         """Tokenise piece by piece, between the template's control tokens and messages that already have ids."""
         whole = "".join(_strings([messages, options]))
         # While the template's control tokens are searched, placeholders hide typed text and stand for sampled ids.
@@ -231,7 +253,7 @@ class ChatTokenizer:
         hidden = [_with_strings(message, lambda text: self._control.sub(hide, text)) for message in messages]
         options = _with_strings(options, lambda text: self._control.sub(hide, text))
         text, held = self._held(hidden, said, mark, **options)
-        found, start = list[int](), 0
+        found, ends, start = list[int](), dict[int, int](), 0
         for token in [*re.finditer(f"{held}|{self._control.pattern}", text, re.DOTALL), None]:
             piece = text[start : token.start() if token else len(text)]
             found += self.text_ids(re.sub(f"{mark}(\\d+){mark}", lambda m: typed[int(m[1])], piece)) if piece else []
@@ -239,7 +261,9 @@ class ChatTokenizer:
                 place = token["text"] or token.groupdict().get("calls")
                 found += said[int(place)] if place else [self.tokenizer.convert_tokens_to_ids(token.group())]
                 start = token.end()
-        return found
+                if place:
+                    ends[int(place)] = len(found)
+        return Rendered(found, ends)
 
     def _held(self, messages: Sequence[Message], places: Iterable[int], mark: str, **options: Any) -> tuple[str, str]:
         """Render with placeholders for sampled messages. Returns the text, and a pattern that matches a placeholder

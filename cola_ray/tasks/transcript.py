@@ -12,7 +12,7 @@ import functools
 import re
 from collections.abc import Sequence
 
-from cola_ray.tasks.chat import ChatTokenizer, Message
+from cola_ray.tasks.chat import ChatTokenizer, Message, Rendered
 from cola_ray.tasks.environment import Chat
 
 
@@ -31,11 +31,12 @@ class Transcript:
         self.tools = [*opening.tools] if tells else []
         self.opening = _with_system(opening) if opening.tools_text and not tells else [*opening.messages]
         self.turns: list[tuple[list[int], list[Message]]] = []  # an utterance, and the messages that followed it
+        self.heard: list[int] = []
+        """The ids that follow the last utterance in the state that ``ids`` returned last."""
 
     def say(self, token_ids: Sequence[int]) -> None:
         """Add an utterance, with the token that ended it."""
-        said = list(token_ids)
-        self.turns.append((said[:-1] if said and said[-1] in self.end_ids else said, []))
+        self.turns.append((list(token_ids), []))
 
     def hear(self, observation: Chat) -> None:
         """Add the observation that follows an utterance."""
@@ -52,17 +53,19 @@ class Transcript:
             ValueError: the template refuses this conversation.
         """
         for first in range(max(len(self.turns), 1)):
-            found = self._ids(first)
-            if len(found) <= most:
+            found = self._rendered(first)
+            if len(found.ids) <= most:
                 break
-        return found[-most:]
+        if self.turns:
+            self.heard = found.after(max(found.ends), self.turns[-1][0], self.end_ids)[-most:]
+        return found.ids[-most:]
 
-    def _ids(self, first: int) -> list[int]:
+    def _rendered(self, first: int) -> Rendered:
         messages, said = [*self.opening], dict[int, list[int]]()
         for ids, heard in self.turns[first:]:
-            said[len(messages)] = ids
+            said[len(messages)] = ids[:-1] if ids and ids[-1] in self.end_ids else ids
             messages += [{"role": "assistant", "content": ""}, *heard]
-        return self.chat.conversation_ids(messages, said, self.tools)
+        return self.chat.conversation(messages, said, self.tools)
 
 
 def _with_system(opening: Chat) -> list[Message]:
@@ -78,7 +81,7 @@ def _knows_tools(chat: ChatTokenizer) -> bool:
     """Whether the template accepts a tool's result, even without a call that it wrote itself, and shows it."""
     asked: list[Message] = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
     try:
-        found = chat.conversation_ids([*asked, {"role": "tool", "name": "lookup", "content": "shown"}], {})
+        found = chat.conversation([*asked, {"role": "tool", "name": "lookup", "content": "shown"}], {}).ids
     except Exception:  # templates raise what they like
         return False
     return "shown" in str(chat.tokenizer.decode(found))

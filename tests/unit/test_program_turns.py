@@ -17,10 +17,15 @@ import pytest
 import torch
 from test_programs import CHAT, END, ENDINGS, post, speaker, utterance
 
+from cola_ray.algorithms.gigpo import returns_to_go
 from cola_ray.algorithms.ppo import generalised_advantages
+from cola_ray.loop.episodes import _turn_rewards
 from cola_ray.replay.transitions import as_rows
 from cola_ray.rollout.conversation import Conversation
+from cola_ray.rollout.playing import Playing
+from cola_ray.rollout.program_requests import Reward
 from cola_ray.rollout.programs import Limits, Programs
+from cola_ray.tasks.endings import Endings
 from cola_ray.tasks.protocol import LARGEST_REWARD
 
 GO = {"messages": [{"role": "user", "content": "go"}]}
@@ -227,6 +232,70 @@ def test_what_follows_a_break_counts_as_it_came():
         np.testing.assert_allclose(gains[row[2][0]], later, rtol=1e-6)
     summed = sum(piece.rewards.sum() for piece in episode.as_trajectories(0.0))
     assert summed == sum(rewards), "where each turn is by itself, each has its own"
+
+
+def conversed(talks, *, ends=(END,), rewards=(1.0,)):
+    """The episode of requests in order: messages, the model's words, the token that ends them. The last answers get the
+    rewards."""
+
+    async def all_of_it():
+        conversation = Conversation(CHAT, Endings(CHAT.tokenizer, ends))
+        playing = Playing(0, 7, None, None, conversation, asyncio.get_running_loop().create_future())
+        for messages, *choices in talks:
+            state = conversation.state(messages)
+            with playing.turns(len(choices)) as turns:
+                made = [utterance(state.ids, [*CHAT.text_ids(text), end]) for text, end in choices]
+                answer = conversation.answer(messages, state, made, turns)
+                playing.said(state, turns, made, answer["id"])
+        for index, reward in enumerate(rewards):
+            playing.reward(playing.rewarded(Reward(reward, answer["id"], index, False, None)), reward)
+        playing.end()
+        return playing.ended.result()
+
+    return asyncio.run(all_of_it())
+
+
+@pytest.mark.parametrize("rewards", [(1.0, 0.0), (0.0, 1.0)])
+def test_choices_of_one_answer_do_not_follow_one_another(rewards):
+    episode = conversed([(GO, ("so", END)), (GO, ("left", END), ("right", END))], rewards=rewards)
+    before, *both = episode.as_trajectories(0.5)
+    assert [sequence.rewards.sum() for sequence in both] == [*rewards]
+    assert before.rewards.sum() == 0.5, "the turn before is followed by the whole answer"
+    own = returns_to_go([turn.reward for turn in episode.turns], 0.5, episode.answers)
+    assert own.tolist() == [0.5, *rewards]
+    rows = as_rows([episode], 2).to_pylist()
+    assert [row["terminated"] for row in rows] == [False, True, True]
+    assert len({*_turn_rewards(episode, whole_state=False).anchors}) == 1, "all three answer the same words"
+
+
+def test_what_follows_an_answer_follows_each_of_its_choices():
+    on = exchange("go", "right", "on")
+    episode = conversed([(GO, ("left", END), ("right", END)), (on, ("done", END))], rewards=(4.0,))
+    assert [turn.left for turn in episode.turns] == [True, False, False]
+    left, right = episode.as_trajectories(0.5)
+    assert left.rewards.sum() == 2.0
+    assert right.action_mask.sum() == sum(len(turn.token_ids) for turn in episode.turns[1:])
+    rows = as_rows([episode], 2).to_pylist()
+    assert rows[0]["next_state"] == rows[1]["next_state"] == rows[2]["state"]
+
+
+def test_an_answer_is_looked_for_in_its_own_conversation():
+    """Two conversations take turns, and the model says the same in both."""
+    talks = [(exchange("a"), ("yes", END)), (exchange("x"), ("yes", END)), (exchange("a", "yes", "b"), ("no", END))]
+    episode = conversed(talks)
+    assert [turn.left for turn in episode.turns] == [True, True, False]
+    assert [sequence.rewards.sum() for sequence in episode.as_trajectories(0.5)] == [0.25, 0.5, 1.0]
+
+
+def test_an_answer_with_another_end_than_the_templates_is_found():
+    other = CHAT.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    episode = conversed([(exchange("a"), ("yes", other)), (exchange("a", "yes", "b"), ("no", END))], ends=(END, other))
+    first, _ = episode.turns
+    assert not first.left
+    assert CHAT.tokenizer.decode(first.observation_ids) == "\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
+    early, late = episode.as_trajectories(0.5)
+    assert (early.rewards.sum(), early.discounts[early.action_mask][-1]) == (0.0, 0.5)
+    assert late.rewards.sum() == 1.0
 
 
 def test_where_older_messages_are_left_out_the_value_is_read_at_what_came_last():

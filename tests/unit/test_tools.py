@@ -777,6 +777,10 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns():
     for turn in cut.turns:
         assert turn.state_ids[: len(whole.turns[0].state_ids) - 4].tolist() == whole.turns[0].state_ids[:-4].tolist()
     assert len(cut.as_trajectories()) > 1
+    for number, (short, long) in enumerate(zip(cut.turns[:-1], whole.turns[:-1], strict=True)):
+        assert short.observation_ids.tolist() == long.observation_ids.tolist(), number
+    for sequence in cut.as_trajectories()[:-1]:
+        assert not sequence.action_mask[-1], "its value is read at the observation"
 
 
 @pytest.mark.parametrize("template", [TOOLS, NO_TOOLS, None])
