@@ -48,7 +48,7 @@ class PlayedSeed:
     index: int
     texts: list[str]
     returns: list[float]
-    solved: list[bool]  # the environment itself ended the episode, rather than a limit
+    terminated: list[bool]  # the environment itself ended the episode, rather than a limit
     turns: list[int]
     token_ids: list[list[int]]
     actions: list[list[int]]

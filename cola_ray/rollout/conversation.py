@@ -23,6 +23,7 @@ from cola_ray.rollout.program_requests import Body, RefusedError
 from cola_ray.rollout.tool_parser import ToolCalls
 from cola_ray.tasks.chat import ROLES, ChatTokenizer, as_content
 from cola_ray.tasks.endings import Endings
+from cola_ray.tasks.transcript import tells_tools
 
 Array = np.ndarray
 
@@ -77,8 +78,8 @@ class Conversation:
                 retokenised += 1
             before = hashlib.sha256(before + f"{message['role']}{key}".encode()).digest()
         tools = [_tool(one) for one in _tools(body)]
-        if self.calls and tools:
-            self.calls.check(tools)
+        if tools:
+            self._check_tools(tools)
         try:
             found = self.chat.conversation(messages, {place: self._open(one.ids) for place, one in said.items()}, tools)
         except Exception as error:  # a template may raise any error
@@ -87,6 +88,20 @@ class Conversation:
             raise RefusedError("messages: there is nothing in them")
         after = {one.turn: found.after(place, one.ids, self.endings.token_ids) for place, one in said.items()}
         return State(found.ids, before, retokenised, after)
+
+    def _check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """Raises RefusedError if the model would not see these tools, or could not call them."""
+        template = str(self.chat.tokenizer.chat_template or "")
+        if not template:
+            raise RefusedError(
+                "tools: the model has no chat template, which would show them; describe them in a message"
+            )
+        if not tells_tools(template):
+            raise RefusedError("tools: this model's chat template does not show them; describe them in a message")
+        if self.calls is None:
+            raise RefusedError("tools: set task.tool_parser to the format in which this model writes calls; or describe"
+                               " tools in a message, and read calls from the text")  # fmt: skip
+        self.calls.check(tools)
 
     def _open(self, ids: Sequence[int]) -> Sequence[int]:
         """An utterance without the token that ended it, if a template writes one."""
@@ -133,7 +148,13 @@ class Conversation:
     def _log_probs(self, ids: Sequence[int], log_probs: Array) -> list[dict[str, Any]]:
         tokens = [str(self.chat.tokenizer.decode([token])) for token in ids]
         return [
-            {"token": token, "logprob": float(value), "bytes": [*token.encode()], "top_logprobs": []}
+            # A token may be a part of a character, of which the tokenizer tells no bytes.
+            {
+                "token": token,
+                "logprob": float(value),
+                "bytes": None if "\ufffd" in token else [*token.encode()],
+                "top_logprobs": [],
+            }
             for token, value in zip(tokens, log_probs, strict=True)
         ]
 

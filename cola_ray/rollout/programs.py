@@ -145,8 +145,10 @@ class Programs:
 
     async def _run(self, process: Process, episode: Playing) -> None:
         """Start a program, and wait until it ends."""
+        direct = dict.fromkeys([os.environ.get("no_proxy"), os.environ.get("NO_PROXY"), "127.0.0.1"])
+        no_proxy = ",".join(filter(None, direct))
         told = {"OPENAI_BASE_URL": self._url(episode), "OPENAI_API_KEY": "none", "COLA_RAY_SEED": str(episode.seed),
-                "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"]))}  # fmt: skip
+                "NO_PROXY": no_proxy, "no_proxy": no_proxy}  # fmt: skip
         try:
             listening = await process.start(self.command, told)
             assert process.running is not None
@@ -340,5 +342,7 @@ async def _in_openais_words(
         status, why, code = 404, program_requests.not_served(request.method, request.path), "not_found"
     except web.HTTPException as error:
         status, why, code = error.status, error.reason, "invalid_request_error"
+    except RecursionError:
+        status, why, code = 400, "the body is nested too deeply", "invalid_request_error"
     told = {"message": why, "type": "invalid_request_error", "param": None, "code": code}
     return web.json_response({"error": told}, status=status)

@@ -44,7 +44,8 @@ def call_in_fork(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
 def call_in_child(call: Callable[[], Any], seconds: float) -> dict[str, Any]:
     """Like :func:`call_in_fork`, for code that is trusted and may still hang, crash or leave processes behind.
 
-    The fork keeps all rights, files and memory of this process; it and what it starts are gone on return.
+    The fork keeps all rights, files and memory of this process. It is gone on return, but not processes that it has
+    started in a session of their own.
     """
     return _reply_of_fork(call, seconds, confined=False)
 

@@ -4,7 +4,7 @@ problems, in chunks ─> Evaluator ─> EvaluationWorkers ─> predictions/<way>
 (or seeds)                          (AgentWorkers)      │ chunks that exist are not answered again
                                                         v
                                  figures: accuracy, pass@k, majority, best; tokens and seconds per problem
-                                          (of episodes: return, best return, share solved, turns)
+                                          (of episodes: return, best return, share terminated, turns)
 """
 
 import functools
@@ -231,7 +231,7 @@ def remarks(config: EvalConfig, found: Mapping[str, Mapping[str, float]]) -> lis
 def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """For each way of playing, means over environment seeds, with intervals as in :func:`figures`.
 
-    ``return``, ``solved`` and ``turns`` are means over the episodes of a seed, ``best_return`` is that of the best one.
+    ``return``, ``terminated`` and ``turns`` are means over a seed's episodes, ``best_return`` is that of the best one.
     Episodes whose environment failed are counted in ``failed`` and left out otherwise.
     """
     found: dict[str, dict[str, float]] = {}
@@ -240,7 +240,7 @@ def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, di
         if not rows:
             continue
         means: dict[str, list[float]] = {"return": [], "best_return": [], "turns": []}
-        solved: list[float] = []
+        terminated: list[float] = []
         for row in rows:
             counted = [place for place, failure in enumerate(row["failures"]) if not failure]
             if not counted:
@@ -249,10 +249,10 @@ def episode_figures(config: EvalConfig, folder: Path, seed: int) -> dict[str, di
             means["return"].append(float(np.mean(returns)))
             means["best_return"].append(max(returns))
             means["turns"].append(float(np.mean([row["turns"][place] for place in counted])))
-            solved.append(float(np.mean([row["solved"][place] for place in counted])))
+            terminated.append(float(np.mean([row["terminated"][place] for place in counted])))
         failed = sum(bool(failure) for row in rows for failure in row["failures"])
         found[way] = {"problems": float(len(rows)), "failed": float(failed), **with_intervals(means, seed)}
-        found[way] |= with_intervals({"solved": solved}, seed, shares=True)
+        found[way] |= with_intervals({"terminated": terminated}, seed, shares=True)
         for name in ("generated_tokens", "seconds"):
             found[way][name] = float(np.mean([row[name] for row in rows]))
     return found

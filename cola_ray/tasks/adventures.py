@@ -1,10 +1,14 @@
 """Text adventures: any z-machine file through Jericho, and games that TextWorld generates at a chosen difficulty.
 
+Held-out episodes of TextWorld are in games that training does not have. Jericho has one game, and held-out seeds differ
+only in what the game itself draws.
+
 Both packages are optional (``make games``); Jericho is licensed under the GPL-2.0. Rewards are increments of the game's
 own score; an episode is truncated after ``max_turns``, 50 as in the ArCHer paper's Detective (Zhou et al. 2024).
 """
 
 import base64
+import functools
 import random
 import re
 import tempfile
@@ -15,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cola_ray.settings.limits import Count, Share
-from cola_ray.tasks.environment import Dialogue, Replayed, Transition
+from cola_ray.tasks.environment import HELD_OUT, Dialogue, Replayed, Transition
 
 
 class Jericho:
@@ -87,7 +91,7 @@ class TextWorld(Replayed):
     Args:
         challenge: tw-coin_collector, tw-treasure_hunter, tw-simple or tw-cooking.
         level: 1 to 300 for tw-coin_collector, 1 to 30 for tw-treasure_hunter.
-        games: number of different games; an episode's seed picks one.
+        games: number of different games in training, and as many others are held out; an episode's seed picks one.
         max_turns: after which an episode is truncated.
         skill: share of the demonstrations' steps that follow the winning commands.
     """
@@ -131,13 +135,14 @@ class _TextWorldGames:
         self.make = textworld.challenges.CHALLENGES[challenge][1]
         self.settings = {"level": level, **_SETTINGS.get(challenge, {})}
         self.games = games
-        self.folder = tempfile.TemporaryDirectory(prefix="cola_ray-textworld-")
+        self.folder = _folder_of_games(challenge, level)
 
     def reset(self, *, seed: int) -> tuple[str, dict[str, Any]]:
         import textworld
 
         wanted = textworld.EnvInfos(admissible_commands=True, policy_commands=True, score=True)
-        self.env = textworld.start(str(self._file(seed % self.games)), wanted)
+        number = seed % self.games + (self.games if seed >= HELD_OUT else 0)
+        self.env = textworld.start(str(self._file(number)), wanted)
         state = self.env.reset()
         self.score = 0
         return tidy(state.feedback), self._info(state)
@@ -159,6 +164,12 @@ class _TextWorldGames:
             options.seeds, options.path, options.force_recompile = number, str(path), True
             textworld.generator.compile_game(self.make(self.settings, options), options)
         return path
+
+
+@functools.cache
+def _folder_of_games(challenge: str, level: int) -> tempfile.TemporaryDirectory:
+    """Where this process keeps the games that it has generated, which all its episodes share."""
+    return tempfile.TemporaryDirectory(prefix="cola_ray-textworld-")
 
 
 _SETTINGS: dict[str, dict[str, Any]] = {

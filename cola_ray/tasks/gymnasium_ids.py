@@ -2,12 +2,19 @@
 
 gymnasium:MyGame-v0              of an installed package that registers itself
 gymnasium:my_package:MyGame-v0   of a module, which is imported first
+
+What else the environment's class has (``stop``, ``max_turns``, demonstrations, a state) counts as if it were named
+itself, although gymnasium's wrappers hide it.
 """
 
 import importlib
 from typing import Any
 
 from cola_ray.registry import NotFoundError, error_in_a_line
+from cola_ray.tasks.environment import STATE
+
+OFFERED = ("max_turns", "demonstrations", *STATE)
+"""What an environment may have besides gymnasium's methods."""
 
 
 def registered(name: str) -> Any:
@@ -18,6 +25,7 @@ def registered(name: str) -> Any:
     """
     try:
         import gymnasium
+        from gymnasium.envs.registration import load_env_creator
     except ModuleNotFoundError:
         raise NotFoundError("needs the package gymnasium; `pip install gymnasium` installs it") from None
     module, _, identity = name.rpartition(":")
@@ -31,5 +39,13 @@ def registered(name: str) -> Any:
     class Registered(gymnasium.Wrapper):  # type: ignore[misc, type-arg, unused-ignore]
         def __init__(self, **options: Any) -> None:
             super().__init__(gymnasium.make(identity, **options))
+            # The wrapper that limits an episode's steps counts them itself, where a restored state does not reach.
+            hidden = OFFERED if self.spec is None or self.spec.max_episode_steps is None else ("demonstrations",)
+            for name in hidden:
+                if hasattr(self.unwrapped, name):
+                    setattr(self, name, getattr(self.unwrapped, name))
 
+    entry = gymnasium.spec(identity).entry_point
+    found = load_env_creator(entry) if isinstance(entry, str) else entry
+    Registered.stop = getattr(found, "stop", ())  # type: ignore[attr-defined]
     return Registered

@@ -48,7 +48,7 @@ class Household:
     def __init__(
         self,
         num_receptacles: Annotated[int, Field(strict=True, ge=FEWEST_RECEPTACLES, le=60)] = 6,
-        num_objects: Annotated[int, Field(strict=True, ge=FEWEST_OBJECTS, le=200)] = 6,
+        num_objects: Annotated[int, Field(strict=True, ge=FEWEST_OBJECTS, le=50)] = 6,
         max_turns: Annotated[int, Field(strict=True, ge=LONGEST, le=MOST)] = 20,
         skill: Share = 0.4,
     ) -> None:

@@ -85,7 +85,8 @@ class Shop:
         observation = self._act(" ".join(utterance.split()))
         ended = visit.page == "end"
         reward = self._reward() if ended and not over else 0.0
-        return observation, reward, ended, visit.turn >= self.max_turns and not ended, {"success": reward == 1.0}
+        cut = visit.turn >= self.max_turns and not ended
+        return observation, reward, ended, cut, {"metrics": {"success": float(reward == 1.0)}}
 
     def get_state(self) -> dict[str, Any]:
         return asdict(self.visit)

@@ -78,14 +78,19 @@ _ARGUMENTS = ("arguments", "parameters")
 _BETWEEN = re.compile(r"[\s;]*")
 
 
+def without_thoughts(text: str) -> str:
+    """What a model says after its thoughts; nothing if they do not end: "<think>2 + 2?</think>4" -> "4"."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def calls_in(text: str, format_name: str = ANY) -> list[Call | Malformed]:
     """Return the calls in a text in their order; [] if there are none.
 
     Args:
-        text: what a model has said; thoughts that end with ``</think>`` are not searched.
+        text: what a model has said; its thoughts are not searched.
         format_name: one of :data:`FORMATS`, or :data:`ANY`.
     """
-    said = text.rpartition("</think>")[2]
+    said = without_thoughts(text)
     for one in [FORMATS[format_name]] if format_name else FORMATS.values():
         pieces = [next(group for group in found.groups() if group is not None) for found in one.finds.finditer(said)]
         if pieces:

@@ -76,7 +76,7 @@ class Tool:
         except Exception as error:  # raised for its type hints or its docstring
             why = registry.error_in_a_line(error).partition(": ")[2].partition(" (chat_template")[0]
             raise ValueError(f"task.tools = {path!r}: no schema can be made of it: {why}; give each argument a type "
-                             "and a line under Args: in the docstring") from None  # fmt: skip
+                             "and, under Args: in the docstring, a line \"name: what it is\"") from None  # fmt: skip
         return cls(function, schema, takes_problem)
 
     @property
@@ -110,9 +110,30 @@ def _schema(function: Callable[..., Any]) -> Schema:
     kept = [one for name, one in signature.parameters.items() if name != PROBLEM]
     if any(one.kind in (one.POSITIONAL_ONLY, one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in kept):
         raise TypeError("arguments are given by name; *args, **kwargs and positional-only ones cannot be")
+    for one in kept:
+        _check_hint(one.name, hints.get(one.name, Any))
     stand_in.__signature__ = signature.replace(parameters=kept)
     made: Schema = get_json_schema(stand_in)
     return made
+
+
+def _check_hint(name: str, hint: Any) -> None:
+    """Raises TypeError if a type has values that JSON does not have, such as those of a dataclass or an enum."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        parts = parts[:1]
+    elif origin is typing.Literal:
+        parts = ()
+    elif origin not in (None, list, tuple, dict, typing.Union, types.UnionType):
+        raise TypeError(f"{name}: {hint} is not a type of JSON's values; {_JSON_TYPES}")
+    elif origin is None and hint not in _OF_JSON and not typing.is_typeddict(hint):
+        raise TypeError(f"{name}: {getattr(hint, '__name__', hint)} is not a type of JSON's values; {_JSON_TYPES}")
+    for part in parts:
+        _check_hint(name, part)
+
+
+_OF_JSON = (str, int, float, bool, None, types.NoneType, Any, list, tuple, dict, ...)
+_JSON_TYPES = "use str, int, float, bool, None, list, tuple, dict, Literal, or unions of these"
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

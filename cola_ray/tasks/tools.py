@@ -26,7 +26,7 @@ from cola_ray.tasks.dataset import Dataset
 from cola_ray.tasks.environment import HELD_OUT, Chat, Dialogue, Transition
 from cola_ray.tasks.protocol import Problem, Split, Task
 from cola_ray.tasks.rewarded import Rewarded
-from cola_ray.tasks.tool_calls import ANY, FORMATS, Call, Malformed, calls_in, told
+from cola_ray.tasks.tool_calls import ANY, FORMATS, Call, Malformed, calls_in, told, without_thoughts
 from cola_ray.tasks.toolbox import Result, Toolbox, sandbox
 from cola_ray.tasks.weighing import COLOURS, THINGS, TOOLS, Weighing
 
@@ -85,7 +85,7 @@ class Tools:
         self.turn += 1
         calls = calls_in(utterance, self.config.tool_parser)
         if not calls:
-            answer = utterance.rpartition("</think>")[2].strip()
+            answer = without_thoughts(utterance).strip()
             return "\n", self._score(answer), True, False, {"metrics": self._metrics()}
         results = self._results(calls)
         out_of_turns = self.turn >= self.max_turns

@@ -27,7 +27,7 @@ class Transcript:
 
     def __init__(self, chat: ChatTokenizer, end_ids: Sequence[int], opening: Chat) -> None:
         self.chat, self.end_ids = chat, end_ids
-        tells = re.search(r"\btools\b", str(chat.tokenizer.chat_template))
+        tells = tells_tools(str(chat.tokenizer.chat_template))
         self.tools = [*opening.tools] if tells else []
         self.opening = _with_system(opening) if opening.tools_text and not tells else [*opening.messages]
         self.turns: list[tuple[list[int], list[Message]]] = []  # an utterance, and the messages that followed it
@@ -66,6 +66,11 @@ class Transcript:
             said[len(messages)] = ids[:-1] if ids and ids[-1] in self.end_ids else ids
             messages += [{"role": "assistant", "content": ""}, *heard]
         return self.chat.conversation(messages, said, self.tools)
+
+
+def tells_tools(template: str) -> bool:
+    """Whether a chat template shows the tools that it is given."""
+    return re.search(r"\btools\b", template) is not None
 
 
 def _with_system(opening: Chat) -> list[Message]:

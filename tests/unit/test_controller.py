@@ -514,7 +514,7 @@ def test_an_evaluation_says_what_it_counts():
     graded = evaluations([0.9, 0.4, 0.2], f"{__name__}:Graded")[0]["metrics"]
     assert graded["eval/accuracy"] == pytest.approx(1 / 3)
     events = evaluations([1.0, nan, 0.0])
-    assert events[0]["say"].startswith("1 of 3 evaluations failed")
+    assert events[0]["say"].startswith("1 of 3 answers could not be scored")
     assert events[-1]["metrics"]["eval/accuracy"] == pytest.approx(1 / 3)
     assert events[-1]["metrics"]["eval/reward"] == pytest.approx(1 / 2)
     assert evaluations([nan] * 3)[-1]["metrics"] == {"eval/accuracy": 0.0, "eval/base_accuracy": 0.0}

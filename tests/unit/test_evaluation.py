@@ -83,9 +83,9 @@ def test_a_reward_model_chooses_and_the_verifier_judges(tmp_path):
 
 
 def test_figures_of_episodes_by_hand(tmp_path):
-    def played(index, returns, solved, turns, failures):
+    def played(index, returns, terminated, turns, failures):
         none = [[1]] * len(returns)
-        return PlayedSeed(index, ["?"] * len(returns), returns, solved, turns, none, none, failures, 6, 0.5)
+        return PlayedSeed(index, ["?"] * len(returns), returns, terminated, turns, none, none, failures, 6, 0.5)
 
     rows = [
         played(0, [-3.0, -5.0], [True, False], [4, 6], ["", ""]),
@@ -98,7 +98,7 @@ def test_figures_of_episodes_by_hand(tmp_path):
     assert (found["problems"], found["failed"]) == (3, 3)
     assert found["return"] == pytest.approx((-4 - 1) / 2), "the third seed has no episode that counts"
     assert found["best_return"] == pytest.approx((-3 - 1) / 2)
-    assert found["solved"] == pytest.approx((0.5 + 1) / 2)
+    assert found["terminated"] == pytest.approx((0.5 + 1) / 2)
     assert found["turns"] == pytest.approx((5 + 2) / 2)
     assert (found["return_low"], found["return_high"]) == (-4.0, -1.0), "of two seeds"
     assert found["generated_tokens"] == 6

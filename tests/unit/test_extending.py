@@ -19,7 +19,8 @@ from cola_ray.rollout.isolation import EnvironmentProcess
 from cola_ray.settings.config import ConfigError, is_environment, named, override
 from cola_ray.settings.presets import preset
 from cola_ray.settings.training import TaskConfig
-from cola_ray.tasks import inspection, least_right_reward, make_environment, make_task
+from cola_ray.tasks import inspection, least_right_reward, make_environment, make_task, stop_strings
+from cola_ray.tasks.environment import Replayed
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 EXAMPLES = dict(re.findall(r"```python file=(\w+\.py)\n(.*?)```", PAGE.read_text(), re.DOTALL))
@@ -205,6 +206,33 @@ def test_environments_that_gymnasium_knows_by_an_id(outside, monkeypatch):
         assert inspection.unknown("gymnasium:my_games:Gess-v0").startswith("NameNotFound: Environment `Gess` doesn't")
     finally:
         gymnasium.registry.pop("Guess-v0", None)
+
+
+def test_what_else_a_class_has_counts_behind_an_id_too(outside, monkeypatch):
+    gymnasium = pytest.importorskip("gymnasium", reason="the extra gymnasium installs it")
+    (outside / "my_own_games.py").write_text(
+        "import gymnasium\nfrom guess_number import GuessNumber\n"
+        "class Guess(GuessNumber, gymnasium.Env):\n"
+        "    observation_space = action_space = gymnasium.spaces.Text(99)\n"
+        "    stop, max_turns = ('!',), 4\n"
+        "    def get_state(self): return 'kept'\n"
+        "    def set_state(self, state): self.restored = state\n"
+        "    def demonstrations(self, count, seed): return ['one'] * count\n"
+        "gymnasium.register('Free-v0', Guess)\n"
+        "gymnasium.register('Limited-v0', Guess, max_episode_steps=2)\n"
+    )
+    monkeypatch.syspath_prepend(str(outside))
+    try:
+        config = TaskConfig(name="gymnasium:my_own_games:Free-v0")
+        free = make_environment(config)
+        assert (free.max_turns, free.get_state(), free.demonstrations(2, 0)) == (4, "kept", ["one", "one"])
+        assert stop_strings(config) == ("!",)
+        limited = make_environment(TaskConfig(name="gymnasium:my_own_games:Limited-v0"))
+        assert isinstance(limited, Replayed), "gymnasium counts the steps, and a state would not have their number"
+        assert limited.max_turns == 2
+    finally:
+        for name in ("Free-v0", "Limited-v0"):
+            gymnasium.registry.pop(name, None)
 
 
 def test_an_id_without_gymnasium_is_refused_in_a_line(monkeypatch):

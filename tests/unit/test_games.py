@@ -2,13 +2,17 @@
 
 import http.server
 import json
+import sys
 import threading
+import types
+from pathlib import Path
 
 import pytest
 
 from cola_ray.settings.config import TaskConfig, is_environment
 from cola_ray.tasks import make_environment
-from cola_ray.tasks.environment import Replayed
+from cola_ray.tasks.adventures import TextWorld
+from cola_ray.tasks.environment import HELD_OUT, Replayed
 from cola_ray.tasks.guessing import (
     INVALID,
     REFUSAL,
@@ -23,6 +27,31 @@ from cola_ray.tasks.guessing import (
     phrases,
     table_oracle,
 )
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Files of the games that have been played, in the place of TextWorld, which writes each with a compiler."""
+    files = []
+    state = types.SimpleNamespace(feedback="x", policy_commands=[], admissible_commands=[], score=0)
+    game = types.SimpleNamespace(reset=lambda: state)
+    made = types.SimpleNamespace(compile_game=lambda _, options: Path(options.path).write_text("game"))
+    world = types.SimpleNamespace(
+        GameOptions=types.SimpleNamespace, EnvInfos=lambda **_: None, generator=made,
+        start=lambda file, _: files.append(Path(file)) or game,
+        challenges=types.SimpleNamespace(CHALLENGES={"tw-coin_collector": (None, lambda *_: None)}),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "textworld", world)
+    monkeypatch.setitem(sys.modules, "textworld.challenges", world.challenges)
+    return files
+
+
+def test_held_out_games_are_not_those_of_training(played):
+    for first in (0, HELD_OUT):
+        for seed in range(first, first + 40):
+            TextWorld(games=3).reset(seed=seed)
+    train, heldout = {*played[:40]}, {*played[40:]}
+    assert (len(train), len(heldout), len(train | heldout)) == (3, 3, 6), "each is made once in a process"
 
 
 def thing(name):

@@ -271,6 +271,21 @@ def test_what_frameworks_send_is_served_and_keeps_what_was_sampled(client):
     assert "3" in CHAT.tokenizer.decode(following.ids[len(state.ids) :])
 
 
+@pytest.mark.parametrize("arguments", [{"thing": "tea"}, json.dumps({"thing": "tea"}), "tea", json.dumps("[1")])
+def test_a_call_that_comes_back_as_it_was_answered_keeps_its_ids(arguments):
+    """Models also write arguments as a string, which the parser passes on as it is."""
+    conversation = Conversation(CHAT, ENDINGS, ToolCalls(CHAT.tokenizer, "hermes"))
+    body = {"messages": [{"role": "user", "content": QUESTION}], "tools": [tool({})]}
+    state = conversation.state(body)
+    text = f"<tool_call>{json.dumps({'name': 'price', 'arguments': arguments})}</tool_call>"
+    said = [*CHAT.text_ids(text), END]
+    message = conversation.answer(body, state, [utterance(state.ids, said)])["choices"][0]["message"]
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "3"}
+    following = conversation.state(body | {"messages": [*body["messages"], message, result]})
+    assert following.ids[: len(state.ids) + len(said)] == [*state.ids, *said]
+    assert following.retokenised == 0
+
+
 @pytest.mark.parametrize("tools", [{}, {"tools": []}, {"tools": None}, {"tools": [tool({})], "tool_choice": "none"}])
 def test_a_turn_without_tools_is_served_where_calls_are_parsed(tools):
     conversation = Conversation(CHAT, ENDINGS, ToolCalls(CHAT.tokenizer, "hermes"))

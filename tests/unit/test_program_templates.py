@@ -32,13 +32,15 @@ STRICT_MISTRAL = (  # v0.3 and Nemo: texts alternate; ids have 9 characters; too
     "[/TOOL_RESULTS]' }}{% endif %}{% endfor %}"
 )
 PLAIN_MISTRAL = (  # as vLLM's examples have it: a call's text is the content's
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{{ bos_token }}{% if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% elif m.role == 'assistant' and m.tool_calls %}{{ '[TOOL_CALLS]' + m.content | string + eos_token }}"
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}"
     "{% else %}{{ '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}{% endif %}{% endfor %}"
 )
 LLAMA_3 = (  # one call at a time, and no text with it
-    "{{ bos_token }}{% for m in messages %}{% if m.role != 'tool' and 'tool_calls' not in m %}"
+    "{{ bos_token }}{% if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{% for m in messages %}{% if m.role != 'tool' and 'tool_calls' not in m %}"
     "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
     "{% elif 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}{{ raise_exception('single tool-calls only') }}"
     "{% endif %}{% set call = m.tool_calls[0].function %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
@@ -71,6 +73,19 @@ def conversation(template, end):
     tokenizer.eos_token = end
     chat = ChatTokenizer(tokenizer, "")
     return Conversation(chat, Endings(tokenizer, (tokenizer.eos_token_id,)), Calls()), chat
+
+
+def test_tools_that_the_model_would_not_see_or_could_not_call_are_refused():
+    body = {"messages": [{"role": "user", "content": "go"}], "tools": [TOOL]}
+    shown, chat = conversation(LLAMA_3, "<|eot_id|>")
+    assert "add" in chat.tokenizer.decode(shown.state(body).ids)
+    hidden, _ = conversation("{% for m in messages %}{{ m.content }}{% endfor %}", "<|eot_id|>")
+    with pytest.raises(RefusedError, match="template does not show them; describe them in a message"):
+        hidden.state(body)
+    shown.calls = None
+    with pytest.raises(RefusedError, match=r"set task.tool_parser to the format"):
+        shown.state(body)
+    assert shown.state(body | {"tool_choice": "none"}).ids, "which offers none"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

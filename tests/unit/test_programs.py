@@ -93,6 +93,18 @@ def played(tmp_path, source, *, seeds=(7,), processes=2, quiet_s=20.0, max_turns
     return asyncio.run(all_of_them())
 
 
+@pytest.mark.parametrize(
+    "set_by_user", [{}, {"no_proxy": "a.b"}, {"NO_PROXY": "a.b"}, {"no_proxy": "a", "NO_PROXY": "b"}]
+)
+def test_a_proxy_is_not_asked_for_the_policy(tmp_path, monkeypatch, set_by_user):
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (set_by_user | {"http_proxy": "http://127.0.0.1:9"}).items():
+        monkeypatch.setenv(name, value)
+    (episode,) = played(tmp_path, SHOP)
+    assert (episode.failure, episode.total_reward) == ("", 0.5)
+
+
 def test_a_conversation_is_one_sequence_of_the_ids_that_were_sampled(tmp_path):
     asked = []
     (episode,) = played(tmp_path, SHOP, generate=speaker(asked=asked))

@@ -27,6 +27,7 @@ from cola_ray.tasks.shop_catalogue import FEWEST, Goal, Product, catalogue, inst
 INSTRUCTION = re.compile(
     r"Instruction: I want a (\w+) (\w+) (\w+)(?: that is (\w+))?(?:, size (\w+))?, for less than (\d+) dollars\n"
 )
+NO_SUCCESS = {"metrics": {"success": 0.0}}
 ITEM = re.compile(r"^\[(b\d+)\] (.+) \$(\d+)$", re.MULTILINE)
 EXAMPLE = (ROOT / "examples" / "shop_agent.py").read_text()
 
@@ -164,7 +165,7 @@ def test_every_instruction_can_be_satisfied_by_reading_the_pages(num_products, s
         assert [reward for _, reward, *_ in steps] == [0.0] * (len(steps) - 1) + [1.0], seed
         observation, _, terminated, truncated, info = steps[-1]
         assert (observation, terminated, truncated) == ("Your score: 1.00\n", True, False)
-        assert info["success"]
+        assert info["metrics"] == {"success": 1.0}
 
 
 def test_held_out_seeds_want_what_no_other_seed_does():
@@ -236,7 +237,7 @@ def at(page):
 def test_an_invalid_action_costs_a_turn_and_nothing_else(page, action):
     shop = at(page)
     before = shop.get_state()
-    assert shop.step(action) == (INVALID, 0.0, False, False, {"success": False})
+    assert shop.step(action) == (INVALID, 0.0, False, False, NO_SUCCESS)
     assert shop.get_state() == before | {"turn": before["turn"] + 1}
 
 
@@ -291,7 +292,7 @@ def test_a_limit_cuts_and_an_end_is_an_end():
     observation, worth, *ended, _ = shop.step("click[Buy Now]")
     assert ended == [True, False], "also on the last turn"
     assert observation == f"Your score: {worth:.2f}\n"
-    assert shop.step("click[Buy Now]") == (INVALID, 0.0, True, False, {"success": False})
+    assert shop.step("click[Buy Now]") == (INVALID, 0.0, True, False, NO_SUCCESS)
 
 
 def test_a_state_goes_on_in_another_shop():

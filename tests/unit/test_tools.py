@@ -32,7 +32,7 @@ from cola_ray.tasks import PlayedTask, inspection, make_environment
 from cola_ray.tasks.calculator import evaluate, in_words
 from cola_ray.tasks.environment import HELD_OUT
 from cola_ray.tasks.protocol import Problem
-from cola_ray.tasks.tool_calls import FORMATS, Call, Malformed, calls_in, told
+from cola_ray.tasks.tool_calls import FORMATS, Call, Malformed, calls_in, told, without_thoughts
 from cola_ray.tasks.toolbox import Tool, Toolbox, fits, lookup, python
 from cola_ray.tasks.tools import Tools
 from cola_ray.tasks.weighing import Weighing
@@ -226,6 +226,78 @@ def test_a_schema_comes_from_signature_type_hints_and_docstring(own):
             },
         },
     }
+
+
+@pytest.mark.parametrize(
+    ("hint", "named"),
+    [
+        ("Point", "Point"), ("list[Point]", "Point"), ("Colour | None", "Colour"), ("datetime.date", "date"),
+        ("set[str]", r"set\[str\]"), ("bytes", "bytes"),
+    ],
+)  # fmt: skip
+def test_a_type_that_no_json_value_has_is_refused(own, hint, named):
+    mine = own(f'''
+        import dataclasses, datetime, enum
+
+        @dataclasses.dataclass
+        class Point:
+            x: int
+
+        Colour = enum.Enum("Colour", ["RED"])
+
+        def use(what: {hint}) -> str:
+            """Use it.
+
+            Args:
+                what: To use.
+            """
+            return "used"
+    ''')
+    with pytest.raises(ValueError, match=rf"what: .*{named}.* is not a type of JSON's values; use str"):
+        Tool.of(mine("use"))
+
+
+@pytest.mark.parametrize("hint", ["Literal['a', 'b']", "dict[str, list[int]]", "tuple[int, str]", "float | None", "Any",
+                                  "Annotated[str, 'x']", "Place"])  # fmt: skip
+def test_types_that_json_has_are_taken(own, hint):
+    mine = own(f'''
+        from typing import Annotated, Any, Literal, TypedDict
+
+        class Place(TypedDict):
+            row: int
+
+        def use(what: {hint}) -> str:
+            """Use it.
+
+            Args:
+                what: To use.
+            """
+            return "used"
+    ''')
+    assert Tool.of(mine("use")).name == "use"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<think>2 + 2?</think>4", "4"),
+        ("<think>Perhaps it is 1", ""),
+        ("<think>a</think>b<think>c", "b"),
+        ("a thought that the prompt began</think>4", "4"),
+        ("4", "4"),
+    ],
+)
+def test_thoughts_that_do_not_end_say_nothing(text, said):
+    assert without_thoughts(text) == said
+    assert calls_in(text.replace("1", write("calculator", "hermes", expression="1"))) == []
+
+
+def test_thinking_until_the_limit_earns_nothing(rows):
+    config = TaskConfig(name="tools", path=rows, reward=("math",))
+    for words, reward in (("<think>It may be {}", 0.0), ("<think>It is</think>{}", 1.0)):
+        environment = make_environment(config)
+        environment.reset(seed=0)
+        assert environment.step(words.format(environment.problem.solution))[1] == reward
 
 
 def test_schemas_of_built_in_tools_are_what_transformers_makes():
