@@ -9,7 +9,7 @@ in the paper. The paper's objective is the mean over sequences, ``rl.loss_agg_mo
 
 from torch import Tensor
 
-from cola_ray.algorithms.policy_loss import Clip, clipped
+from cola_ray.algorithms.policy_loss import LARGEST_LOG_RATIO, Clip, clipped
 
 
 def sequence_policy_gradient(
@@ -24,5 +24,5 @@ def sequence_policy_gradient(
     log_ratio = (log_probs - old_log_probs).detach().masked_fill(~mask, 0.0)
     of_sequence = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
     own = log_probs - log_probs.detach()  # 0, with a gradient
-    ratio = (of_sequence + own).masked_fill(~mask | (advantages == 0), 0.0).exp()
+    ratio = (of_sequence + own).masked_fill(~mask, 0.0).clamp(max=LARGEST_LOG_RATIO).exp()
     return clipped(ratio, advantages, mask, clip)

@@ -3,15 +3,16 @@
     d_t = log pi_learner(a_t) - log pi_rollout(a_t)
 
     token        w_t = exp(d_t)                  each action by itself
-    sequence     w   = exp(sum_t d_t)            all actions of a sequence: unbiased, and of the greatest variance
+    sequence     w   = exp(sum_t d_t)            all actions of a sequence: of rewards unbiased, and of most variance
     geometric    w   = exp(1/L sum_t d_t)        a sequence's mean deviation per action
 
     truncate     min(w, cap)                     Espeholt et al. 2018, "IMPALA"; Yao et al. 2025, "TIS"
     mask         w up to the cap, else 0: leaves out what is further off
 
-The learner's policy is the one before the batch's first update; changes by updates are in the surrogate's ratio. Names
-are those of TRL's ``vllm_importance_sampling_mode``. The geometric mean is verl's ``seq_mean_k1``, and like it also
-masks sequences below 1 / cap: a mean per action is near 1 for any sequence, and shows deviations on both sides.
+The learner's policy is the one before the batch's first update; changes by updates are in the surrogate's ratio. A KL
+divergence in the loss is not weighted. Names are those of TRL's ``vllm_importance_sampling_mode``, which has no
+geometric mean. That is verl's ``seq_mean_k1``, and like it also masks sequences below 1 / cap: a mean per action is
+near 1 for any sequence, and shows deviations on both sides. verl masks below 1 / cap in its other modes, too.
 """
 
 from typing import Literal

@@ -23,6 +23,10 @@ class Clip:
     c: float = 0.0  # bound on a ratio's weight where the advantage is negative; 0: no bound
 
 
+LARGEST_LOG_RATIO = 20.0
+"""Ratios are at most e^20: one that overflows has no gradient, and 0 * inf is not a number."""
+
+
 def clipped_policy_gradient(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: Clip
 ) -> tuple[Tensor, Tensor]:
@@ -35,8 +39,8 @@ def clipped_policy_gradient(
     Returns:
         the loss of each action, and where the clipped branch is the active one (bool); (B, T), 0 where masked.
     """
-    # Where the advantage is 0 the ratio is not needed: one that overflows would give 0 * inf.
-    ratio = (log_probs - old_log_probs).masked_fill(~mask | (advantages == 0), 0.0).exp()
+    log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0.0)
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     return clipped(ratio, advantages, mask, clip)
 
 

@@ -248,7 +248,8 @@ class Episodes:
             returns = [[episode.total_reward for episode in group] for group in taught]
             outcomes = [Outcomes(torch.tensor(of_group, dtype=torch.float64)) for of_group in returns]
             weights = [advantage for of_group in self.batches.advantages(outcomes) for advantage in of_group]
-            sequences = [one.as_trajectories(self.config.critic.gamma) for group in taught for one in group]
+            gamma = self.config.critic.gamma if self.batches.compare is None else 1.0  # of whole returns, undiscounted
+            sequences = [one.as_trajectories(gamma) for group in taught for one in group]
         self.samples.of_episodes(step, ordered, sequences, weights if self.batches.compare else ())
         trajectories, advantages, positions = list[Trajectory](), list[float](), list[int]()
         for episode, pieces, advantage in zip(ordered, sequences, weights, strict=True):

@@ -274,7 +274,8 @@ COMBINATIONS: tuple[Combination, ...] = (
     ),
     Combination(
         "rl.kl_estimator", ("k2", "k3"), _all(_has("rl.kl_in", "reward"), _not_of(*_WITHOUT_ADVANTAGES)),
-        "as a reward its gradient leads away from the reference", "use exact or k1, or set rl.kl_in to loss",
+        "as a reward it does not have the divergence's gradient, and may lead away from the reference",
+        "use exact or k1, or set rl.kl_in to loss",
     ),
     Combination(
         "rl.kl_estimator", ("k1",), _all(_has("rl.kl_in", "loss"), _not_of(*_WITHOUT_ADVANTAGES)),
@@ -438,6 +439,16 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         "rl.control_variate", (True,), _any(_lacks("advantage"), _agents),
         f"for {', '.join(OF_OUTCOMES)} on problems with answers",
+    ),
+    Combination(
+        "rl.control_variate", (True,), lambda config: not _one_update(config),
+        "a clip would see an advantage from which most is taken, and let the policy go on without a bound",
+        "leave it out, or rl.updates_per_batch and rl.num_minibatches",
+    ),
+    Combination(
+        "rl.importance_mode", _AllBut("token_truncate"), _has("rl.control_variate", True),
+        "weights that are not each action's own would add a bias to rl.control_variate",
+        "use token_truncate, or leave rl.control_variate out",
     ),
     *(
         Combination(field, None, _lacks("value_head"), "only ppo reads it")

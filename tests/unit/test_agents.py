@@ -280,6 +280,16 @@ def test_grpo_compares_episodes_of_one_seed(tmp_path):
         assert sum(firsts) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize(("algorithm", "gamma"), [("grpo", 1.0), ("rloo", 1.0), ("reinforce", 1.0), ("ppo", 0.8)])
+def test_what_compares_whole_returns_charges_divergences_as_far_away_as_near(tmp_path, algorithm, gamma):
+    grouped = {"rl.group_size": 3, "rl.prompts_per_step": 2} if gamma == 1.0 else {"critic.gamma": gamma}
+    _, batches, *_ = run(tmp_path, algorithm, **grouped)
+    for batch in batches:
+        padded = batch.padded()
+        assert {*padded.discounts[padded.action_mask].tolist()} <= {0.0, 1.0, float(np.float32(gamma))}
+        assert gamma in padded.discounts[padded.action_mask].round(6)
+
+
 def pay(monkeypatch, of_turn):
     """Every turn pays what ``of_turn`` says of its episode's number of turns."""
     made = Worker.episode

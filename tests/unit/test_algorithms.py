@@ -15,6 +15,7 @@ from micro_batches import micro_batch
 
 from cola_ray.algorithms import remax
 from cola_ray.algorithms.advantages import Outcomes, centred, overlong_penalty, standardised
+from cola_ray.algorithms.gspo import sequence_policy_gradient
 from cola_ray.algorithms.policy_loss import (
     Clip,
     adapted_kl_coef,
@@ -96,6 +97,17 @@ def test_without_an_advantage_an_overflowing_ratio_is_no_nan():
     loss.sum().backward()
     assert (loss.sum().item(), int(clipped.sum())) == (-1.0, 0)
     assert log_probs.grad.tolist() == [[0.0, -1.0]]
+
+
+@pytest.mark.parametrize("loss", [clipped_policy_gradient, sequence_policy_gradient])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_ratio_that_would_overflow_has_a_finite_gradient(advantage, loss):
+    log_probs = torch.tensor([[0.0, -1.0]], requires_grad=True)
+    old, advantages = torch.tensor([[-200.0, -1.0]]), torch.tensor([[advantage, 0.0]])
+    of_each, _ = loss(log_probs, old, advantages, torch.ones(1, 2, dtype=torch.bool), Clip(0.2, 0.2, 3.0))
+    of_each.sum().backward()
+    assert of_each.isfinite().all()
+    assert log_probs.grad.isfinite().all()
 
 
 def test_clipped_loss_gradient_and_mask():

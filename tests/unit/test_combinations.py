@@ -76,8 +76,8 @@ REFUSED = [
     (TBRM | {"rl.scale_rewards": "none"}, "rl.scale_rewards = 'none': only advantages of grpo and gigpo are divided"),
     (TBRM | {"rl.value_lr": 1e-2}, "rl.value_lr = 0.01: no value head and no Q trains"),
     (TBRM | {"rl.dynamic_sampling": True}, "rl.dynamic_sampling = True: for grpo and rloo"),
-    ({"rl.kl_estimator": "k2"}, "rl.kl_estimator = 'k2': as a reward its gradient leads away"),
-    (agent("ppo", rl__kl_estimator="k3"), "rl.kl_estimator = 'k3': as a reward its gradient leads away"),
+    ({"rl.kl_estimator": "k2"}, "rl.kl_estimator = 'k2': as a reward it does not have the divergence"),
+    (agent("ppo", rl__kl_estimator="k3"), "rl.kl_estimator = 'k3': as a reward it does not have the divergence"),
     ({"rl.kl_estimator": "k1", "rl.kl_in": "loss"}, "rl.kl_estimator = 'k1': in the loss its expected gradient is 0"),
     (ETPO | {"rl.kl_estimator": "k1"}, "rl.kl_estimator = 'k1': with rl.algorithm etpo nothing reads it"),
     (ETPO | {"rl.kl_in": "loss"}, "rl.kl_in = 'loss': with rl.algorithm etpo nothing reads it"),
@@ -100,6 +100,17 @@ REFUSED = [
     (
         {"rl.loss_agg_mode": "seq-mean-token-mean", "rl.control_variate": True},
         "rl.loss_agg_mode = 'seq-mean-token-mean': what an action weighs depends on how its completion goes on",
+    ),
+    *(
+        ({"rl.control_variate": True, field: 4}, "rl.control_variate = True: a clip would see an advantage from which")
+        for field in ("rl.updates_per_batch", "rl.num_minibatches")
+    ),
+    *(
+        (
+            {"rl.control_variate": True, "rl.max_staleness": 1, "rl.importance_mode": mode},
+            f"rl.importance_mode = '{mode}': weights that are not each action's own would add a bias",
+        )
+        for mode in ("token_mask", "sequence_truncate", "sequence_mask", "geometric_truncate", "geometric_mask")
     ),
     (SOFT | {"rl.updates_per_batch": 3}, "rl.updates_per_batch = 3: no policy trains"),
     *(

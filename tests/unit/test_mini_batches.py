@@ -344,7 +344,6 @@ class Still:
         {"rl__kl_coef": KL, "rl__entropy_coef": 0.1},
         {"rl__algorithm": "ppo", "rl__kl_coef": KL, "rl__cliprange_value": 0.2},
         {"rl__algorithm": "etpo", "rl__kl_coef": 0.05},
-        {"rl__control_variate": True, "rl__kl_coef": KL},
         {"rl__marginal_aliases": True, "rl__kl_coef": KL},
         {"rl__cache_hidden_states": True},
         {"rl__action_space": "token", "rl__kl_coef": KL},
