@@ -24,6 +24,7 @@ environment seed, ``gigpo`` also their turns; ``ppo`` has its own value head in 
 replay nor critic.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -105,6 +106,7 @@ class Episodes:
         self.held_out = HeldOut(config.rl, workers, supervisor, returned, self._players_critic, self.samples)
         self.critic = critic
         self.critic_fitted, self.critic_restarts = False, 0.0
+        self.largest_reward, self.diverged = 0.0, False
         # With critic.actor_states "played", archer's actor learns from these: episodes and their rows, by iteration.
         self.recent = deque[tuple[Sequence[Episode], pa.Table]](maxlen=config.critic.reuse)
         # archer_soft: rows that the learner has, by step; and the last rows for which it reported soft advantages.
@@ -162,7 +164,9 @@ class Episodes:
         if not self.batches.algorithm.replays:
             batches, more = await self._whole_episodes(episodes, step)
             return batches, metrics | more
-        rows = as_rows(self._clipped(episodes), self.workers.facts["feature_width"])
+        kept = self._clipped(episodes)
+        self.largest_reward = max(self.largest_reward, *(abs(turn.reward) for one in kept for turn in one.turns))
+        rows = as_rows(kept, self.workers.facts["feature_width"])
         if self.critic_fitted:
             metrics |= await self.critic.assess(rows)
         await self.replay.store(rows)
@@ -305,7 +309,19 @@ class Episodes:
                 f"the critic was started again from its last save; it has made {metrics['critic/steps']:.0f} steps"
             )
         self.critic_fitted, self.critic_restarts = True, metrics["critic/restarts"]
+        self._say_if_diverged(metrics["critic/v"])
         return metrics
+
+    def _say_if_diverged(self, value: float) -> None:
+        """Say once if values are further from 0 than any return of these rewards: they follow their own errors."""
+        gamma, soft = self.config.critic.gamma, self.batches.algorithm.soft_q
+        most = self.largest_reward / (1 - gamma) if gamma < 1 else math.inf
+        if abs(value) > most and not self.diverged:
+            self.diverged = True
+            self.supervisor.say(
+                f"critic/v = {value:.3g}: no return of rewards up to {self.largest_reward:.3g} is beyond {most:.3g}, so "
+                f"the critic diverges; stop the run, and {'raise rl.kl_coef' if soft else 'lower critic.lr'}"
+            )
 
     async def _weigh_what_was_played(self, metrics: Metrics) -> list[list[Trajectory]]:
         """Sequences of each recent episode; each turn has its own advantage."""

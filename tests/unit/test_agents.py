@@ -236,6 +236,22 @@ def test_what_followed_takes_its_share_of_an_advantage_and_episodes_serve_again(
     assert sorted(learnt) == pytest.approx(sorted(np.array(by_hand) - np.mean(by_hand)), abs=1e-4)
 
 
+@pytest.mark.parametrize(("algorithm", "fix"), [("archer", "lower critic.lr"), ("archer_soft", "raise rl.kl_coef")])
+def test_values_beyond_any_return_are_told_once(tmp_path, monkeypatch, algorithm, fix):
+    pay(monkeypatch, lambda turns: -2.0)
+    fit, values = CriticReplicas.fit, iter([-7.9, 8.1, 90.0, 900.0, 1e4, 1e5])
+
+    async def fitted(self, fresh):
+        return await fit(self, fresh) | {"critic/v": next(values)}
+
+    monkeypatch.setattr(CriticReplicas, "fit", fitted)
+    controller, *_ = run(tmp_path, algorithm, **{"critic.gamma": 0.75, "rl.kl_coef": 0.5})
+    told = [event["say"] for event in controller.supervisor.events if "critic/v" in event.get("say", "")]
+    assert told == [
+        "critic/v = 8.1: no return of rewards up to 2 is beyond 8, so the critic diverges; stop the run, and " + fix
+    ]
+
+
 def test_archer_learns_from_what_its_critic_chose(tmp_path):
     changes = {"critic.actor_states": "played", "critic.chooses": True}
     _, batches, _, _, pool = run(tmp_path, "archer", **changes)
