@@ -319,8 +319,8 @@ class Episodes:
         if abs(value) > most and not self.diverged:
             self.diverged = True
             self.supervisor.say(
-                f"critic/v = {value:.3g}: no return of rewards up to {self.largest_reward:.3g} is beyond {most:.3g}, so "
-                f"the critic diverges; stop the run, and {'raise rl.kl_coef' if soft else 'lower critic.lr'}"
+                f"critic/v = {value:.3g}: no return of rewards up to {self.largest_reward:.3g} is beyond {most:.3g}, "
+                f"so the critic diverges; stop the run, and {'raise rl.kl_coef' if soft else 'lower critic.lr'}"
             )
 
     async def _weigh_what_was_played(self, metrics: Metrics) -> list[list[Trajectory]]:

@@ -247,9 +247,8 @@ def test_values_beyond_any_return_are_told_once(tmp_path, monkeypatch, algorithm
     monkeypatch.setattr(CriticReplicas, "fit", fitted)
     controller, *_ = run(tmp_path, algorithm, **{"critic.gamma": 0.75, "rl.kl_coef": 0.5})
     told = [event["say"] for event in controller.supervisor.events if "critic/v" in event.get("say", "")]
-    assert told == [
-        "critic/v = 8.1: no return of rewards up to 2 is beyond 8, so the critic diverges; stop the run, and " + fix
-    ]
+    impossible = "critic/v = 8.1: no return of rewards up to 2 is beyond 8, so the critic diverges"
+    assert told == [f"{impossible}; stop the run, and {fix}"]
 
 
 def test_archer_learns_from_what_its_critic_chose(tmp_path):
