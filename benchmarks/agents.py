@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from algorithms import why_not
 from cached_run import KeptRun, run_kept, series
@@ -97,6 +98,7 @@ def figures_of(returns: np.ndarray) -> dict[str, Any]:
 
 def plot(curves: Mapping[str, np.ndarray], path: Path) -> None:
     with picture(path) as (axes,):
+        axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)  # more methods than usual colours
         for method, runs in curves.items():
             episodes = EPISODES * (1 + np.arange(runs.shape[1]))
             (line,) = axes.plot(episodes, runs.mean(0), label=method)
