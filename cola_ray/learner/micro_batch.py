@@ -134,6 +134,7 @@ class Rewards:
 
     values: Tensor
     discounts: Tensor
+    level: float = 0.0  # of every state's value, before anything is learnt
 
 
 @dataclass(frozen=True)

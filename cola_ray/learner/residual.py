@@ -43,6 +43,6 @@ def trajectory_residuals(
     values = torch.zeros(mask.shape, dtype=found.dtype, device=found.device).masked_scatter(both, found)
     of_first, of_last = ((values * at).sum(1) for at in (first, last))
     of_each, returns = tbrm.residuals(
-        log_ratios, follows.values, follows.discounts, mask, of_first, of_last, beta
+        log_ratios, follows.values, follows.discounts, mask, of_first, of_last, beta, follows.level
     )  # fmt: skip
-    return beyond_noise(of_each, returns)[:, None], of_first[:, None]
+    return beyond_noise(of_each, returns)[:, None], of_first[:, None] + follows.level

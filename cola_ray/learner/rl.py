@@ -49,7 +49,7 @@ from cola_ray.learner.path_q import PathQLearner, in_order
 from cola_ray.learner.policies import Policy, SoftQPolicy, forward
 from cola_ray.learner.soft_q import SoftQLearner
 from cola_ray.learner.surrogate import surrogate
-from cola_ray.learner.value import ValueLearner
+from cola_ray.learner.value import ValueLearner, level_of
 from cola_ray.settings.config import Config
 from cola_ray.weights import Broadcast, Bucket, Channel, Manifest, WeightSender
 
@@ -143,7 +143,8 @@ class RLLearner:
 
     def save(self, folder: Path) -> None:
         """Save this rank's shard of the policy, and the heads; all draws follow from the version."""
-        self.zero.save(folder, {name: getattr(self, name) for name in _PLACE})
+        level = self.update.level if isinstance(self.update, PolicyUpdate) else None
+        self.zero.save(folder, {name: getattr(self, name) for name in _PLACE} | {"level": level})
         if self.zero.rank == 0:
             for name, head in self.update.heads.items():
                 torch.save(head.state_dict(), folder / f"{name}.pt")
@@ -154,6 +155,8 @@ class RLLearner:
             head.load_state_dict(torch.load(folder / f"{name}.pt", map_location=self.zero.device, weights_only=True))
         for name in _PLACE:
             setattr(self, name, notes[name])
+        if isinstance(self.update, PolicyUpdate):
+            self.update.level = notes["level"]
 
 
 def learning_rate(config: Config, peak: float, step: int) -> float:
@@ -180,6 +183,7 @@ class PolicyUpdate:
         self.lr, algorithm = config.rl.lr, config.algorithm
         self.surrogate, self.follows_q = surrogate(algorithm, config.rl), algorithm.soft_q
         self.follows_rewards = algorithm.bellman_residual
+        self.level: float | None = None  # of tbrm's values, from the first batch
 
     @property
     def heads(self) -> dict[str, ValueLearner | SoftQLearner]:
@@ -218,6 +222,8 @@ class PolicyUpdate:
         """
         updates = self.config.rl.updates_per_batch
         ready, found = [*self._cut(batch)], dict[str, Tensor]()
+        if self.follows_rewards and self.level is None:
+            self.level = level_of([(one.batch.rewards, one.batch) for one in ready], batch.num_actions_global)
         if updates > 1 or batch.mini_batches or self.heads:
             ready, found = self._prepare(ready, batch.num_actions_global, kl_coef)
         grad_norms = list[float]()
@@ -309,7 +315,7 @@ class PolicyUpdate:
         logits, frozen = forward(self.zero.engine, one.batch, one.frozen)
         follows: Advantages | ActionValues | Rewards = one.follows
         if self.follows_rewards:
-            follows = Rewards(one.batch.rewards, one.batch.discounts)
+            follows = Rewards(one.batch.rewards, one.batch.discounts, self.level or 0.0)
         if self.soft_q is not None and self.follows_q:
             follows = ActionValues(self.soft_q.q(_encoded(replace(one, frozen=frozen))))
         loss, metrics = policy_objective(

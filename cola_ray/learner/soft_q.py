@@ -59,7 +59,7 @@ class SoftQLearner(HeadLearner):
         call; after the first step this does nothing.
         """
         if self.is_new:
-            level = level_of(batches, num_actions)
+            level = level_of([(one.rewards, one.batch) for one in batches], num_actions)
             for head in (self.online, self.target):
                 self._start_at(head, level)
 

@@ -72,7 +72,8 @@ class ValueLearner(HeadLearner):
         All ranks call; after the first step this does nothing.
         """
         if self.is_new:
-            level = level_of([self._decisions(one) for one in batches], self._num_decisions(batches, num_actions))
+            decided = [self._decisions(one) for one in batches]
+            level = level_of([(one.rewards, one.batch) for one in decided], self._num_decisions(batches, num_actions))
             nn.init.zeros_(self.online.layers[-1].get_parameter("weight"))
             nn.init.constant_(self.online.layers[-1].get_parameter("bias"), level)
 
@@ -185,10 +186,14 @@ class ValueLearner(HeadLearner):
             self.descend()
 
 
-def level_of(batches: Sequence[Encoded], num_actions: int) -> float:
-    """The value of every state if all actions of all ranks' batches are like the average one; all ranks call."""
-    columns = [torch.cat([one[batch.batch.action_mask] for one, batch in zip(of, batches, strict=True)])
-               for of in ([one.rewards for one in batches], [one.batch.discounts for one in batches])]  # fmt: skip
+def level_of(parts: Sequence[tuple[Tensor, MicroBatch]], num_actions: int) -> float:
+    """The value of every state if all actions of all ranks' batches are like the average one; all ranks call.
+
+    Args:
+        parts: micro-batches, each with the rewards (B, T) of its actions.
+    """
+    columns = [torch.cat([rewards[of.action_mask] for rewards, of in parts]),
+               torch.cat([of.discounts[of.action_mask] for _, of in parts])]  # fmt: skip
     return float(typical_value(*(_summed(*(column.double().sum() for column in columns)) / num_actions)))
 
 

@@ -253,7 +253,7 @@ def plain(space, model_dir):
         return plain_q(config, module)
     parameters = [parameter for name, parameter in module.named_parameters() if name.startswith(module.trained)]
     optimizer = torch.optim.AdamW(parameters, lr=config.rl.lr, betas=config.rl.adam_betas, weight_decay=0.0)
-    losses = []
+    losses, level = [], None
     for (batch,) in batches(1, space):
         before, first = copy.deepcopy(module), []
         for number, parts in enumerate(batch.mini_batches or ((None,),)):
@@ -261,7 +261,10 @@ def plain(space, model_dir):
                 whole = MicroBatch.cut(part, *part.micro_batches[0], torch.device("cpu"), score_last=space == "tbrm")
                 follows, weights, old = Advantages(whole.advantages), None, None
                 if space == "tbrm":  # the mean over sequences, but below it is divided by the number of actions
-                    follows = Rewards(whole.rewards, whole.discounts)
+                    if level is None:
+                        taken = whole.action_mask
+                        level = float(whole.rewards[taken].mean() / (1 - whole.discounts[taken].mean()))
+                    follows = Rewards(whole.rewards, whole.discounts, level)
                     weights = torch.full((1, 1), part.num_actions_global / len(whole.input_ids))
                 if batch.mini_batches:  # ratios refer to the policy before the first mini-batch
                     with torch.no_grad():

@@ -50,7 +50,7 @@ class Drawn:
         )  # fmt: skip
 
 
-def by_hand(of, logits):
+def by_hand(of, logits, level=0.0):
     """Residuals of single steps, by the definitions of Q and V, discounted and added up."""
     total = 0.0
     for row, weight in enumerate(WEIGHTS):
@@ -60,7 +60,8 @@ def by_hand(of, logits):
         ref = np.exp(of.ref_logits[row] / HEAT)
         ref /= ref.sum(-1, keepdims=True)
         q = BETA * (logits[row] - of.ref_logits[row]) / HEAT
-        v = BETA * np.log((ref * np.exp(q / BETA)).sum(-1))
+        v = level + BETA * np.log((ref * np.exp(q / BETA)).sum(-1))
+        q = level + q
         residual, passed_on = 0.0, 1.0
         for t, then in itertools.pairwise([*places, ATTENDED[row].sum() - 1]):
             step = q[t, of.actions[row, t]] - of.rewards[row, t] - of.discounts[row, t] * v[then]
@@ -70,21 +71,22 @@ def by_hand(of, logits):
     return total
 
 
-def objective(of, logits, **given):
+def objective(of, logits, level=0.0, **given):
     batch = of.batch()
     reference = torch.from_numpy(of.ref_logits[SCORED])
     return policy_objective(
-        logits, batch, Frozen(None, reference), Rewards(batch.rewards, batch.discounts), None,
+        logits, batch, Frozen(None, reference), Rewards(batch.rewards, batch.discounts, level), None,
         **{"rl": RLConfig(algorithm="tbrm"), "kl_coef": BETA, "temperature": HEAT, "top_k": 0,
            "loss_weights": torch.from_numpy(WEIGHTS)[:, None]} | given,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("level", [0.0, -3.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_loss_is_the_square_of_what_single_steps_residuals_add_up_to(seed):
+def test_the_loss_is_the_square_of_what_single_steps_residuals_add_up_to(seed, level):
     of = Drawn(seed)
-    loss, metrics = objective(of, torch.from_numpy(of.logits[SCORED]))
-    assert float(loss) == pytest.approx(by_hand(of, of.logits), rel=1e-9)
+    loss, metrics = objective(of, torch.from_numpy(of.logits[SCORED]), level)
+    assert float(loss) == pytest.approx(by_hand(of, of.logits, level), rel=1e-9)
     assert metrics["policy/loss"] == loss
 
 
@@ -277,7 +279,7 @@ class Stepped:
 
 
 @pytest.mark.parametrize(("space", "parts"), [("latent", 1), ("latent", 2), ("token", 1), ("adapters", 2)])
-def test_repeated_updates_make_the_policy_account_for_anyones_trajectories(space, parts, cola_dir):
+def test_repeated_updates_make_the_policy_account_for_anyones_trajectories(space, parts, cola_dir, one_rank):
     """Of random actions, with log-probabilities that no policy had: their rewards become what the logits say."""
     own = {} if space == "latent" else {"rl.action_space": "token", "rl.lora_rank": 4 * (space == "adapters")}
     config = override(preset("tiny"), {
@@ -312,8 +314,10 @@ def test_repeated_updates_make_the_policy_account_for_anyones_trajectories(space
     assert after["policy/loss"] < 0.1 * before["policy/loss"]
 
 
-def test_it_learns_from_its_own_rollouts_what_is_rewarded(cola_dir):
+@pytest.mark.parametrize("level", [0.0, -20.0])
+def test_it_learns_from_its_own_rollouts_what_is_rewarded(cola_dir, one_rank, level):
     """Two actions a completion, of 16, and a reward for two equal ones: from about 1 in 10 to nearly all.
+    What all completions get alike makes no difference.
 
     The policy reads actions as tokens. Rollouts are of the step before, as with ``rl.max_staleness`` 1.
     """
@@ -349,7 +353,7 @@ def test_it_learns_from_its_own_rollouts_what_is_rewarded(cola_dir):
         drawn, behind = behind, rollouts()
         made = [Trajectory(np.array(prompt), 20 + pair, pair, np.zeros(2, np.float32), pair * 0, 0.0, False, "")
                 for pair in drawn]  # fmt: skip
-        (batch,) = maker.collate(pack(made), (drawn[:, 0] == drawn[:, 1]).astype(float).tolist(), 0)
+        (batch,) = maker.collate(pack(made), (level + (drawn[:, 0] == drawn[:, 1])).tolist(), 0)
         update.improve(batch, 0.0, config.rl.kl_coef)
     assert start < 0.15
     assert chance() > 0.8
