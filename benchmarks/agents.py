@@ -43,6 +43,8 @@ COMMON: Settings = {
 SUITED: dict[str, Settings] = {
     "filtered_bc": {"rl.lr": 3e-4},
     "etpo": {"rl.kl_coef": 0.05},
+    # A step moves all actions of an episode alike: with the preset's rates, residuals of long episodes overshoot.
+    "tbrm": {"rl.kl_coef": 0.1, "rl.lr": 1e-4},
     "gigpo": {"rl.anchor_state": "transcript"},  # a bare answer does not identify the state
     # Soft values overestimate by about the variance of Q's errors over twice the coefficient: at 0.1 they diverge here.
     "archer_soft": {"rl.kl_coef": 0.5, "rl.target_tau": 0.1, "critic.chooses": False},
