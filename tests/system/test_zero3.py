@@ -256,14 +256,15 @@ def plain(space, model_dir):
     losses, level = [], None
     for (batch,) in batches(1, space):
         before, first = copy.deepcopy(module), []
+        if level is None:  # of the first batch, as a whole
+            whole = MicroBatch.cut(batch, *batch.micro_batches[0], torch.device("cpu"))
+            rewards, discounts = whole.rewards[whole.action_mask], whole.discounts[whole.action_mask]
+            level = float(rewards.mean() / (1 - discounts.mean()))
         for number, parts in enumerate(batch.mini_batches or ((None,),)):
             for part in (batch if one is None else batch.part(one) for one in parts):
                 whole = MicroBatch.cut(part, *part.micro_batches[0], torch.device("cpu"), score_last=space == "tbrm")
                 follows, weights, old = Advantages(whole.advantages), None, None
                 if space == "tbrm":  # the mean over sequences, but below it is divided by the number of actions
-                    if level is None:
-                        taken = whole.action_mask
-                        level = float(whole.rewards[taken].mean() / (1 - whole.discounts[taken].mean()))
                     follows = Rewards(whole.rewards, whole.discounts, level)
                     weights = torch.full((1, 1), part.num_actions_global / len(whole.input_ids))
                 if batch.mini_batches:  # ratios refer to the policy before the first mini-batch
