@@ -35,7 +35,7 @@ class State:
     ids: list[int]
     messages: bytes = b""  # a digest of the messages before the utterance
     retokenised: int = 0  # the model's messages among them that came back changed
-    after: Mapping[int, list[int]] = field(default_factory=dict)  # turns among them -> the ids that follow each
+    ends: Mapping[int, int] = field(default_factory=dict)  # turns among them -> the number of ids up to their end
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,14 @@ class Conversation:
         if tools:
             self._check_tools(tools)
         try:
-            found = self.chat.conversation(messages, {place: self._open(one.ids) for place, one in said.items()}, tools)
+            sampled = {place: one.ids for place, one in said.items()}
+            found = self.chat.conversation(messages, sampled, tools, self.endings.token_ids)
         except Exception as error:  # a template may raise any error
             raise RefusedError(f"messages: {str(error) or type(error).__name__}") from None
         if not found.ids:
             raise RefusedError("messages: there is nothing in them")
-        after = {one.turn: found.after(place, one.ids, self.endings.token_ids) for place, one in said.items()}
-        return State(found.ids, before, retokenised, after)
+        ends = {said[place].turn: end for place, end in found.ends.items()}
+        return State(found.ids, before, retokenised, ends)
 
     def _check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
         """Raises RefusedError if the model would not see these tools, or could not call them."""
@@ -102,10 +103,6 @@ class Conversation:
             raise RefusedError("tools: set task.tool_parser to the format in which this model writes calls; or describe"
                                " tools in a message, and read calls from the text")  # fmt: skip
         self.calls.check(tools)
-
-    def _open(self, ids: Sequence[int]) -> Sequence[int]:
-        """An utterance without the token that ended it, if a template writes one."""
-        return ids[:-1] if self.chat.tokenizer.chat_template and ids and ids[-1] in self.endings.token_ids else ids
 
     def answer(
         self, body: Body, state: State, utterances: Sequence[Any], turns: Sequence[int] | None = None

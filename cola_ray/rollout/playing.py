@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ class Playing:
     made: dict[int, Turn] = field(default_factory=dict)
     answers: dict[str, list[int]] = field(default_factory=dict)  # completion id -> the turns that are its choices
     num_retokenised: int = 0
-    states: dict[int, State] = field(default_factory=dict)  # of each turn
+    ends: dict[int, Mapping[int, int]] = field(default_factory=dict)  # of each turn's state: where earlier turns end
     left_in: State | None = None  # state of a refused turn, unless a turn was made since
     busy: int = 0  # requests that are being answered
     heard: bool = False
@@ -72,13 +72,13 @@ class Playing:
             self.answers = {name: one for name, one in self.answers.items() if one != numbers}
             for number in numbers:
                 self.made.pop(number, None)
-                self.states.pop(number, None)
+                self.ends.pop(number, None)
             raise
 
     def said(self, state: State, numbers: list[int], utterances: Sequence[Utterance], answer: str) -> None:
         """Record turns that were generated; of their hidden states only a critic's features are kept."""
         self.made.update(zip(numbers, (one.as_turn(state.ids) for one in utterances), strict=True))
-        self.states.update(dict.fromkeys(numbers, state))
+        self.ends.update(dict.fromkeys(numbers, state.ends))
         self.answers[answer] = numbers
         self.num_retokenised += state.retokenised
 
@@ -114,8 +114,9 @@ class Playing:
         """The state in which a turn was refused; else everything that the model read and said up to its last turn."""
         if self.left_in is not None:
             return self.left_in
-        last = self.made[max(self.made)]
-        return State([*last.state_ids.tolist(), *last.token_ids.tolist()], after={max(self.made): []})
+        number, last = max(self.made.items())
+        ids = [*last.state_ids.tolist(), *last.token_ids.tolist()]
+        return State(ids, ends={number: len(ids)})
 
     def end(self, failure: str = "", *, cut_in: State | None = None, final: Array | None = None) -> None:
         """End the episode, unless it has already ended.
@@ -133,21 +134,20 @@ class Playing:
 
     def _in_order(self, last: State) -> tuple[tuple[Turn, ...], str]:
         """The turns, each with the observation after it, and everything as text."""
-        answers = [sorted(numbers) for numbers in self.answers.values()]
-        answers.sort()
+        answers = sorted(self.answers.values())
         text, before, turns = "", list[int](), list[Turn]()
         decode: Any = self.conversation.chat.tokenizer.decode
         for index, numbers in enumerate(answers):
             is_last = index == len(answers) - 1
-            following = last if is_last else self.states[answers[index + 1][0]]
+            follows = None if is_last else answers[index + 1][0]
+            ids, ends = (last.ids, last.ends) if follows is None else (self.made[follows].state_ids, self.ends[follows])
             for number in numbers:
                 turn = self.made[number]
                 state, said = turn.state_ids.tolist(), turn.token_ids.tolist()
                 text += decode(state[len(before) :] if state[: len(before)] == before else state) + decode(said)
                 before = [*state, *said]
-                seen = following.after.get(number)
-                left = seen is None and not is_last
-                ids = np.asarray(seen or [], np.int64)
+                seen = np.asarray(ids[ends.get(number, len(ids)) :], np.int64)
+                left = number not in ends and not is_last
                 own = index if len(numbers) > 1 else -1
-                turns.append(replace(turn, observation_ids=ids, left=left, answer=own))
+                turns.append(replace(turn, observation_ids=seen, left=left, answer=own))
         return tuple(turns), text

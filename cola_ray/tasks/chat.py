@@ -115,18 +115,7 @@ class Rendered:
 
     ids: list[int]
     ends: dict[int, int]
-    """By the place of each sampled message: how many ids there are up to its own end."""
-
-    def after(self, place: int, said: Sequence[int], end_ids: Container[int]) -> list[int]:
-        """The ids after the sampled message at ``place``.
-
-        Args:
-            said: the message as it was sampled, perhaps with a token that ends it.
-            end_ids: ids of such tokens; that of the template is left out, if the message has one itself.
-        """
-        rest = self.ids[self.ends[place] :]
-        closed_twice = bool(said) and said[-1] in end_ids and bool(rest) and rest[0] in end_ids
-        return rest[1:] if closed_twice else rest
+    """By the place of each sampled message: how many ids there are up to its end, its end token included."""
 
 
 class ChatTokenizer:
@@ -207,24 +196,31 @@ class ChatTokenizer:
         return [*self.prompt_ids(prompt), *self.response_ids(response)]
 
     def conversation(
-        self, messages: Sequence[Message], said: Mapping[int, Sequence[int]], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> "Rendered":
+        self, messages: Sequence[Message], said: Mapping[int, Sequence[int]], tools: Sequence[Mapping[str, Any]] = (),
+        end_ids: Container[int] = (),
+    ) -> "Rendered":  # fmt: skip
         """Return the ids up to where the next message begins, in a conversation with a model that is being trained.
 
         Without a template the ids are those of the contents, one after the other, like an environment's transcript.
 
         Args:
-            said: ids of messages that the model has sampled, by place, without an end token that the template writes.
-                They are not tokenised again, since text does not always give the same ids, and directly follow the
-                generation prompt. Their tool calls are part of them; the template only sees that there are some if it
-                would refuse the conversation otherwise.
+            said: ids of messages that the model has sampled, by place. They are not tokenised again, since text does
+                not always give the same ids, and directly follow the generation prompt. Their tool calls are part of
+                them; the template only sees that there are some if it would refuse the conversation otherwise.
             tools: functions that the model may call, in the form of OpenAI's API.
+            end_ids: ids that each end a sampled message. A template writes its own in place of such an id.
 
         Raises:
             ValueError: the template refuses this conversation; or there are tools, but no template to describe them.
         """
         if self.tokenizer.chat_template:
-            return self._filled(messages, said, tools=list(tools) or None, add_generation_prompt=True)
+            open_ids = {place: ids[:-1] if ids and ids[-1] in end_ids else ids for place, ids in said.items()}
+            found = self._filled(messages, open_ids, tools=list(tools) or None, add_generation_prompt=True)
+            for place, end in found.ends.items():
+                closed = len(open_ids[place]) < len(said[place])
+                if closed and end < len(found.ids) and found.ids[end] in end_ids:
+                    found.ends[place] += 1
+            return found
         if tools:
             raise ValueError("the model has no chat template, which would tell it of tools; leave them out")
         found, first = self._filled(messages, said), len(self.begin)

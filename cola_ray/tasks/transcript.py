@@ -57,15 +57,15 @@ class Transcript:
             if len(found.ids) <= most:
                 break
         if self.turns:
-            self.heard = found.after(max(found.ends), self.turns[-1][0], self.end_ids)[-most:]
+            self.heard = found.ids[max(found.ends.values(), default=len(found.ids)) :][-most:]
         return found.ids[-most:]
 
     def _rendered(self, first: int) -> Rendered:
         messages, said = [*self.opening], dict[int, list[int]]()
         for ids, heard in self.turns[first:]:
-            said[len(messages)] = ids[:-1] if ids and ids[-1] in self.end_ids else ids
+            said[len(messages)] = ids
             messages += [{"role": "assistant", "content": ""}, *heard]
-        return self.chat.conversation(messages, said, self.tools)
+        return self.chat.conversation(messages, said, self.tools, self.end_ids)
 
 
 def tells_tools(template: str) -> bool:
