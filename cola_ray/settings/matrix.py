@@ -42,8 +42,15 @@ class Stage:
         return [folder_of(name, self.seed) for name in self.names]
 
 
-def folder_of(name: str, seed: int) -> str:
+def folder_of(name: str, seed: int | str) -> str:
+    """The folder of a stage; with ``seed`` "*" a pattern for those of all seeds."""
     return f"{name}-seed{seed}"
+
+
+def stage_of(folder: str) -> tuple[str, int]:
+    """Name and seed of the stage that has this folder. Example: "rl_latent-seed3" -> "rl_latent", 3."""
+    name, _, seed = folder.rpartition("-seed")
+    return name, int(seed)
 
 
 def stages(config: Config) -> list[Stage]:

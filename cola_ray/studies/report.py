@@ -11,7 +11,6 @@ one side of a threshold; otherwise it cannot be said. Papers: CoLA (Jia et al. 2
 
 import base64
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from cola_ray.algorithms.intervals import seed_interval
 from cola_ray.runs import status
 from cola_ray.runs.figures import plot
 from cola_ray.runs.run_folder import summary_of, write_json
+from cola_ray.settings.matrix import folder_of, stage_of
 
 Summaries = Mapping[str, Mapping[str, Any]]
 """The summaries of one seed's stages, by name."""
@@ -224,19 +224,18 @@ def write_report(output: Path) -> Path:
         [
             _copied(picture, report)
             for name in figure.pictures
-            for picture in sorted(folder.glob("{}-seed*/{}".format(*name.split("/"))))
+            for stage, _, file in (name.partition("/"),)
+            for picture in sorted(folder.glob(f"{folder_of(stage, '*')}/{file}"))
         ]
         for figure in FIGURES
     ]
-    done = {file.parent.name: summary_of(file.parent) for file in folder.glob("*/summary.json")}
-    stages = [
-        {
-            "name": file.parent.name,
-            "exists": done.get(file.parent.name) is not None,
-            "seconds": (done.get(file.parent.name) or {}).get("wall_seconds", 0.0),
-        }
-        for file in sorted(folder.glob("*/log.txt"))
-    ]
+    stages = []
+    for file in sorted(folder.glob("*/log.txt")):
+        name, seed = stage_of(file.parent.name)
+        done = of_seeds.get(seed, {}).get(name)
+        stages.append(
+            {"name": file.parent.name, "exists": done is not None, "seconds": (done or {}).get("wall_seconds", 0.0)}
+        )
     config = json.loads((output / "config.json").read_text())
     title = f"cola_ray: the papers' figures with the preset {config['preset']}"
     shown = [
@@ -254,10 +253,10 @@ def _summaries(folder: Path) -> dict[int, Summaries]:
     """The summaries of the stages that are done, by seed."""
     found: dict[int, dict[str, Mapping[str, Any]]] = {}
     for file in sorted(folder.glob("*/summary.json")):
-        name = re.fullmatch(r"(.+)-seed(\d+)", file.parent.name)
+        name, seed = stage_of(file.parent.name)
         summary = summary_of(file.parent)
-        if name and summary is not None:
-            found.setdefault(int(name[2]), {})[name[1]] = summary
+        if summary is not None:
+            found.setdefault(seed, {})[name] = summary
     return dict(sorted(found.items()))
 
 
@@ -299,7 +298,7 @@ def _plot_both_spaces(folder: Path, of_seeds: Mapping[int, Summaries], path: Pat
     curves = {}
     for seed in of_seeds:
         for space in ("latent", "token"):
-            where = folder / f"rl_{space}-seed{seed}"
+            where = folder / folder_of(f"rl_{space}", seed)
             if (where / "log.jsonl").exists():
                 events = [event for event in status.read(where).events if "eval/accuracy" in event]
                 name = f"{space}, seed {seed}" if len(of_seeds) > 1 else space

@@ -42,7 +42,7 @@ from cola_ray.runs.failure import explained_failures
 from cola_ray.runs.figures import print_summary
 from cola_ray.runs.run_folder import summary_of, write_json
 from cola_ray.settings.config import Config, RunFailedError
-from cola_ray.settings.matrix import Stage, chosen, machines
+from cola_ray.settings.matrix import Stage, chosen, folder_of, machines
 from cola_ray.studies.report import write_report
 from cola_ray.training.ranks import signals
 
@@ -238,7 +238,7 @@ def _is_done(folder: Path, stage: Stage) -> bool:
 
 def _expected(stage: Stage, folder: Path) -> str:
     """How long a stage will take, from the same stage of other seeds; nothing if this is the first."""
-    others = [summary_of(file.parent) or {} for file in folder.glob(f"{stage.name}-seed*/summary.json")]
+    others = [summary_of(file.parent) or {} for file in folder.glob(f"{folder_of(stage.name, '*')}/summary.json")]
     seconds = [one["wall_seconds"] for one in others if "wall_seconds" in one]
     return f", about {max(round(statistics.median(seconds) / 60), 1)} min" if seconds else ""
 
