@@ -124,15 +124,14 @@ def _check_hint(name: str, hint: Any) -> None:
         parts = parts[:1]
     elif origin is typing.Literal:
         parts = ()
-    elif origin not in (None, list, tuple, dict, typing.Union, types.UnionType):
-        raise TypeError(f"{name}: {hint} is not a type of JSON's values; {_JSON_TYPES}")
-    elif origin is None and hint not in _OF_JSON and not typing.is_typeddict(hint):
-        raise TypeError(f"{name}: {getattr(hint, '__name__', hint)} is not a type of JSON's values; {_JSON_TYPES}")
+    elif (origin or hint) not in _OF_JSON and not typing.is_typeddict(hint):
+        shown = hint if origin else getattr(hint, "__name__", hint)
+        raise TypeError(f"{name}: {shown} is not a type of JSON's values; {_JSON_TYPES}")
     for part in parts:
         _check_hint(name, part)
 
 
-_OF_JSON = (str, int, float, bool, None, types.NoneType, Any, list, tuple, dict, ...)
+_OF_JSON = (str, int, float, bool, None, types.NoneType, Any, list, tuple, dict, typing.Union, types.UnionType, ...)
 _JSON_TYPES = "use str, int, float, bool, None, list, tuple, dict, Literal, or unions of these"
 
 
