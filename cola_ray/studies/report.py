@@ -322,7 +322,7 @@ def _markdown(title: str, rows: Sequence[Mapping[str, Any]], lead: Sequence[Path
     lines = [
         f"# {title}",
         "",
-        "| figure | paper | ours | what it says | what differs |",
+        "| figure | paper | ours | claims | what differs |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
