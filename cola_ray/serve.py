@@ -76,8 +76,8 @@ def _check(model: str) -> None:
         sys.exit(f"model = {model}: {str(error).splitlines()[0]}; give the folder of a CoLA model or its hub id")
     if config.model_type != "cola":
         sys.exit(f"model = {model}: is a {config.model_type} model; cola_ray serves CoLA models, vLLM itself others")
-    if config.action_every > 1:
-        sys.exit(f"model = {model}: {UNSERVED}; use a model with model.action_every 1")
+    if lasting := config.lasting:
+        sys.exit(f"model = {model}: {UNSERVED} ({lasting}); use a model whose actions give one token each")
 
 
 def chat_template(tokenizer_path: str) -> str | None:

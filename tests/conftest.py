@@ -8,6 +8,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside another test a run's processes would starve
 
+import copy
 import random
 import signal
 import socket
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from cola_ray import CoLAForCausalLM, registry
+from cola_ray.model.modeling_cola import Linear32
 
 # Emulations of a GPU on a CPU, in modules of vLLM that cannot be imported beside those for GPUs.
 _EMULATIONS = ("accelerator", "async_engine", "tensor_parallel")
@@ -223,6 +225,16 @@ def cola(base_dir: Path) -> CoLAForCausalLM:
         base_dir, num_actions=NUM_ACTIONS, num_idm_layers=1, num_world_model_layers=2, num_policy_layers=2
     )
     return scramble(model).eval()
+
+
+def ending(model: CoLAForCausalLM) -> CoLAForCausalLM:
+    """The same model, whose policy ends actions."""
+    model = copy.deepcopy(model)
+    model.config.learnt_ends = True
+    head = Linear32(model.config.hidden_size, NUM_ACTIONS, bias=False)
+    torch.nn.init.normal_(head.weight, std=0.3, generator=torch.Generator().manual_seed(5))
+    model.policy.end_head = head
+    return model.eval()
 
 
 def letters(first: int = 0x4E00) -> PreTrainedTokenizerFast:

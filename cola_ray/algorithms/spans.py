@@ -11,6 +11,9 @@ A span holds at most n tokens, fewer at the end of a response. In generation act
 2n, ..., so that the world model is trained on the inputs that it will get. The idea of lasting latent actions is that
 of arXiv 2512.20605, where a learnt switch ends them; here n is fixed.
 
+Actions with learnt ends (``model.learnt_ends``) have no spans: each position has its own action, which may be that of
+the position before.
+
 Legend: B rows, T positions, N of them masked in, S spans, K actions.
 """
 
@@ -33,8 +36,31 @@ def starts_of(mask: Tensor, position_ids: Tensor, steps: Tensor, every: int) -> 
     """
     if every == 1:
         return mask
-    goes_on = torch.nn.functional.pad(mask[:, :-1], (1, 0)) & (position_ids != 0)
-    return mask & (~goes_on | (steps.remainder(every) == 0))
+    return mask & (~follows(mask, position_ids) | (steps.remainder(every) == 0))
+
+
+def follows(mask: Tensor, position_ids: Tensor) -> Tensor:
+    """Whether the position before is masked in and belongs to the same document, (B, T) bool."""
+    return torch.nn.functional.pad(mask[:, :-1], (1, 0)) & (position_ids != 0)
+
+
+def held_before(actions: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+    """The action of the position before, -1 where there is none: (N,) -> (B, T).
+
+    Example: mask 1 1 0 1, position_ids 0 1 2 3, actions 7 8 9 -> -1 7 -1 -1.
+    """
+    at = torch.full(mask.shape, -1, device=mask.device, dtype=actions.dtype).masked_scatter(mask, actions)
+    return at.roll(1, 1).masked_fill(~(mask & follows(mask, position_ids)), -1)
+
+
+def changes(relaxed: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+    """``sum_t 1 - sum_k p_tk p_{t-1,k}`` over positions that follow another: the expected number of changes.
+
+    Args:
+        relaxed: (N, K), p.
+    """
+    same = (relaxed[1:] * relaxed[:-1]).sum(-1)  # rows of N that follow each other are neighbours
+    return (1 - same)[follows(mask, position_ids)[mask][1:]].sum()
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,9 @@ class LoggedQLearner(HeadLearner):
     """
 
     def __init__(self, config: Config, model: CoLAForCausalLM, device: torch.device) -> None:
-        if model.config.action_every > 1:
-            raise ValueError(f"model.path: its actions last {model.config.action_every} tokens, and Q learns token by "
-                             "token; use a model with model.action_every 1")  # fmt: skip
+        if lasting := model.config.lasting:
+            raise ValueError(f"model.path: its actions last ({lasting}), and Q learns token by token; "
+                             "use a model whose actions give one token each")  # fmt: skip
         torch.manual_seed(config.seed)
         head = QHead(model.config.hidden_size, model.config.num_actions).to(device)
         super().__init__(head, lr=config.q.lr, grad_clip=config.rl.grad_clip, with_target=True)

@@ -66,6 +66,13 @@ class MicroBatch:
         shared = SharedPrompts.of(*batch.prompts(start, stop), width) if shares_prompts else None
         return cls(**fields, scored_mask=scored, shared_prompts=shared and shared.to(device))
 
+    @property
+    def held(self) -> Tensor:
+        """The action at the token before, (N,); -1 where the turn has none."""
+        before = self.actions.masked_fill(~self.action_mask, -1).roll(1, 1)
+        before[:, 0] = -1
+        return before.masked_fill(self.turn_starts, -1)[self.scored_mask]
+
     def taken(self, values: Tensor) -> Tensor:
         """Values of the actions taken: (N, K) -> (N,)."""
         return values.gather(-1, self.actions[self.scored_mask][:, None])[:, 0]

@@ -107,7 +107,8 @@ def score(
 
     def scored(of: Tensor, limit: int, share: float) -> Tensor:
         of = of.to(torch.promote_types(of.dtype, torch.float32))
-        heat = torch.full(of.shape[:-1], temperature, device=of.device)
+        # Each pass over a vocabulary's logits costs time: none is made that changes nothing.
+        heat = None if temperature == 1 else torch.full(of.shape[:-1], temperature, device=of.device)
         kept = torch.full(of.shape[:-1], limit, device=of.device) if limit else None
         return action_log_probs(of, heat, kept, of.new_full(of.shape[:-1], share) if share < 1 else None)
 
@@ -117,23 +118,28 @@ def score(
         return Distributions(policy, policy.detach() if reference_logits is None else scored(reference_logits, 0, 1.0))
 
     def of_rows(logits: Tensor, reference_logits: Tensor | None, actions: Tensor) -> tuple[Tensor, ...]:
-        return _of_rows(of_all(logits, reference_logits), actions, entropy_trains)
+        return _of_rows(of_all(logits, reference_logits), actions, entropy_trains, refers=reference_logits is not None)
 
     actions, kept = batch.actions[batch.scored_mask], of_all(logits, reference_logits) if every else None
     columns = reduced(of_rows, logits, reference_logits, actions) if kept is None else _of_rows(
-        kept, actions, entropy_trains
+        kept, actions, entropy_trains, refers=reference_logits is not None
     )  # fmt: skip
     log_probs, ref_log_probs, kl, entropies = (batch.place(column) for column in columns)
     log_probs, ref_log_probs = (one.masked_fill(~batch.action_mask, 0.0) for one in (log_probs, ref_log_probs))
     return Scores(log_probs, ref_log_probs, kl, entropies, kept)
 
 
-def _of_rows(every: Distributions, actions: Tensor, entropy_trains: bool) -> tuple[Tensor, ...]:
-    """For n rows: log-probabilities of ``actions``, the reference's, divergence and entropy, (n,) each."""
+def _of_rows(every: Distributions, actions: Tensor, entropy_trains: bool, refers: bool) -> tuple[Tensor, ...]:
+    """For n rows: log-probabilities of ``actions``, the reference's, divergence and entropy, (n,) each.
+
+    Args:
+        refers: whether the reference is not the policy itself.
+    """
     taken, ref_taken = (one.gather(-1, actions[:, None])[:, 0] for one in (every.policy, every.reference))
     with torch.set_grad_enabled(entropy_trains and torch.is_grad_enabled()):
         entropies = entropy(every.policy)
-    return taken, ref_taken, exact_kl(every.policy, every.reference), entropies
+    kl = exact_kl(every.policy, every.reference) if refers else torch.zeros_like(entropies)
+    return taken, ref_taken, kl, entropies
 
 
 def before_updates(scores: Scores, batch: MicroBatch, aliases: Tensor | None, rl: RLConfig) -> Scored:

@@ -81,18 +81,23 @@ class LatentPolicy(nn.Module):
         reference_logits: Tensor | None = None,
         aliases: Tensor | None = None,
         shared_prompts: SharedPrompts | None = None,
+        held: Tensor | None = None,
     ) -> States:
-        """e, the reference's logits and aliases are computed unless given."""
+        """e, the reference's logits and aliases are computed unless given.
+
+        Args:
+            held: (N,), the action before each scored position; only read if actions have learnt ends.
+        """
         inputs = LayerInputs(attention_mask, scored_mask, shared_prompts)
         with torch.no_grad():
             if hidden_states is None:
                 hidden_states = inputs.unpack(self.cola.encode(inputs.pack(input_ids), **inputs.arguments))
             e = inputs.pack(hidden_states)
             if reference_logits is None:
-                reference_logits = self.reference(e, scored=inputs.scored, **inputs.arguments)
+                reference_logits = self.reference(e, scored=inputs.scored, held=held, **inputs.arguments)
             if self.with_aliases and aliases is None:
                 aliases = self._aliases(hidden_states[scored_mask], input_ids.roll(-1, 1)[scored_mask])
-        logits = self.cola.policy(e, scored=inputs.scored, **inputs.arguments)
+        logits = self.cola.policy(e, scored=inputs.scored, held=held, **inputs.arguments)
         return logits, hidden_states, reference_logits, aliases
 
     def _aliases(self, e: Tensor, said: Tensor) -> Tensor:
@@ -145,6 +150,7 @@ class SoftQPolicy(nn.Module):
         reference_logits: Tensor | None = None,
         aliases: None = None,
         shared_prompts: SharedPrompts | None = None,
+        held: Tensor | None = None,
     ) -> States:
         """Q (N, K) first; e and the reference's logits are computed unless given."""
         inputs = LayerInputs(attention_mask, scored_mask, shared_prompts)
@@ -235,6 +241,7 @@ class TokenPolicy(nn.Module):
         reference_logits: Tensor | None = None,
         aliases: None = None,
         shared_prompts: SharedPrompts | None = None,
+        held: Tensor | None = None,
     ) -> States:
         """The reference's states and logits are computed unless given or not needed. A token has no aliases."""
         inputs = LayerInputs(attention_mask, scored_mask, shared_prompts)
@@ -299,7 +306,7 @@ def forward(policy: Callable[..., States], batch: MicroBatch, frozen: Frozen) ->
     """
     known = frozen.hidden_states, frozen.reference_logits, frozen.aliases
     shared = {} if batch.shared_prompts is None else {"shared_prompts": batch.shared_prompts}
-    logits, *found = policy(batch.input_ids, batch.attention_mask, batch.scored_mask, *known, **shared)
+    logits, *found = policy(batch.input_ids, batch.attention_mask, batch.scored_mask, *known, held=batch.held, **shared)
     return logits, Frozen(*found)
 
 

@@ -226,6 +226,8 @@ def corpus_step(
     if "states" in sums:
         metrics["actions/reachable_tokens"] = float(sums["reachable"] / sums["states"])
         metrics["actions/covered"] = float(sums["covered"] / sums["spans"])
+    if "pairs" in sums:
+        metrics["actions/changes"] = float(sums["changes"] / max(float(sums["pairs"]), 1.0))
     counts = sums.get("counts", torch.zeros(config.model.num_actions)).cpu()
     return metrics | (usage(counts) if "counts" in sums else {}), counts
 

@@ -11,6 +11,9 @@ over the span's t``, and the action drawn or taken from u_s is the action at eac
 (algorithms/spans.py). The policy learns at the spans' first positions, where it will be evaluated. Terms of the relaxed
 actions count a span once for each of its tokens, as the cross-entropy does; counts of actions count decisions.
 
+With ``model.learnt_ends``, the stage actions adds ``switch_cost sum (1 - p_t . p_{t-1})``, the expected number of
+changes of the action, and the policy learns ``-log pi(a_t | e_1..t, a_{t-1})``, with it when actions end.
+
 Source: Jia et al. 2025, stages 1 and 2; departures are named where they are made.
 Legend: B rows, T positions, N of them masked in, K actions.
 """
@@ -24,10 +27,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage_imbalance
-from cola_ray.algorithms.spans import Spans
+from cola_ray.algorithms.spans import Spans, changes, follows, held_before
 from cola_ray.learner.pieces import HeadLoss, cross_entropies
 from cola_ray.model import families
-from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, sample_actions
+from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, held_or_new, sample_actions
 from cola_ray.settings.config import Config
 from cola_ray.settings.training import PretrainStage
 
@@ -51,6 +54,7 @@ class StageModule(nn.Module):
         self.model: Any = model  # a CoLA model, or a plain base in the stage base
         self.stage, self.settings = stage, config.pretrain
         self.every = int(getattr(model.config, "action_every", 1))
+        self.learnt_ends = bool(getattr(model.config, "learnt_ends", False))
         weight: Any = model.lm_head.weight
         self.head_loss = HeadLoss(weight)
         self.own_logits = stage == "base" and not families.has_plain_head(model.config.to_dict())
@@ -94,7 +98,10 @@ class StageModule(nn.Module):
             return self._actions_loss(e, position_ids, tokens, mask, spans, noise_seed, measure, mean_usage, reach)
         if self.stage == "policy":
             wanted = self._taken(e, position_ids, mask, spans) if labels is None else labels[:, 1:][mask]
-            logits = self.model.policy_logits(e, position_ids=position_ids)[:, :-1]
+            held = None
+            if self.learnt_ends:
+                held = F.pad(held_before(wanted, mask, position_ids[:, :-1]), (0, 1), value=-1)
+            logits = self.model.policy_logits(e, position_ids=position_ids, held=held)[:, :-1]
             loss = F.cross_entropy(logits[spans.starts], wanted, reduction="sum")
             return loss, {"loss": loss.detach(), "counts": self._counts(wanted)}
         with torch.no_grad():
@@ -185,6 +192,10 @@ class StageModule(nn.Module):
             mean = mean_over_ranks(relaxed) if mean_usage is None else mean_usage
             loss = loss + settings.balance_coef * usage_imbalance(relaxed, mean)
         sums = {"loss": cross_entropy.detach(), "counts": self._counts(drawn.argmax(-1))}
+        if self.learnt_ends:
+            places = position_ids[:, :-1]
+            loss = loss + settings.switch_cost * changes(relaxed, mask, places)
+            sums |= {"changes": changes(drawn.detach(), mask, places), "pairs": follows(mask, places)[mask].sum()}
         with torch.no_grad():
             if measure:
                 sums["base_loss"] = self.head_loss(states, targets)
@@ -235,7 +246,10 @@ class StageModule(nn.Module):
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         else:
             e = self.model.encode(input_ids, attention_mask)
-            actions = self.model.policy_logits(e, attention_mask).argmax(-1)
+            new, ends = self.model.policy.heads(e, attention_mask)
+            actions = new.argmax(-1)
+            if ends is not None:
+                actions = _greedy(new, ends, answer_mask)
             if self.every > 1:  # held from the answer's first token on
                 places = torch.arange(actions.shape[1], device=actions.device).expand(actions.shape)
                 steps = places - answer_mask.int().argmax(1, keepdim=True)
@@ -243,6 +257,17 @@ class StageModule(nn.Module):
             logits = self.model.world_model_logits(e, actions)
         right = logits[:, :-1].argmax(-1) == input_ids[:, 1:]
         return (right | ~answer_mask[:, :-1]).all(-1)
+
+
+def _greedy(logits: Tensor, end_logits: Tensor, answer_mask: Tensor) -> Tensor:
+    """The most probable actions (B, T), where each position of the answer depends on the action before."""
+    actions, held = logits.argmax(-1), None
+    for place in range(answer_mask.shape[1]):
+        inside = answer_mask[:, place]
+        chosen = held_or_new(logits[:, place], end_logits[:, place], held).argmax(-1)
+        actions[:, place] = torch.where(inside, chosen, actions[:, place])
+        held = torch.where(inside, chosen, -1)
+    return actions
 
 
 def noise_seeds(seed: int, step: int, rows: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ from cola_ray.learner.stage_folder import finish, is_done, staging_for
 from cola_ray.model import conversion
 from cola_ray.model.modeling_cola import CoLAForCausalLM
 from cola_ray.settings.config import Config
-from cola_ray.settings.training import OWN_BASE_POSITIONS
+from cola_ray.settings.training import OWN_BASE_POSITIONS, SIZES
 from cola_ray.tasks import PlayedTask, Prompts
 from cola_ray.tasks.chat import as_text
 
@@ -51,9 +51,7 @@ def start_model(config: Config, task: Prompts | PlayedTask | None, report: Repor
 
 
 def attach(config: Config, base_path: str | Path) -> CoLAForCausalLM:
-    sizes = config.model.model_dump(
-        include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers", "action_every"}
-    )
+    sizes = config.model.model_dump(include=set(SIZES))
     dtype, family = getattr(torch, config.model.dtype), config.model.family
     return conversion.attach(base_path, seed=config.seed, dtype=dtype, family=family, **sizes)
 

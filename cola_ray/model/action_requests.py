@@ -41,6 +41,7 @@ class ActionRequest:
         seed: for all draws of the request.
         forced: actions of the first steps: action ids, -1 to draw, ``BASE_TOKENS``, or ranks (``RANKED - i``).
         slot: row of the engine's table that keeps the actions; -1 keeps none.
+        held: the action before the first step, which may go on if ends are learnt; -1 for none.
     """
 
     temperature: float
@@ -49,6 +50,7 @@ class ActionRequest:
     seed: int
     forced: tuple[int, ...]
     slot: int = -1
+    held: int = -1
 
     @classmethod
     def from_params(cls, extra_args: dict[str, Any] | None, seed: int | None) -> "ActionRequest":
@@ -64,6 +66,7 @@ class ActionRequest:
             seed=action_seed & 0x7FFFFFFFFFFFFFFF,
             forced=tuple(args.get("actions") or ()),
             slot=int(args.get("action_slot", -1)),
+            held=int(args.get("action_held", -1)),
         )
 
 
@@ -75,11 +78,12 @@ def sampling_args(
     seed: int = 0,
     actions: Sequence[int] = (),
     slot: int = -1,
+    held: int = -1,
 ) -> dict[str, Any]:
     """Keyword arguments of ``vllm.SamplingParams``, for latent actions and for tokens as actions."""
     extra: dict[str, Any] = {
         "action_temperature": temperature, "action_top_k": top_k, "action_top_p": top_p, "action_seed": seed,
-        "action_slot": slot,
+        "action_slot": slot, "action_held": held,
     }  # fmt: skip
     if actions:
         extra["actions"] = list(actions)

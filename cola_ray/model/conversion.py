@@ -76,7 +76,8 @@ def attach(
         dtype: of all weights; by default that of the checkpoint.
         family: import path of the family if the package does not know the base's, ``package.module:name`` or
             ``file.py:name``.
-        sizes: ``num_actions``, ``num_idm_layers``, ``num_world_model_layers``, ``num_policy_layers``, ``action_every``.
+        sizes: ``num_actions``, ``num_idm_layers``, ``num_world_model_layers``, ``num_policy_layers``, ``action_every``,
+            ``learnt_ends``.
 
     Raises:
         ValueError: CoLA does not attach to the checkpoint's family, or the family refuses this checkpoint.
@@ -304,7 +305,7 @@ def _special_tokens(settings: GenerationConfig) -> dict[str, int | list[int]]:
     return {name: value for name in names if (value := getattr(settings, name)) not in (None, -1)}
 
 
-_OURS = ("world_model_form", "v", "soft_q_beta", "action_every", "card", "auto_map", "base_model_type",
+_OURS = ("world_model_form", "v", "soft_q_beta", "action_every", "learnt_ends", "card", "auto_map", "base_model_type",
          "base_family")  # fmt: skip
 """Settings that CoLA adds to a base's config.json, besides the sizes of its modules."""
 
@@ -417,7 +418,7 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
     """Write ``model`` in the authors' format; tensors loaded from a released checkpoint are written byte-identical.
 
     Raises:
-        ValueError: the world model is in the identity form, the policy has a Q, an action lasts several tokens, or the
+        ValueError: the world model is in the identity form, the policy has a Q, actions last several tokens, or the
             base is not a Llama; the released code supports none of these.
     """
     if model.config.base_model_type != "llama":
@@ -426,10 +427,8 @@ def export_released(model: CoLAForCausalLM, path: str | os.PathLike) -> None:
         )
     if model.config.soft_q_beta:
         raise ValueError("soft_q_beta: a policy with a Q cannot be exported; the released format has no place for it")
-    if model.config.action_every > 1:
-        raise ValueError(
-            f"action_every = {model.config.action_every}: cannot be exported; the released code asks at every token"
-        )
+    if lasting := model.config.lasting:
+        raise ValueError(f"{lasting}: cannot be exported; the released code chooses a new action at every token")
     if model.config.world_model_form != "released":
         raise ValueError("world_model_form: 'identity' cannot be exported; the released format implies 'released'")
     Path(path).mkdir(parents=True, exist_ok=True)

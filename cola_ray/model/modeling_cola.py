@@ -24,7 +24,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -79,6 +79,7 @@ class CoLAConfig(LlamaConfig):
             an additional head.
         action_every: n, the number of response tokens that an action lasts: one is chosen at tokens 0, n, 2n, ... and
             held, and the policy does not choose in between.
+        learnt_ends: whether the policy decides at each token if the last action goes on, see :func:`held_or_new`.
         card: facts for the model card, such as "base", "data", "task" and "figures".
     """
 
@@ -100,12 +101,17 @@ class CoLAConfig(LlamaConfig):
     world_model_form: str = "identity"
     soft_q_beta: float = 0.0
     action_every: int = 1
+    learnt_ends: bool = False
     card: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.action_every < 1:
             raise ValueError(f"action_every = {self.action_every}: an action lasts a token at least; use 1 or more")
+        if self.action_every > 1 and self.learnt_ends:
+            raise ValueError(
+                f"action_every = {self.action_every}: with learnt_ends actions have no fixed length; use 1"
+            )
         rope: dict[str, Any] = getattr(self, "rope_parameters", None) or {}
         if kinds := {name: one for name, one in rope.items() if isinstance(one, dict)}:
             self.rope_parameters = kinds  # by kind of layer; no other entries
@@ -122,6 +128,13 @@ class CoLAConfig(LlamaConfig):
 
     def validate_layer_type(self) -> None:
         """Skip transformers' check: lists by layer are longer here than it expects."""
+
+    @property
+    def lasting(self) -> str:
+        """The setting by which actions last several tokens, for messages; empty if an action gives one token."""
+        if self.learnt_ends:
+            return "learnt_ends"
+        return f"action_every = {self.action_every}" if self.action_every > 1 else ""
 
     @property
     def window(self) -> bool:
@@ -244,6 +257,29 @@ def action_log_probs(
     return logits.log_softmax(-1)
 
 
+def held_or_new(logits: Tensor, end_logits: Tensor, held: Tensor | None) -> Tensor:
+    """Log-probabilities (..., K) of the next action h', where the policy may let the last one go on.
+
+    ``pi(h' | e, h) = (1 - b_h) [h' = h] + b_h pi(h' | e)``, with ``b_h = sigmoid(end_logits_h)`` the probability that
+    action h ends here. An ended action may be chosen again; the two ways to get h are summed. A learnt switch between
+    latent actions is the idea of arXiv 2512.20605; there the switch is continuous, and not part of the policy.
+
+    Args:
+        logits: (..., K) float, of a new action.
+        end_logits: (..., K) float, of the end of each action.
+        held: (...,) int64, the action at the token before; -1 where there is none. None: none anywhere.
+    """
+    new = logits.log_softmax(-1)
+    if held is None:
+        return new
+    end = end_logits.gather(-1, held.clamp_min(0)[..., None])
+    begins = (held < 0)[..., None]
+    ended = nn.functional.logsigmoid(end).masked_fill(begins, 0.0) + new
+    goes_on = nn.functional.logsigmoid(-end).masked_fill(begins, float("-inf"))
+    is_held = torch.arange(logits.shape[-1], device=logits.device) == held[..., None]
+    return torch.where(is_held, torch.logaddexp(ended, goes_on), ended)
+
+
 RANKED = -3
 """As a forced action, ``RANKED - i`` takes the i-th most probable action, counted from 0."""
 FEW_ACTIONS = 4096
@@ -362,15 +398,19 @@ class ActionStack(nn.Module):
     Args:
         base: its classes of layers, norm and rotary embedding are used; the base itself is not kept.
         cached: whether the layers have places in a key/value cache, after the base's.
+        ends: whether a second head says which actions end, see :func:`held_or_new`.
     """
 
-    def __init__(self, config: CoLAConfig, base: Any, num_layers: int, cached: bool = False) -> None:
+    def __init__(
+        self, config: CoLAConfig, base: Any, num_layers: int, cached: bool = False, ends: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.first_layer = config, config.num_hidden_layers
         layer, norm, rotary = (type(one) for one in (base.layers[0], base.norm, base.rotary_emb))
         self.layers = nn.ModuleList(layer(config, self.first_layer + index * cached) for index in range(num_layers))
         self.norm = norm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = Linear32(config.hidden_size, config.num_actions, bias=False)
+        self.end_head = Linear32(config.hidden_size, config.num_actions, bias=False) if ends else None
         self.rotary_emb = rotary(config=config)
         self.soft_q: QHead | None = None
         # Families that mix full and windowed attention have a rotary embedding for each kind of layer.
@@ -384,14 +424,29 @@ class ActionStack(nn.Module):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         scored: Any = None,
+        held: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """e (B, T, H) -> logits (B, T, K) float32.
 
         Args:
             scored: index of N positions, such as a mask (B, T); the result is then (N, K).
+            held: (B, T), or (N,) with ``scored``, as in :func:`held_or_new`; only read if actions have learnt ends.
             kwargs: passed on to the layers' attention.
         """
+        logits, end_logits = self.heads(e, attention_mask, position_ids, past_key_values, scored, **kwargs)
+        return logits if end_logits is None else held_or_new(logits, end_logits, held)
+
+    def heads(
+        self,
+        e: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        scored: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of a new action, and of the end of each if ends are learnt: two of shape (B, T, K) or (N, K)."""
         if position_ids is None:
             position_ids = positions(attention_mask, e.shape[:2], e.device)
         mask = (create_sliding_window_causal_mask if self.config.window else create_causal_mask)(
@@ -414,11 +469,12 @@ class ActionStack(nn.Module):
                 position_embeddings=rotary,
                 **kwargs,
             )
-        logits: Tensor = self.head(self.norm(hidden if scored is None else hidden[scored]))
-        if self.soft_q is None:
-            return logits
-        soft_q = self.soft_q(e if scored is None else e[scored]).to(logits.device)
-        return logits + soft_q / self.config.soft_q_beta
+        hidden = self.norm(hidden if scored is None else hidden[scored])
+        logits, end_logits = self.head(hidden), None if self.end_head is None else self.end_head(hidden)
+        if self.soft_q is not None:
+            soft_q = self.soft_q(e if scored is None else e[scored]).to(logits.device)
+            logits = logits + soft_q / self.config.soft_q_beta
+        return logits, end_logits
 
 
 class Codebook(nn.Embedding):
@@ -484,6 +540,10 @@ class _ActionChooser:
         self.sampled, self.processors, self.every = sampled, processors, every
         self.step = 0  # number of tokens generated so far
         self.latest: tuple[Tensor, Tensor]
+
+    def held(self, shape: torch.Size) -> Tensor | None:
+        """The last actions, (B, T) for ``shape`` (B, T); None before the first."""
+        return self.latest[0][:, None].expand(shape) if self.step else None
 
     def __call__(self, logits: Tensor) -> Tensor:
         """(B, 1, K) -> (B, 1)."""
@@ -667,9 +727,10 @@ class LatentActionMixin:
         """``a_t = argmax u_{t+1}``, (B, T-1) int64, shifted: entry t is the action that led from token t to t+1.
 
         Raises:
-            ValueError: an action lasts several tokens, so labels belong to spans; see ``cola_ray.algorithms.spans``.
+            ValueError: an action lasts n tokens, so labels belong to spans; see ``cola_ray.algorithms.spans``.
         """
-        self._refuse_held("inverse_dynamics_actions", "an action has one label for all of its tokens")
+        if self.config.action_every > 1:
+            self._refuse_held("inverse_dynamics_actions", "an action has one label for all of its tokens")
         return self.inverse_dynamics_logits(e, attention_mask, position_ids)[:, 1:].argmax(-1)
 
     def policy_logits(
@@ -678,9 +739,10 @@ class LatentActionMixin:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        held: Tensor | None = None,
     ) -> Tensor:
-        """Unnormalised ``pi(a | x_1..t)``, (B, T, K) float32."""
-        return self.policy(e, attention_mask, position_ids, past_key_values)
+        """Unnormalised ``pi(a | x_1..t)``, (B, T, K) float32; with ``held`` (B, T) as in :func:`held_or_new`."""
+        return self.policy(e, attention_mask, position_ids, past_key_values, held=held)
 
     def world_model_states(self, e: Tensor, actions: Tensor) -> Tensor:
         """d (..., H), which the LM head reads, from states e (..., H) and actions (...) int64 or one-hot (..., K)."""
@@ -715,8 +777,8 @@ class LatentActionMixin:
 
     def _refuse_held(self, what: str, why: str) -> None:
         """Raise ValueError if an action lasts several tokens, for operations that are defined token by token."""
-        if self.config.action_every > 1:
-            raise ValueError(f"{what}: with action_every = {self.config.action_every} {why}")
+        if self.config.lasting:
+            raise ValueError(f"{what}: with {self.config.lasting} {why}")
 
     def _loss(
         self,
@@ -858,10 +920,12 @@ class LatentGenerationMixin(LatentActionMixin, GenerationMixin):
         cache = DynamicCache(config=self.config)
         position_ids = positions(mask, input_ids.shape, device)
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        action = torch.full((batch,), -1, device=device)
         step_ids, out = input_ids, []
         for step in range(max_new_tokens):
             e = self.encode(step_ids, mask, position_ids, cache)
-            logits = self.policy_logits(e, mask, position_ids, cache)[:, -1]  # its layers cache what is held, too
+            # Its layers cache what is held, too.
+            logits = self.policy_logits(e, mask, position_ids, cache, action[:, None].expand(e.shape[:2]))[:, -1]
             if step % self.config.action_every == 0:
                 forced = actions[:, step] if actions is not None and step < actions.shape[1] else None
                 action, log_prob = sample_actions(logits, *rows, position_ids[:, -1], forced, share)
@@ -923,8 +987,9 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
     which the policy, the world model and the base all receive gradients.
 
     ``generate`` first takes an action, and then the most probable token given the action, as in RL and in vLLM; where
-    ``config.action_every`` is n, it takes one at the new tokens 0, n, 2n, ..., and holds it. Base and policy layers
-    share one key/value cache.
+    ``config.action_every`` is n, it takes one at the new tokens 0, n, 2n, ..., and holds it. With ``learnt_ends`` the
+    distribution over actions depends on the action of the token before. Base and policy layers share one key/value
+    cache.
 
     ==========================================================  =======================================================
     do_sample=False                                             the policy's most probable action
@@ -946,7 +1011,7 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
         self.idm = ActionStack(config, self.model, config.num_idm_layers)
         self.codebook = Codebook(config.num_actions, config.hidden_size)
         self.world_model = nn.ModuleList(WorldModelBlock(config) for _ in range(config.num_world_model_layers))
-        self.policy = ActionStack(config, self.model, config.num_policy_layers, cached=True)
+        self.policy = ActionStack(config, self.model, config.num_policy_layers, cached=True, ends=config.learnt_ends)
         if config.soft_q_beta:
             self.policy.soft_q = QHead(config.hidden_size, config.num_actions)
         self.post_init()
@@ -971,13 +1036,13 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         actions: Tensor | None = None,
-        choose_actions: Callable[[Tensor], Tensor] | None = None,
+        choose_actions: _ActionChooser | None = None,
         **kwargs: Any,
     ) -> CoLACausalLMOutput:
         """Token logits given actions, at all positions or at the last ``logits_to_keep``.
 
-        If an action lasts several tokens (``config.action_every``), the caller has to hold actions: each position needs
-        its action, and there is no loss.
+        If actions last (``config.action_every``, ``learnt_ends``), the caller has to hold actions: each position needs
+        its action, there is no loss, and with learnt ends ``action_logits`` are those of new actions.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds: as in :meth:`encode`.
@@ -990,7 +1055,7 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
         Raises:
             ValueError: ``actions`` has another shape; or an action lasts several tokens and some are not given.
         """
-        if choose_actions is None and (actions is None or (self.config.action_every > 1 and bool((actions < 0).any()))):
+        if choose_actions is None and (actions is None or (self.config.lasting and bool((actions < 0).any()))):
             self._refuse_held("actions", "forward does not know where a response begins; give one for each position")
         if labels is not None:
             self._refuse_held("labels", "the likelihood is one of spans, which is not computed here; leave them out")
@@ -1007,7 +1072,8 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
         e = base.last_hidden_state
-        policy = self.policy(e, attention_mask, position_ids, past_key_values)
+        held = None if choose_actions is None else choose_actions.held(e.shape[:2])
+        policy = self.policy(e, attention_mask, position_ids, past_key_values, held=held)
         loss = None if labels is None else self._loss(e, policy, labels, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         e, policy = e[:, kept], policy[:, kept].to(e.device)
@@ -1046,8 +1112,8 @@ def model_card(config: CoLAConfig) -> str:
         "latent actions": config.num_actions,
         "layers of base, policy, inverse dynamics, world model": ", ".join(map(str, layers)),
     }  # fmt: skip
-    if config.action_every > 1:
-        facts["tokens that an action lasts"] = config.action_every
+    if config.lasting:
+        facts["tokens that an action lasts"] = "until it ends" if config.learnt_ends else config.action_every
     table = "\n".join(f"| {name} | {value} |" for name, value in (facts | figures).items())
     known_to_hub = f"base_model: {base}\n" if on_hub else ""
     if licence:

@@ -1,7 +1,7 @@
 """CoLA in vLLM: policy layers use the paged key/value cache, and actions are sampled in the engine.
 
     forward          base layers ─> e ─> policy layers ─> row [e ; p], in one graph        (every token)
-    compute_logits   head(p) ─> sample action ─> world model(e, action) ─> token logits    (only last tokens)
+    compute_logits   heads(p) ─> sample action ─> world model(e, action) ─> token logits   (only last tokens)
 
 Prefill, chunking and prefix caching need no special treatment, because only the world model depends on the action, and
 it works position by position. :class:`~cola_ray.model.vllm_rows.RowTable` says which request owns which row of
@@ -130,6 +130,7 @@ class CoLAForCausalLM(nn.Module):
         hidden = config.hidden_size
         self.model: Any = served_model(config)(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.policy_head = Linear32(hidden, config.num_actions, bias=False)
+        self.end_head = Linear32(hidden, config.num_actions, bias=False) if config.learnt_ends else None
         self.soft_q = QHead(hidden, config.num_actions) if config.soft_q_beta else None
         self.codebook = nn.Embedding(config.num_actions, hidden)
         self.world_model = nn.ModuleList(
@@ -168,7 +169,7 @@ class CoLAForCausalLM(nn.Module):
         action_logits = self.policy_head(policy_hidden)
         if self.soft_q is not None:
             action_logits = action_logits + self.soft_q(e) / self.config.soft_q_beta
-        actions, rows = self.rows.draw(action_logits)
+        actions, rows = self.rows.draw(action_logits, None if self.end_head is None else self.end_head(policy_hidden))
         state, code = e, self.codebook(actions)
         for block in self.world_model:
             state = block(state, code)
@@ -193,7 +194,8 @@ class CoLAForCausalLM(nn.Module):
     def policy_modules(self) -> list[nn.Module]:
         """The modules that a weight update replaces."""
         return [
-            *self.model.policy_layers, self.model.policy_norm, self.policy_head, *filter(None, [self.soft_q])
+            *self.model.policy_layers, self.model.policy_norm, self.policy_head,
+            *filter(None, [self.end_head, self.soft_q]),
         ]  # fmt: skip
 
 
@@ -201,6 +203,6 @@ def served_name(name: str) -> str:
     """The served model's name of a parameter, given our name."""
     if name.startswith("policy.head."):
         return name.replace("policy.head.", "policy_head.")
-    if name.startswith("policy.soft_q."):
+    if name.startswith(("policy.soft_q.", "policy.end_head.")):
         return name.removeprefix("policy.")
     return name.replace("policy.layers.", "model.policy_layers.").replace("policy.norm.", "model.policy_norm.")

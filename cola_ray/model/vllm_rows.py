@@ -8,7 +8,8 @@ request ─> RowTracker mirrors the batch (V1) ─┐
 
 If an action lasts n tokens (the model's ``action_every``), a row at a step between n s and n (s + 1) takes the action
 that the table holds for step n s in the request's slot. So a request that was preempted, split into chunks or moved to
-another row still finds the action that it chose.
+another row still finds the action that it chose. If the policy learns when actions end (``learnt_ends``), the table
+holds the action of the step before, which may go on.
 
 Nothing here waits for the device: everything that a step's control flow depends on is known on the host.
 """
@@ -30,7 +31,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from cola_ray.model.action_requests import LOWEST_LOG_PROB, SERVED_ARGS, TAKES_ACTIONS, UNSERVED, ActionRequest
-from cola_ray.model.modeling_cola import sample_actions
+from cola_ray.model.modeling_cola import held_or_new, sample_actions
 
 
 class Rows(NamedTuple):
@@ -44,6 +45,7 @@ class Rows(NamedTuple):
     top_p: Tensor | None
     slot: Tensor | None  # int64, slot in the ActionTable; -1 is a row that nobody reads; None: no row keeps its action
     step: Tensor  # int64, index of the action within its completion
+    held: Tensor | None = None  # int64, the action before the first step, -1 for none; None: no row has any
 
 
 class ActionTable:
@@ -85,13 +87,13 @@ class Settings:
     def __init__(self, size: int) -> None:
         self.floats = np.zeros((2, size), np.float32)  # temperature, top_p
         self.floats[1] = 1.0
-        self.integers = np.zeros((4, size), np.int64)  # top_k, seed, prompt length, slot
-        self.integers[3] = -1
+        self.integers = np.zeros((5, size), np.int64)  # top_k, seed, prompt length, slot, held action
+        self.integers[3:] = -1
         self.forced: list[tuple[int, ...]] = [()] * size
 
     def put(self, index: int, request: ActionRequest, prompt_length: int) -> None:
         self.floats[:, index] = request.temperature, request.top_p
-        self.integers[:, index] = request.top_k, request.seed, prompt_length, request.slot
+        self.integers[:, index] = request.top_k, request.seed, prompt_length, request.slot, request.held
         self.forced[index] = request.forced
 
     def move(self, source: int, target: int, swap: bool) -> None:
@@ -103,7 +105,7 @@ class Settings:
         self.forced[source], self.forced[target] = self.forced[target] if swap else (), self.forced[source]
 
     def to(self, device: torch.device, count: int) -> tuple[Tensor, Tensor]:
-        """Return the settings of the first ``count`` requests: floats (2, count) and integers (4, count)."""
+        """Return the settings of the first ``count`` requests: floats (2, count) and integers (5, count)."""
         # Copies, because on CPU the device's tensors would be these arrays.
         whole = async_tensor_h2d(self.integers[:, :count].copy(), device=device)
         return async_tensor_h2d(self.floats[:, :count].copy(), device=device), whole
@@ -137,9 +139,15 @@ class RowTable:
         """Free the table of an engine that has shut down."""
         cls._by_engine.pop(instance_id, None)
 
-    def draw(self, logits: Tensor) -> tuple[Tensor, Rows]:
-        """Draw an action for each row of logits (N, K), keep it, and return the actions (N,) and the rows' settings."""
+    def draw(self, logits: Tensor, end_logits: Tensor | None = None) -> tuple[Tensor, Rows]:
+        """Draw an action for each row of logits (N, K), keep it, and return the actions (N,) and the rows' settings.
+
+        Args:
+            end_logits: (N, K), if the policy learns when actions end.
+        """
         rows = self.rows(len(logits), logits.device)
+        if end_logits is not None:
+            logits = held_or_new(logits, end_logits, self._held(rows))
         actions, log_probs = sample_actions(logits, *rows[:6])
         if rows.slot is None:
             return actions, rows
@@ -151,6 +159,14 @@ class RowTable:
         self.kept.write(rows.slot, rows.step, actions, log_probs)
         return actions, rows
 
+    def _held(self, rows: Rows) -> Tensor | None:
+        """The action of each row's step before, (N,); -1 where there is none."""
+        if rows.slot is None:
+            return None
+        assert self.kept.table is not None
+        before = self.kept.table[rows.slot, (rows.step - 1).clamp_min(0), 0].long()
+        return torch.where(rows.step > 0, before, -1 if rows.held is None else rows.held)
+
     def rows(self, num_rows: int, device: torch.device) -> Rows:
         """Settings of all rows; if rows are unknown, as in profiling runs, draws are greedy and not kept."""
         if self.prepared is not None and len(self.prepared.seed) == num_rows:
@@ -161,7 +177,7 @@ class RowTable:
         if self.fixed is None:
             self.fixed = self.settings.to(device, num_rows)
         steps = np.fromiter(map(len, self.outputs), np.int64, num_rows)
-        (temperature, top_p), (top_k, seed, prompt_length, slot) = self.fixed
+        (temperature, top_p), (top_k, seed, prompt_length, slot, held) = self.fixed
         step, forced = async_tensor_h2d(steps, device=device), self._forced(steps)
         return Rows(
             temperature if self.settings.floats[0, :num_rows].any() else None,
@@ -172,6 +188,7 @@ class RowTable:
             top_p if (self.settings.floats[1, :num_rows] < 1).any() else None,
             slot if (self.settings.integers[3, :num_rows] >= 0).any() else None,
             step,
+            held if (self.settings.integers[4, :num_rows] >= 0).any() else None,
         )
 
     def _forced(self, steps: np.ndarray) -> np.ndarray | None:
@@ -375,8 +392,8 @@ class ServedConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         settle_vllm()
         if not model_config.logits_processors:  # engines used in training pass their own
-            if action_every(model_config) > 1:
-                raise ValueError(f"action_every: {UNSERVED}")
+            if lasting := getattr(model_config.hf_config, "lasting", ""):
+                raise ValueError(f"{lasting}: {UNSERVED}")
             model_config.logits_processors = [processor("served")]
 
     @staticmethod

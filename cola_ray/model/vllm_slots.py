@@ -58,7 +58,7 @@ class SlotSettings:
             self.on_device = self.settings.to(self.device, len(self.settings.forced))
         index, position = index.long(), position.long()
         temperature, top_p = self.on_device[0][:, index]
-        top_k, seed, prompt_length, slot = self.on_device[1][:, index]
+        top_k, seed, prompt_length, slot, held = self.on_device[1][:, index]
         step = position - (prompt_length - 1)
         inside, settings = step >= 0, self.settings  # within a prompt, a row's draw is not used
         return Rows(
@@ -70,6 +70,7 @@ class SlotSettings:
             top_p if (settings.floats[1, index_on_host] < 1).any() else None,
             torch.where(inside, slot, -1) if (settings.integers[3, index_on_host] >= 0).any() else None,
             step.clamp_min(0),
+            held if (settings.integers[4, index_on_host] >= 0).any() else None,
         )
 
     def _forced(self, index: Tensor, step: Tensor) -> Tensor:

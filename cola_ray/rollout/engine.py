@@ -57,6 +57,7 @@ class Request:
     stop: Sequence[str] = ()  # strings that end the completion, in addition to the engine's end tokens
     response_prefix: int = 0  # how many of the prompt's last tokens already belong to the response
     top_p: float = 1.0
+    held: int = -1  # the action at the prompt's last token, which may go on if the model's actions have learnt ends
 
 
 @dataclass
@@ -161,6 +162,7 @@ class Engine(abc.ABC):
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         self.action_every = action_every(self.llm.llm_engine.model_config)
+        self.learnt_ends = bool(getattr(self.llm.llm_engine.model_config.hf_config, "learnt_ends", False))
         self.read_actions = functools.partial(read_actions, instance_id=self.llm.llm_engine.vllm_config.instance_id)
         self.llm.llm_engine.output_processor.tokenizer = tokenizer  # finds stop strings
 
@@ -219,7 +221,7 @@ class Engine(abc.ABC):
             skip_clone=True,  # nothing else uses the object; a deep copy would take a fifth of a short rollout's time
             **sampling_args(
                 temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, seed=request.seed,
-                actions=request.actions, slot=self.free_slots[0],
+                actions=request.actions, slot=self.free_slots[0], held=request.held,
             ),
         )  # fmt: skip
         engine_id = self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)

@@ -131,11 +131,11 @@ class EvaluationWorker(RolloutWorker):
     def _problem(self, index: int, prompt: list[int]) -> SearchProblem:
         rollout = self.config.rollout
 
-        def request(ids: Sequence[int], number: int, actions: Sequence[int], new_tokens: int) -> Request:
+        def request(ids: Sequence[int], number: int, actions: Sequence[int], new_tokens: int, held: int) -> Request:
             seed = self._seed(_EVALUATION, index, number)
             prefix = len(ids) - len(prompt)
             return self._sampled(
-                ids, seed, new_tokens, actions=actions, stop=self.endings.strings, response_prefix=prefix
+                ids, seed, new_tokens, actions=actions, stop=self.endings.strings, response_prefix=prefix, held=held
             )
 
         score = functools.partial(self._values, index)

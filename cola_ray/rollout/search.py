@@ -9,9 +9,10 @@
     child = the token that the action gave;  value = reward of the whole response;  back up along the path
 
 A node is a sequence of tokens: actions determine the tokens, and states depend only on tokens. Two actions that give
-the same token are one child, which then has two rollouts. If actions last n tokens, a child is all tokens of its action
-(n, or fewer at an end), so that each node stands where an action is chosen. All problems, with several searchers each,
-share the engine at the same time. The result so far is complete at any moment, so a budget may end a search anywhere.
+the same token are one child, which then has two rollouts; where the policy also depends on the last action (learnt
+ends), it goes on from the first of the two. If actions last n tokens, a child is all tokens of its action (n, or fewer
+at an end), so that each node stands where an action is chosen. All problems, with several searchers each, share the
+engine at the same time. The result so far is complete at any moment, so a budget may end a search anywhere.
 
 MCTS-Q (the search that CoLA's authors released): where Q's temporal-difference error along a rollout is small, nothing
 is decided, so the child is placed at the next state where the error is not small.
@@ -53,7 +54,8 @@ class Node:
     """A prefix of the response, and statistics of the rollouts that went through it."""
 
     tokens: tuple[int, ...] = ()  # after the prompt
-    prior: float = 1.0  # the policy's probability of the action that led here
+    action: int = -1  # the last one that led here, which may go on if the model's actions have learnt ends
+    prior: float = 1.0  # the policy's probability of that action
     ended: bool = False  # by a stop token or the length limit: nothing can follow
     children: list["Node"] = field(default_factory=list)
     tried: int = 0  # number of actions tried, from the most probable on
@@ -94,7 +96,8 @@ class SearchProblem:
         max_new_tokens: length limit of a whole response.
         complete: runs requests on the engine.
         score: gives the rewards of responses.
-        request: (prompt ids, seed, forced actions, new tokens) -> a request with the run's sampling settings.
+        request: (prompt ids, seed, forced actions, new tokens, action before them or -1) -> a request with the run's
+            sampling settings.
         num_actions: how many actions a state has; 0 if that is more than any breadth.
         action_every: tokens that an action lasts.
     """
@@ -103,7 +106,7 @@ class SearchProblem:
     max_new_tokens: int
     complete: Complete
     score: Score
-    request: Callable[[Sequence[int], int, Sequence[int], int], Request]
+    request: Callable[[Sequence[int], int, Sequence[int], int, int], Request]
     num_actions: int = 0
     action_every: int = 1
 
@@ -246,7 +249,8 @@ class TreeSearch(_Search):
         left = problem.max_new_tokens - len(node.tokens)
         granted = self.budget.reserve(left)
         ids = [*problem.prompt, *node.tokens]
-        (made,) = await problem.complete([problem.request(ids, self.num_started, [RANKED - rank], granted)])
+        request = problem.request(ids, self.num_started, [RANKED - rank], granted, node.action)
+        (made,) = await problem.complete([request])
         self._count(made)
         cut = made.truncated and len(made.token_ids) == granted < left  # by the budget, not by the length limit
         if not cut or not self.found.responses:  # a cut response counts only if there is no other
@@ -311,7 +315,7 @@ class TreeSearch(_Search):
                 child.prior += prior
                 return child
         tokens = (*node.tokens, *(int(token) for token in made.token_ids[:skipped]))
-        child = Node(tokens, prior, ended=skipped == length)
+        child = Node(tokens, int(made.actions[skipped - 1]), prior, ended=skipped == length)
         node.children.append(child)
         return child
 
@@ -335,7 +339,7 @@ class BestOf(_Search):
         if not await self.budget.room(problem.max_new_tokens):
             return
         granted = self.budget.reserve(problem.max_new_tokens)
-        (made,) = await problem.complete([problem.request(problem.prompt, number, (), granted)])
+        (made,) = await problem.complete([problem.request(problem.prompt, number, (), granted, -1)])
         self._count(made)
         cut = made.truncated and len(made.token_ids) == granted < problem.max_new_tokens
         if not cut or not self.made:
@@ -361,6 +365,7 @@ class BeamSearch(_Search):
         super().__init__(config, problem)
         self.ended: dict[tuple[int, ...], float] = {}
         self.open: dict[tuple[int, ...], float] = {(): 0.0}
+        self.last: dict[tuple[int, ...], int] = {(): -1}  # the action that gave each prefix's last token
         self.out_of_tokens = False
 
     def _work(self) -> Iterable[Coroutine[Any, Any, None]]:
@@ -387,7 +392,7 @@ class BeamSearch(_Search):
     async def _step(self, tries: Sequence[tuple[tuple[int, ...], int]]) -> None:
         problem = self.problem
         made = await problem.complete([
-            problem.request([*problem.prompt, *prefix], 0, [RANKED - rank], self._longest(prefix))
+            problem.request([*problem.prompt, *prefix], 0, [RANKED - rank], self._longest(prefix), self.last[prefix])
             for prefix, rank in tries
         ])  # fmt: skip
         grown: dict[tuple[int, ...], float] = {}
@@ -395,6 +400,7 @@ class BeamSearch(_Search):
         for (prefix, _), one in zip(tries, made, strict=True):
             longer = (*prefix, *one.token_ids.tolist())
             score = self.open[prefix] + float(one.log_probs[0])
+            self.last.setdefault(longer, int(one.actions[-1]))
             target = stopped if not one.truncated or len(longer) == problem.max_new_tokens else grown
             target[longer] = float(np.logaddexp(target.get(longer, -np.inf), score))
             self.budget.tokens -= len(one.token_ids)

@@ -88,6 +88,9 @@ class EngineWorker:
         if self.latent and self.engine.action_every != config.model.action_every:
             raise ValueError(f"model.action_every = {config.model.action_every}: actions of the served model last "
                              f"{self.engine.action_every} tokens; use that")  # fmt: skip
+        if self.latent and self.engine.learnt_ends != config.model.learnt_ends:
+            raise ValueError(f"model.learnt_ends = {config.model.learnt_ends}: the served model has "
+                             f"{self.engine.learnt_ends}; use that")  # fmt: skip
         self.batch = RunningBatch(self.engine, drain=config.rl.update_mode == "drain")
 
     @property

@@ -25,9 +25,9 @@ from cola_ray.runs.redaction import redacted_tree
 from cola_ray.runs.run_folder import is_finished, read_record, write_json
 from cola_ray.settings.config import Config, is_environment, override, results_root, value_at
 from cola_ray.settings.relevance import defaults, entries, given, reads
+from cola_ray.settings.training import SIZES
 
 FILE = "provenance.json"
-SIZES = ("num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers", "action_every")
 PATHS = ("data.path", "task.path", "task.game", "task.reward_model", "model.base", "model.path", "critic.encoder",
          "q.path", "harness.include_path", "diversity.encoder")  # fmt: skip
 """Settings that may be paths."""
@@ -222,7 +222,7 @@ def refusals(config: Config, job: str) -> list[str]:
     if not isinstance(made, dict):
         return [f"model.path = {str(model)!r}: has no {FILE}, so its settings are unknown; give it as --model.path "
                 "to use it anyway"]  # fmt: skip
-    made = {"model.action_every": 1} | made  # as in _sizes
+    made = {f"model.{name}": value for name, value in _UNRECORDED.items()} | made
     lines = []
     for field, value in _requested(config).items():
         option = (
@@ -257,12 +257,16 @@ _RELEASED = {"num_actions": "num_code", "num_idm_layers": "num_action_layer",
              "num_world_model_layers": "num_dyna_layer", "num_policy_layers": "num_policy_layer"}  # fmt: skip
 
 
+_UNRECORDED = {"action_every": 1, "learnt_ends": False}
+"""Sizes that older checkpoints do not record."""
+
+
 def _sizes(model: Path) -> dict[str, int]:
     """Read the sizes of a CoLA checkpoint, under this package's names; {} for another model."""
     raw = _read(model / "config.json")
     found = {name: raw.get(name, raw.get(_RELEASED.get(name, name))) for name in SIZES}
     sizes = {name: size for name, size in found.items() if isinstance(size, int)}
-    return {"action_every": 1} | sizes if sizes else {}  # older checkpoints do not record it
+    return _UNRECORDED | sizes if sizes else {}
 
 
 # --- the first lines ----------------------------------------------------------------------------------------------
@@ -294,6 +298,8 @@ def first_lines(config: Config, job: str, start: Path | None = None) -> str:
         rows["data"] = f"demonstrations of {settings.get('task.name', config.task.name)}"
     token = config.rl.action_space == "token" and job not in ("pretrain", "train_q")
     lasting = f", each of {every} tokens" if (every := config.model.action_every) > 1 else ""
+    if config.model.learnt_ends:
+        lasting = ", each until the policy ends it"
     rows["actions"] = "tokens of the vocabulary" if token else f"{config.model.num_actions} latent actions{lasting}"
     if job == "reward_model":
         rows.pop("actions")

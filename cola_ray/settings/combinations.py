@@ -16,6 +16,7 @@ from cola_ray.settings.relevance import defaults
 
 Condition = Callable[[Config], bool]
 _UNREAD = "nothing reads it"
+_EACH_TOKEN = "leave it out, or use a model whose actions give one token each"
 _UP_TO_ONE = ("arithmetic", "gsm8k", "math500", "instructions", "twenty_questions", "guess_city", "tools", "shop",
               "household")  # fmt: skip
 """Tasks whose own rewards all lie between -1 and 1."""
@@ -213,7 +214,11 @@ def _base_trains(config: Config) -> bool:
 
 
 def _lasts(config: Config) -> bool:
-    return config.model.action_every > 1
+    return config.model.action_every > 1 or config.model.learnt_ends
+
+
+def _ends(config: Config) -> bool:
+    return config.model.learnt_ends
 
 
 _actor_free = _has("rl.actor_free", True)
@@ -481,16 +486,37 @@ COMBINATIONS: tuple[Combination, ...] = (
         "use 1, or a task with answers",
     ),
     Combination(
+        "model.learnt_ends", (True,), _tokens, "a token is said once, and no action of rl.action_space token lasts",
+        "leave it out, or use rl.action_space latent",
+    ),
+    Combination(
+        "model.learnt_ends", (True,), lambda config: config.model.action_every > 1,
+        "actions end after model.action_every tokens", "use one of them",
+    ),
+    Combination(
         "rl.actor_free", (True,), _lasts, "Q learns from replay token by token, and the model's actions last",
-        "leave it out, or use a model with model.action_every 1",
+        _EACH_TOKEN,
+    ),
+    Combination(
+        "rl.algorithm", (*_FOLLOWS_Q, "tbrm"), _ends,
+        "its values are of texts, and with model.learnt_ends the policy also depends on the last action", _EACH_TOKEN,
+    ),
+    Combination(
+        "rl.control_variate", (True,), _ends,
+        "its Q is of texts, and with model.learnt_ends the policy also depends on the last action", _EACH_TOKEN,
     ),
     Combination(
         "rl.marginal_aliases", (True,), _lasts, "another action that says this token may say another next",
-        "leave it out, or use a model with model.action_every 1",
+        _EACH_TOKEN,
     ),
     Combination(
         "eval.ways", _Naming("mcts_q"), _lasts, "mcts_q's Q is of single tokens, and the model's actions last",
-        "use mcts, or a model with model.action_every 1",
+        "use mcts, or a model whose actions give one token each",
+    ),
+    Combination(
+        "pretrain.stages", _Naming("fta_policy"), _ends,
+        "it draws all actions of a text at once, and with model.learnt_ends each depends on the last",
+        "leave fta_policy out",
     ),
     Combination("rl.lora_rank", None, _latent, "for rl.action_space token"),
     Combination("rl.steering", ("all", "last"), _latent, "for rl.action_space token"),

@@ -13,6 +13,7 @@ from typing import Any
 from cola_ray.settings.algorithms import OF_TURNS
 from cola_ray.settings.config import Config, flat, is_environment, override
 from cola_ray.settings.presets import preset
+from cola_ray.settings.training import SIZES
 
 ON_GPU = ("gpu_memory_utilization", "quantization", "kv_cache_dtype", "enforce_eager", "optimization_level",
           "async_scheduling")  # fmt: skip
@@ -25,8 +26,7 @@ UNSCORED = ("preference", "dataset")
 _RUN = ("preset", "output_dir", "seed", "resume", "overwrite", "report_to", "tracking_uri", "tracking_parent",
         "cluster.address", "cluster.use_gpu",
         "cluster.threads_per_process", "cluster.*_group", "cluster.answer_timeout_s")  # fmt: skip
-_SIZES = ("model.num_actions", "model.num_idm_layers", "model.num_world_model_layers", "model.num_policy_layers",
-          "model.action_every")  # fmt: skip
+_SIZES = tuple(f"model.{name}" for name in SIZES)
 _TRAINS = ("cluster.learner_*", "cluster.max_failures", "pretrain.max_steps", "pretrain.batch_size",
            "pretrain.micro_batch_size", "pretrain.warmup_steps", "pretrain.min_lr_ratio",
            "pretrain.save_every")  # fmt: skip
@@ -155,6 +155,8 @@ _ONLY: tuple[_Only, ...] = (
           "of eval.ways, sample, beam, mcts and mcts_q do"),
     _Only(("pretrain.gumbel_tau", "pretrain.entropy_coef", "pretrain.balance_coef", "pretrain.revive_every"),
           _stage("actions"), "the stage actions does"),
+    _Only(("pretrain.switch_cost",), lambda c, job: c.model.learnt_ends and _stage("actions")(c, job),
+          "the stage actions does, with model.learnt_ends"),
     _Only(("pretrain.steps.base",), _stage("base"), "the stage base does"),
     _Only(("pretrain.steps.actions",), _stage("actions"), "the stage actions does"),
     _Only(("pretrain.steps.policy",), _stage("policy"), "the stage policy does"),

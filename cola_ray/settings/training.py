@@ -90,8 +90,15 @@ class ModelConfig(Branch):
     action_every: Count = 1
     """n, the response tokens that a latent action lasts: one is chosen at tokens 0, n, 2n, ..., and held. Learnt in
     pre-training, and the same in RL and wherever the model is served."""
+    learnt_ends: bool = False
+    """The policy decides at each token whether the last action goes on. Learnt in pre-training, where
+    pretrain.switch_cost makes actions last."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights, in learner and engine."""
+
+
+SIZES = ("num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers", "action_every", "learnt_ends")
+"""Settings of a model that its checkpoint records, and that cannot be changed afterwards."""
 
 
 class TaskConfig(Branch):
@@ -200,6 +207,8 @@ class PretrainConfig(Branch):
     """Weight of sum p log p of the relaxed action: keeps codes alive."""
     balance_coef: NonNegative = 0.0
     """Weight of log K - H(batch's mean code usage)."""
+    switch_cost: NonNegative = 0.1
+    """With model.learnt_ends: weight of the probability that a token's action differs from that of the token before."""
     revive_every: Whole = 0
     """Every so many steps, codes not used since the last time are replaced by the most used code's row. 0: never."""
     response_only: bool = False

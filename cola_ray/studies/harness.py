@@ -51,9 +51,9 @@ class HarnessModel(TemplateLM):
         self.endings = Endings.of(self.tokenizer, pretrained)
         self.on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = CoLAForCausalLM.from_pretrained(pretrained, dtype=getattr(torch, dtype))
-        if likelihood != "base" and model.config.action_every > 1:
+        if likelihood != "base" and (lasting := model.config.lasting):
             raise ValueError(
-                f"harness.likelihoods = {likelihood!r}: the model's actions last {model.config.action_every} tokens, "
+                f"harness.likelihoods = {likelihood!r}: the model's actions last ({lasting}), "
                 "and a token's probability depends on where its action began; use base"
             )
         self.model = model.eval().to(self.on)

@@ -23,7 +23,7 @@ from typing import Any
 from cola_ray.learner.pieces import AT_ONCE
 from cola_ray.settings.config import Config, ConfigError
 from cola_ray.settings.rl import steered_layers
-from cola_ray.settings.training import PretrainStage
+from cola_ray.settings.training import SIZES, PretrainStage
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def sizes(config: Config) -> Sizes:
     latent, known = config.model, _shape(config)
     if known["model_type"] != "cola":
         known |= {"base_model_type": known["model_type"], "model_type": "cola"}
-    ours = latent.model_dump(include={"num_actions", "num_idm_layers", "num_world_model_layers", "num_policy_layers"})
+    ours = latent.model_dump(include=set(SIZES))
     shape = CoLAConfig(**(ours | known))
     with torch.device("meta"):
         model = CoLAForCausalLM(shape)

@@ -18,6 +18,7 @@ TOKENS = {"rl.action_space": "token"}
 WINDOW = {"rl.window": 1, "rl.max_staleness": 2, "rl.update_mode": "continue"}
 ALIASES = {"rl.marginal_aliases": True}
 LASTING = {"model.action_every": 2}
+ENDING = {"model.learnt_ends": True}
 
 
 def agent(algorithm, **changes):
@@ -258,6 +259,17 @@ REFUSED = [
     (LASTING | ETPO | {"rl.actor_free": True}, "rl.actor_free = True: Q learns from replay token by token"),
     (LASTING | ALIASES, "rl.marginal_aliases = True: another action that says this token"),
     (LASTING | {"eval.ways": ("mcts_q",)}, "eval.ways = ('mcts_q',): mcts_q's Q is of single tokens"),
+    (ENDING | TOKENS, "model.learnt_ends = True: a token is said once"),
+    (ENDING | LASTING, "model.learnt_ends = True: actions end after model.action_every tokens"),
+    (ENDING | ETPO, "rl.algorithm = 'etpo': its values are of texts"),
+    (ENDING | {"rl.algorithm": "tbrm"}, "rl.algorithm = 'tbrm': its values are of texts"),
+    (ENDING | {"rl.control_variate": True}, "rl.control_variate = True: its Q is of texts"),
+    (ENDING | ALIASES, "rl.marginal_aliases = True: another action that says this token"),
+    (ENDING | {"eval.ways": ("mcts_q",)}, "eval.ways = ('mcts_q',): mcts_q's Q is of single tokens"),
+    (
+        ENDING | {"pretrain.stages": ("actions", "policy", "fta_policy")},
+        "pretrain.stages = ('actions', 'policy', 'fta_policy'): it draws all actions of a text at once",
+    ),
     (ALIASES | {"rl.kl_estimator": "k1"}, "rl.kl_estimator = 'k1': rl.marginal_aliases needs 'exact'"),
     (ALIASES | {"rl.cache_hidden_states": True}, "rl.cache_hidden_states = True: rl.marginal_aliases needs False"),
     (ALIASES | {"rl.control_variate": True}, "rl.control_variate = True: rl.marginal_aliases needs False"),

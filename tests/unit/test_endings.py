@@ -113,7 +113,7 @@ class Lines:
 
 
 class FakeEngine:
-    action_every = 1
+    action_every, learnt_ends = 1, False
 
     def __init__(self, model_path, **settings):
         self.settings = settings
@@ -155,7 +155,7 @@ def test_every_request_of_a_worker_knows_where_it_ends(tmp_path, monkeypatch, sp
     requests = [
         made._request([10], 0, False),
         made._greedy_request([10], True),
-        problem.request([10, 11, 12], 0, [], 5),
+        problem.request([10, 11, 12], 0, [], 5, -1),
     ]
     assert [request.stop for request in requests] == [("no",)] * 3
     assert [request.response_prefix for request in requests] == [0, 0, 1], "a search continues a response"

@@ -37,7 +37,7 @@ class Table:
     def __init__(self, logits, reference):
         self.engine, self.logits, self.reference, self.loss = self, logits, reference, 0.0
 
-    def __call__(self, input_ids, attention_mask, scored_mask, *_):
+    def __call__(self, input_ids, attention_mask, scored_mask, *_, **__):
         return self.logits[input_ids[scored_mask]], None, self.reference[input_ids[scored_mask]], None
 
     def backward(self, loss, last):

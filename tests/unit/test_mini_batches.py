@@ -79,7 +79,7 @@ class Policy:
         self.lock, self.all_here = threading.Lock(), threading.Barrier(ranks, timeout=60)
         self.logits.grad, self.norms, self.rates = torch.zeros_like(logits), [], []
 
-    def __call__(self, input_ids, attention_mask, scored_mask, hidden_states, reference_logits, aliases):
+    def __call__(self, input_ids, attention_mask, scored_mask, hidden_states, reference_logits, aliases, **_):
         logits = self.logits[input_ids[scored_mask]]
         known = self.reference[input_ids[scored_mask]]
         if reference_logits is not None:

@@ -214,7 +214,8 @@ def test_a_vocabulary_in_pieces_has_the_loss_and_gradient_of_all_rows_at_once(mo
     whole = run()
     monkeypatch.setattr(pieces, "AT_ONCE", 2 * K)  # two of six rows
     made = []
-    monkeypatch.setattr(objective, "_of_rows", lambda *args, of=objective._of_rows: made.append(1) or of(*args))
+    of_rows = objective._of_rows
+    monkeypatch.setattr(objective, "_of_rows", lambda *args, **more: made.append(1) or of_rows(*args, **more))
     cut = run()
     assert len(made) == 6, "three pieces, each once more for its gradient"
     assert torch.equal(whole[0], cut[0])

@@ -58,7 +58,7 @@ class Game:
         return SearchProblem(PROMPT, budget or self.depth, self.complete, self.score, _request, len(self.priors))
 
 
-def _request(ids, seed, actions, new_tokens):
+def _request(ids, seed, actions, new_tokens, held):
     return Request(ids, seed, 1.0, 0, new_tokens, actions)
 
 

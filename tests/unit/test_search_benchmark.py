@@ -102,7 +102,7 @@ def responses_of_a_beam(width, tokens, longest):
     async def score(responses):
         return [0.0] * len(responses)
 
-    def request(ids, seed, actions, new_tokens):
+    def request(ids, seed, actions, new_tokens, held):
         return Request(ids, seed, 1.0, 0, new_tokens, actions)
 
     settings = SearchConfig(simulations=width, max_tokens=tokens, root_breadth=search.BREADTH, breadth=search.BREADTH)

@@ -23,7 +23,7 @@ class Engine:
         self.engine, self.logits, self.norms = self, logits.clone().requires_grad_(), []
         self.reference = logits.clone()
 
-    def __call__(self, input_ids, attention_mask, scored_mask, *_):
+    def __call__(self, input_ids, attention_mask, scored_mask, *_, **__):
         rows = self.logits[: scored_mask.sum()]
         return rows, None, self.reference[: len(rows)], None
 

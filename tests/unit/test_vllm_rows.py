@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cola_ray.model.action_requests import LOWEST_LOG_PROB, ActionRequest, sampling_args
-from cola_ray.model.modeling_cola import FEW_ACTIONS, RANKED, sample_actions
+from cola_ray.model.modeling_cola import FEW_ACTIONS, RANKED, CoLAConfig, held_or_new, sample_actions
 
 CPU = torch.device("cpu")
 SLOTS, STEPS, ACTIONS = 8, 40, 12
@@ -22,7 +22,7 @@ def config(name, processors=(), rank=0, every=1, is_async=False):
             max_model_len=STEPS,
             logits_processors=list(processors),
             enable_prompt_embeds=False,
-            hf_config=parts(action_every=every),
+            hf_config=CoLAConfig(action_every=every),
         ),
         scheduler_config=parts(max_num_seqs=SLOTS, max_num_batched_tokens=64, async_scheduling=is_async),
         parallel_config=parts(data_parallel_rank=rank),
@@ -133,9 +133,10 @@ def test_a_step_asks_the_device_for_nothing(table, num_actions, monkeypatch):
     meta = torch.device("meta")
     tracker, slots = RowTracker(config("a test"), meta, False), SlotSettings(table, SLOTS, meta)
     mixed = requests(6)
+    mixed[0].extra_args["action_held"] = 3
     tracker.update_state(BatchUpdate(6, [], [(row, one, [1, 2], [5]) for row, one in enumerate(mixed)], []))
     logits = torch.empty(6, num_actions, device=meta)
-    actions, rows = table.draw(logits)
+    actions, rows = table.draw(logits, logits)
     assert actions.shape == (6,)
     assert None not in rows, "all settings are in use"
     for slot, one in enumerate(mixed):
@@ -143,7 +144,7 @@ def test_a_step_asks_the_device_for_nothing(table, num_actions, monkeypatch):
     at = torch.zeros(6, dtype=torch.int64, device=meta)
     table.prepared = slots.rows(at, np.arange(6), at)
     assert None not in table.prepared
-    assert table.draw(logits)[0].shape == (6,)
+    assert table.draw(logits, logits)[0].shape == (6,)
 
 
 def test_the_table_of_actions_grows_and_keeps_what_it_has():
@@ -466,3 +467,29 @@ def test_a_server_refuses_actions_that_last():
     with pytest.raises(ValueError, match="a server cannot hold them"):
         ServedConfig.verify_and_update_model_config(served)
     ServedConfig.verify_and_update_model_config(config("a test").model_config)
+
+
+def test_the_action_of_the_step_before_may_go_on(table):
+    """Learnt ends: the last action is in the table, or before the first step with the request; -1 is none."""
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+    from cola_ray.model.vllm_rows import RowTracker
+
+    tracker, draw = RowTracker(config("a test"), CPU, False), np.random.default_rng(2)
+    params = requests(3)
+    params[1].extra_args |= {"action_held": 6}
+    outputs = [[], [], []]
+    added = [(row, params[row], [1, 2, 3], outputs[row]) for row in range(3)]
+    tracker.update_state(BatchUpdate(3, [], added, []))
+    held = [-1, 6, -1]
+    for step in range(5):
+        logits, ends = (torch.from_numpy(draw.normal(size=(3, ACTIONS)).astype(np.float32)) for _ in range(2))
+        actions, _ = table.draw(logits, 3 * ends)
+        for row in range(3):
+            of_row = held_or_new(logits[row : row + 1], 3 * ends[row : row + 1], torch.tensor(held[row : row + 1]))[0]
+            action, log_prob = expected(params[row], 3, step, of_row)
+            assert actions[row] == action
+            kept = table.kept.read([params[row].extra_args["action_slot"]], STEPS)[0, step]
+            assert kept[1:].view(np.float32)[0] == max(float(log_prob), LOWEST_LOG_PROB)
+            held[row] = int(action)
+            outputs[row].append(-1)
