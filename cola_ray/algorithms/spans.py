@@ -53,14 +53,19 @@ def held_before(actions: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
     return at.roll(1, 1).masked_fill(~(mask & follows(mask, position_ids)), -1)
 
 
-def changes(relaxed: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-    """``sum_t 1 - sum_k p_tk p_{t-1,k}`` over positions that follow another: the expected number of changes.
+def persistence(relaxed: Tensor, mean: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+    """``sum_t (p_t - m) . (p_{t-1} - m)`` over positions that follow another: how often actions go on, beyond chance.
+
+    The probability that an action goes on is ``p_t . p_{t-1}``. It would be 1 if a single action were used; this
+    covariance is then 0.
 
     Args:
         relaxed: (N, K), p.
+        mean: (K,), m, the mean of p over the batch; held fixed.
     """
-    same = (relaxed[1:] * relaxed[:-1]).sum(-1)  # rows of N that follow each other are neighbours
-    return (1 - same)[follows(mask, position_ids)[mask][1:]].sum()
+    apart = relaxed - mean.detach()
+    of_pairs = (apart[1:] * apart[:-1]).sum(-1)  # rows of N that follow each other are neighbours
+    return of_pairs[follows(mask, position_ids)[mask][1:]].sum()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ over the span's t``, and the action drawn or taken from u_s is the action at eac
 (algorithms/spans.py). The policy learns at the spans' first positions, where it will be evaluated. Terms of the relaxed
 actions count a span once for each of its tokens, as the cross-entropy does; counts of actions count decisions.
 
-With ``model.learnt_ends``, the stage actions adds ``switch_cost sum (1 - p_t . p_{t-1})``, the expected number of
-changes of the action, and the policy learns ``-log pi(a_t | e_1..t, a_{t-1})``, with it when actions end.
+With ``model.learnt_ends``, the stage actions adds ``- switch_cost sum (p_t - m) . (p_{t-1} - m)``, where m is the mean
+of p: what a change of the action costs, beyond changes by chance. The policy learns ``-log pi(a_t | e_1..t, a_{t-1})``,
+and with it when actions end.
 
 Source: Jia et al. 2025, stages 1 and 2; departures are named where they are made.
 Legend: B rows, T positions, N of them masked in, K actions.
@@ -27,12 +28,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage_imbalance
-from cola_ray.algorithms.spans import Spans, changes, follows, held_before
+from cola_ray.algorithms.spans import Spans, held_before, persistence
 from cola_ray.learner.pieces import HeadLoss, cross_entropies
 from cola_ray.model import families
 from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, held_or_new, sample_actions
 from cola_ray.settings.config import Config
-from cola_ray.settings.training import PretrainStage
+from cola_ray.settings.training import PretrainConfig, PretrainStage
 
 TRAINED: dict[PretrainStage, tuple[str, ...]] = {
     "base": ("model.",),
@@ -188,14 +189,15 @@ class StageModule(nn.Module):
         states, targets = e[:, :-1][mask], tokens[mask]
         cross_entropy = self.head_loss(self.model.world_model_states(states, one_hot), targets)
         loss = cross_entropy + settings.entropy_coef * negative_entropy(relaxed).sum()
-        if settings.balance_coef:
+        if needs_mean_usage(settings, self.learnt_ends):
             mean = mean_over_ranks(relaxed) if mean_usage is None else mean_usage
             loss = loss + settings.balance_coef * usage_imbalance(relaxed, mean)
+            if self.learnt_ends:
+                loss = loss - settings.switch_cost * persistence(relaxed, mean, mask, position_ids[:, :-1])
         sums = {"loss": cross_entropy.detach(), "counts": self._counts(drawn.argmax(-1))}
         if self.learnt_ends:
-            places = position_ids[:, :-1]
-            loss = loss + settings.switch_cost * changes(relaxed, mask, places)
-            sums |= {"changes": changes(drawn.detach(), mask, places), "pairs": follows(mask, places)[mask].sum()}
+            held = held_before(drawn.argmax(-1), mask, position_ids[:, :-1])[mask]
+            sums |= {"changes": (held != drawn.argmax(-1))[held >= 0].sum(), "pairs": (held >= 0).sum()}
         with torch.no_grad():
             if measure:
                 sums["base_loss"] = self.head_loss(states, targets)
@@ -268,6 +270,11 @@ def _greedy(logits: Tensor, end_logits: Tensor, answer_mask: Tensor) -> Tensor:
         actions[:, place] = torch.where(inside, chosen, actions[:, place])
         held = torch.where(inside, chosen, -1)
     return actions
+
+
+def needs_mean_usage(settings: PretrainConfig, learnt_ends: bool) -> bool:
+    """Whether the loss of the stage actions contains the batch's mean of the relaxed actions."""
+    return bool(settings.balance_coef or (learnt_ends and settings.switch_cost))
 
 
 def noise_seeds(seed: int, step: int, rows: np.ndarray) -> Tensor:

@@ -208,7 +208,7 @@ class PretrainConfig(Branch):
     balance_coef: NonNegative = 0.0
     """Weight of log K - H(batch's mean code usage)."""
     switch_cost: NonNegative = 0.1
-    """With model.learnt_ends: weight of the probability that a token's action differs from that of the token before."""
+    """With model.learnt_ends: what it costs, in nats, that an action changes, beyond changes by chance."""
     revive_every: Whole = 0
     """Every so many steps, codes not used since the last time are replaced by the most used code's row. 0: never."""
     response_only: bool = False

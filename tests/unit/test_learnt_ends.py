@@ -14,7 +14,7 @@ from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near, ending
 from test_held_learner import micro_batch_of, trajectories
 from test_spans import stage_module, tensors
 
-from cola_ray.algorithms.spans import changes, held_before
+from cola_ray.algorithms.spans import held_before, persistence
 from cola_ray.learner.corpus import pack
 from cola_ray.learner.micro_batch import Frozen
 from cola_ray.learner.policies import LatentPolicy, forward
@@ -119,25 +119,27 @@ def test_changes_of_actions_cost(cost, cola, rows):
     model = ending(cola)
     ids, places, mask, steps = tensors(rows)
     seeds = torch.arange(len(rows)) + 3
-    module = stage_module("actions", model, switch_cost=cost)
+    module = stage_module("actions", model, switch_cost=cost, balance_coef=0.0)
     e = model.encode(ids, position_ids=places).detach()
     u = model.inverse_dynamics_logits(e, position_ids=places)
-    total, changed, pairs = 0.0, 0, 0
+    total, changed, relaxed = 0.0, 0, []
     for row, positions in runs(rows):
-        before = None
+        relaxed.append([])
         for t in positions:
             noise = gumbel_noise(seeds[row : row + 1], torch.tensor([t]), NUM_ACTIONS)[0].float()
             p = ((u[row, t + 1] + noise) / module.settings.gumbel_tau).softmax(-1)
             logits = model.world_model_logits(e[row, t], p.argmax())
             total = total + F.cross_entropy(logits, ids[row, t + 1])
             total = total + module.settings.entropy_coef * (p * (p + 1e-8).log()).sum()
-            if before is not None:
-                total = total + cost * (1 - (p * before).sum())
-                changed, pairs = changed + int(p.argmax() != before.argmax()), pairs + 1
-            before = p
+            relaxed[-1].append(p)
+    mean = torch.stack([p for run in relaxed for p in run]).mean(0)
+    pairs = [pair for run in relaxed for pair in itertools.pairwise(run)]
+    for before, p in pairs:
+        total = total - cost * sum((before[k] - mean[k]) * (p[k] - mean[k]) for k in range(NUM_ACTIONS))
+        changed += int(p.argmax() != before.argmax())
     loss, sums = module(ids, places, mask, seeds, False, steps=steps)
     torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-4)
-    assert (float(sums["changes"]), float(sums["pairs"])) == (changed, pairs)
+    assert (float(sums["changes"]), float(sums["pairs"])) == (changed, len(pairs))
     assert changed
 
 
@@ -146,8 +148,10 @@ def test_actions_before_end_with_documents():
     places = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1]])
     found = held_before(torch.tensor([7, 8, 9, 1, 2, 3, 4]), mask, places)
     assert found.tolist() == [[-1, 7, -1, -1], [-1, 1, -1, 3]]
-    one_hot = F.one_hot(torch.tensor([7, 7, 9, 1, 2, 3, 3])).float()
-    assert float(changes(one_hot, mask, places)) == 1
+    one_hot = F.one_hot(torch.tensor([7, 7, 9, 1, 2, 3, 3])).double()
+    assert float(persistence(one_hot, torch.zeros(10), mask, places)) == 2, "7 and 3 go on, 1 does not"
+    alone = F.one_hot(torch.full((7,), 4), 10).double()
+    assert float(persistence(alone, alone.mean(0), mask, places)) == 0, "one action for all gains nothing"
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
