@@ -59,16 +59,17 @@ class Setting:
 
 _SORTING: Settings = {
     "task.name": "number_sorting",
-    "task.options": {"min_numbers": 3, "max_numbers": 4, "min_decimals": 0, "max_decimals": 0, "min_value": 0,
+    "task.options": {"min_numbers": 4, "max_numbers": 5, "min_decimals": 0, "max_decimals": 0, "min_value": 0,
                      "max_value": 20},
 }  # fmt: skip
 SETTINGS = {
     "tiny": Setting(
         "lasting", {"preset": "tiny", **_SORTING},
-        {"pretrain.stages": ("base",), "pretrain.sequence_length": 192}, {"pretrain.sequence_length": 192},
+        {"pretrain.stages": ("base",), "pretrain.sequence_length": 192, "pretrain.steps": {"base": 400}},
+        {"pretrain.sequence_length": 192},
         {"cluster.learner_ranks": 1, "rl.eval_every": 0, "rollout.max_prompt_tokens": 128,
          "rollout.max_new_tokens": 32},
-        "Sorting three or four numbers, tiny: greedy held-out accuracy before and after RL, and how long actions last.",
+        "Sorting four or five numbers, tiny: greedy held-out accuracy before and after RL, and how long actions last.",
     ),
     "smollm2": Setting(
         "lasting_135m", {"preset": "smollm2-135m", "task.name": "instructions"}, None,
