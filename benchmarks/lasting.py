@@ -57,15 +57,15 @@ class Setting:
     about: str
 
 
-_SORTING: Settings = {
-    "task.name": "number_sorting",
-    "task.options": {"min_numbers": 4, "max_numbers": 5, "min_decimals": 0, "max_decimals": 0, "min_value": 0,
-                     "max_value": 20},
+_SORTING: Settings = {"task.name": "number_sorting"} | {
+    f"task.options.{name}": value
+    for name, value in {"min_numbers": 4, "max_numbers": 5, "min_decimals": 0, "max_decimals": 0, "min_value": 0,
+                        "max_value": 20}.items()
 }  # fmt: skip
 SETTINGS = {
     "tiny": Setting(
         "lasting", {"preset": "tiny", **_SORTING},
-        {"pretrain.stages": ("base",), "pretrain.sequence_length": 192, "pretrain.steps": {"base": 400}},
+        {"pretrain.stages": ("base",), "pretrain.sequence_length": 192, "pretrain.steps.base": 400},
         {"pretrain.sequence_length": 192},
         {"cluster.learner_ranks": 1, "rl.eval_every": 0, "rollout.max_prompt_tokens": 128,
          "rollout.max_new_tokens": 32},
