@@ -417,24 +417,13 @@ class ActionStack(nn.Module):
         kinds = "layer_type" in inspect.signature(self.rotary_emb.forward).parameters
         self.kind = {"layer_type": config.layer_types[-1]} if kinds else {}
 
-    def forward(
-        self,
-        e: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        scored: Any = None,
-        held: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """e (B, T, H) -> logits (B, T, K) float32.
+    def forward(self, *args: Any, held: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Logits (B, T, K) or (N, K) float32, from the arguments of :meth:`heads`.
 
         Args:
-            scored: index of N positions, such as a mask (B, T); the result is then (N, K).
             held: (B, T), or (N,) with ``scored``, as in :func:`held_or_new`; only read if actions have learnt ends.
-            kwargs: passed on to the layers' attention.
         """
-        logits, end_logits = self.heads(e, attention_mask, position_ids, past_key_values, scored, **kwargs)
+        logits, end_logits = self.heads(*args, **kwargs)
         return logits if end_logits is None else held_or_new(logits, end_logits, held)
 
     def heads(
@@ -446,7 +435,12 @@ class ActionStack(nn.Module):
         scored: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits of a new action, and of the end of each if ends are learnt: two of shape (B, T, K) or (N, K)."""
+        """Logits of a new action, and of the end of each if ends are learnt: e (B, T, H) -> (B, T, K) float32 each.
+
+        Args:
+            scored: index of N positions, such as a mask (B, T); the results are then (N, K).
+            kwargs: passed on to the layers' attention.
+        """
         if position_ids is None:
             position_ids = positions(attention_mask, e.shape[:2], e.device)
         mask = (create_sliding_window_causal_mask if self.config.window else create_causal_mask)(

@@ -26,7 +26,7 @@ SEQUENCES = [prefix for prefix in PREFIXES if len(prefix) == LENGTH]
 class Table(torch.nn.Module):
     """States that are one-hot: a token is the action that led to it."""
 
-    config = types.SimpleNamespace(hidden_size=len(PREFIXES), num_actions=K, pad_token_id=0, action_every=1)
+    config = types.SimpleNamespace(hidden_size=len(PREFIXES), num_actions=K, pad_token_id=0, lasting="")
 
     def encode(self, ids, attention_mask):
         e = torch.zeros(*ids.shape, len(PREFIXES))

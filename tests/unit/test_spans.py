@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near
+from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near, ending
 from test_pretrain import PlainEngine
 
 from cola_ray.algorithms.spans import Spans, starts_of
@@ -271,10 +271,11 @@ def test_rows_without_steps_are_texts(cola, rows):
     assert np.array_equal(rows.read(np.array([1])).steps, rows.steps[[1]])
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("every", [1, 2, 3, "until it ends"])
 def test_greedy_accuracy_is_that_of_generating(every, cola):
     """Fed its own greedy answer the policy is right; fed another, wrong. Prompts of unlike lengths in a batch."""
-    model, draw = lasting(cola, every), np.random.default_rng(1)
+    model = ending(cola) if every == "until it ends" else lasting(cola, every)
+    draw = np.random.default_rng(1)
     module = stage_module("policy", model)
     prompts = [draw.integers(3, VOCAB_SIZE, length).tolist() for length in (2, 5, 4, 7)]
     answers = [model.generate_latent(torch.tensor([one]), max_new_tokens=7, temperature=0.0)[0][0].tolist()
