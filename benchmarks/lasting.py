@@ -67,7 +67,7 @@ SETTINGS = {
         "lasting", {"preset": "tiny", **_SORTING},
         {"pretrain.stages": ("base",), "pretrain.sequence_length": 192, "pretrain.steps.base": 400},
         {"pretrain.sequence_length": 192},
-        {"cluster.learner_ranks": 1, "rl.eval_every": 0, "rollout.max_prompt_tokens": 160,
+        {"cluster.learner_ranks": 1, "rl.eval_every": 0, "rl.prompts_per_step": 16, "rollout.max_prompt_tokens": 160,
          "rollout.max_new_tokens": 32},
         "Sorting four or five numbers, tiny: greedy held-out accuracy before and after RL, and how long actions last.",
     ),
