@@ -10,9 +10,10 @@ python benchmarks/lasting.py --folder outputs/lasting-135m --setting smollm2 --d
     ends       model.learnt_ends, with pretrain.switch_cost's default
     ends 0.5   the same at a switch_cost of 0.5
 
-"lasts" is the mean number of tokens for which an action goes on, in completions of the first and of the last step;
-"distinct" the share of distinct completions among the 8 of a prompt. "covered" is the share of states, or of spans of
-n tokens, in which a single action gives all tokens. Base, task, number of steps and learning rates are the same in all
+"lasts" is the mean number of tokens for which an action goes on, in completions of the first and of the last step; a
+fixed length is at most n, also where the next action is the same. "distinct" is the share of distinct completions among
+the 8 of a prompt, and "covered" the share of states, or of spans of n tokens, in which a single action gives all
+tokens. Base, task, number of steps and learning rates are the same in all
 rows of a seed. Runs in the folder are not repeated: a stopped benchmark continues.
 """
 
@@ -94,15 +95,14 @@ def lengths(actions: Sequence[int], every: int) -> Iterator[int]:
             start = place
 
 
-def mean_length(run: KeptRun, last: bool) -> float:
+def mean_length(run: KeptRun, every: int, last: bool) -> float:
     """Mean number of tokens for which actions last, in the kept completions of the first or last training step."""
     file = sorted((run.output / "samples").glob("*-train.parquet"))[-1 if last else 0]
-    every = run.config.model.action_every
     rows = pq.read_table(file, columns=["actions"])["actions"].to_pylist()
     return float(np.mean([length for row in rows for length in lengths(row, every)]))
 
 
-def row_of(starts: Sequence[KeptRun], runs: Sequence[KeptRun]) -> dict[str, Any]:
+def row_of(starts: Sequence[KeptRun], runs: Sequence[KeptRun], every: int) -> dict[str, Any]:
     """The table's row, from pre-training and RL with each seed."""
     found = [run.summary() for run in runs]
 
@@ -113,8 +113,8 @@ def row_of(starts: Sequence[KeptRun], runs: Sequence[KeptRun]) -> dict[str, Any]
         [one["bc_accuracy"] for one in found],
         [one["rl_accuracy"] for one in found],
         {"covered": mean(starts, "actions/covered", slice(-1, None)),
-         "lasts_first": float(np.mean([mean_length(run, last=False) for run in runs])),
-         "lasts_last": float(np.mean([mean_length(run, last=True) for run in runs])),
+         "lasts_first": float(np.mean([mean_length(run, every, last=False) for run in runs])),
+         "lasts_last": float(np.mean([mean_length(run, every, last=True) for run in runs])),
          "distinct_first": mean(runs, "rollout/distinct", slice(1)),
          "distinct_last": mean(runs, "rollout/distinct", slice(-10, None)),
          "step_seconds": float(np.median([later_half(series(run.where, "time/step")) for run in runs])),
@@ -156,7 +156,7 @@ def main() -> None:
     }  # fmt: skip
     run_kept([one for of_row in starts.values() for one in of_row], args.parallel)
     run_kept([one for of_row in runs.values() for one in of_row], args.parallel)
-    figures = {row: row_of(starts[row], runs[row]) for row in args.rows}
+    figures = {row: row_of(starts[row], runs[row], ROWS[row].get("model.action_every", 1)) for row in args.rows}
     record(setting.result, figures, args.seeds, setting.about)
 
 

@@ -183,8 +183,8 @@ def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> di
     async def score(responses: Sequence[np.ndarray]) -> list[float]:
         return draw.random(len(responses)).tolist()
 
-    def request(ids: Sequence[int], seed: int, actions: Sequence[int], budget: int) -> Request:
-        return Request(ids, seed, 1.0, 0, budget, actions)
+    def request(ids: Sequence[int], seed: int, actions: Sequence[int], budget: int, held: int) -> Request:
+        return Request(ids, seed, 1.0, 0, budget, actions, held=held)
 
     for length in (64, 128, 256, 448):
         prompt = draw.integers(2, vocabulary // 2, length).tolist()

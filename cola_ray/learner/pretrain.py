@@ -205,7 +205,7 @@ def corpus_step(
         return kept.of(picked[cuts[index].numpy()], zero.device, zero.engine.module, *batches[index][:2])
 
     mean_usage = None
-    needed = needs_mean_usage(settings, config.model.learnt_ends)
+    needed = needs_mean_usage(settings, zero.engine.module.learnt_ends)  # the model's own, as ``every`` is
     if stage == "actions" and needed and len(batches) > 1:
         of_each = [zero.engine.module.usage(*batch[:4], known(index)[0], batch[4])
                    for index, batch in enumerate(batches)]  # fmt: skip

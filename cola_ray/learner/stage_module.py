@@ -96,12 +96,15 @@ class StageModule(nn.Module):
                 e = self.model.encode(input_ids, position_ids=position_ids)
         spans = self._spans(mask, position_ids, steps)
         if self.stage == "actions":
-            return self._actions_loss(e, position_ids, tokens, mask, spans, noise_seed, measure, mean_usage, reach)
+            places = self._places(position_ids, steps)
+            return self._actions_loss(
+                e, position_ids, tokens, mask, spans, noise_seed, measure, mean_usage, reach, places
+            )
         if self.stage == "policy":
             wanted = self._taken(e, position_ids, mask, spans) if labels is None else labels[:, 1:][mask]
             held = None
             if self.learnt_ends:
-                held = F.pad(held_before(wanted, mask, position_ids[:, :-1]), (0, 1), value=-1)
+                held = F.pad(held_before(wanted, mask, self._places(position_ids, steps)), (0, 1), value=-1)
             logits = self.model.policy_logits(e, position_ids=position_ids, held=held)[:, :-1]
             loss = F.cross_entropy(logits[spans.starts], wanted, reduction="sum")
             return loss, {"loss": loss.detach(), "counts": self._counts(wanted)}
@@ -135,6 +138,11 @@ class StageModule(nn.Module):
         """For each token the IDM's greedy action that led to it, (B, T) int64; the first token's is meaningless."""
         labels: Tensor = self.model.inverse_dynamics_logits(e, position_ids=position_ids).argmax(-1)
         return labels
+
+    def _places(self, position_ids: Tensor, steps: Tensor | None) -> Tensor:
+        """Positions (B, T - 1) with a 0 wherever no action goes on: where documents and responses begin."""
+        places = position_ids[:, :-1]
+        return places if steps is None else places.masked_fill(steps[:, :-1] == 0, 0)
 
     def _spans(self, mask: Tensor, position_ids: Tensor, steps: Tensor | None) -> Spans:
         """Spans of the N masked-in positions (B, T - 1)."""
@@ -181,6 +189,7 @@ class StageModule(nn.Module):
         measure: bool,
         mean_usage: Tensor | None,
         reach: bool,
+        places: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``CE(logits_t, x_{t+1}) + entropy_coef * sum p log p`` (paper), plus the optional balance term (ours)."""
         settings = self.settings
@@ -193,10 +202,10 @@ class StageModule(nn.Module):
             mean = mean_over_ranks(relaxed) if mean_usage is None else mean_usage
             loss = loss + settings.balance_coef * usage_imbalance(relaxed, mean)
             if self.learnt_ends:
-                loss = loss - settings.switch_cost * persistence(relaxed, mean, mask, position_ids[:, :-1])
+                loss = loss - settings.switch_cost * persistence(relaxed, mean, mask, places)
         sums = {"loss": cross_entropy.detach(), "counts": self._counts(drawn.argmax(-1))}
         if self.learnt_ends:
-            held = held_before(drawn.argmax(-1), mask, position_ids[:, :-1])[mask]
+            held = held_before(drawn.argmax(-1), mask, places)[mask]
             sums |= {"changes": (held != drawn.argmax(-1))[held >= 0].sum(), "pairs": (held >= 0).sum()}
         with torch.no_grad():
             if measure:
@@ -225,6 +234,9 @@ class StageModule(nn.Module):
         }
 
     def _sampled_actions(self, e: Tensor, position_ids: Tensor, noise_seed: Tensor) -> Tensor:
+        if self.learnt_ends:
+            raise ValueError("pretrain.stages: fta_policy draws all actions of a text at once, and in this model "
+                             "(learnt_ends) each depends on the last; leave fta_policy out")  # fmt: skip
         logits = self.model.policy_logits(e, position_ids=position_ids)[:, :-1]
         batch, steps, num_actions = logits.shape
         rows = batch * steps

@@ -24,7 +24,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -424,7 +424,11 @@ class ActionStack(nn.Module):
             held: (B, T), or (N,) with ``scored``, as in :func:`held_or_new`; only read if actions have learnt ends.
         """
         logits, end_logits = self.heads(*args, **kwargs)
-        return logits if end_logits is None else held_or_new(logits, end_logits, held)
+        if end_logits is None:
+            return logits
+        # .to: a device map may place the heads elsewhere
+        device = logits.device
+        return held_or_new(logits, end_logits.to(device), None if held is None else held.to(device))
 
     def heads(
         self,
@@ -1030,7 +1034,7 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         actions: Tensor | None = None,
-        choose_actions: _ActionChooser | None = None,
+        choose_actions: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> CoLACausalLMOutput:
         """Token logits given actions, at all positions or at the last ``logits_to_keep``.
@@ -1066,7 +1070,7 @@ class CoLAForCausalLM(CoLAPreTrainedModel, LatentGenerationMixin, GenerationMixi
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
         e = base.last_hidden_state
-        held = None if choose_actions is None else choose_actions.held(e.shape[:2])
+        held = choose_actions.held(e.shape[:2]) if isinstance(choose_actions, _ActionChooser) else None
         policy = self.policy(e, attention_mask, position_ids, past_key_values, held=held)
         loss = None if labels is None else self._loss(e, policy, labels, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

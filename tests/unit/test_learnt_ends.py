@@ -65,19 +65,19 @@ def test_its_gradient_is_that_of_the_mixture():
 # --- pre-training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rows():
+@pytest.fixture(params=[True, False])
+def rows(request):
     """Documents of unlike lengths, with and without prompts."""
     draw = np.random.default_rng(0)
     documents = []
     for length, prompt in ((9, 3), (4, 0), (11, 6), (7, 2), (5, 1), (8, 0)):
         own = [place >= prompt for place in range(length)]
         documents.append((draw.integers(3, VOCAB_SIZE, length).tolist(), own))
-    return pack(documents, 16, 0, response_only=True)
+    return pack(documents, 16, 0, response_only=request.param)
 
 
 def runs(rows):
-    """(row, positions) of tokens that are learnt from and follow one another."""
+    """(row, positions) of tokens that are learnt from and follow one another; a response begins anew."""
     found = []
     for row in range(len(rows)):
         goes_on = False
@@ -85,7 +85,7 @@ def runs(rows):
             if not rows.loss_mask[row, position]:
                 goes_on = False
                 continue
-            if not goes_on or rows.position_ids[row, position] == 0:
+            if not goes_on or rows.position_ids[row, position] == 0 or rows.steps[row, position] == 0:
                 found.append((row, []))
             found[-1][1].append(position)
             goes_on = True
@@ -249,6 +249,9 @@ def test_what_is_defined_token_by_token_is_refused(cola, tmp_path):
         with pytest.raises(ValueError, match=r": with learnt_ends "):
             call()
     assert model.inverse_dynamics_actions(e).shape == (1, 2), "each token has a label"
+    module, mask = stage_module("fta_policy", model), torch.ones_like(ids, dtype=torch.bool)
+    with pytest.raises(ValueError, match="fta_policy draws all actions of a text at once"):
+        module(ids, torch.arange(3)[None], mask, torch.zeros(1, dtype=torch.int64), False)
     model.config.world_model_form = "released"
     with pytest.raises(ValueError, match="learnt_ends: cannot be exported"):
         model.export_released(tmp_path)
