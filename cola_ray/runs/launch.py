@@ -60,7 +60,9 @@ def first_lines(config: Config, job: str) -> str:
 
 
 def _sized(config: Config, start: Path | None) -> Config:
-    return config if start is None else provenance.with_sizes_of(config, start)
+    """The settings with the sizes of the model that the run starts from, also where it pre-trains that further."""
+    model = start or (Path(config.model.path) if config.model.path else None)
+    return config if model is None else provenance.with_sizes_of(config, model)
 
 
 def begin(config: Config, job: str) -> Launch:

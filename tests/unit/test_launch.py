@@ -293,6 +293,13 @@ def test_how_long_actions_last_is_the_models_own(tmp_path):
     assert line.startswith("model.action_every = 2: a token is said once")
     (line,) = launch.refusals(tiny(**held, **{"eval.ways": ("greedy", "mcts_q"), "q.path": "q"}), "evaluate")
     assert line.startswith("eval.ways = ('greedy', 'mcts_q'): mcts_q's Q is of single tokens")
+    made(tiny(**{"model.learnt_ends": True}), tmp_path / "ends")
+    ends = {"model.path": str(tmp_path / "ends" / "model")}
+    (line,) = launch.refusals(tiny(**ends, **{"pretrain.stages": ("fta_policy",), "output_dir": "more"}), "pretrain")
+    assert line.startswith("pretrain.stages = ('fta_policy',): it draws all actions of a text at once")
+    assert launch.begin(
+        tiny(**ends, **{"pretrain.stages": ("policy",), "output_dir": "more"}), "pretrain"
+    ).config.model.learnt_ends
     assert launch.begin(tiny(**old, output_dir="first"), "rl_math").config.model.action_every == 1
     assert launch.begin(tiny(**held, output_dir="second"), "rl_math").config.model.action_every == 2
     usual = preset("smollm2-135m")
