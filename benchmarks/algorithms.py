@@ -85,6 +85,14 @@ def later_half(values: Sequence[float]) -> float:
     return float(np.median(values[len(values) // 2 :]))
 
 
+def times_of(runs: Sequence[KeptRun]) -> dict[str, float]:
+    """Columns of a row: seconds of a step and of its update, as medians over runs."""
+    return {
+        f"{name}_seconds": float(np.median([later_half(series(run.where, f"time/{name}")) for run in runs]))
+        for name in ("step", "learn")
+    }
+
+
 def main() -> None:
     known = rows()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from algorithms import figures_of, later_half
-from cached_run import KeptRun, run_kept, series
+from algorithms import figures_of, times_of
+from cached_run import KeptRun, run_kept
 from record import record
 
 from cola_ray.algorithms.search import pass_at_k
@@ -92,8 +92,7 @@ def row_of(runs: Sequence[KeptRun], space: str) -> dict[str, Any]:
         [one["rl_accuracy"] for one in found],
         {"base": float(np.mean([one["base_accuracy"] for one in found])),
          "kl": float(np.mean([one["kl_last"] for one in found])),
-         "step_seconds": float(np.median([later_half(series(run.where, "time/step")) for run in runs])),
-         "learn_seconds": float(np.median([later_half(series(run.where, "time/learn")) for run in runs]))},
+         **times_of(runs)},
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ python benchmarks/lasting.py --folder outputs/lasting-135m --setting smollm2 --d
 "lasts" is the mean number of tokens for which an action goes on, in completions of the first and of the last step; a
 fixed length is at most n, also where the next action is the same. "distinct" is the share of distinct completions among
 the 8 of a prompt, and "covered" the share of states, or of spans of n tokens, in which a single action gives all
-tokens. Base, task, number of steps and learning rates are the same in all
-rows of a seed. Runs in the folder are not repeated: a stopped benchmark continues.
+tokens. Base, task, number of steps and learning rates are the same in all rows of a seed. Runs in the folder are
+not repeated: a stopped benchmark continues.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from algorithms import figures_of, later_half
+from algorithms import figures_of, times_of
 from cached_run import KeptRun, run_kept, series
 from record import record
 
@@ -117,8 +117,7 @@ def row_of(starts: Sequence[KeptRun], runs: Sequence[KeptRun], every: int) -> di
          "lasts_last": float(np.mean([mean_length(run, every, last=True) for run in runs])),
          "distinct_first": mean(runs, "rollout/distinct", slice(1)),
          "distinct_last": mean(runs, "rollout/distinct", slice(-10, None)),
-         "step_seconds": float(np.median([later_half(series(run.where, "time/step")) for run in runs])),
-         "learn_seconds": float(np.median([later_half(series(run.where, "time/learn")) for run in runs]))},
+         **times_of(runs)},
     )  # fmt: skip
 
 

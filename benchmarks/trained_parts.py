@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from algorithms import figures_of, later_half
+from algorithms import figures_of, times_of
 from cached_run import KeptRun, run_kept, series
 from record import record
 
@@ -75,8 +75,7 @@ def row_of(runs: list[KeptRun], rate: float) -> dict[str, Any]:
         "kl": float(np.mean([one["kl_last"] for one in found])),
         "trained_bytes": bytes_of(trained, runs[0].config.model.dtype),
         "optimizer_bytes": round(series(runs[0].where, "memory/optimizer_mb")[-1] * 2**20),  # summaries round it
-        "step_seconds": float(np.median([later_half(series(run.where, "time/step")) for run in runs])),
-        "learn_seconds": float(np.median([later_half(series(run.where, "time/learn")) for run in runs])),
+        **times_of(runs),
         "lr": rate,
     }
     return figures_of([one["bc_accuracy"] for one in found], [one["rl_accuracy"] for one in found], more)

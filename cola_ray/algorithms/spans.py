@@ -36,36 +36,12 @@ def starts_of(mask: Tensor, position_ids: Tensor, steps: Tensor, every: int) -> 
     """
     if every == 1:
         return mask
-    return mask & (~follows(mask, position_ids) | (steps.remainder(every) == 0))
+    return mask & (~_follows(mask, position_ids, steps) | (steps.remainder(every) == 0))
 
 
-def follows(mask: Tensor, position_ids: Tensor) -> Tensor:
-    """Whether the position before is masked in and belongs to the same document, (B, T) bool."""
-    return torch.nn.functional.pad(mask[:, :-1], (1, 0)) & (position_ids != 0)
-
-
-def held_before(actions: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-    """The action of the position before, -1 where there is none: (N,) -> (B, T).
-
-    Example: mask 1 1 0 1, position_ids 0 1 2 3, actions 7 8 9 -> -1 7 -1 -1.
-    """
-    at = torch.full(mask.shape, -1, device=mask.device, dtype=actions.dtype).masked_scatter(mask, actions)
-    return at.roll(1, 1).masked_fill(~(mask & follows(mask, position_ids)), -1)
-
-
-def persistence(relaxed: Tensor, mean: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-    """``sum_t (p_t - m) . (p_{t-1} - m)`` over positions that follow another: how often actions go on, beyond chance.
-
-    The probability that an action goes on is ``p_t . p_{t-1}``. It would be 1 if a single action were used; this
-    covariance is then 0.
-
-    Args:
-        relaxed: (N, K), p.
-        mean: (K,), m, the mean of p over the batch; held fixed.
-    """
-    apart = relaxed - mean.detach()
-    of_pairs = (apart[1:] * apart[:-1]).sum(-1)  # rows of N that follow each other are neighbours
-    return of_pairs[follows(mask, position_ids)[mask][1:]].sum()
+def _follows(mask: Tensor, position_ids: Tensor, steps: Tensor) -> Tensor:
+    """Whether the position before is masked in, and no document or response begins between the two; (B, T) bool."""
+    return torch.nn.functional.pad(mask[:, :-1], (1, 0)) & (position_ids != 0) & (steps != 0)
 
 
 @dataclass(frozen=True)
@@ -75,19 +51,20 @@ class Spans:
     starts: Tensor  # (B, T) bool
     owner: Tensor  # (N,) int64, the span of each masked-in position
     place: Tensor  # (N,) int64, the position's index within its span
+    follows: Tensor  # (N,) bool, whether the action of the position before, the row before in N, may go on here
     every: int
 
     @classmethod
     def of(cls, mask: Tensor, position_ids: Tensor, steps: Tensor, every: int) -> "Spans":
         """Args: as for :func:`starts_of`."""
-        starts = starts_of(mask, position_ids, steps, every)
+        starts, follows = starts_of(mask, position_ids, steps, every), _follows(mask, position_ids, steps)[mask]
         if every == 1:
             owner = torch.arange(int(mask.sum()), device=mask.device)
-            return cls(starts, owner, torch.zeros_like(owner), every)
+            return cls(starts, owner, torch.zeros_like(owner), follows, every)
         begins = starts[mask]
         numbers = torch.arange(len(begins), device=mask.device)
         owner = begins.long().cumsum(0) - 1
-        return cls(starts, owner, numbers - numbers[begins][owner], every)
+        return cls(starts, owner, numbers - numbers[begins][owner], follows, every)
 
     def pooled(self, rows: Tensor) -> Tensor:
         """``1 / |s| sum of a span's rows``: (N, K) -> (S, K). Sums do not depend on a device's order of addition."""
@@ -101,3 +78,23 @@ class Spans:
     def spread(self, of_spans: Tensor) -> Tensor:
         """The span's value for each of its positions: (S, ...) -> (N, ...)."""
         return of_spans if self.every == 1 else of_spans[self.owner]
+
+    def held(self, actions: Tensor) -> Tensor:
+        """The action of the position before, (N,) from (N,); -1 where none may go on.
+
+        Example: follows 0 1 0 1, actions 7 8 9 9 -> -1 7 -1 9.
+        """
+        return actions.roll(1).masked_fill(~self.follows, -1)
+
+    def persistence(self, relaxed: Tensor, mean: Tensor) -> Tensor:
+        """``sum_t (p_t - m) . (p_{t-1} - m)`` where an action may go on: how often actions go on, beyond chance.
+
+        The probability that an action goes on is ``p_t . p_{t-1}``. It would be 1 if a single action were used; this
+        covariance is then 0.
+
+        Args:
+            relaxed: (N, K), p.
+            mean: (K,), m, the mean of p over the batch; held fixed.
+        """
+        apart = relaxed - mean.detach()
+        return (apart[1:] * apart[:-1]).sum(-1)[self.follows[1:]].sum()

@@ -33,7 +33,7 @@ from cola_ray.learner.published import Published
 from cola_ray.learner.sharding import checkpoint_layers, fill
 from cola_ray.learner.shards import Documents
 from cola_ray.learner.stage_folder import finish, is_done, put, staging_for
-from cola_ray.learner.stage_module import TRAINED, StageModule, mixed, needs_mean_usage, noise_seeds
+from cola_ray.learner.stage_module import TRAINED, StageModule, mixed, noise_seeds
 from cola_ray.learner.start_model import attached, start_model
 from cola_ray.learner.states import NOTHING_KEPT, KeptStates, kept_states
 from cola_ray.learner.tokenise import Say, counted_rows, tokenise
@@ -205,8 +205,7 @@ def corpus_step(
         return kept.of(picked[cuts[index].numpy()], zero.device, zero.engine.module, *batches[index][:2])
 
     mean_usage = None
-    needed = needs_mean_usage(settings, zero.engine.module.learnt_ends)  # the model's own, as ``every`` is
-    if stage == "actions" and needed and len(batches) > 1:
+    if zero.engine.module.needs_mean_usage and len(batches) > 1:
         of_each = [zero.engine.module.usage(*batch[:4], known(index)[0], batch[4])
                    for index, batch in enumerate(batches)]  # fmt: skip
         mean_usage = torch.stack(of_each).sum(0)

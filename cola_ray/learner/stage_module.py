@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cola_ray.algorithms.latent_actions import negative_entropy, straight_through_gumbel, usage_imbalance
-from cola_ray.algorithms.spans import Spans, held_before, persistence
+from cola_ray.algorithms.spans import Spans
 from cola_ray.learner.pieces import HeadLoss, cross_entropies
 from cola_ray.model import families
 from cola_ray.model.modeling_cola import CoLAForCausalLM, gumbel_noise, held_or_new, sample_actions
 from cola_ray.settings.config import Config
-from cola_ray.settings.training import PretrainConfig, PretrainStage
+from cola_ray.settings.training import PretrainStage
 
 TRAINED: dict[PretrainStage, tuple[str, ...]] = {
     "base": ("model.",),
@@ -96,17 +96,12 @@ class StageModule(nn.Module):
                 e = self.model.encode(input_ids, position_ids=position_ids)
         spans = self._spans(mask, position_ids, steps)
         if self.stage == "actions":
-            places = self._places(position_ids, steps)
-            return self._actions_loss(
-                e, position_ids, tokens, mask, spans, noise_seed, measure, mean_usage, reach, places
-            )
+            return self._actions_loss(e, position_ids, tokens, mask, spans, noise_seed, measure, mean_usage, reach)
         if self.stage == "policy":
             wanted = self._taken(e, position_ids, mask, spans) if labels is None else labels[:, 1:][mask]
-            held = None
-            if self.learnt_ends:
-                held = F.pad(held_before(wanted, mask, self._places(position_ids, steps)), (0, 1), value=-1)
-            logits = self.model.policy_logits(e, position_ids=position_ids, held=held)[:, :-1]
-            loss = F.cross_entropy(logits[spans.starts], wanted, reduction="sum")
+            held, scored = spans.held(wanted) if self.learnt_ends else None, F.pad(spans.starts, (0, 1))
+            logits = self.model.policy(e, position_ids=position_ids, scored=scored, held=held)
+            loss = F.cross_entropy(logits, wanted, reduction="sum")
             return loss, {"loss": loss.detach(), "counts": self._counts(wanted)}
         with torch.no_grad():
             if self.stage == "fta_idm":
@@ -139,11 +134,6 @@ class StageModule(nn.Module):
         labels: Tensor = self.model.inverse_dynamics_logits(e, position_ids=position_ids).argmax(-1)
         return labels
 
-    def _places(self, position_ids: Tensor, steps: Tensor | None) -> Tensor:
-        """Positions (B, T - 1) with a 0 wherever no action goes on: where documents and responses begin."""
-        places = position_ids[:, :-1]
-        return places if steps is None else places.masked_fill(steps[:, :-1] == 0, 0)
-
     def _spans(self, mask: Tensor, position_ids: Tensor, steps: Tensor | None) -> Spans:
         """Spans of the N masked-in positions (B, T - 1)."""
         steps = position_ids if steps is None else steps
@@ -155,6 +145,12 @@ class StageModule(nn.Module):
         logits = self.model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:][mask]
         taken: Tensor = spans.pooled(logits).argmax(-1)
         return taken
+
+    @property
+    def needs_mean_usage(self) -> bool:
+        """Whether the loss contains the batch's mean of the relaxed actions."""
+        settings = self.settings
+        return self.stage == "actions" and bool(settings.balance_coef or (self.learnt_ends and settings.switch_cost))
 
     @torch.no_grad()
     def usage(
@@ -189,7 +185,6 @@ class StageModule(nn.Module):
         measure: bool,
         mean_usage: Tensor | None,
         reach: bool,
-        places: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``CE(logits_t, x_{t+1}) + entropy_coef * sum p log p`` (paper), plus the optional balance term (ours)."""
         settings = self.settings
@@ -198,15 +193,16 @@ class StageModule(nn.Module):
         states, targets = e[:, :-1][mask], tokens[mask]
         cross_entropy = self.head_loss(self.model.world_model_states(states, one_hot), targets)
         loss = cross_entropy + settings.entropy_coef * negative_entropy(relaxed).sum()
-        if needs_mean_usage(settings, self.learnt_ends):
+        if self.needs_mean_usage:
             mean = mean_over_ranks(relaxed) if mean_usage is None else mean_usage
             loss = loss + settings.balance_coef * usage_imbalance(relaxed, mean)
             if self.learnt_ends:
-                loss = loss - settings.switch_cost * persistence(relaxed, mean, mask, places)
-        sums = {"loss": cross_entropy.detach(), "counts": self._counts(drawn.argmax(-1))}
+                loss = loss - settings.switch_cost * spans.persistence(relaxed, mean)
+        actions = drawn.argmax(-1)
+        sums = {"loss": cross_entropy.detach(), "counts": self._counts(actions)}
         if self.learnt_ends:
-            held = held_before(drawn.argmax(-1), mask, places)[mask]
-            sums |= {"changes": (held != drawn.argmax(-1))[held >= 0].sum(), "pairs": (held >= 0).sum()}
+            changed = spans.follows & (spans.held(actions) != actions)
+            sums |= {"changes": changed.sum(), "pairs": spans.follows.sum()}
         with torch.no_grad():
             if measure:
                 sums["base_loss"] = self.head_loss(states, targets)
@@ -282,11 +278,6 @@ def _greedy(logits: Tensor, end_logits: Tensor, answer_mask: Tensor) -> Tensor:
         actions[:, place] = torch.where(inside, chosen, actions[:, place])
         held = torch.where(inside, chosen, -1)
     return actions
-
-
-def needs_mean_usage(settings: PretrainConfig, learnt_ends: bool) -> bool:
-    """Whether the loss of the stage actions contains the batch's mean of the relaxed actions."""
-    return bool(settings.balance_coef or (learnt_ends and settings.switch_cost))
 
 
 def noise_seeds(seed: int, step: int, rows: np.ndarray) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from cola_ray.algorithms.spans import Spans, held_before
+from cola_ray.algorithms.spans import Spans
 from cola_ray.checks.refusals import check
 from cola_ray.learner.corpus import pack
 from cola_ray.model.modeling_cola import CoLAForCausalLM
@@ -108,10 +108,9 @@ class Atlas:
         labels = spans.pooled(model.inverse_dynamics_logits(e, position_ids=position_ids)[:, 1:][mask]).argmax(-1)
         taken = spans.spread(labels)
         states, tokens = e[:, :-1][mask], input_ids[:, 1:][mask]
-        held = None
-        if model.config.learnt_ends:
-            held = F.pad(held_before(labels, mask, position_ids[:, :-1]), (0, 1), value=-1)
-        probs = model.policy_logits(e, position_ids=position_ids, held=held)[:, :-1][spans.starts].softmax(-1)
+        held = spans.held(labels) if model.config.learnt_ends else None
+        scored = F.pad(spans.starts, (0, 1))
+        probs = model.policy(e, position_ids=position_ids, scored=scored, held=held).softmax(-1)
         self.labelled += np.bincount(taken.cpu().numpy(), minlength=self.num_actions)
         self.expected += probs.sum(0).double().cpu().numpy()
         right = model.world_model_logits(states, taken).argmax(-1) == tokens

@@ -220,7 +220,8 @@ def test_the_row_of_a_part(tmp_path, monkeypatch):
     summary = {"bc_accuracy": 0.4, "rl_accuracy": 0.5, "kl_last": 0.02, "trained_parameters": 128, "optimizer_mb": 0.0}
     metrics = {"memory/optimizer_mb": [0.0, 1536 / 2**20], "time/step": [9.0, 1.0, 2.0], "time/learn": [5.0, 0.5, 0.7]}
     monkeypatch.setattr(KeptRun, "summary", lambda run: summary)
-    monkeypatch.setattr(trained_parts, "series", lambda where, metric: metrics[metric])
+    for module in (trained_parts, algorithms):
+        monkeypatch.setattr(module, "series", lambda where, metric: metrics[metric])
     (start,) = trained_parts.starts_of(tmp_path, "tiny", [0], {})
     run = trained_parts.run_of(tmp_path, "steering_last", 1e-2, start, {}, 3, 16)
     row = trained_parts.row_of([run], 1e-2)

@@ -4,6 +4,7 @@ Everything here is compared with loops over documents and tokens, in which the a
 """
 
 import copy
+import functools
 import itertools
 
 import numpy as np
@@ -12,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from conftest import NUM_ACTIONS, VOCAB_SIZE, assert_near, ending
 from test_held_learner import micro_batch_of, trajectories
-from test_spans import stage_module, tensors
+from test_spans import check_generation, stage_module, tensors
 
-from cola_ray.algorithms.spans import held_before, persistence
+from cola_ray.algorithms.spans import Spans
 from cola_ray.learner.corpus import pack
 from cola_ray.learner.micro_batch import Frozen
 from cola_ray.learner.policies import LatentPolicy, forward
 from cola_ray.model.modeling_cola import (
-    RANKED,
     CoLAConfig,
     CoLAForCausalLM,
     gumbel_noise,
@@ -146,12 +146,12 @@ def test_changes_of_actions_cost(cost, cola, rows):
 def test_actions_before_end_with_documents():
     mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]]).bool()
     places = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1]])
-    found = held_before(torch.tensor([7, 8, 9, 1, 2, 3, 4]), mask, places)
-    assert found.tolist() == [[-1, 7, -1, -1], [-1, 1, -1, 3]]
+    spans = Spans.of(mask, places, places, 1)
+    assert spans.held(torch.tensor([7, 8, 9, 1, 2, 3, 4])).tolist() == [-1, 7, -1, -1, 1, -1, 3]
     one_hot = F.one_hot(torch.tensor([7, 7, 9, 1, 2, 3, 3])).double()
-    assert float(persistence(one_hot, torch.zeros(10), mask, places)) == 2, "7 and 3 go on, 1 does not"
+    assert float(spans.persistence(one_hot, torch.zeros(10))) == 2, "7 and 3 go on, 1 does not"
     alone = F.one_hot(torch.full((7,), 4), 10).double()
-    assert float(persistence(alone, alone.mean(0), mask, places)) == 0, "one action for all gains nothing"
+    assert float(spans.persistence(alone, alone.mean(0))) == 0, "one action for all gains nothing"
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -175,27 +175,9 @@ def by_hand(model, prompt, count, seed, temperature, top_k, forced):
 
 
 def test_generation_lets_actions_go_on(cola):
-    """In a batch of prompts of unlike lengths, with forced actions, against one at a time."""
-    model, draw = ending(cola), np.random.default_rng(2)
-    prompts = [draw.integers(3, VOCAB_SIZE, length).tolist() for length in (3, 7, 1, 5)]
-    forced = [4, 5, -1, RANKED - 1, -1]
-    ids, mask = torch.zeros(4, 7, dtype=torch.int64), torch.zeros(4, 7, dtype=torch.int64)
-    for row, one in enumerate(prompts):
-        ids[row, -len(one) :], mask[row, -len(one) :] = torch.tensor(one), 1
-    heat, top_k, seeds = torch.tensor([1.0, 0.0, 0.7, 1.3]), torch.tensor([0, 0, 3, 9]), torch.arange(4) + 30
-    found = model.generate_latent(
-        ids, mask, max_new_tokens=12, temperature=heat, top_k=top_k, seed=seeds,
-        actions=torch.tensor(forced).expand(4, -1),
-    )  # fmt: skip
-    lasted = 0
-    for row, prompt in enumerate(prompts):
-        settings = int(seeds[row]), float(heat[row]), int(top_k[row])
-        tokens, actions, log_probs = by_hand(model, prompt, 12, *settings, forced)
-        assert found[0][row].tolist() == tokens
-        assert found[1][row].tolist() == actions
-        torch.testing.assert_close(found[2][row], torch.tensor(log_probs), atol=1e-4, rtol=0)
-        lasted += sum(one == other for one, other in itertools.pairwise(actions))
-    assert 4 < lasted < 40
+    model = ending(cola)
+    found = check_generation(model, functools.partial(by_hand, model), 12)
+    assert 4 < sum(one == other for actions in found for one, other in itertools.pairwise(actions)) < 40
 
 
 def test_generate_lets_actions_go_on(cola):

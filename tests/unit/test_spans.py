@@ -4,6 +4,7 @@ Everything here is compared with loops over documents and tokens, which know not
 """
 
 import copy
+import functools
 import itertools
 
 import numpy as np
@@ -294,7 +295,7 @@ def test_greedy_accuracy_is_that_of_generating(every, cola):
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
-def held_by_hand(model, prompt, every, count, seed, temperature, top_k, forced):
+def held_by_hand(model, every, prompt, count, seed, temperature, top_k, forced):
     """Token by token without a cache; the action of each is kept in a variable."""
     ids, tokens, actions, log_probs = list(prompt), [], [], []
     for step in range(count):
@@ -314,26 +315,35 @@ def held_by_hand(model, prompt, every, count, seed, temperature, top_k, forced):
     return tokens, actions, log_probs
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_generation_holds_actions(every, cola):
-    """In a batch of prompts of unlike lengths, with forced actions, against one at a time."""
-    model, draw = lasting(cola, every), np.random.default_rng(2)
+def check_generation(model, by_hand, count):
+    """A batch of prompts of unlike lengths, with forced actions, against ``by_hand`` for each; returns all actions.
+
+    Args:
+        by_hand: (prompt, number of tokens, seed, temperature, top_k, forced actions) -> tokens, actions, log_probs.
+    """
+    draw, forced = np.random.default_rng(2), [4, 5, -1, RANKED - 1, -1]
     prompts = [draw.integers(3, VOCAB_SIZE, length).tolist() for length in (3, 7, 1, 5)]
-    forced = [4, 5, -1, RANKED - 1, -1]
     ids, mask = torch.zeros(4, 7, dtype=torch.int64), torch.zeros(4, 7, dtype=torch.int64)
     for row, one in enumerate(prompts):
         ids[row, -len(one) :], mask[row, -len(one) :] = torch.tensor(one), 1
     heat, top_k, seeds = torch.tensor([1.0, 0.0, 0.7, 1.3]), torch.tensor([0, 0, 3, 9]), torch.arange(4) + 30
     found = model.generate_latent(
-        ids, mask, max_new_tokens=8, temperature=heat, top_k=top_k, seed=seeds,
+        ids, mask, max_new_tokens=count, temperature=heat, top_k=top_k, seed=seeds,
         actions=torch.tensor(forced).expand(4, -1),
     )  # fmt: skip
     for row, prompt in enumerate(prompts):
         settings = int(seeds[row]), float(heat[row]), int(top_k[row])
-        tokens, actions, log_probs = held_by_hand(model, prompt, every, 8, *settings, forced)
+        tokens, actions, log_probs = by_hand(prompt, count, *settings, forced)
         assert found[0][row].tolist() == tokens
         assert found[1][row].tolist() == actions
         torch.testing.assert_close(found[2][row], torch.tensor(log_probs), atol=1e-4, rtol=0)
+    return found[1].tolist()
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_generation_holds_actions(every, cola):
+    model = lasting(cola, every)
+    for actions in check_generation(model, functools.partial(held_by_hand, model, every), 8):
         assert all(actions[step] == actions[step - step % every] for step in range(8))
 
 
