@@ -99,8 +99,8 @@ class StageModule(nn.Module):
             return self._actions_loss(e, position_ids, tokens, mask, spans, noise_seed, measure, mean_usage, reach)
         if self.stage == "policy":
             wanted = self._taken(e, position_ids, mask, spans) if labels is None else labels[:, 1:][mask]
-            held, scored = spans.held(wanted) if self.learnt_ends else None, F.pad(spans.starts, (0, 1))
-            logits = self.model.policy(e, position_ids=position_ids, scored=scored, held=held)
+            held = spans.held(wanted) if self.learnt_ends else None
+            logits = self.model.policy(e[:, :-1], position_ids=position_ids[:, :-1], scored=spans.starts, held=held)
             loss = F.cross_entropy(logits, wanted, reduction="sum")
             return loss, {"loss": loss.detach(), "counts": self._counts(wanted)}
         with torch.no_grad():
