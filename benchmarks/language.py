@@ -1,6 +1,6 @@
 """RL on a real language model that already earns rewards: SmolLM2-135M on short instructions that a rule can check.
 
-python benchmarks/language.py --folder outputs/language [--seeds 0 1 2] [--steps 40]
+python benchmarks/language.py --folder outputs/language [--seeds 0 1 2] [--steps 40] [--parallel 2]
 
     base ─> answers to held-out instructions ─> base rates by kind of instruction
     base ─> its own answers to training instructions ─> pre-training of latent actions and policy: the start
@@ -31,12 +31,17 @@ from cola_ray.tasks import make_task
 
 Settings = dict[str, Any]
 TASK: Settings = {"preset": "smollm2-135m", "task.name": "instructions"}
+LENGTHS: Settings = {"rollout.max_prompt_tokens": 96, "rollout.max_new_tokens": 32, "rollout.max_num_seqs": 64}
+"""For all that answers; longer answers break nearly every rule."""
 SAMPLES = 8
 """Answers sampled for each instruction to measure base rates."""
 PRETRAINING: Settings = {
     "cluster.learner_ranks": 1, "pretrain.steps.actions": 400, "pretrain.steps.policy": 300, "pretrain.states": "model",
 }  # fmt: skip
-RL: Settings = {"cluster.learner_ranks": 1, "rl.eval_every": 0, "rl.kl_coef": 0.0}
+RL: Settings = {
+    **LENGTHS, "cluster.learner_ranks": 1, "rl.eval_every": 0, "rl.eval_problems": 192, "rl.kl_coef": 0.0,
+    "rl.prompts_per_step": 8, "rl.group_size": 8, "rl.micro_batch_tokens": 2048,
+}  # fmt: skip
 SPACES = {"latent": {"rl.lr": 1e-4}, "token": {"rl.action_space": "token", "rl.lr": 1e-5}}
 """Settings by action space; the learning rates were not tuned."""
 
@@ -44,7 +49,7 @@ SPACES = {"latent": {"rl.lr": 1e-4}, "token": {"rl.action_space": "token", "rl.l
 def asked(folder: Path, name: str, problems: int, **settings: Any) -> KeptRun:
     """A run in which the bare base answers the task's instructions."""
     return KeptRun(folder / name, "evaluate", {
-        **TASK, "rl.action_space": "token", "eval.problems": problems, "eval.chunk": 64, **settings
+        **TASK, **LENGTHS, "rl.action_space": "token", "eval.problems": problems, "eval.chunk": 64, **settings
     })  # fmt: skip
 
 
@@ -105,6 +110,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=192, help="held-out instructions for base rates")
     parser.add_argument("--spaces", nargs="*", choices=list(SPACES), default=list(SPACES), metavar="SPACE",
                         help=f"rows of the table: {', '.join(SPACES)}; none for base rates alone")  # fmt: skip
+    parser.add_argument("--parallel", type=int, default=1, help="concurrent runs of RL; each uses about one core")
     args = parser.parse_args()
     folder = args.folder.resolve()
     rates = asked(folder, "rates", args.heldout, **{"eval.ways": ("base", "sample"), "search.simulations": SAMPLES})
@@ -127,7 +133,7 @@ def main() -> None:
         }) for seed in args.seeds]
         for space in args.spaces
     }  # fmt: skip
-    run_kept([run for seed in zip(*runs.values(), strict=True) for run in seed], parallel=1)
+    run_kept([run for seed in zip(*runs.values(), strict=True) for run in seed], args.parallel)
     about = f"Greedy accuracy on held-out instructions before and after {args.steps} steps; intervals are over seeds."
     record("language", {space: row_of(own, space) for space, own in runs.items()}, args.seeds, about)
 

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from algorithms import figures_of, times_of
 from cached_run import KeptRun, run_kept, series
+from language import PRETRAINING, RL, SPACES, TASK
 from record import record
 
 Settings = dict[str, Any]
@@ -73,10 +74,7 @@ SETTINGS = {
         "Sorting four or five numbers, tiny: greedy held-out accuracy before and after RL, and how long actions last.",
     ),
     "smollm2": Setting(
-        "lasting_135m", {"preset": "smollm2-135m", "task.name": "instructions"}, None,
-        {"cluster.learner_ranks": 1, "pretrain.steps.actions": 400, "pretrain.steps.policy": 300,
-         "pretrain.states": "model"},
-        {"rl.eval_every": 0, "cluster.learner_ranks": 1, "rl.kl_coef": 0.0, "rl.lr": 1e-4},
+        "lasting_135m", TASK, None, PRETRAINING, {**RL, **SPACES["latent"]},
         "Short instructions, SmolLM2-135M: greedy held-out accuracy before and after RL, and how long actions last.",
     ),
 }  # fmt: skip

@@ -5,9 +5,10 @@ python benchmarks/options.py --folder outputs/options [--model MODEL] [--rounds 
     a process without the option ──┐ take whole steps in turns: rollouts, update, weights into the engine
     a process with it ─────────────┴─> one ratio per round ─> their median, and its interval
 
-Both processes exist at the same time and compute in turns, so other load on the machine affects both alike; the order
-changes from round to round. An option that needs another one is compared with that one alone (column "against"). The
-learning rate is almost 0, so that the policy stays as it was, and with it the length and the reward of answers.
+Both processes start together, since a process's memory grows over its first hundred steps. They compute in turns, so
+other load on the machine affects both alike; the order changes from round to round. An option that needs another one is
+compared with that one alone (column "against"). The learning rate is almost 0, so that the policy stays as it was, and
+with it the length and the reward of answers.
 
 "default, again" and two more controls compare the default with itself, and are always measured first: two processes
 that do the same differ a little, above all in memory, however many rounds they take. "within noise" means that the 99 %
@@ -21,11 +22,10 @@ at least 8 rounds.
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -196,38 +196,24 @@ def kept(folder: Path, name: str) -> Path:
 def measured(
     folder: Path, model: Path, chosen: Mapping[str, Option], count: int, on_gpu: bool
 ) -> dict[str, list[Round]]:
-    """Rounds by option; rounds in the folder are not repeated. Each baseline process is started only once."""
+    """Rounds by option; rounds in the folder are not repeated."""
     found = {name: json.loads(kept(folder, name).read_text()) for name in chosen if kept(folder, name).exists()}
     left = {name: option for name, option in chosen.items() if len(found.get(name, [])) < count}
     print(f"{len(left)} of {len(chosen)} options to measure, {count} rounds each", flush=True)
     kept(folder, "").parent.mkdir(parents=True, exist_ok=True)
-    for number, (name, rounds, seconds) in enumerate(_measure(folder, model, left, count, on_gpu), 1):
-        found[name] = rounds
-        kept(folder, name).write_text(json.dumps(rounds))
-        minutes = seconds / number * (len(left) - number) / 60
-        row = row_of(rounds, chosen[name].named, margins_of(found[one] for one in CONTROLS if one in found))
+    started = time.monotonic()
+    for number, (name, option) in enumerate(left.items(), 1):
+        at = folder / "processes" / kept(folder, name).stem
+        both = [(complete(changes, on_gpu), model, at / of)
+                for of, changes in (("without", option.against), ("with", option.settings))]  # fmt: skip
+        with stepped(both) as (default, process):
+            found[name] = rounds_of(default, process, count)
+        kept(folder, name).write_text(json.dumps(found[name]))
+        minutes = (time.monotonic() - started) / number * (len(left) - number) / 60
+        row = row_of(found[name], option.named, margins_of(found[one] for one in CONTROLS if one in found))
         print(f"{number} of {len(left)}  {name}: {row['time']:.3g} of the time of {row['against']}, {row['says']}; "
               f"{row['more_mb']:+.0f} MB, {row['and']}; about {minutes:.0f} minutes left", flush=True)  # fmt: skip
     return {name: found[name] for name in chosen}
-
-
-def _measure(
-    folder: Path, model: Path, left: Mapping[str, Option], count: int, on_gpu: bool
-) -> Iterator[tuple[str, list[Round], float]]:
-    """Each option with its rounds, and the seconds since the first option began."""
-    started = time.monotonic()
-    for named in dict.fromkeys(option.named for option in left.values()):
-        with contextlib.ExitStack() as stack:
-            default: Stepped | None = None
-            for name, option in left.items():
-                if option.named != named:
-                    continue
-                if default is None:
-                    at = folder / "processes" / named.replace(" ", "-")
-                    default = stack.enter_context(stepped(complete(option.against, on_gpu), model, at))
-                at = folder / "processes" / kept(folder, name).stem
-                with stepped(complete(option.settings, on_gpu), model, at) as process:
-                    yield name, rounds_of(default, process, count), time.monotonic() - started
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     stdin: a line ─> collect ─> to_batches ─> learn ─> weights into the engine ─> stdout: STEP seconds ... peak
 
-    with stepped(settings, model, folder) as process:   # settings by dotted field, including the preset
-        process.step()                                  # {"step": 1.41, "rollout": 0.7, "learn": 0.6, "memory": ...}
+    with stepped([(settings, model, folder), ...]) as (process, ...):   # settings by dotted field, and the preset
+        process.step()                              # {"step": 1.41, "rollout": 0.7, "learn": 0.6, "memory": ...}
 
 Nothing is computed between two lines, so several such processes can take steps in turns. Memory is the peak within
 the step: resident memory on CPU, and memory allocated by PyTorch on a GPU.
@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,9 @@ class Stepped:
                 [sys.executable, "-c", "import sys, whole_step; whole_step.serve(sys.argv[1])", asked],
                 cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
+
+    def wait(self) -> None:
+        """Wait until it is ready; RuntimeError if it has ended."""
         self._answer("READY")
 
     def step(self) -> dict[str, float]:
@@ -185,10 +188,13 @@ class Stepped:
 
 
 @contextlib.contextmanager
-def stepped(changes: Mapping[str, Any], model: Path, folder: Path) -> Iterator[Stepped]:
-    """A process that takes steps and is ended with the block."""
-    process = Stepped(changes, model, folder)
-    try:
-        yield process
-    finally:
-        process.end()
+def stepped(asked: Iterable[tuple[Mapping[str, Any], Path, Path]]) -> Iterator[list[Stepped]]:
+    """Processes that take steps, one for each settings, model and folder; they are ended with the block."""
+    with contextlib.ExitStack() as stack:
+        processes = list[Stepped]()
+        for changes, model, folder in asked:
+            processes.append(process := Stepped(changes, model, folder))
+            stack.callback(process.end)
+        for process in processes:
+            process.wait()
+        yield processes

@@ -36,10 +36,17 @@ class SlotSettings:
         self.settings = Settings(num_slots)
         self.on_device: tuple[Tensor, Tensor] | None = None
         self.forced = torch.full((num_slots, 0), -1, dtype=torch.int64, device=device)  # grows with the longest
+        self.known = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
-    def add_request(self, index: int, request: ActionRequest, prompt_length: int) -> None:
-        """Put a request into a slot, replacing what was there."""
+    def add_request(self, index: int, request: ActionRequest, prompt_length: int, known: int) -> None:
+        """Put a request into a slot, replacing what was there.
+
+        Args:
+            known: number of its tokens that are to be read before the next one is drawn: those of the prompt and, after
+                a preemption, those already drawn.
+        """
         self.settings.put(index, request, prompt_length)
+        self.known[index : index + 1] = async_tensor_h2d([known], self.device, torch.int64)
         self.on_device = None
         if request.slot >= 0:
             self.table.kept.reserve(request.slot, self.device)
@@ -60,7 +67,7 @@ class SlotSettings:
         temperature, top_p = self.on_device[0][:, index]
         top_k, seed, prompt_length, slot, held = self.on_device[1][:, index]
         step = position - (prompt_length - 1)
-        inside, settings = step >= 0, self.settings  # within a prompt, a row's draw is not used
+        settings, used = self.settings, position >= self.known[index] - 1  # vLLM drops draws amid known tokens
         return Rows(
             temperature if settings.floats[0, index_on_host].any() else None,
             top_k if settings.integers[0, index_on_host].any() else None,
@@ -68,7 +75,7 @@ class SlotSettings:
             position,
             self._forced(index, step) if any(settings.forced[one] for one in index_on_host.tolist()) else None,
             top_p if (settings.floats[1, index_on_host] < 1).any() else None,
-            torch.where(inside, slot, -1) if (settings.integers[3, index_on_host] >= 0).any() else None,
+            torch.where(used, slot, -1) if (settings.integers[3, index_on_host] >= 0).any() else None,
             step.clamp_min(0),
             held if (settings.integers[4, index_on_host] >= 0).any() else None,
         )
@@ -95,7 +102,7 @@ class CoLAModelState(DefaultModelState):
             request = served_request(params, self.table.seeds)
         else:
             request = ActionRequest.from_params(params.extra_args, params.seed)
-        self.slots.add_request(req_index, request, new_req_data.prompt_len)
+        self.slots.add_request(req_index, request, new_req_data.prompt_len, len(new_req_data.prefill_token_ids))
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         position = input_batch.positions[input_batch.logits_indices]
@@ -135,7 +142,8 @@ class SlotTokenSampler(LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         request = ActionRequest.from_params(sampling_params.extra_args, sampling_params.seed)
-        self.slots.add_request(req_idx, request, int(self.req_states.prompt_len.np[req_idx]))
+        lengths = (self.req_states.prompt_len, self.req_states.prefill_len)
+        self.slots.add_request(req_idx, request, *(int(one.np[req_idx]) for one in lengths))
         return True
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:

@@ -119,8 +119,10 @@ def starting_from(config: Config, model: Path) -> Config:
 
 
 def with_sizes_of(config: Config, model: Path) -> Config:
-    """Return the settings with the model's own number of actions and layers instead of the preset's."""
-    return override(config, {f"model.{name}": size for name, size in _sizes(model).items()})
+    """Return the settings with the model's own number of actions and layers instead of the preset's; over tokens, with
+    actions of one token."""
+    over_tokens = _UNRECORDED if config.rl.action_space == "token" else {}
+    return override(config, {f"model.{name}": size for name, size in (_sizes(model) | over_tokens).items()})
 
 
 def _date(output: Path, model: Path, resumes: bool) -> str:
@@ -258,7 +260,7 @@ _RELEASED = {"num_actions": "num_code", "num_idm_layers": "num_action_layer",
 
 
 _UNRECORDED = {"action_every": 1, "learnt_ends": False}
-"""Sizes that older checkpoints do not record."""
+"""Sizes of actions that last one token, which older checkpoints do not record."""
 
 
 def _sizes(model: Path) -> dict[str, int]:

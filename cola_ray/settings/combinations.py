@@ -1,6 +1,6 @@
 """Algorithm options that cannot be combined: one table, which refusals.py reads.
 
-    refused(config)      # ["rl.kl_estimator = 'k2': ...; use ..."], a line for each row that applies
+    refused(config, "rl_math")      # ["rl.kl_estimator = 'k2': ...; use ..."], a line for each row that applies
 
 A row names the field at fault, its refused values, the condition under which they are refused, the reason, and what to
 do instead. The values that a setting may have by itself are in its type (config.py).
@@ -57,9 +57,12 @@ class Combination:
     when: Condition
     why: str
     fix: str = "leave it out"
+    job: str = ""  # the only one that refuses them; empty: all do
 
-    def line(self, config: Config) -> str | None:
+    def line(self, config: Config, job: str = "") -> str | None:
         """The refusal, if the row applies."""
+        if self.job not in ("", job):
+            return None
         value = value_at(config, self.field)
         wrong = value not in _defaults(config, self.field) if self.values is None else value in self.values
         if not wrong or not self.when(config):
@@ -67,11 +70,15 @@ class Combination:
         return f"{self.field} = {value!r}: {self.why}; {self.fix}".replace("{}", config.rl.algorithm)
 
 
-def refused(config: Config) -> list[str]:
-    """A line ``field = value: why; fix`` for each row that applies; only the first one for a field."""
+def refused(config: Config, job: str = "") -> list[str]:
+    """A line ``field = value: why; fix`` for each row that applies; only the first one for a field.
+
+    Args:
+        job: whose own rows apply, too.
+    """
     lines: dict[str, str] = {}
     for row in COMBINATIONS:
-        line = row.line(config)
+        line = row.line(config, job)
         if line is not None:
             lines.setdefault(row.field, line)
     return list(lines.values())
@@ -517,6 +524,21 @@ COMBINATIONS: tuple[Combination, ...] = (
         "pretrain.stages", _Naming("fta_policy"), _ends,
         "it draws all actions of a text at once, and with model.learnt_ends each depends on the last",
         "leave fta_policy out",
+    ),
+    *(
+        Combination(
+            "harness.likelihoods", _Naming(name), _lasts,
+            "the model's actions last, and a token's probability depends on where its action began", "use base",
+            "capabilities",
+        )
+        for name in ("marginal", "greedy")
+    ),
+    *(
+        Combination(
+            field, values, _lasts, "the model's actions last, and Q learns token by token",
+            "use a model whose actions give one token each", "train_q",
+        )
+        for field, values in (("model.action_every", _AllBut(1)), ("model.learnt_ends", (True,)))
     ),
     Combination("rl.lora_rank", None, _latent, "for rl.action_space token"),
     Combination("rl.steering", ("all", "last"), _latent, "for rl.action_space token"),

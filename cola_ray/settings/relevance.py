@@ -242,9 +242,13 @@ def readers(*fields: str) -> str:
     return _listed(found) if found else "plan"
 
 
-def unread(config: Config, job: str) -> list[str]:
-    """A line for each given setting that has no effect in the job: field, value, and the jobs that do read it."""
-    whys = ((field, value, _why_unread(config, job, field)) for field, value in given(config).items())
+def unread(config: Config, job: str, sized: Config | None = None) -> list[str]:
+    """A line for each given setting that has no effect in the job: field, value, and the jobs that do read it.
+
+    Args:
+        sized: the settings with the sizes of the start model, on which an effect may depend.
+    """
+    whys = ((field, value, _why_unread(sized or config, job, field)) for field, value in given(config).items())
     return [f"{field} = {value!r}: {why}" for field, value, why in whys if why]
 
 

@@ -140,7 +140,7 @@ def test_a_step_asks_the_device_for_nothing(table, num_actions, monkeypatch):
     assert actions.shape == (6,)
     assert None not in rows, "all settings are in use"
     for slot, one in enumerate(mixed):
-        slots.add_request(slot, ActionRequest.from_params(one.extra_args, one.seed), 2)
+        slots.add_request(slot, ActionRequest.from_params(one.extra_args, one.seed), 2, 2)
     at = torch.zeros(6, dtype=torch.int64, device=meta)
     table.prepared = slots.rows(at, np.arange(6), at)
     assert None not in table.prepared
@@ -304,12 +304,10 @@ def test_v2_samples_tokens_in_a_processor(table):
 
     from cola_ray.model.vllm_slots import SlotTokenSampler
 
-    held = types.SimpleNamespace(
-        max_num_reqs=SLOTS, device=CPU, prompt_len=types.SimpleNamespace(np=np.zeros(SLOTS, int))
-    )
+    lengths = types.SimpleNamespace(np=np.arange(3, 3 + SLOTS))
+    held = types.SimpleNamespace(max_num_reqs=SLOTS, device=CPU, prompt_len=lengths, prefill_len=lengths)
     sampler, params = SlotTokenSampler(config("a test"), held), requests(6)
     for slot, one in enumerate(params):
-        held.prompt_len.np[slot] = 3 + slot
         assert sampler.add_request(slot, one)
     slots, step = [4, 1, 5, 0], 2
     context = LogitsContext(
@@ -382,6 +380,11 @@ class Held:
             assert kept[0] == action
             assert kept[1:].view(np.float32)[0] == max(float(log_prob), LOWEST_LOG_PROB)
 
+    def check_kept(self, params, steps):
+        """The actions of the steps already taken are as they were."""
+        kept = self.table.kept.read([params.extra_args["action_slot"]], STEPS)[0, :steps, 0]
+        assert kept.tolist() == [self.chosen[id(params), step - step % self.every] for step in range(steps)]
+
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_v1_holds_actions_through_preemptions_chunks_and_moves(every):
@@ -447,9 +450,11 @@ def test_v2_holds_actions_through_preemptions_and_chunks(every, state):
             slot = [one for one in range(SLOTS) if one not in running][int(draw.integers(2))]
             running[slot] = one = waiting.pop(0)
             made.add_request(slot, new_request(one[0], list(range(one[1])), range(one[2])))
-            if one[1] + one[2] > 3:  # its tokens are computed in two chunks; the first one's row is nobody's
-                made.prepare_inputs(v2_batch([slot], [1]), None)
+            known = one[1] + one[2]
+            if known > 3:  # its tokens are read in two chunks; what is drawn after the first one is thrown away
+                made.prepare_inputs(v2_batch([slot], [int(draw.integers(known - 1))]), None)
                 table.draw(torch.randn(1, ACTIONS))
+                held.check_kept(one[0], one[2])
         slots = draw.permutation(sorted(running)).tolist()
         if not slots:
             continue
