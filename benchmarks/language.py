@@ -31,17 +31,12 @@ from cola_ray.tasks import make_task
 
 Settings = dict[str, Any]
 TASK: Settings = {"preset": "smollm2-135m", "task.name": "instructions"}
-LENGTHS: Settings = {"rollout.max_prompt_tokens": 96, "rollout.max_new_tokens": 32, "rollout.max_num_seqs": 64}
-"""For all that answers; longer answers break nearly every rule."""
 SAMPLES = 8
 """Answers sampled for each instruction to measure base rates."""
 PRETRAINING: Settings = {
     "cluster.learner_ranks": 1, "pretrain.steps.actions": 400, "pretrain.steps.policy": 300, "pretrain.states": "model",
 }  # fmt: skip
-RL: Settings = {
-    **LENGTHS, "cluster.learner_ranks": 1, "rl.eval_every": 0, "rl.eval_problems": 192, "rl.kl_coef": 0.0,
-    "rl.prompts_per_step": 8, "rl.group_size": 8, "rl.micro_batch_tokens": 2048,
-}  # fmt: skip
+RL: Settings = {"cluster.learner_ranks": 1, "rl.eval_every": 0, "rl.kl_coef": 0.0}
 SPACES = {"latent": {"rl.lr": 1e-4}, "token": {"rl.action_space": "token", "rl.lr": 1e-5}}
 """Settings by action space; the learning rates were not tuned."""
 
@@ -49,7 +44,7 @@ SPACES = {"latent": {"rl.lr": 1e-4}, "token": {"rl.action_space": "token", "rl.l
 def asked(folder: Path, name: str, problems: int, **settings: Any) -> KeptRun:
     """A run in which the bare base answers the task's instructions."""
     return KeptRun(folder / name, "evaluate", {
-        **TASK, **LENGTHS, "rl.action_space": "token", "eval.problems": problems, "eval.chunk": 64, **settings
+        **TASK, "rl.action_space": "token", "eval.problems": problems, "eval.chunk": 64, **settings
     })  # fmt: skip
 
 
@@ -78,13 +73,13 @@ def base_rates(run: KeptRun) -> dict[str, dict[str, float]]:
 
 
 def write_answers(run: KeptRun, file: Path) -> Path:
-    """Write rows of prompt and response to pre-train on: answers neither empty nor cut off; returns the file."""
+    """Write rows of question and answer to pre-train on: answers neither empty nor cut off; returns the file."""
     longest = run.config.rollout.max_new_tokens
     with file.open("w") as rows:
         for row in rows_of(run, "sample"):
             for text, ids in zip(row["texts"], row["token_ids"], strict=True):
                 if text.strip() and len(ids) < longest:
-                    rows.write(json.dumps({"prompt": row["question"], "response": text}) + "\n")
+                    rows.write(json.dumps({"question": row["question"], "answer": text}) + "\n")
     return file
 
 
