@@ -323,6 +323,14 @@ REFUSED = [
 ]
 
 
+REFUSED_BY_A_JOB = [
+    ("train_q", LASTING, "model.action_every = 2: the model's actions last, and Q learns token by token"),
+    ("train_q", ENDING, "model.learnt_ends = True: the model's actions last, and Q learns token by token"),
+    ("capabilities", ENDING, "harness.likelihoods = ('base', 'marginal'): the model's actions last"),
+    ("capabilities", LASTING | {"harness.likelihoods": ("greedy",)}, "harness.likelihoods = ('greedy',): the model's"),
+]
+
+
 def settings(changes):
     """Over the preset of the changes' task, as the command line has it."""
     return override(preset("tiny", agents="task.name" in changes), changes)
@@ -337,11 +345,17 @@ def test_a_row_refuses_what_it_is_for(changes, line):
         assert "{" not in one
 
 
+@pytest.mark.parametrize(("job", "changes", "line"), REFUSED_BY_A_JOB)
+def test_a_row_of_a_job_refuses_in_this_job_alone(job, changes, line):
+    assert any(one.startswith(line) for one in refused(settings(changes), job))
+    assert not refused(settings(changes), "rl_math")
+
+
 def test_every_row_is_tried():
-    seen = {(row.field, row.why) for row in COMBINATIONS}
-    for changes, _ in REFUSED:
+    seen = {(row.field, row.why, row.job) for row in COMBINATIONS}
+    for job, changes in [*(("", changes) for changes, _ in REFUSED), *(one[:2] for one in REFUSED_BY_A_JOB)]:
         config = settings(changes)
-        seen -= {(row.field, row.why) for row in COMBINATIONS if row.line(config)}
+        seen -= {(row.field, row.why, row.job) for row in COMBINATIONS if row.line(config, job)}
     assert not seen
 
 

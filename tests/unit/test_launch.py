@@ -289,17 +289,20 @@ def test_how_long_actions_last_is_the_models_own(tmp_path):
     assert line == f"model.action_every = 3: {held['model.path']} has 2; leave it out"
     (line,) = launch.refusals(tiny(**old, **{"model.action_every": 2}), "rl_math")
     assert line == f"model.action_every = 2: {old['model.path']} has 1; leave it out"
-    (line,) = launch.refusals(tiny(**held, **{"rl.action_space": "token"}), "rl_math")
-    assert line.startswith("model.action_every = 2: a token is said once")
+    over_tokens = launch.begin(tiny(**held, **{"rl.action_space": "token", "output_dir": "tokens"}), "rl_math").config
+    assert over_tokens.model.action_every == 1, "no token lasts"
+    (line,) = launch.refusals(tiny(**held, **{"data.path": "log"}), "train_q")
+    assert line.startswith("model.action_every = 2: the model's actions last, and Q learns token by token")
     (line,) = launch.refusals(tiny(**held, **{"eval.ways": ("greedy", "mcts_q"), "q.path": "q"}), "evaluate")
     assert line.startswith("eval.ways = ('greedy', 'mcts_q'): mcts_q's Q is of single tokens")
     made(tiny(**{"model.learnt_ends": True}), tmp_path / "ends")
     ends = {"model.path": str(tmp_path / "ends" / "model")}
     (line,) = launch.refusals(tiny(**ends, **{"pretrain.stages": ("fta_policy",), "output_dir": "more"}), "pretrain")
     assert line.startswith("pretrain.stages = ('fta_policy',): it draws all actions of a text at once")
-    assert launch.begin(
-        tiny(**ends, **{"pretrain.stages": ("policy",), "output_dir": "more"}), "pretrain"
-    ).config.model.learnt_ends
+    more = tiny(**ends, **{"pretrain.stages": ("actions",), "pretrain.switch_cost": 0.3, "output_dir": "more"})
+    assert launch.begin(more, "pretrain").config.model.learnt_ends
+    (line,) = launch.refusals(override(more, {"output_dir": "another", **held}), "pretrain")
+    assert line.startswith("pretrain.switch_cost = 0.3: has no effect here; the stage actions does")
     assert launch.begin(tiny(**old, output_dir="first"), "rl_math").config.model.action_every == 1
     assert launch.begin(tiny(**held, output_dir="second"), "rl_math").config.model.action_every == 2
     usual = preset("smollm2-135m")
