@@ -15,7 +15,6 @@ Runs in the folder are not repeated: a stopped benchmark continues.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,17 +71,6 @@ def base_rates(run: KeptRun) -> dict[str, dict[str, float]]:
     return rates
 
 
-def write_answers(run: KeptRun, file: Path) -> Path:
-    """Write rows of question and answer to pre-train on: answers neither empty nor cut off; returns the file."""
-    longest = run.config.rollout.max_new_tokens
-    with file.open("w") as rows:
-        for row in rows_of(run, "sample"):
-            for text, ids in zip(row["texts"], row["token_ids"], strict=True):
-                if text.strip() and len(ids) < longest:
-                    rows.write(json.dumps({"question": row["question"], "answer": text}) + "\n")
-    return file
-
-
 def row_of(runs: Sequence[KeptRun], space: str) -> dict[str, Any]:
     """The table's row for an action space, from its runs, one per seed."""
     found = [run.summary() for run in runs]
@@ -118,8 +106,9 @@ def main() -> None:
         "eval.split": "train", "eval.ways": ("sample",), "search.simulations": 2
     })  # fmt: skip
     run_kept([answers], parallel=1)
-    data = write_answers(answers, folder / "answers.jsonl")
-    start = KeptRun(folder / "start", "pretrain", {**TASK, **PRETRAINING, "data.path": str(data)})
+    start = KeptRun(
+        folder / "start", "pretrain", {**TASK, **PRETRAINING, "data.path": str(answers.output / "answers.jsonl")}
+    )
     run_kept([start], parallel=1)
     runs = {
         space: [KeptRun(folder / f"{space}-{seed}", "rl_math", {

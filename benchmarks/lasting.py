@@ -1,7 +1,7 @@
 """Latent actions that last a fixed time, or until the policy ends them: accuracy, diversity and cost.
 
 python benchmarks/lasting.py --folder outputs/lasting [--seeds 0 1 2] [--parallel 2]
-python benchmarks/lasting.py --folder outputs/lasting-135m --setting smollm2 --data answers.jsonl --seeds 0
+python benchmarks/lasting.py --folder outputs/lasting-135m --setting smollm2 --data ANSWERS --seeds 0
 
     base ─> latent actions, one pre-training per row ─> rl ─> a row of the table
 
@@ -123,7 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
     parser.add_argument("--setting", choices=SETTINGS, default="tiny")
-    parser.add_argument("--data", default="", help="for smollm2: answers of the base, as benchmarks/language.py makes")
+    parser.add_argument(
+        "--data", default="", help="for smollm2: answers.jsonl of the base, which `cola_ray evaluate` writes"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW",
                         help=f"of the table: {', '.join(ROWS)}")  # fmt: skip

@@ -43,7 +43,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "rl_math": _RL,
     "rl_agent": _RL,
     "rl_preference": _RL,
-    "evaluate": ("base", "predictions", "accuracy.png"),
+    "evaluate": ("base", "predictions", "answers.jsonl", "accuracy.png"),
     "diversity": ("base", "continuations.parquet"),
     "atlas": ("atlas.html",),
     "capabilities": ("harness.json",),

@@ -5,13 +5,15 @@ problems, in chunks ─> Evaluator ─> EvaluationWorkers ─> predictions/<way>
                                                         v
                                  figures: accuracy, pass@k, majority, best; tokens and seconds per problem
                                           (of episodes: return, best return, share terminated, turns)
+                                 answers.jsonl: questions and sampled answers, to pre-train on
 """
 
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,15 +35,17 @@ from cola_ray.runs.failure import explained_failures
 from cola_ray.runs.figures import plot_against_tokens, print_comparison
 from cola_ray.settings.config import Config, EvalConfig, is_environment
 from cola_ray.studies.study import Study, open_study
-from cola_ray.tasks import least_right_reward
+from cola_ray.tasks import least_right_reward, make_task
 
 Row = dict[str, Any]
+ANSWERS = "answers.jsonl"
 
 
 @shown()
 @explained_failures()
 def evaluate(config: Config) -> dict[str, Any]:
-    """Answer problems, or play episodes, in all of ``eval.ways``; writes ``output_dir/predictions``.
+    """Answer problems, or play episodes, in all of ``eval.ways``; writes ``output_dir/predictions``, and with the way
+    sample ``output_dir/answers.jsonl``, see :func:`write_answers`.
 
     With ``resume``, chunks that an earlier run with the same settings has answered are not answered again.
 
@@ -63,6 +67,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         else:
             found = figures(config.eval, folder, config.seed, right_from)
             plotted = ["reward", "best_reward"] if right_from is None else ["accuracy", "majority", "best"]
+            if "sample" in config.eval.ways:
+                write_answers(config, folder / "sample", study.output / ANSWERS)
         study.add(found)
         plot_against_tokens(study.output / "accuracy.png", found, plotted)
     print_comparison(f"{config.task.name}: {folder}", found)
@@ -122,6 +128,27 @@ class Evaluator:
         """
         answered = await self.supervisor.guard(self.workers.dispatch(indices, "answer", way))
         return pa.Table.from_pylist([{"way": way, **asdict(one)} for one in answered])
+
+
+def write_answers(config: Config, folder: Path, file: Path) -> None:
+    """Write the columns question, answer and reward, by which pre-training (``data.path``) learns from a model's own
+    answers: all that are neither empty nor cut off by ``rollout.max_new_tokens``. A reward may be missing (null).
+
+    Args:
+        folder: of the predictions.
+    """
+    problems, longest = make_task(config.task, config.seed).problems(config.eval.split), config.rollout.max_new_tokens
+
+    def write(lines: IO[bytes]) -> None:
+        for row in _rows(config.eval, folder):
+            answers = zip(row["texts"], row["token_ids"], row["rewards"], _failures(row), strict=True)
+            for text, ids, reward, failure in answers:
+                if text.strip() and len(ids) < longest:
+                    found = {"question": problems[row["index"]].question, "answer": text,
+                             "reward": None if failure else reward}  # fmt: skip
+                    lines.write(f"{json.dumps(found)}\n".encode())
+
+    write_atomically(file, write)
 
 
 def chunks(config: EvalConfig, num_heldout: int, folder: Path) -> Iterator[tuple[str, list[int], Path]]:

@@ -105,8 +105,8 @@ KINDS: Mapping[str, Callable[[], Iterator[Rule]]] = {
 class Instructions:
     """Instructions of the kinds in :data:`KINDS`; the reward is 1 for a response that follows its instruction, else 0.
 
-    There are no solutions, and so no demonstrations: pre-train on the base's own answers
-    (`cola_ray evaluate --eval.split train --eval.ways sample`), or on text.
+    There are no solutions, and so no demonstrations: pre-train on the base's own answers (answers.jsonl of `cola_ray
+    evaluate --rl.action-space token --eval.split train --eval.ways sample`), or on text.
 
     Args:
         num_problems: the most instructions, both splits together.

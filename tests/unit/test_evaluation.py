@@ -1,18 +1,20 @@
 """Evaluations kept as Parquet: what is answered is not asked again, and figures against hand-counted ones."""
 
 import asyncio
+import json
 from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cola_ray.learner.corpus import document
 from cola_ray.loop.workers import WorkerLostError
 from cola_ray.rollout.agent_worker import PlayedSeed
 from cola_ray.rollout.evaluation_worker import AnsweredProblem
 from cola_ray.settings.config import EvalConfig, override
 from cola_ray.settings.presets import preset
-from cola_ray.studies.evaluation import Evaluator, chunks, episode_figures, figures, remarks
+from cola_ray.studies.evaluation import Evaluator, chunks, episode_figures, figures, remarks, write_answers
 from cola_ray.tasks.verifiable import Gsm8k
 
 
@@ -69,6 +71,27 @@ def test_figures_by_hand(tmp_path):
     assert said.startswith("pass@k of k = 8 is left out")
     assert chosen.startswith("best of sample: chosen by the verifier, which knows what is right (pass@n)")
     assert (found["generated_tokens"], found["computed_tokens"]) == (3, 4)
+
+
+def test_sampled_answers_that_ended_are_kept_to_pre_train_on(tmp_path):
+    conversation = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2 ="})
+    rows = [{"prompt": list(conversation), "answer": "4"}, {"prompt": "3 + 3 =", "answer": "6"}]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "answer": "2"}))
+    task = {"task.name": "dataset", "task.path": str(tmp_path / "rows"), "eval.split": "train",
+            "rollout.max_new_tokens": 2}  # fmt: skip
+    config = override(preset("tiny"), task)
+    write(tmp_path, "sample", 0, [[1.0, 0.0, 0.0], [0.0, 1.0]], [["4", "  ", "5"], ["7", "6"]],
+          failures=[["", "", "the verifier died"], ["", ""]])  # fmt: skip
+    write_answers(config, tmp_path / "sample", tmp_path / "answers.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(line["answer"], line["reward"]) for line in lines] == [("4", 1.0), ("5", None), ("7", 0.0), ("6", 1.0)]
+    kept = [document(line, config.data) for line in lines]
+    assert kept[0] == (conversation, "4"), "roles are kept"
+    assert kept[2] == ("3 + 3 =", "7")
+    write_answers(override(config, {"rollout.max_new_tokens": 1}), tmp_path / "sample", tmp_path / "answers.jsonl")
+    assert not (tmp_path / "answers.jsonl").read_text(), "all were cut off"
 
 
 def test_a_reward_model_chooses_and_the_verifier_judges(tmp_path):
