@@ -102,18 +102,19 @@ def main() -> None:
     record("language_base_rates", base_rates(rates), [0], about)
     if not args.spaces:
         return
-    answers = asked(folder, "answers", args.answers, **{
-        "eval.split": "train", "eval.ways": ("sample",), "search.simulations": 2
-    })  # fmt: skip
-    run_kept([answers], parallel=1)
-    start = KeptRun(
-        folder / "start", "pretrain", {**TASK, **PRETRAINING, "data.path": str(answers.output / "answers.jsonl")}
-    )
-    run_kept([start], parallel=1)
+    starts: dict[str, Settings] = {"token": {}}
+    if "latent" in args.spaces:
+        answers = asked(folder, "answers", args.answers, **{
+            "eval.split": "train", "eval.ways": ("sample",), "search.simulations": 2
+        })  # fmt: skip
+        run_kept([answers], parallel=1)
+        data = str(answers.output / "answers.jsonl")
+        start = KeptRun(folder / "start", "pretrain", {**TASK, **PRETRAINING, "data.path": data})
+        run_kept([start], parallel=1)
+        starts["latent"] = {"model.path": str(start.output / "model")}
     runs = {
         space: [KeptRun(folder / f"{space}-{seed}", "rl_math", {
-            **TASK, **RL, **SPACES[space], "rl.max_steps": args.steps, "seed": seed,
-            "model.path": str(start.output / "model"),
+            **TASK, **RL, **SPACES[space], "rl.max_steps": args.steps, "seed": seed, **starts[space],
         }) for seed in args.seeds]
         for space in args.spaces
     }  # fmt: skip
