@@ -36,12 +36,13 @@ NAMES = {"actions/loss": "loss", "actions/base_loss": "base's loss", "actions/re
          "actions/covered": "covered", "actions/alive": "alive actions"}  # fmt: skip
 WAYS = {"random_actions": "random actions", "base": "base", "random_tokens": "random tokens"}
 ENDS = {"": "", "_low": ", low", "_high": ", high"}
+BASE = ["--preset", "smollm2-135m", "--task.name", "gsm8k"]
 SAMPLE = ["--diversity.prefixes", "24", "--diversity.continuations", "6", "--rollout.max-new-tokens", "32"]
 
 
 def train_until(step: int, run: Path, gsm8k: Path, threads: int, deadline: float) -> bool:
     """Run until ``step`` and stop there; returns whether the step was reached before the deadline."""
-    settings = ["--preset", "smollm2-135m", "--data.path", str(gsm8k / "train.jsonl"), "--pretrain.stages", "actions",
+    settings = [*BASE, "--data.path", str(gsm8k / "train.jsonl"), "--pretrain.stages", "actions",
                 "--pretrain.steps.actions", "1000000", "--pretrain.min-lr-ratio", "1", "--pretrain.states", "bfloat16",
                 "--pretrain.save-every", "64", "--cluster.learner-ranks", "1",
                 "--cluster.threads-per-process", str(threads), "--output-dir", str(run)]  # fmt: skip
@@ -83,8 +84,8 @@ def measure(point: Path, run: Path, since: int, gsm8k: Path) -> dict[str, float]
         row = {"tokens": float(step * TOKENS)} | {
             name: statistics.fmean(one[metric] for one in some if metric in one) for metric, name in NAMES.items()
         }
-        found = run_once(point.parent / f"{point.name}-diversity", "diversity", "--preset", "smollm2-135m",
-                         "--model.path", str(point), "--data.path", str(gsm8k / "test.jsonl"), *SAMPLE)  # fmt: skip
+        found = run_once(point.parent / f"{point.name}-diversity", "diversity", *BASE, "--model.path", str(point),
+                         "--data.path", str(gsm8k / "test.jsonl"), *SAMPLE)  # fmt: skip
         for way, name in WAYS.items():
             row |= {f"diversity of {name}{end}": found[way]["diversity" + of] for of, end in ENDS.items()}
         file.write_text(json.dumps(row))

@@ -18,8 +18,10 @@ from record import record
 
 from cola_ray.studies.reproduce import write_choices, write_sums
 
-SHORT = ["--cluster.learner-ranks", "1", "--pretrain.steps.actions", "80", "--pretrain.steps.policy", "80"]
-SMALL_SAMPLE = ["--diversity.prefixes", "16", "--diversity.continuations", "4", "--rollout.max-new-tokens", "48"]
+GSM8K = ["--task.name", "gsm8k"]
+SHORT = [*GSM8K, "--cluster.learner-ranks", "1", "--pretrain.steps.actions", "80", "--pretrain.steps.policy", "80"]
+SMALL_SAMPLE = [*GSM8K, "--diversity.prefixes", "16", "--diversity.continuations", "4",
+                "--rollout.max-new-tokens", "48"]  # fmt: skip
 PROBLEMS = 32
 
 

@@ -120,7 +120,7 @@ def main() -> None:
     if (args.preset == "tiny") == bool(args.gsm8k):
         parser.error("--gsm8k goes with --preset smollm2-135m, which needs it")
     folder, rate_of = args.folder.resolve(), rates(args.preset, args.lr)
-    task: Settings = {"task.path": str(args.gsm8k.resolve())} if args.gsm8k else {}
+    task: Settings = {"task.name": "gsm8k", "task.path": str(args.gsm8k.resolve())} if args.gsm8k else {}
     starts = starts_of(folder, args.preset, args.seeds, task)
     run_kept(starts, parallel=1)
     runs = {

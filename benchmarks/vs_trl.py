@@ -58,8 +58,9 @@ SETTINGS = {
     # At temperature 1 this base never solves GSM8K; a reward for length distinguishes its completions.
     "smollm2": Setting(
         "smollm2-135m", "vs_trl_smollm2",
-        {"rl.lr": 1e-6, "rl.kl_coef": 0.0, "rl.prompts_per_step": 4, "rl.group_size": 8, "rl.micro_batch_tokens": 1024,
-         "rollout.max_num_seqs": 32, "rollout.max_new_tokens": 128, "task.reward": "length", "task.length": 300},
+        {"task.name": "gsm8k", "rl.lr": 1e-6, "rl.kl_coef": 0.0, "rl.prompts_per_step": 4, "rl.group_size": 8,
+         "rl.micro_batch_tokens": 1024, "rollout.max_num_seqs": 32, "rollout.max_new_tokens": 128,
+         "task.reward": "length", "task.length": 300},
         micro_batch=4, steps=4, skipped=1, spaces=("token", "latent"), evaluated=False,
         about="SmolLM2-135M, prompts of GSM8K, 4 prompts x 8 completions of up to 128 tokens a step, a reward for "
         "length: GRPO over tokens and latent actions here, against TRL's GRPOTrainer. Times of steps are medians.",
@@ -70,7 +71,8 @@ SETTINGS = {
 def config_of(setting: Setting, seed: int, steps: int, path: str) -> Config:
     changes = {name: (value,) if name == "task.reward" else value for name, value in setting.shared.items()}
     return override(
-        preset(setting.preset), {**changes, "rl.max_steps": steps, "seed": seed} | ({"task.path": path} if path else {})
+        preset(setting.preset, task=changes.get("task.name", "")),
+        {**changes, "rl.max_steps": steps, "seed": seed} | ({"task.path": path} if path else {}),
     )
 
 

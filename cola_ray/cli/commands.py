@@ -170,7 +170,7 @@ cola_ray sweep --task.name twenty_questions               (agents)""",
         "reproduce",
         """
 cola_ray reproduce --preset tiny                          (under three hours on two cores; `make evals` first)
-cola_ray reproduce --preset smollm2-135m --task.path DATA/gsm8k --data.path DATA/gsm8k/train.jsonl
+cola_ray reproduce --preset smollm2-135m                  (hours; short instructions that a rule can check)
 cola_ray reproduce --preset tiny --reproduce.stages agent_archer agent_ppo        (and what they need)
 cola_ray reproduce --preset tiny --reproduce.seeds 0 1 2                          (with intervals over seeds)
 cola_ray reproduce --preset llama-3.1-8b --cluster.address http://HEAD:8265 --reproduce.parallel 2""",

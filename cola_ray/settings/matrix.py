@@ -54,27 +54,38 @@ def stage_of(folder: str) -> tuple[str, int]:
 
 
 def stages(config: Config) -> list[Stage]:
-    """The matrix of a preset and a seed; sizes are the papers' or, for tiny, what its machine can do in a few hours."""
-    tiny = config.preset == "tiny"
+    """The matrix of a preset and a seed; sizes are the papers' or, for tiny and smollm2-135m, what two cores can do in
+    hours.
+
+    smollm2-135m has no Countdown, of which its base solves nothing. Where a task has no demonstrations, latent actions
+    are learnt from the base's own answers.
+    """
+    tiny, small = config.preset == "tiny", config.preset in ("tiny", "smollm2-135m")
     math = ["--task.name", config.task.name, *(["--task.path", config.task.path] if config.task.path else []),
             *_said(config, "task", ("name", "path"))]  # fmt: skip
-    data = _said(config, "data", ("date",))
+    own = config.task.name == "instructions" and not config.data.path
+    data = [*(["--data.path", "{own_answers}/answers.jsonl"] if own else []), *_said(config, "data", ("date",))]
     start = ["--model.path", "{pretrain}/model"]
     trained = ["--model.path", "{rl_latent}/model"]
-    few = ["--rl.max-steps", "40"] if tiny else []
-    token_lr = ["--rl.lr", "1e-4"] if tiny else []
+    few = ["--rl.max-steps", "40"] if small else []
+    steps = [] if tiny else few
+    token_lr = {"tiny": ["--rl.lr", "1e-4"], "smollm2-135m": ["--rl.lr", "1e-5"]}.get(config.preset, [])
     countdown = ["--task.name", "countdown", "--task.thinking", *(_TINY_COUNTDOWN if tiny else [])]
     learnt, answered = (_TINY_COUNTDOWN_PRETRAINING, _TINY_COUNTDOWN_ROLLOUTS) if tiny else ([], [])
     agent = ["--task.name", "twenty_questions", "--model.path", "{agent_start}/model"]
-    agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if tiny else []
-    asked = ["--eval.problems", "256"] if tiny else []
+    agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if small else []
+    agent_steps += [] if tiny or not small else ["--rl.prompts-per-step", "16"]
+    asked = ["--eval.problems", "256"] if small else []
+    logged = ["--eval.problems", "2048" if small else "7000", "--search.simulations", "16"]
     values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", str(config.seed)]
-    values += ["--sweep.parallel", "1"] if tiny else []
-    return [
+    values += ["--sweep.parallel", "1"] if small else []
+    found = [
+        Stage("own_answers", "evaluate", [*math, "--rl.action-space", "token", "--eval.split", "train", "--eval.ways",
+                                          "sample", "--eval.problems", "3000", "--search.simulations", "2"]),
         Stage("pretrain", "pretrain", [*math, *data]),
         Stage("fta", "pretrain", [*math, *data, *start, "--pretrain.stages", "fta_idm", "fta_policy"]),
-        Stage("rl_latent", "rl_math", [*math, *start]),
-        Stage("rl_token", "rl_math", [*math, *start, "--rl.action-space", "token", *token_lr]),
+        Stage("rl_latent", "rl_math", [*math, *start, *steps]),
+        Stage("rl_token", "rl_math", [*math, *start, *steps, "--rl.action-space", "token", *token_lr]),
         Stage("rl_fta", "rl_math", [*math, "--model.path", "{fta}/model", *few]),
         Stage("kl_sweep", "sweep", [*math, *start, *values, *few]),
         Stage("etpo", "rl_math", [*math, *start, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", *few]),
@@ -85,8 +96,7 @@ def stages(config: Config) -> list[Stage]:
         Stage("agent_start", "pretrain", ["--task.name", "twenty_questions"]),
         Stage("agent_archer", "rl_agent", [*agent, *agent_steps]),
         Stage("agent_ppo", "rl_agent", [*agent, *agent_steps, "--rl.algorithm", "ppo"]),
-        Stage("answers", "evaluate", [*math, *trained, "--eval.split", "train", "--eval.ways", "sample",
-                                      "--eval.problems", "2048" if tiny else "7000", "--search.simulations", "16"]),
+        Stage("answers", "evaluate", [*math, *trained, "--eval.split", "train", "--eval.ways", "sample", *logged]),
         Stage("q", "train_q", [*trained, "--data.path", "{answers}/predictions/sample"]),
         Stage("search", "evaluate", [*math, *trained, *asked, "--q.path", "{q}/model", "--eval.ways", "base", "greedy",
                                      "sample", "beam", "mcts", "mcts_q"]),
@@ -94,6 +104,8 @@ def stages(config: Config) -> list[Stage]:
         Stage("capabilities", "capabilities", [*start, *_harness(config)]),
         Stage("atlas", "atlas", [*math, *data, *start]),
     ]  # fmt: skip
+    without = ([] if own else ["own_answers"]) + (["countdown"] if small and not tiny else [])
+    return [stage for stage in found if not stage.name.startswith(tuple(without))]
 
 
 def chosen(config: Config) -> list[Stage]:
@@ -115,11 +127,11 @@ def chosen(config: Config) -> list[Stage]:
 
 
 def _harness(config: Config) -> list[str]:
-    """Tasks for the evaluation harness: those given, else the paper's; for tiny, sums (``reproduce.write_sums``)."""
+    """Tasks for the evaluation harness: those given, else the paper's; for small presets sums, by ``write_sums``."""
     said = _said(config, "harness")
     if config.harness.tasks:
         return said
-    if config.preset == "tiny":
+    if config.preset in ("tiny", "smollm2-135m"):
         return [*said, "--harness.tasks", "sums", "--harness.include-path", str(Path(config.output_dir) / "sums")]
     return [*said, "--harness.tasks", "mmlu", "mathqa", "cmmlu"]
 

@@ -81,7 +81,7 @@ def _smollm2_135m() -> Config:
             num_policy_layers=4,
             dtype="float32",
         ),
-        task=TaskConfig(name="gsm8k", path="openai/gsm8k"),
+        task=TaskConfig(name="instructions"),  # of GSM8K it solves nothing, so rewards would be 0
         pretrain=PretrainConfig(batch_size=4, micro_batch_size=4, sequence_length=256),
         rollout=RolloutConfig(max_prompt_tokens=256, max_new_tokens=128, max_num_seqs=16, kv_cache_mb=512),
         rl=RLConfig(prompts_per_step=2, group_size=4, lr=1e-5, micro_batch_tokens=512, eval_problems=8, eval_every=0),
@@ -207,13 +207,16 @@ _TASKS: dict[tuple[str, str], dict[str, Any]] = {
         "rl.prompts_per_step": 16,
         "critic.fresh_states": 64,
     },
+    ("smollm2-135m", "gsm8k"): {"task.path": "openai/gsm8k"},
     # Prompts and answers are short.
     ("smollm2-135m", "instructions"): {
         "rollout.max_prompt_tokens": 96,
         "rollout.max_new_tokens": 32,
         "rollout.max_num_seqs": 64,
+        "pretrain.steps": {"actions": 400, "policy": 300, "fta_idm": 50, "fta_policy": 50, "reward": 300, "q": 1500},
         "rl.prompts_per_step": 8,
         "rl.group_size": 8,
+        "rl.lr": 1e-4,
         "rl.micro_batch_tokens": 1024,
         "rl.eval_problems": 256,
     },
@@ -239,7 +242,7 @@ def preset(name: str, agents: bool = False, task: str = "") -> Config:
     changes, usual = _ALL_AGENTS | _AGENTS[name] if agents else {}, _PRESETS[name]()
     if (task or changes.get("task.name", usual.task.name)) != usual.task.name:
         changes = {"task.path": ""} | changes
-    return override(usual, changes | _TASKS.get((name, task or changes.get("task.name", "")), {}))
+    return override(usual, changes | _TASKS.get((name, task or changes.get("task.name", usual.task.name)), {}))
 
 
 # The default corpus of latent pre-training: educational web pages and web pages with mathematics, both under ODC-By

@@ -57,7 +57,7 @@ def test_no_run_is_refused_and_every_setting_has_an_effect(tmp_path):
     for name, settings in agents.methods().items():
         assert not kept(tmp_path, "rl_agent", {**agents.COMMON, **settings}).faults(), name
     for preset in trained_parts.RATES:
-        task = {} if preset == "tiny" else {"task.path": "gsm8k"}
+        task = {} if preset == "tiny" else {"task.name": "gsm8k", "task.path": "gsm8k"}
         (start,) = trained_parts.starts_of(tmp_path, preset, [1], task)
         assert not start.faults()
         for part, rate in trained_parts.RATES[preset].items():

@@ -327,7 +327,7 @@ def test_the_first_lines(tmp_path):
         preset("smollm2-135m"), {"model.path": str(tmp_path / "made" / "model"), "rl.action_space": "token"}
     )
     said = first_lines(resolve(config, "rl_math"), "rl_math", start_model(config)).splitlines()
-    assert said[1:5] == ["base         org/base", "task         gsm8k, openai/gsm8k", "data         org/corpus",
+    assert said[1:5] == ["base         org/base", "task         instructions", "data         org/corpus",
                          "actions      tokens of the vocabulary"]  # fmt: skip
 
 
