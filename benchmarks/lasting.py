@@ -74,7 +74,8 @@ SETTINGS = {
         "Sorting four or five numbers, tiny: greedy held-out accuracy before and after RL, and how long actions last.",
     ),
     "smollm2": Setting(
-        "lasting_135m", TASK, None, PRETRAINING, {**RL, **SPACES["latent"]},
+        "lasting_135m", TASK, None, {**PRETRAINING, "pretrain.steps.actions": 100, "pretrain.steps.policy": 100},
+        {**RL, **SPACES["latent"]},
         "Short instructions, SmolLM2-135M: greedy held-out accuracy before and after RL, and how long actions last.",
     ),
 }  # fmt: skip
