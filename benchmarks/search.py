@@ -174,8 +174,11 @@ def plot(figures: Mapping[str, Mapping[str, Any]], budgets: Sequence[Budget], pa
 
 
 def saved_tokens(model: Path, simulations: int = 64, new_tokens: int = 16) -> dict[str, float]:
-    """The tokens of all simulated texts divided by the tokens that the engine computed, by prompt length."""
-    engine = LatentEngine(str(model), dtype="float32", max_model_len=512, stop_token_ids=[1], kv_cache_mb=128)
+    """The tokens of all simulated texts divided by the tokens that the engine computed, by prompt length.
+
+    No token ends a response: after random tokens a trained model would end it at once, and trees would have no depth.
+    """
+    engine = LatentEngine(str(model), dtype="float32", max_model_len=512, stop_token_ids=[], kv_cache_mb=128)
     batch = RunningBatch(engine, drain=True)
     draw, vocabulary = np.random.default_rng(0), engine.llm.llm_engine.model_config.hf_config.vocab_size
     ratios = {}

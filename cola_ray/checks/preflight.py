@@ -293,8 +293,9 @@ def _rows(config: Config, job: str) -> Iterator[str]:
             yield from peek(source, field, lambda row: document(row, config.data))
     if job == "train_q" and _has_rows(config.data.path):
         yield from peek(config.data.path, "data.path", _logged)
-    if _reads_texts(config, job) and not config.data.path:
-        yield from filter(None, [inspection.undemonstrated(task)])
+    if _reads_texts(config, job) and not config.data.path and (why := inspection.undemonstrated(task)):
+        has_model = job in ("diversity", "atlas")
+        yield why if has_model else f"{why}, or the model to start from as --model.path"
     if not task.path or not _asks_task(config, job):
         return
     if task.name in ("gsm8k", "math500"):

@@ -89,7 +89,9 @@ def _check_named(config: Config) -> list[str]:
 
 
 def _check_actions(config: Config) -> list[str]:
-    if config.rl.action_space == "token" or config.rollout.top_k <= config.model.num_actions:
+    """Check against the codebook that a run makes; a given model's own is looked at with its files."""
+    given = (Path(config.model.path) / "config.json").is_file()
+    if given or config.rl.action_space == "token" or config.rollout.top_k <= config.model.num_actions:
         return []
     return [
         f"rollout.top_k = {config.rollout.top_k}: the codebook has {config.model.num_actions} actions; "
@@ -405,9 +407,13 @@ def _check_sweep(config: Config) -> list[str]:
 
 def _check_stages(config: Config) -> list[str]:
     try:
-        jobs = {stage.job for stage in matrix.chosen(config)}
+        stages = matrix.chosen(config)
     except ConfigError as error:
         return str(error).splitlines()
+    jobs = {stage.job for stage in stages}
+    if any(stage.name == "own_answers" for stage in stages) and not config.model.base:
+        return [f"task.name = {config.task.name!r}: latent actions are learnt from a base's answers, and this preset "
+                "has no base; use --preset smollm2-135m, or give texts as --data.path"]  # fmt: skip
     lacking = _lacking("lm_eval", "reproduce.stages", "capabilities") if "capabilities" in jobs else []
     if config.task.name in relevance.UNSCORED:
         lacking.append(f"task.name = {config.task.name!r}: has no verifier, which stages ask; use a task that has one")

@@ -48,7 +48,7 @@ COMMANDS: dict[str, Command] = {
         "pretrain",
         """
 cola_ray pretrain --preset tiny
-cola_ray pretrain --preset smollm2-135m --data.path DATA/train.jsonl --pretrain.max-steps 5
+cola_ray pretrain --preset smollm2-135m --task.name gsm8k --data.path DATA/train.jsonl --pretrain.max-steps 5
 cola_ray pretrain --preset llama-3.1-8b --cluster.learner-ranks 8        (on the preset's corpus, from the hub)
 cola_ray pretrain --preset llama-3.1-8b --data.path org/corpus --pretrain.stages actions policy""",
         "The stage actions trains inverse dynamics model, codebook and world model together.",
@@ -101,7 +101,7 @@ cola_ray evaluate --task.name gsm8k --task.path DATA/gsm8k --model.path MODEL --
 cola_ray evaluate --task.name twenty_questions --model.path outputs/demo-agent/model
 cola_ray evaluate --resume                                (answers only what has no prediction yet)""",
         "Predictions are Parquet, a row a problem: question, responses, actions, rewards, answers; of environments a "
-        "row a seed: transcripts, returns, turns, actions.",
+        "row a seed: transcripts, returns, turns, actions. Sampled answers are also in answers.jsonl, to pre-train on.",
     ),
     "diversity": Command(
         "cola_ray.studies.diversity:diversity",
@@ -109,7 +109,7 @@ cola_ray evaluate --resume                                (answers only what has
         "diversity",
         """
 cola_ray diversity --preset tiny --model.path outputs/demo/model
-cola_ray diversity --preset smollm2-135m --model.path MODEL --data.path DATA/gsm8k/test.jsonl
+cola_ray diversity --preset smollm2-135m --task.name gsm8k --model.path MODEL --data.path DATA/gsm8k/test.jsonl
 cola_ray diversity --model.path MODEL --data.path texts.jsonl --diversity.encoder BAAI/bge-m3""",
         "Needs the packages of `make evals`. Texts are kept as Parquet.",
     ),
@@ -119,7 +119,7 @@ cola_ray diversity --model.path MODEL --data.path texts.jsonl --diversity.encode
         "atlas",
         """
 cola_ray atlas --preset tiny --model.path outputs/demo/model
-cola_ray atlas --preset smollm2-135m --model.path MODEL --data.path DATA/gsm8k/test.jsonl""",
+cola_ray atlas --preset smollm2-135m --task.name gsm8k --model.path MODEL --data.path DATA/gsm8k/test.jsonl""",
     ),
     "capabilities": Command(
         "cola_ray.studies.capabilities:capabilities",

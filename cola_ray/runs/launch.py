@@ -37,15 +37,15 @@ class Launch:
 def refusals(config: Config, job: str) -> list[str]:
     """Return why the job may not begin, one line per reason: settings without effect, the start model, the folder."""
     config, job = _as_run(config, job)
-    if job not in run_folder.WRITES:
-        return relevance.unread(config, job)
     start = _start(config, job)
-    sized = _sized(config, start)
+    sized, known = _sized(config, start), combinations.refused(config)
     lines = relevance.unread(config, job, sized)
+    own = [line for line in combinations.refused(sized, job) if line not in known]
+    if job not in run_folder.WRITES:
+        return lines + own
     if job in _FROM_A_MODEL or config.model.path:
         lines += provenance.refusals(config, job)
-    known = combinations.refused(config)
-    lines += [line for line in combinations.refused(sized, job) if line not in known]
+    lines += own
     resolved = provenance.resolve(config, job)
     found = run_folder.refusals(resolved, job, start)
     return lines + (found or resume.refusals(_sized(resolved, start), job))

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -110,19 +111,26 @@ def resolve(config: Config, job: str) -> Config:
 
 
 def starting_from(config: Config, model: Path) -> Config:
-    """Return the settings with this start model and its sizes, without the settings that it should be made with."""
+    """Return the settings with this start model and its sizes, without the settings that it should be made with.
+
+    How long an action lasts is left to each run, since in those over tokens none lasts.
+    """
     usual = defaults(config)
     data = usual.data.model_copy(update={"date": config.data.date, "chat_options": config.data.chat_options})
     settled = config.model_copy(update={"pretrain": usual.pretrain, "data": data})
     changes = {"model.path": str(model.resolve()), "model.base": usual.model.base, "model.family": ""}
-    return with_sizes_of(override(settled, changes), model)
+    return override(with_sizes_of(override(settled, changes), model), _of_model(_UNRECORDED))
 
 
 def with_sizes_of(config: Config, model: Path) -> Config:
-    """Return the settings with the model's own number of actions and layers instead of the preset's; over tokens, with
-    actions of one token."""
+    """Return the settings with the model's own number of actions and layers instead of the preset's. For RL over tokens
+    an action gives one token, whatever the model's own actions are."""
     over_tokens = _UNRECORDED if config.rl.action_space == "token" else {}
-    return override(config, {f"model.{name}": size for name, size in (_sizes(model) | over_tokens).items()})
+    return override(config, _of_model(_sizes(model) | over_tokens))
+
+
+def _of_model(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"model.{name}": size for name, size in sizes.items()}
 
 
 def _date(output: Path, model: Path, resumes: bool) -> str:
@@ -260,7 +268,7 @@ _RELEASED = {"num_actions": "num_code", "num_idm_layers": "num_action_layer",
 
 
 _UNRECORDED = {"action_every": 1, "learnt_ends": False}
-"""Sizes of actions that last one token, which older checkpoints do not record."""
+"""Values of checkpoints that are older than these sizes, and of RL over tokens."""
 
 
 def _sizes(model: Path) -> dict[str, int]:

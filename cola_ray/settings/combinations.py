@@ -57,7 +57,7 @@ class Combination:
     when: Condition
     why: str
     fix: str = "leave it out"
-    job: str = ""  # the only one that refuses them; empty: all do
+    job: str = ""  # the one job to which this row applies; empty: all jobs
 
     def line(self, config: Config, job: str = "") -> str | None:
         """The refusal, if the row applies."""
@@ -74,7 +74,7 @@ def refused(config: Config, job: str = "") -> list[str]:
     """A line ``field = value: why; fix`` for each row that applies; only the first one for a field.
 
     Args:
-        job: whose own rows apply, too.
+        job: rows for this job alone are included.
     """
     lines: dict[str, str] = {}
     for row in COMBINATIONS:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_ray.settings import relevance
-from cola_ray.settings.config import Config, ConfigError, override
+from cola_ray.settings.config import Config, ConfigError, override, schemas
 from cola_ray.settings.limits import nearest
 from cola_ray.settings.presets import preset
 
@@ -57,21 +57,17 @@ def stages(config: Config) -> list[Stage]:
     """The matrix of a preset and a seed; sizes are the papers' or, for tiny and smollm2-135m, what two cores can do in
     hours.
 
-    smollm2-135m has no Countdown, of which its base solves nothing. Where a task has no demonstrations, latent actions
-    are learnt from the base's own answers.
+    The matrix of smollm2-135m leaves out Countdown, since its base solves none of it.
     """
     tiny, small = config.preset == "tiny", config.preset in ("tiny", "smollm2-135m")
-    math = ["--task.name", config.task.name, *(["--task.path", config.task.path] if config.task.path else []),
-            *_said(config, "task", ("name", "path"))]  # fmt: skip
-    own = config.task.name == "instructions" and not config.data.path
-    data = [*(["--data.path", "{own_answers}/answers.jsonl"] if own else []), *_said(config, "data", ("date",))]
+    answered_first = ["--data.path", "{own_answers}/answers.jsonl"] if learns_from_answers(config) else []
     start = ["--model.path", "{pretrain}/model"]
     trained = ["--model.path", "{rl_latent}/model"]
     few = ["--rl.max-steps", "40"] if small else []
     steps = [] if tiny else few
     token_lr = {"tiny": ["--rl.lr", "1e-4"], "smollm2-135m": ["--rl.lr", "1e-5"]}.get(config.preset, [])
     countdown = ["--task.name", "countdown", "--task.thinking", *(_TINY_COUNTDOWN if tiny else [])]
-    learnt, answered = (_TINY_COUNTDOWN_PRETRAINING, _TINY_COUNTDOWN_ROLLOUTS) if tiny else ([], [])
+    learnt, short = (_TINY_COUNTDOWN_PRETRAINING, _TINY_COUNTDOWN_ROLLOUTS) if tiny else ([], [])
     agent = ["--task.name", "twenty_questions", "--model.path", "{agent_start}/model"]
     agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if small else []
     agent_steps += [] if tiny or not small else ["--rl.prompts-per-step", "16"]
@@ -79,33 +75,48 @@ def stages(config: Config) -> list[Stage]:
     logged = ["--eval.problems", "2048" if small else "7000", "--search.simulations", "16"]
     values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", str(config.seed)]
     values += ["--sweep.parallel", "1"] if small else []
+
+    def math(job: str) -> list[str]:
+        """The task, with those of its settings that the job reads."""
+        path = ["--task.path", config.task.path] if config.task.path else []
+        return ["--task.name", config.task.name, *path, *_said(config, "task", job, ("name", "path"))]
+
+    def texts(job: str) -> list[str]:
+        return [*math(job), *answered_first, *_said(config, "data", job, ("date",))]
+
+    asks, learns, trains = math("evaluate"), texts("pretrain"), math("rl_math")
     found = [
-        Stage("own_answers", "evaluate", [*math, "--rl.action-space", "token", "--eval.split", "train", "--eval.ways",
+        Stage("own_answers", "evaluate", [*asks, "--rl.action-space", "token", "--eval.split", "train", "--eval.ways",
                                           "sample", "--eval.problems", "3000", "--search.simulations", "2"]),
-        Stage("pretrain", "pretrain", [*math, *data]),
-        Stage("fta", "pretrain", [*math, *data, *start, "--pretrain.stages", "fta_idm", "fta_policy"]),
-        Stage("rl_latent", "rl_math", [*math, *start, *steps]),
-        Stage("rl_token", "rl_math", [*math, *start, *steps, "--rl.action-space", "token", *token_lr]),
-        Stage("rl_fta", "rl_math", [*math, "--model.path", "{fta}/model", *few]),
-        Stage("kl_sweep", "sweep", [*math, *start, *values, *few]),
-        Stage("etpo", "rl_math", [*math, *start, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", *few]),
+        Stage("pretrain", "pretrain", learns),
+        Stage("fta", "pretrain", [*learns, *start, "--pretrain.stages", "fta_idm", "fta_policy"]),
+        Stage("rl_latent", "rl_math", [*trains, *start, *steps]),
+        Stage("rl_token", "rl_math", [*trains, *start, *steps, "--rl.action-space", "token", *token_lr]),
+        Stage("rl_fta", "rl_math", [*trains, "--model.path", "{fta}/model", *few]),
+        Stage("kl_sweep", "sweep", [*math("sweep"), *start, *values, *few]),
+        Stage("etpo", "rl_math", [*trains, *start, "--rl.algorithm", "etpo", "--rl.kl-coef", "0.05", *few]),
         Stage("countdown_start", "pretrain", [*countdown, *learnt]),
-        Stage("countdown_latent", "rl_math", [*countdown, *answered, "--model.path", "{countdown_start}/model", *few]),
-        Stage("countdown_token", "rl_math", [*countdown, *answered, "--model.path", "{countdown_start}/model", *few,
+        Stage("countdown_latent", "rl_math", [*countdown, *short, "--model.path", "{countdown_start}/model", *few]),
+        Stage("countdown_token", "rl_math", [*countdown, *short, "--model.path", "{countdown_start}/model", *few,
                                              "--rl.action-space", "token", *token_lr]),
         Stage("agent_start", "pretrain", ["--task.name", "twenty_questions"]),
         Stage("agent_archer", "rl_agent", [*agent, *agent_steps]),
         Stage("agent_ppo", "rl_agent", [*agent, *agent_steps, "--rl.algorithm", "ppo"]),
-        Stage("answers", "evaluate", [*math, *trained, "--eval.split", "train", "--eval.ways", "sample", *logged]),
+        Stage("answers", "evaluate", [*asks, *trained, "--eval.split", "train", "--eval.ways", "sample", *logged]),
         Stage("q", "train_q", [*trained, "--data.path", "{answers}/predictions/sample"]),
-        Stage("search", "evaluate", [*math, *trained, *asked, "--q.path", "{q}/model", "--eval.ways", "base", "greedy",
+        Stage("search", "evaluate", [*asks, *trained, *asked, "--q.path", "{q}/model", "--eval.ways", "base", "greedy",
                                      "sample", "beam", "mcts", "mcts_q"]),
-        Stage("diversity", "diversity", [*math, *data, *start]),
+        Stage("diversity", "diversity", [*texts("diversity"), *start]),
         Stage("capabilities", "capabilities", [*start, *_harness(config)]),
-        Stage("atlas", "atlas", [*math, *data, *start]),
+        Stage("atlas", "atlas", [*texts("atlas"), *start]),
     ]  # fmt: skip
-    without = ([] if own else ["own_answers"]) + (["countdown"] if small and not tiny else [])
+    without = ([] if answered_first else ["own_answers"]) + (["countdown"] if small and not tiny else [])
     return [stage for stage in found if not stage.name.startswith(tuple(without))]
+
+
+def learns_from_answers(config: Config) -> bool:
+    """Whether latent actions are learnt from the base's own answers, since the task instructions demonstrates none."""
+    return config.task.name == "instructions" and not config.data.path
 
 
 def chosen(config: Config) -> list[Stage]:
@@ -128,7 +139,7 @@ def chosen(config: Config) -> list[Stage]:
 
 def _harness(config: Config) -> list[str]:
     """Tasks for the evaluation harness: those given, else the paper's; for small presets sums, by ``write_sums``."""
-    said = _said(config, "harness")
+    said = _said(config, "harness", "capabilities")
     if config.harness.tasks:
         return said
     if config.preset in ("tiny", "smollm2-135m"):
@@ -159,10 +170,11 @@ def machines(config: Config, job: str) -> list[str]:
     return as_words({name: value for name, value in changes.items() if relevance.reads(job, name)})
 
 
-def _said(config: Config, branch: str, without: Sequence[str] = ()) -> list[str]:
-    """The settings that were given in a branch, as command-line words."""
+def _said(config: Config, branch: str, job: str, without: Sequence[str] = ()) -> list[str]:
+    """The settings that were given in a branch and have an effect in the job, as command-line words."""
     given = {name: value for name, value in relevance.given(config).items() if name.startswith(f"{branch}.")}
-    return as_words({name: value for name, value in given.items() if name.partition(".")[2] not in without})
+    return as_words({name: value for name, value in given.items()
+                     if name.partition(".")[2] not in without and relevance.has_effect(config, job, name)})  # fmt: skip
 
 
 def as_words(changes: Mapping[str, Any]) -> list[str]:
@@ -170,7 +182,7 @@ def as_words(changes: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in changes.items():
         flag = f"--{name.replace('_', '-')}"
-        if name.startswith("task.options."):
+        if name not in schemas():  # an entry of a dictionary, whose value is always said
             words += [f"--{name}", str(value)]
         elif isinstance(value, bool):
             branch, dot, last = flag.removeprefix("--").rpartition(".")

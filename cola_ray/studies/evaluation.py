@@ -131,8 +131,10 @@ class Evaluator:
 
 
 def write_answers(config: Config, folder: Path, file: Path) -> None:
-    """Write the columns question, answer and reward, by which pre-training (``data.path``) learns from a model's own
-    answers: all that are neither empty nor cut off by ``rollout.max_new_tokens``. A reward may be missing (null).
+    """Write one row per sampled answer, to pre-train on (``data.path``): question, answer and reward.
+
+    Empty answers, and those cut off by ``rollout.max_new_tokens`` or ``search.max_tokens``, are left out. The reward is
+    null where scoring failed.
 
     Args:
         folder: of the predictions.
@@ -142,8 +144,9 @@ def write_answers(config: Config, folder: Path, file: Path) -> None:
     def write(lines: IO[bytes]) -> None:
         for row in _rows(config.eval, folder):
             answers = zip(row["texts"], row["token_ids"], row["rewards"], _failures(row), strict=True)
+            cut = row["ended_by"] == "tokens" and len(row["texts"]) == 1  # a cut one is only kept if it is alone
             for text, ids, reward, failure in answers:
-                if text.strip() and len(ids) < longest:
+                if text.strip() and len(ids) < longest and not cut:
                     found = {"question": problems[row["index"]].question, "answer": text,
                              "reward": None if failure else reward}  # fmt: skip
                     lines.write(f"{json.dumps(found)}\n".encode())

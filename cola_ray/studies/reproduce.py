@@ -89,9 +89,11 @@ def reproduce(config: Config) -> dict[str, Any]:
         RunFailedError: a stage failed; the report has the others, and the same command runs it again.
     """
     check(config, "reproduce")
-    matrix = chosen(config)
     begun = launch.begin(config, "reproduce")
-    config, output = begun.config, begun.folder.path
+    output, given = begun.folder.path, config.data
+    config = begun.config  # with absolute paths, which stages read from folders of their own
+    unfilled = {"date": given.date, "chat_options": given.chat_options}  # stages have their models'
+    matrix = chosen(config.model_copy(update={"data": config.data.model_copy(update=unfilled)}))
     started = time.time()
     with begun.folder.failing():
         (output / "stages").mkdir(exist_ok=True)

@@ -201,21 +201,22 @@ def _made(task: TaskConfig) -> list[str]:
     return []
 
 
+_OWN_ANSWERS = (
+    "the base's own answers (answers.jsonl of `cola_ray evaluate --rl.action-space token --eval.split train "
+    "--eval.ways sample`)"
+)
+
+
 def undemonstrated(task: TaskConfig) -> str:
-    """Why no first policy can be cloned from a task or an environment; empty if one can, or if that is unknown."""
+    """Why a task or an environment has no texts to pre-train on; empty if it has some, or if that is unknown."""
     if task.name == "tools" and task.path:
-        return (
-            f"task.path = {task.path!r}: rows do not show how tools are called, so no first policy can be cloned; give "
-            "texts as --data.path, or the model to start from as --model.path"
-        )
+        return f"task.path = {task.path!r}: rows do not show how tools are called; give texts that do as --data.path"
     made = None if unknown(task.name) or not is_own(task.name) else task_class(task.name)
     plays = isinstance(made, type) and all(callable(getattr(made, name, None)) for name in _ENVIRONMENT)
     if task.name != "instructions" and (not plays or hasattr(made, "demonstrations")):
         return ""
-    return (
-        f"task.name = {task.name!r}: has no demonstrations to clone a first policy from; give texts as --data.path, "
-        "or the model to start from as --model.path"
-    )
+    texts = _OWN_ANSWERS if task.name == "instructions" else "texts"
+    return f"task.name = {task.name!r}: has no demonstrations to clone a first policy from; give {texts} as --data.path"
 
 
 # --- classes of users ---------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from cola_ray.settings.config import Config, RunFailedError, is_environment, ove
 from cola_ray.settings.matrix import as_words
 from cola_ray.tasks import least_right_reward, summary
 from cola_ray.tasks.chat import ChatTokenizer
+from cola_ray.tasks.inspection import undemonstrated
 from cola_ray.tasks.rewarded import REWARD_MODEL
 from cola_ray.training.ranks import ANSWER_S, enter_rank, fit_ranks
 from cola_ray.training.supervised import pretrain
@@ -169,9 +170,18 @@ def afterwards(config: Config, job: str, summary: Mapping[str, Any]) -> list[str
     if (config.task.reward or config.task.name not in relevance.UNSCORED) and REWARD_MODEL not in config.task.reward:
         space = ["--rl.action-space", "token"] if config.rl.action_space == "token" else []
         lines.append(f"  cola_ray evaluate {shlex.join([*command, *_of_task(config, 'evaluate'), *space])}")
-    if config.rl.action_space == "latent":
-        lines.append(f"  cola_ray atlas {shlex.join([*command, *_of_task(config, 'atlas')])}")
+    texts = _texts(config)
+    if config.rl.action_space == "latent" and texts is not None:
+        lines.append(f"  cola_ray atlas {shlex.join([*command, *_of_task(config, 'atlas'), *texts])}")
     return lines
+
+
+def _texts(config: Config) -> list[str] | None:
+    """Words that name texts of the task: none if it has its own, else those of pre-training; None if not known."""
+    if not undemonstrated(config.task):
+        return []
+    path = provenance.read(provenance.start_model(config)).get("settings", {}).get("data.path")
+    return ["--data.path", str(path)] if path else None
 
 
 def _of_task(config: Config, job: str) -> list[str]:

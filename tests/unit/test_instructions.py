@@ -3,7 +3,7 @@
 import pytest
 
 from cola_ray.checks.refusals import check
-from cola_ray.settings.config import ConfigError, TaskConfig, override
+from cola_ray.settings.config import ConfigError, TaskConfig
 from cola_ray.settings.presets import preset
 from cola_ray.tasks import inspection, least_right_reward, make_task
 from cola_ray.tasks.instructions import KINDS, at_most, ends_with, first_letter, nouns, words
@@ -69,5 +69,6 @@ def test_options_that_are_wrong(options, said):
 
 
 def test_there_is_nothing_to_clone_a_first_policy_from():
-    with pytest.raises(ConfigError, match="has no demonstrations to clone a first policy from; give texts as --data"):
-        check(override(preset("smollm2-135m", task="instructions"), {"task.name": "instructions"}), "pretrain")
+    said = "has no demonstrations to clone a first policy from; give the base's own answers .answers.jsonl of .cola_ray"
+    with pytest.raises(ConfigError, match=f"{said}.* as --data.path, or the model to start from as --model.path"):
+        check(preset("smollm2-135m"), "pretrain")

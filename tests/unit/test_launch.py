@@ -222,12 +222,13 @@ def test_a_model_made_from_something_else_is_refused(changes, line):
     usual = preset("smollm2-135m")
     made(usual, pretrained_dir(usual).parent)
     assert launch.refusals(usual, "rl_math") == []
-    (said,) = launch.refusals(override(usual, changes), "rl_math")
+    asked = override(preset("smollm2-135m", task=changes.get("task.name", "")), changes)
+    (said,) = launch.refusals(asked, "rl_math")
     assert said.startswith(line)
 
 
 def test_options_that_a_model_was_made_without_are_refused():
-    usual = override(preset("smollm2-135m"), {"task.name": "chain_sum", "task.path": ""})
+    usual = override(preset("smollm2-135m", task="chain_sum"), {"task.name": "chain_sum"})
     made(usual, pretrained_dir(usual).parent)
     asked = override(usual, {"task.options": {"min_terms": 3}})
     assert launch.refusals(usual, "rl_math") == []

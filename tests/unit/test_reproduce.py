@@ -235,12 +235,19 @@ def test_what_is_said_of_machines_holds_for_every_stage(config):
 def test_stages_are_told_nothing_in_vain(name, tmp_path, monkeypatch):
     monkeypatch.setattr(arguments, "check", lambda *_: None)
     said = {"output_dir": str(tmp_path), "rollout.num_workers": 3, "cluster.learner_ranks": 4, "data.path": "x.jsonl",
-            "data.text_field": "t", "harness.limit": 3}  # fmt: skip
+            "data.text_field": "t", "harness.limit": 3, "data.more_paths": ("y.jsonl",), "data.processes": 1,
+            "data.weights": (1.0, 2.0), "data.chat_options": {"enable_thinking": False}, "data.max_broken": 0.5,
+            "task.reward_timeout_s": 21.0, "task.max_failed_rewards": 0.5}  # fmt: skip
     config = override(preset(name), said)
+    told = {}
     for stage in matrix.stages(config):
         settings = [word.format_map(_Anywhere()) for word in stage.settings]
         words = ["--preset", name, *matrix.machines(config, stage.job), *settings]
-        assert unread(from_command_line(stage.job, words), stage.job) == [], stage.name
+        told[stage.name] = from_command_line(stage.job, words)
+        assert unread(told[stage.name], stage.job) == [], stage.name
+    assert told["pretrain"].data.chat_options == {"enable_thinking": False}
+    assert told["pretrain"].data.more_paths == ("y.jsonl",)
+    assert told["rl_latent"].task.max_failed_rewards == 0.5
 
 
 class _Anywhere(dict):
