@@ -12,7 +12,7 @@ one side of a threshold; otherwise it cannot be said. Papers: CoLA (Jia et al. 2
 import base64
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +25,10 @@ from cola_ray.algorithms.intervals import seed_interval
 from cola_ray.runs import status
 from cola_ray.runs.figures import plot
 from cola_ray.runs.run_folder import summary_of, write_json
+from cola_ray.settings import matrix
+from cola_ray.settings.config import Config
 from cola_ray.settings.matrix import folder_of, stage_of
+from cola_ray.settings.presets import preset
 
 Summaries = Mapping[str, Mapping[str, Any]]
 """The summaries of one seed's stages, by name."""
@@ -192,14 +195,14 @@ FIGURES = (
     ),
     Figure(
         "Kept capabilities", "CoLA", "MMLU 65.39 / MathQA 37.02 / CMMLU 52.24", _capabilities,
-        "tiny: sums in place of those tasks",
+        "tiny and smollm2-135m: sums in place of those tasks",
         (Claim("CoLA loses at most a point on each task", _lost, above=-1.0),),
     ),
     Figure(
         "Twenty Questions, return at the end", "ArCHer, figure 3", "ArCHer -13.0 / PPO -17.3",
         lambda f: {says: f[f"agent_{name}"]["reward_last"] for name, says in (("archer", "ArCHer"), ("ppo", "PPO"))},
-        "latent actions in place of GPT-2's tokens; tiny: 12 objects in place of 157, a thousand episodes in place of "
-        "77 000",
+        "latent actions in place of GPT-2's tokens; tiny: 12 objects in place of 157; a thousand episodes in place "
+        "of 77 000 (smollm2-135m: five hundred)",
         (Claim("ArCHer ends higher than PPO", lambda v: v["ArCHer"] - v["PPO"]),),
         ("agent_archer/reward.png", "agent_ppo/reward.png"),
     ),
@@ -219,7 +222,9 @@ def write_report(output: Path) -> Path:
     report.mkdir(parents=True, exist_ok=True)
     of_seeds = _summaries(folder)
     lead = _plot_both_spaces(folder, of_seeds, report / "latent_and_token.png")
-    rows = [row_of(figure, of_seeds) for figure in FIGURES]
+    config = json.loads((output / "config.json").read_text())
+    absent = _names(preset("tiny")) - _names(Config.model_validate(config))
+    figures, rows = zip(*_rows(of_seeds, absent), strict=True)
     pictures = [
         [
             _copied(picture, report)
@@ -227,7 +232,7 @@ def write_report(output: Path) -> Path:
             for stage, _, file in (name.partition("/"),)
             for picture in sorted(folder.glob(f"{folder_of(stage, '*')}/{file}"))
         ]
-        for figure in FIGURES
+        for figure in figures
     ]
     stages = []
     for file in sorted(folder.glob("*/log.txt")):
@@ -236,10 +241,9 @@ def write_report(output: Path) -> Path:
         stages.append(
             {"name": file.parent.name, "exists": done is not None, "seconds": (done or {}).get("wall_seconds", 0.0)}
         )
-    config = json.loads((output / "config.json").read_text())
     title = f"cola_ray: the papers' figures with the preset {config['preset']}"
     shown = [
-        {**row, "figure": figure, "pictures": its} for row, figure, its in zip(rows, FIGURES, pictures, strict=True)
+        {**row, "figure": figure, "pictures": its} for row, figure, its in zip(rows, figures, pictures, strict=True)
     ]
     write_json(report / "report.json", {"preset": config["preset"], "figures": rows})
     (report / "report.md").write_text(_markdown(title, shown, lead))
@@ -247,6 +251,18 @@ def write_report(output: Path) -> Path:
     text = page.render(title=title, rows=shown, stages=stages, lead=lead, picture=_inline)
     (report / "index.html").write_text(text)
     return report / "index.html"
+
+
+def _names(config: Config) -> set[str]:
+    return {stage.name for stage in matrix.stages(config)}
+
+
+def _rows(of_seeds: Mapping[int, Summaries], absent: Collection[str]) -> Iterator[tuple[Figure, dict[str, Any]]]:
+    """The figures and their rows, without those of stages that the preset does not have."""
+    for figure in FIGURES:
+        row = row_of(figure, of_seeds)
+        if row["ours"] not in {f"not there yet: {name}" for name in absent}:
+            yield figure, row
 
 
 def _summaries(folder: Path) -> dict[int, Summaries]:

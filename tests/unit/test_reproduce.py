@@ -253,3 +253,18 @@ def test_stages_are_told_nothing_in_vain(name, tmp_path, monkeypatch):
 class _Anywhere(dict):
     def __missing__(self, name):
         return f"/stages/{name}"
+
+
+def test_the_report_leaves_out_what_a_preset_has_no_stages_for(tmp_path):
+    (tmp_path / "stages" / "q-seed0").mkdir(parents=True)
+    (tmp_path / "stages" / "q-seed0" / "summary.json").write_text("{}")
+    for name, countdowns in (("tiny", 2), ("smollm2-135m", 0)):
+        (tmp_path / "config.json").write_text(preset(name).model_dump_json())
+        write_report(tmp_path)
+        figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
+        assert sum("Countdown" in one["title"] for one in figures) == countdowns
+
+
+def test_answers_of_the_base_need_a_base():
+    with pytest.raises(ConfigError, match="learnt from a base's answers, and this preset has no base"):
+        check(override(preset("tiny"), {"task.name": "instructions"}), "reproduce")
