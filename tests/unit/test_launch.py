@@ -123,6 +123,19 @@ def test_a_trial_starts_from_the_sweeps_model_and_asks_for_nothing_that_made_it(
     assert given(one) == asked | own
 
 
+def test_a_sweep_over_action_spaces_starts_from_a_model_whose_actions_last(tmp_path):
+    made(tiny(**{"model.action_every": 2}), tmp_path / "held")
+    model = tmp_path / "held" / "model"
+    for space, every in (("latent", 2), ("token", 1)):
+        sweep = override(
+            provenance.starting_from(tiny(), model),
+            {"sweep.field": "rl.action_space", "output_dir": str(tmp_path / "sweep")},
+        )
+        one = trial(sweep, space, 0)
+        assert launch.refusals(one, "rl_math") == []
+        assert launch.begin(one, "rl_math").config.model.action_every == every
+
+
 def test_a_trial_of_a_sweep_is_given_what_it_reads():
     config = trial(tiny(**{"sweep.values": (1.0,), "rl.lr": 0.1}), 0.5, 0)
     assert unread(config, "rl_math") == []
