@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from algorithms import figures_of, times_of
 from cached_run import KeptRun, run_kept, series
-from language import PRETRAINING, RL, SPACES, TASK
+from language import PRETRAINING, RL, TASK
 from record import record
 
 Settings = dict[str, Any]
@@ -75,7 +75,7 @@ SETTINGS = {
     ),
     "smollm2": Setting(
         "lasting_135m", TASK, None, {**PRETRAINING, "pretrain.steps.actions": 100, "pretrain.steps.policy": 100},
-        {**RL, **SPACES["latent"]},
+        RL,
         "Short instructions, SmolLM2-135M: greedy held-out accuracy before and after RL, and how long actions last.",
     ),
 }  # fmt: skip

@@ -90,7 +90,7 @@ def _check_named(config: Config) -> list[str]:
 
 def _check_actions(config: Config) -> list[str]:
     """Check against the codebook that a run makes; a given model's own is looked at with its files."""
-    given = (Path(config.model.path) / "config.json").is_file()
+    given = config.model.path and (Path(config.model.path) / "config.json").is_file()
     if given or config.rl.action_space == "token" or config.rollout.top_k <= config.model.num_actions:
         return []
     return [

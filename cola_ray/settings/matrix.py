@@ -59,18 +59,19 @@ def stages(config: Config) -> list[Stage]:
 
     The matrix of smollm2-135m leaves out Countdown, since its base solves none of it.
     """
-    tiny, small = config.preset == "tiny", config.preset in ("tiny", "smollm2-135m")
-    answered_first = ["--data.path", "{own_answers}/answers.jsonl"] if learns_from_answers(config) else []
+    tiny, small = config.preset == "tiny", config.preset in _TOKEN_LR
+    own = ["--data.path", "{own_answers}/answers.jsonl"] if learns_from_answers(config) else []
     start = ["--model.path", "{pretrain}/model"]
     trained = ["--model.path", "{rl_latent}/model"]
     few = ["--rl.max-steps", "40"] if small else []
     steps = [] if tiny else few
-    token_lr = {"tiny": ["--rl.lr", "1e-4"], "smollm2-135m": ["--rl.lr", "1e-5"]}.get(config.preset, [])
+    token_lr = _TOKEN_LR.get(config.preset, [])
     countdown = ["--task.name", "countdown", "--task.thinking", *(_TINY_COUNTDOWN if tiny else [])]
     learnt, short = (_TINY_COUNTDOWN_PRETRAINING, _TINY_COUNTDOWN_ROLLOUTS) if tiny else ([], [])
     agent = ["--task.name", "twenty_questions", "--model.path", "{agent_start}/model"]
     agent_steps = ["--rl.max-steps", "30", "--rl.eval-every", "0"] if small else []
-    agent_steps += [] if tiny or not small else ["--rl.prompts-per-step", "16"]
+    if small and not tiny:  # tiny's preset has more
+        agent_steps += ["--rl.prompts-per-step", "16"]
     asked = ["--eval.problems", "256"] if small else []
     logged = ["--eval.problems", "2048" if small else "7000", "--search.simulations", "16"]
     values = ["--sweep.values", "0", "0.001", "0.01", "0.1", "--sweep.seeds", str(config.seed)]
@@ -82,7 +83,7 @@ def stages(config: Config) -> list[Stage]:
         return ["--task.name", config.task.name, *path, *_said(config, "task", job, ("name", "path"))]
 
     def texts(job: str) -> list[str]:
-        return [*math(job), *answered_first, *_said(config, "data", job, ("date",))]
+        return [*math(job), *own, *_said(config, "data", job, ("date",))]
 
     asks, learns, trains = math("evaluate"), texts("pretrain"), math("rl_math")
     found = [
@@ -110,8 +111,8 @@ def stages(config: Config) -> list[Stage]:
         Stage("capabilities", "capabilities", [*start, *_harness(config)]),
         Stage("atlas", "atlas", [*texts("atlas"), *start]),
     ]  # fmt: skip
-    without = ([] if answered_first else ["own_answers"]) + (["countdown"] if small and not tiny else [])
-    return [stage for stage in found if not stage.name.startswith(tuple(without))]
+    left_out = [*([] if own else ["own_answers"]), *(["countdown"] if small and not tiny else [])]
+    return [stage for stage in found if not stage.name.startswith(tuple(left_out))]
 
 
 def learns_from_answers(config: Config) -> bool:
@@ -142,11 +143,13 @@ def _harness(config: Config) -> list[str]:
     said = _said(config, "harness", "capabilities")
     if config.harness.tasks:
         return said
-    if config.preset in ("tiny", "smollm2-135m"):
+    if config.preset in _TOKEN_LR:
         return [*said, "--harness.tasks", "sums", "--harness.include-path", str(Path(config.output_dir) / "sums")]
     return [*said, "--harness.tasks", "mmlu", "mathqa", "cmmlu"]
 
 
+# What small presets train tokens with, whose learning rate is that of latent actions.
+_TOKEN_LR = {"tiny": ["--rl.lr", "1e-4"], "smollm2-135m": ["--rl.lr", "1e-5"]}
 # The part of Countdown that a base of a million parameters can learn: which sign to put between two small numbers.
 _TINY_COUNTDOWN = ["--task.options", "min_numbers", "2", "max_numbers", "2", "min_value", "1", "max_value", "12",
                    "min_target", "1", "max_target", "40"]  # fmt: skip

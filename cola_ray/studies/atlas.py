@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -109,8 +108,7 @@ class Atlas:
         taken = spans.spread(labels)
         states, tokens = e[:, :-1][mask], input_ids[:, 1:][mask]
         held = spans.held(labels) if model.config.learnt_ends else None
-        scored = F.pad(spans.starts, (0, 1))
-        probs = model.policy(e, position_ids=position_ids, scored=scored, held=held).softmax(-1)
+        probs = model.policy(e[:, :-1], position_ids=position_ids[:, :-1], scored=spans.starts, held=held).softmax(-1)
         self.labelled += np.bincount(taken.cpu().numpy(), minlength=self.num_actions)
         self.expected += probs.sum(0).double().cpu().numpy()
         right = model.world_model_logits(states, taken).argmax(-1) == tokens

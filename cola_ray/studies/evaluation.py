@@ -38,7 +38,6 @@ from cola_ray.studies.study import Study, open_study
 from cola_ray.tasks import least_right_reward, make_task
 
 Row = dict[str, Any]
-ANSWERS = "answers.jsonl"
 
 
 @shown()
@@ -68,7 +67,7 @@ def evaluate(config: Config) -> dict[str, Any]:
             found = figures(config.eval, folder, config.seed, right_from)
             plotted = ["reward", "best_reward"] if right_from is None else ["accuracy", "majority", "best"]
             if "sample" in config.eval.ways:
-                write_answers(config, folder / "sample", study.output / ANSWERS)
+                write_answers(config, folder / "sample", study.output / "answers.jsonl")
         study.add(found)
         plot_against_tokens(study.output / "accuracy.png", found, plotted)
     print_comparison(f"{config.task.name}: {folder}", found)

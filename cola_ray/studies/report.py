@@ -12,7 +12,7 @@ one side of a threshold; otherwise it cannot be said. Papers: CoLA (Jia et al. 2
 import base64
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -224,7 +224,8 @@ def write_report(output: Path) -> Path:
     lead = _plot_both_spaces(folder, of_seeds, report / "latent_and_token.png")
     config = json.loads((output / "config.json").read_text())
     absent = _names(preset("tiny")) - _names(Config.model_validate(config))
-    figures, rows = zip(*_rows(of_seeds, absent), strict=True)
+    every = [(figure, row_of(figure, of_seeds)) for figure in FIGURES]
+    figures, rows = zip(*((figure, row) for figure, row in every if row["missing"] not in absent), strict=True)
     pictures = [
         [
             _copied(picture, report)
@@ -257,14 +258,6 @@ def _names(config: Config) -> set[str]:
     return {stage.name for stage in matrix.stages(config)}
 
 
-def _rows(of_seeds: Mapping[int, Summaries], absent: Collection[str]) -> Iterator[tuple[Figure, dict[str, Any]]]:
-    """The figures and their rows, without those of stages that the preset does not have."""
-    for figure in FIGURES:
-        row = row_of(figure, of_seeds)
-        if row["ours"] not in {f"not there yet: {name}" for name in absent}:
-            yield figure, row
-
-
 def _summaries(folder: Path) -> dict[int, Summaries]:
     """The summaries of the stages that are done, by seed."""
     found: dict[int, dict[str, Mapping[str, Any]]] = {}
@@ -280,8 +273,9 @@ def row_of(figure: Figure, of_seeds: Mapping[int, Summaries]) -> dict[str, Any]:
     """A figure's values and claims over the seeds whose stages are all there.
 
     Returns:
-        ``seeds``; ``values``, a list of one value per seed by name; ``ours``, their means and intervals in words; and
-        ``claims``, each with ``says``, ``verdict``, ``differences`` (one per seed) and ``found``, their mean in words.
+        ``seeds``; ``values``, a list of one value per seed by name; ``ours``, their means and intervals in words;
+        ``missing``, the stage that is not there, if there are no values; and ``claims``, each with ``says``,
+        ``verdict``, ``differences`` (one per seed) and ``found``, their mean in words.
     """
     values: dict[int, Values] = {}
     missing = "no stage"
@@ -299,7 +293,7 @@ def row_of(figure: Figure, of_seeds: Mapping[int, Summaries]) -> dict[str, Any]:
         claims.append({"says": claim.says, "verdict": claim.verdict(differences), "differences": differences,
                        "found": _mean(differences, claim.form)})  # fmt: skip
     return {"title": figure.title, "seeds": list(values), "values": by_name, "claims": claims,
-            "ours": ours or f"not there yet: {missing}"}  # fmt: skip
+            "ours": ours or f"not there yet: {missing}", "missing": "" if values else missing}  # fmt: skip
 
 
 def _mean(values: Sequence[float], form: str) -> str:

@@ -90,10 +90,9 @@ def reproduce(config: Config) -> dict[str, Any]:
     """
     check(config, "reproduce")
     begun = launch.begin(config, "reproduce")
-    output, given = begun.folder.path, config.data
+    output, own = begun.folder.path, {"chat_options": config.data.chat_options}  # else stages have their models'
     config = begun.config  # with absolute paths, which stages read from folders of their own
-    unfilled = {"date": given.date, "chat_options": given.chat_options}  # stages have their models'
-    matrix = chosen(config.model_copy(update={"data": config.data.model_copy(update=unfilled)}))
+    matrix = chosen(config.model_copy(update={"data": config.data.model_copy(update=own)}))
     started = time.time()
     with begun.folder.failing():
         (output / "stages").mkdir(exist_ok=True)

@@ -658,6 +658,13 @@ def test_one_mistake_is_one_line(line, in_here, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_stray_config_is_not_the_start_models(in_here, capsys):
+    (in_here / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        from_command_line("rl_math", ["--rollout.top-k", "65"])
+    assert "rollout.top_k = 65: the codebook has 16 actions" in capsys.readouterr().err
+
+
 def test_all_mistakes_are_reported_together(in_here, capsys):
     argv = "--rl.lr -1 --rl.kl-cof 3 --pretrain.stages policy base --model.path nope --seed x --rollout.top-k 99"
     with pytest.raises(SystemExit):
