@@ -122,8 +122,8 @@ def _changed_settings(config: Config, job: str) -> list[str]:
     for name in names:
         branch = name.rpartition(".")[0]
         known = name in now and name in before
-        if not relevance.reads(job, name) or not (known or _has_free_fields(branch)):
-            continue  # a field of another version of this package, or one that the job does not read
+        if not relevance.has_effect(config, job, name) or not (known or _has_free_fields(branch)):
+            continue  # a field of another version of this package, or one without effect here
         then, value = before.get(name), now.get(name)
         if not _same(value, then):
             lines.append(_line(name, value, then))

@@ -229,6 +229,14 @@ def test_what_is_changed_is_refused_by_name(field, begun):
     assert line.endswith("use that to continue it, or another --output-dir for a new run")
 
 
+def test_a_default_without_effect_may_differ_in_another_version(begun):
+    file = Path(begun().output_dir) / "config.json"
+    tree = json.loads(file.read_text())
+    tree["pretrain"]["steps"]["q"] = tree["pretrain"]["lr"] = tree["search"]["simulations"] = 77
+    file.write_text(json.dumps(tree))
+    assert launch.refusals(begun(), "rl_math") == []
+
+
 def test_each_change_has_a_line_with_what_there_was(begun):
     lines = launch.refusals(begun(seed=3, **{"rl.kl_coef": 0.5}), "rl_math")
     assert [line.split(";")[0] for line in lines] == [
