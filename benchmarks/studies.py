@@ -25,12 +25,12 @@ SMALL_SAMPLE = [*GSM8K, "--diversity.prefixes", "16", "--diversity.continuations
 PROBLEMS = 32
 
 
-def write_first_sentences(folder: Path, gsm8k: Path) -> None:
+def write_first_sentences(folder: Path, gsm8k: Path, problems: int) -> None:
     """Multiple choice from GSM8K: the three wrong sentences begin the solutions of other problems."""
     draw = random.Random(0)
     rows = [json.loads(line) for line in (gsm8k / "test.jsonl").read_text().splitlines()]
     first = [re.sub("<<.*?>>", "", row["answer"].split("\n")[0]) for row in rows]
-    chosen = draw.sample(range(len(rows)), PROBLEMS)
+    chosen = draw.sample(range(len(rows)), problems)
     write_choices(folder, "first_sentences", [
         (rows[one]["question"] + "\n", [first[one], *(first[other] for other in draw.sample(range(len(rows)), 3))])
         for one in chosen
@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     folder, gsm8k = args.folder.resolve(), args.gsm8k.resolve()
     write_sums(folder / "tasks")
-    write_first_sentences(folder / "tasks", gsm8k)
+    write_first_sentences(folder / "tasks", gsm8k, PROBLEMS)
     train, test = (["--data.path", str(gsm8k / f"{split}.jsonl")] for split in ("train", "test"))
     figures = measure(folder, "tiny", [], [], "sums")
     figures |= measure(folder, "smollm2-135m", [*SHORT, *train], [*SMALL_SAMPLE, *test], "first_sentences")
