@@ -16,15 +16,16 @@ Runs in the folder are not repeated: a stopped benchmark continues.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from algorithms import figures_of, times_of
-from cached_run import KeptRun, run_kept
-from record import record
+from cached_run import KeptRun, run_kept, series
+from pictures import picture
+from record import RESULTS, record
 
 from cola_ray.algorithms.search import pass_at_k
 from cola_ray.tasks import make_task
@@ -35,8 +36,10 @@ SAMPLES = 8
 """Answers sampled for each instruction to measure base rates."""
 PRETRAINING: Settings = {"cluster.learner_ranks": 1, "pretrain.states": "model"}
 RL: Settings = {"cluster.learner_ranks": 1, "rl.eval_every": 0, "rl.kl_coef": 0.0}
-SPACES: dict[str, Settings] = {"latent": {}, "token": {"rl.action_space": "token", "rl.lr": 1e-5}}
-"""Settings by action space; over latent actions the learning rate is the preset's. Neither was tuned."""
+SPACES: dict[str, Settings] = {"latent": {"rl.lr": 3e-5}, "token": {"rl.action_space": "token", "rl.lr": 1e-5}}
+"""Settings by action space. Over latent actions the policy wandered at 1e-4; otherwise rates were not tuned."""
+WINDOW = 5
+"""Steps over which curves are averaged."""
 
 
 def asked(folder: Path, name: str, problems: int, **settings: Any) -> KeptRun:
@@ -83,6 +86,23 @@ def row_of(runs: Sequence[KeptRun], space: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def plot(runs: Mapping[str, Sequence[KeptRun]], path: Path) -> None:
+    """Mean reward of sampled answers by number of answers and by seconds of steps, smoothed; a line per seed."""
+    with picture(path, 2) as (by_answers, by_seconds):
+        for number, (space, own) in enumerate(runs.items()):
+            for run in own:
+                reward = np.convolve(series(run.where, "reward/mean"), np.full(WINDOW, 1 / WINDOW), "valid")
+                seconds = np.cumsum(series(run.where, "time/step"))[WINDOW - 1 :]
+                rl = run.config.rl
+                answers = rl.prompts_per_step * rl.group_size * np.arange(WINDOW, WINDOW + len(reward))
+                label = {"color": f"C{number}", "label": space if run is own[0] else None}
+                by_answers.plot(answers, reward, **label)
+                by_seconds.plot(seconds, reward, **label)
+        by_answers.set(xlabel="sampled answers", ylabel=f"mean reward, {WINDOW} steps")
+        by_seconds.set(xlabel="seconds of steps")
+        by_answers.legend()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
@@ -118,6 +138,7 @@ def main() -> None:
         for space in args.spaces
     }  # fmt: skip
     run_kept([run for seed in zip(*runs.values(), strict=True) for run in seed], args.parallel)
+    plot(runs, RESULTS / "language.png")
     about = f"Greedy accuracy on held-out instructions before and after {args.steps} steps; intervals are over seeds."
     record("language", {space: row_of(own, space) for space, own in runs.items()}, args.seeds, about)
 

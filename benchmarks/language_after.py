@@ -67,10 +67,10 @@ def answers_of(base: Any, runs: Sequence[Path]) -> Row:
     for when, at in steps.items():
         answers = [sampled(run, step) for run, step in zip(runs, at, strict=True)]
         row[f"rewarded_{when}"] = float(np.mean([one["reward"] for of_run in answers for one in of_run]))
-        row |= over_seeds(f"nats_{when}", [float(np.mean(nats_per_token(base, of_run))) for of_run in answers])
-        right = [[one for one in of_run if one["reward"] >= 1] for of_run in answers]
-        if all(right):
-            row |= over_seeds(f"nats_rewarded_{when}", [float(np.mean(nats_per_token(base, own))) for own in right])
+        nats = [float(np.mean(nats_per_token(base, of_run))) for of_run in answers]
+        row |= {**over_seeds(f"nats_{when}", nats), f"each_nats_{when}": nats}
+        right = [one for of_run in answers for one in of_run if one["reward"] >= 1]
+        row[f"nats_rewarded_{when}"] = float(np.mean(nats_per_token(base, right))) if right else None
         row[f"distinct_words_{when}"] = float(np.mean([distinct_words(of_run) for of_run in answers]))
     return row
 
@@ -88,10 +88,8 @@ def scores(model: Any, tasks: Path) -> tuple[float, float]:
 def kept_of(models: Sequence[Any], tasks: Path) -> Row:
     """A row of language_kept, from one model per seed."""
     found = [scores(model, tasks) for model in models]
-    return {
-        **over_seeds("accuracy", [accuracy for accuracy, _ in found]),
-        **over_seeds("nats", [nats for _, nats in found]),
-    }
+    accuracies, nats = ([one[place] for one in found] for place in (0, 1))
+    return {**over_seeds("accuracy", accuracies), **over_seeds("nats", nats), "each_accuracy": accuracies}
 
 
 def plain(path: Path) -> HFLM:

@@ -1,6 +1,7 @@
 """Agents in environments other than Twenty Questions: returns before and after training, by method, over seeds.
 
 python benchmarks/trained_agents.py --folder outputs/trained-agents [--environments program] [--seeds 0 1 2]
+python benchmarks/trained_agents.py --folder outputs/agents-135m --preset smollm2-135m --environments tools
 
     program      the shop, played by examples/shop_agent.py over OpenAI's protocol
     shop         the same shop as an environment
@@ -12,7 +13,9 @@ python benchmarks/trained_agents.py --folder outputs/trained-agents [--environme
 Methods are ArCHer (archer, as in the preset), GiGPO and PPO over turns; each plays 32 episodes an iteration, as in
 benchmarks/agents.py. program starts from the model that was pre-trained for shop. For tools the table also has the
 share of calls that are well formed, in the first and in the last iteration. Intervals are Student's t over seeds; a
-gain is end minus start of the same seed. Runs in the folder are not repeated: a stopped benchmark continues.
+gain is end minus start of the same seed. smollm2-135m has only been tried with --methods gigpo, and plays as many
+episodes an iteration as its preset has for the environment. Runs in the folder are not repeated: a stopped benchmark
+continues.
 """
 
 import argparse
@@ -39,17 +42,23 @@ PRETRAINED = {"program": "shop"}
 """Environments that start from the model pre-trained for another one."""
 METHODS = ("archer", "gigpo", "ppo_turn")
 COMMON: Settings = {**agents.COMMON, "rl.eval_problems": 64}
+TABLES = {"tiny": "trained_agents", "smollm2-135m": "trained_agents_135m"}
+"""The table of each preset."""
 
 
-def start_of(folder: Path, environment: str) -> KeptRun:
+def start_of(folder: Path, preset: str, environment: str) -> KeptRun:
     name = PRETRAINED.get(environment, environment)
-    return KeptRun(folder / f"start-{name}", "pretrain", {"preset": "tiny", "task.name": name})
+    ranks = {} if preset == "tiny" else {"cluster.learner_ranks": 1}
+    return KeptRun(folder / f"start-{name}", "pretrain", {"preset": preset, "task.name": name, **ranks})
 
 
 def run_of(folder: Path, environment: str, method: str, start: KeptRun, iterations: int, seed: int) -> KeptRun:
     own = {name: value for name, value in agents.methods()[method].items() if name != "rl.anchor_state"}
+    preset = start.settings["preset"]
+    if preset != "tiny":  # whose sizes are the tiny preset's
+        own = {name: value for name, value in own.items() if name not in ("rl.prompts_per_step", "rl.group_size")}
     return KeptRun(folder / f"{environment}-{method}-{seed}", "rl_agent", {
-        **COMMON, **ENVIRONMENTS[environment], **own, "rl.max_steps": iterations, "seed": seed,
+        **COMMON, "preset": preset, **ENVIRONMENTS[environment], **own, "rl.max_steps": iterations, "seed": seed,
         "model.path": str(start.output / "model"),
     })  # fmt: skip
 
@@ -72,16 +81,17 @@ def row_of(runs: Sequence[KeptRun]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
+    parser.add_argument("--preset", choices=list(TABLES), default="tiny", help="the base and its sizes")
     parser.add_argument("--environments", nargs="+", choices=list(ENVIRONMENTS), default=list(ENVIRONMENTS),
                         metavar="ENVIRONMENT", help=f"of the table: {', '.join(ENVIRONMENTS)}")  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD",
                         help=f"of the table: {', '.join(METHODS)}")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=20, help=f"iterations of {agents.EPISODES} episodes each")
+    parser.add_argument("--iterations", type=int, default=20, help="iterations per run")
     parser.add_argument("--parallel", type=int, default=1, help="concurrent runs; each uses about one core")
     args = parser.parse_args()
     folder = args.folder.resolve()
-    starts = {environment: start_of(folder, environment) for environment in args.environments}
+    starts = {environment: start_of(folder, args.preset, environment) for environment in args.environments}
     run_kept(list({start.where: start for start in starts.values()}.values()), parallel=1)
     runs = {
         (environment, method): [
@@ -91,9 +101,9 @@ def main() -> None:
         for method in args.methods
     }
     run_kept([run for of_row in runs.values() for run in of_row], args.parallel)
-    about = f"tiny: mean return of 64 held-out episodes before and after {args.iterations} iterations of 32 episodes."
+    about = f"{args.preset}: mean return of 64 held-out episodes before and after {args.iterations} iterations."
     figures = {f"{environment} {method}": row_of(of_row) for (environment, method), of_row in runs.items()}
-    record("trained_agents", figures, args.seeds, about)
+    record(TABLES[args.preset], figures, args.seeds, about)
 
 
 if __name__ == "__main__":

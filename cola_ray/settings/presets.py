@@ -220,6 +220,24 @@ _TASKS: dict[tuple[str, str], dict[str, Any]] = {
         "rl.micro_batch_tokens": 1024,
         "rl.eval_problems": 256,
     },
+    # The base hardly ever calls a tool, so it learns the form first, from a few hundred demonstrations.
+    ("smollm2-135m", "tools"): {
+        "task.num_problems": 2000,
+        "task.options": {"things": 12, "largest": 20},
+        "rollout.max_prompt_tokens": 448,
+        "rollout.max_new_tokens": 40,
+        "pretrain.stages": ["base", "actions", "policy"],
+        "pretrain.steps": {"base": 60, "actions": 150, "policy": 100, "fta_idm": 50, "fta_policy": 50},
+        "pretrain.base_lr": 1e-4,
+        "pretrain.sequence_length": 384,
+        "pretrain.response_only": True,
+        "rl.algorithm": "gigpo",
+        "rl.prompts_per_step": 4,
+        "rl.group_size": 4,
+        "rl.lr": 3e-5,
+        "rl.micro_batch_tokens": 1024,
+        "rl.eval_problems": 64,
+    },
 }
 
 

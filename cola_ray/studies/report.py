@@ -36,6 +36,16 @@ Values = Mapping[str, float]
 """A figure's values for one seed, by what they are of."""
 
 
+def verdict(interval: tuple[float, float] | None, above: float) -> str:
+    """Whether something is larger than ``above``, by the interval that it is known within; None: one seed."""
+    if interval is None:
+        return "cannot be said with one seed"
+    low, high = interval
+    if low > above:
+        return "holds"
+    return "does not hold" if high < above else "cannot be said at this scale"
+
+
 @dataclass(frozen=True)
 class Claim:
     """Something that a paper, or a control, says of a figure's values.
@@ -54,13 +64,7 @@ class Claim:
 
     def verdict(self, differences: Sequence[float]) -> str:
         """Whether it holds, from one difference per seed."""
-        interval = seed_interval(differences)
-        if interval is None:
-            return "cannot be said with one seed"
-        low, high = interval
-        if low > self.above:
-            return "holds"
-        return "does not hold" if high < self.above else "cannot be said at this scale"
+        return verdict(seed_interval(differences), self.above)
 
 
 @dataclass(frozen=True)
