@@ -216,7 +216,7 @@ _TASKS: dict[tuple[str, str], dict[str, Any]] = {
         "pretrain.steps": {"actions": 400, "policy": 300, "fta_idm": 50, "fta_policy": 50, "reward": 300, "q": 1500},
         "rl.prompts_per_step": 8,
         "rl.group_size": 8,
-        "rl.lr": 1e-4,
+        "rl.lr": 3e-5,
         "rl.micro_batch_tokens": 1024,
         "rl.eval_problems": 256,
     },

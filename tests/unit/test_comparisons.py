@@ -9,12 +9,15 @@ import pytest
 from runs import ROOT
 
 from cola_ray import registry
+from cola_ray.algorithms.intervals import share_interval
 from cola_ray.settings.algorithms import Algorithm
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import again
 import agents
 import algorithms
 import cached_run
+import claims
 import language
 import options
 import search
@@ -66,11 +69,16 @@ def test_no_run_is_refused_and_every_setting_has_an_effect(tmp_path):
 
 def test_no_run_of_other_environments_or_of_the_language_model_is_refused(tmp_path):
     for environment in trained_agents.ENVIRONMENTS:
-        start = trained_agents.start_of(tmp_path, environment)
+        start = trained_agents.start_of(tmp_path, "tiny", environment)
         assert not start.faults()
         for method in trained_agents.METHODS:
             run = trained_agents.run_of(tmp_path, environment, method, start, 20, 1)
             assert not run.faults(), (environment, method)
+    start = trained_agents.start_of(tmp_path, "smollm2-135m", "tools")
+    run = trained_agents.run_of(tmp_path, "tools", "gigpo", start, 15, 1)
+    assert not start.faults()
+    assert not run.faults()
+    assert run.config.rl.prompts_per_step * run.config.rl.group_size == 16, "the preset's own sizes"
     assert not language.asked(tmp_path, "rates", 8, **{"eval.ways": ("base", "sample")}).faults()
     assert not KeptRun(tmp_path, "pretrain", {**language.TASK, **language.PRETRAINING, "data.path": "a.jsonl"}).faults()
     for settings in language.SPACES.values():
@@ -199,6 +207,60 @@ def test_runs_that_would_be_refused_are_said_before_any_starts(tmp_path, monkeyp
     runs = [KeptRun(tmp_path / "good", "rl_math", good), KeptRun(tmp_path / "bad", "rl_math", bad)]
     with pytest.raises(SystemExit, match=r"bad: rl\.algorithm = 'archer': learns from turns"):
         cached_run.run_kept(runs, 1)
+
+
+def test_a_run_is_repeated_with_its_settings_and_held_against_its_rows_interval(tmp_path, monkeypatch, capsys):
+    made = []
+    for seed, accuracy in enumerate([0.80, 0.84, 0.82]):
+        run = KeptRun(tmp_path / f"loss-ppo-{seed}", "rl_math", {"preset": "tiny", "rl.lr": 1e-3, "seed": seed})
+        run.output.mkdir(parents=True)
+        (run.output / "summary.json").write_text(json.dumps({"state": "finished", "rl_accuracy": accuracy}))
+        (run.output / "run.json").write_text(json.dumps({"tool": "cola_ray", "job": "rl_math", "wrote": []}))
+        (run.output / "config.json").write_text(run.config.model_dump_json())
+    (tmp_path / "start-0").mkdir()
+    assert list(again.rows_of(tmp_path)) == ["loss-ppo"]
+    runs = again.rows_of(tmp_path)["loss-ppo"]
+    for accuracy, inside in ((0.85, True), (0.90, False)):  # the interval is 0.82 +- 4.3 * 0.02 / sqrt(3) = 0.05
+        monkeypatch.setattr(again, "run_once", lambda *words, a=accuracy: made.append(words) or {"rl_accuracy": a})
+        assert again.repeat(tmp_path, "loss-ppo", runs, "2") == inside
+    where, job, *words = made[0]
+    assert (where, job) == (tmp_path / "again" / "loss-ppo-2", "rl_math")
+    asked = " ".join(words)
+    assert all(setting in asked for setting in ("--preset tiny", "--rl.lr 0.001", "--seed 2"))
+    assert "output" not in asked
+    assert "rl_accuracy was 0.82, is 0.9: OUTSIDE [0.7703, 0.8697]" in capsys.readouterr().out
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_difference_of_shares_is_newcombes():
+    """His table II (a): 56 of 70 against 48 of 80; method 10 gives 0.0524 to 0.3339."""
+    shares = {"a": (56, 70), "b": (48, 80)}
+    figures = {
+        name: dict(zip(("right", "low", "high"), (x / n, *share_interval(x, n)), strict=True))
+        for name, (x, n) in shares.items()
+    }
+    difference, (low, high) = claims.newcombe("a", "b")(figures)
+    assert (difference, low, high) == (pytest.approx(20), pytest.approx(5.24, abs=0.01), pytest.approx(33.39, abs=0.01))
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: f"{claim.model}: {claim.says}")
+def test_a_claim_is_about_what_its_table_has(claim):
+    row = claims.row_of(claim)
+    file = claims.RESULTS / f"{claim.table}.json"
+    assert (row["verdict"] == "not measured") == (not file.exists())
+    if row["verdict"] == "not measured":
+        return
+    low, high = map(float, row["interval"].split(" to ")) if " to " in row["interval"] else (-np.inf, np.inf)
+    assert low <= float(row["found"].split()[0]) <= high
+    if row["verdict"] == "holds":
+        assert low >= claim.above
+
+
+def test_a_claim_without_its_table_is_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    assert {claims.row_of(claim)["verdict"] for claim in claims.CLAIMS} == {"not measured"}
 
 
 def test_time_left_follows_from_what_was_made():

@@ -88,7 +88,7 @@ def test_every_page_is_in_the_navigation_once():
 
 
 def test_every_page_is_linked_from_the_first_one():
-    linked = re.findall(r"\]\(([\w./]+)", (ROOT / "docs" / "index.md").read_text())
+    linked = re.findall(r"\]\(([\w./-]+)", (ROOT / "docs" / "index.md").read_text())
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"} <= {*linked}
 
 
