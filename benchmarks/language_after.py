@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from language import SPACES
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -104,7 +103,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     folder, tasks = args.folder.resolve(), args.folder.resolve() / "tasks"
-    runs = {space: [folder / f"{space}-{seed}" / "outputs" / "run" for seed in args.seeds] for space in SPACES}
+    runs = {
+        space: [folder / f"{space}-{seed}" / "outputs" / "run" for seed in args.seeds] for space in ("latent", "token")
+    }
     base_path = runs["token"][0] / "base"
 
     base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32).eval()

@@ -1,7 +1,6 @@
 """What to train: a policy over latent actions, all weights over tokens, LoRA or steering vectors; same base and task.
 
 python benchmarks/trained_parts.py --folder outputs/trained-parts [--seeds 0 1 2] [--parallel 2]
-python benchmarks/trained_parts.py --folder outputs/parts-135m --preset smollm2-135m --gsm8k DATA/gsm8k --steps 20
 
     pretrain, one start per seed ─> rl with each part ─> accuracy before and after, bytes, seconds per step, KL
 
@@ -38,30 +37,18 @@ PARTS: dict[str, Settings] = {
     "steering_all": {"rl.action_space": "token", "rl.steering": "all"},
     "steering_last": {"rl.action_space": "token", "rl.steering": "last"},
 }
-RATES = {
-    "tiny": {"latent": 5e-4, "token": 1e-4, "lora": 1e-3, "steering_all": 1e-2, "steering_last": 1e-2},
-    "smollm2-135m": {"latent": 1e-5, "token": 1e-6, "lora": 2e-5, "steering_all": 1e-3, "steering_last": 1e-3},
-}
-"""Learning rates by preset and part."""
-PRETRAINING: dict[str, Settings] = {
-    "tiny": {},
-    "smollm2-135m": {"cluster.learner_ranks": 1, "pretrain.steps.actions": 80, "pretrain.steps.policy": 80},
-}
-"""Changes to the preset for pre-training the start: with smollm2-135m, half an hour instead of days."""
-NAMES = {"tiny": "trained_parts", "smollm2-135m": "trained_parts_135m"}
+RATES = {"latent": 5e-4, "token": 1e-4, "lora": 1e-3, "steering_all": 1e-2, "steering_last": 1e-2}
+"""Learning rates by part."""
 
 
-def starts_of(folder: Path, preset: str, seeds: list[int], task: Settings) -> list[KeptRun]:
-    return [
-        KeptRun(folder / f"start-{seed}", "pretrain", {"preset": preset, **task, **PRETRAINING[preset], "seed": seed})
-        for seed in seeds
-    ]
+def starts_of(folder: Path, seeds: list[int]) -> list[KeptRun]:
+    return [KeptRun(folder / f"start-{seed}", "pretrain", {"preset": "tiny", "seed": seed}) for seed in seeds]
 
 
-def run_of(folder: Path, part: str, rate: float, start: KeptRun, task: Settings, steps: int, problems: int) -> KeptRun:
-    seed, preset = start.settings["seed"], start.settings["preset"]
+def run_of(folder: Path, part: str, rate: float, start: KeptRun, steps: int, problems: int) -> KeptRun:
+    seed = start.settings["seed"]
     return KeptRun(folder / f"{part}-{rate:g}-{seed}", "rl_math", {
-        "preset": preset, **task, **PARTS[part], "rl.lr": rate, "rl.max_steps": steps, "rl.eval_every": 0,
+        "preset": "tiny", **PARTS[part], "rl.lr": rate, "rl.max_steps": steps, "rl.eval_every": 0,
         "rl.eval_problems": problems, "cluster.learner_ranks": 1, "seed": seed,
         "model.path": str(start.output / "model"),
     })  # fmt: skip
@@ -86,13 +73,13 @@ def bytes_of(parameters: int, dtype: str) -> int:
     return parameters * getattr(torch, dtype).itemsize
 
 
-def rates(preset: str, given: list[str]) -> dict[str, float]:
-    """Learning rates of a preset's parts; those given as PART=RATE replace the defaults.
+def rates(given: list[str]) -> dict[str, float]:
+    """Learning rates of the parts; those given as PART=RATE replace the defaults.
 
     Raises:
         SystemExit: there is no such part, or the rate is not a number.
     """
-    found = dict(RATES[preset])
+    found = dict(RATES)
     for one in given:
         part, _, rate = one.partition("=")
         if part not in found:
@@ -107,8 +94,6 @@ def rates(preset: str, given: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where runs are kept; reuse it to continue")
-    parser.add_argument("--preset", choices=list(RATES), default="tiny")
-    parser.add_argument("--gsm8k", type=Path, help="smollm2-135m: a folder with train.jsonl and test.jsonl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40, help="learner steps per run")
     parser.add_argument("--problems", type=int, default=512, help="held-out problems asked before and after training")
@@ -117,20 +102,17 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", default=[], metavar="PART=RATE", help="replaces the rate in RATES")
     parser.add_argument("--parallel", type=int, default=1, help="concurrent runs; each uses about one core")
     args = parser.parse_args()
-    if (args.preset == "tiny") == bool(args.gsm8k):
-        parser.error("--gsm8k goes with --preset smollm2-135m, which needs it")
-    folder, rate_of = args.folder.resolve(), rates(args.preset, args.lr)
-    task: Settings = {"task.name": "gsm8k", "task.path": str(args.gsm8k.resolve())} if args.gsm8k else {}
-    starts = starts_of(folder, args.preset, args.seeds, task)
+    folder, rate_of = args.folder.resolve(), rates(args.lr)
+    starts = starts_of(folder, args.seeds)
     run_kept(starts, parallel=1)
     runs = {
-        part: [run_of(folder, part, rate_of[part], start, task, args.steps, args.problems) for start in starts]
+        part: [run_of(folder, part, rate_of[part], start, args.steps, args.problems) for start in starts]
         for part in args.parts
     }
     run_kept([run for seed in zip(*runs.values(), strict=True) for run in seed], args.parallel)
     figures = {part: row_of(of_part, rate_of[part]) for part, of_part in runs.items()}
-    about = f"{args.preset}: greedy held-out accuracy before and after {args.steps} steps of GRPO, by what trains."
-    record(NAMES[args.preset], figures, args.seeds, about)
+    about = f"Greedy held-out accuracy before and after {args.steps} steps of GRPO, by what trains."
+    record("trained_parts", figures, args.seeds, about)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,10 @@ def test_no_run_is_refused_and_every_setting_has_an_effect(tmp_path):
         assert not kept(tmp_path, "rl_math", {**algorithms.COMMON, **settings}).faults(), name
     for name, settings in agents.methods().items():
         assert not kept(tmp_path, "rl_agent", {**agents.COMMON, **settings}).faults(), name
-    for preset in trained_parts.RATES:
-        task = {} if preset == "tiny" else {"task.name": "gsm8k", "task.path": "gsm8k"}
-        (start,) = trained_parts.starts_of(tmp_path, preset, [1], task)
-        assert not start.faults()
-        for part, rate in trained_parts.RATES[preset].items():
-            assert not trained_parts.run_of(tmp_path, part, rate, start, task, 20, 64).faults(), (preset, part)
+    (start,) = trained_parts.starts_of(tmp_path, [1])
+    assert not start.faults()
+    for part, rate in trained_parts.RATES.items():
+        assert not trained_parts.run_of(tmp_path, part, rate, start, 20, 64).faults(), part
 
 
 def test_no_run_of_other_environments_or_of_the_language_model_is_refused(tmp_path):
@@ -81,7 +79,7 @@ def test_no_run_of_other_environments_or_of_the_language_model_is_refused(tmp_pa
     assert run.config.rl.prompts_per_step * run.config.rl.group_size == 16, "the preset's own sizes"
     assert not language.asked(tmp_path, "rates", 8, **{"eval.ways": ("base", "sample")}).faults()
     assert not KeptRun(tmp_path, "pretrain", {**language.TASK, **language.PRETRAINING, "data.path": "a.jsonl"}).faults()
-    for settings in language.SPACES.values():
+    for settings in language.ROWS.values():
         assert not kept(tmp_path, "rl_math", {**language.TASK, **language.RL, **settings}).faults()
 
 
@@ -98,8 +96,8 @@ def test_rows_of_problems_learn_from_equally_many_completions(tmp_path):
 
 
 def test_parts_differ_in_what_trains_alone(tmp_path):
-    (start,) = trained_parts.starts_of(tmp_path, "tiny", [0], {})
-    configs = [trained_parts.run_of(tmp_path, part, 1e-3, start, {}, 20, 64).config for part in trained_parts.PARTS]
+    (start,) = trained_parts.starts_of(tmp_path, [0])
+    configs = [trained_parts.run_of(tmp_path, part, 1e-3, start, 20, 64).config for part in trained_parts.PARTS]
     trained = [(one.rl.action_space, one.rl.lora_rank > 0, one.rl.steering) for one in configs]
     assert len({*trained}) == len(trained)
     changes = {"action_space": "latent", "lora_rank": 0, "steering": "off"}
@@ -108,12 +106,12 @@ def test_parts_differ_in_what_trains_alone(tmp_path):
 
 
 def test_rates_of_parts():
-    found = trained_parts.rates("tiny", ["lora=3e-4"])
-    assert found == {**trained_parts.RATES["tiny"], "lora": 3e-4}
+    found = trained_parts.rates(["lora=3e-4"])
+    assert found == {**trained_parts.RATES, "lora": 3e-4}
     with pytest.raises(SystemExit, match="no such part; PART=RATE, with one of latent, token, lora"):
-        trained_parts.rates("tiny", ["adapters=1"])
+        trained_parts.rates(["adapters=1"])
     with pytest.raises(SystemExit, match="'fast' is no number"):
-        trained_parts.rates("tiny", ["lora=fast"])
+        trained_parts.rates(["lora=fast"])
     assert trained_parts.bytes_of(1000, "bfloat16") == 2000
 
 
@@ -249,8 +247,8 @@ def test_the_interval_of_a_difference_of_shares_is_newcombes():
 def test_a_claim_is_about_what_its_table_has(claim):
     row = claims.row_of(claim)
     file = claims.RESULTS / f"{claim.table}.json"
-    assert (row["verdict"] == "not measured") == (not file.exists())
     if row["verdict"] == "not measured":
+        assert not file.exists() or claim.table == "language", "whose rows are measured one after the other"
         return
     low, high = map(float, row["interval"].split(" to ")) if " to " in row["interval"] else (-np.inf, np.inf)
     assert low <= float(row["found"].split()[0]) <= high
@@ -284,8 +282,8 @@ def test_the_row_of_a_part(tmp_path, monkeypatch):
     monkeypatch.setattr(KeptRun, "summary", lambda run: summary)
     for module in (trained_parts, algorithms):
         monkeypatch.setattr(module, "series", lambda where, metric: metrics[metric])
-    (start,) = trained_parts.starts_of(tmp_path, "tiny", [0], {})
-    run = trained_parts.run_of(tmp_path, "steering_last", 1e-2, start, {}, 3, 16)
+    (start,) = trained_parts.starts_of(tmp_path, [0])
+    run = trained_parts.run_of(tmp_path, "steering_last", 1e-2, start, 3, 16)
     row = trained_parts.row_of([run], 1e-2)
     assert (row["start"], row["end"], row["gain_points"]) == (0.4, 0.5, pytest.approx(10))
     assert (row["trained_bytes"], row["optimizer_bytes"]) == (128 * 4, 128 * 4 * 3), "float32: a weight, two moments"
