@@ -484,6 +484,36 @@ def test_python_runs_in_the_sandbox():
         python("while True: pass", seconds=0.5)
 
 
+ENGINE = """\
+#!/bin/sh
+# stands in for docker: checks what it is asked for, and runs the command here
+[ "$1 $2 $3" = "run --rm -i" ] || exit 125
+echo "$*" | grep -q -- "--network=none" || exit 125
+while [ "$1" != "an-image" ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+def test_a_container_of_any_engine_can_be_the_tool(tmp_path, monkeypatch):
+    """Which engines are there differs, so a script takes one's place; what docker itself does is not tested."""
+    engine = tmp_path / "engine"
+    engine.write_text(ENGINE)
+    engine.chmod(0o755)
+    for name, value in {"ENGINE": str(engine), "IMAGE": "an-image", "SECONDS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    box = Toolbox([f"{ROOT / 'examples' / 'container_python.py'}:python"])
+
+    def said(code):
+        found = box.run(Call("python", {"code": code}), ROW, 30.0)
+        return found.text, found.failed
+
+    assert said("print(6 * 7)") == ("42", False)
+    assert said("x = 1") == ("(nothing was printed)", False)
+    assert said("1 / 0") == ("raised ValueError: ZeroDivisionError: division by zero", True)
+    assert said("while True: pass") == ("raised ValueError: the program ended with exit code -9", True)
+
+
 def test_functions_of_ones_own_run_in_a_fork(own, tmp_path, monkeypatch):
     at = own(PRICES)
     names = ("price", "later", "column", "sleeps", "exits", "crashes", "starts", "counts")
