@@ -1,6 +1,6 @@
 """A tool that runs a model's Python in a container, by any engine with docker's command line.
 
-    cola_ray agent --task.name tools --task.tools calculator lookup examples/container_python.py:python --model.path MODEL
+    cola_ray agent --task.name tools --task.tools lookup examples/container_python.py:python --model.path MODEL
 
 The tool ``python`` that is built in needs no container and starts in milliseconds, but its programs have only the
 standard library, and neither files nor processes. A container has whatever its image has. Starting one takes a good
