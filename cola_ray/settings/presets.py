@@ -234,7 +234,7 @@ _TASKS: dict[tuple[str, str], dict[str, Any]] = {
         "rl.algorithm": "gigpo",
         "rl.prompts_per_step": 4,
         "rl.group_size": 4,
-        "rl.lr": 3e-5,
+        "rl.lr": 2e-4,
         "rl.micro_batch_tokens": 1024,
         "rl.eval_problems": 64,
     },
