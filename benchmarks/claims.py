@@ -87,6 +87,13 @@ def newcombe(row: str, other: str) -> Callable[[Figures], Found]:
     return found
 
 
+def _against_base(row: str) -> Callable[[Figures], Found]:
+    """A row's accuracy of each seed minus the base's, in points."""
+    return lambda figures: over_seeds([
+        100 * (one - figures["base"]["accuracy"]) for one in figures[row]["each_accuracy"]
+    ])  # fmt: skip
+
+
 def _less_plausible(figures: Figures) -> Found:
     """By how many nats per token more the base's surprise at sampled answers grows over tokens."""
     grows = {
@@ -116,11 +123,9 @@ CLAIMS = (
     Claim("SmolLM2-135M", "RL makes answers less plausible to the base over tokens than over latent actions",
           "language_answers", _less_plausible, unit="nats"),
     Claim("SmolLM2-135M", "RL over tokens loses at most 5 points of a capability", "language_kept",
-          lambda figures: over_seeds([100 * (one - figures["base"]["accuracy"])
-                                      for one in figures["token"]["each_accuracy"]]), above=-5.0),
+          _against_base("token"), above=-5.0),
     Claim("SmolLM2-135M", "RL over latent actions loses at most 5 points of a capability", "language_kept",
-          lambda figures: over_seeds([100 * (one - figures["base"]["accuracy"])
-                                      for one in figures["latent"]["each_accuracy"]]), above=-5.0),
+          _against_base("latent"), above=-5.0),
     Claim("tiny", "latent actions end at most 5 points below tokens", "trained_parts", within_seeds("latent", "token"),
           above=-5.0),
     Claim("tiny", "adapters (LoRA) end at most 5 points below all weights", "trained_parts",
